@@ -1,0 +1,186 @@
+"""What operator and trainer promise each other: exit codes, records, mounted files and the workspace's layout."""
+
+import json
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from qlora_api.schema import ObservedModel
+from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName, Timestamp
+
+CONTRACT_VERSION = 1
+
+TRAINER_CONTAINER = "trainer"
+SPEC_ANNOTATION = "qlora.dev/job"
+
+JOB_FILE = PurePosixPath("/etc/qlora/job.json")
+TERMINATION_LOG = PurePosixPath("/dev/termination-log")
+WORKSPACE_MOUNT = PurePosixPath("/workspace")
+VOLUMES_MOUNT = PurePosixPath("/volumes")
+CONFIG_MAPS_MOUNT = PurePosixPath("/config-maps")
+TOKEN_FILE = PurePosixPath("/secrets/model/token")
+
+ENV_POD_UID = "QLORA_POD_UID"
+ENV_ATTEMPT = "QLORA_ATTEMPT"
+ENV_DEVICE = "QLORA_DEVICE"
+ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
+
+MAX_PROGRESS_BYTES = 1024
+MAX_RESULT_BYTES = 4096
+MIN_SECONDS_BETWEEN_PROGRESS = 5.0
+
+
+class ExitCode(IntEnum):
+    """How a step ends. Everything that is not listed counts as INTERNAL_ERROR."""
+
+    DONE = 0
+    BAD_CONFIGURATION = 10
+    BAD_DATASET = 11
+    MODEL_UNAVAILABLE = 12
+    GPU_OUT_OF_MEMORY = 13
+    DIVERGED = 14
+    UNSAFE_ARTEFACT = 15
+    STORAGE_FULL = 16
+    DOES_NOT_FIT = 17
+    RETRIES_EXHAUSTED = 18
+    INTERRUPTED = 143
+    UNREACHABLE = 200
+    INTERNAL_ERROR = 203
+
+    @property
+    def reason(self) -> str:
+        """The condition's reason, in CamelCase."""
+        return "GPUOutOfMemory" if self is ExitCode.GPU_OUT_OF_MEMORY else self.name.title().replace("_", "")
+
+    @property
+    def permanent(self) -> bool:
+        """Whether the same step would end the same way again, so that it is never retried."""
+        return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.RETRIES_EXHAUSTED
+
+
+PERMANENT_EXIT_CODES = tuple(int(code) for code in ExitCode if code.permanent)
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Record(ObservedModel):
+    """What every record carries, so that a reader can tell its own from another job's or a forged one."""
+
+    contract_version: int = CONTRACT_VERSION
+    job_uid: str = Field(max_length=64)
+    pod_uid: str = Field(max_length=64)
+    step: StepName
+    time: Timestamp
+
+
+class ProgressRecord(_Record):
+    """How far the step is; at most one per 5 seconds and 1 KiB on standard output."""
+
+    kind: Literal["progress"] = "progress"
+    activity: str = Field("", max_length=128)
+    training_step: int = Field(0, ge=0)
+    total_steps: int = Field(0, ge=0)
+    epoch: Finite = Field(0.0, ge=0)
+    loss: Finite | None = None
+    eval_loss: Finite | None = None
+    learning_rate: Finite | None = None
+    grad_norm: Finite | None = None
+    tokens_per_second: Finite | None = None
+    remaining_seconds: Finite | None = Field(None, ge=0)
+    peak_memory_bytes: int | None = Field(None, ge=0)
+    checkpoint_step: int | None = Field(None, ge=0)
+    checkpoint_time: Timestamp | None = None
+
+
+class ResultRecord(_Record):
+    """How the step ended; its last act, on standard output and in the termination log, at most 4096 bytes."""
+
+    kind: Literal["result"] = "result"
+    attempt: int = Field(1, ge=1)
+    outcome: Literal["succeeded", "failed", "interrupted"]
+    exit_code: int = Field(ge=0, le=255)
+    reason: str = Field(max_length=128)
+    message: str = Field("", max_length=1024)
+    model_revision: str | None = Field(None, max_length=256)
+    memory: MemoryStatus | None = None
+    dataset: DatasetStatus | None = None
+    training_step: int | None = Field(None, ge=0)
+    total_steps: int | None = Field(None, ge=0)
+    loss: Finite | None = None
+    eval_loss: Finite | None = None
+    initial_eval_loss: Finite | None = None
+    peak_memory_bytes: int | None = Field(None, ge=0)
+    adapter: AdapterStatus | None = None
+
+
+Record = ProgressRecord | ResultRecord
+_RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def encode_record(record: Record) -> str:
+    """The record as one line of JSON, without the newline. Raises ValueError if it is larger than its kind may be."""
+    limit = MAX_PROGRESS_BYTES if isinstance(record, ProgressRecord) else MAX_RESULT_BYTES
+    line = json.dumps(record.dump(), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    if len(line) > limit:
+        raise ValueError(f"a {record.kind} record of {len(line)} bytes is larger than the {limit} bytes allowed")
+    return line
+
+
+def decode_record(line: str, *, job_uid: str, pod_uid: str) -> Record | None:
+    """The record in a line of a log or a termination message; None for anything but a record of this job and pod."""
+    if not line.startswith("{") or len(line.encode()) > MAX_RESULT_BYTES:
+        return None
+    try:
+        record = _RECORD.validate_json(line)
+    except ValidationError:
+        return None
+    return record if (record.job_uid, record.pod_uid) == (job_uid, pod_uid) else None
+
+
+@dataclass(frozen=True)
+class WorkspaceLayout:
+    """Where things lie in a job's own folder of the workspace volume."""
+
+    root: Path
+
+    @property
+    def models(self) -> Path:
+        """Downloaded base models: `model/<revision>/`."""
+        return self.root / "model"
+
+    @property
+    def data(self) -> Path:
+        """Tokenized and packed data: `data/<fingerprint>/`."""
+        return self.root / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`checkpoints/step-N/`, each complete or absent."""
+        return self.root / "checkpoints"
+
+    @property
+    def trained(self) -> Path:
+        """The adapter as training left it, not yet verified."""
+        return self.root / "trained"
+
+    @property
+    def adapter(self) -> Path:
+        """The published adapter, where no other destination is named."""
+        return self.root / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """Loss curve, metrics and summary."""
+        return self.root / "report"
+
+    @property
+    def records(self) -> Path:
+        """Completion records `<step>.json`, `attempts.jsonl` and the libraries' log."""
+        return self.root / "records"
+
+    def completion(self, step: StepName) -> Path:
+        """The step's completion record: if it is there and matches, the step is not done again."""
+        return self.records / f"{step}.json"

@@ -1,0 +1,145 @@
+"""The CustomResourceDefinition, made from the models: a structural schema with CEL rules, columns and defaults."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from qlora_api.schema import rule, rules
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.v1alpha1 import GROUP, KIND, MAX_NAME_LENGTH, PLURAL, VERSION, QLoRAJobSpec
+
+Schema = dict[str, Any]
+
+_NAME_RULE = rule(
+    f"self.metadata.name.size() <= {MAX_NAME_LENGTH} && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+    f"metadata.name must be one DNS label (a-z, 0-9 and '-', no dots) of at most {MAX_NAME_LENGTH} characters: "
+    "the names of the job's pods are made from it",
+)
+
+# Keywords that a structural schema must not hold; what they say is repeated by a CEL rule where it matters.
+_DROPPED = frozenset({"title", "propertyNames", "discriminator"})
+
+
+def _column(name: str, path: str, *, type_: str = "string", wide: bool = False, description: str) -> Schema:
+    column: Schema = {"name": name, "type": type_, "jsonPath": path, "description": description}
+    return column | ({"priority": 1} if wide else {})
+
+
+_COLUMNS = [
+    _column("Phase", ".status.phase", description="Where the job stands."),
+    _column("Progress", ".status.progress.summary", description="Training steps done."),
+    _column("Loss", ".status.progress.loss", type_="number", description="Latest training loss."),
+    _column("Remaining", ".status.progress.remaining", description="Time left for training."),
+    _column("Model", ".spec.model.source", wide=True, description="The base model."),
+    _column("Adapter", ".status.adapter.uri", wide=True, description="Where the finished adapter lies."),
+    _column(
+        "Reason",
+        '.status.conditions[?(@.type=="Succeeded")].reason',
+        wide=True,
+        description="Why the job stands there.",
+    ),
+    _column("Age", ".metadata.creationTimestamp", type_="date", description="Time since the job was created."),
+]
+
+
+def custom_resource_definition() -> Schema:
+    """The complete CustomResourceDefinition of QLoRAJob as a plain object."""
+    spec = structural_schema(QLoRAJobSpec, defaults=True)
+    status = structural_schema(QLoRAJobStatus, defaults=False)
+    # Until the operator has seen a job, tools that follow kstatus must read it as "in progress".
+    status["default"] = {"observedGeneration": -1}
+    root: Schema = {
+        "type": "object",
+        "description": "QLoRAJob fine-tunes a language model: a frozen 4-bit base and a trained low-rank adapter (QLoRA).",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": spec,
+            "status": status,
+        },
+        **rules(_NAME_RULE),
+    }
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": PLURAL,
+                "singular": KIND.lower(),
+                "shortNames": ["qj"],
+                "categories": ["qlora"],
+            },
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "schema": {"openAPIV3Schema": root},
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": _COLUMNS,
+                    "selectableFields": [{"jsonPath": ".spec.model.source"}, {"jsonPath": ".status.phase"}],
+                }
+            ],
+        },
+    }
+
+
+def structural_schema(model: type[BaseModel], *, defaults: bool) -> Schema:
+    """The model's JSON schema as Kubernetes wants it: no references, no null, boolean exclusive bounds.
+
+    With `defaults`, an object that may be left out defaults to `{}`, so that the defaults of its own fields apply.
+    """
+    document = model.model_json_schema(by_alias=True, mode="validation")
+    return _structural(document, document.get("$defs", {}), defaults=defaults)
+
+
+def _structural(node: Schema, definitions: dict[str, Schema], *, defaults: bool) -> Schema:
+    node = _merge_alternatives(_resolve(node, definitions), definitions)
+    result: Schema = {}
+    for key, value in node.items():
+        if key in _DROPPED or key == "$defs" or (key == "additionalProperties" and isinstance(value, bool)):
+            continue
+        if key == "default":
+            if defaults and value is not None:
+                result["default"] = {} if node.get("type") == "object" else value
+        elif key == "properties":
+            result[key] = {name: _structural(child, definitions, defaults=defaults) for name, child in value.items()}
+        elif key in ("items", "additionalProperties"):
+            result[key] = _structural(value, definitions, defaults=defaults)
+        elif key == "const":
+            result["enum"] = [value]
+        elif key in ("exclusiveMinimum", "exclusiveMaximum"):
+            result[key.replace("exclusiveM", "m")] = value
+            result[key] = True
+        else:
+            result[key] = value
+    if "type" in result and "format" not in result:
+        number_format = {"integer": "int64", "number": "double"}.get(result["type"])
+        result |= {"format": number_format} if number_format else {}
+    return result
+
+
+def _resolve(node: Schema, definitions: dict[str, Schema]) -> Schema:
+    """The node with its reference replaced by what it refers to; keywords beside the reference win."""
+    if "$ref" not in node:
+        return node
+    name = node["$ref"].rpartition("/")[2]
+    return _resolve(definitions[name], definitions) | {key: value for key, value in node.items() if key != "$ref"}
+
+
+def _merge_alternatives(node: Schema, definitions: dict[str, Schema]) -> Schema:
+    """`X | None` as X: a field that is not set is absent, never null. Raises TypeError for any other union."""
+    if "anyOf" not in node:
+        return node
+    options = [option for option in node["anyOf"] if option.get("type") != "null"]
+    if len(options) != 1:
+        raise TypeError(f"a union of {len(options)} types has no structural schema: {node}")
+    rest = {key: value for key, value in node.items() if key != "anyOf"}
+    return _resolve(options[0], definitions) | rest

@@ -1,0 +1,51 @@
+"""How a model of the API is declared: camelCase names, frozen values, and rules that the API server enforces too."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.alias_generators import to_camel
+from pydantic.fields import FieldInfo
+
+VALIDATIONS = "x-kubernetes-validations"
+
+
+class ApiModel(BaseModel):
+    """A part of the resource. Serialized by camelCase alias; immutable in Python."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+
+    def dump(self) -> dict[str, Any]:
+        """The JSON object that the API server stores: camelCase keys, and no key for a field that is not set."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class ObservedModel(ApiModel):
+    """A part of the status or of a record. Unknown fields are ignored: another version may have written it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def rule(expression: str, message: str) -> dict[str, str]:
+    """One CEL rule of the schema. `message` says what is allowed and what to do."""
+    return {"rule": expression, "message": message}
+
+
+def rules(*entries: dict[str, str]) -> dict[str, Any]:
+    """CEL rules as `json_schema_extra`, of a model or of a field."""
+    return {VALIDATIONS: list(entries)}
+
+
+def immutable(model: type[BaseModel], *, except_for: frozenset[str], remedy: str) -> list[dict[str, str]]:
+    """Transition rules that refuse a changed, added or removed field of `model`, one rule and message a field.
+
+    They sit on the parent because a rule on the field itself is not evaluated when an optional field appears or goes.
+    """
+
+    def transition(name: str, field: FieldInfo) -> dict[str, str]:
+        key = field.alias or name
+        same = f"self.{key} == oldSelf.{key}"
+        if not field.is_required():
+            same = f"has(self.{key}) == has(oldSelf.{key}) && (!has(self.{key}) || {same})"
+        return rule(same, f"spec.{key} cannot be changed once the job exists: {remedy}")
+
+    return [transition(name, field) for name, field in model.model_fields.items() if name not in except_for]

@@ -1,0 +1,161 @@
+"""The status of a QLoRAJob: what the operator reports."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qlora_api.profile import Profile
+from qlora_api.schema import ObservedModel
+
+MAX_MESSAGE_LENGTH = 1024
+
+Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
+StepName = Literal["prepare", "train", "publish", "clean"]
+Timestamp = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})]
+Message = Annotated[str, Field(max_length=MAX_MESSAGE_LENGTH)]
+Bytes = Annotated[int, Field(ge=0, le=2**53)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+ShortText = Annotated[str, Field(max_length=256)]
+Uri = Annotated[str, Field(max_length=1024)]
+
+
+class Condition(ObservedModel):
+    """One observation, as metav1.Condition.
+
+    Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Reconciling, Ready, Stalled (for tools
+    that wait), CleanedUp.
+    """
+
+    type: str = Field(max_length=64, description="What is observed.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: str = Field(max_length=128, description="Why, in one CamelCase word.")
+    message: Message = Field("", description="Why, and what to do, for people.")
+    last_transition_time: Timestamp = Field(description="When the status last changed.")
+    observed_generation: int = Field(0, ge=-1, le=2**53, description="Generation of the spec that was looked at.")
+
+
+class Resolved(ObservedModel):
+    """What was fixed before the first pod: an upgrade of the operator cannot change a job half way."""
+
+    contract_version: int = Field(ge=1, le=1000, description="Version of the contract between operator and trainer.")
+    profile: Profile = Field(description="The administrator's profile as it stood.")
+    claim_name: str = Field(max_length=253, description="The workspace's PersistentVolumeClaim.")
+    claim_created: bool = Field(description="Whether the operator makes that claim.")
+    workspace_path: str = Field(max_length=256, description="The job's own folder on the claim.")
+    model_revision: ShortText | None = Field(
+        None, description="Commit (hf://) or content digest (pvc://) of the base model."
+    )
+
+
+class StepStatus(ObservedModel):
+    """The step that runs, or ran last."""
+
+    name: StepName = Field(description="The step.")
+    job_name: str = Field(max_length=63, description="Name of its batch/v1 Job.")
+    job_uid: str = Field("", max_length=64, description="UID of that Job; empty until it is known to exist.")
+    attempt: int = Field(ge=1, le=100_000, description="How many Jobs the step has had.")
+    unverified: int = Field(0, ge=0, le=100, description="How many of them completed without a readable result.")
+
+
+class ProgressStatus(ObservedModel):
+    """How far training is. Values are the latest; history is in the report."""
+
+    step: Count = Field(0, description="Optimizer steps done.")
+    total_steps: Count = Field(0, description="Optimizer steps in all.")
+    percent: int = Field(0, ge=0, le=100, description="Steps done, in percent.")
+    epoch: float = Field(0.0, ge=0, le=1e9, description="Passes over the data so far.")
+    loss: float | None = Field(None, description="Training loss a target token (natural log), of the latest step.")
+    eval_loss: float | None = Field(None, description="Loss on the held-out rows, of the latest evaluation.")
+    learning_rate: float | None = Field(None, description="Learning rate of the latest step.")
+    tokens_per_second: float | None = Field(None, description="Useful tokens a second, without padding.")
+    peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
+    summary: ShortText = Field("", description='For people, for example "42% 420/1000".')
+    remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')
+    updated_at: Timestamp | None = Field(None, description="When the trainer reported this.")
+
+
+class MemoryStatus(ObservedModel):
+    """GPU memory that the run is expected to need, estimated before any weight is downloaded."""
+
+    estimate_bytes: Bytes = Field(description="Expected peak.")
+    low_bytes: Bytes = Field(description="Lower end of what is plausible.")
+    high_bytes: Bytes = Field(description="Upper end of what is plausible.")
+    budget_bytes: Bytes | None = Field(
+        None, description="Usable memory of the card (resources.gpuMemory), if it was given."
+    )
+    verdict: Literal["fits", "tight", "exceeds", "unknown"] = Field(
+        description="unknown: resources.gpuMemory was not given."
+    )
+    peak_bytes: Bytes | None = Field(None, description="Measured peak of the run, for comparison.")
+
+
+class DatasetStatus(ObservedModel):
+    """What the data set turned out to be."""
+
+    format: ShortText = Field(description="The format, as given or as found.")
+    rows: Count = Field(description="Rows read.")
+    used_rows: Count = Field(description="Rows that are trained on.")
+    eval_rows: Count = Field(0, description="Rows that are held out.")
+    too_long_rows: Count = Field(0, description="Rows left out because they exceed training.maxSequenceLength.")
+    longest_row_tokens: Count = Field(0, description="Tokens of the longest row.")
+    tokens: Count = Field(0, description="Tokens trained on in one epoch.")
+    sha256: str = Field("", max_length=64, description="SHA-256 of the data file.")
+
+
+class CheckpointStatus(ObservedModel):
+    """The newest checkpoint: where a resumed run goes on."""
+
+    step: Count = Field(description="Optimizer steps done.")
+    saved_at: Timestamp = Field(description="When it was saved.")
+
+
+class AdapterStatus(ObservedModel):
+    """The finished adapter."""
+
+    uri: Uri = Field(description="Folder of adapter_model.safetensors and adapter_config.json.")
+    sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of adapter_model.safetensors.")
+    size_bytes: Bytes = Field(description="Size of adapter_model.safetensors.")
+    base_model: Uri = Field(description="The base model, as in the spec.")
+    base_revision: ShortText = Field(description="Commit or content digest of the base model.")
+    rank: int = Field(ge=1, le=8192, description="LoRA rank, which a server must allow.")
+    quantization: ShortText = Field(
+        description="How the base was held in training, for example nf4 with double quantization."
+    )
+
+
+class FailureStatus(ObservedModel):
+    """The latest failure, also of an attempt that is tried again."""
+
+    step: StepName = Field(description="The step that failed.")
+    reason: str = Field(max_length=128, description="Why, in one CamelCase word.")
+    exit_code: int | None = Field(None, ge=0, le=255, description="Exit code of the trainer.")
+    message: Message = Field("", description="What happened and what to do.")
+    time: Timestamp = Field(description="When it was seen.")
+
+
+class QLoRAJobStatus(ObservedModel):
+    """What the operator knows of a job. The conditions are the truth; the rest explains them."""
+
+    observed_generation: int | None = Field(
+        None, ge=-1, le=2**53, description="Generation of the spec that was looked at."
+    )
+    phase: Phase | None = Field(None, description="Summary of the conditions, for people.")
+    conditions: tuple[Condition, ...] = Field(
+        (),
+        max_length=16,
+        description="Observations by type; `kubectl wait --for=condition=Succeeded` works.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    resolved: Resolved | None = Field(None, description="What was fixed before the first pod.")
+    step: StepStatus | None = Field(None, description="The step that runs, or ran last.")
+    progress: ProgressStatus | None = Field(None, description="How far training is.")
+    memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
+    dataset: DatasetStatus | None = Field(None, description="What the data set turned out to be.")
+    checkpoint: CheckpointStatus | None = Field(None, description="The newest checkpoint.")
+    adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
+    failures: Count = Field(0, description="Failed attempts so far.")
+    disruptions: Count = Field(0, description="Interrupted attempts so far.")
+    active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
+    last_failure: FailureStatus | None = Field(None, description="The latest failure.")
+    start_time: Timestamp | None = Field(None, description="When the job was first seen.")
+    completion_time: Timestamp | None = Field(None, description="When the job ended.")

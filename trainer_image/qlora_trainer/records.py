@@ -1,0 +1,139 @@
+"""Writes what a step reports: progress and result records, and the completion records that make a step idempotent."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from pydantic import Field, ValidationError
+
+from qlora_api.contract import (
+    MIN_SECONDS_BETWEEN_PROGRESS,
+    ProgressRecord,
+    Record,
+    ResultRecord,
+    encode_record,
+)
+from qlora_api.schema import ObservedModel
+from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus
+
+# Tokens of model hubs and bearer headers: never in a record, whatever an error message of a library quotes.
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer|authorization:?)\s+\S+")
+
+
+def redact(text: str) -> str:
+    """The text without anything that looks like a credential."""
+    return _SECRET.sub("[redacted]", text)
+
+
+def timestamp(now: datetime) -> str:
+    """RFC 3339 in UTC with seconds, as the API server writes it."""
+    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class RecordWriter:
+    """Sends records to standard output, progress at most once in five seconds."""
+
+    def __init__(self, stream: TextIO, monotonic: Callable[[], float]) -> None:
+        self._stream = stream
+        self._monotonic = monotonic
+        self._next_progress = float("-inf")
+
+    def progress(self, record: ProgressRecord, *, force: bool = False) -> None:
+        """Write the record, unless one was written less than five seconds ago and `force` is not set."""
+        if not force and self._monotonic() < self._next_progress:
+            return
+        self._next_progress = self._monotonic() + MIN_SECONDS_BETWEEN_PROGRESS
+        self._write(record)
+
+    def result(self, record: ResultRecord, termination_log: Path | None) -> None:
+        """Write the last record, also to the termination log where there is one."""
+        line = self._write(record)
+        if termination_log is not None:
+            termination_log.write_text(line)
+
+    def _write(self, record: Record) -> str:
+        line = encode_record(record)
+        self._stream.write(line + "\n")
+        self._stream.flush()
+        return line
+
+
+class PrepareRecord(ObservedModel):
+    """What prepare leaves for the later steps. Paths below the workspace are relative to it; others are absolute."""
+
+    fingerprint: str = Field(description="SHA-256 of everything that determines the prepared data and the model.")
+    model_path: str = Field(description="Folder of config.json, tokenizer and weights.")
+    model_revision: str = Field(description="Commit, or sha256:… of the content for a model on a volume.")
+    data_path: str = Field(description="Folder of the packed sequences.")
+    target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
+    packed: bool = Field(description="Whether a sequence may hold several rows.")
+    model_type: str
+    memory: MemoryStatus
+    dataset: DatasetStatus
+
+
+class TrainRecord(ObservedModel):
+    """What train leaves for publish."""
+
+    fingerprint: str = Field(description="SHA-256 of everything that determines the adapter.")
+    adapter_path: str = Field(description="Folder of the trained adapter, relative to the workspace.")
+    adapter_sha256: str = Field(description="SHA-256 of adapter_model.safetensors in it.")
+    training_step: int
+    loss: float
+    initial_eval_loss: float | None = None
+    eval_loss: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+class PublishRecord(ObservedModel):
+    """What publish has done."""
+
+    fingerprint: str
+    adapter: AdapterStatus
+
+
+_Completion = TypeVar("_Completion", PrepareRecord, TrainRecord, PublishRecord)
+
+
+def read_completion(path: Path, kind: type[_Completion]) -> _Completion | None:
+    """The completion record at `path`; None if there is none that can be read, so that the step is done (again)."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def write_completion(path: Path, record: PrepareRecord | TrainRecord | PublishRecord) -> None:
+    """Write the record so that it is there whole, on disk, or not at all."""
+    write_atomically(path, json.dumps(record.dump(), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file at `path` in one step: temporary file beside it, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names in the folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def standard_records(monotonic: Callable[[], float]) -> RecordWriter:
+    """The writer of a pod: records, and nothing else, on standard output."""
+    return RecordWriter(sys.stdout, monotonic)

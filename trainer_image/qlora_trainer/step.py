@@ -1,0 +1,87 @@
+"""What a step is given: the job's document, its workspace and where its volumes are mounted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from qlora_api import contract
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.sources import ConfigMapSource, VolumeSource
+from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_trainer.failures import bad_configuration, unreachable
+
+Device = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Mounts:
+    """Where claims, ConfigMaps and the hub token appear in this process's file system."""
+
+    volumes: Path = Path(contract.VOLUMES_MOUNT)
+    config_maps: Path = Path(contract.CONFIG_MAPS_MOUNT)
+    token_file: Path = Path(contract.TOKEN_FILE)
+    claims: Mapping[str, Path] = field(default_factory=dict)
+    """Claims that lie elsewhere, as a laptop's `--volume CLAIM=DIR` says."""
+
+    def volume(self, source: VolumeSource) -> Path:
+        """The file or folder that a pvc:// address names. Raises StepFailure (retryable) if the claim is not mounted."""
+        root = self.claims.get(source.claim, self.volumes / source.claim)
+        if not root.is_dir():
+            raise unreachable(f"volume claim {source.claim!r} is not mounted at {root}")
+        return root / source.path if source.path else root
+
+    def config_map(self, source: ConfigMapSource) -> Path:
+        """The file of a ConfigMap's key. Raises StepFailure (retryable at first: the object may follow) if it is missing."""
+        path = self.config_maps / source.name / source.key
+        if not path.is_file():
+            raise unreachable(
+                f"ConfigMap {source.name!r} with key {source.key!r} does not exist in the job's namespace"
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Everything that a step may depend on besides the clock and its own files."""
+
+    document: QLoRAJobDocument
+    workspace: WorkspaceLayout
+    mounts: Mounts
+    device: Device
+    pod_uid: str
+    attempt: int
+    workspace_uri: str
+    """Address of the workspace folder for people and servers: pvc://CLAIM/FOLDER, or a path on a laptop."""
+
+    @property
+    def spec(self) -> QLoRAJobSpec:
+        """The job's spec, with the schema's defaults."""
+        return self.document.spec
+
+    @property
+    def job_uid(self) -> str:
+        """UID of the job; `local` where no API server has given one."""
+        return self.document.metadata.uid or "local"
+
+
+def load_document(path: Path) -> QLoRAJobDocument:
+    """The job's document from the JSON file that the pod is given. Raises StepFailure with the fields that are wrong."""
+    try:
+        return QLoRAJobDocument.model_validate_json(path.read_bytes())
+    except FileNotFoundError as missing:
+        raise bad_configuration(f"{path} does not exist: the job's document is not mounted") from missing
+    except ValidationError as error:
+        raise bad_configuration(f"{path}: {explain(error)}") from error
+
+
+def explain(error: ValidationError, limit: int = 3) -> str:
+    """The first `limit` problems of a validation, each with its field, as one sentence."""
+    problems = [
+        f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors(include_url=False)[:limit]
+    ]
+    more = error.error_count() - len(problems)
+    return "; ".join(problems) + (f"; and {more} more" if more > 0 else "")
