@@ -1,0 +1,140 @@
+"""Reads a model's sizes from its `config.json` and refuses those not understood; changes with the families."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SUPPORTED_MODEL_TYPES = (
+    "granite",
+    "llama",
+    "ministral",
+    "mistral",
+    "olmo2",
+    "olmo3",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+)
+_SUPPORTED = f"supported are dense decoders with a SwiGLU MLP, model_type {', '.join(SUPPORTED_MODEL_TYPES)}"
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Far above any published dense model, low enough that a typing error or an attack is named and not multiplied.
+_LARGEST_SIZES: Mapping[str, int] = {
+    "hidden_size": 131_072,
+    "num_hidden_layers": 1_024,
+    "intermediate_size": 1_048_576,
+    "num_attention_heads": 1_024,
+    "num_key_value_heads": 1_024,
+    "head_dim": 4_096,
+    "vocab_size": 10_000_000,
+}
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose memory the formula cannot describe; the message names the field, what was found and what works."""
+
+
+def _whole_number(value: object, field: str, highest: int) -> int:
+    """Return `value` if it is an int from 1 to `highest`, else raise UnsupportedModelError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UnsupportedModelError(f"{field} is {str(value)[:60]!r}: must be a whole number from 1 to {highest}")
+    if not 1 <= value <= highest:
+        # A number with thousands of digits has no decimal text in Python.
+        found = str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
+        raise UnsupportedModelError(f"{field} is {found}: must be from 1 to {highest}")
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Sizes of a dense decoder with a SwiGLU MLP; each field has the name it has in a Hugging Face `config.json`.
+
+    Raises UnsupportedModelError for a size that no model has, naming the field.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field, highest in _LARGEST_SIZES.items():
+            _whole_number(getattr(self, field), field, highest)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UnsupportedModelError(
+                f"num_key_value_heads is {self.num_key_value_heads}: "
+                f"must divide num_attention_heads, which is {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> Self:
+        """Read a parsed `config.json`, or its `text_config` where the decoder is nested in a multimodal model.
+
+        Only the text decoder is described: the weights of a vision or audio tower are not counted. Norms and biases,
+        below 0.05 % of the parameters, are left out. A missing `num_key_value_heads` means one per attention head, a
+        missing `head_dim` means `hidden_size / num_attention_heads`, a missing `tie_word_embeddings` means untied.
+
+        Raises UnsupportedModelError for a mixture of experts, another architecture, or a missing or impossible size.
+        """
+        text = config.get("text_config")
+        decoder = text if isinstance(text, Mapping) else config
+        _refuse_other_architectures(decoder)
+        sizes = {field: decoder[field] for field in _LARGEST_SIZES if decoder.get(field) is not None}
+        for field in _LARGEST_SIZES:
+            if field not in sizes and field not in ("num_key_value_heads", "head_dim"):
+                raise UnsupportedModelError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
+        checked = {field: _whole_number(value, field, _LARGEST_SIZES[field]) for field, value in sizes.items()}
+        heads = checked["num_attention_heads"]
+        checked.setdefault("num_key_value_heads", heads)
+        if "head_dim" not in checked:
+            if checked["hidden_size"] % heads:
+                raise UnsupportedModelError(
+                    f"head_dim is missing and hidden_size {checked['hidden_size']} "
+                    f"is not a multiple of num_attention_heads {heads}"
+                )
+            checked["head_dim"] = checked["hidden_size"] // heads
+        tied = decoder.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        if not isinstance(tied, bool):
+            raise UnsupportedModelError(f"tie_word_embeddings is {str(tied)[:60]!r}: must be true or false")
+        return cls(model_type=str(decoder["model_type"]), tie_word_embeddings=tied, **checked)
+
+    @property
+    def projections(self) -> Mapping[str, tuple[int, int]]:
+        """Input and output features of each linear layer of one block, by name."""
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        query = self.num_attention_heads * self.head_dim
+        key = self.num_key_value_heads * self.head_dim
+        shapes = ((hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, mlp), (hidden, mlp))
+        return dict(zip(PROJECTIONS, (*shapes, (mlp, hidden)), strict=True))
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters of the blocks' linear layers: what is quantized to 4 bit."""
+        return self.num_hidden_layers * sum(inputs * outputs for inputs, outputs in self.projections.values())
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding and the output layer (one matrix when tied): what stays in 16 bit."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+
+def _refuse_other_architectures(decoder: Mapping[str, object]) -> None:
+    for field in _EXPERT_COUNTS:
+        experts = decoder.get(field)
+        if isinstance(experts, int) and experts > 1:
+            raise UnsupportedModelError(
+                f"{field} is {min(experts, 10**9)}: a mixture of experts keeps its experts in 16 bit; {_SUPPORTED}"
+            )
+    model_type = decoder.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        found = "missing" if model_type is None else repr(str(model_type)[:60])
+        raise UnsupportedModelError(f"model_type is {found}; {_SUPPORTED}")
+    activation = decoder.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedModelError(f"hidden_act is {str(activation)[:60]!r}: must be silu; {_SUPPORTED}")
