@@ -1,4 +1,6 @@
-"""Why a step stops: one exception that carries the exit code and the sentence for the user."""
+"""Why a step stops: a failure with its exit code and the sentence for the user, or a request from outside."""
+
+import threading
 
 from qlora_api.contract import ExitCode
 
@@ -35,3 +37,28 @@ def unsafe_artefact(message: str) -> StepFailure:
 def unreachable(message: str) -> StepFailure:
     """The hub, the network or a mounted object is not there (yet): worth another attempt."""
     return StepFailure(ExitCode.UNREACHABLE, message)
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to stop and has saved its state
+    """The step stopped on request after saving a checkpoint; the next attempt goes on from there (exit 143)."""
+
+    def __init__(self, training_step: int, total_steps: int) -> None:
+        super().__init__(f"interrupted at step {training_step} of {total_steps}; a checkpoint is saved")
+        self.training_step = training_step
+        self.total_steps = total_steps
+
+
+class StopRequest:
+    """Set once, by a signal handler, and asked for between pieces of work. Importing it loads nothing heavy."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Ask the step to save what it has and to stop. Safe in a signal handler; may be called again."""
+        self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody has asked."""
+        return self._event.is_set()
