@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -35,16 +36,44 @@ def timestamp(now: datetime) -> str:
     return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a step has found out so far. It goes into the result record, however the step ends."""
+
+    model_revision: str | None = None
+    memory: MemoryStatus | None = None
+    dataset: DatasetStatus | None = None
+    progress: ProgressRecord | None = None
+    """The latest, written or not."""
+
+
 class RecordWriter:
-    """Sends records to standard output, progress at most once in five seconds."""
+    """Sends records to standard output, progress at most once in five seconds, and remembers the facts for the result."""
 
     def __init__(self, stream: TextIO, monotonic: Callable[[], float]) -> None:
         self._stream = stream
         self._monotonic = monotonic
         self._next_progress = float("-inf")
+        self.facts = Facts()
+
+    def note(
+        self,
+        *,
+        model_revision: str | None = None,
+        memory: MemoryStatus | None = None,
+        dataset: DatasetStatus | None = None,
+    ) -> None:
+        """Remember what the step has found out, so that the result tells it even if the step fails afterwards."""
+        self.facts = replace(
+            self.facts,
+            model_revision=model_revision or self.facts.model_revision,
+            memory=memory or self.facts.memory,
+            dataset=dataset or self.facts.dataset,
+        )
 
     def progress(self, record: ProgressRecord, *, force: bool = False) -> None:
         """Write the record, unless one was written less than five seconds ago and `force` is not set."""
+        self.facts = replace(self.facts, progress=record)
         if not force and self._monotonic() < self._next_progress:
             return
         self._next_progress = self._monotonic() + MIN_SECONDS_BETWEEN_PROGRESS

@@ -25,6 +25,8 @@ class Mounts:
     token_file: Path = Path(contract.TOKEN_FILE)
     claims: Mapping[str, Path] = field(default_factory=dict)
     """Claims that lie elsewhere, as a laptop's `--volume CLAIM=DIR` says."""
+    config_map_folders: Mapping[str, Path] = field(default_factory=dict)
+    """ConfigMaps that lie elsewhere, as a laptop's `--config-map NAME=DIR` says: a folder with one file a key."""
 
     def volume(self, source: VolumeSource) -> Path:
         """The file or folder that a pvc:// address names. Raises StepFailure (retryable) if the claim is not mounted."""
@@ -35,7 +37,7 @@ class Mounts:
 
     def config_map(self, source: ConfigMapSource) -> Path:
         """The file of a ConfigMap's key. Raises StepFailure (retryable at first: the object may follow) if it is missing."""
-        path = self.config_maps / source.name / source.key
+        path = self.config_map_folders.get(source.name, self.config_maps / source.name) / source.key
         if not path.is_file():
             raise unreachable(
                 f"ConfigMap {source.name!r} with key {source.key!r} does not exist in the job's namespace"
