@@ -48,7 +48,7 @@ class Facts:
 
 
 class RecordWriter:
-    """Sends records to standard output, progress at most once in five seconds, and remembers the facts for the result."""
+    """Sends records to standard output, progress at most once in five seconds; remembers the facts for the result."""
 
     def __init__(self, stream: TextIO, monotonic: Callable[[], float]) -> None:
         self._stream = stream

@@ -29,14 +29,14 @@ class Mounts:
     """ConfigMaps that lie elsewhere, as a laptop's `--config-map NAME=DIR` says: a folder with one file a key."""
 
     def volume(self, source: VolumeSource) -> Path:
-        """The file or folder that a pvc:// address names. Raises StepFailure (retryable) if the claim is not mounted."""
+        """The file or folder that a pvc:// address names. Raises StepFailure (retryable) if it is not mounted."""
         root = self.claims.get(source.claim, self.volumes / source.claim)
         if not root.is_dir():
             raise unreachable(f"volume claim {source.claim!r} is not mounted at {root}")
         return root / source.path if source.path else root
 
     def config_map(self, source: ConfigMapSource) -> Path:
-        """The file of a ConfigMap's key. Raises StepFailure (retryable at first: the object may follow) if it is missing."""
+        """The file of a ConfigMap's key. Raises StepFailure (retryable: the object may follow) if it is missing."""
         path = self.config_map_folders.get(source.name, self.config_maps / source.name) / source.key
         if not path.is_file():
             raise unreachable(
@@ -70,7 +70,7 @@ class StepContext:
 
 
 def load_document(path: Path) -> QLoRAJobDocument:
-    """The job's document from the JSON file that the pod is given. Raises StepFailure with the fields that are wrong."""
+    """The job's document from the JSON file that the pod is given. Raises StepFailure with the wrong fields."""
     try:
         return QLoRAJobDocument.model_validate_json(path.read_bytes())
     except FileNotFoundError as missing:
@@ -82,7 +82,7 @@ def load_document(path: Path) -> QLoRAJobDocument:
 def explain(error: ValidationError, limit: int = 3) -> str:
     """The first `limit` problems of a validation, each with its field, as one sentence."""
     problems = [
-        f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {problem['msg'].removeprefix('Value error, ')}"
+        f"{'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg'].removeprefix('Value error, ')}"
         for problem in error.errors(include_url=False)[:limit]
     ]
     more = error.error_count() - len(problems)
