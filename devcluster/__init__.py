@@ -1,0 +1,1 @@
+"""A real single-node Kubernetes for development and tests, built from source and started without Docker."""

@@ -1,0 +1,119 @@
+"""The command line: `python -m devcluster COMMAND`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from devcluster import cleanup, cluster, images, packages, toolchain
+from devcluster.errors import ClusterError
+from devcluster.layout import Layout, from_environment
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 when it did what was asked, 1 with a message on standard error when not."""
+    options = _parser().parse_args(argv)
+    try:
+        return _run(options, from_environment())
+    except ClusterError as error:
+        print(f"devcluster: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace, layout: Layout) -> int:
+    match options.command:
+        case "build":
+            for path in toolchain.build(layout, options.names or tuple(toolchain.TOOLS)).values():
+                print(path)
+        case "path":
+            print(toolchain.build(layout, [options.name])[options.name])
+        case "up":
+            with cluster.locked(layout):
+                cluster.up(layout, options.gpus)
+            print(layout.kubeconfig)
+        case "down":
+            packages.ensure(packages.NODE)
+            with cluster.locked(layout):
+                cleanup.down(layout)
+        case "status":
+            print(cluster.status(layout))
+            return _report(cluster.trouble(layout))
+        case "leftovers":
+            return _report(cleanup.leftovers(layout))
+        case "kubeconfig":
+            print(_existing(layout.kubeconfig))
+        case "audit-log":
+            print(_existing(layout.audit_log))
+        case _:
+            return _run_image_command(options, layout)
+    return 0
+
+
+def _run_image_command(options: argparse.Namespace, layout: Layout) -> int:
+    packages.ensure(packages.IMAGE)
+    match options.command:
+        case "load":
+            with cluster.locked(layout):
+                for image in options.images:
+                    print(images.load(layout, cluster.ports_of(layout), image))
+        case "base-image":
+            print(images.base_image(layout))
+        case "image":
+            arguments = dict(pair.split("=", 1) for pair in options.build_arg)
+            images.build(layout, options.tag, options.file, options.context, arguments)
+            print(options.tag)
+    return 0
+
+
+def _report(findings: list[str]) -> int:
+    for finding in findings:
+        print(finding)
+    return 1 if findings else 0
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ClusterError(f"no {path}: start the cluster with `python -m devcluster up`")
+    return path
+
+
+def _build_argument(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number, 0 or more")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="devcluster", description="A real single-node Kubernetes, without Docker.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    build = commands.add_parser("build", help="build the programs that the cache lacks and print their paths")
+    build.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(toolchain.TOOLS)} (default: all)")
+    path = commands.add_parser("path", help="print the path of one program, built if need be")
+    path.add_argument("name", metavar="NAME")
+    up = commands.add_parser("up", help="start the cluster, or leave a healthy one alone; prints the kubeconfig's path")
+    up.add_argument("--gpus", type=_count, default=cluster.DEFAULT_GPUS, help="GPUs that the node claims (default: 2)")
+    commands.add_parser("down", help="stop the cluster and take everything it made off the machine, except caches")
+    commands.add_parser("leftovers", help="print what a cluster has on this machine; exit status 1 if anything")
+    commands.add_parser(
+        "status", help="print the programs, their logs and the node's state; exit status 1 if unhealthy"
+    )
+    commands.add_parser("kubeconfig", help="print the path of the administrator's kubeconfig")
+    commands.add_parser("audit-log", help="print the path of the API server's audit log (one JSON line per request)")
+    load = commands.add_parser("load", help="make images of buildah's storage startable by pods")
+    load.add_argument("images", nargs="+", metavar="IMAGE")
+    commands.add_parser("base-image", help="make the Debian base image and print its name")
+    image = commands.add_parser("image", help="build an image from a Dockerfile with this machine's pip configuration")
+    image.add_argument("tag", metavar="TAG")
+    image.add_argument("--file", type=Path, required=True, metavar="DOCKERFILE")
+    image.add_argument("--context", type=Path, help="folder that COPY reads from (default: the repository's root)")
+    image.add_argument("--build-arg", type=_build_argument, action="append", default=[], metavar="NAME=VALUE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Names and addresses of the cluster: change them here when they collide with a machine's own network."""
+
+import socket
+from dataclasses import dataclass, fields
+
+NODE = "devcluster"
+BRIDGE = "qlora0"
+# The bridge is also the node's and the API server's address, so nothing listens on the machine's own network.
+BRIDGE_ADDRESS = "10.244.0.1"
+POD_SUBNET = "10.244.0.0/24"
+SERVICE_SUBNET = "10.96.0.0/24"
+API_SERVICE_ADDRESS = "10.96.0.1"
+DNS_ADDRESS = "10.96.0.10"
+DNS_DOMAIN = "cluster.local"
+LOOPBACK = "127.0.0.1"
+# A chain of this prefix is ours; kube-proxy owns those that start with KUBE-.
+CHAIN_PREFIX = "QLORA-"
+GPU_RESOURCE = "nvidia.com/gpu"
+CONTAINERD_NAMESPACE = "k8s.io"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports chosen free at start; the cluster shares no fixed port with other programs."""
+
+    etcd_client: int
+    etcd_peer: int
+    api: int
+    kubelet: int
+    registry: int
+
+
+def free_ports() -> Ports:
+    """Ports free on every address at this moment; all are held until the last is chosen, so they differ."""
+    sockets: list[socket.socket] = []
+    try:
+        for _ in fields(Ports):
+            listener = socket.socket()
+            listener.bind(("", 0))
+            sockets.append(listener)
+        return Ports(*(listener.getsockname()[1] for listener in sockets))
+    finally:
+        for listener in sockets:
+            listener.close()

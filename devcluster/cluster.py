@@ -1,0 +1,169 @@
+"""Brings the cluster up in order, and tells how it is."""
+
+import datetime
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from devcluster import addons, addresses, cleanup, controlplane, images, machine, node, packages, processes, toolchain
+from devcluster.addresses import Ports
+from devcluster.errors import ClusterError
+from devcluster.kubectl import Kubectl
+from devcluster.layout import Layout
+from devcluster.processes import Record
+
+DEFAULT_GPUS = 2
+_PROGRAMS = tuple(name for name in toolchain.TOOLS if name != "helm")
+_NODE_SECONDS = 120
+_DNS_SECONDS = 120
+
+
+@contextmanager
+def locked(layout: Layout) -> Iterator[None]:
+    """Let one command at a time change the cluster; a killed command lets go by itself."""
+    layout.cache.mkdir(parents=True, exist_ok=True)
+    with layout.lock.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another devcluster command to finish")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
+    """Start the cluster and wait until its node is Ready, DNS answers and `gpus` GPUs can be scheduled.
+
+    A healthy cluster is left alone but for the number of GPUs; a broken or half-started one is removed first.
+    """
+    if os.geteuid() != 0:
+        raise ClusterError("`up` makes network devices and mounts: run it as root")
+    packages.ensure(packages.NODE)
+    if troubles := trouble(layout):
+        if layout.cluster.exists():
+            say(f"removing a cluster that is not healthy: {troubles[0]}")
+            cleanup.down(layout)
+        binaries = toolchain.build(layout, _PROGRAMS)
+        machine.refuse_conflicts()
+        # From here on `down` knows what to go back to, at whatever point this is cut short.
+        machine.observe().save(layout.before)
+        _Start(layout, binaries).everything()
+    kubectl = kubectl_of(layout)
+    addons.set_gpus(kubectl, gpus)
+    _wait(layout, lambda: addons.gpus(kubectl) == gpus, _NODE_SECONDS, f"the scheduler to see {gpus} GPUs", "kubelet")
+    layout.ready.touch()
+
+
+class _Start:
+    """One run of `up`: the programs already started die loudly while later ones are waited for."""
+
+    def __init__(self, layout: Layout, binaries: dict[str, Path]) -> None:
+        self._layout = layout
+        self._binaries = binaries
+        self._began = time.monotonic()
+
+    def everything(self) -> None:
+        layout = self._layout
+        layout.cluster.mkdir(parents=True, exist_ok=True, mode=0o700)
+        ports = addresses.free_ports()
+        layout.ports.write_text(json.dumps(asdict(ports)))
+        settings = controlplane.Settings(layout.cluster, addresses.BRIDGE_ADDRESS, ports, self._binaries, node=True)
+        controlplane.write_credentials(settings, datetime.datetime.now(datetime.UTC))
+        node.set_up_network()
+        plane = controlplane.start_api(settings, self._program)
+        controlplane.start_controllers(settings, self._program)
+        self._say("API server ready")
+        busybox, coredns = self._images(ports)
+        node.start_kubelet(layout, ports, self._program)
+        node.start_kube_proxy(layout, self._program)
+        addons.apply_dns(plane.kubectl, coredns)
+        addons.start_storage(layout, plane.kubectl, self._program, busybox)
+        _wait(layout, lambda: node_is_ready(plane.kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")
+        self._say("node Ready")
+        _wait(layout, addons.dns_works, _DNS_SECONDS, "the cluster's DNS", "kubelet")
+        self._say("DNS answers")
+
+    def _images(self, ports: Ports) -> tuple[str, str]:
+        busybox = images.busybox_image()
+        coredns = images.program_image(self._binaries["coredns"])
+        images.start_registry(self._layout, ports, self._program)
+        node.start_containerd(self._layout, self._program, busybox)
+        # Left by a containerd that was killed: its content outlives the cluster, its containers must not.
+        node.remove_containers(self._layout)
+        for image in (busybox, images.BUSYBOX_NAME, coredns):
+            images.load(self._layout, ports, image)
+        return busybox, coredns
+
+    def _program(self, name: str, arguments: Sequence[str]) -> Record:
+        argv: list[str | Path] = [self._binaries.get(name, Path(name)), *arguments]
+        return processes.start(name, argv, directory=self._layout.records, log=self._layout.log(name))
+
+    def _say(self, what: str) -> None:
+        say(f"{what} after {time.monotonic() - self._began:.1f} s")
+
+
+def trouble(layout: Layout) -> list[str]:
+    """Why the cluster is not healthy, one line each; empty when it is."""
+    if not layout.cluster.exists():
+        return ["there is no cluster; start one with `python -m devcluster up`"]
+    found = [] if layout.ready.exists() else ["the last `up` did not finish"]
+    known = {record.name: record for record in processes.records(layout.records)}
+    for name in _expected():
+        if name not in known or not processes.alive(known[name]):
+            found.append(f"{name} is not running; its log is {layout.log(name)}")
+    if not found and not node_is_ready(kubectl_of(layout)):
+        found.append(f"the node is not Ready; see {layout.log('kubelet')}")
+    return found
+
+
+def status(layout: Layout) -> str:
+    """A table of programs, their pids and logs, and the node's state."""
+    known = {record.name: record for record in processes.records(layout.records)}
+    lines = []
+    for name in _expected():
+        running = name in known and processes.alive(known[name])
+        pid = str(known[name].pid) if running else "-"
+        lines.append(f"{name:24} {'running' if running else 'stopped':8} {pid:>8}  {layout.log(name)}")
+    if not trouble(layout):
+        kubectl = kubectl_of(layout)
+        lines.append(f"node {addresses.NODE} is Ready and offers {addons.gpus(kubectl)} {addresses.GPU_RESOURCE}")
+    return "\n".join(lines)
+
+
+def ports_of(layout: Layout) -> Ports:
+    """The running cluster's ports; raises ClusterError when there is none."""
+    if not layout.ports.exists():
+        raise ClusterError("there is no cluster; start one with `python -m devcluster up`")
+    return Ports(**json.loads(layout.ports.read_text()))
+
+
+def kubectl_of(layout: Layout) -> Kubectl:
+    return Kubectl(toolchain.binary(layout, "kubectl"), layout.kubeconfig)
+
+
+def node_is_ready(kubectl: Kubectl) -> bool:
+    try:
+        conditions = kubectl.get("node", addresses.NODE)["status"].get("conditions", [])
+    except ClusterError:
+        return False  # not registered yet
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+
+
+def say(what: str) -> None:
+    """Tell the person who waits; standard output is kept for answers."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def _expected() -> list[str]:
+    return [*(name for name in _PROGRAMS if name not in ("kubectl", "coredns")), "containerd", "docker-registry"]
+
+
+def _wait(layout: Layout, condition: processes.Condition, seconds: float, what: str, suspect: str) -> None:
+    needs = list(processes.records(layout.records))
+    processes.until(condition, seconds, what, layout.log(suspect), needs, layout.log)

