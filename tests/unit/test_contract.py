@@ -1,0 +1,90 @@
+"""Records and exit codes: what one side writes the other reads, and nothing else passes for it."""
+
+import json
+
+import pytest
+
+from qlora_api.contract import (
+    MAX_PROGRESS_BYTES,
+    MAX_RESULT_BYTES,
+    PERMANENT_EXIT_CODES,
+    ExitCode,
+    ProgressRecord,
+    ResultRecord,
+    decode_record,
+    encode_record,
+)
+
+OURS = {"job_uid": "job-1", "pod_uid": "pod-1"}
+TIME = "2026-01-02T03:04:05Z"
+PROGRESS = ProgressRecord(**OURS, step="train", time=TIME, training_step=3, total_steps=10, loss=1.25)
+RESULT = ResultRecord(
+    **OURS, step="train", time=TIME, attempt=2, outcome="failed", exit_code=14, reason="Diverged", message="loss is NaN"
+)
+
+
+@pytest.mark.parametrize("record", [PROGRESS, RESULT], ids=["progress", "result"])
+def test_a_record_survives_the_way_through_the_log(record: ProgressRecord | ResultRecord) -> None:
+    line = encode_record(record)
+    assert "\n" not in line
+    assert decode_record(line, **OURS) == record
+
+
+def test_unknown_fields_of_a_newer_trainer_are_ignored() -> None:
+    line = json.dumps(json.loads(encode_record(PROGRESS)) | {"fromTheFuture": 1})
+    assert decode_record(line, **OURS) == PROGRESS
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "Loading weights: 100%",
+        "{",
+        "[1, 2]",
+        '{"kind":"progress"}',
+        encode_record(PROGRESS).replace("job-1", "job-2"),
+        encode_record(PROGRESS).replace("pod-1", "pod-2"),
+        encode_record(PROGRESS).replace("1.25", "NaN"),
+        encode_record(PROGRESS).replace("1.25", "1e999"),
+        encode_record(PROGRESS).replace('"trainingStep":3', '"trainingStep":-3'),
+        encode_record(RESULT).replace("loss is NaN", "x" * 2000),
+        "{" + " " * MAX_RESULT_BYTES + encode_record(PROGRESS)[1:],
+    ],
+)
+def test_a_line_that_is_no_record_of_this_job_and_pod_is_ignored(line: str) -> None:
+    assert decode_record(line, **OURS) is None
+
+
+def test_numbers_that_json_has_not_cannot_be_reported() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        ProgressRecord(**OURS, step="train", time=TIME, loss=float("nan"))
+
+
+def test_a_record_never_exceeds_what_the_kubelet_keeps() -> None:
+    big = PROGRESS.model_copy(update={"activity": "x" * MAX_PROGRESS_BYTES})
+    with pytest.raises(ValueError, match="larger than the 1024 bytes"):
+        encode_record(big)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "permanent"),
+    [
+        (0, "Done", False),
+        (10, "BadConfiguration", True),
+        (11, "BadDataset", True),
+        (12, "ModelUnavailable", True),
+        (13, "GPUOutOfMemory", True),
+        (14, "Diverged", True),
+        (15, "UnsafeArtefact", True),
+        (16, "StorageFull", True),
+        (17, "DoesNotFit", True),
+        (18, "RetriesExhausted", True),
+        (143, "Interrupted", False),
+        (200, "Unreachable", False),
+        (203, "InternalError", False),
+    ],
+)
+def test_exit_codes_keep_their_meaning(code: int, reason: str, permanent: bool) -> None:
+    assert (ExitCode(code).reason, ExitCode(code).permanent) == (reason, permanent)
+    assert (code in PERMANENT_EXIT_CODES) == permanent
