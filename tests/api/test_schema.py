@@ -1,0 +1,174 @@
+"""The API server alone, with the operator switched off, takes good manifests and refuses bad ones with a reason."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from devcluster.controlplane import ControlPlane
+from devcluster.errors import ClusterError
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from tests.manifests import FULL, MINIMAL, Manifest, with_value, without
+
+
+def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> Manifest:
+    flags = ["--dry-run=server"] if dry_run else []
+    answer = plane.kubectl("apply", *flags, "--output=json", "--filename=-", input_text=json.dumps(manifest))
+    applied: Manifest = json.loads(answer)
+    return applied
+
+
+@pytest.mark.parametrize("manifest", [MINIMAL, FULL], ids=["minimal", "full"])
+def test_a_good_manifest_is_taken_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
+    applied = apply(plane, manifest)
+    document = QLoRAJobDocument.model_validate(
+        {key: applied[key] for key in ("apiVersion", "kind", "metadata", "spec")}
+    )
+    assert document.spec == QLoRAJobDocument.model_validate(manifest).spec
+
+
+def test_the_server_fills_in_the_defaults_of_the_models(plane: ControlPlane) -> None:
+    assert apply(plane, MINIMAL)["spec"] == QLoRAJobDocument.model_validate(MINIMAL).spec.dump()
+
+
+REFUSED = {
+    "no spec": (without(MINIMAL, "spec"), "spec: Required value"),
+    "no model": (without(MINIMAL, "spec.model"), "spec.model: Required value"),
+    "wrong type": (with_value(MINIMAL, "spec.lora.rank", "sixteen"), "spec.lora.rank"),
+    "fractional epochs": (with_value(MINIMAL, "spec.training.epochs", 1.5), "spec.training.epochs"),
+    "a list for a number": (with_value(MINIMAL, "spec.lora.rank", [1]), "spec.lora.rank"),
+    "unknown field": (
+        with_value(MINIMAL, "spec.training.learningRat", 1e-4),
+        'unknown field "spec.training.learningRat"',
+    ),
+    "unknown enum value": (with_value(MINIMAL, "spec.training.scheduler", "cosin"), 'supported values: "constant"'),
+    "epochs and maxSteps": (
+        with_value(MINIMAL, "spec.training", {"epochs": 1, "maxSteps": 10}),
+        "spec.training: Invalid value: set only one of epochs and maxSteps",
+    ),
+    "eval source and fraction": (
+        with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://a/b.jsonl", "fraction": 0.1}),
+        "spec.dataset.eval: Invalid value: set exactly one of source and fraction",
+    ),
+    "eval empty": (with_value(MINIMAL, "spec.dataset.eval", {}), "set exactly one of source and fraction"),
+    "long name": (with_value(MINIMAL, "metadata.name", "a" * 46), "at most 45 characters"),
+    "dotted name": (with_value(MINIMAL, "metadata.name", "a.b"), "one DNS label"),
+    "huge string": (
+        with_value(MINIMAL, "spec.model.source", "hf://org/" + "a" * 100_000),
+        "spec.model.source: Too long",
+    ),
+    "huge list": (
+        with_value(MINIMAL, "spec.lora.targetModules", [f"m{number}" for number in range(1000)]),
+        "spec.lora.targetModules: Too many",
+    ),
+    "zero learning rate": (with_value(MINIMAL, "spec.training.learningRate", 0), "spec.training.learningRate"),
+    "unknown scheme": (
+        with_value(MINIMAL, "spec.model.source", "s3://bucket/model"),
+        "must be hf://ORG/NAME or pvc://CLAIM",
+    ),
+    "path traversal": (with_value(MINIMAL, "spec.dataset.source", "pvc://data/../x.jsonl"), "a path has no '..'"),
+    "model from a config map": (with_value(MINIMAL, "spec.model.source", "configMap://a/b"), "spec.model.source"),
+    "claim and size": (
+        with_value(MINIMAL, "spec.workspace", {"claimName": "mine", "size": "1Gi"}),
+        "set either claimName, or size, storageClassName and accessModes",
+    ),
+    "claim of the user deleted": (
+        with_value(
+            with_value(MINIMAL, "spec.workspace", {"claimName": "mine", "retain": False}),
+            "spec.output.destination",
+            "pvc://a/b",
+        ),
+        "it cannot go with claimName",
+    ),
+    "adapter deleted with the job": (
+        with_value(MINIMAL, "spec.workspace.retain", False),
+        "workspace.retain: false would delete the adapter",
+    ),
+    "bad quantity": (with_value(MINIMAL, "spec.resources.memory", "much"), "spec.resources.memory"),
+    "bad sha256": (with_value(MINIMAL, "spec.dataset.sha256", "abc"), "spec.dataset.sha256"),
+    "namespace in a reference": (
+        with_value(MINIMAL, "spec.model.tokenSecretRef", {"name": "a", "namespace": "kube-system"}),
+        'unknown field "spec.model.tokenSecretRef.namespace"',
+    ),
+    "long label key": (
+        with_value(MINIMAL, "spec.scheduling.nodeSelector", {"k" * 400: "v"}),
+        "a label key has at most 317 characters",
+    ),
+}
+
+
+@pytest.mark.parametrize(("manifest", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_manifest_is_refused_with_the_field_named(plane: ControlPlane, manifest: Manifest, message: str) -> None:
+    with pytest.raises(ClusterError) as refusal:
+        apply(plane, manifest)
+    assert message in str(refusal.value)
+
+
+# The server coerces nothing, pydantic some; both must refuse these, so that `qlora run` and `kubectl apply` agree.
+@pytest.mark.parametrize("manifest", [manifest for manifest, _ in REFUSED.values()], ids=REFUSED)
+def test_the_models_refuse_what_the_server_refuses(manifest: Manifest) -> None:
+    with pytest.raises(ValidationError):
+        QLoRAJobDocument.model_validate(manifest)
+
+
+CHANGES = {
+    "model": with_value(FULL, "spec.model.revision", "v2.0"),
+    "dataset": with_value(FULL, "spec.dataset.maxSamples", 1001),
+    "quantization": with_value(FULL, "spec.quantization.type", "fp4"),
+    "lora": with_value(FULL, "spec.lora.rank", 8),
+    "training": with_value(FULL, "spec.training.seed", 8),
+    "training removed": without(FULL, "spec.training"),
+    "output": without(with_value(FULL, "spec.workspace.retain", True), "spec.output"),
+    "workspace": with_value(FULL, "spec.workspace.size", "200Gi"),
+    "resources": without(FULL, "spec.resources.gpuMemory"),
+    "scheduling": with_value(FULL, "spec.scheduling.profile", "small"),
+    "retry": with_value(FULL, "spec.retry.maxFailures", 2),
+    "optional field added": with_value(FULL, "spec.dataset.revision", "main"),
+}
+
+
+@pytest.fixture(scope="module")
+def created(plane: ControlPlane) -> None:
+    apply(plane, FULL, dry_run=False)
+
+
+@pytest.mark.usefixtures("created")
+@pytest.mark.parametrize("manifest", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_a_created_job_is_refused_with_what_to_do(plane: ControlPlane, manifest: Manifest) -> None:
+    with pytest.raises(ClusterError, match=r"spec\.\w+ cannot be changed once the job exists: delete the QLoRAJob"):
+        apply(plane, manifest)
+
+
+@pytest.mark.usefixtures("created")
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        with_value(FULL, "spec.suspend", False),
+        with_value(FULL, "spec.activeDeadlineSeconds", 60),
+        without(FULL, "spec.activeDeadlineSeconds"),
+        with_value(FULL, "spec.cleanupAfterSeconds", 60),
+        with_value(FULL, "metadata.labels", {"team": "a"}),
+    ],
+    ids=["suspend", "deadline", "deadline removed", "cleanup", "labels"],
+)
+def test_what_may_change_may_change(plane: ControlPlane, manifest: Manifest) -> None:
+    apply(plane, manifest)
+
+
+@pytest.mark.usefixtures("created")
+def test_a_job_that_no_operator_has_seen_reads_as_in_progress(plane: ControlPlane) -> None:
+    job = plane.kubectl.get("qj", "full")
+    assert job["status"]["observedGeneration"] == -1
+
+
+@pytest.mark.usefixtures("created")
+def test_jobs_can_be_selected_by_model(plane: ControlPlane) -> None:
+    found = plane.kubectl.get("qlora", "--field-selector=spec.model.source=hf://org/model")
+    assert [item["metadata"]["name"] for item in found["items"]] == ["full"]
+
+
+def test_kubectl_explain_reads_like_documentation(plane: ControlPlane) -> None:
+    section = plane.kubectl("explain", "qlorajob.spec.training")
+    assert "gradientAccumulationSteps\t<integer>" in section
+    assert "Micro batches in one optimizer step. Costs no memory." in section
+    assert "1e-4 is advised above 13B" in plane.kubectl("explain", "qlorajob.spec.training.learningRate")

@@ -1,0 +1,94 @@
+"""QLoRAJob manifests for tests, as plain objects."""
+
+import copy
+from typing import Any
+
+Manifest = dict[str, Any]
+
+MINIMAL: Manifest = {
+    "apiVersion": "qlora.dev/v1alpha1",
+    "kind": "QLoRAJob",
+    "metadata": {"name": "tune", "namespace": "default"},
+    "spec": {"model": {"source": "hf://org/model"}, "dataset": {"source": "pvc://data/train.jsonl"}},
+}
+
+FULL: Manifest = {
+    "apiVersion": "qlora.dev/v1alpha1",
+    "kind": "QLoRAJob",
+    "metadata": {"name": "full", "namespace": "default"},
+    "spec": {
+        "model": {
+            "source": "hf://org/model",
+            "revision": "v1.0",
+            "tokenSecretRef": {"name": "hub", "key": "read-token"},
+        },
+        "dataset": {
+            "source": "configMap://rows/train.jsonl",
+            "format": "instruction",
+            "columns": {"instruction": "question", "output": "answer"},
+            "eval": {"fraction": 0.1},
+            "maxSamples": 1000,
+            "sha256": "0" * 64,
+        },
+        "quantization": {"type": "nf4", "doubleQuant": True},
+        "lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "targetModules": ["q_proj", "v_proj"], "dtype": "bfloat16"},
+        "training": {
+            "maxSteps": 100,
+            "microBatchSize": 2,
+            "gradientAccumulationSteps": 8,
+            "learningRate": 1e-4,
+            "scheduler": "cosine",
+            "warmupSteps": 10,
+            "weightDecay": 0.01,
+            "maxGradNorm": 1.0,
+            "optimizer": "paged_adamw_8bit",
+            "maxSequenceLength": 1024,
+            "packing": False,
+            "trainOn": "all",
+            "gradientCheckpointing": False,
+            "evalEverySteps": 10,
+            "saveEverySteps": 20,
+            "seed": 7,
+        },
+        "output": {"destination": "pvc://adapters/team/full"},
+        "workspace": {
+            "size": "100Gi",
+            "storageClassName": "fast",
+            "accessModes": ["ReadWriteOnce"],
+            "retain": False,
+        },
+        "resources": {"gpuMemory": 24, "cpu": "8", "memory": "32Gi"},
+        "scheduling": {
+            "profile": "large",
+            "priorityClassName": "low",
+            "nodeSelector": {"zone": "a"},
+            "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        },
+        "retry": {"maxFailures": 1, "maxDisruptions": 5},
+        "suspend": True,
+        "activeDeadlineSeconds": 3600,
+        "cleanupAfterSeconds": 0,
+    },
+}
+
+
+def with_value(manifest: Manifest, path: str, value: object) -> Manifest:
+    """A copy of the manifest in which the field at the dotted path has the value; objects on the way are made."""
+    result = copy.deepcopy(manifest)
+    *parents, last = path.split(".")
+    node = result
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
+    return result
+
+
+def without(manifest: Manifest, path: str) -> Manifest:
+    """A copy of the manifest that lacks the field at the dotted path."""
+    result = copy.deepcopy(manifest)
+    *parents, last = path.split(".")
+    node = result
+    for parent in parents:
+        node = node[parent]
+    del node[last]
+    return result

@@ -1,0 +1,26 @@
+"""Waits for a condition instead of an amount of time."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def eventually(probe: Callable[[], T], *, seconds: float, every: float = 0.5, what: str = "") -> T:
+    """The first truthy answer of `probe`. Raises AssertionError with the last answer or error if none comes in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        failure: Exception | None = None
+        answer: T | None = None
+        try:
+            answer = probe()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown if it does not go away
+            failure = error
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(
+                f"{what or 'the condition'} did not come true in {seconds:.0f} s: {failure or answer!r}"
+            )
+        time.sleep(every)
