@@ -1,0 +1,66 @@
+# Every target installs what it needs, the first time and only then.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+UV_VERSION := 0.13.9
+CACHE := $(or $(QLORA_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-operator)
+UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+DEVCLUSTER := $(PYTHON) -m devcluster
+
+export UV_PYTHON_DOWNLOADS := never
+export QLORA_CACHE := $(CACHE)
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: $(VENV)/.synced ## Fine-tune a real model on a real Kubernetes (CLUSTER=current: on your own)
+	@$(PYTHON) -m examples.demo $(if $(CLUSTER),--cluster $(CLUSTER)) $(DEMO_OPTIONS)
+
+.PHONY: test
+test: check ## Run every test: unit, trainer, API, cluster
+	@$(PYTHON) -m pytest --durations=15 tests/devcluster tests/trainer tests/api tests/cluster
+
+.PHONY: check
+check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests: seconds
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@$(PYTHON) -m pytest -q tests/unit
+
+.PHONY: generate
+generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition and the chart's copy
+	@$(PYTHON) crds/generate.py
+
+.PHONY: images
+images: $(VENV)/.synced ## Build the operator's and the trainer's image
+	@$(DEVCLUSTER) images
+
+.PHONY: cluster-up
+cluster-up: $(VENV)/.synced ## Start the embedded Kubernetes
+	@$(DEVCLUSTER) up
+
+.PHONY: cluster-down
+cluster-down: $(VENV)/.synced ## Stop it and leave nothing behind
+	@$(DEVCLUSTER) down
+
+.PHONY: kubeconfig
+kubeconfig: $(VENV)/.synced ## Print the path of its kubeconfig
+	@$(DEVCLUSTER) kubeconfig
+
+$(UV):
+	@echo "Installing uv $(UV_VERSION)"
+	@python3 -c 'import ensurepip' 2>/dev/null || { apt-get update -qq; apt-get install -y -qq python3-venv; }
+	@python3 -m venv $(CACHE)/uv-$(UV_VERSION)
+	@$(CACHE)/uv-$(UV_VERSION)/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.synced: $(UV) pyproject.toml uv.lock
+	@echo "Installing the Python environment (6 GB with PyTorch; once)"
+	@$(UV) sync --locked --extra dev --python '>=3.11,<3.14'
+	@touch $@
