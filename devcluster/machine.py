@@ -42,7 +42,10 @@ DIRECTORIES = (
     "/var/lib/kubelet",
 )
 _TABLES = {"iptables": "iptables-save", "ip6tables": "ip6tables-save"}
-_OURS = re.compile(rf"(KUBE-|{addresses.CHAIN_PREFIX})")
+_PREFIX = f"(KUBE-|{addresses.CHAIN_PREFIX})"
+_CHAIN = re.compile(rf":(?P<name>{_PREFIX}\S*)")
+_RULE = re.compile(f"-A {_PREFIX}")
+_JUMP = re.compile(f" -[jg] {_PREFIX}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def firewall() -> dict[str, str]:
 
 def our_rules(saved: str) -> list[str]:
     """Lines of iptables-save that declare, use or jump to chains of kube-proxy or of this cluster."""
-    return [line for line in saved.splitlines() if not line.startswith("#") and _OURS.search(line)]
+    return [line for line in saved.splitlines() if _CHAIN.match(line) or _RULE.match(line) or _JUMP.search(line)]
 
 
 def rule_removal(saved: str) -> str:
@@ -138,9 +141,9 @@ def rule_removal(saved: str) -> str:
     for line in saved.splitlines():
         if line.startswith("*"):
             table, chains, jumps = line, [], []
-        elif line.startswith(":") and _OURS.match(line[1:]):
-            chains.append(line[1:].split(" ")[0])
-        elif line.startswith("-A ") and not _OURS.match(line[3:]) and _OURS.search(line):
+        elif chain := _CHAIN.match(line):
+            chains.append(chain["name"])
+        elif _JUMP.search(line) and not _RULE.match(line):
             jumps.append(line)
         elif line == "COMMIT" and (chains or jumps):
             output += [table, *(f":{chain} - [0:0]" for chain in chains)]  # naming a chain here empties it

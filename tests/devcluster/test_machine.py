@@ -1,0 +1,69 @@
+"""What is taken off the machine is ours and nothing else."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from devcluster import layout, machine
+from devcluster.errors import ClusterError
+
+FOREIGN = """*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A DOCKER-USER -i eth0 -m comment --comment "not KUBE-FORWARD at all" -j DROP
+COMMIT
+"""
+MIXED = """*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER-USER - [0:0]
+:KUBE-FORWARD - [0:0]
+:QLORA-FORWARD - [0:0]
+-A FORWARD -j QLORA-FORWARD
+-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD
+-A FORWARD -j DOCKER-USER
+-A DOCKER-USER -i eth0 -m comment --comment "not KUBE-FORWARD at all" -j DROP
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A QLORA-FORWARD -i qlora0 -j KUBE-FORWARD
+COMMIT
+"""
+
+
+def in_network_namespace(script: str) -> subprocess.CompletedProcess[str]:
+    """A namespace of its own, so the machine's rules are neither read nor changed."""
+    command = ["unshare", "--map-root-user", "--net", "sh", "-euc", script]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_removal_leaves_exactly_the_rules_of_others(tmp_path: Path) -> None:
+    if in_network_namespace("iptables-save").returncode != 0:
+        pytest.skip("needs iptables and the right to make a network namespace")
+    (tmp_path / "mixed").write_text(MIXED)
+    (tmp_path / "removal").write_text(machine.rule_removal(MIXED))
+    done = in_network_namespace(
+        f"iptables-restore < {tmp_path}/mixed; iptables-restore --noflush < {tmp_path}/removal; iptables-save"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line[0] != "#"] == FOREIGN.splitlines()
+
+
+def test_foreign_rules_give_nothing_to_remove() -> None:
+    assert machine.rule_removal(FOREIGN) == ""
+    assert machine.our_rules(FOREIGN) == []
+
+
+def test_a_snapshot_survives_being_written(tmp_path: Path) -> None:
+    before = machine.Machine({"vm/overcommit_memory": "0"}, ["eth0"], [], ["/run/netns"], ["/"])
+    before.save(tmp_path / "before.json")
+    assert machine.load(tmp_path / "before.json") == before
+    assert machine.load(tmp_path / "none.json") is None
+
+
+def test_a_cache_folder_too_deep_for_sockets_is_refused() -> None:
+    with pytest.raises(ClusterError, match="at most 60: set QLORA_CACHE to a shorter path"):
+        layout.from_environment({"QLORA_CACHE": "/" + "x" * 60})
