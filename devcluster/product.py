@@ -1,0 +1,132 @@
+"""Puts the operator of this checkout into a cluster: images named by their content, and the chart with real Helm."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from devcluster import cluster, images, packages, toolchain
+from devcluster.errors import ClusterError
+from devcluster.layout import Layout
+from devcluster.processes import run
+
+ROOT = Path(__file__).parent.parent
+CHART = ROOT / "helm" / "qlora-operator"
+NAMESPACE = "qlora-system"
+RELEASE = "qlora-operator"
+
+_SHARED_SOURCES = ("pyproject.toml", "uv.lock", "README.md", "crds/qlora_api", "cli/qlora_cli")
+_PACKAGES = ("operator/qlora_operator", "trainer_image/qlora_trainer")
+_DOCKERFILES = {
+    "qlora-operator": ROOT / "operator" / "Dockerfile",
+    "qlora-trainer": ROOT / "trainer_image" / "Dockerfile",
+}
+
+# One small machine that plays a GPU node: it computes on the CPU and leaves room for the cluster itself.
+_SMALL = {"cpu": "100m", "memory": "4Gi"}
+SMALL_MACHINE: dict[str, Any] = {
+    "profiles": {
+        "default": {
+            "device": "cpu",
+            "workspace": {"size": "2Gi"},
+            "resources": {"prepare": _SMALL, "train": {"cpu": "500m", "memory": "6Gi"}, "publish": _SMALL},
+            "terminationGracePeriodSeconds": 120,
+        }
+    }
+}
+
+# The same for a cluster that need not have a GPU, real or played. Null takes the chart's default away.
+ANY_MACHINE: dict[str, Any] = {
+    "profiles": {"default": {**SMALL_MACHINE["profiles"]["default"], "gpuResource": None}},
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Full names, with tag, of the two images."""
+
+    operator: str
+    trainer: str
+
+
+def image_name(name: str) -> str:
+    """`localhost/<name>:<key>`, the key being a digest of everything that goes into the image."""
+    digest = hashlib.sha256(_DOCKERFILES[name].read_bytes())
+    for source in (*_SHARED_SOURCES, *_PACKAGES):
+        for path in sorted(_files(ROOT / source)):
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return f"localhost/{name}:{digest.hexdigest()[:12]}"
+
+
+def build_images(layout: Layout) -> Images:
+    """Build both images unless buildah has them already."""
+    packages.ensure(packages.IMAGE)
+    built = {name: image_name(name) for name in _DOCKERFILES}
+    for name, full_name in built.items():
+        if not images.exists(full_name):
+            print(f"building {full_name}", file=sys.stderr, flush=True)
+            images.build(layout, full_name, _DOCKERFILES[name], None, {})
+    return Images(built["qlora-operator"], built["qlora-trainer"])
+
+
+def load_images(layout: Layout, product: Images) -> None:
+    """Bring both images to the embedded cluster's container runtime."""
+    with cluster.locked(layout):
+        for image in (product.operator, product.trainer):
+            print(f"loading {image}", file=sys.stderr, flush=True)
+            images.load(layout, cluster.ports_of(layout), image)
+
+
+def install(layout: Layout, kubeconfig: Path, product: Images, values: Mapping[str, Any] = SMALL_MACHINE) -> None:
+    """Install or upgrade the chart and wait until the operator is ready. Raises ClusterError with Helm's words."""
+    helm = toolchain.build(layout, ["helm"])["helm"]
+    _restricted_namespace(layout, kubeconfig, NAMESPACE)
+    arguments = ["upgrade", RELEASE, str(CHART), "--install", "--namespace", NAMESPACE, "--values", "-"]
+    chosen = _merge(_image_values(product), values)
+    run(
+        [helm, "--kubeconfig", kubeconfig, *arguments, "--wait", "--timeout", "5m"],
+        input_text=json.dumps(chosen),
+        seconds=360,
+    )
+
+
+def uninstall(layout: Layout, kubeconfig: Path) -> None:
+    """Remove the release; the CustomResourceDefinition and the jobs stay, as the chart promises."""
+    helm = toolchain.build(layout, ["helm"])["helm"]
+    run([helm, "--kubeconfig", kubeconfig, "uninstall", RELEASE, "--namespace", NAMESPACE, "--wait"], seconds=300)
+
+
+def _image_values(product: Images) -> dict[str, Any]:
+    operator_repository, _, operator_tag = product.operator.rpartition(":")
+    trainer_repository, _, trainer_tag = product.trainer.rpartition(":")
+    return {
+        "image": {"repository": operator_repository, "tag": operator_tag},
+        "trainer": {"image": {"repository": trainer_repository, "tag": trainer_tag}},
+    }
+
+
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in override.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _restricted_namespace(layout: Layout, kubeconfig: Path, name: str) -> None:
+    kubectl = toolchain.build(layout, ["kubectl"])["kubectl"]
+    namespace = {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
+    }
+    run([kubectl, "--kubeconfig", kubeconfig, "apply", "--filename=-"], input_text=json.dumps(namespace))
+
+
+def _files(path: Path) -> Iterable[Path]:
+    if path.is_file():
+        return [path]
+    return [file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts]

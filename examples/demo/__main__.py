@@ -1,0 +1,189 @@
+"""The demo: a real Kubernetes fine-tunes a real model through a QLoRAJob; answers before and after are scored."""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from devcluster import cluster, layout, product, toolchain
+from devcluster.errors import ClusterError
+from devcluster.files import file_pod
+from devcluster.kubectl import Kubectl
+from devcluster.product import Images
+
+HERE = Path(__file__).parent
+MANIFEST = HERE.parent / "demo.yaml"
+NAMESPACE = "demo"
+JOB = "demo"
+INPUTS = "demo-inputs"
+LONGEST_RUN_SECONDS = 1800
+
+
+def main() -> int:
+    """Run the demo; the exit status says whether the adapter is there, verified, and better than the base model."""
+    options = _parser().parse_args()
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - started), 60)
+        print(f"\n[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+
+    try:
+        kubectl, images = _cluster(options, say)
+        say("Putting the model and the data set on a volume")
+        model = _model()
+        _inputs(kubectl, images.trainer, model)
+        say(f"kubectl apply -f {MANIFEST.relative_to(HERE.parent.parent)}")
+        _delete_job(kubectl)
+        kubectl("apply", "--filename", str(MANIFEST))
+        say("kubectl get qlorajobs --watch")
+        job = _follow(kubectl)
+        say("kubectl get qlorajob demo --output wide")
+        print(kubectl("get", "qlorajob", JOB, f"--namespace={NAMESPACE}", "--output=wide"), end="")
+        output = _fetch(kubectl, images.trainer, job, options.output)
+        say("Asking the base model and the tuned model what neither has seen")
+        return _evaluate(model, output)
+    except ClusterError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--cluster", choices=["embedded", "current"], default="embedded")
+    parser.add_argument("--operator-image", help="with --cluster current: an image that the cluster can pull")
+    parser.add_argument("--trainer-image", help="with --cluster current: an image that the cluster can pull")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="folder for the adapter and the report"
+    )
+    return parser
+
+
+def _cluster(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[Kubectl, Images]:
+    where = layout.from_environment()
+    values = product.SMALL_MACHINE
+    if options.cluster == "current":
+        if not (options.operator_image and options.trainer_image):
+            raise ClusterError(
+                "CLUSTER=current needs images that your cluster can pull: "
+                "DEMO_OPTIONS='--operator-image NAME:TAG --trainer-image NAME:TAG'"
+            )
+        kubeconfig = Path(os.environ.get("KUBECONFIG", Path.home() / ".kube" / "config"))
+        images = Images(options.operator_image, options.trainer_image)
+        values = product.ANY_MACHINE if not options.gpu else {}
+    else:
+        say("Starting the embedded Kubernetes (the first time its programs are built, about ten minutes)")
+        with cluster.locked(where):
+            cluster.up(where, cluster.DEFAULT_GPUS)
+        kubeconfig = where.kubeconfig
+        say("Building the images (the first time with PyTorch, some minutes)")
+        images = product.build_images(where)
+        product.load_images(where, images)
+    say("helm upgrade --install qlora-operator")
+    product.install(where, kubeconfig, images, values)
+    return Kubectl(toolchain.build(where, ["kubectl"])["kubectl"], kubeconfig), images
+
+
+def _model() -> Path:
+    """The demo's model folder, made once and kept in the cache."""
+    maker = HERE / "model.py"
+    key = hashlib.sha256(maker.read_bytes()).hexdigest()[:12]
+    folder = layout.from_environment().cache / f"demo-model-{key}"
+    if not folder.exists():
+        unfinished = folder.with_suffix(".unfinished")
+        subprocess.run([sys.executable, maker, unfinished], check=True)
+        unfinished.rename(folder)
+    return folder
+
+
+def _inputs(kubectl: Kubectl, image: str, model: Path) -> None:
+    namespace = {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
+    }
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": INPUTS, "namespace": NAMESPACE},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+    }
+    for manifest in (namespace, claim):
+        kubectl("apply", "--filename=-", input_text=json.dumps(manifest))
+    with file_pod(kubectl, NAMESPACE, INPUTS, image) as pod:
+        pod.put(model, "model")
+        for name in ("train.jsonl", "held-out.jsonl"):
+            pod.put(HERE / name, name)
+
+
+def _delete_job(kubectl: Kubectl) -> None:
+    kubectl("delete", "qlorajob", JOB, f"--namespace={NAMESPACE}", "--ignore-not-found", "--wait")
+
+
+def _follow(kubectl: Kubectl) -> dict[str, object]:
+    """Show what a user sees until the job has ended; the finished resource. Raises ClusterError if it failed."""
+    base = [
+        kubectl.program,
+        "--kubeconfig",
+        kubectl.kubeconfig,
+        "get",
+        "qlorajobs",
+        f"--namespace={NAMESPACE}",
+        "--watch",
+    ]
+    watch = subprocess.Popen(base)
+    deadline = time.monotonic() + LONGEST_RUN_SECONDS
+    try:
+        while time.monotonic() < deadline:
+            job = kubectl.get("qlorajob", JOB, f"--namespace={NAMESPACE}")
+            phase = job.get("status", {}).get("phase")
+            if phase in ("Succeeded", "Failed"):
+                break
+            time.sleep(2)
+    finally:
+        watch.terminate()
+        watch.wait()
+    if phase != "Succeeded":
+        raise ClusterError(kubectl("describe", "qlorajob", JOB, f"--namespace={NAMESPACE}"))
+    return job
+
+
+def _fetch(kubectl: Kubectl, image: str, job: dict[str, object], output: Path) -> Path:
+    """Copy adapter and report from the workspace volume, and compare the adapter's sum with the status."""
+    status = job["status"]
+    assert isinstance(status, dict)
+    adapter, resolved = status["adapter"], status["resolved"]
+    output.mkdir(parents=True, exist_ok=True)
+    with file_pod(kubectl, NAMESPACE, resolved["claimName"], image) as pod:
+        for name in ("adapter", "report"):
+            pod.get(f"{resolved['workspacePath']}/{name}", output / name)
+    found = hashlib.sha256((output / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    print(f"\nadapter     {adapter['uri']}")
+    print(f"  copied to {output / 'adapter'}")
+    print(f"  sha256    {found} on the volume")
+    print(f"            {adapter['sha256']} in the status")
+    print(f"loss curve  {output / 'report' / 'loss.png'}")
+    if found != adapter["sha256"]:
+        raise ClusterError("the adapter on the volume is not the one in the status")
+    return output
+
+
+def _evaluate(model: Path, output: Path) -> int:
+    scores = output / "scores.json"
+    evaluate = [sys.executable, HERE / "evaluate.py", "--model", model, "--adapter", output / "adapter"]
+    subprocess.run([*evaluate, "--held-out", HERE / "held-out.jsonl", "--json", scores], check=True)
+    measured = json.loads(scores.read_text())
+    better = (
+        measured["tuned"]["score"] > measured["base"]["score"] and measured["tuned"]["loss"] < measured["base"]["loss"]
+    )
+    print("\nThe cluster goes on running: `export KUBECONFIG=$(make kubeconfig)`, or `make cluster-down` to stop it.")
+    return 0 if better else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
