@@ -43,7 +43,8 @@ class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to st
     """The step stopped on request after saving a checkpoint; the next attempt goes on from there (exit 143)."""
 
     def __init__(self, training_step: int, total_steps: int) -> None:
-        super().__init__(f"interrupted at step {training_step} of {total_steps}; a checkpoint is saved")
+        kept = "a checkpoint is saved" if training_step else "there was nothing to save yet"
+        super().__init__(f"interrupted at step {training_step} of {total_steps}; {kept}")
         self.training_step = training_step
         self.total_steps = total_steps
 
