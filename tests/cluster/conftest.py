@@ -1,0 +1,56 @@
+"""The embedded cluster with the operator installed by Helm, and namespaces with a tiny model and small data."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devcluster import cleanup, cluster, layout, product
+from tests.cluster.environment import INPUTS, Cluster, Tenant, claim, new_namespace
+
+
+@pytest.fixture(scope="session")
+def installed() -> Iterator[Cluster]:
+    """The cluster; started and stopped here unless it runs already. Stopping must leave nothing behind."""
+    where = layout.from_environment()
+    ran_before = where.ready.exists() and not cluster.trouble(where)
+    with cluster.locked(where):
+        cluster.up(where, cluster.DEFAULT_GPUS)
+    images = product.build_images(where)
+    product.load_images(where, images)
+    product.install(where, where.kubeconfig, images)
+    yield Cluster(cluster.kubectl_of(where), images, where.audit_log)
+    if not ran_before:
+        with cluster.locked(where):
+            cleanup.down(where)
+        assert cleanup.leftovers(where) == []
+
+
+@pytest.fixture(scope="module")
+def tenant(installed: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
+    """A namespace whose claim `inputs` holds `model/`, `train.jsonl` and `held-out.jsonl`."""
+    tenant = Tenant(installed, new_namespace(installed))
+    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(INPUTS, tenant.namespace)))
+    folder = tmp_path_factory.mktemp("inputs")
+    with tenant.volume(INPUTS) as pod:
+        pod.put(tiny_model, "model")
+        for name, first, count in (("train.jsonl", 0, 64), ("held-out.jsonl", 64, 8)):
+            (folder / name).write_text(
+                "".join(f"{json.dumps(row(number))}\n" for number in range(first, first + count))
+            )
+            pod.put(folder / name, name)
+    yield tenant
+    tenant.kubectl("delete", "qlorajobs", "--all")
+    installed.kubectl("delete", "namespace", tenant.namespace, "--wait=false")
+
+
+def row(number: int, padding: str = "") -> dict[str, object]:
+    """One conversation of a task that a tiny model can learn: repeat the word."""
+    word = ("alpha", "beta", "gamma", "delta")[number % 4]
+    return {
+        "messages": [
+            {"role": "user", "content": f"{padding}say {word} number {number}"},
+            {"role": "assistant", "content": f"{word} {word}"},
+        ]
+    }

@@ -1,0 +1,182 @@
+"""What the cluster tests do over and over: apply a job, wait for it, look at its pods and its volume."""
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from devcluster.files import FilePod, file_pod
+from devcluster.kubectl import Kubectl
+from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
+from devcluster.product import Images
+from tests.manifests import Manifest
+from tests.waiting import eventually
+
+Object = dict[str, Any]
+
+ENDED = ("Succeeded", "Failed")
+# A job whose training takes some seconds, and one that leaves time to interrupt it.
+SHORT, LONG = 30, 1500
+INPUTS = "inputs"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster with the operator installed."""
+
+    kubectl: Kubectl
+    images: Images
+    audit_log: Path
+
+    def operator_pod(self) -> Object:
+        """The operator's pod that is not on its way out."""
+        pods = self.kubectl.get("pods", f"--namespace={OPERATOR_NAMESPACE}")["items"]
+        running = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+        assert len(running) == 1, [pod["metadata"]["name"] for pod in pods]
+        return dict(running[0])
+
+    def kill_operator(self) -> None:
+        """End the operator's pod without a goodbye."""
+        name = self.operator_pod()["metadata"]["name"]
+        self.kubectl("delete", "pod", name, f"--namespace={OPERATOR_NAMESPACE}", "--grace-period=0", "--force")
+
+    def wait_for_operator(self) -> None:
+        """Until the operator's Deployment is available."""
+        deployment = "deployment/qlora-operator"
+        self.kubectl("rollout", "status", deployment, f"--namespace={OPERATOR_NAMESPACE}", "--timeout=120s")
+
+    def operator_log(self) -> str:
+        """What the operator has logged."""
+        return self.kubectl("logs", f"--namespace={OPERATOR_NAMESPACE}", "deployment/qlora-operator", "--tail=-1")
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A namespace of its own under the `restricted` Pod Security level, with a volume of inputs."""
+
+    cluster: Cluster
+    namespace: str
+
+    def kubectl(self, *arguments: str, input_text: str | None = None) -> str:
+        """kubectl in this namespace."""
+        return self.cluster.kubectl(f"--namespace={self.namespace}", *arguments, input_text=input_text)
+
+    def get(self, *arguments: str) -> Object:
+        """An object or a list of this namespace."""
+        return self.cluster.kubectl.get(*arguments, f"--namespace={self.namespace}")
+
+    def apply(self, manifest: Manifest) -> str:
+        """Apply the manifest in this namespace and return its name."""
+        manifest = {**manifest, "metadata": {**manifest["metadata"], "namespace": self.namespace}}
+        self.kubectl("apply", "--filename=-", input_text=json.dumps(manifest))
+        return str(manifest["metadata"]["name"])
+
+    def job(self, name: str) -> Object:
+        """The QLoRAJob."""
+        return self.get("qlorajob", name)
+
+    def status(self, name: str) -> Object:
+        """Its status."""
+        return dict(self.job(name).get("status", {}))
+
+    def condition(self, name: str, kind: str) -> Object:
+        """The condition of that type; empty if it is not set."""
+        return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
+
+    def wait(self, name: str, probe: Callable[[Object], object], *, seconds: float = 180, what: str = "") -> Object:
+        """The status as soon as `probe` holds for it. Fails with the whole status if it does not, or the job ends."""
+
+        def holds() -> Object | None:
+            status = self.status(name)
+            return status if probe(status) else None
+
+        try:
+            return eventually(holds, seconds=seconds, what=what)
+        except AssertionError as late:
+            raise AssertionError(f"{late}\n{self.kubectl('describe', 'qlorajob', name)}") from late
+
+    def wait_for_phase(self, name: str, *phases: str, seconds: float = 180) -> Object:
+        """The status as soon as the phase is one of these."""
+        return self.wait(
+            name, lambda s: s.get("phase") in phases, seconds=seconds, what=f"{name}: {' or '.join(phases)}"
+        )
+
+    def wait_for_end(self, name: str, *, seconds: float = 300) -> Object:
+        """The status of the ended job."""
+        return self.wait_for_phase(name, *ENDED, seconds=seconds)
+
+    def succeed(self, name: str, *, seconds: float = 300) -> Object:
+        """The status of the job, which must have succeeded."""
+        status = self.wait_for_end(name, seconds=seconds)
+        assert status["phase"] == "Succeeded", self.kubectl("describe", "qlorajob", name)
+        return status
+
+    def children(self, name: str, kind: str = "jobs") -> list[Object]:
+        """Jobs (or pods, …) that carry the job's label."""
+        return list(self.get(kind, f"--selector=qlora.dev/job={name}")["items"])
+
+    def running_pod(self, name: str, step: str) -> Object | None:
+        """The step's pod whose container runs."""
+        pods = self.get("pods", f"--selector=qlora.dev/job={name},qlora.dev/step={step}")["items"]
+        running = [p for p in pods if p["status"]["phase"] == "Running" and "deletionTimestamp" not in p["metadata"]]
+        return running[0] if running else None
+
+    @contextmanager
+    def volume(self, claim: str) -> Iterator[FilePod]:
+        """A pod that sees the claim's files."""
+        with file_pod(self.cluster.kubectl, self.namespace, claim, self.cluster.images.trainer) as pod:
+            yield pod
+
+    def adapter_sum(self, status: Object) -> str:
+        """SHA-256 of the adapter's file as it lies on the volume."""
+        claim, _, folder = status["adapter"]["uri"].removeprefix("pvc://").partition("/")
+        with self.volume(claim) as pod:
+            return pod.run("sha256sum", f"/volume/{folder}/adapter_model.safetensors").split()[0]
+
+
+def tiny_job(name: str, *, steps: int = SHORT, **spec: object) -> Manifest:
+    """A job over the tenant's inputs; `spec` replaces whole fields of the spec."""
+    return {
+        "apiVersion": "qlora.dev/v1alpha1",
+        "kind": "QLoRAJob",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"source": f"pvc://{INPUTS}/model"},
+            "dataset": {
+                "source": f"pvc://{INPUTS}/train.jsonl",
+                "eval": {"source": f"pvc://{INPUTS}/held-out.jsonl"},
+            },
+            "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "training": {
+                "maxSteps": steps,
+                "gradientAccumulationSteps": 2,
+                "learningRate": 5e-3,
+                "maxSequenceLength": 128,
+                "saveEverySteps": 20,
+            },
+            "workspace": {"size": "1Gi"},
+            **spec,
+        },
+    }
+
+
+def new_namespace(cluster: Cluster) -> str:
+    """A fresh namespace that admits restricted pods only."""
+    name = f"tenant-{uuid.uuid4().hex[:8]}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+    cluster.kubectl("apply", "--filename=-", input_text=json.dumps(namespace))
+    return name
+
+
+def claim(name: str, namespace: str, size: str = "1Gi") -> Manifest:
+    """A PersistentVolumeClaim of the default storage class."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": size}}},
+    }

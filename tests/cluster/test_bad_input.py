@@ -1,0 +1,105 @@
+"""Bad models and bad data: Failed before a GPU is asked for, with one sentence that a person can act on."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import row
+from tests.cluster.environment import INPUTS, Tenant, tiny_job
+
+GOOD = json.dumps(row(0))
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+FILES = {
+    "empty.jsonl": "",
+    "cut.jsonl": f"{GOOD}\n{GOOD[:40]}",
+    "list.jsonl": f"{GOOD}\n[1, 2]\n",
+    "wrong-type.jsonl": '{"messages": "hello"}\n',
+    "columns.jsonl": '{"question": "a", "reply": "b"}\n',
+    "long.jsonl": f"{GOOD}\n{json.dumps(row(1, padding='x ' * 500))}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def bad(tenant: Tenant, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
+    """The tenant with bad files beside the good ones; nothing of them may have changed at the end."""
+    folder = tmp_path_factory.mktemp("bad")
+    with tenant.volume(INPUTS) as pod:
+        for name, content in FILES.items():
+            (folder / name).write_text(content)
+            pod.put(folder / name, name)
+        (folder / "big").mkdir()
+        (folder / "big" / "config.json").write_text(json.dumps(LLAMA_70B))
+        pod.put(folder / "big", "big")
+        (folder / "pickled").mkdir()
+        (folder / "pickled" / "config.json").write_text((tiny_model / "config.json").read_text())
+        (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        pod.put(folder / "pickled", "pickled")
+        before = listing(pod.run("find", "/volume", "-type", "f", "-exec", "sha256sum", "{}", "+"))
+    yield tenant
+    with tenant.volume(INPUTS) as pod:
+        assert listing(pod.run("find", "/volume", "-type", "f", "-exec", "sha256sum", "{}", "+")) == before
+
+
+def listing(sums: str) -> list[str]:
+    return sorted(sums.splitlines())
+
+
+def data(file: str) -> dict[str, object]:
+    return {"dataset": {"source": f"pvc://{INPUTS}/{file}"}}
+
+
+CASES = {
+    "no-model": ({"model": {"source": f"pvc://{INPUTS}/nothing"}}, "ModelUnavailable", "nothing"),
+    "pickled": ({"model": {"source": f"pvc://{INPUTS}/pickled"}}, "UnsafeArtefact", "safetensors"),
+    "too-large": (
+        {"model": {"source": f"pvc://{INPUTS}/big"}, "resources": {"gpuMemory": 24}},
+        "DoesNotFit",
+        "24 GiB",
+    ),
+    "no-data": (data("nothing.jsonl"), "BadDataset", "nothing.jsonl"),
+    "empty": (data("empty.jsonl"), "BadDataset", "empty.jsonl"),
+    "cut": (data("cut.jsonl"), "BadDataset", "line 2"),
+    "list": (data("list.jsonl"), "BadDataset", "line 2"),
+    "wrong-type": (data("wrong-type.jsonl"), "BadDataset", "messages"),
+    "columns": (data("columns.jsonl"), "BadDataset", "question"),
+}
+
+
+@pytest.mark.parametrize(("spec", "reason", "said"), CASES.values(), ids=CASES)
+def test_bad_input_fails_before_a_gpu_is_asked_for(
+    bad: Tenant, spec: dict[str, object], reason: str, said: str, request: pytest.FixtureRequest
+) -> None:
+    name = bad.apply(tiny_job(f"bad-{request.node.callspec.id}", **spec))
+    status = bad.wait_for_end(name, seconds=120)
+    assert status["phase"] == "Failed", status
+    failed = bad.condition(name, "Failed")
+    assert failed["reason"] == reason
+    assert said in failed["message"]
+    assert failed["message"] in bad.kubectl("describe", "qlorajob", name).replace("\n", " ")
+    assert [job["metadata"]["name"] for job in bad.children(name)] == [f"{name}-prepare-1"]
+    assert bad.condition(name, "Stalled")["status"] == "True"
+    assert bad.condition(name, "Succeeded")["status"] == "False"
+
+
+def test_a_row_over_the_limit_is_left_out_and_counted(bad: Tenant) -> None:
+    name = bad.apply(tiny_job("one-too-long", dataset={"source": f"pvc://{INPUTS}/long.jsonl"}))
+    status = bad.succeed(name)
+    assert status["dataset"]["rows"] == 2
+    assert status["dataset"]["usedRows"] == 1
+    assert status["dataset"]["tooLongRows"] == 1
+    assert status["dataset"]["longestRowTokens"] > 128

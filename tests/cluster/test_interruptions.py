@@ -1,0 +1,69 @@
+"""Nothing is lost: pods deleted, jobs suspended, the operator killed, memory exhausted."""
+
+import pytest
+
+from tests.cluster.environment import LONG, Object, Tenant, tiny_job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tenant: Tenant) -> Object:
+    """The status of a job that nobody has touched."""
+    return tenant.succeed(tenant.apply(tiny_job("undisturbed", steps=LONG)))
+
+
+def wait_for_checkpoint(tenant: Tenant, name: str) -> None:
+    tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
+
+
+def test_a_deleted_pod_is_resumed_to_the_same_bytes(tenant: Tenant, undisturbed: Object) -> None:
+    name = tenant.apply(tiny_job("pod-deleted", steps=LONG))
+    wait_for_checkpoint(tenant, name)
+    pod = tenant.running_pod(name, "train")
+    assert pod is not None
+    tenant.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
+    status = tenant.succeed(name)
+    pods = [p for p in tenant.children(name, "pods") if p["metadata"]["labels"]["qlora.dev/step"] == "train"]
+    assert pods[-1]["metadata"]["uid"] != pod["metadata"]["uid"]
+    with tenant.volume(status["resolved"]["claimName"]) as files:
+        attempts = files.run("cat", f"/volume/{status['resolved']['workspacePath']}/records/attempts.jsonl")
+    assert len(attempts.splitlines()) >= 2
+    assert tenant.adapter_sum(status) == tenant.adapter_sum(undisturbed)
+
+
+def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: Tenant, undisturbed: Object) -> None:
+    name = tenant.apply(tiny_job("suspended", steps=LONG))
+    wait_for_checkpoint(tenant, name)
+    tenant.kubectl("patch", "qlorajob", name, "--type=merge", '--patch={"spec":{"suspend":true}}')
+    status = tenant.wait_for_phase(name, "Suspended")
+    assert tenant.running_pod(name, "train") is None
+    assert status["checkpoint"]["step"] > 0
+    assert tenant.condition(name, "Suspended")["status"] == "True"
+    tenant.kubectl("patch", "qlorajob", name, "--type=merge", '--patch={"spec":{"suspend":false}}')
+    status = tenant.succeed(name)
+    assert tenant.condition(name, "Suspended")["status"] == "False"
+    assert status["step"]["name"] == "publish"
+    assert f"{name}-train-2" in [job["metadata"]["name"] for job in tenant.children(name)]
+    assert status["adapter"]["sha256"] == undisturbed["adapter"]["sha256"]
+
+
+@pytest.mark.parametrize("phase", ["Preparing", "Training", "Publishing"])
+def test_killing_the_operator_changes_nothing_but_time(tenant: Tenant, phase: str, undisturbed: Object) -> None:
+    name = tenant.apply(tiny_job(f"killed-{phase.lower()}", steps=LONG))
+    tenant.wait_for_phase(name, phase)
+    tenant.cluster.kill_operator()
+    status = tenant.succeed(name)
+    assert status["adapter"]["sha256"] == undisturbed["adapter"]["sha256"]
+    assert sorted(job["metadata"]["name"] for job in tenant.children(name)) == [
+        f"{name}-{step}-1" for step in ("prepare", "publish", "train")
+    ]
+
+
+def test_a_pod_over_its_memory_is_named_as_such_with_what_to_do(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("hungry", resources={"memory": "128Mi"}))
+    status = tenant.wait_for_end(name)
+    assert status["phase"] == "Failed"
+    assert status["lastFailure"]["reason"] == "HostOutOfMemory"
+    message = tenant.condition(name, "Failed")["message"]
+    assert "128Mi" in message
+    assert "spec.resources.memory" in message
+    assert tenant.running_pod(name, "train") is None

@@ -1,0 +1,141 @@
+"""The life of a job, as its user sees it, from `kubectl apply` to an adapter that plain PEFT loads."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from tests.cluster.conftest import row
+from tests.cluster.environment import LONG, Object, Tenant, tiny_job
+
+NAME = "life"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that has run to its end while somebody watched it."""
+
+    status: Object
+    seen: list[list[str]]
+    """The lines that `kubectl get qlorajobs --watch` printed, as words."""
+
+
+@pytest.fixture(scope="module")
+def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    output = tmp_path_factory.mktemp("watch") / "lines"
+    kubectl = tenant.cluster.kubectl
+    get = [kubectl.program, "--kubeconfig", kubectl.kubeconfig, f"--namespace={tenant.namespace}", "get", "qlorajobs"]
+    tenant.apply(tiny_job(NAME, steps=LONG))
+    with output.open("w") as file:
+        watch = subprocess.Popen([*get, "--watch", "--no-headers"], stdout=file)
+        try:
+            tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=100s")
+            status = tenant.succeed(NAME)
+        finally:
+            watch.terminate()
+            watch.wait()
+    return Finished(status, [line.split() for line in output.read_text().splitlines()])
+
+
+def test_the_watch_shows_every_phase_and_moving_numbers(finished: Finished) -> None:
+    phases = list(dict.fromkeys(words[1] for words in finished.seen if len(words) > 2))
+    order = ["Preparing", "Queued", "Training", "Publishing", "Succeeded"]
+    assert [phase for phase in phases if phase in order] == [phase for phase in order if phase in phases]
+    assert {"Preparing", "Training", "Publishing", "Succeeded"} <= set(phases)
+    training = [words for words in finished.seen if words[1] == "Training" and len(words) == 7]
+    assert len({words[2] for words in training}) >= 2, f"the percentage never moved: {finished.seen}"
+    assert all(words[2].endswith("%") and words[3].endswith(f"/{LONG}") for words in training)
+    assert all(float(words[4]) > 0 for words in training)
+    assert len({words[5] for words in training}) >= 2, f"the time left never moved: {finished.seen}"
+
+
+def test_the_status_tells_what_was_trained_on_what(finished: Finished) -> None:
+    status = finished.status
+    assert status["dataset"]["rows"] == 64
+    assert status["dataset"]["usedRows"] == 64
+    assert status["dataset"]["evalRows"] == 8
+    assert status["dataset"]["format"] == "chat"
+    assert status["memory"]["verdict"] == "unknown"
+    assert status["memory"]["peakBytes"] > 0
+    assert status["progress"]["summary"] == f"100% {LONG}/{LONG}"
+    assert status["checkpoint"]["step"] == LONG
+    assert status["adapter"]["baseModel"] == "pvc://inputs/model"
+    assert status["adapter"]["baseRevision"] == status["resolved"]["modelRevision"]
+    assert status["adapter"]["rank"] == 4
+    assert status["startTime"] <= status["completionTime"]
+
+
+def test_conditions_let_nobody_wait_for_ever(finished: Finished) -> None:
+    conditions = {c["type"]: c["status"] for c in finished.status["conditions"]}
+    assert (conditions["Succeeded"], conditions["Failed"], conditions["Ready"]) == ("True", "False", "True")
+    assert conditions.get("Reconciling") != "True"
+    assert conditions.get("Stalled") != "True"
+
+
+@pytest.mark.usefixtures("finished")
+def test_every_change_of_phase_is_an_event(tenant: Tenant) -> None:
+    events = tenant.get("events", f"--field-selector=involvedObject.name={NAME}")["items"]
+    reasons = [event["reason"] for event in events]
+    assert {"Preparing", "Training", "Publishing", "Succeeded"} <= set(reasons)
+    assert len(reasons) == len(set(reasons)), f"an event was doubled: {reasons}"
+
+
+def test_the_sum_in_the_status_is_that_of_the_file(tenant: Tenant, finished: Finished) -> None:
+    assert tenant.adapter_sum(finished.status) == finished.status["adapter"]["sha256"]
+
+
+def test_plain_peft_loads_the_adapter_and_it_lowers_held_out_loss(
+    tenant: Tenant, finished: Finished, tiny_model: Path, tmp_path: Path
+) -> None:
+    claim, _, folder = finished.status["adapter"]["uri"].removeprefix("pvc://").partition("/")
+    with tenant.volume(claim) as pod:
+        pod.get(folder, tmp_path / "adapter")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization, dtype=torch.bfloat16)
+    for module in base.modules():
+        module.support_avx512bf16_for_cpu = False
+    before = held_out_loss(base, tiny_model)
+    after = held_out_loss(PeftModel.from_pretrained(base, tmp_path / "adapter"), tiny_model)
+    assert after < before * 0.8
+
+
+def held_out_loss(model: torch.nn.Module, folder: Path) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    losses = []
+    model.eval()
+    with torch.no_grad():
+        for number in range(64, 72):
+            text = tokenizer.apply_chat_template(json.loads(json.dumps(row(number)["messages"])), tokenize=False)
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            losses.append(float(model(input_ids=ids, labels=ids).loss))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.usefixtures("finished")
+def test_only_prepare_could_reach_secrets_and_only_train_asked_for_a_gpu(tenant: Tenant) -> None:
+    for pod in tenant.children(NAME, "pods"):
+        step = pod["metadata"]["labels"]["qlora.dev/step"]
+        (container,) = pod["spec"]["containers"]
+        assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (step == "train")
+        assert any("secret" in volume for volume in pod["spec"]["volumes"]) is False
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+@pytest.mark.usefixtures("finished")
+def test_nothing_is_written_on_the_users_object_but_its_status(tenant: Tenant) -> None:
+    metadata = tenant.job(NAME)["metadata"]
+    assert "finalizers" not in metadata
+    assert set(metadata.get("annotations", {})) == {"kubectl.kubernetes.io/last-applied-configuration"}
+    for child in tenant.children(NAME, "jobs"):
+        assert not [key for key in child["metadata"].get("annotations", {}) if "kopf" in key]

@@ -1,0 +1,82 @@
+"""Deadline, clean-up, deletion, and a namesake that is created at once."""
+
+import pytest
+
+from tests.cluster.environment import LONG, Tenant, tiny_job
+from tests.waiting import eventually
+
+
+def test_a_deadline_ends_the_job_and_its_pods(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("late", steps=1_000_000, activeDeadlineSeconds=30))
+    status = tenant.wait_for_end(name)
+    assert status["phase"] == "Failed"
+    failed = tenant.condition(name, "Failed")
+    assert failed["reason"] == "DeadlineExceeded"
+    assert "activeDeadlineSeconds" in failed["message"]
+    eventually(lambda: tenant.running_pod(name, "train") is None, seconds=60)
+
+
+def test_clean_up_deletes_pods_and_scratch_but_neither_job_nor_adapter(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("tidy", cleanupAfterSeconds=0))
+    tenant.succeed(name)
+    status = tenant.wait(name, lambda _: tenant.condition(name, "CleanedUp").get("status") == "True")
+    eventually(lambda: not tenant.children(name, "jobs") and not tenant.children(name, "pods"), seconds=60)
+    assert status["phase"] == "Succeeded"
+    assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
+    resolved = status["resolved"]
+    with tenant.volume(resolved["claimName"]) as files:
+        left = files.run("ls", f"/volume/{resolved['workspacePath']}").split()
+    assert set(left) == {"adapter", "records", "report"}
+
+
+def test_a_deleted_job_takes_its_pods_along_and_leaves_the_adapter(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("gone"))
+    status = tenant.succeed(name)
+    tenant.kubectl("delete", "qlorajob", name)
+    eventually(lambda: not tenant.children(name, "jobs") and not tenant.children(name, "pods"), seconds=60)
+    assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
+
+
+def test_a_namesake_created_at_once_starts_anew(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("again", steps=LONG))
+    first = tenant.wait_for_phase(name, "Training")
+    tenant.kubectl("delete", "qlorajob", name)
+    tenant.apply(tiny_job("again"))
+    second = tenant.succeed(name)
+    assert second["resolved"]["claimName"] != first["resolved"]["claimName"]
+    assert second["progress"]["totalSteps"] != first.get("progress", {}).get("totalSteps")
+    owners = {job["metadata"]["ownerReferences"][0]["uid"] for job in tenant.children(name)}
+    assert owners == {tenant.job(name)["metadata"]["uid"]}
+
+
+def test_a_job_suspended_from_the_start_makes_nothing(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("later", suspend=True))
+    tenant.wait_for_phase(name, "Suspended")
+    assert tenant.children(name) == []
+    tenant.kubectl("patch", "qlorajob", name, "--type=merge", '--patch={"spec":{"suspend":false}}')
+    tenant.succeed(name)
+
+
+def test_a_destination_on_another_claim_outlives_the_workspace(tenant: Tenant) -> None:
+    name = tenant.apply(
+        tiny_job(
+            "elsewhere",
+            output={"destination": "pvc://inputs/adapters/elsewhere"},
+            workspace={"size": "1Gi", "retain": False},
+        )
+    )
+    status = tenant.succeed(name)
+    assert status["adapter"]["uri"] == "pvc://inputs/adapters/elsewhere"
+    tenant.kubectl("delete", "qlorajob", name)
+    claim = status["resolved"]["claimName"]
+    eventually(lambda: claim not in tenant.kubectl("get", "pvc", "--output=name"), seconds=90)
+    assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
+
+
+@pytest.mark.parametrize("profile", ["missing"])
+def test_an_unknown_profile_waits_and_says_which_there_are(tenant: Tenant, profile: str) -> None:
+    name = tenant.apply(tiny_job("lost", scheduling={"profile": profile}))
+    tenant.wait(name, lambda _: tenant.condition(name, "Succeeded").get("reason") == "ProfileNotFound")
+    assert tenant.status(name)["phase"] == "Pending"
+    assert "default" in tenant.condition(name, "Succeeded")["message"]
+    assert tenant.children(name) == []
