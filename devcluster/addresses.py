@@ -28,6 +28,8 @@ class Ports:
     api: int
     kubelet: int
     registry: int
+    proxy_health: int
+    proxy_metrics: int
 
 
 def free_ports() -> Ports:

@@ -169,9 +169,9 @@ def _remove_files(layout: Layout, before: Machine) -> None:
         container = result.name.removeprefix(f"{node.NETWORK}-").removesuffix("-eth0")
         (results / f"{_LOOPBACK_RESULTS}-{container}-lo").unlink(missing_ok=True)
         result.unlink()
-    if "/run/containerd" not in before.directories:
-        for path in Path("/run/containerd/s").glob("*"):
-            if path.is_socket() and not _is_served(path):
+    for folder in ("/run/containerd/s", "/var/lib/kubelet/device-plugins"):
+        for path in Path(folder).glob("*"):
+            if folder not in before.directories and path.is_socket() and not _is_served(path):
                 path.unlink()
     for link in Path("/var/log/containers").glob("*.log"):
         if link.is_symlink() and link.readlink().is_relative_to(layout.cluster):

@@ -81,7 +81,7 @@ class _Start:
         self._say("API server ready")
         busybox, coredns = self._images(ports)
         node.start_kubelet(layout, ports, self._program)
-        node.start_kube_proxy(layout, self._program)
+        node.start_kube_proxy(layout, ports, self._program)
         addons.apply_dns(plane.kubectl, coredns)
         addons.start_storage(layout, plane.kubectl, self._program, busybox)
         _wait(layout, lambda: node_is_ready(plane.kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")

@@ -88,7 +88,7 @@ def start_kubelet(layout: Layout, ports: Ports, start: Start) -> Record:
     return start("kubelet", arguments)
 
 
-def start_kube_proxy(layout: Layout, start: Start) -> Record:
+def start_kube_proxy(layout: Layout, ports: Ports, start: Start) -> Record:
     """Start kube-proxy in iptables mode; it leaves the kernel's connection limits as they are."""
     configuration = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
@@ -98,8 +98,8 @@ def start_kube_proxy(layout: Layout, start: Start) -> Record:
         "bindAddress": addresses.BRIDGE_ADDRESS,
         "hostnameOverride": addresses.NODE,
         "clusterCIDR": addresses.POD_SUBNET,
-        "healthzBindAddress": f"{addresses.LOOPBACK}:0",
-        "metricsBindAddress": f"{addresses.LOOPBACK}:0",
+        "healthzBindAddress": f"{addresses.LOOPBACK}:{ports.proxy_health}",
+        "metricsBindAddress": f"{addresses.LOOPBACK}:{ports.proxy_metrics}",
         "iptables": {"localhostNodePorts": False},
         "conntrack": {"maxPerCore": 0, "min": 0},
     }

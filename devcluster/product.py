@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from devcluster import cluster, images, packages, toolchain
-from devcluster.errors import ClusterError
 from devcluster.layout import Layout
 from devcluster.processes import run
 
