@@ -1,0 +1,18 @@
+"""Deletes what the steps needed only for themselves, after the job's end; adapter, report and records stay."""
+
+import shutil
+
+from qlora_api.contract import WorkspaceLayout
+
+
+def clean(workspace: WorkspaceLayout) -> None:
+    """Delete `model/`, `data/`, `checkpoints/` and `trained/` of one job's folder. May be called again.
+
+    Of a symbolic link the link goes and what it leads to stays: nothing outside the folder is touched. Raises OSError
+    if something cannot be deleted.
+    """
+    for folder in (workspace.models, workspace.data, workspace.checkpoints, workspace.trained):
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)

@@ -1,0 +1,91 @@
+"""Sets up the process that a step runs in: environment, standard streams and signals, before any heavy import."""
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from qlora_api.status import StepName
+
+_OFFLINE_STEPS = frozenset({"train", "publish", "clean"})
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The process's own standard output and error, out of reach of libraries that print."""
+
+    records: TextIO
+    errors: TextIO
+
+
+def claim_streams() -> Streams:
+    """Keep standard output and error for the step itself, and send what anybody else prints to nowhere for now."""
+    streams = Streams(
+        records=os.fdopen(os.dup(1), "w", encoding="utf-8"),
+        errors=os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace"),
+    )
+    _send_output_to(os.open(os.devnull, os.O_WRONLY))
+    return streams
+
+
+def log_to(path: Path, heading: str) -> None:
+    """Send what libraries print to the file at `path`, keeping one previous file beside it as `<name>.1`.
+
+    Raises OSError if the file cannot be written: then nothing else in the workspace can be either.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.replace(path.with_name(path.name + ".1"))
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    os.write(log, f"{heading}\n".encode())
+    os.fsync(log)
+    _send_output_to(log)
+
+
+def _send_output_to(descriptor: int) -> None:
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+
+
+def set_environment(step: StepName, workspace: Path) -> None:
+    """Switch off telemetry everywhere and the hub where no network is needed; give libraries a folder to write in.
+
+    The root file system of a pod is read-only and its user often has no entry in the password file: libraries that
+    keep caches below the home directory, or ask for the user's name, are given both.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if step in _OFFLINE_STEPS:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        scratch = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # neither TMPDIR nor /tmp can be written
+        scratch = workspace / "tmp"
+        scratch.mkdir(exist_ok=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["HOME"] = str(scratch)
+    os.environ.setdefault("USER", "qlora")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "torchinductor"))
+
+
+def on_termination(action: Callable[[], None]) -> None:
+    """Call `action` on SIGTERM and on Ctrl-C."""
+
+    def handle(_signal: int, _frame: object) -> None:
+        action()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+def ignore_termination() -> None:
+    """The step is over: a signal must not cut its result record."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
