@@ -1,0 +1,12 @@
+{{/* What the operator reads: the settings, the namespaces, and every profile in full. */}}
+{{- define "qlora-operator.settings" -}}
+{{- $trainer := include "qlora-operator.image" (list .Values.trainer.image .Chart.AppVersion) -}}
+{{- $profiles := dict -}}
+{{- range $name, $profile := .Values.profiles -}}
+{{- $full := dict "image" $trainer -}}
+{{- range $key, $value := $.Values.profiles.default }}{{ $_ := set $full $key $value }}{{ end -}}
+{{- range $key, $value := $profile }}{{ $_ := set $full $key $value }}{{ end -}}
+{{- $_ := set $profiles $name $full -}}
+{{- end -}}
+{{- toYaml (merge (dict "namespaces" .Values.namespaces "profiles" $profiles) .Values.settings) -}}
+{{- end }}

@@ -1,0 +1,280 @@
+"""The chart with real Helm: what it renders, what it refuses, and what it does to a real API server."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from devcluster import toolchain
+from devcluster.controlplane import ControlPlane, running
+from devcluster.errors import ClusterError
+from devcluster.layout import from_environment
+from devcluster.processes import run
+from tests.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm" / "qlora-operator"
+RELEASE = "qlora-operator"
+NAMESPACE = "qlora-system"
+SERVICE_ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
+
+Object = dict[str, Any]
+
+EVERYTHING_OPTIONAL = {
+    "metrics": {"serviceMonitor": {"enabled": True, "interval": "30s", "labels": {"release": "prometheus"}}},
+    "networkPolicy": {"enabled": True, "apiServerCIDRs": ["10.0.0.1/32"]},
+    "imagePullSecrets": ["registry"],
+    "priorityClassName": "system-cluster-critical",
+    "nodeSelector": {"kubernetes.io/os": "linux"},
+    "tolerations": [{"key": "control-plane", "operator": "Exists"}],
+    "affinity": {"nodeAffinity": {}},
+    "podLabels": {"team": "platform"},
+    "podAnnotations": {"example.com/note": "kept"},
+    "serviceAccount": {"annotations": {"example.com/note": "kept"}},
+}
+
+# What the operator may do, and all of it: resource -> verbs.
+RIGHTS = {
+    "qlorajobs.qlora.dev": {"get", "list", "watch"},
+    "qlorajobs.qlora.dev/status": {"patch"},
+    "jobs.batch": {"get", "list", "watch", "create", "delete"},
+    "pods": {"get", "list", "watch"},
+    "pods/log": {"get"},
+    "persistentvolumeclaims": {"get", "create"},
+    "events": {"create"},
+}
+
+
+@dataclass(frozen=True)
+class Helm:
+    """Helm with this chart."""
+
+    program: Path
+    kubeconfig: Path | None = None
+
+    def __call__(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
+        connection = ["--kubeconfig", str(self.kubeconfig)] if self.kubeconfig else []
+        given = [] if values is None else ["--values", "-"]
+        return run([self.program, *connection, *arguments, *given], input_text=json.dumps(values or {}), seconds=120)
+
+    def template(self, values: Mapping[str, Any] | None = None) -> list[Object]:
+        """Every object that an installation with these values would make."""
+        text = self("template", RELEASE, str(CHART), "--namespace", NAMESPACE, values=values or {})
+        return [document for document in yaml.safe_load_all(text) if document]
+
+
+@pytest.fixture(scope="module")
+def helm() -> Helm:
+    return Helm(toolchain.build(from_environment(), ["helm"])["helm"])
+
+
+def only(objects: list[Object], kind: str) -> Object:
+    found = [document for document in objects if document["kind"] == kind]
+    assert len(found) == 1, f"{len(found)} objects of kind {kind}"
+    return found[0]
+
+
+def settings_of(objects: list[Object]) -> Object:
+    return dict(yaml.safe_load(only(objects, "ConfigMap")["data"]["settings.yaml"]))
+
+
+def rights_of(rules: list[Object]) -> dict[str, set[str]]:
+    """Verbs by `resource.group/subresource`, as kubectl writes it."""
+    rights: dict[str, set[str]] = {}
+    for rule in rules:
+        for group in rule.get("apiGroups", []):
+            for resource in rule.get("resources", []):
+                name, slash, subresource = resource.partition("/")
+                rights.setdefault(f"{name}.{group}".strip(".") + slash + subresource, set()).update(rule["verbs"])
+    return rights
+
+
+def test_helm_finds_nothing_to_complain_about(helm: Helm) -> None:
+    assert "0 chart(s) failed" in helm("lint", "--strict", str(CHART))
+
+
+def test_the_definition_is_that_of_the_models_and_outlives_the_release(helm: Helm) -> None:
+    rendered = only(helm.template(), "CustomResourceDefinition")
+    annotations = rendered["metadata"].pop("annotations")
+    assert rendered == yaml.safe_load((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
+    assert annotations == {"helm.sh/resource-policy": "keep"}
+
+    unkept = only(helm.template({"crds": {"keep": False}}), "CustomResourceDefinition")
+    assert "annotations" not in unkept["metadata"]
+    kinds = {document["kind"] for document in helm.template({"crds": {"install": False}})}
+    assert "CustomResourceDefinition" not in kinds
+
+
+def test_cluster_wide_rights_are_exactly_those_that_the_operator_uses(helm: Helm) -> None:
+    objects = helm.template({"tenantRoles": {"create": False}})
+    assert rights_of(only(objects, "ClusterRole")["rules"]) == RIGHTS
+    binding = only(objects, "ClusterRoleBinding")
+    assert binding["roleRef"]["name"] == only(objects, "ClusterRole")["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": RELEASE, "namespace": NAMESPACE}]
+
+
+def test_without_progress_the_operator_may_not_read_logs(helm: Helm) -> None:
+    objects = helm.template({"tenantRoles": {"create": False}, "settings": {"progress": {"enabled": False}}})
+    assert rights_of(only(objects, "ClusterRole")["rules"]) == {
+        name: RIGHTS[name] for name in RIGHTS if name != "pods/log"
+    }
+
+
+def test_namespaced_installation_has_a_role_in_each_namespace_and_nothing_in_the_cluster(helm: Helm) -> None:
+    objects = helm.template({"namespaces": ["team-a", "team-b"], "crds": {"install": False}})
+    kinds = {document["kind"] for document in objects}
+    assert not [kind for kind in kinds if kind.startswith("Cluster") or kind == "CustomResourceDefinition"]
+    assert all(document["metadata"]["namespace"] for document in objects)
+    for kind in ("Role", "RoleBinding"):
+        found = [document["metadata"]["namespace"] for document in objects if document["kind"] == kind]
+        assert found == ["team-a", "team-b"]
+    for role in objects:
+        if role["kind"] == "Role":
+            assert rights_of(role["rules"]) == RIGHTS
+    assert settings_of(objects)["namespaces"] == ["team-a", "team-b"]
+
+
+def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm) -> None:
+    values: Object = {
+        "trainer": {"image": {"repository": "registry.example/trainer", "digest": f"sha256:{'0' * 64}"}},
+        "profiles": {
+            "default": {"workspace": {"size": "80Gi"}},
+            "laptop": {"device": "cpu", "gpuResource": None, "image": "registry.example/other:1"},
+        },
+    }
+    profiles = settings_of(helm.template(values))["profiles"]
+    assert profiles["default"] == {
+        "image": f"registry.example/trainer@sha256:{'0' * 64}",
+        "device": "cuda",
+        "gpuResource": "nvidia.com/gpu",
+        "runAs": {"user": 10001, "group": 10001, "fsGroup": 10001},
+        "workspace": {"size": "80Gi"},
+    }
+    assert profiles["laptop"] == profiles["default"] | values["profiles"]["laptop"]
+
+
+def test_on_openshift_the_platform_chooses_the_identity(helm: Helm) -> None:
+    objects = helm.template({"runAs": None, "profiles": {"default": {"runAs": None}}})
+    assert "runAsUser" not in only(objects, "Deployment")["spec"]["template"]["spec"]["securityContext"]
+    assert "runAs" not in settings_of(objects)["profiles"]["default"]
+
+
+def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
+    def template(values: Mapping[str, Any]) -> Object:
+        return dict(only(helm.template(values), "Deployment")["spec"]["template"])
+
+    assert template({}) == template({})
+    assert template({}) != template({"profiles": {"default": {"workspace": {"size": "80Gi"}}}})
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"imgae": {}}, "'imgae' not allowed"),
+        ({"settings": {"progres": {}}}, "'progres' not allowed"),
+        ({"profiles": {"default": {"gpuResorce": "nvidia.com/gpu"}}}, "'gpuResorce' not allowed"),
+        ({"profiles": {"default": {"device": "tpu"}}}, "/profiles/default/device"),
+        ({"profiles": {"default": None}}, "missing property 'default'"),
+        ({"profiles": {"A_100": {}}}, "A_100"),
+        ({"namespaces": "team-a"}, "/namespaces"),
+        ({"image": {"digest": "latest"}}, "/image/digest"),
+        ({"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}}, "needs metrics.service"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(helm: Helm, values: Object, complaint: str) -> None:
+    with pytest.raises(ClusterError) as refused:
+        helm.template(values)
+    assert complaint in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def plane() -> Iterator[ControlPlane]:
+    """A control plane of this module's own: the one of the other tests has the definition without Helm."""
+    with running(controller_manager=True) as plane:
+        yield plane
+
+
+@pytest.fixture(scope="module")
+def installed(helm: Helm, plane: ControlPlane) -> Helm:
+    """Helm on a cluster where the chart is installed with its default values, in a restricted namespace."""
+    plane.kubectl("create", "namespace", NAMESPACE)
+    plane.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    connected = Helm(helm.program, plane.kubeconfig)
+    connected("install", RELEASE, str(CHART), "--namespace", NAMESPACE)
+    return connected
+
+
+def test_the_notes_name_the_next_commands(installed: Helm) -> None:
+    notes = installed("get", "notes", RELEASE, "--namespace", NAMESPACE)
+    assert "in all namespaces" in notes
+    assert f"kubectl --namespace {NAMESPACE} rollout status deployment/{RELEASE}" in notes
+
+
+def test_the_api_server_takes_every_object_as_it_is_written(helm: Helm, installed: Helm, plane: ControlPlane) -> None:
+    for values in (EVERYTHING_OPTIONAL, EVERYTHING_OPTIONAL | {"namespaces": [NAMESPACE]}):
+        # ServiceMonitor is the Prometheus operator's kind, which this API server does not have.
+        objects = [document for document in helm.template(values) if document["kind"] != "ServiceMonitor"]
+        assert "NetworkPolicy" in {document["kind"] for document in objects}
+        plane.kubectl(
+            *("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "--filename=-"),
+            input_text=yaml.safe_dump_all(objects),
+        )
+
+
+def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPlane) -> None:
+    template = plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)["spec"]["template"]
+
+    def create(spec: Object) -> str:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "admitted"}, "spec": spec}
+        arguments = ("create", "--namespace", NAMESPACE, "--dry-run=server", "--filename=-")
+        return plane.kubectl(*arguments, input_text=json.dumps(pod))
+
+    assert "pod/admitted" in create(template["spec"])
+    with pytest.raises(ClusterError, match="PodSecurity"):
+        create({**template["spec"], "securityContext": {}})
+
+
+def test_the_operators_account_can_do_what_it_needs_and_nothing_else(installed: Helm, plane: ControlPlane) -> None:
+    def rules(account: str) -> list[Object]:
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectRulesReview",
+            "spec": {"namespace": "default"},
+        }
+        arguments = ("create", f"--as={account}", "--validate=false", "--output=json", "--filename=-")
+        return list(json.loads(plane.kubectl(*arguments, input_text=json.dumps(review)))["status"]["resourceRules"])
+
+    what_everybody_may = rules(f"system:serviceaccount:{NAMESPACE}:nobody")
+    granted = [rule for rule in rules(SERVICE_ACCOUNT) if rule not in what_everybody_may]
+    assert rights_of(granted) == RIGHTS
+
+
+def test_whoever_may_edit_a_namespace_may_edit_its_jobs(installed: Helm, plane: ControlPlane) -> None:
+    for role in ("view", "edit"):
+        plane.kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}er", "--namespace=default")
+
+    def can(user: str, verb: str) -> bool:
+        try:
+            plane.kubectl("auth", "can-i", verb, "qlorajobs.qlora.dev", f"--as={user}", "--namespace=default")
+        except ClusterError:
+            return False
+        return True
+
+    eventually(lambda: can("editer", "create") and can("viewer", "list"), seconds=60, what="the aggregated roles")
+    assert can("editer", "delete")
+    assert not can("viewer", "create")
+
+
+def test_uninstalling_keeps_the_jobs_and_installing_again_finds_them(installed: Helm, plane: ControlPlane) -> None:
+    job = yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"]["artifacthub.io/crdsExamples"]
+    plane.kubectl.apply(yaml.safe_dump_all(yaml.safe_load(job)))
+    installed("uninstall", RELEASE, "--namespace", NAMESPACE)
+    assert plane.kubectl.get("qlorajobs")["items"][0]["metadata"]["name"] == "support-assistant"
+    with pytest.raises(ClusterError, match="NotFound"):
+        plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)
+    installed("upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE)
+    assert plane.kubectl.get("qlorajobs")["items"][0]["metadata"]["name"] == "support-assistant"
