@@ -2,6 +2,11 @@
 
 from qlora_api.status import StepName
 
+# Labels of everything that is made for a job.
+JOB_LABEL = "qlora.dev/job"
+JOB_UID_LABEL = "qlora.dev/job-uid"
+STEP_LABEL = "qlora.dev/step"
+
 
 def short_uid(uid: str) -> str:
     """The first eight characters of a UID: enough to tell a job from its namesake that was deleted before."""

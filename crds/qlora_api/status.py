@@ -156,6 +156,9 @@ class QLoRAJobStatus(ObservedModel):
     failures: Count = Field(0, description="Failed attempts so far.")
     disruptions: Count = Field(0, description="Interrupted attempts so far.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
+    active_until: Timestamp | None = Field(
+        None, description="End of the latest attempt that activeSeconds contains; what began before is not added again."
+    )
     last_failure: FailureStatus | None = Field(None, description="The latest failure.")
     start_time: Timestamp | None = Field(None, description="When the job was first seen.")
     completion_time: Timestamp | None = Field(None, description="When the job ended.")

@@ -1,0 +1,120 @@
+"""Accounts for attempts: seconds run, failures, interruptions and what the latest failure was; pure.
+
+Pods of one job run one after the other. `status.activeUntil` is the end of the latest attempt that was counted, so that
+an attempt is counted once, however often it is seen and whenever it disappears.
+"""
+
+from datetime import datetime
+
+from qlora_api.contract import ExitCode
+from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
+from qlora_operator.conditions import truncate
+from qlora_operator.observe import Observed, Pod, QLoRAJob, format_time, parse_time
+
+_EXIT_CODES = {int(code): code for code in ExitCode}
+
+
+def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
+    """The status with every attempt of the present step counted that has ended, or is being deleted, since."""
+    step = status.step
+    if step is None or not step.job_uid:
+        return status
+    child = observed.child(step.job_name)
+    # Pods that end because the operator deleted their Job were not disturbed by anybody else.
+    ours = child is None or child.deleting or job.spec.suspend
+    for pod in observed.pods_of(step.job_uid):
+        status = _count(status, job, pod, step.name, ours=ours)
+    return status
+
+
+def active_seconds(status: QLoRAJobStatus, observed: Observed, now: datetime) -> int:
+    """Seconds that the steps have run in all, with the pod that runs now."""
+    running = sum(
+        _seconds(status, pod.running_since, now)
+        for pod in observed.pods
+        if pod.running_since is not None and pod.running
+    )
+    return status.active_seconds + running
+
+
+def describe_failure(pod: Pod, job: QLoRAJob, step: StepName) -> FailureStatus:
+    """Why the attempt failed: from its own record if it left one, else from what the kubelet says."""
+    termination = pod.termination
+    exit_code = termination.exit_code if termination and 0 <= termination.exit_code <= 255 else None
+    reason, message = _explain(pod, job, step, exit_code)
+    return FailureStatus(
+        step=step,
+        reason=truncate(reason, 128),
+        exit_code=exit_code,
+        message=truncate(message),
+        time=format_time(_end(pod) or pod.created),
+    )
+
+
+def _explain(pod: Pod, job: QLoRAJob, step: StepName, exit_code: int | None) -> tuple[str, str]:
+    if pod.out_of_memory:
+        return "HostOutOfMemory", _out_of_memory(job, step)
+    record = pod.result(job.uid, step)
+    if record is not None and record.outcome == "failed":
+        return record.reason, record.message
+    if pod.termination is None:
+        return pod.reason or "PodFailed", f"pod {pod.name} failed before the trainer ran: {pod.message or 'no message'}"
+    known = _EXIT_CODES.get(exit_code if exit_code is not None else -1, ExitCode.INTERNAL_ERROR)
+    detail = pod.termination.message.strip() if not pod.termination.message.lstrip().startswith("{") else ""
+    return known.reason, (
+        f"the trainer ended with exit code {pod.termination.exit_code}"
+        f"{f' ({pod.termination.reason})' if pod.termination.reason not in ('', 'Error') else ''} and left no readable "
+        f"record{f': {detail}' if detail else ''}; see `kubectl logs {pod.name}`"
+    )
+
+
+def _out_of_memory(job: QLoRAJob, step: StepName) -> str:
+    limit = job.spec.resources.memory if step == "train" else None
+    if limit is None and job.status.resolved is not None:
+        resources = job.status.resolved.profile.resources
+        limit = {"prepare": resources.prepare, "train": resources.train}.get(step, resources.publish).memory
+    remedy = (
+        "create the job again with a larger spec.resources.memory"
+        if step == "train"
+        else f"ask the administrator to raise resources.{step}.memory of the profile"
+    )
+    return f"the {step} pod was killed because it needed more than its memory limit of {limit}: {remedy}"
+
+
+def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, ours: bool) -> QLoRAJobStatus:
+    start, end = _start(pod), _end(pod)
+    if start is None or end is None:
+        return status
+    until = parse_time(status.active_until) if status.active_until else None
+    if until is not None and end <= until:
+        return status
+    changes: dict[str, object] = {
+        "active_seconds": status.active_seconds + _seconds(status, start, end),
+        "active_until": format_time(end),
+    }
+    if until is None or start >= until:
+        if pod.interrupted:
+            changes["disruptions"] = status.disruptions + (0 if ours else 1)
+        elif not pod.exited_well:
+            changes["failures"] = status.failures + 1
+            changes["last_failure"] = describe_failure(pod, job, step)
+    return status.model_copy(update=changes)
+
+
+def _start(pod: Pod) -> datetime | None:
+    if pod.termination is not None:
+        return pod.termination.started or pod.termination.finished
+    return pod.running_since or (pod.created if pod.ended else None)
+
+
+def _end(pod: Pod) -> datetime | None:
+    """When the attempt ended; for one that is being deleted when that was asked for."""
+    if pod.termination is not None:
+        return pod.termination.finished
+    return pod.deletion_requested or (pod.created if pod.ended else None)
+
+
+def _seconds(status: QLoRAJobStatus, start: datetime, end: datetime) -> int:
+    if status.active_until is not None:
+        start = max(start, parse_time(status.active_until))
+    return max(0, int((end - start).total_seconds()))

@@ -1,0 +1,70 @@
+"""Sets conditions and derives the phase from them; pure."""
+
+from datetime import datetime
+from typing import Literal
+
+from qlora_api.status import MAX_MESSAGE_LENGTH, Condition, Phase, QLoRAJobStatus
+from qlora_operator.observe import Reason, format_time
+
+ConditionType = Literal[
+    "Prepared", "Trained", "Succeeded", "Failed", "Suspended", "Reconciling", "Ready", "Stalled", "CleanedUp"
+]
+Value = Literal["True", "False", "Unknown"]
+
+
+def truncate(text: str, limit: int = MAX_MESSAGE_LENGTH) -> str:
+    """The text, cut to what the schema holds."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def condition(status: QLoRAJobStatus, kind: ConditionType) -> Condition | None:
+    """The condition of that type."""
+    return next((entry for entry in status.conditions if entry.type == kind), None)
+
+
+def is_true(status: QLoRAJobStatus, kind: ConditionType) -> bool:
+    """Whether the condition is there and holds."""
+    found = condition(status, kind)
+    return found is not None and found.status == "True"
+
+
+def is_finished(status: QLoRAJobStatus) -> bool:
+    """Whether the job has ended, for good."""
+    return is_true(status, "Succeeded") or is_true(status, "Failed")
+
+
+def with_condition(
+    status: QLoRAJobStatus, kind: ConditionType, value: Value, reason: Reason, *, generation: int, now: datetime
+) -> QLoRAJobStatus:
+    """The status with this condition set. The transition time moves only when the value flips."""
+    old = condition(status, kind)
+    new = Condition(
+        type=kind,
+        status=value,
+        reason=truncate(reason.word, 128),
+        message=truncate(reason.sentence),
+        last_transition_time=old.last_transition_time if old and old.status == value else format_time(now),
+        observed_generation=generation,
+    )
+    if old is None:
+        return status.model_copy(update={"conditions": (*status.conditions, new)})
+    conditions = tuple(new if entry.type == kind else entry for entry in status.conditions)
+    return status.model_copy(update={"conditions": conditions})
+
+
+def phase_of(status: QLoRAJobStatus, *, running: bool) -> Phase:
+    """The one-word summary of the conditions. `running`: whether a pod of the present step runs."""
+    for kind in ("Succeeded", "Failed", "Suspended"):
+        if is_true(status, kind):
+            return kind
+    step = status.step
+    if step is None or (step.name == "prepare" and not step.job_uid):
+        return "Pending"
+    if step.name == "prepare":
+        return "Preparing"
+    if step.name == "train":
+        if not step.job_uid:
+            # Until the train Job exists the job stands where it stood.
+            return "Preparing" if step.attempt == 1 else "Queued"
+        return "Training" if running else "Queued"
+    return "Publishing"

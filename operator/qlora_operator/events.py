@@ -1,0 +1,73 @@
+"""Builds the Events that tell a job's changes of phase; pure."""
+
+import hashlib
+from datetime import datetime
+from typing import Any
+
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.v1alpha1 import API_VERSION, KIND
+from qlora_operator.conditions import condition, truncate
+from qlora_operator.observe import QLoRAJob, format_time
+
+_COMPONENT = "qlora-operator"
+
+
+def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
+    """The Event of the change from the stored phase to that of `status`; None if the phase stays.
+
+    Its name derives from the change itself, so that an operator that was killed in between posts it once.
+    """
+    if status.phase is None or status.phase == job.status.phase:
+        return None
+    succeeded = condition(status, "Succeeded")
+    message = succeeded.message if succeeded else ""
+    reason = succeeded.reason if succeeded and status.phase == "Failed" else status.phase
+    return _event(job, reason, message, now, warning=status.phase == "Failed", identity=_identity(job, status))
+
+
+def unreadable_event(body: dict[str, Any], message: str, now: datetime) -> dict[str, Any]:
+    """The Event of a job that this version of the operator cannot read: it has no status to say so."""
+    metadata = body["metadata"]
+    identity = f"unreadable {metadata['uid']} {metadata.get('generation')}"
+    return _build(metadata, "InvalidSpec", message, now, warning=True, identity=identity)
+
+
+def _identity(job: QLoRAJob, status: QLoRAJobStatus) -> str:
+    step = status.step
+    where = f"{step.name} {step.attempt}" if step else ""
+    counts = f"{status.failures} {status.disruptions} {job.generation}"
+    return f"{job.uid} {job.status.phase} {status.phase} {where} {counts}"
+
+
+def _event(job: QLoRAJob, reason: str, message: str, now: datetime, *, warning: bool, identity: str) -> dict[str, Any]:
+    metadata = {"namespace": job.namespace, "name": job.name, "uid": job.uid, "resourceVersion": job.resource_version}
+    return _build(metadata, reason, message, now, warning=warning, identity=identity)
+
+
+def _build(
+    metadata: dict[str, Any], reason: str, message: str, now: datetime, *, warning: bool, identity: str
+) -> dict[str, Any]:
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    time = format_time(now)
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{metadata['name']}.{digest}", "namespace": metadata["namespace"]},
+        "involvedObject": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "namespace": metadata["namespace"],
+            "name": metadata["name"],
+            "uid": metadata["uid"],
+            "resourceVersion": metadata.get("resourceVersion", ""),
+        },
+        "type": "Warning" if warning else "Normal",
+        "reason": reason,
+        "message": truncate(message, 1000),
+        "firstTimestamp": time,
+        "lastTimestamp": time,
+        "count": 1,
+        "source": {"component": _COMPONENT},
+        "reportingComponent": _COMPONENT,
+        "reportingInstance": _COMPONENT,
+    }

@@ -1,0 +1,88 @@
+"""Turns the trainer's records into the figures that a status shows; pure."""
+
+from qlora_api.contract import ProgressRecord, ResultRecord
+from qlora_api.status import CheckpointStatus, ProgressStatus, QLoRAJobStatus
+
+LOSS_DIGITS = 4
+
+
+def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobStatus:
+    """The status with the latest progress; what the record does not know is kept."""
+    if record.step != "train":
+        if record.step != "prepare" or not record.activity:
+            return status
+        return status.model_copy(update={"progress": ProgressStatus(summary=record.activity, updated_at=record.time)})
+    old = status.progress or ProgressStatus()
+    known = {
+        "loss": _rounded(record.loss),
+        "eval_loss": _rounded(record.eval_loss),
+        "learning_rate": record.learning_rate,
+        "tokens_per_second": record.tokens_per_second,
+        "peak_memory_bytes": record.peak_memory_bytes,
+    }
+    progress = old.model_copy(
+        update={
+            **_steps(record.training_step, record.total_steps),
+            **{name: value for name, value in known.items() if value is not None},
+            "epoch": round(record.epoch, LOSS_DIGITS),
+            "remaining": "" if record.remaining_seconds is None else format_duration(record.remaining_seconds),
+            "updated_at": record.time,
+        }
+    )
+    changes: dict[str, object] = {"progress": progress}
+    if record.checkpoint_step is not None and record.checkpoint_time is not None:
+        changes["checkpoint"] = CheckpointStatus(step=record.checkpoint_step, saved_at=record.checkpoint_time)
+    return status.model_copy(update=changes)
+
+
+def with_dataset_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
+    """The status with what prepare found out; its own progress is over."""
+    changes: dict[str, object] = {"progress": None, "memory": record.memory, "dataset": record.dataset}
+    if status.resolved is not None and record.model_revision is not None:
+        changes["resolved"] = status.resolved.model_copy(update={"model_revision": record.model_revision})
+    return status.model_copy(update=changes)
+
+
+def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
+    """The status with the final figures of training, which the last log line may have missed."""
+    old = status.progress or ProgressStatus()
+    known = {
+        "loss": _rounded(record.loss),
+        "eval_loss": _rounded(record.eval_loss),
+        "peak_memory_bytes": record.peak_memory_bytes,
+    }
+    steps = _steps(record.training_step, record.total_steps) if record.training_step and record.total_steps else {}
+    progress = old.model_copy(
+        update={**steps, **{name: value for name, value in known.items() if value is not None}, "remaining": ""}
+    )
+    changes: dict[str, object] = {"progress": progress}
+    if status.memory is not None and record.peak_memory_bytes is not None:
+        changes["memory"] = status.memory.model_copy(update={"peak_bytes": record.peak_memory_bytes})
+    return status.model_copy(update=changes)
+
+
+def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """The status of a job that does not run: no time is left to tell."""
+    if status.progress is None or not status.progress.remaining:
+        return status
+    return status.model_copy(update={"progress": status.progress.model_copy(update={"remaining": ""})})
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in its two largest units, for example 1h12m; below a minute in seconds."""
+    whole = int(seconds)
+    days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d{hours}h"
+    if hours:
+        return f"{hours}h{minutes}m"
+    return f"{minutes}m" if minutes else f"{whole}s"
+
+
+def _steps(step: int, total: int) -> dict[str, object]:
+    percent = min(100, 100 * step // total) if total else 0
+    return {"step": step, "total_steps": total, "percent": percent, "summary": f"{percent}% {step}/{total}"}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, LOSS_DIGITS)

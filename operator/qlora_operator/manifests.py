@@ -1,0 +1,200 @@
+"""Builds the objects that the operator creates: a step's Job and the workspace's claim; pure."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from qlora_api import contract
+from qlora_api.contract import PERMANENT_EXIT_CODES, SPEC_ANNOTATION, TRAINER_CONTAINER, ExitCode
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, child_job_name
+from qlora_api.profile import Profile, StepResources, Toleration
+from qlora_api.status import Resolved, StepName
+from qlora_api.v1alpha1 import API_VERSION, KIND
+from qlora_operator.observe import QLoRAJob
+from qlora_operator.volumes import mounts_and_volumes
+
+Manifest = dict[str, Any]
+
+_SHORT_GRACE_SECONDS = 30
+_UNDISTURBED = {
+    # A running step is not moved for the sake of packing nodes better, and no proxy keeps its pod alive.
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+    "sidecar.istio.io/inject": "false",
+    "linkerd.io/inject": "disabled",
+}
+
+
+def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
+    """The batch/v1 Job of one step. It depends on the spec and on what was resolved, and on nothing else."""
+    labels = _labels(job, step)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": child_job_name(job.name, step, attempt),
+            "namespace": job.namespace,
+            "labels": labels,
+            "ownerReferences": [_owner(job, controller=True)],
+        },
+        "spec": {
+            "completions": 1,
+            "parallelism": 1,
+            "backoffLimit": job.spec.retry.max_failures,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": _failure_rules()},
+            "template": {
+                "metadata": {
+                    "labels": labels | {"sidecar.istio.io/inject": "false"},
+                    "annotations": _UNDISTURBED | {SPEC_ANNOTATION: document(job)},
+                },
+                "spec": _pod(job, resolved, step, attempt),
+            },
+        },
+    }
+
+
+def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
+    """The workspace's PersistentVolumeClaim. With `retain` it has no owner, so that it outlives the job."""
+    workspace, defaults = job.spec.workspace, resolved.profile.workspace
+    spec: Manifest = {
+        "accessModes": list(workspace.access_modes or (defaults.access_mode,)),
+        "resources": {"requests": {"storage": workspace.size or defaults.size}},
+    }
+    if storage_class := workspace.storage_class_name or defaults.storage_class_name:
+        spec["storageClassName"] = storage_class
+    metadata: Manifest = {"name": resolved.claim_name, "namespace": job.namespace, "labels": _labels(job)}
+    if not workspace.retain:
+        metadata["ownerReferences"] = [_owner(job, controller=False)]
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
+
+
+def document(job: QLoRAJob) -> str:
+    """The manifest as the trainer reads it: the one document of the job, as JSON."""
+    content = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
+        "spec": job.spec.dump(),
+    }
+    return json.dumps(content, separators=(",", ":"), sort_keys=True)
+
+
+def _labels(job: QLoRAJob, step: StepName | None = None) -> dict[str, str]:
+    labels = {
+        "app.kubernetes.io/name": "qlora-trainer",
+        "app.kubernetes.io/instance": job.name,
+        "app.kubernetes.io/part-of": "qlora",
+        "app.kubernetes.io/managed-by": "qlora-operator",
+        JOB_LABEL: job.name,
+        JOB_UID_LABEL: job.uid,
+    }
+    return labels if step is None else labels | {"app.kubernetes.io/component": step, STEP_LABEL: step}
+
+
+def _owner(job: QLoRAJob, *, controller: bool) -> Manifest:
+    owner = {"apiVersion": API_VERSION, "kind": KIND, "name": job.name, "uid": job.uid, "blockOwnerDeletion": False}
+    return owner | ({"controller": True} if controller else {})
+
+
+def _failure_rules() -> list[Manifest]:
+    """The first rule that matches decides, so that a permanent failure on a drained node is still permanent."""
+
+    def on_exit(action: str, codes: Iterable[int]) -> Manifest:
+        condition = {"containerName": TRAINER_CONTAINER, "operator": "In", "values": sorted(codes)}
+        return {"action": action, "onExitCodes": condition}
+
+    return [
+        on_exit("FailJob", PERMANENT_EXIT_CODES),
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        on_exit("Ignore", [int(ExitCode.INTERRUPTED)]),
+    ]
+
+
+def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
+    profile = resolved.profile
+    grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
+    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, step)
+    pod: Manifest = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": grace,
+        "securityContext": _pod_security(profile),
+        "containers": [_container(job, resolved, step, attempt) | {"volumeMounts": mounts}],
+        "volumes": volumes,
+    }
+    optional: Manifest = {
+        "serviceAccountName": profile.service_account_name,
+        "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
+        "priorityClassName": job.spec.scheduling.priority_class_name,
+        "runtimeClassName": profile.runtime_class_name if step == "train" else None,
+    }
+    if step == "train" or profile.workspace.topology != "shared":
+        # All steps mount the volume, which may exist in one zone or on one node only.
+        optional["nodeSelector"] = {**(job.spec.scheduling.node_selector or {}), **profile.node_selector}
+        optional["tolerations"] = _tolerations(job, profile)
+    return pod | {key: value for key, value in optional.items() if value}
+
+
+def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
+    profile = resolved.profile
+    workspace = contract.WORKSPACE_MOUNT / resolved.workspace_path
+    return {
+        "name": TRAINER_CONTAINER,
+        "image": profile.image,
+        "imagePullPolicy": profile.image_pull_policy,
+        "args": [step, "--job", str(contract.JOB_FILE), "--workspace", str(workspace)],
+        "env": _environment(resolved, step, attempt),
+        "resources": _resources(job, profile, step),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": str(contract.TERMINATION_LOG),
+        "terminationMessagePolicy": "File",
+    }
+
+
+def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manifest]:
+    values = {
+        "HOME": "/tmp",  # noqa: S108 - the one folder outside the workspace that a pod can write
+        contract.ENV_ATTEMPT: str(attempt),
+        contract.ENV_DEVICE: resolved.profile.device,
+        contract.ENV_OUTPUT_CLAIM: resolved.claim_name,
+    }
+    if step == "prepare" and resolved.profile.hub_endpoint:
+        values["HF_ENDPOINT"] = resolved.profile.hub_endpoint
+    pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+    return [pod_uid, *({"name": name, "value": value} for name, value in values.items())]
+
+
+def _resources(job: QLoRAJob, profile: Profile, step: StepName) -> Manifest:
+    wanted: StepResources = profile.resources.publish if step == "clean" else getattr(profile.resources, step)
+    cpu, memory = wanted.cpu, wanted.memory
+    limits: Manifest = {}
+    if step == "train":
+        cpu, memory = job.spec.resources.cpu or cpu, job.spec.resources.memory or memory
+        limits = {profile.gpu_resource: "1"} if profile.gpu_resource else {}
+    return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": memory} | limits}
+
+
+def _pod_security(profile: Profile) -> Manifest:
+    security: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if profile.run_as is None:
+        return security
+    return security | {
+        "runAsUser": profile.run_as.user,
+        "runAsGroup": profile.run_as.group,
+        "fsGroup": profile.run_as.fs_group,
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+
+
+def _tolerations(job: QLoRAJob, profile: Profile) -> list[Manifest]:
+    tolerations: list[Toleration] = [*profile.tolerations, *(job.spec.scheduling.tolerations or ())]
+    if profile.gpu_resource:
+        # GPU nodes carry this taint by convention, and not every cluster adds the toleration by itself.
+        tolerations.append(Toleration(key=profile.gpu_resource, operator="Exists", effect="NoSchedule"))
+    return [toleration.dump() for toleration in dict.fromkeys(tolerations)]

@@ -1,0 +1,112 @@
+"""Decides what to do about a job: (job, its next status, its children, now) -> actions; pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from qlora_api.naming import child_job_name
+from qlora_api.status import QLoRAJobStatus, StepName
+from qlora_operator.attempts import active_seconds
+from qlora_operator.conditions import is_finished, is_true
+from qlora_operator.observe import ChildJob, Observed, QLoRAJob
+from qlora_operator.status import cleanup_at
+from qlora_operator.waiting import no_pod_at, stuck_at
+
+
+@dataclass(frozen=True)
+class CreateClaim:
+    """Make the workspace's PersistentVolumeClaim, unless it is there."""
+
+
+@dataclass(frozen=True)
+class CreateJob:
+    """Make the Job of a step, unless it is there."""
+
+    step: StepName
+    attempt: int
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete this very Job, with its pods."""
+
+    name: str
+    uid: str
+
+
+Action = CreateClaim | CreateJob | DeleteJob
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do now, and when to look again without being asked."""
+
+    actions: tuple[Action, ...] = ()
+    look_again: datetime | None = None
+
+
+def plan(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Plan:
+    """What follows for the job, whose stored status is in `job.status` and whose next one is `status`."""
+    if is_finished(status):
+        # The verdict is stored before anything is deleted that shows how it came about.
+        if not is_finished(job.status):
+            return Plan(look_again=now)
+        return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
+    if job.status.resolved is None:
+        # What was resolved is stored before the first Job exists, so that nothing can change it later.
+        return Plan(look_again=now if status.resolved is not None else None)
+    return Plan(tuple(_on_the_way(job, status, observed)), _earliest(_times(job, status, observed, now), now))
+
+
+def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[Action]:
+    step = status.step
+    wanted = None if step is None or job.spec.suspend else step.job_name
+    yield from (_delete(child) for child in _running(observed) if child.name != wanted)
+    if step is None or wanted is None or step.job_uid or observed.child(wanted) is not None or observed.live_pods:
+        return
+    if step.name == "prepare" and status.resolved is not None and status.resolved.claim_created:
+        yield CreateClaim()
+    yield CreateJob(step.name, step.attempt)
+
+
+def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:
+    cleaning = tuple(child for child in observed.children if child.name == child_job_name(job.name, "clean", 1))
+    rest = tuple(child for child in observed.children if child not in cleaning)
+    yield from (_delete(child) for child in _running(observed) if child in rest)
+    if is_true(status, "CleanedUp"):
+        yield from (_delete(child) for child in cleaning if is_true(job.status, "CleanedUp"))
+        return
+    due = cleanup_at(job, status)
+    if due is None or now < due or status.resolved is None:
+        return
+    if not cleaning and not observed.live_pods:
+        yield CreateJob("clean", 1)
+    if any(child.complete for child in cleaning):
+        yield from (_delete(child) for child in rest if child.finished and not child.deleting)
+
+
+def _running(observed: Observed) -> Iterator[ChildJob]:
+    return (child for child in observed.children if not child.finished and not child.deleting)
+
+
+def _delete(child: ChildJob) -> DeleteJob:
+    return DeleteJob(child.name, child.uid)
+
+
+def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[datetime]:
+    limit = job.spec.active_deadline_seconds
+    if limit is not None and any(pod.running for pod in observed.pods):
+        yield now + timedelta(seconds=max(1, limit - active_seconds(status, observed, now)))
+    yield from (due for pod in observed.live_pods if (due := stuck_at(pod)) is not None)
+    yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
+
+
+def _times_after(job: QLoRAJob, status: QLoRAJobStatus) -> Iterator[datetime]:
+    due = cleanup_at(job, status)
+    if due is not None:
+        yield due
+
+
+def _earliest(times: Iterator[datetime], now: datetime) -> datetime | None:
+    """The first moment that is still to come; at one that has passed there was something to see, and it was seen."""
+    return min((moment for moment in times if moment > now), default=None)

@@ -1,0 +1,101 @@
+"""Reads progress records from the logs of running pods, within a budget of requests over all jobs."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from qlora_api.contract import ProgressRecord, decode_record
+from qlora_api.status import QLoRAJobStatus, StepName
+from qlora_operator.figures import with_progress
+from qlora_operator.observe import Observed, Pod, QLoRAJob
+from qlora_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+READS_PER_SECOND = 20.0
+SECONDS_BETWEEN_READS = 10.0
+TAIL_LINES = 40
+TAIL_BYTES = 64 * 1024
+
+ReadLog = Callable[[str, str], Awaitable[str | None]]
+"""(namespace, pod) -> the end of its log; None if it cannot be read."""
+
+
+@dataclass
+class ReadSchedule:
+    """Spreads the reads of all jobs over time: each job at most every 10 seconds, all together at most 20 a second.
+
+    With so many running jobs that both cannot be kept, each job is read less often.
+    """
+
+    _due: dict[Key, float] = field(default_factory=dict)
+    _next_slot: float = float("-inf")
+
+    def seconds_until_due(self, key: Key, now: float) -> float:
+        """Seconds from `now` until the job's log may be read; 0 when it is due. The first call reserves a slot."""
+        if key not in self._due:
+            self._due[key] = self._reserve(now)
+        return max(0.0, self._due[key] - now)
+
+    def done(self, key: Key, now: float) -> float:
+        """Note that the log has been read; seconds until it is due again."""
+        self._due[key] = self._reserve(now + SECONDS_BETWEEN_READS)
+        return self._due[key] - now
+
+    def forget(self, key: Key) -> None:
+        """Drop a job that does not run any more."""
+        self._due.pop(key, None)
+
+    def _reserve(self, earliest: float) -> float:
+        slot = max(earliest, self._next_slot)
+        self._next_slot = slot + 1 / READS_PER_SECOND
+        return slot
+
+
+class ProgressReader:
+    """Reads the progress of one job when it is due. A failure to read is never a failure of the job."""
+
+    def __init__(self, read_log: ReadLog, monotonic: Callable[[], float]) -> None:
+        self._read_log = read_log
+        self._monotonic = monotonic
+        self._schedule = ReadSchedule()
+
+    async def read(self, key: Key, job: QLoRAJob, observed: Observed) -> tuple[ProgressRecord | None, float | None]:
+        """The latest record, if one was due and there is one; and seconds until the next read, if the job runs."""
+        step = job.status.step
+        pod = next((pod for pod in observed.pods_of(step.job_uid) if pod.running), None) if step else None
+        if pod is None or step is None or step.name == "clean":
+            self._schedule.forget(key)
+            return None, None
+        wait = self._schedule.seconds_until_due(key, self._monotonic())
+        if wait > 0:
+            return None, wait
+        text = await self._read_log(job.namespace, pod.name)
+        record = latest_record(text or "", job.uid, pod, step.name)
+        return record, self._schedule.done(key, self._monotonic())
+
+    def forget(self, key: Key) -> None:
+        """Drop a job that is gone."""
+        self._schedule.forget(key)
+
+
+def latest_record(log: str, job_uid: str, pod: Pod, step: StepName) -> ProgressRecord | None:
+    """The last line of the log that is a progress record of this job, pod and step, and that a status can hold."""
+    for line in reversed(log.splitlines()):
+        record = decode_record(line, job_uid=job_uid, pod_uid=pod.uid)
+        if isinstance(record, ProgressRecord) and record.step == step and _presentable(record):
+            return record
+    return None
+
+
+def _presentable(record: ProgressRecord) -> bool:
+    """Whether the API server would take the record's figures: one bad line must not block every later status."""
+    try:
+        for moment in (record.time, record.checkpoint_time):
+            if moment is not None and datetime.fromisoformat(moment).tzinfo is None:
+                return False
+        QLoRAJobStatus.model_validate(with_progress(QLoRAJobStatus(), record).dump())
+    except (ValueError, OverflowError):
+        return False
+    return True

@@ -1,0 +1,189 @@
+"""Brings one job forward: gather, decide by pure functions, act, write the status once."""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.profile import Profile
+from qlora_api.status import QLoRAJobStatus, Resolved
+from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RefusedError
+from qlora_operator.conditions import is_true
+from qlora_operator.events import phase_event, unreadable_event
+from qlora_operator.manifests import build_claim, build_job
+from qlora_operator.metrics import Metrics
+from qlora_operator.observe import (
+    Object,
+    QLoRAJob,
+    Reason,
+    UnreadableJobError,
+    controller_uid,
+    observe,
+    parse_job,
+)
+from qlora_operator.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
+from qlora_operator.progress import ProgressReader
+from qlora_operator.status import Facts, cleanup_at, next_status, with_child, with_refusal
+from qlora_operator.workqueue import Key, RetryError
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_AFTER_REFUSAL = 30.0
+_SECONDS_AFTER_NAME_TAKEN = 5.0
+
+
+class _ObstacleError(Exception):
+    """What the plan wants cannot be had now; `reason` says why, for the status."""
+
+    def __init__(self, reason: Reason, again: float) -> None:
+        super().__init__(reason.sentence)
+        self.reason = reason
+        self.again = again
+
+
+@dataclass(frozen=True)
+class Reconciler:
+    """One pass over one job. Keeps nothing between passes: all state is in the API."""
+
+    cluster: Cluster
+    profiles: Mapping[str, Profile]
+    progress: ProgressReader | None
+    metrics: Metrics
+    clock: Callable[[], datetime]
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Seconds until the job wants to be looked at again; None if an event will tell. Raises RetryError."""
+        with self.metrics.reconcile_duration.time():
+            try:
+                return await self._reconcile(key)
+            except ConflictError as error:
+                raise RetryError(str(error)) from error
+            except ClusterError as error:
+                self.metrics.reconcile_errors.inc()
+                raise RetryError(str(error)) from error
+
+    async def _reconcile(self, key: Key) -> float | None:
+        job = await self._gather_job(key)
+        if job is None or job.deleting or _is_settled(job):
+            self._forget(key)
+            return None
+        observed = observe(
+            job.uid,
+            await self.cluster.list_jobs(job.namespace, job.uid),
+            await self.cluster.list_pods(job.namespace, job.uid),
+        )
+        record, wait = await self.progress.read(key, job, observed) if self.progress else (None, None)
+        facts = Facts(job, observed, self.profiles, self.clock(), record)
+        status = next_status(facts)
+        planned = plan(job, status, observed, facts.now)
+        status, again = await self._act(facts, status, planned.actions)
+        await self._write(facts, status)
+        look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
+        return min((seconds for seconds in (look_again, wait, again) if seconds is not None), default=None)
+
+    async def _gather_job(self, key: Key) -> QLoRAJob | None:
+        body = await self.cluster.get_qlora_job(*key)
+        if body is None:
+            return None
+        try:
+            return parse_job(body)
+        except UnreadableJobError as error:
+            logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message says it all
+            await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
+            return None
+
+    async def _act(
+        self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]
+    ) -> tuple[QLoRAJobStatus, float | None]:
+        """The status after the actions, and seconds until another try if one of them met an obstacle."""
+        job, resolved = facts.job, status.resolved
+        for action in actions:
+            try:
+                match action:
+                    case DeleteJob(name, uid):
+                        logger.info("delete Job %s", name, extra={"key": (job.namespace, job.name)})
+                        await self.cluster.delete_job(job.namespace, name, uid)
+                    case CreateClaim() if resolved is not None:
+                        await self._create_claim(job, resolved)
+                    case CreateJob() if resolved is not None:
+                        status = with_child(status, facts, await self._create_job(job, resolved, action))
+            except _ObstacleError as obstacle:
+                logger.warning("%s", obstacle, extra={"key": (job.namespace, job.name)})
+                return with_refusal(status, facts, obstacle.reason), obstacle.again
+        return status, None
+
+    async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> str:
+        """UID of the step's Job, made now or by a pass that was cut short. Raises _ObstacleError."""
+        manifest = build_job(job, resolved, action.step, action.attempt)
+        name = manifest["metadata"]["name"]
+        try:
+            created = await self.cluster.create_job(job.namespace, manifest)
+            logger.info("created Job %s", name, extra={"key": (job.namespace, job.name)})
+        except RefusedError as error:
+            raise _ObstacleError(
+                Reason("JobRefused", f"the API server refuses Job {name}: {error}"), _SECONDS_AFTER_REFUSAL
+            ) from error
+        except ConflictError as error:
+            created = await self._existing(self.cluster.get_job(job.namespace, name))
+            if controller_uid(created) != job.uid:
+                sentence = (
+                    f"a Job {name} of another owner exists, perhaps of a QLoRAJob of the same name that was deleted: "
+                    "this one starts when it is gone"
+                )
+                raise _ObstacleError(Reason("NameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+        return str(created["metadata"]["uid"])
+
+    async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> None:
+        name = resolved.claim_name
+        try:
+            await self.cluster.create_claim(job.namespace, build_claim(job, resolved))
+            logger.info("created PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
+        except RefusedError as error:
+            raise _ObstacleError(
+                Reason("ClaimRefused", f"the API server refuses PersistentVolumeClaim {name}: {error}"),
+                _SECONDS_AFTER_REFUSAL,
+            ) from error
+        except ConflictError as error:
+            existing = await self._existing(self.cluster.get_claim(job.namespace, name))
+            if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
+                sentence = f"a PersistentVolumeClaim {name} exists that was not made for this job: delete it"
+                raise _ObstacleError(Reason("ClaimNameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+
+    async def _existing(self, get: Awaitable[Object]) -> Object:
+        try:
+            return await get
+        except NotFoundError as error:
+            raise RetryError("what was in the way has just been deleted") from error
+
+    async def _write(self, facts: Facts, status: QLoRAJobStatus) -> None:
+        """Store the status if it differs from what is stored, and tell a change of phase."""
+        job, content = facts.job, status.dump()
+        key = (job.namespace, job.name)
+        if content == job.status.dump():
+            return
+        if event := phase_event(job, status, facts.now):
+            logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
+            await self._post(key, event)
+        await self.cluster.apply_status(job, content)
+        self.metrics.status_writes.inc()
+        self.metrics.job_is_in(key, status.phase)
+
+    async def _post(self, key: Key, event: Object) -> None:
+        try:
+            await self.cluster.create_event(key[0], event)
+        except ConflictError:
+            logger.debug("this Event was posted before", extra={"key": key})
+        except ClusterError as error:
+            logger.warning("an Event could not be posted: %s", error, extra={"key": key})
+
+    def _forget(self, key: Key) -> None:
+        if self.progress is not None:
+            self.progress.forget(key)
+
+
+def _is_settled(job: QLoRAJob) -> bool:
+    """Whether nothing can be left to do, so that the children need not be looked at."""
+    status = job.status
+    done = is_true(status, "Succeeded") and status.observed_generation == job.generation
+    return done and not is_true(status, "CleanedUp") and cleanup_at(job, status) is None

@@ -1,0 +1,118 @@
+"""Looks at every job now and then, so that a lost event is a delay only, and notices when events are lost for good."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qlora_operator.cluster import Cluster, ClusterError
+from qlora_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["qlorajobs", "jobs", "pods"]
+KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
+_MISSED_INTERVALS = 3
+_RETRY_FRACTION = 10
+
+Identity = tuple[Kind, str, str]
+
+
+@dataclass
+class WatchMonitor:
+    """Compares what lists show with what the watches have shown.
+
+    An object whose version in one list is still newer than what its watch has shown by the next list means that the
+    watch is dead, although its connection may look alive.
+    """
+
+    _shown: dict[Identity, int] = field(default_factory=dict)
+    _behind: dict[Identity, int] = field(default_factory=dict)
+    _dead: set[Kind] = field(default_factory=set)
+
+    def show(self, identity: Identity, version: str, *, deleted: bool) -> None:
+        """Note an event of a watch. `version`: the object's resourceVersion."""
+        if deleted:
+            self._shown.pop(identity, None)
+            self._behind.pop(identity, None)
+        elif version.isdigit():
+            self._shown[identity] = max(int(version), self._shown.get(identity, 0))
+
+    def compare(self, kind: Kind, listed: dict[Identity, str]) -> None:
+        """Note a complete list of one kind."""
+        overdue = [
+            identity
+            for identity, version in self._behind.items()
+            if identity[0] == kind and identity in listed and self._shown.get(identity, 0) < version
+        ]
+        if overdue:
+            logger.error("the watch of %s is dead: it has not shown %s", kind, overdue[0][1:])
+            self._dead.add(kind)
+        else:
+            self._dead.discard(kind)
+        self._behind = {identity: version for identity, version in self._behind.items() if identity[0] != kind}
+        for identity, version in listed.items():
+            if version.isdigit() and self._shown.get(identity, 0) < int(version):
+                self._behind[identity] = int(version)
+
+    @property
+    def dead(self) -> tuple[Kind, ...]:
+        """The kinds whose watch is dead."""
+        return tuple(sorted(self._dead))
+
+
+class Resync:
+    """Lists every job at an interval, asks for each of them to be looked at, and knows whether all is well."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        namespaces: Sequence[str],
+        enqueue: Callable[[Key], None],
+        *,
+        interval: float,
+        monotonic: Callable[[], float],
+    ) -> None:
+        self.monitor = WatchMonitor()
+        self._cluster = cluster
+        self._namespaces: Sequence[str | None] = tuple(namespaces) or (None,)
+        self._enqueue = enqueue
+        self._interval = interval
+        self._monotonic = monotonic
+        self._listed_at = monotonic()
+
+    async def run(self) -> None:
+        """Resync until cancelled."""
+        while True:
+            pause = self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, guards nothing
+            try:
+                await self.once()
+            except ClusterError as error:
+                logger.warning("resync failed: %s", error)
+                pause /= _RETRY_FRACTION
+            await asyncio.sleep(pause)
+
+    async def once(self) -> None:
+        """List everything once. Raises ClusterError."""
+        for kind in KINDS:
+            listed: dict[Identity, str] = {}
+            for namespace in self._namespaces:
+                for body in await self._cluster.list_metadata(kind, namespace):
+                    metadata = body["metadata"]
+                    listed[kind, metadata["namespace"], metadata["name"]] = metadata["resourceVersion"]
+            self.monitor.compare(kind, listed)
+            if kind == "qlorajobs":
+                for _, namespace_name, name in listed:
+                    self._enqueue((namespace_name, name))
+        self._listed_at = self._monotonic()
+
+    def problem(self) -> str | None:
+        """Why the operator should be restarted; None if it should not."""
+        if dead := self.monitor.dead:
+            return f"the watch of {', '.join(dead)} is dead"
+        silence = self._monotonic() - self._listed_at
+        if silence > _MISSED_INTERVALS * self._interval:
+            return f"no list has succeeded for {silence:.0f} s"
+        return None

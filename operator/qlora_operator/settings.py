@@ -1,0 +1,77 @@
+"""Reads the administrator's settings from a YAML file."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from qlora_api.profile import DNS_LABEL, Profile
+from qlora_api.schema import ApiModel
+
+ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; the message names the field, what was found and what is allowed."""
+
+
+class ProgressSettings(ApiModel):
+    """Progress from the logs of running pods."""
+
+    enabled: bool = Field(True, description="Read pod logs. Without, a job's progress is shown only at its end.")
+
+
+class Settings(ApiModel):
+    """What the administrator decides for the operator itself and, in profiles, for the jobs."""
+
+    namespaces: tuple[Name, ...] = Field((), description="Namespaces to serve; all if empty.")
+    profiles: dict[Name, Profile] = Field(min_length=1, description="Classes of jobs, by the name that jobs use.")
+    progress: ProgressSettings = Field(ProgressSettings(), description="Progress of running jobs.")
+    resync_seconds: float = Field(
+        300, ge=1, le=86_400, description="Seconds between two looks at every job, in case an event was lost."
+    )
+    workers: int = Field(8, ge=1, le=64, description="Jobs that are worked on at the same time.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of the log.")
+    probe_port: Port = Field(8080, description="Port of /healthz.")
+    metrics_port: Port = Field(8081, description="Port of /metrics.")
+
+
+def find_settings(argument: Path | None, environ: Mapping[str, str] = os.environ) -> Path:
+    """The settings file: from the command line, else from the environment. Raises SettingsError for neither."""
+    if argument is not None:
+        return argument
+    if path := environ.get(ENV_SETTINGS):
+        return Path(path)
+    raise SettingsError(f"no settings file: give --settings FILE, or set {ENV_SETTINGS}")
+
+
+def load_settings(path: Path) -> Settings:
+    """The settings in the file. Raises SettingsError with the fields that are wrong."""
+    try:
+        content = YAML(typ="safe").load(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from error
+    try:
+        return Settings.model_validate(content if content is not None else {})
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'the file'}: {problem['msg']}{_found(problem['input'])}"
+        for problem in error.errors(include_url=False)
+    )
+
+
+def _found(value: object) -> str:
+    return f" (found {value!r})" if isinstance(value, str | int | float | bool) else ""

@@ -1,0 +1,312 @@
+"""Computes a job's next status from what is stored and what is seen: small functions, composed; pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from qlora_api.contract import CONTRACT_VERSION, ProgressRecord, ResultRecord
+from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
+from qlora_api.profile import Profile
+from qlora_api.status import FailureStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
+from qlora_operator.attempts import active_seconds, count_attempts, describe_failure
+from qlora_operator.conditions import ConditionType, Value, condition, is_finished, is_true, phase_of, with_condition
+from qlora_operator.figures import with_dataset_facts, with_progress, with_training_facts, without_remaining
+from qlora_operator.observe import ChildJob, Observed, QLoRAJob, Reason, format_time, parse_time
+from qlora_operator.waiting import hindrance
+
+_NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
+_DONE: dict[StepName, ConditionType] = {"prepare": "Prepared", "train": "Trained"}
+_DOING = {
+    "Pending": "the first Job is about to be created",
+    "Preparing": "model and data are being prepared",
+    "Queued": "the train Job waits for its pod to run",
+    "Training": "the adapter is being trained",
+    "Publishing": "the adapter is being checked and published",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that a status depends on."""
+
+    job: QLoRAJob
+    observed: Observed
+    profiles: Mapping[str, Profile]
+    now: datetime
+    progress: ProgressRecord | None = None
+
+
+def next_status(facts: Facts) -> QLoRAJobStatus:
+    """The status that follows from the facts. Equal to the stored one when nothing has changed."""
+    status = facts.job.status
+    if is_finished(status):
+        return _follow_cleanup(status.model_copy(update={"observed_generation": facts.job.generation}), facts)
+    for transition in (_start, _resolve, _count, _advance, _enforce_deadline, _show_progress):
+        status = transition(status, facts)
+    return summarize(status, facts)
+
+
+def with_child(status: QLoRAJobStatus, facts: Facts, job_uid: str) -> QLoRAJobStatus:
+    """The status after the present step's Job has been created."""
+    if status.step is None or is_finished(status):
+        return status
+    step = status.step.model_copy(update={"job_uid": job_uid})
+    return summarize(status.model_copy(update={"step": step}), facts)
+
+
+def with_refusal(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoRAJobStatus:
+    """The status after the API server has refused what the plan wanted."""
+    if is_finished(status):
+        return _set(status, facts, "CleanedUp", "False", reason)
+    return _set(status, facts, "Succeeded", "Unknown", reason)
+
+
+def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
+    """When Jobs and scratch are to be deleted; None if never, or if it is done."""
+    seconds = job.spec.cleanup_after_seconds
+    if seconds is None or status.completion_time is None or is_true(status, "CleanedUp"):
+        return None
+    return parse_time(status.completion_time) + timedelta(seconds=seconds)
+
+
+def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status with all conditions and the phase brought in line with the rest of it."""
+    status = status.model_copy(update={"observed_generation": facts.job.generation})
+    if not is_finished(status):
+        status = _summarize_suspension(status, facts)
+        status = _summarize_running(status, facts)
+    running = status.step is not None and any(pod.running for pod in facts.observed.pods_of(status.step.job_uid))
+    return status.model_copy(update={"phase": phase_of(status, running=running)})
+
+
+def _set(status: QLoRAJobStatus, facts: Facts, kind: ConditionType, value: Value, reason: Reason) -> QLoRAJobStatus:
+    return with_condition(status, kind, value, reason, generation=facts.job.generation, now=facts.now)
+
+
+def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    if status.start_time is not None:
+        return status
+    return status.model_copy(update={"start_time": format_time(facts.now)})
+
+
+def _resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    job = facts.job
+    profile = facts.profiles.get(job.spec.scheduling.profile)
+    if status.resolved is not None or job.spec.suspend or profile is None:
+        return status
+    own_claim = job.spec.workspace.claim_name
+    resolved = Resolved(
+        contract_version=CONTRACT_VERSION,
+        profile=profile,
+        claim_name=own_claim or workspace_claim_name(job.name, job.uid),
+        claim_created=own_claim is None,
+        workspace_path=workspace_folder(job.name, job.uid),
+    )
+    return status.model_copy(update={"resolved": resolved, "step": _step(job, "prepare", 1)})
+
+
+def _count(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    return count_attempts(status, facts.job, facts.observed)
+
+
+def _step(job: QLoRAJob, name: StepName, attempt: int, unverified: int = 0) -> StepStatus:
+    return StepStatus(
+        name=name, job_name=child_job_name(job.name, name, attempt), attempt=attempt, unverified=unverified
+    )
+
+
+def _advance(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """Follow the steps as far as their Jobs have come: several at once, if the operator was away."""
+    while not is_finished(status):
+        before, status = status, _advance_once(status, facts)
+        if status is before:
+            break
+    return status
+
+
+def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    step, job = status.step, facts.job
+    if step is None:
+        return status
+    child = facts.observed.child(step.job_name)
+    if child is None:
+        if not step.job_uid or job.spec.suspend:
+            return status
+        # Its Job was deleted, by somebody or by a suspension: go on under the next number.
+        return status.model_copy(update={"step": _step(job, step.name, step.attempt + 1, step.unverified)})
+    if child.uid != step.job_uid:
+        return _count(status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})}), facts)
+    pods = facts.observed.pods_of(child.uid)
+    if killed := next((pod for pod in pods if pod.ended and pod.out_of_memory), None):
+        return _fail(status, facts, describe_failure(killed, job, step.name))
+    if child.complete:
+        record = _verified(child, facts, step.name)
+        return _complete(status, facts, record) if record else _complete_unverified(status, facts, step)
+    if child.failure is not None:
+        ended = [pod for pod in pods if pod.ended and not pod.exited_well]
+        failure = describe_failure(ended[-1], job, step.name) if ended else _without_pod(child, step, facts)
+        return _fail(status, facts, failure)
+    return status
+
+
+def _verified(child: ChildJob, facts: Facts, step: StepName) -> ResultRecord | None:
+    for pod in reversed(facts.observed.pods_of(child.uid)):
+        record = pod.result(facts.job.uid, step)
+        if pod.exited_well and record is not None and (record.outcome, record.exit_code) == ("succeeded", 0):
+            return record if step != "publish" or record.adapter is not None else None
+    return None
+
+
+def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus:
+    step = record.step
+    if step == "publish":
+        status = status.model_copy(update={"adapter": record.adapter})
+        return _succeed(status, facts)
+    status = with_dataset_facts(status, record) if step == "prepare" else with_training_facts(status, record)
+    status = _set(status, facts, _DONE[step], "True", Reason("Done", f"the {step} step has ended well"))
+    return status.model_copy(update={"step": _step(facts.job, _NEXT[step], 1)})
+
+
+def _complete_unverified(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:
+    if step.unverified == 0:
+        return status.model_copy(update={"step": _step(facts.job, step.name, step.attempt + 1, 1)})
+    message = (
+        f"Job {step.job_name} completed twice without a readable result: was its pod deleted, or does the profile's "
+        "image not hold the trainer of this operator's version?"
+    )
+    return _fail(status, facts, _failure(step.name, "ResultUnreadable", message, facts))
+
+
+def _without_pod(child: ChildJob, step: StepStatus, facts: Facts) -> FailureStatus:
+    assert child.failure is not None  # noqa: S101 - the caller has looked
+    last = facts.job.status.last_failure
+    if last is not None and last.step == step.name:
+        return last
+    return _failure(step.name, child.failure.word or "JobFailed", f"Job {child.name}: {child.failure.sentence}", facts)
+
+
+def _failure(step: StepName, reason: str, message: str, facts: Facts) -> FailureStatus:
+    return FailureStatus(step=step, reason=reason, message=message, time=format_time(facts.now))
+
+
+def _succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    uri = status.adapter.uri if status.adapter else ""
+    done = Reason("Succeeded", f"the adapter is at {uri}")
+    for kind, value in (
+        ("Succeeded", "True"),
+        ("Failed", "False"),
+        ("Suspended", "False"),
+        ("Reconciling", "False"),
+        ("Ready", "True"),
+        ("Stalled", "False"),
+    ):
+        status = _set(status, facts, kind, value, done)  # type: ignore[arg-type]
+    return without_remaining(status.model_copy(update={"completion_time": format_time(facts.now)}))
+
+
+def _fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJobStatus:
+    """The end, with both summary conditions decided, so that no wait for either of them hangs."""
+    reason = Reason(failure.reason, failure.message)
+    if failure.step in _DONE:
+        status = _set(status, facts, _DONE[failure.step], "False", reason)
+    for kind, value in (
+        ("Succeeded", "False"),
+        ("Failed", "True"),
+        ("Suspended", "False"),
+        ("Reconciling", "False"),
+        ("Ready", "False"),
+        ("Stalled", "True"),
+    ):
+        status = _set(status, facts, kind, value, reason)  # type: ignore[arg-type]
+    changes = {"last_failure": failure, "completion_time": format_time(facts.now)}
+    return without_remaining(status.model_copy(update=changes))
+
+
+def _enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    limit = facts.job.spec.active_deadline_seconds
+    if is_finished(status) or limit is None or status.step is None:
+        return status
+    ran = active_seconds(status, facts.observed, facts.now)
+    if ran < limit:
+        return status
+    message = (
+        f"the steps have run for {ran} seconds, and spec.activeDeadlineSeconds allows {limit}: create the job again "
+        "with a larger value, or with fewer training steps"
+    )
+    return _fail(status, facts, _failure(status.step.name, "DeadlineExceeded", message, facts))
+
+
+def _show_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    record, step = facts.progress, status.step
+    if record is None or is_finished(status) or step is None or record.step != step.name:
+        return status
+    return with_progress(status, record)
+
+
+def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    if not facts.job.spec.suspend:
+        return _set(status, facts, "Suspended", "False", Reason("NotSuspended", ""))
+    observed = facts.observed
+    if observed.live_pods or any(not child.finished for child in observed.children):
+        stopping = Reason("Suspending", "the running step is stopped; a checkpoint is saved first")
+        return _set(status, facts, "Suspended", "False", stopping)
+    status = _set(status, facts, "Suspended", "True", Reason("Suspended", "spec.suspend is true; false goes on"))
+    return without_remaining(status)
+
+
+def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    standing = _standing(status, facts)
+    step = status.step
+    suspended = is_true(status, "Suspended")
+    started = step is not None and (bool(step.job_uid) or step.attempt > 1 or step.name != "prepare")
+    for kind in _DONE.values():
+        if not is_true(status, kind):
+            status = _set(status, facts, kind, "Unknown", standing)
+    accepted = started or suspended
+    ready = Reason("Suspended", "spec.suspend is true") if suspended else Reason("Started", "the job has been started")
+    waiting = Reason("Pending", standing.sentence)
+    status = _set(status, facts, "Succeeded", "Unknown", standing)
+    status = _set(status, facts, "Failed", "False", Reason("NotFailed", ""))
+    status = _set(status, facts, "Reconciling", "False" if accepted else "True", ready if accepted else waiting)
+    status = _set(status, facts, "Ready", "True" if accepted else "False", ready if accepted else waiting)
+    return _set(status, facts, "Stalled", "False", Reason("NotStalled", ""))
+
+
+def _standing(status: QLoRAJobStatus, facts: Facts) -> Reason:
+    """Why an unfinished job stands where it stands."""
+    job, observed, step = facts.job, facts.observed, status.step
+    suspension = condition(status, "Suspended")
+    if job.spec.suspend and suspension is not None:
+        return Reason(suspension.reason, suspension.message)
+    if status.resolved is None or step is None:
+        known = ", ".join(sorted(facts.profiles)) or "none"
+        return Reason(
+            "ProfileNotFound",
+            f"spec.scheduling.profile {job.spec.scheduling.profile!r} does not exist; the administrator has: {known}",
+        )
+    child = observed.child(step.job_name)
+    if reason := hindrance(child, observed, facts.now):
+        return reason
+    if not step.job_uid and observed.live_pods:
+        return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} has to end before the next Job is created")
+    running = any(pod.running for pod in observed.pods_of(step.job_uid))
+    last = status.last_failure
+    if last is not None and last.step == step.name and step.job_uid and not running:
+        return Reason("Retrying", f"the latest attempt failed and is tried again: {last.reason}: {last.message}")
+    phase = phase_of(status, running=running)
+    return Reason(phase, _DOING.get(phase, ""))
+
+
+def _follow_cleanup(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    if cleanup_at(facts.job, status) is None:
+        return status
+    at = format_time(cleanup_at(facts.job, status) or facts.now)
+    cleaning = [child for child in facts.observed.children if child.name.startswith(f"{facts.job.name}-clean-")]
+    if any(child.complete for child in cleaning) and len(cleaning) == len(facts.observed.children):
+        done = Reason("CleanedUp", "pods, checkpoints and prepared data are deleted; the adapter stays")
+        return _set(status, facts, "CleanedUp", "True", done)
+    if failed := next((child.failure for child in cleaning if child.failure), None):
+        return _set(status, facts, "CleanedUp", "False", Reason("CleanupFailed", failed.sentence))
+    if cleaning and (reason := hindrance(cleaning[-1], facts.observed, facts.now)):
+        return _set(status, facts, "CleanedUp", "False", reason)
+    return _set(status, facts, "CleanedUp", "False", Reason("Scheduled", f"pods and scratch are deleted at {at}"))

@@ -1,0 +1,100 @@
+"""Decides which volumes a step's pod mounts, where, and whether it may write to them; pure."""
+
+from typing import Any
+
+from qlora_api import contract
+from qlora_api.contract import SPEC_ANNOTATION
+from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
+from qlora_api.status import StepName
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.observe import QLoRAJob
+
+Manifest = dict[str, Any]
+
+_WORKSPACE = "workspace"
+_TEMPORARY_SIZE = "4Gi"
+_TOKEN_MODE = 0o440
+
+
+def mounts_and_volumes(job: QLoRAJob, workspace_claim: str, step: StepName) -> tuple[list[Manifest], list[Manifest]]:
+    """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
+
+    Every step sees the workspace, its document and a small folder for temporary files. Beyond that, prepare reads the
+    model, the data and the hub token, train reads the model, and publish reads the model and writes the destination.
+    """
+    mounts = [
+        _mount("job", str(contract.JOB_FILE.parent), read_only=True),
+        _mount(_WORKSPACE, str(contract.WORKSPACE_MOUNT)),
+        _mount("tmp", "/tmp"),  # noqa: S108 - a volume of the pod's own
+    ]
+    volumes = [
+        {"name": "job", "downwardAPI": {"items": [_document_file()]}},
+        {"name": _WORKSPACE, "persistentVolumeClaim": {"claimName": workspace_claim}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": _TEMPORARY_SIZE}},
+    ]
+    for number, (claim, writable) in enumerate(sorted(_claims(job.spec, step).items())):
+        name = _WORKSPACE if claim == workspace_claim else f"claim-{number}"
+        mounts.append(_mount(name, str(contract.VOLUMES_MOUNT / claim), read_only=not writable))
+        if name != _WORKSPACE:
+            volumes.append({"name": name, "persistentVolumeClaim": {"claimName": claim}})
+    if step == "prepare":
+        _add_config_maps(job.spec, mounts, volumes)
+        _add_token(job.spec, mounts, volumes)
+    return mounts, volumes
+
+
+def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:
+    """The claims besides the workspace that a step mounts, and whether it may write."""
+    read = {
+        "prepare": [spec.model.source, *_datasets(spec)],
+        "train": [spec.model.source],
+        "publish": [spec.model.source],
+    }.get(step, [])
+    sources = (parse_source(uri) for uri in read)
+    claims = {source.claim: False for source in sources if isinstance(source, VolumeSource)}
+    if step == "publish" and spec.output.destination:
+        destination = parse_source(spec.output.destination)
+        if isinstance(destination, VolumeSource):
+            claims[destination.claim] = True
+    return claims
+
+
+def _datasets(spec: QLoRAJobSpec) -> list[str]:
+    held_out = spec.dataset.eval.source if spec.dataset.eval else None
+    return [spec.dataset.source, *([held_out] if held_out else [])]
+
+
+def _add_config_maps(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
+    sources = (parse_source(uri) for uri in _datasets(spec))
+    names = sorted({source.name for source in sources if isinstance(source, ConfigMapSource)})
+    for number, name in enumerate(names):
+        volume = f"config-map-{number}"
+        mounts.append(_mount(volume, str(contract.CONFIG_MAPS_MOUNT / name), read_only=True))
+        # Optional, because GitOps may create it later: the step says which name is missing and is tried again.
+        volumes.append({"name": volume, "configMap": {"name": name, "optional": True}})
+
+
+def _add_token(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
+    reference = spec.model.token_secret_ref
+    if reference is None:
+        return
+    mounts.append(_mount("token", str(contract.TOKEN_FILE.parent), read_only=True))
+    secret = {
+        "secretName": reference.name,
+        "items": [{"key": reference.key, "path": contract.TOKEN_FILE.name}],
+        "defaultMode": _TOKEN_MODE,
+        "optional": True,
+    }
+    volumes.append({"name": "token", "secret": secret})
+
+
+def _document_file() -> Manifest:
+    return {
+        "path": contract.JOB_FILE.name,
+        "fieldRef": {"fieldPath": f"metadata.annotations['{SPEC_ANNOTATION}']"},
+    }
+
+
+def _mount(volume: str, path: str, *, read_only: bool = False) -> Manifest:
+    mount: Manifest = {"name": volume, "mountPath": path}
+    return mount | ({"readOnly": True} if read_only else {})

@@ -1,0 +1,71 @@
+"""Says in one sentence why a step's Job does not get on, and what to do; pure."""
+
+from datetime import datetime, timedelta
+
+from qlora_operator.observe import ChildJob, Observed, Pod, Reason
+
+NO_POD_AFTER = timedelta(seconds=60)
+STUCK_AFTER = timedelta(seconds=60)
+
+# What the kubelet reports while a container cannot start, and the remedy.
+_REMEDIES = {
+    "ImagePullBackOff": "check the image and the pull secrets of the profile",
+    "ErrImagePull": "check the image and the pull secrets of the profile",
+    "ErrImageNeverPull": "load the image on the node, or change imagePullPolicy in the profile",
+    "InvalidImageName": "correct the image in the profile",
+    "CreateContainerConfigError": "create what is missing; the kubelet tries again by itself",
+    "CreateContainerError": "see `kubectl describe pod`",
+    "RunContainerError": "see `kubectl describe pod`",
+}
+
+
+def hindrance(child: ChildJob | None, observed: Observed, now: datetime) -> Reason | None:
+    """What keeps the step's Job from running at `now`; None if nothing is known to."""
+    for pod in observed.live_pods:
+        if reason := _stuck(pod, now):
+            return reason
+    if child is None or child.finished:
+        return None
+    pods = observed.pods_of(child.uid)
+    live = [pod for pod in pods if not pod.ended]
+    if live:
+        return _not_starting(live[-1])
+    if not pods and not child.deleting and now >= no_pod_at(child):
+        return Reason(
+            "NoPod",
+            f"Job {child.name} has had no pod for more than a minute: a quota or the Pod Security level of the "
+            f"namespace may refuse it; see `kubectl describe job {child.name}`",
+        )
+    return None
+
+
+def no_pod_at(child: ChildJob) -> datetime:
+    """When a Job that has no pod is reported."""
+    return child.created + NO_POD_AFTER
+
+
+def stuck_at(pod: Pod) -> datetime | None:
+    """When a pod that is being deleted is reported as stuck; None if it is not being deleted."""
+    return pod.deletion_due + STUCK_AFTER if pod.deletion_due else None
+
+
+def _stuck(pod: Pod, now: datetime) -> Reason | None:
+    due = stuck_at(pod)
+    if due is None or now < due:
+        return None
+    return Reason(
+        "PodStuckTerminating",
+        f"pod {pod.name} should have ended and has not: its node may be lost. No other pod is started, because both "
+        "would write to the workspace; if the node is really gone, delete the Node object",
+    )
+
+
+def _not_starting(pod: Pod) -> Reason | None:
+    if pod.unschedulable:
+        return Reason("Unschedulable", f"no node can run pod {pod.name}: {pod.unschedulable}")
+    if pod.waiting is not None and pod.waiting.word in _REMEDIES:
+        # The kubelet alternates between pulling and pausing; one word for both keeps the status still.
+        word = "ImagePullBackOff" if pod.waiting.word == "ErrImagePull" else pod.waiting.word
+        detail = "" if word == "ImagePullBackOff" else f" ({pod.waiting.sentence})"
+        return Reason(word, f"pod {pod.name} cannot start: {word}{detail}; {_REMEDIES[word]}")
+    return None
