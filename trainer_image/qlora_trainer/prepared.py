@@ -15,7 +15,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -109,7 +109,7 @@ class PreparedDataset:
 
     def __init__(self, path: Path) -> None:
         """Open the file of a split. Raises FileNotFoundError, or ValueError if another version wrote it."""
-        self._file = safe_open(path, framework="pt")
+        self._file = cast("Any", safe_open(path, framework="pt"))
         metadata = self._file.metadata() or {}
         if metadata.get("format_version") != str(FORMAT_VERSION):
             found = metadata.get("format_version", "no version")

@@ -1,0 +1,76 @@
+"""Tiny models made once a session, and the context of a step over them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, Qwen2Config
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_trainer.step import Mounts, StepContext
+from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, Recorded, merged, save_model
+
+MakeContext = Callable[..., StepContext]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer Llama with a ChatML template. Do not change it: copy it."""
+    return save_model(tmp_path_factory.mktemp("llama") / "model", LlamaConfig(**SHAPE))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer Qwen2 (biases, tied embeddings) with a ChatML template. Do not change it: copy it."""
+    return save_model(tmp_path_factory.mktemp("qwen2") / "model", Qwen2Config(**SHAPE, tie_word_embeddings=True))
+
+
+@pytest.fixture
+def make_context(tmp_path: Path, tiny_llama: Path) -> MakeContext:
+    """Makes the context of a job over the tiny Llama (claim `models`) and `tmp_path/data` (claim `data`).
+
+    `spec` changes the job's spec, whose data set is `train.jsonl`; the workspace is `tmp_path/workspace`.
+    """
+
+    def make(
+        spec: dict[str, Any] | None = None, *, model: Path = tiny_llama, mounts: Mounts | None = None, attempt: int = 1
+    ) -> StepContext:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        default = {
+            "model": {"source": f"pvc://models/{model.name}"},
+            "dataset": {"source": "pvc://data/train.jsonl"},
+            "lora": {"rank": 4, "alpha": 8},
+            "training": {"maxSteps": 4, "gradientAccumulationSteps": 2, "maxSequenceLength": 64, "learningRate": 1e-3},
+        }
+        document = QLoRAJobDocument.model_validate(
+            {
+                "apiVersion": "qlora.dev/v1alpha1",
+                "kind": "QLoRAJob",
+                "metadata": {"name": "tiny", "namespace": "default", "uid": JOB_UID},
+                "spec": merged(default, spec or {}),
+            }
+        )
+        return StepContext(
+            document=document,
+            workspace=WorkspaceLayout(tmp_path / "workspace"),
+            mounts=mounts
+            or Mounts(
+                claims={"models": model.parent, "data": tmp_path / "data"},
+                config_maps=tmp_path / "config-maps",
+                token_file=tmp_path / "secrets" / "token",
+            ),
+            device="cpu",
+            pod_uid=POD_UID,
+            attempt=attempt,
+            workspace_uri=str(tmp_path / "workspace"),
+        )
+
+    return make
+
+
+@pytest.fixture
+def records() -> Recorded:
+    """Where a step's records go."""
+    return Recorded()

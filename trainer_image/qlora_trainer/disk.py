@@ -1,0 +1,59 @@
+"""What the steps must know of the disk: whether it is full, whether something fits, and what a file's content is."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.failures import StepFailure
+
+GIB = 2**30
+_BLOCK_BYTES = 2**22
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the error says that the disk, or the quota on it, is used up."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def sizes(done: int, total: int) -> str:
+    """Bytes done and in all, for people: "1.2/13.5 GiB"."""
+    unit, name = (GIB, "GiB") if total >= GIB else (2**20, "MiB")
+    return f"{done / unit:.1f}/{total / unit:.1f} {name}"
+
+
+def require_space(root: Path, needed: int, purpose: str) -> None:
+    """Raise StepFailure STORAGE_FULL if fewer than `needed` bytes are free below `root`."""
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise StepFailure(
+            ExitCode.STORAGE_FULL,
+            f"{purpose} needs {needed / GIB:.1f} GiB, but the workspace volume has {free / GIB:.1f} GiB free: "
+            "make it larger (spec.workspace.size) or free space",
+        )
+
+
+def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's content, in hexadecimal. `on_bytes` is called with the bytes read so far."""
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            done += len(block)
+            if on_bytes is not None:
+                on_bytes(done)
+    return digest.hexdigest()
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder below `folder` durable."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,178 @@
+"""Reads repositories of the Hugging Face Hub; changes with the hub's client library and the errors it raises."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qlora_trainer.disk import is_full
+from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
+
+RepositoryKind = Literal["model", "dataset"]
+
+_TIMEOUT_SECONDS = 30.0
+_TRY_AGAIN_LATER = frozenset({408, 425, 429})
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository, as its listing describes it."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str | None
+    """Of the content, where the hub knows it (large files)."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a repository at one commit."""
+
+    kind: RepositoryKind
+    repository: str
+    commit: str
+    files: dict[str, HubFile]
+
+
+class Hub:
+    """A hub and what it lets us read. Methods raise StepFailure, and OSError only for a full disk.
+
+    A repository that is missing, gated or forbidden is MODEL_UNAVAILABLE (a data set: BAD_DATASET); an unreachable hub
+    is UNREACHABLE.
+    """
+
+    def __init__(self, token: str | None, *, endpoint: str | None = None) -> None:
+        """`endpoint`: address of the hub; HF_ENDPOINT, or the public one, if None. `token` is sent to it only."""
+        self._token = token
+        self._api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
+
+    def list(self, kind: RepositoryKind, repository: str, revision: str | None) -> Listing:
+        """The files of the repository at the commit that `revision` (None: the default branch) stands for now."""
+        with self._errors(kind, repository, revision):
+            ask = self._api.model_info if kind == "model" else self._api.dataset_info
+            info = ask(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
+        files = {
+            entry.rfilename: HubFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None)
+            for entry in info.siblings or ()
+        }
+        return Listing(kind, repository, info.sha, files)
+
+    def fetch(self, listing: Listing, file: HubFile, folder: Path, on_bytes: Callable[[int], None]) -> Path:
+        """Download one file into `folder`, going on where an earlier attempt stopped; returns its path.
+
+        `on_bytes` is called with the bytes of this file that have arrived so far.
+        """
+        with self._errors(listing.kind, listing.repository, listing.commit):
+            path = hf_hub_download(
+                listing.repository,
+                file.name,
+                repo_type=listing.kind,
+                revision=listing.commit,
+                local_dir=folder,
+                token=self._token,
+                endpoint=self._api.endpoint,
+                tqdm_class=_byte_counter(on_bytes),
+            )
+        return Path(path)
+
+    @contextmanager
+    def _errors(self, kind: RepositoryKind, repository: str, revision: str | None) -> Iterator[None]:
+        """Translate what the client raises."""
+        try:
+            yield
+        except HFValidationError as error:
+            raise bad_configuration(f"hf://{repository}: {error}") from error
+        except OfflineModeIsEnabled as error:
+            raise bad_configuration(
+                f"hf://{repository} cannot be read because HF_HUB_OFFLINE is set: unset it, or use a pvc:// source"
+            ) from error
+        except HTTPError as error:
+            raise self._http_failure(error, kind, repository, revision) from error
+        except OSError as error:
+            if is_full(error):
+                raise
+            # The client wraps the answer to its first request for a file.
+            if isinstance(error.__cause__, HTTPError):
+                raise self._http_failure(error.__cause__, kind, repository, revision) from error
+            raise unreachable(f"download of hf://{repository} was cut off: {error}") from error
+        except (RuntimeError, ValueError) as error:
+            # What the accelerated transfer raises, and what an answer that is not JSON leads to.
+            raise unreachable(f"{self._api.endpoint} did not answer as a hub: {str(error)[:200]}") from error
+
+    def _http_failure(
+        self, error: HTTPError, kind: RepositoryKind, repository: str, revision: str | None
+    ) -> StepFailure:
+        refuse = model_unavailable if kind == "model" else bad_dataset
+        name = f"{kind} hf://{repository}"
+        token = "the token of spec.model.tokenSecretRef" if self._token else "no token (spec.model.tokenSecretRef)"
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, GatedRepoError):
+            return refuse(
+                f"{name} is gated and was asked for with {token}: accept its terms at "
+                f"{self._api.endpoint}/{repository} and set spec.model.tokenSecretRef to a read token of that account"
+            )
+        if isinstance(error, RevisionNotFoundError):
+            return refuse(f"{name} has no revision {revision!r}: name a branch, tag or commit that exists")
+        if isinstance(error, DisabledRepoError):
+            return refuse(f"{name} has been disabled by the hub: use another one")
+        if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
+            return refuse(
+                f"{name} does not exist, or may not be read with {token} (HTTP {status}): check the name, and for a "
+                "private repository set spec.model.tokenSecretRef to a token that may read it"
+            )
+        if status is not None and status < 500 and status not in _TRY_AGAIN_LATER:
+            return refuse(f"{name} was refused by {self._api.endpoint} with HTTP {status}: check its name")
+        found = f"answered HTTP {status}" if status else f"cannot be reached ({type(error).__name__}: {error})"
+        return unreachable(f"{self._api.endpoint} {found} for {name}")
+
+
+def hub_token(token_file: Path, secret: str | None) -> str | None:
+    """The read token: mounted from a Secret, else the one of the user who is logged in here, else None.
+
+    `secret` names the Secret and key that the job refers to; it may be created after the job, so its absence is
+    UNREACHABLE.
+    """
+    if token_file.is_file():
+        return token_file.read_text().strip()
+    token: str | None = get_token()
+    if token is None and secret is not None:
+        raise unreachable(f"{secret} (spec.model.tokenSecretRef) does not exist in the job's namespace")
+    return token
+
+
+def _byte_counter(on_bytes: Callable[[int], None]) -> type[Any]:
+    """A progress bar, as the client wants it, that calls `on_bytes`. It may open two for a file; the larger counts."""
+    largest = 0
+
+    class ByteCounter:
+        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
+            self._received = initial
+
+        def __enter__(self) -> "ByteCounter":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+        def update(self, count: float | None = 1) -> None:
+            nonlocal largest
+            self._received += int(count or 0)
+            largest = max(largest, self._received)
+            on_bytes(largest)
+
+    return ByteCounter

@@ -1,0 +1,307 @@
+"""The step `prepare`: model and data, found, checked and laid out in the workspace; changes with the order of that.
+
+What is cheap and may be wrong comes first: the model's configuration, whether it fits the card, the data. The weights
+come last. What is not finished lies in folders whose name begins with `.partial`.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qlora_api.contract import ProgressRecord, WorkspaceLayout
+from qlora_api.memory import ModelShape
+from qlora_api.sources import HubSource, VolumeSource, parse_source
+from qlora_api.status import MemoryStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.dataset import Dataset, build_dataset, write_sequences
+from qlora_trainer.disk import file_sha256, sizes, sync_tree
+from qlora_trainer.failures import StepFailure, bad_configuration
+from qlora_trainer.family import Family, inspect_family
+from qlora_trainer.hub import Hub, hub_token
+from qlora_trainer.memory_check import memory_status, read_shape, require_fit, training_shape
+from qlora_trainer.prepared import FORMAT_VERSION, MANIFEST, Split, split_file
+from qlora_trainer.records import (
+    PrepareRecord,
+    RecordWriter,
+    read_completion,
+    sync_folder,
+    timestamp,
+    write_atomically,
+    write_completion,
+)
+from qlora_trainer.sources import (
+    CONFIG,
+    TOKENIZER_FILES,
+    DataFile,
+    HubModel,
+    ModelSource,
+    VolumeModel,
+    find_data,
+    refuse_code,
+)
+from qlora_trainer.step import StepContext
+from qlora_trainer.templates import Tokenizer
+
+_LOG = logging.getLogger(__name__)
+
+_PARTIAL = ".partial"
+_LIBRARIES = ("transformers", "tokenizers")
+_LARGE_MODEL_PARAMETERS = 13_500_000_000
+_LARGE_MODEL_LEARNING_RATE = 1e-4
+
+
+def prepare(
+    context: StepContext, records: RecordWriter, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+) -> PrepareRecord:
+    """Lay out model and data in the workspace and write the completion record; returns at once if it still holds.
+
+    Raises StepFailure. After a failure that another attempt cannot mend, nothing is left in the workspace that was not
+    there before; after any other, what has been downloaded stays and the next attempt goes on from it.
+    """
+
+    def say(activity: str) -> None:
+        time = timestamp(now())
+        records.progress(
+            ProgressRecord(
+                job_uid=context.job_uid, pod_uid=context.pod_uid, step="prepare", time=time, activity=activity[:128]
+            )
+        )
+
+    path = context.workspace.completion("prepare")
+    written = read_completion(path, PrepareRecord)
+    record = None if written is None else _still_valid(written, context, records)
+    if record is None:
+        try:
+            record = _prepare(context, records, say)
+        except StepFailure as failure:
+            if failure.exit_code.permanent:
+                _discard_partial(context.workspace.models)
+            raise
+        finally:
+            _discard_partial(context.workspace.data)
+    if record != written:
+        write_completion(path, record)
+    records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
+    return record
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What the model's configuration says, once it is known that training can start."""
+
+    shape: ModelShape
+    family: Family
+    memory: MemoryStatus
+
+
+def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], None]) -> PrepareRecord:
+    spec, workspace = context.spec, context.workspace
+    hub = cache(lambda: Hub(_token(context)))
+    say("reading the model's configuration")
+    model = _model(context, hub)
+    folder = model.settings()
+    checked = _check_model(folder, spec, records)
+    tokenizer = Tokenizer(folder)
+    model.check_weights()
+
+    say("reading the data set")
+    scratch = _empty(workspace.data / _PARTIAL)
+    dataset = _dataset(context, hub, tokenizer, checked.shape.vocab_size, scratch, say)
+    records.note(dataset=dataset.status())
+    packed = spec.training.packing and checked.family.packing_isolated
+    layout = _empty(scratch / "layout")
+    _write_sequences(layout, dataset, spec.training.max_sequence_length, packed=packed)
+
+    verb = "downloading" if isinstance(model, HubModel) else "reading"
+    revision = model.weights(lambda done, total: say(f"{verb} model {sizes(done, total)}"))
+    resolved = _resolved(revision, folder, dataset)
+    data = _publish_data(layout, workspace.data, resolved, spec)
+    if isinstance(model, HubModel):
+        folder = _publish_model(folder, workspace.models / revision)
+    return PrepareRecord(
+        fingerprint=data.name,
+        model_path=_stored(folder, workspace),
+        model_revision=revision,
+        data_path=_stored(data, workspace),
+        target_modules=checked.family.target_modules,
+        packed=packed,
+        model_type=checked.family.model_type,
+        memory=checked.memory,
+        dataset=dataset.status(),
+    )
+
+
+def _token(context: StepContext) -> str | None:
+    reference = context.spec.model.token_secret_ref
+    secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
+    return hub_token(context.mounts.token_file, secret)
+
+
+def _model(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
+    source = parse_source(context.spec.model.source)
+    if isinstance(source, VolumeSource):
+        return VolumeModel(context.mounts, source)
+    if not isinstance(source, HubSource):
+        raise bad_configuration(f"spec.model.source is {context.spec.model.source}: must be hf:// or pvc://")
+    models = context.workspace.models
+
+    def folder_of(commit: str) -> Path:
+        finished = models / commit
+        return finished if finished.is_dir() else models / f"{_PARTIAL}-{commit}"
+
+    return HubModel(hub(), source, context.spec.model.revision, folder_of)
+
+
+def _check_model(folder: Path, spec: QLoRAJobSpec, records: RecordWriter) -> _Checked:
+    refuse_code(folder)
+    family = inspect_family(folder, spec.lora)
+    if spec.training.packing and not family.packing_isolated:
+        _LOG.warning("no packing: rows in one sequence would see each other in a model of type %s", family.model_type)
+    shape = read_shape(folder / CONFIG)
+    _advise_learning_rate(shape, spec.training.learning_rate)
+    return _Checked(shape, family, _check_memory(shape, family.target_modules, spec, records))
+
+
+def _advise_learning_rate(shape: ModelShape, learning_rate: float) -> None:
+    parameters = shape.linear_parameters + shape.embedding_parameters
+    if parameters > _LARGE_MODEL_PARAMETERS and learning_rate > _LARGE_MODEL_LEARNING_RATE:
+        _LOG.warning("spec.training.learningRate is %g; 1e-4 is advised above 13B parameters", learning_rate)
+
+
+def _check_memory(
+    shape: ModelShape, target_modules: tuple[str, ...], spec: QLoRAJobSpec, records: RecordWriter
+) -> MemoryStatus:
+    training, card = training_shape(spec, target_modules), spec.resources.gpu_memory
+    memory = memory_status(shape, training, card)
+    records.note(memory=memory)
+    require_fit(memory, shape, training, card)
+    return memory
+
+
+def _dataset(
+    context: StepContext,
+    hub: Callable[[], Hub],
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    scratch: Path,
+    say: Callable[[str], None],
+) -> Dataset:
+    spec = context.spec.dataset
+
+    def find(uri: str, split: Split) -> DataFile:
+        return find_data(
+            uri,
+            revision=spec.revision,
+            split=spec.split if split == "train" else None,
+            mounts=context.mounts,
+            hub=hub,
+            download=scratch / f"download-{split}",
+        )
+
+    return build_dataset(
+        spec, context.spec.training, find, tokenizer, vocabulary, lambda rows: say(f"tokenizing: {rows} rows done")
+    )
+
+
+def _write_sequences(folder: Path, dataset: Dataset, capacity: int, *, packed: bool) -> None:
+    training = dataset.training.rows
+    write_sequences(split_file(folder, "train"), training, dataset.training_rows, capacity, packed=packed)
+    if dataset.evaluation is not None:
+        evaluation = dataset.evaluation.rows
+        write_sequences(split_file(folder, "eval"), evaluation, dataset.evaluation_rows, capacity, packed=packed)
+
+
+def _resolved(revision: str, folder: Path, dataset: Dataset) -> dict[str, Any]:
+    """What the addresses of the job turned out to be; with the spec it determines the prepared data."""
+    tokenizer = [name for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()]
+    return {
+        "model": revision,
+        "tokenizer": {name: file_sha256(folder / name) for name in tokenizer},
+        "data": dataset.training.sha256,
+        "evalData": dataset.evaluation_sha256,
+    }
+
+
+def _fingerprint(resolved: Any, spec: QLoRAJobSpec) -> str:
+    training = spec.training
+    inputs = {
+        "format": FORMAT_VERSION,
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "resolved": resolved,
+        "model": {"source": spec.model.source, "revision": spec.model.revision},
+        "targetModules": spec.lora.target_modules,
+        "dataset": spec.dataset.dump(),
+        "maxSequenceLength": training.max_sequence_length,
+        "packing": training.packing,
+        "trainOn": training.train_on,
+        # The seed chooses the rows that are held out; otherwise the data do not depend on it.
+        "seed": training.seed if spec.dataset.eval is not None and spec.dataset.eval.fraction is not None else None,
+    }
+    return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _publish_data(layout: Path, folder: Path, resolved: dict[str, Any], spec: QLoRAJobSpec) -> Path:
+    """Write the manifest and give the folder its final name."""
+    fingerprint = _fingerprint(resolved, spec)
+    manifest = {"fingerprint": fingerprint, "resolved": resolved}
+    write_atomically(layout / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
+    sync_tree(layout)
+    target = folder / fingerprint
+    if target.exists():
+        shutil.rmtree(target)
+    layout.rename(target)
+    sync_folder(folder)
+    return target
+
+
+def _publish_model(folder: Path, target: Path) -> Path:
+    """Give a downloaded model's folder its final name, unless an earlier attempt has."""
+    if folder != target:
+        sync_tree(folder)
+        folder.rename(target)
+        sync_folder(target.parent)
+    return target
+
+
+def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWriter) -> PrepareRecord | None:
+    """The record with a new estimate, if what it describes is there and is what the job asks for; else None."""
+    root = context.workspace.root
+    try:
+        resolved = json.loads((root / record.data_path / MANIFEST).read_bytes())["resolved"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    config = root / record.model_path / CONFIG
+    if _fingerprint(resolved, context.spec) != record.fingerprint or not config.is_file():
+        return None
+    memory = _check_memory(read_shape(config), record.target_modules, context.spec, records)
+    return record.model_copy(update={"memory": memory})
+
+
+def _stored(path: Path, workspace: WorkspaceLayout) -> str:
+    """A path as a record holds it: relative to the workspace where it lies inside."""
+    return str(path.relative_to(workspace.root) if path.is_relative_to(workspace.root) else path.absolute())
+
+
+def _empty(folder: Path) -> Path:
+    """The folder, new and empty."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _discard_partial(folder: Path) -> None:
+    """Delete what is unfinished in the folder, and the folder itself if nothing else is in it."""
+    if folder.is_dir():
+        for path in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(path)
+        if not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,324 @@
+"""Finds a model's or data set's files, wherever the address points; changes with the kinds of address."""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
+from qlora_trainer.disk import file_sha256, require_space
+from qlora_trainer.failures import bad_dataset, model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.hub import Hub, HubFile, Listing
+from qlora_trainer.step import Mounts
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    }
+)
+DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+_VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_LISTED_NAMES = 12
+
+OnBytes = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+
+class ModelSource(Protocol):
+    """Where the base model comes from: the hub, or a volume. Methods raise StepFailure."""
+
+    def settings(self) -> Path:
+        """A folder with config.json, generation_config.json and the tokenizer's files. Small, so it is read first."""
+
+    def check_weights(self) -> None:
+        """Make sure, without reading them, that the weights are all there, harmless, and have a place on the disk."""
+
+    def weights(self, on_bytes: OnBytes) -> str:
+        """Have all weights in the same folder, complete; returns the revision: commit, or sha256:… of the content."""
+
+
+def choose_settings(names: Collection[str], source: str) -> list[str]:
+    """The small files of a model to use, out of the names in its folder. Raises StepFailure if the model is unusable.
+
+    Code and pickles are never chosen.
+    """
+    if WEIGHTS not in names and WEIGHTS_INDEX not in names:
+        pickles = sorted(name for name in names if name.endswith(_PICKLES))
+        if pickles:
+            raise unsafe_artefact(
+                f"{source} has its weights only as {_some(pickles)}, which can run code when it is loaded: "
+                "use a revision or a conversion with safetensors"
+            )
+        raise model_unavailable(f"{source} has neither {WEIGHTS} nor {WEIGHTS_INDEX}; it has {_some(names)}")
+    if CONFIG not in names:
+        raise model_unavailable(f"{source} has no {CONFIG}; it has {_some(names)}")
+    if not _VOCABULARIES & set(names):
+        raise model_unavailable(
+            f"{source} has no tokenizer ({', '.join(sorted(_VOCABULARIES))}); it has {_some(names)}"
+        )
+    wanted = {CONFIG, "generation_config.json", *TOKENIZER_FILES}
+    # As the library that loads it does: a single file goes before an index.
+    if WEIGHTS not in names:
+        wanted.add(WEIGHTS_INDEX)
+    return sorted(wanted & set(names))
+
+
+def weight_files(index: bytes | None, names: Collection[str], source: str) -> list[str]:
+    """The names of the weights' files: those in the index's `weight_map`, or the single file if there is no index.
+
+    Raises StepFailure: UNSAFE_ARTEFACT for a name that is no plain *.safetensors name, MODEL_UNAVAILABLE for a broken
+    index or a missing file.
+    """
+    if index is None:
+        return [WEIGHTS]
+    try:
+        entries = set(json.loads(index)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise model_unavailable(f"{source}: {WEIGHTS_INDEX} is not an object with a weight_map") from error
+    for entry in entries:
+        if not (isinstance(entry, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", entry)):
+            raise unsafe_artefact(
+                f"{source}: {WEIGHTS_INDEX} names {str(entry)[:80]!r}; allowed are plain names of *.safetensors files"
+            )
+    missing = sorted(entries - set(names))
+    if missing or not entries:
+        raise model_unavailable(f"{source} is incomplete: {WEIGHTS_INDEX} names {_some(missing)}, which is not there")
+    return sorted(entries)
+
+
+class HubModel:
+    """A model of the hub, downloaded into `folder`."""
+
+    def __init__(self, hub: Hub, source: HubSource, revision: str | None, folder_of: Callable[[str], Path]) -> None:
+        """Resolve the revision and list the files. `folder_of` gives the folder for a commit."""
+        self._hub = hub
+        self._uri = f"hf://{source.repository}"
+        self._listing: Listing = hub.list("model", source.repository, revision)
+        if not re.fullmatch(r"[0-9a-f]{40}", self._listing.commit):
+            raise unreachable(f"{self._uri}: the hub gave no commit for its revision, but {self._listing.commit!r}")
+        self._settings = choose_settings(self._listing.files, self._uri)
+        self.folder = folder_of(self._listing.commit)
+
+    def settings(self) -> Path:
+        """See ModelSource."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in self._settings:
+            self._download(self._listing.files[name], lambda _done: None)
+        return self.folder
+
+    def check_weights(self) -> None:
+        """See ModelSource."""
+        total = sum(file.size for file in self._weight_files())
+        require_space(self.folder, total - _bytes_below(self.folder), f"the download of {self._uri}")
+
+    def weights(self, on_bytes: OnBytes) -> str:
+        """See ModelSource."""
+        files = self._weight_files()
+        total, finished = sum(file.size for file in files), 0
+        for file in files:
+            before = finished
+            self._download(file, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
+            require_whole(self.folder / file.name, f"{self._uri}/{file.name}")
+            finished += file.size
+            on_bytes(finished, total)
+        return self._listing.commit
+
+    def _weight_files(self) -> list[HubFile]:
+        index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._settings else None
+        return [self._listing.files[name] for name in weight_files(index, self._listing.files, self._uri)]
+
+    def _download(self, file: HubFile, on_bytes: Callable[[int], None]) -> None:
+        path = self._hub.fetch(self._listing, file, self.folder, on_bytes)
+        size = path.stat().st_size
+        wrong_content = file.sha256 is not None and size == file.size and file_sha256(path) != file.sha256
+        if size != file.size or wrong_content:
+            path.unlink()
+            found = "another SHA-256" if wrong_content else f"{size} bytes instead of {file.size}"
+            raise unreachable(f"{self._uri}/{file.name} arrived with {found} than the hub lists: it is loaded again")
+
+
+class VolumeModel:
+    """A model in a folder of a mounted volume: read where it lies, never copied."""
+
+    def __init__(self, mounts: Mounts, source: VolumeSource) -> None:
+        """List the files. A name that is no regular file inside the folder is refused before it is read."""
+        self._uri = str(source)
+        folder = mounts.volume(source)
+        if not folder.is_dir():
+            raise model_unavailable(f"{self._uri} is not a folder on the volume: check the path")
+        if not folder.resolve().is_relative_to(mounts.volume(VolumeSource(source.claim)).resolve()):
+            raise unsafe_artefact(f"{self._uri} is a link that leads out of its volume: put the files themselves there")
+        self.folder = folder
+        self._names = frozenset(entry.name for entry in folder.iterdir())
+        self._settings = choose_settings(self._names, self._uri)
+        for name in self._settings:
+            require_regular(folder / name, folder, f"{self._uri}/{name}")
+
+    def settings(self) -> Path:
+        """See ModelSource."""
+        return self.folder
+
+    def check_weights(self) -> None:
+        """See ModelSource."""
+        for name in self._weight_files():
+            require_regular(self.folder / name, self.folder, f"{self._uri}/{name}")
+            require_whole(self.folder / name, f"{self._uri}/{name}")
+
+    def weights(self, on_bytes: OnBytes) -> str:
+        """See ModelSource. The revision is a digest over names and contents of the used files."""
+        return "sha256:" + content_digest(self.folder, (*self._settings, *self._weight_files()), on_bytes)
+
+    def _weight_files(self) -> list[str]:
+        index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._settings else None
+        return weight_files(index, self._names, self._uri)
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise StepFailure UNSAFE_ARTEFACT if the model's tokenizer asks for code of the model's own."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise model_unavailable(f"the model's {path.name} is not JSON ({error})") from error
+    if isinstance(settings, dict) and settings.get("auto_map"):
+        raise unsafe_artefact(
+            f"the model's {path.name} has auto_map: its tokenizer brings its own Python code, which is never run here"
+        )
+
+
+def content_digest(folder: Path, names: Iterable[str], on_bytes: OnBytes) -> str:
+    """SHA-256 over the lines `<sha256>  <name>`, sorted by name, of the files' contents."""
+    names = sorted(names)
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    total, finished, digest = sum(sizes.values()), 0, sha256()
+    for name in names:
+        before = finished
+        content = file_sha256(folder / name, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
+        digest.update(f"{content}  {name}\n".encode())
+        finished += sizes[name]
+    return digest.hexdigest()
+
+
+def require_regular(path: Path, folder: Path, name: str) -> None:
+    """Raise StepFailure UNSAFE_ARTEFACT unless `path` is a regular file that really lies inside `folder`."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise unsafe_artefact(f"{name} is a link that leads out of its folder: put the file itself there")
+    if not path.is_file():
+        raise unsafe_artefact(f"{name} is not a regular file: put the file itself there")
+
+
+def require_whole(path: Path, name: str) -> None:
+    """Raise StepFailure MODEL_UNAVAILABLE unless the safetensors file's header fits its length."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise model_unavailable(f"{name} is not a whole safetensors file ({error}): copy it again") from error
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file that can be read now, and what to call it in messages."""
+
+    path: Path
+    name: str
+
+
+def find_data(
+    uri: str,
+    *,
+    revision: str | None,
+    split: str | None,
+    mounts: Mounts,
+    hub: Callable[[], Hub],
+    download: Path,
+) -> DataFile:
+    """The one data file of an address. Files of the hub are downloaded below `download`.
+
+    Raises StepFailure: BAD_DATASET if there is no such file or more than one, UNSAFE_ARTEFACT for a link that leads
+    out of its volume, UNREACHABLE if a mount or the hub is missing.
+    """
+    source = parse_source(uri)
+    if isinstance(source, HubSource):
+        return _hub_data(source, revision, split, hub(), download)
+    if isinstance(source, ConfigMapSource):
+        file = DataFile(mounts.config_map(source), uri)
+    else:
+        file = DataFile(mounts.volume(source), str(source))
+        _require_data_file(file, mounts.volume(VolumeSource(source.claim)))
+    if not file.path.name.endswith(DATA_SUFFIXES):
+        raise bad_dataset(f"{file.name} does not end in {', '.join(DATA_SUFFIXES)}: rename or convert it")
+    return file
+
+
+def _require_data_file(file: DataFile, volume: Path) -> None:
+    if file.path.is_dir():
+        inside = [entry.name for entry in file.path.iterdir() if entry.name.endswith(DATA_SUFFIXES)]
+        raise bad_dataset(f"{file.name} is a folder: name one of its data files; it has {_some(inside)}")
+    if not file.path.exists():
+        folder = file.path.parent
+        inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        raise bad_dataset(f"{file.name} does not exist; its folder has {_some(inside)}")
+    require_regular(file.path, volume, file.name)
+
+
+def _hub_data(source: HubSource, revision: str | None, split: str | None, hub: Hub, download: Path) -> DataFile:
+    listing = hub.list("dataset", source.repository, revision)
+    uri = f"hf://{source.repository}"
+    name = choose_data_file(listing.files, source.path, split, uri)
+    require_space(download.parent, listing.files[name].size, f"the download of {uri}/{name}")
+    return DataFile(hub.fetch(listing, listing.files[name], download, lambda _done: None), f"{uri}/{name}")
+
+
+def choose_data_file(names: Collection[str], path: str, split: str | None, uri: str) -> str:
+    """The data file of a repository: the one at `path`, else the one of the split, else the only one there is.
+
+    A file belongs to a split if its path has the split's name as a part of its own: `data/train-00000.parquet` is of
+    the split `train`. Raises StepFailure BAD_DATASET, listing the files, if it is not exactly one.
+    """
+    candidates = sorted(name for name in names if name.endswith(DATA_SUFFIXES))
+    if path:
+        if path in candidates:
+            return path
+        raise bad_dataset(f"{uri} has no data file {path!r}; it has {_some(candidates)}")
+    if split is None and len(candidates) == 1:
+        return candidates[0]
+    wanted = split or "train"
+    part = re.compile(rf"(^|[/._-]){re.escape(wanted)}([/._-]|$)")
+    matching = [name for name in candidates if part.search(name)]
+    if len(matching) != 1:
+        raise bad_dataset(
+            f"{uri} has {len(matching)} data files of the split {wanted!r}, must be one: name the file, as in "
+            f"{uri}/{(matching or candidates or ['PATH'])[0]}; it has {_some(candidates)}"
+        )
+    return matching[0]
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names, for a message."""
+    ordered = sorted(names)
+    more = len(ordered) - _LISTED_NAMES
+    return (", ".join(ordered[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"

@@ -1,0 +1,174 @@
+"""Turns examples into tokens and says which of them are targets; changes with templates and tokenizers.
+
+An example is rendered as one text in which the spans to learn are known by their offsets. The text is tokenized as a
+whole, and a token is a target if it begins inside such a span. No token is judged by its id: the padding id is often
+that of the end of text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from qlora_trainer.failures import bad_configuration, bad_dataset
+from qlora_trainer.formats import Completion, Conversation, Example, Message, PlainText
+
+# What a template is told today's date is, so that the same data gives the same tokens on every day.
+FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no time zone
+_RECOGNIZABLE_END = 20
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of an example, and the half-open spans of characters in it that are to be learnt."""
+
+    text: str
+    learnt: tuple[tuple[int, int], ...]
+    ends_itself: bool
+    """Whether the text brings its own begin and end marks, as a chat template's does."""
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """The tokens of a row and, for each, whether it counts in the loss. The first never does: nothing predicts it."""
+
+    input_ids: Sequence[int]
+    is_target: Sequence[bool]
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load it from the folder; runs no code of the model's. Raises StepFailure BAD_CONFIGURATION if that fails."""
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise bad_configuration(f"the model's tokenizer cannot be loaded: {_first_line(error)}") from error
+        if not self._tokenizer.is_fast:
+            raise bad_configuration(
+                "the model's tokenizer tells no offsets: use a model with tokenizer.json (a fast tokenizer)"
+            )
+        if self._tokenizer.eos_token_id is None:
+            raise bad_configuration("the model's tokenizer has no end-of-text token (eos_token): use another model")
+        begin = self._tokenizer.bos_token_id
+        first = self._tokenizer("a").input_ids[:1]
+        self._begin: list[int] = first if first == [begin] else []
+        self.has_chat_template = bool(self._tokenizer.chat_template)
+        if self.has_chat_template:
+            _freeze_date(self._tokenizer)
+
+    def render(self, example: Example, place: str) -> Rendered:
+        """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
+
+        Raises StepFailure BAD_DATASET, beginning with `place`, if the template does not take the conversation, or if
+        the model has none and the example needs one.
+        """
+        if isinstance(example, PlainText):
+            return Rendered(example.text, ((0, len(example.text)),), ends_itself=False)
+        if isinstance(example, Completion) and not self.has_chat_template:
+            prompt = example.prompt + example.separator
+            text = prompt + example.completion
+            return Rendered(text, ((len(prompt), len(text)),), ends_itself=False)
+        if not self.has_chat_template:
+            raise bad_dataset(
+                f"{place}: the data set is of format chat, but the model has no chat template: use an instruct "
+                "model, or a data set of format prompt-completion or text"
+            )
+        conversation = example.as_conversation() if isinstance(example, Completion) else example
+        return self._render_conversation(conversation, place)
+
+    def _render_conversation(self, conversation: Conversation, place: str) -> Rendered:
+        messages = conversation.messages
+        text = self._apply_template(messages, place)
+        spans = []
+        for index, message in enumerate(messages):
+            if message.role == "assistant":
+                prompt = self._apply_template(messages[:index], place, add_generation_prompt=True)
+                through = text if index + 1 == len(messages) else self._apply_template(messages[: index + 1], place)
+                span = answer_span(text, prompt, through, message.content)
+                if span is None:
+                    raise bad_dataset(
+                        f"{place}: in the text that the model's chat template makes, message {index} of the "
+                        "conversation cannot be told from the rest: use a model whose template keeps every answer as "
+                        "it is, or rows with one answer"
+                    )
+                spans.append(span)
+        return Rendered(text, tuple(spans), ends_itself=True)
+
+    def _apply_template(self, messages: Sequence[Message], place: str, *, add_generation_prompt: bool = False) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise bad_dataset(
+                f"{place}: the model's chat template does not take this conversation: {_first_line(error)}"
+            ) from error
+
+    def tokenize(self, batch: Sequence[Rendered], train_on: Literal["completion", "all"]) -> Iterator[TokenizedRow]:
+        """The tokens of rendered examples. The end-of-text token that closes a plain text is a target too."""
+        encoded = self._tokenizer(
+            [rendered.text for rendered in batch],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            learnt = rendered.learnt if train_on == "completion" else ((0, len(rendered.text)),)
+            is_target = [any(start <= first < end for start, end in learnt) for first, _ in offsets]
+            if not rendered.ends_itself:
+                ids = [*self._begin, *ids, self._tokenizer.eos_token_id]
+                is_target = [False] * len(self._begin) + [*is_target, True]
+            is_target[:1] = [False]
+            yield TokenizedRow(ids, is_target)
+
+
+def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int, int] | None:
+    """Where the model's answer stands in a rendered conversation: characters [start, end), its end mark included.
+
+    `text` is the whole conversation, `prompt` the part before the answer with the generation prompt, `through` the
+    part up to and with the answer, each rendered on its own. None if they do not fit together.
+
+    Some templates leave the reasoning out of all answers but the last one. What is then in `text` is the end of what
+    follows the prompt in `through`, so the longest such end is taken, as long as the answer's own end is in it. Blanks
+    after the end mark are not part of the answer: a model has stopped before them.
+    """
+    if not (text.startswith(prompt) and through.startswith(prompt)):
+        return None
+    turn = through[len(prompt) :]
+    ending = answer.strip()[-_RECOGNIZABLE_END:]
+    for skipped in range(len(turn)):
+        kept = turn[skipped:]
+        if ending not in kept:
+            return None
+        if text.startswith(kept, len(prompt)):
+            marked = kept.rstrip()
+            return len(prompt), len(prompt) + len(kept if marked.endswith(ending) else marked)
+    return None
+
+
+def _freeze_date(tokenizer: Any) -> None:
+    """Give the template's `strftime_now` a fixed day. Raises StepFailure BAD_CONFIGURATION if it does not compile."""
+    # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        template = _compile_jinja_template(tokenizer.get_chat_template())
+    except (TemplateError, ValueError) as error:
+        raise bad_configuration(f"the model's chat template cannot be used: {_first_line(error)}") from error
+    template.globals["strftime_now"] = FROZEN_DATE.strftime
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
