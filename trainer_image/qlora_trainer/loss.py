@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-IGNORED_LABEL = -100
+from qlora_trainer.batches import Batch
+
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at the same time; the memory estimate counts on it."""
 
@@ -36,12 +37,13 @@ class LogitTransform:
         return logits
 
 
-def next_token_targets(labels: Tensor, row_lengths: tuple[int, ...]) -> Tensor:
-    """int64 [tokens]: the label of the token that follows in the same row, -100 where there is none."""
-    targets = torch.full_like(labels, IGNORED_LABEL)
-    targets[:-1] = labels[1:]
-    targets[torch.tensor(row_lengths).cumsum(0) - 1] = IGNORED_LABEL
-    return targets
+def batch_loss(model: Any, batch: Batch) -> Tensor:
+    """Sum of the losses of a batch's targets, a float32 scalar. `model` is a causal language model of transformers."""
+    states = model.get_decoder()(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, rows=batch.rows, use_cache=False
+    ).last_hidden_state[0]
+    head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
+    return summed_loss(states[batch.predicting], batch.targets, head, transform)
 
 
 def summed_loss(

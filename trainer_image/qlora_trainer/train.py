@@ -1,11 +1,47 @@
 """Trains the adapter: the loop, from the prepared data and the base model to the trained folder."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
-from qlora_trainer.failures import StopRequest
-from qlora_trainer.records import RecordWriter, TrainRecord
+import torch
+
+from qlora_api.contract import ExitCode, ProgressRecord
+from qlora_api.sources import HubSource, parse_source
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.attempts import counted_attempt, only_attempt
+from qlora_trainer.batches import Plan
+from qlora_trainer.checkpoint import Checkpoint, newest_checkpoint
+from qlora_trainer.determinism import (
+    Fingerprint,
+    available_cpus,
+    digest,
+    refuse_other_run,
+    run_fingerprint,
+    use_device,
+)
+from qlora_trainer.disk import file_sha256, sync_tree
+from qlora_trainer.failures import StepFailure, StopRequest, bad_configuration
+from qlora_trainer.family import inspect_family
+from qlora_trainer.loop import Run, RunState, report, restore, run_to_end
+from qlora_trainer.metrics import History, peak_memory_bytes
+from qlora_trainer.model import ADAPTER_FILE, adapter_parameters, attach_adapter, load_base, save_adapter
+from qlora_trainer.optimizer import PAGING_NEEDS_GPU, make_optimizer
+from qlora_trainer.prepared import PreparedDataset
+from qlora_trainer.records import (
+    PrepareRecord,
+    RecordWriter,
+    TrainRecord,
+    read_completion,
+    sync_folder,
+    timestamp,
+    write_completion,
+)
 from qlora_trainer.step import StepContext
+
+Clock = Callable[[], datetime]
 
 
 def train(
@@ -13,7 +49,7 @@ def train(
     records: RecordWriter,
     *,
     stop: StopRequest,
-    now: Callable[[], datetime],
+    now: Clock,
     monotonic: Callable[[], float],
 ) -> TrainRecord:
     """Train, from the newest checkpoint if there is one, and leave the adapter in `trained/`.
@@ -21,4 +57,164 @@ def train(
     `now` gives the time for records (with a time zone), `monotonic` seconds for speeds. Returns at once if the
     completion record matches. Raises StepFailure, or Interrupted after saving when `stop` was set.
     """
-    raise NotImplementedError
+    workspace = context.workspace
+    prepared = read_completion(workspace.completion("prepare"), PrepareRecord)
+    if prepared is None:
+        raise bad_configuration(f"{workspace.completion('prepare')} is missing: run the prepare step first")
+    fingerprint = run_fingerprint(context.spec, prepared, context.device)
+    done = _already_trained(context, digest(fingerprint))
+    if done is not None:
+        return done
+    with only_attempt(workspace.records):
+        checkpoint = newest_checkpoint(workspace.checkpoints)
+        if checkpoint is not None:
+            refuse_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
+        from_step = 0 if checkpoint is None else checkpoint.step
+        with counted_attempt(workspace.records, from_step, context.spec.retry.max_disruptions, context.pod_uid, now):
+            with _advice_when_memory_is_short(context.spec):
+                run, state = _start(context, records, stop, now, monotonic, prepared, fingerprint, checkpoint)
+                state = run_to_end(run, state)
+            return _finish(run, state, digest(fingerprint))
+
+
+def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | None:
+    """The completion record, if it is of this run and the adapter is still what it says."""
+    record = read_completion(context.workspace.completion("train"), TrainRecord)
+    if record is None or record.fingerprint != fingerprint:
+        return None
+    adapter = context.workspace.root / record.adapter_path / ADAPTER_FILE
+    return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
+
+
+def _start(
+    context: StepContext,
+    records: RecordWriter,
+    stop: StopRequest,
+    now: Clock,
+    monotonic: Callable[[], float],
+    prepared: PrepareRecord,
+    fingerprint: Fingerprint,
+    checkpoint: Checkpoint | None,
+) -> tuple[Run, RunState]:
+    """Load everything and put it where the checkpoint left it; without one, at the beginning."""
+    spec, root = context.spec, context.workspace.root
+    threads = available_cpus() if checkpoint is None else int(checkpoint.state["threads"])
+    device = use_device(context.device, threads)
+    data = PreparedDataset.open(root / prepared.data_path, "train")
+    eval_data = PreparedDataset.open(root / prepared.data_path, "eval") if spec.dataset.eval else None
+    plan = Plan.of(len(data), spec.training)
+    records.progress(
+        ProgressRecord(
+            job_uid=context.job_uid,
+            pod_uid=context.pod_uid,
+            step="train",
+            time=timestamp(now()),
+            activity="loading the base model in 4 bit",
+            training_step=0 if checkpoint is None else checkpoint.step,
+            total_steps=plan.total_steps,
+        ),
+        force=True,
+    )
+    model_folder = root / prepared.model_path
+    _refuse_mixed_rows(spec, prepared, model_folder)
+    model = attach_adapter(
+        load_base(model_folder, spec.quantization, context.device),
+        spec.lora,
+        prepared.target_modules,
+        seed=spec.training.seed,
+        gradient_checkpointing=spec.training.gradient_checkpointing,
+        base_name=_base_name(spec),
+        base_revision=prepared.model_revision,
+    )
+    run = Run(
+        context=context,
+        records=records,
+        stop=stop,
+        now=now,
+        monotonic=monotonic,
+        device=device,
+        plan=plan,
+        data=data,
+        eval_data=eval_data,
+        model=model,
+        optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
+        history=History(context.workspace.report, 0 if checkpoint is None else int(checkpoint.state["historyBytes"])),
+        fingerprint=fingerprint,
+        threads=threads,
+    )
+    state = RunState() if checkpoint is None else restore(run, checkpoint)
+    unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
+    report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
+    return run, state
+
+
+def _refuse_mixed_rows(spec: QLoRAJobSpec, prepared: PrepareRecord, model_folder: Path) -> None:
+    """A micro batch puts rows into one forward pass even without packing: its family must keep them apart."""
+    if spec.training.micro_batch_size == 1 or prepared.packed:
+        return
+    family = inspect_family(model_folder, spec.lora)
+    if not family.packing_isolated:
+        raise bad_configuration(
+            f"model_type {family.model_type!r} cannot keep the rows of a batch apart: set "
+            "spec.training.microBatchSize to 1 and raise gradientAccumulationSteps instead"
+        )
+
+
+def _base_name(spec: QLoRAJobSpec) -> str:
+    """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
+    source = parse_source(spec.model.source)
+    return source.repository if isinstance(source, HubSource) else spec.model.source
+
+
+def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
+    """Write the adapter, then the completion record that points at it."""
+    workspace = run.context.workspace
+    unfinished = workspace.root / f".{workspace.trained.name}.unfinished"
+    for folder in (unfinished, workspace.trained):
+        if folder.exists():
+            shutil.rmtree(folder)
+    unfinished.mkdir(parents=True)
+    save_adapter(run.model, unfinished)
+    sync_tree(unfinished)
+    unfinished.rename(workspace.trained)
+    sync_folder(workspace.root)
+    run.history.sync()
+    run.history.close()
+    if state.loss is None:
+        raise AssertionError("a plan has at least one step, and each step has a loss")
+    record = TrainRecord(
+        fingerprint=fingerprint,
+        adapter_path=workspace.trained.name,
+        adapter_sha256=file_sha256(workspace.trained / ADAPTER_FILE),
+        training_step=state.step,
+        loss=state.loss,
+        initial_eval_loss=state.initial_eval_loss,
+        eval_loss=state.eval_loss,
+        peak_memory_bytes=state.peak_memory_bytes,
+    )
+    write_completion(workspace.completion("train"), record)
+    return record
+
+
+@contextmanager
+def _advice_when_memory_is_short(spec: QLoRAJobSpec) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into a StepFailure with the peak and what to change first."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        peak = peak_memory_bytes("cuda") / 2**30
+        raise StepFailure(
+            ExitCode.GPU_OUT_OF_MEMORY,
+            f"the GPU is out of memory at a peak of {peak:.1f} GiB: {_smaller(spec)}; checkpoints are kept",
+        ) from error
+
+
+def _smaller(spec: QLoRAJobSpec) -> str:
+    training = spec.training
+    if training.micro_batch_size > 1:
+        half, twice = training.micro_batch_size // 2, training.gradient_accumulation_steps * 2
+        return f"set spec.training.microBatchSize to {half} and gradientAccumulationSteps to {twice}"
+    if not training.gradient_checkpointing:
+        return "set spec.training.gradientCheckpointing to true"
+    shorter = max(16, training.max_sequence_length // 2)
+    return f"set spec.training.maxSequenceLength to {shorter}, or use a card with more memory"

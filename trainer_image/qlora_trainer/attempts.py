@@ -1,0 +1,124 @@
+"""The train step's attempts: at most one at a time, and no more of them than the job's budget allows.
+
+Kubernetes restarts an evicted or deleted pod without counting, so the count is kept here, in the workspace.
+"""
+
+import fcntl
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from qlora_api.contract import ExitCode
+from qlora_api.schema import ObservedModel
+from qlora_api.status import Timestamp
+from qlora_trainer.failures import Interrupted, StepFailure, unreachable
+from qlora_trainer.records import timestamp, write_atomically
+
+ATTEMPTS_FILE = "attempts.jsonl"
+LOCK_FILE = "train.lock"
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 5
+
+_log = logging.getLogger(__name__)
+
+
+class Attempt(ObservedModel):
+    """One start of the train step."""
+
+    pod_uid: str
+    started_at: Timestamp
+    from_step: int
+    """Step of the checkpoint that it went on from; 0 without one."""
+    ended: Literal["succeeded", "interrupted", "failed"] | None = None
+    """None if it was killed before it could say."""
+
+    @property
+    def disrupted(self) -> bool:
+        """Whether it ended by something outside: asked to stop, or killed."""
+        return self.ended in (None, "interrupted")
+
+
+def refuse_if_spent(attempts: Sequence[Attempt], from_step: int, max_disruptions: int) -> None:
+    """Raise StepFailure (RETRIES_EXHAUSTED) if no further attempt may start, from a checkpoint of `from_step`."""
+    disruptions = sum(attempt.disrupted for attempt in attempts)
+    if disruptions > max_disruptions:
+        raise StepFailure(
+            ExitCode.RETRIES_EXHAUSTED,
+            f"training was interrupted {disruptions} times and spec.retry.maxDisruptions allows {max_disruptions}; "
+            f"it had reached the checkpoint of step {from_step}: create the job again with a larger number, or where "
+            "pods live longer",
+        )
+    recent = attempts[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
+    stuck = [attempt for attempt in recent if attempt.disrupted and attempt.from_step == from_step]
+    if len(stuck) == MAX_ATTEMPTS_WITHOUT_PROGRESS:
+        raise StepFailure(
+            ExitCode.RETRIES_EXHAUSTED,
+            f"{len(stuck)} attempts in a row ended before a checkpoint after step {from_step}: set "
+            "spec.training.saveEverySteps lower than what one attempt reaches, or give the pod more memory or time",
+        )
+
+
+@contextmanager
+def counted_attempt(
+    records: Path, from_step: int, max_disruptions: int, pod_uid: str, now: Callable[[], datetime]
+) -> Iterator[None]:
+    """Run the body as one more attempt, which is on record before it starts, with how it ends.
+
+    Raises StepFailure (RETRIES_EXHAUSTED) instead if no attempt is left.
+    """
+    earlier = read_attempts(records)
+    refuse_if_spent(earlier, from_step, max_disruptions)
+    attempt = Attempt(pod_uid=pod_uid, started_at=timestamp(now()), from_step=from_step)
+    write_attempts(records, [*earlier, attempt])
+    ended: Literal["succeeded", "interrupted", "failed"] = "failed"
+    try:
+        yield
+        ended = "succeeded"
+    except Interrupted:
+        ended = "interrupted"
+        raise
+    finally:
+        write_attempts(records, [*earlier, attempt.model_copy(update={"ended": ended})])
+
+
+def read_attempts(records: Path) -> list[Attempt]:
+    """All attempts so far, oldest first. A line that cannot be read is logged and left out."""
+    attempts = []
+    try:
+        lines = (records / ATTEMPTS_FILE).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for number, line in enumerate(lines, start=1):
+        try:
+            attempts.append(Attempt.model_validate_json(line))
+        except ValidationError as error:
+            _log.warning("%s:%d is no attempt and is left out: %s", ATTEMPTS_FILE, number, error)
+    return attempts
+
+
+def write_attempts(records: Path, attempts: Sequence[Attempt]) -> None:
+    """Replace the file by `attempts`, one line each."""
+    lines = [json.dumps(attempt.dump(), sort_keys=True) + "\n" for attempt in attempts]
+    write_atomically(records / ATTEMPTS_FILE, "".join(lines).encode())
+
+
+@contextmanager
+def only_attempt(records: Path) -> Iterator[None]:
+    """Hold the workspace's lock. Raises StepFailure (retryable) while another process trains in it.
+
+    Kubernetes may start the same pod twice, and a pod on a lost node may still run. The lock goes with its process.
+    """
+    records.mkdir(parents=True, exist_ok=True)
+    with (records / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as held:
+            raise unreachable(
+                "another attempt still trains in this workspace; this one stops so that they do not both write"
+            ) from held
+        yield

@@ -1,0 +1,125 @@
+"""Checkpoints on disk: each is there whole and verified, or not at all; changes with their format.
+
+`checkpoints/step-N/` holds safetensors files, `state.json`, and `manifest.json` with the SHA-256 of each. It is written
+beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_trainer.disk import file_sha256, sync_tree
+from qlora_trainer.records import sync_folder
+
+FORMAT_VERSION = 1
+KEPT = 2
+MANIFEST = "manifest.json"
+STATE = "state.json"
+CORRUPT = ".corrupt"
+
+_NAME = re.compile(r"step-(\d+)")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run as it stood after `step` optimizer steps."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of `<name>.safetensors`, in main memory."""
+        return load_file(self.path / f"{name}.safetensors")
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Checkpoint:
+    """Write `folder/step-N` with one file for each entry of `tensors`, read it back, then drop all but the newest two.
+
+    `state` is what JSON can hold. Raises OSError, or SafetensorError with the number of the operating system's error,
+    if it cannot be written, and ValueError if it does not read back; the earlier checkpoints are untouched then.
+    """
+    final = folder / f"step-{step}"
+    unfinished = folder / f".step-{step}.unfinished"
+    _remove(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        _write(unfinished, tensors, {**state, "formatVersion": FORMAT_VERSION, "step": step})
+        unfinished.rename(final)
+    except BaseException:
+        # On a full volume the space is wanted back.
+        _remove(unfinished)
+        raise
+    sync_folder(folder)
+    saved = read_checkpoint(final)
+    for _, old in _numbered(folder)[KEPT:]:
+        _remove(old)
+    return saved
+
+
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    for name, entries in tensors.items():
+        save_file(dict(entries), folder / f"{name}.safetensors")
+    (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True, allow_nan=False))
+    sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2, sort_keys=True))
+    sync_tree(folder)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`. Raises ValueError, saying what is wrong, unless every file is as it was written."""
+    try:
+        sums = json.loads((path / MANIFEST).read_bytes())["sha256"]
+        for name, expected in sums.items():
+            found = file_sha256(path / name)
+            if found != expected:
+                raise ValueError(f"{name} has sha256 {found}, not {expected}")
+        state = json.loads((path / STATE).read_bytes())
+        if STATE not in sums or state["formatVersion"] != FORMAT_VERSION:
+            raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
+        return Checkpoint(path, int(state["step"]), state)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is incomplete: {error!r}") from error
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None if there is none. Those that do not are renamed `….corrupt` and logged.
+
+    What a killed attempt left unfinished is removed.
+    """
+    for leftover in folder.glob(".step-*.unfinished"):
+        _remove(leftover)
+    for _, path in _numbered(folder):
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            aside = path.with_name(path.name + CORRUPT)
+            _remove(aside)
+            path.rename(aside)
+            _log.warning("%s is broken and was renamed to %s: %s", path, aside.name, error)
+    return None
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Step and path of each checkpoint, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder if it is there."""
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,114 @@
+"""What must be the same for a resumed run to give the same adapter: threads, random state, and a run's fingerprint."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.failures import StepFailure, bad_configuration
+from qlora_trainer.records import PrepareRecord
+from qlora_trainer.step import Device
+
+Fingerprint = dict[str, Any]
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# How often to save decides nothing about what is computed.
+_WITHOUT_EFFECT = ("saveEverySteps",)
+
+
+def available_cpus(quota_file: Path = _CPU_QUOTA) -> int:
+    """CPU cores that this process may use: its affinity and its container's limit, which PyTorch does not look at."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device) -> Fingerprint:
+    """Everything that decides the adapter, by name."""
+    training = {name: value for name, value in spec.training.dump().items() if name not in _WITHOUT_EFFECT}
+    return {
+        "model": {"revision": prepared.model_revision, "targetModules": list(prepared.target_modules)},
+        "data": {"fingerprint": prepared.fingerprint},
+        "quantization": spec.quantization.dump(),
+        "lora": spec.lora.dump(),
+        "training": training,
+        "device": device,
+        "libraries": {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def digest(fingerprint: Fingerprint) -> str:
+    """SHA-256 of a fingerprint."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other_run(found: Fingerprint, wanted: Fingerprint, checkpoint: Path) -> None:
+    """Raise StepFailure naming what differs, if a checkpoint is of another run than this one."""
+    before, now = _flat(found), _flat(wanted)
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        differences = ", ".join(
+            f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in changed[:3]
+        )
+        raise bad_configuration(
+            f"{checkpoint} belongs to another run: {differences}; use another workspace, or delete the folder "
+            f"{checkpoint.parent} to start over"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, inner in value.items()
+        for name, leaf in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def random_state(device: Device) -> dict[str, Tensor]:
+    """State of the generators that dropout draws from. Nothing else here draws random numbers after the start."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if device == "cuda" else state
+
+
+def restore_random_state(state: Mapping[str, Tensor]) -> None:
+    """Go on with the random numbers where they were saved."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def use_device(device: Device, threads: int) -> torch.device:
+    """The device to train on, with a fixed number of threads: another number adds floats in another order.
+
+    Raises StepFailure if a GPU is asked for and there is none; training on the CPU instead would take for ever.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise no_gpu()
+    torch.set_num_threads(threads)
+    return torch.device(device)
+
+
+def no_gpu() -> StepFailure:
+    """A GPU is asked for and this process sees none."""
+    return bad_configuration(
+        "no CUDA GPU is visible in this container: check that the profile asks for nvidia.com/gpu and that the node's "
+        "driver is not older than this image's CUDA"
+    )

@@ -1,0 +1,246 @@
+"""The training loop: optimizer steps, evaluations and checkpoints, from wherever the run stands to its end."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_api.contract import ExitCode, ProgressRecord
+from qlora_trainer.batches import Batch, Plan, read_batch
+from qlora_trainer.checkpoint import Checkpoint, save_checkpoint
+from qlora_trainer.determinism import Fingerprint, random_state, restore_random_state
+from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.loss import batch_loss
+from qlora_trainer.metrics import History, Pace, peak_memory_bytes
+from qlora_trainer.model import COMPUTE_DTYPE, adapter_parameters, adapter_tensors, restore_adapter
+from qlora_trainer.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
+from qlora_trainer.prepared import PreparedDataset
+from qlora_trainer.records import RecordWriter, timestamp
+from qlora_trainer.step import StepContext
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where the run stands, besides what lies in the model and the optimizer. Every checkpoint holds it."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    evaluated_step: int | None = None
+    eval_loss: float | None = None
+    initial_eval_loss: float | None = None
+    peak_memory_bytes: int = 0
+    """Of all attempts."""
+
+
+@dataclass
+class Run:
+    """What the loop works with. Only the last three fields change."""
+
+    context: StepContext
+    records: RecordWriter
+    stop: StopRequest
+    now: Callable[[], datetime]
+    monotonic: Callable[[], float]
+    device: torch.device
+    plan: Plan
+    data: PreparedDataset
+    eval_data: PreparedDataset | None
+    model: Any
+    optimizer: torch.optim.Optimizer
+    history: History
+    fingerprint: Fingerprint
+    threads: int
+    checkpoint_step: int | None = None
+    checkpoint_time: str | None = None
+    pace: Pace = field(default_factory=Pace)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name."""
+        return adapter_parameters(self.model)
+
+
+def run_to_end(run: Run, state: RunState) -> RunState:
+    """Train to the last step, evaluate and save on the way. Returns the final state.
+
+    Raises Interrupted, with the latest step saved, when a stop is requested; StepFailure (DIVERGED) for a loss or
+    gradient that is no number, before it can reach the weights.
+    """
+    while True:
+        if run.eval_data is not None and _evaluation_due(run, state) and not run.stop.requested:
+            state = _evaluate(run, state, run.eval_data)
+        if _save_due(run, state):
+            _save(run, state)
+        if state.step == run.plan.total_steps and not _evaluation_due(run, state):
+            return state
+        if run.stop.requested:
+            raise Interrupted(state.step, run.plan.total_steps)
+        state = _optimizer_step(run, state)
+
+
+def _evaluation_due(run: Run, state: RunState) -> bool:
+    if run.eval_data is None or state.evaluated_step == state.step:
+        return False
+    every = run.context.spec.training.eval_every_steps
+    return state.step in (0, run.plan.total_steps) or (every is not None and state.step % every == 0)
+
+
+def _save_due(run: Run, state: RunState) -> bool:
+    if state.step == 0 or state.step == run.checkpoint_step:
+        return False
+    on_schedule = state.step % run.context.spec.training.save_every_steps == 0
+    return on_schedule or state.step == run.plan.total_steps or run.stop.requested
+
+
+def _optimizer_step(run: Run, state: RunState) -> RunState:
+    """One step: gradients of all micro batches, clipped, checked, applied. Waits for the GPU once."""
+    training = run.context.spec.training
+    started = run.monotonic()
+    batches = [read_batch(run.data, indices, run.device) for indices in run.plan.micro_batches(state.step)]
+    # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
+    targets = max(1, sum(batch.target_count for batch in batches))
+    summed = torch.zeros((), device=run.device)
+    for batch in batches:
+        loss = _loss(run, batch) / targets
+        loss.backward()
+        summed += loss.detach()
+        report(run, state, "training")
+    norm = nn.utils.clip_grad_norm_(run.parameters.values(), training.max_grad_norm)
+    loss, grad_norm = float(summed), float(norm)
+    rate = learning_rate(state.step, run.plan.total_steps, training)
+    state = replace(state, step=state.step + 1, loss=loss, grad_norm=grad_norm, learning_rate=rate)
+    if not (isfinite(loss) and isfinite(grad_norm)):
+        raise _diverged(run, state.step, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
+    set_learning_rate(run.optimizer, rate)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    seconds, tokens = run.monotonic() - started, sum(batch.tokens for batch in batches)
+    run.pace = run.pace.after_step(seconds, tokens)
+    state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
+    run.history.append(
+        {
+            "step": state.step,
+            "loss": loss,
+            "gradNorm": grad_norm,
+            "learningRate": rate,
+            "tokensPerSecond": round(tokens / seconds, 1) if seconds > 0 else 0.0,
+        }
+    )
+    report(run, state, "training")
+    return state
+
+
+def _loss(run: Run, batch: Batch) -> Tensor:
+    """Summed loss of a batch. Products are computed in 16 bit; adapter weights keep their own type."""
+    with torch.autocast(run.device.type, dtype=COMPUTE_DTYPE):
+        return batch_loss(run.model.get_base_model(), batch)
+
+
+def _diverged(run: Run, step: int, what: str) -> StepFailure:
+    kept = f"the checkpoint of step {run.checkpoint_step} is kept" if run.checkpoint_step else "nothing was saved yet"
+    return StepFailure(
+        ExitCode.DIVERGED,
+        f"training diverged at step {step}: {what}; {kept}. Lower spec.training.learningRate or set warmupSteps, "
+        "and look for broken rows",
+    )
+
+
+def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
+    """Mean loss of the held-out targets. Draws no random number, changes no weight; given up if a stop is requested."""
+    started, size = run.monotonic(), run.context.spec.training.micro_batch_size
+    summed, targets = torch.zeros((), dtype=torch.float64, device=run.device), 0
+    run.model.eval()
+    try:
+        with torch.no_grad():
+            for first in range(0, len(data), size):
+                if run.stop.requested:
+                    return state
+                batch = read_batch(data, tuple(range(first, min(first + size, len(data)))), run.device)
+                summed += _loss(run, batch)
+                targets += batch.target_count
+                report(run, state, "evaluating")
+    finally:
+        run.model.train()
+    loss = float(summed) / max(1, targets)
+    if not isfinite(loss):
+        raise _diverged(run, state.step, f"loss {loss} on the held-out rows")
+    run.pace = run.pace.after_evaluation(run.monotonic() - started)
+    run.history.append({"step": state.step, "evalLoss": loss})
+    initial = loss if state.step == 0 else state.initial_eval_loss
+    state = replace(state, evaluated_step=state.step, eval_loss=loss, initial_eval_loss=initial)
+    report(run, state, "training", force=True)
+    return state
+
+
+def _save(run: Run, state: RunState) -> None:
+    report(run, state, "saving a checkpoint")
+    epoch, sequence = run.plan.position(state.step)
+    save_checkpoint(
+        run.context.workspace.checkpoints,
+        state.step,
+        {
+            "adapter": adapter_tensors(run.model),
+            "optimizer": optimizer_tensors(run.optimizer, run.parameters),
+            "random": random_state(run.context.device),
+        },
+        {
+            "fingerprint": run.fingerprint,
+            "threads": run.threads,
+            "run": asdict(state),
+            "data": {"epoch": epoch, "sequence": sequence},
+            "historyBytes": run.history.sync(),
+        },
+    )
+    run.checkpoint_step, run.checkpoint_time = state.step, timestamp(run.now())
+    report(run, state, "training", force=True)
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> RunState:
+    """Put the model, the optimizer and the random numbers where the checkpoint left them."""
+    restore_adapter(run.model, checkpoint.tensors("adapter"))
+    restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
+    restore_random_state(checkpoint.tensors("random"))
+    run.checkpoint_step = checkpoint.step
+    return RunState(**checkpoint.state["run"])
+
+
+def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:
+    """Say how far the run is; the writer drops what comes too fast."""
+    pace, total = run.pace, run.plan.total_steps
+    remaining = pace.remaining_seconds(total - state.step, _evaluations_left(run, state))
+    run.records.progress(
+        ProgressRecord(
+            job_uid=run.context.job_uid,
+            pod_uid=run.context.pod_uid,
+            step="train",
+            time=timestamp(run.now()),
+            activity=activity,
+            training_step=state.step,
+            total_steps=total,
+            epoch=round(run.plan.epoch(state.step), 4),
+            loss=state.loss,
+            eval_loss=state.eval_loss,
+            learning_rate=state.learning_rate,
+            grad_norm=state.grad_norm,
+            tokens_per_second=None if pace.tokens_per_second is None else round(pace.tokens_per_second, 1),
+            remaining_seconds=None if remaining is None else round(remaining, 1),
+            peak_memory_bytes=state.peak_memory_bytes or None,
+            checkpoint_step=run.checkpoint_step,
+            checkpoint_time=run.checkpoint_time,
+        ),
+        force=force,
+    )
+
+
+def _evaluations_left(run: Run, state: RunState) -> int:
+    total, every = run.plan.total_steps, run.context.spec.training.eval_every_steps
+    if run.eval_data is None or state.step == total:
+        return 0
+    return 1 if every is None else total // every - state.step // every + (total % every != 0)

@@ -1,0 +1,80 @@
+"""What a run measures: its history on disk, its speed and time left, and the memory it has used."""
+
+import json
+import os
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from qlora_trainer.step import Device
+
+HISTORY_FILE = "metrics.jsonl"
+
+# Weight of the newest step in the running mean: about the last ten steps count.
+_NEWEST = 0.2
+
+
+class History:
+    """`report/metrics.jsonl`: a line for each optimizer step and one for each evaluation."""
+
+    def __init__(self, folder: Path, length: int) -> None:
+        """Open the file and cut it to `length` bytes: what a lost attempt wrote after its checkpoint happens again."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = (folder / HISTORY_FILE).open("ab")
+        self._file.truncate(min(length, self._file.tell()))
+
+    def append(self, entry: Mapping[str, float]) -> None:
+        """Add a line. Raises ValueError for a number that JSON does not have."""
+        self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Make the lines so far durable; returns the file's length in bytes, for the checkpoint."""
+        os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """No more lines."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the run goes, without start-up, evaluations and saving."""
+
+    seconds_per_step: float | None = None
+    tokens_per_second: float | None = None
+    seconds_per_evaluation: float = 0.0
+
+    def after_step(self, seconds: float, tokens: int) -> "Pace":
+        """The pace after another step of `tokens` useful tokens (there is no padding)."""
+        return Pace(
+            _running_mean(self.seconds_per_step, seconds),
+            _running_mean(self.tokens_per_second, tokens / seconds if seconds > 0 else 0.0),
+            self.seconds_per_evaluation,
+        )
+
+    def after_evaluation(self, seconds: float) -> "Pace":
+        """The pace after an evaluation."""
+        return Pace(self.seconds_per_step, self.tokens_per_second, seconds)
+
+    def remaining_seconds(self, steps: int, evaluations: int) -> float | None:
+        """Seconds for so many more steps and evaluations; None before the first step is done."""
+        if self.seconds_per_step is None:
+            return None
+        return steps * self.seconds_per_step + evaluations * self.seconds_per_evaluation
+
+
+def _running_mean(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + _NEWEST * (value - mean)
+
+
+def peak_memory_bytes(device: Device) -> int:
+    """The most memory that this process has used: on the GPU, or on a CPU in main memory."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,101 @@
+"""The optimizer, its learning rate at each step, and its state as tensors that a checkpoint can hold."""
+
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from bitsandbytes.optim import PagedAdamW8bit, PagedAdamW32bit
+from torch import Tensor, nn
+
+from qlora_api.v1alpha1 import TrainingSpec
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+PAGING_NEEDS_GPU = "paging needs a GPU: the optimizer state stays in main memory"
+
+_log = logging.getLogger(__name__)
+# A constant of bitsandbytes, the same for every parameter: not worth a checkpoint's space.
+_CONSTANTS = ("qmap1", "qmap2")
+_STEP = "step"
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
+    """AdamW as `training.optimizer` names it, with β 0.9 and 0.999 (arXiv 2305.14314).
+
+    Paged state lies in memory that the driver moves between GPU and host. On a CPU nothing is paged; this is logged.
+    """
+    settings: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": BETAS,
+        "eps": EPSILON,
+        "weight_decay": training.weight_decay,
+    }
+    trained = list(parameters)
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **settings)
+    if trained[0].device.type == "cpu":
+        _log.warning(PAGING_NEEDS_GPU)
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    paged = PagedAdamW32bit if training.optimizer == "paged_adamw_32bit" else PagedAdamW8bit
+    return paged(trained, **settings)
+
+
+def learning_rate(step: int, total_steps: int, training: TrainingSpec) -> float:
+    """The rate of the optimizer step that is number `step`, counted from 0.
+
+    It rises linearly over `warmupSteps`, so that the first step already moves, and then stays (constant) or falls to 0
+    at `total_steps`, along a line or half a cosine.
+    """
+    peak, warmup = training.learning_rate, training.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if training.scheduler == "constant":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    return peak * (1.0 - done) if training.scheduler == "linear" else peak * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use `rate` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state in main memory, `<parameter>/<entry>`."""
+    return {
+        f"{name}/{entry}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+        if entry not in _CONSTANTS
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put saved state back, exactly.
+
+    bitsandbytes' own loading would put paged state into ordinary GPU memory, so a run that fits only by paging would
+    die after a resume: its buffers are made anew, paged, and filled.
+    """
+    order = {id(parameter): index for index, parameter in enumerate(optimizer.param_groups[0]["params"])}
+    for name, parameter in parameters.items():
+        saved = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
+        if not saved:
+            continue
+        if isinstance(optimizer, torch.optim.AdamW):
+            # As PyTorch does: the step count stays in main memory.
+            optimizer.state[parameter] = {
+                entry: value.clone() if entry == _STEP else value.to(parameter.device, copy=True)
+                for entry, value in saved.items()
+            }
+            continue
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
+        state = optimizer.state[parameter]
+        state[_STEP] = int(saved.pop(_STEP))
+        for entry, value in saved.items():
+            state[entry].copy_(value)
