@@ -1,28 +1,38 @@
-"""Writes the definition of a profile in the chart's values.schema.json from its model; run by `make generate`."""
+"""Writes the settings and profiles in the chart's values.schema.json from their models; run by `make generate`."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from qlora_api.profile import Profile
+from qlora_operator.settings import Settings
 
 SCHEMA = Path(__file__).parent / "qlora-operator" / "values.schema.json"
-# The chart fills in the image where a profile names none.
-_FILLED_IN = ("image",)
+# What the chart decides itself: two values of their own, and the ports that the Deployment names.
+_NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort"})
+# What the chart fills in where a profile leaves it out.
+_NOT_REQUIRED_OF_PROFILES = frozenset({"image"})
 
 
 def definitions() -> dict[str, Any]:
-    """The `$defs` of the values' schema: Profile and what it is made of, without what only Kubernetes understands."""
-    document: dict[str, Any] = _plain(Profile.model_json_schema(by_alias=True))
-    parts = document.pop("$defs")
-    document["required"] = [name for name in document.pop("required") if name not in _FILLED_IN]
-    return dict(sorted({**parts, "Profile": document}.items()))
+    """The `$defs` of the schema: Settings, Profile and their parts, without what only Kubernetes understands."""
+    settings: dict[str, Any] = _plain(Settings.model_json_schema(by_alias=True))
+    parts = settings.pop("$defs")
+    properties = {name: part for name, part in settings["properties"].items() if name not in _NOT_IN_SETTINGS}
+    return {
+        **parts,
+        "Settings": _require(settings | {"properties": properties}, leave_out=_NOT_IN_SETTINGS),
+        "Profile": _require(parts["Profile"], leave_out=_NOT_REQUIRED_OF_PROFILES),
+    }
 
 
 def render() -> str:
     """The schema file with current definitions; everything else in it is written by hand."""
     schema = json.loads(SCHEMA.read_text())
     return json.dumps({**schema, "$defs": definitions()}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _require(schema: dict[str, Any], *, leave_out: frozenset[str]) -> dict[str, Any]:
+    return schema | {"required": [name for name in schema["required"] if name not in leave_out]}
 
 
 def _plain(node: Any, *, names: bool = False) -> Any:

@@ -14,6 +14,7 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
+from qlora_operator.settings import Settings, load_settings
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +158,36 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
     assert profiles["laptop"] == profiles["default"] | values["profiles"]["laptop"]
 
 
+def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(helm: Helm, tmp_path: Path) -> None:
+    def settings(values: Object) -> tuple[Settings, Object]:
+        objects = helm.template(values)
+        file = tmp_path / "settings.yaml"
+        file.write_text(only(objects, "ConfigMap")["data"]["settings.yaml"])
+        return load_settings(file), only(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+
+    default, container = settings({})
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"probes": default.probe_port, "metrics": default.metrics_port}
+    assert default == Settings(profiles=default.profiles), "the chart's defaults are the operator's"
+
+    # An OpenShift identity, which a template could turn into 1.00071e+09.
+    changed, _ = settings(
+        {
+            "settings": {"progress": {"enabled": False}, "resyncSeconds": 60, "workers": 2, "logLevel": "debug"},
+            "profiles": {"default": {"runAs": {"user": 1000710000}}},
+        }
+    )
+    assert (changed.progress.enabled, changed.resync_seconds, changed.workers, changed.log_level) == (
+        False,
+        60,
+        2,
+        "debug",
+    )
+    identity = changed.profiles["default"].run_as
+    assert identity is not None
+    assert (identity.user, identity.fs_group) == (1000710000, 10001)
+
+
 def test_on_openshift_the_platform_chooses_the_identity(helm: Helm) -> None:
     objects = helm.template({"runAs": None, "profiles": {"default": {"runAs": None}}})
     assert "runAsUser" not in only(objects, "Deployment")["spec"]["template"]["spec"]["securityContext"]
@@ -234,6 +265,8 @@ def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPl
         return plane.kubectl(*arguments, input_text=json.dumps(pod))
 
     assert "pod/admitted" in create(template["spec"])
+    # Beyond what the level asks for.
+    assert template["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
     with pytest.raises(ClusterError, match="PodSecurity"):
         create({**template["spec"], "securityContext": {}})
 
