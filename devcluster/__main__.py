@@ -17,6 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     except ClusterError as error:
         print(f"devcluster: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("devcluster: interrupted; the next `up` starts afresh, `down` removes what there is", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace, layout: Layout) -> int:
@@ -31,7 +34,6 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
                 cluster.up(layout, options.gpus)
             print(layout.kubeconfig)
         case "down":
-            packages.ensure(packages.NODE)
             with cluster.locked(layout):
                 cleanup.down(layout)
         case "status":

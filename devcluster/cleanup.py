@@ -18,6 +18,8 @@ from devcluster.processes import Record, run
 _LAST = ("containerd",)
 _LOOPBACK_RESULTS = "cni-loopback"
 _SETTLE_SECONDS = 15
+# What a program would still write is thrown away anyhow.
+_GRACE_SECONDS = 2
 
 
 def down(layout: Layout) -> None:
@@ -41,7 +43,8 @@ def down(layout: Layout) -> None:
     left = settle(layout)
     if left:
         raise ClusterError("the cluster is down, but this is left:\n" + "\n".join(left))
-    shutil.rmtree(layout.cluster, ignore_errors=True)
+    shutil.rmtree(layout.cluster)
+    layout.before.unlink(missing_ok=True)
 
 
 def settle(layout: Layout) -> list[str]:
@@ -55,7 +58,8 @@ def settle(layout: Layout) -> list[str]:
 def leftovers(layout: Layout) -> list[str]:
     """One line for each process, mount, device, firewall rule, control group, setting or folder of the cluster."""
     before = machine.load(layout.before)
-    found = [f"process {record.pid} ({record.name})" for record in _our_processes(layout, before)]
+    named = {record.pid: record.name for record in _our_processes(layout, before)}
+    found = [f"process {pid} ({name})" for pid, name in named.items()]
     found += [f"mount {path}" for path in machine.mounts() if _is_ours(layout, path)]
     veths = [str(link["ifname"]) for link in machine.links() if link.get("linkinfo", {}).get("info_kind") == "veth"]
     known = before.links if before else veths
@@ -76,18 +80,18 @@ def leftovers(layout: Layout) -> list[str]:
 def _stop_programs(layout: Layout) -> None:
     running = [record for record in processes.records(layout.records) if processes.alive(record)]
     for record in reversed([record for record in running if record.name not in _LAST]):
-        processes.stop(record)
+        processes.stop(record, _GRACE_SECONDS)
     for record in running:
         if record.name == "containerd":
             # A containerd that hangs cannot help; its shims and containers are then ended one by one.
             with contextlib.suppress(ClusterError):
                 node.remove_containers(layout)
-            processes.stop(record)
+            processes.stop(record, _GRACE_SECONDS)
 
 
 def _kill_containers(layout: Layout, before: Machine | None) -> None:
     for record in _our_processes(layout, before):
-        processes.stop(record, grace=2)
+        processes.stop(record, _GRACE_SECONDS)
 
 
 def _our_processes(layout: Layout, before: Machine | None) -> Iterator[Record]:

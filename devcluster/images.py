@@ -108,7 +108,7 @@ def base_image(layout: Layout) -> str:
     """The name of a minimal Debian with Python, made on first use and kept in buildah's storage."""
     recipe = f"{_BASE_SUITE} {_BASE_PACKAGES} {_BASE_DOCKERFILE}"
     name = f"localhost/qlora-base:{_key(recipe.encode())}"
-    if not _exists(name):
+    if not exists(name):
         print(f"making {name} with mmdebstrap", file=sys.stderr, flush=True)
         layout.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="base-", dir=layout.cache) as folder:
@@ -121,7 +121,7 @@ def base_image(layout: Layout) -> str:
 def busybox_image() -> str:
     """The name of an image with a shell and the usual commands; it is also the pods' sandbox."""
     name = f"localhost/qlora-busybox:{_key(_BUSYBOX.read_bytes() + _SMALL_DOCKERFILE.encode())}"
-    if not _exists(name):
+    if not exists(name):
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "root"
             for directory in ("bin", "etc", "tmp"):
@@ -141,7 +141,7 @@ def busybox_image() -> str:
 def program_image(program: Path) -> str:
     """The name of an image that holds one static program, at /NAME."""
     name = f"localhost/qlora-{program.name}:{program.parent.name}"
-    if not _exists(name):
+    if not exists(name):
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "root"
             root.mkdir()
@@ -185,7 +185,8 @@ def _build_from_scratch(context: Path, dockerfile: str, name: str) -> None:
     run(["buildah", "bud", "--quiet", "--isolation", "chroot", "--tag", name, str(context)])
 
 
-def _exists(name: str) -> bool:
+def exists(name: str) -> bool:
+    """Whether buildah's storage holds an image of this full name."""
     return bool(json.loads(run(["buildah", "images", "--json", "--filter", f"reference={name}"]) or "[]"))
 
 

@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def before(self) -> Path:
-        """What the machine looked like before `up`; `down` and `leftovers` compare with it."""
+        """What the machine looked like before `up`; removed when `down` has brought that back."""
         return self.cache / "machine-before.json"
 
     @property

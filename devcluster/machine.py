@@ -11,7 +11,7 @@ from typing import Any
 
 from devcluster import addresses
 from devcluster.errors import ClusterError
-from devcluster.processes import run
+from devcluster.processes import environment, run
 
 # Written by the kubelet (pkg/kubelet/cm/container_manager_linux.go), by kube-proxy, and by us.
 SYSCTLS = (
@@ -90,7 +90,7 @@ def read_sysctl(name: str) -> str | None:
 
 def links() -> list[dict[str, Any]]:
     """Network devices as `ip` describes them."""
-    return list(json.loads(run(["ip", "-json", "-details", "link", "show"]) or "[]"))
+    return list(json.loads(run(["ip", "-json", "-details", "link", "show"]) or "[]")) if _has("ip") else []
 
 
 def bridge_links() -> list[str]:
@@ -120,7 +120,7 @@ def firewall() -> dict[str, str]:
     """All rules per family (iptables, ip6tables) in the format of iptables-save; empty where there is no iptables."""
     found = {}
     for family, command in _TABLES.items():
-        found[family] = run([command]) if shutil.which(command) else ""
+        found[family] = run([command]) if _has(command) else ""
     return found
 
 
@@ -150,6 +150,11 @@ def rule_removal(saved: str) -> str:
             output += [f"-D{jump[2:]}" for jump in jumps]
             output += [*(f"-X {chain}" for chain in chains), "COMMIT"]
     return "\n".join([*output, ""]) if output else ""
+
+
+def _has(program: str) -> bool:
+    """Whether a program is there; `down` and `leftovers` also answer on a machine that never had a cluster."""
+    return shutil.which(program, path=environment()["PATH"]) is not None
 
 
 def refuse_conflicts() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from devcluster.errors import ClusterError
-from devcluster.processes import run
+from devcluster.processes import environment, run
 
 CNI_PLUGINS = Path("/usr/lib/cni")
 # Debian package -> the program that shows it is there.
@@ -17,7 +17,6 @@ NODE = {
     "containernetworking-plugins": str(CNI_PLUGINS / "bridge"),
     "iptables": "iptables-restore",
     "iproute2": "ip",
-    "conntrack": "conntrack",
     "docker-registry": "docker-registry",
     "buildah": "buildah",
     "busybox-static": "/bin/busybox",
@@ -30,9 +29,8 @@ def ensure(packages: dict[str, str]) -> None:
 
     Raises ClusterError where that is impossible, with the list of what to install.
     """
-    # A plain user's PATH, and cron's, lack the folders of iptables and ip.
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
-    missing = [package for package, program in packages.items() if not shutil.which(program)]
+    path = environment()["PATH"]
+    missing = [package for package, program in packages.items() if not shutil.which(program, path=path)]
     if not missing:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):

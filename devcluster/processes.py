@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from devcluster.addresses import LOOPBACK, POD_SUBNET, SERVICE_SUBNET
 from devcluster.errors import ClusterError
 
 # In the environment of every process we start; `leftovers` finds by it what no record names.
@@ -78,7 +79,6 @@ def start(
     *,
     directory: Path,
     log: Path,
-    environ: Mapping[str, str] | None = None,
     with_parent: bool = False,
 ) -> Record:
     """Start a program in its own session, its output in `log`, its record in `directory`.
@@ -97,7 +97,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=directory,
-            env={**os.environ, **(environ or {}), MARKER: str(directory)},
+            env={**environment(), MARKER: str(directory)},
             start_new_session=True,
         )
     until(lambda: path.exists() or child.poll() is not None, 10, f"{name} to record itself", log)
@@ -162,6 +162,13 @@ def tail(log: Path, lines: int = 15) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The caller's environment, plus the folders of `ip` and `iptables`, minus proxies for the cluster's addresses."""
+    folders = [base.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"]
+    direct = [base.get("NO_PROXY", base.get("no_proxy", "")), LOOPBACK, POD_SUBNET, SERVICE_SUBNET]
+    return {**base, "PATH": os.pathsep.join(filter(None, folders)), "NO_PROXY": ",".join(filter(None, direct))}
+
+
 def run(argv: Sequence[str | Path], *, input_text: str | None = None, seconds: float = 600) -> str:
     """Run a short command to its end and return its standard output.
 
@@ -176,6 +183,7 @@ def run(argv: Sequence[str | Path], *, input_text: str | None = None, seconds: f
             capture_output=True,
             text=True,
             timeout=seconds,
+            env=environment(),
             check=False,
         )
     except subprocess.TimeoutExpired:
