@@ -15,6 +15,7 @@ import click
 from qlora_api import contract
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.naming import workspace_folder
+from qlora_api.sources import VolumeSource
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer import process
@@ -201,8 +202,11 @@ def _job_uid(job: Path) -> str:
 
 
 def _workspace_uri(invocation: Invocation, document: QLoRAJobDocument) -> str:
+    workspace, mount = invocation.workspace.absolute(), Path(contract.WORKSPACE_MOUNT)
     if not invocation.claim:
-        return str(invocation.workspace.absolute())
+        return str(workspace)
+    if workspace.is_relative_to(mount):
+        return str(VolumeSource(invocation.claim, str(workspace.relative_to(mount)).removeprefix(".")))
     return f"pvc://{invocation.claim}/{workspace_folder(document.metadata.name, document.metadata.uid)}"
 
 

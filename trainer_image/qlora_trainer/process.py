@@ -1,5 +1,6 @@
 """Sets up the process that a step runs in: environment, standard streams and signals, before any heavy import."""
 
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,8 @@ def log_to(path: Path, heading: str) -> None:
     os.write(log, f"{heading}\n".encode())
     os.fsync(log)
     _send_output_to(log)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.captureWarnings(True)
 
 
 def _send_output_to(descriptor: int) -> None:
@@ -71,7 +74,7 @@ def set_environment(step: StepName, workspace: Path) -> None:
         os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
     if not os.access(os.path.expanduser("~"), os.W_OK):
         os.environ["HOME"] = str(scratch)
-    os.environ.setdefault("USER", "qlora")
+    os.environ.setdefault("LOGNAME", "qlora")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "torchinductor"))
 
 

@@ -1,16 +1,183 @@
-"""Publishes the adapter: verified, described, and written where it belongs, whole or not at all."""
+"""The step `publish`: the adapter verified, described, and put where it belongs; changes with the order of that."""
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
 
-from qlora_trainer.records import PublishRecord, RecordWriter
+from qlora_api.contract import ProgressRecord
+from qlora_api.sources import VolumeSource, parse_source
+from qlora_api.status import AdapterStatus, StepName
+from qlora_trainer.card import CARD_FILE, CURVE_FILE, base_name, model_card, quantization_label
+from qlora_trainer.destination import (
+    Manifest,
+    confined,
+    damaged_file,
+    describe_files,
+    is_published,
+    read_manifest,
+    write_folder,
+)
+from qlora_trainer.failures import bad_configuration
+from qlora_trainer.records import (
+    PrepareRecord,
+    PublishRecord,
+    RecordWriter,
+    TrainRecord,
+    read_completion,
+    timestamp,
+    write_completion,
+)
+from qlora_trainer.report import write_report
 from qlora_trainer.step import StepContext
+from qlora_trainer.verify import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    expected_shapes,
+    verify_config,
+    verify_tensors,
+)
+
+_LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+# They may change while the job runs, and change nothing about the adapter.
+_MUTABLE_FIELDS = {"suspend", "active_deadline_seconds", "cleanup_after_seconds"}
+
+_Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The folder to publish to, in this process's file system and as people and servers name it."""
+
+    folder: Path
+    uri: str
 
 
 def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], datetime]) -> PublishRecord:
     """Verify the trained adapter, write the report and publish to the destination. `now` gives the time for records.
 
     Returns at once if the completion record matches and the files at the destination are still what it says.
-    Raises StepFailure.
+    Raises StepFailure; nothing is published then.
     """
-    raise NotImplementedError
+
+    def say(activity: str) -> None:
+        time = timestamp(now())
+        records.progress(
+            ProgressRecord(
+                job_uid=context.job_uid, pod_uid=context.pod_uid, step="publish", time=time, activity=activity
+            )
+        )
+
+    prepared = _required(context, "prepare", PrepareRecord)
+    trained = _required(context, "train", TrainRecord)
+    destination = _destination(context)
+    done = _already_published(context, trained, destination)
+    if done is not None:
+        return done
+    say("verifying the adapter")
+    adapter = _verified(context, prepared, trained)
+    say("drawing the report")
+    picture = write_report(context, prepared, trained)
+    contents: dict[str, Path | bytes] = {
+        ADAPTER_FILE: adapter / ADAPTER_FILE,
+        ADAPTER_CONFIG_FILE: adapter / ADAPTER_CONFIG_FILE,
+        CARD_FILE: model_card(context, prepared, trained).encode(),
+        CURVE_FILE: picture,
+    }
+    manifest = _manifest(context, prepared, trained, contents)
+    say(f"writing to {destination.uri}"[:128])
+    if not is_published(destination.folder, manifest):
+        write_folder(destination.folder, contents, manifest, owner=context.pod_uid)
+    record = PublishRecord(
+        fingerprint=_fingerprint(trained, destination),
+        adapter=AdapterStatus(
+            uri=destination.uri,
+            sha256=trained.adapter_sha256,
+            size_bytes=manifest.files[ADAPTER_FILE].size,
+            base_model=context.spec.model.source,
+            base_revision=prepared.model_revision,
+            rank=context.spec.lora.rank,
+            quantization=quantization_label(
+                context.spec.quantization.type, double=context.spec.quantization.double_quant
+            ),
+        ),
+    )
+    write_completion(context.workspace.completion("publish"), record)
+    return record
+
+
+def _required(context: StepContext, step: StepName, kind: type[_Completion]) -> _Completion:
+    path = context.workspace.completion(step)
+    record = read_completion(path, kind)
+    if record is None:
+        raise bad_configuration(f"{path} is missing: run the {step} step first, in this workspace")
+    return record
+
+
+def _destination(context: StepContext) -> Destination:
+    """Where the adapter goes. Raises StepFailure if the address is not a folder of its own on a mounted claim."""
+    address = context.spec.output.destination
+    if address is None:
+        root = context.workspace.root
+        return Destination(confined(context.workspace.adapter, root), f"{context.workspace_uri}/adapter")
+    source = parse_source(address)
+    if not isinstance(source, VolumeSource) or not source.path:
+        raise bad_configuration(
+            f"spec.output.destination is {address}: must name a folder of its own on a claim, as pvc://CLAIM/PATH"
+        )
+    root = context.mounts.volume(VolumeSource(source.claim))
+    return Destination(confined(root / source.path, root), str(source))
+
+
+def _already_published(context: StepContext, trained: TrainRecord, destination: Destination) -> PublishRecord | None:
+    """The completion record, if it is of this adapter and every file is still what its manifest says."""
+    record = read_completion(context.workspace.completion("publish"), PublishRecord)
+    if record is None or record.fingerprint != _fingerprint(trained, destination):
+        return None
+    manifest = read_manifest(destination.folder)
+    if manifest is None or ADAPTER_FILE not in manifest.files:
+        return None
+    same = manifest.files[ADAPTER_FILE].sha256 == trained.adapter_sha256
+    return record if same and damaged_file(destination.folder, manifest) is None else None
+
+
+def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
+    parts = [trained.fingerprint, trained.adapter_sha256, destination.uri]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _verified(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> Path:
+    """The folder of the trained adapter, after every check. Raises StepFailure."""
+    lora = context.spec.lora
+    root = context.workspace.root
+    folder = confined(root / trained.adapter_path, root)
+    verify_config(
+        folder / ADAPTER_CONFIG_FILE,
+        lora,
+        target_modules=prepared.target_modules,
+        base_name=base_name(context.spec.model.source),
+        base_revision=prepared.model_revision,
+    )
+    shapes = expected_shapes(root / prepared.model_path, prepared.target_modules, lora.rank)
+    verify_tensors(folder / ADAPTER_FILE, trained.adapter_sha256, shapes, lora)
+    return folder
+
+
+def _manifest(
+    context: StepContext, prepared: PrepareRecord, trained: TrainRecord, contents: dict[str, Path | bytes]
+) -> Manifest:
+    spec = context.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_MUTABLE_FIELDS)
+    return Manifest(
+        job_uid=context.job_uid,
+        job_name=context.document.metadata.name,
+        fingerprint=trained.fingerprint,
+        spec_sha256=hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest(),
+        base_model=context.spec.model.source,
+        base_revision=prepared.model_revision,
+        libraries={name: version(name) for name in _LIBRARIES},
+        files=describe_files(contents),
+    )

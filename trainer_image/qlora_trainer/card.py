@@ -1,0 +1,63 @@
+"""Writes the model card of an adapter: what it is, what it was trained on, and how to load and serve it."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from qlora_api.sources import HubSource, parse_source
+from qlora_trainer.records import PrepareRecord, TrainRecord
+from qlora_trainer.step import StepContext
+
+CARD_FILE = "README.md"
+CURVE_FILE = "loss.png"
+
+# What vLLM's --max-lora-rank accepts.
+_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+
+
+def quantization_label(quantization: str, *, double: bool) -> str:
+    """How the base was held, for people: `nf4 with double quantization`."""
+    return f"{quantization} with double quantization" if double else quantization
+
+
+def base_name(source: str) -> str:
+    """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
+    parsed = parse_source(source)
+    return parsed.repository if isinstance(parsed, HubSource) else source
+
+
+def served_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM that admits `rank`; None if there is none."""
+    return next((allowed for allowed in _SERVED_RANKS if allowed >= rank), None)
+
+
+def model_card(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> str:
+    """The card as Markdown with the hub's metadata block. The same job gives the same text."""
+    spec = context.spec
+    hub = isinstance(parse_source(spec.model.source), HubSource)
+    base = base_name(spec.model.source)
+    data = ModelCardData(
+        base_model=base if hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "qlora"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        name=context.document.metadata.name,
+        base=base,
+        hub=hub,
+        spec=spec,
+        prepared=prepared,
+        trained=trained,
+        curve=CURVE_FILE,
+        quantization=quantization_label(spec.quantization.type, double=spec.quantization.double_quant),
+        modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),
+        batch=spec.training.micro_batch_size * spec.training.gradient_accumulation_steps,
+        served_rank=served_rank(spec.lora.rank),
+        loss=lambda value: "–" if value is None else f"{value:.4f}",
+    )
+    return str(card)
