@@ -1,4 +1,4 @@
-{{/* What the operator reads: the settings, the namespaces, and every profile in full. */}}
+{{/* What the operator reads: the settings, the ports that the Deployment names, and every profile in full. */}}
 {{- define "qlora-operator.settings" -}}
 {{- $trainer := include "qlora-operator.image" (list .Values.trainer.image .Chart.AppVersion) -}}
 {{- $profiles := dict -}}
@@ -8,5 +8,6 @@
 {{- range $key, $value := $profile }}{{ $_ := set $full $key $value }}{{ end -}}
 {{- $_ := set $profiles $name $full -}}
 {{- end -}}
-{{- toYaml (merge (dict "namespaces" .Values.namespaces "profiles" $profiles) .Values.settings) -}}
+{{- $decided := dict "namespaces" .Values.namespaces "profiles" $profiles "probePort" 8080 "metricsPort" 9090 -}}
+{{- toYaml (merge $decided .Values.settings) -}}
 {{- end }}
