@@ -54,6 +54,9 @@ class StepStatus(ObservedModel):
     job_name: str = Field(max_length=63, description="Name of its batch/v1 Job.")
     job_uid: str = Field("", max_length=64, description="UID of that Job; empty until it is known to exist.")
     attempt: int = Field(ge=1, le=100_000, description="How many Jobs the step has had.")
+    counted_pod: str = Field(
+        "", max_length=64, description="UID of its latest pod that failures, disruptions and activeSeconds contain."
+    )
     unverified: int = Field(0, ge=0, le=100, description="How many of them completed without a readable result.")
 
 
@@ -157,7 +160,7 @@ class QLoRAJobStatus(ObservedModel):
     disruptions: Count = Field(0, description="Interrupted attempts so far.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
     active_until: Timestamp | None = Field(
-        None, description="End of the latest attempt that activeSeconds contains; what began before is not added again."
+        None, description="Until when activeSeconds has counted; what lies before is not added again."
     )
     last_failure: FailureStatus | None = Field(None, description="The latest failure.")
     start_time: Timestamp | None = Field(None, description="When the job was first seen.")

@@ -1,13 +1,14 @@
 """Accounts for attempts: seconds run, failures, interruptions and what the latest failure was; pure.
 
-Pods of one job run one after the other. `status.activeUntil` is the end of the latest attempt that was counted, so that
-an attempt is counted once, however often it is seen and whenever it disappears.
+Pods of one job run one after the other. `status.step.countedPod` is the latest of them that was counted and
+`status.activeUntil` is until when, so that an attempt is counted once, however often it is seen and whenever it goes.
 """
 
+import itertools
 from datetime import datetime
 
 from qlora_api.contract import ExitCode
-from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
+from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.conditions import truncate
 from qlora_operator.observe import Observed, Pod, QLoRAJob, format_time, parse_time
 
@@ -22,7 +23,9 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) ->
     child = observed.child(step.job_name)
     # Pods that end because the operator deleted their Job were not disturbed by anybody else.
     ours = child is None or child.deleting or job.spec.suspend
-    for pod in observed.pods_of(step.job_uid):
+    for pod in _not_counted(status, step, observed.pods_of(step.job_uid)):
+        if pod.decisive and child is not None and not child.finished:
+            continue  # counted together with the end of its Job, which follows at once
         status = _count(status, job, pod, step.name, ours=ours)
     return status
 
@@ -81,18 +84,27 @@ def _out_of_memory(job: QLoRAJob, step: StepName) -> str:
     return f"the {step} pod was killed because it needed more than its memory limit of {limit}: {remedy}"
 
 
+def _not_counted(status: QLoRAJobStatus, step: StepStatus, pods: tuple[Pod, ...]) -> tuple[Pod, ...]:
+    """The pods from the latest counted one on: that one may have run on after it was counted."""
+    if not step.counted_pod or status.active_until is None:
+        return pods
+    if any(pod.uid == step.counted_pod for pod in pods):
+        return tuple(itertools.dropwhile(lambda pod: pod.uid != step.counted_pod, pods))
+    until = parse_time(status.active_until)
+    return tuple(pod for pod in pods if (end := _end(pod)) is not None and end > until)
+
+
 def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, ours: bool) -> QLoRAJobStatus:
     start, end = _start(pod), _end(pod)
-    if start is None or end is None:
+    if start is None or end is None or status.step is None:
         return status
-    until = parse_time(status.active_until) if status.active_until else None
-    if until is not None and end <= until:
-        return status
+    until = parse_time(status.active_until) if status.active_until else end
     changes: dict[str, object] = {
         "active_seconds": status.active_seconds + _seconds(status, start, end),
-        "active_until": format_time(end),
+        "active_until": format_time(max(end, until)),
     }
-    if until is None or start >= until:
+    if pod.uid != status.step.counted_pod:
+        changes["step"] = status.step.model_copy(update={"counted_pod": pod.uid})
         if pod.interrupted:
             changes["disruptions"] = status.disruptions + (0 if ours else 1)
         elif not pod.exited_well:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_api.contract import TRAINER_CONTAINER, ResultRecord, decode_record
+from qlora_api.contract import PERMANENT_EXIT_CODES, TRAINER_CONTAINER, ResultRecord, decode_record
 from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec
 
@@ -93,6 +93,11 @@ class Pod:
         return self.termination is not None and self.termination.exit_code == 0
 
     @property
+    def decisive(self) -> bool:
+        """Whether its end is about to end its Job too."""
+        return self.termination is not None and self.termination.exit_code in (0, *PERMANENT_EXIT_CODES)
+
+    @property
     def interrupted(self) -> bool:
         """Whether it was stopped from outside, rather than by its own doing."""
         asked = self.termination is not None and self.termination.exit_code == _INTERRUPTED
@@ -137,6 +142,11 @@ class Observed:
     def pods_of(self, job_uid: str) -> tuple[Pod, ...]:
         """The pods of one child Job, oldest first."""
         return tuple(pod for pod in self.pods if pod.owner_uid == job_uid)
+
+    def is_running(self, job_uid: str) -> bool:
+        """Whether one of the child Job's pods runs, or has just decided how the Job ends."""
+        pods = self.pods_of(job_uid)
+        return any(pod.running for pod in pods) or (bool(pods) and pods[-1].decisive)
 
     @property
     def live_pods(self) -> tuple[Pod, ...]:

@@ -24,12 +24,13 @@ Identity = tuple[Kind, str, str]
 class WatchMonitor:
     """Compares what lists show with what the watches have shown.
 
-    An object whose version in one list is still newer than what its watch has shown by the next list means that the
-    watch is dead, although its connection may look alive.
+    An object whose version in one list is still newer than what its watch has shown by a list `patience` seconds later
+    means that the watch is dead, although its connection may look alive.
     """
 
+    patience: float
     _shown: dict[Identity, int] = field(default_factory=dict)
-    _behind: dict[Identity, int] = field(default_factory=dict)
+    _behind: dict[Identity, tuple[int, float]] = field(default_factory=dict)
     _dead: set[Kind] = field(default_factory=set)
 
     def show(self, identity: Identity, version: str, *, deleted: bool) -> None:
@@ -40,22 +41,23 @@ class WatchMonitor:
         elif version.isdigit():
             self._shown[identity] = max(int(version), self._shown.get(identity, 0))
 
-    def compare(self, kind: Kind, listed: dict[Identity, str]) -> None:
-        """Note a complete list of one kind."""
-        overdue = [
-            identity
-            for identity, version in self._behind.items()
+    def compare(self, kind: Kind, listed: dict[Identity, str], now: float) -> None:
+        """Note a complete list of one kind, taken at `now` (seconds)."""
+        still_behind = {
+            identity: (version, since)
+            for identity, (version, since) in self._behind.items()
             if identity[0] == kind and identity in listed and self._shown.get(identity, 0) < version
-        ]
+        }
+        overdue = [identity for identity, (_, since) in still_behind.items() if now - since >= self.patience]
         if overdue:
             logger.error("the watch of %s is dead: it has not shown %s", kind, overdue[0][1:])
             self._dead.add(kind)
         else:
             self._dead.discard(kind)
-        self._behind = {identity: version for identity, version in self._behind.items() if identity[0] != kind}
+        self._behind = {identity: entry for identity, entry in self._behind.items() if identity[0] != kind}
         for identity, version in listed.items():
             if version.isdigit() and self._shown.get(identity, 0) < int(version):
-                self._behind[identity] = int(version)
+                self._behind[identity] = still_behind.get(identity, (int(version), now))
 
     @property
     def dead(self) -> tuple[Kind, ...]:
@@ -75,7 +77,7 @@ class Resync:
         interval: float,
         monotonic: Callable[[], float],
     ) -> None:
-        self.monitor = WatchMonitor()
+        self.monitor = WatchMonitor(patience=interval / 2)
         self._cluster = cluster
         self._namespaces: Sequence[str | None] = tuple(namespaces) or (None,)
         self._enqueue = enqueue
@@ -84,15 +86,16 @@ class Resync:
         self._listed_at = monotonic()
 
     async def run(self) -> None:
-        """Resync until cancelled."""
+        """Resync until cancelled, first after one interval."""
+        interval = self._interval
         while True:
-            pause = self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, guards nothing
+            await asyncio.sleep(interval * random.uniform(0.9, 1.1))  # noqa: S311 - spreads load, guards nothing
             try:
                 await self.once()
+                interval = self._interval
             except ClusterError as error:
                 logger.warning("resync failed: %s", error)
-                pause /= _RETRY_FRACTION
-            await asyncio.sleep(pause)
+                interval = self._interval / _RETRY_FRACTION
 
     async def once(self) -> None:
         """List everything once. Raises ClusterError."""
@@ -102,7 +105,7 @@ class Resync:
                 for body in await self._cluster.list_metadata(kind, namespace):
                     metadata = body["metadata"]
                     listed[kind, metadata["namespace"], metadata["name"]] = metadata["resourceVersion"]
-            self.monitor.compare(kind, listed)
+            self.monitor.compare(kind, listed, self._monotonic())
             if kind == "qlorajobs":
                 for _, namespace_name, name in listed:
                     self._enqueue((namespace_name, name))

@@ -40,7 +40,7 @@ class Settings(ApiModel):
     workers: int = Field(8, ge=1, le=64, description="Jobs that are worked on at the same time.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of the log.")
     probe_port: Port = Field(8080, description="Port of /healthz.")
-    metrics_port: Port = Field(8081, description="Port of /metrics.")
+    metrics_port: Port = Field(9090, description="Port of /metrics.")
 
 
 def find_settings(argument: Path | None, environ: Mapping[str, str] = os.environ) -> Path:

@@ -75,7 +75,7 @@ def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if not is_finished(status):
         status = _summarize_suspension(status, facts)
         status = _summarize_running(status, facts)
-    running = status.step is not None and any(pod.running for pod in facts.observed.pods_of(status.step.job_uid))
+    running = status.step is not None and facts.observed.is_running(status.step.job_uid)
     return status.model_copy(update={"phase": phase_of(status, running=running)})
 
 
@@ -289,7 +289,7 @@ def _standing(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return reason
     if not step.job_uid and observed.live_pods:
         return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} has to end before the next Job is created")
-    running = any(pod.running for pod in observed.pods_of(step.job_uid))
+    running = observed.is_running(step.job_uid)
     last = status.last_failure
     if last is not None and last.step == step.name and step.job_uid and not running:
         return Reason("Retrying", f"the latest attempt failed and is tried again: {last.reason}: {last.message}")
