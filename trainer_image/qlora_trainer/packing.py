@@ -9,8 +9,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Returns, for each sequence, the indices of its rows; every row is in exactly one. The longest row goes first, each
     into the sequence where the least room is left over, so the result depends on nothing but the arguments. It needs at
-    most 11/9 times the fewest sequences possible, plus one (Johnson et al. 1974, SIAM J. Comput. 3(4)); n·log n steps
-    and a move of the sorted list of room for each.
+    most 11/9 times the fewest sequences possible, plus four (Johnson et al. 1974, SIAM J. Comput. 3(4)).
 
     Raises ValueError if a row is empty or longer than `capacity`.
     """

@@ -10,6 +10,7 @@ written last. A split's file has the tensors
     segment_offsets  int64 [sequences + 1]   where a sequence begins in `segment_lengths`
 """
 
+import json
 from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from torch import Tensor
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 IGNORED_LABEL = -100
+
+_FACTS = "prepared"
 
 Split = Literal["train", "eval"]
 
@@ -97,7 +100,9 @@ def write_split(path: Path, rows: TokenizedRows, sequences: Items[Items[int]]) -
         "token_offsets": _offsets([sum(lengths[row] for row in sequence) for sequence in sequences]),
         "segment_offsets": _offsets([len(sequence) for sequence in sequences]),
     }
-    save_file(tensors, path, metadata={"format_version": str(FORMAT_VERSION), "target_tokens": str(sum(is_target))})
+    facts = {"format": FORMAT_VERSION, "targetTokens": sum(is_target)}
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    save_file(tensors, path, metadata={_FACTS: json.dumps(facts, sort_keys=True)})
 
 
 def _offsets(sizes: list[int]) -> Tensor:
@@ -110,11 +115,11 @@ class PreparedDataset:
     def __init__(self, path: Path) -> None:
         """Open the file of a split. Raises FileNotFoundError, or ValueError if another version wrote it."""
         self._file = cast("Any", safe_open(path, framework="pt"))
-        metadata = self._file.metadata() or {}
-        if metadata.get("format_version") != str(FORMAT_VERSION):
-            found = metadata.get("format_version", "no version")
+        facts = json.loads((self._file.metadata() or {}).get(_FACTS, "{}"))
+        if facts.get("format") != FORMAT_VERSION:
+            found = facts.get("format", "unknown")
             raise ValueError(f"{path} has format {found}, this program reads {FORMAT_VERSION}: prepare the data again")
-        self.target_tokens = int(metadata["target_tokens"])
+        self.target_tokens: int = facts["targetTokens"]
         """Tokens that count in the loss."""
         self._segment_lengths: list[int] = self._file.get_tensor("segment_lengths").tolist()
         self._token_offsets: list[int] = self._file.get_tensor("token_offsets").tolist()

@@ -5,6 +5,7 @@ whole, and a token is a target if it begins inside such a span. No token is judg
 that of the end of text.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,6 @@ from qlora_trainer.formats import Completion, Conversation, Example, Message, Pl
 
 # What a template is told today's date is, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no time zone
-_RECOGNIZABLE_END = 20
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 
@@ -140,17 +140,19 @@ def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int,
     part up to and with the answer, each rendered on its own. None if they do not fit together.
 
     Some templates leave the reasoning out of all answers but the last one. What is then in `text` is the end of what
-    follows the prompt in `through`, so the longest such end is taken, as long as the answer's own end is in it. Blanks
-    after the end mark are not part of the answer: a model has stopped before them.
+    follows the prompt in `through`: the longest such end is taken, and it must hold as much of the end of the answer
+    as `through` does. Blanks after the end mark are not part of the answer: a model has stopped before them.
     """
     if not (text.startswith(prompt) and through.startswith(prompt)):
         return None
-    turn = through[len(prompt) :]
-    ending = answer.strip()[-_RECOGNIZABLE_END:]
-    for skipped in range(len(turn)):
+    turn, answer = through[len(prompt) :], answer.strip()
+    # A longer end of the answer is in the turn only if all shorter ones are.
+    kept_from = bisect_left(range(len(answer)), True, key=lambda start: answer[start:] in turn)
+    ending = answer[kept_from:]
+    if not ending:
+        return None
+    for skipped in range(turn.rfind(ending) + 1):
         kept = turn[skipped:]
-        if ending not in kept:
-            return None
         if text.startswith(kept, len(prompt)):
             marked = kept.rstrip()
             return len(prompt), len(prompt) + len(kept if marked.endswith(ending) else marked)
