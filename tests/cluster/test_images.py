@@ -1,0 +1,60 @@
+"""The images as they are shipped: what each side needs and no more, for a user who is not root."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from devcluster import layout, product
+from devcluster.errors import ClusterError
+from devcluster.processes import run
+from devcluster.product import Images
+
+LARGEST_OPERATOR_IMAGE = 150_000_000
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return product.build_images(layout.from_environment())
+
+
+@contextmanager
+def container(image: str) -> Iterator[list[str]]:
+    """A container of the image; yields the words before a command that runs in it."""
+    name = run(["buildah", "from", image]).strip()
+    try:
+        yield ["buildah", "run", "--isolation", "chroot", name, "--"]
+    finally:
+        run(["buildah", "rm", name])
+
+
+def test_the_operators_image_is_small(images: Images, tmp_path: Path) -> None:
+    run(["buildah", "push", "--quiet", images.operator, f"oci:{tmp_path}:image"])
+    compressed = sum(blob.stat().st_size for blob in (tmp_path / "blobs" / "sha256").iterdir())
+    assert compressed < LARGEST_OPERATOR_IMAGE
+
+
+def test_the_operators_image_runs_the_operator_and_has_no_torch(images: Images) -> None:
+    with container(images.operator) as inside:
+        with pytest.raises(ClusterError, match="no settings file"):
+            run([*inside, "/opt/qlora/bin/python", "-m", "qlora_operator"])
+        with pytest.raises(ClusterError, match="No module named 'torch'"):
+            run([*inside, "/opt/qlora/bin/python", "-c", "import torch"])
+
+
+def test_the_trainers_image_can_quantize(images: Images) -> None:
+    code = (
+        "import bitsandbytes, peft, transformers, torch; print(bitsandbytes.nn.Params4bit.__name__, torch.version.cuda)"
+    )
+    with container(images.trainer) as inside:
+        assert re.match(r"Params4bit \d", run([*inside, "/opt/qlora/bin/python", "-c", code]))
+        assert "prepare" in run([*inside, "/opt/qlora/bin/qlora-trainer", "--help"])
+
+
+def test_neither_image_runs_as_root_or_can_change_itself(images: Images) -> None:
+    code = "import os, sys; print(os.getuid(), os.access(sys.prefix, os.W_OK), sys.dont_write_bytecode)"
+    for image in (images.operator, images.trainer):
+        with container(image) as inside:
+            assert run([*inside, "/opt/qlora/bin/python", "-c", code]).split() == ["10001", "False", "True"]
