@@ -35,8 +35,9 @@ check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests
 	@$(PYTHON) -m pytest -q tests/unit
 
 .PHONY: generate
-generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition and the chart's copy
+generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition and the schema of the chart
 	@$(PYTHON) crds/generate.py
+	@$(PYTHON) helm/values_schema.py
 
 .PHONY: images
 images: $(VENV)/.synced ## Build the operator's and the trainer's image
