@@ -49,6 +49,7 @@ def model_card(context: StepContext, prepared: PrepareRecord, trained: TrainReco
         template_path=str(_TEMPLATE),
         name=context.document.metadata.name,
         base=base,
+        base_path=base if hub else "PATH/OF/THE/BASE/MODEL",
         hub=hub,
         spec=spec,
         prepared=prepared,
@@ -60,4 +61,4 @@ def model_card(context: StepContext, prepared: PrepareRecord, trained: TrainReco
         served_rank=served_rank(spec.lora.rank),
         loss=lambda value: "–" if value is None else f"{value:.4f}",
     )
-    return str(card)
+    return f"{str(card).rstrip()}\n"

@@ -74,6 +74,7 @@ def loss_curve(history: LossHistory, title: str, subtitle: str) -> bytes:
     style = {"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": _GREY}
     with mpl.rc_context(style):
         figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
         axes = figure.add_subplot()
         _plot_training(axes, history.training)
         _plot_evaluation(axes, history.evaluation)
@@ -83,7 +84,7 @@ def loss_curve(history: LossHistory, title: str, subtitle: str) -> bytes:
         )
         axes.set_xlabel("Optimizer step")
         axes.set_ylabel("Loss per target token (nats)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,152 @@
+"""The user's command line: what a manifest will need (`qlora plan`), and the manifest on this machine (`qlora run`)."""
+
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+from typing import NoReturn, get_args
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from qlora_api.contract import ExitCode
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_cli.display import ConsoleDisplay
+from qlora_cli.manifest import ManifestError, load_manifest
+from qlora_cli.plan import find_config, make_plan, show_plan
+from qlora_cli.run import Ended, LocalRun, has_gpu, missing_sources, run_steps
+from qlora_trainer.failures import StepFailure
+from qlora_trainer.step import Device, Mounts
+
+
+def _refuse(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
+    """Say why on standard error, and end with the exit code that the job's step would end with."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(exit_code)
+
+
+def _folders(_context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    folders = {}
+    for value in values:
+        name, _, folder = value.partition("=")
+        if not (name and folder):
+            raise click.BadParameter(f"found {value!r}, must be {parameter.metavar}")
+        if not Path(folder).is_dir():
+            raise click.BadParameter(f"{folder} is not a folder")
+        folders[name] = Path(folder)
+    return folders
+
+
+_file = click.argument("file", type=click.Path(path_type=Path))
+_volume = click.option(
+    "--volume", "claims", multiple=True, metavar="CLAIM=DIR", callback=_folders, help="Where pvc://CLAIM/… lies here."
+)
+
+
+def _load(file: Path) -> QLoRAJobDocument:
+    try:
+        return load_manifest(file)
+    except ManifestError as error:
+        _refuse(str(error))
+
+
+@click.group(context_settings={"max_content_width": 120})
+@click.version_option(package_name="qlora-operator")
+def main() -> None:
+    """Work with a QLoRAJob manifest without a cluster."""
+
+
+@main.command()
+@_file
+@_volume
+@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The model's config.json.")
+@click.option(
+    "--gpu-memory", type=click.IntRange(1, 1024), help="GiB of the card, instead of spec.resources.gpuMemory."
+)
+def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: int | None) -> None:
+    """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
+
+    Exits with 17 if it cannot fit, as the job itself would.
+    """
+    document = _load(file)
+    try:
+        config = config or find_config(document.spec.model, Mounts(claims=claims))
+        made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
+    except StepFailure as failure:
+        _refuse(failure.message, failure.exit_code)
+    show_plan(made, Console())
+    sys.exit(made.exit_code)
+
+
+@main.command()
+@_file
+@click.option(
+    "--workspace", type=click.Path(path_type=Path), required=True, help="Folder of the run; kept between runs."
+)
+@_volume
+@click.option(
+    "--config-map",
+    "config_maps",
+    multiple=True,
+    metavar="NAME=DIR",
+    callback=_folders,
+    help="Where configMap://NAME/… lies.",
+)
+@click.option("--device", type=click.Choice(get_args(Device)), help="Where to train; cuda if there is a driver.")
+def run(
+    file: Path,
+    workspace: Path,
+    claims: dict[str, Path],
+    config_maps: dict[str, Path],
+    device: Device | None,
+) -> None:
+    """Run the job in FILE on this machine: prepare, train, publish.
+
+    Ctrl-C saves a checkpoint; the same command goes on from it. The exit code is that of the step that failed.
+    """
+    document = _load(file)
+    missing = missing_sources(document.spec, claims, config_maps)
+    if missing:
+        _refuse("\n".join(missing))
+    if importlib.util.find_spec("torch") is None:
+        _refuse("the trainer is not installed: install qlora-operator[cli,trainer]")
+    console = Console()
+    if device is None:
+        device = "cuda" if has_gpu() else "cpu"
+        console.print(f"Training on {device} (--device chooses).", highlight=False)
+    local = LocalRun(document, workspace, claims, config_maps, device)
+    try:
+        ended = run_steps(local, ConsoleDisplay(console, local.layout.records))
+    except OSError as error:
+        _refuse(f"the workspace {workspace} cannot be written: {error.strerror}")
+    _show_end(ended, local, console)
+    sys.exit(ended.exit_code)
+
+
+def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
+    if ended.stopped_by is not None:
+        command = shlex.join(["qlora", *sys.argv[1:]])
+        console.print(f"To go on from there, run it again:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+        return
+    if "publish" not in ended.results or ended.results["publish"].adapter is None:
+        return
+    adapter, trained = ended.results["publish"].adapter, ended.results["train"]
+    table = Table.grid(padding=(0, 2))
+    table.add_row("Adapter", adapter.uri)
+    table.add_row("SHA-256", adapter.sha256)
+    table.add_row("Training loss", _number(trained.loss))
+    if trained.eval_loss is not None:
+        table.add_row(
+            "Held-out loss", f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
+        )
+    table.add_row("Loss curve", str(local.layout.report / "loss.png"))
+    console.print(table, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    main()

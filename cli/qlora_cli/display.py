@@ -1,0 +1,98 @@
+"""Shows a local run: a progress bar on a terminal, a line for each report elsewhere."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+from qlora_api.contract import ProgressRecord, ResultRecord
+from qlora_api.status import StepName
+
+_DOING: dict[StepName, str] = {"prepare": "Preparing", "train": "Training", "publish": "Publishing"}
+
+
+class ConsoleDisplay:
+    """Draws on a console. `logs` is the folder in which the steps' logs lie, for those who look for a cause."""
+
+    def __init__(self, console: Console, logs: Path) -> None:
+        self._console = console
+        self._logs = logs
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[details]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def begin(self, step: StepName) -> None:
+        """Start the step's bar, which only moves until the number of steps is known."""
+        self._bar.start()
+        self._task = self._bar.add_task(_DOING[step], total=None, details="starting")
+
+    def progress(self, record: ProgressRecord) -> None:
+        """Move the bar, or print the line."""
+        details = describe(record)
+        if self._task is not None:
+            total = record.total_steps or None
+            self._bar.update(self._task, total=total, completed=record.training_step, details=escape(details))
+        if not self._console.is_terminal:
+            self._console.print(f"{record.step}: {details}", markup=False, soft_wrap=True)
+
+    def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
+        """Take the bar away and say how the step ended."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        self._bar.stop()
+        if result is None:
+            sign, text = "[red]✗[/]", f"ended with exit code {exit_code} and without a result; see {self._log(step)}"
+        elif result.outcome == "succeeded":
+            sign, text = "[green]✓[/]", result.message
+        elif result.outcome == "interrupted":
+            sign, text = "[yellow]■[/]", result.message
+        else:
+            sign, text = "[red]✗[/]", f"{result.reason}: {result.message} (log: {self._log(step)})"
+        self._console.print(f"{sign} {step}: {escape(text)}", highlight=False, soft_wrap=True)
+
+    def stopping(self, *, again: bool) -> None:
+        """Say that the wish was heard."""
+        if again:
+            self._console.print("Stopping at once; what was done after the last checkpoint is lost.")
+        else:
+            self._console.print("Stopping. Training saves a checkpoint first; once more stops it at once.")
+
+    def _log(self, step: StepName) -> Path:
+        return self._logs / f"{step}.log"
+
+
+def describe(record: ProgressRecord) -> str:
+    """The record in one short line: `training 420/1000, loss 1.234, 850 tokens/s, 1h12m left`."""
+    parts = [record.activity or record.step]
+    if record.total_steps:
+        parts[0] += f" {record.training_step}/{record.total_steps}"
+    if record.loss is not None:
+        parts.append(f"loss {record.loss:.3f}")
+    if record.eval_loss is not None:
+        parts.append(f"held-out {record.eval_loss:.3f}")
+    if record.tokens_per_second is not None:
+        parts.append(f"{record.tokens_per_second:.0f} tokens/s")
+    if record.remaining_seconds is not None and record.training_step < record.total_steps:
+        parts.append(f"{duration(record.remaining_seconds)} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `45s`, `12m05s`, `3h07m`, `2d04h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -1,0 +1,142 @@
+"""Reads a manifest as the API server would, and says on which line it would be refused."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from qlora_api.v1alpha1 import QLoRAJobDocument
+
+# What the API server accepts in one object.
+_MAX_BYTES = 1_500_000
+# Written by the cluster, as in `kubectl get -o yaml`; nobody's input.
+_OBSERVED = frozenset({"status"})
+
+Location = tuple[int | str, ...]
+
+
+class ManifestError(Exception):
+    """The manifest is refused; one line of the message for each problem, each with file, line and field."""
+
+
+def load_manifest(path: Path) -> QLoRAJobDocument:
+    """The QLoRAJob in a YAML 1.2 or JSON file, with the schema's defaults. Raises ManifestError.
+
+    Values have the types that kubectl sends: `2e-4` is a number and `"64"` is not.
+    """
+    document = _parse(path)
+    plain = {key: value for key, value in _plain(document).items() if key not in _OBSERVED}
+    try:
+        return QLoRAJobDocument.model_validate_json(json.dumps(plain), strict=True, by_alias=True, by_name=False)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise ManifestError("\n".join(_describe(path, document, problem) for problem in problems)) from error
+
+
+def _parse(path: Path) -> CommentedMap:
+    """The file's only document. The round-trip parser keeps line numbers and refuses duplicate keys."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ManifestError(f"{path}: larger than {_MAX_BYTES} bytes, which no Kubernetes object may be")
+        documents = [document for document in YAML(typ="rt").load_all(content) if document is not None]
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}") from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ManifestError(f"{path}:{line}: {error.problem or error.context}") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from error
+    if not documents:
+        raise ManifestError(f"{path}: is empty; it must hold one QLoRAJob")
+    if len(documents) > 1:
+        second = documents[1]
+        line = second.lc.line + 1 if isinstance(second, (CommentedMap, CommentedSeq)) else 1
+        raise ManifestError(
+            f"{path}:{line}: a second document begins here, but the file must hold one QLoRAJob: put each in its own"
+        )
+    if not isinstance(documents[0], CommentedMap):
+        raise ManifestError(f"{path}:1: found a {type(_plain(documents[0])).__name__}, must be a QLoRAJob object")
+    return documents[0]
+
+
+def _plain(value: Any) -> Any:
+    """The value in plain JSON types. YAML's dates become text, as kubectl sends them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Sequence):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bool) or value is None:
+        return value
+    return float(value) if isinstance(value, float) else int(value)
+
+
+def _describe(path: Path, document: CommentedMap, problem: ErrorDetails) -> str:
+    location = problem["loc"]
+    field = ".".join(str(part) for part in location) or "document"
+    return f"{path}:{_line(document, location)}: {field}: {_explain(problem)}"
+
+
+def _line(document: CommentedMap, location: Location) -> int:
+    """Line of the innermost part of the location that is in the file."""
+    line, node = document.lc.line, document
+    for part in location:
+        if isinstance(node, CommentedMap) and part in node:
+            line = node.lc.key(part)[0]
+        elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+            line = node.lc.item(part)[0]
+        else:
+            break
+        node = node[part]
+    return int(line) + 1
+
+
+def _explain(problem: ErrorDetails) -> str:
+    if problem["type"] == "extra_forbidden":
+        return _unknown_field(problem["loc"])
+    if problem["type"] == "missing":
+        return "is required and missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if isinstance(problem["input"], (dict, list)) or "found" in message:
+        return message
+    return f"found {json.dumps(problem['input'])[:80]}, {message.replace('input should be', 'must be')}"
+
+
+def _unknown_field(location: Location) -> str:
+    name, fields = str(location[-1]), _field_names(location[:-1])
+    close = difflib.get_close_matches(name, fields, n=1)
+    if close:
+        return f"unknown field; did you mean {close[0]}?"
+    return f"unknown field; allowed are {', '.join(fields)}"
+
+
+def _field_names(location: Location) -> list[str]:
+    """The fields that the schema has at the location."""
+    model: type[BaseModel] = QLoRAJobDocument
+    for part in location:
+        by_alias = {field.alias or name: field for name, field in model.model_fields.items()}
+        if isinstance(part, str) and part in by_alias:
+            model = next(_models(by_alias[part].annotation), model)
+    return sorted(field.alias or name for name, field in model.model_fields.items())
+
+
+def _models(annotation: Any) -> Any:
+    """The models that occur in a type, such as X in `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)

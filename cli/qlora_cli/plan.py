@@ -1,0 +1,145 @@
+"""Shows the memory that a job will need: by component, against the card, and what to change."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_api.contract import ExitCode
+from qlora_api.memory import GIB, Advice, ModelShape, TrainingShape, advice, budget, estimate, verdict
+from qlora_api.sources import HubSource, VolumeSource, parse_source
+from qlora_api.v1alpha1 import BaseModelSpec, QLoRAJobSpec
+from qlora_trainer.failures import bad_configuration, model_unavailable, unreachable
+from qlora_trainer.memory_check import read_shape, training_shape
+from qlora_trainer.step import Mounts
+
+_CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
+_COLOURS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
+_MEANING = {
+    "fits": "the run fits",
+    "tight": "the run may fit: the estimate leaves too little room to be sure",
+    "exceeds": "the run cannot fit",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the memory of a job, and the card that it shall run on (GiB; None if nobody has said)."""
+
+    title: str
+    model: ModelShape
+    training: TrainingShape
+    card_gib: int | None
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """DOES_NOT_FIT where `prepare` would refuse the job."""
+        if self.card_gib is None or verdict(estimate(self.model, self.training), self.card_gib) != "exceeds":
+            return ExitCode.DONE
+        return ExitCode.DOES_NOT_FIT
+
+
+def make_plan(name: str, spec: QLoRAJobSpec, config: Path, card_gib: int | None) -> Plan:
+    """The plan of a job whose model has this config.json. Raises StepFailure for a model that is not supported."""
+    return Plan(
+        title=f"{name}: {spec.model.source}, rank {spec.lora.rank}, "
+        f"{spec.training.micro_batch_size} × {spec.training.max_sequence_length} tokens",
+        model=read_shape(config),
+        training=training_shape(spec, spec.lora.target_modules),
+        card_gib=card_gib if card_gib is not None else spec.resources.gpu_memory,
+    )
+
+
+def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
+    """The model's config.json, on a volume or fetched from the hub. Raises StepFailure if it cannot be had."""
+    source = parse_source(model.source)
+    if isinstance(source, VolumeSource):
+        if source.claim not in mounts.claims:
+            raise bad_configuration(
+                f"spec.model.source is {model.source}: say where the claim lies with --volume {source.claim}=DIR, "
+                "or give the model's config.json with --config FILE"
+            )
+        config = mounts.volume(source) / "config.json"
+        if not config.is_file():
+            raise model_unavailable(f"{config} does not exist: {model.source} holds no transformers model")
+        return config
+    if not isinstance(source, HubSource):
+        raise bad_configuration(f"spec.model.source is {model.source}: must be hf:// or pvc://")
+    return _fetch_config(source, model)
+
+
+def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
+    offline = "or give the model's config.json with --config FILE"
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+    except ImportError as missing:
+        raise bad_configuration(
+            f"the hub's client is not installed: install qlora-operator[cli,trainer], {offline}"
+        ) from missing
+    try:
+        return Path(hf_hub_download(source.repository, "config.json", revision=model.revision))
+    except HfHubHTTPError as error:
+        raise model_unavailable(
+            f"{model.source} cannot be read: {str(error).splitlines()[0]} Check the name, log in with `hf auth login`, "
+            f"{offline}"
+        ) from error
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise unreachable(f"the hub cannot be reached for {model.source}: try again, {offline}") from error
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print the estimate by component, its range, and the verdict with the settings to change."""
+    memory = estimate(plan.model, plan.training)
+    table = Table(title=plan.title, title_justify="left", title_style="bold", show_footer=True)
+    table.add_column("GPU memory", footer="Expected peak")
+    table.add_column("GiB", justify="right", footer=_gib(memory.expected))
+    table.add_column("", style="dim")
+    for component in memory.components():
+        note = "" if component.at_peak else "not at the peak"
+        table.add_row(component.label, _gib(component.size), note, style=None if component.at_peak else "dim")
+    console.print(table)
+    console.print(
+        f"Low {_gib(memory.low)}, expected {_gib(memory.expected)}, high {_gib(memory.high)} GiB. "
+        "Low is with the optimizer's pages moved to main memory."
+    )
+    if plan.card_gib is None:
+        _show_cards(plan, console)
+    else:
+        _show_verdict(plan, plan.card_gib, console)
+
+
+def _show_cards(plan: Plan, console: Console) -> None:
+    memory = estimate(plan.model, plan.training)
+    console.print("\nOn a card of so many GiB (set spec.resources.gpuMemory, or give --gpu-memory):")
+    for card in _CARDS:
+        judged = verdict(memory, card)
+        console.print(f"  {card:>4}  [{_COLOURS[judged]}]{judged}[/]")
+
+
+def _show_verdict(plan: Plan, card: int, console: Console) -> None:
+    judged = verdict(estimate(plan.model, plan.training), card)
+    usable = _gib(budget(card))
+    console.print(
+        f"\n[bold {_COLOURS[judged]}]{judged}[/]: {_MEANING[judged]} on a card of {card} GiB ({usable} usable)."
+    )
+    if judged == "fits":
+        return
+    steps = advice(plan.model, plan.training, card)
+    if steps:
+        _show_advice(steps, console)
+    if not steps or steps[-1].verdict != "fits":
+        console.print("Even with all of this a larger card is needed to be sure, or a smaller model.")
+
+
+def _show_advice(steps: tuple[Advice, ...], console: Console) -> None:
+    console.print("\n[bold]What to change, one after the other:[/]")
+    for number, step in enumerate(steps, start=1):
+        for change in step.changes:
+            console.print(f"  {number}. spec.{change.setting}: {change.current} → [bold]{change.proposed}[/]")
+        console.print(f"     {_gib(step.expected)} GiB, [{_COLOURS[step.verdict]}]{step.verdict}[/]. {step.effect}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,207 @@
+"""Runs the three steps of a job on this machine, one process after the other, and passes on what they report."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qlora_api import contract
+from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, WorkspaceLayout, decode_record
+from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
+from qlora_api.status import StepName
+from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_trainer.records import write_atomically
+from qlora_trainer.step import Device
+
+STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
+# What a process reports that has no UID from an API server.
+_LOCAL_UID = "local"
+
+
+class Display(Protocol):
+    """What shows a run to the person who waits for it."""
+
+    def begin(self, step: StepName) -> None:
+        """The step's process starts."""
+
+    def progress(self, record: ProgressRecord) -> None:
+        """The step has reported progress."""
+
+    def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
+        """The step's process has ended; without a result if it was killed."""
+
+    def stopping(self, *, again: bool) -> None:
+        """The user wants to stop: the step saves first, or, asked again, is killed."""
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """A job and where its sources lie on this machine."""
+
+    document: QLoRAJobDocument
+    workspace: Path
+    claims: Mapping[str, Path]
+    config_maps: Mapping[str, Path]
+    device: Device
+
+    @property
+    def layout(self) -> WorkspaceLayout:
+        """The workspace's folders."""
+        return WorkspaceLayout(self.workspace.absolute())
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    step_exit_code: int
+    """Of the last step that ran; that of a shell if a signal has killed it."""
+    stopped_by: int | None
+    """The signal that asked to stop, if one did."""
+    results: Mapping[StepName, ResultRecord]
+
+    @property
+    def exit_code(self) -> int:
+        """That of the step that failed, or 128 + the signal, as a shell has it, if the user stopped the run."""
+        stopped = self.step_exit_code in (ExitCode.DONE, ExitCode.INTERRUPTED, 128 + signal.SIGKILL)
+        return 128 + self.stopped_by if self.stopped_by is not None and stopped else self.step_exit_code
+
+
+def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
+    """One sentence for each claim or ConfigMap that the job names and the command line does not."""
+    addresses = {
+        "spec.model.source": spec.model.source,
+        "spec.dataset.source": spec.dataset.source,
+        "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
+        "spec.output.destination": spec.output.destination,
+    }
+    problems = []
+    for field, address in addresses.items():
+        source = parse_source(address) if address else None
+        if isinstance(source, VolumeSource) and source.claim not in claims:
+            problems.append(f"{field} is {address}: say where the claim lies with --volume {source.claim}=DIR")
+        if isinstance(source, ConfigMapSource) and source.name not in config_maps:
+            problems.append(
+                f"{field} is {address}: say where its keys lie as files with --config-map {source.name}=DIR"
+            )
+    return problems
+
+
+def has_gpu() -> bool:
+    """Whether a CUDA driver is installed. Costs nothing, where asking PyTorch costs seconds."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def run_steps(run: LocalRun, display: Display) -> Ended:
+    """Run the steps until one fails or the user stops it. What an earlier run has finished is not done again."""
+    job = run.layout.records / "job.json"
+    write_atomically(job, json.dumps(run.document.dump(), indent=2).encode() + b"\n")
+    results: dict[StepName, ResultRecord] = {}
+    with _Stop(display) as stop:
+        for step in STEPS:
+            display.begin(step)
+            exit_code, result = _run_step(run, step, job, display, stop)
+            display.end(step, result, exit_code)
+            if result is not None:
+                results[step] = result
+            if exit_code != 0 or stop.signal is not None:
+                return Ended(exit_code, stop.signal, results)
+    return Ended(0, None, results)
+
+
+class _Stop:
+    """Passes Ctrl-C and SIGTERM on to the step that runs, as a pod's SIGTERM: first politely, then not."""
+
+    def __init__(self, display: Display) -> None:
+        self.signal: int | None = None
+        self._display = display
+        self._process: subprocess.Popen[str] | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "_Stop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @contextmanager
+    def of(self, process: subprocess.Popen[str]) -> Iterator[None]:
+        """Signals are for this process now."""
+        self._process = process
+        if self.signal is not None:
+            process.terminate()
+        try:
+            yield
+        finally:
+            self._process = None
+
+    def _handle(self, number: int, _frame: object) -> None:
+        again = self.signal is not None
+        self.signal = self.signal or number
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+        self._display.stopping(again=again)
+
+
+def _run_step(
+    run: LocalRun, step: StepName, job: Path, display: Display, stop: _Stop
+) -> tuple[int, ResultRecord | None]:
+    pod_uid = str(uuid.uuid4())
+    environment = {**os.environ, contract.ENV_POD_UID: pod_uid, contract.ENV_DEVICE: run.device}
+    # A session of its own: Ctrl-C reaches this process only, which knows what to do with it.
+    process = subprocess.Popen(
+        _command(run, step, job),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    if process.stdout is None or process.stderr is None:
+        raise AssertionError("both are pipes")
+    errors: list[str] = []
+    drain = threading.Thread(target=lambda stream: errors.extend(stream), args=(process.stderr,))
+    drain.start()
+    result: ResultRecord | None = None
+    with stop.of(process):
+        for line in process.stdout:
+            record = decode_record(line.rstrip("\n"), job_uid=_job_uid(run.document), pod_uid=pod_uid)
+            if isinstance(record, ProgressRecord):
+                display.progress(record)
+            elif record is not None:
+                result = record
+        exit_code = process.wait()
+    drain.join()
+    sys.stderr.writelines(errors)
+    return (exit_code if exit_code >= 0 else 128 - exit_code), result
+
+
+def _job_uid(document: QLoRAJobDocument) -> str:
+    return document.metadata.uid or _LOCAL_UID
+
+
+def _command(run: LocalRun, step: StepName, job: Path) -> list[str]:
+    command = [sys.executable, "-m", "qlora_trainer", step, "--job", str(job), "--workspace", str(run.layout.root)]
+    # In a pod of its own, `qlora run` must not write the pod's termination message.
+    command += ["--termination-log", os.devnull, "--claim", ""]
+    for name, folder in run.claims.items():
+        command += ["--volume", f"{name}={folder.absolute()}"]
+    for name, folder in run.config_maps.items():
+        command += ["--config-map", f"{name}={folder.absolute()}"]
+    return command
