@@ -20,10 +20,10 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL
 
 
-def sizes(done: int, total: int) -> str:
-    """Bytes done and in all, for people: "1.2/13.5 GiB"."""
-    unit, name = (GIB, "GiB") if total >= GIB else (2**20, "MiB")
-    return f"{done / unit:.1f}/{total / unit:.1f} {name}"
+def sizes(*counts: int) -> str:
+    """Bytes for people, in the unit that suits the last of them: "1.2/13.5 GiB"."""
+    unit, name = (GIB, "GiB") if counts[-1] >= GIB else (2**20, "MiB")
+    return "/".join(f"{count / unit:.1f}" for count in counts) + f" {name}"
 
 
 def require_space(root: Path, needed: int, purpose: str) -> None:
@@ -32,7 +32,7 @@ def require_space(root: Path, needed: int, purpose: str) -> None:
     if needed > free:
         raise StepFailure(
             ExitCode.STORAGE_FULL,
-            f"{purpose} needs {needed / GIB:.1f} GiB, but the workspace volume has {free / GIB:.1f} GiB free: "
+            f"{purpose} needs {sizes(needed)}, but the workspace volume has {sizes(free)} free: "
             "make it larger (spec.workspace.size) or free space",
         )
 

@@ -55,9 +55,9 @@ class ModelSource(Protocol):
 
 
 def choose_settings(names: Collection[str], source: str) -> list[str]:
-    """The small files of a model to use, out of the names in its folder. Raises StepFailure if the model is unusable.
+    """The small files of a model to use, config.json first, out of the names in its folder.
 
-    Code and pickles are never chosen.
+    Code and pickles are never chosen. Raises StepFailure if the model cannot be used.
     """
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
         pickles = sorted(name for name in names if name.endswith(_PICKLES))
@@ -73,11 +73,11 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
         raise model_unavailable(
             f"{source} has no tokenizer ({', '.join(sorted(_VOCABULARIES))}); it has {_some(names)}"
         )
-    wanted = {CONFIG, "generation_config.json", *TOKENIZER_FILES}
+    wanted = {"generation_config.json", *TOKENIZER_FILES}
     # As the library that loads it does: a single file goes before an index.
     if WEIGHTS not in names:
         wanted.add(WEIGHTS_INDEX)
-    return sorted(wanted & set(names))
+    return [CONFIG, *sorted(wanted & set(names))]
 
 
 def weight_files(index: bytes | None, names: Collection[str], source: str) -> list[str]:
