@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.ranges.append(f"{name} {wanted[0]}")
             headers["Content-Range"] = f"bytes {wanted[1]}-{len(content) - 1}/{len(content)}"
             status, content = 206, content[int(wanted[1]) :]
-        self._send(status, content, headers, self.hub.truncate(name))
+        self._send(status, content, headers, self.hub.truncate(name) if self.command == "GET" else None)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None) -> None:
         self.send_response(status)
