@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,6 +19,19 @@ from qlora_trainer.loss import LogitTransform
 
 MIN_QUANTIZED_FRACTION = 0.98
 ALL_LINEAR = "all-linear"
+
+# transformers checks a value where it is first used: each of these is one that does not fit.
+_UNUSABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,
+    StrictDataclassError,
+)
 
 _PROBE_VOCABULARY = 128
 _PROBE_WINDOW = 5
@@ -58,10 +72,10 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             )
         targets = resolve_targets(lora.target_modules, block_linears(skeleton))
         isolated = _probe(model_type, config)
-    # transformers checks a configuration where it is first used: each of these is a value that does not fit.
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as error:
+    except _UNUSABLE as error:
         raise bad_configuration(
-            f"{config_folder / 'config.json'} describes no model that can be built: {error}"
+            f"{config_folder / 'config.json'} (model_type {model_type!r}) describes no model that can be trained here: "
+            f"{error}"
         ) from error
     return Family(model_type, targets, fraction, isolated)
 
@@ -88,7 +102,7 @@ def _read_config(folder: Path) -> Any:
             )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except _UNUSABLE as error:
         raise bad_configuration(f"{path}: model_type {raw['model_type']!r} cannot be read: {error}") from error
 
 

@@ -76,11 +76,13 @@ def run_to_end(run: Run, state: RunState) -> RunState:
     while True:
         if run.eval_data is not None and _evaluation_due(run, state) and not run.stop.requested:
             state = _evaluate(run, state, run.eval_data)
-        if _save_due(run, state):
+        # Asked once: a stop that comes between saving and leaving would lose the steps since the last checkpoint.
+        stopping = run.stop.requested
+        if _save_due(run, state, stopping):
             _save(run, state)
         if state.step == run.plan.total_steps and not _evaluation_due(run, state):
             return state
-        if run.stop.requested:
+        if stopping:
             raise Interrupted(state.step, run.plan.total_steps)
         state = _optimizer_step(run, state)
 
@@ -92,11 +94,11 @@ def _evaluation_due(run: Run, state: RunState) -> bool:
     return state.step in (0, run.plan.total_steps) or (every is not None and state.step % every == 0)
 
 
-def _save_due(run: Run, state: RunState) -> bool:
+def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
     if state.step == 0 or state.step == run.checkpoint_step:
         return False
     on_schedule = state.step % run.context.spec.training.save_every_steps == 0
-    return on_schedule or state.step == run.plan.total_steps or run.stop.requested
+    return on_schedule or state.step == run.plan.total_steps or stopping
 
 
 def _optimizer_step(run: Run, state: RunState) -> RunState:
