@@ -34,3 +34,5 @@ def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
     if level != "debug":
         for name in ("kopf", "aiohttp", "kubernetes", "asyncio"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # A red probe is said once, in a line of our own, and not as a traceback at every request.
+        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

@@ -1,0 +1,280 @@
+"""Objects as the API server returns them, and a clock that stands still, for the operator's unit tests."""
+
+import asyncio
+import json
+import selectors
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from qlora_api.contract import ProgressRecord, ResultRecord, encode_record
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_claim_name, workspace_folder
+from qlora_api.profile import Profile
+from qlora_api.status import (
+    AdapterStatus,
+    DatasetStatus,
+    MemoryStatus,
+    QLoRAJobStatus,
+    Resolved,
+    StepName,
+    StepStatus,
+)
+from qlora_operator.observe import Observed, QLoRAJob, format_time, observe, parse_job
+from qlora_operator.status import Facts, next_status
+
+NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
+NAME = "tune"
+UID = "0a1b2c3d-0000-4000-8000-000000000000"
+PROFILE = Profile.model_validate({"image": "example.org/qlora-trainer@sha256:0", "gpuResource": "nvidia.com/gpu"})
+PROFILES = {"default": PROFILE}
+
+MODEL = {"source": "hf://org/model"}
+DATASET = {"source": "hf://org/rows"}
+MEMORY = MemoryStatus(estimate_bytes=10, low_bytes=9, high_bytes=11, verdict="unknown")
+FOUND = DatasetStatus(format="chat", rows=12, used_rows=10)
+ADAPTER = AdapterStatus(
+    uri="pvc://tune-0a1b2c3d/tune-0a1b2c3d/adapter",
+    sha256="a" * 64,
+    size_bytes=7,
+    base_model="hf://org/model",
+    base_revision="c0ffee",
+    rank=64,
+    quantization="nf4",
+)
+FACTS: dict[StepName, dict[str, Any]] = {
+    "prepare": {"model_revision": "c0ffee", "memory": MEMORY, "dataset": FOUND},
+    "train": {"training_step": 10, "total_steps": 10, "loss": 1.234567, "peak_memory_bytes": 99},
+    "publish": {"adapter": ADAPTER},
+}
+
+
+def after(seconds: float) -> datetime:
+    """So many seconds after NOW."""
+    return NOW + timedelta(seconds=seconds)
+
+
+def time(seconds: float = 0) -> str:
+    """The timestamp of so many seconds after NOW."""
+    return format_time(after(seconds))
+
+
+def job_body(status: Mapping[str, Any] | None = None, /, generation: int = 1, **spec: Any) -> dict[str, Any]:
+    """A QLoRAJob as stored; keywords are fields of the spec."""
+    return {
+        "metadata": {
+            "namespace": "team",
+            "name": NAME,
+            "uid": UID,
+            "generation": generation,
+            "resourceVersion": "7",
+        },
+        "spec": {"model": MODEL, "dataset": DATASET} | spec,
+        "status": status if status is not None else {"observedGeneration": -1},
+    }
+
+
+def make_job(status: QLoRAJobStatus | None = None, /, generation: int = 1, **spec: Any) -> QLoRAJob:
+    """The parsed job, with that stored status."""
+    return parse_job(job_body(status.dump() if status else None, generation=generation, **spec))
+
+
+def resolved(profile: Profile = PROFILE) -> Resolved:
+    """What is fixed before the first pod."""
+    return Resolved(
+        contract_version=1,
+        profile=profile,
+        claim_name=workspace_claim_name(NAME, UID),
+        claim_created=True,
+        workspace_path=workspace_folder(NAME, UID),
+    )
+
+
+def step_status(step: StepName, attempt: int = 1, **fields: Any) -> StepStatus:
+    """The step whose Job exists."""
+    name = f"{NAME}-{step}-{attempt}"
+    return StepStatus.model_validate(
+        {"name": step, "jobName": name, "jobUid": f"uid-{name}", "attempt": attempt} | fields
+    )
+
+
+def status_in(step: StepName, attempt: int = 1, /, **fields: Any) -> QLoRAJobStatus:
+    """The status of a job whose steps before `step` are done and whose Job for `step` exists."""
+    conditions: list[dict[str, Any]] = []
+    for done, kind in (("train", "Prepared"), ("publish", "Trained")):
+        if step in (done, "publish"):
+            conditions.append(condition(kind, "True"))
+    start: dict[str, Any] = {
+        "startTime": time(-3600),
+        "conditions": conditions,
+        "resolved": resolved().dump(),
+        "step": step_status(step, attempt).dump(),
+    }
+    return QLoRAJobStatus.model_validate(start | fields)
+
+
+def condition(kind: str, value: str, at: float = -60, reason: str = "Test") -> dict[str, Any]:
+    """A condition as stored."""
+    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": time(at)}
+
+
+def child(step: StepName, attempt: int = 1, *, owner: str = UID, created: float = -600, **true: str) -> dict[str, Any]:
+    """A batch/v1 Job; keywords are conditions that hold, with their reason."""
+    name = f"{NAME}-{step}-{attempt}"
+    conditions = [{"type": kind, "status": "True", "reason": reason, "message": "why"} for kind, reason in true.items()]
+    return {
+        "metadata": {
+            "name": name,
+            "namespace": "team",
+            "uid": f"uid-{name}",
+            "creationTimestamp": time(created),
+            "labels": {JOB_LABEL: NAME, JOB_UID_LABEL: UID, STEP_LABEL: step},
+            "ownerReferences": [{"kind": "QLoRAJob", "name": NAME, "uid": owner, "controller": True}],
+        },
+        "status": {"conditions": conditions},
+    }
+
+
+def pod(step: StepName, attempt: int = 1, number: int = 1, **status: Any) -> dict[str, Any]:
+    """A pod of that Job, pending unless `status` says otherwise."""
+    owner = f"{NAME}-{step}-{attempt}"
+    return {
+        "metadata": {
+            "name": f"{owner}-pod{number}",
+            "uid": f"uid-{owner}-pod{number}",
+            "creationTimestamp": time(-600 + number),
+            "ownerReferences": [{"kind": "Job", "name": owner, "uid": f"uid-{owner}", "controller": True}],
+        },
+        "status": {"phase": "Pending"} | status,
+    }
+
+
+def running(body: dict[str, Any], since: float = -60) -> dict[str, Any]:
+    """The pod while its trainer runs."""
+    return _with_state(body, "Running", {"running": {"startedAt": time(since)}})
+
+
+def waiting(body: dict[str, Any], reason: str, message: str = "") -> dict[str, Any]:
+    """The pod while its trainer cannot start."""
+    return _with_state(body, "Pending", {"waiting": {"reason": reason, "message": message}})
+
+
+def ended(
+    body: dict[str, Any], code: int, message: str = "", *, reason: str = "", start: float = -60, end: float = -10
+) -> dict[str, Any]:
+    """The pod after its trainer has ended."""
+    terminated = {
+        "exitCode": code,
+        "reason": reason or ("Completed" if code == 0 else "Error"),
+        "message": message,
+        "startedAt": time(start),
+        "finishedAt": time(end),
+    }
+    return _with_state(body, "Failed" if code else "Succeeded", {"terminated": terminated})
+
+
+def _with_state(body: dict[str, Any], phase: str, state: dict[str, Any]) -> dict[str, Any]:
+    return body | {
+        "status": body["status"] | {"phase": phase, "containerStatuses": [{"name": "trainer", "state": state}]}
+    }
+
+
+def deleted(body: dict[str, Any], requested: float, grace: int = 120) -> dict[str, Any]:
+    """The pod after somebody has asked for its deletion."""
+    marks = {"deletionTimestamp": time(requested + grace), "deletionGracePeriodSeconds": grace}
+    return body | {"metadata": body["metadata"] | marks}
+
+
+def result(body: dict[str, Any], step: StepName, code: int = 0, **fields: Any) -> str:
+    """The termination message of a step in that pod."""
+    outcome = {0: "succeeded", 143: "interrupted"}.get(code, "failed")
+    record: dict[str, Any] = {
+        "job_uid": UID,
+        "pod_uid": body["metadata"]["uid"],
+        "step": step,
+        "time": time(),
+        "outcome": outcome,
+        "exit_code": code,
+        "reason": "Done",
+    }
+    return encode_record(ResultRecord(**(record | fields)))
+
+
+def succeeded(step: StepName, attempt: int = 1) -> dict[str, Any]:
+    """The pod of a step that ended well, with its record."""
+    body = pod(step, attempt)
+    return ended(body, 0, result(body, step, **FACTS[step]))
+
+
+def failed(step: StepName, code: int, reason: str, message: str, number: int = 1) -> dict[str, Any]:
+    """The pod of a step that ended badly, with its record."""
+    body = pod(step, 1, number)
+    return ended(body, code, result(body, step, code, reason=reason, message=message))
+
+
+def progress(**fields: Any) -> ProgressRecord:
+    """A progress record of the training pod."""
+    base = {"job_uid": UID, "pod_uid": f"uid-{NAME}-train-1-pod1", "step": "train", "time": time()}
+    return ProgressRecord.model_validate(base | fields)
+
+
+def seen(*bodies: dict[str, Any]) -> Observed:
+    """Jobs and pods, told apart by whether the QLoRAJob controls them."""
+    jobs = [body for body in bodies if body["metadata"]["ownerReferences"][0]["kind"] == "QLoRAJob"]
+    return observe(UID, jobs, [body for body in bodies if body not in jobs])
+
+
+def facts(job: QLoRAJob, *bodies: dict[str, Any], now: datetime = NOW, **fields: Any) -> Facts:
+    """Everything that a status depends on."""
+    return Facts(**({"job": job, "observed": seen(*bodies), "profiles": PROFILES, "now": now} | fields))
+
+
+def follow(job: QLoRAJob, *bodies: dict[str, Any], **fields: Any) -> QLoRAJobStatus:
+    """The status that follows from what is seen."""
+    return next_status(facts(job, *bodies, **fields))
+
+
+def conditions_of(status: QLoRAJobStatus) -> dict[str, str]:
+    """Value by type."""
+    return {entry.type: entry.status for entry in status.conditions}
+
+
+def reason_of(status: QLoRAJobStatus, kind: str = "Succeeded") -> str:
+    """Reason of one condition."""
+    return next(entry.reason for entry in status.conditions if entry.type == kind)
+
+
+def message_of(status: QLoRAJobStatus, kind: str = "Succeeded") -> str:
+    """Message of one condition."""
+    return next(entry.message for entry in status.conditions if entry.type == kind)
+
+
+def to_json(value: object) -> str:
+    """JSON for a search in it."""
+    return json.dumps(value)
+
+
+class _Jump(selectors.SelectSelector):
+    """Does not wait for time to pass, but moves the loop's clock on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        ready = super().select(0)
+        if not ready and timeout is None:
+            raise RuntimeError("everything waits for ever")
+        if not ready:
+            self.now += timeout or 0
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer, so that hours pass at once."""
+
+    def __init__(self) -> None:
+        self._jump = _Jump()
+        super().__init__(self._jump)
+
+    def time(self) -> float:
+        return self._jump.now

@@ -1,0 +1,77 @@
+"""Settings: what an administrator may write, and what a mistake says."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_operator.__main__ import main
+from qlora_operator.settings import SettingsError, find_settings, load_settings
+
+GOOD = """
+namespaces: [team-a, team-b]
+resyncSeconds: 60
+logLevel: debug
+progress: {enabled: false}
+profiles:
+  default:
+    image: example.org/qlora-trainer:1
+    device: cpu
+  big:
+    image: example.org/qlora-trainer:1
+    gpuResource: nvidia.com/gpu
+    tolerations: [{key: pool, operator: Exists}]
+    workspace: {topology: node-local, size: 200Gi}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_good_settings_are_read_and_the_rest_has_defaults(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, GOOD))
+    assert settings.namespaces == ("team-a", "team-b")
+    assert (settings.resync_seconds, settings.progress.enabled, settings.workers) == (60, False, 8)
+    assert settings.profiles["big"].workspace.topology == "node-local"
+    assert settings.profiles["default"].gpu_resource is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["profiles", "required"]),
+        ("profiles: {}", ["profiles", "at least 1"]),
+        ("profiles: {default: {}}", ["profiles.default.image", "required"]),
+        ("profiles: {default: {image: x, gpus: 2}}", ["profiles.default.gpus", "not permitted"]),
+        ("profiles: {default: {image: x, device: tpu}}", ["profiles.default.device", "'cuda' or 'cpu'", "'tpu'"]),
+        ("profiles: {Default: {image: x}}", ["profiles.Default", "pattern"]),
+        ("profiles: {default: {image: x}}\nresyncSeconds: soon", ["resyncSeconds", "number", "'soon'"]),
+        ("profiles: {default: {image: x}}\nmetricsPort: 0", ["metricsPort", "greater than or equal to 1", "0"]),
+        ("profiles: {default: {image: x}}\nnamespaces: team", ["namespaces", "tuple", "'team'"]),
+        ("profiles: [", ["not YAML"]),
+        ("- a", ["the file", "dictionary"]),
+    ],
+)
+def test_a_mistake_names_the_file_and_the_field(
+    tmp_path: Path, text: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, text)
+    assert main(["--settings", str(path)]) == 2
+    said = capsys.readouterr().err
+    for word in [str(path), *words]:
+        assert word in said
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml: No such file"):
+        load_settings(tmp_path / "nowhere.yaml")
+
+
+def test_the_command_line_wins_over_the_environment() -> None:
+    environ = {"QLORA_OPERATOR_SETTINGS": "/from/environment"}
+    assert find_settings(Path("/given"), environ) == Path("/given")
+    assert find_settings(None, environ) == Path("/from/environment")
+    with pytest.raises(SettingsError, match="--settings FILE"):
+        find_settings(None, {})
