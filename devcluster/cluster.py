@@ -40,14 +40,14 @@ def locked(layout: Layout) -> Iterator[None]:
 def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
     """Start the cluster and wait until its node is Ready, DNS answers and `gpus` GPUs can be scheduled.
 
-    A healthy cluster is left alone but for the number of GPUs; a broken or half-started one is removed first.
+    A running cluster is left alone but for the number of GPUs; a broken or half-started one is removed first.
     """
     if os.geteuid() != 0:
         raise ClusterError("`up` makes network devices and mounts: run it as root")
     packages.ensure(packages.NODE)
-    if troubles := trouble(layout):
+    if reasons := broken(layout):
         if layout.cluster.exists():
-            say(f"removing a cluster that is not healthy: {troubles[0]}")
+            say(f"removing a cluster that is broken: {reasons[0]}")
             cleanup.down(layout)
         binaries = toolchain.build(layout, _PROGRAMS)
         machine.refuse_conflicts()
@@ -55,6 +55,8 @@ def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
         machine.observe().save(layout.before)
         _Start(layout, binaries).everything()
     kubectl = kubectl_of(layout)
+    # A node that is late with its heartbeat on a busy machine is waited for; its volumes are worth more than a minute.
+    _wait(layout, lambda: node_is_ready(kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")
     addons.set_gpus(kubectl, gpus)
     _wait(layout, lambda: addons.gpus(kubectl) == gpus, _NODE_SECONDS, f"the scheduler to see {gpus} GPUs", "kubelet")
     layout.ready.touch()
@@ -108,8 +110,8 @@ class _Start:
         say(f"{what} after {time.monotonic() - self._began:.1f} s")
 
 
-def trouble(layout: Layout) -> list[str]:
-    """Why the cluster is not healthy, one line each; empty when it is."""
+def broken(layout: Layout) -> list[str]:
+    """Why the cluster cannot become healthy by itself, one line each; empty when it can."""
     if not layout.cluster.exists():
         return ["there is no cluster; start one with `python -m devcluster up`"]
     found = [] if layout.ready.exists() else ["the last `up` did not finish"]
@@ -117,6 +119,12 @@ def trouble(layout: Layout) -> list[str]:
     for name in _expected():
         if name not in known or not processes.alive(known[name]):
             found.append(f"{name} is not running; its log is {layout.log(name)}")
+    return found
+
+
+def trouble(layout: Layout) -> list[str]:
+    """Why the cluster is not healthy at this moment, one line each; empty when it is."""
+    found = broken(layout)
     if not found and not node_is_ready(kubectl_of(layout)):
         found.append(f"the node is not Ready; see {layout.log('kubelet')}")
     return found
@@ -144,7 +152,7 @@ def ports_of(layout: Layout) -> Ports:
 
 
 def kubectl_of(layout: Layout) -> Kubectl:
-    return Kubectl(toolchain.binary(layout, "kubectl"), layout.kubeconfig)
+    return Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], layout.kubeconfig)
 
 
 def node_is_ready(kubectl: Kubectl) -> bool:
