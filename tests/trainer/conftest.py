@@ -10,6 +10,7 @@ from transformers import LlamaConfig, Qwen2Config
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.step import Mounts, StepContext
+from tests.trainer.command import Files, new_files
 from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, Recorded, merged, save_model
 
 MakeContext = Callable[..., StepContext]
@@ -25,6 +26,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a two-layer Qwen2 (biases, tied embeddings) with a ChatML template. Do not change it: copy it."""
     return save_model(tmp_path_factory.mktemp("qwen2") / "model", Qwen2Config(**SHAPE, tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
+    """A job whose three steps have been run by the trainer's command line. Do not change it: copy it."""
+    files = new_files(tmp_path_factory.mktemp("finished"), tiny_llama.parent)
+    for step in ("prepare", "train", "publish"):
+        done = files.run(step)
+        assert done.exit_code == 0, done.stdout + done.stderr
+        (files.root / f"{step}.stdout").write_text(done.stdout)
+    return files
 
 
 @pytest.fixture

@@ -3,20 +3,28 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.failures import StepFailure
 
 GIB = 2**30
 _BLOCK_BYTES = 2**22
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# safetensors writes in Rust and only quotes the operating system's number.
+_QUOTED_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the error says that the disk, or the quota on it, is used up."""
+    """Whether the error says that the disk, the quota on it, or the largest size of a file is used up."""
+    if isinstance(error, SafetensorError):
+        quoted = _QUOTED_NUMBER.search(str(error))
+        return quoted is not None and int(quoted[1]) in _FULL
     return isinstance(error, OSError) and error.errno in _FULL
 
 

@@ -1,6 +1,5 @@
 """Decides what the end of a step means: exception → exit code and sentence → result record."""
 
-import errno
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +8,10 @@ from typing import Literal
 
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.status import MAX_MESSAGE_LENGTH, StepName
+from qlora_trainer.disk import is_full
 from qlora_trainer.failures import Interrupted, StepFailure, bad_configuration
 from qlora_trainer.records import Facts, PrepareRecord, PublishRecord, TrainRecord, redact
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNREACHABLE_HTTP = frozenset({408, 425, 429})
 
 Completion = PrepareRecord | TrainRecord | PublishRecord
@@ -60,9 +59,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _storage(error: BaseException) -> Ending | None:
     for cause in _causes(error):
-        # safetensors writes in Rust and only quotes the number of the operating system's error.
-        quoted = type(cause).__name__ == "SafetensorError" and "(os error 28)" in str(cause)
-        if quoted or (isinstance(cause, OSError) and cause.errno in _FULL):
+        if is_full(cause):
             return Ending(
                 ExitCode.STORAGE_FULL,
                 f"the workspace or the temporary storage is full ({_one_line(cause)}): free space on the volume or "
