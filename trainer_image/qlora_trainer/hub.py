@@ -69,6 +69,8 @@ class Hub:
         files = {
             entry.rfilename: HubFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None)
             for entry in info.siblings or ()
+            # A name that leads out of the folder it is downloaded to does not exist for us.
+            if not entry.rfilename.startswith("/") and ".." not in entry.rfilename.split("/")
         }
         return Listing(kind, repository, info.sha, files)
 

@@ -103,6 +103,8 @@ def write_split(path: Path, rows: TokenizedRows, sequences: Items[Items[int]]) -
     facts = {"format": FORMAT_VERSION, "targetTokens": sum(is_target)}
     # One entry only: safetensors writes several in an order that changes from run to run.
     save_file(tensors, path, metadata={_FACTS: json.dumps(facts, sort_keys=True)})
+    # safetensors lets nobody but the owner read it; a later step may run as another user of the same group.
+    path.chmod(0o644)
 
 
 def _offsets(sizes: list[int]) -> Tensor:
