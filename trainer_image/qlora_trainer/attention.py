@@ -7,7 +7,7 @@ a mask transformers would decide by itself what a token sees.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -109,16 +109,19 @@ def _row_by_row(
     query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float | None, dropout: float, window: int | None
 ) -> Tensor:
     outputs = []
-    for start, end in pairwise(accumulate(rows.lengths, initial=0)):
-        windowed = window is not None and end - start > window
+    # Split, not sliced: the backward pass of each slice would fill a tensor of all rows.
+    parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
+    for row_query, row_key, row_value in zip(*parts, strict=True):
+        tokens = row_query.shape[2]
+        mask = None if window is None or tokens <= window else _window_mask(tokens, window, query.device)
         outputs.append(
             scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                attn_mask=_window_mask(end - start, window, query.device) if windowed and window else None,
+                row_query,
+                row_key,
+                row_value,
+                attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=not windowed,
+                is_causal=mask is None,
                 scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )

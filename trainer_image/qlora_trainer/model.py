@@ -135,7 +135,6 @@ def attach_adapter(
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
         revision=base_revision,
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -143,7 +142,7 @@ def attach_adapter(
         target_modules=list(target_modules),
     )
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    # PEFT replaces the name by the folder that the base was loaded from, which means nothing elsewhere.
+    # PEFT puts the folder that the base was loaded from here, which means nothing elsewhere.
     config.base_model_name_or_path = base_name
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.to(ADAPTER_DTYPES[lora.dtype])

@@ -1,0 +1,133 @@
+"""What a step sees and how fast it learns are functions of the step alone; so is whether another attempt may start."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_api.v1alpha1 import TrainingSpec
+from qlora_trainer.attempts import Attempt, read_attempts, refuse_if_spent, write_attempts
+from qlora_trainer.batches import Plan
+from qlora_trainer.determinism import available_cpus
+from qlora_trainer.failures import StepFailure
+from qlora_trainer.metrics import Pace
+from qlora_trainer.optimizer import learning_rate
+
+
+def plan(sequences: int, **training: Any) -> Plan:
+    return Plan.of(sequences, TrainingSpec(**({"gradient_accumulation_steps": 2, "micro_batch_size": 2} | training)))
+
+
+def seen(steps: range, of: Plan) -> list[int]:
+    """The sequences of these steps, in order."""
+    return [index for step in steps for micro_batch in of.micro_batches(step) for index in micro_batch]
+
+
+def test_every_epoch_sees_every_sequence_once_in_another_order() -> None:
+    three_epochs = plan(11, epochs=3)
+
+    assert three_epochs.total_steps == 9
+    epochs = [seen(range(first, first + 3), three_epochs) for first in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert three_epochs.micro_batches(2) == [tuple(epochs[0][8:10]), (epochs[0][10],)]
+
+
+def test_the_order_comes_from_the_seed() -> None:
+    assert plan(50, seed=1).micro_batches(3) == plan(50, seed=1).micro_batches(3)
+    assert plan(50, seed=1).micro_batches(3) != plan(50, seed=2).micro_batches(3)
+
+
+def test_max_steps_goes_on_into_further_epochs_and_stops_in_the_middle_of_one() -> None:
+    four = plan(6, max_steps=5)
+
+    assert four.total_steps == 5
+    assert [four.epoch(step) for step in (0, 1, 2, 3, 5)] == [0.0, 4 / 6, 1.0, 1 + 4 / 6, 2 + 4 / 6]
+    assert four.position(3) == (1, 4)
+
+
+def test_one_epoch_is_the_default() -> None:
+    assert plan(8).total_steps == 2
+
+
+def rates(steps: int, **training: Any) -> list[float]:
+    spec = TrainingSpec(learning_rate=1.0, **training)
+    return [round(learning_rate(step, steps, spec), 4) for step in range(steps)]
+
+
+def test_the_rate_rises_over_the_warm_up_and_then_stays_or_falls() -> None:
+    assert rates(5) == [1.0] * 5
+    assert rates(5, warmup_steps=3) == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(5, scheduler="linear") == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert rates(5, scheduler="linear", warmup_steps=1) == [0.5, 1.0, 0.75, 0.5, 0.25]
+    assert rates(4, scheduler="cosine") == [1.0, 0.8536, 0.5, 0.1464]
+    assert rates(3, scheduler="cosine", warmup_steps=9) == [0.1, 0.2, 0.3]
+
+
+def test_time_left_counts_steps_and_evaluations_at_their_own_pace() -> None:
+    pace = Pace()
+    assert pace.remaining_seconds(10, 2) is None
+    pace = pace.after_evaluation(30.0).after_step(2.0, 400)
+
+    assert pace.tokens_per_second == 200.0
+    assert pace.remaining_seconds(10, 2) == 10 * 2.0 + 2 * 30.0
+    assert 2.0 < (pace.after_step(4.0, 400).seconds_per_step or 0.0) < 4.0
+
+
+def attempts(*ends: str | None, from_steps: tuple[int, ...] | None = None) -> list[Attempt]:
+    """Attempts that ended so, each from a later checkpoint if nothing else is said."""
+    steps = from_steps or tuple(range(len(ends)))
+    return [
+        Attempt.model_validate(
+            {"pod_uid": f"pod-{n}", "started_at": "2026-01-02T03:04:05Z", "from_step": step, "ended": end}
+        )
+        for n, (end, step) in enumerate(zip(ends, steps, strict=True))
+    ]
+
+
+def refusal(before: list[Attempt], from_step: int, max_disruptions: int) -> str:
+    with pytest.raises(StepFailure) as caught:
+        refuse_if_spent(before, from_step, max_disruptions)
+    assert caught.value.exit_code is ExitCode.RETRIES_EXHAUSTED
+    return caught.value.message
+
+
+def test_interrupted_and_killed_attempts_count_and_failed_ones_do_not() -> None:
+    refuse_if_spent([], 0, 0)
+    refuse_if_spent(attempts("interrupted", None, "failed", "failed"), 9, 2)
+
+    message = refusal(attempts("interrupted", None, "failed", "interrupted"), 9, 2)
+    assert "interrupted 3 times and spec.retry.maxDisruptions allows 2" in message
+    assert "checkpoint of step 9" in message
+    refusal(attempts("interrupted"), 9, 0)
+
+
+def test_five_attempts_in_a_row_without_a_new_checkpoint_are_enough() -> None:
+    stuck = attempts("interrupted", *[None] * 5, from_steps=(0, 3, 3, 3, 3, 3))
+    refuse_if_spent(stuck[:-1], 3, 100)
+    refuse_if_spent(stuck, 4, 100)
+
+    assert "5 attempts in a row ended before a checkpoint after step 3" in refusal(stuck, 3, 100)
+
+
+def test_attempts_are_read_back_and_a_line_that_is_none_is_left_out(tmp_path: Path) -> None:
+    assert read_attempts(tmp_path) == []
+    before = attempts("interrupted", None)
+    write_attempts(tmp_path, before)
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write("{not json\n")
+
+    assert read_attempts(tmp_path) == before
+    assert (tmp_path / "attempts.jsonl").read_text().count("\n") == 3
+
+
+def test_threads_keep_to_the_containers_limit(tmp_path: Path) -> None:
+    quota = tmp_path / "cpu.max"
+    everything = available_cpus(quota)
+    quota.write_text("max 100000\n")
+    assert available_cpus(quota) == everything
+    quota.write_text("100000 100000\n")
+    assert available_cpus(quota) == 1
+    quota.write_text("50000 100000\n")
+    assert available_cpus(quota) == 1
