@@ -31,6 +31,9 @@ _CORE = "/api/v1"
 _QLORA = f"/apis/{GROUP}/{VERSION}"
 
 
+Query = list[tuple[str, str]]
+
+
 class ClusterError(Exception):
     """The API server could not be asked, or could not answer: try again later."""
 
@@ -62,21 +65,23 @@ class Cluster:
 
     async def list_jobs(self, namespace: str, job_uid: str) -> list[Object]:
         """The Jobs that carry the label of this QLoRAJob."""
-        return await self._list(f"{_JOBS}/namespaces/{namespace}/jobs", f"{JOB_UID_LABEL}={job_uid}")
+        selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
+        return await self._list(f"{_JOBS}/namespaces/{namespace}/jobs", selector)
 
     async def list_pods(self, namespace: str, job_uid: str) -> list[Object]:
         """The pods that carry the label of this QLoRAJob."""
-        return await self._list(f"{_CORE}/namespaces/{namespace}/pods", f"{JOB_UID_LABEL}={job_uid}")
+        selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
+        return await self._list(f"{_CORE}/namespaces/{namespace}/pods", selector)
 
     async def list_metadata(self, kind: str, namespace: str | None) -> list[Object]:
         """Metadata of all QLoRAJobs, or of all our Jobs or pods, in one namespace or in all (None)."""
-        prefix, selector = {
-            "qlorajobs": (_QLORA, ""),
-            "jobs": (_JOBS, JOB_UID_LABEL),
-            "pods": (_CORE, JOB_UID_LABEL),
-        }[kind]
-        where = f"/namespaces/{namespace}" if namespace else ""
-        return await self._list(f"{prefix}{where}/{kind}", selector, accept=_METADATA_ONLY)
+        path, selector = _listed(kind, namespace)
+        return await self._list(path, selector, accept=_METADATA_ONLY)
+
+    async def check_list(self, kind: str, namespace: str | None) -> None:
+        """Ask for one object of the kind, as a sign of life. Raises RefusedError if that is not allowed any more."""
+        path, selector = _listed(kind, namespace)
+        await self._json("GET", path, query=[("limit", "1"), *selector], accept=_METADATA_ONLY)
 
     async def create_job(self, namespace: str, manifest: Object) -> Object:
         """Create a Job. Raises ConflictError if one of that name exists, RefusedError with the server's reason."""
@@ -140,13 +145,11 @@ class Cluster:
             return None
         return data.decode(errors="replace")
 
-    async def _list(self, path: str, selector: str, accept: str = "application/json") -> list[Object]:
+    async def _list(self, path: str, selector: Query, accept: str = "application/json") -> list[Object]:
         items: list[Object] = []
         token = ""
         while True:
-            query = [("limit", _PAGE)]
-            query += [("labelSelector", selector)] if selector else []
-            query += [("continue", token)] if token else []
+            query = [("limit", _PAGE), *selector, *([("continue", token)] if token else [])]
             page = await self._json("GET", path, query=query, accept=accept)
             items += page.get("items") or ()
             token = page["metadata"].get("continue") or ""
@@ -162,7 +165,7 @@ class Cluster:
         method: str,
         path: str,
         *,
-        query: list[tuple[str, str]] | None = None,
+        query: Query | None = None,
         body: Mapping[str, Any] | None = None,
         accept: str = "application/json",
         content_type: str = "application/json",
@@ -181,6 +184,13 @@ class Cluster:
         return data
 
 
+def _listed(kind: str, namespace: str | None) -> tuple[str, Query]:
+    """Path and selector of the objects that the operator looks at: all QLoRAJobs, but only its own Jobs and pods."""
+    prefix = {"qlorajobs": _QLORA, "jobs": _JOBS, "pods": _CORE}[kind]
+    where = f"/namespaces/{namespace}" if namespace else ""
+    return f"{prefix}{where}/{kind}", [] if kind == "qlorajobs" else [("labelSelector", JOB_UID_LABEL)]
+
+
 def _error(status: int, request: str, data: bytes) -> ClusterError:
     try:
         answer = json.loads(data)
@@ -191,7 +201,7 @@ def _error(status: int, request: str, data: bytes) -> ClusterError:
         return NotFoundError(f"{request}: {text}")
     if status == 409:
         return ConflictError(f"{request}: {text}")
-    if status in (400, 403, 422):
+    if status in (400, 401, 403, 422):
         return RefusedError(text)
     return ClusterError(f"{request}: status {status}: {text}")
 

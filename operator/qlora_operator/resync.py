@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qlora_operator.cluster import Cluster, ClusterError
+from qlora_operator.cluster import Cluster, ClusterError, RefusedError
 from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 Kind = Literal["qlorajobs", "jobs", "pods"]
 KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 _MISSED_INTERVALS = 3
-_RETRY_FRACTION = 10
+_BEAT_SECONDS = 20.0
+_REFUSED_BEATS = 3
 
 Identity = tuple[Kind, str, str]
 
@@ -84,18 +85,32 @@ class Resync:
         self._interval = interval
         self._monotonic = monotonic
         self._listed_at = monotonic()
+        self._refused_beats = 0
 
     async def run(self) -> None:
-        """Resync until cancelled, first after one interval."""
-        interval = self._interval
+        """Resync until cancelled, first after one interval. In between a small request shows that all is well."""
+        due = self._next()
         while True:
-            await asyncio.sleep(interval * random.uniform(0.9, 1.1))  # noqa: S311 - spreads load, guards nothing
+            await asyncio.sleep(min(_BEAT_SECONDS, max(0.0, due - self._monotonic())))
             try:
-                await self.once()
-                interval = self._interval
+                if self._monotonic() >= due:
+                    await self.once()
+                    due = self._next()
+                else:
+                    await self._beat()
+                self._refused_beats = 0
             except ClusterError as error:
-                logger.warning("resync failed: %s", error)
-                interval = self._interval / _RETRY_FRACTION
+                self._refused_beats += isinstance(error, RefusedError)
+                logger.warning("looking at all jobs failed: %s", error)
+                due = self._monotonic() + min(_BEAT_SECONDS, self._interval)
+
+    def _next(self) -> float:
+        return self._monotonic() + self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load only
+
+    async def _beat(self) -> None:
+        for kind in KINDS:
+            for namespace in self._namespaces:
+                await self._cluster.check_list(kind, namespace)
 
     async def once(self) -> None:
         """List everything once. Raises ClusterError."""
@@ -115,6 +130,8 @@ class Resync:
         """Why the operator should be restarted; None if it should not."""
         if dead := self.monitor.dead:
             return f"the watch of {', '.join(dead)} is dead"
+        if self._refused_beats >= _REFUSED_BEATS:
+            return "the API server refuses to list what the operator watches"
         silence = self._monotonic() - self._listed_at
         if silence > _MISSED_INTERVALS * self._interval:
             return f"no list has succeeded for {silence:.0f} s"

@@ -1,10 +1,13 @@
 """Whether a watch is alive, judged by what lists show and it does not; and the Events of a change of phase."""
 
+import asyncio
+
 import pytest
 
+from qlora_operator.cluster import ClusterError, RefusedError
 from qlora_operator.events import phase_event
-from qlora_operator.resync import Identity, WatchMonitor
-from tests.unit.builders import NOW, UID, after, child, failed, follow, make_job, pod, running, status_in
+from qlora_operator.resync import Identity, Resync, WatchMonitor
+from tests.unit.builders import NOW, UID, VirtualLoop, after, child, failed, follow, make_job, pod, running, status_in
 
 JOB: Identity = ("qlorajobs", "team", "a")
 POD: Identity = ("pods", "team", "p")
@@ -57,6 +60,61 @@ def test_one_kinds_list_says_nothing_about_another() -> None:
     watch.compare("qlorajobs", {JOB: "9"}, now=0)
     watch.compare("pods", {}, now=200)
     assert watch.dead == ()
+
+
+class Lists:
+    """Answers the lists of an otherwise empty cluster, or fails as told."""
+
+    def __init__(self) -> None:
+        self.failure: ClusterError | None = None
+        self.jobs = [{"metadata": {"namespace": "team", "name": "a", "resourceVersion": "1"}}]
+
+    async def list_metadata(self, kind: str, namespace: str | None) -> list[dict[str, object]]:
+        await self.check_list(kind, namespace)
+        return list(self.jobs) if kind == "qlorajobs" else []
+
+    async def check_list(self, kind: str, namespace: str | None) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.mark.parametrize(
+    ("failure", "after_a_minute_and_a_half", "after_an_hour"),
+    [
+        (None, None, None),
+        (RefusedError("forbidden"), "refuses", "refuses"),
+        (ClusterError("connection refused"), None, "no list has succeeded"),
+    ],
+    ids=["well", "refused", "unreachable"],
+)
+def test_lost_rights_are_noticed_soon_and_a_lost_server_is_waited_for(
+    failure: ClusterError | None, after_a_minute_and_a_half: str | None, after_an_hour: str | None
+) -> None:
+    loop = VirtualLoop()
+    lists, asked = Lists(), []
+    resync = Resync(lists, (), asked.append, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+
+    def says(words: str | None) -> bool:
+        problem = resync.problem()
+        return problem is None if words is None else words in (problem or "")
+
+    async def scenario() -> None:
+        task = asyncio.create_task(resync.run())
+        resync.monitor.show(JOB, "1", deleted=False)
+        await asyncio.sleep(400)
+        assert ("team", "a") in asked
+        lists.failure = failure
+        await asyncio.sleep(90)
+        assert says(after_a_minute_and_a_half)
+        await asyncio.sleep(3600)
+        assert says(after_an_hour)
+        lists.failure = None
+        await asyncio.sleep(60)
+        assert resync.problem() is None
+        task.cancel()
+
+    loop.run_until_complete(scenario())
+    loop.close()
 
 
 def test_a_change_of_phase_is_an_event_whose_name_is_the_same_after_a_restart() -> None:
