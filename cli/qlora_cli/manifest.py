@@ -109,6 +109,8 @@ def _explain(problem: ErrorDetails) -> str:
         return _unknown_field(problem["loc"])
     if problem["type"] == "missing":
         return "is required and missing"
+    if problem["type"] == "model_type":
+        return f"found {json.dumps(problem['input'])[:80]}, must be an object"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if isinstance(problem["input"], (dict, list)) or "found" in message:

@@ -35,6 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> File
     for step in ("prepare", "train", "publish"):
         done = files.run(step)
         assert done.exit_code == 0, done.stdout + done.stderr
+        assert done.result.outcome == "succeeded"
         (files.root / f"{step}.stdout").write_text(done.stdout)
     return files
 

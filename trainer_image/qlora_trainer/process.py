@@ -63,7 +63,6 @@ def set_environment(step: StepName, workspace: Path) -> None:
     keep caches below the home directory, or ask for the user's name, are given both.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if step in _OFFLINE_STEPS:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
