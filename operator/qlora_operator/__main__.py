@@ -53,12 +53,18 @@ async def _connect_and_run(settings: Settings) -> None:
         await _run(settings, cluster)
 
 
+def _progress_reader(settings: Settings, cluster: Cluster) -> ProgressReader | None:
+    if not settings.progress.enabled:
+        return None
+    return ProgressReader(cluster.read_log, time.monotonic, concurrent=max(1, settings.workers // 2))
+
+
 async def _run(settings: Settings, cluster: Cluster) -> None:
     metrics = Metrics()
     reconciler = Reconciler(
         cluster=cluster,
         profiles=settings.profiles,
-        progress=ProgressReader(cluster.read_log, time.monotonic) if settings.progress.enabled else None,
+        progress=_progress_reader(settings, cluster),
         metrics=metrics,
         clock=lambda: datetime.now(UTC),
     )

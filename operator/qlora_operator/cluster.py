@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 FIELD_MANAGER = "qlora-operator"
 _TIMEOUT = aiohttp.ClientTimeout(total=15, connect=5)
+# A log comes from a node, by way of the API server: one that is slow is not worth waiting for.
+_LOG_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
 _PAGE = "500"
 _SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
@@ -139,7 +141,8 @@ class Cluster:
         """The end of the trainer's log, at most some lines and bytes; None if it cannot be read now."""
         query = [("tailLines", str(TAIL_LINES)), ("limitBytes", str(TAIL_BYTES))]
         try:
-            data = await self._request("GET", f"{_CORE}/namespaces/{namespace}/pods/{pod}/log", query=query)
+            path = f"{_CORE}/namespaces/{namespace}/pods/{pod}/log"
+            data = await self._request("GET", path, query=query, timeout=_LOG_TIMEOUT)
         except ClusterError as error:
             logger.debug("log of pod %s cannot be read: %s", pod, error)
             return None
@@ -169,13 +172,14 @@ class Cluster:
         body: Mapping[str, Any] | None = None,
         accept: str = "application/json",
         content_type: str = "application/json",
+        timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - handed on to the HTTP client
     ) -> bytes:
         headers = {"Accept": accept, "Content-Type": content_type}
         try:
             method, url, headers, content, _ = await self._api.param_serialize(
                 method, path, query_params=query, header_params=headers, body=body, auth_settings=["BearerToken"]
             )
-            response = await self._api.call_api(method, url, headers, content, _request_timeout=_TIMEOUT)
+            response = await self._api.call_api(method, url, headers, content, _request_timeout=timeout)
             data: bytes = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error

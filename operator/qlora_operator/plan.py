@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.attempts import active_seconds
 from qlora_operator.conditions import is_finished, is_true
 from qlora_operator.observe import ChildJob, Observed, QLoRAJob
-from qlora_operator.status import cleanup_at
+from qlora_operator.status import clean_job_name, cleanup_at
 from qlora_operator.waiting import no_pod_at, stuck_at
 
 
@@ -70,18 +69,19 @@ def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> It
 
 
 def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:
-    cleaning = tuple(child for child in observed.children if child.name == child_job_name(job.name, "clean", 1))
-    rest = tuple(child for child in observed.children if child not in cleaning)
-    yield from (_delete(child) for child in _running(observed) if child in rest)
+    cleaning = observed.child(clean_job_name(job))
+    rest = tuple(child for child in observed.children if child != cleaning)
+    yield from (_delete(child) for child in _running(observed) if child != cleaning)
     if is_true(status, "CleanedUp"):
-        yield from (_delete(child) for child in cleaning if is_true(job.status, "CleanedUp"))
+        if cleaning is not None and is_true(job.status, "CleanedUp"):
+            yield _delete(cleaning)
         return
     due = cleanup_at(job, status)
     if due is None or now < due or status.resolved is None:
         return
-    if not cleaning and not observed.live_pods:
+    if cleaning is None and not observed.live_pods:
         yield CreateJob("clean", 1)
-    if any(child.complete for child in cleaning):
+    if cleaning is not None and cleaning.complete:
         yield from (_delete(child) for child in rest if child.finished and not child.deleting)
 
 

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 READS_PER_SECOND = 20.0
 SECONDS_BETWEEN_READS = 10.0
+SECONDS_AFTER_FAILURE = 60.0
 TAIL_LINES = 40
 TAIL_BYTES = 64 * 1024
 
@@ -38,9 +39,9 @@ class ReadSchedule:
             self._due[key] = self._reserve(now)
         return max(0.0, self._due[key] - now)
 
-    def done(self, key: Key, now: float) -> float:
-        """Note that the log has been read; seconds until it is due again."""
-        self._due[key] = self._reserve(now + SECONDS_BETWEEN_READS)
+    def done(self, key: Key, now: float, pause: float = SECONDS_BETWEEN_READS) -> float:
+        """Note that the log has been read; seconds until it is due again, at least `pause`."""
+        self._due[key] = self._reserve(now + pause)
         return self._due[key] - now
 
     def forget(self, key: Key) -> None:
@@ -54,10 +55,15 @@ class ReadSchedule:
 
 
 class ProgressReader:
-    """Reads the progress of one job when it is due. A failure to read is never a failure of the job."""
+    """Reads the progress of one job when it is due. A failure to read is never a failure of the job.
 
-    def __init__(self, read_log: ReadLog, monotonic: Callable[[], float]) -> None:
+    At most `concurrent` logs are read at a time: a node that does not answer must not hold up all workers.
+    """
+
+    def __init__(self, read_log: ReadLog, monotonic: Callable[[], float], concurrent: int) -> None:
         self._read_log = read_log
+        self._concurrent = concurrent
+        self._reading = 0
         self._monotonic = monotonic
         self._schedule = ReadSchedule()
 
@@ -71,9 +77,16 @@ class ProgressReader:
         wait = self._schedule.seconds_until_due(key, self._monotonic())
         if wait > 0:
             return None, wait
-        text = await self._read_log(job.namespace, pod.name)
-        record = latest_record(text or "", job.uid, pod, step.name)
-        return record, self._schedule.done(key, self._monotonic())
+        if self._reading >= self._concurrent:
+            return None, self._schedule.done(key, self._monotonic(), pause=1.0)
+        self._reading += 1
+        try:
+            text = await self._read_log(job.namespace, pod.name)
+        finally:
+            self._reading -= 1
+        if text is None:
+            return None, self._schedule.done(key, self._monotonic(), pause=SECONDS_AFTER_FAILURE)
+        return latest_record(text, job.uid, pod, step.name), self._schedule.done(key, self._monotonic())
 
     def forget(self, key: Key) -> None:
         """Drop a job that is gone."""

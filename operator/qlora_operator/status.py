@@ -16,6 +16,22 @@ from qlora_operator.waiting import hindrance
 
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
 _DONE: dict[StepName, ConditionType] = {"prepare": "Prepared", "train": "Trained"}
+_ON_SUCCESS: tuple[tuple[ConditionType, Value], ...] = (
+    ("Succeeded", "True"),
+    ("Failed", "False"),
+    ("Suspended", "False"),
+    ("Reconciling", "False"),
+    ("Ready", "True"),
+    ("Stalled", "False"),
+)
+_ON_FAILURE: tuple[tuple[ConditionType, Value], ...] = (
+    ("Succeeded", "False"),
+    ("Failed", "True"),
+    ("Suspended", "False"),
+    ("Reconciling", "False"),
+    ("Ready", "False"),
+    ("Stalled", "True"),
+)
 _DOING = {
     "Pending": "the first Job is about to be created",
     "Preparing": "model and data are being prepared",
@@ -67,6 +83,11 @@ def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
     if seconds is None or status.completion_time is None or is_true(status, "CleanedUp"):
         return None
     return parse_time(status.completion_time) + timedelta(seconds=seconds)
+
+
+def clean_job_name(job: QLoRAJob) -> str:
+    """Name of the one Job that deletes scratch."""
+    return child_job_name(job.name, "clean", 1)
 
 
 def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -144,7 +165,7 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return _complete(status, facts, record) if record else _complete_unverified(status, facts, step)
     if child.failure is not None:
         ended = [pod for pod in pods if pod.ended and not pod.exited_well]
-        failure = describe_failure(ended[-1], job, step.name) if ended else _without_pod(child, step, facts)
+        failure = describe_failure(ended[-1], job, step.name) if ended else _without_pod(child.failure, step, facts)
         return _fail(status, facts, failure)
     return status
 
@@ -177,12 +198,12 @@ def _complete_unverified(status: QLoRAJobStatus, facts: Facts, step: StepStatus)
     return _fail(status, facts, _failure(step.name, "ResultUnreadable", message, facts))
 
 
-def _without_pod(child: ChildJob, step: StepStatus, facts: Facts) -> FailureStatus:
-    assert child.failure is not None  # noqa: S101 - the caller has looked
+def _without_pod(failure: Reason, step: StepStatus, facts: Facts) -> FailureStatus:
+    """Why a Job failed whose pods are gone: what was last seen of them, else what the Job says."""
     last = facts.job.status.last_failure
     if last is not None and last.step == step.name:
         return last
-    return _failure(step.name, child.failure.word or "JobFailed", f"Job {child.name}: {child.failure.sentence}", facts)
+    return _failure(step.name, failure.word or "JobFailed", f"Job {step.job_name}: {failure.sentence}", facts)
 
 
 def _failure(step: StepName, reason: str, message: str, facts: Facts) -> FailureStatus:
@@ -192,15 +213,8 @@ def _failure(step: StepName, reason: str, message: str, facts: Facts) -> Failure
 def _succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     uri = status.adapter.uri if status.adapter else ""
     done = Reason("Succeeded", f"the adapter is at {uri}")
-    for kind, value in (
-        ("Succeeded", "True"),
-        ("Failed", "False"),
-        ("Suspended", "False"),
-        ("Reconciling", "False"),
-        ("Ready", "True"),
-        ("Stalled", "False"),
-    ):
-        status = _set(status, facts, kind, value, done)  # type: ignore[arg-type]
+    for kind, value in _ON_SUCCESS:
+        status = _set(status, facts, kind, value, done)
     return without_remaining(status.model_copy(update={"completion_time": format_time(facts.now)}))
 
 
@@ -209,15 +223,8 @@ def _fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRA
     reason = Reason(failure.reason, failure.message)
     if failure.step in _DONE:
         status = _set(status, facts, _DONE[failure.step], "False", reason)
-    for kind, value in (
-        ("Succeeded", "False"),
-        ("Failed", "True"),
-        ("Suspended", "False"),
-        ("Reconciling", "False"),
-        ("Ready", "False"),
-        ("Stalled", "True"),
-    ):
-        status = _set(status, facts, kind, value, reason)  # type: ignore[arg-type]
+    for kind, value in _ON_FAILURE:
+        status = _set(status, facts, kind, value, reason)
     changes = {"last_failure": failure, "completion_time": format_time(facts.now)}
     return without_remaining(status.model_copy(update=changes))
 
@@ -298,15 +305,18 @@ def _standing(status: QLoRAJobStatus, facts: Facts) -> Reason:
 
 
 def _follow_cleanup(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    if cleanup_at(facts.job, status) is None:
+    due = cleanup_at(facts.job, status)
+    if due is None:
         return status
-    at = format_time(cleanup_at(facts.job, status) or facts.now)
-    cleaning = [child for child in facts.observed.children if child.name.startswith(f"{facts.job.name}-clean-")]
-    if any(child.complete for child in cleaning) and len(cleaning) == len(facts.observed.children):
-        done = Reason("CleanedUp", "pods, checkpoints and prepared data are deleted; the adapter stays")
-        return _set(status, facts, "CleanedUp", "True", done)
-    if failed := next((child.failure for child in cleaning if child.failure), None):
-        return _set(status, facts, "CleanedUp", "False", Reason("CleanupFailed", failed.sentence))
-    if cleaning and (reason := hindrance(cleaning[-1], facts.observed, facts.now)):
-        return _set(status, facts, "CleanedUp", "False", reason)
-    return _set(status, facts, "CleanedUp", "False", Reason("Scheduled", f"pods and scratch are deleted at {at}"))
+    observed = facts.observed
+    cleaning = observed.child(clean_job_name(facts.job))
+    value: Value = "False"
+    reason = Reason("Scheduled", f"pods and scratch are deleted at {format_time(due)}")
+    if cleaning is not None and cleaning.complete and observed.children == (cleaning,):
+        value = "True"
+        reason = Reason("CleanedUp", "pods, checkpoints and prepared data are deleted; the adapter stays")
+    elif cleaning is not None and cleaning.failure is not None:
+        reason = Reason("CleanupFailed", f"Job {cleaning.name}: {cleaning.failure.sentence}")
+    elif cleaning is not None:
+        reason = hindrance(cleaning, observed, facts.now) or reason
+    return _set(status, facts, "CleanedUp", value, reason)

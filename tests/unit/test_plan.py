@@ -118,9 +118,14 @@ def test_a_missed_deadline_is_recorded_first_and_the_step_deleted_then() -> None
 
 
 def test_a_deletion_is_asked_for_once() -> None:
-    body = child("train")
-    body["metadata"]["deletionTimestamp"] = "2026-01-02T11:59:00Z"
-    assert decide(make_job(status_in("train"), suspend=True), body).actions == ()
+    def going(step: Any, **true: str) -> dict[str, Any]:
+        body = child(step, **true)  # type: ignore[arg-type]
+        body["metadata"]["deletionTimestamp"] = "2026-01-02T11:59:00Z"
+        return body
+
+    assert decide(make_job(status_in("train"), suspend=True), going("train")).actions == ()
+    cleaned = [going("publish", Complete=""), child("clean", Complete="")]
+    assert decide(make_job(FINISHED, cleanupAfterSeconds=0), *cleaned, at=10).actions == ()
 
 
 ENDED = [child("prepare", Complete=""), child("train", Complete=""), child("publish", Complete="")]

@@ -109,7 +109,7 @@ def test_a_reader_reads_when_it_is_due_and_only_a_running_pod() -> None:
         return line(training_step=len(asked))
 
     async def scenario() -> None:
-        reader = ProgressReader(read_log, clock)
+        reader = ProgressReader(read_log, clock, concurrent=2)
         job = make_job(status_in("train"))
         key = (job.namespace, job.name)
         pending, active = seen(child("train"), pod("train")), seen(child("train"), running(pod("train")))
@@ -127,14 +127,44 @@ def test_a_reader_reads_when_it_is_due_and_only_a_running_pod() -> None:
     assert asked == [("team", f"{NAME}-train-1-pod1")] * 2
 
 
-def test_a_log_that_cannot_be_read_is_no_trouble() -> None:
+def test_a_log_that_cannot_be_read_is_no_trouble_and_is_left_alone_for_a_minute() -> None:
     async def read_log(namespace: str, name: str) -> None:
         return None
 
     async def scenario() -> None:
-        reader = ProgressReader(read_log, Clock())
+        reader = ProgressReader(read_log, Clock(), concurrent=2)
         job = make_job(status_in("train"))
         active = seen(child("train"), running(pod("train")))
-        assert await reader.read((job.namespace, job.name), job, active) == (None, pytest.approx(10))
+        assert await reader.read((job.namespace, job.name), job, active) == (None, pytest.approx(60))
+
+    asyncio.run(scenario())
+
+
+def test_a_node_that_does_not_answer_holds_up_some_readers_only() -> None:
+    answer = asyncio.Event()
+    asked: list[str] = []
+
+    async def read_log(namespace: str, name: str) -> str:
+        asked.append(name)
+        await answer.wait()
+        return ""
+
+    async def scenario() -> None:
+        clock = Clock()
+        reader = ProgressReader(read_log, clock, concurrent=2)
+        job = make_job(status_in("train"))
+        active = seen(child("train"), running(pod("train")))
+        stuck = []
+        for name in ("first", "second"):
+            stuck.append(asyncio.create_task(reader.read(("team", name), job, active)))
+            await asyncio.sleep(0)
+            clock.now += 1
+        assert await reader.read(("team", "third"), job, active) == (None, pytest.approx(1))
+        assert len(asked) == 2
+        answer.set()
+        await asyncio.gather(*stuck)
+        clock.now += 1
+        await reader.read(("team", "third"), job, active)
+        assert len(asked) == 3
 
     asyncio.run(scenario())

@@ -274,6 +274,23 @@ def test_without_a_verified_record_a_complete_job_is_done_again_once(message: st
     assert (status.phase, reason_of(status)) == ("Failed", "ResultUnreadable")
 
 
+def test_a_record_counts_only_with_exit_code_0() -> None:
+    killed = pod("train")
+    bodies = [
+        ended(killed, 137, result(killed, "train", training_step=10, total_steps=10)),
+        ended(pod("train", number=2), 0),
+    ]
+    status = follow(make_job(status_in("train")), child("train", Complete=""), *bodies)
+    assert status.step is not None
+    assert (status.step.job_name, conditions_of(status)["Trained"]) == (f"{NAME}-train-2", "Unknown")
+
+
+@pytest.mark.parametrize("code", [0, 11])
+def test_the_end_of_a_pod_alone_is_no_news_its_jobs_end_is(code: int) -> None:
+    stored = follow(make_job(status_in("train")), child("train"), running(pod("train")))
+    assert follow(make_job(stored), child("train"), ended(pod("train"), code)) == stored
+
+
 def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> None:
     body = pod("publish")
     status = follow(
