@@ -31,7 +31,7 @@ SMALL_MACHINE: dict[str, Any] = {
         "default": {
             "device": "cpu",
             "workspace": {"size": "2Gi"},
-            "resources": {"prepare": _SMALL, "train": {"cpu": "500m", "memory": "6Gi"}, "publish": _SMALL},
+            "resources": {"prepare": _SMALL, "train": {"cpu": "1500m", "memory": "6Gi"}, "publish": _SMALL},
             "terminationGracePeriodSeconds": 120,
         }
     }

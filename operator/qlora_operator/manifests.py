@@ -167,7 +167,9 @@ def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manif
     if step == "prepare" and resolved.profile.hub_endpoint:
         values["HF_ENDPOINT"] = resolved.profile.hub_endpoint
     pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
-    return [pod_uid, *({"name": name, "value": value} for name, value in values.items())]
+    # As many threads as the pod has asked for: libraries would start one for each core of the node. Rounded up.
+    threads = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}}
+    return [pod_uid, threads, *({"name": name, "value": value} for name, value in values.items())]
 
 
 def _resources(job: QLoRAJob, profile: Profile, step: StepName) -> Manifest:

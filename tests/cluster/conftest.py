@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from devcluster import cleanup, cluster, layout, product
 from tests.cluster.environment import INPUTS, Cluster, Tenant, claim, new_namespace
+from tests.trainer.tiny import SHAPE, save_model
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +27,12 @@ def installed() -> Iterator[Cluster]:
         with cluster.locked(where):
             cleanup.down(where)
         assert cleanup.leftovers(where) == []
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama with tokenizer and chat template."""
+    return save_model(tmp_path_factory.mktemp("tiny") / "model", LlamaConfig(**SHAPE))
 
 
 @pytest.fixture(scope="module")

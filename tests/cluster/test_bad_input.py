@@ -67,7 +67,7 @@ CASES = {
     "no-model": ({"model": {"source": f"pvc://{INPUTS}/nothing"}}, "ModelUnavailable", "nothing"),
     "pickled": ({"model": {"source": f"pvc://{INPUTS}/pickled"}}, "UnsafeArtefact", "safetensors"),
     "too-large": (
-        {"model": {"source": f"pvc://{INPUTS}/big"}, "resources": {"gpuMemory": 24}},
+        {"model": {"source": f"pvc://{INPUTS}/big"}, "resources": {"cpu": "500m", "gpuMemory": 24}},
         "DoesNotFit",
         "24 GiB",
     ),

@@ -59,7 +59,7 @@ def test_killing_the_operator_changes_nothing_but_time(tenant: Tenant, phase: st
 
 
 def test_a_pod_over_its_memory_is_named_as_such_with_what_to_do(tenant: Tenant) -> None:
-    name = tenant.apply(tiny_job("hungry", resources={"memory": "128Mi"}))
+    name = tenant.apply(tiny_job("hungry", resources={"cpu": "500m", "memory": "128Mi"}))
     status = tenant.wait_for_end(name)
     assert status["phase"] == "Failed"
     assert status["lastFailure"]["reason"] == "HostOutOfMemory"

@@ -34,8 +34,8 @@ def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finish
     with output.open("w") as file:
         watch = subprocess.Popen([*get, "--watch", "--no-headers"], stdout=file)
         try:
-            tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=100s")
-            status = tenant.succeed(NAME)
+            status = tenant.succeed(NAME, seconds=600)
+            tenant.kubectl("wait", f"qlorajob/{NAME}", "--for=condition=Succeeded", "--timeout=10s")
         finally:
             watch.terminate()
             watch.wait()

@@ -124,10 +124,15 @@ def test_attempts_are_read_back_and_a_line_that_is_none_is_left_out(tmp_path: Pa
 
 def test_threads_keep_to_the_containers_limit(tmp_path: Path) -> None:
     quota = tmp_path / "cpu.max"
-    everything = available_cpus(quota)
+    everything = available_cpus(quota, {})
     quota.write_text("max 100000\n")
-    assert available_cpus(quota) == everything
+    assert available_cpus(quota, {}) == everything
     quota.write_text("100000 100000\n")
-    assert available_cpus(quota) == 1
+    assert available_cpus(quota, {}) == 1
     quota.write_text("50000 100000\n")
-    assert available_cpus(quota) == 1
+    assert available_cpus(quota, {}) == 1
+
+
+def test_threads_are_those_the_pod_has_asked_for(tmp_path: Path) -> None:
+    assert available_cpus(tmp_path / "none", {"OMP_NUM_THREADS": "1"}) == 1
+    assert available_cpus(tmp_path / "none", {"OMP_NUM_THREADS": "1000"}) == available_cpus(tmp_path / "none", {})

@@ -149,6 +149,7 @@ def test_train_has_no_secret_and_nothing_that_leads_to_the_network() -> None:
         "QLORA_DEVICE",
         "QLORA_WORKSPACE_CLAIM",
         "HOME",
+        "OMP_NUM_THREADS",
     }
     assert "hub.example.org" not in to_json(job)
     assert not any("secret" in volume or "configMap" in volume for volume in pod_of(job)["volumes"])

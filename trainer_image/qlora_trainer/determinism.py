@@ -24,9 +24,14 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _WITHOUT_EFFECT = ("saveEverySteps",)
 
 
-def available_cpus(quota_file: Path = _CPU_QUOTA) -> int:
-    """CPU cores that this process may use: its affinity and its container's limit, which PyTorch does not look at."""
+def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = os.environ) -> int:
+    """CPU cores that this process should use: those of OMP_NUM_THREADS, as the operator sets it to the pod's request.
+
+    Without it, the process's affinity and its container's limit, which PyTorch does not look at.
+    """
     cpus = len(os.sched_getaffinity(0))
+    if environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, min(cpus, int(environ["OMP_NUM_THREADS"])))
     try:
         quota, period = quota_file.read_text().split()
     except (OSError, ValueError):
