@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 MAX_NEW_TOKENS = 40  # the longest command of the data set has 28
-BATCH_SIZE = 22
+BATCH_SIZE = 48
 COLUMN = 37  # characters
 
 
@@ -172,7 +172,7 @@ def as_record(questions: Sequence[Question], base: Outcome, tuned: Outcome) -> d
     """Everything measured, for a program to read."""
     outcomes = {"base": base, "tuned": tuned}
     return {
-        **{name: {**asdict(o.score), "share": o.score.share, "loss": o.loss} for name, o in outcomes.items()},
+        **{name: {**asdict(o.score), "score": o.score.share, "loss": o.loss} for name, o in outcomes.items()},
         "answers": [
             {"request": q.request, "expected": q.expected, "base": before, "tuned": after}
             for q, before, after in zip(questions, base.answers, tuned.answers, strict=True)
