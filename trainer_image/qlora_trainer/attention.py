@@ -19,8 +19,9 @@ from transformers import AttentionInterface
 ATTENTION = "qlora_rows"
 """The name to give as `attn_implementation`."""
 
-# Compute capability 8.0 (Ampere) is the oldest for which torch builds its variable-length kernels.
+# What torch's variable-length kernels are built for: compute capability 8.0 (Ampere) and later, heads up to this size.
 _FIRST_CAPABILITY = 8
+_LARGEST_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def _has_kernel(query: Tensor, dropout: float) -> bool:
         query.is_cuda
         and dropout == 0.0
         and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= _LARGEST_HEAD
         and torch.cuda.get_device_capability(query.device)[0] >= _FIRST_CAPABILITY
     )
 

@@ -100,6 +100,11 @@ def restore_random_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def processor(device: Device) -> str:
+    """What computes: on another kind, the same run may differ in its last digits."""
+    return str(torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability())
+
+
 def use_device(device: Device, threads: int) -> torch.device:
     """The device to train on, with a fixed number of threads: another number adds floats in another order.
 

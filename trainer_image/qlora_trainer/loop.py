@@ -1,5 +1,6 @@
 """The training loop: optimizer steps, evaluations and checkpoints, from wherever the run stands to its end."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from qlora_api.contract import ExitCode, ProgressRecord
 from qlora_trainer.batches import Batch, Plan, read_batch
 from qlora_trainer.checkpoint import Checkpoint, save_checkpoint
-from qlora_trainer.determinism import Fingerprint, random_state, restore_random_state
+from qlora_trainer.determinism import Fingerprint, processor, random_state, restore_random_state
 from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.loss import batch_loss
 from qlora_trainer.metrics import History, Pace, peak_memory_bytes
@@ -21,6 +22,8 @@ from qlora_trainer.optimizer import learning_rate, optimizer_tensors, restore_op
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.records import RecordWriter, timestamp
 from qlora_trainer.step import StepContext
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
 def _save(run: Run, state: RunState) -> None:
     report(run, state, "saving a checkpoint")
     epoch, sequence = run.plan.position(state.step)
+    saved_at = timestamp(run.now())
     save_checkpoint(
         run.context.workspace.checkpoints,
         state.step,
@@ -195,12 +199,14 @@ def _save(run: Run, state: RunState) -> None:
         {
             "fingerprint": run.fingerprint,
             "threads": run.threads,
+            "processor": processor(run.context.device),
             "run": asdict(state),
             "data": {"epoch": epoch, "sequence": sequence},
             "historyBytes": run.history.sync(),
+            "savedAt": saved_at,
         },
     )
-    run.checkpoint_step, run.checkpoint_time = state.step, timestamp(run.now())
+    run.checkpoint_step, run.checkpoint_time = state.step, saved_at
     report(run, state, "training", force=True)
 
 
@@ -209,7 +215,12 @@ def restore(run: Run, checkpoint: Checkpoint) -> RunState:
     restore_adapter(run.model, checkpoint.tensors("adapter"))
     restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
     restore_random_state(checkpoint.tensors("random"))
-    run.checkpoint_step = checkpoint.step
+    before, here = checkpoint.state["processor"], processor(run.context.device)
+    if before != here:
+        _log.warning(
+            "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
+        )
+    run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state["savedAt"]
     return RunState(**checkpoint.state["run"])
 
 
