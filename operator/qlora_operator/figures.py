@@ -69,14 +69,14 @@ def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in its two largest units, for example 1h12m; below a minute in seconds."""
+    """A duration in its two largest units, for example 1h12m."""
     whole = int(seconds)
     days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60
     if days:
         return f"{days}d{hours}h"
     if hours:
         return f"{hours}h{minutes}m"
-    return f"{minutes}m" if minutes else f"{whole}s"
+    return f"{minutes}m{whole % 60}s" if minutes else f"{whole}s"
 
 
 def _steps(step: int, total: int) -> dict[str, object]:

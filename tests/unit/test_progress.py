@@ -65,7 +65,7 @@ def test_a_line_that_a_status_cannot_hold_is_no_record(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (59.9, "59s"), (60, "1m"), (3599, "59m"), (4320, "1h12m"), (86_399, "23h59m"), (183_600, "2d3h")],
+    [(0, "0s"), (59.9, "59s"), (60, "1m0s"), (3599, "59m59s"), (4320, "1h12m"), (86_399, "23h59m"), (183_600, "2d3h")],
 )
 def test_a_duration_is_told_in_its_two_largest_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
