@@ -21,11 +21,12 @@ from qlora_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("qlora_operator")
 
+CLUSTER_UNUSABLE = 1
 BAD_SETTINGS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until a signal. Returns the exit status: 0 after a signal, 1 if the cluster is lost, 2 for bad settings."""
+    """Run until a signal. Returns the exit status: 0 after a signal, 1 without a cluster, 2 for bad settings."""
     parser = argparse.ArgumentParser(prog="qlora-operator", description="Runs QLoRAJobs on Kubernetes.")
     parser.add_argument("--settings", type=Path, help=f"settings in YAML; else the file that {ENV_SETTINGS} names")
     try:
@@ -34,18 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"qlora-operator: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
         return BAD_SETTINGS
     configure_logging(settings.log_level)
-    exit_status = 0
     try:
         asyncio.run(_connect_and_run(settings))
-    except* NotFoundError as errors:
-        logger.critical(
-            "QLoRAJob is unknown to the cluster: install its CustomResourceDefinition %s", errors.exceptions
-        )
-        exit_status = 1
-    except* ClusterError as errors:
-        logger.critical("the cluster cannot be used: %s", errors.exceptions)
-        exit_status = 1
-    return exit_status
+    except NotFoundError as error:
+        logger.critical("QLoRAJob is unknown to the cluster, install its CustomResourceDefinition: %s", error)
+        return CLUSTER_UNUSABLE
+    except ClusterError as error:
+        logger.critical("the cluster cannot be used: %s", error)
+        return CLUSTER_UNUSABLE
+    return 0
 
 
 async def _connect_and_run(settings: Settings) -> None:

@@ -57,8 +57,8 @@ class Reconciler:
         with self.metrics.reconcile_duration.time():
             try:
                 return await self._reconcile(key)
-            except ConflictError as error:
-                raise RetryError(str(error)) from error
+            except (ConflictError, NotFoundError) as error:
+                raise RetryError(f"changed or gone meanwhile: {error}") from error
             except ClusterError as error:
                 self.metrics.reconcile_errors.inc()
                 raise RetryError(str(error)) from error
