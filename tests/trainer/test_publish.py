@@ -102,10 +102,13 @@ def loss_of(model: Any, tokenizer: Any) -> float:
     """Mean loss on the answers of the job's rows, by transformers' own formula."""
     losses = []
     for row in ROWS[:8]:
+        question = tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         tokens = tokenizer(text, return_tensors="pt").input_ids
+        labels = tokens.clone()
+        labels[:, : len(tokenizer(question).input_ids)] = -100
         with torch.no_grad():
-            losses.append(float(model(input_ids=tokens, labels=tokens).loss))
+            losses.append(float(model(input_ids=tokens, labels=labels).loss))
     return sum(losses) / len(losses)
 
 
