@@ -56,6 +56,9 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
         update={**steps, **{name: value for name, value in known.items() if value is not None}, "remaining": ""}
     )
     changes: dict[str, object] = {"progress": progress}
+    if record.training_step is not None:
+        # Train saves its last step before it ends.
+        changes["checkpoint"] = CheckpointStatus(step=record.training_step, saved_at=record.time)
     if status.memory is not None and record.peak_memory_bytes is not None:
         changes["memory"] = status.memory.model_copy(update={"peak_bytes": record.peak_memory_bytes})
     return status.model_copy(update=changes)

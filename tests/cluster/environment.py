@@ -19,7 +19,7 @@ Object = dict[str, Any]
 
 ENDED = ("Succeeded", "Failed")
 # A job whose training takes some seconds, and one that leaves time to interrupt it.
-SHORT, LONG = 30, 1500
+SHORT, LONG = 30, 200
 INPUTS = "inputs"
 
 
