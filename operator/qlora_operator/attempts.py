@@ -10,6 +10,7 @@ from datetime import datetime
 from qlora_api.contract import ExitCode
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.conditions import truncate
+from qlora_operator.figures import with_saved_step
 from qlora_operator.observe import Observed, Pod, QLoRAJob, format_time, parse_time
 
 _EXIT_CODES = {int(code): code for code in ExitCode}
@@ -110,7 +111,11 @@ def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, o
         elif not pod.exited_well:
             changes["failures"] = status.failures + 1
             changes["last_failure"] = describe_failure(pod, job, step)
-    return status.model_copy(update=changes)
+    elif end <= until:
+        return status
+    record = pod.result(job.uid, step)
+    status = status.model_copy(update=changes)
+    return with_saved_step(status, record) if record else status
 
 
 def _start(pod: Pod) -> datetime | None:

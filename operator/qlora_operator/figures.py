@@ -35,33 +35,45 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
     return status.model_copy(update=changes)
 
 
-def with_dataset_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with what prepare found out; its own progress is over."""
-    changes: dict[str, object] = {"progress": None, "memory": record.memory, "dataset": record.dataset}
+def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
+    """The status with what a step has found out about memory, data and model; a failed step may know that too."""
+    changes: dict[str, object] = {}
+    if record.memory is not None:
+        changes["memory"] = record.memory
+    if record.dataset is not None:
+        changes["dataset"] = record.dataset
     if status.resolved is not None and record.model_revision is not None:
         changes["resolved"] = status.resolved.model_copy(update={"model_revision": record.model_revision})
     return status.model_copy(update=changes)
 
 
 def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with the final figures of training, which the last log line may have missed."""
+    """The status with the final figures of training, which the last log line that was read may not have."""
     old = status.progress or ProgressStatus()
     known = {
         "loss": _rounded(record.loss),
         "eval_loss": _rounded(record.eval_loss),
         "peak_memory_bytes": record.peak_memory_bytes,
     }
-    steps = _steps(record.training_step, record.total_steps) if record.training_step and record.total_steps else {}
+    done = record.training_step
+    steps = _steps(done, record.total_steps or done) if done else {}
     progress = old.model_copy(
         update={**steps, **{name: value for name, value in known.items() if value is not None}, "remaining": ""}
     )
     changes: dict[str, object] = {"progress": progress}
-    if record.training_step is not None:
-        # Train saves its last step before it ends.
-        changes["checkpoint"] = CheckpointStatus(step=record.training_step, saved_at=record.time)
     if status.memory is not None and record.peak_memory_bytes is not None:
         changes["memory"] = status.memory.model_copy(update={"peak_bytes": record.peak_memory_bytes})
-    return status.model_copy(update=changes)
+    return with_saved_step(status.model_copy(update=changes), record)
+
+
+def with_saved_step(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
+    """The status with the checkpoint that train saves before it says that it is done, or was interrupted."""
+    step = record.training_step
+    if record.step != "train" or record.outcome == "failed" or not step:
+        return status
+    if status.checkpoint is not None and status.checkpoint.step == step:
+        return status
+    return status.model_copy(update={"checkpoint": CheckpointStatus(step=step, saved_at=record.time)})
 
 
 def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:

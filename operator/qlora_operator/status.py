@@ -10,7 +10,7 @@ from qlora_api.profile import Profile
 from qlora_api.status import FailureStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
 from qlora_operator.attempts import active_seconds, count_attempts, describe_failure
 from qlora_operator.conditions import ConditionType, Value, condition, is_finished, is_true, phase_of, with_condition
-from qlora_operator.figures import with_dataset_facts, with_progress, with_training_facts, without_remaining
+from qlora_operator.figures import with_known_facts, with_progress, with_training_facts, without_remaining
 from qlora_operator.observe import ChildJob, Observed, QLoRAJob, Reason, format_time, parse_time
 from qlora_operator.waiting import hindrance
 
@@ -165,8 +165,11 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return _complete(status, facts, record) if record else _complete_unverified(status, facts, step)
     if child.failure is not None:
         ended = [pod for pod in pods if pod.ended and not pod.exited_well]
-        failure = describe_failure(ended[-1], job, step.name) if ended else _without_pod(child.failure, step, facts)
-        return _fail(status, facts, failure)
+        if not ended:
+            return _fail(status, facts, _without_pod(child.failure, step, facts))
+        record = ended[-1].result(job.uid, step.name)
+        status = with_known_facts(status, record) if record else status
+        return _fail(status, facts, describe_failure(ended[-1], job, step.name))
     return status
 
 
@@ -183,7 +186,10 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
     if step == "publish":
         status = status.model_copy(update={"adapter": record.adapter})
         return _succeed(status, facts)
-    status = with_dataset_facts(status, record) if step == "prepare" else with_training_facts(status, record)
+    if step == "prepare":
+        status = with_known_facts(status, record).model_copy(update={"progress": None})
+    else:
+        status = with_training_facts(status, record)
     status = _set(status, facts, _DONE[step], "True", Reason("Done", f"the {step} step has ended well"))
     return status.model_copy(update={"step": _step(facts.job, _NEXT[step], 1)})
 

@@ -188,6 +188,29 @@ def test_a_failure_is_told_in_the_words_of_who_knows_it_best(step: Any, bodies: 
     assert status.completion_time == time()
 
 
+def test_what_a_failed_step_has_found_out_is_shown() -> None:
+    body = pod("prepare")
+    exceeds = MEMORY.model_copy(update={"verdict": "exceeds", "budget_bytes": 5})
+    record = result(body, "prepare", 17, reason="DoesNotFit", message="needs 10", memory=exceeds)
+    bodies = [child("prepare", Failed="PodFailurePolicy"), ended(body, 17, record)]
+    status = follow(make_job(status_in("prepare")), *bodies)
+    assert (status.phase, status.memory, status.dataset) == ("Failed", exceeds, None)
+
+
+def test_the_checkpoint_that_an_attempt_left_is_shown_although_no_log_line_told_it() -> None:
+    body = pod("train")
+    stored = status_in("train", checkpoint={"step": 5, "savedAt": time(-40)})
+    saved = ended(body, 143, result(body, "train", 143, training_step=7, total_steps=10))
+    status = follow(make_job(stored), child("train"), saved)
+    assert status.checkpoint is not None
+    assert (status.checkpoint.step, status.checkpoint.saved_at) == (7, time())
+    set_back = status.model_copy(update={"checkpoint": status.checkpoint.model_copy(update={"step": 5})})
+    assert follow(make_job(set_back), child("train"), saved).checkpoint == set_back.checkpoint
+    done = follow(make_job(stored), child("train", Complete=""), succeeded("train"))
+    assert done.checkpoint is not None
+    assert done.checkpoint.step == 10
+
+
 def test_out_of_memory_names_the_limit_that_the_job_asked_for_and_the_remedy() -> None:
     job = make_job(status_in("train"), resources={"memory": "9Gi"})
     status = follow(job, child("train"), ended(pod("train"), 137, reason="OOMKilled"))
