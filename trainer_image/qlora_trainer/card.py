@@ -5,11 +5,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_api.sources import HubSource, parse_source
+from qlora_trainer.files import CURVE_FILE
 from qlora_trainer.records import PrepareRecord, TrainRecord
 from qlora_trainer.step import StepContext
-
-CARD_FILE = "README.md"
-CURVE_FILE = "loss.png"
 
 # What vLLM's --max-lora-rank accepts.
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -22,12 +20,6 @@ def quantization_label(quantization: str, *, double: bool) -> str:
     return f"{quantization} with double quantization" if double else quantization
 
 
-def base_name(source: str) -> str:
-    """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
-    parsed = parse_source(source)
-    return parsed.repository if isinstance(parsed, HubSource) else source
-
-
 def served_rank(rank: int) -> int | None:
     """The smallest --max-lora-rank of vLLM that admits `rank`; None if there is none."""
     return next((allowed for allowed in _SERVED_RANKS if allowed >= rank), None)
@@ -37,7 +29,7 @@ def model_card(context: StepContext, prepared: PrepareRecord, trained: TrainReco
     """The card as Markdown with the hub's metadata block. The same job gives the same text."""
     spec = context.spec
     hub = isinstance(parse_source(spec.model.source), HubSource)
-    base = base_name(spec.model.source)
+    base = context.base_name
     data = ModelCardData(
         base_model=base if hub else None,
         library_name="peft",

@@ -13,9 +13,8 @@ from pydantic import Field, ValidationError
 from qlora_api.schema import ApiModel, ObservedModel
 from qlora_trainer.disk import file_sha256, sync_tree
 from qlora_trainer.failures import bad_configuration, unsafe_artefact
+from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.records import sync_folder
-
-MANIFEST_FILE = "manifest.json"
 
 
 class PublishedFile(ApiModel):

@@ -10,9 +10,8 @@ from typing import BinaryIO
 
 import torch
 
+from qlora_trainer.files import HISTORY_FILE
 from qlora_trainer.step import Device
-
-HISTORY_FILE = "metrics.jsonl"
 
 # Weight of the newest step in the running mean: about the last ten steps count.
 _NEWEST = 0.2

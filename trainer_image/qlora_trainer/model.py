@@ -20,10 +20,9 @@ from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
 from qlora_trainer.attention import ATTENTION, register_attention
 from qlora_trainer.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.family import MIN_QUANTIZED_FRACTION
+from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.step import Device
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 COMPUTE_DTYPE = torch.bfloat16
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from qlora_api.contract import ProgressRecord
 from qlora_api.sources import VolumeSource, parse_source
 from qlora_api.status import AdapterStatus, StepName
-from qlora_trainer.card import CARD_FILE, CURVE_FILE, base_name, model_card, quantization_label
+from qlora_trainer.card import model_card, quantization_label
 from qlora_trainer.destination import (
     Manifest,
     confined,
@@ -23,6 +23,7 @@ from qlora_trainer.destination import (
     write_folder,
 )
 from qlora_trainer.failures import bad_configuration
+from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
 from qlora_trainer.records import (
     PrepareRecord,
     PublishRecord,
@@ -35,8 +36,6 @@ from qlora_trainer.records import (
 from qlora_trainer.report import write_report
 from qlora_trainer.step import StepContext
 from qlora_trainer.verify import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
     expected_shapes,
     verify_config,
     verify_tensors,
@@ -159,7 +158,7 @@ def _verified(context: StepContext, prepared: PrepareRecord, trained: TrainRecor
         folder / ADAPTER_CONFIG_FILE,
         lora,
         target_modules=prepared.target_modules,
-        base_name=base_name(context.spec.model.source),
+        base_name=context.base_name,
         base_revision=prepared.model_revision,
     )
     shapes = expected_shapes(root / prepared.model_path, prepared.target_modules, lora.rank)

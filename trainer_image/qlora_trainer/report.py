@@ -9,15 +9,13 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_trainer.card import CURVE_FILE
+from qlora_trainer.files import CURVE_FILE, HISTORY_FILE, SUMMARY_FILE
 from qlora_trainer.records import PrepareRecord, TrainRecord, write_atomically
 from qlora_trainer.step import StepContext
-
-METRICS_FILE = "metrics.jsonl"
-SUMMARY_FILE = "summary.json"
 
 _BLUE, _ORANGE, _GREY = "#2563eb", "#d9480f", "#6b7280"
 # The smoothed curve weighs about this share of the run at a time.
@@ -73,8 +71,7 @@ def loss_curve(history: LossHistory, title: str, subtitle: str) -> bytes:
     """A PNG of 1440 × 810 pixels: training loss of each step, its smoothed course, and the held-out rows' loss."""
     style = {"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": _GREY}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+        figure = Figure(figsize=(9.6, 5.4), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
         axes = figure.add_subplot()
         _plot_training(axes, history.training)
         _plot_evaluation(axes, history.evaluation)
@@ -135,7 +132,7 @@ def write_report(context: StepContext, prepared: PrepareRecord, trained: TrainRe
     Raises OSError if the metrics are missing or the report cannot be written, ValueError for broken metrics.
     """
     folder = WorkspaceLayout(context.workspace.root).report
-    history = read_history(folder / METRICS_FILE)
+    history = read_history(folder / HISTORY_FILE)
     subtitle = (
         f"{context.spec.model.source}, {prepared.dataset.used_rows} rows, rank {context.spec.lora.rank}, "
         f"learning rate {context.spec.training.learning_rate:g}"

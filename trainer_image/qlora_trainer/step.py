@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from qlora_api import contract
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.sources import ConfigMapSource, VolumeSource
+from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.failures import bad_configuration, unreachable
 
@@ -62,6 +62,12 @@ class StepContext:
     def spec(self) -> QLoRAJobSpec:
         """The job's spec, with the schema's defaults."""
         return self.document.spec
+
+    @property
+    def base_name(self) -> str:
+        """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
+        source = parse_source(self.spec.model.source)
+        return source.repository if isinstance(source, HubSource) else self.spec.model.source
 
     @property
     def job_uid(self) -> str:

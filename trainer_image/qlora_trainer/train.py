@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from qlora_api.contract import ExitCode, ProgressRecord
-from qlora_api.sources import HubSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.attempts import counted_attempt, only_attempt
 from qlora_trainer.batches import Plan
@@ -25,9 +24,10 @@ from qlora_trainer.determinism import (
 from qlora_trainer.disk import file_sha256, sync_tree
 from qlora_trainer.failures import StepFailure, StopRequest, bad_configuration
 from qlora_trainer.family import inspect_family
+from qlora_trainer.files import ADAPTER_FILE
 from qlora_trainer.loop import Run, RunState, report, restore, run_to_end
 from qlora_trainer.metrics import History, peak_memory_bytes
-from qlora_trainer.model import ADAPTER_FILE, adapter_parameters, attach_adapter, load_base, save_adapter
+from qlora_trainer.model import adapter_parameters, attach_adapter, load_base, save_adapter
 from qlora_trainer.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.records import (
@@ -123,7 +123,7 @@ def _start(
         prepared.target_modules,
         seed=spec.training.seed,
         gradient_checkpointing=spec.training.gradient_checkpointing,
-        base_name=_base_name(spec),
+        base_name=context.base_name,
         base_revision=prepared.model_revision,
     )
     run = Run(
@@ -158,12 +158,6 @@ def _refuse_mixed_rows(spec: QLoRAJobSpec, prepared: PrepareRecord, model_folder
             f"model_type {family.model_type!r} cannot keep the rows of a batch apart: set "
             "spec.training.microBatchSize to 1 and raise gradientAccumulationSteps instead"
         )
-
-
-def _base_name(spec: QLoRAJobSpec) -> str:
-    """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
-    source = parse_source(spec.model.source)
-    return source.repository if isinstance(source, HubSource) else spec.model.source
 
 
 def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:

@@ -14,9 +14,6 @@ from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.disk import file_sha256
 from qlora_trainer.failures import StepFailure, bad_configuration, unsafe_artefact
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _B_SUFFIX = ".lora_B.weight"
 
