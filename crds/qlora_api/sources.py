@@ -80,8 +80,9 @@ _model, _model_rules = _address(f"{_HUB_MODEL}|{_VOLUME}", "hf://ORG/NAME or pvc
 _dataset, _dataset_rules = _address(
     f"{_HUB_DATASET}|{_VOLUME}|{_CONFIG_MAP}", "hf://ORG/NAME, pvc://CLAIM/PATH or configMap://NAME/KEY"
 )
-_volume, _volume_rules = _address(_VOLUME, "pvc://CLAIM/PATH")
+# The root of a claim is nobody's own, so that a destination needs a folder.
+_folder, _folder_rules = _address(rf"pvc://{_CLAIM}/{_PATH}/?", "pvc://CLAIM/PATH")
 
 ModelAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_model_rules), _model]
 DatasetAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_dataset_rules), _dataset]
-VolumeAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_volume_rules), _volume]
+FolderAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_folder_rules), _folder]

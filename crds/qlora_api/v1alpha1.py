@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rules
-from qlora_api.sources import DatasetAddress, ModelAddress, VolumeAddress
+from qlora_api.sources import DatasetAddress, FolderAddress, ModelAddress
 
 GROUP = "qlora.dev"
 VERSION = "v1alpha1"
@@ -190,7 +190,7 @@ class TrainingSpec(ApiModel):
 class OutputSpec(ApiModel):
     """Where the finished adapter goes."""
 
-    destination: VolumeAddress | None = Field(
+    destination: FolderAddress | None = Field(
         None, description="Folder for the adapter, pvc://CLAIM/PATH; `adapter/` in the workspace if not set."
     )
 

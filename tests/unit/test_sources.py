@@ -6,10 +6,10 @@ from pydantic import TypeAdapter, ValidationError
 from qlora_api.sources import (
     ConfigMapSource,
     DatasetAddress,
+    FolderAddress,
     HubSource,
     ModelAddress,
     Source,
-    VolumeAddress,
     VolumeSource,
     parse_source,
 )
@@ -58,14 +58,19 @@ ESCAPES = [
 def test_anything_else_is_refused_with_what_is_allowed(uri: str) -> None:
     with pytest.raises(ValueError, match="allowed are"):
         parse_source(uri)
-    for address in (ModelAddress, DatasetAddress, VolumeAddress):
+    for address in (ModelAddress, DatasetAddress, FolderAddress):
         with pytest.raises(ValidationError, match="must be"):
             TypeAdapter(address).validate_python(uri)
 
 
 @pytest.mark.parametrize(
     ("address", "uri"),
-    [(ModelAddress, "configMap://a/b"), (ModelAddress, "hf://a/b/c"), (VolumeAddress, "hf://a/b")],
+    [
+        (ModelAddress, "configMap://a/b"),
+        (ModelAddress, "hf://a/b/c"),
+        (FolderAddress, "hf://a/b"),
+        (FolderAddress, "pvc://claim/"),
+    ],
 )
 def test_a_scheme_that_a_field_cannot_use_is_refused(address: object, uri: str) -> None:
     with pytest.raises(ValidationError, match="must be"):
