@@ -50,7 +50,7 @@ def custom_resource_definition() -> Schema:
     status["default"] = {"observedGeneration": -1}
     root: Schema = {
         "type": "object",
-        "description": "QLoRAJob fine-tunes a language model: a frozen 4-bit base and a trained low-rank adapter (QLoRA).",
+        "description": "QLoRAJob fine-tunes a language model: a frozen 4-bit base, a trained adapter (QLoRA).",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"},

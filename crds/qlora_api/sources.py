@@ -16,7 +16,7 @@ _REPOSITORY = rf"{_SEGMENT}/{_SEGMENT}"
 _HUB_MODEL = rf"hf://{_REPOSITORY}"
 _HUB_DATASET = rf"hf://{_REPOSITORY}(/{_PATH})?"
 _VOLUME = rf"pvc://{_CLAIM}(/{_PATH})?/?"
-_CONFIG_MAP = rf"configMap://{_CLAIM}/[-._a-zA-Z0-9]+"
+_CONFIG_MAP = rf"configMap://{_CLAIM}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
 
 MAX_SOURCE_LENGTH = 512
 
