@@ -51,6 +51,8 @@ ESCAPES = [
     "hf://org/name@main",
     "hf://user:password@host/name",
     "configMap://name",
+    "configMap://name/..",
+    "configMap://name/a/b",
 ]
 
 
