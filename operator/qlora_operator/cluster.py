@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 from kubernetes.aio import client, config
 
+from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.observe import Object, QLoRAJob
@@ -139,7 +140,8 @@ class Cluster:
 
     async def read_log(self, namespace: str, pod: str) -> str | None:
         """The end of the trainer's log, at most some lines and bytes; None if it cannot be read now."""
-        query = [("tailLines", str(TAIL_LINES)), ("limitBytes", str(TAIL_BYTES))]
+        # Without the container's name the server refuses, should something have put a sidecar into the pod.
+        query = [("container", TRAINER_CONTAINER), ("tailLines", str(TAIL_LINES)), ("limitBytes", str(TAIL_BYTES))]
         try:
             path = f"{_CORE}/namespaces/{namespace}/pods/{pod}/log"
             data = await self._request("GET", path, query=query, timeout=_LOG_TIMEOUT)

@@ -71,7 +71,7 @@ class ProgressReader:
         """The latest record, if one was due and there is one; and seconds until the next read, if the job runs."""
         step = job.status.step
         pod = next((pod for pod in observed.pods_of(step.job_uid) if pod.running), None) if step else None
-        if pod is None or step is None or step.name == "clean":
+        if pod is None or step is None:
             self._schedule.forget(key)
             return None, None
         wait = self._schedule.seconds_until_due(key, self._monotonic())
