@@ -158,11 +158,11 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if child.uid != step.job_uid:
         return _count(status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})}), facts)
     pods = facts.observed.pods_of(child.uid)
-    if killed := next((pod for pod in pods if pod.ended and pod.out_of_memory), None):
-        return _fail(status, facts, describe_failure(killed, job, step.name))
     if child.complete:
         record = _verified(child, facts, step.name)
         return _complete(status, facts, record) if record else _complete_unverified(status, facts, step)
+    if killed := next((pod for pod in pods if pod.ended and pod.out_of_memory), None):
+        return _fail(status, facts, describe_failure(killed, job, step.name))
     if child.failure is not None:
         ended = [pod for pod in pods if pod.ended and not pod.exited_well]
         if not ended:
@@ -262,7 +262,7 @@ def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatu
     observed = facts.observed
     if observed.live_pods or any(not child.finished for child in observed.children):
         stopping = Reason("Suspending", "the running step is stopped; a checkpoint is saved first")
-        return _set(status, facts, "Suspended", "False", stopping)
+        return _set(status, facts, "Suspended", "False", hindrance(None, observed, facts.now) or stopping)
     status = _set(status, facts, "Suspended", "True", Reason("Suspended", "spec.suspend is true; false goes on"))
     return without_remaining(status)
 

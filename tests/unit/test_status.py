@@ -277,6 +277,17 @@ def test_a_job_that_was_made_just_before_the_operator_died_is_found() -> None:
     assert status.phase == "Training"
 
 
+def test_a_step_that_was_killed_and_then_done_while_the_operator_was_away_is_done() -> None:
+    second = pod("train", number=2)
+    bodies = [
+        child("train", Complete=""),
+        ended(pod("train"), 137, reason="OOMKilled", start=-60, end=-40),
+        ended(second, 0, result(second, "train", training_step=10, total_steps=10), start=-30),
+    ]
+    status = follow(make_job(status_in("train")), *bodies)
+    assert (conditions_of(status)["Trained"], status.failures) == ("True", 1)
+
+
 def test_several_steps_that_ended_while_the_operator_was_away_are_followed_at_once() -> None:
     bodies: list[dict[str, Any]] = []
     for step in ("prepare", "train", "publish"):
@@ -339,6 +350,12 @@ def test_a_suspension_is_over_when_no_pod_is_left() -> None:
     assert status.progress.remaining == ""
     resumed = follow(make_job(status))
     assert (resumed.phase, resumed.step) == ("Queued", step_status("train", 2, jobUid=""))
+
+
+def test_a_suspension_that_a_lost_node_holds_up_says_so() -> None:
+    status = follow(make_job(status_in("train"), suspend=True), deleted(running(pod("train")), -180))
+    assert reason_of(status, "Suspended") == reason_of(status) == "PodStuckTerminating"
+    assert "node may be lost" in message_of(status)
 
 
 def test_a_job_that_is_created_suspended_is_current_and_nothing_is_fixed_yet() -> None:
