@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName, Timestamp
+from qlora_api.status import AdapterStatus, Bytes, Count, DatasetStatus, MemoryStatus, StepName, Timestamp
 
 CONTRACT_VERSION = 1
 
@@ -81,8 +81,8 @@ class ProgressRecord(_Record):
 
     kind: Literal["progress"] = "progress"
     activity: str = Field("", max_length=128)
-    training_step: int = Field(0, ge=0)
-    total_steps: int = Field(0, ge=0)
+    training_step: Count = 0
+    total_steps: Count = 0
     epoch: Finite = Field(0.0, ge=0)
     loss: Finite | None = None
     eval_loss: Finite | None = None
@@ -90,8 +90,8 @@ class ProgressRecord(_Record):
     grad_norm: Finite | None = None
     tokens_per_second: Finite | None = None
     remaining_seconds: Finite | None = Field(None, ge=0)
-    peak_memory_bytes: int | None = Field(None, ge=0)
-    checkpoint_step: int | None = Field(None, ge=0)
+    peak_memory_bytes: Bytes | None = None
+    checkpoint_step: Count | None = None
     checkpoint_time: Timestamp | None = None
 
 
@@ -107,12 +107,12 @@ class ResultRecord(_Record):
     model_revision: str | None = Field(None, max_length=256)
     memory: MemoryStatus | None = None
     dataset: DatasetStatus | None = None
-    training_step: int | None = Field(None, ge=0)
-    total_steps: int | None = Field(None, ge=0)
+    training_step: Count | None = None
+    total_steps: Count | None = None
     loss: Finite | None = None
     eval_loss: Finite | None = None
     initial_eval_loss: Finite | None = None
-    peak_memory_bytes: int | None = Field(None, ge=0)
+    peak_memory_bytes: Bytes | None = None
     adapter: AdapterStatus | None = None
 
 

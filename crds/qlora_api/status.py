@@ -1,8 +1,10 @@
 """The status of a QLoRAJob: what the operator reports."""
 
+import re
+from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
@@ -11,7 +13,17 @@ MAX_MESSAGE_LENGTH = 1024
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 StepName = Literal["prepare", "train", "publish", "clean"]
-Timestamp = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})]
+
+
+def _check_time(text: str) -> str:
+    # fromisoformat alone takes weeks, days of the year and times without a zone, which the API server refuses.
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", text, re.ASCII):
+        raise ValueError(f"found {text!r}, must be a time as RFC 3339 writes it, for example 2026-01-02T03:04:05Z")
+    datetime.fromisoformat(text)
+    return text
+
+
+Timestamp = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"}), AfterValidator(_check_time)]
 Message = Annotated[str, Field(max_length=MAX_MESSAGE_LENGTH)]
 Bytes = Annotated[int, Field(ge=0, le=2**53)]
 Count = Annotated[int, Field(ge=0, le=2**53)]

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 
 from qlora_api.contract import ProgressRecord, decode_record
 from qlora_api.status import QLoRAJobStatus, StepName
@@ -105,9 +104,6 @@ def latest_record(log: str, job_uid: str, pod: Pod, step: StepName) -> ProgressR
 def _presentable(record: ProgressRecord) -> bool:
     """Whether the API server would take the record's figures: one bad line must not block every later status."""
     try:
-        for moment in (record.time, record.checkpoint_time):
-            if moment is not None and datetime.fromisoformat(moment).tzinfo is None:
-                return False
         QLoRAJobStatus.model_validate(with_progress(QLoRAJobStatus(), record).dump())
     except (ValueError, OverflowError):
         return False

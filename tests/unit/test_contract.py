@@ -49,6 +49,9 @@ def test_unknown_fields_of_a_newer_trainer_are_ignored() -> None:
         encode_record(PROGRESS).replace("1.25", "1e999"),
         encode_record(PROGRESS).replace('"trainingStep":3', '"trainingStep":-3'),
         encode_record(RESULT).replace("loss is NaN", "x" * 2000),
+        encode_record(RESULT).replace(TIME, "2026-01-02 03:04"),
+        encode_record(RESULT).replace('"attempt":2', '"attempt":2,"trainingStep":9007199254740993'),
+        encode_record(RESULT).replace('"attempt":2', '"attempt":2,"peakMemoryBytes":9007199254740993'),
         "{" + " " * MAX_RESULT_BYTES + encode_record(PROGRESS)[1:],
     ],
 )

@@ -51,6 +51,8 @@ def test_the_last_record_counts_whatever_else_is_in_the_log() -> None:
         raw(peakMemoryBytes=2**60),
         raw(time="yesterday"),
         raw(time="2026-01-02T12:00:00"),
+        raw(time="2026-W01-5T12:00:00Z"),
+        raw(time="2026-02-30T12:00:00Z"),
         raw(checkpointTime="soon"),
         raw(remainingSeconds=1e300),
         raw(activity="x" * 5000),
