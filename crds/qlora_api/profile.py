@@ -1,44 +1,89 @@
 """What the administrator decides for a class of jobs: images, node pools, security identity, limits."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from qlora_api.schema import ApiModel, rule, rules
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-QUANTITY = r"^([0-9]+(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
+DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+# Zero is refused here because the API server refuses it later, when nobody looks: in a claim's size, for example.
+QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 
+ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
-LabelKey = Annotated[str, Field(max_length=317)]
-LabelValue = Annotated[str, Field(max_length=63)]
+LabelKey = Annotated[str, Field(max_length=317, pattern=LABEL_KEY)]
+LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE)]
+
+_KEY_MESSAGE = "a label key is NAME or PREFIX/NAME, as of a node's label"
+
+
+def _check_keys(selector: dict[str, str]) -> dict[str, str]:
+    for key in selector:
+        if not re.fullmatch(LABEL_KEY, key):
+            raise ValueError(f"found {key[:80]!r}, {_KEY_MESSAGE}")
+    return selector
+
+
 NodeSelector = Annotated[
-    dict[LabelKey, LabelValue],
-    # A structural schema has no bound on keys, so that this one needs a rule.
+    dict[Annotated[str, Field(max_length=317)], LabelValue],
+    # A structural schema says nothing of keys, so that they need rules.
     Field(
         max_length=16,
-        json_schema_extra=rules(rule("self.all(key, key.size() <= 317)", "a label key has at most 317 characters")),
+        json_schema_extra=rules(
+            rule("self.all(key, key.size() <= 317)", "a label key has at most 317 characters"),
+            rule(f"self.all(key, key.matches('{LABEL_KEY}'))", _KEY_MESSAGE),
+        ),
     ),
+    AfterValidator(_check_keys),
 ]
 AccessMode = Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"]
+
+
+# What the API server would refuse in the pod, long after it has taken the QLoRAJob.
+_NO_KEY = "a toleration without a key needs operator: Exists"
+_VALUE_OF_EXISTS = "operator: Exists takes no value"
+_SECONDS = "tolerationSeconds needs effect: NoExecute"
 
 
 class Toleration(ApiModel):
     """Lets the pods run on nodes with a matching taint, as in a pod's `tolerations`."""
 
-    key: str | None = Field(
-        None, max_length=317, description="Key of the taint; empty with operator Exists matches all."
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("has(self.key) || (has(self.operator) && self.operator == 'Exists')", _NO_KEY),
+            rule("!has(self.value) || !has(self.operator) || self.operator == 'Equal'", _VALUE_OF_EXISTS),
+            rule("!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')", _SECONDS),
+        )
+    )
+
+    key: LabelKey | None = Field(
+        None, description="Key of the taint; any taint if not set, which needs operator Exists."
     )
     operator: Literal["Exists", "Equal"] | None = Field(
         None, description="How key and value compare; Equal if not set."
     )
-    value: str | None = Field(None, max_length=63, description="Value of the taint.")
+    value: LabelValue | None = Field(None, description="Value of the taint.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         None, description="Effect of the taint; all effects if not set."
     )
     toleration_seconds: int | None = Field(
         None, ge=0, le=2**31 - 1, description="Seconds that a NoExecute taint is tolerated; for ever if not set."
     )
+
+    @model_validator(mode="after")
+    def _as_in_a_pod(self) -> Self:
+        if self.key is None and self.operator != "Exists":
+            raise ValueError(_NO_KEY)
+        if self.value is not None and self.operator == "Exists":
+            raise ValueError(_VALUE_OF_EXISTS)
+        if self.toleration_seconds is not None and self.effect != "NoExecute":
+            raise ValueError(_SECONDS)
+        return self
 
 
 Tolerations = Annotated[tuple[Toleration, ...], Field(max_length=16)]
@@ -75,9 +120,7 @@ class WorkspaceDefaults(ApiModel):
         description="Where the volume can be mounted: shared (anywhere), zonal or node-local. "
         "Unless it is shared, prepare and publish run where train may run, without asking for a GPU.",
     )
-    storage_class_name: str | None = Field(
-        None, max_length=253, description="StorageClass; the cluster's default if not set."
-    )
+    storage_class_name: ObjectName | None = Field(None, description="StorageClass; the cluster's default if not set.")
     access_mode: AccessMode = Field("ReadWriteOnce", description="Access mode of the claim.")
     size: Quantity = Field("50Gi", description="Size of the claim.")
 
@@ -87,19 +130,17 @@ class Profile(ApiModel):
 
     image: str = Field(max_length=512, description="The trainer image, best by digest.")
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field("IfNotPresent", description="As in a pod.")
-    image_pull_secrets: tuple[Annotated[str, Field(max_length=253)], ...] = Field(
+    image_pull_secrets: tuple[ObjectName, ...] = Field(
         (), max_length=8, description="Names of the pull secrets in the job's namespace."
     )
     device: Literal["cuda", "cpu"] = Field(
         "cuda", description="What train computes on. With cuda a pod that finds no GPU fails instead of crawling."
     )
-    gpu_resource: str | None = Field(
-        None, max_length=317, description="Extended resource of which train asks one, for example nvidia.com/gpu."
+    gpu_resource: LabelKey | None = Field(
+        None, description="Extended resource of which train asks one, for example nvidia.com/gpu."
     )
-    runtime_class_name: str | None = Field(None, max_length=253, description="RuntimeClass of the train pod.")
-    service_account_name: str | None = Field(
-        None, max_length=253, description="Service account; its token is never mounted."
-    )
+    runtime_class_name: ObjectName | None = Field(None, description="RuntimeClass of the train pod.")
+    service_account_name: ObjectName | None = Field(None, description="Service account; its token is never mounted.")
     run_as: RunAs | None = Field(None, description="Identity of the pods; the platform's choice if not set.")
     node_selector: NodeSelector = Field({}, description="Labels of the nodes; a job can add, not change.")
     tolerations: Tolerations = Field((), description="Taints that the pods tolerate.")

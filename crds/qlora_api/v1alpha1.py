@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, Quantity, Tolerations
+from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.sources import DatasetAddress, FolderAddress, ModelAddress
 
@@ -15,7 +15,6 @@ KIND = "QLoRAJob"
 PLURAL = "qlorajobs"
 MAX_NAME_LENGTH = 45
 
-SecretName = Annotated[str, Field(min_length=1, max_length=253)]
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -23,8 +22,10 @@ ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 class SecretKeyRef(ApiModel):
     """One key of a Secret in the job's namespace."""
 
-    name: SecretName = Field(description="Name of the Secret.")
-    key: str = Field("token", min_length=1, max_length=253, description="Key in the Secret.")
+    name: ObjectName = Field(description="Name of the Secret.")
+    key: str = Field(
+        "token", min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", description="Key in the Secret."
+    )
 
 
 class BaseModelSpec(ApiModel):
@@ -208,18 +209,21 @@ class WorkspaceSpec(ApiModel):
                 "!has(self.claimName) || self.retain",
                 "retain: false deletes the claim that the operator made; it cannot go with claimName",
             ),
+            rule(
+                "!has(self.accessModes) || self.accessModes.size() == 1 || "
+                "!self.accessModes.exists(mode, mode == 'ReadWriteOncePod')",
+                "accessModes: ReadWriteOncePod cannot go with another",
+            ),
         )
     )
 
-    claim_name: Annotated[str, Field(min_length=1, max_length=253)] | None = Field(
+    claim_name: ObjectName | None = Field(
         None, description="An existing PersistentVolumeClaim of this namespace. The job uses a folder of its own in it."
     )
     size: Quantity | None = Field(
         None, description="Size of the claim to make, for example 100Gi; the profile's if not set."
     )
-    storage_class_name: str | None = Field(
-        None, min_length=1, max_length=253, description="StorageClass; the profile's if not set."
-    )
+    storage_class_name: ObjectName | None = Field(None, description="StorageClass; the profile's if not set.")
     access_modes: Annotated[tuple[AccessMode, ...], Field(min_length=1, max_length=3)] | None = Field(
         None, description="Access modes; the profile's if not set."
     )
@@ -234,6 +238,8 @@ class WorkspaceSpec(ApiModel):
             raise ValueError("set either claimName, or size, storageClassName and accessModes")
         if self.claim_name is not None and not self.retain:
             raise ValueError("retain: false deletes the claim that the operator made; it cannot go with claimName")
+        if self.access_modes is not None and len(self.access_modes) > 1 and "ReadWriteOncePod" in self.access_modes:
+            raise ValueError("accessModes: ReadWriteOncePod cannot go with another")
         return self
 
 
@@ -250,8 +256,17 @@ class ResourcesSpec(ApiModel):
     memory: Quantity | None = Field(None, description="Host memory of the train pod; the profile's if not set.")
 
 
+_PRIORITY_MESSAGE = "priorityClassName: the classes that begin with system- belong to the cluster; name another"
+
+
 class SchedulingSpec(ApiModel):
     """Where the pods run, within what the profile allows."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("!has(self.priorityClassName) || !self.priorityClassName.startsWith('system-')", _PRIORITY_MESSAGE)
+        )
+    )
 
     profile: str = Field(
         "default",
@@ -260,11 +275,15 @@ class SchedulingSpec(ApiModel):
         pattern=DNS_LABEL,
         description="The administrator's profile: image, nodes, limits.",
     )
-    priority_class_name: str | None = Field(
-        None, min_length=1, max_length=253, description="PriorityClass of the pods."
-    )
+    priority_class_name: ObjectName | None = Field(None, description="PriorityClass of the pods.")
     node_selector: NodeSelector | None = Field(None, description="Further labels that the nodes must have.")
     tolerations: Tolerations | None = Field(None, description="Further taints that the pods tolerate.")
+
+    @model_validator(mode="after")
+    def _not_a_system_class(self) -> Self:
+        if self.priority_class_name is not None and self.priority_class_name.startswith("system-"):
+            raise ValueError(_PRIORITY_MESSAGE)
+        return self
 
 
 class RetrySpec(ApiModel):

@@ -90,6 +90,43 @@ REFUSED = {
         with_value(MINIMAL, "spec.model.tokenSecretRef", {"name": "a", "namespace": "kube-system"}),
         'unknown field "spec.model.tokenSecretRef.namespace"',
     ),
+    "nothing of a quantity": (with_value(MINIMAL, "spec.workspace.size", "0Gi"), "spec.workspace.size"),
+    "a claim that no object can be called": (
+        with_value(MINIMAL, "spec.workspace.claimName", "My_Claim"),
+        "spec.workspace.claimName",
+    ),
+    "a secret elsewhere": (
+        with_value(MINIMAL, "spec.model.tokenSecretRef", {"name": "../../kube-system/secrets/a"}),
+        "spec.model.tokenSecretRef.name",
+    ),
+    "one pod and many": (
+        with_value(MINIMAL, "spec.workspace.accessModes", ["ReadWriteOncePod", "ReadWriteMany"]),
+        "ReadWriteOncePod cannot go with another",
+    ),
+    "priority of the cluster's own": (
+        with_value(MINIMAL, "spec.scheduling.priorityClassName", "system-node-critical"),
+        "the classes that begin with system- belong to the cluster",
+    ),
+    "label key with a space": (
+        with_value(MINIMAL, "spec.scheduling.nodeSelector", {"a b": "v"}),
+        "a label key is NAME or PREFIX/NAME",
+    ),
+    "label value with a slash": (
+        with_value(MINIMAL, "spec.scheduling.nodeSelector", {"zone": "a/b"}),
+        "spec.scheduling.nodeSelector",
+    ),
+    "toleration of nothing": (
+        with_value(MINIMAL, "spec.scheduling.tolerations", [{"effect": "NoSchedule"}]),
+        "a toleration without a key needs operator: Exists",
+    ),
+    "toleration of any value with a value": (
+        with_value(MINIMAL, "spec.scheduling.tolerations", [{"key": "a", "operator": "Exists", "value": "b"}]),
+        "operator: Exists takes no value",
+    ),
+    "toleration with pointless seconds": (
+        with_value(MINIMAL, "spec.scheduling.tolerations", [{"key": "a", "tolerationSeconds": 5}]),
+        "tolerationSeconds needs effect: NoExecute",
+    ),
     "long label key": (
         with_value(MINIMAL, "spec.scheduling.nodeSelector", {"k" * 400: "v"}),
         "a label key has at most 317 characters",
