@@ -144,6 +144,11 @@ class Profile(ApiModel):
     run_as: RunAs | None = Field(None, description="Identity of the pods; the platform's choice if not set.")
     node_selector: NodeSelector = Field({}, description="Labels of the nodes; a job can add, not change.")
     tolerations: Tolerations = Field((), description="Taints that the pods tolerate.")
+    allow_job_scheduling: bool = Field(
+        True,
+        description="Whether a job may set nodeSelector, tolerations and priorityClassName in spec.scheduling. "
+        "If not, one that does waits and says why.",
+    )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
     resources: Resources = Field(Resources(), description="Compute of each step.")
     hub_endpoint: str | None = Field(

@@ -112,18 +112,42 @@ def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 def _resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     job = facts.job
-    profile = facts.profiles.get(job.spec.scheduling.profile)
-    if status.resolved is not None or job.spec.suspend or profile is None:
+    if status.resolved is not None or job.spec.suspend or _objection(facts) is not None:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
         contract_version=CONTRACT_VERSION,
-        profile=profile,
+        profile=facts.profiles[job.spec.scheduling.profile],
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
     )
     return status.model_copy(update={"resolved": resolved, "step": _step(job, "prepare", 1)})
+
+
+def _objection(facts: Facts) -> Reason | None:
+    """Why the administrator's settings do not let the job begin; None if they do."""
+    scheduling = facts.job.spec.scheduling
+    profile = facts.profiles.get(scheduling.profile)
+    if profile is None:
+        known = ", ".join(sorted(facts.profiles)) or "none"
+        return Reason(
+            "ProfileNotFound",
+            f"spec.scheduling.profile {scheduling.profile!r} does not exist; the administrator has: {known}",
+        )
+    wishes = {
+        "priorityClassName": scheduling.priority_class_name,
+        "nodeSelector": scheduling.node_selector,
+        "tolerations": scheduling.tolerations,
+    }
+    refused = ", ".join(field for field, wish in wishes.items() if wish)
+    if profile.allow_job_scheduling or not refused:
+        return None
+    return Reason(
+        "SchedulingNotAllowed",
+        f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{refused}: create the job again "
+        "without, or with another profile",
+    )
 
 
 def _count(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -292,11 +316,7 @@ def _standing(status: QLoRAJobStatus, facts: Facts) -> Reason:
     if job.spec.suspend and suspension is not None:
         return Reason(suspension.reason, suspension.message)
     if status.resolved is None or step is None:
-        known = ", ".join(sorted(facts.profiles)) or "none"
-        return Reason(
-            "ProfileNotFound",
-            f"spec.scheduling.profile {job.spec.scheduling.profile!r} does not exist; the administrator has: {known}",
-        )
+        return _objection(facts) or Reason("Pending", _DOING["Pending"])
     child = observed.child(step.job_name)
     if reason := hindrance(child, observed, facts.now):
         return reason

@@ -69,6 +69,24 @@ def test_an_unknown_profile_waits_and_says_which_there_are() -> None:
     assert later.resolved is not None
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priorityClassName", "high"),
+        ("nodeSelector", {"node-role.kubernetes.io/control-plane": ""}),
+        ("tolerations", [{"operator": "Exists"}]),
+    ],
+)
+def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field: str, value: object) -> None:
+    job = make_job(scheduling={field: value})
+    assert follow(job).resolved is not None
+    strict = {"default": PROFILE.model_copy(update={"allow_job_scheduling": False})}
+    status = follow(job, profiles=strict)
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "SchedulingNotAllowed")
+    assert f"spec.scheduling.{field}:" in message_of(status)
+    assert follow(make_job(), profiles=strict).resolved is not None
+
+
 def test_a_profile_that_changes_later_does_not_change_the_job() -> None:
     changed = PROFILE.model_copy(update={"image": "other"})
     status = follow(make_job(status_in("train")), child("train"), profiles={"default": changed})
