@@ -366,7 +366,7 @@ _REMEDIES: tuple[tuple[str, Callable[[TrainingShape], Iterator[TrainingShape]]],
     ("The batch stays the same in more, smaller parts: slower, the same result.", _smaller_micro_batches),
     ("The quantization constants are quantized too: no measurable loss.", _set("double_quantization", True)),
     ("Adam's moments are kept in 8 bit: results hardly differ.", _set("optimizer", "paged_adamw_8bit")),
-    ("Longer examples are cut.", _halve("sequence_length", _SHORTEST_SEQUENCE)),
+    ("Longer rows are left out of the training.", _halve("sequence_length", _SHORTEST_SEQUENCE)),
     ("The adapter holds less; lower lora.alpha in proportion to keep its scale.", _halve("rank", _SMALLEST_RANK)),
     ("Adapter weights have no 32-bit copy: small updates are lost to rounding.", _set("adapter_bytes", 2)),
 )
