@@ -1,0 +1,21 @@
+"""Every example is a manifest that the API server takes and the models read."""
+
+from pathlib import Path
+
+import pytest
+
+from devcluster.controlplane import ControlPlane
+from qlora_cli.manifest import load_manifest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_taken(plane: ControlPlane, path: Path) -> None:
+    manifest = path.read_text().replace("namespace: demo", "namespace: default")
+    assert "created" in plane.kubectl("apply", "--dry-run=server", "--filename=-", input_text=manifest)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_read_by_the_command_line(path: Path) -> None:
+    assert load_manifest(path).spec.model.source
