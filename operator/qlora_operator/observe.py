@@ -166,7 +166,8 @@ def parse_job(body: Object) -> QLoRAJob:
             resource_version=metadata.get("resourceVersion", ""),
             deleting="deletionTimestamp" in metadata,
             spec=QLoRAJobSpec.model_validate(body["spec"]),
-            status=QLoRAJobStatus.model_validate(body.get("status") or {}),
+            # After a downgrade the stored profile may hold what this version does not know: the job must go on.
+            status=QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore"),
         )
     except ValidationError as error:
         problems = "; ".join(

@@ -17,6 +17,7 @@ from tests.unit.builders import (
     result,
     running,
     seen,
+    status_in,
     waiting,
 )
 
@@ -159,6 +160,12 @@ def test_a_finished_deletion_is_not_stuck() -> None:
 def test_a_job_of_another_schema_is_refused_with_the_field() -> None:
     with pytest.raises(UnreadableJobError, match=r"lora\.rank"):
         parse_job(job_body(lora={"rank": "many"}))
+
+
+def test_a_job_that_a_newer_operator_began_can_be_read() -> None:
+    status = status_in("train").dump()
+    status["resolved"]["profile"] |= {"fromTheFuture": 1, "workspace": {"fromTheFuture": 1}}
+    assert parse_job(job_body(status)).status == status_in("train")
 
 
 def test_a_fresh_job_with_the_default_status_can_be_read() -> None:
