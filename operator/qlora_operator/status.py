@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from qlora_api.contract import CONTRACT_VERSION, ProgressRecord, ResultRecord
+from qlora_api.contract import CONTRACT_VERSION, ExitCode, ProgressRecord, ResultRecord
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Profile
 from qlora_api.status import FailureStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
@@ -57,7 +57,7 @@ def next_status(facts: Facts) -> QLoRAJobStatus:
     status = facts.job.status
     if is_finished(status):
         return _follow_cleanup(status.model_copy(update={"observed_generation": facts.job.generation}), facts)
-    for transition in (_start, _resolve, _count, _advance, _enforce_deadline, _show_progress):
+    for transition in (_start, _resolve, _count, _advance, _enforce_disruptions, _enforce_deadline, _show_progress):
         status = transition(status, facts)
     return summarize(status, facts)
 
@@ -257,6 +257,19 @@ def _fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRA
         status = _set(status, facts, kind, value, reason)
     changes = {"last_failure": failure, "completion_time": format_time(facts.now)}
     return without_remaining(status.model_copy(update=changes))
+
+
+def _enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """End a job whose step is interrupted again and again: the Job itself ignores interruptions without a bound."""
+    limit, step = facts.job.spec.retry.max_disruptions, status.step
+    # A step that has lost no pod yet gets its chance, however often an earlier one was interrupted unseen.
+    if is_finished(status) or step is None or not step.counted_pod or status.disruptions <= limit:
+        return status
+    message = (
+        f"the pods were interrupted {status.disruptions} times, and spec.retry.maxDisruptions allows {limit}: see "
+        "`kubectl get events` for what evicts or deletes them, and create the job again"
+    )
+    return _fail(status, facts, _failure(step.name, ExitCode.RETRIES_EXHAUSTED.reason, message, facts))
 
 
 def _enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:

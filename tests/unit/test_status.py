@@ -250,6 +250,24 @@ def test_an_interruption_is_not_a_failure() -> None:
     assert (status.failures, status.disruptions, status.last_failure, status.active_seconds) == (0, 1, None, 50)
 
 
+@pytest.mark.parametrize(("earlier", "phase"), [(1, "Preparing"), (2, "Failed")])
+def test_a_step_that_is_interrupted_too_often_ends_the_job(earlier: int, phase: str) -> None:
+    job = make_job(status_in("prepare", disruptions=earlier), retry={"maxDisruptions": 2})
+    evicted = ended(pod("prepare"), 137)
+    evicted["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}]
+    status = follow(job, child("prepare"), evicted)
+    assert (status.phase, status.disruptions) == (phase, earlier + 1)
+    if phase == "Failed":
+        assert reason_of(status) == "RetriesExhausted"
+        assert "spec.retry.maxDisruptions allows 2" in message_of(status)
+
+
+def test_interruptions_that_nobody_saw_do_not_end_a_step_that_was_done() -> None:
+    job = make_job(status_in("prepare", disruptions=9), retry={"maxDisruptions": 2})
+    status = follow(job, child("prepare", Complete=""), succeeded("prepare"))
+    assert (status.phase, conditions_of(status)["Prepared"]) == ("Preparing", "True")
+
+
 def test_attempts_are_counted_once_while_they_come_and_go() -> None:
     job = make_job(status_in("train"))
     first = running(pod("train"), since=-60)
