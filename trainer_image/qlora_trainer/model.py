@@ -141,8 +141,10 @@ def attach_adapter(
         target_modules=list(target_modules),
     )
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    # PEFT puts the folder that the base was loaded from here, which means nothing elsewhere.
+    # PEFT puts the folder that the base was loaded from here, which means nothing elsewhere, and shortens long lists of
+    # targets to endings.
     config.base_model_name_or_path = base_name
+    config.target_modules = set(target_modules)
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.to(ADAPTER_DTYPES[lora.dtype])
     if gradient_checkpointing:
