@@ -1,6 +1,7 @@
 """Bad models and bad data: Failed before a GPU is asked for, with one sentence that a person can act on."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def bad(tenant: Tenant, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
         for name, content in FILES.items():
             (folder / name).write_text(content)
             pod.put(folder / name, name)
-        (folder / "big").mkdir()
+        shutil.copytree(tiny_model, folder / "big")
         (folder / "big" / "config.json").write_text(json.dumps(LLAMA_70B))
         pod.put(folder / "big", "big")
         (folder / "pickled").mkdir()

@@ -22,8 +22,8 @@ def test_a_deleted_pod_is_resumed_to_the_same_bytes(tenant: Tenant, undisturbed:
     assert pod is not None
     tenant.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
     status = tenant.succeed(name)
-    pods = [p for p in tenant.children(name, "pods") if p["metadata"]["labels"]["qlora.dev/step"] == "train"]
-    assert pods[-1]["metadata"]["uid"] != pod["metadata"]["uid"]
+    successors = tenant.get("pods", f"--selector=qlora.dev/job={name},qlora.dev/step=train")["items"]
+    assert {successor["metadata"]["uid"] for successor in successors} - {pod["metadata"]["uid"]}
     with tenant.volume(status["resolved"]["claimName"]) as files:
         attempts = files.run("cat", f"/volume/{status['resolved']['workspacePath']}/records/attempts.jsonl")
     assert len(attempts.splitlines()) >= 2
