@@ -111,6 +111,7 @@ def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_refused_by
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
         ({"text_config": {"auto_map": {"AutoConfig": "c.C"}}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
         ({"_attn_implementation": "somebody/kernel"}, ExitCode.UNSAFE_ARTEFACT, "somebody/kernel"),
+        ({"transformers_weights": "other.safetensors"}, ExitCode.UNSAFE_ARTEFACT, "transformers_weights"),
         ({"quantization_config": {"quant_method": "gptq"}}, ExitCode.BAD_CONFIGURATION, "already quantized"),
         ({"model_type": "not-there"}, ExitCode.BAD_CONFIGURATION, "not-there"),
         ({"model_type": None}, ExitCode.BAD_CONFIGURATION, "model_type"),
@@ -129,8 +130,9 @@ def test_a_configuration_that_must_not_or_cannot_be_used_is_refused(
 
 def test_a_folder_without_a_model_and_one_with_a_broken_configuration_are_told_apart(tmp_path: Path) -> None:
     assert refusal(tmp_path).exit_code is ExitCode.MODEL_UNAVAILABLE
-    (tmp_path / "config.json").write_text("{")
-    assert refusal(tmp_path).exit_code is ExitCode.BAD_CONFIGURATION
+    for broken in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(broken)
+        assert refusal(tmp_path).exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def _leaky(module: Any, query: Any, key: Any, value: Any, _mask: Any, **settings: Any) -> Any:

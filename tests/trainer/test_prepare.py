@@ -263,6 +263,16 @@ def test_links_that_lead_out_of_the_model_are_refused(
 
 
 @pytest.mark.usefixtures("rows")
+def test_an_adapter_in_the_models_folder_would_be_loaded_with_it_and_is_refused(
+    make_context: MakeContext, records: Recorded, own_model: Path
+) -> None:
+    (own_model / "adapter_config.json").write_text("{}")
+    code, message = refusal(make_context(model=own_model), records)
+    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert message.startswith("pvc://models/model has adapter_config.json: transformers would load that adapter")
+
+
+@pytest.mark.usefixtures("rows")
 def test_a_model_folder_that_leads_out_of_its_volume_is_refused(
     make_context: MakeContext, records: Recorded, own_model: Path, tmp_path: Path
 ) -> None:

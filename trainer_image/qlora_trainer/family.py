@@ -86,7 +86,7 @@ def _read_config(folder: Path) -> Any:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError as missing:
         raise model_unavailable(f"{path} does not exist: the folder holds no transformers model") from missing
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise bad_configuration(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise bad_configuration(f"{path} names no model_type: it is not the configuration of a transformers model")
@@ -95,6 +95,11 @@ def _read_config(folder: Path) -> Any:
             raise unsafe_artefact(f"{path} has auto_map: the model brings its own Python code, which is never run here")
         if "attn_implementation" in name and isinstance(value, str) and "/" in value:
             raise unsafe_artefact(f"{path} has {name} {value!r}: it would download and run a kernel")
+        if name == "transformers_weights":
+            raise unsafe_artefact(
+                f"{path} has transformers_weights: other weights than those that are checked and recorded would be "
+                "loaded; remove it, and name the weights' files as usual"
+            )
         if name == "quantization_config":
             raise bad_configuration(
                 f"{path} has quantization_config: the model is already quantized, which would silently win over "

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
 from qlora_trainer.disk import file_sha256, require_space
 from qlora_trainer.failures import bad_dataset, model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.files import ADAPTER_CONFIG_FILE
 from qlora_trainer.hub import Hub, HubFile, Listing
 from qlora_trainer.step import Mounts
 
@@ -167,6 +168,11 @@ class VolumeModel:
             raise unsafe_artefact(f"{self._uri} is a link that leads out of its volume: put the files themselves there")
         self.folder = folder
         self._names = frozenset(entry.name for entry in folder.iterdir())
+        if ADAPTER_CONFIG_FILE in self._names:
+            raise unsafe_artefact(
+                f"{self._uri} has {ADAPTER_CONFIG_FILE}: transformers would load that adapter into the base model "
+                "unasked; move the adapter's files out of the folder"
+            )
         self._settings = choose_settings(self._names, self._uri)
         for name in self._settings:
             require_regular(folder / name, folder, f"{self._uri}/{name}")
