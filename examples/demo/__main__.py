@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -96,7 +97,8 @@ def _model() -> Path:
     folder = layout.from_environment().cache / f"demo-model-{key}"
     if not folder.exists():
         unfinished = folder.with_suffix(".unfinished")
-        subprocess.run([sys.executable, maker, unfinished], check=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        subprocess.run([sys.executable, maker, unfinished], check=True, env={**os.environ, "TQDM_DISABLE": "1"})
         unfinished.rename(folder)
     return folder
 
@@ -176,7 +178,11 @@ def _fetch(kubectl: Kubectl, image: str, job: dict[str, object], output: Path) -
 def _evaluate(model: Path, output: Path) -> int:
     scores = output / "scores.json"
     evaluate = [sys.executable, HERE / "evaluate.py", "--model", model, "--adapter", output / "adapter"]
-    subprocess.run([*evaluate, "--held-out", HERE / "held-out.jsonl", "--json", scores], check=True)
+    subprocess.run(
+        [*evaluate, "--held-out", HERE / "held-out.jsonl", "--json", scores],
+        check=True,
+        env={**os.environ, "TQDM_DISABLE": "1"},
+    )
     measured = json.loads(scores.read_text())
     better = (
         measured["tuned"]["score"] > measured["base"]["score"] and measured["tuned"]["loss"] < measured["base"]["loss"]
