@@ -1,6 +1,7 @@
 """Each way in which a step can end, through the command line: the exit code, the record, and what is left."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -71,6 +72,12 @@ def test_11_a_row_that_is_cut_in_the_middle(files: Files) -> None:
     with (files.data / "train.jsonl").open("a") as file:
         file.write('{"messages": [{"role": "user", "cont')
     failed(files.run("prepare"), ExitCode.BAD_DATASET, "train.jsonl", "41")
+
+
+def test_11_a_file_whose_name_is_no_text_beside_the_data(files: Files) -> None:
+    Path(os.fsdecode(bytes(files.data) + b"/caf\xe9.jsonl")).touch()
+    done = files.with_spec({"dataset": {"source": "pvc://data/other.jsonl"}}).run("prepare")
+    failed(done, ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl")
 
 
 def test_12_a_folder_without_a_model(files: Files) -> None:
@@ -214,6 +221,16 @@ def test_200_a_hub_that_cannot_be_reached(files: Files) -> None:
         "prepare", HF_ENDPOINT=f"http://127.0.0.1:{closed}"
     )
     failed(done, ExitCode.UNREACHABLE, "acme/tiny")
+
+
+def test_200_a_password_in_the_hubs_address_is_not_told(files: Files) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
+        "prepare", HF_ENDPOINT=f"http://reader:s3cret@127.0.0.1:{closed}"
+    )
+    failed(done, ExitCode.UNREACHABLE, "[redacted]@127.0.0.1")
+    assert "s3cret" not in done.stdout
 
 
 def test_200_a_claim_that_is_not_there_yet(files: Files) -> None:

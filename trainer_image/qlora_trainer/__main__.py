@@ -132,6 +132,7 @@ def run(invocation: Invocation) -> NoReturn:
         completion = _perform(invocation, records, stop)
         ending = Ending(ExitCode.DONE, summary(completion, invocation.step))
     except BaseException as error:  # noqa: BLE001 - however a step ends, the operator is told
+        process.ignore_termination()
         ending = classify(error)
         if ending.unexpected:
             streams.errors.write(redact("".join(traceback.format_exception(error))))

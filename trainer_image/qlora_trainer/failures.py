@@ -1,7 +1,5 @@
 """Why a step stops: a failure with its exit code and the sentence for the user, or a request from outside."""
 
-import threading
-
 from qlora_api.contract import ExitCode
 
 
@@ -53,13 +51,14 @@ class StopRequest:
     """Set once, by a signal handler, and asked for between pieces of work. Importing it loads nothing heavy."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # No threading.Event: its lock would stop a handler for ever that interrupts itself.
+        self._requested = False
 
     def set(self) -> None:
         """Ask the step to save what it has and to stop. Safe in a signal handler; may be called again."""
-        self._event.set()
+        self._requested = True
 
     @property
     def requested(self) -> bool:
         """Whether somebody has asked."""
-        return self._event.is_set()
+        return self._requested

@@ -145,7 +145,9 @@ def result_record(
 
     What was known when the step ended is in it also when the step failed.
     """
-    message = _shortened(" ".join(redact(ending.message).split()), MAX_MESSAGE_LENGTH)
+    # A file's name may be no text, and half a character would make the record none.
+    text = ending.message.encode(errors="backslashreplace").decode()
+    message = _shortened(" ".join(redact(text).split()), MAX_MESSAGE_LENGTH)
     record = ResultRecord(
         job_uid=job_uid,
         pod_uid=pod_uid,

@@ -22,8 +22,8 @@ from qlora_api.contract import (
 from qlora_api.schema import ObservedModel
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus
 
-# Tokens of model hubs and bearer headers: never in a record, whatever an error message of a library quotes.
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer|authorization:?)\s+\S+")
+# Tokens of model hubs, bearer headers and passwords in addresses: never in a record, whatever a library quotes.
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer|authorization:?)\s+\S+|(?<=://)[^/\s@]+(?=@)")
 
 
 def redact(text: str) -> str:
@@ -80,16 +80,16 @@ class RecordWriter:
         self._write(record)
 
     def result(self, record: ResultRecord, termination_log: Path | None) -> None:
-        """Write the last record, also to the termination log where there is one."""
-        line = self._write(record)
-        if termination_log is not None:
-            termination_log.write_text(line)
+        """Write the last record, also to the termination log where there is one. Either is tried if the other fails."""
+        try:
+            if termination_log is not None:
+                termination_log.write_text(encode_record(record))
+        finally:
+            self._write(record)
 
-    def _write(self, record: Record) -> str:
-        line = encode_record(record)
-        self._stream.write(line + "\n")
+    def _write(self, record: Record) -> None:
+        self._stream.write(encode_record(record) + "\n")
         self._stream.flush()
-        return line
 
 
 class PrepareRecord(ObservedModel):
