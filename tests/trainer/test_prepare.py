@@ -111,6 +111,21 @@ def test_a_changed_job_is_prepared_again(make_context: MakeContext, records: Rec
     assert second.data_path != first.data_path
 
 
+def test_changed_data_are_prepared_again(
+    make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "eval.jsonl", rows[:2])
+    context = make_context({"dataset": {"eval": {"source": "pvc://data/eval.jsonl"}}})
+    first = prepare(context, records)
+    write_rows(tmp_path / "data" / "train.jsonl", rows[:10])
+    second = prepare(context, records)
+    assert (second.dataset.used_rows, second.dataset.eval_rows) == (10, 2)
+    write_rows(tmp_path / "data" / "eval.jsonl", rows[:3])
+    third = prepare(context, records)
+    assert third.dataset.eval_rows == 3
+    assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
+
+
 @pytest.mark.usefixtures("rows")
 def test_what_the_data_do_not_depend_on_changes_the_estimate_only(make_context: MakeContext, records: Recorded) -> None:
     first = prepare(make_context(), records)

@@ -45,6 +45,7 @@ from qlora_trainer.sources import (
     ModelSource,
     VolumeModel,
     find_data,
+    local_file,
     refuse_code,
 )
 from qlora_trainer.step import StepContext
@@ -221,13 +222,16 @@ def _write_sequences(folder: Path, dataset: Dataset, capacity: int, *, packed: b
 
 def _resolved(revision: str, folder: Path, dataset: Dataset) -> dict[str, Any]:
     """What the addresses of the job turned out to be; with the spec it determines the prepared data."""
-    tokenizer = [name for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()]
     return {
         "model": revision,
-        "tokenizer": {name: file_sha256(folder / name) for name in tokenizer},
+        "tokenizer": _tokenizer_digests(folder),
         "data": dataset.training.sha256,
         "evalData": dataset.evaluation_sha256,
     }
+
+
+def _tokenizer_digests(folder: Path) -> dict[str, str]:
+    return {name: file_sha256(folder / name) for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()}
 
 
 def _fingerprint(resolved: Any, spec: QLoRAJobSpec) -> str:
@@ -278,11 +282,25 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
         resolved = json.loads((root / record.data_path / MANIFEST).read_bytes())["resolved"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    config = root / record.model_path / CONFIG
+    model = root / record.model_path
+    config = model / CONFIG
     if _fingerprint(resolved, context.spec) != record.fingerprint or not config.is_file():
+        return None
+    if _tokenizer_digests(model) != resolved["tokenizer"] or not _same_data(resolved, context):
         return None
     memory = _check_memory(read_shape(config), record.target_modules, context.spec, records)
     return record.model_copy(update={"memory": memory})
+
+
+def _same_data(resolved: dict[str, Any], context: StepContext) -> bool:
+    """Whether data files outside the hub are as they were prepared; one that is gone is needed no more."""
+    dataset = context.spec.dataset
+    own_evaluation = dataset.eval.source if dataset.eval is not None else None
+    for uri, digest in ((dataset.source, resolved["data"]), (own_evaluation, resolved["evalData"])):
+        path = None if uri is None else local_file(uri, context.mounts)
+        if path is not None and file_sha256(path) != digest:
+            return False
+    return True
 
 
 def _stored(path: Path, workspace: WorkspaceLayout) -> str:

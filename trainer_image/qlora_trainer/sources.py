@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
 from qlora_trainer.disk import file_sha256, require_space
-from qlora_trainer.failures import bad_dataset, model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.failures import StepFailure, bad_dataset, model_unavailable, unreachable, unsafe_artefact
 from qlora_trainer.files import ADAPTER_CONFIG_FILE
 from qlora_trainer.hub import Hub, HubFile, Listing
 from qlora_trainer.step import Mounts
@@ -274,6 +274,18 @@ def find_data(
     if not file.path.name.endswith(DATA_SUFFIXES):
         raise bad_dataset(f"{file.name} does not end in {', '.join(DATA_SUFFIXES)}: rename or convert it")
     return file
+
+
+def local_file(uri: str, mounts: Mounts) -> Path | None:
+    """The file on a volume or in a ConfigMap that an address names; None for the hub, and if it is not there (now)."""
+    source = parse_source(uri)
+    if isinstance(source, HubSource):
+        return None
+    try:
+        path = mounts.config_map(source) if isinstance(source, ConfigMapSource) else mounts.volume(source)
+    except StepFailure:
+        return None
+    return path if path.is_file() else None
 
 
 def _require_data_file(file: DataFile, volume: Path) -> None:
