@@ -170,6 +170,11 @@ def test_without_a_template_prompt_and_completion_are_one_text_with_an_end(learn
     assert (text, targets) == ("Which pods? All.<|im_end|>", ["All.<|im_end|>"])
 
 
+def test_the_first_token_of_an_answer_is_learnt_also_where_the_prompts_blank_belongs_to_it(learnt: Learnt) -> None:
+    [(text, targets)] = learnt([{"prompt": "kubectl get ", "completion": "pods"}], None)
+    assert (text, targets) == ("kubectl get pods<|im_end|>", [" pods<|im_end|>"])
+
+
 def test_without_a_template_an_instruction_is_paragraphs(learnt: Learnt) -> None:
     [(text, targets)] = learnt([{"instruction": "Scale it.", "input": "the shop", "output": "Done."}], None)
     assert (text, targets) == ("Scale it.\n\nthe shop\n\nDone.<|im_end|>", ["Done.<|im_end|>"])

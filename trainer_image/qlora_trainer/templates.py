@@ -1,7 +1,8 @@
 """Turns examples into tokens and says which of them are targets; changes with templates and tokenizers.
 
 An example is rendered as one text in which the spans to learn are known by their offsets. The text is tokenized as a
-whole, and a token is a target if it begins inside such a span. No token is judged by its id: the padding id is often
+whole, and a token is a target if any of its characters lies inside such a span: the first token of an answer may begin
+with the blank that ends the prompt. No token is judged by its id: the padding id is often
 that of the end of text.
 """
 
@@ -49,7 +50,7 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
             raise bad_configuration(f"the model's tokenizer cannot be loaded: {_first_line(error)}") from error
         if not self._tokenizer.is_fast:
             raise bad_configuration(
@@ -125,7 +126,7 @@ class Tokenizer:
         )
         for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             learnt = rendered.learnt if train_on == "completion" else ((0, len(rendered.text)),)
-            is_target = [any(start <= first < end for start, end in learnt) for first, _ in offsets]
+            is_target = [any(first < end and start < past for start, end in learnt) for first, past in offsets]
             if not rendered.ends_itself:
                 ids = [*self._begin, *ids, self._tokenizer.eos_token_id]
                 is_target = [False] * len(self._begin) + [*is_target, True]
