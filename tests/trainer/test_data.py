@@ -166,17 +166,20 @@ def test_bad_parquet_is_refused_with_its_place(make_context: MakeContext, record
     spec = {"dataset": {"source": "pvc://data/train.parquet"}}
 
     path.write_bytes(b"")
-    assert "train.parquet is not a whole Parquet file (at its start or end" in refusal(make_context, records, spec)
+    assert "train.parquet cannot be read as Parquet (at its start or end" in refusal(make_context, records, spec)
 
     pq.write_table(pa.table({"text": ["some text"] * 300}), path)
     path.write_bytes(path.read_bytes()[:-20])
-    assert "is not a whole Parquet file" in refusal(make_context, records, spec)
+    assert "cannot be read as Parquet" in refusal(make_context, records, spec)
 
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     assert "train.parquet has no rows" in refusal(make_context, records, spec)
 
     pq.write_table(pa.table({"text": ["a", "b", None]}), path)
     assert "train.parquet row 3: 'text' is null: must be text" in refusal(make_context, records, spec)
+
+    pq.write_table(pa.table({"text": ["a"], "time": pa.array([1], pa.timestamp("ns"))}), path)
+    assert "cannot be read as Parquet (at its start or end: Nanosecond" in refusal(make_context, records, spec)
 
     pq.write_table(pa.table({"text": [1.0, float("nan")]}), path)
     assert "train.parquet row 1: 'text' is a number: must be text" in refusal(make_context, records, spec)

@@ -147,10 +147,11 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{file.name} row {number}", values)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
         where = f"after row {number}" if number else "at its start or end"
         raise bad_dataset(
-            f"{file.name} is not a whole Parquet file ({where}: {str(error).splitlines()[0][:200]}): write it again"
+            f"{file.name} cannot be read as Parquet ({where}: {str(error).splitlines()[0][:200]}): write it again, "
+            "without columns that the data set does not need"
         ) from error
 
 
