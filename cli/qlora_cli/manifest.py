@@ -27,13 +27,27 @@ class ManifestError(Exception):
     """The manifest is refused; one line of the message for each problem, each with file, line and field."""
 
 
+class _NotJsonError(Exception):
+    """YAML has a value at `location` that JSON has not."""
+
+    def __init__(self, value: Any, location: Location) -> None:
+        tag = getattr(value, "tag", None)
+        found = f"the tag {tag.value}" if tag is not None and tag.value else f"a {type(value).__name__}"
+        super().__init__(f"found {found}; allowed is what JSON has: objects, lists, text, numbers, true, false, null")
+        self.location = location
+
+
 def load_manifest(path: Path) -> QLoRAJobDocument:
     """The QLoRAJob in a YAML 1.2 or JSON file, with the schema's defaults. Raises ManifestError.
 
     Values have the types that kubectl sends: `2e-4` is a number and `"64"` is not.
     """
     document = _parse(path)
-    plain = {key: value for key, value in _plain(document).items() if key not in _OBSERVED}
+    try:
+        plain = {key: value for key, value in _plain(document, ()).items() if key not in _OBSERVED}
+    except _NotJsonError as error:
+        field = ".".join(map(str, error.location))
+        raise ManifestError(f"{path}:{_line(document, error.location)}: {field}: {error}") from error
     try:
         return QLoRAJobDocument.model_validate_json(json.dumps(plain), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
@@ -65,23 +79,25 @@ def _parse(path: Path) -> CommentedMap:
             f"{path}:{line}: a second document begins here, but the file must hold one QLoRAJob: put each in its own"
         )
     if not isinstance(documents[0], CommentedMap):
-        raise ManifestError(f"{path}:1: found a {type(_plain(documents[0])).__name__}, must be a QLoRAJob object")
+        raise ManifestError(f"{path}:1: found a {type(documents[0]).__name__}, must be a QLoRAJob object")
     return documents[0]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, location: Location) -> Any:
     """The value in plain JSON types. YAML's dates become text, as kubectl sends them."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner, (*location, key)) for key, inner in value.items()}
     if isinstance(value, str):
         return str(value)
     if isinstance(value, Sequence):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner, (*location, index)) for index, inner in enumerate(value)]
     if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, bool) or value is None:
         return value
-    return float(value) if isinstance(value, float) else int(value)
+    if isinstance(value, (int, float)):
+        return float(value) if isinstance(value, float) else int(value)
+    raise _NotJsonError(value, location)
 
 
 def _describe(path: Path, document: CommentedMap, problem: ErrorDetails) -> str:

@@ -73,13 +73,15 @@ def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
     offline = "or give the model's config.json with --config FILE"
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
     except ImportError as missing:
         raise bad_configuration(
             f"the hub's client is not installed: install qlora-operator[cli,trainer], {offline}"
         ) from missing
     try:
         return Path(hf_hub_download(source.repository, "config.json", revision=model.revision))
+    except HFValidationError as error:
+        raise bad_configuration(f"spec.model.source is {model.source}: {error}") from error
     except HfHubHTTPError as error:
         raise model_unavailable(
             f"{model.source} cannot be read: {str(error).splitlines()[0]} Check the name, log in with `hf auth login`, "

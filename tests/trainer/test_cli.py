@@ -65,6 +65,7 @@ LLAMA_8B = {
         ("name: tiny", "name: Tiny", '4: metadata.name: found "Tiny", string should match'),
         ("maxSteps: 3", "maxSteps: 3\n    maxSteps: 4", '14: found duplicate key "maxSteps"'),
         ("maxSteps: 3", "maxSteps: [3", "14: "),
+        ("rank: 8", "rank: !small 8", "11: spec.lora.rank: found the tag !small; allowed is what JSON has"),
         ("    learningRate: 2e-4\n", "---\nkind: Secret\n", "15: a second document begins here"),
     ],
 )
@@ -138,6 +139,14 @@ def test_a_plan_of_a_model_that_the_hub_does_not_give_names_the_way_out(tmp_path
     done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
     assert done.returncode == 200
     assert "--config FILE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_of_a_name_that_no_repository_can_have_says_so(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST.replace("pvc://models/model", "hf://acme/tiny--model"))
+    done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert done.returncode == 10
+    assert "spec.model.source is hf://acme/tiny--model: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
