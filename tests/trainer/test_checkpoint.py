@@ -40,7 +40,7 @@ def newest_step(folder: Path) -> int | None:
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """Run `action` in a forked process; its wait status."""
+    """Run `action` in a forked process, where PyTorch has no threads to compute anything large; its wait status."""
     child = os.fork()
     if child == 0:
         try:
@@ -115,11 +115,12 @@ def test_a_checkpoint_killed_at_any_moment_leaves_the_newest_usable(tmp_path: Pa
 
 def test_a_file_that_cannot_grow_leaves_the_earlier_checkpoints_and_no_debris(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
+    large = tensors_of(3, 100_000)
 
     def save_beyond_the_limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        save(tmp_path, 3, size=100_000)
+        save_checkpoint(tmp_path, 3, large, {})
 
     assert os.waitstatus_to_exitcode(in_child(save_beyond_the_limit)) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
