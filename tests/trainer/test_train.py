@@ -1,6 +1,7 @@
 """The train step from the outside: what it leaves, that it goes on exactly where it stopped, and when it refuses."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
+from qlora_trainer import checkpoint
 from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.records import TrainRecord, read_completion
 from qlora_trainer.step import StepContext
@@ -145,6 +147,20 @@ def test_a_broken_newest_checkpoint_costs_its_steps_only(workspace: Prepare) -> 
 
     assert adapter_bytes(broken) == adapter_bytes(undisturbed)
     assert (broken.workspace.checkpoints / "step-5.corrupt").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_kept(workspace: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = workspace()
+    interrupted_at(context, 1)
+
+    def stale(_path: Path) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(checkpoint, "file_sha256", stale)
+    with pytest.raises(OSError, match="Stale"):
+        run(context)
+
+    assert [path.name for path in context.workspace.checkpoints.iterdir()] == ["step-1"]
 
 
 def test_a_stop_before_the_first_step_loses_nothing(workspace: Prepare) -> None:

@@ -4,6 +4,7 @@
 beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code.
 """
 
+import errno
 import json
 import logging
 import re
@@ -24,6 +25,9 @@ KEPT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CORRUPT = ".corrupt"
+
+# What a damaged checkpoint answers. Anything else, as a network volume that is away, may pass.
+_DAMAGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO})
 
 _NAME = re.compile(r"step-(\d+)")
 _log = logging.getLogger(__name__)
@@ -78,7 +82,10 @@ def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Map
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`. Raises ValueError, saying what is wrong, unless every file is as it was written."""
+    """The checkpoint at `path`. Raises ValueError, saying what is wrong, unless every file is as it was written.
+
+    Raises OSError if it cannot be told now.
+    """
     try:
         sums = json.loads((path / MANIFEST).read_bytes())["sha256"]
         for name, expected in sums.items():
@@ -90,6 +97,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
         return Checkpoint(path, int(state["step"]), state)
     except (OSError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno not in _DAMAGED:
+            raise
         raise ValueError(f"{path} is incomplete: {error!r}") from error
 
 
