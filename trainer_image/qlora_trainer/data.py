@@ -77,10 +77,11 @@ def _json_object(line: str, place: str) -> dict[str, object]:
         raise bad_dataset(f"{place}: {found} is not a JSON value: only finite numbers are allowed")
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-            raise bad_dataset(f"{place}: field {twice!r} appears twice: keep one")
+        fields: dict[str, object] = {}
+        for key, value in pairs:
+            if key in fields:
+                raise bad_dataset(f"{place}: field {key!r} appears twice: keep one")
+            fields[key] = value
         return fields
 
     try:
