@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,12 +181,19 @@ def _run_step(
     drain.start()
     result: ResultRecord | None = None
     with stop.of(process):
-        for line in process.stdout:
-            record = decode_record(line.rstrip("\n"), job_uid=_job_uid(run.document), pod_uid=pod_uid)
-            if isinstance(record, ProgressRecord):
-                display.progress(record)
-            elif record is not None:
-                result = record
+        try:
+            for line in process.stdout:
+                record = decode_record(line.rstrip("\n"), job_uid=_job_uid(run.document), pod_uid=pod_uid)
+                if isinstance(record, ProgressRecord):
+                    display.progress(record)
+                elif record is not None:
+                    result = record
+        except BaseException:
+            # The display is gone, as at the end of a pipe. Read on: the step could not save into a closed pipe.
+            process.terminate()
+            deque(process.stdout, maxlen=0)
+            process.wait()
+            raise
         exit_code = process.wait()
     drain.join()
     sys.stderr.writelines(errors)

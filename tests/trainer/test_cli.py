@@ -202,6 +202,18 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_goes_on_with_the_same_command(tmp
     assert re.search(r"Held-out loss +\d\.\d{4} before, \d\.\d{4} after", done.stdout)
 
 
+def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_llama: Path) -> None:
+    files = new_files(tmp_path / "job", tiny_llama.parent)
+    command = arguments(files, manifest(files, {**SPEC, "training": {**SPEC["training"], "maxSteps": 100_000}}))
+    with subprocess.Popen([sys.executable, "-m", "qlora_cli", *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("train: training" in line for line in process.stdout)
+        process.stdout.close()
+    assert process.returncode != 0
+    [attempt] = (files.workspace / "records" / "attempts.jsonl").read_text().splitlines()
+    assert json.loads(attempt)["ended"] == "interrupted"
+
+
 def read_until(terminal: int, pattern: str) -> str:
     """What the terminal shows until the pattern appears."""
     shown = ""
