@@ -13,18 +13,18 @@ import json
 import logging
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from peft import PeftModel
 from score import Score, is_right, score
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
 
 MAX_NEW_TOKENS = 40  # the longest command of the data set has 28
 BATCH_SIZE = 48
@@ -67,8 +67,12 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
     return questions
 
 
-def load(model_folder: Path, adapter: Path) -> tuple[PeftModel, Any]:
+def load(model_folder: Path, adapter: Path) -> tuple[Any, Any]:
     """The base in 4-bit NormalFloat with the adapter on it, and the tokenizer (padding on the left)."""
+    # Here and not above, because bitsandbytes writes to the log as it is imported.
+    import bitsandbytes as bnb
+    from peft import PeftModel
+
     base = AutoModelForCausalLM.from_pretrained(
         model_folder,
         dtype=torch.bfloat16,
@@ -87,7 +91,7 @@ def load(model_folder: Path, adapter: Path) -> tuple[PeftModel, Any]:
     return PeftModel.from_pretrained(base, adapter).eval(), tokenizer
 
 
-def measure(model: PeftModel, tokenizer: Any, questions: Sequence[Question]) -> Outcome:
+def measure(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Outcome:
     """Ask every question and compute the loss of every right command."""
     answers: list[str] = []
     total_loss, total_tokens = 0.0, 0
@@ -106,7 +110,7 @@ def render(tokenizer: Any, questions: Sequence[Question]) -> list[str]:
     ]
 
 
-def generate(model: PeftModel, tokenizer: Any, questions: Sequence[Question]) -> list[str]:
+def generate(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[str]:
     """Greedy answers, one for each question."""
     prompts = render(tokenizer, questions)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
@@ -115,7 +119,7 @@ def generate(model: PeftModel, tokenizer: Any, questions: Sequence[Question]) ->
     return [answer.strip() for answer in answers]
 
 
-def completion_loss(model: PeftModel, tokenizer: Any, questions: Sequence[Question]) -> tuple[float, int]:
+def completion_loss(model: Any, tokenizer: Any, questions: Sequence[Question]) -> tuple[float, int]:
     """Summed cross-entropy (nats) of the right commands with their end token, and the number of those tokens."""
     prompts = render(tokenizer, questions)
     completions = [q.expected + tokenizer.eos_token for q in questions]
@@ -192,10 +196,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def quiet() -> None:
+    """Keep libraries' notices and progress bars out of the table's way; errors still show."""
+    for library in ("transformers", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bar()
+
+
 def main() -> int:
     """Measure and print; returns the exit code."""
     options = parse_arguments()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet()
     try:
         questions = read_questions(options.held_out, options.limit)
     except (OSError, ValueError) as error:

@@ -140,6 +140,7 @@ def test_a_flag_without_a_value_does_not_swallow_the_next_word() -> None:
 def test_flags_after_the_double_dash_belong_to_the_command_in_the_pod() -> None:
     assert is_right("kubectl exec -n shop web-0 -- ls -n", "kubectl exec web-0 -n shop -- ls -n")
     assert not is_right("kubectl exec web-0 -- ls -n shop", "kubectl exec web-0 -n shop -- ls")
+    assert not is_right("kubectl exec web-0 -n shop -- env", "kubectl exec web-0 -n shop -- ls")
 
 
 def test_partial_credit_is_the_share_of_common_parts() -> None:
