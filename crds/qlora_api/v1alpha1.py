@@ -295,7 +295,8 @@ class RetrySpec(ApiModel):
     )
 
 
-_MUTABLE = frozenset({"suspend", "active_deadline_seconds", "cleanup_after_seconds"})
+MUTABLE_FIELDS = frozenset({"suspend", "active_deadline_seconds", "cleanup_after_seconds"})
+"""What may change once a job exists: nothing that decides the adapter."""
 _REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
 _RETAIN_MESSAGE = (
     "workspace.retain: false would delete the adapter together with the job: "
@@ -307,7 +308,7 @@ def _spec_rules(schema: dict[str, Any]) -> None:
     schema.update(
         rules(
             rule("self.workspace.retain || has(self.output.destination)", _RETAIN_MESSAGE),
-            *immutable(QLoRAJobSpec, except_for=_MUTABLE, remedy=_REMEDY),
+            *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS, remedy=_REMEDY),
         )
     )
 

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", choices=["embedded", "current"], default="embedded")
     parser.add_argument("--operator-image", help="with --cluster current: an image that the cluster can pull")
     parser.add_argument("--trainer-image", help="with --cluster current: an image that the cluster can pull")
+    parser.add_argument("--gpu", action="store_true", help="with --cluster current: train on one of its nvidia.com/gpu")
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder for the adapter and the report"
     )

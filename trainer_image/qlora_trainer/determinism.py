@@ -18,7 +18,8 @@ from qlora_trainer.step import Device
 
 Fingerprint = dict[str, Any]
 
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+# numpy draws the order of the data.
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # How often to save decides nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps",)

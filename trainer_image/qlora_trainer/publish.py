@@ -12,6 +12,7 @@ from typing import TypeVar
 from qlora_api.contract import ProgressRecord
 from qlora_api.sources import VolumeSource, parse_source
 from qlora_api.status import AdapterStatus, StepName
+from qlora_api.v1alpha1 import MUTABLE_FIELDS
 from qlora_trainer.card import model_card, quantization_label
 from qlora_trainer.destination import (
     Manifest,
@@ -43,7 +44,6 @@ from qlora_trainer.verify import (
 
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 # They may change while the job runs, and change nothing about the adapter.
-_MUTABLE_FIELDS = {"suspend", "active_deadline_seconds", "cleanup_after_seconds"}
 
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
 
@@ -124,10 +124,8 @@ def _destination(context: StepContext) -> Destination:
         root = context.workspace.root
         return Destination(confined(context.workspace.adapter, root), f"{context.workspace_uri}/adapter")
     source = parse_source(address)
-    if not isinstance(source, VolumeSource) or not source.path:
-        raise bad_configuration(
-            f"spec.output.destination is {address}: must name a folder of its own on a claim, as pvc://CLAIM/PATH"
-        )
+    if not isinstance(source, VolumeSource):
+        raise TypeError(f"the schema admits nothing but pvc:// as a destination, not {address}")
     root = context.mounts.volume(VolumeSource(source.claim))
     return Destination(confined(root / source.path, root), str(source))
 
@@ -169,7 +167,7 @@ def _verified(context: StepContext, prepared: PrepareRecord, trained: TrainRecor
 def _manifest(
     context: StepContext, prepared: PrepareRecord, trained: TrainRecord, contents: dict[str, Path | bytes]
 ) -> Manifest:
-    spec = context.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_MUTABLE_FIELDS)
+    spec = context.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=set(MUTABLE_FIELDS))
     return Manifest(
         job_uid=context.job_uid,
         job_name=context.document.metadata.name,
