@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from devcluster import cleanup, cluster, images, packages, toolchain
+from devcluster import cleanup, cluster, images, packages, product, toolchain
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout, from_environment
 
