@@ -59,6 +59,9 @@ def _run_image_command(options: argparse.Namespace, layout: Layout) -> int:
                     print(images.load(layout, cluster.ports_of(layout), image))
         case "base-image":
             print(images.base_image(layout))
+        case "images":
+            built = product.build_images(layout)
+            print(built.operator, built.trainer, sep="\n")
         case "image":
             arguments = dict(pair.split("=", 1) for pair in options.build_arg)
             images.build(layout, options.tag, options.file, options.context, arguments)
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("audit-log", help="print the path of the API server's audit log (one JSON line per request)")
     load = commands.add_parser("load", help="make images of buildah's storage startable by pods")
     load.add_argument("images", nargs="+", metavar="IMAGE")
+    commands.add_parser("images", help="build the operator's and the trainer's image and print their names")
     commands.add_parser("base-image", help="make the Debian base image and print its name")
     image = commands.add_parser("image", help="build an image from a Dockerfile with this machine's pip configuration")
     image.add_argument("tag", metavar="TAG")
