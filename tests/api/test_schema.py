@@ -189,7 +189,9 @@ def test_a_change_of_a_created_job_is_refused_with_what_to_do(plane: ControlPlan
     ids=["suspend", "deadline", "deadline removed", "cleanup", "labels"],
 )
 def test_what_may_change_may_change(plane: ControlPlane, manifest: Manifest) -> None:
-    apply(plane, manifest)
+    changed = apply(plane, manifest)
+    for field in ("suspend", "activeDeadlineSeconds", "cleanupAfterSeconds"):
+        assert changed["spec"].get(field) == manifest["spec"].get(field)
 
 
 @pytest.mark.usefixtures("created")
