@@ -18,8 +18,9 @@ from tests.waiting import eventually
 Object = dict[str, Any]
 
 ENDED = ("Succeeded", "Failed")
-# A job whose training takes some seconds, and one that leaves time to interrupt it.
-SHORT, LONG = 30, 200
+# Steps of a training that takes some seconds, of one that leaves time to interrupt it, and of one that is watched:
+# the operator shows its progress every ten seconds.
+SHORT, LONG, WATCHED = 30, 200, 800
 INPUTS = "inputs"
 
 
