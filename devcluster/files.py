@@ -1,10 +1,11 @@
-"""Copies files to and from a PersistentVolumeClaim, through a pod, as any user of a cluster can."""
+"""Claims and the files on them, copied to and from them through a pod, as any user of a cluster can."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from devcluster.kubectl import Kubectl
 
@@ -67,3 +68,13 @@ def file_pod(kubectl: Kubectl, namespace: str, claim: str, image: str) -> Iterat
         yield FilePod(kubectl, namespace, name)
     finally:
         kubectl("delete", "pod", name, f"--namespace={namespace}", "--ignore-not-found")
+
+
+def claim(name: str, namespace: str, size: str = "1Gi") -> dict[str, Any]:
+    """A PersistentVolumeClaim of the cluster's default storage class."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": size}}},
+    }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from devcluster import cluster, images, packages, toolchain
+from devcluster.kubectl import Kubectl
 from devcluster.layout import Layout
 from devcluster.processes import run
 
@@ -32,7 +33,6 @@ SMALL_MACHINE: dict[str, Any] = {
             "device": "cpu",
             "workspace": {"size": "2Gi"},
             "resources": {"prepare": _SMALL, "train": {"cpu": "1500m", "memory": "6Gi"}, "publish": _SMALL},
-            "terminationGracePeriodSeconds": 120,
         }
     }
 }
@@ -82,7 +82,8 @@ def load_images(layout: Layout, product: Images) -> None:
 def install(layout: Layout, kubeconfig: Path, product: Images, values: Mapping[str, Any] = SMALL_MACHINE) -> None:
     """Install or upgrade the chart and wait until the operator is ready. Raises ClusterError with Helm's words."""
     helm = toolchain.build(layout, ["helm"])["helm"]
-    _restricted_namespace(layout, kubeconfig, NAMESPACE)
+    kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
+    kubectl("apply", "--filename=-", input_text=json.dumps(restricted_namespace(NAMESPACE)))
     arguments = ["upgrade", RELEASE, str(CHART), "--install", "--namespace", NAMESPACE, "--values", "-"]
     chosen = _merge(_image_values(product), values)
     run(
@@ -90,12 +91,6 @@ def install(layout: Layout, kubeconfig: Path, product: Images, values: Mapping[s
         input_text=json.dumps(chosen),
         seconds=360,
     )
-
-
-def uninstall(layout: Layout, kubeconfig: Path) -> None:
-    """Remove the release; the CustomResourceDefinition and the jobs stay, as the chart promises."""
-    helm = toolchain.build(layout, ["helm"])["helm"]
-    run([helm, "--kubeconfig", kubeconfig, "uninstall", RELEASE, "--namespace", NAMESPACE, "--wait"], seconds=300)
 
 
 def _image_values(product: Images) -> dict[str, Any]:
@@ -115,14 +110,10 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _restricted_namespace(layout: Layout, kubeconfig: Path, name: str) -> None:
-    kubectl = toolchain.build(layout, ["kubectl"])["kubectl"]
-    namespace = {
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
-    }
-    run([kubectl, "--kubeconfig", kubeconfig, "apply", "--filename=-"], input_text=json.dumps(namespace))
+def restricted_namespace(name: str) -> dict[str, Any]:
+    """A Namespace that admits pods of the `restricted` Pod Security level only."""
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 
 def _files(path: Path) -> Iterable[Path]:

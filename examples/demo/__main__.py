@@ -13,7 +13,7 @@ from pathlib import Path
 
 from devcluster import cluster, layout, product, toolchain
 from devcluster.errors import ClusterError
-from devcluster.files import file_pod
+from devcluster.files import claim, file_pod
 from devcluster.kubectl import Kubectl
 from devcluster.product import Images
 
@@ -105,18 +105,7 @@ def _model() -> Path:
 
 
 def _inputs(kubectl: Kubectl, image: str, model: Path) -> None:
-    namespace = {
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
-    }
-    claim = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": INPUTS, "namespace": NAMESPACE},
-        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
-    }
-    for manifest in (namespace, claim):
+    for manifest in (product.restricted_namespace(NAMESPACE), claim(INPUTS, NAMESPACE)):
         kubectl("apply", "--filename=-", input_text=json.dumps(manifest))
     with file_pod(kubectl, NAMESPACE, INPUTS, image) as pod:
         pod.put(model, "model")

@@ -8,7 +8,8 @@ import pytest
 from transformers import LlamaConfig
 
 from devcluster import cleanup, cluster, layout, product
-from tests.cluster.environment import INPUTS, Cluster, Tenant, claim, new_namespace
+from devcluster.files import claim
+from tests.cluster.environment import INPUTS, Cluster, Tenant, new_namespace
 from tests.trainer.tiny import SHAPE, save_model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from devcluster.files import FilePod, file_pod
 from devcluster.kubectl import Kubectl
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
-from devcluster.product import Images
+from devcluster.product import Images, restricted_namespace
 from tests.manifests import Manifest
 from tests.waiting import eventually
 
@@ -168,17 +168,5 @@ def tiny_job(name: str, *, steps: int = SHORT, **spec: object) -> Manifest:
 def new_namespace(cluster: Cluster) -> str:
     """A fresh namespace that admits restricted pods only."""
     name = f"tenant-{uuid.uuid4().hex[:8]}"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
-    cluster.kubectl("apply", "--filename=-", input_text=json.dumps(namespace))
+    cluster.kubectl("apply", "--filename=-", input_text=json.dumps(restricted_namespace(name)))
     return name
-
-
-def claim(name: str, namespace: str, size: str = "1Gi") -> Manifest:
-    """A PersistentVolumeClaim of the default storage class."""
-    return {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": name, "namespace": namespace},
-        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": size}}},
-    }
