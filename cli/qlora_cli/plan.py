@@ -6,10 +6,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from qlora_api.artefacts import BaseModelSpec
 from qlora_api.contract import ExitCode
 from qlora_api.memory import GIB, Advice, ModelShape, TrainingShape, advice, budget, estimate, verdict
 from qlora_api.sources import HubSource, VolumeSource, parse_source
-from qlora_api.v1alpha1 import BaseModelSpec, QLoRAJobSpec
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.failures import bad_configuration, model_unavailable, unreachable
 from qlora_trainer.memory_check import read_shape, training_shape
 from qlora_trainer.step import Mounts

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import LoraSpec
+from qlora_api.training import LoraSpec
 from qlora_trainer.failures import StepFailure
 from qlora_trainer.family import inspect_family
 from tests.trainer.tiny import SHAPE

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
+from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.batches import Batch
 from qlora_trainer.failures import StepFailure
 from qlora_trainer.family import inspect_family

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, decode_record
-from qlora_api.v1alpha1 import LoraSpec
+from qlora_api.training import LoraSpec
 from qlora_trainer import dataset
 from qlora_trainer import prepare as step
 from qlora_trainer.failures import StepFailure

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import TrainingSpec
+from qlora_api.training import TrainingSpec
 from qlora_trainer.attempts import Attempt, read_attempts, refuse_if_spent, write_attempts
 from qlora_trainer.batches import Plan
 from qlora_trainer.determinism import available_cpus

@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from qlora_api.v1alpha1 import TrainingSpec
+from qlora_api.training import TrainingSpec
 from qlora_trainer.attention import Rows
 from qlora_trainer.prepared import IGNORED_LABEL, PreparedDataset, Sequence
 

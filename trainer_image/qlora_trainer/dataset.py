@@ -6,8 +6,9 @@ from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 
+from qlora_api.dataset import DatasetSpec
 from qlora_api.status import DatasetStatus
-from qlora_api.v1alpha1 import DatasetSpec, TrainingSpec
+from qlora_api.training import TrainingSpec
 from qlora_trainer.data import Row, read_rows
 from qlora_trainer.disk import file_sha256
 from qlora_trainer.failures import bad_configuration, bad_dataset

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_api.v1alpha1 import LoraSpec
+from qlora_api.training import LoraSpec
 from qlora_trainer.attention import ATTENTION, Rows, register_attention
 from qlora_trainer.failures import bad_configuration, model_unavailable, unsafe_artefact
 from qlora_trainer.loss import LogitTransform

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from qlora_api.v1alpha1 import Columns
+from qlora_api.dataset import Columns
 from qlora_trainer.data import MAX_LINE_BYTES, Row, describe
 from qlora_trainer.failures import bad_dataset
 
 Role = Literal["system", "user", "assistant"]
-Format = Literal["chat", "instruction", "prompt-completion", "text"]
+Format = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text"]
 
 _PARAGRAPH = "\n\n"
 _ROLES = get_args(Role)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
+from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.attention import ATTENTION, register_attention
 from qlora_trainer.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.family import MIN_QUANTIZED_FRACTION

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import LoraSpec
+from qlora_api.training import LoraSpec
 from qlora_trainer.disk import file_sha256
 from qlora_trainer.failures import StepFailure, bad_configuration, unsafe_artefact
 

@@ -1,0 +1,78 @@
+"""The part of a QLoRAJob's spec that describes the training data."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from qlora_api.artefacts import Revision
+from qlora_api.schema import ApiModel, rule, rules
+from qlora_api.sources import DatasetAddress
+
+ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class Columns(ApiModel):
+    """Names of the data set's columns, where they differ from the usual ones."""
+
+    messages: ColumnName | None = Field(None, description="Format chat: the list of {role, content}.")
+    instruction: ColumnName | None = Field(None, description="Format instruction: what is asked.")
+    input: ColumnName | None = Field(None, description="Format instruction: optional further input.")
+    output: ColumnName | None = Field(None, description="Format instruction: the answer.")
+    prompt: ColumnName | None = Field(None, description="Format prompt-completion: the prompt.")
+    completion: ColumnName | None = Field(None, description="Format prompt-completion: the completion.")
+    conversations: ColumnName | None = Field(None, description="Format sharegpt: the list of {from, value}.")
+    system: ColumnName | None = Field(None, description="Formats sharegpt and instruction: optional system message.")
+    tools: ColumnName | None = Field(None, description="Format chat: optional list of tools (JSON schemas).")
+    text: ColumnName | None = Field(None, description="Format text: the text.")
+
+
+class EvalSpec(ApiModel):
+    """Rows that are held out for evaluation: either their own source or a fraction of the data set."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("has(self.source) != has(self.fraction)", "set exactly one of source and fraction"),
+        )
+    )
+
+    source: DatasetAddress | None = Field(None, description="Address of the evaluation rows, of the same format.")
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="Fraction of the rows that is held out, chosen by the seed."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.source is None) == (self.fraction is None):
+            raise ValueError("set exactly one of source and fraction")
+        return self
+
+
+class DatasetSpec(ApiModel):
+    """The training data: JSONL, CSV or Parquet, by file ending."""
+
+    source: DatasetAddress = Field(
+        description="Where the rows lie: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH or configMap://NAME/KEY; "
+        "a .jsonl, .csv or .parquet file."
+    )
+    revision: Revision | None = Field(None, description="Branch, tag or commit of an hf:// data set; main if not set.")
+    config: ColumnName | None = Field(
+        None, description="Configuration (subset) of an hf:// data set that has several; default if not set."
+    )
+    format: Literal["auto", "chat", "sharegpt", "instruction", "prompt-completion", "text"] = Field(
+        "auto", description="How a row is read. auto decides by the columns and reports what it found."
+    )
+    columns: Columns | None = Field(None, description="Names of the columns, where they differ from the usual ones.")
+    split: ColumnName | None = Field(None, description="Split of an hf:// data set that has several; train if not set.")
+    eval: EvalSpec | None = Field(None, description="Rows held out for evaluation; none if not set.")
+    max_samples: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="Use only the first so many rows; all if not set."
+    )
+    shuffle: bool = Field(
+        False, description="Shuffle the rows by training.seed before maxSamples cuts them, instead of the first ones."
+    )
+    sha256: str | None = Field(
+        None,
+        max_length=64,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 that the data file must have; not checked if not set.",
+    )

@@ -1,0 +1,153 @@
+"""The part of a QLoRAJob's spec that says what is trained, how, and on which hardware."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from qlora_api.profile import Quantity
+from qlora_api.schema import ApiModel, rule, rules
+
+BlockNumber = Annotated[int, Field(ge=0, le=1023)]
+ExtraToken = Annotated[str, Field(min_length=1, max_length=64)]
+ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+class QuantizationSpec(ApiModel):
+    """How the base model is held: 4 bits a weight (arXiv 2305.14314). Computation is always in bfloat16."""
+
+    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type: NormalFloat (nf4) or float (fp4).")
+    double_quant: bool = Field(
+        True, description="Quantize the quantization constants too: 4.127 instead of 4.5 bits a weight."
+    )
+
+
+class LoraSpec(ApiModel):
+    """The low-rank adapter that is trained."""
+
+    rank: int = Field(
+        64, ge=1, le=1024, description="Rank r of the adapter. A server must allow it (vLLM: --max-lora-rank)."
+    )
+    alpha: int = Field(
+        16, ge=1, le=8192, description="Scaling numerator: the adapter's output is multiplied by alpha / rank."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapter's input.")
+    target_modules: tuple[ModuleName, ...] = Field(
+        ("all-linear",),
+        min_length=1,
+        max_length=32,
+        description="Layers that get an adapter: all-linear (every linear layer of the decoder blocks), "
+        "or names such as q_proj.",
+    )
+    use_rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."
+    )
+    use_dora: bool = Field(
+        False,
+        description="Train magnitude and direction apart (arXiv 2402.09353). Slower; vLLM cannot serve the adapter.",
+    )
+    initialization: Literal["default", "loftq"] = Field(
+        "default",
+        description="How A and B begin: default (B is 0), or loftq, which makes up for the error of the quantization "
+        "(arXiv 2310.08659).",
+    )
+    layers_to_transform: Annotated[tuple[BlockNumber, ...], Field(min_length=1, max_length=256)] | None = Field(
+        None, description="Numbers of the decoder blocks that get an adapter, from 0; all if not set."
+    )
+    modules_to_save: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=8)] | None = Field(
+        None,
+        description="Modules that are trained whole, in 16 bit, and saved with the adapter: embed_tokens, lm_head. "
+        "Costs memory; few servers load such an adapter.",
+    )
+    extra_tokens: Annotated[tuple[ExtraToken, ...], Field(min_length=1, max_length=64)] | None = Field(
+        None, description="Tokens to add to the tokenizer, whose embeddings are trained and saved with the adapter."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type in which adapter weights are stored. bfloat16 saves memory but loses small updates.",
+    )
+
+
+class TrainingSpec(ApiModel):
+    """How long and how the adapter is trained. The defaults are those of the QLoRA paper."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("!(has(self.epochs) && has(self.maxSteps))", "set only one of epochs and maxSteps"),
+        )
+    )
+
+    epochs: int | None = Field(
+        None, ge=1, le=1000, description="Passes over the data; 1 if maxSteps is not set either."
+    )
+    max_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
+    micro_batch_size: int = Field(1, ge=1, le=1024, description="Sequences in one forward pass. Costs GPU memory.")
+    gradient_accumulation_steps: int = Field(
+        16, ge=1, le=4096, description="Micro batches in one optimizer step. Costs no memory."
+    )
+    learning_rate: float = Field(
+        2e-4, gt=0, le=1, description="Peak learning rate. 1e-4 is advised above 13B parameters."
+    )
+    scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(
+        0, ge=0, le=1_000_000, description="Optimizer steps over which the rate rises linearly from 0."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
+    auto_micro_batch: bool = Field(
+        False,
+        description="When the GPU runs out of memory, halve microBatchSize, double gradientAccumulationSteps, go on "
+        "from the last checkpoint and report the change.",
+    )
+    divergence_patience: int = Field(
+        20,
+        ge=0,
+        le=10_000,
+        description="Optimizer steps in a row with a loss far above that of the steps before, after which training is "
+        "given up; 0 waits for ever. NaN and infinity end it at once.",
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="With several GPUs: each holds the whole base (none), or a part of it (full, FSDP2), which is "
+        "slower and needs less memory.",
+    )
+    report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
+        (), description="Where the curves are written besides the report, in files below report/ of the workspace."
+    )
+    optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
+        "paged_adamw_32bit", description="AdamW with state in paged memory (32 or 8 bit), or PyTorch's own."
+    )
+    max_sequence_length: int = Field(
+        512, ge=16, le=131_072, description="Tokens in one sequence. Longer rows are left out, counted and reported."
+    )
+    packing: bool = Field(True, description="Fill each sequence with several rows, which cannot see each other.")
+    train_on: Literal["completion", "all"] = Field("completion", description="Tokens that count in the loss.")
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass. Saves much memory."
+    )
+    eval_every_steps: int | None = Field(
+        None, ge=1, le=10_000_000, description="Optimizer steps between evaluations; only at start and end if not set."
+    )
+    save_every_steps: int = Field(50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of initialization, data order and dropout.")
+
+    @model_validator(mode="after")
+    def _only_one_length(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("set only one of epochs and maxSteps")
+        return self
+
+
+class ResourcesSpec(ApiModel):
+    """What the train pod needs."""
+
+    gpus: int = Field(1, ge=1, le=16, description="GPUs of the train pod. With several, each trains on its own share.")
+    gpu_memory: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Memory of the GPU card in GiB. If set, a job that cannot fit is refused before it costs anything.",
+    )
+    cpu: Quantity | None = Field(None, description="CPU cores of the train pod; the profile's if not set.")
+    memory: Quantity | None = Field(None, description="Host memory of the train pod; the profile's if not set.")
