@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from qlora_trainer.data_source import DataFile
 from qlora_trainer.failures import bad_dataset
-from qlora_trainer.sources import DataFile
 
 MAX_LINE_BYTES = 2**24
 _PARQUET_BATCH_ROWS = 64

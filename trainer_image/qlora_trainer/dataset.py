@@ -10,12 +10,12 @@ from qlora_api.dataset import DatasetSpec
 from qlora_api.status import DatasetStatus
 from qlora_api.training import TrainingSpec
 from qlora_trainer.data import Row, read_rows
+from qlora_trainer.data_source import DataFile
 from qlora_trainer.disk import file_sha256
 from qlora_trainer.failures import bad_configuration, bad_dataset
 from qlora_trainer.formats import Format, RowReader, detect_format
 from qlora_trainer.packing import one_row_each, pack
 from qlora_trainer.prepared import Split, TokenizedRows, write_split
-from qlora_trainer.sources import DataFile
 from qlora_trainer.templates import Tokenizer
 
 _BATCH_ROWS = 128

@@ -21,12 +21,21 @@ from qlora_api.memory import ModelShape
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.data_source import DataFile, find_data, local_file
 from qlora_trainer.dataset import Dataset, build_dataset, write_sequences
 from qlora_trainer.disk import file_sha256, sizes, sync_tree
 from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.family import Family, inspect_family
 from qlora_trainer.hub import Hub, hub_token
 from qlora_trainer.memory_check import memory_status, read_shape, require_fit, training_shape
+from qlora_trainer.model_source import (
+    CONFIG,
+    TOKENIZER_FILES,
+    HubModel,
+    ModelSource,
+    VolumeModel,
+    refuse_code,
+)
 from qlora_trainer.prepared import FORMAT_VERSION, MANIFEST, Split, split_file
 from qlora_trainer.records import (
     PrepareRecord,
@@ -36,17 +45,6 @@ from qlora_trainer.records import (
     timestamp,
     write_atomically,
     write_completion,
-)
-from qlora_trainer.sources import (
-    CONFIG,
-    TOKENIZER_FILES,
-    DataFile,
-    HubModel,
-    ModelSource,
-    VolumeModel,
-    find_data,
-    local_file,
-    refuse_code,
 )
 from qlora_trainer.step import StepContext
 from qlora_trainer.templates import Tokenizer

@@ -1,20 +1,20 @@
-"""Finds a model's or data set's files, wherever the address points; changes with the kinds of address."""
+"""Finds a base model's files, wherever the address points; changes with the kinds of address."""
 
 import json
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
+from qlora_api.sources import HubSource, VolumeSource
 from qlora_trainer.disk import file_sha256, require_space
-from qlora_trainer.failures import StepFailure, bad_dataset, model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.failures import model_unavailable, unreachable, unsafe_artefact
 from qlora_trainer.files import ADAPTER_CONFIG_FILE
 from qlora_trainer.hub import Hub, HubFile, Listing
+from qlora_trainer.listing import require_regular, some_names
 from qlora_trainer.step import Mounts
 
 CONFIG = "config.json"
@@ -32,11 +32,9 @@ TOKENIZER_FILES = frozenset(
         "chat_template.jinja",
     }
 )
-DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_LISTED_NAMES = 12
 
 OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -64,15 +62,15 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
         pickles = sorted(name for name in names if name.endswith(_PICKLES))
         if pickles:
             raise unsafe_artefact(
-                f"{source} has its weights only as {_some(pickles)}, which can run code when it is loaded: "
+                f"{source} has its weights only as {some_names(pickles)}, which can run code when it is loaded: "
                 "use a revision or a conversion with safetensors"
             )
-        raise model_unavailable(f"{source} has neither {WEIGHTS} nor {WEIGHTS_INDEX}; it has {_some(names)}")
+        raise model_unavailable(f"{source} has neither {WEIGHTS} nor {WEIGHTS_INDEX}; it has {some_names(names)}")
     if CONFIG not in names:
-        raise model_unavailable(f"{source} has no {CONFIG}; it has {_some(names)}")
+        raise model_unavailable(f"{source} has no {CONFIG}; it has {some_names(names)}")
     if not _VOCABULARIES & set(names):
         raise model_unavailable(
-            f"{source} has no tokenizer ({', '.join(sorted(_VOCABULARIES))}); it has {_some(names)}"
+            f"{source} has no tokenizer ({', '.join(sorted(_VOCABULARIES))}); it has {some_names(names)}"
         )
     wanted = {"generation_config.json", *TOKENIZER_FILES}
     # As the library that loads it does: a single file goes before an index.
@@ -100,7 +98,9 @@ def weight_files(index: bytes | None, names: Collection[str], source: str) -> li
             )
     missing = sorted(entries - set(names))
     if missing or not entries:
-        raise model_unavailable(f"{source} is incomplete: {WEIGHTS_INDEX} names {_some(missing)}, which is not there")
+        raise model_unavailable(
+            f"{source} is incomplete: {WEIGHTS_INDEX} names {some_names(missing)}, which is not there"
+        )
     return sorted(entries)
 
 
@@ -224,14 +224,6 @@ def content_digest(folder: Path, names: Iterable[str], on_bytes: OnBytes) -> str
     return digest.hexdigest()
 
 
-def require_regular(path: Path, folder: Path, name: str) -> None:
-    """Raise StepFailure UNSAFE_ARTEFACT unless `path` is a regular file that really lies inside `folder`."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise unsafe_artefact(f"{name} is a link that leads out of its folder: put the file itself there")
-    if not path.is_file():
-        raise unsafe_artefact(f"{name} is not a regular file: put the file itself there")
-
-
 def require_whole(path: Path, name: str) -> None:
     """Raise StepFailure MODEL_UNAVAILABLE unless the safetensors file's header fits its length."""
     try:
@@ -241,102 +233,5 @@ def require_whole(path: Path, name: str) -> None:
         raise model_unavailable(f"{name} is not a whole safetensors file ({error}): copy it again") from error
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """A data file that can be read now, and what to call it in messages."""
-
-    path: Path
-    name: str
-
-
-def find_data(
-    uri: str,
-    *,
-    revision: str | None,
-    split: str | None,
-    mounts: Mounts,
-    hub: Callable[[], Hub],
-    download: Path,
-) -> DataFile:
-    """The one data file of an address. Files of the hub are downloaded below `download`.
-
-    Raises StepFailure: BAD_DATASET if there is no such file or more than one, UNSAFE_ARTEFACT for a link that leads
-    out of its volume, UNREACHABLE if a mount or the hub is missing.
-    """
-    source = parse_source(uri)
-    if isinstance(source, HubSource):
-        return _hub_data(source, revision, split, hub(), download)
-    if isinstance(source, ConfigMapSource):
-        file = DataFile(mounts.config_map(source), uri)
-    else:
-        file = DataFile(mounts.volume(source), str(source))
-        _require_data_file(file, mounts.volume(VolumeSource(source.claim)))
-    if not file.path.name.endswith(DATA_SUFFIXES):
-        raise bad_dataset(f"{file.name} does not end in {', '.join(DATA_SUFFIXES)}: rename or convert it")
-    return file
-
-
-def local_file(uri: str, mounts: Mounts) -> Path | None:
-    """The file on a volume or in a ConfigMap that an address names; None for the hub, and if it is not there (now)."""
-    source = parse_source(uri)
-    if isinstance(source, HubSource):
-        return None
-    try:
-        path = mounts.config_map(source) if isinstance(source, ConfigMapSource) else mounts.volume(source)
-    except StepFailure:
-        return None
-    return path if path.is_file() else None
-
-
-def _require_data_file(file: DataFile, volume: Path) -> None:
-    if file.path.is_dir():
-        inside = [entry.name for entry in file.path.iterdir() if entry.name.endswith(DATA_SUFFIXES)]
-        raise bad_dataset(f"{file.name} is a folder: name one of its data files; it has {_some(inside)}")
-    if not file.path.exists():
-        folder = file.path.parent
-        inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        raise bad_dataset(f"{file.name} does not exist; its folder has {_some(inside)}")
-    require_regular(file.path, volume, file.name)
-
-
-def _hub_data(source: HubSource, revision: str | None, split: str | None, hub: Hub, download: Path) -> DataFile:
-    listing = hub.list("dataset", source.repository, revision)
-    uri = f"hf://{source.repository}"
-    name = choose_data_file(listing.files, source.path, split, uri)
-    require_space(download.parent, listing.files[name].size, f"the download of {uri}/{name}")
-    return DataFile(hub.fetch(listing, listing.files[name], download, lambda _done: None), f"{uri}/{name}")
-
-
-def choose_data_file(names: Collection[str], path: str, split: str | None, uri: str) -> str:
-    """The data file of a repository: the one at `path`, else the one of the split, else the only one there is.
-
-    A file belongs to a split if its path has the split's name as a part of its own: `data/train-00000.parquet` is of
-    the split `train`. Raises StepFailure BAD_DATASET, listing the files, if it is not exactly one.
-    """
-    candidates = sorted(name for name in names if name.endswith(DATA_SUFFIXES))
-    if path:
-        if path in candidates:
-            return path
-        raise bad_dataset(f"{uri} has no data file {path!r}; it has {_some(candidates)}")
-    if split is None and len(candidates) == 1:
-        return candidates[0]
-    wanted = split or "train"
-    part = re.compile(rf"(^|[/._-]){re.escape(wanted)}([/._-]|$)")
-    matching = [name for name in candidates if part.search(name)]
-    if len(matching) != 1:
-        raise bad_dataset(
-            f"{uri} has {len(matching)} data files of the split {wanted!r}, must be one: name the file, as in "
-            f"{uri}/{(matching or candidates or ['PATH'])[0]}; it has {_some(candidates)}"
-        )
-    return matching[0]
-
-
 def _bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first names, for a message."""
-    ordered = sorted(names)
-    more = len(ordered) - _LISTED_NAMES
-    return (", ".join(ordered[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"

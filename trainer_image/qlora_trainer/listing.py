@@ -1,0 +1,23 @@
+"""Speaks of the files in a folder: which may be read, and how a message lists them; changes with either."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from qlora_trainer.failures import unsafe_artefact
+
+_LISTED_NAMES = 12
+
+
+def require_regular(path: Path, folder: Path, name: str) -> None:
+    """Raise StepFailure UNSAFE_ARTEFACT unless `path` is a regular file that really lies inside `folder`."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise unsafe_artefact(f"{name} is a link that leads out of its folder: put the file itself there")
+    if not path.is_file():
+        raise unsafe_artefact(f"{name} is not a regular file: put the file itself there")
+
+
+def some_names(names: Iterable[str]) -> str:
+    """The first names, for a message."""
+    ordered = sorted(names)
+    more = len(ordered) - _LISTED_NAMES
+    return (", ".join(ordered[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"
