@@ -22,6 +22,7 @@ from qlora_trainer.optimizer import learning_rate, optimizer_tensors, restore_op
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.records import RecordWriter, timestamp
 from qlora_trainer.step import StepContext
+from qlora_trainer.storage import Storage
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Run:
     history: History
     fingerprint: Fingerprint
     threads: int
+    storage: Storage
     checkpoint_step: int | None = None
     checkpoint_time: str | None = None
     pace: Pace = field(default_factory=Pace)

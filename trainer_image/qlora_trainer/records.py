@@ -117,6 +117,8 @@ class TrainRecord(ObservedModel):
     initial_eval_loss: float | None = None
     eval_loss: float | None = None
     peak_memory_bytes: int | None = None
+    quantized_parameters: int | None = Field(None, description="Weights of the base that are held in 4 bit.")
+    bits_per_parameter: float | None = Field(None, description="Bits that one of them takes, constants included.")
 
 
 class PublishRecord(ObservedModel):

@@ -40,6 +40,7 @@ from qlora_trainer.records import (
     write_completion,
 )
 from qlora_trainer.step import StepContext
+from qlora_trainer.storage import storage_of
 
 Clock = Callable[[], datetime]
 
@@ -117,8 +118,10 @@ def _start(
     )
     model_folder = root / prepared.model_path
     _refuse_mixed_rows(spec, prepared, model_folder)
+    base = load_base(model_folder, spec.quantization, context.device)
+    storage = storage_of(base)
     model = attach_adapter(
-        load_base(model_folder, spec.quantization, context.device),
+        base,
         spec.lora,
         prepared.target_modules,
         seed=spec.training.seed,
@@ -141,6 +144,7 @@ def _start(
         history=History(context.workspace.report, 0 if checkpoint is None else int(checkpoint.state["historyBytes"])),
         fingerprint=fingerprint,
         threads=threads,
+        storage=storage,
     )
     state = RunState() if checkpoint is None else restore(run, checkpoint)
     unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
@@ -185,6 +189,8 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
         initial_eval_loss=state.initial_eval_loss,
         eval_loss=state.eval_loss,
         peak_memory_bytes=state.peak_memory_bytes,
+        quantized_parameters=run.storage.parameters,
+        bits_per_parameter=round(run.storage.bits_per_parameter, 4),
     )
     write_completion(workspace.completion("train"), record)
     return record

@@ -1,0 +1,74 @@
+"""How many bytes the 4-bit weights of a loaded model take, held against what the format says they must take."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Params4bit
+from torch import Tensor, nn
+
+from qlora_trainer.failures import bad_configuration
+
+BLOCK = 64
+"""Weights that share one quantization constant (arXiv 2305.14314, section 3)."""
+OUTER_BLOCK = 256
+"""Constants that share one constant of the second level, where they are quantized too."""
+
+_FLOAT32_BYTES = 4
+_CODE_BYTES = 16 * _FLOAT32_BYTES
+_CONSTANTS_CODE_BYTES = 256 * _FLOAT32_BYTES
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The 4-bit weights of a model."""
+
+    parameters: int
+    bytes: int
+    """Of the weights and of all that is needed to read them."""
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits for one weight; 0 without weights."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+def layer_bytes(parameters: int, *, double_quant: bool) -> int:
+    """Bytes of one layer of so many weights, from bitsandbytes' format.
+
+    Two weights to a byte, a constant for each block, and the table of the 16 values. Double quantization holds the
+    constants in 8 bit: with a float32 for each outer block of them, their mean, and the table of their 256 values.
+    """
+    blocks = -(-parameters // BLOCK)
+    weights = -(-parameters // 2) + _CODE_BYTES
+    if not double_quant:
+        return weights + blocks * _FLOAT32_BYTES
+    outer_blocks = -(-blocks // OUTER_BLOCK)
+    return weights + blocks + outer_blocks * _FLOAT32_BYTES + _FLOAT32_BYTES + _CONSTANTS_CODE_BYTES
+
+
+def storage_of(model: nn.Module) -> Storage:
+    """What the 4-bit weights of a loaded model take, each tensor counted once.
+
+    Raises StepFailure (BAD_CONFIGURATION) naming the first weight that takes other than the bytes of its format.
+    """
+    parameters, held = 0, 0
+    for name, weight in model.named_parameters():
+        if not isinstance(weight, Params4bit):
+            continue
+        state: Any = weight.quant_state
+        found = sum(tensor.untyped_storage().nbytes() for tensor in (weight.data, *_tensors(state)))
+        expected = layer_bytes(state.shape.numel(), double_quant=state.nested)
+        if found != expected:
+            raise bad_configuration(
+                f"{name} takes {found} bytes and {expected} are what {state.shape.numel()} weights of type "
+                f"{state.quant_type} take: this bitsandbytes holds them in another format"
+            )
+        parameters, held = parameters + state.shape.numel(), held + found
+    return Storage(parameters, held)
+
+
+def _tensors(state: QuantState) -> list[Tensor]:
+    """The constants and tables of a layer."""
+    own = [state.absmax, state.code]
+    return [*own, state.offset, *_tensors(state.state2)] if state.nested else own
