@@ -19,7 +19,7 @@ from devcluster.layout import Layout
 from devcluster.processes import Record
 
 DEFAULT_GPUS = 2
-_PROGRAMS = tuple(name for name in toolchain.TOOLS if name != "helm")
+_PROGRAMS = tuple(name for name in toolchain.TOOLS if name not in {"helm", "versitygw"})
 _NODE_SECONDS = 120
 _DNS_SECONDS = 120
 

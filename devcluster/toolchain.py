@@ -49,6 +49,7 @@ TOOLS = {
     "coredns": Tool("coredns", "github.com/coredns/coredns"),
     "local-path-provisioner": Tool("local-path-provisioner", "github.com/rancher/local-path-provisioner"),
     "helm": Tool("helm", "helm.sh/helm/v4/cmd/helm", ("helm.sh/helm/v4/internal/version",)),
+    "versitygw": Tool("versitygw", "github.com/versity/versitygw/cmd/versitygw"),
 }
 
 
