@@ -24,6 +24,7 @@ SPEC: dict[str, Any] = {
         "gradientAccumulationSteps": 1,
         "maxSequenceLength": 64,
         "learningRate": 0.005,
+        "samples": 1,
         "evalEverySteps": 2,
     },
 }

@@ -55,7 +55,13 @@ def make_context(tmp_path: Path, tiny_llama: Path) -> MakeContext:
             "model": {"source": f"pvc://models/{model.name}"},
             "dataset": {"source": "pvc://data/train.jsonl"},
             "lora": {"rank": 4, "alpha": 8},
-            "training": {"maxSteps": 4, "gradientAccumulationSteps": 2, "maxSequenceLength": 64, "learningRate": 1e-3},
+            "training": {
+                "maxSteps": 4,
+                "gradientAccumulationSteps": 2,
+                "maxSequenceLength": 64,
+                "learningRate": 1e-3,
+                "samples": 0,
+            },
         }
         document = QLoRAJobDocument.model_validate(
             {

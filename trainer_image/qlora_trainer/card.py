@@ -7,10 +7,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from qlora_api.sources import HubSource, parse_source
 from qlora_trainer.files import CURVE_FILE
 from qlora_trainer.records import PrepareRecord, TrainRecord
+from qlora_trainer.serving import served_rank
 from qlora_trainer.step import StepContext
-
-# What vLLM's --max-lora-rank accepts.
-_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -18,11 +16,6 @@ _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 def quantization_label(quantization: str, *, double: bool) -> str:
     """How the base was held, for people: `nf4 with double quantization`."""
     return f"{quantization} with double quantization" if double else quantization
-
-
-def served_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM that admits `rank`; None if there is none."""
-    return next((allowed for allowed in _SERVED_RANKS if allowed >= rank), None)
 
 
 def model_card(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> str:

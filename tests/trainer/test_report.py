@@ -1,0 +1,149 @@
+"""The report: what a person sees of a run in a browser, on one page that needs nothing else."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from qlora_trainer.curves import chart, loss_chart, loss_picture
+from qlora_trainer.history import Curve, History, read_history
+from qlora_trainer.samples import Sample, Samples
+from tests.trainer.command import Files
+from tests.trainer.test_publish import published
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """A page's text, the addresses it asks for, and whether every element is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.elements: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.text))
+
+
+def page_of(files: Files) -> str:
+    return (files.workspace / "report" / "report.html").read_text()
+
+
+def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
+    source = page_of(finished)
+    page = Page(source)
+    assert page.open == []
+    assert all(address.startswith("#") for address in page.fetched)
+    assert "url(http" not in source
+    assert "@import" not in source
+    assert "script" not in page.elements
+    assert page.elements.count("svg") == 5  # loss, rate, norm, memory, speed
+    metrics = read_history(finished.workspace / "report" / "metrics.jsonl")
+    for shown in (
+        f"{metrics.evaluation.values[-1]:.4f}",
+        f"{metrics.evaluation.values[0]:.4f} before training",
+        "Trained on 30",
+        "longer than 64 tokens",
+        "--max-lora-rank 8",
+        "PeftModel.from_pretrained",
+        "learningRate 0.005",
+        "In the data",
+    ):
+        assert shown in page.words, shown
+
+
+def test_the_samples_are_what_plain_peft_says(finished: Files) -> None:
+    samples = Samples.model_validate_json((finished.workspace / "report" / "samples.json").read_bytes())
+    assert len(samples.samples) == 1
+    sample = samples.samples[0]
+    folder = finished.models / "model"
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    model = PeftModel.from_pretrained(base, finished.workspace / "adapter", autocast_adapter_dtype=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(sample.prompt, return_tensors="pt")
+
+    def answer() -> str:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model.generate(**tokens, max_new_tokens=64, do_sample=False)
+        return str(tokenizer.decode(output[0, tokens.input_ids.shape[1] :], skip_special_tokens=True))
+
+    assert answer() == sample.after
+    with model.disable_adapter():
+        assert answer() == sample.before
+    assert sample.after != sample.before
+
+
+def test_what_users_and_data_wrote_cannot_become_markup(trained: Files) -> None:
+    attack = "</pre><script>alert(1)</script><svg onload=alert(2)>"
+    samples = Samples(samples=(Sample(prompt=attack, reference=attack, before=attack, after=attack),))
+    (trained.workspace / "report" / "samples.json").write_text(json.dumps(samples.dump()))
+    published(trained)
+    page = Page(page_of(trained))
+    assert "script" not in page.elements
+    assert page.elements.count("svg") == 5
+    assert page.words.count(attack) == 4
+
+
+def test_a_report_without_samples_says_why(trained: Files) -> None:
+    (trained.workspace / "report" / "samples.json").unlink()
+    published(trained)
+    assert "No samples: training left none." in Page(page_of(trained)).words
+
+
+def history_of(**curves: Curve) -> History:
+    empty = {name: Curve() for name in History.__dataclass_fields__}
+    return History(**{**empty, **curves})
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5000])
+def test_curves_of_any_length_can_be_drawn_and_the_same_run_gives_the_same_bytes(steps: int) -> None:
+    loss = Curve(tuple(range(1, steps + 1)), tuple(1 / step for step in range(1, steps + 1)))
+    history = history_of(loss=loss)
+    assert loss_chart(history) == loss_chart(history)
+    assert loss_picture(history, "name", "what") == loss_picture(history, "name", "what")
+    svg = chart("rate", "Rate", loss, logarithmic=True)
+    assert bool(svg) == bool(steps)
+    assert len(svg) < 100_000
+
+
+def test_a_broken_line_of_metrics_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
+        read_history(tmp_path / "metrics.jsonl")

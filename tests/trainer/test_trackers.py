@@ -1,0 +1,94 @@
+"""A run's curves in the tools that teams compare runs with, read back by the tools' own libraries."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.prepare import prepare
+from tests.trainer.conftest import MakeContext
+from tests.trainer.tiny import Recorded, chat_row, write_rows
+from tests.trainer.training import StopAtStep, history, prepared, run
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, list[dict[str, float]]]:
+    """The report folder of a run that was stopped after step 3 and went on, and its metrics."""
+    spec: dict[str, Any] = {"training": {"reportTo": ["tensorboard", "mlflow", "wandb"]}}
+    context = prepared(tmp_path_factory.mktemp("tracked"), tiny_llama, spec)
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        run(context, stop=stop, records=StopAtStep(3, stop))
+    run(context)
+    return context.workspace.report, history(context)
+
+
+def losses(metrics: list[dict[str, float]]) -> dict[int, float]:
+    return {int(entry["step"]): entry["loss"] for entry in metrics if "loss" in entry}
+
+
+def test_tensorboard_shows_each_step_once(report: tuple[Path, list[dict[str, float]]]) -> None:
+    folder, metrics = report
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert shown == pytest.approx(losses(metrics))
+    assert {event.step for event in events.Scalars("eval/loss")} == {0, 2, 4, 6}
+    assert set(events.Tags()["scalars"]) >= {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"}
+
+
+def test_mlflow_has_one_run_with_its_settings(report: tuple[Path, list[dict[str, float]]]) -> None:
+    folder, metrics = report
+    client = MlflowClient(tracking_uri=(folder / "mlflow").as_uri())
+    experiment = client.get_experiment_by_name("qlora")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == ("tiny", "FINISHED")
+    assert found.data.params["rank"] == "4"
+    shown = client.get_metric_history(found.info.run_id, "train/loss")
+    assert {metric.step: metric.value for metric in shown} == pytest.approx(losses(metrics))
+
+
+def log_records(content: bytes) -> Iterator[bytes]:
+    """The records of a log as LevelDB writes it: blocks of 32 KiB, the first after a header of 7 bytes."""
+    record, at = b"", 7
+    while at + 7 <= len(content):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_weights_and_biases_gets_files_to_upload(report: tuple[Path, list[dict[str, float]]]) -> None:
+    folder, metrics = report
+    shown: dict[int, float] = {}
+    for path in sorted(folder.glob("wandb/wandb/offline-run-*/*.wandb")):
+        for data in log_records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            items = {"".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            if "train/loss" in items:
+                shown[record.history.step.num] = float(items["train/loss"])
+    assert shown == pytest.approx(losses(metrics))
+
+
+def test_a_tool_that_is_not_installed_is_named_before_anything_is_done(
+    make_context: MakeContext, tmp_path: Path, records: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("question", "answer")])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(StepFailure, match="reportTo names wandb, which is not installed") as failure:
+        prepare(make_context({"training": {"reportTo": ["wandb"]}}), records)
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION

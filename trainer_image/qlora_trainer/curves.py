@@ -1,0 +1,132 @@
+"""Draws a run's curves: the picture of the loss for cards and mails, and the charts of the report."""
+
+from io import BytesIO
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from qlora_trainer.history import Curve, History
+
+_BLUE, _ORANGE, _GREY, _LIGHT = "#2563eb", "#d9480f", "#6b7280", "#e5e7eb"
+# The smoothed curve weighs about this share of the run at a time.
+_SMOOTHED_SHARE = 0.05
+
+
+def loss_picture(history: History, title: str, subtitle: str) -> bytes:
+    """A PNG of 1440 × 810 pixels: training loss of each step, its smoothed course, and the held-out rows' loss."""
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": _GREY}):
+        figure, axes = _figure(9.6, 5.4)
+        _plot_loss(axes, history)
+        axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=26)
+        axes.annotate(
+            subtitle, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=_GREY, fontsize=9
+        )
+        image = BytesIO()
+        # Without the version of the drawing library the same run gives the same bytes.
+        figure.savefig(image, format="png", metadata={"Software": None})
+    return image.getvalue()
+
+
+def loss_chart(history: History) -> str:
+    """The same as an SVG element."""
+    return _svg("loss", 9.6, 4.2, lambda axes: _plot_loss(axes, history))
+
+
+def chart(name: str, label: str, curve: Curve, *, logarithmic: bool = False, unit: str = "") -> str:
+    """One quantity over optimizer steps as an SVG element; nothing for an empty curve.
+
+    `name` keeps the identifiers inside apart from those of other charts on the same page.
+    """
+
+    def plot(axes: Any) -> None:
+        marker = "o" if len(curve.steps) < 2 else None
+        axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=1.4, marker=marker)
+        axes.set_ylabel(label)
+        if logarithmic and min(curve.values) > 0:
+            axes.set_yscale("log")
+        elif unit:
+            axes.yaxis.set_major_formatter(EngFormatter(unit))
+
+    return _svg(name, 4.7, 2.8, plot) if curve.steps else ""
+
+
+def histogram(name: str, label: str, edges: tuple[int, ...], counts: tuple[int, ...]) -> str:
+    """How many rows lie between each two of `edges`, as an SVG element; `edges` has one entry more than `counts`."""
+
+    def plot(axes: Any) -> None:
+        widths = [end - start for start, end in pairwise(edges)]
+        axes.bar(edges[:-1], counts, width=widths, align="edge", color=_BLUE, edgecolor="white", linewidth=0.5)
+        axes.set_ylabel("Rows")
+        axes.set_xlabel(label)
+
+    return _svg(name, 9.6, 2.8, plot, x_label=None)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
+    axes = figure.add_subplot()
+    axes.grid(axis="y", color=_LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return figure, axes
+
+
+def _svg(name: str, width: float, height: float, plot: Any, *, x_label: str | None = "Optimizer step") -> str:
+    # Identifiers are drawn from the salt, not at random: the same run gives the same page. Text stays text.
+    style = {"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": _GREY, "svg.fonttype": "none"}
+    with mpl.rc_context({**style, "svg.hashsalt": name}):
+        figure, axes = _figure(width, height)
+        plot(axes)
+        if x_label is not None:
+            axes.set_xlabel(x_label)
+        image = BytesIO()
+        figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = image.getvalue().decode()
+    return text[text.index("<svg") :]
+
+
+def _plot_loss(axes: Any, history: History) -> None:
+    _plot_training(axes, history.loss)
+    _plot_evaluation(axes, history.evaluation)
+    axes.set_xlabel("Optimizer step")
+    axes.set_ylabel("Loss per target token (nats)")
+    axes.margins(x=0.03, y=0.12)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="upper right")
+
+
+def _plot_training(axes: Any, curve: Curve) -> None:
+    if not curve.steps:
+        return
+    span = max(1.0, len(curve.steps) * _SMOOTHED_SHARE)
+    plain = span < 2
+    marker = "o" if len(curve.steps) < 2 else None
+    label = "training" if plain else "training, each step"
+    alpha, width = (1.0, 1.8) if plain else (0.3, 1.0)
+    axes.plot(curve.steps, curve.values, color=_BLUE, alpha=alpha, linewidth=width, marker=marker, label=label)
+    if not plain:
+        label = f"training, smoothed over {span:.0f} steps"
+        axes.plot(curve.steps, curve.smoothed(span), color=_BLUE, linewidth=2, label=label)
+
+
+def _plot_evaluation(axes: Any, curve: Curve) -> None:
+    if not curve.steps:
+        return
+    axes.plot(curve.steps, curve.values, color=_ORANGE, linewidth=2, marker="o", markersize=6, label="held-out rows")
+    ends = {curve.steps[0]: curve.values[0], curve.steps[-1]: curve.values[-1]}
+    for step, loss in ends.items():
+        axes.annotate(
+            f"{loss:.3f}",
+            (step, loss),
+            (0, 9),
+            textcoords="offset points",
+            ha="center",
+            color=_ORANGE,
+            fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )

@@ -1,0 +1,52 @@
+"""Knows how servers load an adapter: which rank they must allow, and the commands that start them."""
+
+from collections.abc import Mapping
+
+from qlora_api.sources import HubSource, parse_source
+from qlora_trainer.records import PrepareRecord
+from qlora_trainer.step import StepContext
+
+# What vLLM's --max-lora-rank accepts; its default is 16.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+ADAPTER_PLACEHOLDER = "PATH/OF/THE/ADAPTER"
+BASE_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL"
+
+
+def served_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM that admits `rank`; None if there is none."""
+    return next((allowed for allowed in _VLLM_RANKS if allowed >= rank), None)
+
+
+def serving_commands(context: StepContext, prepared: PrepareRecord) -> Mapping[str, str]:
+    """Commands and programs by the name of what runs them, ready to paste but for the adapter's path."""
+    hub = isinstance(parse_source(context.spec.model.source), HubSource)
+    base, revision = (context.base_name, prepared.model_revision) if hub else (BASE_PLACEHOLDER, None)
+    commands = {"PEFT": _peft(context, base, revision)}
+    rank = served_rank(context.spec.lora.rank)
+    if rank is not None and not context.spec.lora.use_dora:
+        pinned = f" --revision {revision}" if revision else ""
+        commands["vLLM"] = (
+            f"vllm serve {base}{pinned} \\\n  --enable-lora --max-lora-rank {rank} "
+            f"--lora-modules {context.document.metadata.name}={ADAPTER_PLACEHOLDER}"
+        )
+    return commands
+
+
+def _peft(context: StepContext, base: str, revision: str | None) -> str:
+    quantization = context.spec.quantization
+    pinned = f', revision="{revision}"' if revision else ""
+    return f"""import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+base = AutoModelForCausalLM.from_pretrained(
+    "{base}"{pinned},
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="{quantization.type}",
+        bnb_4bit_use_double_quant={quantization.double_quant},
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+)
+tokenizer = AutoTokenizer.from_pretrained("{base}"{pinned})
+model = PeftModel.from_pretrained(base, "{ADAPTER_PLACEHOLDER}")"""

@@ -1,0 +1,137 @@
+"""Writes a run's metrics for the tools that teams compare runs with: TensorBoard, MLflow, Weights & Biases.
+
+Training has no network: each tool writes files below `report/` of the workspace, which its own server or command reads
+or uploads later. Outside a pod its own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE) may name a server.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlora_trainer.failures import bad_configuration
+
+_MODULES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
+_GROUPS = {
+    "loss": "train/loss",
+    "gradNorm": "train/grad_norm",
+    "learningRate": "train/learning_rate",
+    "tokensPerSecond": "train/tokens_per_second",
+    "memoryBytes": "train/memory_bytes",
+    "evalLoss": "eval/loss",
+}
+
+
+class Tracker(Protocol):
+    """One tool's record of one run."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What was measured after optimizer step `step`."""
+
+    def close(self) -> None:
+        """Nothing more follows in this process; a later one may go on."""
+
+
+def require_installed(names: Sequence[str]) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION) for a tool of spec.training.reportTo that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(_MODULES[name]) is None:
+            raise bad_configuration(
+                f"spec.training.reportTo names {name}, which is not installed here: leave it out, or install "
+                "qlora-operator[trackers] beside the trainer"
+            )
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path, *, run_name: str, run_id: str, settings: Mapping[str, Any], from_step: int
+) -> list[Tracker]:
+    """The tools' records of a run, which go on after `from_step` if an earlier process began them.
+
+    `run_id` is the same for each attempt of a run; `settings` are the run's hyperparameters.
+    """
+    # None of them is to call home, nor to ask which repository of code this is.
+    os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false", WANDB_DISABLE_GIT="true")
+    makers = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _WeightsAndBiases}
+    require_installed(names)
+    return [makers[name](folder / name, run_name, run_id, settings, from_step) for name in names]
+
+
+def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics by the names under which such tools group them."""
+    return {_GROUPS.get(name, name): value for name, value in metrics.items() if name != "step"}
+
+
+class _TensorBoard:
+    def __init__(
+        self, folder: Path, _run_name: str, _run_id: str, settings: Mapping[str, Any], from_step: int
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a lost attempt wrote after its checkpoint happens again.
+        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)
+        if not from_step:
+            self._writer.add_text("settings", "\n".join(f"    {key}: {value}" for key, value in settings.items()))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in grouped(metrics).items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _MLflow:
+    def __init__(
+        self, folder: Path, run_name: str, run_id: str, settings: Mapping[str, Any], from_step: int
+    ) -> None:
+        import mlflow
+        from mlflow.tracking import MlflowClient
+
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        address = os.environ.get("MLFLOW_TRACKING_URI", folder.absolute().as_uri())
+        self._client = MlflowClient(tracking_uri=address)
+        self._entities = mlflow.entities
+        experiment = self._client.get_experiment_by_name("qlora")
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment("qlora")
+        same = self._client.search_runs([experiment_id], f"tags.`qlora.run` = '{run_id}'")
+        if same:
+            self._run_id = same[0].info.run_id
+            return
+        run = self._client.create_run(experiment_id, run_name=run_name, tags={"qlora.run": run_id})
+        self._run_id = run.info.run_id
+        for key, value in settings.items():
+            self._client.log_param(self._run_id, key, value)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in grouped(metrics).items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+class _WeightsAndBiases:
+    def __init__(
+        self, folder: Path, run_name: str, run_id: str, settings: Mapping[str, Any], from_step: int
+    ) -> None:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project="qlora",
+            name=run_name,
+            id=run_id,
+            resume="allow",
+            config=dict(settings),
+            dir=str(folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            settings=wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(grouped(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
