@@ -26,6 +26,7 @@ TRAINABLE = [
     transformers.Olmo3Config(**(SHAPE | IDS)),
     transformers.SmolLM3Config(**(SHAPE | IDS)),
     transformers.Phi3Config(**(SHAPE | IDS)),
+    transformers.Gemma2Config(**SHAPE, head_dim=16),
 ]
 
 
@@ -86,12 +87,8 @@ def test_a_target_that_is_no_layer_of_a_block_is_refused_with_those_that_are(nam
     [
         (transformers.MixtralConfig(**SHAPE), "mixture of experts"),
         (transformers.Qwen3MoeConfig(**SHAPE, head_dim=16), "mixture of experts"),
-        (
-            transformers.FalconConfig(vocab_size=64, hidden_size=64, num_attention_heads=4),
-            "only 0.0% of the parameters",
-        ),
-        (transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2), "only 0.0% of the parameters"),
-        (transformers.Gemma2Config(**SHAPE, head_dim=16), "soft cap"),
+        (transformers.FalconConfig(vocab_size=64, hidden_size=64, num_attention_heads=4), "code of its own"),
+        (transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2), "only 0.0% of its parameters"),
     ],
     ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
 )
@@ -146,7 +143,7 @@ def _not_causal(module: Any, query: Any, key: Any, value: Any, _mask: Any, **set
 
 def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     AttentionInterface.register("leaky", _leaky)
-    monkeypatch.setattr("qlora_trainer.family.ATTENTION", "leaky")
+    monkeypatch.setattr("qlora_trainer.probe.ATTENTION", "leaky")
 
     family = inspect_family(written(tmp_path, transformers.LlamaConfig(**SHAPE)), LoraSpec())
 
@@ -157,9 +154,9 @@ def test_attention_that_differs_from_the_familys_own_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     AttentionInterface.register("not_causal", _not_causal)
-    monkeypatch.setattr("qlora_trainer.family.ATTENTION", "not_causal")
+    monkeypatch.setattr("qlora_trainer.probe.ATTENTION", "not_causal")
 
     failure = refusal(written(tmp_path, transformers.LlamaConfig(**SHAPE)))
 
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
-    assert "'llama' computes attention or logits in a way that this trainer does not know" in failure.message
+    assert "'llama' cannot be trained here: it computes attention or logits in a way" in failure.message

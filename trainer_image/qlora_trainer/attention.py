@@ -5,7 +5,6 @@ row and nothing of the others, so a batch of several rows equals as many batches
 a mask transformers would decide by itself what a token sees.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 ATTENTION = "qlora_rows"
@@ -22,6 +22,12 @@ ATTENTION = "qlora_rows"
 # What torch's variable-length kernels are built for: compute capability 8.0 (Ampere) and later, heads up to this size.
 _FIRST_CAPABILITY = 8
 _LARGEST_HEAD = 256
+
+_CAPPED_QUERIES = 256
+"""Tokens whose capped scores exist at the same time: heads x this x tokens of the row, in float32, a few times over."""
+
+# What transformers also hands to every attention, and which says nothing about what a token sees.
+_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache"})
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,17 @@ class Rows:
         return torch.cat([torch.arange(length) for length in self.lengths]).unsqueeze(0)
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """How scores are made of queries and keys, besides the rows."""
+
+    scale: float | None
+    """Factor of the scores; None is one over the square root of the head size."""
+    dropout: float
+    window: int | None
+    softcap: float | None
+
+
 def register_attention() -> None:
     """Make `attn_implementation=ATTENTION` known to transformers. May be called again."""
     AttentionInterface.register(ATTENTION, rows_attention)
@@ -61,35 +78,43 @@ def rows_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     rows: Rows | None = None,
-    **unused: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row; without `rows`, the tokens are one row.
 
     `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads (grouped-query attention). With a
-    sliding window a token sees itself and the `sliding_window - 1` tokens before it. Returns [1, tokens, heads, head
-    size]. Raises ValueError for what it does not compute: a mask, a soft cap, a batch of several rows.
+    sliding window a token sees itself and the `sliding_window - 1` tokens before it. With a soft cap the scores become
+    `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). Returns [1, tokens, heads, head size].
+
+    Raises ValueError for what it does not compute: a mask, a batch of several rows, attention to later tokens, or
+    anything else that a family asks for, such as attention sinks.
     """
-    if attention_mask is not None or softcap is not None or query.shape[0] != 1:
-        raise ValueError("attention within rows takes a single batch row, no mask and no soft cap")
+    unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)
+    if unknown:
+        raise ValueError(f"its attention takes {', '.join(unknown)}, which is not computed here")
+    if not getattr(module, "is_causal", True):
+        raise ValueError("its tokens attend to later ones, which is not computed here")
+    if attention_mask is not None or query.shape[0] != 1:
+        raise ValueError("attention within rows takes a single batch row and no mask")
     if rows is None:
         rows = Rows.of((query.shape[2],), query.device)
-    attend: Callable[..., Tensor] = _all_rows_at_once if _has_kernel(query, dropout) else _row_by_row
-    return attend(query, key, value, rows, scaling, dropout, sliding_window), None
+    settings = _Settings(scaling, dropout, sliding_window, softcap)
+    attend = _all_rows_at_once if _has_kernel(query, settings) else _row_by_row
+    return attend(query, key, value, rows, settings), None
 
 
-def _has_kernel(query: Tensor, dropout: float) -> bool:
+def _has_kernel(query: Tensor, settings: _Settings) -> bool:
     return (
         query.is_cuda
-        and dropout == 0.0
+        and settings.dropout == 0.0
+        and settings.softcap is None
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= _LARGEST_HEAD
         and torch.cuda.get_device_capability(query.device)[0] >= _FIRST_CAPABILITY
     )
 
 
-def _all_rows_at_once(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float | None, dropout: float, window: int | None
-) -> Tensor:
+def _all_rows_at_once(query: Tensor, key: Tensor, value: Tensor, rows: Rows, settings: _Settings) -> Tensor:
     longest = max(rows.lengths)
     output = varlen_attn(
         query[0].transpose(0, 1),
@@ -99,40 +124,77 @@ def _all_rows_at_once(
         rows.offsets,
         longest,
         longest,
-        scale=scale,
+        scale=settings.scale,
         # The kernel counts the tokens before the current one, transformers the current one too.
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=(-1 if settings.window is None else settings.window - 1, 0),
         enable_gqa=True,
     )
     return output.unsqueeze(0)
 
 
-def _row_by_row(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float | None, dropout: float, window: int | None
-) -> Tensor:
-    outputs = []
+def _row_by_row(query: Tensor, key: Tensor, value: Tensor, rows: Rows, settings: _Settings) -> Tensor:
     # Split, not sliced: the backward pass of each slice would fill a tensor of all rows.
     parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
-    for row_query, row_key, row_value in zip(*parts, strict=True):
-        tokens = row_query.shape[2]
-        mask = None if window is None or tokens <= window else _window_mask(tokens, window, query.device)
-        outputs.append(
-            scaled_dot_product_attention(
-                row_query,
-                row_key,
-                row_value,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
+    attend = _one_row if settings.softcap is None else _one_capped_row
+    outputs = [
+        attend(row_query, row_key, row_value, settings) for row_query, row_key, row_value in zip(*parts, strict=True)
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
-    """bool [tokens, tokens]: True where a token (first axis) sees another (second axis)."""
-    positions = torch.arange(tokens, device=device)
-    distance = positions[:, None] - positions[None, :]
-    return (distance >= 0) & (distance < window)
+def _one_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:
+    tokens, window = query.shape[2], settings.window
+    whole = range(tokens)
+    mask = None if window is None or tokens <= window else _visible(whole, whole, window, query.device)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=settings.dropout,
+        is_causal=mask is None,
+        scale=settings.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _one_capped_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:
+    """Attention with capped scores, a block of queries at a time; backward computes each block's scores again."""
+    tokens, outputs = query.shape[2], []
+    for first in range(0, tokens, _CAPPED_QUERIES):
+        block = range(first, min(first + _CAPPED_QUERIES, tokens))
+        seen = range(0 if settings.window is None else max(0, first + 1 - settings.window), block.stop)
+        outputs.append(
+            checkpoint(
+                _capped_block,
+                query[:, :, block.start : block.stop],
+                key[:, :, seen.start : seen.stop],
+                value[:, :, seen.start : seen.stop],
+                _visible(block, seen, settings.window, query.device),
+                settings,
+                use_reentrant=False,
+                preserve_rng_state=settings.dropout > 0.0,
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def _capped_block(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, settings: _Settings) -> Tensor:
+    heads, size = query.shape[1], query.shape[3]
+    # Heads that share a key stand in an axis of their own, so that no key is copied.
+    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    scale = size**-0.5 if settings.scale is None else settings.scale
+    scores = _capped((grouped @ key.unsqueeze(2).transpose(3, 4)).float() * scale, settings.softcap)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(value.dtype)
+    return (torch.dropout(weights, settings.dropout, train=True) @ value.unsqueeze(2)).flatten(1, 2)
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _visible(tokens: range, others: range, window: int | None, device: torch.device) -> Tensor:
+    """bool [tokens, others]: True where a token sees another, both given by their positions in the row."""
+    rows, columns = (torch.arange(part.start, part.stop, device=device) for part in (tokens, others))
+    distance = rows[:, None] - columns[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

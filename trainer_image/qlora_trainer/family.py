@@ -1,6 +1,5 @@
 """Decides from a model's config.json whether it can be trained with QLoRA, and which of its layers get an adapter."""
 
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,13 +8,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.training import LoraSpec
-from qlora_trainer.attention import ATTENTION, Rows, register_attention
 from qlora_trainer.failures import bad_configuration, model_unavailable, unsafe_artefact
-from qlora_trainer.loss import LogitTransform
+from qlora_trainer.positions import longest_row, same_rotation_up_to
+from qlora_trainer.probe import probe
+from qlora_trainer.unsupported import ALTERNATIVE, reason_in_config, reason_in_model
 
 MIN_QUANTIZED_FRACTION = 0.98
 ALL_LINEAR = "all-linear"
@@ -33,10 +33,6 @@ _UNUSABLE = (
     StrictDataclassError,
 )
 
-_PROBE_VOCABULARY = 128
-_PROBE_WINDOW = 5
-_PROBE_ROWS = (7, 12)
-
 
 @dataclass(frozen=True)
 class Family:
@@ -49,6 +45,23 @@ class Family:
     """Of the parameters outside embeddings and head, those in layers that become 4-bit."""
     packing_isolated: bool
     """Whether rows in one sequence cannot see each other: a leak test on a shrunken random model of this family."""
+    longest_row: int | None = None
+    """Tokens that the model has positions for; None if its configuration does not say."""
+    same_rotation_up_to: int | None = None
+    """Tokens of a row beyond which the model turns every row of its sequence by other angles; None if it never does."""
+
+    def keeps_rows_apart(self, row_tokens: int) -> bool:
+        """Whether rows of up to `row_tokens` tokens can stand in one sequence without any effect on each other."""
+        return self.packing_isolated and row_tokens <= (self.same_rotation_up_to or row_tokens)
+
+    def require_positions(self, row_tokens: int) -> None:
+        """Raise StepFailure unless the model has positions for rows of `row_tokens` tokens."""
+        if self.longest_row is not None and row_tokens > self.longest_row:
+            raise bad_configuration(
+                f"spec.training.maxSequenceLength is {row_tokens}, but the model (model_type {self.model_type!r}) has "
+                f"positions for {self.longest_row} tokens (max_position_embeddings): set it to {self.longest_row} or "
+                "less, or name a model with a longer context"
+            )
 
 
 def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
@@ -61,23 +74,33 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     config = _read_config(config_folder)
     model_type = config.model_type
     try:
+        _refuse(model_type, reason_in_config(config))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        _refuse_experts(model_type, skeleton)
+        _refuse(model_type, reason_in_model(skeleton))
         fraction = quantized_fraction(skeleton)
         if fraction < MIN_QUANTIZED_FRACTION:
-            raise bad_configuration(
-                f"model_type {model_type!r}: only {fraction:.1%} of the parameters outside the embeddings are in plain "
-                f"linear layers, which is what is held in 4 bit; at least {MIN_QUANTIZED_FRACTION:.0%} must be"
+            _refuse(
+                model_type,
+                f"only {fraction:.1%} of its parameters outside the embeddings are in plain linear layers, which is "
+                f"what is held in 4 bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
             )
         targets = resolve_targets(lora.target_modules, block_linears(skeleton))
-        isolated = _probe(model_type, config)
+        text = config.get_text_config(decoder=True)
+        probed = probe(text)
+        if not probed.exact:
+            _refuse(model_type, "it computes attention or logits in a way that this trainer does not know")
+        return Family(model_type, targets, fraction, probed.isolated, longest_row(text), same_rotation_up_to(text))
     except _UNUSABLE as error:
         raise bad_configuration(
             f"{config_folder / 'config.json'} (model_type {model_type!r}) describes no model that can be trained here: "
-            f"{error}"
+            f"{error}; {ALTERNATIVE}"
         ) from error
-    return Family(model_type, targets, fraction, isolated)
+
+
+def _refuse(model_type: str, reason: str | None) -> None:
+    if reason is not None:
+        raise bad_configuration(f"model_type {model_type!r} cannot be trained here: {reason}; {ALTERNATIVE}")
 
 
 def _read_config(folder: Path) -> Any:
@@ -100,10 +123,12 @@ def _read_config(folder: Path) -> Any:
                 f"{path} has transformers_weights: other weights than those that are checked and recorded would be "
                 "loaded; remove it, and name the weights' files as usual"
             )
-        if name == "quantization_config":
+        if name in ("quantization_config", "compression_config"):
+            method = value.get("quant_method") if isinstance(value, dict) else None
             raise bad_configuration(
-                f"{path} has quantization_config: the model is already quantized, which would silently win over "
-                "spec.quantization; name the original 16-bit model instead"
+                f"{path} has {name}: the model (model_type {raw['model_type']!r}) is already quantized "
+                f"({str(method or 'by an unnamed method')[:60]}), which would silently win over spec.quantization; "
+                "name the original 16-bit model instead"
             )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -120,16 +145,6 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for inner in value:
             yield from _entries(inner)
-
-
-def _refuse_experts(model_type: str, model: nn.Module) -> None:
-    """Experts are parameters with three axes, which bitsandbytes leaves in 16 bit: most of such a model."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 2 and "expert" in name:
-            raise bad_configuration(
-                f"model_type {model_type!r} is a mixture of experts: its experts ({name}) cannot be held in 4 bit; "
-                "choose a dense model"
-            )
 
 
 def quantized_fraction(model: nn.Module) -> float:
@@ -173,65 +188,26 @@ def resolve_targets(wanted: tuple[str, ...], linears: tuple[str, ...]) -> tuple[
     return tuple(sorted(chosen))
 
 
-@torch.no_grad()
-def _probe(model_type: str, config: Any) -> bool:
-    """Try a shrunken random model of the family with our attention and head; True if rows are isolated.
-
-    Raises StepFailure if a single row's logits differ from those of transformers' own attention and head.
-    """
-    register_attention()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            _shrunken(config), dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        first, other, second = (torch.randint(_PROBE_VOCABULARY, (1, n)) for n in (*_PROBE_ROWS[:1], *_PROBE_ROWS))
-    expected = model(input_ids=second, use_cache=False).logits
-    model.set_attn_implementation(ATTENTION)
-    alone = _logits(model, second, Rows.of(_PROBE_ROWS[1:], second.device))
-    if not torch.allclose(alone, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+def in_blocks(targets: tuple[str, ...], blocks: tuple[int, ...] | None) -> tuple[str, ...]:
+    """Those of `targets` that lie in the decoder blocks of spec.lora.layersToTransform, each of which must hold some."""
+    if blocks is None:
+        return targets
+    numbers = {target: next(int(part) for part in target.split(".") if part.isdecimal()) for target in targets}
+    missing = sorted(set(blocks) - set(numbers.values()))
+    if missing:
+        existing = sorted(set(numbers.values()))
         raise bad_configuration(
-            f"model_type {model_type!r} computes attention or logits in a way that this trainer does not know; "
-            "choose another family"
+            f"spec.lora.layersToTransform names block {missing[0]}, in which the model has no layer of "
+            f"spec.lora.targetModules; the blocks that have one are numbered {existing[0]} to {existing[-1]}"
         )
-    rows = Rows.of(_PROBE_ROWS, second.device)
-    with_first, with_other = (_logits(model, torch.cat([row, second], dim=1), rows) for row in (first, other))
-    return torch.equal(with_first[:, _PROBE_ROWS[0] :], with_other[:, _PROBE_ROWS[0] :])
+    return tuple(target for target in targets if numbers[target] in blocks)
 
 
-def _logits(model: Any, input_ids: Tensor, rows: Rows) -> Tensor:
-    """Logits as training computes them: decoder, head, transform."""
-    states = model.get_decoder()(
-        input_ids=input_ids, position_ids=rows.position_ids(), rows=rows, use_cache=False
-    ).last_hidden_state
-    return LogitTransform.of(model.config)(model.get_output_embeddings()(states))
-
-
-def _shrunken(config: Any) -> Any:
-    """The same family with two blocks, few heads (of the same size, which positions depend on) and few tokens."""
-    small = copy.deepcopy(config.get_text_config(decoder=True))
-    heads, key_heads = small.num_attention_heads, getattr(small, "num_key_value_heads", None)
-    head_size = getattr(small, "head_dim", None) or small.hidden_size // heads
-    changes: dict[str, Any] = {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2 if key_heads in (None, heads) else 1,
-        "hidden_size": 2 * head_size,
-        "intermediate_size": 64,
-        "vocab_size": _PROBE_VOCABULARY,
-        "layer_types": _two_kinds(getattr(small, "layer_types", None)),
-        "sliding_window": _PROBE_WINDOW if getattr(small, "sliding_window", None) else None,
-        "initializer_range": 0.2,
-    }
-    for name, value in changes.items():
-        if getattr(small, name, None) is not None:
-            setattr(small, name, value)
-    # Ids beyond the small vocabulary would be refused by the embedding.
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, name, None)
-    return small
-
-
-def _two_kinds(layer_types: list[str] | None) -> list[str] | None:
-    """Two blocks that together show every kind of attention, so far as two can."""
-    return None if layer_types is None else (list(dict.fromkeys(layer_types)) * 2)[:2]
+def _refuse_untying(model_type: str, model: Any, lora: LoraSpec) -> None:
+    """Training a copy of one of two modules that are the same matrix would give another model than was asked for."""
+    head = model.get_output_embeddings()
+    if lora.modules_to_save and head.weight is model.get_input_embeddings().weight:
+        raise bad_configuration(
+            f"spec.lora.modulesToSave: in this model of type {model_type!r} embed_tokens and lm_head are one matrix, "
+            "which cannot be trained as two: leave modulesToSave out, or choose a model that does not tie them"
+        )

@@ -1,0 +1,45 @@
+"""Says why models of a family cannot be trained, from what transformers tells about it; changes with its families."""
+
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+ALTERNATIVE = "choose a dense decoder, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo 2, SmolLM3 or Granite"
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
+# Their text decoder is trained as if it stood alone; its names in files are those that servers expect.
+_TRAINED_TEXT_PARTS = frozenset({"gemma3"})
+
+_EXPERTS = "whose experts bitsandbytes leaves in 16 bit: most of the model would not be quantized"
+_RECURRENT = "it carries a state from token to token, which would run on from one packed row into the next"
+
+
+def reason_in_config(config: Any) -> str | None:
+    """Why a model of this configuration cannot be trained, as far as the configuration tells; None if it can."""
+    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, and only decoders are trained"
+    for name in _EXPERT_COUNTS:
+        count = getattr(text, name, None)
+        if isinstance(count, int) and count > 1:
+            return f"it is a mixture of experts ({name} {count}), {_EXPERTS}"
+    if text is not config and config.model_type not in _TRAINED_TEXT_PARTS:
+        return "it is a multimodal model, and only models of text are trained"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "transformers has no causal language model of this type"
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION_KINDS)
+    return f"it has layers of type {', '.join(other)}: {_RECURRENT}" if other else None
+
+
+def reason_in_model(model: Any) -> str | None:
+    """Why a model, of which no weights are needed, cannot be trained, as far as its layers tell; None if it can."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 2 and "expert" in name:
+            return f"it is a mixture of experts ({name} has {parameter.ndim} axes), {_EXPERTS}"
+    # Private, but what transformers itself asks before it generates.
+    if model._is_stateful:
+        return _RECURRENT
+    if not model.is_backend_compatible():
+        return "its attention is code of its own in transformers (as with ALiBi biases), which mixes packed rows"
+    return None
