@@ -80,10 +80,11 @@ def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: i
 
 
 @main.command()
-@_file
+@click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--workspace", type=click.Path(path_type=Path), required=True, help="Folder of the run; kept between runs."
 )
+@click.option("--resume", is_flag=True, help="Go on with the run in the workspace; refused if there is none.")
 @_volume
 @click.option(
     "--config-map",
@@ -95,23 +96,34 @@ def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: i
 )
 @click.option("--device", type=click.Choice(get_args(Device)), help="Where to train; cuda if there is a driver.")
 def run(
-    file: Path,
+    file: Path | None,
     workspace: Path,
+    resume: bool,
     claims: dict[str, Path],
     config_maps: dict[str, Path],
     device: Device | None,
 ) -> None:
     """Run the job in FILE on this machine: prepare, train, publish.
 
-    Ctrl-C saves a checkpoint; the same command goes on from it. The exit code is that of the step that failed.
+    Ctrl-C saves a checkpoint. With --resume, FILE and the options are those of the run in the workspace, unless they
+    are given again. The exit code is that of the step that failed.
     """
-    document = _load(file)
+    earlier = _earlier_run(workspace) if resume else None
+    if file is not None:
+        document = _load(file)
+    elif earlier is not None:
+        document = earlier.document
+    else:
+        raise click.UsageError("Missing argument 'FILE': name the manifest, or go on with an earlier run by --resume.")
+    claims = {**(earlier.claims if earlier else {}), **claims}
+    config_maps = {**(earlier.config_maps if earlier else {}), **config_maps}
     missing = missing_sources(document.spec, claims, config_maps)
     if missing:
         _refuse("\n".join(missing))
     if importlib.util.find_spec("torch") is None:
         _refuse("the trainer is not installed: install qlora-operator[cli,trainer]")
     console = Console()
+    device = device or (earlier.device if earlier else None)
     if device is None:
         device = "cuda" if has_gpu() else "cpu"
         console.print(f"Training on {device} (--device chooses).", highlight=False)
@@ -124,10 +136,17 @@ def run(
     sys.exit(ended.exit_code)
 
 
+def _earlier_run(workspace: Path) -> LocalRun:
+    try:
+        return LocalRun.recall(workspace)
+    except ValueError as error:
+        _refuse(str(error))
+
+
 def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
     if ended.stopped_by is not None:
-        command = shlex.join(["qlora", *sys.argv[1:]])
-        console.print(f"To go on from there, run it again:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+        command = shlex.join(["qlora", "run", "--resume", "--workspace", str(local.workspace)])
+        console.print(f"To go on from there:\n  {command}", highlight=False, markup=False, soft_wrap=True)
         return
     if "publish" not in ended.results or ended.results["publish"].adapter is None:
         return
@@ -140,7 +159,7 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
         table.add_row(
             "Held-out loss", f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
         )
-    table.add_row("Loss curve", str(local.layout.report / "loss.png"))
+    table.add_row("Report", str(local.layout.report / "report.html"))
     console.print(table, soft_wrap=True)
 
 

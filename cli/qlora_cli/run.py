@@ -28,6 +28,10 @@ STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 _LOCAL_UID = "local"
 
 
+_JOB_FILE = "job.json"
+_PLACES_FILE = "run.json"
+
+
 class Display(Protocol):
     """What shows a run to the person who waits for it."""
 
@@ -58,6 +62,34 @@ class LocalRun:
     def layout(self) -> WorkspaceLayout:
         """The workspace's folders."""
         return WorkspaceLayout(self.workspace.absolute())
+
+    def remember(self) -> Path:
+        """Write down in the workspace what `recall` needs; returns the job's file. Raises OSError."""
+        places = {
+            "device": self.device,
+            "claims": {name: str(folder.absolute()) for name, folder in self.claims.items()},
+            "configMaps": {name: str(folder.absolute()) for name, folder in self.config_maps.items()},
+        }
+        write_atomically(self.layout.records / _PLACES_FILE, json.dumps(places, indent=2).encode() + b"\n")
+        job = self.layout.records / _JOB_FILE
+        write_atomically(job, json.dumps(self.document.dump(), indent=2).encode() + b"\n")
+        return job
+
+    @classmethod
+    def recall(cls, workspace: Path) -> "LocalRun":
+        """The run whose workspace this is. Raises ValueError if no run has been started in it."""
+        records = WorkspaceLayout(workspace.absolute()).records
+        try:
+            document = QLoRAJobDocument.model_validate_json((records / _JOB_FILE).read_bytes())
+            places = json.loads((records / _PLACES_FILE).read_bytes())
+            claims, config_maps = (
+                {name: Path(folder) for name, folder in places[key].items()} for key in ("claims", "configMaps")
+            )
+            return cls(document, workspace, claims, config_maps, places["device"])
+        except FileNotFoundError as missing:
+            raise ValueError(f"{workspace} holds no run to go on with: {missing.filename} does not exist") from missing
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{records} holds no readable run: {error}; name the manifest's file instead") from error
 
 
 @dataclass(frozen=True)
@@ -108,8 +140,7 @@ def has_gpu() -> bool:
 
 def run_steps(run: LocalRun, display: Display) -> Ended:
     """Run the steps until one fails or the user stops it. What an earlier run has finished is not done again."""
-    job = run.layout.records / "job.json"
-    write_atomically(job, json.dumps(run.document.dump(), indent=2).encode() + b"\n")
+    job = run.remember()
     results: dict[StepName, ResultRecord] = {}
     with _Stop(display) as stop:
         for step in STEPS:

@@ -172,7 +172,7 @@ def test_a_run_without_its_volumes_names_them_and_leaves_nothing(tmp_path: Path)
     assert not (tmp_path / "work").exists()
 
 
-def test_a_run_shows_a_bar_stops_on_ctrl_c_and_goes_on_with_the_same_command(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "job", tiny_llama.parent)
     command = arguments(files, manifest(files, SPEC))
     terminal, end = pty.openpty()
@@ -185,21 +185,41 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_goes_on_with_the_same_command(tmp
     os.close(end)
     shown = read_until(terminal, r"Training.*training (\d+)/30, loss \d")
     process.send_signal(signal.SIGINT)
-    shown += read_until(terminal, r"run it again:")
+    shown += read_until(terminal, r"qlora run --resume --workspace \S+")
     assert process.wait(300) == 130
     os.close(terminal)
     assert "━" in shown
     layout = WorkspaceLayout(files.workspace)
     assert any(layout.checkpoints.glob("step-*"))
 
-    done = qlora(*command)
+    done = qlora("run", "--resume", "--workspace", str(files.workspace))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "prepare: " in done.stdout
+    assert str(layout.report / "report.html") in done.stdout
     record = read_completion(layout.completion("publish"), PublishRecord)
     assert record is not None
     assert record.adapter.sha256 in done.stdout
     assert str(layout.adapter) in done.stdout
     assert re.search(r"Held-out loss +\d\.\d{4} before, \d\.\d{4} after", done.stdout)
+
+
+@pytest.mark.parametrize("leftover", [None, "{", '{"apiVersion": "qlora.dev/v1alpha1"}'])
+def test_there_must_be_a_run_to_resume(tmp_path: Path, leftover: str | None) -> None:
+    records = tmp_path / "work" / "records"
+    if leftover is not None:
+        records.mkdir(parents=True)
+        (records / "job.json").write_text(leftover)
+    done = qlora("run", "--resume", "--workspace", str(tmp_path / "work"))
+    assert done.returncode == 10
+    assert f"{tmp_path / 'work'}" in done.stderr
+    assert "holds no" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_needs_a_manifest_or_an_earlier_run(tmp_path: Path) -> None:
+    done = qlora("run", "--workspace", str(tmp_path / "work"))
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
 
 
 def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_llama: Path) -> None:
