@@ -37,6 +37,7 @@ def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
             "weightDecay": 0.01,
             "evalEverySteps": 2,
             "saveEverySteps": 2,
+            "samples": 0,
         },
     }
     return QLoRAJobDocument.model_validate(
@@ -110,9 +111,12 @@ class StopAtStep(Recorded):
 
 
 def history(context: StepContext) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without their speed, which no two runs share."""
+    """The lines of metrics.jsonl without their speed and memory, which no two runs share."""
     lines = (context.workspace.report / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "tokensPerSecond"} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in ("tokensPerSecond", "memoryBytes")}
+        for line in lines
+    ]
 
 
 def adapter_bytes(context: StepContext) -> bytes:

@@ -21,8 +21,8 @@ Fingerprint = dict[str, Any]
 # numpy draws the order of the data.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-# How often to save decides nothing about what is computed.
-_WITHOUT_EFFECT = ("saveEverySteps",)
+# How often to save, where to draw curves and when to give up decide nothing about what is computed.
+_WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples")
 
 
 def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = os.environ) -> int:

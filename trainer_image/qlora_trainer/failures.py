@@ -38,10 +38,12 @@ def unreachable(message: str) -> StepFailure:
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to stop and has saved its state
-    """The step stopped on request after saving a checkpoint; the next attempt goes on from there (exit 143)."""
+    """The step stopped on request; the next attempt goes on from the checkpoint of `saved_step` (exit 143)."""
 
-    def __init__(self, training_step: int, total_steps: int) -> None:
-        kept = "a checkpoint is saved" if training_step else "there was nothing to save yet"
+    def __init__(self, training_step: int, total_steps: int, saved_step: int) -> None:
+        kept = f"the checkpoint of step {saved_step} is saved" if saved_step else "there was nothing to save yet"
+        if saved_step < training_step:
+            kept += "; the steps since then are suspect and will be repeated"
         super().__init__(f"interrupted at step {training_step} of {total_steps}; {kept}")
         self.training_step = training_step
         self.total_steps = total_steps

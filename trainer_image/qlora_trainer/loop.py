@@ -1,11 +1,12 @@
 """The training loop: optimizer steps, evaluations and checkpoints, from wherever the run stands to its end."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from math import isfinite
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from qlora_api.contract import ExitCode, ProgressRecord
 from qlora_trainer.batches import Batch, Plan, read_batch
 from qlora_trainer.checkpoint import Checkpoint, save_checkpoint
 from qlora_trainer.determinism import Fingerprint, processor, random_state, restore_random_state
+from qlora_trainer.divergence import Stability, cleared, has_diverged
 from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.loss import batch_loss
-from qlora_trainer.metrics import History, Pace, peak_memory_bytes
+from qlora_trainer.metrics import History, Pace, memory_bytes, peak_memory_bytes
 from qlora_trainer.model import COMPUTE_DTYPE, adapter_parameters, adapter_tensors, restore_adapter
 from qlora_trainer.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from qlora_trainer.prepared import PreparedDataset
@@ -41,6 +43,12 @@ class RunState:
     initial_eval_loss: float | None = None
     peak_memory_bytes: int = 0
     """Of all attempts."""
+    stability: Stability = field(default_factory=Stability)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """What `asdict` made of a state."""
+        return cls(**{**saved, "stability": Stability(**saved["stability"])})
 
 
 @dataclass
@@ -75,8 +83,8 @@ class Run:
 def run_to_end(run: Run, state: RunState) -> RunState:
     """Train to the last step, evaluate and save on the way. Returns the final state.
 
-    Raises Interrupted, with the latest step saved, when a stop is requested; StepFailure (DIVERGED) for a loss or
-    gradient that is no number, before it can reach the weights.
+    Raises Interrupted when a stop is requested, with the latest step saved unless it is suspect; StepFailure (DIVERGED)
+    for a loss or gradient that is no number, before it can reach the weights, and for a run that has diverged.
     """
     while True:
         if run.eval_data is not None and _evaluation_due(run, state) and not run.stop.requested:
@@ -88,7 +96,7 @@ def run_to_end(run: Run, state: RunState) -> RunState:
         if state.step == run.plan.total_steps and not _evaluation_due(run, state):
             return state
         if stopping:
-            raise Interrupted(state.step, run.plan.total_steps)
+            raise Interrupted(state.step, run.plan.total_steps, run.checkpoint_step or 0)
         state = _optimizer_step(run, state)
 
 
@@ -100,10 +108,14 @@ def _evaluation_due(run: Run, state: RunState) -> bool:
 
 
 def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
+    """Whether to save now. A suspect run is not saved before its end, but as soon as it is found to be sound."""
     if state.step == 0 or state.step == run.checkpoint_step:
         return False
-    on_schedule = state.step % run.context.spec.training.save_every_steps == 0
-    return on_schedule or state.step == run.plan.total_steps or stopping
+    if state.step == run.plan.total_steps:
+        return True
+    every = run.context.spec.training.save_every_steps
+    passed = state.step // every > (run.checkpoint_step or 0) // every
+    return (passed or stopping) and not state.stability.suspect
 
 
 def _optimizer_step(run: Run, state: RunState) -> RunState:
@@ -125,6 +137,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     state = replace(state, step=state.step + 1, loss=loss, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
         raise _diverged(run, state.step, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
+    state = replace(state, stability=_judge(run, state, loss, grad_norm, batches, targets))
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -137,6 +150,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
             "loss": loss,
             "gradNorm": grad_norm,
             "learningRate": rate,
+            "memoryBytes": memory_bytes(run.context.device),
             "tokensPerSecond": round(tokens / seconds, 1) if seconds > 0 else 0.0,
         }
     )
@@ -148,6 +162,37 @@ def _loss(run: Run, batch: Batch) -> Tensor:
     """Summed loss of a batch. Products are computed in 16 bit; adapter weights keep their own type."""
     with torch.autocast(run.device.type, dtype=COMPUTE_DTYPE):
         return batch_loss(run.model.get_base_model(), batch)
+
+
+def _judge(run: Run, state: RunState, loss: float, grad_norm: float, batches: Items[Batch], targets: int) -> Stability:
+    """The run's stability after this step. Raises StepFailure (DIVERGED) if it has been suspect for too long."""
+    patience = run.context.spec.training.divergence_patience
+    if patience == 0:
+        return state.stability
+    stability = state.stability.after_step(state.step, loss, grad_norm)
+    if not stability.to_be_judged(state.step, patience):
+        return stability
+    base_loss = _base_loss(run, batches) / targets
+    if not has_diverged(loss, base_loss):
+        _log.info("step %d: loss %.4f is high, but it is %.4f without the adapter", state.step, loss, base_loss)
+        return cleared(loss, grad_norm)
+    raise _diverged(
+        run,
+        state.step,
+        f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
+        f"loss had come down to {stability.lowest_loss_level:.4g}); the base model without the adapter has "
+        f"{base_loss:.4g} on the same rows",
+    )
+
+
+def _base_loss(run: Run, batches: Items[Batch]) -> float:
+    """Summed loss of the batches without the adapter. Draws no random number and leaves the gradients as they are."""
+    run.model.eval()
+    try:
+        with torch.no_grad(), run.model.disable_adapter():
+            return sum(float(_loss(run, batch)) for batch in batches)
+    finally:
+        run.model.train()
 
 
 def _diverged(run: Run, step: int, what: str) -> StepFailure:
@@ -223,7 +268,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> RunState:
             "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
         )
     run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state["savedAt"]
-    return RunState(**checkpoint.state["run"])
+    return RunState.from_json(checkpoint.state["run"])
 
 
 def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:

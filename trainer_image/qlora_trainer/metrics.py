@@ -3,7 +3,7 @@
 import json
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,16 +12,22 @@ import torch
 
 from qlora_trainer.files import HISTORY_FILE
 from qlora_trainer.step import Device
+from qlora_trainer.trackers import Tracker
 
 # Weight of the newest step in the running mean: about the last ten steps count.
 _NEWEST = 0.2
+_MEMORY_OF_PROCESS = Path("/proc/self/statm")
 
 
 class History:
     """`report/metrics.jsonl`: a line for each optimizer step and one for each evaluation."""
 
-    def __init__(self, folder: Path, length: int) -> None:
-        """Open the file and cut it to `length` bytes: what a lost attempt wrote after its checkpoint happens again."""
+    def __init__(self, folder: Path, length: int, trackers: Sequence[Tracker] = ()) -> None:
+        """Open the file and cut it to `length` bytes: what a lost attempt wrote after its checkpoint happens again.
+
+        Each line goes to the `trackers` too.
+        """
+        self._trackers = trackers
         folder.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = (folder / HISTORY_FILE).open("ab")
         self._file.truncate(min(length, self._file.tell()))
@@ -30,6 +36,8 @@ class History:
         """Add a line. Raises ValueError for a number that JSON does not have."""
         self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(int(entry["step"]), entry)
 
     def sync(self) -> int:
         """Make the lines so far durable; returns the file's length in bytes, for the checkpoint."""
@@ -39,6 +47,8 @@ class History:
     def close(self) -> None:
         """No more lines."""
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 @dataclass(frozen=True)
@@ -77,3 +87,16 @@ def peak_memory_bytes(device: Device) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_bytes(device: Device) -> int:
+    """The most memory that this process has used since it was last asked: on the GPU, or on a CPU what it uses now.
+
+    So a GPU's peaks within a step are seen, each at its own step.
+    """
+    if device == "cuda":
+        peak = int(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    resident_pages = int(_MEMORY_OF_PROCESS.read_text().split()[1])
+    return resident_pages * resource.getpagesize()
