@@ -37,7 +37,7 @@ def main() -> int:
     try:
         kubectl, images = _cluster(options, say)
         say("Putting the model and the data set on a volume")
-        model = _model()
+        model = model_folder()
         _inputs(kubectl, images.trainer, model)
         say(f"kubectl apply -f {MANIFEST.relative_to(HERE.parent.parent)}")
         _delete_job(kubectl)
@@ -91,7 +91,7 @@ def _cluster(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[K
     return Kubectl(toolchain.build(where, ["kubectl"])["kubectl"], kubeconfig), images
 
 
-def _model() -> Path:
+def model_folder() -> Path:
     """The demo's model folder, made once and kept in the cache."""
     maker = HERE / "model.py"
     key = hashlib.sha256(maker.read_bytes()).hexdigest()[:12]

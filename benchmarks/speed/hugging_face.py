@@ -1,0 +1,50 @@
+"""What the compared systems have in common: the quantized base as they load it, and the rows as their tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from benchmarks.speed.settings import ALPHA, RANK
+
+
+def load_base(folder: Path) -> Any:
+    """The base model in NF4 with double quantization and bf16 products, attention by PyTorch's fused kernel."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",
+        device_map="cpu",
+        local_files_only=True,
+    )
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            # Otherwise an evaluation on a CPU with AVX512-BF16 repacks the weights for a path without gradients.
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def lora_config() -> LoraConfig:
+    """Adapters on every linear layer of the blocks."""
+    return LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tokenized(model: Path, path: Path) -> list[list[int]]:
+    """The tokens of each row, through the model's chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    return [tokenizer.apply_chat_template(row["messages"])["input_ids"] for row in read_rows(path)]

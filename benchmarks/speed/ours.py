@@ -1,0 +1,54 @@
+"""Runs this trainer: its prepare step, then its train step under the instrument."""
+
+from benchmarks.speed.instrument import Instrument
+from benchmarks.speed.settings import (
+    ALPHA,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    MAX_LENGTH,
+    RANK,
+    SEED,
+    SEQUENCES_PER_STEP,
+    Inputs,
+)
+from benchmarks.trainer import prepared_context, train_here
+from qlora_trainer.step import StepContext
+
+
+def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]:
+    """Train; returns the tokens and the rows of each step.
+
+    What is not set has the schema's default: packing, checkpointing, paged 32-bit AdamW, no dropout.
+    """
+    training = {
+        "maxSteps": instrument.length.steps,
+        "gradientAccumulationSteps": SEQUENCES_PER_STEP,
+        "maxSequenceLength": MAX_LENGTH,
+        "learningRate": LEARNING_RATE,
+        "maxGradNorm": MAX_GRAD_NORM,
+        # As the others: every token.
+        "trainOn": "all",
+        "seed": SEED,
+    }
+    context = prepared_context(inputs.folder, inputs.model, training, {"rank": RANK, "alpha": ALPHA})
+    instrument.install()
+    train_here(context)
+    return _useful(context)
+
+
+def _useful(context: StepContext) -> tuple[list[int], list[int]]:
+    from qlora_trainer.batches import Plan
+    from qlora_trainer.prepared import PreparedDataset
+    from qlora_trainer.records import PrepareRecord, read_completion
+
+    prepared = read_completion(context.workspace.completion("prepare"), PrepareRecord)
+    if prepared is None:
+        raise AssertionError("prepare leaves its record")
+    data = PreparedDataset.open(context.workspace.root / prepared.data_path, "train")
+    plan = Plan.of(len(data), context.spec.training)
+    tokens, rows = [], []
+    for step in range(plan.total_steps):
+        sequences = [data[index] for indices in plan.micro_batches(step) for index in indices]
+        tokens.append(sum(len(sequence.input_ids) for sequence in sequences))
+        rows.append(sum(len(sequence.segment_lengths) for sequence in sequences))
+    return tokens, rows

@@ -1,0 +1,51 @@
+"""Runs one system once, in a process of its own, and writes what was measured.
+
+python -m benchmarks.speed.worker SYSTEM FOLDER MODEL --steps N --snapshot-every N
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks.memory import peak_resident_bytes
+from benchmarks.speed.instrument import Instrument
+from benchmarks.speed.settings import SYSTEMS, Inputs, Length
+
+
+def main() -> None:
+    """Train with the system that the command line names; leave FOLDER/measured.json and FOLDER/step-N.pt."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--snapshot-every", type=int, required=True)
+    options = parser.parse_args()
+    instrument = Instrument(Length(options.steps, options.snapshot_every), options.folder)
+    tokens, rows = _train(options.system, Inputs(options.folder, options.model), instrument)
+    measured = instrument.result(tokens, rows) | {
+        "threads": torch.get_num_threads(),
+        "peakBytes": max(instrument.loaded["peakBytes"], peak_resident_bytes()),
+    }
+    (options.folder / "measured.json").write_text(json.dumps(measured))
+
+
+def _train(system: str, inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]:
+    # Imported where it runs: no system pays for the libraries of another.
+    if system == "ours":
+        from benchmarks.speed import ours
+
+        return ours.train(inputs, instrument)
+    if system == "original":
+        from benchmarks.speed import original
+
+        return original.train(inputs, instrument)
+    from benchmarks.speed import trl
+
+    return trl.train(inputs, instrument, packing=system == "trl-packing")
+
+
+if __name__ == "__main__":
+    main()
