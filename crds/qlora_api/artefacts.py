@@ -1,11 +1,11 @@
 """The part of a QLoRAJob's spec that says where the base model comes from and where the adapter goes."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import ObjectName
-from qlora_api.schema import ApiModel
+from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import FolderAddress, ModelAddress
 
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
@@ -20,12 +20,35 @@ class SecretKeyRef(ApiModel):
     )
 
 
+class SecretRef(ApiModel):
+    """A Secret in the job's namespace, with the credentials that the address needs.
+
+    Keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where there is one, AWS_SESSION_TOKEN for s3://;
+    .dockerconfigjson for oci:// (a Secret of type kubernetes.io/dockerconfigjson); token for hf://.
+    """
+
+    name: ObjectName = Field(description="Name of the Secret.")
+
+
+_HUB_TOKEN = "for an hf:// model set tokenSecretRef, and for a pvc:// model nothing"  # noqa: S105 - a sentence
+
+
 class BaseModelSpec(ApiModel):
     """The base model, frozen during training."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.secretRef) || self.source.matches('^(s3|oci)://')",
+                f"secretRef is for s3 and oci: {_HUB_TOKEN}",
+            )
+        )
+    )
+
     source: ModelAddress = Field(
-        description="Where the base model lies: hf://ORG/NAME (Hugging Face Hub) or pvc://CLAIM/PATH (a folder with "
-        "config.json, tokenizer and *.safetensors on a volume of this namespace, mounted read-only and not copied)."
+        description="Where the base model lies, a folder with config.json, tokenizer and *.safetensors: hf://ORG/NAME "
+        "(Hugging Face Hub), s3://BUCKET/PATH, oci://REGISTRY/REPOSITORY:TAG or @sha256:DIGEST (a ModelPack artefact "
+        "with one layer a file), or pvc://CLAIM/PATH (a volume of this namespace, mounted read-only and not copied)."
     )
     revision: Revision | None = Field(
         None,
@@ -34,6 +57,15 @@ class BaseModelSpec(ApiModel):
     token_secret_ref: SecretKeyRef | None = Field(
         None, description="Read token for gated or private repositories. Only the prepare step sees it."
     )
+    secret_ref: SecretRef | None = Field(
+        None, description="Credentials to read an s3:// or oci:// model with. Only the prepare step sees them."
+    )
+
+    @model_validator(mode="after")
+    def _secret_of_its_scheme(self) -> Self:
+        if self.secret_ref is not None and not self.source.startswith(("s3://", "oci://")):
+            raise ValueError(f"secretRef is for s3 and oci: {_HUB_TOKEN}")
+        return self
 
 
 class MergedSpec(ApiModel):
@@ -44,12 +76,37 @@ class MergedSpec(ApiModel):
     )
 
 
+_NOTHING_TO_OPEN = "secretRef is for a destination that is not a volume: set s3://, hf:// or oci://"
+
+
 class OutputSpec(ApiModel):
     """Where the finished adapter goes."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.secretRef) || (has(self.destination) && !self.destination.startsWith('pvc://')) || "
+                "(has(self.merged) && has(self.merged.destination) && !self.merged.destination.startsWith('pvc://'))",
+                _NOTHING_TO_OPEN,
+            )
+        )
+    )
+
     destination: FolderAddress | None = Field(
-        None, description="Folder for the adapter, pvc://CLAIM/PATH; `adapter/` in the workspace if not set."
+        None,
+        description="Folder for the adapter: pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (made as a private "
+        "repository if there is none) or oci://REGISTRY/REPOSITORY:TAG; `adapter/` in the workspace if not set.",
+    )
+    secret_ref: SecretRef | None = Field(
+        None, description="Credentials to write to the destination with. Only the publish step sees them."
     )
     merged: MergedSpec | None = Field(
         None, description="Also merge the adapter into the dequantized base and publish that; not if not set."
     )
+
+    @model_validator(mode="after")
+    def _secret_has_a_use(self) -> Self:
+        merged = self.merged.destination if self.merged else None
+        if self.secret_ref and not any(uri and not uri.startswith("pvc://") for uri in (self.destination, merged)):
+            raise ValueError(_NOTHING_TO_OPEN)
+        return self

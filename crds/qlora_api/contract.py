@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, Bytes, Count, DatasetStatus, MemoryStatus, StepName, Timestamp
+from qlora_api.status import AdapterStatus, Bytes, Count, DatasetStatus, MemoryStatus, MergedStatus, StepName, Timestamp
 
 CONTRACT_VERSION = 1
 
@@ -22,11 +22,14 @@ WORKSPACE_MOUNT = PurePosixPath("/workspace")
 VOLUMES_MOUNT = PurePosixPath("/volumes")
 CONFIG_MAPS_MOUNT = PurePosixPath("/config-maps")
 TOKEN_FILE = PurePosixPath("/secrets/model/token")
+# Below it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
+CREDENTIALS_MOUNT = PurePosixPath("/credentials")
 
 ENV_POD_UID = "QLORA_POD_UID"
 ENV_ATTEMPT = "QLORA_ATTEMPT"
 ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
+ENV_REGISTRIES = "QLORA_REGISTRIES"
 
 MAX_PROGRESS_BYTES = 1024
 MAX_RESULT_BYTES = 4096
@@ -114,6 +117,7 @@ class ResultRecord(_Record):
     initial_eval_loss: Finite | None = None
     peak_memory_bytes: Bytes | None = None
     adapter: AdapterStatus | None = None
+    merged: MergedStatus | None = None
 
 
 Record = ProgressRecord | ResultRecord
@@ -170,6 +174,16 @@ class WorkspaceLayout:
     def adapter(self) -> Path:
         """The published adapter, where no other destination is named."""
         return self.root / "adapter"
+
+    @property
+    def quantized(self) -> Path:
+        """The base model's 4-bit weights as training held them, where a merged model is asked for."""
+        return self.root / "quantized"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model, where no other destination is named."""
+        return self.root / "merged"
 
     @property
     def report(self) -> Path:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.artefacts import Revision
+from qlora_api.artefacts import Revision, SecretRef
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import DatasetAddress
 
@@ -47,16 +47,33 @@ class EvalSpec(ApiModel):
         return self
 
 
+_NO_OBJECTS = "secretRef is for s3:// data; an hf:// data set is read with spec.model.tokenSecretRef"
+
+
 class DatasetSpec(ApiModel):
     """The training data: JSONL, CSV or Parquet, by file ending."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.secretRef) || self.source.startsWith('s3://') || "
+                "(has(self.eval) && has(self.eval.source) && self.eval.source.startsWith('s3://'))",
+                _NO_OBJECTS,
+            )
+        )
+    )
+
     source: DatasetAddress = Field(
-        description="Where the rows lie: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH or configMap://NAME/KEY; "
+        description="Where the rows lie: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH or "
+        "configMap://NAME/KEY; "
         "a .jsonl, .csv or .parquet file."
     )
     revision: Revision | None = Field(None, description="Branch, tag or commit of an hf:// data set; main if not set.")
     config: ColumnName | None = Field(
         None, description="Configuration (subset) of an hf:// data set that has several; default if not set."
+    )
+    secret_ref: SecretRef | None = Field(
+        None, description="Credentials to read s3:// data with. Only the prepare step sees them."
     )
     format: Literal["auto", "chat", "sharegpt", "instruction", "prompt-completion", "text"] = Field(
         "auto", description="How a row is read. auto decides by the columns and reports what it found."
@@ -76,3 +93,10 @@ class DatasetSpec(ApiModel):
         pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 that the data file must have; not checked if not set.",
     )
+
+    @model_validator(mode="after")
+    def _secret_has_a_use(self) -> Self:
+        held_out = self.eval.source if self.eval else None
+        if self.secret_ref and not any(uri and uri.startswith("s3://") for uri in (self.source, held_out)):
+            raise ValueError(_NO_OBJECTS)
+        return self

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from qlora_api.schema import ApiModel, rule, rules
+from qlora_api.sources import REGISTRY
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
@@ -18,6 +19,8 @@ ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBD
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
 LabelKey = Annotated[str, Field(max_length=317, pattern=LABEL_KEY)]
 LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE)]
+
+RegistryHost = Annotated[str, Field(max_length=260, pattern=rf"^(http://)?{REGISTRY}$")]
 
 _KEY_MESSAGE = "a label key is NAME or PREFIX/NAME, as of a node's label"
 
@@ -125,6 +128,17 @@ class WorkspaceDefaults(ApiModel):
     size: Quantity = Field("50Gi", description="Size of the claim.")
 
 
+class ObjectStoreSettings(ApiModel):
+    """The object store behind s3:// addresses. A job names buckets in it, never another host."""
+
+    endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")] | None = Field(
+        None, description="URL of an S3 server, which gets the bucket's name in the path; AWS's own if not set."
+    )
+    region: Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9-]+$")] | None = Field(
+        None, description="Region of the buckets; us-east-1 if not set."
+    )
+
+
 class Profile(ApiModel):
     """A class of jobs as the administrator set it up. A job names it; it cannot change anything in it."""
 
@@ -153,6 +167,13 @@ class Profile(ApiModel):
     resources: Resources = Field(Resources(), description="Compute of each step.")
     hub_endpoint: str | None = Field(
         None, max_length=512, description="URL of the model hub; huggingface.co if not set."
+    )
+    object_store: ObjectStoreSettings = Field(ObjectStoreSettings(), description="Where s3:// addresses lead.")
+    registries: tuple[RegistryHost, ...] = Field(
+        (),
+        max_length=32,
+        description="OCI registries that jobs may name in oci://, as HOST or HOST:PORT; with http:// before it, "
+        "without TLS. Servers that give out their tokens belong here too. Credentials are sent to no other host.",
     )
     termination_grace_period_seconds: int = Field(
         120, ge=30, le=3600, description="Seconds that train gets to finish a step and save before it is killed."

@@ -1,4 +1,4 @@
-"""The addresses a job may name: hf://, pvc:// and configMap://, as patterns for the schema and as parsed values."""
+"""The addresses a job may name, as patterns for the schema and as parsed values."""
 
 import re
 from dataclasses import dataclass
@@ -17,6 +17,14 @@ _HUB_MODEL = rf"hf://{_REPOSITORY}"
 _HUB_DATASET = rf"hf://{_REPOSITORY}(/{_PATH})?"
 _VOLUME = rf"pvc://{_CLAIM}(/{_PATH})?/?"
 _CONFIG_MAP = rf"configMap://{_CLAIM}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
+_OBJECTS = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_PATH}/?"
+# A registry's name has a dot or a port, which tells it from the first part of a repository's (distribution/reference).
+REGISTRY = r"([a-z0-9-]+([.][a-z0-9-]+)+(:[0-9]{1,5})?|[a-z0-9-]+:[0-9]{1,5})"
+_ARTEFACT_NAME = r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*"
+_ARTEFACT = rf"oci://{REGISTRY}/{_ARTEFACT_NAME}(/{_ARTEFACT_NAME})*"
+_TAG = r":[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
+_DIGEST = r"@sha256:[0-9a-f]{64}"
+_TAGGED_OR_PINNED = rf"{_ARTEFACT}({_TAG}|({_TAG})?{_DIGEST})"
 
 MAX_SOURCE_LENGTH = 512
 
@@ -48,21 +56,61 @@ class ConfigMapSource:
     key: str
 
 
-Source = HubSource | VolumeSource | ConfigMapSource
+@dataclass(frozen=True)
+class ObjectStoreSource:
+    """An object, or a prefix as a folder, in a bucket of the profile's object store."""
+
+    bucket: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.path}"
+
+
+@dataclass(frozen=True)
+class RegistrySource:
+    """An artefact of an OCI registry, by tag, digest or both."""
+
+    registry: str
+    """Host, with the port if it is not the usual one."""
+    repository: str
+    tag: str | None
+    digest: str | None
+
+    @property
+    def reference(self) -> str:
+        """What the registry is asked for: the digest where it is known, else the tag."""
+        return self.digest or self.tag or ""
+
+    def __str__(self) -> str:
+        tag = f":{self.tag}" if self.tag else ""
+        return f"oci://{self.registry}/{self.repository}{tag}" + (f"@{self.digest}" if self.digest else "")
+
+
+Source = HubSource | VolumeSource | ConfigMapSource | ObjectStoreSource | RegistrySource
 
 
 def parse_source(uri: str) -> Source:
     """The parsed form of an address that the schema has admitted. Raises ValueError for any other."""
-    scheme, separator, rest = uri.partition("://")
-    if separator and re.fullmatch("|".join((_HUB_DATASET, _VOLUME, _CONFIG_MAP)), uri):
-        head, _, tail = rest.rstrip("/").partition("/")
-        if scheme == "pvc":
-            return VolumeSource(head, tail)
-        if scheme == "configMap":
-            return ConfigMapSource(head, tail)
-        name, _, path = tail.partition("/")
-        return HubSource(f"{head}/{name}", path)
-    raise ValueError(f"{uri!r} is not an address; allowed are hf://ORG/NAME, pvc://CLAIM/PATH and configMap://NAME/KEY")
+    if not re.fullmatch("|".join((_HUB_DATASET, _VOLUME, _CONFIG_MAP, _OBJECTS, _TAGGED_OR_PINNED)), uri):
+        raise ValueError(
+            f"{uri!r} is not an address; allowed are hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, "
+            "oci://REGISTRY/REPOSITORY:TAG and configMap://NAME/KEY"
+        )
+    scheme, _, rest = uri.partition("://")
+    head, _, tail = rest.rstrip("/").partition("/")
+    if scheme == "pvc":
+        return VolumeSource(head, tail)
+    if scheme == "configMap":
+        return ConfigMapSource(head, tail)
+    if scheme == "s3":
+        return ObjectStoreSource(head, tail)
+    if scheme == "oci":
+        tagged, _, digest = tail.partition("@")
+        repository, _, tag = tagged.partition(":")
+        return RegistrySource(head, repository, tag or None, digest or None)
+    name, _, path = tail.partition("/")
+    return HubSource(f"{head}/{name}", path)
 
 
 def _address(pattern: str, allowed: str) -> tuple[AfterValidator, dict[str, object]]:
@@ -76,12 +124,19 @@ def _address(pattern: str, allowed: str) -> tuple[AfterValidator, dict[str, obje
     return AfterValidator(check), rules(rule(f"self.matches('^({pattern})$')", message))
 
 
-_model, _model_rules = _address(f"{_HUB_MODEL}|{_VOLUME}", "hf://ORG/NAME or pvc://CLAIM/PATH")
-_dataset, _dataset_rules = _address(
-    f"{_HUB_DATASET}|{_VOLUME}|{_CONFIG_MAP}", "hf://ORG/NAME, pvc://CLAIM/PATH or configMap://NAME/KEY"
+_model, _model_rules = _address(
+    f"{_HUB_MODEL}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
+    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH or oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST)",
 )
-# The root of a claim is nobody's own, so that a destination needs a folder.
-_folder, _folder_rules = _address(rf"pvc://{_CLAIM}/{_PATH}/?", "pvc://CLAIM/PATH")
+_dataset, _dataset_rules = _address(
+    f"{_HUB_DATASET}|{_VOLUME}|{_OBJECTS}|{_CONFIG_MAP}",
+    "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH or configMap://NAME/KEY",
+)
+# The root of a claim is nobody's own, so that a destination needs a folder; a digest is not known before the upload.
+_folder, _folder_rules = _address(
+    rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTEFACT}{_TAG}",
+    "pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",
+)
 
 ModelAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_model_rules), _model]
 DatasetAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_dataset_rules), _dataset]

@@ -164,12 +164,23 @@ def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manif
         contract.ENV_DEVICE: resolved.profile.device,
         contract.ENV_OUTPUT_CLAIM: resolved.claim_name,
     }
-    if step == "prepare" and resolved.profile.hub_endpoint:
-        values["HF_ENDPOINT"] = resolved.profile.hub_endpoint
+    if step in ("prepare", "publish"):
+        values |= _servers(resolved.profile)
     pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
     # As many threads as the pod has asked for: libraries would start one for each core of the node. Rounded up.
     threads = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}}
     return [pod_uid, threads, *({"name": name, "value": value} for name, value in values.items())]
+
+
+def _servers(profile: Profile) -> dict[str, str]:
+    """Where the addresses of jobs lead, as the administrator says: no tenant can send a pod's credentials elsewhere."""
+    values = {
+        "HF_ENDPOINT": profile.hub_endpoint,
+        "AWS_ENDPOINT_URL": profile.object_store.endpoint,
+        "AWS_REGION": profile.object_store.region,
+        contract.ENV_REGISTRIES: " ".join(profile.registries),
+    }
+    return {name: value for name, value in values.items() if value}
 
 
 def _resources(job: QLoRAJob, profile: Profile, step: StepName) -> Manifest:

@@ -13,14 +13,21 @@ Manifest = dict[str, Any]
 
 _WORKSPACE = "workspace"
 _TEMPORARY_SIZE = "4Gi"
-_TOKEN_MODE = 0o440
+_SECRET_MODE = 0o440
+# The keys that a step finds as files, by the scheme of the address that they open.
+_SECRET_KEYS = {
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    "oci": (".dockerconfigjson",),
+    "hf": ("token",),
+}
 
 
 def mounts_and_volumes(job: QLoRAJob, workspace_claim: str, step: StepName) -> tuple[list[Manifest], list[Manifest]]:
     """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
     Every step sees the workspace, its document and a small folder for temporary files. Beyond that, prepare reads the
-    model, the data and the hub token, train reads the model, and publish reads the model and writes the destination.
+    model, the data and their secrets, and looks at the destination; train reads the model; publish reads the model,
+    writes the destination and has its secret.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -40,6 +47,7 @@ def mounts_and_volumes(job: QLoRAJob, workspace_claim: str, step: StepName) -> t
     if step == "prepare":
         _add_config_maps(job.spec, mounts, volumes)
         _add_token(job.spec, mounts, volumes)
+    _add_credentials(job.spec, step, mounts, volumes)
     return mounts, volumes
 
 
@@ -52,11 +60,15 @@ def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:
     }.get(step, [])
     sources = (parse_source(uri) for uri in read)
     claims = {source.claim: False for source in sources if isinstance(source, VolumeSource)}
-    if step == "publish" and spec.output.destination:
-        destination = parse_source(spec.output.destination)
-        if isinstance(destination, VolumeSource):
-            claims[destination.claim] = True
+    for destination in (parse_source(uri) for uri in _destinations(spec)):
+        if isinstance(destination, VolumeSource) and step in ("prepare", "publish"):
+            claims[destination.claim] = step == "publish"
     return claims
+
+
+def _destinations(spec: QLoRAJobSpec) -> list[str]:
+    merged = spec.output.merged.destination if spec.output.merged else None
+    return [uri for uri in (spec.output.destination, merged) if uri]
 
 
 def _datasets(spec: QLoRAJobSpec) -> list[str]:
@@ -79,13 +91,35 @@ def _add_token(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifes
     if reference is None:
         return
     mounts.append(_mount("token", str(contract.TOKEN_FILE.parent), read_only=True))
+    volumes.append(_secret("token", reference.name, {reference.key: contract.TOKEN_FILE.name}))
+
+
+def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest], volumes: list[Manifest]) -> None:
+    wanted = {
+        "prepare": {
+            "model": (spec.model.secret_ref, [spec.model.source]),
+            "dataset": (spec.dataset.secret_ref, _datasets(spec)),
+        },
+        "publish": {"output": (spec.output.secret_ref, _destinations(spec))},
+    }
+    for part, (reference, addresses) in wanted.get(step, {}).items():
+        if reference is not None:
+            volume = f"{part}-credentials"
+            schemes = {uri.partition("://")[0] for uri in addresses}
+            keys = sorted(key for scheme in schemes for key in _SECRET_KEYS.get(scheme, ()))
+            mounts.append(_mount(volume, str(contract.CREDENTIALS_MOUNT / part), read_only=True))
+            volumes.append(_secret(volume, reference.name, {key: key for key in keys}))
+
+
+def _secret(volume: str, name: str, files: dict[str, str]) -> Manifest:
+    """The volume with these keys of a Secret as files. Optional: a step whose Secret is late says so and waits."""
     secret = {
-        "secretName": reference.name,
-        "items": [{"key": reference.key, "path": contract.TOKEN_FILE.name}],
-        "defaultMode": _TOKEN_MODE,
+        "secretName": name,
+        "items": [{"key": key, "path": path} for key, path in files.items()],
+        "defaultMode": _SECRET_MODE,
         "optional": True,
     }
-    volumes.append({"name": "token", "secret": secret})
+    return {"name": volume, "secret": secret}
 
 
 def _document_file() -> Manifest:

@@ -125,6 +125,7 @@ def test_without_an_identity_in_the_profile_the_platform_chooses() -> None:
             {
                 "/volumes/held-out": ("held-out", False),
                 "/config-maps/rows": ("configMap", False),
+                "/volumes/adapters": ("adapters", False),
                 "/secrets/model": ("secret", False),
             },
         ),
@@ -155,12 +156,65 @@ def test_train_has_no_secret_and_nothing_that_leads_to_the_network() -> None:
     assert not any("secret" in volume or "configMap" in volume for volume in pod_of(job)["volumes"])
 
 
-def test_only_prepare_knows_the_hub() -> None:
-    endpoints = {
-        step: environment_of(build(step, {"hubEndpoint": "https://hub.example.org"})).get("HF_ENDPOINT")
-        for step in STEPS
+def test_the_steps_with_a_network_know_the_servers_of_the_profile_and_the_others_none() -> None:
+    profile = {
+        "hubEndpoint": "https://hub.example.org",
+        "objectStore": {"endpoint": "http://s3.example.org:9000", "region": "eu-central-1"},
+        "registries": ["registry.example.org", "http://registry.local:5000"],
     }
-    assert endpoints == {"prepare": "https://hub.example.org", "train": None, "publish": None, "clean": None}
+    servers = {
+        "HF_ENDPOINT": "https://hub.example.org",
+        "AWS_ENDPOINT_URL": "http://s3.example.org:9000",
+        "AWS_REGION": "eu-central-1",
+        "QLORA_REGISTRIES": "registry.example.org http://registry.local:5000",
+    }
+    for step in STEPS:
+        found = {name: value for name, value in environment_of(build(step, profile)).items() if name in servers}
+        assert found == (servers if step in ("prepare", "publish") else {})
+
+
+OBJECTS: dict[str, Any] = {
+    "model": {"source": "oci://ghcr.io/acme/tiny:v1", "secretRef": {"name": "pull"}},
+    "dataset": {"source": "s3://rows/a.jsonl", "secretRef": {"name": "read"}},
+    "output": {"destination": "s3://adapters/tuned", "secretRef": {"name": "write"}},
+}
+S3_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (
+            "prepare",
+            {
+                "/credentials/model": ("pull", {".dockerconfigjson"}),
+                "/credentials/dataset": ("read", S3_KEYS),
+            },
+        ),
+        ("train", {}),
+        ("publish", {"/credentials/output": ("write", S3_KEYS)}),
+        ("clean", {}),
+    ],
+)
+def test_credentials_are_files_of_the_step_that_needs_them(step: StepName, expected: dict[str, Any]) -> None:
+    job = build(step, **OBJECTS)
+    secrets = {volume["name"]: volume["secret"] for volume in pod_of(job)["volumes"] if "secret" in volume}
+    found = {}
+    for mount in container_of(job)["volumeMounts"]:
+        if secret := secrets.get(mount["name"]):
+            assert mount["readOnly"]
+            assert (secret["optional"], secret["defaultMode"]) == (True, 0o440)
+            assert all(item["key"] == item["path"] for item in secret["items"])
+            found[mount["mountPath"]] = (secret["secretName"], {item["key"] for item in secret["items"]})
+    assert found == expected
+    assert not any("valueFrom" in entry and "secretKeyRef" in entry["valueFrom"] for entry in container_of(job)["env"])
+
+
+def test_a_merged_model_brings_the_keys_of_its_own_scheme() -> None:
+    output = {"destination": "hf://acme/adapter", "merged": {"destination": "oci://ghcr.io/acme/merged:v1"}}
+    job = build("publish", output=output | {"secretRef": {"name": "write"}})
+    (secret,) = [volume["secret"] for volume in pod_of(job)["volumes"] if "secret" in volume]
+    assert [item["key"] for item in secret["items"]] == [".dockerconfigjson", "token"]
 
 
 def test_objects_that_may_come_later_are_optional_and_the_token_is_a_file_of_its_own() -> None:

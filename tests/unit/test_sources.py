@@ -9,10 +9,14 @@ from qlora_api.sources import (
     FolderAddress,
     HubSource,
     ModelAddress,
+    ObjectStoreSource,
+    RegistrySource,
     Source,
     VolumeSource,
     parse_source,
 )
+
+DIGEST = f"sha256:{'0a' * 32}"
 
 
 @pytest.mark.parametrize(
@@ -24,10 +28,17 @@ from qlora_api.sources import (
         ("pvc://models/", VolumeSource("models")),
         ("pvc://models/llama/7b/", VolumeSource("models", "llama/7b")),
         ("configMap://rows/train.jsonl", ConfigMapSource("rows", "train.jsonl")),
+        ("s3://models/llama/7b/", ObjectStoreSource("models", "llama/7b")),
+        ("oci://ghcr.io/acme/models/tiny:v1", RegistrySource("ghcr.io", "acme/models/tiny", "v1", None)),
+        ("oci://registry:5000/tiny:v1", RegistrySource("registry:5000", "tiny", "v1", None)),
+        (f"oci://ghcr.io/acme/tiny@{DIGEST}", RegistrySource("ghcr.io", "acme/tiny", None, DIGEST)),
+        (f"oci://ghcr.io/acme/tiny:v1@{DIGEST}", RegistrySource("ghcr.io", "acme/tiny", "v1", DIGEST)),
     ],
 )
 def test_an_address_parses(uri: str, source: Source) -> None:
     assert parse_source(uri) == source
+    if not isinstance(source, HubSource | ConfigMapSource):
+        assert str(source) == uri.rstrip("/")
 
 
 ESCAPES = [
@@ -36,7 +47,20 @@ ESCAPES = [
     "/etc/passwd",
     "file:///etc/passwd",
     "http://169.254.169.254/latest",
-    "s3://bucket/key",
+    "s3://bucket",
+    "s3://bucket/",
+    "s3://BUCKET/key",
+    "s3://bucket/../other/key",
+    "s3://key:secret@bucket/path",
+    "s3://bucket.example.org:9000/path",
+    "https://bucket.s3.amazonaws.com/key",
+    "oci://ghcr.io",
+    "oci://ghcr.io/acme/tiny",
+    "oci://acme/tiny:v1",
+    "oci://user:password@ghcr.io/acme/tiny:v1",
+    "oci://ghcr.io/acme/../tiny:v1",
+    "oci://ghcr.io/acme/tiny:v1?x=y",
+    "oci://ghcr.io/acme/tiny@sha256:abc",
     "pvc://",
     "pvc://claim/../other",
     "pvc://claim/a/../../b",
@@ -70,8 +94,11 @@ def test_anything_else_is_refused_with_what_is_allowed(uri: str) -> None:
     [
         (ModelAddress, "configMap://a/b"),
         (ModelAddress, "hf://a/b/c"),
-        (FolderAddress, "hf://a/b"),
+        (DatasetAddress, "oci://ghcr.io/acme/rows:v1"),
+        (FolderAddress, "hf://a/b/c"),
         (FolderAddress, "pvc://claim/"),
+        (FolderAddress, f"oci://ghcr.io/acme/tiny@{DIGEST}"),
+        (FolderAddress, f"oci://ghcr.io/acme/tiny:v1@{DIGEST}"),
     ],
 )
 def test_a_scheme_that_a_field_cannot_use_is_refused(address: object, uri: str) -> None:

@@ -1,19 +1,18 @@
-"""Finds a base model's files, wherever the address points; changes with the kinds of address."""
+"""Has a base model's files in one folder, complete and harmless; changes with what a model consists of."""
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from qlora_api.sources import HubSource, VolumeSource
+from qlora_api.sources import VolumeSource
 from qlora_trainer.disk import file_sha256, require_space
-from qlora_trainer.failures import model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.failures import model_unavailable, unsafe_artefact
 from qlora_trainer.files import ADAPTER_CONFIG_FILE
-from qlora_trainer.hub import Hub, HubFile, Listing
 from qlora_trainer.listing import require_regular, some_names
 from qlora_trainer.step import Mounts
 
@@ -41,7 +40,7 @@ OnBytes = Callable[[int, int], None]
 
 
 class ModelSource(Protocol):
-    """Where the base model comes from: the hub, or a volume. Methods raise StepFailure."""
+    """Where the base model comes from: a server, or a volume. Methods raise StepFailure."""
 
     def settings(self) -> Path:
         """A folder with config.json, generation_config.json and the tokenizer's files. Small, so it is read first."""
@@ -104,55 +103,65 @@ def weight_files(index: bytes | None, names: Collection[str], source: str) -> li
     return sorted(entries)
 
 
-class HubModel:
-    """A model of the hub, downloaded into `folder`."""
+class RemoteModel(Protocol):
+    """The files of a model that lies on a server. Methods raise StepFailure."""
 
-    def __init__(self, hub: Hub, source: HubSource, revision: str | None, folder_of: Callable[[str], Path]) -> None:
-        """Resolve the revision and list the files. `folder_of` gives the folder for a commit."""
-        self._hub = hub
-        self._uri = f"hf://{source.repository}"
-        self._listing: Listing = hub.list("model", source.repository, revision)
-        if not re.fullmatch(r"[0-9a-f]{40}", self._listing.commit):
-            raise unreachable(f"{self._uri}: the hub gave no commit for its revision, but {self._listing.commit!r}")
-        self._settings = choose_settings(self._listing.files, self._uri)
-        self.folder = folder_of(self._listing.commit)
+    @property
+    def uri(self) -> str:
+        """Its address, for messages."""
+
+    @property
+    def version(self) -> str:
+        """Names the content that the server has now, and can be a folder's name."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of each file by its name."""
+
+    def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        """Have the file in `folder`, whole and as the server describes it; goes on where an earlier attempt stopped."""
+
+    def revision(self, folder: Path, names: Collection[str]) -> str:
+        """The revision of the model whose files `names` have been fetched: commit, or sha256:… of the content."""
+
+
+class DownloadedModel:
+    """A model on a server, downloaded into `folder`."""
+
+    def __init__(self, remote: RemoteModel, folder_of: Callable[[str], Path]) -> None:
+        """Choose the files. `folder_of` gives the folder for a version."""
+        self._remote = remote
+        self._settings = choose_settings(remote.sizes, remote.uri)
+        self.version = remote.version
+        self.folder = folder_of(remote.version)
 
     def settings(self) -> Path:
         """See ModelSource."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in self._settings:
-            self._download(self._listing.files[name], lambda _done: None)
+            self._remote.fetch(name, self.folder, lambda _done: None)
         return self.folder
 
     def check_weights(self) -> None:
         """See ModelSource."""
-        total = sum(file.size for file in self._weight_files())
-        require_space(self.folder, total - _bytes_below(self.folder), f"the download of {self._uri}")
+        total = sum(self._remote.sizes[name] for name in self._weight_files())
+        require_space(self.folder, total - _bytes_below(self.folder), f"the download of {self._remote.uri}")
 
     def weights(self, on_bytes: OnBytes) -> str:
         """See ModelSource."""
-        files = self._weight_files()
-        total, finished = sum(file.size for file in files), 0
-        for file in files:
+        names, sizes = self._weight_files(), self._remote.sizes
+        total, finished = sum(sizes[name] for name in names), 0
+        for name in names:
             before = finished
-            self._download(file, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
-            require_whole(self.folder / file.name, f"{self._uri}/{file.name}")
-            finished += file.size
+            self._remote.fetch(name, self.folder, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
+            require_whole(self.folder / name, f"{self._remote.uri}/{name}")
+            finished += sizes[name]
             on_bytes(finished, total)
-        return self._listing.commit
+        return self._remote.revision(self.folder, (*self._settings, *names))
 
-    def _weight_files(self) -> list[HubFile]:
+    def _weight_files(self) -> list[str]:
         index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._settings else None
-        return [self._listing.files[name] for name in weight_files(index, self._listing.files, self._uri)]
-
-    def _download(self, file: HubFile, on_bytes: Callable[[int], None]) -> None:
-        path = self._hub.fetch(self._listing, file, self.folder, on_bytes)
-        size = path.stat().st_size
-        wrong_content = file.sha256 is not None and size == file.size and file_sha256(path) != file.sha256
-        if size != file.size or wrong_content:
-            path.unlink()
-            found = "another SHA-256" if wrong_content else f"{size} bytes instead of {file.size}"
-            raise unreachable(f"{self._uri}/{file.name} arrived with {found} than the hub lists: it is loaded again")
+        return weight_files(index, self._remote.sizes, self._remote.uri)
 
 
 class VolumeModel:

@@ -11,6 +11,7 @@ from qlora_api import contract
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_trainer.credentials import Secret
 from qlora_trainer.failures import bad_configuration, unreachable
 
 Device = Literal["cuda", "cpu"]
@@ -18,11 +19,12 @@ Device = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Mounts:
-    """Where claims, ConfigMaps and the hub token appear in this process's file system."""
+    """Where claims, ConfigMaps and Secrets appear in this process's file system."""
 
     volumes: Path = Path(contract.VOLUMES_MOUNT)
     config_maps: Path = Path(contract.CONFIG_MAPS_MOUNT)
     token_file: Path = Path(contract.TOKEN_FILE)
+    credentials: Path = Path(contract.CREDENTIALS_MOUNT)
     claims: Mapping[str, Path] = field(default_factory=dict)
     """Claims that lie elsewhere, as a laptop's `--volume CLAIM=DIR` says."""
     config_map_folders: Mapping[str, Path] = field(default_factory=dict)
@@ -57,11 +59,20 @@ class StepContext:
     attempt: int
     workspace_uri: str
     """Address of the workspace folder for people and servers: pvc://CLAIM/FOLDER, or a path on a laptop."""
+    registries: tuple[str, ...] = ()
+    """OCI registries that may be used, as a profile lists them."""
 
     @property
     def spec(self) -> QLoRAJobSpec:
         """The job's spec, with the schema's defaults."""
         return self.document.spec
+
+    def secret(self, part: Literal["model", "dataset", "output"]) -> Secret:
+        """The Secret that this part of the spec names in its secretRef."""
+        reference = getattr(self.spec, part).secret_ref
+        return Secret(
+            self.mounts.credentials / part, f"spec.{part}.secretRef", None if reference is None else reference.name
+        )
 
     @property
     def base_name(self) -> str:

@@ -1,0 +1,43 @@
+"""Reads the Secrets that a step is given as files; changes with the keys that a Secret may have."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_trainer.failures import unreachable
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A Secret that the job names, mounted as a folder with one file a key, or that it does not name.
+
+    The values are read when they are needed and are never part of this object, so that no message can show them.
+    """
+
+    folder: Path
+    field: str
+    """The field that names it, for messages: spec.output.secretRef."""
+    name: str | None
+    """None if the field is not set."""
+
+    def value(self, key: str) -> str | None:
+        """The value of a key without surrounding space; None if there is none, or no Secret is named."""
+        path = self.folder / key
+        return path.read_text().strip() if self.name is not None and path.is_file() else None
+
+    def require(self, *keys: str) -> dict[str, str] | None:
+        """The values of all these keys; None if no Secret is named.
+
+        Raises StepFailure UNREACHABLE if one is missing: the Secret may be made after the job.
+        """
+        if self.name is None:
+            return None
+        values = {key: value for key in keys if (value := self.value(key))}
+        missing = [key for key in keys if key not in values]
+        if missing:
+            raise unreachable(
+                f"Secret {self.name!r} with {', '.join(missing)} ({self.field}) does not exist in the job's namespace"
+            )
+        return values
+
+    def __str__(self) -> str:
+        return f"the credentials of {self.field}" if self.name else f"no credentials ({self.field})"

@@ -1,0 +1,220 @@
+"""Reads and writes objects of an S3 bucket; changes with the store's client library and the errors it raises."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import obstore
+from obstore.exceptions import BaseError, PreconditionError
+from obstore.store import S3Store
+
+from qlora_api.sources import ObjectStoreSource
+from qlora_trainer.credentials import Secret
+from qlora_trainer.failures import StepFailure, bad_configuration, unreachable
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import ClientConfig, RetryConfig, S3Config
+
+_ACCESS_KEY, _SECRET_KEY, _SESSION_TOKEN = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
+# What obstore takes from the environment by itself. Never the address of an instance's metadata: the credentials of
+# the node that a pod runs on are not the tenant's.
+_FROM_ENVIRONMENT = (_ACCESS_KEY, "AWS_WEB_IDENTITY_TOKEN_FILE")
+_DEFAULT_REGION = "us-east-1"
+# Nothing can listen on port 0. The client follows redirects and takes AWS_SESSION_TOKEN with it to any host; requests
+# to all hosts but the endpoint go to this proxy, that is, nowhere.
+_NOWHERE = "127.0.0.1:0"
+_PART_BYTES = 2**23
+_BLOCK_BYTES = 2**20
+_STATUS = re.compile(r"status code: (\d{3})")
+_ERROR_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
+_TRY_AGAIN_LATER = frozenset({408, 409, 412, 425, 429})
+_RETRY: "RetryConfig" = {
+    "max_retries": 4,
+    "retry_timeout": timedelta(minutes=2),
+    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=8), "base": 3},
+}
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object, as the listing of its folder describes it."""
+
+    name: str
+    """Below the folder."""
+    size: int
+    """Bytes."""
+    etag: str
+    """Changes with the content. It is no digest of it: that of a multipart upload depends on the parts."""
+
+
+class ObjectFolder:
+    """An object, or the objects below a prefix, of one bucket. Methods raise StepFailure.
+
+    What is missing or may not be read or written ends as `refuse` says; a store in trouble is UNREACHABLE.
+    """
+
+    def __init__(self, source: ObjectStoreSource, secret: Secret, *, refuse: Callable[[str], StepFailure]) -> None:
+        """Endpoint and region are those of AWS_ENDPOINT_URL and AWS_REGION, which the administrator's profile sets."""
+        self.uri = str(source)
+        self._prefix = source.path
+        self._secret = secret
+        self._refuse = refuse
+        region = os.environ.get("AWS_REGION") or _DEFAULT_REGION
+        self._endpoint = os.environ.get("AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
+        self._store = S3Store(
+            source.bucket,
+            config=_credentials(secret),
+            endpoint=self._endpoint,
+            region=region,
+            client_options=_client_options(self._endpoint, region),
+            retry_config=_RETRY,
+        )
+
+    def list(self) -> dict[str, StoredObject]:
+        """The objects below the prefix by their names below it; that of the prefix itself is not among them."""
+        with self._errors("listed"):
+            found = [entry for page in obstore.list(self._store, f"{self._prefix}/") for entry in page]
+        entries = ((entry["path"].removeprefix(f"{self._prefix}/"), entry) for entry in found)
+        return {
+            name: StoredObject(name, entry["size"], entry["e_tag"] or "")
+            for name, entry in entries
+            if name not in ("", ".")
+        }
+
+    def stat(self, name: str = "") -> StoredObject:
+        """The object of this name, or, without one, the one at the address itself."""
+        with self._errors("read"):
+            entry = obstore.head(self._store, self._key(name))
+        return StoredObject(name, entry["size"], entry["e_tag"] or "")
+
+    def download(self, found: StoredObject, path: Path, on_bytes: Callable[[int], None]) -> None:
+        """Download to `path`, which is complete or not there, going on where an earlier attempt was cut off.
+
+        `on_bytes` is called with the bytes of this object that have arrived. Raises OSError for a full disk.
+        """
+        if path.is_file() and path.stat().st_size == found.size:
+            return
+        # The version is in the name, so that two of them are never put together.
+        partial = path.with_name(f".{path.name}.{sha256(found.etag.encode()).hexdigest()[:16]}.part")
+        with partial.open("ab") as file:
+            if file.tell() < found.size:
+                for block in self._blocks(found, file.tell()):
+                    file.write(block)
+                    on_bytes(file.tell())
+            file.flush()
+            os.fsync(file.fileno())
+            received = file.tell()
+        if received != found.size:
+            partial.unlink()
+            raise unreachable(
+                f"{self._named(found.name)} arrived with {received} bytes instead of {found.size}: it is loaded again"
+            )
+        partial.replace(path)
+
+    def digest(self, name: str) -> tuple[str, int]:
+        """SHA-256 of the object's content, as it is read back now, and its bytes."""
+        digest, size = sha256(), 0
+        for block in self._blocks(self.stat(name), 0):
+            digest.update(block)
+            size += len(block)
+        return digest.hexdigest(), size
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a small object; None if there is none."""
+        with self._errors("read"):
+            try:
+                return bytes(obstore.get(self._store, self._key(name)).bytes())
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, content: Path | bytes) -> None:
+        """Upload an object, replacing one of this name. It is there whole or not at all."""
+        with self._errors("written"):
+            obstore.put(self._store, self._key(name), content, chunk_size=_PART_BYTES, max_concurrency=2)
+
+    def delete(self, name: str) -> None:
+        """Delete an object; nothing happens if there is none."""
+        with self._errors("written"):
+            obstore.delete(self._store, self._key(name))
+
+    def _blocks(self, found: StoredObject, offset: int) -> Iterator[bytes]:
+        options: GetOptions = {"range": {"offset": offset}} if offset else {}
+        if found.etag:
+            options["if_match"] = found.etag
+        with self._errors("read"):
+            try:
+                for block in obstore.get(self._store, self._key(found.name), options=options).stream(_BLOCK_BYTES):
+                    yield bytes(block)
+            except PreconditionError as error:
+                raise unreachable(
+                    f"{self._named(found.name)} was replaced while it was read: it is loaded again"
+                ) from error
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if name else self._prefix
+
+    def _named(self, name: str) -> str:
+        return f"{self.uri}/{name}" if name else self.uri
+
+    @contextmanager
+    def _errors(self, wanted: str) -> Iterator[None]:
+        """Translate what the client raises. Its messages quote the server's answer, which may quote credentials."""
+        try:
+            yield
+        except (BaseError, FileNotFoundError) as error:
+            raise self._failure(str(error), wanted) from None
+
+    def _failure(self, text: str, wanted: str) -> StepFailure:
+        found, code = _STATUS.search(text), _ERROR_CODE.search(text)
+        status = int(found[1]) if found else None
+        answer = f"HTTP {status}" + (f" ({code[1]})" if code else "")
+        if status is None and _NOWHERE in text:
+            return bad_configuration(
+                f"{self._endpoint} redirects {self.uri} to another host, where credentials are never sent: ask the "
+                "administrator to set objectStore.endpoint and objectStore.region of the profile"
+            )
+        if status is None:
+            return unreachable(f"{self._endpoint} cannot be reached, or broke off, for {self.uri}")
+        if status >= 500 or status in _TRY_AGAIN_LATER:
+            return unreachable(f"{self._endpoint} answered {answer} for {self.uri}")
+        if status < 400:
+            return bad_configuration(
+                f"{self._endpoint} answered {answer} for {self.uri}: the bucket lies elsewhere; ask the administrator "
+                "to set objectStore.endpoint and objectStore.region of the profile"
+            )
+        return self._refuse(
+            f"{self.uri} does not exist, or may not be {wanted} with {self._secret} ({answer} from {self._endpoint}): "
+            f"check bucket and path, and set {self._secret.field} to a Secret whose credentials may"
+        )
+
+
+def _credentials(secret: Secret) -> "S3Config":
+    """Those of the Secret, else those of the environment, else none: then requests are not signed."""
+    values = secret.require(_ACCESS_KEY, _SECRET_KEY)
+    if values is None:
+        return {} if any(os.environ.get(name) for name in _FROM_ENVIRONMENT) else {"skip_signature": True}
+    config: S3Config = {"access_key_id": values[_ACCESS_KEY], "secret_access_key": values[_SECRET_KEY]}
+    if token := secret.value(_SESSION_TOKEN):
+        config["session_token"] = token
+    return config
+
+
+def _client_options(endpoint: str, region: str) -> "ClientConfig":
+    hosts = (urlsplit(endpoint).hostname or "", f"sts.{region}.amazonaws.com")
+    return {
+        "allow_http": endpoint.startswith("http://"),
+        "connect_timeout": timedelta(seconds=10),
+        # For a stalled transfer. The other one bounds a whole request, and a weights' file takes as long as it takes.
+        "read_timeout": timedelta(seconds=30),
+        "timeout": timedelta(hours=24),
+        "proxy_url": f"http://{_NOWHERE}",
+        "proxy_excludes": ",".join(hosts),
+    }

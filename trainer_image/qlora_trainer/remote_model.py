@@ -1,0 +1,67 @@
+"""Base models on servers, all in the same shape; changes with the kinds of address."""
+
+from collections.abc import Callable, Collection
+from hashlib import sha256
+from pathlib import Path
+from re import fullmatch
+
+from qlora_api.sources import HubSource, ObjectStoreSource
+from qlora_trainer.credentials import Secret
+from qlora_trainer.disk import file_sha256
+from qlora_trainer.failures import model_unavailable, unreachable
+from qlora_trainer.hub import Hub
+from qlora_trainer.model_source import content_digest
+from qlora_trainer.object_store import ObjectFolder
+
+
+class HubModel:
+    """A model repository of the hub. See RemoteModel."""
+
+    def __init__(self, hub: Hub, source: HubSource, revision: str | None) -> None:
+        self.uri = f"hf://{source.repository}"
+        self._hub = hub
+        self._listing = hub.list("model", source.repository, revision)
+        if not fullmatch(r"[0-9a-f]{40}", self._listing.commit):
+            raise unreachable(f"{self.uri}: the hub gave no commit for its revision, but {self._listing.commit!r}")
+        self.version = self._listing.commit
+        self.sizes = {name: file.size for name, file in self._listing.files.items()}
+
+    def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        """See RemoteModel."""
+        file = self._listing.files[name]
+        path = self._hub.fetch(self._listing, file, folder, on_bytes)
+        size = path.stat().st_size
+        wrong_content = file.sha256 is not None and size == file.size and file_sha256(path) != file.sha256
+        if size != file.size or wrong_content:
+            path.unlink()
+            found = "another SHA-256" if wrong_content else f"{size} bytes instead of {file.size}"
+            raise unreachable(f"{self.uri}/{name} arrived with {found} than the hub lists: it is loaded again")
+
+    def revision(self, _folder: Path, _names: Collection[str]) -> str:
+        """See RemoteModel."""
+        return self.version
+
+
+class ObjectStoreModel:
+    """A model in a folder of an object store. See RemoteModel.
+
+    The store knows no digest of what it holds (an ETag is none), so that the revision is that of what has arrived.
+    """
+
+    def __init__(self, source: ObjectStoreSource, secret: Secret) -> None:
+        self.uri = str(source)
+        self._folder = ObjectFolder(source, secret, refuse=model_unavailable)
+        self._objects = {name: found for name, found in self._folder.list().items() if "/" not in name}
+        if not self._objects:
+            raise model_unavailable(f"{self.uri} has no objects: check bucket and path")
+        self.sizes = {name: found.size for name, found in self._objects.items()}
+        listing = "".join(f"{found.etag} {found.size} {name}\n" for name, found in sorted(self._objects.items()))
+        self.version = sha256(listing.encode()).hexdigest()
+
+    def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        """See RemoteModel."""
+        self._folder.download(self._objects[name], folder / name, on_bytes)
+
+    def revision(self, folder: Path, names: Collection[str]) -> str:
+        """See RemoteModel."""
+        return f"sha256:{content_digest(folder, names, lambda _done, _total: None)}"
