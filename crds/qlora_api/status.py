@@ -138,6 +138,19 @@ class AdapterStatus(ObservedModel):
     )
 
 
+class MergedStatus(ObservedModel):
+    """The adapter merged into the dequantized base."""
+
+    uri: Uri = Field(description="Folder of the merged model, in bfloat16.")
+    sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of manifest.json in it.")
+    size_bytes: Bytes = Field(description="Size of its weights.")
+    eval_loss: float | None = Field(None, description="Loss of the merged model; no rows were held out if not set.")
+    adapter_eval_loss: float | None = Field(
+        None, description="Loss of the adapter on its 4-bit base, on the same held-out rows."
+    )
+    eval_tokens: Count = Field(0, description="Target tokens that both losses are means over.")
+
+
 class FailureStatus(ObservedModel):
     """The latest failure, also of an attempt that is tried again."""
 
@@ -168,6 +181,7 @@ class QLoRAJobStatus(ObservedModel):
     dataset: DatasetStatus | None = Field(None, description="What the data set turned out to be.")
     checkpoint: CheckpointStatus | None = Field(None, description="The newest checkpoint.")
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
+    merged: MergedStatus | None = Field(None, description="The merged model, where output.merged asks for one.")
     failures: Count = Field(0, description="Failed attempts so far.")
     disruptions: Count = Field(0, description="Interrupted attempts so far.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")

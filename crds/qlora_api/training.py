@@ -53,10 +53,12 @@ class LoraSpec(ApiModel):
     layers_to_transform: Annotated[tuple[BlockNumber, ...], Field(min_length=1, max_length=256)] | None = Field(
         None, description="Numbers of the decoder blocks that get an adapter, from 0; all if not set."
     )
-    modules_to_save: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=8)] | None = Field(
+    modules_to_save: (
+        Annotated[tuple[Literal["embed_tokens", "lm_head"], ...], Field(min_length=1, max_length=2)] | None
+    ) = Field(
         None,
-        description="Modules that are trained whole, in 16 bit, and saved with the adapter: embed_tokens, lm_head. "
-        "Costs memory; few servers load such an adapter.",
+        description="What is trained whole, in 16 bit, and saved with the adapter: the token embeddings (embed_tokens), "
+        "the output layer (lm_head). Costs memory; few servers load such an adapter.",
     )
     extra_tokens: Annotated[tuple[ExtraToken, ...], Field(min_length=1, max_length=64)] | None = Field(
         None, description="Tokens to add to the tokenizer, whose embeddings are trained and saved with the adapter."
@@ -97,8 +99,8 @@ class TrainingSpec(ApiModel):
     max_grad_norm: float = Field(0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
     auto_micro_batch: bool = Field(
         False,
-        description="When the GPU runs out of memory, halve microBatchSize, double gradientAccumulationSteps, go on "
-        "from the last checkpoint and report the change.",
+        description="When the GPU runs out of memory, do the step again with half the microBatchSize and twice the "
+        "gradientAccumulationSteps, go on so, and report the change.",
     )
     divergence_patience: int = Field(
         20,
@@ -130,6 +132,12 @@ class TrainingSpec(ApiModel):
         None, ge=1, le=10_000_000, description="Optimizer steps between evaluations; only at start and end if not set."
     )
     save_every_steps: int = Field(50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
+    samples: int = Field(
+        3,
+        ge=0,
+        le=20,
+        description="Prompts that the model answers without and with the adapter after training, for the report.",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of initialization, data order and dropout.")
 
     @model_validator(mode="after")

@@ -30,13 +30,21 @@ from qlora_trainer.model import (
     restore_adapter,
     save_adapter,
 )
+from qlora_trainer.weights import BaseWeights
 from tests.trainer.test_loss import CPU, random_sequence
 from tests.trainer.tiny import SHAPE, save_model
 
 NF4 = QuantizationSpec()
 
 
-def adapted(model: Path, *, dropout: float = 0.0, checkpointing: bool = True, **lora: Any) -> Any:
+def adapted(
+    model: Path,
+    *,
+    dropout: float = 0.0,
+    checkpointing: bool = True,
+    original: BaseWeights | None = None,
+    **lora: Any,
+) -> Any:
     """The model of a folder in 4 bit with an adapter."""
     spec = LoraSpec(rank=4, alpha=8, dropout=dropout, **lora)
     return attach_adapter(
@@ -47,6 +55,7 @@ def adapted(model: Path, *, dropout: float = 0.0, checkpointing: bool = True, **
         gradient_checkpointing=checkpointing,
         base_name="org/tiny",
         base_revision="0123abc",
+        original=original,
     )
 
 

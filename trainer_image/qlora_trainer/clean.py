@@ -6,12 +6,13 @@ from qlora_api.contract import WorkspaceLayout
 
 
 def clean(workspace: WorkspaceLayout) -> None:
-    """Delete `model/`, `data/`, `checkpoints/` and `trained/` of one job's folder. May be called again.
+    """Delete `model/`, `data/`, `checkpoints/`, `trained/` and `quantized/` of one job's folder. May be called again.
 
     Of a symbolic link the link goes and what it leads to stays: nothing outside the folder is touched. Raises OSError
     if something cannot be deleted.
     """
-    for folder in (workspace.models, workspace.data, workspace.checkpoints, workspace.trained):
+    scratch = (workspace.models, workspace.data, workspace.checkpoints, workspace.trained, workspace.quantized)
+    for folder in scratch:
         if folder.is_symlink() or folder.is_file():
             folder.unlink()
         elif folder.exists():

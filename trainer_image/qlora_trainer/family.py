@@ -86,6 +86,8 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
                 f"what is held in 4 bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
             )
         targets = resolve_targets(lora.target_modules, block_linears(skeleton))
+        targets = in_blocks(targets, lora.layers_to_transform)
+        _refuse_untying(model_type, skeleton, lora)
         text = config.get_text_config(decoder=True)
         probed = probe(text)
         if not probed.exact:

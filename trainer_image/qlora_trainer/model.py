@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -21,7 +21,9 @@ from qlora_trainer.attention import ATTENTION, register_attention
 from qlora_trainer.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.family import MIN_QUANTIZED_FRACTION
 from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.loftq import initialize_loftq
 from qlora_trainer.step import Device
+from qlora_trainer.weights import BaseWeights
 
 COMPUTE_DTYPE = torch.bfloat16
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -126,10 +128,12 @@ def attach_adapter(
     gradient_checkpointing: bool,
     base_name: str,
     base_revision: str,
+    original: BaseWeights | None = None,
 ) -> Any:
     """The base with a LoRA adapter on `target_modules` (exact names), in training mode; only the adapter has gradients.
 
-    A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss.
+    A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss. With LoftQ
+    they are computed from the `original` weights; without these they are to be restored.
     """
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -139,24 +143,43 @@ def attach_adapter(
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(target_modules),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(whole_modules(base, lora)) or None,
     )
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     # PEFT puts the folder that the base was loaded from here, which means nothing elsewhere, and shortens long lists of
     # targets to endings.
     config.base_model_name_or_path = base_name
     config.target_modules = set(target_modules)
-    for parameter in adapter_parameters(model).values():
-        parameter.data = parameter.data.to(ADAPTER_DTYPES[lora.dtype])
+    if lora.initialization == "loftq" and original is not None:
+        initialize_loftq(model, original)
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data = parameter.data.to(tensor_dtype(name, lora))
     if gradient_checkpointing:
         # Without re-entry gradients reach the adapters although the embeddings have none.
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
+def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:
+    """Paths in the model of what spec.lora.modulesToSave names, whatever the family calls it."""
+    modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    paths = {id(module): path for path, module in model.named_modules()}
+    return tuple(sorted(paths[id(modules[kind])] for kind in lora.modules_to_save or ()))
+
+
+def tensor_dtype(name: str, lora: LoraSpec) -> torch.dtype:
+    """The type of a tensor of the adapter's file: what is trained whole keeps the base's 16 bit."""
+    return ADAPTER_DTYPES[lora.dtype] if ".lora_" in name else COMPUTE_DTYPE
+
+
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """The trained parameters by the name that they have in the adapter's file, sorted."""
-    suffix = f".{model.active_adapter}.weight"
-    named = {name.replace(suffix, ".weight"): p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = get_peft_model_state_dict(
+        model, state_dict=trained, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
     return dict(sorted(named.items()))
 
 

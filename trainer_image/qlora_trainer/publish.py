@@ -36,11 +36,7 @@ from qlora_trainer.records import (
 )
 from qlora_trainer.report import write_report
 from qlora_trainer.step import StepContext
-from qlora_trainer.verify import (
-    expected_shapes,
-    verify_config,
-    verify_tensors,
-)
+from qlora_trainer.verify import verify_adapter
 
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 # They may change while the job runs, and change nothing about the adapter.
@@ -149,18 +145,17 @@ def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
 
 def _verified(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> Path:
     """The folder of the trained adapter, after every check. Raises StepFailure."""
-    lora = context.spec.lora
     root = context.workspace.root
     folder = confined(root / trained.adapter_path, root)
-    verify_config(
-        folder / ADAPTER_CONFIG_FILE,
-        lora,
+    verify_adapter(
+        folder,
+        trained.adapter_sha256,
+        context.spec.lora,
+        model_folder=root / prepared.model_path,
         target_modules=prepared.target_modules,
         base_name=context.base_name,
         base_revision=prepared.model_revision,
     )
-    shapes = expected_shapes(root / prepared.model_path, prepared.target_modules, lora.rank)
-    verify_tensors(folder / ADAPTER_FILE, trained.adapter_sha256, shapes, lora)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,70 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
 from qlora_trainer.disk import file_sha256
 from qlora_trainer.failures import StepFailure, bad_configuration, unsafe_artefact
+from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.model import tensor_dtype, whole_modules
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _B_SUFFIX = ".lora_B.weight"
 
-Shapes = Mapping[str, tuple[int, int]]
+
+@dataclass(frozen=True)
+class Expected:
+    """What a tensor of a complete adapter is."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def expected_shapes(model_folder: Path, target_modules: tuple[str, ...], rank: int) -> Shapes:
-    """Name and shape of each tensor that a complete adapter holds, by a model that has sizes but no weights.
+def verify_adapter(
+    folder: Path,
+    sha256: str,
+    lora: LoraSpec,
+    *,
+    model_folder: Path,
+    target_modules: tuple[str, ...],
+    base_name: str,
+    base_revision: str,
+) -> None:
+    """Check both files of an adapter, `sha256` being what training recorded for its tensors.
 
-    A of a layer is [rank, inputs] and B is [outputs, rank]; the names are those of PEFT's adapter files.
+    Raises StepFailure: UNSAFE_ARTEFACT if they are not what training wrote, DIVERGED if a number is not finite,
+    BAD_CONFIGURATION if nothing was learned, INTERNAL_ERROR if it is not the adapter that was asked for.
     """
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    shapes: dict[str, tuple[int, int]] = {}
+    verify_config(
+        folder / ADAPTER_CONFIG_FILE,
+        lora,
+        target_modules=target_modules,
+        whole_modules=whole_modules(skeleton, lora),
+        base_name=base_name,
+        base_revision=base_revision,
+    )
+    verify_tensors(folder / ADAPTER_FILE, sha256, expected_tensors(skeleton, target_modules, lora), lora)
+
+
+def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
+    """Each tensor that a complete adapter holds by its name, found by a model that has sizes but no weights.
+
+    A of a layer is [rank, inputs], B is [outputs, rank] and DoRA's magnitude [outputs]; the names are those of PEFT's
+    adapter files.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
     for target in target_modules:
         layer = skeleton.get_submodule(target)
-        shapes[f"base_model.model.{target}.lora_A.weight"] = (rank, layer.in_features)
-        shapes[f"base_model.model.{target}{_B_SUFFIX}"] = (layer.out_features, rank)
-    return shapes
+        shapes[f"{target}.lora_A.weight"] = (lora.rank, layer.in_features)
+        shapes[f"{target}{_B_SUFFIX}"] = (layer.out_features, lora.rank)
+        if lora.use_dora:
+            shapes[f"{target}.lora_magnitude_vector"] = (layer.out_features,)
+    for path in whole_modules(skeleton, lora):
+        for name, parameter in skeleton.get_submodule(path).named_parameters():
+            shapes[f"{path}.{name}"] = tuple(parameter.shape)
+    return {f"base_model.model.{name}": Expected(shape, tensor_dtype(name, lora)) for name, shape in shapes.items()}
 
 
-def verify_tensors(path: Path, sha256: str, shapes: Shapes, lora: LoraSpec) -> None:
-    """Check the adapter's file against its recorded SHA-256, its tensors' names, shapes and type, and every number.
-
-    Raises StepFailure: UNSAFE_ARTEFACT if it is not the file that training wrote, DIVERGED if a number is not finite,
-    BAD_CONFIGURATION if nothing was learned, INTERNAL_ERROR if it is not the adapter that was asked for.
-    """
+def verify_tensors(path: Path, sha256: str, expected: Mapping[str, Expected], lora: LoraSpec) -> None:
+    """Check the adapter's file against its recorded SHA-256, its tensors' names, shapes and types, and every number."""
     if not path.is_file():
         raise unsafe_artefact(f"{path} is missing although training recorded it: create the job again")
     found = file_sha256(path)
@@ -52,11 +88,14 @@ def verify_tensors(path: Path, sha256: str, shapes: Shapes, lora: LoraSpec) -> N
         )
     try:
         with safe_open(path, framework="pt") as tensors:
-            _require_same_names(set(tensors.keys()), set(shapes))
-            unmoved = [name for name in shapes if not _checked(name, tensors.get_tensor(name), shapes[name], lora)]
+            _require_same_names(set(tensors.keys()), set(expected))
+            unmoved = [
+                name for name, wanted in expected.items() if not _checked(name, tensors.get_tensor(name), wanted)
+            ]
     except SafetensorError as error:
         raise _wrong_adapter(f"{path.name} is no safetensors file: {error}") from error
-    _require_learned(unmoved, len(shapes) // 2)
+    if lora.initialization == "default":
+        _require_learned(unmoved, sum(name.endswith(_B_SUFFIX) for name in expected))
 
 
 def _require_same_names(found: set[str], expected: set[str]) -> None:
@@ -65,12 +104,12 @@ def _require_same_names(found: set[str], expected: set[str]) -> None:
             raise _wrong_adapter(f"the adapter {what} {len(names)} of {len(expected)} tensors, first {min(names)}")
 
 
-def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, int], lora: LoraSpec) -> bool:
+def _checked(name: str, tensor: torch.Tensor, expected: Expected) -> bool:
     """Check one tensor; False for a B that is still zero, as it was before training."""
-    if tuple(tensor.shape) != shape:
-        raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
-    if tensor.dtype != _DTYPES[lora.dtype]:
-        raise _wrong_adapter(f"{name} is {tensor.dtype}, but spec.lora.dtype is {lora.dtype}")
+    if tuple(tensor.shape) != expected.shape:
+        raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
+    if tensor.dtype != expected.dtype:
+        raise _wrong_adapter(f"{name} is {tensor.dtype}, not {expected.dtype} as spec.lora asks for")
     if not bool(torch.isfinite(tensor).all()):
         raise StepFailure(
             ExitCode.DIVERGED,
@@ -93,7 +132,13 @@ def _require_learned(unmoved: list[str], layers: int) -> None:
 
 
 def verify_config(
-    path: Path, lora: LoraSpec, *, target_modules: tuple[str, ...], base_name: str, base_revision: str
+    path: Path,
+    lora: LoraSpec,
+    *,
+    target_modules: tuple[str, ...],
+    whole_modules: tuple[str, ...],
+    base_name: str,
+    base_revision: str,
 ) -> None:
     """Check that adapter_config.json describes this adapter. Raises StepFailure (INTERNAL_ERROR) if not."""
     expected: dict[str, Any] = {
@@ -105,9 +150,11 @@ def verify_config(
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": sorted(target_modules),
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
         "bias": "none",
         "auto_mapping": None,
-        "modules_to_save": None,
+        "modules_to_save": sorted(whole_modules) or None,
     }
     try:
         config = json.loads(path.read_bytes())

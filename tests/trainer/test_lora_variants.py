@@ -1,0 +1,151 @@
+"""Every variant of LoRA learns, resumes to the last bit, passes the checks of publish and loads in plain PEFT."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
+from peft.tuners.lora import Linear4bit
+from safetensors.torch import load_file, save_file
+
+from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.batches import read_batch
+from qlora_trainer.disk import file_sha256
+from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.family import inspect_family
+from qlora_trainer.loss import batch_loss
+from qlora_trainer.model import adapter_tensors, load_base
+from qlora_trainer.prepared import PreparedDataset
+from qlora_trainer.quantized import quantized_layers
+from qlora_trainer.records import TrainRecord
+from qlora_trainer.step import StepContext
+from qlora_trainer.verify import verify_adapter
+from qlora_trainer.weights import BaseWeights
+from tests.trainer.test_loss import CPU
+from tests.trainer.test_model import adapted
+from tests.trainer.training import StopAtStep, adapter_bytes, history, prepared, run
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"useRslora": True},
+    "dora": {"useDora": True},
+    "dora-loftq-16bit": {"useDora": True, "initialization": "loftq", "dtype": "bfloat16"},
+    "loftq": {"initialization": "loftq", "alpha": 2},
+    "one-block": {"layersToTransform": [1]},
+    "whole-modules": {"modulesToSave": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path
+) -> tuple[StepContext, TrainRecord, Path]:
+    """A finished training of a variant, its record and its base. Do not change it: copy it."""
+    spec = {"lora": VARIANTS[request.param]}
+    context = prepared(tmp_path_factory.mktemp(request.param) / "workspace", tiny_llama, spec)
+    return context, run(context), tiny_llama
+
+
+def check(context: StepContext, record: TrainRecord, model: Path) -> None:
+    """The checks of the publish step."""
+    lora = context.spec.lora
+    verify_adapter(
+        context.workspace.trained,
+        record.adapter_sha256,
+        lora,
+        model_folder=model,
+        target_modules=inspect_family(model, lora).target_modules,
+        base_name=context.base_name,
+        base_revision="sha256:tiny",
+    )
+
+
+def test_it_learns_and_resumes_bit_identically(trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path) -> None:
+    context, record, model = trained
+    interrupted = prepared(tmp_path / "workspace", model, {"lora": context.spec.lora.dump()})
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        run(interrupted, stop=stop, records=StopAtStep(3, stop))
+    run(interrupted)
+
+    assert record.eval_loss is not None
+    assert record.initial_eval_loss is not None
+    assert record.eval_loss < record.initial_eval_loss
+    assert adapter_bytes(interrupted) == adapter_bytes(context)
+    assert history(interrupted) == history(context)
+
+
+def test_plain_peft_computes_the_same_loss(trained: tuple[StepContext, TrainRecord, Path]) -> None:
+    context, record, model = trained
+    base = load_base(model, QuantizationSpec(), "cpu")
+    # PEFT widens 16-bit adapters unless told not to.
+    widen = context.spec.lora.dtype == "float32"
+    loaded = PeftModel.from_pretrained(base, str(context.workspace.trained), autocast_adapter_dtype=widen).eval()
+
+    data = PreparedDataset.open(context.workspace.data / "rows", "eval")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        batches = [read_batch(data, (index,), CPU) for index in range(len(data))]
+        summed = sum(batch_loss(loaded.get_base_model(), batch).double() for batch in batches)
+    assert float(summed) / sum(batch.target_count for batch in batches) == record.eval_loss
+
+
+def test_the_check_before_publication_knows_every_tensor(
+    trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
+) -> None:
+    context, record, model = trained
+    check(context, record, model)
+    tensors = load_file(context.workspace.trained / "adapter_model.safetensors")
+    copy = dataclasses.replace(context, workspace=WorkspaceLayout(tmp_path))
+    shutil.copytree(context.workspace.trained, copy.workspace.trained)
+    file = copy.workspace.trained / "adapter_model.safetensors"
+    kinds = {name.removesuffix(".weight").rpartition(".")[2]: name for name in tensors}
+    for name in kinds.values():
+        others = {other: tensor for other, tensor in tensors.items() if other != name}
+        for changed in ({}, {name: tensors[name][1:].contiguous()}, {name: tensors[name].half()}):
+            save_file(others | changed, file)
+            with pytest.raises(StepFailure) as caught:
+                check(copy, record.model_copy(update={"adapter_sha256": file_sha256(file)}), model)
+            assert caught.value.exit_code is ExitCode.INTERNAL_ERROR
+            assert name in caught.value.message
+
+
+def test_loftq_makes_up_for_a_part_of_the_quantization_error_and_leaves_the_base(tiny_llama: Path) -> None:
+    weights, held = BaseWeights(tiny_llama), dict(quantized_layers(load_base(tiny_llama, QuantizationSpec(), "cpu")))
+    plain, loftq, again = (
+        adapted(tiny_llama, initialization=kind, original=weights) for kind in ("default", "loftq", "loftq")
+    )
+
+    def error(model: Any) -> float:
+        """Distance of all layers from the original weights, as the adapter's own formula adds it up."""
+        squares = 0.0
+        for name, layer in model.get_base_model().named_modules():
+            if isinstance(layer, Linear4bit):
+                base = layer.get_base_layer().weight
+                found = dequantize_4bit(base.data, base.quant_state).float() + layer.get_delta_weight("default")
+                squares += float((weights[f"{name}.weight"].float() - found).square().sum())
+        return squares**0.5
+
+    assert error(loftq) < 0.9 * error(plain)
+    assert all(torch.equal(tensor, adapter_tensors(again)[name]) for name, tensor in adapter_tensors(loftq).items())
+    found = {name.replace("base_model.model.", "").replace(".base_layer", ""): t for name, t in quantized_layers(loftq)}
+    assert found.keys() == held.keys()
+    assert all(torch.equal(found[name][key], tensor) for name in held for key, tensor in held[name].items())
+
+
+def test_blocks_are_chosen_by_number_and_must_exist(tiny_llama: Path) -> None:
+    chosen = inspect_family(tiny_llama, LoraSpec(layers_to_transform=(1,))).target_modules
+    assert len(chosen) == 7
+    assert all(".layers.1." in name for name in chosen)
+    with pytest.raises(StepFailure, match=r"names block 2, .* numbered 0 to 1") as caught:
+        inspect_family(tiny_llama, LoraSpec(layers_to_transform=(0, 2)))
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
+    with pytest.raises(StepFailure, match="embed_tokens and lm_head are one matrix") as caught:
+        inspect_family(tiny_qwen2, LoraSpec(modules_to_save=("lm_head",)))
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION

@@ -1,0 +1,142 @@
+"""Keeps the 4-bit weights as training holds them, so that a merge can begin from these and from no others.
+
+Quantizing again elsewhere would not do: a GPU and a CPU do not give the same last bits. The folder holds safetensors
+files in the format of bitsandbytes and, written last, `sha256` with the sum over all of them.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qlora_trainer.disk import sync_tree
+from qlora_trainer.failures import unsafe_artefact
+from qlora_trainer.records import sync_folder
+
+FILE_BYTES = 2**30
+"""Size at which a file of the folder is complete; so much is held in memory."""
+
+_SUM = "sha256"
+_PARTIAL = ".partial"
+
+Layer = Mapping[str, Tensor]
+"""Packed weights, constants and tables of a 4-bit layer in main memory, named as in a checkpoint of bitsandbytes."""
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Name and tensors of each 4-bit layer, in the order of their names."""
+    for name, module in sorted(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            state = weight.quant_state.as_dict(packed=True)
+            tensors = {"weight": weight.data} | {f"weight.{key}": value for key, value in state.items()}
+            yield name, {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
+
+
+def layers_sha256(layers: Iterable[tuple[str, Layer]]) -> str:
+    """SHA-256 over name, type, shape and bytes of every tensor, one layer in memory at a time."""
+    digest = hashlib.sha256()
+    for name, tensors in layers:
+        for key, tensor in tensors.items():
+            digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def keep_quantized(model: nn.Module, folder: Path, sha256: str, file_bytes: int = FILE_BYTES) -> None:
+    """Write the model's 4-bit layers, whose sum is `sha256`, to `folder`, which is complete or absent afterwards.
+
+    Returns at once if they are there. Raises OSError or SafetensorError if they cannot be written.
+    """
+    if _recorded(folder) == sha256:
+        return
+    unfinished = folder.with_name(folder.name + _PARTIAL)
+    for leftover in (folder, unfinished):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    unfinished.mkdir(parents=True)
+    try:
+        for number, tensors in enumerate(_files(quantized_layers(model), file_bytes)):
+            save_file(tensors, unfinished / f"{number:05d}.safetensors")
+        (unfinished / _SUM).write_text(sha256)
+        sync_tree(unfinished)
+        unfinished.rename(folder)
+    except BaseException:
+        # On a full volume the space is wanted back.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+def is_kept(folder: Path, sha256: str) -> bool:
+    """Whether `keep_quantized` has ended for these weights. What the files hold now, `require_sha256` tells."""
+    return _recorded(folder) == sha256
+
+
+def _recorded(folder: Path) -> str | None:
+    try:
+        return (folder / _SUM).read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _files(layers: Iterable[tuple[str, Layer]], file_bytes: int) -> Iterator[dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers:
+        tensors |= {f"{name}.{key}": tensor for key, tensor in layer.items()}
+        if sum(tensor.nbytes for tensor in tensors.values()) >= file_bytes:
+            yield tensors
+            tensors = {}
+    if tensors:
+        yield tensors
+
+
+class QuantizedWeights:
+    """The layers in a folder of `keep_quantized`. Each is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look at the files' headers. Raises StepFailure UNSAFE_ARTEFACT if a file is no safetensors file."""
+        self._folder = folder
+        self._layers: dict[str, dict[str, Any]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                opened = cast("Any", safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise unsafe_artefact(f"{path} is damaged ({error}): create the job again") from error
+            for key in opened.keys():  # noqa: SIM118 - it is no dictionary
+                layer, _, rest = key.partition(".weight")
+                self._layers.setdefault(layer, {})[f"weight{rest}"] = opened
+
+    def __contains__(self, layer: str) -> bool:
+        return layer in self._layers
+
+    def __iter__(self) -> Iterator[tuple[str, Layer]]:
+        return ((name, self._read(name)) for name in sorted(self._layers))
+
+    def _read(self, layer: str) -> Layer:
+        files = self._layers[layer]
+        return {key: files[key].get_tensor(f"{layer}.{key}") for key in sorted(files)}
+
+    def require_sha256(self, sha256: str) -> None:
+        """Raise StepFailure UNSAFE_ARTEFACT unless these are the weights with the sum that training recorded."""
+        found = layers_sha256(self)
+        if found != sha256:
+            raise unsafe_artefact(
+                f"the 4-bit weights in {self._folder} have sha256 {found}, but the adapter was trained on {sha256}: "
+                "they were changed or damaged afterwards and are not merged; create the job again"
+            )
+
+    def dequantized(self, layer: str) -> Tensor:
+        """The layer's weight [outputs, inputs] in 16 bit, as training multiplied with it. Raises KeyError."""
+        tensors = dict(self._read(layer))
+        packed = tensors.pop("weight")
+        state = {key.removeprefix("weight."): tensor for key, tensor in tensors.items()}
+        return cast("Tensor", dequantize_4bit(packed, QuantState.from_dict(state, torch.device("cpu"))))
