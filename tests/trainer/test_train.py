@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
-from qlora_trainer import checkpoint
+from qlora_trainer import checkpoint, loop
+from qlora_trainer.batches import Batch
 from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.outcome import summary
 from qlora_trainer.records import TrainRecord, read_completion
 from qlora_trainer.step import StepContext
 from tests.trainer.tiny import Recorded, merged
@@ -299,13 +302,20 @@ def test_without_prepare_nothing_is_trained(workspace: Prepare) -> None:
     assert "run the prepare step first" in failure(context).message
 
 
-class OutOfMemory(Recorded):
-    """Records in whose midst the GPU runs out of memory, since there is none here to fill."""
+class Card:
+    """A GPU on which so many rows of a micro batch fit, since there is none here to fill."""
 
-    def progress(self, record: Any, *, force: bool = False) -> None:
-        if record.training_step == 1:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+        self.sizes: list[int] = []
+        self._rows, self._loss = rows, loop.batch_loss
+        monkeypatch.setattr(loop, "batch_loss", self._batch_loss)
+
+    def _batch_loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        rows = len(batch.rows.lengths)
+        if rows > self._rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        super().progress(record, force=force)
+        self.sizes.append(rows)
+        return self._loss(model, batch)
 
 
 @pytest.mark.parametrize(
@@ -314,12 +324,65 @@ class OutOfMemory(Recorded):
         ({"microBatchSize": 4}, "set spec.training.microBatchSize to 2 and gradientAccumulationSteps to 4"),
         ({"gradientCheckpointing": False}, "set spec.training.gradientCheckpointing to true"),
         ({}, "set spec.training.maxSequenceLength to 256"),
+        ({"autoMicroBatch": True}, "set spec.training.maxSequenceLength to 256"),
     ],
 )
-def test_running_out_of_gpu_memory_says_what_to_change(
-    training: dict[str, Any], advice: str, workspace: Prepare
+def test_running_out_of_gpu_memory_says_for_what_and_what_to_change(
+    training: dict[str, Any], advice: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = failure(workspace(spec={"training": training}), records=OutOfMemory())
+    Card(monkeypatch, rows=0)
+
+    found = failure(workspace(spec={"training": training}))
 
     assert found.exit_code is ExitCode.GPU_OUT_OF_MEMORY
     assert advice in found.message
+    size = training.get("microBatchSize", 1)
+    assert re.search(rf"measured peak of \d+\.\d GiB with microBatchSize {size}; the estimate is \d", found.message)
+    assert re.search(
+        r"GiB \(base model .*, adapter .*, optimizer .*, activations .*, logits .*, CUDA .*\)", found.message
+    )
+
+
+AUTOMATIC = {
+    "training": {"microBatchSize": 4, "gradientAccumulationSteps": 1, "autoMicroBatch": True, "warmupSteps": 0},
+    "dataset": {"eval": None},
+    "lora": {"dropout": 0.0},
+}
+
+
+def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy, small = workspace("roomy", AUTOMATIC, packed=False), workspace("small", AUTOMATIC, packed=False)
+    expected = run(roomy)
+    card, records = Card(monkeypatch, rows=1), Recorded()
+
+    found = run(small, records=records)
+
+    assert card.sizes == [1] * 4 * 6
+    assert (found.training_step, found.micro_batch_size, expected.micro_batch_size) == (6, 1, None)
+    assert [line["loss"] for line in history(small)] == pytest.approx(
+        [line["loss"] for line in history(roomy)], rel=1e-3
+    )
+    said = "training with microBatchSize 1, lowered because the GPU ran out of memory"
+    assert records.written[-1]["activity"] == said
+    assert summary(found, "train").endswith("with microBatchSize 1 after the GPU had run out of memory")
+
+
+def test_a_resumed_run_keeps_its_smaller_micro_batches_and_ends_in_the_same_bytes(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = merged(AUTOMATIC, {"dataset": {"eval": {"fraction": 0.2}}, "lora": {"dropout": 0.1}})
+    undisturbed, disturbed = (workspace(name, spec, packed=False) for name in ("undisturbed", "disturbed"))
+    Card(monkeypatch, rows=2)
+    run(undisturbed)
+
+    with pytest.raises(Lost):
+        run(disturbed, records=LostAtStep(1))
+    interrupted_at(disturbed, 3)
+    monkeypatch.undo()
+    resumed = run(disturbed)
+
+    assert resumed.micro_batch_size == 2
+    assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
+    assert history(disturbed) == history(undisturbed)

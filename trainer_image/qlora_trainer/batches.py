@@ -1,7 +1,7 @@
 """Which sequences an optimizer step sees, and how they become one batch on the device."""
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
@@ -23,21 +23,27 @@ class Plan:
 
     sequences: int
     micro_batch_size: int
-    accumulation: int
+    sequences_per_step: int
+    """Of every step but an epoch's last."""
     total_steps: int
     seed: int
 
     @classmethod
     def of(cls, sequences: int, training: TrainingSpec) -> "Plan":
         """The plan for `sequences` sequences. An epoch ends with a smaller step if they do not divide."""
-        steps_per_epoch = ceil(sequences / (training.micro_batch_size * training.gradient_accumulation_steps))
+        sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
+        steps_per_epoch = ceil(sequences / sequences_per_step)
         total = training.max_steps or (training.epochs or 1) * steps_per_epoch
-        return cls(sequences, training.micro_batch_size, training.gradient_accumulation_steps, total, training.seed)
+        return cls(sequences, training.micro_batch_size, sequences_per_step, total, training.seed)
+
+    def with_micro_batch_size(self, size: int) -> "Plan":
+        """The same sequences in the same steps and order, in other micro batches."""
+        return replace(self, micro_batch_size=size)
 
     @property
-    def sequences_per_step(self) -> int:
-        """Sequences of every step but an epoch's last."""
-        return self.micro_batch_size * self.accumulation
+    def accumulation(self) -> int:
+        """Micro batches in every step but an epoch's last."""
+        return ceil(self.sequences_per_step / self.micro_batch_size)
 
     @property
     def steps_per_epoch(self) -> int:

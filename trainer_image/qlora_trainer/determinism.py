@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from torch import Tensor
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.failures import StepFailure, bad_configuration
@@ -18,11 +18,11 @@ from qlora_trainer.step import Device
 
 Fingerprint = dict[str, Any]
 
-# numpy draws the order of the data.
+# numpy draws the order of the data and the seeds of the steps.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
-_WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples")
+_WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
 
 
 def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = os.environ) -> int:
@@ -88,17 +88,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def random_state(device: Device) -> dict[str, Tensor]:
-    """State of the generators that dropout draws from. Nothing else here draws random numbers after the start."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state()} if device == "cuda" else state
+def seed_step(seed: int, step: int) -> None:
+    """Start the generators that dropout draws from at a place of the optimizer step's own.
 
-
-def restore_random_state(state: Mapping[str, Tensor]) -> None:
-    """Go on with the random numbers where they were saved."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    Nothing else here draws random numbers after the start, so there is no random state to save: a step that is done
+    again, in this process or after a resume, draws the same. The parts are mixed as numpy does (O'Neill's seed_seq).
+    """
+    torch.manual_seed(int(numpy.random.SeedSequence((seed, step)).generate_state(1, numpy.uint64)[0]))
 
 
 def processor(device: Device) -> str:

@@ -1,83 +1,28 @@
 """The training loop: optimizer steps, evaluations and checkpoints, from wherever the run stands to its end."""
 
 import logging
-from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from qlora_api.contract import ExitCode, ProgressRecord
-from qlora_trainer.batches import Batch, Plan, read_batch
+from qlora_api.contract import ExitCode
+from qlora_trainer.batches import Batch, read_batch
 from qlora_trainer.checkpoint import Checkpoint, save_checkpoint
-from qlora_trainer.determinism import Fingerprint, processor, random_state, restore_random_state
+from qlora_trainer.determinism import processor, seed_step
 from qlora_trainer.divergence import Stability, cleared, has_diverged
-from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.failures import Interrupted, StepFailure
 from qlora_trainer.loss import batch_loss
-from qlora_trainer.metrics import History, Pace, memory_bytes, peak_memory_bytes
-from qlora_trainer.model import COMPUTE_DTYPE, adapter_parameters, adapter_tensors, restore_adapter
+from qlora_trainer.metrics import memory_bytes, peak_memory_bytes
+from qlora_trainer.model import COMPUTE_DTYPE, adapter_tensors, restore_adapter
 from qlora_trainer.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from qlora_trainer.prepared import PreparedDataset
-from qlora_trainer.records import RecordWriter, timestamp
-from qlora_trainer.step import StepContext
-from qlora_trainer.storage import Storage
+from qlora_trainer.records import timestamp
+from qlora_trainer.run import Run, RunState, report
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Where the run stands, besides what lies in the model and the optimizer. Every checkpoint holds it."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    loss: float | None = None
-    grad_norm: float | None = None
-    learning_rate: float | None = None
-    evaluated_step: int | None = None
-    eval_loss: float | None = None
-    initial_eval_loss: float | None = None
-    peak_memory_bytes: int = 0
-    """Of all attempts."""
-    stability: Stability = field(default_factory=Stability)
-
-    @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> Self:
-        """What `asdict` made of a state."""
-        return cls(**{**saved, "stability": Stability(**saved["stability"])})
-
-
-@dataclass
-class Run:
-    """What the loop works with. Only the last three fields change."""
-
-    context: StepContext
-    records: RecordWriter
-    stop: StopRequest
-    now: Callable[[], datetime]
-    monotonic: Callable[[], float]
-    device: torch.device
-    plan: Plan
-    data: PreparedDataset
-    eval_data: PreparedDataset | None
-    model: Any
-    optimizer: torch.optim.Optimizer
-    history: History
-    fingerprint: Fingerprint
-    threads: int
-    storage: Storage
-    checkpoint_step: int | None = None
-    checkpoint_time: str | None = None
-    pace: Pace = field(default_factory=Pace)
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name."""
-        return adapter_parameters(self.model)
 
 
 def run_to_end(run: Run, state: RunState) -> RunState:
@@ -96,8 +41,14 @@ def run_to_end(run: Run, state: RunState) -> RunState:
         if state.step == run.plan.total_steps and not _evaluation_due(run, state):
             return state
         if stopping:
+            _say_what_is_kept(run, state)
             raise Interrupted(state.step, run.plan.total_steps, run.checkpoint_step or 0)
         state = _optimizer_step(run, state)
+
+
+def _say_what_is_kept(run: Run, state: RunState) -> None:
+    """Where the next attempt begins is where the run stands: earlier than now if its last steps are suspect."""
+    report(run, replace(state, step=run.checkpoint_step or 0), "interrupted")
 
 
 def _evaluation_due(run: Run, state: RunState) -> bool:
@@ -122,27 +73,22 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     """One step: gradients of all micro batches, clipped, checked, applied. Waits for the GPU once."""
     training = run.context.spec.training
     started = run.monotonic()
-    batches = [read_batch(run.data, indices, run.device) for indices in run.plan.micro_batches(state.step)]
-    # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
-    targets = max(1, sum(batch.target_count for batch in batches))
-    summed = torch.zeros((), device=run.device)
-    for batch in batches:
-        loss = _loss(run, batch) / targets
-        loss.backward()
-        summed += loss.detach()
-        report(run, state, "training")
+    gradient = _gradient(run, state)
+    while gradient is None:
+        state = _halve_micro_batches(run, state)
+        gradient = _gradient(run, state)
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), training.max_grad_norm)
-    loss, grad_norm = float(summed), float(norm)
+    loss, grad_norm = float(gradient.loss), float(norm)
     rate = learning_rate(state.step, run.plan.total_steps, training)
     state = replace(state, step=state.step + 1, loss=loss, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
         raise _diverged(run, state.step, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
-    state = replace(state, stability=_judge(run, state, loss, grad_norm, batches, targets))
+    state = replace(state, stability=_judge(run, state, loss, grad_norm, gradient))
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    seconds, tokens = run.monotonic() - started, sum(batch.tokens for batch in batches)
-    run.pace = run.pace.after_step(seconds, tokens)
+    seconds = run.monotonic() - started
+    run.pace = run.pace.after_step(seconds, gradient.tokens)
     state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
     run.history.append(
         {
@@ -151,10 +97,60 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
             "gradNorm": grad_norm,
             "learningRate": rate,
             "memoryBytes": memory_bytes(run.context.device),
-            "tokensPerSecond": round(tokens / seconds, 1) if seconds > 0 else 0.0,
+            "tokensPerSecond": round(gradient.tokens / seconds, 1) if seconds > 0 else 0.0,
         }
     )
     report(run, state, "training")
+    return state
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """What a step's backward passes have left, besides the gradients of the parameters."""
+
+    loss: Tensor
+    """Mean over the targets of the step, a scalar on the device."""
+    targets: int
+    tokens: int
+    batches: Items[Batch]
+
+
+def _gradient(run: Run, state: RunState) -> _Gradient | None:
+    """The gradients of the next step, in the parameters. None, without any, if memory ran out and the job lets halve.
+
+    Dropout is drawn anew from the step's own seed, so a step that is done again sees the same numbers.
+    """
+    seed_step(run.plan.seed, state.step)
+    batches = [read_batch(run.data, indices, run.device) for indices in run.plan.micro_batches(state.step)]
+    # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
+    targets = max(1, sum(batch.target_count for batch in batches))
+    summed = torch.zeros((), device=run.device)
+    try:
+        for batch in batches:
+            loss = _loss(run, batch) / targets
+            loss.backward()
+            summed += loss.detach()
+            report(run, state, "training")
+    except torch.OutOfMemoryError:
+        if not _may_halve(run):
+            raise
+        _log.warning("step %d ran out of memory and is done again", state.step + 1, exc_info=True)
+        return None
+    return _Gradient(summed, targets, sum(batch.tokens for batch in batches), batches)
+
+
+def _may_halve(run: Run) -> bool:
+    return run.context.spec.training.auto_micro_batch and run.plan.micro_batch_size > 1
+
+
+def _halve_micro_batches(run: Run, state: RunState) -> RunState:
+    """The same step in micro batches of half the size and twice the number. Nothing of it has reached the weights."""
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    run.plan = run.plan.with_micro_batch_size(run.plan.micro_batch_size // 2)
+    state = replace(state, micro_batch_size=run.plan.micro_batch_size)
+    report(run, state, "training", force=True)
     return state
 
 
@@ -164,7 +160,7 @@ def _loss(run: Run, batch: Batch) -> Tensor:
         return batch_loss(run.model.get_base_model(), batch)
 
 
-def _judge(run: Run, state: RunState, loss: float, grad_norm: float, batches: Items[Batch], targets: int) -> Stability:
+def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _Gradient) -> Stability:
     """The run's stability after this step. Raises StepFailure (DIVERGED) if it has been suspect for too long."""
     patience = run.context.spec.training.divergence_patience
     if patience == 0:
@@ -172,7 +168,7 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, batches: It
     stability = state.stability.after_step(state.step, loss, grad_norm)
     if not stability.to_be_judged(state.step, patience):
         return stability
-    base_loss = _base_loss(run, batches) / targets
+    base_loss = _base_loss(run, gradient.batches) / gradient.targets
     if not has_diverged(loss, base_loss):
         _log.info("step %d: loss %.4f is high, but it is %.4f without the adapter", state.step, loss, base_loss)
         return cleared(loss, grad_norm)
@@ -206,21 +202,17 @@ def _diverged(run: Run, step: int, what: str) -> StepFailure:
 
 def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     """Mean loss of the held-out targets. Draws no random number, changes no weight; given up if a stop is requested."""
-    started, size = run.monotonic(), run.context.spec.training.micro_batch_size
-    summed, targets = torch.zeros((), dtype=torch.float64, device=run.device), 0
+    started = run.monotonic()
     run.model.eval()
     try:
-        with torch.no_grad():
-            for first in range(0, len(data), size):
-                if run.stop.requested:
-                    return state
-                batch = read_batch(data, tuple(range(first, min(first + size, len(data)))), run.device)
-                summed += _loss(run, batch)
-                targets += batch.target_count
-                report(run, state, "evaluating")
+        loss = _held_out_loss(run, state, data)
+        while loss is None and not run.stop.requested:
+            state = _halve_micro_batches(run, state)
+            loss = _held_out_loss(run, state, data)
     finally:
         run.model.train()
-    loss = float(summed) / max(1, targets)
+    if loss is None:
+        return state
     if not isfinite(loss):
         raise _diverged(run, state.step, f"loss {loss} on the held-out rows")
     run.pace = run.pace.after_evaluation(run.monotonic() - started)
@@ -229,6 +221,26 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     state = replace(state, evaluated_step=state.step, eval_loss=loss, initial_eval_loss=initial)
     report(run, state, "training", force=True)
     return state
+
+
+def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | None:
+    """The loss in nats per target. None if a stop was requested, or if memory ran out and the job lets halve."""
+    summed, targets = torch.zeros((), dtype=torch.float64, device=run.device), 0
+    size = run.plan.micro_batch_size
+    try:
+        with torch.no_grad():
+            for first in range(0, len(data), size):
+                if run.stop.requested:
+                    return None
+                batch = read_batch(data, tuple(range(first, min(first + size, len(data)))), run.device)
+                summed += _loss(run, batch)
+                targets += batch.target_count
+                report(run, state, "evaluating")
+    except torch.OutOfMemoryError:
+        if not _may_halve(run):
+            raise
+        return None
+    return float(summed) / max(1, targets)
 
 
 def _save(run: Run, state: RunState) -> None:
@@ -241,7 +253,6 @@ def _save(run: Run, state: RunState) -> None:
         {
             "adapter": adapter_tensors(run.model),
             "optimizer": optimizer_tensors(run.optimizer, run.parameters),
-            "random": random_state(run.context.device),
         },
         {
             "fingerprint": run.fingerprint,
@@ -258,49 +269,16 @@ def _save(run: Run, state: RunState) -> None:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> RunState:
-    """Put the model, the optimizer and the random numbers where the checkpoint left them."""
+    """Put the model, the optimizer and the plan where the checkpoint left them. Random numbers come with each step."""
     restore_adapter(run.model, checkpoint.tensors("adapter"))
     restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
-    restore_random_state(checkpoint.tensors("random"))
     before, here = checkpoint.state["processor"], processor(run.context.device)
     if before != here:
         _log.warning(
             "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
         )
     run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state["savedAt"]
-    return RunState.from_json(checkpoint.state["run"])
-
-
-def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:
-    """Say how far the run is; the writer drops what comes too fast."""
-    pace, total = run.pace, run.plan.total_steps
-    remaining = pace.remaining_seconds(total - state.step, _evaluations_left(run, state))
-    run.records.progress(
-        ProgressRecord(
-            job_uid=run.context.job_uid,
-            pod_uid=run.context.pod_uid,
-            step="train",
-            time=timestamp(run.now()),
-            activity=activity,
-            training_step=state.step,
-            total_steps=total,
-            epoch=round(run.plan.epoch(state.step), 4),
-            loss=state.loss,
-            eval_loss=state.eval_loss,
-            learning_rate=state.learning_rate,
-            grad_norm=state.grad_norm,
-            tokens_per_second=None if pace.tokens_per_second is None else round(pace.tokens_per_second, 1),
-            remaining_seconds=None if remaining is None else round(remaining, 1),
-            peak_memory_bytes=state.peak_memory_bytes or None,
-            checkpoint_step=run.checkpoint_step,
-            checkpoint_time=run.checkpoint_time,
-        ),
-        force=force,
-    )
-
-
-def _evaluations_left(run: Run, state: RunState) -> int:
-    total, every = run.plan.total_steps, run.context.spec.training.eval_every_steps
-    if run.eval_data is None or state.step == total:
-        return 0
-    return 1 if every is None else total // every - state.step // every + (total % every != 0)
+    state = RunState.from_json(checkpoint.state["run"])
+    if state.micro_batch_size is not None:
+        run.plan = run.plan.with_micro_batch_size(state.micro_batch_size)
+    return state

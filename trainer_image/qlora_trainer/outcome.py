@@ -199,7 +199,9 @@ def summary(completion: Completion | None, step: StepName) -> str:
             f"and model revision {completion.model_revision} are ready"
         )
     if isinstance(completion, TrainRecord):
-        return f"trained {completion.training_step} steps to loss {completion.loss:.4f}"
+        lowered = completion.micro_batch_size
+        note = "" if lowered is None else f", with microBatchSize {lowered} after the GPU had run out of memory"
+        return f"trained {completion.training_step} steps to loss {completion.loss:.4f}{note}"
     if isinstance(completion, PublishRecord):
         return f"the adapter is at {completion.adapter.uri}"
     return f"{step} is done"

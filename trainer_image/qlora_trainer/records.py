@@ -117,6 +117,9 @@ class TrainRecord(ObservedModel):
     initial_eval_loss: float | None = None
     eval_loss: float | None = None
     peak_memory_bytes: int | None = None
+    micro_batch_size: int | None = Field(
+        None, description="What it was lowered to when the GPU ran out of memory; not set if it never was."
+    )
     quantized_parameters: int | None = Field(None, description="Weights of the base that are held in 4 bit.")
     bits_per_parameter: float | None = Field(None, description="Bits that one of them takes, constants included.")
 

@@ -1,14 +1,12 @@
 """Trains the adapter: the loop, from the prepared data and the base model to the trained folder."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from qlora_api.contract import ExitCode, ProgressRecord
+from qlora_api.contract import ProgressRecord
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.attempts import counted_attempt, only_attempt
 from qlora_trainer.batches import Plan
@@ -22,11 +20,12 @@ from qlora_trainer.determinism import (
     use_device,
 )
 from qlora_trainer.disk import file_sha256, sync_tree
-from qlora_trainer.failures import StepFailure, StopRequest, bad_configuration
+from qlora_trainer.failures import StopRequest, bad_configuration
 from qlora_trainer.family import inspect_family
-from qlora_trainer.files import ADAPTER_FILE
-from qlora_trainer.loop import Run, RunState, report, restore, run_to_end
-from qlora_trainer.metrics import History, peak_memory_bytes
+from qlora_trainer.files import ADAPTER_FILE, SAMPLES_FILE
+from qlora_trainer.loop import restore, run_to_end
+from qlora_trainer.memory_shortage import explained_shortage
+from qlora_trainer.metrics import History
 from qlora_trainer.model import adapter_parameters, attach_adapter, load_base, save_adapter
 from qlora_trainer.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.prepared import PreparedDataset
@@ -39,8 +38,12 @@ from qlora_trainer.records import (
     timestamp,
     write_completion,
 )
+from qlora_trainer.run import Run, RunState, report
+from qlora_trainer.samples import leave_samples
 from qlora_trainer.step import StepContext
 from qlora_trainer.storage import storage_of
+from qlora_trainer.trackers import open_trackers
+from qlora_trainer.weights import BaseWeights
 
 Clock = Callable[[], datetime]
 
@@ -62,6 +65,7 @@ def train(
     prepared = read_completion(workspace.completion("prepare"), PrepareRecord)
     if prepared is None:
         raise bad_configuration(f"{workspace.completion('prepare')} is missing: run the prepare step first")
+    model_folder = workspace.root / prepared.model_path
     fingerprint = run_fingerprint(context.spec, prepared, context.device)
     done = _already_trained(context, digest(fingerprint))
     if done is not None:
@@ -72,10 +76,14 @@ def train(
             refuse_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
         from_step = 0 if checkpoint is None else checkpoint.step
         with counted_attempt(workspace.records, from_step, context.spec.retry.max_disruptions, context.pod_uid, now):
-            with _advice_when_memory_is_short(context.spec):
+            shortage = partial(explained_shortage, context.spec, prepared, model_folder, context.device)
+            with shortage(lambda: context.spec.training.micro_batch_size):
                 run, state = _start(context, records, stop, now, monotonic, prepared, fingerprint, checkpoint)
+            with shortage(lambda: run.plan.micro_batch_size):
                 state = run_to_end(run, state)
-            return _finish(run, state, digest(fingerprint))
+            record = _finish(run, state, digest(fingerprint))
+            _leave_samples(run, model_folder)
+            return record
 
 
 def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | None:
@@ -128,6 +136,7 @@ def _start(
         gradient_checkpointing=spec.training.gradient_checkpointing,
         base_name=context.base_name,
         base_revision=prepared.model_revision,
+        original=BaseWeights(model_folder) if spec.lora.initialization == "loftq" and checkpoint is None else None,
     )
     run = Run(
         context=context,
@@ -141,7 +150,7 @@ def _start(
         eval_data=eval_data,
         model=model,
         optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
-        history=History(context.workspace.report, 0 if checkpoint is None else int(checkpoint.state["historyBytes"])),
+        history=_history(context, fingerprint, checkpoint),
         fingerprint=fingerprint,
         threads=threads,
         storage=storage,
@@ -152,12 +161,26 @@ def _start(
     return run, state
 
 
+def _history(context: StepContext, fingerprint: Fingerprint, checkpoint: Checkpoint | None) -> History:
+    """The run's metrics, on disk and for the tools that the job names; they go on where the checkpoint was saved."""
+    spec, folder = context.spec, context.workspace.report
+    trackers = open_trackers(
+        spec.training.report_to,
+        folder,
+        run_name=context.document.metadata.name,
+        run_id=digest(fingerprint)[:16],
+        settings={"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()},
+        from_step=0 if checkpoint is None else checkpoint.step,
+    )
+    return History(folder, 0 if checkpoint is None else int(checkpoint.state["historyBytes"]), trackers)
+
+
 def _refuse_mixed_rows(spec: QLoRAJobSpec, prepared: PrepareRecord, model_folder: Path) -> None:
     """A micro batch puts rows into one forward pass even without packing: its family must keep them apart."""
     if spec.training.micro_batch_size == 1 or prepared.packed:
         return
     family = inspect_family(model_folder, spec.lora)
-    if not family.packing_isolated:
+    if not family.keeps_rows_apart(spec.training.max_sequence_length):
         raise bad_configuration(
             f"model_type {family.model_type!r} cannot keep the rows of a batch apart: set "
             "spec.training.microBatchSize to 1 and raise gradientAccumulationSteps instead"
@@ -189,6 +212,7 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
         initial_eval_loss=state.initial_eval_loss,
         eval_loss=state.eval_loss,
         peak_memory_bytes=state.peak_memory_bytes,
+        micro_batch_size=state.micro_batch_size,
         quantized_parameters=run.storage.parameters,
         bits_per_parameter=round(run.storage.bits_per_parameter, 4),
     )
@@ -196,25 +220,8 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
     return record
 
 
-@contextmanager
-def _advice_when_memory_is_short(spec: QLoRAJobSpec) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into a StepFailure with the peak and what to change first."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        peak = peak_memory_bytes("cuda") / 2**30
-        raise StepFailure(
-            ExitCode.GPU_OUT_OF_MEMORY,
-            f"the GPU is out of memory at a peak of {peak:.1f} GiB: {_smaller(spec)}; checkpoints are kept",
-        ) from error
-
-
-def _smaller(spec: QLoRAJobSpec) -> str:
-    training = spec.training
-    if training.micro_batch_size > 1:
-        half, twice = training.micro_batch_size // 2, training.gradient_accumulation_steps * 2
-        return f"set spec.training.microBatchSize to {half} and gradientAccumulationSteps to {twice}"
-    if not training.gradient_checkpointing:
-        return "set spec.training.gradientCheckpointing to true"
-    shorter = max(16, training.max_sequence_length // 2)
-    return f"set spec.training.maxSequenceLength to {shorter}, or use a card with more memory"
+def _leave_samples(run: Run, tokenizer_folder: Path) -> None:
+    """What the model says without and with the adapter, for the report."""
+    path = run.context.workspace.report / SAMPLES_FILE
+    data, count = run.eval_data or run.data, run.context.spec.training.samples
+    leave_samples(path, run.model, tokenizer_folder, data, count, lambda: run.stop.requested, run.device)

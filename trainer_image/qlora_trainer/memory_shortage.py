@@ -1,0 +1,85 @@
+"""Says what a GPU that is out of memory was used for, and what to change first."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qlora_api.contract import ExitCode
+from qlora_api.memory import GIB, MemoryEstimate, estimate
+from qlora_api.training import TrainingSpec
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.failures import StepFailure
+from qlora_trainer.memory_check import read_shape, training_shape
+from qlora_trainer.metrics import peak_memory_bytes
+from qlora_trainer.records import PrepareRecord
+from qlora_trainer.step import Device
+
+# What a user can tell apart, and the estimate's components in each.
+_SHARES = {
+    "base model": ("base_weights", "unquantized_weights"),
+    "adapter and its gradients": ("adapters", "gradients"),
+    "optimizer": ("optimizer",),
+    "activations": ("checkpoints", "layer_working_set"),
+    "logits": ("logits",),
+    "CUDA": ("context",),
+}
+
+
+@contextmanager
+def explained_shortage(
+    spec: QLoRAJobSpec,
+    prepared: PrepareRecord,
+    model_folder: Path,
+    device: Device,
+    micro_batch_size: Callable[[], int],
+) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY).
+
+    Its sentence has the measured peak, the estimate by component, and what to change first. `micro_batch_size` is asked
+    when it happens: the run may have lowered it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = micro_batch_size()
+        training = _as_run(spec.training, size)
+        shape = replace(
+            training_shape(spec, prepared.target_modules),
+            micro_batch_size=size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+        )
+        expected = estimate(read_shape(model_folder / "config.json"), shape)
+        raise StepFailure(
+            ExitCode.GPU_OUT_OF_MEMORY,
+            f"the GPU is out of memory at a measured peak of {peak_memory_bytes(device) / GIB:.1f} GiB with "
+            f"microBatchSize {size}; the estimate is {_by_share(expected)}: {smaller(training)}; checkpoints are kept",
+        ) from error
+
+
+def _as_run(training: TrainingSpec, micro_batch_size: int) -> TrainingSpec:
+    """The settings as they were when it happened: the same sequences a step, in micro batches of this size."""
+    sequences = training.micro_batch_size * training.gradient_accumulation_steps
+    steps = -(-sequences // micro_batch_size)
+    return training.model_copy(update={"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": steps})
+
+
+def _by_share(memory: MemoryEstimate) -> str:
+    sizes = {component.name: component.size for component in memory.components() if component.at_peak}
+    shares = {label: sum(sizes.get(name, 0) for name in names) for label, names in _SHARES.items()}
+    listed = ", ".join(f"{label} {size / GIB:.1f}" for label, size in shares.items())
+    return f"{memory.expected / GIB:.1f} GiB ({listed})"
+
+
+def smaller(training: TrainingSpec) -> str:
+    """What to change first, the mildest first: the batch's parts, recomputation, and only then the sequences."""
+    if training.micro_batch_size > 1:
+        half, twice = training.micro_batch_size // 2, training.gradient_accumulation_steps * 2
+        automatic = "" if training.auto_micro_batch else ", or spec.training.autoMicroBatch to true"
+        return f"set spec.training.microBatchSize to {half} and gradientAccumulationSteps to {twice}{automatic}"
+    if not training.gradient_checkpointing:
+        return "set spec.training.gradientCheckpointing to true"
+    shorter = max(16, training.max_sequence_length // 2)
+    return f"set spec.training.maxSequenceLength to {shorter}, or use a card with more memory"

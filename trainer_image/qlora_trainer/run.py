@@ -1,0 +1,116 @@
+"""A run of the training loop: what it works with, where it stands, and what it reports of that."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from qlora_api.contract import ProgressRecord
+from qlora_trainer.batches import Plan
+from qlora_trainer.determinism import Fingerprint
+from qlora_trainer.divergence import Stability
+from qlora_trainer.failures import StopRequest
+from qlora_trainer.metrics import History, Pace
+from qlora_trainer.model import adapter_parameters
+from qlora_trainer.prepared import PreparedDataset
+from qlora_trainer.records import RecordWriter, timestamp
+from qlora_trainer.step import StepContext
+from qlora_trainer.storage import Storage
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where the run stands, besides what lies in the model and the optimizer. Every checkpoint holds it."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    evaluated_step: int | None = None
+    eval_loss: float | None = None
+    initial_eval_loss: float | None = None
+    peak_memory_bytes: int = 0
+    """Of all attempts."""
+    micro_batch_size: int | None = None
+    """What it was halved to when the GPU ran out of memory; None for the job's own."""
+    stability: Stability = field(default_factory=Stability)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """What `asdict` made of a state."""
+        return cls(**{**saved, "stability": Stability(**saved["stability"])})
+
+
+@dataclass
+class Run:
+    """What the loop works with. Only the last fields change, from `plan` on."""
+
+    context: StepContext
+    records: RecordWriter
+    stop: StopRequest
+    now: Callable[[], datetime]
+    monotonic: Callable[[], float]
+    device: torch.device
+    data: PreparedDataset
+    eval_data: PreparedDataset | None
+    model: Any
+    optimizer: torch.optim.Optimizer
+    history: History
+    fingerprint: Fingerprint
+    threads: int
+    storage: Storage
+    plan: Plan
+    """Its micro batches may become smaller."""
+    checkpoint_step: int | None = None
+    checkpoint_time: str | None = None
+    pace: Pace = field(default_factory=Pace)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name."""
+        return adapter_parameters(self.model)
+
+
+def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:
+    """Say how far the run is; the writer drops what comes too fast."""
+    pace, total = run.pace, run.plan.total_steps
+    remaining = pace.remaining_seconds(total - state.step, _evaluations_left(run, state))
+    run.records.progress(
+        ProgressRecord(
+            job_uid=run.context.job_uid,
+            pod_uid=run.context.pod_uid,
+            step="train",
+            time=timestamp(run.now()),
+            activity=_with_smaller_micro_batches(state) if activity == "training" else activity,
+            training_step=state.step,
+            total_steps=total,
+            epoch=round(run.plan.epoch(state.step), 4),
+            loss=state.loss,
+            eval_loss=state.eval_loss,
+            learning_rate=state.learning_rate,
+            grad_norm=state.grad_norm,
+            tokens_per_second=None if pace.tokens_per_second is None else round(pace.tokens_per_second, 1),
+            remaining_seconds=None if remaining is None else round(remaining, 1),
+            peak_memory_bytes=state.peak_memory_bytes or None,
+            checkpoint_step=run.checkpoint_step,
+            checkpoint_time=run.checkpoint_time,
+        ),
+        force=force,
+    )
+
+
+def _with_smaller_micro_batches(state: RunState) -> str:
+    if state.micro_batch_size is None:
+        return "training"
+    return f"training with microBatchSize {state.micro_batch_size}, lowered because the GPU ran out of memory"
+
+
+def _evaluations_left(run: Run, state: RunState) -> int:
+    total, every = run.plan.total_steps, run.context.spec.training.eval_every_steps
+    if run.eval_data is None or state.step == total:
+        return 0
+    return 1 if every is None else total // every - state.step // every + (total % every != 0)
