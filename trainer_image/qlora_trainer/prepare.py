@@ -18,7 +18,7 @@ from typing import Any
 
 from qlora_api.contract import ProgressRecord, WorkspaceLayout
 from qlora_api.memory import ModelShape
-from qlora_api.sources import HubSource, VolumeSource, parse_source
+from qlora_api.sources import HubSource, ObjectStoreSource, Source, VolumeSource, parse_source
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.data_source import DataFile, find_data, local_file
@@ -31,8 +31,9 @@ from qlora_trainer.memory_check import memory_status, read_shape, require_fit, t
 from qlora_trainer.model_source import (
     CONFIG,
     TOKENIZER_FILES,
-    HubModel,
+    DownloadedModel,
     ModelSource,
+    RemoteModel,
     VolumeModel,
     refuse_code,
 )
@@ -46,6 +47,7 @@ from qlora_trainer.records import (
     write_atomically,
     write_completion,
 )
+from qlora_trainer.remote_model import HubModel, ObjectStoreModel
 from qlora_trainer.step import StepContext
 from qlora_trainer.templates import Tokenizer
 
@@ -119,12 +121,12 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
     layout = _empty(scratch / "layout")
     _write_sequences(layout, dataset, spec.training.max_sequence_length, packed=packed)
 
-    verb = "downloading" if isinstance(model, HubModel) else "reading"
+    verb = "downloading" if isinstance(model, DownloadedModel) else "reading"
     revision = model.weights(lambda done, total: say(f"{verb} model {sizes(done, total)}"))
     resolved = _resolved(revision, folder, dataset)
     data = _publish_data(layout, workspace.data, resolved, spec)
-    if isinstance(model, HubModel):
-        folder = _publish_model(folder, workspace.models / revision)
+    if isinstance(model, DownloadedModel):
+        folder = _publish_model(folder, workspace.models / model.version)
     return PrepareRecord(
         fingerprint=data.name,
         model_path=_stored(folder, workspace),
@@ -148,15 +150,21 @@ def _model(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
     source = parse_source(context.spec.model.source)
     if isinstance(source, VolumeSource):
         return VolumeModel(context.mounts, source)
-    if not isinstance(source, HubSource):
-        raise bad_configuration(f"spec.model.source is {context.spec.model.source}: must be hf:// or pvc://")
     models = context.workspace.models
 
-    def folder_of(commit: str) -> Path:
-        finished = models / commit
-        return finished if finished.is_dir() else models / f"{_PARTIAL}-{commit}"
+    def folder_of(version: str) -> Path:
+        finished = models / version
+        return finished if finished.is_dir() else models / f"{_PARTIAL}-{version}"
 
-    return HubModel(hub(), source, context.spec.model.revision, folder_of)
+    return DownloadedModel(_remote_model(source, context, hub), folder_of)
+
+
+def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) -> RemoteModel:
+    if isinstance(source, HubSource):
+        return HubModel(hub(), source, context.spec.model.revision)
+    if isinstance(source, ObjectStoreSource):
+        return ObjectStoreModel(source, context.secret("model"))
+    raise bad_configuration(f"spec.model.source is {context.spec.model.source}: must be hf://, s3:// or pvc://")
 
 
 def _check_model(folder: Path, spec: QLoRAJobSpec, records: RecordWriter) -> _Checked:
