@@ -1,5 +1,6 @@
 """Tiny models made once a session, and the context of a step over them."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> File
         assert done.exit_code == 0, done.stdout + done.stderr
         assert done.result.outcome == "succeeded"
         (files.root / f"{step}.stdout").write_text(done.stdout)
+    return files
+
+
+@pytest.fixture
+def trained(tmp_path: Path, finished: Files) -> Files:
+    """A job that is trained and not published."""
+    files = finished.copied(tmp_path / "job")
+    (files.workspace / "records" / "publish.json").unlink()
+    shutil.rmtree(files.workspace / "adapter")
     return files
 
 
@@ -79,6 +89,7 @@ def make_context(tmp_path: Path, tiny_llama: Path) -> MakeContext:
                 claims={"models": model.parent, "data": tmp_path / "data"},
                 config_maps=tmp_path / "config-maps",
                 token_file=tmp_path / "secrets" / "token",
+                credentials=tmp_path / "credentials",
             ),
             device="cpu",
             pod_uid=POD_UID,

@@ -30,15 +30,6 @@ from tests.trainer.tiny import JOB_UID, POD_UID, Recorded
 OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
 
 
-@pytest.fixture
-def trained(tmp_path: Path, finished: Files) -> Files:
-    """A job that is trained and not published."""
-    files = finished.copied(tmp_path / "job")
-    (files.workspace / "records" / "publish.json").unlink()
-    shutil.rmtree(files.workspace / "adapter")
-    return files
-
-
 def context(files: Files, *, uid: str = JOB_UID) -> StepContext:
     """What the step would be given for these files."""
     document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}

@@ -63,9 +63,7 @@ def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class _TensorBoard:
-    def __init__(
-        self, folder: Path, _run_name: str, _run_id: str, settings: Mapping[str, Any], from_step: int
-    ) -> None:
+    def __init__(self, folder: Path, _run_name: str, _run_id: str, settings: Mapping[str, Any], from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # What a lost attempt wrote after its checkpoint happens again.
@@ -82,9 +80,7 @@ class _TensorBoard:
 
 
 class _MLflow:
-    def __init__(
-        self, folder: Path, run_name: str, run_id: str, settings: Mapping[str, Any], from_step: int
-    ) -> None:
+    def __init__(self, folder: Path, run_name: str, run_id: str, settings: Mapping[str, Any], from_step: int) -> None:
         import mlflow
         from mlflow.tracking import MlflowClient
 
@@ -113,11 +109,10 @@ class _MLflow:
 
 
 class _WeightsAndBiases:
-    def __init__(
-        self, folder: Path, run_name: str, run_id: str, settings: Mapping[str, Any], from_step: int
-    ) -> None:
+    def __init__(self, folder: Path, run_name: str, run_id: str, settings: Mapping[str, Any], from_step: int) -> None:
         import wandb
 
+        os.environ.setdefault("WANDB_MODE", "offline")
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project="qlora",
@@ -126,7 +121,6 @@ class _WeightsAndBiases:
             resume="allow",
             config=dict(settings),
             dir=str(folder),
-            mode=os.environ.get("WANDB_MODE", "offline"),
             settings=wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True),
         )
 
