@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, decode_record
 from qlora_api.training import LoraSpec
-from qlora_trainer import dataset
 from qlora_trainer import prepare as step
 from qlora_trainer.failures import StepFailure
 from qlora_trainer.family import Family
 from qlora_trainer.prepare import prepare
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.records import PrepareRecord, read_completion
+from qlora_trainer.sampling import hold_out
 from qlora_trainer.step import StepContext
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
@@ -195,10 +195,10 @@ def test_a_fraction_is_held_out_and_neither_lost_nor_trained_on(
 
 
 def test_the_seed_alone_chooses_what_is_held_out() -> None:
-    kept, held_out = dataset.hold_out(1000, 0.1, 7, "rows")
+    kept, held_out = (part.tolist() for part in hold_out(1000, 0.1, 7, "rows"))
     assert sorted(kept + held_out) == list(range(1000))
-    assert dataset.hold_out(1000, 0.1, 7, "rows") == (kept, held_out)
-    assert len(set(held_out) & set(dataset.hold_out(1000, 0.1, 8, "rows")[1])) < 30
+    assert hold_out(1000, 0.1, 7, "rows")[1].tolist() == held_out
+    assert len(set(held_out) & set(hold_out(1000, 0.1, 8, "rows")[1].tolist())) < 30
 
 
 @pytest.mark.usefixtures("rows")

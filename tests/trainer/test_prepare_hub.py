@@ -333,23 +333,23 @@ def test_a_data_set_of_the_hub_is_found(
         ({"source": "hf://acme/none"}, "dataset hf://acme/none does not exist, or may not be read with no token"),
         (
             {"source": "hf://acme/rows", "split": "dev"},
-            "hf://acme/rows has 0 data files of the split 'dev', must be",
+            "hf://acme/rows has no data file of the split 'dev': set spec.dataset.split, or name the file, as in",
         ),
         (
             {"source": "hf://acme/rows/x.csv"},
-            "hf://acme/rows has no data file 'x.csv'; it has data/test-00000.jsonl",
+            "hf://acme/rows has no data file or folder 'x.csv'; it has data/test-00000.jsonl",
         ),
         (
             {"source": "hf://acme/many"},
-            "has 2 data files of the split 'train', must be one: name the file",
+            "hf://acme/many has files of several kinds, .csv and .jsonl: name one file, or a folder with one kind",
         ),
     ],
 )
-def test_a_data_set_of_the_hub_that_is_not_one_file_is_refused(
+def test_a_data_set_of_the_hub_that_is_not_there_or_mixed_is_refused(
     make_context: MakeContext, records: Recorded, hub: FakeHub, rows: Path, dataset: dict[str, Any], message: str
 ) -> None:
     many = rows.with_name("many")
-    for name in ("train-0.jsonl", "train-1.jsonl"):
+    for name in ("train-0.jsonl", "train-1.csv"):
         write_rows(many / name, [chat_row("a", "b")])
     hub.repositories["datasets/acme/many"] = many
     assert message in refusal(make_context, records, ExitCode.BAD_DATASET, {"dataset": dataset})

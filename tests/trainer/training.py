@@ -11,9 +11,10 @@ from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.failures import StopRequest
 from qlora_trainer.family import inspect_family
 from qlora_trainer.packing import one_row_each, pack
-from qlora_trainer.prepared import TokenizedRows, split_file, write_split
+from qlora_trainer.prepared import split_file, write_split
 from qlora_trainer.records import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.step import Mounts, StepContext
+from qlora_trainer.tokenized import Chunk, TokenizedRows
 from qlora_trainer.train import train
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded, merged
 
@@ -54,13 +55,14 @@ def write_data(folder: Path, *, packed: bool) -> None:
     """Rows of a pattern that a model can learn; the latter half of each row is the target. Four rows are held out."""
     folder.mkdir(parents=True)
     for split, lengths in (("train", ROW_LENGTHS), ("eval", ROW_LENGTHS[:4])):
-        rows = TokenizedRows()
+        rows = []
         for number, length in enumerate(lengths):
             tokens = [3 + (number * 17 + position * 5) % 50 for position in range(length)]
             tokens[0] = RARE_TOKEN if length == max(ROW_LENGTHS) else tokens[0]
-            rows.append(tokens, [position >= length // 2 for position in range(length)])
-        sequences = pack(rows.lengths, 64) if packed else one_row_each(range(len(rows)))
-        write_split(split_file(folder, "train" if split == "train" else "eval"), rows, sequences)
+            rows.append((tokens, [position >= length // 2 for position in range(length)]))
+        tokenized = TokenizedRows([Chunk.of(rows)])
+        sequences = pack(tokenized.lengths, 64, seed=0) if packed else one_row_each(len(rows))
+        write_split(split_file(folder, "train" if split == "train" else "eval"), tokenized, sequences)
     (folder / "manifest.json").write_text(json.dumps({"fingerprint": "rows"}))
 
 

@@ -1,18 +1,22 @@
 """Finds a data set's files, wherever the address points; changes with the kinds of address."""
 
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 
-from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
-from qlora_trainer.disk import require_space
-from qlora_trainer.failures import StepFailure, bad_dataset
-from qlora_trainer.hub import Hub
+from qlora_api.sources import ConfigMapSource, HubSource, ObjectStoreSource, VolumeSource, parse_source
+from qlora_trainer.data_names import DATA_ENDINGS, data_kind, require_one_kind
+from qlora_trainer.disk import file_sha256, require_space
+from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset, unreachable
+from qlora_trainer.hub import Hub, HubFile, Listing
+from qlora_trainer.hub_layout import Wanted, choose_data_files, read_card
 from qlora_trainer.listing import require_regular, some_names
+from qlora_trainer.object_store import ObjectFolder
 from qlora_trainer.step import Mounts
 
-DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
+_CARD = "README.md"
+_MAX_CARD_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -22,84 +26,147 @@ class DataFile:
     path: Path
     name: str
 
+    @property
+    def kind(self) -> str:
+        """How it is read: .jsonl, .json, .csv or .parquet."""
+        return data_kind(self.name) or ""
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of an address, ascending by name."""
+
+    uri: str
+    files: tuple[DataFile, ...]
+    relative_names: tuple[str, ...]
+    """The files' names within the folder or repository."""
+
+    def sha256(self) -> str:
+        """SHA-256 of the file; of several, of the lines `<sha256>  <name>` that sha256sum prints for them."""
+        digests = [file_sha256(file.path) for file in self.files]
+        if len(digests) == 1:
+            return digests[0]
+        lines = (f"{digest}  {name}\n" for digest, name in zip(digests, self.relative_names, strict=True))
+        return sha256("".join(lines).encode()).hexdigest()
+
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """Size and time of change of each file: they differ if somebody has written to it meanwhile."""
+        stats = [file.path.stat() for file in self.files]
+        return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
 
 def find_data(
     uri: str,
+    wanted: Wanted,
     *,
     revision: str | None,
-    split: str | None,
     mounts: Mounts,
     hub: Callable[[], Hub],
+    objects: Callable[[ObjectStoreSource], ObjectFolder],
     download: Path,
-) -> DataFile:
-    """The one data file of an address. Files of the hub are downloaded below `download`.
+) -> DataFiles:
+    """The data files of an address: one file, or those of one kind that lie in a folder or make up a split.
 
-    Raises StepFailure: BAD_DATASET if there is no such file or more than one, UNSAFE_ARTEFACT for a link that leads
-    out of its volume, UNREACHABLE if a mount or the hub is missing.
+    Files of the hub and of an object store are downloaded below `download`. Raises StepFailure: BAD_DATASET if there is
+    no such file, or files of several kinds, UNSAFE_ARTEFACT for a link that leads out of its volume, UNREACHABLE if a
+    mount or a server is missing.
     """
     source = parse_source(uri)
     if isinstance(source, HubSource):
-        return _hub_data(source, revision, split, hub(), download)
-    if isinstance(source, ConfigMapSource):
-        file = DataFile(mounts.config_map(source), uri)
-    else:
-        file = DataFile(mounts.volume(source), str(source))
-        _require_data_file(file, mounts.volume(VolumeSource(source.claim)))
-    if not file.path.name.endswith(DATA_SUFFIXES):
-        raise bad_dataset(f"{file.name} does not end in {', '.join(DATA_SUFFIXES)}: rename or convert it")
-    return file
+        return _hub_data(source, wanted, revision, hub(), download)
+    if isinstance(source, ObjectStoreSource):
+        return _stored_data(source, objects(source), download)
+    if isinstance(source, (VolumeSource, ConfigMapSource)):
+        return _mounted_data(uri, source, mounts)
+    raise bad_configuration(f"{uri} is no address of data: must be hf://, pvc://, s3:// or configMap://")
 
 
-def local_file(uri: str, mounts: Mounts) -> Path | None:
-    """The file on a volume or in a ConfigMap that an address names; None for the hub, and if it is not there (now)."""
+def mounted_data(uri: str, mounts: Mounts) -> DataFiles | None:
+    """The files on a volume or in a ConfigMap that an address names; None for servers, and if there are none (now)."""
     source = parse_source(uri)
-    if isinstance(source, HubSource):
+    if not isinstance(source, (VolumeSource, ConfigMapSource)):
         return None
     try:
-        path = mounts.config_map(source) if isinstance(source, ConfigMapSource) else mounts.volume(source)
+        return _mounted_data(uri, source, mounts)
     except StepFailure:
         return None
-    return path if path.is_file() else None
 
 
-def _require_data_file(file: DataFile, volume: Path) -> None:
-    if file.path.is_dir():
-        inside = [entry.name for entry in file.path.iterdir() if entry.name.endswith(DATA_SUFFIXES)]
-        raise bad_dataset(f"{file.name} is a folder: name one of its data files; it has {some_names(inside)}")
-    if not file.path.exists():
-        folder = file.path.parent
+def _mounted_data(uri: str, source: VolumeSource | ConfigMapSource, mounts: Mounts) -> DataFiles:
+    if isinstance(source, ConfigMapSource):
+        return _one_file(DataFile(mounts.config_map(source), uri))
+    volume = mounts.volume(VolumeSource(source.claim))
+    path = mounts.volume(source)
+    if path.is_dir():
+        if not path.resolve().is_relative_to(volume.resolve()):
+            require_regular(path, volume, str(source))
+        return _folder(path, volume, str(source))
+    if not path.exists():
+        folder = path.parent
         inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        raise bad_dataset(f"{file.name} does not exist; its folder has {some_names(inside)}")
-    require_regular(file.path, volume, file.name)
+        raise bad_dataset(f"{source} does not exist; its folder has {some_names(inside)}")
+    require_regular(path, volume, str(source))
+    return _one_file(DataFile(path, str(source)))
 
 
-def _hub_data(source: HubSource, revision: str | None, split: str | None, hub: Hub, download: Path) -> DataFile:
+def _one_file(file: DataFile) -> DataFiles:
+    if not file.kind:
+        raise bad_dataset(f"{file.name} does not end in {DATA_ENDINGS}: rename or convert it")
+    return DataFiles(file.name, (file,), (PurePosixPath(file.name).name,))
+
+
+def _folder(folder: Path, volume: Path, uri: str) -> DataFiles:
+    entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    names = [name for name in entries if data_kind(name) is not None and not (folder / name).is_dir()]
+    require_one_kind(names, entries, uri)
+    for name in names:
+        require_regular(folder / name, volume, f"{uri}/{name}")
+    return _files(uri, ((folder / name, name) for name in names))
+
+
+def _files(uri: str, found: Iterable[tuple[Path, str]]) -> DataFiles:
+    files = tuple(found)
+    return DataFiles(uri, tuple(DataFile(path, f"{uri}/{name}") for path, name in files), tuple(n for _, n in files))
+
+
+def _stored_data(source: ObjectStoreSource, objects: ObjectFolder, download: Path) -> DataFiles:
+    download.mkdir(parents=True, exist_ok=True)
+    name = source.path.rpartition("/")[2]
+    if data_kind(name) is not None:
+        folder, found = str(source).removesuffix(f"/{name}"), {name: objects.stat()}
+    else:
+        folder, listed = str(source), objects.list()
+        found = {name: listed[name] for name in sorted(listed) if "/" not in name and data_kind(name) is not None}
+        require_one_kind(found, listed, str(source))
+    require_space(download, sum(entry.size for entry in found.values()), f"the download of {source}")
+    for name, entry in found.items():
+        objects.download(entry, download / name, lambda _done: None)
+    return _files(folder, ((download / name, name) for name in found))
+
+
+def _hub_data(source: HubSource, wanted: Wanted, revision: str | None, hub: Hub, download: Path) -> DataFiles:
     listing = hub.list("dataset", source.repository, revision)
     uri = f"hf://{source.repository}"
-    name = choose_data_file(listing.files, source.path, split, uri)
-    require_space(download.parent, listing.files[name].size, f"the download of {uri}/{name}")
-    return DataFile(hub.fetch(listing, listing.files[name], download, lambda _done: None), f"{uri}/{name}")
+    card = listing.files.get(_CARD)
+    about = None
+    if card is not None and not source.path:
+        if card.size > _MAX_CARD_BYTES:
+            raise bad_dataset(f"{uri}/{_CARD} has {card.size} bytes, at most {_MAX_CARD_BYTES} are read: name a file")
+        about = read_card(_fetch(hub, listing, card, download), uri)
+    names = choose_data_files(tuple(listing.files), about, source.path, wanted, uri)
+    download.mkdir(parents=True, exist_ok=True)
+    total = sum(listing.files[name].size for name in names if not (download / name).exists())
+    require_space(download, total, f"the download of {uri}")
+    return _files(uri, [(_fetch(hub, listing, listing.files[name], download), name) for name in names])
 
 
-def choose_data_file(names: Collection[str], path: str, split: str | None, uri: str) -> str:
-    """The data file of a repository: the one at `path`, else the one of the split, else the only one there is.
-
-    A file belongs to a split if its path has the split's name as a part of its own: `data/train-00000.parquet` is of
-    the split `train`. Raises StepFailure BAD_DATASET, listing the files, if it is not exactly one.
-    """
-    candidates = sorted(name for name in names if name.endswith(DATA_SUFFIXES))
-    if path:
-        if path in candidates:
-            return path
-        raise bad_dataset(f"{uri} has no data file {path!r}; it has {some_names(candidates)}")
-    if split is None and len(candidates) == 1:
-        return candidates[0]
-    wanted = split or "train"
-    part = re.compile(rf"(^|[/._-]){re.escape(wanted)}([/._-]|$)")
-    matching = [name for name in candidates if part.search(name)]
-    if len(matching) != 1:
-        raise bad_dataset(
-            f"{uri} has {len(matching)} data files of the split {wanted!r}, must be one: name the file, as in "
-            f"{uri}/{(matching or candidates or ['PATH'])[0]}; it has {some_names(candidates)}"
-        )
-    return matching[0]
+def _fetch(hub: Hub, listing: Listing, file: HubFile, folder: Path) -> Path:
+    path = hub.fetch(listing, file, folder, lambda _done: None)
+    size = path.stat().st_size
+    wrong_content = file.sha256 is not None and size == file.size and file_sha256(path) != file.sha256
+    if size != file.size or wrong_content:
+        path.unlink()
+        found = "another SHA-256" if wrong_content else f"{size} bytes instead of {file.size}"
+        name = f"hf://{listing.repository}/{file.name}"
+        raise unreachable(f"{name} arrived with {found} than the hub lists: it is loaded again")
+    return path

@@ -1,190 +1,265 @@
-"""Turns data files into tokenized rows for training and evaluation; changes with which rows are used."""
+"""Turns data files into the sequences of training and evaluation; changes with which rows are used."""
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 
-from qlora_api.dataset import DatasetSpec
+import numpy
+
+from qlora_api.dataset import Columns, DatasetSpec
 from qlora_api.status import DatasetStatus
 from qlora_api.training import TrainingSpec
-from qlora_trainer.data import Row, read_rows
-from qlora_trainer.data_source import DataFile
-from qlora_trainer.disk import file_sha256
-from qlora_trainer.failures import bad_configuration, bad_dataset
-from qlora_trainer.formats import Format, RowReader, detect_format
-from qlora_trainer.packing import one_row_each, pack
-from qlora_trainer.prepared import Split, TokenizedRows, write_split
+from qlora_trainer.data import parse, read_rows
+from qlora_trainer.data_rows import RawRow
+from qlora_trainer.data_source import DataFiles
+from qlora_trainer.data_statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics, dropped_rows
+from qlora_trainer.failures import bad_dataset
+from qlora_trainer.formats import Format, Reading, RowReader, detect_format
+from qlora_trainer.packing import Arrangement, one_row_each, pack
+from qlora_trainer.prepared import Split, split_file, write_split
+from qlora_trainer.sampling import Rows, hold_out, used_rows
 from qlora_trainer.templates import Tokenizer
+from qlora_trainer.tokenized import Chunk, TokenizedRows
+from qlora_trainer.tokenizing import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, OnRows, Recipe, tokenize
 
-_BATCH_ROWS = 128
-
-OnRows = Callable[[int], None]
-"""Called with the rows tokenized so far."""
+_LISTED_FILES = 100
 
 
 @dataclass(frozen=True)
-class TokenizedFile:
-    """The usable rows of one data file, and how many were not."""
+class TokenizedSource:
+    """The usable rows of one address, and how many were not."""
 
-    rows: TokenizedRows
-    format: Format
-    rows_read: int
-    too_long: int
-    """Rows left out because they have more tokens than a sequence may."""
-    unlabelled: int
-    """Rows left out because none of their tokens counts in the loss."""
-    longest: int
-    """Tokens of the longest row, left out or not."""
+    data: DataFiles
     sha256: str
+    reading: Reading
+    columns: Columns
+    chunks: tuple[Chunk, ...]
+    rows: TokenizedRows
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that were read, used or not."""
+        return sum(chunk.rows_read for chunk in self.chunks)
+
+    @property
+    def too_long(self) -> int:
+        """Rows left out because they have more tokens than a sequence may."""
+        return sum(len(chunk.too_long) for chunk in self.chunks)
+
+    def all_lengths(self) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.int32]]:
+        """int32 [rows]: tokens of each row, of those that are too long too."""
+        return numpy.concatenate([self.rows.lengths, *(chunk.too_long for chunk in self.chunks)])
+
+    def statistics(self, longest_allowed: int) -> SourceStatistics:
+        """What is told about it."""
+        return SourceStatistics(
+            uri=self.data.uri,
+            files=self.data.relative_names[:_LISTED_FILES],
+            file_count=len(self.data.files),
+            sha256=self.sha256,
+            format=self.reading.format,
+            columns=self.reading.columns,
+            ignored_columns=self.reading.ignored,
+            rows_read=self.rows_read,
+            dropped=dropped_rows(self.chunks, longest_allowed),
+            lengths=Lengths.of(self.all_lengths()),
+        )
 
 
 @dataclass(frozen=True)
 class Dataset:
     """The rows of a job: where they come from, and which are trained on (by index into `training.rows`)."""
 
-    training: TokenizedFile
-    training_rows: tuple[int, ...]
-    evaluation: TokenizedFile | None
-    evaluation_rows: tuple[int, ...]
+    training: TokenizedSource
+    training_rows: Rows
+    evaluation: TokenizedSource | None
+    evaluation_rows: Rows
+
+    @property
+    def sources(self) -> tuple[TokenizedSource, ...]:
+        """The training's, and the evaluation's if that has its own."""
+        own = None if self.evaluation is self.training else self.evaluation
+        return (self.training,) if own is None else (self.training, own)
 
     @property
     def evaluation_sha256(self) -> str | None:
-        """SHA-256 of the evaluation's own file, if it has one."""
-        own = None if self.evaluation is self.training else self.evaluation
-        return None if own is None else own.sha256
+        """SHA-256 of the evaluation's own files, if it has some."""
+        return self.sources[1].sha256 if len(self.sources) > 1 else None
 
     def status(self) -> DatasetStatus:
         """What is told about it."""
-        files = {id(file): file for file in (self.training, self.evaluation) if file is not None}.values()
-        lengths = self.training.rows.lengths
         return DatasetStatus(
-            format=self.training.format,
+            format=self.training.reading.format,
             rows=self.training.rows_read,
             used_rows=len(self.training_rows),
             eval_rows=len(self.evaluation_rows),
-            too_long_rows=sum(file.too_long for file in files),
-            longest_row_tokens=max(file.longest for file in files),
-            tokens=sum(lengths[row] for row in self.training_rows),
+            too_long_rows=sum(source.too_long for source in self.sources),
+            longest_row_tokens=max(int(source.all_lengths().max()) for source in self.sources),
+            tokens=int(self.training.rows.lengths[self.training_rows].sum(dtype=numpy.int64)),
             sha256=self.training.sha256,
         )
 
+    def write(self, folder: Path, training: TrainingSpec, *, packed: bool) -> None:
+        """Write the splits' files and the statistics. Raises OSError if the disk is full."""
+        capacity = training.max_sequence_length
 
-def build_dataset(
-    spec: DatasetSpec,
-    training: TrainingSpec,
-    find: Callable[[str, Split], DataFile],
-    tokenizer: Tokenizer,
-    vocabulary: int,
-    on_rows: OnRows,
-) -> Dataset:
-    """Read, check and tokenize the data set of a job. `find` has the file of an address, for `train` or `eval`.
+        def write(split: Split, rows: TokenizedRows, used: Rows) -> SplitStatistics:
+            arrangement = _arrange(rows, used, capacity, training.seed, packed=packed)
+            write_split(split_file(folder, split), rows, arrangement)
+            return SplitStatistics.of(rows, arrangement, capacity, packed=packed)
 
-    `vocabulary` is the number of tokens that the model knows. Raises StepFailure BAD_DATASET for anything wrong with
-    the data.
-    """
-    file = find(spec.source, "train")
-    digest = file_sha256(file.path)
-    if spec.sha256 is not None and digest != spec.sha256:
-        raise bad_dataset(f"{file.name} has SHA-256 {digest}, but spec.dataset.sha256 is {spec.sha256}: it has changed")
-    tokenize = _FileTokenizer(spec, training, tokenizer, vocabulary)
-    trained = tokenize(file, digest, None if spec.format == "auto" else spec.format, spec.max_samples, on_rows)
-    everything = tuple(range(len(trained.rows)))
-    if spec.eval is None:
-        return Dataset(trained, everything, None, ())
-    if spec.eval.fraction is not None:
-        kept, held_out = hold_out(len(trained.rows), spec.eval.fraction, training.seed, file.name)
-        return Dataset(trained, kept, trained, held_out)
-    own = find(spec.eval.source or "", "eval")
-    evaluated = tokenize(
-        own, file_sha256(own.path), trained.format, None, lambda rows: on_rows(trained.rows_read + rows)
-    )
-    return Dataset(trained, everything, evaluated, tuple(range(len(evaluated.rows))))
+        train = write("train", self.training.rows, self.training_rows)
+        evaluation = None
+        if self.evaluation is not None:
+            evaluation = write("eval", self.evaluation.rows, self.evaluation_rows)
+        sources = tuple(source.statistics(capacity) for source in self.sources)
+        DataStatistics(sources=sources, train=train, eval=evaluation).write(folder)
 
 
-def hold_out(rows: int, fraction: float, seed: int, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Indices of the rows that are kept and of those held out: the nearest number to `fraction`, at least one of each.
-
-    Which ones depends on `rows` and `seed` only: those whose SHA-256 of "seed:index" is smallest. Raises StepFailure
-    BAD_DATASET if there are fewer than two rows.
-    """
-    if rows < 2:
-        raise bad_dataset(
-            f"{name} has {rows} usable row: to hold out a fraction (spec.dataset.eval.fraction) it needs at least two"
-        )
-    count = min(max(round(fraction * rows), 1), rows - 1)
-    held_out = sorted(sorted(range(rows), key=lambda row: sha256(f"{seed}:{row}".encode()).digest())[:count])
-    chosen = frozenset(held_out)
-    return tuple(row for row in range(rows) if row not in chosen), tuple(held_out)
+def _arrange(rows: TokenizedRows, used: Rows, capacity: int, seed: int, *, packed: bool) -> Arrangement:
+    """The sequences of the used rows, several in each if `packed`."""
+    arranged = pack(rows.lengths[used], capacity, seed) if packed else one_row_each(len(used))
+    return Arrangement(used[arranged.rows], arranged.offsets)
 
 
-class _FileTokenizer:
-    """Tokenizes the files of one job, all in the same way."""
+class DatasetBuilder:
+    """Reads, checks and tokenizes the data set of a job."""
 
-    def __init__(self, spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, vocabulary: int) -> None:
-        self._columns = spec.columns
-        self._train_on = training.train_on
-        self._longest_allowed = training.max_sequence_length
-        self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        training: TrainingSpec,
+        tokenizer: Tokenizer,
+        *,
+        vocabulary: int,
+        identity: Mapping[str, object],
+        scratch: Path,
+        workers: int,
+        on_rows: OnRows,
+    ) -> None:
+        """`vocabulary`: tokens that the model knows. `scratch`: folder of what an interrupted attempt goes on from.
 
-    def __call__(
-        self, file: DataFile, digest: str, format_: Format | None, limit: int | None, on_rows: OnRows
-    ) -> TokenizedFile:
-        """The usable rows among the first `limit` rows of `file`; the format is detected from the first if None."""
-        rows = islice(read_rows(file), limit)
-        first = next(rows)
-        reader = RowReader(format_ or detect_format(first, self._columns), self._columns)
-        tokenized = TokenizedRows()
-        rows_read = too_long = unlabelled = longest = 0
-        for batch in _batches(chain((first,), rows), _BATCH_ROWS):
-            rendered = [self._tokenizer.render(reader.read(row), row.place) for row in batch]
-            for tokens in self._tokenizer.tokenize(rendered, self._train_on):
-                longest = max(longest, len(tokens.input_ids))
-                if len(tokens.input_ids) > self._longest_allowed:
-                    too_long += 1
-                elif not any(tokens.is_target):
-                    unlabelled += 1
-                else:
-                    self._require_known(tokens.input_ids)
-                    tokenized.append(tokens.input_ids, tokens.is_target)
-            rows_read += len(batch)
-            on_rows(rows_read)
-        result = TokenizedFile(tokenized, reader.format, rows_read, too_long, unlabelled, longest, digest)
-        _require_usable(result, file.name, self._longest_allowed)
-        return result
+        `identity`: what decides the tokens besides data, spec and this program, that is tokenizer and libraries.
+        """
+        self._spec, self._training, self._tokenizer = spec, training, tokenizer
+        self._vocabulary, self._identity, self._scratch = vocabulary, identity, scratch
+        self._workers, self._on_rows = workers, on_rows
 
-    def _require_known(self, input_ids: Iterable[int]) -> None:
-        largest = max(input_ids)
-        if largest >= self._vocabulary:
-            raise bad_configuration(
-                f"the tokenizer makes token {largest}, but the model knows only {self._vocabulary} (vocab_size): "
-                "the tokenizer belongs to another model"
+    def build(self, find: Callable[[str, Split], DataFiles]) -> Dataset:
+        """The data set. `find` has the files of an address, for `train` or `eval`.
+
+        Raises StepFailure BAD_DATASET for anything wrong with the data.
+        """
+        spec = self._spec
+        data = find(spec.source, "train")
+        digest = data.sha256()
+        if spec.sha256 is not None and digest != spec.sha256:
+            raise bad_dataset(
+                f"{data.uri} has SHA-256 {digest}, but spec.dataset.sha256 is {spec.sha256}: it has changed, or was "
+                "never what it should be"
             )
+        trained = self._tokenized(data, digest, "train")
+        everything = numpy.arange(len(trained.rows))
+        none = everything[:0]
+        if spec.eval is None:
+            return Dataset(trained, everything, None, none)
+        if spec.eval.fraction is not None:
+            kept, held_out = hold_out(len(trained.rows), spec.eval.fraction, self._training.seed, data.uri)
+            return Dataset(trained, kept, trained, held_out)
+        own = find(spec.eval.source or "", "eval")
+        evaluated = self._tokenized(own, own.sha256(), "eval", trained)
+        return Dataset(trained, everything, evaluated, numpy.arange(len(evaluated.rows)))
 
-
-def _require_usable(file: TokenizedFile, name: str, longest_allowed: int) -> None:
-    if len(file.rows):
-        return
-    if file.too_long:
-        raise bad_dataset(
-            f"{name}: all {file.too_long} rows are longer than spec.training.maxSequenceLength ({longest_allowed}), "
-            f"the longest has {file.longest} tokens: raise it up to that, or shorten the rows"
+    def _tokenized(
+        self, data: DataFiles, digest: str, split: Split, like: TokenizedSource | None = None
+    ) -> TokenizedSource:
+        """The usable rows of the files, read as the source `like` is if there is one."""
+        before = data.versions()
+        rows = self._used(data) if like is None else read_rows(data.files)
+        raw = next(rows)
+        first = parse(raw)
+        if like is not None:
+            format_, columns = like.reading.format, like.columns
+        elif self._spec.format == "auto":
+            format_, columns = detect_format(first, self._spec.columns)
+        else:
+            format_, columns = self._spec.format, self._spec.columns or Columns()
+        recipe = self._recipe(format_, columns)
+        offset = 0 if like is None else like.rows_read
+        chunks = tokenize(
+            chain((raw,), rows),
+            ChunkMaker(recipe, self._tokenizer),
+            recipe,
+            self._chunk_prefix(split, digest, recipe),
+            self._workers,
+            lambda done: self._on_rows(offset + done),
         )
-    raise bad_dataset(f"{name}: none of the {file.rows_read} rows has a token to learn: check the answers' column")
+        if data.versions() != before:
+            raise bad_dataset(f"{data.uri} changed while it was read: start again when nobody writes to it")
+        reading = RowReader(format_, columns).reading(first)
+        source = TokenizedSource(data, digest, reading, columns, tuple(chunks), TokenizedRows(chunks))
+        _require_usable(source, recipe.longest_allowed)
+        return source
+
+    def _used(self, data: DataFiles) -> Iterator[RawRow]:
+        """The rows of the training data that `maxSamples` and `shuffle` leave."""
+        limit = self._spec.max_samples
+        if limit is None or not self._spec.shuffle:
+            yield from islice(read_rows(data.files), limit)
+            return
+        count = sum(1 for _ in read_rows(data.files))
+        chosen = iter(used_rows(count, limit, self._training.seed))
+        wanted = next(chosen, None)
+        for number, row in enumerate(read_rows(data.files)):
+            if number == wanted:
+                yield row
+                wanted = next(chosen, None)
+            if wanted is None:
+                return
+
+    def _recipe(self, format_: Format, columns: Columns) -> Recipe:
+        training = self._training
+        return Recipe(
+            tokenizer=self._tokenizer.folder,
+            vocabulary=self._vocabulary,
+            format=format_,
+            columns=columns,
+            train_on=training.train_on,
+            longest_allowed=training.max_sequence_length,
+        )
+
+    def _chunk_prefix(self, split: Split, digest: str, recipe: Recipe) -> Path:
+        """Where the chunks lie; nothing else of this split lies beside them."""
+        inputs = {
+            "data": digest,
+            "identity": self._identity,
+            "chunk": [CHUNK_ROWS, CHUNK_BYTES],
+            "format": recipe.format,
+            "columns": recipe.columns.dump(),
+            "trainOn": recipe.train_on,
+            "longestAllowed": recipe.longest_allowed,
+            "vocabulary": recipe.vocabulary,
+            "maxSamples": self._spec.max_samples,
+            "shuffleSeed": self._training.seed if self._spec.shuffle else None,
+        }
+        key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        for path in self._scratch.glob(f"{split}-*"):
+            if not path.name.startswith(f"{split}-{key}-"):
+                path.unlink()
+        return self._scratch / f"{split}-{key}"
 
 
-def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    while batch := list(islice(rows, size)):
-        yield batch
-
-
-def write_sequences(path: Path, rows: TokenizedRows, used: tuple[int, ...], capacity: int, *, packed: bool) -> None:
-    """Write the used rows as the file of a split, several in a sequence of at most `capacity` tokens if `packed`."""
-    if not packed:
-        write_split(path, rows, one_row_each(used))
+def _require_usable(source: TokenizedSource, longest_allowed: int) -> None:
+    if len(source.rows):
         return
-    lengths = rows.lengths
-    packed_rows = pack([lengths[row] for row in used], capacity)
-    write_split(path, rows, [[used[index] for index in sequence] for sequence in packed_rows])
+    name = source.data.uri
+    if source.too_long:
+        raise bad_dataset(
+            f"{name}: all {source.too_long} rows are longer than spec.training.maxSequenceLength ({longest_allowed}), "
+            f"the longest has {source.all_lengths().max()} tokens: raise it up to that, or shorten the rows"
+        )
+    raise bad_dataset(f"{name}: none of the {source.rows_read} rows has a token to learn: check the answers' column")

@@ -11,6 +11,10 @@ class StepFailure(Exception):  # noqa: N818 - a step fails; the exception is how
         self.exit_code = exit_code
         self.message = message
 
+    def __reduce__(self) -> tuple[type["StepFailure"], tuple[ExitCode, str]]:
+        """So that a worker process can hand it over."""
+        return type(self), (self.exit_code, self.message)
+
 
 def bad_configuration(message: str) -> StepFailure:
     """The manifest asks for something that cannot be done."""

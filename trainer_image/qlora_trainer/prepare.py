@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from qlora_api.memory import ModelShape
 from qlora_api.sources import HubSource, ObjectStoreSource, Source, VolumeSource, parse_source
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.data_source import DataFile, find_data, local_file
-from qlora_trainer.dataset import Dataset, build_dataset, write_sequences
-from qlora_trainer.disk import file_sha256, sizes, sync_tree
+from qlora_trainer.dataset import Dataset
+from qlora_trainer.disk import file_sha256, is_full, sizes, sync_tree
 from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.family import Family, inspect_family
 from qlora_trainer.hub import Hub, hub_token
@@ -37,7 +35,8 @@ from qlora_trainer.model_source import (
     VolumeModel,
     refuse_code,
 )
-from qlora_trainer.prepared import FORMAT_VERSION, MANIFEST, Split, split_file
+from qlora_trainer.prepare_data import libraries, read_dataset, same_data
+from qlora_trainer.prepared import FORMAT_VERSION, MANIFEST
 from qlora_trainer.records import (
     PrepareRecord,
     RecordWriter,
@@ -50,11 +49,11 @@ from qlora_trainer.records import (
 from qlora_trainer.remote_model import HubModel, ObjectStoreModel
 from qlora_trainer.step import StepContext
 from qlora_trainer.templates import Tokenizer
+from qlora_trainer.trackers import require_installed
 
 _LOG = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
-_LIBRARIES = ("transformers", "tokenizers")
 _LARGE_MODEL_PARAMETERS = 13_500_000_000
 _LARGE_MODEL_LEARNING_RATE = 1e-4
 
@@ -65,7 +64,7 @@ def prepare(
     """Lay out model and data in the workspace and write the completion record; returns at once if it still holds.
 
     Raises StepFailure. After a failure that another attempt cannot mend, nothing is left in the workspace that was not
-    there before; after any other, what has been downloaded stays and the next attempt goes on from it.
+    there before; after any other, what has been downloaded and tokenized stays and the next attempt goes on from it.
     """
 
     def say(activity: str) -> None:
@@ -85,9 +84,13 @@ def prepare(
         except StepFailure as failure:
             if failure.exit_code.permanent:
                 _discard_partial(context.workspace.models)
+                _discard_partial(context.workspace.data)
             raise
-        finally:
-            _discard_partial(context.workspace.data)
+        except OSError as error:
+            if is_full(error):
+                _discard_partial(context.workspace.data)
+            raise
+        _discard_partial(context.workspace.data)
     if record != written:
         write_completion(path, record)
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
@@ -113,13 +116,19 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
     tokenizer = Tokenizer(folder)
     model.check_weights()
 
-    say("reading the data set")
-    scratch = _empty(workspace.data / _PARTIAL)
-    dataset = _dataset(context, hub, tokenizer, checked.shape.vocab_size, scratch, say)
+    dataset = read_dataset(
+        context,
+        hub,
+        tokenizer,
+        vocabulary=checked.shape.vocab_size,
+        tokenizer_files=_tokenizer_digests(folder),
+        scratch=lambda name: workspace.data / f"{_PARTIAL}-{name}",
+        say=say,
+    )
     records.note(dataset=dataset.status())
-    packed = spec.training.packing and checked.family.packing_isolated
-    layout = _empty(scratch / "layout")
-    _write_sequences(layout, dataset, spec.training.max_sequence_length, packed=packed)
+    packed = spec.training.packing and checked.family.keeps_rows_apart(spec.training.max_sequence_length)
+    layout = _empty(workspace.data / f"{_PARTIAL}-layout")
+    dataset.write(layout, spec.training, packed=packed)
 
     verb = "downloading" if isinstance(model, DownloadedModel) else "reading"
     revision = model.weights(lambda done, total: say(f"{verb} model {sizes(done, total)}"))
@@ -168,10 +177,12 @@ def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) 
 
 
 def _check_model(folder: Path, spec: QLoRAJobSpec, records: RecordWriter) -> _Checked:
+    require_installed(spec.training.report_to)
     refuse_code(folder)
     family = inspect_family(folder, spec.lora)
-    if spec.training.packing and not family.packing_isolated:
-        _LOG.warning("no packing: rows in one sequence would see each other in a model of type %s", family.model_type)
+    family.require_positions(spec.training.max_sequence_length)
+    if spec.training.packing and not family.keeps_rows_apart(spec.training.max_sequence_length):
+        _LOG.warning("no packing: rows in one sequence would affect each other in this %s model", family.model_type)
     shape = read_shape(folder / CONFIG)
     _advise_learning_rate(shape, spec.training.learning_rate)
     return _Checked(shape, family, _check_memory(shape, family.target_modules, spec, records))
@@ -193,39 +204,6 @@ def _check_memory(
     return memory
 
 
-def _dataset(
-    context: StepContext,
-    hub: Callable[[], Hub],
-    tokenizer: Tokenizer,
-    vocabulary: int,
-    scratch: Path,
-    say: Callable[[str], None],
-) -> Dataset:
-    spec = context.spec.dataset
-
-    def find(uri: str, split: Split) -> DataFile:
-        return find_data(
-            uri,
-            revision=spec.revision,
-            split=spec.split if split == "train" else None,
-            mounts=context.mounts,
-            hub=hub,
-            download=scratch / f"download-{split}",
-        )
-
-    return build_dataset(
-        spec, context.spec.training, find, tokenizer, vocabulary, lambda rows: say(f"tokenizing: {rows} rows done")
-    )
-
-
-def _write_sequences(folder: Path, dataset: Dataset, capacity: int, *, packed: bool) -> None:
-    training = dataset.training.rows
-    write_sequences(split_file(folder, "train"), training, dataset.training_rows, capacity, packed=packed)
-    if dataset.evaluation is not None:
-        evaluation = dataset.evaluation.rows
-        write_sequences(split_file(folder, "eval"), evaluation, dataset.evaluation_rows, capacity, packed=packed)
-
-
 def _resolved(revision: str, folder: Path, dataset: Dataset) -> dict[str, Any]:
     """What the addresses of the job turned out to be; with the spec it determines the prepared data."""
     return {
@@ -244,7 +222,7 @@ def _fingerprint(resolved: Any, spec: QLoRAJobSpec) -> str:
     training = spec.training
     inputs = {
         "format": FORMAT_VERSION,
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": libraries(),
         "resolved": resolved,
         "model": {"source": spec.model.source, "revision": spec.model.revision},
         "targetModules": spec.lora.target_modules,
@@ -252,8 +230,8 @@ def _fingerprint(resolved: Any, spec: QLoRAJobSpec) -> str:
         "maxSequenceLength": training.max_sequence_length,
         "packing": training.packing,
         "trainOn": training.train_on,
-        # The seed chooses the rows that are held out; otherwise the data do not depend on it.
-        "seed": training.seed if spec.dataset.eval is not None and spec.dataset.eval.fraction is not None else None,
+        # It chooses rows, and which of them share a sequence.
+        "seed": training.seed,
     }
     return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -292,21 +270,10 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     config = model / CONFIG
     if _fingerprint(resolved, context.spec) != record.fingerprint or not config.is_file():
         return None
-    if _tokenizer_digests(model) != resolved["tokenizer"] or not _same_data(resolved, context):
+    if _tokenizer_digests(model) != resolved["tokenizer"] or not same_data(resolved, context):
         return None
     memory = _check_memory(read_shape(config), record.target_modules, context.spec, records)
     return record.model_copy(update={"memory": memory})
-
-
-def _same_data(resolved: dict[str, Any], context: StepContext) -> bool:
-    """Whether data files outside the hub are as they were prepared; one that is gone is needed no more."""
-    dataset = context.spec.dataset
-    own_evaluation = dataset.eval.source if dataset.eval is not None else None
-    for uri, digest in ((dataset.source, resolved["data"]), (own_evaluation, resolved["evalData"])):
-        path = None if uri is None else local_file(uri, context.mounts)
-        if path is not None and file_sha256(path) != digest:
-            return False
-    return True
 
 
 def _stored(path: Path, workspace: WorkspaceLayout) -> str:

@@ -1,33 +1,36 @@
 """The prepared data on disk: how token sequences are written once and read many times; changes with their format.
 
-A data folder holds `train.safetensors`, `eval.safetensors` where rows are held out, and `manifest.json`, which is
-written last. A split's file has the tensors
+A data folder holds `train.safetensors`, `eval.safetensors` where rows are held out, `statistics.json`, and
+`manifest.json`, which is written last. A split's file has the tensors
 
-    input_ids        int32 [tokens]          all sequences, one after the other, without padding
-    is_target        uint8 [tokens]          1 where the token counts in the loss
-    segment_lengths  int32 [rows]            tokens of each row, in the order of the tokens
     token_offsets    int64 [sequences + 1]   where a sequence begins in `input_ids`
     segment_offsets  int64 [sequences + 1]   where a sequence begins in `segment_lengths`
+    input_ids        int32 [tokens]          all sequences, one after the other, without padding
+    segment_lengths  int32 [rows]            tokens of each row, in the order of the tokens
+    is_target        uint8 [tokens]          1 where the token counts in the loss
 """
 
 import json
-from array import array
-from collections.abc import Sequence as Items
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT_VERSION = 1
+from qlora_trainer.packing import Arrangement
+from qlora_trainer.tokenized import TokenizedRows
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 IGNORED_LABEL = -100
 
 _FACTS = "prepared"
+_GATHERED_ROWS = 2**13
 
 Split = Literal["train", "eval"]
 
@@ -49,83 +52,72 @@ class Sequence:
     """Tokens of each row in it; position ids restart at each."""
 
 
-class TokenizedRows:
-    """Rows of tokens in memory, 5 bytes a token."""
+def write_split(path: Path, rows: TokenizedRows, arrangement: Arrangement) -> None:
+    """Write the file of a split: the sequences of the arrangement, whose rows are indices into `rows`.
 
-    def __init__(self) -> None:
-        self._input_ids = array("i")
-        self._is_target = bytearray()
-        self._offsets = array("q", [0])
-
-    def append(self, input_ids: Items[int], is_target: Items[bool]) -> None:
-        """Add one row. Raises ValueError if the two differ in length."""
-        if len(input_ids) != len(is_target):
-            raise ValueError(f"{len(input_ids)} tokens but {len(is_target)} target flags")
-        self._input_ids.extend(input_ids)
-        self._is_target.extend(is_target)
-        self._offsets.append(len(self._input_ids))
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [end - start for start, end in zip(self._offsets, self._offsets[1:], strict=False)]
-
-    def tokens(self, row: int) -> "array[int]":
-        """The row's token ids."""
-        return self._input_ids[self._offsets[row] : self._offsets[row + 1]]
-
-    def targets(self, row: int) -> bytearray:
-        """The row's target flags, 0 or 1."""
-        return self._is_target[self._offsets[row] : self._offsets[row + 1]]
-
-
-def write_split(path: Path, rows: TokenizedRows, sequences: Items[Items[int]]) -> None:
-    """Write the file of a split. `sequences` lists the rows that each sequence holds, as indices into `rows`.
-
-    Raises OSError (or safetensors' own error) if the disk is full. The caller makes it durable and renames.
+    Tokens are copied some rows at a time. Raises OSError if the disk is full. The caller makes it durable and renames.
     """
-    input_ids, is_target = array("i"), bytearray()
-    order = [row for sequence in sequences for row in sequence]
-    for row in order:
-        input_ids.extend(rows.tokens(row))
-        is_target.extend(rows.targets(row))
-    lengths = rows.lengths
-    tensors = {
-        "input_ids": torch.frombuffer(input_ids, dtype=torch.int32),
-        "is_target": torch.frombuffer(is_target, dtype=torch.uint8),
-        "segment_lengths": torch.tensor([lengths[row] for row in order], dtype=torch.int32),
-        "token_offsets": _offsets([sum(lengths[row] for row in sequence) for sequence in sequences]),
-        "segment_offsets": _offsets([len(sequence) for sequence in sequences]),
+    order = arrangement.rows
+    lengths = rows.lengths[order]
+    token_offsets = numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64)))[arrangement.offsets]
+    tokens = int(token_offsets[-1])
+    facts = {"format": FORMAT_VERSION, "targetTokens": int(rows.target_counts[order].sum(dtype=numpy.int64))}
+    shapes = {
+        "token_offsets": ("I64", len(token_offsets)),
+        "segment_offsets": ("I64", len(arrangement.offsets)),
+        "input_ids": ("I32", tokens),
+        "segment_lengths": ("I32", len(order)),
+        "is_target": ("U8", tokens),
     }
-    facts = {"format": FORMAT_VERSION, "targetTokens": sum(is_target)}
-    # One entry only: safetensors writes several in an order that changes from run to run.
-    save_file(tensors, path, metadata={_FACTS: json.dumps(facts, sort_keys=True)})
-    # safetensors lets nobody but the owner read it; a later step may run as another user of the same group.
-    path.chmod(0o644)
+    batches = [order[first : first + _GATHERED_ROWS] for first in range(0, len(order), _GATHERED_ROWS)]
+
+    def contents() -> Iterator[NDArray[Any]]:
+        yield token_offsets.astype("<i8")
+        yield arrangement.offsets.astype("<i8")
+        yield from (rows.input_ids(batch).astype("<i4", copy=False) for batch in batches)
+        yield lengths.astype("<i4")
+        yield from (rows.is_target(batch) for batch in batches)
+
+    with path.open("wb") as file:
+        file.write(_header(shapes, facts))
+        for content in contents():
+            file.write(content.data)
 
 
-def _offsets(sizes: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int64)
+def _header(shapes: dict[str, tuple[str, int]], facts: dict[str, int]) -> bytes:
+    """The header of a safetensors file with these one-dimensional tensors, in this order.
+
+    The format is https://github.com/huggingface/safetensors#format. Its library writes tensors that are in memory only.
+    """
+    bytes_each = {"I64": 8, "I32": 4, "U8": 1}
+    entries: dict[str, Any] = {"__metadata__": {_FACTS: json.dumps(facts, sort_keys=True)}}
+    offset = 0
+    for name, (dtype, count) in shapes.items():
+        end = offset + bytes_each[dtype] * count
+        entries[name] = {"dtype": dtype, "shape": [count], "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 class PreparedDataset:
-    """The sequences of one split, read from the memory-mapped file as they are asked for."""
+    """The sequences of one split, read from the memory-mapped file as they are asked for: opening it reads nothing."""
 
     def __init__(self, path: Path) -> None:
         """Open the file of a split. Raises FileNotFoundError, or ValueError if another version wrote it."""
-        self._file = cast("Any", safe_open(path, framework="pt"))
-        facts = json.loads((self._file.metadata() or {}).get(_FACTS, "{}"))
+        file = cast("Any", safe_open(path, framework="pt"))
+        facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
         if facts.get("format") != FORMAT_VERSION:
             found = facts.get("format", "unknown")
             raise ValueError(f"{path} has format {found}, this program reads {FORMAT_VERSION}: prepare the data again")
         self.target_tokens: int = facts["targetTokens"]
         """Tokens that count in the loss."""
-        self._segment_lengths: list[int] = self._file.get_tensor("segment_lengths").tolist()
-        self._token_offsets: list[int] = self._file.get_tensor("token_offsets").tolist()
-        self._segment_offsets: list[int] = self._file.get_tensor("segment_offsets").tolist()
+        self._input_ids: Tensor = file.get_tensor("input_ids")
+        self._is_target: Tensor = file.get_tensor("is_target")
+        self._segment_lengths: Tensor = file.get_tensor("segment_lengths")
+        self._token_offsets: Tensor = file.get_tensor("token_offsets")
+        self._segment_offsets: Tensor = file.get_tensor("segment_offsets")
 
     @classmethod
     def open(cls, folder: Path, split: Split) -> "PreparedDataset":
@@ -135,7 +127,7 @@ class PreparedDataset:
     @property
     def tokens(self) -> int:
         """Tokens of all sequences."""
-        return self._token_offsets[-1]
+        return len(self._input_ids)
 
     @property
     def rows(self) -> int:
@@ -149,8 +141,8 @@ class PreparedDataset:
         """The sequence at `index`, from 0. Raises IndexError beyond the last one."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
-        start, end = self._token_offsets[index], self._token_offsets[index + 1]
-        input_ids = self._file.get_slice("input_ids")[start:end].to(torch.int64)
-        is_target = self._file.get_slice("is_target")[start:end].bool()
-        segments = self._segment_lengths[self._segment_offsets[index] : self._segment_offsets[index + 1]]
-        return Sequence(input_ids, input_ids.masked_fill(~is_target, IGNORED_LABEL), tuple(segments))
+        start, end = self._token_offsets[index : index + 2].tolist()
+        first, past = self._segment_offsets[index : index + 2].tolist()
+        input_ids = self._input_ids[start:end].to(torch.int64)
+        labels = input_ids.masked_fill(self._is_target[start:end] == 0, IGNORED_LABEL)
+        return Sequence(input_ids, labels, tuple(self._segment_lengths[first:past].tolist()))

@@ -10,17 +10,41 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 
-from qlora_trainer.failures import bad_configuration, bad_dataset
-from qlora_trainer.formats import Completion, Conversation, Example, Message, PlainText
+from qlora_trainer.examples import Completion, Conversation, Example, Message, PlainText, ToolCall
+from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset
 
 # What a template is told today's date is, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no time zone
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
+
+# Words that no template writes by itself. Mistral's wants ids of nine letters and digits.
+_TOOL_PROBE_PARTS = ("probetool", "probecall", "probekey", "probevalue", "proberesult")
+_TOOL_PROBE = Conversation(
+    (
+        Message("user", "question"),
+        Message("assistant", "", (ToolCall("probecall", {"probekey": "probevalue"}, "probeid12"),)),
+        Message("tool", "proberesult", name="probecall", tool_call_id="probeid12"),
+        Message("assistant", "answer"),
+    ),
+    (
+        {
+            "type": "function",
+            "function": {
+                "name": "probetool",
+                "description": "None",
+                "parameters": {"type": "object", "properties": {}},
+            },
+        },
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +61,10 @@ class Rendered:
 class TokenizedRow:
     """The tokens of a row and, for each, whether it counts in the loss. The first never does: nothing predicts it."""
 
-    input_ids: Sequence[int]
-    is_target: Sequence[bool]
+    input_ids: NDArray[numpy.int32]
+    """int32 [tokens]"""
+    is_target: NDArray[numpy.bool_]
+    """bool [tokens]"""
 
 
 class Tokenizer:
@@ -48,6 +74,7 @@ class Tokenizer:
         """Load it from the folder; runs no code of the model's. Raises StepFailure BAD_CONFIGURATION if that fails."""
         from transformers import AutoTokenizer
 
+        self.folder = folder
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
@@ -74,7 +101,8 @@ class Tokenizer:
         if isinstance(example, PlainText):
             return Rendered(example.text, ((0, len(example.text)),), ends_itself=False)
         if isinstance(example, Completion) and not self.has_chat_template:
-            prompt = example.prompt + example.separator
+            system = f"{example.system}\n\n" if example.system else ""
+            prompt = system + example.prompt + example.separator
             text = prompt + example.completion
             return Rendered(text, ((len(prompt), len(text)),), ends_itself=False)
         if not self.has_chat_template:
@@ -86,14 +114,18 @@ class Tokenizer:
         return self._render_conversation(conversation, place)
 
     def _render_conversation(self, conversation: Conversation, place: str) -> Rendered:
+        if conversation.uses_tools:
+            self._require_tools(place)
         messages = conversation.messages
-        text = self._apply_template(messages, place)
+        text = self._apply_template(conversation, len(messages), place)
         spans = []
         for index, message in enumerate(messages):
             if message.role == "assistant":
-                prompt = self._apply_template(messages[:index], place, add_generation_prompt=True)
-                through = text if index + 1 == len(messages) else self._apply_template(messages[: index + 1], place)
-                span = answer_span(text, prompt, through, message.content)
+                prompt = self._apply_template(conversation, index, place, add_generation_prompt=True)
+                last = index + 1 == len(messages)
+                through = text if last else self._apply_template(conversation, index + 1, place)
+                answer = message.content if message.content.strip() else message.tool_calls[0].name
+                span = answer_span(text, prompt, through, answer)
                 if span is None:
                     raise bad_dataset(
                         f"{place}: in the text that the model's chat template makes, message {index} of the "
@@ -103,11 +135,34 @@ class Tokenizer:
                 spans.append(span)
         return Rendered(text, tuple(spans), ends_itself=True)
 
-    def _apply_template(self, messages: Sequence[Message], place: str, *, add_generation_prompt: bool = False) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _require_tools(self, place: str) -> None:
+        if not self._takes_tools:
+            raise bad_dataset(
+                f"{place}: the conversation uses tools, but the model's chat template leaves tools, calls or their "
+                "results out: use a model that was made for tools, or leave such rows out"
+            )
+
+    @cached_property
+    def _takes_tools(self) -> bool:
+        """Whether everything that a conversation with tools has comes to stand in the text."""
+        try:
+            text = self._apply_template(_TOOL_PROBE, len(_TOOL_PROBE.messages), "a conversation with tools")
+        except StepFailure:
+            return False
+        return all(part in text for part in _TOOL_PROBE_PARTS)
+
+    def _apply_template(
+        self, conversation: Conversation, count: int, place: str, *, add_generation_prompt: bool = False
+    ) -> str:
+        """The text of the first `count` messages."""
         try:
             return str(
-                self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+                self._tokenizer.apply_chat_template(
+                    [_turn(message) for message in conversation.messages[:count]],
+                    tools=[dict(tool) for tool in conversation.tools] or None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
             )
         except _TEMPLATE_ERRORS as error:
             raise bad_dataset(
@@ -126,12 +181,32 @@ class Tokenizer:
         )
         for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             learnt = rendered.learnt if train_on == "completion" else ((0, len(rendered.text)),)
-            is_target = [any(first < end and start < past for start, end in learnt) for first, past in offsets]
+            first, past = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2).T
+            is_target = numpy.zeros(len(ids), dtype=numpy.bool_)
+            for start, end in learnt:
+                is_target |= (first < end) & (start < past)
             if not rendered.ends_itself:
                 ids = [*self._begin, *ids, self._tokenizer.eos_token_id]
-                is_target = [False] * len(self._begin) + [*is_target, True]
-            is_target[:1] = [False]
-            yield TokenizedRow(ids, is_target)
+                is_target = numpy.concatenate([numpy.zeros(len(self._begin), numpy.bool_), is_target, [True]])
+            is_target[:1] = False
+            yield TokenizedRow(numpy.array(ids, dtype=numpy.int32), is_target)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """The message as chat templates know it; a key that is not set is not there."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    described = {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+    return described if call.id is None else {**described, "id": call.id}
 
 
 def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int, int] | None:
@@ -166,10 +241,14 @@ def _freeze_date(tokenizer: Any) -> None:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        template = _compile_jinja_template(tokenizer.get_chat_template())
+        # A model may have a template of its own for conversations with tools.
+        templates = [
+            _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, _TOOL_PROBE.tools)
+        ]
     except (TemplateError, ValueError) as error:
         raise bad_configuration(f"the model's chat template cannot be used: {_first_line(error)}") from error
-    template.globals["strftime_now"] = FROZEN_DATE.strftime
+    for template in templates:
+        template.globals["strftime_now"] = FROZEN_DATE.strftime
 
 
 def _first_line(error: BaseException) -> str:

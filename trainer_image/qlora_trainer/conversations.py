@@ -1,0 +1,241 @@
+"""Reads the turns of a conversation, of both notations, with tool calls; changes with how conversations are written."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast, get_args
+
+from qlora_trainer.data_json import parse_value
+from qlora_trainer.data_rows import describe, listed
+from qlora_trainer.data_stream import MAX_LINE_BYTES
+from qlora_trainer.examples import Function, Message, Role, ToolCall
+from qlora_trainer.failures import bad_dataset
+
+_ROLES = get_args(Role)
+# What the data sets of the hub call the sides, in the notation of ShareGPT.
+_SIDES: Mapping[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+_CALL_SIDE = "function_call"
+
+
+@dataclass(frozen=True)
+class Notation:
+    """How a turn is written."""
+
+    role: str
+    """Key that says who speaks."""
+    content: str
+    """Key of what is said."""
+    roles: Mapping[str, Role]
+    """What may stand there, and what it means."""
+
+
+CHAT = Notation("role", "content", {role: role for role in _ROLES})
+SHAREGPT = Notation("from", "value", _SIDES)
+
+
+def checked_text(value: object, name: str) -> str:
+    """The value if it is text that can be learnt from. Raises StepFailure BAD_DATASET beginning with `name`."""
+    if not isinstance(value, str):
+        raise bad_dataset(f"{name} is {describe(value)}: must be text")
+    if not value.strip():
+        raise bad_dataset(f"{name} is empty: must be text; leave the row out, or fill it in")
+    if len(value) > MAX_LINE_BYTES:
+        raise bad_dataset(f"{name} has {len(value)} characters: at most {MAX_LINE_BYTES} are allowed")
+    require_unicode(value, name)
+    return value
+
+
+def require_unicode(value: str, name: str) -> None:
+    """Raise StepFailure BAD_DATASET beginning with `name` if the text cannot be encoded."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise bad_dataset(
+            f"{name} has half of a surrogate pair at character {error.start}: not valid Unicode"
+        ) from error
+
+
+def read_turns(value: object, notation: Notation, place: str, column: str, *, columnar: bool) -> tuple[Message, ...]:
+    """The messages in a list of turns. Raises StepFailure BAD_DATASET naming place and field.
+
+    `columnar`: null stands where other rows have a value (see RawRow).
+    """
+    keys = f"{{{notation.role}, {notation.content}}}"
+    if not isinstance(value, list):
+        raise bad_dataset(f"{place}: {column!r} is {describe(value)}: must be a list of {keys}")
+    if not value:
+        raise bad_dataset(f"{place}: {column!r} is empty: must have a user's message and an answer")
+    messages = []
+    for index, entry in enumerate(value):
+        reader = _TurnReader(notation, place, f"{column}[{index}]", columnar)
+        messages.append(reader.read(entry))
+    return tuple(messages)
+
+
+@dataclass(frozen=True)
+class _TurnReader:
+    """Reads one turn."""
+
+    notation: Notation
+    place: str
+    name: str
+    columnar: bool
+
+    def read(self, value: object) -> Message:
+        notation = self.notation
+        if not isinstance(value, dict):
+            raise bad_dataset(
+                f"{self.place}: {self.name!r} is {describe(value)}: must be an object with {notation.role} and "
+                f"{notation.content}"
+            )
+        calls = () if value.get("tool_calls") is None else self._calls(value["tool_calls"])
+        needed = (notation.role,) if calls else (notation.role, notation.content)
+        missing = [field for field in needed if field not in value]
+        if missing:
+            raise bad_dataset(f"{self.place}: {self.name!r} has no {' and no '.join(missing)}; it has {listed(value)}")
+        if value.get("function_call"):
+            raise bad_dataset(f"{self._field('function_call')} is set: write it as a list of tool_calls")
+        role = self._role(value[notation.role])
+        if calls and role != "assistant":
+            raise bad_dataset(f"{self._field('tool_calls')} is set in a {role} message: only an assistant calls tools")
+        content = value.get(notation.content)
+        if value[notation.role] == _CALL_SIDE and notation is SHAREGPT:
+            return Message(role, "", self._calls(self._json(content, notation.content)))
+        return Message(
+            role,
+            self._content(role, content, called=bool(calls)),
+            calls,
+            self._optional(value, "name") if role == "tool" else None,
+            self._optional(value, "tool_call_id") if role == "tool" else None,
+        )
+
+    def _role(self, found: object) -> Role:
+        role = self.notation.roles.get(found) if isinstance(found, str) else None
+        if role is None:
+            shown = repr(found[:40]) if isinstance(found, str) else describe(found)
+            raise bad_dataset(
+                f"{self._field(self.notation.role)} is {shown}: must be one of {', '.join(self.notation.roles)}"
+            )
+        return role
+
+    def _content(self, role: Role, content: object, *, called: bool) -> str:
+        # An empty system message is a way to switch off a template's own; a call needs no words, a tool no output.
+        if content == "" and (role in ("system", "tool") or called):
+            return ""
+        if content is None and called:
+            return ""
+        return checked_text(content, self._field(self.notation.content))
+
+    def _calls(self, value: object) -> tuple[ToolCall, ...]:
+        calls = [value] if isinstance(value, dict) else value
+        if not isinstance(calls, list):
+            raise bad_dataset(f"{self._field('tool_calls')} is {describe(calls)}: must be a list of calls")
+        return tuple(self._call(call, f"tool_calls[{index}]") for index, call in enumerate(calls))
+
+    def _call(self, value: object, field: str) -> ToolCall:
+        function = value.get("function", value) if isinstance(value, dict) else value
+        if not isinstance(value, dict) or not isinstance(function, dict):
+            raise bad_dataset(
+                f"{self._field(field)} is {describe(function)}: must be {{function: {{name, arguments}}}}"
+            )
+        name = checked_text(function.get("name"), self._field(f"{field}.name"))
+        arguments = self._arguments(function.get("arguments"), f"{field}.arguments")
+        return ToolCall(name, arguments, self._optional(value, "id"))
+
+    def _arguments(self, value: object, field: str) -> dict[str, object]:
+        arguments = self._json(value, field) if isinstance(value, str) else value
+        if not isinstance(arguments, dict):
+            raise bad_dataset(f"{self._field(field)} is {describe(arguments)}: must be an object, or its JSON as text")
+        if arguments is value:
+            require_plain(arguments, self._field(field), columnar=self.columnar)
+        return arguments
+
+    def _json(self, value: object, field: str) -> object:
+        text = checked_text(value, self._field(field))
+        parsed = parse_value(text, self._field(field))
+        require_plain(parsed, self._field(field), columnar=False)
+        return parsed
+
+    def _optional(self, value: Mapping[str, object], field: str) -> str | None:
+        found = value.get(field)
+        return None if found is None else checked_text(found, self._field(field))
+
+    def _field(self, field: str) -> str:
+        return f"{self.place}: '{self.name}.{field}'"
+
+
+def read_tools(value: object, name: str, *, columnar: bool) -> tuple[Function, ...]:
+    """The tools of a row: a list of JSON schemas, or its JSON as text; none for null.
+
+    Raises StepFailure BAD_DATASET beginning with `name`.
+    """
+    if value is None or value == "":
+        return ()
+    tools = parse_value(checked_text(value, name), name) if isinstance(value, str) else value
+    if not isinstance(tools, list):
+        raise bad_dataset(f"{name} is {describe(tools)}: must be a list of tools, or its JSON as text")
+    require_plain(tools, name, columnar=columnar and tools is value)
+    return tuple(_tool(tool, f"{name}, tool {index}") for index, tool in enumerate(tools))
+
+
+def _tool(value: object, name: str) -> Function:
+    function = value.get("function", value) if isinstance(value, dict) else value
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise bad_dataset(f"{name} is no function with a name: must be {{type: function, function: {{name, …}}}}")
+    return value if isinstance(value, dict) and "function" in value else {"type": "function", "function": function}
+
+
+def require_plain(value: object, name: str, *, columnar: bool) -> None:
+    """Raise StepFailure BAD_DATASET beginning with `name` unless the value can be written as JSON.
+
+    Of a columnar file, null is refused: it may stand for a key that this row does not have.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise bad_dataset(f"{name} cannot be written as JSON ({error})") from error
+    require_unicode(text, name)
+    if columnar and _has_null(value):
+        raise bad_dataset(
+            f"{name} has null, which Parquet also writes for what a row does not have: store it as JSON text"
+        )
+
+
+def _has_null(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_null, value.values()))
+    return any(map(_has_null, value)) if isinstance(value, list) else value is None
+
+
+def check_turns(messages: tuple[Message, ...], place: str, column: str) -> None:
+    """Raise StepFailure BAD_DATASET unless the roles follow each other as Conversation says."""
+    expected: tuple[Role, ...] = ("system", "user")
+    for index, message in enumerate(messages):
+        if message.role not in expected:
+            after = f"after {messages[index - 1].role!r} " if index and messages[index - 1].role != "system" else ""
+            needed = expected[-1] if "system" in expected else " or ".join(expected)
+            raise bad_dataset(
+                f"{place}: '{column}[{index}].role' is {message.role!r} {after}where {needed!r} is expected: "
+                "after an optional system message, user and assistant take turns; results of tools follow their call"
+            )
+        expected = _FOLLOWERS[message.role](message)
+    if not any(message.role == "assistant" for message in messages):
+        raise bad_dataset(f"{place}: {column!r} has no assistant message: there is nothing to learn")
+
+
+_FOLLOWERS: Mapping[Role, Callable[[Message], tuple[Role, ...]]] = {
+    "system": lambda _message: ("user",),
+    "user": lambda _message: ("assistant",),
+    "assistant": lambda message: ("tool",) if message.tool_calls else ("user",),
+    "tool": lambda _message: cast("tuple[Role, ...]", ("tool", "assistant")),
+}

@@ -1,0 +1,133 @@
+"""What a data set turned out to be, in figures, for the report: a file beside the prepared data."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+from numpy.typing import NDArray
+from pydantic import Field
+
+from qlora_api.schema import ObservedModel
+from qlora_trainer.packing import Arrangement
+from qlora_trainer.records import write_atomically
+from qlora_trainer.tokenized import Chunk, TokenizedRows
+
+STATISTICS = "statistics.json"
+
+
+class LengthCount(ObservedModel):
+    """One bar of a histogram."""
+
+    up_to: int = Field(description="Tokens of the longest rows that belong to it.")
+    rows: int
+
+
+class Lengths(ObservedModel):
+    """How long the rows are, in tokens, those left out included."""
+
+    shortest: int
+    mean: float
+    median: int
+    p90: int
+    p99: int
+    longest: int
+    histogram: tuple[LengthCount, ...] = Field(description="Bars whose upper ends are powers of two; none is left out.")
+
+    @classmethod
+    def of(cls, lengths: NDArray[numpy.int32]) -> "Lengths":
+        """Those of one row or more."""
+        ordered = numpy.sort(lengths)
+        top = max(int(ordered[-1]) - 1, 0).bit_length()
+        bottom = max(int(ordered[0]) - 1, 0).bit_length()
+        counts = numpy.bincount(numpy.ceil(numpy.log2(numpy.maximum(ordered, 1))).astype(int), minlength=top + 1)
+        at = [int(ordered[min(len(ordered) - 1, int(part * len(ordered)))]) for part in (0.5, 0.9, 0.99)]
+        return cls(
+            shortest=int(ordered[0]),
+            mean=round(float(ordered.mean()), 2),
+            median=at[0],
+            p90=at[1],
+            p99=at[2],
+            longest=int(ordered[-1]),
+            histogram=tuple(LengthCount(up_to=2**bar, rows=int(counts[bar])) for bar in range(bottom, top + 1)),
+        )
+
+
+class DroppedRows(ObservedModel):
+    """Rows that were read and are not used, for one reason."""
+
+    reason: str
+    rows: int
+    first: str = Field(description="Place of the first of them.")
+
+
+class SplitStatistics(ObservedModel):
+    """The sequences of one split."""
+
+    rows: int
+    tokens: int
+    target_tokens: int = Field(description="Tokens that count in the loss.")
+    sequences: int
+    sequence_length: int = Field(description="Tokens that a sequence may hold.")
+    packed: bool
+    packing_efficiency: float = Field(description="Tokens by the tokens that the sequences could hold, from 0 to 1.")
+
+    @classmethod
+    def of(cls, rows: TokenizedRows, arrangement: Arrangement, capacity: int, *, packed: bool) -> "SplitStatistics":
+        """Those of an arrangement of `rows` in sequences of at most `capacity` tokens."""
+        tokens = int(rows.lengths[arrangement.rows].sum(dtype=numpy.int64))
+        return cls(
+            rows=len(arrangement.rows),
+            tokens=tokens,
+            target_tokens=int(rows.target_counts[arrangement.rows].sum(dtype=numpy.int64)),
+            sequences=len(arrangement),
+            sequence_length=capacity,
+            packed=packed,
+            packing_efficiency=round(tokens / (len(arrangement) * capacity), 4),
+        )
+
+
+class SourceStatistics(ObservedModel):
+    """What was read from one address."""
+
+    uri: str
+    files: tuple[str, ...] = Field(description="The first hundred files' names.")
+    file_count: int
+    sha256: str
+    format: str
+    columns: tuple[str, ...] = Field(description="Columns that are looked at.")
+    ignored_columns: tuple[str, ...]
+    rows_read: int
+    dropped: tuple[DroppedRows, ...] = ()
+    lengths: Lengths
+
+
+class DataStatistics(ObservedModel):
+    """The file `statistics.json` of a data folder."""
+
+    sources: tuple[SourceStatistics, ...] = Field(description="The training rows', then the evaluation's own.")
+    train: SplitStatistics
+    eval: SplitStatistics | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write it to a data folder."""
+        content = json.dumps(self.dump(), indent=2, sort_keys=True, allow_nan=False)
+        write_atomically(folder / STATISTICS, content.encode() + b"\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "DataStatistics":
+        """That of a data folder. Raises FileNotFoundError or ValidationError."""
+        return cls.model_validate_json((folder / STATISTICS).read_bytes())
+
+
+def dropped_rows(chunks: Sequence[Chunk], longest_allowed: int) -> tuple[DroppedRows, ...]:
+    """The rows of the chunks that are not used, by reason."""
+    too_long = sum(len(chunk.too_long) for chunk in chunks)
+    unlabelled = sum(chunk.dropped.unlabelled for chunk in chunks)
+    long_places = (chunk.dropped.first_too_long for chunk in chunks if chunk.dropped.first_too_long)
+    bare_places = (chunk.dropped.first_unlabelled for chunk in chunks if chunk.dropped.first_unlabelled)
+    reasons = (
+        (f"longer than {longest_allowed} tokens (spec.training.maxSequenceLength)", too_long, next(long_places, "")),
+        ("no token to learn", unlabelled, next(bare_places, "")),
+    )
+    return tuple(DroppedRows(reason=reason, rows=rows, first=first) for reason, rows, first in reasons if rows)

@@ -1,0 +1,74 @@
+"""Reads rows from CSV and Parquet, naming the place of everything that is wrong."""
+
+import csv
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_trainer.data_rows import RawRow
+from qlora_trainer.data_source import DataFile
+from qlora_trainer.data_stream import MAX_LINE_BYTES, Inflation, lines
+from qlora_trainer.failures import bad_dataset
+
+_PARQUET_BATCH_ROWS = 64
+
+
+def read_csv(file: DataFile) -> Iterator[RawRow]:
+    """The rows below the header; all values are text."""
+    # The limit is the interpreter's; its default of 128 KiB is less than one document.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader((line for _, line in lines(file)), strict=True)
+    header: list[str] | None = None
+    number = 0
+    while (cells := _next_record(reader, file, number)) is not None:
+        if header is None:
+            header = _header(cells, file)
+        elif cells:
+            number += 1
+            place = f"{file.name} row {number} (ends in line {reader.line_num})"
+            if len(cells) != len(header):
+                raise bad_dataset(
+                    f"{place} has {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}): "
+                    "put cells with commas or line breaks in double quotes"
+                )
+            yield RawRow(place, dict(zip(header, cells, strict=True)), sum(map(len, cells)))
+
+
+def _next_record(reader: Any, file: DataFile, rows_read: int) -> list[str] | None:
+    try:
+        record: list[str] | None = next(reader, None)
+    except csv.Error as error:
+        raise bad_dataset(
+            f"{file.name} line {reader.line_num} (after row {rows_read}): not valid CSV ({error}): "
+            'a cell that begins with " must end with one, and a " inside is written ""'
+        ) from error
+    return record
+
+
+def _header(cells: list[str], file: DataFile) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if not all(names) or len(set(names)) != len(names):
+        found = str(names)[:200]
+        raise bad_dataset(f"{file.name} line 1 must be the header: unique names, none empty; found {found}")
+    return names
+
+
+def read_parquet(file: DataFile) -> Iterator[RawRow]:
+    """The rows of all row groups. Memory: a row group's compressed columns, and 64 rows."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number, inflation = 0, Inflation(file)
+    try:
+        with ParquetFile(file.path) as table:
+            for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                inflation.add(batch.nbytes)
+                size = batch.nbytes // max(1, batch.num_rows)
+                for values in batch.to_pylist():
+                    number += 1
+                    yield RawRow(f"{file.name} row {number}", values, size, columnar=True)
+    except (ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        where = f"after row {number}" if number else "at its start or end"
+        raise bad_dataset(
+            f"{file.name} cannot be read as Parquet ({where}: {(str(error).splitlines() or ['?'])[0][:200]}): "
+            "write it again, without columns that the data set does not need"
+        ) from error

@@ -1,0 +1,186 @@
+"""Chooses the files of a hub data set that are a configuration and split of it; changes with the hub's layouts.
+
+The layouts are those of https://huggingface.co/docs/hub/datasets-data-files-configuration: `configs` in the card
+(README.md), else file and folder names that say the split.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import metadata_load
+from yaml import YAMLError
+
+from qlora_trainer.data_names import data_kind, require_one_kind
+from qlora_trainer.failures import bad_dataset
+from qlora_trainer.listing import some_names
+
+_SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+_MOST_STARS = 8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which part of a data set is asked for."""
+
+    splits: tuple[str, ...]
+    """The first of them that there is."""
+    config: str | None = None
+
+
+TRAINING = Wanted(("train",))
+EVALUATION = Wanted(("validation", "test"))
+
+
+def read_card(path: Path, uri: str) -> Mapping[str, Any]:
+    """What a card says about its data set, as YAML at its top. Raises StepFailure BAD_DATASET if that is not YAML."""
+    try:
+        return metadata_load(path) or {}
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise bad_dataset(f"{uri}/README.md: what stands between its --- lines is not YAML ({error})"[:500]) from error
+
+
+def choose_data_files(
+    names: Collection[str], card: Mapping[str, Any] | None, path: str, wanted: Wanted, uri: str
+) -> list[str]:
+    """The data files, ascending, of the file or folder at `path`, or else of the repository's configuration and split.
+
+    If no file's name says a split, all are taken. Raises StepFailure BAD_DATASET, listing what there is, if there is no
+    such file, or if they are of several kinds.
+    """
+    candidates = sorted(name for name in names if data_kind(name) is not None)
+    if path in candidates:
+        return [path]
+    if path:
+        inside = [name for name in candidates if name.rpartition("/")[0] == path]
+        if not inside:
+            raise bad_dataset(f"{uri} has no data file or folder {path!r}; it has {some_names(candidates)}")
+        chosen = _of_split(inside, wanted, f"{uri}/{path}", start=len(path))
+    else:
+        configs = _configs(card or {}, uri)
+        if configs:
+            chosen = _of_config(candidates, configs, wanted, uri)
+        else:
+            chosen = _of_split(_below(candidates, wanted.config, uri), wanted, uri)
+    require_one_kind(chosen, candidates, uri)
+    return chosen
+
+
+def _below(names: list[str], config: str | None, uri: str) -> list[str]:
+    """The files in a folder of the configuration's name."""
+    if config is None:
+        return names
+    below = [name for name in names if config in name.split("/")[:-1]]
+    if not below:
+        raise bad_dataset(
+            f"{uri} has no configuration {config!r} (spec.dataset.config): neither its README.md nor a folder is "
+            f"called so; it has {some_names(names)}"
+        )
+    return below
+
+
+def _of_split(names: list[str], wanted: Wanted, uri: str, start: int = 0) -> list[str]:
+    """The files whose name, from `start`, has a name of the split as a part of its own."""
+    for split in wanted.splits:
+        found = [name for name in names if _says(name[start:], split)]
+        if found:
+            return found
+    unnamed = not any(_says(name[start:], split) for name in names for split in _SPLIT_NAMES)
+    if unnamed and wanted.splits in (TRAINING.splits, EVALUATION.splits):
+        return names
+    raise bad_dataset(
+        f"{uri} has no data file of the split {' or '.join(map(repr, wanted.splits))}: set spec.dataset.split, or name "
+        f"the file, as in {uri}/{names[0] if names and not start else 'PATH'}; it has {some_names(names)}"
+    )
+
+
+def _says(name: str, split: str) -> bool:
+    words = "|".join(map(re.escape, _SPLIT_NAMES.get(split, (split,))))
+    return re.search(rf"(^|[/._-])({words})([/._-]|[0-9]|$)", name) is not None
+
+
+def _configs(card: Mapping[str, Any], uri: str) -> dict[str, Mapping[str, Any]]:
+    """The configurations that the card describes, by name, where it names their files."""
+    entries = card.get("configs") or []
+    wrong = not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("config_name"), str) for entry in entries
+    )
+    if wrong:
+        raise bad_dataset(f"{uri}/README.md: configs is not a list of entries with config_name: name a file instead")
+    return {entry["config_name"]: entry for entry in entries if entry.get("data_files") or entry.get("data_dir")}
+
+
+def _of_config(names: list[str], configs: Mapping[str, Mapping[str, Any]], wanted: Wanted, uri: str) -> list[str]:
+    entry = _chosen_config(configs, wanted.config, uri)
+    files = entry.get("data_files")
+    if files is None:
+        folder = str(entry["data_dir"]).strip("/")
+        return _of_split([name for name in names if name.startswith(f"{folder}/")], wanted, f"{uri}/{folder}")
+    patterns = _patterns(files, uri)
+    for split in wanted.splits:
+        if split in patterns:
+            expressions = [_expression(pattern) for pattern in patterns[split]]
+            found = [name for name in names if any(expression.fullmatch(name) for expression in expressions)]
+            if not found:
+                raise bad_dataset(
+                    f"{uri}: its README.md names {', '.join(patterns[split])[:200]} for the split {split!r}, but no "
+                    f"data file fits; it has {some_names(names)}"
+                )
+            return found
+    raise bad_dataset(
+        f"{uri} has no split {' or '.join(map(repr, wanted.splits))} in configuration {entry['config_name']!r}; it has "
+        f"{some_names(patterns)}: set spec.dataset.split, or name a file"
+    )
+
+
+def _chosen_config(configs: Mapping[str, Mapping[str, Any]], config: str | None, uri: str) -> Mapping[str, Any]:
+    if config is not None:
+        if config not in configs:
+            raise bad_dataset(
+                f"{uri} has no configuration {config!r} (spec.dataset.config); it has {some_names(configs)}"
+            )
+        return configs[config]
+    defaults = [entry for entry in configs.values() if entry.get("default") is True]
+    only = list(configs.values()) if len(configs) == 1 else []
+    for choice in (defaults, [configs["default"]] if "default" in configs else [], only):
+        if choice:
+            return choice[0]
+    raise bad_dataset(
+        f"{uri} has several configurations, {some_names(configs)}: set spec.dataset.config to one of them"
+    )
+
+
+def _patterns(files: object, uri: str) -> dict[str, list[str]]:
+    """File patterns by split, from any of the forms that a card may have."""
+    if isinstance(files, str):
+        return {"train": [files]}
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    patterns: dict[str, list[str]] = {}
+    for entry in files if isinstance(files, list) else [None]:
+        split, path = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        paths: Sequence[object] = path if isinstance(path, list) else [path]
+        # A pattern of many wildcards takes for ever to be found not to fit.
+        if not isinstance(split, str) or not all(
+            isinstance(one, str) and one.count("*") <= _MOST_STARS for one in paths
+        ):
+            raise bad_dataset(
+                f"{uri}/README.md: data_files has an entry without split and path, or a path with more than "
+                f"{_MOST_STARS} stars: name a file instead"
+            )
+        patterns.setdefault(split, []).extend(str(one) for one in paths)
+    return patterns
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    """A glob pattern as a regular expression: ** goes through folders, * does not."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(wild.get(part) or re.escape(part) for part in parts))

@@ -1,0 +1,92 @@
+"""The data's part of the step `prepare`: finds the job's data, has it tokenized and tells whether it has changed."""
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qlora_api.sources import HubSource, parse_source
+from qlora_trainer.data_source import DataFiles, find_data, mounted_data
+from qlora_trainer.dataset import Dataset, DatasetBuilder
+from qlora_trainer.determinism import available_cpus
+from qlora_trainer.failures import bad_dataset
+from qlora_trainer.hub import Hub
+from qlora_trainer.hub_layout import EVALUATION, TRAINING, Wanted
+from qlora_trainer.object_store import ObjectFolder
+from qlora_trainer.prepared import Split
+from qlora_trainer.step import StepContext
+from qlora_trainer.templates import Tokenizer
+
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the libraries that decide which tokens a row becomes and which rows are used, by name."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def read_dataset(
+    context: StepContext,
+    hub: Callable[[], Hub],
+    tokenizer: Tokenizer,
+    *,
+    vocabulary: int,
+    tokenizer_files: Mapping[str, str],
+    scratch: Callable[[str], Path],
+    say: Callable[[str], None],
+) -> Dataset:
+    """The job's data set, tokenized. `scratch` gives folders, by name, for what the next attempt goes on from.
+
+    `vocabulary`: tokens that the model knows. `tokenizer_files`: SHA-256 of each. Raises StepFailure.
+    """
+    spec = context.spec.dataset
+
+    def find(uri: str, split: Split) -> DataFiles:
+        say("reading the data set")
+        return find_data(
+            uri,
+            wanted_part(context, split),
+            revision=spec.revision,
+            mounts=context.mounts,
+            hub=hub,
+            objects=lambda source: ObjectFolder(source, context.secret("dataset"), refuse=bad_dataset),
+            download=scratch(f"download-{split}"),
+        )
+
+    builder = DatasetBuilder(
+        spec,
+        context.spec.training,
+        tokenizer,
+        vocabulary=vocabulary,
+        identity={"tokenizer": tokenizer_files, "libraries": libraries()},
+        scratch=scratch("rows"),
+        workers=available_cpus(),
+        on_rows=lambda rows: say(f"tokenizing: {rows} rows done"),
+    )
+    return builder.build(find)
+
+
+def wanted_part(context: StepContext, split: Split) -> Wanted:
+    """Which configuration and split of a hub data set the job trains on, or evaluates with."""
+    spec = context.spec.dataset
+    if split == "train":
+        return Wanted((spec.split,) if spec.split else TRAINING.splits, spec.config)
+    # A configuration is one of the repository that it is named for.
+    evaluated = None if spec.eval is None or spec.eval.source is None else _repository(spec.eval.source)
+    return Wanted(EVALUATION.splits, spec.config if evaluated == _repository(spec.source) else None)
+
+
+def _repository(uri: str) -> str | None:
+    source = parse_source(uri)
+    return source.repository if isinstance(source, HubSource) else None
+
+
+def same_data(resolved: Mapping[str, Any], context: StepContext) -> bool:
+    """Whether data files on volumes are as they were prepared; what is gone is needed no more."""
+    dataset = context.spec.dataset
+    own_evaluation = dataset.eval.source if dataset.eval is not None else None
+    for uri, digest in ((dataset.source, resolved["data"]), (own_evaluation, resolved["evalData"])):
+        data = None if uri is None else mounted_data(uri, context.mounts)
+        if data is not None and data.sha256() != digest:
+            return False
+    return True

@@ -1,0 +1,48 @@
+"""Draws rows by chance from a seed: their order, which are held out, which are used; changes with how chance is drawn.
+
+Chance is the raw output of Philox (Salmon et al. 2011), which numpy promises never to change, unlike what its
+generators make of it.
+"""
+
+from enum import IntEnum
+
+import numpy
+from numpy.typing import NDArray
+
+from qlora_trainer.failures import bad_dataset
+
+Rows = NDArray[numpy.int64]
+"""int64 [n]: indices of rows."""
+
+
+class Purpose(IntEnum):
+    """What a permutation is for; each purpose has chance of its own. The orders of the epochs have the keys below."""
+
+    USED = 2**32
+    HELD_OUT = 2**32 + 1
+    PACKING = 2**32 + 2
+
+
+def permutation(count: int, seed: int, purpose: Purpose) -> Rows:
+    """The numbers from 0 to `count` - 1 in an order that depends on the arguments only."""
+    drawn = numpy.random.Philox(key=numpy.array([seed, purpose], dtype=numpy.uint64)).random_raw(count)
+    return numpy.argsort(drawn, kind="stable")
+
+
+def used_rows(count: int, limit: int, seed: int) -> Rows:
+    """Which `limit` of `count` rows are used if chance chooses them, ascending; all if there are not more."""
+    return numpy.sort(permutation(count, seed, Purpose.USED)[:limit])
+
+
+def hold_out(count: int, fraction: float, seed: int, name: str) -> tuple[Rows, Rows]:
+    """Indices, ascending, of the rows that are kept and of those held out: the nearest number to `fraction` of `count`.
+
+    At least one of each. Raises StepFailure BAD_DATASET if there are fewer than two rows.
+    """
+    if count < 2:
+        raise bad_dataset(
+            f"{name} has {count} usable row: to hold out a fraction (spec.dataset.eval.fraction) it needs at least two"
+        )
+    held_out = min(max(round(fraction * count), 1), count - 1)
+    order = permutation(count, seed, Purpose.HELD_OUT)
+    return numpy.sort(order[held_out:]), numpy.sort(order[:held_out])
