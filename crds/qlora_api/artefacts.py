@@ -79,6 +79,9 @@ class MergedSpec(ApiModel):
 _NOTHING_TO_OPEN = "secretRef is for a destination that is not a volume: set s3://, hf:// or oci://"
 
 
+_ONE_IN_THE_OTHER = "adapter and merged model need folders of their own: change destination or merged.destination"
+
+
 class OutputSpec(ApiModel):
     """Where the finished adapter goes."""
 
@@ -88,7 +91,13 @@ class OutputSpec(ApiModel):
                 "!has(self.secretRef) || (has(self.destination) && !self.destination.startsWith('pvc://')) || "
                 "(has(self.merged) && has(self.merged.destination) && !self.merged.destination.startsWith('pvc://'))",
                 _NOTHING_TO_OPEN,
-            )
+            ),
+            rule(
+                "!has(self.destination) || !has(self.merged) || !has(self.merged.destination) || "
+                "!((self.destination + '/').startsWith(self.merged.destination + '/') || "
+                "(self.merged.destination + '/').startsWith(self.destination + '/'))",
+                _ONE_IN_THE_OTHER,
+            ),
         )
     )
 
@@ -109,4 +118,13 @@ class OutputSpec(ApiModel):
         merged = self.merged.destination if self.merged else None
         if self.secret_ref and not any(uri and not uri.startswith("pvc://") for uri in (self.destination, merged)):
             raise ValueError(_NOTHING_TO_OPEN)
+        return self
+
+    @model_validator(mode="after")
+    def _own_folders(self) -> Self:
+        merged = self.merged.destination if self.merged else None
+        if self.destination and merged:
+            adapter_folder, merged_folder = f"{self.destination}/", f"{merged}/"
+            if adapter_folder.startswith(merged_folder) or merged_folder.startswith(adapter_folder):
+                raise ValueError(_ONE_IN_THE_OTHER)
         return self

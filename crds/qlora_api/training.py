@@ -57,7 +57,7 @@ class LoraSpec(ApiModel):
         Annotated[tuple[Literal["embed_tokens", "lm_head"], ...], Field(min_length=1, max_length=2)] | None
     ) = Field(
         None,
-        description="What is trained whole, in 16 bit, and saved with the adapter: the token embeddings (embed_tokens), "
+        description="What is trained whole, in 16 bit, and saved with the adapter: token embeddings (embed_tokens), "
         "the output layer (lm_head). Costs memory; few servers load such an adapter.",
     )
     extra_tokens: Annotated[tuple[ExtraToken, ...], Field(min_length=1, max_length=64)] | None = Field(

@@ -208,7 +208,7 @@ def _verified(child: ChildJob, facts: Facts, step: StepName) -> ResultRecord | N
 def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus:
     step = record.step
     if step == "publish":
-        status = status.model_copy(update={"adapter": record.adapter})
+        status = status.model_copy(update={"adapter": record.adapter, "merged": record.merged})
         return _succeed(status, facts)
     if step == "prepare":
         status = with_known_facts(status, record).model_copy(update={"progress": None})

@@ -186,7 +186,7 @@ def _known(completion: Completion | None, facts: Facts) -> dict[str, object]:
         names = ("training_step", "loss", "eval_loss", "initial_eval_loss", "peak_memory_bytes")
         known |= {name: getattr(completion, name) for name in names}
     if isinstance(completion, PublishRecord):
-        known["adapter"] = completion.adapter
+        known |= {"adapter": completion.adapter, "merged": completion.merged}
     return known
 
 

@@ -20,7 +20,7 @@ from qlora_api.contract import (
     encode_record,
 )
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus
+from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, MergedStatus
 
 # Tokens of model hubs, bearer headers and passwords in addresses: never in a record, whatever a library quotes.
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer|authorization:?)\s+\S+|(?<=://)[^/\s@]+(?=@)")
@@ -106,6 +106,14 @@ class PrepareRecord(ObservedModel):
     dataset: DatasetStatus
 
 
+class Comparison(ObservedModel):
+    """The adapter's loss on some held-out rows, to compare a merged model with."""
+
+    sequences: int = Field(description="The first held-out sequences, so many of them.")
+    targets: int = Field(description="Target tokens in them.")
+    loss: float = Field(description="Mean loss on these, of the adapter on the base in 4 bit.")
+
+
 class TrainRecord(ObservedModel):
     """What train leaves for publish."""
 
@@ -117,11 +125,14 @@ class TrainRecord(ObservedModel):
     initial_eval_loss: float | None = None
     eval_loss: float | None = None
     peak_memory_bytes: int | None = None
+    ranks: int = Field(1, description="Processes that trained together.")
     micro_batch_size: int | None = Field(
         None, description="What it was lowered to when the GPU ran out of memory; not set if it never was."
     )
     quantized_parameters: int | None = Field(None, description="Weights of the base that are held in 4 bit.")
     bits_per_parameter: float | None = Field(None, description="Bits that one of them takes, constants included.")
+    quantized_sha256: str = Field("", description="SHA-256 of them, over name, type, shape and bytes of each tensor.")
+    compared: Comparison | None = Field(None, description="By what a merged model is judged; not set without one.")
 
 
 class PublishRecord(ObservedModel):
@@ -129,6 +140,7 @@ class PublishRecord(ObservedModel):
 
     fingerprint: str
     adapter: AdapterStatus
+    merged: MergedStatus | None = None
 
 
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord, PublishRecord)

@@ -22,7 +22,7 @@ class BaseWeights:
         Raises StepFailure MODEL_UNAVAILABLE if a file is missing or no safetensors file.
         """
         self._folder, self._prefix = folder, f"{base_prefix}."
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for file in _files(folder):
             try:
                 opened = cast("Any", safe_open(folder / file, framework="pt"))
@@ -30,21 +30,20 @@ class BaseWeights:
                 raise model_unavailable(f"{folder / file} cannot be read: {error}") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
 
-    def __contains__(self, name: str) -> bool:
-        return self._stored(name) is not None
+    def require(self, name: str) -> str:
+        """The stored name of a tensor. Raises StepFailure MODEL_UNAVAILABLE if there is none."""
+        stored = next((known for known in (name, name.removeprefix(self._prefix)) if known in self._files), None)
+        if stored is None:
+            raise model_unavailable(
+                f"the weights in {self._folder} have no tensor {name}: merging (spec.output.merged) and loftq need the "
+                "names that transformers gives the model's layers; leave these out, or save the model with transformers"
+            )
+        return stored
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor as it is stored. Raises StepFailure MODEL_UNAVAILABLE if there is none of this name."""
-        stored = self._stored(name)
-        if stored is None:
-            raise model_unavailable(
-                f"the weights in {self._folder} have no tensor {name}: their names are not those of the model's layers "
-                "in transformers, which merging and loftq need"
-            )
+        stored = self.require(name)
         return cast("Tensor", self._files[stored].get_tensor(stored))
-
-    def _stored(self, name: str) -> str | None:
-        return next((known for known in (name, name.removeprefix(self._prefix)) if known in self._files), None)
 
 
 def _files(folder: Path) -> list[str]:

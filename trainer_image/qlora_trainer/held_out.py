@@ -1,0 +1,44 @@
+"""Chooses the held-out rows on which a merged model is compared with its adapter, and computes the loss on them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from qlora_trainer.batches import Batch, read_batch
+from qlora_trainer.loss import batch_loss
+from qlora_trainer.prepared import PreparedDataset
+
+MAX_TOKENS = 4096
+# Multiplications and additions that a pod without a GPU does in some minutes.
+_OPERATIONS = 4e13
+
+
+def compared_sequences(data: PreparedDataset, parameters: int) -> int:
+    """How many of the first held-out sequences of a model of so many parameters are worth a comparison on a CPU.
+
+    As many as have 4096 tokens, or fewer for a large model: a token costs two operations a parameter. At least one.
+    """
+    allowed = min(MAX_TOKENS, _OPERATIONS / (2 * parameters))
+    tokens = 0
+    for count in range(len(data)):
+        tokens += len(data[count].input_ids)
+        if tokens > allowed:
+            return max(1, count)
+    return len(data)
+
+
+def read_compared(data: PreparedDataset, sequences: int, device: torch.device) -> list[Batch]:
+    """The first sequences, each as a batch of its own."""
+    return [read_batch(data, (index,), device) for index in range(sequences)]
+
+
+@torch.no_grad()
+def mean_loss(model: Any, batches: Iterable[Batch]) -> float:
+    """Mean loss of the target tokens of all batches, computed in 16 bit as in training. The model is in eval mode."""
+    summed, targets = 0.0, 0
+    for batch in batches:
+        with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16):
+            summed += float(batch_loss(model, batch))
+        targets += batch.target_count
+    return summed / max(1, targets)

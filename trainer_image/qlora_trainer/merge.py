@@ -1,0 +1,131 @@
+"""Merges an adapter into the 4-bit weights that it was trained on: a plain model in bfloat16, one tensor at a time.
+
+Not into the original weights, from which the training was a whole quantization error away, and not to 4 bit again,
+which would round off most of what was learnt.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Params4bit
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.training import LoraSpec
+from qlora_trainer.disk import require_space
+from qlora_trainer.quantized import QuantizedWeights, is_kept, keep_quantized
+from qlora_trainer.storage import storage_of
+from qlora_trainer.weights import BaseWeights
+
+SHARD_BYTES = 2**30
+"""Size of a file of weights, unless one tensor is larger."""
+BYTES_PER_ENTRY = 8
+"""Working memory of a merge for each entry of the layer in hand: its weight in 16 and 32 bit, and the result."""
+
+_MERGED_DTYPE = torch.bfloat16
+_INDEX = "model.safetensors.index.json"
+
+
+def merged_weight(held: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """The weight [outputs, inputs] of a layer together with its adapter, in bfloat16.
+
+    With W the dequantized weight `held`, s the scaling, A [rank, inputs] and B [outputs, rank]: W + s B A, computed in
+    float32 and rounded once (LoRA, arXiv 2106.09685). With DoRA's magnitude m [outputs] each row of it is scaled to the
+    length m (arXiv 2402.09353, equation 5).
+    """
+    merged = held.to(torch.float32).addmm_(b.to(torch.float32), a.to(torch.float32), alpha=scaling)
+    if magnitude is not None:
+        merged *= (magnitude.to(torch.float32) / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
+    return merged.to(_MERGED_DTYPE)
+
+
+def adapter_scaling(lora: LoraSpec) -> float:
+    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """What a merged model is made of."""
+
+    base: BaseWeights
+    """Embeddings, norms, biases: what was not quantized."""
+    quantized: QuantizedWeights
+    adapter_file: Path
+    lora: LoraSpec
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this name of the merged model. Raises StepFailure if the base lacks it."""
+        layer = name.removesuffix(".weight")
+        with safe_open(self.adapter_file, framework="pt") as adapter:
+            learnt = set(adapter.keys())
+            prefix = f"base_model.model.{layer}"
+            if f"{prefix}.weight" in learnt:
+                return adapter.get_tensor(f"{prefix}.weight").to(_MERGED_DTYPE)
+            if not (name.endswith(".weight") and layer in self.quantized):
+                return self.base[name].to(_MERGED_DTYPE)
+            if f"{prefix}.lora_A.weight" not in learnt:
+                return self.quantized.dequantized(layer).to(_MERGED_DTYPE)
+            magnitude = f"{prefix}.lora_magnitude_vector"
+            return merged_weight(
+                self.quantized.dequantized(layer),
+                adapter.get_tensor(f"{prefix}.lora_A.weight"),
+                adapter.get_tensor(f"{prefix}.lora_B.weight"),
+                adapter_scaling(self.lora),
+                adapter.get_tensor(magnitude) if magnitude in learnt else None,
+            )
+
+
+def keep_for_merge(base: Any, model_folder: Path, workspace: WorkspaceLayout, sha256: str) -> None:
+    """Make sure, before the training, that its adapter can be merged, and keep the 4-bit weights (of this sum) for it.
+
+    Raises StepFailure: MODEL_UNAVAILABLE unless everything else of the base is in its folder by the same name,
+    STORAGE_FULL if the workspace has no room for the 4-bit weights.
+    """
+    weights = BaseWeights(model_folder)
+    for name, parameter in base.named_parameters():
+        if not isinstance(parameter, Params4bit):
+            weights.require(name)
+    if not is_kept(workspace.quantized, sha256):
+        require_space(workspace.root, storage_of(base).bytes, "keeping the 4-bit weights for the merge")
+        keep_quantized(base, workspace.quantized, sha256)
+
+
+def merged_model(model_folder: Path) -> Any:
+    """The model that a merge gives, with sizes and without weights, of the configuration in `model_folder`."""
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=_MERGED_DTYPE, trust_remote_code=False)
+
+
+def merged_bytes(model: Any) -> int:
+    """Bytes of the weights of a model of `merged_model`; what is tied counts once."""
+    return sum(parameter.numel() * _MERGED_DTYPE.itemsize for parameter in model.parameters())
+
+
+def write_merged(model: Any, source: MergeSource, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write configuration and weights of the merged `model` into `folder`, which exists, as transformers reads them.
+
+    Holds at most a file's tensors (`shard_bytes`, or one tensor if that is larger) and `BYTES_PER_ENTRY` bytes for each
+    entry of the largest layer; what is read is mapped, not held. Raises OSError or SafetensorError if the disk is full.
+    """
+    # Of tied tensors named_parameters has the first; transformers ties the others again when it loads.
+    tensors = dict(model.named_parameters())
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+        # safetensors lets nobody but the owner read it; a server may run as another user of the same group.
+        (folder / file).chmod(0o644)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
