@@ -15,9 +15,9 @@ import click
 from qlora_api import contract
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.naming import workspace_folder
-from qlora_api.sources import VolumeSource
+from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.status import StepName
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer import process
 from qlora_trainer.failures import StopRequest
 from qlora_trainer.outcome import (
@@ -153,8 +153,8 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
             process.log_to(layout.records / f"{invocation.step}.log", heading)
         except OSError as error:
             raise workspace_unusable(error, layout.root) from error
-    process.set_environment(invocation.step, layout.root)
     document = load_document(invocation.job)
+    process.set_environment(invocation.step, layout.root, publishes_to_hub=_publishes_to_hub(document.spec))
     context = StepContext(
         document=document,
         workspace=layout,
@@ -163,8 +163,14 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         pod_uid=invocation.pod_uid,
         attempt=invocation.attempt,
         workspace_uri=_workspace_uri(invocation, document),
+        registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
     )
     return _steps()[invocation.step](context, records, stop)
+
+
+def _publishes_to_hub(spec: QLoRAJobSpec) -> bool:
+    merged = spec.output.merged.destination if spec.output.merged else None
+    return any(uri and isinstance(parse_source(uri), HubSource) for uri in (spec.output.destination, merged))
 
 
 def _conclude(

@@ -1,156 +1,109 @@
-"""Puts a finished folder where it belongs: whole or not at all, read back, and never over somebody else's."""
+"""Decides where a finished folder goes and whether it may, whatever the address; changes with the kinds of address."""
 
-import glob
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
-from pydantic import Field, ValidationError
-
-from qlora_api.schema import ApiModel, ObservedModel
-from qlora_trainer.disk import file_sha256, sync_tree
-from qlora_trainer.failures import bad_configuration, unsafe_artefact
-from qlora_trainer.files import MANIFEST_FILE
-from qlora_trainer.records import sync_folder
-
-
-class PublishedFile(ApiModel):
-    """One file of a published folder."""
-
-    sha256: str
-    size: int
+from qlora_api.sources import HubSource, ObjectStoreSource, VolumeSource, parse_source
+from qlora_trainer.failures import StepFailure, bad_configuration
+from qlora_trainer.hub_destination import HubDestination
+from qlora_trainer.manifest import Contents, Manifest
+from qlora_trainer.object_destination import ObjectDestination
+from qlora_trainer.step import StepContext
+from qlora_trainer.volume_folder import VolumeFolder, confined
 
 
-class Manifest(ObservedModel):
-    """What a published folder holds, and which run made it."""
+class Destination(Protocol):
+    """A place for one published folder. Methods raise StepFailure."""
 
-    job_uid: str
-    job_name: str
-    fingerprint: str = Field(description="SHA-256 of everything that determines the adapter.")
-    spec_sha256: str = Field(description="SHA-256 of the job's spec with all defaults, as sorted JSON.")
-    base_model: str
-    base_revision: str
-    libraries: dict[str, str]
-    files: dict[str, PublishedFile]
+    @property
+    def uri(self) -> str:
+        """Its address, as the spec has it."""
 
-    def same_run(self, other: "Manifest") -> bool:
-        """Whether both are of one job with the same settings, so that one may replace the other."""
-        return (self.job_uid, self.fingerprint) == (other.job_uid, other.fingerprint)
+    def published(self) -> Manifest | None:
+        """The manifest of the folder that is there, complete or damaged; None if none can be read."""
 
+    def holder(self) -> Manifest | None:
+        """The manifest of the run that has published there or has begun to."""
 
-def describe_files(contents: Mapping[str, Path | bytes]) -> dict[str, PublishedFile]:
-    """SHA-256 and size of each file by its name, given by a path or by its content."""
-    described = {}
-    for name, content in sorted(contents.items()):
-        if isinstance(content, bytes):
-            described[name] = PublishedFile(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-        else:
-            described[name] = PublishedFile(sha256=file_sha256(content), size=content.stat().st_size)
-    return described
+    def is_free(self) -> bool:
+        """Whether nothing is there."""
+
+    def damaged(self, manifest: Manifest) -> str | None:
+        """The first file of the manifest that is missing there or has another SHA-256; None if all is well."""
+
+    def write(self, contents: Contents, manifest: Manifest) -> None:
+        """Write the files, read them back, and write the manifest last. Goes on where an earlier attempt stopped."""
+
+    def location(self) -> str:
+        """The address of exactly what is published: with a commit or digest where there is one."""
 
 
-def confined(path: Path, root: Path) -> Path:
-    """The path with links resolved. Raises StepFailure (UNSAFE_ARTEFACT) if a link leads out of `root`."""
-    resolved = path.resolve()
-    if not resolved.is_relative_to(root.resolve()):
-        raise unsafe_artefact(f"{path} leads to {resolved}, outside of its volume: remove the symbolic link")
-    return resolved
+def open_destination(context: StepContext, address: str | None, folder: Path) -> Destination:
+    """The destination of this address; without one, `folder`, which lies in the workspace.
 
-
-def is_published(folder: Path, manifest: Manifest) -> bool:
-    """Whether the folder holds exactly this, every file with its SHA-256."""
-    found = read_manifest(folder)
-    return found == manifest and damaged_file(folder, manifest) is None
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a published folder; None if there is none that can be read."""
-    try:
-        return Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
-        return None
-
-
-def refuse_occupied(folder: Path, manifest: Manifest) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION), naming what is there, unless the folder is free or this run's own."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    found = read_manifest(folder)
-    if found is None:
-        raise bad_configuration(
-            f"the destination {folder} holds something that no QLoRAJob has published: choose another folder"
-        )
-    if not found.same_run(manifest):
-        raise bad_configuration(
-            f"the destination {folder} holds another adapter, of job {found.job_name!r} (UID {found.job_uid}, trained "
-            f"on {found.base_model}): choose another folder or delete that one"
-        )
-
-
-def write_folder(folder: Path, contents: Mapping[str, Path | bytes], manifest: Manifest, *, owner: str) -> None:
-    """Write the files and the manifest beside `folder`, read them back, and give them its name in one step.
-
-    `owner` tells this process from another one that may do the same. Raises StepFailure if somebody else's files are
-    there, OSError if it cannot be written; then `folder` is as it was.
+    Raises StepFailure if the address is not a folder of its own on a mounted claim, or a Secret is missing.
     """
-    refuse_occupied(folder, manifest)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.{manifest.job_uid}"
-    stage = folder.with_name(f"{prefix}.{owner}.partial")
-    _remove(stage)
-    stage.mkdir()
-    try:
-        for name, content in contents.items():
-            _write(stage / name, content)
-        text = json.dumps(manifest.dump(), indent=2, sort_keys=True) + "\n"
-        (stage / MANIFEST_FILE).write_text(text)
-        sync_tree(stage)
-        _require_intact(stage, manifest)
-        _swap(stage, folder)
-    except BaseException:
-        # On a full volume the space is wanted back.
-        _remove(stage)
-        raise
-    for leftover in folder.parent.glob(f"{glob.escape(prefix)}.*"):
-        _remove(leftover)
-    sync_folder(folder.parent)
-    _require_intact(folder, manifest)
+    if address is None:
+        root = context.workspace.root
+        uri = f"{context.workspace_uri}/{folder.relative_to(root)}"
+        return VolumeFolder(confined(folder, root), uri, owner=context.pod_uid)
+    source = parse_source(address)
+    if isinstance(source, VolumeSource):
+        root = context.mounts.volume(VolumeSource(source.claim))
+        return VolumeFolder(confined(root / source.path, root), str(source), owner=context.pod_uid)
+    if isinstance(source, ObjectStoreSource):
+        return ObjectDestination(source, context.secret("output"))
+    if isinstance(source, HubSource):
+        return HubDestination(source, context.secret("output"))
+    raise TypeError(f"the schema admits no destination like {address}")
 
 
-def _write(path: Path, content: Path | bytes) -> None:
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        shutil.copyfile(content, path)
+def publish_folder(destination: Destination, contents: Contents, manifest: Manifest) -> str:
+    """Have the files at the destination with their manifest, verified; returns the address of exactly that.
+
+    Nothing is written if they are there already. Raises StepFailure (BAD_CONFIGURATION) if somebody else's files are
+    there.
+    """
+    if not is_published(destination, manifest):
+        refuse_occupied(destination, manifest)
+        destination.write(contents, manifest)
+    return destination.location()
 
 
-def _swap(stage: Path, folder: Path) -> None:
-    """Rename over an empty folder or none; a folder of the same run, which is damaged or older, makes room first."""
-    if folder.exists() and any(folder.iterdir()):
-        folder.rename(stage.with_suffix(".replaced"))
-    os.replace(stage, folder)
+def is_published(destination: Destination, manifest: Manifest) -> bool:
+    """Whether exactly this is there, every file with its SHA-256."""
+    return destination.published() == manifest and destination.damaged(manifest) is None
 
 
-def _require_intact(folder: Path, manifest: Manifest) -> None:
-    damaged = damaged_file(folder, manifest)
-    if damaged is not None:
-        raise OSError(f"{folder / damaged} does not read back as it was written: the volume is broken")
+def refuse_foreign_volume(context: StepContext, address: str | None) -> None:
+    """Raise StepFailure if a volume's folder that is to be published to holds what is not this job's.
+
+    For the step that runs before anything is paid for. Other destinations cannot be asked by it: it has no credentials
+    to write there.
+    """
+    if address is None or not isinstance(parse_source(address), VolumeSource):
+        return
+    destination = open_destination(context, address, context.workspace.root)
+    holder = destination.holder()
+    if not destination.is_free() and (holder is None or holder.job_uid != context.job_uid):
+        raise _occupied(destination, holder)
 
 
-def damaged_file(folder: Path, manifest: Manifest) -> str | None:
-    """The first file of the manifest that is missing in the folder or has another SHA-256; None if all is well."""
-    for name, described in manifest.files.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file() or file_sha256(path) != described.sha256:
-            return name
-    return None
+def refuse_occupied(destination: Destination, manifest: Manifest) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION), naming what is there, unless nothing is or this run's own."""
+    if destination.is_free():
+        return
+    holder = destination.holder()
+    if holder is None or not holder.same_run(manifest):
+        raise _occupied(destination, holder)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif path.exists() or path.is_symlink():
-        path.unlink()
+def _occupied(destination: Destination, holder: Manifest | None) -> StepFailure:
+    if holder is None:
+        return bad_configuration(
+            f"the destination {destination.uri} holds something that no QLoRAJob has published: choose another one"
+        )
+    return bad_configuration(
+        f"the destination {destination.uri} holds another adapter, of job {holder.job_name!r} (UID {holder.job_uid}, "
+        f"trained on {holder.base_model}): choose another one or delete that"
+    )

@@ -1,13 +1,14 @@
-"""Reads repositories of the Hugging Face Hub; changes with the hub's client library and the errors it raises."""
+"""Reads and writes repositories of the Hugging Face Hub; changes with the client library and the errors it raises."""
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -21,11 +22,13 @@ from huggingface_hub.errors import (
 
 from qlora_trainer.disk import is_full
 from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
+from qlora_trainer.manifest import Contents
 
 RepositoryKind = Literal["model", "dataset"]
 
 _TIMEOUT_SECONDS = 30.0
-_TRY_AGAIN_LATER = frozenset({408, 425, 429})
+# 409 and 412: somebody else has committed meanwhile.
+_TRY_AGAIN_LATER = frozenset({408, 409, 412, 425, 429})
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,25 @@ class Listing:
 class Hub:
     """A hub and what it lets us read. Methods raise StepFailure, and OSError only for a full disk.
 
-    A repository that is missing, gated or forbidden is MODEL_UNAVAILABLE (a data set: BAD_DATASET); an unreachable hub
-    is UNREACHABLE.
+    A repository that is missing, gated or forbidden is MODEL_UNAVAILABLE (a data set: BAD_DATASET) when it is read and
+    BAD_CONFIGURATION when it is written; an unreachable hub is UNREACHABLE.
     """
 
-    def __init__(self, token: str | None, *, endpoint: str | None = None) -> None:
-        """`endpoint`: address of the hub; HF_ENDPOINT, or the public one, if None. `token` is sent to it only."""
+    def __init__(
+        self,
+        token: str | None,
+        *,
+        endpoint: str | None = None,
+        field: str = "spec.model.tokenSecretRef",
+        writes: bool = False,
+    ) -> None:
+        """`endpoint`: address of the hub; HF_ENDPOINT, or the public one, if None. `token` is sent to it only.
+
+        `field` names, for messages, what the token comes from; `writes` says what it is for.
+        """
         self._token = token
+        self._field = field
+        self._writes = writes
         self._api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
 
     def list(self, kind: RepositoryKind, repository: str, revision: str | None) -> Listing:
@@ -92,6 +107,34 @@ class Hub:
             )
         return Path(path)
 
+    def find(self, repository: str) -> Listing | None:
+        """The files of a model's repository on its default branch; None if there is none that the token may see."""
+        try:
+            return self.list("model", repository, None)
+        except StepFailure as failure:
+            # A gated repository, whose error is of a class below this one, exists.
+            if type(failure.__cause__) is RepositoryNotFoundError:
+                return None
+            raise
+
+    def commit(self, repository: str, files: Contents, message: str, *, parent: str | None) -> str:
+        """Commit all these files at once to a model's repository; returns the commit.
+
+        `parent` is the commit that they were decided upon, so that nobody else's is overwritten; None makes the
+        repository, a private one.
+        """
+        with self._errors("model", repository, None), ExitStack() as opened:
+            if parent is None:
+                self._api.create_repo(repository, private=True, exist_ok=True)
+            # Given as open files they go over Git LFS, which every hub speaks; by path the client insists on Xet.
+            streams = {
+                name: BytesIO(content) if isinstance(content, bytes) else opened.enter_context(content.open("rb"))
+                for name, content in files.items()
+            }
+            operations = [CommitOperationAdd(name, stream) for name, stream in streams.items()]
+            made = self._api.create_commit(repository, operations, commit_message=message, parent_commit=parent)
+        return str(made.oid)
+
     @contextmanager
     def _errors(self, kind: RepositoryKind, repository: str, revision: str | None) -> Iterator[None]:
         """Translate what the client raises."""
@@ -111,7 +154,7 @@ class Hub:
             # The client wraps the answer to its first request for a file.
             if isinstance(error.__cause__, HTTPError):
                 raise self._http_failure(error.__cause__, kind, repository, revision) from error
-            raise unreachable(f"download of hf://{repository} was cut off: {error}") from error
+            raise unreachable(f"the transfer of hf://{repository} was cut off: {error}") from error
         except (RuntimeError, ValueError) as error:
             # What the accelerated transfer raises, and what an answer that is not JSON leads to.
             raise unreachable(f"{self._api.endpoint} did not answer as a hub: {str(error)[:200]}") from error
@@ -119,14 +162,15 @@ class Hub:
     def _http_failure(
         self, error: HTTPError, kind: RepositoryKind, repository: str, revision: str | None
     ) -> StepFailure:
-        refuse = model_unavailable if kind == "model" else bad_dataset
+        refuse = bad_configuration if self._writes else model_unavailable if kind == "model" else bad_dataset
         name = f"{kind} hf://{repository}"
-        token = "the token of spec.model.tokenSecretRef" if self._token else "no token (spec.model.tokenSecretRef)"
+        done = "written" if self._writes else "read"
+        token = f"the token of {self._field}" if self._token else f"no token ({self._field})"
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if isinstance(error, GatedRepoError):
             return refuse(
                 f"{name} is gated and was asked for with {token}: accept its terms at "
-                f"{self._api.endpoint}/{repository} and set spec.model.tokenSecretRef to a read token of that account"
+                f"{self._api.endpoint}/{repository} and set {self._field} to a read token of that account"
             )
         if isinstance(error, RevisionNotFoundError):
             return refuse(f"{name} has no revision {revision!r}: name a branch, tag or commit that exists")
@@ -134,8 +178,8 @@ class Hub:
             return refuse(f"{name} has been disabled by the hub: use another one")
         if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
             return refuse(
-                f"{name} does not exist, or may not be read with {token} (HTTP {status}): check the name, and for a "
-                "private repository set spec.model.tokenSecretRef to a token that may read it"
+                f"{name} does not exist, or may not be {done} with {token} (HTTP {status}): check the name, and set "
+                f"{self._field} to a token with which it may be {done}"
             )
         if status is not None and status < 500 and status not in _TRY_AGAIN_LATER:
             return refuse(f"{name} was refused by {self._api.endpoint} with HTTP {status}: check its name")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import obstore
-from obstore.exceptions import BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
 from qlora_api.sources import ObjectStoreSource
@@ -119,13 +119,12 @@ class ObjectFolder:
             )
         partial.replace(path)
 
-    def digest(self, name: str) -> tuple[str, int]:
-        """SHA-256 of the object's content, as it is read back now, and its bytes."""
-        digest, size = sha256(), 0
+    def digest(self, name: str) -> str:
+        """SHA-256 of the object's content, as it is read back now, in hexadecimal."""
+        digest = sha256()
         for block in self._blocks(self.stat(name), 0):
             digest.update(block)
-            size += len(block)
-        return digest.hexdigest(), size
+        return digest.hexdigest()
 
     def read(self, name: str) -> bytes | None:
         """The content of a small object; None if there is none."""
@@ -139,6 +138,15 @@ class ObjectFolder:
         """Upload an object, replacing one of this name. It is there whole or not at all."""
         with self._errors("written"):
             obstore.put(self._store, self._key(name), content, chunk_size=_PART_BYTES, max_concurrency=2)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Upload a small object unless there is one of this name; returns whether there was none."""
+        with self._errors("written"):
+            try:
+                obstore.put(self._store, self._key(name), content, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
 
     def delete(self, name: str) -> None:
         """Delete an object; nothing happens if there is none."""

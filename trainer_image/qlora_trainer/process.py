@@ -12,8 +12,6 @@ from typing import TextIO
 
 from qlora_api.status import StepName
 
-_OFFLINE_STEPS = frozenset({"train", "publish", "clean"})
-
 
 @dataclass(frozen=True)
 class Streams:
@@ -58,7 +56,7 @@ def _send_output_to(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def set_environment(step: StepName, workspace: Path) -> None:
+def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool = False) -> None:
     """Switch off telemetry everywhere and the hub where no network is needed; give libraries a folder to write in.
 
     The root file system of a pod is read-only and its user often has no entry in the password file: libraries that
@@ -68,7 +66,7 @@ def set_environment(step: StepName, workspace: Path) -> None:
     # Threads that spin while they wait take the core from the thread that they wait for as soon as a node is shared:
     # two processes of two threads on two cores were measured thirty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if step in _OFFLINE_STEPS:
+    if step != "prepare" and not (step == "publish" and publishes_to_hub):
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         scratch = Path(tempfile.gettempdir())

@@ -3,28 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 from qlora_api.contract import ProgressRecord
-from qlora_api.sources import VolumeSource, parse_source
 from qlora_api.status import AdapterStatus, StepName
 from qlora_api.v1alpha1 import MUTABLE_FIELDS
 from qlora_trainer.card import model_card, quantization_label
-from qlora_trainer.destination import (
-    Manifest,
-    confined,
-    damaged_file,
-    describe_files,
-    is_published,
-    read_manifest,
-    write_folder,
-)
+from qlora_trainer.destination import Destination, is_published, open_destination, publish_folder
 from qlora_trainer.failures import bad_configuration
 from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
+from qlora_trainer.manifest import Manifest, describe_files
 from qlora_trainer.records import (
     PrepareRecord,
     PublishRecord,
@@ -37,19 +28,12 @@ from qlora_trainer.records import (
 from qlora_trainer.report import write_report
 from qlora_trainer.step import StepContext
 from qlora_trainer.verify import verify_adapter
+from qlora_trainer.volume_folder import confined
 
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 # They may change while the job runs, and change nothing about the adapter.
 
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
-
-
-@dataclass(frozen=True)
-class Destination:
-    """The folder to publish to, in this process's file system and as people and servers name it."""
-
-    folder: Path
-    uri: str
 
 
 def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], datetime]) -> PublishRecord:
@@ -69,7 +53,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
 
     prepared = _required(context, "prepare", PrepareRecord)
     trained = _required(context, "train", TrainRecord)
-    destination = _destination(context)
+    destination = open_destination(context, context.spec.output.destination, context.workspace.adapter)
     done = _already_published(context, trained, destination)
     if done is not None:
         return done
@@ -85,12 +69,11 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     }
     manifest = _manifest(context, prepared, trained, contents)
     say(f"writing to {destination.uri}"[:128])
-    if not is_published(destination.folder, manifest):
-        write_folder(destination.folder, contents, manifest, owner=context.pod_uid)
+    uri = publish_folder(destination, contents, manifest)
     record = PublishRecord(
         fingerprint=_fingerprint(trained, destination),
         adapter=AdapterStatus(
-            uri=destination.uri,
+            uri=uri,
             sha256=trained.adapter_sha256,
             size_bytes=manifest.files[ADAPTER_FILE].size,
             base_model=context.spec.model.source,
@@ -113,29 +96,16 @@ def _required(context: StepContext, step: StepName, kind: type[_Completion]) -> 
     return record
 
 
-def _destination(context: StepContext) -> Destination:
-    """Where the adapter goes. Raises StepFailure if the address is not a folder of its own on a mounted claim."""
-    address = context.spec.output.destination
-    if address is None:
-        root = context.workspace.root
-        return Destination(confined(context.workspace.adapter, root), f"{context.workspace_uri}/adapter")
-    source = parse_source(address)
-    if not isinstance(source, VolumeSource):
-        raise TypeError(f"the schema admits nothing but pvc:// as a destination, not {address}")
-    root = context.mounts.volume(VolumeSource(source.claim))
-    return Destination(confined(root / source.path, root), str(source))
-
-
 def _already_published(context: StepContext, trained: TrainRecord, destination: Destination) -> PublishRecord | None:
     """The completion record, if it is of this adapter and every file is still what its manifest says."""
     record = read_completion(context.workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(trained, destination):
         return None
-    manifest = read_manifest(destination.folder)
+    manifest = destination.published()
     if manifest is None or ADAPTER_FILE not in manifest.files:
         return None
     same = manifest.files[ADAPTER_FILE].sha256 == trained.adapter_sha256
-    return record if same and damaged_file(destination.folder, manifest) is None else None
+    return record if same and is_published(destination, manifest) else None
 
 
 def _fingerprint(trained: TrainRecord, destination: Destination) -> str:

@@ -1,0 +1,77 @@
+"""Publishes into a model repository of the hub, in one commit; changes with how a repository is judged."""
+
+import hashlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import get_token
+
+from qlora_api.sources import HubSource
+from qlora_trainer.credentials import Secret
+from qlora_trainer.failures import unreachable
+from qlora_trainer.files import MANIFEST_FILE
+from qlora_trainer.hub import Hub, Listing
+from qlora_trainer.manifest import Contents, Manifest, parse_manifest
+
+# What the hub puts into a repository when it makes it.
+_OF_THE_HUB = frozenset({".gitattributes"})
+
+
+class HubDestination:
+    """A model repository of the hub as a destination. See Destination."""
+
+    def __init__(self, source: HubSource, secret: Secret) -> None:
+        """The token is that of the Secret; without one, that of the user who is logged in here."""
+        self.uri = f"hf://{source.repository}"
+        self._repository = source.repository
+        values = secret.require("token")
+        self._hub = Hub(get_token() if values is None else values["token"], field=secret.field, writes=True)
+
+    def published(self) -> Manifest | None:
+        """See Destination."""
+        listing = self._listing()
+        if listing is None or MANIFEST_FILE not in listing.files:
+            return None
+        return parse_manifest(self._read(listing, MANIFEST_FILE))
+
+    def holder(self) -> Manifest | None:
+        """See Destination. A commit is there whole or not at all."""
+        return self.published()
+
+    def is_free(self) -> bool:
+        """See Destination."""
+        listing = self._listing()
+        return listing is None or set(listing.files) <= _OF_THE_HUB
+
+    def damaged(self, manifest: Manifest) -> str | None:
+        """See Destination. Large files go by the digest that the hub stores them under; small ones are read."""
+        listing = self._listing()
+        for name, described in manifest.files.items():
+            file = None if listing is None else listing.files.get(name)
+            if listing is None or file is None or file.size != described.size:
+                return name
+            if (file.sha256 or hashlib.sha256(self._read(listing, name)).hexdigest()) != described.sha256:
+                return name
+        return None
+
+    def write(self, contents: Contents, manifest: Manifest) -> None:
+        """See Destination."""
+        listing = self._listing()
+        everything = {**contents, MANIFEST_FILE: manifest.text()}
+        parent = None if listing is None else listing.commit
+        commit = self._hub.commit(self._repository, everything, f"Publish {manifest.job_name}", parent=parent)
+        damaged = self.damaged(manifest)
+        if damaged is not None or self.published() != manifest:
+            raise unreachable(f"{self.uri}/{damaged or MANIFEST_FILE} of commit {commit} does not read back as written")
+
+    def location(self) -> str:
+        """See Destination."""
+        listing = self._listing()
+        return self.uri if listing is None else f"{self.uri}@{listing.commit}"
+
+    def _listing(self) -> Listing | None:
+        return self._hub.find(self._repository)
+
+    def _read(self, listing: Listing, name: str) -> bytes:
+        with TemporaryDirectory() as folder:
+            return self._hub.fetch(listing, listing.files[name], Path(folder), lambda _done: None).read_bytes()

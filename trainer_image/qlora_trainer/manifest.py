@@ -1,0 +1,61 @@
+"""Describes a published folder: its files, and the run that made it; changes with what a reader wants to know."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from qlora_api.schema import ApiModel, ObservedModel
+from qlora_trainer.disk import file_sha256
+
+Contents = Mapping[str, Path | bytes]
+"""Files by their names in the published folder, each given by a path or by its content."""
+
+
+class PublishedFile(ApiModel):
+    """One file of a published folder."""
+
+    sha256: str
+    size: int
+
+
+class Manifest(ObservedModel):
+    """What a published folder holds, and which run made it."""
+
+    job_uid: str
+    job_name: str
+    fingerprint: str = Field(description="SHA-256 of everything that determines the adapter.")
+    spec_sha256: str = Field(description="SHA-256 of the job's spec with all defaults, as sorted JSON.")
+    base_model: str
+    base_revision: str
+    libraries: dict[str, str]
+    files: dict[str, PublishedFile]
+
+    def text(self) -> bytes:
+        """The manifest as its file holds it. The same run gives the same bytes."""
+        return (json.dumps(self.dump(), indent=2, sort_keys=True) + "\n").encode()
+
+    def same_run(self, other: "Manifest") -> bool:
+        """Whether both are of one job with the same settings, so that one may replace the other."""
+        return (self.job_uid, self.fingerprint) == (other.job_uid, other.fingerprint)
+
+
+def describe_files(contents: Contents) -> dict[str, PublishedFile]:
+    """SHA-256 and size of each file by its name."""
+    described = {}
+    for name, content in sorted(contents.items()):
+        if isinstance(content, bytes):
+            described[name] = PublishedFile(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+        else:
+            described[name] = PublishedFile(sha256=file_sha256(content), size=content.stat().st_size)
+    return described
+
+
+def parse_manifest(content: bytes | None) -> Manifest | None:
+    """The manifest in a file's content; None if there is none in it."""
+    try:
+        return None if content is None else Manifest.model_validate_json(content)
+    except ValidationError:
+        return None

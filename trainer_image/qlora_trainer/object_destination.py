@@ -1,0 +1,67 @@
+"""Publishes into a folder of an object store, whose objects appear one by one; changes with how that is made safe."""
+
+from qlora_api.sources import ObjectStoreSource
+from qlora_trainer.credentials import Secret
+from qlora_trainer.failures import bad_configuration, unreachable
+from qlora_trainer.files import MANIFEST_FILE
+from qlora_trainer.manifest import Contents, Manifest, parse_manifest
+from qlora_trainer.object_store import ObjectFolder
+
+# There while files are being written, so that the next attempt knows them for its own; the manifest takes its place.
+_CLAIM = ".manifest.partial.json"
+
+
+class ObjectDestination:
+    """A folder of an object store as a destination. See Destination."""
+
+    def __init__(self, source: ObjectStoreSource, secret: Secret) -> None:
+        self.uri = str(source)
+        self._folder = ObjectFolder(source, secret, refuse=bad_configuration)
+
+    def published(self) -> Manifest | None:
+        """See Destination."""
+        return parse_manifest(self._folder.read(MANIFEST_FILE))
+
+    def holder(self) -> Manifest | None:
+        """See Destination."""
+        return self.published() or parse_manifest(self._folder.read(_CLAIM))
+
+    def is_free(self) -> bool:
+        """See Destination."""
+        return not self._folder.list()
+
+    def damaged(self, manifest: Manifest) -> str | None:
+        """See Destination."""
+        stored = self._folder.list()
+        for name, described in manifest.files.items():
+            if name not in stored or stored[name].size != described.size:
+                return name
+            if self._folder.digest(name) != described.sha256:
+                return name
+        return None
+
+    def write(self, contents: Contents, manifest: Manifest) -> None:
+        """See Destination. Files that an earlier attempt has written whole are not written again."""
+        if not self._folder.create(_CLAIM, manifest.text()) and not self._is_ours(manifest):
+            raise bad_configuration(f"another job has just begun to publish to {self.uri}: give each its own folder")
+        self._folder.delete(MANIFEST_FILE)
+        stored = self._folder.list()
+        for name, content in contents.items():
+            described = manifest.files[name]
+            whole = name in stored and stored[name].size == described.size
+            if not (whole and self._folder.digest(name) == described.sha256):
+                self._folder.write(name, content)
+                if self._folder.digest(name) != described.sha256:
+                    raise unreachable(f"{self.uri}/{name} does not read back as it was written: it is written again")
+        self._folder.write(MANIFEST_FILE, manifest.text())
+        if self.published() != manifest:
+            raise unreachable(f"{self.uri}/{MANIFEST_FILE} does not read back as it was written: it is written again")
+        self._folder.delete(_CLAIM)
+
+    def location(self) -> str:
+        """See Destination."""
+        return self.uri
+
+    def _is_ours(self, manifest: Manifest) -> bool:
+        claim = parse_manifest(self._folder.read(_CLAIM))
+        return claim is not None and claim.same_run(manifest)

@@ -1,0 +1,113 @@
+"""Publishes into a folder of a volume: whole or not at all, and read back; changes with how a folder is replaced."""
+
+import glob
+import os
+import shutil
+from pathlib import Path
+
+from qlora_trainer.disk import file_sha256, sync_tree
+from qlora_trainer.failures import unsafe_artefact
+from qlora_trainer.files import MANIFEST_FILE
+from qlora_trainer.manifest import Contents, Manifest, parse_manifest
+from qlora_trainer.records import sync_folder
+
+
+def confined(path: Path, root: Path) -> Path:
+    """The path with links resolved. Raises StepFailure (UNSAFE_ARTEFACT) if a link leads out of `root`."""
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root.resolve()):
+        raise unsafe_artefact(f"{path} leads to {resolved}, outside of its volume: remove the symbolic link")
+    return resolved
+
+
+class VolumeFolder:
+    """A folder of a volume as a destination. See Destination."""
+
+    def __init__(self, folder: Path, uri: str, *, owner: str) -> None:
+        """`owner` tells this process from another one that may write there at the same time."""
+        self.uri = uri
+        self._folder = folder
+        self._owner = owner
+
+    def published(self) -> Manifest | None:
+        """See Destination."""
+        try:
+            return parse_manifest((self._folder / MANIFEST_FILE).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def holder(self) -> Manifest | None:
+        """See Destination. What is unfinished lies beside the folder."""
+        return self.published()
+
+    def is_free(self) -> bool:
+        """See Destination."""
+        return not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir()))
+
+    def damaged(self, manifest: Manifest) -> str | None:
+        """See Destination."""
+        return _damaged_file(self._folder, manifest)
+
+    def write(self, contents: Contents, manifest: Manifest) -> None:
+        """See Destination. OSError if it cannot be written; then the folder is as it was."""
+        folder = self._folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{folder.name}.{manifest.job_uid}"
+        stage = folder.with_name(f"{prefix}.{self._owner}.partial")
+        _remove(stage)
+        stage.mkdir()
+        try:
+            for name, content in contents.items():
+                _write(stage / name, content)
+            (stage / MANIFEST_FILE).write_bytes(manifest.text())
+            sync_tree(stage)
+            _require_intact(stage, manifest)
+            _swap(stage, folder)
+        except BaseException:
+            # On a full volume the space is wanted back.
+            _remove(stage)
+            raise
+        for leftover in folder.parent.glob(f"{glob.escape(prefix)}.*"):
+            _remove(leftover)
+        sync_folder(folder.parent)
+        _require_intact(folder, manifest)
+
+    def location(self) -> str:
+        """See Destination."""
+        return self.uri
+
+
+def _write(path: Path, content: Path | bytes) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        shutil.copyfile(content, path)
+
+
+def _swap(stage: Path, folder: Path) -> None:
+    """Rename over an empty folder or none; a folder of the same run, which is damaged or older, makes room first."""
+    if folder.exists() and any(folder.iterdir()):
+        folder.rename(stage.with_suffix(".replaced"))
+    os.replace(stage, folder)
+
+
+def _require_intact(folder: Path, manifest: Manifest) -> None:
+    damaged = _damaged_file(folder, manifest)
+    if damaged is not None:
+        raise OSError(f"{folder / damaged} does not read back as it was written: the volume is broken")
+
+
+def _damaged_file(folder: Path, manifest: Manifest) -> str | None:
+    """The first file of the manifest that is missing in the folder or has another SHA-256; None if all is well."""
+    for name, described in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file() or file_sha256(path) != described.sha256:
+            return name
+    return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
