@@ -8,7 +8,9 @@ from rich.table import Table
 
 from qlora_api.artefacts import BaseModelSpec
 from qlora_api.contract import ExitCode
-from qlora_api.memory import GIB, Advice, ModelShape, TrainingShape, advice, budget, estimate, verdict
+from qlora_api.memory import GIB, TrainingShape, estimate
+from qlora_api.memory_advice import Advice, advice, budget, verdict
+from qlora_api.model_shape import ModelShape
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.failures import bad_configuration, model_unavailable, unreachable

@@ -4,20 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SUPPORTED_MODEL_TYPES = (
-    "granite",
-    "llama",
-    "ministral",
-    "mistral",
-    "olmo2",
-    "olmo3",
-    "qwen2",
-    "qwen3",
-    "seed_oss",
-    "smollm3",
-)
-_SUPPORTED = f"supported are dense decoders with a SwiGLU MLP, model_type {', '.join(SUPPORTED_MODEL_TYPES)}"
+from qlora_api.model_families import FAMILIES, Family, Linears, Widths
+
+SUPPORTED_MODEL_TYPES = tuple(sorted(FAMILIES))
+_SUPPORTED = f"supported are dense decoders of model_type {', '.join(SUPPORTED_MODEL_TYPES)}"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Far above any published dense model, low enough that a typing error or an attack is named and not multiplied.
 _LARGEST_SIZES: Mapping[str, int] = {
@@ -48,9 +38,9 @@ def _whole_number(value: object, field: str, highest: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a dense decoder with a SwiGLU MLP; each field has the name it has in a Hugging Face `config.json`.
+    """Sizes of a dense decoder of one of FAMILIES; each field has the name it has in a Hugging Face `config.json`.
 
-    Raises UnsupportedModelError for a size that no model has, naming the field.
+    Raises UnsupportedModelError for a family that is not known, or a size that no model has, naming the field.
     """
 
     model_type: str
@@ -62,8 +52,12 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool = False
+    attn_logit_softcapping: float | None = None
+    """A cap on attention's scores (Gemma 2), for which they have to be built, a block of queries at a time."""
 
     def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise UnsupportedModelError(f"model_type is {self.model_type[:60]!r}; {_SUPPORTED}")
         for field, highest in _LARGEST_SIZES.items():
             _whole_number(getattr(self, field), field, highest)
         if self.num_attention_heads % self.num_key_value_heads:
@@ -77,41 +71,56 @@ class ModelShape:
         """Read a parsed `config.json`, or its `text_config` where the decoder is nested in a multimodal model.
 
         Only the text decoder is described: the weights of a vision or audio tower are not counted. Norms and biases,
-        below 0.05 % of the parameters, are left out. A missing `num_key_value_heads` means one per attention head, a
-        missing `head_dim` means `hidden_size / num_attention_heads`, a missing `tie_word_embeddings` means untied.
+        below 0.05 % of the parameters, are left out. A missing `num_key_value_heads` means one per attention head; a
+        missing `head_dim` or `tie_word_embeddings` has the family's default.
 
         Raises UnsupportedModelError for a mixture of experts, another architecture, or a missing or impossible size.
         """
         text = config.get("text_config")
         decoder = text if isinstance(text, Mapping) else config
-        _refuse_other_architectures(decoder)
-        sizes = {field: decoder[field] for field in _LARGEST_SIZES if decoder.get(field) is not None}
+        family = _known_family(decoder)
+        sizes = {**(family.omitted or {})}
+        sizes |= {
+            field: _whole_number(decoder[field], field, highest)
+            for field, highest in _LARGEST_SIZES.items()
+            if decoder.get(field) is not None
+        }
         for field in _LARGEST_SIZES:
             if field not in sizes and field not in ("num_key_value_heads", "head_dim"):
                 raise UnsupportedModelError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
-        checked = {field: _whole_number(value, field, _LARGEST_SIZES[field]) for field, value in sizes.items()}
-        heads = checked["num_attention_heads"]
-        checked.setdefault("num_key_value_heads", heads)
-        if "head_dim" not in checked:
-            if checked["hidden_size"] % heads:
-                raise UnsupportedModelError(
-                    f"head_dim is missing and hidden_size {checked['hidden_size']} "
-                    f"is not a multiple of num_attention_heads {heads}"
-                )
-            checked["head_dim"] = checked["hidden_size"] // heads
-        tied = decoder.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        heads = sizes["num_attention_heads"]
+        sizes.setdefault("num_key_value_heads", heads)
+        if "head_dim" not in sizes:
+            sizes["head_dim"] = family.head_dim or _head_dim(sizes["hidden_size"], heads)
+        tied = decoder.get("tie_word_embeddings", config.get("tie_word_embeddings", family.tied))
         if not isinstance(tied, bool):
             raise UnsupportedModelError(f"tie_word_embeddings is {str(tied)[:60]!r}: must be true or false")
-        return cls(model_type=str(decoder["model_type"]), tie_word_embeddings=tied, **checked)
+        return cls(
+            model_type=str(decoder["model_type"]),
+            tie_word_embeddings=tied,
+            attn_logit_softcapping=_cap(decoder.get("attn_logit_softcapping")),
+            **sizes,
+        )
 
     @property
-    def projections(self) -> Mapping[str, tuple[int, int]]:
+    def family(self) -> Family:
+        """What is known of the model's family."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def widths(self) -> Widths:
+        """Widths of a block."""
+        return Widths(
+            self.hidden_size,
+            self.num_attention_heads * self.head_dim,
+            self.num_key_value_heads * self.head_dim,
+            self.intermediate_size,
+        )
+
+    @property
+    def projections(self) -> Linears:
         """Input and output features of each linear layer of one block, by name."""
-        hidden, mlp = self.hidden_size, self.intermediate_size
-        query = self.num_attention_heads * self.head_dim
-        key = self.num_key_value_heads * self.head_dim
-        shapes = ((hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, mlp), (hidden, mlp))
-        return dict(zip(PROJECTIONS, (*shapes, (mlp, hidden)), strict=True))
+        return self.family.linears(self.widths)
 
     @property
     def linear_parameters(self) -> int:
@@ -124,7 +133,22 @@ class ModelShape:
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
 
-def _refuse_other_architectures(decoder: Mapping[str, object]) -> None:
+def _head_dim(hidden_size: int, heads: int) -> int:
+    if hidden_size % heads:
+        raise UnsupportedModelError(
+            f"head_dim is missing and hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}"
+        )
+    return hidden_size // heads
+
+
+def _cap(value: object) -> float | None:
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        return None if value is None else float(value)
+    raise UnsupportedModelError(f"attn_logit_softcapping is {str(value)[:60]!r}: must be a positive number or null")
+
+
+def _known_family(decoder: Mapping[str, object]) -> Family:
+    """The family of a parsed `config.json`. Raises UnsupportedModelError for an architecture that is not known."""
     for field in _EXPERT_COUNTS:
         experts = decoder.get(field)
         if isinstance(experts, int) and experts > 1:
@@ -132,9 +156,12 @@ def _refuse_other_architectures(decoder: Mapping[str, object]) -> None:
                 f"{field} is {min(experts, 10**9)}: a mixture of experts keeps its experts in 16 bit; {_SUPPORTED}"
             )
     model_type = decoder.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         found = "missing" if model_type is None else repr(str(model_type)[:60])
         raise UnsupportedModelError(f"model_type is {found}; {_SUPPORTED}")
-    activation = decoder.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"hidden_act is {str(activation)[:60]!r}: must be silu; {_SUPPORTED}")
+    activation = decoder.get("hidden_activation") or decoder.get("hidden_act")
+    if activation is not None and activation not in family.activations:
+        allowed = ", ".join(sorted(family.activations))
+        raise UnsupportedModelError(f"hidden_act is {str(activation)[:60]!r}: must be one of {allowed} in this family")
+    return family

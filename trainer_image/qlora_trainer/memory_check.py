@@ -5,17 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_api.contract import ExitCode
-from qlora_api.memory import (
-    GIB,
-    Advice,
-    ModelShape,
-    TrainingShape,
-    UnsupportedModelError,
-    advice,
-    budget,
-    estimate,
-    verdict,
-)
+from qlora_api.memory import GIB, TrainingShape, estimate
+from qlora_api.memory_advice import Advice, advice, budget, verdict
+from qlora_api.model_shape import ModelShape, UnsupportedModelError
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.failures import StepFailure, bad_configuration
@@ -45,6 +37,11 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
             double_quantization=spec.quantization.double_quant,
             gradient_checkpointing=spec.training.gradient_checkpointing,
             dropout=spec.lora.dropout,
+            adapted_layers=len(set(spec.lora.layers_to_transform)) if spec.lora.layers_to_transform else None,
+            use_dora=spec.lora.use_dora,
+            whole_modules=frozenset(spec.lora.modules_to_save or ()),
+            gpus=spec.resources.gpus,
+            sharding=spec.training.sharding,
         )
     except ValueError as error:
         raise bad_configuration(f"spec.lora.targetModules: {error}") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import ProgressRecord, WorkspaceLayout
-from qlora_api.memory import ModelShape
+from qlora_api.model_shape import ModelShape
 from qlora_api.sources import HubSource, ObjectStoreSource, Source, VolumeSource, parse_source
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
