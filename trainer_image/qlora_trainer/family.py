@@ -1,7 +1,6 @@
 """Decides from a model's config.json whether it can be trained with QLoRA, and which of its layers get an adapter."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from qlora_api.training import LoraSpec
 from qlora_trainer.failures import bad_configuration, model_unavailable, unsafe_artefact
 from qlora_trainer.positions import longest_row, same_rotation_up_to
 from qlora_trainer.probe import probe
-from qlora_trainer.unsupported import ALTERNATIVE, reason_in_config, reason_in_model
+from qlora_trainer.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model
 
 MIN_QUANTIZED_FRACTION = 0.98
 ALL_LINEAR = "all-linear"
@@ -115,7 +114,7 @@ def _read_config(folder: Path) -> Any:
         raise bad_configuration(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise bad_configuration(f"{path} names no model_type: it is not the configuration of a transformers model")
-    for name, value in _entries(raw):
+    for name, value in entries(raw):
         if name == "auto_map":
             raise unsafe_artefact(f"{path} has auto_map: the model brings its own Python code, which is never run here")
         if "attn_implementation" in name and isinstance(value, str) and "/" in value:
@@ -136,17 +135,6 @@ def _read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _UNUSABLE as error:
         raise bad_configuration(f"{path}: model_type {raw['model_type']!r} cannot be read: {error}") from error
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key, inner
-            yield from _entries(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _entries(inner)
 
 
 def quantized_fraction(model: nn.Module) -> float:
@@ -191,7 +179,7 @@ def resolve_targets(wanted: tuple[str, ...], linears: tuple[str, ...]) -> tuple[
 
 
 def in_blocks(targets: tuple[str, ...], blocks: tuple[int, ...] | None) -> tuple[str, ...]:
-    """Those of `targets` that lie in the decoder blocks of spec.lora.layersToTransform, each of which must hold some."""
+    """Those of `targets` in the decoder blocks of spec.lora.layersToTransform, each of which must hold some."""
     if blocks is None:
         return targets
     numbers = {target: next(int(part) for part in target.split(".") if part.isdecimal()) for target in targets}

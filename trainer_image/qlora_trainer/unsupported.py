@@ -1,5 +1,6 @@
 """Says why models of a family cannot be trained, from what transformers tells about it; changes with its families."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -15,15 +16,25 @@ _EXPERTS = "whose experts bitsandbytes leaves in 16 bit: most of the model would
 _RECURRENT = "it carries a state from token to token, which would run on from one packed row into the next"
 
 
+def entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of nested JSON with its value, at any depth."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, inner
+            yield from entries(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from entries(inner)
+
+
 def reason_in_config(config: Any) -> str | None:
     """Why a model of this configuration cannot be trained, as far as the configuration tells; None if it can."""
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, and only decoders are trained"
-    for name in _EXPERT_COUNTS:
-        count = getattr(text, name, None)
-        if isinstance(count, int) and count > 1:
-            return f"it is a mixture of experts ({name} {count}), {_EXPERTS}"
+    for name, value in entries(text.to_dict()):
+        if name in _EXPERT_COUNTS and isinstance(value, int) and value > 1:
+            return f"it is a mixture of experts ({name} {value}), {_EXPERTS}"
     if text is not config and config.model_type not in _TRAINED_TEXT_PARTS:
         return "it is a multimodal model, and only models of text are trained"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
