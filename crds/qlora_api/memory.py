@@ -219,7 +219,8 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
         checkpoints           2·T·L·h, one input per layer; 4·T·L·h with upcast; 0 without gradient checkpointing
         layer_working_set     T·x for the one layer being recomputed and differentiated, plus the largest linear layer
                               dequantized; without gradient checkpointing T·y more for each of the other layers
-        logits                12·V bytes per token: logits, their 32-bit copy and its gradient; at most a chunk's
+        logits                12·V bytes per token: log-probabilities in 32 bit and two gradients; at most a chunk's;
+                              plus what the final norm keeps, 6·T·h, 9·T·h with upcast, 10·T·h with a chunked loss
 
         peak = context + base_weights + gathered_blocks + unquantized_weights + adapters + optimizer
                + (gradients + checkpoints when accumulating, else the larger) + max(layer_working_set, logits)
@@ -238,14 +239,12 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
     trained, pageable_parameters = _trained_parameters(model, training)
     state_bytes = _optimizer_bytes(training)
     wide_bytes = 4 if training.upcast else 2
-    tokens_in_loss = min(training.tokens, training.loss_chunk_tokens or training.tokens)
-
     gradients = trained * training.adapter_bytes
     checkpoints = wide_bytes * training.tokens * model.num_hidden_layers * model.hidden_size
     if not training.gradient_checkpointing:
         checkpoints = 0
     working_set = _layer_working_set(model, training)
-    logits = training.loss_bytes_per_logit * model.vocab_size * tokens_in_loss
+    logits = _loss_working_set(model, training)
     base_weights, gathered_blocks = _base_weights(model, training)
 
     absent: set[str] = set()
@@ -320,3 +319,12 @@ def _layer_working_set(model: ModelShape, training: TrainingShape) -> int:
         scores = _BYTES_PER_CAPPED_SCORE * model.num_attention_heads * block
     largest = max(inputs * outputs for inputs, outputs in model.projections.values())
     return round(activations) + scores + 2 * largest
+
+
+def _loss_working_set(model: ModelShape, training: TrainingShape) -> int:
+    """Bytes of the logits of a chunk, or of all tokens, and of the hidden states that are kept for the final norm."""
+    tokens_at_once = min(training.tokens, training.loss_chunk_tokens or training.tokens)
+    # The cap keeps what its hyperbolic tangent gave, in 16 bit.
+    per_logit = training.loss_bytes_per_logit + (0 if model.final_logit_softcapping is None else 2)
+    kept = 9 if training.upcast else 6 if training.loss_chunk_tokens is None else 10
+    return per_logit * model.vocab_size * tokens_at_once + kept * model.hidden_size * training.tokens

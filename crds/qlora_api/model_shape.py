@@ -54,6 +54,7 @@ class ModelShape:
     tie_word_embeddings: bool = False
     attn_logit_softcapping: float | None = None
     """A cap on attention's scores (Gemma 2), for which they have to be built, a block of queries at a time."""
+    final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
@@ -98,7 +99,8 @@ class ModelShape:
         return cls(
             model_type=str(decoder["model_type"]),
             tie_word_embeddings=tied,
-            attn_logit_softcapping=_cap(decoder.get("attn_logit_softcapping")),
+            attn_logit_softcapping=_cap(decoder, "attn_logit_softcapping"),
+            final_logit_softcapping=_cap(decoder, "final_logit_softcapping"),
             **sizes,
         )
 
@@ -141,10 +143,13 @@ def _head_dim(hidden_size: int, heads: int) -> int:
     return hidden_size // heads
 
 
-def _cap(value: object) -> float | None:
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
-        return None if value is None else float(value)
-    raise UnsupportedModelError(f"attn_logit_softcapping is {str(value)[:60]!r}: must be a positive number or null")
+def _cap(decoder: Mapping[str, object], field: str) -> float | None:
+    value = decoder.get(field)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise UnsupportedModelError(f"{field} is {str(value)[:60]!r}: must be a positive number or null")
+    return float(value)
 
 
 def _known_family(decoder: Mapping[str, object]) -> Family:
