@@ -34,6 +34,7 @@ _NOWHERE = "127.0.0.1:0"
 _PART_BYTES = 2**23
 _BLOCK_BYTES = 2**20
 _STATUS = re.compile(r"status code: (\d{3})")
+_MOVED = "redirect without LOCATION"
 _ERROR_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _TRY_AGAIN_LATER = frozenset({408, 409, 412, 425, 429})
 _RETRY: "RetryConfig" = {
@@ -189,15 +190,15 @@ class ObjectFolder:
                 f"{self._endpoint} redirects {self.uri} to another host, where credentials are never sent: ask the "
                 "administrator to set objectStore.endpoint and objectStore.region of the profile"
             )
+        if _MOVED in text or (status is not None and status < 400):
+            return bad_configuration(
+                f"the bucket of {self.uri} lies elsewhere than {self._endpoint} says: ask the administrator to set "
+                "objectStore.endpoint and objectStore.region of the profile"
+            )
         if status is None:
             return unreachable(f"{self._endpoint} cannot be reached, or broke off, for {self.uri}")
         if status >= 500 or status in _TRY_AGAIN_LATER:
             return unreachable(f"{self._endpoint} answered {answer} for {self.uri}")
-        if status < 400:
-            return bad_configuration(
-                f"{self._endpoint} answered {answer} for {self.uri}: the bucket lies elsewhere; ask the administrator "
-                "to set objectStore.endpoint and objectStore.region of the profile"
-            )
         return self._refuse(
             f"{self.uri} does not exist, or may not be {wanted} with {self._secret} ({answer} from {self._endpoint}): "
             f"check bucket and path, and set {self._secret.field} to a Secret whose credentials may"

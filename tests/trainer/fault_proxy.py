@@ -1,0 +1,126 @@
+"""A proxy on the loopback interface that passes requests on to a real server, or answers in its stead."""
+
+import http.client
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+_OF_ONE_CONNECTION = frozenset({"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"})
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it came in."""
+
+    method: str
+    path: str
+    """With the query."""
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with a request. Without a status the real server's answer is used."""
+
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    cut: int | None = None
+    """Bytes of the body that arrive before the connection ends."""
+    corrupt: bool = False
+    """Whether the last byte of the body arrives changed."""
+
+
+@dataclass
+class FaultProxy:
+    """The proxy: what it has seen, and what it does about it."""
+
+    upstream: str
+    """HOST:PORT of the real server; empty if every request gets an answer of the rule."""
+    host: str = "127.0.0.1"
+    rule: Callable[[Request], Fault | None] = lambda _request: None
+    seen: list[Request] = field(default_factory=list)
+    address: str = ""
+    """HOST:PORT of the proxy."""
+
+    def lines(self, method: str) -> list[str]:
+        """Paths that were asked for with this method."""
+        return [request.path for request in self.seen if request.method == method]
+
+
+@contextmanager
+def serve_proxy(proxy: FaultProxy) -> Iterator[FaultProxy]:
+    """Answer on a free port until the block ends."""
+    handler = type("Handler", (_Handler,), {"proxy": proxy})
+    with ThreadingHTTPServer((proxy.host, 0), handler) as server:
+        server.daemon_threads = True
+        proxy.address = f"{proxy.host}:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    proxy: FaultProxy
+    protocol_version = "HTTP/1.1"
+    # Header and body are two writes, and a client that waits before it acknowledges the first costs 40 ms.
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: the requests are kept."""
+
+    def _handle(self) -> None:
+        request = Request(self.command, self.path, dict(self.headers.items()))
+        self.proxy.seen.append(request)
+        content = self._content()
+        fault = self.proxy.rule(request) or Fault()
+        if fault.status is not None:
+            self._answer(fault.status, fault.headers, fault.body, fault)
+            return
+        connection = http.client.HTTPConnection(self.proxy.upstream, timeout=30)
+        # The host stays the client's: it is signed.
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in ("connection", "transfer-encoding", "content-length", "expect"):
+                connection.putheader(name, value)
+        connection.putheader("Content-Length", str(len(content)))
+        connection.endheaders(content)
+        answer = connection.getresponse()
+        self._answer(answer.status, dict(answer.getheaders()), answer.read(), fault)
+        connection.close()
+
+    def _content(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        content = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def _answer(self, status: int, headers: Mapping[str, str], body: bytes, fault: Fault) -> None:
+        length = str(len(body))
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in _OF_ONE_CONNECTION:
+                self.send_header(name, value)
+            if name.lower() == "content-length" and self.command == "HEAD":
+                length = value
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if fault.corrupt and body:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if self.command != "HEAD":
+            self.wfile.write(body[: fault.cut])
+        if fault.cut is not None:
+            self.close_connection = True
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _handle  # noqa: N815 - names of http.server
