@@ -26,7 +26,11 @@ demo: $(VENV)/.synced ## Fine-tune a real model on a real Kubernetes (CLUSTER=cu
 
 .PHONY: test
 test: check ## Run every test: unit, trainer, API, cluster
-	@$(PYTHON) -m pytest --durations=15 tests/devcluster tests/trainer tests/api tests/cluster
+	@$(PYTHON) -m pytest --durations=15 tests/devcluster tests/trainer tests/gpu tests/api tests/cluster
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one each says why it is skipped
+	@$(PYTHON) -m pytest -rs tests/gpu
 
 .PHONY: check
 check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests: seconds
