@@ -59,7 +59,7 @@ def random_base(config: LlamaConfig) -> Any:
                 value.normal_(std=0.02)
             setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
     decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config, device="cuda")
+    decoder.rotary_emb = type(decoder.rotary_emb)(config).to("cuda")
     return model.eval()
 
 
