@@ -5,9 +5,10 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_api.sources import HubSource, parse_source
+from qlora_api.training import LoraSpec
 from qlora_trainer.files import CURVE_FILE
 from qlora_trainer.records import PrepareRecord, TrainRecord
-from qlora_trainer.serving import served_rank
+from qlora_trainer.serving import refused_by_vllm, served_rank
 from qlora_trainer.step import StepContext
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -16,6 +17,18 @@ _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 def quantization_label(quantization: str, *, double: bool) -> str:
     """How the base was held, for people: `nf4 with double quantization`."""
     return f"{quantization} with double quantization" if double else quantization
+
+
+def variant_label(lora: LoraSpec) -> str:
+    """Which variant of LoRA it is, for people: `rsLoRA, LoftQ, blocks 0, 1`."""
+    parts = [
+        "rsLoRA" if lora.use_rslora else "",
+        "DoRA" if lora.use_dora else "",
+        "LoftQ" if lora.initialization == "loftq" else "",
+        f"blocks {', '.join(map(str, lora.layers_to_transform))}" if lora.layers_to_transform else "",
+        f"{' and '.join(lora.modules_to_save)} trained whole" if lora.modules_to_save else "",
+    ]
+    return ", ".join(part for part in parts if part) or "LoRA"
 
 
 def model_card(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> str:
@@ -44,6 +57,8 @@ def model_card(context: StepContext, prepared: PrepareRecord, trained: TrainReco
         modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),
         batch=spec.training.micro_batch_size * spec.training.gradient_accumulation_steps,
         served_rank=served_rank(spec.lora.rank),
+        refused_by_vllm=refused_by_vllm(spec.lora),
+        variant=variant_label(spec.lora),
         loss=lambda value: "–" if value is None else f"{value:.4f}",
     )
     return f"{str(card).rstrip()}\n"

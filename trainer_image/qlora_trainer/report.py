@@ -3,18 +3,18 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.status import MergedStatus
 from qlora_trainer.curves import chart, loss_chart, loss_picture
 from qlora_trainer.files import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.history import History, read_history
 from qlora_trainer.records import PrepareRecord, TrainRecord, write_atomically
 from qlora_trainer.samples import MAX_NEW_TOKENS, read_samples
-from qlora_trainer.serving import serving_commands
+from qlora_trainer.serving import refused_by_vllm, serving_commands
 from qlora_trainer.step import StepContext
 
 _GIB = 2**30
@@ -29,9 +29,12 @@ class Figure:
     note: str = ""
 
 
-def write_report(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> bytes:
+def write_report(
+    context: StepContext, prepared: PrepareRecord, trained: TrainRecord, merged: MergedStatus | None = None
+) -> bytes:
     """Write `report.html`, `loss.png` and `summary.json` into `report/`; returns the picture.
 
+    `merged` is the merged model, once there is one.
     Raises OSError if the metrics are missing or the report cannot be written, ValueError for broken metrics.
     """
     folder = WorkspaceLayout(context.workspace.root).report
@@ -42,13 +45,20 @@ def write_report(context: StepContext, prepared: PrepareRecord, trained: TrainRe
     )
     picture = loss_picture(history, context.document.metadata.name, subtitle)
     write_atomically(folder / CURVE_FILE, picture)
-    text = json.dumps(_summary(context, prepared, trained), indent=2, sort_keys=True, allow_nan=False)
+    summary = _summary(context, prepared, trained) | ({} if merged is None else {"merged": merged.dump()})
+    text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
     write_atomically(folder / SUMMARY_FILE, text.encode() + b"\n")
-    write_atomically(folder / REPORT_FILE, _page(context, prepared, trained, history, folder).encode())
+    write_atomically(folder / REPORT_FILE, _page(context, prepared, trained, history, merged).encode())
     return picture
 
 
-def _page(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, history: History, folder: Path) -> str:
+def _page(
+    context: StepContext,
+    prepared: PrepareRecord,
+    trained: TrainRecord,
+    history: History,
+    merged: MergedStatus | None,
+) -> str:
     # Names, prompts and answers come from users and data: everything is escaped but the charts, which are drawn here.
     environment = Environment(
         loader=PackageLoader("qlora_trainer", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -59,22 +69,29 @@ def _page(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, h
         base=context.base_name,
         prepared=prepared,
         trained=trained,
-        figures=_figures(prepared, trained, history),
+        figures=_figures(prepared, trained, history, merged),
         loss=loss_chart(history),
         charts=_charts(history, context.device),
         settings=_settings(context),
         data=_data(context, prepared),
-        samples=read_samples(folder / SAMPLES_FILE),
+        samples=read_samples(context.workspace.report / SAMPLES_FILE),
         max_new_tokens=MAX_NEW_TOKENS,
         commands=serving_commands(context, prepared),
+        refused_by_vllm=refused_by_vllm(context.spec.lora),
+        merged=merged,
     )
 
 
-def _figures(prepared: PrepareRecord, trained: TrainRecord, history: History) -> list[Figure]:
+def _figures(
+    prepared: PrepareRecord, trained: TrainRecord, history: History, merged: MergedStatus | None
+) -> list[Figure]:
     before, after = trained.initial_eval_loss, trained.eval_loss
     figures = [Figure("Optimizer steps", f"{trained.training_step:,}")]
     if before is not None and after is not None:
         figures.append(Figure("Held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
+    if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
+        same_rows = f"the adapter has {merged.adapter_eval_loss:.4f} on the same {merged.eval_tokens:,} tokens"
+        figures.append(Figure("Held-out loss, merged", f"{merged.eval_loss:.4f}", same_rows))
     figures.append(Figure("Training loss", f"{trained.loss:.4f}", "of the last step"))
     speed = history.tokens_per_second.median
     if speed is not None:

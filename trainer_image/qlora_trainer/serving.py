@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from qlora_api.sources import HubSource, parse_source
+from qlora_api.training import LoraSpec
 from qlora_trainer.records import PrepareRecord
 from qlora_trainer.step import StepContext
 
@@ -17,13 +18,23 @@ def served_rank(rank: int) -> int | None:
     return next((allowed for allowed in _VLLM_RANKS if allowed >= rank), None)
 
 
+def refused_by_vllm(lora: LoraSpec) -> str | None:
+    """Why vLLM does not load an adapter of this kind, as the end of a sentence; None if it does."""
+    reasons = {
+        "it does not know DoRA (spec.lora.useDora)": lora.use_dora,
+        "it takes no modules that were trained whole (spec.lora.modulesToSave)": lora.modules_to_save is not None,
+        f"its rank {lora.rank} is above the {max(_VLLM_RANKS)} that vLLM allows": served_rank(lora.rank) is None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
 def serving_commands(context: StepContext, prepared: PrepareRecord) -> Mapping[str, str]:
     """Commands and programs by the name of what runs them, ready to paste but for the adapter's path."""
     hub = isinstance(parse_source(context.spec.model.source), HubSource)
     base, revision = (context.base_name, prepared.model_revision) if hub else (BASE_PLACEHOLDER, None)
     commands = {"PEFT": _peft(context, base, revision)}
     rank = served_rank(context.spec.lora.rank)
-    if rank is not None and not context.spec.lora.use_dora:
+    if refused_by_vllm(context.spec.lora) is None:
         pinned = f" --revision {revision}" if revision else ""
         commands["vLLM"] = (
             f"vllm serve {base}{pinned} \\\n  --enable-lora --max-lora-rank {rank} "

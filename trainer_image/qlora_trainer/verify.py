@@ -90,7 +90,7 @@ def verify_tensors(path: Path, sha256: str, expected: Mapping[str, Expected], lo
         with safe_open(path, framework="pt") as tensors:
             _require_same_names(set(tensors.keys()), set(expected))
             unmoved = [
-                name for name, wanted in expected.items() if not _checked(name, tensors.get_tensor(name), wanted)
+                name for name, wanted in expected.items() if not _checked(name, tensors.get_tensor(name), wanted, lora)
             ]
     except SafetensorError as error:
         raise _wrong_adapter(f"{path.name} is no safetensors file: {error}") from error
@@ -104,12 +104,13 @@ def _require_same_names(found: set[str], expected: set[str]) -> None:
             raise _wrong_adapter(f"the adapter {what} {len(names)} of {len(expected)} tensors, first {min(names)}")
 
 
-def _checked(name: str, tensor: torch.Tensor, expected: Expected) -> bool:
+def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> bool:
     """Check one tensor; False for a B that is still zero, as it was before training."""
     if tuple(tensor.shape) != expected.shape:
         raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
     if tensor.dtype != expected.dtype:
-        raise _wrong_adapter(f"{name} is {tensor.dtype}, not {expected.dtype} as spec.lora asks for")
+        why = f"spec.lora.dtype is {lora.dtype}" if ".lora_" in name else "what is trained whole keeps the base's type"
+        raise _wrong_adapter(f"{name} is {tensor.dtype}, not {expected.dtype}: {why}")
     if not bool(torch.isfinite(tensor).all()):
         raise StepFailure(
             ExitCode.DIVERGED,
