@@ -8,7 +8,6 @@ from qlora_api.profile import Quantity
 from qlora_api.schema import ApiModel, rule, rules
 
 BlockNumber = Annotated[int, Field(ge=0, le=1023)]
-ExtraToken = Annotated[str, Field(min_length=1, max_length=64)]
 ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
@@ -59,9 +58,6 @@ class LoraSpec(ApiModel):
         None,
         description="What is trained whole, in 16 bit, and saved with the adapter: token embeddings (embed_tokens), "
         "the output layer (lm_head). Costs memory; few servers load such an adapter.",
-    )
-    extra_tokens: Annotated[tuple[ExtraToken, ...], Field(min_length=1, max_length=64)] | None = Field(
-        None, description="Tokens to add to the tokenizer, whose embeddings are trained and saved with the adapter."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",

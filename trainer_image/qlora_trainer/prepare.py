@@ -47,6 +47,7 @@ from qlora_trainer.records import (
     write_completion,
 )
 from qlora_trainer.remote_model import HubModel, ObjectStoreModel
+from qlora_trainer.serving import refused_by_vllm
 from qlora_trainer.step import StepContext
 from qlora_trainer.templates import Tokenizer
 from qlora_trainer.trackers import require_installed
@@ -183,6 +184,9 @@ def _check_model(folder: Path, spec: QLoRAJobSpec, records: RecordWriter) -> _Ch
     family.require_positions(spec.training.max_sequence_length)
     if spec.training.packing and not family.keeps_rows_apart(spec.training.max_sequence_length):
         _LOG.warning("no packing: rows in one sequence would affect each other in this %s model", family.model_type)
+    refused = refused_by_vllm(spec.lora)
+    if refused is not None and spec.output.merged is None:
+        _LOG.warning("vLLM will not serve the adapter: %s; spec.output.merged makes a model that it serves", refused)
     shape = read_shape(folder / CONFIG)
     _advise_learning_rate(shape, spec.training.learning_rate)
     return _Checked(shape, family, _check_memory(shape, family.target_modules, spec, records))
@@ -226,6 +230,7 @@ def _fingerprint(resolved: Any, spec: QLoRAJobSpec) -> str:
         "resolved": resolved,
         "model": {"source": spec.model.source, "revision": spec.model.revision},
         "targetModules": spec.lora.target_modules,
+        "layersToTransform": spec.lora.layers_to_transform,
         "dataset": spec.dataset.dump(),
         "maxSequenceLength": training.max_sequence_length,
         "packing": training.packing,
