@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from obstore.store import S3Store
 
 from devcluster import packages, toolchain
 from devcluster.layout import from_environment
@@ -29,6 +30,17 @@ def s3_server(folder: Path) -> Iterator[str]:
     environment = {**os.environ, "ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
     with _running(command, environment, address):
         yield address
+
+
+def s3_bucket(address: str) -> S3Store:
+    """The bucket of that server, as its owner sees it."""
+    return S3Store(
+        BUCKET,
+        endpoint=f"http://{address}",
+        access_key_id=ACCESS_KEY,
+        secret_access_key=SECRET_KEY,
+        client_options={"allow_http": True},
+    )
 
 
 @contextmanager

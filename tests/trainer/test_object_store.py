@@ -19,7 +19,7 @@ from qlora_trainer.prepare import prepare
 from qlora_trainer.step import StepContext
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.trainer.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_server
+from tests.trainer.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 
 SESSION_TOKEN = "canary-session-token"
@@ -59,13 +59,7 @@ def give_secret(root: Path, part: str, values: dict[str, str] | None = None) -> 
 @pytest.fixture
 def bucket(s3: str) -> S3Store:
     """The bucket itself, without the proxy."""
-    return S3Store(
-        BUCKET,
-        endpoint=f"http://{s3}",
-        access_key_id=ACCESS_KEY,
-        secret_access_key=SECRET_KEY,
-        client_options={"allow_http": True},
-    )
+    return s3_bucket(s3)
 
 
 @pytest.fixture
