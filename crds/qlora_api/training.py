@@ -146,7 +146,13 @@ class TrainingSpec(ApiModel):
 class ResourcesSpec(ApiModel):
     """What the train pod needs."""
 
-    gpus: int = Field(1, ge=1, le=16, description="GPUs of the train pod. With several, each trains on its own share.")
+    gpus: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="GPUs of the train pod. With several, each trains on its share of every step's micro batches; the "
+        "result is that of one. Let gradientAccumulationSteps be a multiple.",
+    )
     gpu_memory: int | None = Field(
         None,
         ge=1,

@@ -189,7 +189,7 @@ def _resources(job: QLoRAJob, profile: Profile, step: StepName) -> Manifest:
     limits: Manifest = {}
     if step == "train":
         cpu, memory = job.spec.resources.cpu or cpu, job.spec.resources.memory or memory
-        limits = {profile.gpu_resource: "1"} if profile.gpu_resource else {}
+        limits = {profile.gpu_resource: str(job.spec.resources.gpus)} if profile.gpu_resource else {}
     return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": memory} | limits}
 
 

@@ -13,6 +13,8 @@ Manifest = dict[str, Any]
 
 _WORKSPACE = "workspace"
 _TEMPORARY_SIZE = "4Gi"
+# Processes on several GPUs exchange data through it (NCCL), and runtimes give a container 64 MiB. Counts as memory.
+_SHARED_MEMORY_SIZE = "1Gi"
 _SECRET_MODE = 0o440
 # The keys that a step finds as files, by the scheme of the address that they open.
 _SECRET_KEYS = {
@@ -39,6 +41,9 @@ def mounts_and_volumes(job: QLoRAJob, workspace_claim: str, step: StepName) -> t
         {"name": _WORKSPACE, "persistentVolumeClaim": {"claimName": workspace_claim}},
         {"name": "tmp", "emptyDir": {"sizeLimit": _TEMPORARY_SIZE}},
     ]
+    if step == "train" and job.spec.resources.gpus > 1:
+        mounts.append(_mount("shared-memory", "/dev/shm"))  # noqa: S108 - a volume of the pod's own
+        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": _SHARED_MEMORY_SIZE}})
     for number, (claim, writable) in enumerate(sorted(_claims(job.spec, step).items())):
         name = _WORKSPACE if claim == workspace_claim else f"claim-{number}"
         mounts.append(_mount(name, str(contract.VOLUMES_MOUNT / claim), read_only=not writable))

@@ -293,6 +293,18 @@ def test_only_train_costs_a_gpu(step: StepName) -> None:
     assert resources == expected
 
 
+def test_several_gpus_are_asked_for_with_the_shared_memory_that_they_need() -> None:
+    job = build("train", resources={"gpus": 4})
+    assert container_of(job)["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert mounts_of(job)["/dev/shm"] == ("emptyDir", True)
+    (volume,) = (volume for volume in pod_of(job)["volumes"] if volume["name"] == "shared-memory")
+    assert volume["emptyDir"]["medium"] == "Memory"
+    assert "/dev/shm" not in mounts_of(build("train"))
+    assert "/dev/shm" not in mounts_of(build("publish", resources={"gpus": 4}))
+    on_cpu = container_of(build("train", {"gpuResource": None}, resources={"gpus": 2}))
+    assert on_cpu["resources"]["limits"].keys() == {"memory"}
+
+
 def test_train_gets_the_time_to_save_and_is_left_alone() -> None:
     job = build("train", {"terminationGracePeriodSeconds": 300})
     assert pod_of(job)["terminationGracePeriodSeconds"] == 300

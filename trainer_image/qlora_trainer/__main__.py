@@ -2,10 +2,11 @@
 
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -20,6 +21,7 @@ from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer import process
 from qlora_trainer.failures import StopRequest
+from qlora_trainer.launch import end_with_parent, named_rank
 from qlora_trainer.outcome import (
     Completion,
     Ending,
@@ -47,6 +49,8 @@ class Invocation:
     attempt: int
     claim: str
     termination_log: Path | None
+    rank: int = 0
+    """Which of the processes that train together this is, as torchrun says."""
 
 
 def _now() -> datetime:
@@ -123,9 +127,15 @@ _step_command("clean", "Delete what the steps needed only for themselves.")
 
 def run(invocation: Invocation) -> NoReturn:
     """Run the step and end the process with its exit code; the result record is the last thing it says."""
+    end_with_parent()
     stop = StopRequest()
     process.on_termination(stop.set if invocation.step == "train" else _terminate)
     streams = process.claim_streams()
+    rank = named_rank(os.environ) if invocation.step == "train" else 0
+    if rank:
+        # One process speaks for all.
+        streams = replace(streams, records=os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        invocation = replace(invocation, rank=rank, termination_log=None)
     records = RecordWriter(streams.records, time.monotonic)
     completion: Completion | None = None
     try:
@@ -150,7 +160,8 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
     if invocation.step != "clean":
         heading = f"{timestamp(_now())} {invocation.step}, attempt {invocation.attempt}, pod {invocation.pod_uid}"
         try:
-            process.log_to(layout.records / f"{invocation.step}.log", heading)
+            name = f"{invocation.step}.rank-{invocation.rank}" if invocation.rank else invocation.step
+            process.log_to(layout.records / f"{name}.log", heading)
         except OSError as error:
             raise workspace_unusable(error, layout.root) from error
     document = load_document(invocation.job)
@@ -231,7 +242,7 @@ def _steps() -> dict[StepName, Step]:
     def train(context: StepContext, records: RecordWriter, stop: StopRequest) -> Completion:
         from qlora_trainer.train import train
 
-        return train(context, records, stop=stop, now=_now, monotonic=time.monotonic)
+        return train(context, records, stop=stop, now=_now, monotonic=time.monotonic, command=sys.orig_argv)
 
     def publish(context: StepContext, records: RecordWriter, _stop: StopRequest) -> Completion:
         from qlora_trainer.publish import publish

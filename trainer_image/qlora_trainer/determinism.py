@@ -40,8 +40,8 @@ def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = o
     return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
-def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device) -> Fingerprint:
-    """Everything that decides the adapter, by name."""
+def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
+    """Everything that decides the adapter, by name. Another number of processes adds gradients in another order."""
     training = {name: value for name, value in spec.training.dump().items() if name not in _WITHOUT_EFFECT}
     return {
         "model": {"revision": prepared.model_revision, "targetModules": list(prepared.target_modules)},
@@ -50,6 +50,7 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device)
         "lora": spec.lora.dump(),
         "training": training,
         "device": device,
+        "ranks": ranks,
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
 
@@ -88,13 +89,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Start the generators that dropout draws from at a place of the optimizer step's own.
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Start the generators that dropout draws from at a place of the optimizer step's and the process's own.
 
     Nothing else here draws random numbers after the start, so there is no random state to save: a step that is done
     again, in this process or after a resume, draws the same. The parts are mixed as numpy does (O'Neill's seed_seq).
     """
-    torch.manual_seed(int(numpy.random.SeedSequence((seed, step)).generate_state(1, numpy.uint64)[0]))
+    torch.manual_seed(int(numpy.random.SeedSequence((seed, step, rank)).generate_state(1, numpy.uint64)[0]))
 
 
 def processor(device: Device) -> str:
@@ -102,13 +103,21 @@ def processor(device: Device) -> str:
     return str(torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability())
 
 
-def use_device(device: Device, threads: int) -> torch.device:
+def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
     """The device to train on, with a fixed number of threads: another number adds floats in another order.
 
-    Raises StepFailure if a GPU is asked for and there is none; training on the CPU instead would take for ever.
+    Each process of a node takes the GPU of its `local_rank`. Raises StepFailure if a GPU is asked for and there is
+    none; training on the CPU instead would take for ever.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise no_gpu()
+    if device == "cuda" and local_rank >= torch.cuda.device_count():
+        raise bad_configuration(
+            f"this container sees {torch.cuda.device_count()} GPUs, and process {local_rank + 1} has none: check "
+            "spec.resources.gpus, or torchrun's --nproc-per-node"
+        )
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
     torch.set_num_threads(threads)
     return torch.device(device)
 

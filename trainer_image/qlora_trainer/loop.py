@@ -32,16 +32,18 @@ def run_to_end(run: Run, state: RunState) -> RunState:
     for a loss or gradient that is no number, before it can reach the weights, and for a run that has diverged.
     """
     while True:
-        if run.eval_data is not None and _evaluation_due(run, state) and not run.stop.requested:
+        if run.eval_data is not None and _evaluation_due(run, state) and not run.stopping():
             state = _evaluate(run, state, run.eval_data)
         # Asked once: a stop that comes between saving and leaving would lose the steps since the last checkpoint.
-        stopping = run.stop.requested
+        stopping = run.stopping()
         if _save_due(run, state, stopping):
             _save(run, state)
         if state.step == run.plan.total_steps and not _evaluation_due(run, state):
             return state
         if stopping:
             _say_what_is_kept(run, state)
+            # Whoever started the processes may end the others when the first one has ended.
+            run.ranks.wait()
             raise Interrupted(state.step, run.plan.total_steps, run.checkpoint_step or 0)
         state = _optimizer_step(run, state)
 
@@ -70,7 +72,10 @@ def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
 
 
 def _optimizer_step(run: Run, state: RunState) -> RunState:
-    """One step: gradients of all micro batches, clipped, checked, applied. Waits for the GPU once."""
+    """One step: gradients of all micro batches, clipped, checked, applied. Waits for the GPU once.
+
+    Every process has the same gradients and so comes to the same weights and decisions.
+    """
     training = run.context.spec.training
     started = run.monotonic()
     gradient = _gradient(run, state)
@@ -90,7 +95,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     seconds = run.monotonic() - started
     run.pace = run.pace.after_step(seconds, gradient.tokens)
     state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
-    run.history.append(
+    run.note(
         {
             "step": state.step,
             "loss": loss,
@@ -112,7 +117,9 @@ class _Gradient:
     """Mean over the targets of the step, a scalar on the device."""
     targets: int
     tokens: int
+    """Of all processes."""
     batches: Items[Batch]
+    """This process's share."""
 
 
 def _gradient(run: Run, state: RunState) -> _Gradient | None:
@@ -120,11 +127,13 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
 
     Dropout is drawn anew from the step's own seed, so a step that is done again sees the same numbers.
     """
-    seed_step(run.plan.seed, state.step)
-    batches = [read_batch(run.data, indices, run.device) for indices in run.plan.micro_batches(state.step)]
+    seed_step(run.plan.seed, state.step, run.ranks.place.rank)
+    share = run.ranks.share(run.plan.micro_batches(state.step))
+    batches = [read_batch(run.data, indices, run.device) for indices in share]
     # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
-    targets = max(1, sum(batch.target_count for batch in batches))
-    summed = torch.zeros((), device=run.device)
+    counts = run.ranks.gather(sum(batch.target_count for batch in batches), sum(batch.tokens for batch in batches))
+    targets, tokens = max(1, sum(count[0] for count in counts)), sum(count[1] for count in counts)
+    summed, short = torch.zeros((), device=run.device), False
     try:
         for batch in batches:
             loss = _loss(run, batch) / targets
@@ -135,8 +144,11 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
         if not _may_halve(run):
             raise
         _log.warning("step %d ran out of memory and is done again", state.step + 1, exc_info=True)
+        short = True
+    if _may_halve(run) and run.ranks.any(short):
         return None
-    return _Gradient(summed, targets, sum(batch.tokens for batch in batches), batches)
+    run.ranks.sum_gradients(run.parameters.values(), summed)
+    return _Gradient(summed, targets, tokens, batches)
 
 
 def _may_halve(run: Run) -> bool:
@@ -183,11 +195,12 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
 
 
 def _base_loss(run: Run, batches: Items[Batch]) -> float:
-    """Summed loss of the batches without the adapter. Draws no random number and leaves the gradients as they are."""
+    """Summed loss of all processes' batches without the adapter. Draws no random number, leaves the gradients alone."""
     run.model.eval()
     try:
         with torch.no_grad(), run.model.disable_adapter():
-            return sum(float(_loss(run, batch)) for batch in batches)
+            summed = sum((_loss(run, batch) for batch in batches), torch.zeros((), device=run.device))
+            return float(run.ranks.sum(summed))
     finally:
         run.model.train()
 
@@ -207,7 +220,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     run.model.eval()
     try:
         loss = _held_out_loss(run, state, data)
-        while loss is None and not run.stop.requested:
+        while loss is None and not run.stopping():
             state = _halve_micro_batches(run, state)
             loss = _held_out_loss(run, state, data)
     finally:
@@ -217,7 +230,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     if not isfinite(loss):
         raise _diverged(run, state.step, f"loss {loss} on the held-out rows")
     run.pace = run.pace.after_evaluation(run.monotonic() - started)
-    run.history.append({"step": state.step, "evalLoss": loss})
+    run.note({"step": state.step, "evalLoss": loss})
     initial = loss if state.step == 0 else state.initial_eval_loss
     state = replace(state, evaluated_step=state.step, eval_loss=loss, initial_eval_loss=initial)
     report(run, state, "training", force=True)
@@ -225,46 +238,55 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
 
 
 def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | None:
-    """The loss in nats per target. None if a stop was requested, or if memory ran out and the job lets halve."""
+    """The loss in nats per target. None if a stop was requested, or if memory ran out and the job lets halve.
+
+    Each process takes its share of the batches, in rounds, between which all agree to go on.
+    """
     summed, targets = torch.zeros((), dtype=torch.float64, device=run.device), 0
-    size = run.plan.micro_batch_size
-    try:
-        with torch.no_grad():
-            for first in range(0, len(data), size):
-                if run.stop.requested:
-                    return None
-                batch = read_batch(data, tuple(range(first, min(first + size, len(data)))), run.device)
-                summed += _loss(run, batch)
-                targets += batch.target_count
-                report(run, state, "evaluating")
-    except torch.OutOfMemoryError:
-        if not _may_halve(run):
-            raise
-        return None
-    return float(summed) / max(1, targets)
+    size, rank = run.plan.micro_batch_size, run.ranks.place.rank
+    batches = [tuple(range(first, min(first + size, len(data)))) for first in range(0, len(data), size)]
+    for first in range(0, len(batches), run.ranks.place.size):
+        short = False
+        if first + rank < len(batches):
+            batch = read_batch(data, batches[first + rank], run.device)
+            try:
+                with torch.no_grad():
+                    summed += _loss(run, batch)
+            except torch.OutOfMemoryError:
+                if not _may_halve(run):
+                    raise
+                short = True
+            targets += batch.target_count
+        if run.ranks.any(short or run.stop.requested):
+            return None
+        report(run, state, "evaluating")
+    all_targets = sum(count for (count,) in run.ranks.gather(targets))
+    return float(run.ranks.sum(summed)) / max(1, all_targets)
 
 
 def _save(run: Run, state: RunState) -> None:
+    """Save the run. Only the main process writes; the others go on."""
     report(run, state, "saving a checkpoint")
-    epoch, sequence = run.plan.position(state.step)
     saved_at = timestamp(run.now())
-    save_checkpoint(
-        run.context.workspace.checkpoints,
-        state.step,
-        {
-            "adapter": adapter_tensors(run.model),
-            "optimizer": optimizer_tensors(run.optimizer, run.parameters),
-        },
-        {
-            "fingerprint": run.fingerprint,
-            "threads": run.threads,
-            "processor": processor(run.context.device),
-            "run": asdict(state),
-            "data": {"epoch": epoch, "sequence": sequence},
-            "historyBytes": run.history.sync(),
-            "savedAt": saved_at,
-        },
-    )
+    if run.history is not None:
+        epoch, sequence = run.plan.position(state.step)
+        save_checkpoint(
+            run.context.workspace.checkpoints,
+            state.step,
+            {
+                "adapter": adapter_tensors(run.model),
+                "optimizer": optimizer_tensors(run.optimizer, run.parameters),
+            },
+            {
+                "fingerprint": run.fingerprint,
+                "threads": run.threads,
+                "processor": processor(run.context.device),
+                "run": asdict(state),
+                "data": {"epoch": epoch, "sequence": sequence},
+                "historyBytes": run.history.sync(),
+                "savedAt": saved_at,
+            },
+        )
     run.checkpoint_step, run.checkpoint_time = state.step, saved_at
     report(run, state, "training", force=True)
 

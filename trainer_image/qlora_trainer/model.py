@@ -47,7 +47,7 @@ def load_base(folder: Path, quantization: QuantizationSpec, device: Device) -> A
             ),
             dtype=COMPUTE_DTYPE,
             attn_implementation=ATTENTION,
-            device_map={"": 0 if device == "cuda" else "cpu"},
+            device_map={"": torch.cuda.current_device() if device == "cuda" else "cpu"},
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

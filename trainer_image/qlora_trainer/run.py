@@ -11,6 +11,7 @@ from torch import nn
 from qlora_api.contract import ProgressRecord
 from qlora_trainer.batches import Plan
 from qlora_trainer.determinism import Fingerprint
+from qlora_trainer.distributed import Ranks
 from qlora_trainer.divergence import Stability
 from qlora_trainer.failures import StopRequest
 from qlora_trainer.metrics import History, Pace
@@ -59,10 +60,13 @@ class Run:
     eval_data: PreparedDataset | None
     model: Any
     optimizer: torch.optim.Optimizer
-    history: History
+    ranks: Ranks
+    history: History | None
+    """None in the processes that do not write."""
     fingerprint: Fingerprint
     threads: int
     storage: Storage
+    quantized_sha256: str
     plan: Plan
     """Its micro batches may become smaller."""
     checkpoint_step: int | None = None
@@ -73,6 +77,15 @@ class Run:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name."""
         return adapter_parameters(self.model)
+
+    def stopping(self) -> bool:
+        """Whether a stop has been requested in any process; all must ask together."""
+        return self.ranks.any(self.stop.requested)
+
+    def note(self, entry: Mapping[str, float]) -> None:
+        """Add a line to the history."""
+        if self.history is not None:
+            self.history.append(entry)
 
 
 def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:

@@ -1,16 +1,19 @@
 """Trains the adapter: the loop, from the prepared data and the base model to the trained folder."""
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qlora_api.contract import ProgressRecord
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.attempts import counted_attempt, only_attempt
 from qlora_trainer.batches import Plan
-from qlora_trainer.checkpoint import Checkpoint, newest_checkpoint
+from qlora_trainer.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from qlora_trainer.determinism import (
     Fingerprint,
     available_cpus,
@@ -20,16 +23,22 @@ from qlora_trainer.determinism import (
     use_device,
 )
 from qlora_trainer.disk import file_sha256, sync_tree
-from qlora_trainer.failures import StopRequest, bad_configuration
+from qlora_trainer.distributed import Ranks, joined
+from qlora_trainer.failures import StopRequest, bad_configuration, unreachable
 from qlora_trainer.family import inspect_family
 from qlora_trainer.files import ADAPTER_FILE, SAMPLES_FILE
+from qlora_trainer.held_out import compared_sequences, mean_loss, read_compared
+from qlora_trainer.launch import Place, started_others
 from qlora_trainer.loop import restore, run_to_end
 from qlora_trainer.memory_shortage import explained_shortage
+from qlora_trainer.merge import keep_for_merge
 from qlora_trainer.metrics import History
 from qlora_trainer.model import adapter_parameters, attach_adapter, load_base, save_adapter
 from qlora_trainer.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.prepared import PreparedDataset
+from qlora_trainer.quantized import is_kept, layers_sha256, quantized_layers
 from qlora_trainer.records import (
+    Comparison,
     PrepareRecord,
     RecordWriter,
     TrainRecord,
@@ -41,7 +50,7 @@ from qlora_trainer.records import (
 from qlora_trainer.run import Run, RunState, report
 from qlora_trainer.samples import leave_samples
 from qlora_trainer.step import StepContext
-from qlora_trainer.storage import storage_of
+from qlora_trainer.storage import Storage, storage_of
 from qlora_trainer.trackers import open_trackers
 from qlora_trainer.weights import BaseWeights
 
@@ -55,35 +64,75 @@ def train(
     stop: StopRequest,
     now: Clock,
     monotonic: Callable[[], float],
+    command: Sequence[str] = (),
 ) -> TrainRecord:
     """Train, from the newest checkpoint if there is one, and leave the adapter in `trained/`.
 
-    `now` gives the time for records (with a time zone), `monotonic` seconds for speeds. Returns at once if the
-    completion record matches. Raises StepFailure, or Interrupted after saving when `stop` was set.
+    `now` gives the time for records (with a time zone), `monotonic` seconds for speeds. `command` starts the same step
+    as a further process, for a job with several GPUs that torchrun has not started. Returns at once if the completion
+    record matches. Raises StepFailure, or Interrupted after saving when `stop` was set.
     """
     workspace = context.workspace
     prepared = read_completion(workspace.completion("prepare"), PrepareRecord)
     if prepared is None:
         raise bad_configuration(f"{workspace.completion('prepare')} is missing: run the prepare step first")
     model_folder = workspace.root / prepared.model_path
-    fingerprint = run_fingerprint(context.spec, prepared, context.device)
+    place = Place.of(os.environ, context.spec.resources.gpus)
+    fingerprint = run_fingerprint(context.spec, prepared, context.device, place.size)
     done = _already_trained(context, digest(fingerprint))
     if done is not None:
         return done
+    with ExitStack() as held:
+        checkpoint = held.enter_context(_attempt(context, fingerprint, now)) if place.main else None
+        others = held.enter_context(started_others(place, command))
+        ranks = held.enter_context(joined(others, context.device))
+        checkpoint = _same_start(ranks, context, digest(fingerprint), checkpoint)
+        shortage = partial(explained_shortage, context.spec, prepared, model_folder, context.device)
+        with shortage(lambda: context.spec.training.micro_batch_size):
+            run, state = _start(context, records, stop, now, monotonic, prepared, fingerprint, checkpoint, ranks)
+        with shortage(lambda: run.plan.micro_batch_size):
+            state = run_to_end(run, state)
+        record = _finish(run, state, digest(fingerprint)) if ranks.main else None
+        ranks.wait()
+        if record is not None:
+            _leave_samples(run, model_folder)
+    return record or _written_by_main(context, digest(fingerprint))
+
+
+@contextmanager
+def _attempt(context: StepContext, fingerprint: Fingerprint, now: Clock) -> Iterator[Checkpoint | None]:
+    """Run the body as the workspace's only attempt, with the checkpoint that it goes on from."""
+    workspace = context.workspace
     with only_attempt(workspace.records):
         checkpoint = newest_checkpoint(workspace.checkpoints)
         if checkpoint is not None:
             refuse_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
         from_step = 0 if checkpoint is None else checkpoint.step
         with counted_attempt(workspace.records, from_step, context.spec.retry.max_disruptions, context.pod_uid, now):
-            shortage = partial(explained_shortage, context.spec, prepared, model_folder, context.device)
-            with shortage(lambda: context.spec.training.micro_batch_size):
-                run, state = _start(context, records, stop, now, monotonic, prepared, fingerprint, checkpoint)
-            with shortage(lambda: run.plan.micro_batch_size):
-                state = run_to_end(run, state)
-            record = _finish(run, state, digest(fingerprint))
-            _leave_samples(run, model_folder)
-            return record
+            yield checkpoint
+
+
+def _same_start(
+    ranks: Ranks, context: StepContext, fingerprint: str, checkpoint: Checkpoint | None
+) -> Checkpoint | None:
+    """The checkpoint that the main process has chosen. Raises StepFailure if this process would compute another run."""
+    chosen = "" if checkpoint is None else checkpoint.path.name
+    said_fingerprint, _, said_name = ranks.from_main("start", f"{fingerprint} {chosen}").partition(" ")
+    if said_fingerprint != fingerprint:
+        raise bad_configuration(
+            f"rank {ranks.place.rank} has another job, other data or other libraries than rank 0: start all processes "
+            "with the same image, document and workspace"
+        )
+    if ranks.main or not said_name:
+        return checkpoint
+    return read_checkpoint(context.workspace.checkpoints / said_name)
+
+
+def _written_by_main(context: StepContext, fingerprint: str) -> TrainRecord:
+    record = _already_trained(context, fingerprint)
+    if record is None:
+        raise unreachable("the main process has finished, but its adapter is not in this process's workspace")
+    return record
 
 
 def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | None:
@@ -92,6 +141,8 @@ def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | No
     if record is None or record.fingerprint != fingerprint:
         return None
     adapter = context.workspace.root / record.adapter_path / ADAPTER_FILE
+    if context.spec.output.merged is not None and not is_kept(context.workspace.quantized, record.quantized_sha256):
+        return None
     return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
 
 
@@ -104,11 +155,13 @@ def _start(
     prepared: PrepareRecord,
     fingerprint: Fingerprint,
     checkpoint: Checkpoint | None,
+    ranks: Ranks,
 ) -> tuple[Run, RunState]:
     """Load everything and put it where the checkpoint left it; without one, at the beginning."""
     spec, root = context.spec, context.workspace.root
-    threads = available_cpus() if checkpoint is None else int(checkpoint.state["threads"])
-    device = use_device(context.device, threads)
+    own_cpus = max(1, available_cpus() // ranks.place.local_size)
+    threads = own_cpus if checkpoint is None else int(checkpoint.state["threads"])
+    device = use_device(context.device, threads, ranks.place.local_rank)
     data = PreparedDataset.open(root / prepared.data_path, "train")
     eval_data = PreparedDataset.open(root / prepared.data_path, "eval") if spec.dataset.eval else None
     plan = Plan.of(len(data), spec.training)
@@ -126,8 +179,7 @@ def _start(
     )
     model_folder = root / prepared.model_path
     _refuse_mixed_rows(spec, prepared, model_folder)
-    base = load_base(model_folder, spec.quantization, context.device)
-    storage = storage_of(base)
+    base, storage, quantized_sha256 = _load_base(context, model_folder, ranks)
     model = attach_adapter(
         base,
         spec.lora,
@@ -150,15 +202,27 @@ def _start(
         eval_data=eval_data,
         model=model,
         optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
-        history=_history(context, fingerprint, checkpoint),
+        ranks=ranks,
+        history=_history(context, fingerprint, checkpoint) if ranks.main else None,
         fingerprint=fingerprint,
         threads=threads,
         storage=storage,
+        quantized_sha256=quantized_sha256,
     )
     state = RunState() if checkpoint is None else restore(run, checkpoint)
+    ranks.copy_from_main(run.parameters.values())
     unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
     return run, state
+
+
+def _load_base(context: StepContext, model_folder: Path, ranks: Ranks) -> tuple[Any, Storage, str]:
+    """The base in 4 bit, what it takes, and the SHA-256 of that. It is kept on disk if it will be merged into."""
+    base = load_base(model_folder, context.spec.quantization, context.device)
+    storage, sha256 = storage_of(base), layers_sha256(quantized_layers(base))
+    if context.spec.output.merged is not None and ranks.main:
+        keep_for_merge(base, model_folder, context.workspace, sha256)
+    return base, storage, sha256
 
 
 def _history(context: StepContext, fingerprint: Fingerprint, checkpoint: Checkpoint | None) -> History:
@@ -199,10 +263,10 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
     sync_tree(unfinished)
     unfinished.rename(workspace.trained)
     sync_folder(workspace.root)
+    if state.loss is None or run.history is None:
+        raise AssertionError("a plan has at least one step, each step has a loss, and the main process notes it")
     run.history.sync()
     run.history.close()
-    if state.loss is None:
-        raise AssertionError("a plan has at least one step, and each step has a loss")
     record = TrainRecord(
         fingerprint=fingerprint,
         adapter_path=workspace.trained.name,
@@ -212,12 +276,26 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
         initial_eval_loss=state.initial_eval_loss,
         eval_loss=state.eval_loss,
         peak_memory_bytes=state.peak_memory_bytes,
+        ranks=run.ranks.place.size,
         micro_batch_size=state.micro_batch_size,
         quantized_parameters=run.storage.parameters,
         bits_per_parameter=round(run.storage.bits_per_parameter, 4),
+        quantized_sha256=run.quantized_sha256,
+        compared=_compared(run),
     )
     write_completion(workspace.completion("train"), record)
     return record
+
+
+def _compared(run: Run) -> Comparison | None:
+    """The adapter's loss on the rows that a merged model will be tried on; None if there will be none."""
+    if run.eval_data is None or run.context.spec.output.merged is None:
+        return None
+    model = run.model.eval().get_base_model()
+    sequences = compared_sequences(run.eval_data, run.storage.parameters)
+    batches = read_compared(run.eval_data, sequences, run.device)
+    targets = sum(batch.target_count for batch in batches)
+    return Comparison(sequences=sequences, targets=targets, loss=mean_loss(model, batches))
 
 
 def _leave_samples(run: Run, tokenizer_folder: Path) -> None:

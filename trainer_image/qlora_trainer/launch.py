@@ -1,0 +1,158 @@
+"""Starts the other processes of a run with several GPUs in the same pod, and sees that none outlives it.
+
+What started this process may have done that already: torchrun, on one node or several. Then its environment says so.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from qlora_trainer.failures import Interrupted, bad_configuration, unreachable
+
+_PARENT = "QLORA_STARTED_BY"
+_LOOPBACK = "127.0.0.1"
+_SECONDS_TO_END = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of a run's processes this is, counted as torchrun counts: over all nodes, and on its own."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = ""
+    """Host and port of the processes' common store; empty while it is not known."""
+    port: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that writes."""
+        return self.rank == 0
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str], gpus: int = 1) -> "Place":
+        """The place that torchrun's variables name; without them, that of the first of `gpus` processes in this pod.
+
+        Raises StepFailure (BAD_CONFIGURATION) for variables that contradict each other.
+        """
+        if "RANK" not in environ or "WORLD_SIZE" not in environ:
+            return cls(size=gpus, local_size=gpus)
+        try:
+            place = cls(
+                rank=int(environ["RANK"]),
+                size=int(environ["WORLD_SIZE"]),
+                local_rank=int(environ.get("LOCAL_RANK", "0")),
+                local_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
+                address=environ.get("MASTER_ADDR", _LOOPBACK),
+                port=int(environ.get("MASTER_PORT", "29500")),
+            )
+        except ValueError as error:
+            raise bad_configuration(f"RANK, WORLD_SIZE and the like are set, but not to numbers ({error})") from error
+        if not (0 <= place.rank < place.size and 0 <= place.local_rank < place.local_size <= place.size):
+            raise bad_configuration(
+                f"RANK {place.rank} of WORLD_SIZE {place.size} and LOCAL_RANK {place.local_rank} of LOCAL_WORLD_SIZE "
+                f"{place.local_size} contradict each other: start the step with torchrun, or without these variables"
+            )
+        return place
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which `of` makes this place."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def named_rank(environ: Mapping[str, str]) -> int:
+    """The rank that the environment names, 0 without one; whether it makes sense is for `Place.of` to say."""
+    rank = environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
+
+
+class Others:
+    """The processes that this one has started, one a rank."""
+
+    def __init__(self, place: Place, processes: Sequence["subprocess.Popen[bytes]"] = ()) -> None:
+        self.place = place
+        """This process's own place, now with the address of the common store."""
+        self._processes = processes
+
+    def require_alive(self) -> None:
+        """Raise StepFailure (UNREACHABLE: worth another attempt) if one has been killed or has crashed."""
+        for rank, process in enumerate(self._processes, start=1):
+            status = process.poll()
+            if status:
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                raise unreachable(
+                    f"rank {rank} of {self.place.size} {how}; its log is records/train.rank-{rank}.log. The step is "
+                    "tried again"
+                )
+
+    def end(self, deadline: float) -> None:
+        """Wait until all have ended; kill those that still run at `deadline` (a time of time.monotonic)."""
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def started_others(place: Place, command: Sequence[str]) -> Iterator[Others]:
+    """Start the other ranks with the same `command` (none, if torchrun did or there is one process), and reap them.
+
+    When all end alike, finished or asked to stop, they end by themselves. When the body fails they are killed: only
+    this process writes, and it has the reason.
+    """
+    if place.size == 1 or place.address:
+        yield Others(place)
+        return
+    if not command:
+        raise bad_configuration("several GPUs need the command `train`, or torchrun")
+    place = replace(place, address=_LOOPBACK, port=_free_port())
+    processes: list[subprocess.Popen[bytes]] = []
+    others, seconds = Others(place, processes), 0.0
+    try:
+        for rank in range(1, place.size):
+            environment = replace(place, rank=rank, local_rank=rank).environment() | {_PARENT: str(os.getpid())}
+            processes.append(
+                subprocess.Popen(
+                    command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                )
+            )
+        yield others
+        seconds = _SECONDS_TO_END
+    except Interrupted:
+        seconds = _SECONDS_TO_END
+        raise
+    finally:
+        others.end(time.monotonic() + seconds)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((_LOOPBACK, 0))
+        return int(listener.getsockname()[1])
+
+
+def end_with_parent(environ: Mapping[str, str] = os.environ) -> None:
+    """Let the kernel kill this process when the one that started it as a rank has ended, however that happens."""
+    if _PARENT not in environ:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(environ[_PARENT]):
+        os._exit(1)
