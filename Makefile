@@ -40,6 +40,10 @@ check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests
 	@$(VENV)/bin/lint-imports
 	@$(PYTHON) -m pytest -q tests/unit
 
+.PHONY: benchmarks
+benchmarks: $(VENV)/.synced-benchmarks ## Compare the trainer with TRL and others: half an hour on an idle machine
+	@$(PYTHON) -m benchmarks
+
 .PHONY: generate
 generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition and the schema of the chart
 	@$(PYTHON) crds/generate.py
@@ -70,4 +74,8 @@ $(UV):
 $(VENV)/.synced: $(UV) pyproject.toml uv.lock
 	@echo "Installing the Python environment (6 GB with PyTorch; once)"
 	@$(UV) sync --locked --extra dev --python '>=3.11,<3.14'
+	@touch $@
+
+$(VENV)/.synced-benchmarks: $(VENV)/.synced
+	@$(UV) sync --locked --extra dev --extra benchmarks --python '>=3.11,<3.14'
 	@touch $@

@@ -17,7 +17,14 @@ MACHINES = ("pump", "crane", "furnace", "lift", "printer", "mixer", "turbine", "
 PARTS = ("valve", "bearing", "sensor", "belt", "gear", "fuse", "cable", "gasket", "filter", "switch")
 FAULTS = ("leaks", "overheats", "rattles", "slips", "sticks", "corrodes", "trips", "stalls", "vibrates", "wears out")
 REMEDIES = ("clean it", "tighten it", "replace it", "oil it", "align it", "reset it", "insulate it", "drain it")
-TIMES = ("every morning", "twice a week", "after each shift", "once a month", "before winter", "when it has cooled down")
+TIMES = (
+    "every morning",
+    "twice a week",
+    "after each shift",
+    "once a month",
+    "before winter",
+    "when it has cooled down",
+)
 PEOPLE = ("operator", "engineer", "apprentice", "inspector", "foreman", "electrician")
 
 WORDS_A_SENTENCE = 17

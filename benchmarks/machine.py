@@ -33,9 +33,10 @@ def describe_machine() -> dict[str, Any]:
     """This machine, now."""
     lines = dict(_pairs(Path("/proc/cpuinfo").read_text()))
     flags = lines.get("flags", "").split()
+    model = f"family {lines.get('cpu family')} model {lines.get('model')}"
     return asdict(
         Machine(
-            processor=f"{lines.get('model name', 'unknown')}, family {lines.get('cpu family')} model {lines.get('model')}",
+            processor=f"{lines.get('model name', 'unknown')}, {model}",
             instructions=tuple(flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags),
             cores=len(os.sched_getaffinity(0)),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

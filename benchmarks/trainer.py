@@ -16,16 +16,14 @@ from qlora_trainer.process import set_environment
 from qlora_trainer.records import RecordWriter
 from qlora_trainer.step import Mounts, StepContext, load_document
 
+JOB = "job.json"
+WORKSPACE = "workspace"
 JOB_UID = "7d0c2f5e-0000-4000-8000-000000000003"
 
 
-def prepared_context(folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any]) -> StepContext:
-    """The train step's context after prepare has laid `folder`/train.jsonl out; what is not set has its default.
-
-    Raises CalledProcessError if prepare fails; its record says why.
-    """
-    document = folder / "job.json"
-    document.write_text(
+def prepare_command(folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any]) -> list[str]:
+    """The command line that lays `folder`/train.jsonl out in `folder`/workspace; what is not set has its default."""
+    (folder / JOB).write_text(
         json.dumps(
             {
                 "apiVersion": "qlora.dev/v1alpha1",
@@ -40,13 +38,19 @@ def prepared_context(folder: Path, model: Path, training: dict[str, Any], lora: 
             }
         )
     )
-    workspace = WorkspaceLayout(folder / "workspace")
-    command = [sys.executable, "-m", "qlora_trainer", "prepare", "--job", document, "--workspace", workspace.root]
-    volumes = ["--volume", f"model={model}", "--volume", f"data={folder}"]
-    subprocess.run([*command, *volumes], check=True, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=sys.stderr)
+    paths = [f"--job={folder / JOB}", f"--workspace={folder / WORKSPACE}"]
+    volumes = [f"--volume=model={model}", f"--volume=data={folder}"]
+    return [sys.executable, "-m", "qlora_trainer", "prepare", *paths, *volumes]
+
+
+def prepared_context(folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any]) -> StepContext:
+    """The train step's context after prepare has run. Raises CalledProcessError if it fails; its record says why."""
+    command = prepare_command(folder, model, training, lora)
+    subprocess.run(command, check=True, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=sys.stderr)
+    workspace = WorkspaceLayout(folder / WORKSPACE)
     set_environment("train", workspace.root)
     mounts = Mounts(claims={"model": model, "data": folder})
-    return StepContext(load_document(document), workspace, mounts, "cpu", "local", 1, str(workspace.root))
+    return StepContext(load_document(folder / JOB), workspace, mounts, "cpu", "local", 1, str(workspace.root))
 
 
 def train_here(context: StepContext) -> None:

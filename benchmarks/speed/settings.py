@@ -17,7 +17,9 @@ ROWS_PER_STEP = 16
 """Rows of an optimizer step. Where rows are packed: about, in `SEQUENCES_PER_STEP` sequences."""
 SEQUENCES_PER_STEP = 3
 TRAIN_ROWS = 800
-HELD_OUT_ROWS = 24
+HELD_OUT_ROWS = 16
+TARGET_LOSS = 2.0
+"""Evaluation loss whose time is measured, in natural logarithms."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def describe_settings() -> dict[str, Any]:
         "sequencesPerStep": SEQUENCES_PER_STEP,
         "trainRows": TRAIN_ROWS,
         "heldOutRows": HELD_OUT_ROWS,
+        "targetLoss": TARGET_LOSS,
     }
 
 

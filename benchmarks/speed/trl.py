@@ -54,4 +54,3 @@ def train(inputs: Inputs, instrument: Instrument, *, packing: bool) -> tuple[lis
     trainer.data_collator = counted = CountingCollator(trainer.data_collator)
     trainer.train()
     return counted.by_step(steps, accumulation)
-

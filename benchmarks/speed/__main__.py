@@ -1,0 +1,120 @@
+"""Compares this trainer with TRL and with the original recipe; writes `results/speed.json` and prints the table.
+
+Each system runs in a process of its own, again and again in turn, so that a slow moment of the machine hits all.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conversations import CHAT, write_conversations
+from benchmarks.inputs import RESULTS, model_folder, write_result
+from benchmarks.machine import describe_machine
+from benchmarks.speed.settings import (
+    HELD_OUT_ROWS,
+    SEED,
+    SYSTEMS,
+    TARGET_LOSS,
+    TRAIN_ROWS,
+    Inputs,
+    Length,
+    SystemName,
+    describe_length,
+    describe_settings,
+)
+from benchmarks.speed.summary import compare, figures, table
+
+# The same for all. Threads that spin while they wait are of no use on two cores.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def main() -> int:
+    """Measure, write and print; returns the exit code."""
+    options = _parser().parse_args()
+    length = Length(options.steps, snapshot_every=1)
+    machine, model = describe_machine(), model_folder()
+    with tempfile.TemporaryDirectory(prefix="qlora-speed-") as scratch:
+        inputs = Inputs(Path(scratch), model)
+        write_conversations(inputs.train, TRAIN_ROWS, SEED, CHAT)
+        write_conversations(inputs.held_out, HELD_OUT_ROWS, SEED + 1, CHAT)
+        measured: dict[SystemName, list[dict[str, Any]]] = {system: [] for system in options.systems}
+        for repetition in range(options.repetitions):
+            for system in options.systems:
+                print(f"{system}, {repetition + 1} of {options.repetitions}", file=sys.stderr, flush=True)
+                measured[system].append(_run(system, inputs, length, Path(scratch) / f"{system}-{repetition}"))
+        base_loss = _evaluate(inputs, measured)
+    all_figures = {system: figures(measured[system], TARGET_LOSS) for system in options.systems}
+    comparisons = compare(all_figures)
+    result = {
+        "machine": machine,
+        "settings": describe_settings(),
+        "length": describe_length(length),
+        "environment": ENVIRONMENT,
+        "baseEvalLoss": base_loss,
+        "measured": measured,
+        "figures": {system: asdict(system_figures) for system, system_figures in all_figures.items()},
+        "comparisons": [{**asdict(one), "met": one.met} for one in comparisons],
+    }
+    print(table(all_figures, comparisons))
+    print(f"\n{write_result('speed', result, options.output)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=2, help="runs of each system (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, help="only these")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    return parser
+
+
+def _run(system: SystemName, inputs: Inputs, length: Length, folder: Path) -> dict[str, Any]:
+    """One run in a new process; what it measured. Raises CalledProcessError with its output printed."""
+    folder.mkdir()
+    (folder / inputs.train.name).symlink_to(inputs.train)
+    lengths = [f"--steps={length.steps}", f"--snapshot-every={length.snapshot_every}"]
+    _checked(["benchmarks.speed.worker", system, str(folder), str(inputs.model), *lengths])
+    measured: dict[str, Any] = json.loads((folder / "measured.json").read_text())
+    return measured | {"snapshots": [str(folder / f"step-{step + 1}.pt") for step in range(length.steps)]}
+
+
+def _evaluate(inputs: Inputs, measured: dict[SystemName, list[dict[str, Any]]]) -> float:
+    """Give each repetition its `evalLosses`: repetitions compute the same, so those of the first one."""
+    asked = "".join(
+        json.dumps({"system": system, "snapshots": runs[0]["snapshots"]}) + "\n" for system, runs in measured.items()
+    )
+    losses = json.loads(_checked(["benchmarks.speed.evaluate", str(inputs.model), str(inputs.held_out)], asked))
+    for runs in measured.values():
+        of_steps = {str(step): losses[path] for step, path in enumerate(runs[0]["snapshots"], start=1)}
+        for run in runs:
+            del run["snapshots"]
+            run["evalLosses"] = of_steps
+    return float(losses["base"])
+
+
+def _checked(module: Sequence[str], given: str = "") -> str:
+    """What the module prints when it is run with its arguments and `given` on standard input."""
+    done = subprocess.run(
+        [sys.executable, "-m", *module],
+        input=given,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+        check=False,
+    )
+    if done.returncode:
+        print(done.stderr[-4000:], file=sys.stderr)
+        done.check_returncode()
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())
