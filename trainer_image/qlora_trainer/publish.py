@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +16,8 @@ from qlora_trainer.card import model_card, quantization_label
 from qlora_trainer.destination import Destination, is_published, open_destination, publish_folder
 from qlora_trainer.failures import bad_configuration
 from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
-from qlora_trainer.manifest import Manifest, describe_files
+from qlora_trainer.manifest import Contents, Manifest, describe_files
+from qlora_trainer.publish_merged import publish_merged, still_published
 from qlora_trainer.records import (
     PrepareRecord,
     PublishRecord,
@@ -70,6 +72,9 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     manifest = _manifest(context, prepared, trained, contents)
     say(f"writing to {destination.uri}"[:128])
     uri = publish_folder(destination, contents, manifest)
+    merged = publish_merged(context, prepared, trained, partial(_manifest, context, prepared, trained), say)
+    if merged is not None:
+        write_report(context, prepared, trained, merged)
     record = PublishRecord(
         fingerprint=_fingerprint(trained, destination),
         adapter=AdapterStatus(
@@ -83,6 +88,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
                 context.spec.quantization.type, double=context.spec.quantization.double_quant
             ),
         ),
+        merged=merged,
     )
     write_completion(context.workspace.completion("publish"), record)
     return record
@@ -100,6 +106,8 @@ def _already_published(context: StepContext, trained: TrainRecord, destination: 
     """The completion record, if it is of this adapter and every file is still what its manifest says."""
     record = read_completion(context.workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(trained, destination):
+        return None
+    if not still_published(context, record.merged):
         return None
     manifest = destination.published()
     if manifest is None or ADAPTER_FILE not in manifest.files:
@@ -129,9 +137,7 @@ def _verified(context: StepContext, prepared: PrepareRecord, trained: TrainRecor
     return folder
 
 
-def _manifest(
-    context: StepContext, prepared: PrepareRecord, trained: TrainRecord, contents: dict[str, Path | bytes]
-) -> Manifest:
+def _manifest(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, contents: Contents) -> Manifest:
     spec = context.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=set(MUTABLE_FIELDS))
     return Manifest(
         job_uid=context.job_uid,
