@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from qlora_api.artefacts import OutputSpec
 from qlora_api.contract import CONTRACT_VERSION, ExitCode, ProgressRecord, ResultRecord
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Profile
@@ -201,8 +202,13 @@ def _verified(child: ChildJob, facts: Facts, step: StepName) -> ResultRecord | N
     for pod in reversed(facts.observed.pods_of(child.uid)):
         record = pod.result(facts.job.uid, step)
         if pod.exited_well and record is not None and (record.outcome, record.exit_code) == ("succeeded", 0):
-            return record if step != "publish" or record.adapter is not None else None
+            return record if step != "publish" or _names_all(record, facts.job.spec.output) else None
     return None
+
+
+def _names_all(record: ResultRecord, output: OutputSpec) -> bool:
+    """Whether a result of publish tells of everything that the job asks for."""
+    return record.adapter is not None and (output.merged is None or record.merged is not None)
 
 
 def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus:

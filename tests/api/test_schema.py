@@ -66,6 +66,14 @@ REFUSED = {
         with_value(MINIMAL, "spec.model.source", "s3://bucket/model"),
         "must be hf://ORG/NAME or pvc://CLAIM",
     ),
+    "a merged model inside of the adapter's folder": (
+        with_value(
+            MINIMAL,
+            "spec.output",
+            {"destination": "pvc://out/tiny", "merged": {"destination": "pvc://out/tiny/merged"}},
+        ),
+        "spec.output: Invalid value: adapter and merged model need folders of their own",
+    ),
     "path traversal": (with_value(MINIMAL, "spec.dataset.source", "pvc://data/../x.jsonl"), "a path has no '..'"),
     "model from a config map": (with_value(MINIMAL, "spec.model.source", "configMap://a/b"), "spec.model.source"),
     "claim and size": (

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.status import QLoRAJobStatus
+from qlora_api.status import MergedStatus, QLoRAJobStatus
 from qlora_operator.observe import Reason
 from qlora_operator.status import cleanup_at, next_status, with_child, with_refusal
 from tests.unit.builders import (
@@ -369,6 +369,18 @@ def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> No
         ended(body, 0, result(body, "publish")),
     )
     assert status.step == step_status("publish", 2, jobUid="", unverified=1)
+
+
+def test_a_merged_model_that_was_asked_for_is_told_and_without_it_there_is_no_success() -> None:
+    body, output = pod("publish"), {"merged": {}}
+
+    def told(**found: Any) -> QLoRAJobStatus:
+        end = ended(body, 0, result(body, "publish", adapter=ADAPTER, **found))
+        return follow(make_job(status_in("publish"), output=output), child("publish", Complete=""), end)
+
+    merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
+    assert (told(merged=merged).phase, told(merged=merged).merged) == ("Succeeded", merged)
+    assert told().step == step_status("publish", 2, jobUid="", unverified=1)
 
 
 def test_a_suspension_is_over_when_no_pod_is_left() -> None:
