@@ -1,18 +1,23 @@
 """Which models can be trained is decided from config.json alone, and the answer names the family."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
+from qlora_trainer.attention import ATTENTION, Rows, register_attention, rows_attention
 from qlora_trainer.failures import StepFailure
 from qlora_trainer.family import inspect_family
+from qlora_trainer.loss import LogitTransform
+from qlora_trainer.probe import shrunken
 from tests.trainer.tiny import SHAPE
 
 IDS: dict[str, Any] = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
@@ -132,6 +137,19 @@ def test_a_folder_without_a_model_and_one_with_a_broken_configuration_are_told_a
         assert refusal(tmp_path).exit_code is ExitCode.BAD_CONFIGURATION
 
 
+def test_the_shrunken_model_has_a_block_of_each_kind_and_caps_that_matter() -> None:
+    smol = transformers.SmolLM3Config(num_hidden_layers=36)
+    gemma = transformers.Gemma2Config(num_hidden_layers=26)
+    llama = transformers.LlamaConfig(num_hidden_layers=32)
+
+    assert sorted(shrunken(smol).no_rope_layers) == [0, 1]
+    assert shrunken(gemma).layer_types == ["sliding_attention", "full_attention"]
+    assert shrunken(gemma).sliding_window < 7
+    assert shrunken(gemma).attn_logit_softcapping == shrunken(gemma).final_logit_softcapping == 1.0
+    assert [shrunken(config).num_hidden_layers for config in (smol, gemma, llama)] == [2, 2, 2]
+    assert shrunken(gemma).head_dim == gemma.head_dim
+
+
 def _leaky(module: Any, query: Any, key: Any, value: Any, _mask: Any, **settings: Any) -> Any:
     settings.pop("rows", None)
     return sdpa_attention_forward(module, query, key, value, None, **settings)
@@ -139,6 +157,23 @@ def _leaky(module: Any, query: Any, key: Any, value: Any, _mask: Any, **settings
 
 def _not_causal(module: Any, query: Any, key: Any, value: Any, _mask: Any, **settings: Any) -> Any:
     return sdpa_attention_forward(module, query, key, value, None, **(settings | {"is_causal": False}))
+
+
+def _uncapped(*tensors: Any, **settings: Any) -> Any:
+    return rows_attention(*tensors, **(settings | {"softcap": None}))
+
+
+def _without_window(*tensors: Any, **settings: Any) -> Any:
+    return rows_attention(*tensors, **(settings | {"sliding_window": None}))
+
+
+def _window_off_by_one(*tensors: Any, **settings: Any) -> Any:
+    window = settings.get("sliding_window")
+    return rows_attention(*tensors, **(settings | {"sliding_window": window and window + 1}))
+
+
+def _scaled_by_head_size(*tensors: Any, **settings: Any) -> Any:
+    return rows_attention(*tensors, **(settings | {"scaling": None}))
 
 
 def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,13 +185,87 @@ def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not family.packing_isolated
 
 
+@pytest.mark.parametrize(
+    ("config", "broken"),
+    [
+        (transformers.LlamaConfig(**SHAPE), _not_causal),
+        (transformers.Gemma2Config(**SHAPE, head_dim=32), _uncapped),
+        (transformers.Gemma2Config(**SHAPE, head_dim=32, query_pre_attn_scalar=100), _scaled_by_head_size),
+        (transformers.GraniteConfig(**SHAPE, attention_multiplier=0.1), _scaled_by_head_size),
+        (transformers.MistralConfig(**SHAPE, sliding_window=100), _without_window),
+        (transformers.Olmo3Config(**(SHAPE | IDS), sliding_window=100), _window_off_by_one),
+    ],
+)
 def test_attention_that_differs_from_the_familys_own_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: PretrainedConfig, broken: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    AttentionInterface.register("not_causal", _not_causal)
-    monkeypatch.setattr("qlora_trainer.probe.ATTENTION", "not_causal")
+    AttentionInterface.register("broken", broken)
+    monkeypatch.setattr("qlora_trainer.probe.ATTENTION", "broken")
 
-    failure = refusal(written(tmp_path, transformers.LlamaConfig(**SHAPE)))
+    failure = refusal(written(tmp_path, config))
 
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
-    assert "'llama' cannot be trained here: it computes attention or logits in a way" in failure.message
+    assert f"'{config.model_type}' cannot be trained here: it computes attention or logits in a way" in failure.message
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
+def test_logits_that_are_scaled_or_capped_otherwise_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "logit_scale": transformers.CohereConfig(**SHAPE, logit_scale=0.25),
+        "logits_scaling": transformers.GraniteConfig(**SHAPE, logits_scaling=8.0),
+        "final_logit_softcapping": transformers.Gemma2Config(**SHAPE, head_dim=32),
+    }[name]
+    assert inspect_family(written(tmp_path, config), LoraSpec()).packing_isolated
+    monkeypatch.setattr(LogitTransform, "__call__", lambda _transform, logits: logits)
+
+    assert "it computes attention or logits in a way" in refusal(tmp_path).message
+
+
+@pytest.mark.parametrize(
+    ("rotation", "longest"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "dynamic", "factor": 4.0}, 512),
+    ],
+)
+def test_rows_longer_than_the_models_positions_are_refused(
+    rotation: dict[str, Any], longest: int, tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 1e4} | rotation)
+    family = inspect_family(written(tmp_path, config), LoraSpec())
+
+    family.require_positions(longest)
+    with pytest.raises(StepFailure, match=f"positions for {longest} tokens") as caught:
+        family.require_positions(longest + 1)
+
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert family.keeps_rows_apart(longest)
+
+
+def test_rows_beyond_the_length_where_longrope_changes_are_not_put_together(tmp_path: Path) -> None:
+    rotation = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
+    config = transformers.Phi3Config(
+        **(SHAPE | IDS), original_max_position_embeddings=64, rope_parameters=rotation, initializer_range=0.2
+    )
+    family = inspect_family(written(tmp_path, config), LoraSpec())
+    register_attention()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    row = torch.arange(20)
+
+    def behind(tokens: int) -> torch.Tensor:
+        rows = Rows.of((tokens, len(row)), row.device)
+        input_ids = torch.cat([torch.full((tokens,), 7), row])[None]
+        with torch.no_grad():
+            return model(input_ids=input_ids, position_ids=rows.position_ids(), rows=rows).logits[0, tokens:]
+
+    assert family.packing_isolated
+    assert [family.keeps_rows_apart(tokens) for tokens in (64, 65)] == [True, False]
+    torch.testing.assert_close(behind(30), behind(64))
+    with pytest.raises(AssertionError, match="not close"):  # what is avoided
+        torch.testing.assert_close(behind(30), behind(65))
