@@ -162,7 +162,7 @@ def parse_value(text: str, place: str, advice: str = "write it as one JSON value
         return json.loads(text, parse_constant=refuse_number, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         cut = advice == _ONE_A_LINE and not text.endswith("\n")
-        raise _not_json(f"{place} column {error.colno}", error.msg, advice, cut=cut) from error
+        raise _not_json(f"{place} column {error.pos + 1}", error.msg, advice, cut=cut) from error
     except (ValueError, RecursionError) as error:
         raise _too_much(place, error) from error
 

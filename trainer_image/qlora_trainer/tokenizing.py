@@ -30,7 +30,9 @@ CHUNK_BYTES = 2**24
 MAX_WORKERS = 8
 """Reading keeps up with about so many."""
 
+# What is tokenized in one call: a token takes some 200 bytes until it is put away.
 _BATCH_ROWS = 128
+_BATCH_BYTES = 2**20
 # Workers load the tokenizer's libraries for some seconds, in which this process makes so many chunks.
 _CHUNKS_ALONE = 4
 _WAITING_CHUNKS_A_WORKER = 2
@@ -83,8 +85,7 @@ class ChunkMaker:
         return Chunk.of(((tokens.input_ids, tokens.is_target) for tokens in used), too_long, dropped)
 
     def _tokenized(self, rows: Sequence[RawRow]) -> Iterator[tuple[RawRow, TokenizedRow]]:
-        for first in range(0, len(rows), _BATCH_ROWS):
-            batch = rows[first : first + _BATCH_ROWS]
+        for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
             rendered = [self._tokenizer.render(self._reader.read(parse(row)), row.place) for row in batch]
             yield from zip(batch, self._tokenizer.tokenize(rendered, self._recipe.train_on), strict=True)
 
@@ -104,7 +105,7 @@ def tokenize(
     Memory: a few chunks of text for each of `workers` processes. Raises StepFailure for the first row that is wrong.
     """
     crew = _Crew(maker, recipe, min(workers, MAX_WORKERS))
-    batches = _batches(rows)
+    batches = _batches(rows, CHUNK_ROWS, CHUNK_BYTES)
     pending: deque[tuple[Path, Future[None] | None]] = deque()
     finished: list[Chunk] = []
 
@@ -134,8 +135,8 @@ def tokenize(
         crew.close()
 
 
-def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
-    """The rows of each chunk. A failure to read comes after the rows that were read before it."""
+def _batches(rows: Iterator[RawRow], most: int, bytes_: int) -> Iterator[list[RawRow]]:
+    """Rows in lists that end at `most` rows or so many bytes. A failure to read comes after the rows before it."""
     batch: list[RawRow] = []
     size = 0
     failure: StepFailure | None = None
@@ -143,7 +144,7 @@ def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
         for row in rows:
             batch.append(row)
             size += row.size
-            if len(batch) == CHUNK_ROWS or size >= CHUNK_BYTES:
+            if len(batch) == most or size >= bytes_:
                 yield batch
                 batch, size = [], 0
     except StepFailure as caught:
