@@ -67,13 +67,14 @@ def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
     assert "url(http" not in source
     assert "@import" not in source
     assert "script" not in page.elements
-    assert page.elements.count("svg") == 5  # loss, rate, norm, memory, speed
+    assert page.elements.count("svg") == 6  # loss, rate, norm, memory, speed, lengths
     metrics = read_history(finished.workspace / "report" / "metrics.jsonl")
     for shown in (
         f"{metrics.evaluation.values[-1]:.4f}",
         f"{metrics.evaluation.values[0]:.4f} before training",
-        "Trained on 30",
-        "longer than 64 tokens",
+        "40 read, 30 trained on, 10 held out",
+        "% filled",
+        "held in 4 bit",
         "--max-lora-rank 8",
         "PeftModel.from_pretrained",
         "learningRate 0.005",
@@ -121,7 +122,7 @@ def test_what_users_and_data_wrote_cannot_become_markup(trained: Files) -> None:
     published(trained)
     page = Page(page_of(trained))
     assert "script" not in page.elements
-    assert page.elements.count("svg") == 5
+    assert page.elements.count("svg") == 6
     assert page.words.count(attack) == 4
 
 

@@ -1,7 +1,7 @@
 """Draws a run's curves: the picture of the loss for cards and mails, and the charts of the report."""
 
+from collections.abc import Mapping
 from io import BytesIO
-from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -54,16 +54,17 @@ def chart(name: str, label: str, curve: Curve, *, logarithmic: bool = False, uni
     return _svg(name, 4.7, 2.8, plot) if curve.steps else ""
 
 
-def histogram(name: str, label: str, edges: tuple[int, ...], counts: tuple[int, ...]) -> str:
-    """How many rows lie between each two of `edges`, as an SVG element; `edges` has one entry more than `counts`."""
+def histogram(name: str, label: str, counts: Mapping[str, int]) -> str:
+    """A bar for each entry of `counts`, with its number on top, as an SVG element."""
 
     def plot(axes: Any) -> None:
-        widths = [end - start for start, end in pairwise(edges)]
-        axes.bar(edges[:-1], counts, width=widths, align="edge", color=_BLUE, edgecolor="white", linewidth=0.5)
+        bars = axes.bar(range(len(counts)), list(counts.values()), width=0.9, color=_BLUE)
+        axes.bar_label(bars, labels=[f"{count:,}" for count in counts.values()], color=_GREY, fontsize=8, padding=2)
+        axes.set_xticks(range(len(counts)), list(counts))
         axes.set_ylabel("Rows")
-        axes.set_xlabel(label)
+        axes.margins(y=0.12)
 
-    return _svg(name, 9.6, 2.8, plot, x_label=None)
+    return _svg(name, 9.6, 2.8, plot, x_label=label)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
@@ -76,14 +77,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _svg(name: str, width: float, height: float, plot: Any, *, x_label: str | None = "Optimizer step") -> str:
+def _svg(name: str, width: float, height: float, plot: Any, *, x_label: str = "Optimizer step") -> str:
     # Identifiers are drawn from the salt, not at random: the same run gives the same page. Text stays text.
     style = {"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": _GREY, "svg.fonttype": "none"}
     with mpl.rc_context({**style, "svg.hashsalt": name}):
         figure, axes = _figure(width, height)
         plot(axes)
-        if x_label is not None:
-            axes.set_xlabel(x_label)
+        axes.set_xlabel(x_label)
         image = BytesIO()
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = image.getvalue().decode()

@@ -9,7 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import MergedStatus
-from qlora_trainer.curves import chart, loss_chart, loss_picture
+from qlora_trainer.curves import chart, histogram, loss_chart, loss_picture
+from qlora_trainer.data_statistics import DataStatistics
 from qlora_trainer.files import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.history import History, read_history
 from qlora_trainer.records import PrepareRecord, TrainRecord, write_atomically
@@ -60,6 +61,7 @@ def _page(
     merged: MergedStatus | None,
 ) -> str:
     # Names, prompts and answers come from users and data: everything is escaped but the charts, which are drawn here.
+    statistics = DataStatistics.read(context.workspace.root / prepared.data_path)
     environment = Environment(
         loader=PackageLoader("qlora_trainer", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -73,7 +75,8 @@ def _page(
         loss=loss_chart(history),
         charts=_charts(history, context.device),
         settings=_settings(context),
-        data=_data(context, prepared),
+        data=_data(context, prepared, statistics),
+        lengths=_lengths(statistics),
         samples=read_samples(context.workspace.report / SAMPLES_FILE),
         max_new_tokens=MAX_NEW_TOKENS,
         commands=serving_commands(context, prepared),
@@ -96,6 +99,9 @@ def _figures(
     speed = history.tokens_per_second.median
     if speed is not None:
         figures.append(Figure("Tokens a second", f"{speed:,.0f}", "median, without padding"))
+    if trained.bits_per_parameter is not None:
+        held = f"{trained.quantized_parameters or 0:,} held in 4 bit, constants included"
+        figures.append(Figure("Bits a weight", f"{trained.bits_per_parameter:.3f}", held))
     if trained.peak_memory_bytes is not None:
         estimate = prepared.memory.estimate_bytes / _GIB
         figures.append(
@@ -124,21 +130,27 @@ def _settings(context: StepContext) -> Mapping[str, Mapping[str, Any]]:
     }
 
 
-def _data(context: StepContext, prepared: PrepareRecord) -> Mapping[str, str]:
-    data, spec = prepared.dataset, context.spec
-    left_out = f"{data.too_long_rows:,} longer than {spec.training.max_sequence_length} tokens"
+def _data(context: StepContext, prepared: PrepareRecord, statistics: DataStatistics) -> Mapping[str, str]:
+    found, spec, train = prepared.dataset, context.spec, statistics.train
+    dropped = [f"{rows.rows:,} {rows.reason}" for source in statistics.sources for rows in source.dropped]
+    lengths = statistics.sources[0].lengths
     return {
         "Source": spec.dataset.source,
-        "SHA-256": data.sha256,
-        "Format": data.format,
-        "Rows": f"{data.rows:,}",
-        "Trained on": f"{data.used_rows:,}",
-        "Held out": f"{data.eval_rows:,}",
-        "Left out": left_out,
-        "Tokens in an epoch": f"{data.tokens:,}",
-        "Longest row": f"{data.longest_row_tokens:,} tokens",
-        "Packing": "several rows in a sequence" if prepared.packed else "one row in a sequence",
+        "SHA-256": found.sha256,
+        "Format": found.format,
+        "Rows": f"{found.rows:,} read, {found.used_rows:,} trained on, {found.eval_rows:,} held out",
+        "Left out": "; ".join(dropped) or "none",
+        "Tokens in a row": f"{lengths.shortest:,} to {lengths.longest:,}, "
+        f"median {lengths.median:,}, mean {lengths.mean:,}",
+        "Tokens in an epoch": f"{train.tokens:,}, of which {train.target_tokens:,} count in the loss",
+        "Sequences": f"{train.sequences:,} of at most {train.sequence_length:,} tokens, "
+        f"{train.packing_efficiency:.1%} filled{'' if train.packed else ' (one row each)'}",
     }
+
+
+def _lengths(statistics: DataStatistics) -> str:
+    bars = statistics.sources[0].lengths.histogram
+    return histogram("lengths", "Tokens in a row, up to", {f"{bar.up_to:,}": bar.rows for bar in bars})
 
 
 def _summary(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> dict[str, Any]:

@@ -6,7 +6,7 @@ or uploads later. Outside a pod its own environment variables (MLFLOW_TRACKING_U
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +52,11 @@ def open_trackers(
     """
     # None of them is to call home, nor to ask which repository of code this is.
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false", WANDB_DISABLE_GIT="true")
-    makers = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _WeightsAndBiases}
+    makers: dict[str, Callable[..., Tracker]] = {
+        "tensorboard": _TensorBoard,
+        "mlflow": _MLflow,
+        "wandb": _WeightsAndBiases,
+    }
     require_installed(names)
     return [makers[name](folder / name, run_name, run_id, settings, from_step) for name in names]
 
