@@ -94,6 +94,7 @@ class ProgressRecord(_Record):
     tokens_per_second: Finite | None = None
     remaining_seconds: Finite | None = Field(None, ge=0)
     peak_memory_bytes: Bytes | None = None
+    micro_batch_size: Count | None = None
     checkpoint_step: Count | None = None
     checkpoint_time: Timestamp | None = None
 

@@ -84,6 +84,9 @@ class ProgressStatus(ObservedModel):
     learning_rate: float | None = Field(None, description="Learning rate of the latest step.")
     tokens_per_second: float | None = Field(None, description="Useful tokens a second, without padding.")
     peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
+    micro_batch_size: Count | None = Field(
+        None, description="What microBatchSize was lowered to when the GPU ran out of memory; not set if it never was."
+    )
     summary: ShortText = Field("", description='For people, for example "42% 420/1000".')
     remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')
     updated_at: Timestamp | None = Field(None, description="When the trainer reported this.")

@@ -108,7 +108,7 @@ class TrainingSpec(ApiModel):
     sharding: Literal["none", "full"] = Field(
         "none",
         description="With several GPUs: each holds the whole base (none), or a part of it (full, FSDP2), which is "
-        "slower and needs less memory.",
+        "slower and needs less memory. Without merged output, samples and autoMicroBatch.",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
         (), description="Where the curves are written besides the report, in files below report/ of the workspace."

@@ -19,6 +19,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
         "learning_rate": record.learning_rate,
         "tokens_per_second": record.tokens_per_second,
         "peak_memory_bytes": record.peak_memory_bytes,
+        "micro_batch_size": record.micro_batch_size,
     }
     progress = old.model_copy(
         update={

@@ -365,7 +365,7 @@ def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_we
         [line["loss"] for line in history(roomy)], rel=1e-3
     )
     said = "training with microBatchSize 1, lowered because the GPU ran out of memory"
-    assert records.written[-1]["activity"] == said
+    assert (records.written[-1]["activity"], records.written[-1]["microBatchSize"]) == (said, 1)
     assert summary(found, "train").endswith("with microBatchSize 1 after the GPU had run out of memory")
 
 

@@ -109,6 +109,7 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
             tokens_per_second=None if pace.tokens_per_second is None else round(pace.tokens_per_second, 1),
             remaining_seconds=None if remaining is None else round(remaining, 1),
             peak_memory_bytes=state.peak_memory_bytes or None,
+            micro_batch_size=state.micro_batch_size,
             checkpoint_step=run.checkpoint_step,
             checkpoint_time=run.checkpoint_time,
         ),
