@@ -57,7 +57,11 @@ def save_checkpoint(
     final = folder / f"step-{step}"
     unfinished = folder / f".step-{step}.unfinished"
     _remove(unfinished)
-    unfinished.mkdir(parents=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        # After a power failure checkpoints that are on disk must also have a folder.
+        sync_folder(folder.parent)
+    unfinished.mkdir()
     try:
         _write(unfinished, tensors, {**state, "formatVersion": FORMAT_VERSION, "step": step})
         unfinished.rename(final)
@@ -87,19 +91,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises OSError if it cannot be told now.
     """
     try:
-        sums = json.loads((path / MANIFEST).read_bytes())["sha256"]
-        for name, expected in sums.items():
-            found = file_sha256(path / name)
-            if found != expected:
-                raise ValueError(f"{name} has sha256 {found}, not {expected}")
-        state = json.loads((path / STATE).read_bytes())
-        if STATE not in sums or state["formatVersion"] != FORMAT_VERSION:
-            raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
-        return Checkpoint(path, int(state["step"]), state)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+        return _verified(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno not in _DAMAGED:
             raise
-        raise ValueError(f"{path} is incomplete: {error!r}") from error
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _verified(path: Path) -> Checkpoint:
+    sums = json.loads((path / MANIFEST).read_bytes())["sha256"]
+    for name, expected in sums.items():
+        found = file_sha256(path / name)
+        if found != expected:
+            raise ValueError(f"{name} has sha256 {found}, not {expected}")
+    state = json.loads((path / STATE).read_bytes())
+    if STATE not in sums or state["formatVersion"] != FORMAT_VERSION:
+        raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
+    return Checkpoint(path, int(state["step"]), state)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -116,7 +124,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             aside = path.with_name(path.name + CORRUPT)
             _remove(aside)
             path.rename(aside)
-            _log.warning("%s is broken and was renamed to %s: %s", path, aside.name, error)
+            _log.warning("%s is broken and was renamed to %s: %s", path, aside.name, error.__cause__)
     return None
 
 
