@@ -1,5 +1,9 @@
-"""A model hub on the loopback interface: the few answers of the real one that its client asks for."""
+"""A model hub on the loopback interface: the few answers of the real one that its client asks for.
 
+Reading: listing and files. Writing: making a repository, Git LFS over its batch protocol, and a commit in one request.
+"""
+
+import base64
 import hashlib
 import json
 import re
@@ -21,6 +25,8 @@ class Refusal:
 
     status: int
     error_code: str = ""
+    location: str = ""
+    """Where to go instead, with a redirecting status."""
 
 
 @dataclass
@@ -37,6 +43,16 @@ class FakeHub:
     """How many bytes of a file to send before the connection ends."""
     corrupt: Callable[[str], bool] = lambda _path: False
     """Whether to send other bytes than the listing says."""
+    folder: Path | None = None
+    """Where repositories that are made here get their folders; none can be made without."""
+    commits: dict[str, str] = field(default_factory=dict)
+    """The newest commit of each repository that has been written to."""
+    large: dict[str, bytes] = field(default_factory=dict)
+    """Content of large files by SHA-256, uploaded and perhaps not committed."""
+    lose: Callable[[str], bool] = lambda _path: False
+    """Whether a file of a commit is kept with another last byte."""
+    tokens: set[str] = field(default_factory=set)
+    """Authorization headers that came in."""
     requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     endpoint: str = ""
@@ -75,21 +91,91 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         self.hub.requests.append(f"{self.command} {path}")
+        self.hub.tokens.add(self._token())
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         refusal = self.hub.refuse(self.command, path)
-        if refusal is None and self.hub.token not in (None, self._token()):
+        if refusal is None and self.hub.token not in (None, self._token()) and not path.startswith("/large/"):
             refusal = Refusal(401)
         if refusal is not None:
             headers = {"X-Error-Code": refusal.error_code} if refusal.error_code else {}
+            headers |= {"Location": refusal.location} if refusal.location else {}
             self._send(refusal.status, json.dumps({"error": "refused"}).encode(), headers)
+        elif self.command in ("POST", "PUT"):
+            self._write(path, content)
         elif match := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._listing(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(f"{match[1] or 'models/'}{match[2]}", match[4])
         else:
             self._send(404, b"{}", {})
+
+    def _write(self, path: str, content: bytes) -> None:
+        if path == "/api/repos/create":
+            self._create(json.loads(content))
+        elif path == "/api/validate-yaml":
+            self._reply({"errors": [], "warnings": []})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            names = [file["path"] for file in json.loads(content)["files"]]
+            modes = ({"path": name, "uploadMode": _mode(name), "shouldIgnore": False} for name in names)
+            self._reply({"files": list(modes)})
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            self._reply(
+                {"transfer": "basic", "objects": [self._action(file) for file in json.loads(content)["objects"]]}
+            )
+        elif match := re.fullmatch(r"/large/(\w+)", path):
+            if hashlib.sha256(content).hexdigest() == match[1]:
+                self.hub.large[match[1]] = content
+            self._send(200 if match[1] in self.hub.large else 400, b"", {})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self._commit(f"models/{match[1]}", [json.loads(line) for line in content.splitlines()])
+        else:
+            self._send(404, b"{}", {})
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        key = f"models/{wanted['organization']}/{wanted['name']}"
+        if key in self.hub.repositories or self.hub.folder is None:
+            self._send(409, b"{}", {})
+            return
+        assert wanted["visibility"] == "private"
+        self.hub.repositories[key] = self.hub.folder / key
+        self.hub.repositories[key].mkdir(parents=True)
+        (self.hub.repositories[key] / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+        self._reply({"url": f"{self.hub.endpoint}/{key.partition('/')[2]}", "name": key.partition("/")[2]})
+
+    def _action(self, file: dict[str, Any]) -> dict[str, Any]:
+        upload = {"upload": {"href": f"{self.hub.endpoint}/large/{file['oid']}"}}
+        return file | ({} if file["oid"] in self.hub.large else {"actions": upload})
+
+    def _commit(self, key: str, lines: list[dict[str, Any]]) -> None:
+        header = next(line["value"] for line in lines if line["key"] == "header")
+        if header.get("parentCommit") not in (None, self.hub.commits.get(key, self.hub.commit)):
+            self._send(412, b"{}", {})
+            return
+        for line in lines:
+            if line["key"] == "file":
+                self._keep(key, line["value"]["path"], base64.b64decode(line["value"]["content"]))
+            elif line["key"] == "lfsFile":
+                self._keep(key, line["value"]["path"], self.hub.large[line["value"]["oid"]])
+        self.hub.commits[key] = hashlib.sha1(json.dumps(lines).encode()).hexdigest()
+        oid = self.hub.commits[key]
+        self._reply({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{key}/commit/{oid}"})
+
+    def _keep(self, key: str, name: str, content: bytes) -> None:
+        if self.hub.lose(name):
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        (self.hub.repositories[key] / name).write_bytes(content)
+
+    def _reply(self, body: dict[str, Any]) -> None:
+        self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def _token(self) -> str:
         return str(self.headers.get("Authorization", "")).removeprefix("Bearer ")
@@ -98,11 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.hub.repositories.get(key)
         if folder is None:
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif revision not in ("main", self.hub.commit):
+        elif revision not in ("main", self.hub.commits.get(key, self.hub.commit)):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         else:
             files = [_entry(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
-            body = {"id": key.partition("/")[2], "sha": self.hub.commit, "siblings": files}
+            body = {"id": key.partition("/")[2], "sha": self.hub.commits.get(key, self.hub.commit), "siblings": files}
             self._send(200, json.dumps(body).encode(), {})
 
     def _file(self, key: str, name: str) -> None:
@@ -111,7 +197,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             return
         content = path.read_bytes()
-        headers = {"X-Repo-Commit": self.hub.commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        headers = {
+            "X-Repo-Commit": self.hub.commits.get(key, self.hub.commit),
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }
         if self.hub.corrupt(name):
             content = content[:-1] + bytes([content[-1] ^ 1])
         status = 200
@@ -128,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[:sent])
             if sent is not None:
                 self.close_connection = True
@@ -137,6 +226,10 @@ class _Handler(BaseHTTPRequestHandler):
 def _entry(folder: Path, path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     entry: dict[str, Any] = {"rfilename": str(path.relative_to(folder)), "size": len(content)}
-    if path.suffix in (".safetensors", ".parquet"):
+    if path.suffix in (".safetensors", ".parquet", ".png"):
         entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return entry
+
+
+def _mode(name: str) -> str:
+    return "lfs" if name.endswith((".safetensors", ".png")) else "regular"

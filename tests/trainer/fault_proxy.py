@@ -32,6 +32,10 @@ class Fault:
     """Bytes of the body that arrive before the connection ends."""
     corrupt: bool = False
     """Whether the last byte of the body arrives changed."""
+    replace: Mapping[str, str] = field(default_factory=dict)
+    """Headers with which the request is passed on."""
+    corrupt_request: bool = False
+    """Whether the last byte of what is sent arrives changed."""
 
 
 @dataclass
@@ -87,7 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         connection = http.client.HTTPConnection(self.proxy.upstream, timeout=30)
         # The host stays the client's: it is signed.
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
+        if fault.corrupt_request and content:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        for name, value in {**request.headers, **fault.replace}.items():
             if name.lower() not in ("connection", "transfer-encoding", "content-length", "expect"):
                 connection.putheader(name, value)
         connection.putheader("Content-Length", str(len(content)))

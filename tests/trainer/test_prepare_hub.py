@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from qlora_api.contract import ExitCode
 from qlora_trainer.failures import StepFailure
 from qlora_trainer.prepare import prepare
+from tests.trainer.command import new_files
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Refusal, serve
 from tests.trainer.tiny import Recorded, chat_row, write_rows
@@ -353,3 +354,22 @@ def test_a_data_set_of_the_hub_that_is_not_there_or_mixed_is_refused(
         write_rows(many / name, [chat_row("a", "b")])
     hub.repositories["datasets/acme/many"] = many
     assert message in refusal(make_context, records, ExitCode.BAD_DATASET, {"dataset": dataset})
+
+
+def test_neither_the_token_nor_a_signed_address_is_left_anywhere(hub: FakeHub, tmp_path: Path) -> None:
+    """The real hub sends a download on to an address with which anybody can read the file."""
+    hub.token = "hf_canarytokenthatreads"
+    signed = iter([f"{hub.endpoint}/acme/tiny/resolve/{COMMIT}/model.safetensors?X-Amz-Signature=canary"])
+
+    def refuse(method: str, path: str) -> Refusal | None:
+        location = next(signed, None) if method == "GET" and path.endswith("model.safetensors") else None
+        return None if location is None else Refusal(302, location=location)
+
+    hub.refuse = refuse
+    files = new_files(tmp_path / "job", tmp_path, MODEL)
+    done = files.run("prepare", HF_TOKEN=hub.token)
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert hub.tokens == {hub.token}
+    left = [path.read_bytes() for path in files.root.rglob("*") if path.is_file()]
+    for canary in (hub.token, "X-Amz-Signature"):
+        assert not any(canary.encode() in content for content in (*left, done.stdout.encode(), done.stderr.encode()))

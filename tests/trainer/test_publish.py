@@ -21,10 +21,12 @@ from qlora_api.contract import ExitCode, ProgressRecord, WorkspaceLayout, decode
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.clean import clean
 from qlora_trainer.failures import StepFailure
+from qlora_trainer.prepare import prepare
 from qlora_trainer.publish import publish
 from qlora_trainer.records import PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.step import Mounts, StepContext
 from tests.trainer.command import ROWS, Files
+from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded
 
 OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
@@ -313,6 +315,17 @@ def test_files_of_somebody_else_are_never_replaced(trained: Files) -> None:
     refused(to(trained, "pvc://data/precious"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
     refused(to(trained, "pvc://data/train.jsonl"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
     assert os.listdir(trained.data / "precious") == ["thesis.tex"]
+
+
+def test_a_folder_of_somebody_else_is_noticed_before_anything_is_trained(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    (tmp_path / "data" / "precious").mkdir(parents=True)
+    (tmp_path / "data" / "precious" / "thesis.tex").write_text("years of work")
+    for output in ({"destination": "pvc://data/precious"}, {"merged": {"destination": "pvc://data/precious"}}):
+        with pytest.raises(StepFailure, match="pvc://data/precious holds something that no QLoRAJob has") as failure:
+            prepare(make_context({"output": output}), Recorded())
+        assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_an_empty_folder_is_a_free_destination(trained: Files) -> None:

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Protocol
 
-from qlora_api.sources import HubSource, ObjectStoreSource, VolumeSource, parse_source
+from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.hub_destination import HubDestination
 from qlora_trainer.manifest import Contents, Manifest
 from qlora_trainer.object_destination import ObjectDestination
+from qlora_trainer.registry import require_allowed
+from qlora_trainer.registry_destination import RegistryDestination
 from qlora_trainer.step import StepContext
 from qlora_trainer.volume_folder import VolumeFolder, confined
 
@@ -55,6 +58,8 @@ def open_destination(context: StepContext, address: str | None, folder: Path) ->
         return ObjectDestination(source, context.secret("output"))
     if isinstance(source, HubSource):
         return HubDestination(source, context.secret("output"))
+    if isinstance(source, RegistrySource):
+        return RegistryDestination(source, context.secret("output"), allowed=context.registries)
     raise TypeError(f"the schema admits no destination like {address}")
 
 
@@ -75,13 +80,22 @@ def is_published(destination: Destination, manifest: Manifest) -> bool:
     return destination.published() == manifest and destination.damaged(manifest) is None
 
 
-def refuse_foreign_volume(context: StepContext, address: str | None) -> None:
+def destinations(spec: QLoRAJobSpec) -> list[str]:
+    """The addresses, outside the workspace, that a job publishes to."""
+    merged = spec.output.merged.destination if spec.output.merged else None
+    return [address for address in (spec.output.destination, merged) if address]
+
+
+def check_destination(context: StepContext, address: str) -> None:
     """Raise StepFailure if a volume's folder that is to be published to holds what is not this job's.
 
     For the step that runs before anything is paid for. Other destinations cannot be asked by it: it has no credentials
-    to write there.
+    to write there. Of a registry it knows at least whether it is allowed.
     """
-    if address is None or not isinstance(parse_source(address), VolumeSource):
+    source = parse_source(address)
+    if isinstance(source, RegistrySource):
+        require_allowed(source, context.registries)
+    if not isinstance(source, VolumeSource):
         return
     destination = open_destination(context, address, context.workspace.root)
     holder = destination.holder()

@@ -17,10 +17,11 @@ from typing import Any
 
 from qlora_api.contract import ProgressRecord, WorkspaceLayout
 from qlora_api.model_shape import ModelShape
-from qlora_api.sources import HubSource, ObjectStoreSource, Source, VolumeSource, parse_source
+from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.dataset import Dataset
+from qlora_trainer.destination import destinations, check_destination
 from qlora_trainer.disk import file_sha256, is_full, sizes, sync_tree
 from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.family import Family, inspect_family
@@ -46,7 +47,7 @@ from qlora_trainer.records import (
     write_atomically,
     write_completion,
 )
-from qlora_trainer.remote_model import HubModel, ObjectStoreModel
+from qlora_trainer.remote_model import HubModel, ObjectStoreModel, RegistryModel
 from qlora_trainer.serving import refused_by_vllm
 from qlora_trainer.step import StepContext
 from qlora_trainer.templates import Tokenizer
@@ -110,6 +111,8 @@ class _Checked:
 def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], None]) -> PrepareRecord:
     spec, workspace = context.spec, context.workspace
     hub = cache(lambda: Hub(_token(context)))
+    for address in destinations(spec):
+        check_destination(context, address)
     say("reading the model's configuration")
     model = _model(context, hub)
     folder = model.settings()
@@ -174,7 +177,9 @@ def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) 
         return HubModel(hub(), source, context.spec.model.revision)
     if isinstance(source, ObjectStoreSource):
         return ObjectStoreModel(source, context.secret("model"))
-    raise bad_configuration(f"spec.model.source is {context.spec.model.source}: must be hf://, s3:// or pvc://")
+    if isinstance(source, RegistrySource):
+        return RegistryModel(source, context.secret("model"), allowed=context.registries)
+    raise bad_configuration(f"spec.model.source is {context.spec.model.source}: must be hf://, s3://, oci:// or pvc://")
 
 
 def _check_model(folder: Path, spec: QLoRAJobSpec, records: RecordWriter) -> _Checked:

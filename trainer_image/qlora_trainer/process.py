@@ -45,8 +45,9 @@ def log_to(path: Path, heading: str) -> None:
     _send_output_to(log)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
-    # It would write the signed addresses of downloads, with which anybody can read them.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # They would write the signed addresses of downloads, with which anybody can read them.
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def _send_output_to(descriptor: int) -> None:

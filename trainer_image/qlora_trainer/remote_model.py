@@ -5,13 +5,15 @@ from hashlib import sha256
 from pathlib import Path
 from re import fullmatch
 
-from qlora_api.sources import HubSource, ObjectStoreSource
+from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource
 from qlora_trainer.credentials import Secret
 from qlora_trainer.disk import file_sha256
-from qlora_trainer.failures import model_unavailable, unreachable
+from qlora_trainer.failures import model_unavailable, unreachable, unsafe_artefact
 from qlora_trainer.hub import Hub
+from qlora_trainer.model_pack import unpack
 from qlora_trainer.model_source import content_digest
 from qlora_trainer.object_store import ObjectFolder
+from qlora_trainer.registry import Registry
 
 
 class HubModel:
@@ -65,3 +67,29 @@ class ObjectStoreModel:
     def revision(self, folder: Path, names: Collection[str]) -> str:
         """See RemoteModel."""
         return f"sha256:{content_digest(folder, names, lambda _done, _total: None)}"
+
+
+class RegistryModel:
+    """A model in an OCI registry, a layer for each file. See RemoteModel."""
+
+    def __init__(self, source: RegistrySource, secret: Secret, *, allowed: tuple[str, ...]) -> None:
+        self.uri = str(source)
+        self._registry = Registry(source, secret, allowed=allowed, refuse=model_unavailable)
+        found = self._registry.manifest(source.reference)
+        if found is None:
+            raise model_unavailable(f"{self.uri} does not exist: check repository and tag")
+        self._digest = found.digest
+        self.version = found.digest.removeprefix("sha256:")
+        try:
+            self._files = unpack(found.manifest)
+        except ValueError as error:
+            raise unsafe_artefact(f"{self.uri}: {error}") from error
+        self.sizes = {name: blob.size for name, blob in self._files.items()}
+
+    def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        """See RemoteModel."""
+        self._registry.download(self._files[name], folder / name, on_bytes)
+
+    def revision(self, _folder: Path, _names: Collection[str]) -> str:
+        """See RemoteModel."""
+        return self._digest

@@ -1,0 +1,81 @@
+"""Knows the CNCF's ModelPack format: files as the layers of an artefact (github.com/modelpack/model-spec, v1)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from qlora_trainer.manifest import PublishedFile
+from qlora_trainer.registry import MANIFEST_TYPE, Blob, digest_of
+
+ARTEFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
+_CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
+_WEIGHT = "application/vnd.cncf.model.weight.v1.raw"
+_WEIGHT_CONFIG = "application/vnd.cncf.model.weight.config.v1.raw"
+_DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
+_FILE_PATH = "org.cncf.model.filepath"
+# By which `oras pull` names the file.
+_TITLE = "org.opencontainers.image.title"
+_DOCUMENTS = frozenset({"README.md", "manifest.json"})
+
+
+def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
+    """Configuration and manifest of the artefact that holds these files, each as it is in a layer of its own.
+
+    The same files give the same bytes.
+    """
+    digests = {file: f"sha256:{described.sha256}" for file, described in sorted(files.items())}
+    config = _json(
+        {
+            "descriptor": {"name": name},
+            "config": {"format": "safetensors"},
+            "modelfs": {"type": "layers", "diffIds": list(digests.values())},
+        }
+    )
+    layers = [
+        {
+            "mediaType": _media_type(file),
+            "digest": digest,
+            "size": files[file].size,
+            "annotations": {_FILE_PATH: file, _TITLE: file},
+        }
+        for file, digest in digests.items()
+    ]
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "artifactType": ARTEFACT_TYPE,
+        "config": {"mediaType": _CONFIG_TYPE, "digest": digest_of(config), "size": len(config)},
+        "layers": layers,
+    }
+    return config, _json(manifest)
+
+
+def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
+    """The files of an artefact by their names: layers that are a file each. Others, archives for example, are left out.
+
+    Raises ValueError if two layers have one name, or one has no digest or size.
+    """
+    files: dict[str, Blob] = {}
+    for layer in manifest["layers"]:
+        annotations = layer.get("annotations") or {}
+        name = annotations.get(_FILE_PATH) or annotations.get(_TITLE)
+        if not isinstance(name, str) or "+" in str(layer.get("mediaType")) or ".tar" in str(layer.get("mediaType")):
+            continue
+        if name in files:
+            raise ValueError(f"two layers are called {name[:80]!r}")
+        if not isinstance(layer.get("size"), int) or not str(layer.get("digest")).startswith("sha256:"):
+            raise ValueError(f"the layer {name[:80]!r} has no SHA-256 or no size")
+        files[name] = Blob(layer["digest"], layer["size"])
+    return files
+
+
+def _media_type(file: str) -> str:
+    if file.endswith(".safetensors"):
+        return _WEIGHT
+    document = file in _DOCUMENTS or PurePosixPath(file).suffix not in (".json", ".jinja", ".model", ".txt")
+    return _DOCUMENT if document else _WEIGHT_CONFIG
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,68 @@
+"""Publishes as an artefact of an OCI registry, whose tag is set last; changes with how an artefact is judged."""
+
+from qlora_api.sources import RegistrySource
+from qlora_trainer.credentials import Secret
+from qlora_trainer.failures import bad_configuration, unreachable
+from qlora_trainer.files import MANIFEST_FILE
+from qlora_trainer.manifest import Contents, Manifest, describe_files, parse_manifest
+from qlora_trainer.model_pack import pack, unpack
+from qlora_trainer.registry import Artefact, Blob, Registry, digest_of
+
+
+class RegistryDestination:
+    """A tag of an OCI registry as a destination. See Destination."""
+
+    def __init__(self, source: RegistrySource, secret: Secret, *, allowed: tuple[str, ...]) -> None:
+        self.uri = str(source)
+        self._source = source
+        self._registry = Registry(source, secret, allowed=allowed, refuse=bad_configuration)
+
+    def published(self) -> Manifest | None:
+        """See Destination."""
+        blob = self._files().get(MANIFEST_FILE)
+        return None if blob is None else parse_manifest(self._registry.read(blob))
+
+    def holder(self) -> Manifest | None:
+        """See Destination. A tag leads to an artefact that is whole."""
+        return self.published()
+
+    def is_free(self) -> bool:
+        """See Destination."""
+        return self._artefact() is None
+
+    def damaged(self, manifest: Manifest) -> str | None:
+        """See Destination. A registry names content by its SHA-256 and checks it when it takes it."""
+        files = self._files()
+        for name, described in manifest.files.items():
+            blob = Blob(f"sha256:{described.sha256}", described.size)
+            if files.get(name) != blob or not self._registry.has_blob(blob):
+                return name
+        return None
+
+    def write(self, contents: Contents, manifest: Manifest) -> None:
+        """See Destination. Layers that an earlier attempt has uploaded are not uploaded again."""
+        everything = {**contents, MANIFEST_FILE: manifest.text()}
+        described = describe_files(everything)
+        for name, content in everything.items():
+            self._registry.upload(Blob(f"sha256:{described[name].sha256}", described[name].size), content)
+        config, artefact = pack(manifest.job_name, described)
+        self._registry.upload(Blob(digest_of(config), len(config)), config)
+        self._registry.tag(artefact, self._source.reference)
+        found = self._artefact()
+        if found is None or found.digest != digest_of(artefact) or self.damaged(manifest) is not None:
+            raise unreachable(f"{self.uri} does not read back as it was written: it is written again")
+
+    def location(self) -> str:
+        """See Destination."""
+        found = self._artefact()
+        return self.uri if found is None else f"{self.uri}@{found.digest}"
+
+    def _artefact(self) -> Artefact | None:
+        return self._registry.manifest(self._source.reference)
+
+    def _files(self) -> dict[str, Blob]:
+        found = self._artefact()
+        try:
+            return {} if found is None else unpack(found.manifest)
+        except ValueError:
+            return {}
