@@ -104,7 +104,11 @@ class Resources(ApiModel):
 
     prepare: StepResources = Field(StepResources(), description="For downloading, checking and tokenizing.")
     train: StepResources = Field(StepResources(cpu="4", memory="24Gi"), description="Host side of the training pod.")
-    publish: StepResources = Field(StepResources(), description="For checking and writing the adapter.")
+    publish: StepResources = Field(
+        StepResources(),
+        description="For checking and writing the adapter. A merge (output.merged) needs 2 GiB and 8 bytes for each "
+        "weight of the model's largest layer: 4Gi is enough for 70B.",
+    )
 
 
 class RunAs(ApiModel):
