@@ -469,6 +469,7 @@ def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
         epoch=1.5,
         loss=1.23456789,
         remaining_seconds=4320.0,
+        micro_batch_size=2,
         checkpoint_step=400,
         checkpoint_time=time(-30),
     )
@@ -487,7 +488,7 @@ def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
     assert follow(make_job(status), *bodies).progress == shown
     newer = follow(make_job(status), *bodies, progress=progress(training_step=421, total_steps=1000))
     assert newer.progress is not None
-    assert (newer.progress.step, newer.progress.loss) == (421, 1.2346)
+    assert (newer.progress.step, newer.progress.loss, newer.progress.micro_batch_size) == (421, 1.2346, 2)
     assert newer.checkpoint == status.checkpoint
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -73,7 +74,7 @@ class Run:
     checkpoint_time: str | None = None
     pace: Pace = field(default_factory=Pace)
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name."""
         return adapter_parameters(self.model)
