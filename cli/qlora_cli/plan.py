@@ -9,7 +9,7 @@ from rich.table import Table
 from qlora_api.artefacts import BaseModelSpec
 from qlora_api.contract import ExitCode
 from qlora_api.memory import GIB, TrainingShape, estimate
-from qlora_api.memory_advice import Advice, advice, budget, verdict
+from qlora_api.memory_advice import Advice, advice, budget, first_change, is_thin, room, verdict
 from qlora_api.model_shape import ModelShape
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -68,7 +68,10 @@ def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
             raise model_unavailable(f"{config} does not exist: {model.source} holds no transformers model")
         return config
     if not isinstance(source, HubSource):
-        raise bad_configuration(f"spec.model.source is {model.source}: must be hf:// or pvc://")
+        raise bad_configuration(
+            f"spec.model.source is {model.source}, which is not read here: "
+            "give the model's config.json with --config FILE"
+        )
     return _fetch_config(source, model)
 
 
@@ -109,6 +112,12 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"Low {_gib(memory.low)}, expected {_gib(memory.expected)}, high {_gib(memory.high)} GiB. "
         "Low is with the optimizer's pages moved to main memory."
     )
+    if plan.training.gpus > 1:
+        held = "a part of the base" if plan.training.sharding == "full" else "the whole base"
+        console.print(
+            f"Each of the {plan.training.gpus} GPUs holds {held} and needs this much, and up to "
+            f"{_gib(memory.gradients)} GiB more while gradients are summed, when the activations are gone."
+        )
     if plan.card_gib is None:
         _show_cards(plan, console)
     else:
@@ -124,26 +133,48 @@ def _show_cards(plan: Plan, console: Console) -> None:
 
 
 def _show_verdict(plan: Plan, card: int, console: Console) -> None:
-    judged = verdict(estimate(plan.model, plan.training), card)
-    usable = _gib(budget(card))
+    memory = estimate(plan.model, plan.training)
+    judged = verdict(memory, card)
+    spare = room(memory, card)
+    left = f"{_gib(spare)} GiB are left" if spare >= 0 else f"{_gib(-spare)} GiB are missing"
     console.print(
-        f"\n[bold {_COLOURS[judged]}]{judged}[/]: {_MEANING[judged]} on a card of {card} GiB ({usable} usable)."
+        f"\n[bold {_COLOURS[judged]}]{judged}[/]: {_MEANING[judged]} on a card of {card} GiB: of {_gib(budget(card))} "
+        f"usable, {left}."
     )
     if judged == "fits":
+        if is_thin(memory, card):
+            _show_first_change(plan, card, memory.expected, console)
         return
     steps = advice(plan.model, plan.training, card)
     if steps:
-        _show_advice(steps, console)
+        _show_advice(steps, memory.expected, console)
     if not steps or steps[-1].verdict != "fits":
         console.print("Even with all of this a larger card is needed to be sure, or a smaller model.")
 
 
-def _show_advice(steps: tuple[Advice, ...], console: Console) -> None:
+def _show_first_change(plan: Plan, card: int, expected: int, console: Console) -> None:
+    """What to change if the room that is left should turn out too small."""
+    step = first_change(plan.model, plan.training, card)
+    if step is None:
+        console.print("That is little room, and no setting gives more: a larger card is the way out.")
+        return
+    gain = _gib(expected - step.expected)
+    console.print(f"That is little room. The first to change for {gain} GiB more:")
+    for change in step.changes:
+        console.print(f"  spec.{change.setting}: {change.current} → [bold]{change.proposed}[/]")
+    console.print(f"  {step.effect}")
+
+
+def _show_advice(steps: tuple[Advice, ...], expected: int, console: Console) -> None:
     console.print("\n[bold]What to change, one after the other:[/]")
     for number, step in enumerate(steps, start=1):
         for change in step.changes:
             console.print(f"  {number}. spec.{change.setting}: {change.current} → [bold]{change.proposed}[/]")
-        console.print(f"     {_gib(step.expected)} GiB, [{_COLOURS[step.verdict]}]{step.verdict}[/]. {step.effect}")
+        console.print(
+            f"     gives {_gib(expected - step.expected)} GiB: {_gib(step.expected)} GiB, "
+            f"[{_COLOURS[step.verdict]}]{step.verdict}[/]. {step.effect}"
+        )
+        expected = step.expected
 
 
 def _gib(size: int) -> str:

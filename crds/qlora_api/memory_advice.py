@@ -44,6 +44,18 @@ def verdict(memory: MemoryEstimate, card_gib: float) -> Verdict:
     return "exceeds" if memory.low > available else "tight"
 
 
+def room(memory: MemoryEstimate, card_gib: float) -> int:
+    """Bytes of the budget that the expected peak leaves free; negative where it does not fit. Raises as `budget`."""
+    return budget(card_gib) - memory.expected
+
+
+def is_thin(memory: MemoryEstimate, card_gib: float) -> bool:
+    """Whether a run that fits does so by less than 5 % of the card, beyond the margin for fragmentation."""
+    available = budget(card_gib)
+    spare = available - memory.expected * _ADMISSION_MARGIN
+    return 0 <= spare < _THIN_MARGIN * available
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One setting of a QLoRAJob to change: its path under `spec`, its value now and the value proposed."""
@@ -88,6 +100,19 @@ def advice(model: ModelShape, training: TrainingShape, card_gib: float) -> tuple
         steps.append(Advice(_changes(training, proposal), effect, proposal, after.expected, judged))
         training = proposal
     return tuple(steps)
+
+
+def first_change(model: ModelShape, training: TrainingShape, card_gib: float) -> Advice | None:
+    """The setting to change first for more room, whether the run fits or not; None if there is none that helps."""
+    before = estimate(model, training)
+    for effect, candidates in _REMEDIES:
+        proposal = next(candidates(training), None)
+        if proposal is None:
+            continue
+        after = estimate(model, proposal)
+        if after.expected <= before.expected * (1 - _WORTHWHILE_SAVING):
+            return Advice(_changes(training, proposal), effect, proposal, after.expected, verdict(after, card_gib))
+    return None
 
 
 def _mildest_that_fits(model: ModelShape, candidates: Iterator[TrainingShape], card_gib: float) -> TrainingShape | None:

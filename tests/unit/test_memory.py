@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_api.memory import ALL_LINEAR, GIB, TrainingShape, estimate
-from qlora_api.memory_advice import advice, budget, verdict
+from qlora_api.memory_advice import advice, budget, first_change, room, verdict
 from qlora_api.model_shape import ModelShape, UnsupportedModelError
 
 # What stands in the models' own config.json, without the fields that nothing here reads.
@@ -405,3 +405,61 @@ def test_a_step_that_hardly_saves_anything_is_left_out() -> None:
     steps = advice(LLAMA_65B, TrainingShape(micro_batch_size=2, sequence_length=16), 24)
     changed = [change.setting for step in steps for change in step.changes]
     assert changed == ["training.optimizer", "lora.rank", "lora.dtype"]
+
+
+HEADLINE = TrainingShape(rank=64, sequence_length=512)
+"""The job that the paper became known for, with this trainer's defaults: 65B at rank 64 on one card of 48 GB."""
+
+
+def test_a_65b_model_at_rank_64_fits_a_48_gb_card_with_8_bit_optimizer_state() -> None:
+    smaller = replace(HEADLINE, optimizer="paged_adamw_8bit")
+    assert verdict(estimate(LLAMA_65B, smaller), 48) == "fits"
+    assert room(estimate(LLAMA_65B, smaller), 48) > 3 * GIB
+
+
+def test_the_65b_job_says_by_how_much_it_fits_and_what_to_change_first() -> None:
+    memory = estimate(LLAMA_65B, HEADLINE)
+    assert room(memory, 48) > 0
+    assert verdict(memory, 48) == "tight"
+    step = first_change(LLAMA_65B, HEADLINE, 48)
+    assert step is not None
+    assert [(change.setting, change.proposed) for change in step.changes] == [
+        ("training.optimizer", "paged_adamw_8bit")
+    ]
+    assert step.verdict == "fits"
+    assert memory.expected - step.expected > 4 * GIB
+
+
+def test_sharding_divides_the_weights_and_gathers_two_blocks() -> None:
+    model = llama(80, 8192, 28672, 64, 8, 32000)
+    whole = estimate(model, TrainingShape(rank=16))
+    shared = estimate(model, TrainingShape(rank=16, gpus=2, sharding="full"))
+    packed = model.linear_parameters // 2
+    assert whole.base_weights - shared.base_weights == pytest.approx(packed / 2, abs=2)
+    assert shared.gathered_blocks == pytest.approx(2 * packed / 80, abs=1)
+
+
+def test_a_70b_model_goes_on_two_24_gb_cards_when_it_is_sharded() -> None:
+    model = llama(80, 8192, 28672, 64, 8, 32000)
+    training = TrainingShape(rank=16, gpus=2, sharding="full", optimizer="paged_adamw_8bit")
+    assert verdict(estimate(model, training), 24) != "exceeds"
+    assert verdict(estimate(model, replace(training, adapter_bytes=2)), 24) == "fits"
+    assert verdict(estimate(model, replace(training, sharding="none")), 24) == "exceeds"
+
+
+def test_what_is_trained_besides_the_adapter_is_counted() -> None:
+    plain = estimate(LLAMA_3_8B_SHAPE, TrainingShape())
+    whole = estimate(LLAMA_3_8B_SHAPE, TrainingShape(whole_modules=frozenset({"lm_head"})))
+    head = LLAMA_3_8B_SHAPE.vocab_size * LLAMA_3_8B_SHAPE.hidden_size
+    assert (whole.adapters - plain.adapters, whole.optimizer - plain.optimizer) == (2 * head, 8 * head)
+    half = estimate(LLAMA_3_8B_SHAPE, TrainingShape(adapted_layers=16))
+    assert 2 * half.adapters == plain.adapters
+    dora = estimate(LLAMA_3_8B_SHAPE, TrainingShape(use_dora=True))
+    outputs = sum(shape[1] for shape in LLAMA_3_8B_SHAPE.projections.values())
+    assert dora.adapters - plain.adapters == 32 * outputs * 4
+
+
+def test_a_target_that_the_family_does_not_have_is_refused_with_those_that_it_has() -> None:
+    phi = replace(LLAMA_2_7B_SHAPE, model_type="phi3")
+    with pytest.raises(ValueError, match=r"target_modules is q_proj: must be for a phi3 .* qkv_proj"):
+        estimate(phi, TrainingShape(target_modules=frozenset({"q_proj"})))
