@@ -75,8 +75,14 @@ def test_dropout_of_capped_weights_is_the_same_when_they_are_computed_again() ->
         (MODULE, torch.zeros(1), {}, "no mask"),
     ],
 )
-def test_what_is_not_computed_is_refused(
+def test_what_a_family_asks_for_and_is_not_computed_is_refused(
     module: Any, mask: Tensor | None, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         rows_attention(module, *tensors(), mask, **settings)
+
+
+def test_keys_from_a_cache_are_refused() -> None:
+    query, key, value = tensors()
+    with pytest.raises(ValueError, match="no cache"):
+        rows_attention(MODULE, query[:, :, -1:], key, value, None)

@@ -86,16 +86,16 @@ def rows_attention(
     sliding window a token sees itself and the `sliding_window - 1` tokens before it. With a soft cap the scores become
     `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). Returns [1, tokens, heads, head size].
 
-    Raises ValueError for what it does not compute: a mask, a batch of several rows, attention to later tokens, or
-    anything else that a family asks for, such as attention sinks.
+    Raises ValueError for what it does not compute: a mask, a batch of several rows, keys from a cache, attention to
+    later tokens, or anything else that a family asks for, such as attention sinks.
     """
     unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)
     if unknown:
         raise ValueError(f"its attention takes {', '.join(unknown)}, which is not computed here")
     if not getattr(module, "is_causal", True):
         raise ValueError("its tokens attend to later ones, which is not computed here")
-    if attention_mask is not None or query.shape[0] != 1:
-        raise ValueError("attention within rows takes a single batch row and no mask")
+    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError("attention within rows takes a single batch row, no mask and no cache")
     if rows is None:
         rows = Rows.of((query.shape[2],), query.device)
     settings = _Settings(scaling, dropout, sliding_window, softcap)
