@@ -160,7 +160,7 @@ def _chosen_config(configs: Mapping[str, Mapping[str, Any]], config: str | None,
 def _patterns(files: object, uri: str) -> dict[str, list[str]]:
     """File patterns by split, from any of the forms that a card may have."""
     if isinstance(files, str):
-        return {"train": [files]}
+        files = [files]
     if isinstance(files, dict):
         files = [{"split": split, "path": path} for split, path in files.items()]
     patterns: dict[str, list[str]] = {}
