@@ -22,7 +22,7 @@ class Columns(ApiModel):
     completion: ColumnName | None = Field(None, description="Format prompt-completion: the completion.")
     conversations: ColumnName | None = Field(None, description="Format sharegpt: the list of {from, value}.")
     system: ColumnName | None = Field(None, description="Formats sharegpt and instruction: optional system message.")
-    tools: ColumnName | None = Field(None, description="Format chat: optional list of tools (JSON schemas).")
+    tools: ColumnName | None = Field(None, description="Formats chat and sharegpt: optional tools (JSON schemas).")
     text: ColumnName | None = Field(None, description="Format text: the text.")
 
 
@@ -47,11 +47,12 @@ class EvalSpec(ApiModel):
         return self
 
 
+_NO_REPOSITORY = "config and split are parts of an hf:// data set; of any other source, name the file or folder"
 _NO_OBJECTS = "secretRef is for s3:// data; an hf:// data set is read with spec.model.tokenSecretRef"
 
 
 class DatasetSpec(ApiModel):
-    """The training data: JSONL, CSV or Parquet, by file ending."""
+    """The training data: JSONL, JSON, CSV or Parquet, by file ending, also compressed."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -59,14 +60,15 @@ class DatasetSpec(ApiModel):
                 "!has(self.secretRef) || self.source.startsWith('s3://') || "
                 "(has(self.eval) && has(self.eval.source) && self.eval.source.startsWith('s3://'))",
                 _NO_OBJECTS,
-            )
+            ),
+            rule("(!has(self.config) && !has(self.split)) || self.source.startsWith('hf://')", _NO_REPOSITORY),
         )
     )
 
     source: DatasetAddress = Field(
         description="Where the rows lie: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH or "
-        "configMap://NAME/KEY; "
-        "a .jsonl, .csv or .parquet file."
+        "configMap://NAME/KEY; a .jsonl, .json, .csv (each also with .gz, .bz2, .xz or .zst behind it) or .parquet "
+        "file, or a folder of such files of one kind."
     )
     revision: Revision | None = Field(None, description="Branch, tag or commit of an hf:// data set; main if not set.")
     config: ColumnName | None = Field(
@@ -85,13 +87,14 @@ class DatasetSpec(ApiModel):
         None, ge=1, le=2**31 - 1, description="Use only the first so many rows; all if not set."
     )
     shuffle: bool = Field(
-        False, description="Shuffle the rows by training.seed before maxSamples cuts them, instead of the first ones."
+        False, description="Let training.seed choose the maxSamples rows, instead of using the first ones."
     )
     sha256: str | None = Field(
         None,
         max_length=64,
         pattern=r"^[0-9a-f]{64}$",
-        description="SHA-256 that the data file must have; not checked if not set.",
+        description="SHA-256 that the data file must have, or, for several, the lines that sha256sum prints for them in "
+        "the order of their names; not checked if not set.",
     )
 
     @model_validator(mode="after")
@@ -99,4 +102,10 @@ class DatasetSpec(ApiModel):
         held_out = self.eval.source if self.eval else None
         if self.secret_ref and not any(uri and uri.startswith("s3://") for uri in (self.source, held_out)):
             raise ValueError(_NO_OBJECTS)
+        return self
+
+    @model_validator(mode="after")
+    def _parts_of_a_repository(self) -> Self:
+        if (self.config or self.split) and not self.source.startswith("hf://"):
+            raise ValueError(_NO_REPOSITORY)
         return self
