@@ -17,7 +17,7 @@ from typing import Protocol
 
 from qlora_api import contract
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, WorkspaceLayout, decode_record
-from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
+from qlora_api.sources import ConfigMapSource, RegistrySource, VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.records import write_atomically
@@ -196,6 +196,8 @@ def _run_step(
 ) -> tuple[int, ResultRecord | None]:
     pod_uid = str(uuid.uuid4())
     environment = {**os.environ, contract.ENV_POD_UID: pod_uid, contract.ENV_DEVICE: run.device}
+    # Who runs a job here is the administrator here: the registries that it names are allowed.
+    environment.setdefault(contract.ENV_REGISTRIES, " ".join(_registries(run.document.spec)))
     # A session of its own: Ctrl-C reaches this process only, which knows what to do with it.
     process = subprocess.Popen(
         _command(run, step, job),
@@ -229,6 +231,14 @@ def _run_step(
     drain.join()
     sys.stderr.writelines(errors)
     return (exit_code if exit_code >= 0 else 128 - exit_code), result
+
+
+def _registries(spec: QLoRAJobSpec) -> list[str]:
+    """The registries that the job names, as a profile lists them; one on this machine speaks without TLS."""
+    merged = spec.output.merged.destination if spec.output.merged else None
+    addresses = (parse_source(uri) for uri in (spec.model.source, spec.output.destination, merged) if uri)
+    hosts = sorted({source.registry for source in addresses if isinstance(source, RegistrySource)})
+    return [f"http://{host}" if host.partition(":")[0] in ("localhost", "127.0.0.1") else host for host in hosts]
 
 
 def _job_uid(document: QLoRAJobDocument) -> str:

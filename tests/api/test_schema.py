@@ -50,6 +50,10 @@ REFUSED = {
         with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://a/b.jsonl", "fraction": 0.1}),
         "spec.dataset.eval: Invalid value: set exactly one of source and fraction",
     ),
+    "split of a volume": (
+        with_value(with_value(MINIMAL, "spec.dataset.source", "pvc://a/b.jsonl"), "spec.dataset.split", "test"),
+        "config and split are parts of an hf:// data set",
+    ),
     "eval empty": (with_value(MINIMAL, "spec.dataset.eval", {}), "set exactly one of source and fraction"),
     "long name": (with_value(MINIMAL, "metadata.name", "a" * 46), "at most 45 characters"),
     "dotted name": (with_value(MINIMAL, "metadata.name", "a.b"), "one DNS label"),
@@ -63,8 +67,38 @@ REFUSED = {
     ),
     "zero learning rate": (with_value(MINIMAL, "spec.training.learningRate", 0), "spec.training.learningRate"),
     "unknown scheme": (
-        with_value(MINIMAL, "spec.model.source", "s3://bucket/model"),
-        "must be hf://ORG/NAME or pvc://CLAIM",
+        with_value(MINIMAL, "spec.model.source", "https://s3.example.org/bucket/model"),
+        "must be hf://ORG/NAME, pvc://CLAIM",
+    ),
+    "host of an object store": (
+        with_value(MINIMAL, "spec.model.source", "s3://169.254.169.254:80/latest"),
+        "must be hf://ORG/NAME, pvc://CLAIM",
+    ),
+    "password in an address": (
+        with_value(MINIMAL, "spec.output.destination", "oci://user:password@registry.example.org/a:v1"),
+        "must be pvc://CLAIM/PATH, s3://BUCKET",
+    ),
+    "digest of what is not made yet": (
+        with_value(MINIMAL, "spec.output.destination", f"oci://registry.example.org/a@sha256:{'0' * 64}"),
+        "must be pvc://CLAIM/PATH, s3://BUCKET",
+    ),
+    "credentials of a hub's model": (
+        with_value(MINIMAL, "spec.model.secretRef", {"name": "keys"}),
+        "secretRef is for s3 and oci: for an hf:// model set tokenSecretRef",
+    ),
+    "credentials of data on a volume": (
+        with_value(MINIMAL, "spec.dataset.secretRef", {"name": "keys"}),
+        "secretRef is for s3:// data",
+    ),
+    "credentials of the workspace": (
+        with_value(MINIMAL, "spec.output", {"secretRef": {"name": "keys"}}),
+        "secretRef is for a destination that is not a volume",
+    ),
+    "key of a Secret's own choice": (
+        with_value(
+            MINIMAL, "spec.output", {"destination": "s3://bucket/a", "secretRef": {"name": "a", "key": "password"}}
+        ),
+        'unknown field "spec.output.secretRef.key"',
     ),
     "a merged model inside of the adapter's folder": (
         with_value(

@@ -24,15 +24,18 @@ class Secret:
         path = self.folder / key
         return path.read_text().strip() if self.name is not None and path.is_file() else None
 
-    def require(self, *keys: str) -> dict[str, str] | None:
+    def require(self, *keys: str, has_own: bool) -> dict[str, str] | None:
         """The values of all these keys; None if no Secret is named.
 
-        Raises StepFailure UNREACHABLE if one is missing: the Secret may be made after the job.
+        Raises StepFailure UNREACHABLE if one is missing, since the Secret may be made after the job; unless `has_own`,
+        that is, the user of this machine has credentials of their own, as on a laptop: then None too.
         """
         if self.name is None:
             return None
         values = {key: value for key in keys if (value := self.value(key))}
         missing = [key for key in keys if key not in values]
+        if missing and has_own:
+            return None
         if missing:
             raise unreachable(
                 f"Secret {self.name!r} with {', '.join(missing)} ({self.field}) does not exist in the job's namespace"

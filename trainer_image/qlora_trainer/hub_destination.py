@@ -24,8 +24,9 @@ class HubDestination:
         """The token is that of the Secret; without one, that of the user who is logged in here."""
         self.uri = f"hf://{source.repository}"
         self._repository = source.repository
-        values = secret.require("token")
-        self._hub = Hub(get_token() if values is None else values["token"], field=secret.field, writes=True)
+        own = get_token()
+        values = secret.require("token", has_own=own is not None)
+        self._hub = Hub(own if values is None else values["token"], field=secret.field, writes=True)
 
     def published(self) -> Manifest | None:
         """See Destination."""

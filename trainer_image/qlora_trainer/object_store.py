@@ -207,7 +207,7 @@ class ObjectFolder:
 
 def _credentials(secret: Secret) -> "S3Config":
     """Those of the Secret, else those of the environment, else none: then requests are not signed."""
-    values = secret.require(_ACCESS_KEY, _SECRET_KEY)
+    values = secret.require(_ACCESS_KEY, _SECRET_KEY, has_own=_ACCESS_KEY in os.environ)
     if values is None:
         return {} if any(os.environ.get(name) for name in _FROM_ENVIRONMENT) else {"skip_signature": True}
     config: S3Config = {"access_key_id": values[_ACCESS_KEY], "secret_access_key": values[_SECRET_KEY]}

@@ -21,7 +21,7 @@ from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Sour
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.dataset import Dataset
-from qlora_trainer.destination import destinations, check_destination
+from qlora_trainer.destination import check_destination, destinations
 from qlora_trainer.disk import file_sha256, is_full, sizes, sync_tree
 from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.family import Family, inspect_family

@@ -260,9 +260,10 @@ class _Guard(HTTPAdapter):
 
 def _login(secret: Secret, registry: str) -> str | None:
     """User and password for the registry in base64: the Secret's, else those of this user's Docker configuration."""
-    values = secret.require(_DOCKER_CONFIG)
+    own = load_configs()
+    values = secret.require(_DOCKER_CONFIG, has_own=registry in own["auths"])
     try:
-        known = load_configs() if values is None else json.loads(values[_DOCKER_CONFIG])
+        known = own if values is None else json.loads(values[_DOCKER_CONFIG])
         entry = known.get("auths", {}).get(registry) or {}
         login = entry.get("auth") or (get_basic_auth(entry["username"], entry["password"]) if entry else None)
     except (ValueError, KeyError, TypeError, AttributeError):
