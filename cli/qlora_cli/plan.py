@@ -105,6 +105,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     table.add_column("GiB", justify="right", footer=_gib(memory.expected))
     table.add_column("", style="dim")
     for component in memory.components():
+        if not component.size:
+            continue
         note = "" if component.at_peak else "not at the peak"
         table.add_row(component.label, _gib(component.size), note, style=None if component.at_peak else "dim")
     console.print(table)

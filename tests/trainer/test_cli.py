@@ -120,6 +120,16 @@ def test_a_plan_that_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
     assert "spec.training.microBatchSize: 4 → 2" in done.stdout
 
 
+def test_a_plan_that_barely_fits_says_by_how_much_and_what_to_change_first(tmp_path: Path) -> None:
+    done = planned(tmp_path, "--gpu-memory", "8", training="    maxSequenceLength: 896\n")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "fits: the run fits on a card of 8 GiB" in said
+    assert "GiB are left" in said
+    assert "The first to change for" in said
+    assert "spec.training." in said
+
+
 def test_a_plan_without_a_card_compares_cards(tmp_path: Path) -> None:
     done = planned(tmp_path)
     assert done.returncode == 0
