@@ -23,6 +23,7 @@ from qlora_trainer.manifest import Contents, Manifest, describe_files
 from qlora_trainer.prepare import prepare
 from qlora_trainer.registry_destination import RegistryDestination
 from qlora_trainer.step import StepContext
+from tests.trainer.command import qlora
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.servers import registry
@@ -376,3 +377,18 @@ def test_a_registry_that_the_administrator_does_not_allow_is_never_asked(
         make_context(destination), records, ExitCode.BAD_CONFIGURATION
     )
     assert proxy.seen == []
+
+
+def test_a_laptop_allows_the_registries_that_its_job_names(proxy: FaultProxy, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    spec = {
+        "model": {"source": f"oci://{proxy.address}/models/tiny:v1"},
+        "dataset": {"source": "pvc://data/train.jsonl"},
+    }
+    document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
+    job.write_text(json.dumps(document))
+    options = ("--workspace", str(tmp_path / "workspace"), "--volume", f"data={tmp_path / 'data'}", "--device", "cpu")
+    done = qlora("run", str(job), *options, HOME=str(tmp_path))
+    assert done.returncode == ExitCode.MODEL_UNAVAILABLE
+    assert "may not be read with no credentials (spec.model.secretRef) (HTTP 401)" in " ".join(done.stdout.split())
+    assert proxy.seen
