@@ -1,0 +1,121 @@
+"""A training step without weights: it confirms the memory estimate for large models, and for each family."""
+
+import pytest
+import transformers as hf
+from transformers import PretrainedConfig
+
+from qlora_api.memory import TrainingShape, estimate
+from qlora_api.model_families import FAMILIES
+from qlora_api.model_shape import ModelShape
+from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_trainer.dry_run import DryRun, dry_run
+
+LLAMAS = {
+    "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
+    "13B": {"num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40},
+    "33B": {"num_hidden_layers": 60, "hidden_size": 6656, "intermediate_size": 17920, "num_attention_heads": 52},
+    "65B": {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 22016, "num_attention_heads": 64},
+}
+# As wide as real models, with two blocks: what differs between families is what a block keeps.
+BLOCKS = {
+    "vocab_size": 4096,
+    "num_hidden_layers": 2,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "pad_token_id": 2,
+}
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "cohere": hf.CohereConfig,
+    "cohere2": hf.Cohere2Config,
+    "gemma": hf.GemmaConfig,
+    "gemma2": hf.Gemma2Config,
+    "gemma3_text": hf.Gemma3TextConfig,
+    "glm4": hf.Glm4Config,
+    "gpt_neox": hf.GPTNeoXConfig,
+    "granite": hf.GraniteConfig,
+    "llama": hf.LlamaConfig,
+    "ministral": hf.MinistralConfig,
+    "mistral": hf.MistralConfig,
+    "olmo": hf.OlmoConfig,
+    "olmo2": hf.Olmo2Config,
+    "olmo3": hf.Olmo3Config,
+    "phi": hf.PhiConfig,
+    "phi3": hf.Phi3Config,
+    "qwen2": hf.Qwen2Config,
+    "qwen3": hf.Qwen3Config,
+    "seed_oss": hf.SeedOssConfig,
+    "smollm3": hf.SmolLM3Config,
+}
+
+
+LLAMA = hf.LlamaConfig(**BLOCKS)
+
+
+def configuration(model_type: str) -> PretrainedConfig:
+    # GPT-NeoX has no groups of queries, Ministral no head size of its own.
+    left_out = {"num_key_value_heads"} if model_type == "gpt_neox" else set()
+    extra = {"head_dim": 128} if model_type == "ministral" else {}
+    return CONFIGS[model_type](**{name: value for name, value in BLOCKS.items() if name not in left_out}, **extra)
+
+
+def run(config: PretrainedConfig, lora: LoraSpec, training: TrainingSpec) -> DryRun:
+    return dry_run(config, lora, training, QuantizationSpec())
+
+
+def error(config: PretrainedConfig, lora: LoraSpec, training: TrainingSpec, shape: TrainingShape) -> float:
+    """Of the estimate without the CUDA context, relative to the live bytes."""
+    memory = estimate(ModelShape.from_config(config.to_dict()), shape)
+    return (memory.expected - memory.context) / run(config, lora, training).peak - 1
+
+
+def test_every_family_of_the_estimate_has_a_configuration_here() -> None:
+    assert CONFIGS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("size", LLAMAS)
+def test_the_estimate_of_a_llama_at_rank_64_is_confirmed_within_a_percent(size: str) -> None:
+    config = hf.LlamaConfig(vocab_size=32000, **LLAMAS[size])
+    assert abs(error(config, LoraSpec(rank=64), TrainingSpec(), TrainingShape(rank=64))) < 0.01
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_the_estimate_of_each_family_is_confirmed_within_four_percent(model_type: str) -> None:
+    training, shape = TrainingSpec(max_sequence_length=1024), TrainingShape(rank=16, sequence_length=1024)
+    assert abs(error(configuration(model_type), LoraSpec(rank=16), training, shape)) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("lora", "training", "shape", "tolerance"),
+    [
+        ({"dropout": 0.1}, {}, {"dropout": 0.1}, 0.03),
+        ({"target_modules": ("q_proj", "v_proj")}, {}, {"target_modules": frozenset({"q_proj", "v_proj"})}, 0.1),
+        ({"dtype": "bfloat16"}, {"optimizer": "adamw"}, {"adapter_bytes": 2, "optimizer": "adamw"}, 0.03),
+        ({}, {"gradient_accumulation_steps": 1}, {"gradient_accumulation_steps": 1}, 0.03),
+        ({}, {"gradient_checkpointing": False}, {"gradient_checkpointing": False}, 0.05),
+        (
+            {"modules_to_save": ("embed_tokens", "lm_head")},
+            {},
+            {"whole_modules": frozenset({"embed_tokens", "lm_head"})},
+            0.05,
+        ),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_the_estimate_of_each_setting_is_confirmed(
+    lora: dict[str, object], training: dict[str, object], shape: dict[str, object], tolerance: float
+) -> None:
+    found = error(
+        LLAMA,
+        LoraSpec(rank=16).model_copy(update=lora),
+        TrainingSpec(max_sequence_length=2048).model_copy(update=training),
+        TrainingShape(rank=16, sequence_length=2048, **shape),  # type: ignore[arg-type]
+    )
+    assert abs(found) < tolerance
+
+
+def test_a_step_without_weights_leaves_no_setting_behind() -> None:
+    first = run(LLAMA, LoraSpec(rank=16), TrainingSpec())
+    assert run(LLAMA, LoraSpec(rank=16), TrainingSpec()) == first
+    assert run(LLAMA, LoraSpec(rank=16), TrainingSpec(max_sequence_length=1024)).peak > first.peak > first.resident
