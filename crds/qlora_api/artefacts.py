@@ -21,13 +21,12 @@ class SecretKeyRef(ApiModel):
 
 
 class SecretRef(ApiModel):
-    """A Secret in the job's namespace, with the credentials that the address needs.
+    """A Secret in the job's namespace, with the credentials that the address needs."""
 
-    Keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where there is one, AWS_SESSION_TOKEN for s3://;
-    .dockerconfigjson for oci:// (a Secret of type kubernetes.io/dockerconfigjson); token for hf://.
-    """
-
-    name: ObjectName = Field(description="Name of the Secret.")
+    name: ObjectName = Field(
+        description="Name of the Secret. Its keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for temporary "
+        "credentials, AWS_SESSION_TOKEN for s3://; .dockerconfigjson for oci://; token for hf://."
+    )
 
 
 _HUB_TOKEN = "for an hf:// model set tokenSecretRef, and for a pvc:// model nothing"  # noqa: S105 - a sentence

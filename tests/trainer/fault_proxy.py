@@ -30,6 +30,8 @@ class Fault:
     body: bytes = b""
     cut: int | None = None
     """Bytes of the body that arrive before the connection ends."""
+    stall: bool = False
+    """Whether the connection stays open, and silent, where it is cut."""
     corrupt: bool = False
     """Whether the last byte of the body arrives changed."""
     replace: Mapping[str, str] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class FaultProxy:
     host: str = "127.0.0.1"
     rule: Callable[[Request], Fault | None] = lambda _request: None
     seen: list[Request] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
     address: str = ""
     """HOST:PORT of the proxy."""
 
@@ -67,6 +70,7 @@ def serve_proxy(proxy: FaultProxy) -> Iterator[FaultProxy]:
         try:
             yield proxy
         finally:
+            proxy.ended.set()
             server.shutdown()
             thread.join()
 
@@ -126,6 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[:-1] + bytes([body[-1] ^ 1])
         if self.command != "HEAD":
             self.wfile.write(body[: fault.cut])
+        if fault.stall:
+            self.wfile.flush()
+            self.proxy.ended.wait()
         if fault.cut is not None:
             self.close_connection = True
 

@@ -280,6 +280,18 @@ def test_a_download_goes_on_where_it_was_cut_off(
     assert not [*context.workspace.root.rglob("*.part")]
 
 
+def test_a_transfer_that_stalls_is_given_up_and_taken_up_again(
+    make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_STALLED", timedelta(milliseconds=200))
+    stalls = iter([Fault(cut=9 * 10**6, stall=True)])
+    store.rule = lambda request: next(stalls, None) if of_weights(request) else None
+    context = make_context(MODEL)
+    record = prepare(context, records)
+    assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == large
+    assert len([request for request in store.seen if of_weights(request)]) == 2
+
+
 def test_parts_of_two_versions_are_never_put_together(
     make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, bucket: S3Store, model: str
 ) -> None:

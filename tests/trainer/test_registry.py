@@ -323,6 +323,21 @@ def test_a_download_goes_on_where_it_was_cut_off(
     assert found.read_bytes() == (tiny_llama / "model.safetensors").read_bytes()
 
 
+def test_a_transfer_that_stalls_is_given_up(
+    make_context: MakeContext,
+    records: Recorded,
+    proxy: FaultProxy,
+    model: str,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry_module, "_TIMEOUTS", (1, 0.2))
+    wanted = of_weights(proxy, tiny_llama)
+    proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
+    message = unusable(with_model(make_context, proxy, model), records, ExitCode.UNREACHABLE)
+    assert "cannot be reached, or broke off" in message
+
+
 def test_a_layer_that_arrives_changed_is_loaded_again(
     make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
 ) -> None:

@@ -31,6 +31,8 @@ _DEFAULT_REGION = "us-east-1"
 # Nothing can listen on port 0. The client follows redirects and takes AWS_SESSION_TOKEN with it to any host; requests
 # to all hosts but the endpoint go to this proxy, that is, nowhere.
 _NOWHERE = "127.0.0.1:0"
+_STALLED = timedelta(seconds=30)
+"""How long nothing may arrive before a transfer is given up."""
 _PART_BYTES = 2**23
 _BLOCK_BYTES = 2**20
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -221,8 +223,8 @@ def _client_options(endpoint: str, region: str) -> "ClientConfig":
     return {
         "allow_http": endpoint.startswith("http://"),
         "connect_timeout": timedelta(seconds=10),
-        # For a stalled transfer. The other one bounds a whole request, and a weights' file takes as long as it takes.
-        "read_timeout": timedelta(seconds=30),
+        # The other one bounds a whole request, and a weights' file takes as long as it takes.
+        "read_timeout": _STALLED,
         "timeout": timedelta(hours=24),
         "proxy_url": f"http://{_NOWHERE}",
         "proxy_excludes": ",".join(hosts),
