@@ -1,5 +1,6 @@
 """What a model learns from a row: the text it sees and the tokens that count."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,104 @@ def test_columns_may_have_other_names(learnt: Learnt) -> None:
     columns = {"instruction": "question", "output": "answer"}
     [(text, _)] = learnt([{"question": "Which?", "answer": "This.", "other": 3}], dataset={"columns": columns})
     assert text.startswith("<|im_start|>user\nWhich?<|im_end|>")
+
+
+def test_sharegpt_gives_the_tokens_of_the_same_chat(learnt: Learnt) -> None:
+    sides = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": sides[turn["role"]], "value": turn["content"]} for turn in DIALOGUE]
+    chat = learnt([{"messages": DIALOGUE}])
+    assert learnt([{"conversations": turns}]) == chat
+    assert learnt([{"conversations": turns[1:], "system": "Be short."}]) == chat
+    assert (
+        learnt([{"dialogue": turns}], dataset={"format": "sharegpt", "columns": {"conversations": "dialogue"}}) == chat
+    )
+
+
+@pytest.mark.parametrize(("column", "format_"), [("messages", "sharegpt"), ("conversations", "chat")])
+def test_the_notation_and_not_the_columns_name_decides_the_format(
+    learnt: Learnt, records: Recorded, column: str, format_: str
+) -> None:
+    turns = DIALOGUE
+    if format_ == "sharegpt":
+        turns = [{"from": turn["role"], "value": turn["content"]} for turn in DIALOGUE]
+    [(_, targets)] = learnt([{column: turns}])
+    assert len(targets) == 2
+    assert records.facts.dataset is not None
+    assert records.facts.dataset.format == format_
+
+
+def test_an_instruction_may_have_a_system_message(learnt: Learnt) -> None:
+    row = {"instruction": "Scale it.", "output": "Done.", "system": "Be short."}
+    [(text, targets)] = learnt([row])
+    assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nScale it.<|im_end|>\n")
+    assert targets == ["Done.<|im_end|>"]
+
+
+def test_without_a_template_a_system_message_stands_first(learnt: Learnt) -> None:
+    [(text, _)] = learnt([{"instruction": "Scale it.", "output": "Done.", "system": "Be short."}], None)
+    assert text == "Be short.\n\nScale it.\n\nDone.<|im_end|>"
+
+
+TOOLS = [{"type": "function", "function": {"name": "pods", "description": "", "parameters": {"type": "object"}}}]
+CALLS = [
+    {"role": "user", "content": "Which?"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "pods", "arguments": {"namespace": "wéb"}}}]},
+    {"role": "tool", "content": "shop", "name": "pods"},
+    {"role": "assistant", "content": "The shop."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "pods", "arguments": {}}}]},
+    {"role": "tool", "content": "none"},
+    {"role": "assistant", "content": "No more."},
+]
+CALLING = """\
+{%- if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}
+{{- '<|im_end|>\n' }}{% endif %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{{ '<call>' + (call.function | tojson) + '</call>' }}{% endfor %}
+{{- '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LEARNT_CALLS = [
+    '<call>{"name": "pods", "arguments": {"namespace": "wéb"}}</call><|im_end|>',
+    "The shop.<|im_end|>",
+    'I look.<call>{"name": "pods", "arguments": {}}</call><|im_end|>',
+    "No more.<|im_end|>",
+]
+
+
+def with_text_arguments() -> list[dict[str, Any]]:
+    """The same calls with their arguments as JSON in a text, as OpenAI's interface has them."""
+    calls = json.loads(json.dumps(CALLS))
+    for message in calls:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return list(calls)
+
+
+def test_calls_are_learnt_and_their_results_are_not(learnt: Learnt) -> None:
+    """Whether tools and arguments are objects or texts."""
+    [(text, targets)] = learnt([{"messages": CALLS, "tools": TOOLS}], CALLING)
+    assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "pods"')
+    assert targets == LEARNT_CALLS
+    texts = {"messages": with_text_arguments(), "tools": json.dumps(TOOLS)}
+    assert learnt([texts], CALLING) == [(text, targets)]
+
+
+def test_calls_in_sharegpt_are_learnt_too(learnt: Learnt) -> None:
+    turns = [
+        {"from": "human", "value": "Which?"},
+        {"from": "function_call", "value": '{"name": "pods", "arguments": {"namespace": "wéb"}}'},
+        {"from": "observation", "value": "shop"},
+        {"from": "gpt", "value": "The shop."},
+    ]
+    [(_, targets)] = learnt([{"conversations": turns, "tools": json.dumps(TOOLS)}], CALLING)
+    assert targets == LEARNT_CALLS[:2]
+
+
+@pytest.mark.parametrize("leaves_out", ["{{ tool | tojson }}", "(call.function | tojson)", "message.content"])
+def test_a_template_that_leaves_part_of_a_call_out_is_refused(learnt: Learnt, leaves_out: str) -> None:
+    template = CALLING.replace(leaves_out, "''")
+    with pytest.raises(StepFailure, match="line 1: the conversation uses tools, but the model's chat template leaves"):
+        learnt([{"messages": CALLS, "tools": TOOLS}], template)
 
 
 def test_characters_of_several_tokens_are_learnt_whole(learnt: Learnt) -> None:

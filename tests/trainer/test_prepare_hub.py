@@ -308,6 +308,17 @@ def rows(hub: FakeHub, tmp_path: Path) -> Path:
     write_rows(tmp_path / "hub" / "rows" / "data" / "train-00000.jsonl", [chat_row("a", "b")] * 3)
     write_rows(tmp_path / "hub" / "rows" / "data" / "test-00000.jsonl", [chat_row("a", "b")] * 2)
     (tmp_path / "hub" / "rows" / "README.md").write_text("# Rows")
+    shards = tmp_path / "hub" / "shards"
+    hub.repositories["datasets/acme/shards"] = shards
+    for name, count in {"large/0": 2, "large/1": 3, "small/0": 1, "held-out": 4}.items():
+        write_rows(shards / f"{name}.jsonl", [chat_row("a", "b")] * count)
+    (shards / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: large, default: true, data_files: 'large/*.jsonl'}\n"
+        "- config_name: small\n  data_files:\n"
+        "  - {split: train, path: small/*.jsonl}\n"
+        "  - {split: validation, path: [held-out.jsonl]}\n---\n# Shards"
+    )
     return tmp_path / "hub" / "rows"
 
 
@@ -319,6 +330,10 @@ def rows(hub: FakeHub, tmp_path: Path) -> Path:
         ({"source": "hf://acme/rows", "split": "test"}, 2, 0),
         ({"source": "hf://acme/rows/data/test-00000.jsonl"}, 2, 0),
         ({"source": "hf://acme/rows", "eval": {"source": "hf://acme/rows/data/test-00000.jsonl"}}, 3, 2),
+        ({"source": "hf://acme/rows", "eval": {"source": "hf://acme/rows"}}, 3, 2),
+        ({"source": "hf://acme/rows/data", "split": "test"}, 2, 0),
+        ({"source": "hf://acme/shards"}, 5, 0),
+        ({"source": "hf://acme/shards", "config": "small", "eval": {"source": "hf://acme/shards"}}, 1, 4),
     ],
 )
 def test_a_data_set_of_the_hub_is_found(
