@@ -225,27 +225,18 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
         peak = context + base_weights + gathered_blocks + unquantized_weights + adapters + optimizer
                + (gradients + checkpoints when accumulating, else the larger) + max(layer_working_set, logits)
 
-    x and y are the family's bytes per token (model_families), plus 12 per rank, 14 with dropout. With upcast x is
-    84.7h + 24f + 7.7k + 27r, f being the MLP's width and k the keys', and the dequantized layer comes on top.
-
-    Without accumulation the gradients come into being as the checkpoints are freed; the last layer's work begins when
-    the loss is done.
-
-    Source: base weights from arXiv 2305.14314, section 3. x and y are live bytes of the real layers (transformers 5.24,
-    PEFT on all linear layers, bitsandbytes 0.50.2), see qlora_trainer.dry_run, which confirms the sum without `context`
-    within 1 % for LLaMA's four sizes. How well published GPU peaks are met is in tests/unit/test_memory_points.py.
-    Attention must not build its T × T scores. Allocator fragmentation is not in: `verdict` adds a margin.
+    x and y are the family's bytes per token (model_families), plus 12 per rank, 14 with dropout. Without accumulation
+    gradients appear as checkpoints are freed; the last layer's work begins after the loss.
+    Source: arXiv 2305.14314, section 3, for base weights; live bytes of the real layers for x and y (see
+    qlora_trainer.dry_run, which confirms the sum without `context`). tests/unit/test_memory_points.py compares it with
+    published GPU peaks. Allocator fragmentation is not in: `verdict` adds a margin.
     """
-    adapter, pageable_adapter = _adapter_parameters(model, training)
-    whole = len(training.whole_modules) * model.vocab_size * model.hidden_size
+    adapter, whole, pageable = _trained_parameters(model, training)
     state, whole_state = (_optimizer_bytes(training, size) for size in (training.adapter_bytes, 2))
     wide_bytes = 4 if training.upcast else 2
-
     trained = gradients = adapter * training.adapter_bytes + whole * 2
-    checkpoints = wide_bytes * training.tokens * model.num_hidden_layers * model.hidden_size
-    if not training.gradient_checkpointing:
-        checkpoints = 0
-    pageable = pageable_adapter * state + whole * whole_state
+    inputs = model.num_hidden_layers if training.gradient_checkpointing else 0
+    checkpoints = wide_bytes * training.tokens * inputs * model.hidden_size
     working_set, kept = _layer_working_set(model, training)
     logits = _loss_working_set(model, training)
     base_weights, gathered_blocks = _base_weights(model, training)
@@ -270,7 +261,7 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
         checkpoints=checkpoints,
         layer_working_set=working_set,
         logits=logits,
-        pageable_optimizer=pageable if training.optimizer.startswith("paged_") else 0,
+        pageable_optimizer=pageable * state + whole * whole_state if training.optimizer.startswith("paged_") else 0,
         absent_at_peak=frozenset(absent),
     )
 
@@ -286,15 +277,16 @@ def _base_weights(model: ModelShape, training: TrainingShape) -> tuple[int, int]
     return math.ceil(packed / training.gpus + constants), math.ceil(gathered)
 
 
-def _adapter_parameters(model: ModelShape, training: TrainingShape) -> tuple[int, int]:
-    """Parameters of the adapter, and of those the ones whose tensors are large enough to be paged."""
+def _trained_parameters(model: ModelShape, training: TrainingShape) -> tuple[int, int, int]:
+    """Parameters of the adapter, of modules trained whole, and of the adapter's tensors large enough to be paged."""
     shapes = [model.projections[name] for name in training.targets(model)]
     tensors = [training.rank * features for shape in shapes for features in shape]
     if training.use_dora:
         tensors += [outputs for _, outputs in shapes]
     layers = min(training.adapted_layers or model.num_hidden_layers, model.num_hidden_layers)
     pageable = [size for size in tensors if size >= _SMALLEST_PAGED_TENSOR]
-    return layers * sum(tensors), layers * sum(pageable)
+    whole = len(training.whole_modules) * model.vocab_size * model.hidden_size
+    return layers * sum(tensors), whole, layers * sum(pageable)
 
 
 def _optimizer_bytes(training: TrainingShape, parameter_bytes: int) -> int:
@@ -309,7 +301,7 @@ def _layer_working_set(model: ModelShape, training: TrainingShape) -> tuple[int,
 
     The layer at work takes the most of some moments: between two products, in the product with each of its linear
     layers, whose weight is dequantized then, and in attention where its scores have to be built. Without gradient
-    checkpointing each layer keeps something from the forward pass on.
+    checkpointing each layer keeps something from the forward pass on. The numbers with upcast are a fit over Llama shapes.
     """
     family, widths, tokens = model.family, model.widths, training.tokens
     layers = 0 if training.gradient_checkpointing else model.num_hidden_layers
