@@ -301,7 +301,7 @@ def _layer_working_set(model: ModelShape, training: TrainingShape) -> tuple[int,
 
     The layer at work takes the most of some moments: between two products, in the product with each of its linear
     layers, whose weight is dequantized then, and in attention where its scores have to be built. Without gradient
-    checkpointing each layer keeps something from the forward pass on. The numbers with upcast are a fit over Llama shapes.
+    checkpointing each layer keeps something from the forward pass on. With upcast the numbers are a fit over Llamas.
     """
     family, widths, tokens = model.family, model.widths, training.tokens
     layers = 0 if training.gradient_checkpointing else model.num_hidden_layers
