@@ -7,6 +7,7 @@ from math import ceil
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora_api.training import TrainingSpec
@@ -63,15 +64,16 @@ class Plan:
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro batches of the step that is number `step`, counted from 0."""
         epoch, start = self.position(step)
-        chosen = _order(self.sequences, self.seed, epoch)[start : start + self.sequences_per_step]
-        return [chosen[first : first + self.micro_batch_size] for first in range(0, len(chosen), self.micro_batch_size)]
+        chosen = _order(self.sequences, self.seed, epoch)[start : start + self.sequences_per_step].tolist()
+        size = self.micro_batch_size
+        return [tuple(chosen[first : first + size]) for first in range(0, len(chosen), size)]
 
 
 @lru_cache(maxsize=2)
-def _order(sequences: int, seed: int, epoch: int) -> tuple[int, ...]:
+def _order(sequences: int, seed: int, epoch: int) -> NDArray[numpy.int64]:
     """The epoch's order: a permutation drawn from seed and epoch (Philox, Salmon et al. 2011), another one in each."""
     generator = numpy.random.Generator(numpy.random.Philox(key=(seed, epoch)))
-    return tuple(generator.permutation(sequences).tolist())
+    return generator.permutation(sequences)
 
 
 @dataclass(frozen=True)
