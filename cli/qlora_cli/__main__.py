@@ -150,7 +150,8 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
         return
     if "publish" not in ended.results or ended.results["publish"].adapter is None:
         return
-    adapter, trained = ended.results["publish"].adapter, ended.results["train"]
+    adapter, merged = ended.results["publish"].adapter, ended.results["publish"].merged
+    trained = ended.results["train"]
     table = Table.grid(padding=(0, 2))
     table.add_row("Adapter", adapter.uri)
     table.add_row("SHA-256", adapter.sha256)
@@ -159,6 +160,11 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
         table.add_row(
             "Held-out loss", f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
         )
+    if merged is not None:
+        table.add_row("Merged model", merged.uri)
+    if merged is not None and merged.eval_loss is not None:
+        losses = f"{_number(merged.eval_loss)} merged, {_number(merged.adapter_eval_loss)} with the adapter"
+        table.add_row(f"Loss on {merged.eval_tokens} tokens", losses)
     table.add_row("Report", str(local.layout.report / "report.html"))
     console.print(table, soft_wrap=True)
 

@@ -248,7 +248,8 @@ def _failure(step: StepName, reason: str, message: str, facts: Facts) -> Failure
 
 def _succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     uri = status.adapter.uri if status.adapter else ""
-    done = Reason("Succeeded", f"the adapter is at {uri}")
+    merged = f", the merged model at {status.merged.uri}" if status.merged else ""
+    done = Reason("Succeeded", f"the adapter is at {uri}{merged}")
     for kind, value in _ON_SUCCESS:
         status = _set(status, facts, kind, value, done)
     return without_remaining(status.model_copy(update={"completion_time": format_time(facts.now)}))

@@ -23,6 +23,7 @@ from qlora_trainer.model import adapter_tensors, load_base
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.quantized import quantized_layers
 from qlora_trainer.records import TrainRecord
+from qlora_trainer.serving import refused_by_vllm
 from qlora_trainer.step import StepContext
 from qlora_trainer.verify import verify_adapter
 from qlora_trainer.weights import BaseWeights
@@ -149,3 +150,19 @@ def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
     with pytest.raises(StepFailure, match="embed_tokens and lm_head are one matrix") as caught:
         inspect_family(tiny_qwen2, LoraSpec(modules_to_save=("lm_head",)))
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+@pytest.mark.parametrize(
+    ("lora", "word"),
+    [
+        (LoraSpec(), None),
+        (LoraSpec(use_rslora=True, initialization="loftq", layers_to_transform=(1,)), None),
+        (LoraSpec(use_dora=True), "DoRA"),
+        (LoraSpec(modules_to_save=("lm_head",)), "modulesToSave"),
+        (LoraSpec(rank=1024), "rank 1024"),
+    ],
+)
+def test_what_vllm_refuses_is_known_by_its_reason(lora: LoraSpec, word: str | None) -> None:
+    reason = refused_by_vllm(lora)
+    assert (reason is None) == (word is None)
+    assert reason is None or str(word) in reason

@@ -5,9 +5,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_trainer.data_statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
 from qlora_trainer.failures import StopRequest
 from qlora_trainer.family import inspect_family
 from qlora_trainer.packing import one_row_each, pack
@@ -54,6 +57,7 @@ def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
 def write_data(folder: Path, *, packed: bool) -> None:
     """Rows of a pattern that a model can learn; the latter half of each row is the target. Four rows are held out."""
     folder.mkdir(parents=True)
+    statistics = {}
     for split, lengths in (("train", ROW_LENGTHS), ("eval", ROW_LENGTHS[:4])):
         rows = []
         for number, length in enumerate(lengths):
@@ -63,6 +67,19 @@ def write_data(folder: Path, *, packed: bool) -> None:
         tokenized = TokenizedRows([Chunk.of(rows)])
         sequences = pack(tokenized.lengths, 64, seed=0) if packed else one_row_each(len(rows))
         write_split(split_file(folder, "train" if split == "train" else "eval"), tokenized, sequences)
+        statistics[split] = SplitStatistics.of(tokenized, sequences, 64, packed=packed)
+    source = SourceStatistics(
+        uri="pvc://data/rows.jsonl",
+        files=("rows.jsonl",),
+        file_count=1,
+        sha256="0" * 64,
+        format="text",
+        columns=("text",),
+        ignored_columns=(),
+        rows_read=len(ROW_LENGTHS),
+        lengths=Lengths.of(numpy.array(ROW_LENGTHS, dtype=numpy.int32)),
+    )
+    DataStatistics(sources=(source,), train=statistics["train"], eval=statistics["eval"]).write(folder)
     (folder / "manifest.json").write_text(json.dumps({"fingerprint": "rows"}))
 
 

@@ -203,7 +203,8 @@ def summary(completion: Completion | None, step: StepName) -> str:
         note = "" if lowered is None else f", with microBatchSize {lowered} after the GPU had run out of memory"
         return f"trained {completion.training_step} steps to loss {completion.loss:.4f}{note}"
     if isinstance(completion, PublishRecord):
-        return f"the adapter is at {completion.adapter.uri}"
+        merged = f", the merged model at {completion.merged.uri}" if completion.merged else ""
+        return f"the adapter is at {completion.adapter.uri}{merged}"
     return f"{step} is done"
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora_api.contract import ExitCode
 from qlora_api.status import MergedStatus
 from qlora_trainer.attention import ATTENTION, register_attention
+from qlora_trainer.card import quantization_label
 from qlora_trainer.destination import open_destination, publish_folder, refuse_occupied
 from qlora_trainer.disk import require_space
 from qlora_trainer.failures import StepFailure, bad_configuration
@@ -163,7 +164,7 @@ def card(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, lo
             f"Loss on {compared.targets} held-out target tokens (nats): {loss:.4f} merged, {compared.loss:.4f} with "
             "the adapter on its 4-bit base."
         )
-    bits = f"{spec.quantization.type}{' with double quantization' if spec.quantization.double_quant else ''}"
+    bits = quantization_label(spec.quantization.type, double=spec.quantization.double_quant)
     return f"""# {context.document.metadata.name}, merged
 
 The adapter of this job merged into `{context.base_name}` (`{prepared.model_revision}`), in bfloat16. It loads as any
@@ -171,8 +172,8 @@ model does, and needs no adapter beside it.
 
 {comparison}
 
-The base's weights are those that the adapter was trained on: {bits}, dequantized. They differ from the original weights
-by the error of that quantization, which the adapter has learnt with.
+The base's weights are those that the adapter was trained on: {bits}, dequantized. They differ from
+the original weights by the error of that quantization, which the adapter has learnt with.
 
 Do not quantize this model to 4 bit again without measuring it: rounding can take away as much as the adapter has added.
 To serve in 4 bit, load the original model in 4 bit and the adapter beside it.
