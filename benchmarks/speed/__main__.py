@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(system: SystemName, inputs: Inputs, length: Length, folder: Path) -> dict[str, Any]:
     """One run in a new process; what it measured. Raises CalledProcessError with its output printed."""
     folder.mkdir()
-    (folder / inputs.train.name).symlink_to(inputs.train)
+    (folder / inputs.train.name).hardlink_to(inputs.train)
     lengths = [f"--steps={length.steps}", f"--snapshot-every={length.snapshot_every}"]
     _checked(["benchmarks.speed.worker", system, str(folder), str(inputs.model), *lengths])
     measured: dict[str, Any] = json.loads((folder / "measured.json").read_text())

@@ -70,7 +70,7 @@ class TrainingShape:
     gpus: int = 1
     sharding: Sharding = "none"
     """`full`: each GPU holds a part of the quantized blocks, and all of everything else."""
-    loss_chunk_tokens: int | None = 1024
+    loss_chunk_tokens: int | None = 128
     """Tokens whose logits exist at the same time; None builds those of the whole micro batch."""
     upcast: bool = False
     """PEFT's `prepare_model_for_kbit_training`: embeddings, norms and with them the residual stream in 32 bit."""

@@ -22,6 +22,15 @@ FAMILIES = [
     transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
     transformers.Qwen3Config(**SHAPE, head_dim=16),
     transformers.GraniteConfig(**SHAPE, logits_scaling=8.0, attention_multiplier=0.1, embedding_multiplier=12.0),
+    transformers.CohereConfig(**SHAPE, logit_scale=0.25),
+    transformers.Gemma2Config(
+        **SHAPE,
+        head_dim=32,
+        sliding_window=6,
+        query_pre_attn_scalar=64,
+        attn_logit_softcapping=0.2,
+        final_logit_softcapping=0.5,
+    ),
 ]
 
 
@@ -76,10 +85,13 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_one_row_at_a_time(conf
         torch.testing.assert_close(parameter.grad, reference[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.125), LogitTransform(1.0, 5.0)])
-def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logits(transform: LogitTransform) -> None:
+def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logits(
+    transform: LogitTransform, frozen: bool
+) -> None:
     torch.manual_seed(0)
-    head = CountingHead(16, 300)
+    head = CountingHead(16, 300).requires_grad_(not frozen)
     states = torch.randn(100, 16, requires_grad=True)
     targets = torch.randint(0, 300, (100,))
 
@@ -93,6 +105,8 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logi
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(states.grad, gradient, rtol=1e-5, atol=1e-6)
     assert max(head.positions) == 32
+    # A trained head's logits are computed again in backward, a frozen one's are not.
+    assert sum(head.positions) == (100 if frozen else 200)
 
 
 def test_positions_without_a_target_are_never_given_to_the_head() -> None:

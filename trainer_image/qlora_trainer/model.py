@@ -21,6 +21,7 @@ from qlora_trainer.attention import ATTENTION, register_attention
 from qlora_trainer.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.family import MIN_QUANTIZED_FRACTION
 from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.fused_lora import fuse_lora
 from qlora_trainer.loftq import initialize_loftq
 from qlora_trainer.step import Device
 from qlora_trainer.weights import BaseWeights
@@ -29,9 +30,12 @@ COMPUTE_DTYPE = torch.bfloat16
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_base(folder: Path, quantization: QuantizationSpec, device: Device) -> Any:
+def load_base(
+    folder: Path, quantization: QuantizationSpec, device: Device, storage_dtype: torch.dtype = torch.uint8
+) -> Any:
     """The base model of `folder` in 4 bit on the device, frozen and in evaluation mode.
 
+    `storage_dtype` is that of the tensors into which the packed weights are put; it changes no value.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not held as `quantization` says.
     """
@@ -44,6 +48,7 @@ def load_base(folder: Path, quantization: QuantizationSpec, device: Device) -> A
                 bnb_4bit_quant_type=quantization.type,
                 bnb_4bit_use_double_quant=quantization.double_quant,
                 bnb_4bit_compute_dtype=COMPUTE_DTYPE,
+                bnb_4bit_quant_storage=storage_dtype,
             ),
             dtype=COMPUTE_DTYPE,
             attn_implementation=ATTENTION,
@@ -156,6 +161,7 @@ def attach_adapter(
         initialize_loftq(model, original)
     for name, parameter in adapter_parameters(model).items():
         parameter.data = parameter.data.to(tensor_dtype(name, lora))
+    fuse_lora(model)
     if gradient_checkpointing:
         # Without re-entry gradients reach the adapters although the embeddings have none.
         base.activation_checkpointing_enable({"use_reentrant": False})
