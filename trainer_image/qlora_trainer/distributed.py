@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed
@@ -47,6 +47,8 @@ class Ranks:
     place: Place = field(default_factory=Place)
     store: Any = None
     """Names and texts that all processes see, a torch.distributed.Store; None where there is one process."""
+    sharded: bool = False
+    """Whether the base is spread over the processes, so that all must take part in every pass through the model."""
     lost: Callable[[Exception], StepFailure] | None = None
     """Why an exchange failed: what another process has said about its end, if it has."""
 
@@ -55,9 +57,14 @@ class Ranks:
         """Whether this is the process that writes."""
         return self.place.main
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part: every item is in exactly one."""
-        return items[self.place.rank :: self.place.size]
+    def rounds(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """This process's item in each round, in which all take the next ones; every item counts in exactly one process.
+
+        In the last round there may be too few. A process without one gets the first item, which then does not count.
+        """
+        rank, size = self.place.rank, self.place.size
+        firsts = range(0, len(items), size)
+        return [(items[first + rank], True) if first + rank < len(items) else (items[0], False) for first in firsts]
 
     def gather(self, *numbers: int) -> list[tuple[int, ...]]:
         """What each process has passed, by rank."""
@@ -184,8 +191,8 @@ class _Endings:
 
 
 @contextmanager
-def joined(others: Others, device: Device) -> Iterator[Ranks]:
-    """The processes of this run, once all are there.
+def joined(others: Others, device: Device, sharding: Literal["none", "full"]) -> Iterator[Ranks]:
+    """The processes of this run, once all are there, and whether they spread the base.
 
     A failure of this process is told to the others before it ends, so that each ends with the same exit code. Raises
     StepFailure (UNREACHABLE) if one does not come, or is lost later, without having said why.
@@ -207,7 +214,7 @@ def joined(others: Others, device: Device) -> Iterator[Ranks]:
             world_size=place.size,
             timeout=TIMEOUT,
         )
-        yield Ranks(place, store, endings)
+        yield Ranks(place, store, sharding == "full", endings)
     except Interrupted:
         raise
     except Exception as error:

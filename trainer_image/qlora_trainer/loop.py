@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.batches import Batch, read_batch
+from qlora_trainer.batches import Batch, MicroBatch, read_batch
 from qlora_trainer.checkpoint import Checkpoint, save_checkpoint
 from qlora_trainer.determinism import processor, seed_step
 from qlora_trainer.divergence import Stability, cleared, has_diverged
@@ -118,8 +118,8 @@ class _Gradient:
     targets: int
     tokens: int
     """Of all processes."""
-    batches: Items[Batch]
-    """This process's share."""
+    batches: Items[tuple[Batch, bool]]
+    """This process's share, each with whether it counts."""
 
 
 def _gradient(run: Run, state: RunState) -> _Gradient | None:
@@ -128,15 +128,15 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
     Dropout is drawn anew from the step's own seed, so a step that is done again sees the same numbers.
     """
     seed_step(run.plan.seed, state.step, run.ranks.place.rank)
-    share = run.ranks.share(run.plan.micro_batches(state.step))
-    batches = [read_batch(run.data, indices, run.device) for indices in share]
+    batches = _share(run, run.data, run.plan.micro_batches(state.step))
     # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
-    counts = run.ranks.gather(sum(batch.target_count for batch in batches), sum(batch.tokens for batch in batches))
-    targets, tokens = max(1, sum(count[0] for count in counts)), sum(count[1] for count in counts)
+    counted = [batch for batch, counts in batches if counts]
+    everybody = run.ranks.gather(sum(batch.target_count for batch in counted), sum(batch.tokens for batch in counted))
+    targets, tokens = max(1, sum(there[0] for there in everybody)), sum(there[1] for there in everybody)
     summed, short = torch.zeros((), device=run.device), False
     try:
-        for batch in batches:
-            loss = _loss(run, batch) / targets
+        for batch, counts in batches:
+            loss = _loss(run, batch) * float(counts) / targets
             loss.backward()
             summed += loss.detach()
             report(run, state, "training")
@@ -151,8 +151,15 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
     return _Gradient(summed, targets, tokens, batches)
 
 
+def _share(run: Run, data: PreparedDataset, micro_batches: Items[MicroBatch]) -> list[tuple[Batch, bool]]:
+    """This process's batches, with whether they count: one that does not lets the others gather a sharded base."""
+    rounds = run.ranks.rounds(micro_batches)
+    return [(read_batch(data, item, run.device), counts) for item, counts in rounds if counts or run.ranks.sharded]
+
+
 def _may_halve(run: Run) -> bool:
-    return run.context.spec.training.auto_micro_batch and run.plan.micro_batch_size > 1
+    """Whether a lack of memory is met with smaller micro batches. With a sharded base, the others wait in its midst."""
+    return run.context.spec.training.auto_micro_batch and run.plan.micro_batch_size > 1 and not run.ranks.sharded
 
 
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
@@ -168,7 +175,7 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
 
 def _loss(run: Run, batch: Batch) -> Tensor:
     """Summed loss of a batch. Products are computed in 16 bit; adapter weights keep their own type."""
-    # Without the cache, which would hold a 16-bit copy of every adapter until the loss is done (1.6 GB at 65B, rank 64).
+    # Without the cache, which would hold a 16-bit copy of every adapter until the loss is done: 1.6 GB at 65B, rank 64.
     with torch.autocast(run.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
         return batch_loss(run.model.get_base_model(), batch)
 
@@ -194,12 +201,13 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
     )
 
 
-def _base_loss(run: Run, batches: Items[Batch]) -> float:
+def _base_loss(run: Run, batches: Items[tuple[Batch, bool]]) -> float:
     """Summed loss of all processes' batches without the adapter. Draws no random number, leaves the gradients alone."""
     run.model.eval()
     try:
         with torch.no_grad(), run.model.disable_adapter():
-            summed = sum((_loss(run, batch) for batch in batches), torch.zeros((), device=run.device))
+            losses = [_loss(run, batch) * float(counts) for batch, counts in batches]
+            summed = torch.stack(losses).sum() if losses else torch.zeros((), device=run.device)
             return float(run.ranks.sum(summed))
     finally:
         run.model.train()
@@ -243,24 +251,24 @@ def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | 
     Each process takes its share of the batches, in rounds, between which all agree to go on.
     """
     summed, targets = torch.zeros((), dtype=torch.float64, device=run.device), 0
-    size, rank = run.plan.micro_batch_size, run.ranks.place.rank
+    size = run.plan.micro_batch_size
     batches = [tuple(range(first, min(first + size, len(data)))) for first in range(0, len(data), size)]
-    for first in range(0, len(batches), run.ranks.place.size):
+    for indices, counts in run.ranks.rounds(batches):
         short = False
-        if first + rank < len(batches):
-            batch = read_batch(data, batches[first + rank], run.device)
+        if counts or run.ranks.sharded:
+            batch = read_batch(data, indices, run.device)
             try:
                 with torch.no_grad():
-                    summed += _loss(run, batch)
+                    summed += _loss(run, batch) * float(counts)
             except torch.OutOfMemoryError:
                 if not _may_halve(run):
                     raise
                 short = True
-            targets += batch.target_count
+            targets += batch.target_count if counts else 0
         if run.ranks.any(short or run.stop.requested):
             return None
         report(run, state, "evaluating")
-    all_targets = sum(count for (count,) in run.ranks.gather(targets))
+    all_targets = sum(there for (there,) in run.ranks.gather(targets))
     return float(run.ranks.sum(summed)) / max(1, all_targets)
 
 

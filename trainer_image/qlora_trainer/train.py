@@ -49,6 +49,7 @@ from qlora_trainer.records import (
 )
 from qlora_trainer.run import Run, RunState, report
 from qlora_trainer.samples import leave_samples
+from qlora_trainer.sharding import STORAGE_DTYPE, shard_base
 from qlora_trainer.step import StepContext
 from qlora_trainer.storage import Storage, storage_of
 from qlora_trainer.trackers import open_trackers
@@ -77,6 +78,7 @@ def train(
     if prepared is None:
         raise bad_configuration(f"{workspace.completion('prepare')} is missing: run the prepare step first")
     model_folder = workspace.root / prepared.model_path
+    _refuse_sharding_with_merge(context.spec)
     place = Place.of(os.environ, context.spec.resources.gpus)
     fingerprint = run_fingerprint(context.spec, prepared, context.device, place.size)
     done = _already_trained(context, digest(fingerprint))
@@ -85,7 +87,7 @@ def train(
     with ExitStack() as held:
         checkpoint = held.enter_context(_attempt(context, fingerprint, now)) if place.main else None
         others = held.enter_context(started_others(place, command))
-        ranks = held.enter_context(joined(others, context.device))
+        ranks = held.enter_context(joined(others, context.device, context.spec.training.sharding))
         checkpoint = _same_start(ranks, context, digest(fingerprint), checkpoint)
         shortage = partial(explained_shortage, context.spec, prepared, model_folder, context.device)
         with shortage(lambda: context.spec.training.micro_batch_size):
@@ -190,6 +192,8 @@ def _start(
         base_revision=prepared.model_revision,
         original=BaseWeights(model_folder) if spec.lora.initialization == "loftq" and checkpoint is None else None,
     )
+    if ranks.sharded:
+        shard_base(model, device, ranks.place.size)
     run = Run(
         context=context,
         records=records,
@@ -218,7 +222,11 @@ def _start(
 
 def _load_base(context: StepContext, model_folder: Path, ranks: Ranks) -> tuple[Any, Storage, str]:
     """The base in 4 bit, what it takes, and the SHA-256 of that. It is kept on disk if it will be merged into."""
-    base = load_base(model_folder, context.spec.quantization, context.device)
+    # A base that is to be spread may be larger than the GPU: it goes there block by block.
+    if ranks.sharded:
+        base = load_base(model_folder, context.spec.quantization, "cpu", STORAGE_DTYPE)
+    else:
+        base = load_base(model_folder, context.spec.quantization, context.device)
     storage, sha256 = storage_of(base), layers_sha256(quantized_layers(base))
     if context.spec.output.merged is not None and ranks.main:
         keep_for_merge(base, model_folder, context.workspace, sha256)
@@ -237,6 +245,14 @@ def _history(context: StepContext, fingerprint: Fingerprint, checkpoint: Checkpo
         from_step=0 if checkpoint is None else checkpoint.step,
     )
     return History(folder, 0 if checkpoint is None else int(checkpoint.state["historyBytes"]), trackers)
+
+
+def _refuse_sharding_with_merge(spec: QLoRAJobSpec) -> None:
+    if spec.training.sharding == "full" and spec.output.merged is not None:
+        raise bad_configuration(
+            "spec.output.merged needs the whole base in the main process, which spec.training.sharding full spreads: "
+            "leave one of them out"
+        )
 
 
 def _refuse_mixed_rows(spec: QLoRAJobSpec, prepared: PrepareRecord, model_folder: Path) -> None:
@@ -301,5 +317,7 @@ def _compared(run: Run) -> Comparison | None:
 def _leave_samples(run: Run, tokenizer_folder: Path) -> None:
     """What the model says without and with the adapter, for the report."""
     path = run.context.workspace.report / SAMPLES_FILE
-    data, count = run.eval_data or run.data, run.context.spec.training.samples
+    # One process alone cannot pass through a sharded base.
+    count = 0 if run.ranks.sharded else run.context.spec.training.samples
+    data = run.eval_data or run.data
     leave_samples(path, run.model, tokenizer_folder, data, count, lambda: run.stop.requested, run.device)

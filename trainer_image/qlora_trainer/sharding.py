@@ -1,0 +1,64 @@
+"""Spreads the 4-bit base over the processes of a run (FSDP2), for models that no single card holds.
+
+Each process keeps a part of every decoder block and gathers a block's whole weights while it computes with them. Only
+frozen weights are spread: the adapter stays whole in each process, because bitsandbytes' optimizers take no sharded
+tensors, and its gradients are summed as without sharding. The embeddings and the output layer stay whole too.
+"""
+
+import logging
+from itertools import chain
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from qlora_trainer.failures import bad_configuration
+
+_log = logging.getLogger(__name__)
+
+STORAGE_DTYPE = torch.bfloat16
+"""How packed weights must be stored: FSDP gathers a block as one buffer, so they need the type of its norms."""
+
+
+def shard_base(model: Any, device: torch.device, processes: int) -> None:
+    """Spread the decoder blocks of a model of `attach_adapter` over the processes, and move the model to `device`.
+
+    The base must be in main memory and asserted to be NF4 or FP4: afterwards its tensors are plain pieces of memory,
+    whose type nobody can tell. Block by block the pieces go to the device, so the whole base is never there. Every
+    process must from then on run the same number of forward and backward passes. Raises StepFailure
+    (BAD_CONFIGURATION) for a block that FSDP cannot gather as it is stored.
+    """
+    mesh = init_device_mesh(device.type, (processes,))
+    blocks = model.get_base_model().get_decoder().layers
+    whole = sum(_bytes(parameter) for parameter in blocks.parameters() if not parameter.requires_grad)
+    for number, block in enumerate(blocks):
+        _require_one_dtype(number, block)
+        adapter = {parameter for parameter in block.parameters() if parameter.requires_grad}
+        fully_shard(block, mesh=mesh, ignored_params=adapter)
+    for tensor in chain(model.parameters(), model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
+    own = sum(_bytes(parameter.to_local()) for parameter in blocks.parameters() if isinstance(parameter, DTensor))
+    _log.info("this process holds %d of %d bytes of the decoder blocks", own, whole)
+
+
+def _require_one_dtype(number: int, block: torch.nn.Module) -> None:
+    for name, module in block.named_modules():
+        if isinstance(module, Linear4bit) and not (
+            isinstance(module.weight, Params4bit) and module.weight.quant_state is not None
+        ):
+            raise bad_configuration(f"block {number}: {name} is not in 4 bit and cannot be spread as such")
+    found = {str(parameter.dtype) for parameter in block.parameters() if not parameter.requires_grad}
+    if found != {str(STORAGE_DTYPE)}:
+        raise bad_configuration(
+            f"block {number} holds tensors of {', '.join(sorted(found))} and can only be spread in {STORAGE_DTYPE}: "
+            "set spec.training.sharding to none"
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
