@@ -23,6 +23,9 @@ from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset
 
 # What a template is told today's date is, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no time zone
+# What Qwen3, DeepSeek-R1, SmolLM3 and others put between the reasoning and the answer proper.
+_END_OF_REASONING = "</think>"
+_CLOSING_PROBE = Conversation((Message("user", "a"),))
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 # Words that no template writes by itself. Mistral's wants ids of nine letters and digits.
@@ -124,6 +127,7 @@ class Tokenizer:
                 prompt = self._apply_template(conversation, index, place, add_generation_prompt=True)
                 last = index + 1 == len(messages)
                 through = text if last else self._apply_template(conversation, index + 1, place)
+                through = through.removesuffix(self._closing)
                 answer = message.content if message.content.strip() else message.tool_calls[0].name
                 span = answer_span(text, prompt, through, answer)
                 if span is None:
@@ -150,6 +154,24 @@ class Tokenizer:
         except StepFailure:
             return False
         return all(part in text for part in _TOOL_PROBE_PARTS)
+
+    @cached_property
+    def _closing(self) -> str:
+        """The mark that the template puts behind a whole conversation (Phi's do), which is no part of its last turn.
+
+        It stands where no answer is asked for, and not where one is.
+        """
+        try:
+            closed, asking = (
+                self._apply_template(_CLOSING_PROBE, 1, "a question", add_generation_prompt=asked)
+                for asked in (False, True)
+            )
+        except StepFailure:
+            return ""
+        if asking.startswith(closed):
+            return ""
+        marks = (mark for mark in self._tokenizer.get_added_vocab() if closed.endswith(mark))
+        return next((mark for mark in marks if asking.startswith(closed.removesuffix(mark))), "")
 
     def _apply_template(
         self, conversation: Conversation, count: int, place: str, *, add_generation_prompt: bool = False
@@ -217,11 +239,13 @@ def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int,
 
     Some templates leave the reasoning out of all answers but the last one. What is then in `text` is the end of what
     follows the prompt in `through`: the longest such end is taken, and it must hold as much of the end of the answer
-    as `through` does. Blanks after the end mark are not part of the answer: a model has stopped before them.
+    as `through` does, or all that follows its reasoning. Blanks after the end mark are not part of the answer: a model
+    has stopped before them.
     """
     if not (text.startswith(prompt) and through.startswith(prompt)):
         return None
     turn, answer = through[len(prompt) :], answer.strip()
+    answer = answer.rpartition(_END_OF_REASONING)[2].strip() or answer
     # A longer end of the answer is in the turn only if all shorter ones are.
     kept_from = bisect_left(range(len(answer)), True, key=lambda start: answer[start:] in turn)
     ending = answer[kept_from:]
