@@ -17,6 +17,7 @@ from qlora_trainer.destination import Destination, is_published, open_destinatio
 from qlora_trainer.failures import bad_configuration
 from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
 from qlora_trainer.manifest import Contents, Manifest, describe_files
+from qlora_trainer.provenance import require_own_training
 from qlora_trainer.publish_merged import publish_merged, still_published
 from qlora_trainer.records import (
     PrepareRecord,
@@ -60,6 +61,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     if done is not None:
         return done
     say("verifying the adapter")
+    require_own_training(context, prepared, trained)
     adapter = _verified(context, prepared, trained)
     say("drawing the report")
     picture = write_report(context, prepared, trained)

@@ -1,0 +1,31 @@
+"""Checks that what training left is of this job and of its last step: a record can be stale, copied or forged."""
+
+from typing import get_args
+
+from qlora_trainer.batches import Plan
+from qlora_trainer.determinism import digest, run_fingerprint
+from qlora_trainer.failures import unsafe_artefact
+from qlora_trainer.prepared import PreparedDataset
+from qlora_trainer.records import PrepareRecord, TrainRecord
+from qlora_trainer.step import Device, StepContext
+
+
+def require_own_training(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> None:
+    """Raise StepFailure (UNSAFE_ARTEFACT) unless the record of training is of this spec, data and number of steps."""
+    path = context.workspace.completion("train")
+    # Publish runs without a GPU and need not know what training ran on.
+    fingerprints = {
+        digest(run_fingerprint(context.spec, prepared, device, trained.ranks)) for device in get_args(Device)
+    }
+    if trained.fingerprint not in fingerprints:
+        raise unsafe_artefact(
+            f"{path} is of another run: model, data, settings or libraries differ from this job's, so its adapter "
+            "is not published; run the train step again"
+        )
+    sequences = len(PreparedDataset.open(context.workspace.root / prepared.data_path, "train"))
+    planned = Plan.of(sequences, context.spec.training).total_steps
+    if trained.training_step != planned:
+        raise unsafe_artefact(
+            f"{path} says {trained.training_step} optimizer steps, but this job has {planned}: an adapter that is not "
+            "trained to the end is not published; delete the file and run the train step again"
+        )
