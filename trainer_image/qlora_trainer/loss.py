@@ -95,10 +95,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
             chunk = slice(first, first + chunk_tokens)
             with torch.set_grad_enabled(needed):
                 part = hidden[chunk].detach().requires_grad_(needed)
-                part_loss = _chunk_loss(part, targets[chunk], head, transform)
+                logits = transform(head(part))
+            part_loss, logits_gradient = _loss_and_gradient(logits.detach(), targets[chunk])
+            loss += part_loss
             if gradient is not None:
-                gradient[chunk] = torch.autograd.grad(part_loss, part)[0]
-            loss += part_loss.detach()
+                gradient[chunk] = torch.autograd.grad(logits, part, logits_gradient)[0]
         context.save_for_backward(gradient)
         return loss
 
@@ -107,3 +108,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(context: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = context.saved_tensors
         return gradient * loss_gradient, None, None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, and its gradient in the logits' type: softmax less one at the target.
+
+    Computed in float32 in the memory of a single copy of the logits.
+    """
+    places = targets.unsqueeze(1)
+    values = logits.to(torch.float32, copy=True)
+    values -= values.amax(dim=1, keepdim=True)
+    of_targets = values.gather(1, places)
+    totals = values.exp_().sum(dim=1, keepdim=True)
+    loss = (totals.log() - of_targets).sum()
+    values /= totals
+    values.scatter_add_(1, places, values.new_full((), -1.0).expand_as(places))
+    return loss, values.to(logits.dtype)
