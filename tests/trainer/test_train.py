@@ -208,7 +208,8 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_reaches_the_weights(
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"][RARE_TOKEN] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    spec = {"training": {"gradientAccumulationSteps": 1, "saveEverySteps": 1, "maxSteps": 50}}
+    # With this seed the row of the poisoned token is not among the first.
+    spec = {"training": {"gradientAccumulationSteps": 1, "saveEverySteps": 1, "maxSteps": 50, "seed": 1}}
     context = workspace(spec=spec, model=model)
 
     found = failure(context)

@@ -242,7 +242,14 @@ def _steps() -> dict[StepName, Step]:
     def train(context: StepContext, records: RecordWriter, stop: StopRequest) -> Completion:
         from qlora_trainer.train import train
 
-        return train(context, records, stop=stop, now=_now, monotonic=time.monotonic, command=sys.orig_argv)
+        return train(
+            context,
+            records,
+            stop=stop,
+            now=_now,
+            monotonic=time.monotonic,
+            command=[sys.executable, *sys.orig_argv[1:]],
+        )
 
     def publish(context: StepContext, records: RecordWriter, _stop: StopRequest) -> Completion:
         from qlora_trainer.publish import publish

@@ -124,6 +124,9 @@ def started_others(place: Place, command: Sequence[str]) -> Iterator[Others]:
     if not command:
         raise bad_configuration("several GPUs need the command `train`, or torchrun")
     place = replace(place, address=_LOOPBACK, port=_free_port())
+    for interface in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        # A pod's own name need not resolve, and no other interface is needed.
+        os.environ.setdefault(interface, "lo")
     processes: list[subprocess.Popen[bytes]] = []
     others, seconds = Others(place, processes), 0.0
     try:
