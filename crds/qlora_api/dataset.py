@@ -93,8 +93,8 @@ class DatasetSpec(ApiModel):
         None,
         max_length=64,
         pattern=r"^[0-9a-f]{64}$",
-        description="SHA-256 that the data file must have, or, for several, that of the lines that sha256sum prints for "
-        "them in the order of their names; not checked if not set.",
+        description="SHA-256 that the data file must have, or, for several, that of the lines that sha256sum prints "
+        "for them in the order of their names; not checked if not set.",
     )
 
     @model_validator(mode="after")
