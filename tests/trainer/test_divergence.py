@@ -27,7 +27,7 @@ def judgements(losses: Iterable[float], norms: Iterable[float] | None = None) ->
     stability, judged = Stability(), []
     for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True), start=1):
         stability = stability.after_step(step, loss, norm)
-        if stability.to_be_judged(step, PATIENCE):
+        if stability.to_be_judged(step, PATIENCE, total_steps=10_000):
             judged.append(step)
             stability = Stability()
     return judged
@@ -113,6 +113,16 @@ def test_a_rate_that_is_far_too_high_ends_the_run_and_names_when_it_began(worksp
     assert "nothing was saved yet" in message
     assert "spec.training.learningRate" in message
     assert not context.workspace.trained.exists()
+
+
+def test_a_run_that_ends_before_the_patience_does_is_no_success_if_it_has_diverged(workspace: Prepare) -> None:
+    context = workspace("short", 1.0, divergencePatience=20, warmupSteps=0, maxSteps=6)
+
+    message = given_up(context).message
+
+    assert "training diverged at step 6: loss " in message
+    assert "suspect since step 2" in message
+    assert kept(context) == []
 
 
 def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_to_the_same_end(

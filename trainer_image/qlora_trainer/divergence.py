@@ -47,9 +47,9 @@ class Stability:
         norm = self.norm_level ** (1 - _NEWEST) * max(grad_norm, _SMALLEST_NORM) ** _NEWEST
         return Stability(level, min(self.lowest_loss_level, level), norm)
 
-    def to_be_judged(self, step: int, patience: int) -> bool:
-        """Whether the last `patience` steps, up to `step`, were all suspect."""
-        return self.suspect_since is not None and step - self.suspect_since + 1 >= patience
+    def to_be_judged(self, step: int, patience: int, total_steps: int) -> bool:
+        """Whether the last `patience` steps, up to `step`, were all suspect. A suspect last step has none to wait for."""
+        return self.suspect_since is not None and (step == total_steps or step - self.suspect_since + 1 >= patience)
 
 
 def cleared(loss: float, grad_norm: float) -> Stability:

@@ -181,12 +181,12 @@ def _loss(run: Run, batch: Batch) -> Tensor:
 
 
 def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _Gradient) -> Stability:
-    """The run's stability after this step. Raises StepFailure (DIVERGED) if it has been suspect for too long."""
+    """The run's stability after this step. Raises StepFailure (DIVERGED) if it has been suspect for too long, or to its end."""
     patience = run.context.spec.training.divergence_patience
     if patience == 0:
         return state.stability
     stability = state.stability.after_step(state.step, loss, grad_norm)
-    if not stability.to_be_judged(state.step, patience):
+    if not stability.to_be_judged(state.step, patience, run.plan.total_steps):
         return stability
     base_loss = _base_loss(run, gradient.batches) / gradient.targets
     if not has_diverged(loss, base_loss):
