@@ -18,9 +18,10 @@ from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer import registry as registry_module
 from qlora_trainer.credentials import Secret
 from qlora_trainer.destination import publish_folder
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.manifest import Contents, Manifest, describe_files
 from qlora_trainer.prepare import prepare
+from qlora_trainer.registry import Registry
 from qlora_trainer.registry_destination import RegistryDestination
 from qlora_trainer.step import StepContext
 from tests.trainer.command import qlora
@@ -188,6 +189,22 @@ def test_the_adapter_of_another_job_is_never_replaced(publish: Publish) -> None:
     assert publish() == first
 
 
+def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish, proxy: FaultProxy) -> None:
+    """Both jobs found the tag free; the other one ends while this one uploads."""
+    published: list[str] = []
+
+    def rule(request: Request) -> Fault | None:
+        if request.method == "POST" and not published:
+            proxy.rule = lambda _request: None
+            published.append(publish())
+        return None
+
+    proxy.rule = rule
+    slow = MANIFEST.model_copy(update={"job_uid": "slow"})
+    assert "another job has just published to oci://" in refused(publish, ExitCode.BAD_CONFIGURATION, slow)
+    assert publish() == published[0]
+
+
 @pytest.mark.parametrize(
     ("status", "code"),
     [
@@ -225,9 +242,13 @@ def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) ->
         there = f"http://{elsewhere.address}/place"
         challenge = {"WWW-Authenticate": f'Bearer realm="{there}",service="team",scope="push"'}
         proxy.rule = lambda _request: Fault(401, challenge)
-        assert f"sends us to {elsewhere.address}, where the credentials" in refused(publish, ExitCode.BAD_CONFIGURATION)
+        assert f"sends us to http://{elsewhere.address}, where the credentials" in refused(
+            publish, ExitCode.BAD_CONFIGURATION
+        )
         proxy.rule = lambda request: Fault(202, {"Location": there}) if request.method == "POST" else None
-        assert f"sends us to {elsewhere.address}, where the credentials" in refused(publish, ExitCode.BAD_CONFIGURATION)
+        assert f"sends us to http://{elsewhere.address}, where the credentials" in refused(
+            publish, ExitCode.BAD_CONFIGURATION
+        )
         assert elsewhere.seen == []
         proxy.rule = lambda request: (
             Fault(307, {"Location": there}) if "Authorization" in request.headers and request.method != "POST" else None
@@ -236,6 +257,32 @@ def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) ->
             publish()
         assert elsewhere.seen
         assert not any("Authorization" in request.headers for request in elsewhere.seen)
+
+
+def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
+    """Registries behind a proxy that ends TLS tell clients to go on without it."""
+    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(401))) as plain:
+        source = parse_source(f"oci://{plain.address}/team/tiny:v1")
+        assert isinstance(source, RegistrySource)
+        give_login(tmp_path, plain.address, LOGIN)
+        opened = Registry(
+            source,
+            Secret(tmp_path, "spec.output.secretRef", "push"),
+            allowed=(plain.address,),
+            refuse=bad_configuration,
+        )
+        with pytest.raises(StepFailure, match=f"sends us to http://{plain.address}, where the credentials"):
+            opened._session.get(f"http://{plain.address}/v2/", headers={"Authorization": f"Basic {LOGIN}"})
+        assert plain.seen == []
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, 10), (403, 10), (429, 200), (503, 200)])
+def test_a_token_server_in_trouble_is_tried_again(publish: Publish, proxy: FaultProxy, status: int, code: int) -> None:
+    realm = f'Bearer realm="http://{proxy.address}/token",service="team",scope="push"'
+    proxy.rule = lambda request: (
+        Fault(status) if request.path.startswith("/token") else Fault(401, {"WWW-Authenticate": realm})
+    )
+    refused(publish, ExitCode(code))
 
 
 def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish: Publish, proxy: FaultProxy) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from oras.auth import get_auth_backend
-from oras.auth.utils import get_basic_auth, load_configs
+from oras.auth.utils import get_basic_auth, load_configs, parse_auth_header
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
@@ -34,6 +33,8 @@ _RETRY = Retry(
     total=4,
     backoff_factor=0.5,
     backoff_max=8,
+    # A registry may ask for hours; then the step is tried again instead.
+    retry_after_max=30,
     status_forcelist=(408, 429, 500, 502, 503, 504),
     allowed_methods=("GET", "HEAD"),
     raise_on_status=False,
@@ -62,7 +63,8 @@ class Registry:
     """One repository of a registry that the administrator allows. Methods raise StepFailure.
 
     What is missing or may not be read or written ends as `refuse` says; a registry in trouble is UNREACHABLE.
-    Credentials, and the tokens that are got for them, are sent to the allowed registries only, never after a redirect.
+    Credentials, and the tokens that are got for them, are sent to the allowed registries only, with TLS unless the
+    administrator says otherwise, and never after a redirect.
     """
 
     def __init__(
@@ -77,17 +79,16 @@ class Registry:
         self.source = source
         self._secret = secret
         self._refuse = refuse
-        insecure, hosts = require_allowed(source, allowed), frozenset(map(_host, allowed))
-        self._base = f"{'http' if insecure else 'https'}://{source.registry}/v2"
+        scheme, places = ("http" if require_allowed(source, allowed) else "https"), frozenset(map(_place, allowed))
+        self._base = f"{scheme}://{source.registry}/v2"
         self._repository = f"{self._base}/{source.repository}"
         self._session = requests.Session()
         # No .netrc and no proxies of the environment: they would have credentials and hosts of their own.
         self._session.trust_env = False
-        self._session.mount("https://", _Guard(hosts, secret.field))
-        self._session.mount("http://", _Guard(hosts, secret.field))
+        self._session.mount("https://", _Guard(places, secret.field))
+        self._session.mount("http://", _Guard(places, secret.field))
         self._login = _login(secret, source.registry)
         self._authorization: dict[str, str] = {}
-        self._insecure = insecure
 
     def manifest(self, reference: str) -> Artefact | None:
         """The manifest of a tag or digest; None if there is none. Its digest is checked."""
@@ -100,17 +101,10 @@ class Registry:
         digest = digest_of(content)
         if len(content) > MAX_MANIFEST_BYTES or (reference.startswith("sha256:") and digest != reference):
             raise unsafe_artefact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
-        return Artefact(digest, self._parsed(content))
-
-    def _parsed(self, content: bytes) -> Mapping[str, Any]:
-        try:
-            manifest = json.loads(content)
-        except (ValueError, RecursionError):
-            manifest = None
-        layers = manifest.get("layers") if isinstance(manifest, dict) else None
-        if not (isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers)):
+        manifest = parse_layers(content)
+        if manifest is None:
             raise self._refuse(f"{self.source} is no artefact with layers ({MANIFEST_TYPE})")
-        return dict(manifest)
+        return Artefact(digest, manifest)
 
     def has_blob(self, blob: Blob) -> bool:
         """Whether the registry has the blob with this size."""
@@ -213,11 +207,25 @@ class Registry:
         if challenge.headers.get("WWW-Authenticate", "").lower().startswith("basic"):
             self._authorization = {"Authorization": f"Basic {self._login}"} if self._login else {}
         else:
-            backend = get_auth_backend("token", self._session, insecure=self._insecure)
-            if self._login:
-                backend._basic_auth = self._login
-            self._authorization = dict(backend.authenticate_request(challenge, {})[0])
+            token = self._token(challenge.headers.get("WWW-Authenticate", ""))
+            self._authorization = {"Authorization": f"Bearer {token}"} if token else {}
         return self._authorization not in ({}, before)
+
+    def _token(self, challenge: str) -> str | None:
+        """What the server that the challenge names gives for our credentials, or without any; None if it gives nothing.
+
+        Not by the library, which takes a server in trouble for one that refuses, and waits for one that is silent.
+        """
+        wanted = parse_auth_header(challenge)
+        if not (wanted.realm or "").startswith(("https://", _PLAIN)):
+            return None
+        parameters = {"service": wanted.service, "scope": wanted.scope}
+        headers = {"Authorization": f"Basic {self._login}"} if self._login else {}
+        answer = self._session.get(wanted.realm, params=parameters, headers=headers, timeout=_TIMEOUTS)
+        if answer.status_code >= 500 or answer.status_code in _TRY_AGAIN_LATER:
+            raise unreachable(f"{urlsplit(wanted.realm).netloc} answered HTTP {answer.status_code} for a token")
+        given = answer.json() if answer.status_code == 200 else {}
+        return given.get("token") or given.get("access_token")
 
     def _require(self, answer: requests.Response, wanted: str) -> None:
         status = answer.status_code
@@ -240,19 +248,31 @@ class Registry:
             ) from None
 
 
-class _Guard(HTTPAdapter):
-    """Sends requests, those with credentials to some hosts only. The session takes them off before a redirect."""
+def parse_layers(content: bytes) -> Mapping[str, Any] | None:
+    """The manifest of an artefact with layers, each an object; None for anything else."""
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    layers = manifest.get("layers") if isinstance(manifest, dict) else None
+    return manifest if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else None
 
-    def __init__(self, hosts: frozenset[str], field: str) -> None:
+
+class _Guard(HTTPAdapter):
+    """Sends requests, those with credentials to some places only. The session takes them off before a redirect."""
+
+    def __init__(self, places: frozenset[str], field: str) -> None:
+        """`places`: scheme and host, as in https://ghcr.io."""
         super().__init__(max_retries=_RETRY)
-        self._hosts = hosts
+        self._places = places
         self._field = field
 
     def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
-        host = urlsplit(request.url or "").netloc
-        if "Authorization" in request.headers and host not in self._hosts:
+        address = urlsplit(request.url or "")
+        place = f"{address.scheme}://{address.netloc}"
+        if "Authorization" in request.headers and place not in self._places:
             raise bad_configuration(
-                f"the registry sends us to {host}, where the credentials of {self._field} are not sent: ask the "
+                f"the registry sends us to {place}, where the credentials of {self._field} are not sent: ask the "
                 "administrator to add it to the profile's registries"
             )
         return super().send(request, *args, **options)
@@ -266,7 +286,7 @@ def _login(secret: Secret, registry: str) -> str | None:
         known = own if values is None else json.loads(values[_DOCKER_CONFIG])
         entry = known.get("auths", {}).get(registry) or {}
         login = entry.get("auth") or (get_basic_auth(entry["username"], entry["password"]) if entry else None)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise bad_configuration(
             f"{secret.field}: {_DOCKER_CONFIG} is not a Docker configuration with auths: make the Secret with "
             "`kubectl create secret docker-registry`"
@@ -289,6 +309,10 @@ def require_allowed(source: RegistrySource, allowed: tuple[str, ...]) -> bool:
 
 def _host(entry: str) -> str:
     return entry.removeprefix(_PLAIN)
+
+
+def _place(entry: str) -> str:
+    return entry if entry.startswith(_PLAIN) else f"https://{entry}"
 
 
 def digest_of(content: bytes) -> str:

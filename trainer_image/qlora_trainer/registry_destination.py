@@ -47,6 +47,10 @@ class RegistryDestination:
             self._registry.upload(Blob(f"sha256:{described[name].sha256}", described[name].size), content)
         config, artefact = pack(manifest.job_name, described)
         self._registry.upload(Blob(digest_of(config), len(config)), config)
+        # A registry sets a tag whatever it has led to, and uploading may have taken long.
+        holder = self.holder()
+        if not self.is_free() and (holder is None or not holder.same_run(manifest)):
+            raise bad_configuration(f"another job has just published to {self.uri}: give each its own tag")
         self._registry.tag(artefact, self._source.reference)
         found = self._artefact()
         if found is None or found.digest != digest_of(artefact) or self.damaged(manifest) is not None:
