@@ -21,10 +21,12 @@ from qlora_api.contract import ExitCode, ProgressRecord, WorkspaceLayout, decode
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.clean import clean
 from qlora_trainer.failures import StepFailure
+from qlora_trainer.manifest import Manifest, describe_files
 from qlora_trainer.prepare import prepare
 from qlora_trainer.publish import publish
 from qlora_trainer.records import PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.step import Mounts, StepContext
+from qlora_trainer.volume_folder import VolumeFolder
 from tests.trainer.command import ROWS, Files
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded
@@ -307,6 +309,35 @@ def test_the_adapter_of_another_job_is_never_replaced(trained: Files) -> None:
     before = content(files.data / "adapter")
     refused(files, ExitCode.BAD_CONFIGURATION, "holds another adapter, of job 'tiny'", OTHER_UID)
     assert content(files.data / "adapter") == before
+
+
+def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(tmp_path: Path) -> None:
+    """Both jobs found the folder free; the other one ends while this one still copies."""
+    manifests = [
+        Manifest(
+            job_uid=uid,
+            job_name=uid,
+            fingerprint="a" * 64,
+            spec_sha256="b" * 64,
+            base_model="hf://acme/tiny",
+            base_revision="c0ffee",
+            libraries={},
+            files=describe_files({"README.md": uid.encode()}),
+        )
+        for uid in ("slow", "fast")
+    ]
+    slow, fast = (VolumeFolder(tmp_path / "adapter", "pvc://data/adapter", owner=uid) for uid in ("slow", "fast"))
+
+    class Overtaken(dict[str, bytes]):
+        def items(self) -> Any:
+            fast.write({"README.md": b"fast"}, manifests[1])
+            return super().items()
+
+    with pytest.raises(StepFailure, match="another job has just published to pvc://data/adapter") as failure:
+        slow.write(Overtaken({"README.md": b"slow"}), manifests[0])
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert (tmp_path / "adapter" / "README.md").read_bytes() == b"fast"
+    assert os.listdir(tmp_path) == ["adapter"]
 
 
 def test_files_of_somebody_else_are_never_replaced(trained: Files) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from qlora_trainer.disk import file_sha256, sync_tree
-from qlora_trainer.failures import unsafe_artefact
+from qlora_trainer.failures import bad_configuration, unsafe_artefact
 from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.manifest import Contents, Manifest, parse_manifest
 from qlora_trainer.records import sync_folder
@@ -49,7 +49,7 @@ class VolumeFolder:
         return _damaged_file(self._folder, manifest)
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
-        """See Destination. OSError if it cannot be written; then the folder is as it was."""
+        """See Destination. OSError if it cannot be written; then, as after a StepFailure, the folder is as it was."""
         folder = self._folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{folder.name}.{manifest.job_uid}"
@@ -62,6 +62,7 @@ class VolumeFolder:
             (stage / MANIFEST_FILE).write_bytes(manifest.text())
             sync_tree(stage)
             _require_intact(stage, manifest)
+            self._require_free(manifest)
             _swap(stage, folder)
         except BaseException:
             # On a full volume the space is wanted back.
@@ -75,6 +76,12 @@ class VolumeFolder:
     def location(self) -> str:
         """See Destination."""
         return self.uri
+
+    def _require_free(self, manifest: Manifest) -> None:
+        """Raise StepFailure if another job has published here while the files were being written."""
+        holder = self.holder()
+        if not self.is_free() and (holder is None or not holder.same_run(manifest)):
+            raise bad_configuration(f"another job has just published to {self.uri}: give each its own folder")
 
 
 def _write(path: Path, content: Path | bytes) -> None:
