@@ -1,5 +1,6 @@
 """A run's curves in the tools that teams compare runs with, read back by the tools' own libraries."""
 
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[
     stop = StopRequest()
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(3, stop))
+    # The process ends here, with whatever it has not written yet.
+    shutil.copytree(context.workspace.report, context.workspace.report / "interrupted")
     run(context)
     return context.workspace.report, history(context)
 
@@ -55,6 +58,18 @@ def test_mlflow_has_one_run_with_its_settings(report: tuple[Path, list[dict[str,
     assert {metric.step: metric.value for metric in shown} == pytest.approx(losses(metrics))
 
 
+def test_a_run_that_is_stopped_leaves_none_of_its_steps_in_memory(report: tuple[Path, list[dict[str, float]]]) -> None:
+    folder, metrics = report[0] / "interrupted", report[1]
+    before = {step: loss for step, loss in losses(metrics).items() if step <= 3}
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(before)
+    assert weights_and_biases_losses(folder) == pytest.approx(before)
+    client = MlflowClient(tracking_uri=(folder / "mlflow").as_uri())
+    experiment = client.get_experiment_by_name("qlora")
+    assert experiment is not None
+    assert [found.info.status for found in client.search_runs([experiment.experiment_id])] == ["KILLED"]
+
+
 def log_records(content: bytes) -> Iterator[bytes]:
     """The records of a log as LevelDB writes it: blocks of 32 KiB, the first after a header of 7 bytes."""
     record, at = b"", 7
@@ -71,8 +86,7 @@ def log_records(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def test_weights_and_biases_gets_files_to_upload(report: tuple[Path, list[dict[str, float]]]) -> None:
-    folder, metrics = report
+def weights_and_biases_losses(folder: Path) -> dict[int, float]:
     shown: dict[int, float] = {}
     for path in sorted(folder.glob("wandb/wandb/offline-run-*/*.wandb")):
         for data in log_records(path.read_bytes()):
@@ -81,7 +95,12 @@ def test_weights_and_biases_gets_files_to_upload(report: tuple[Path, list[dict[s
             items = {"".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
             if "train/loss" in items:
                 shown[record.history.step.num] = float(items["train/loss"])
-    assert shown == pytest.approx(losses(metrics))
+    return shown
+
+
+def test_weights_and_biases_gets_files_to_upload(report: tuple[Path, list[dict[str, float]]]) -> None:
+    folder, metrics = report
+    assert weights_and_biases_losses(folder) == pytest.approx(losses(metrics))
 
 
 def test_a_tool_that_is_not_installed_is_named_before_anything_is_done(

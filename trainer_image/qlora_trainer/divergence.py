@@ -48,7 +48,7 @@ class Stability:
         return Stability(level, min(self.lowest_loss_level, level), norm)
 
     def to_be_judged(self, step: int, patience: int, total_steps: int) -> bool:
-        """Whether the last `patience` steps, up to `step`, were all suspect. A suspect last step has none to wait for."""
+        """Whether the last `patience` steps, up to `step`, were all suspect; or this one, with none to follow."""
         return self.suspect_since is not None and (step == total_steps or step - self.suspect_since + 1 >= patience)
 
 

@@ -181,7 +181,7 @@ def _loss(run: Run, batch: Batch) -> Tensor:
 
 
 def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _Gradient) -> Stability:
-    """The run's stability after this step. Raises StepFailure (DIVERGED) if it has been suspect for too long, or to its end."""
+    """The run's stability after this step. Raises StepFailure (DIVERGED) if it is suspect too long, or ends so."""
     patience = run.context.spec.training.divergence_patience
     if patience == 0:
         return state.stability

@@ -6,7 +6,7 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import torch
 
@@ -44,11 +44,14 @@ class History:
         os.fsync(self._file.fileno())
         return self._file.seek(0, os.SEEK_END)
 
-    def close(self) -> None:
-        """No more lines."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """No more lines from this process. The trackers write what they hold back; a failure leaves them unfinished."""
         self._file.close()
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(finished=failure is None)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """What was measured after optimizer step `step`."""
 
-    def close(self) -> None:
-        """Nothing more follows in this process; a later one may go on."""
+    def close(self, *, finished: bool) -> None:
+        """Nothing more follows in this process; unless the run is finished, a later one may go on."""
 
 
 def require_installed(names: Sequence[str]) -> None:
@@ -79,7 +79,7 @@ class _TensorBoard:
         for name, value in grouped(metrics).items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, *, finished: bool) -> None:
         self._writer.close()
 
 
@@ -98,6 +98,7 @@ class _MLflow:
         same = self._client.search_runs([experiment_id], f"tags.`qlora.run` = '{run_id}'")
         if same:
             self._run_id = same[0].info.run_id
+            self._client.update_run(self._run_id, status="RUNNING")
             return
         run = self._client.create_run(experiment_id, run_name=run_name, tags={"qlora.run": run_id})
         self._run_id = run.info.run_id
@@ -108,8 +109,8 @@ class _MLflow:
         for name, value in grouped(metrics).items():
             self._client.log_metric(self._run_id, name, value, step=step)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
+    def close(self, *, finished: bool) -> None:
+        self._client.set_terminated(self._run_id, "FINISHED" if finished else "KILLED")
 
 
 class _WeightsAndBiases:
@@ -131,5 +132,5 @@ class _WeightsAndBiases:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(grouped(metrics), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)

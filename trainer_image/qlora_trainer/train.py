@@ -92,6 +92,8 @@ def train(
         shortage = partial(explained_shortage, context.spec, prepared, model_folder, context.device)
         with shortage(lambda: context.spec.training.micro_batch_size):
             run, state = _start(context, records, stop, now, monotonic, prepared, fingerprint, checkpoint, ranks)
+        if run.history is not None:
+            held.enter_context(run.history)
         with shortage(lambda: run.plan.micro_batch_size):
             state = run_to_end(run, state)
         record = _finish(run, state, digest(fingerprint)) if ranks.main else None
@@ -282,7 +284,6 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
     if state.loss is None or run.history is None:
         raise AssertionError("a plan has at least one step, each step has a loss, and the main process notes it")
     run.history.sync()
-    run.history.close()
     record = TrainRecord(
         fingerprint=fingerprint,
         adapter_path=workspace.trained.name,
