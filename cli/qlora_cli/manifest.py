@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
+from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,18 +14,24 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from qlora_api.printable import printable
 from qlora_api.v1alpha1 import QLoRAJobDocument
 
 # What the API server accepts in one object.
 _MAX_BYTES = 1_500_000
 # Written by the cluster, as in `kubectl get -o yaml`; nobody's input.
 _OBSERVED = frozenset({"status"})
+# What the YAML library raises for a value that is not of the type that its tag says.
+_UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 Location = tuple[int | str, ...]
 
 
 class ManifestError(Exception):
     """The manifest is refused; one line of the message for each problem, each with file, line and field."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(map(printable, problems)))
 
 
 class _NotJsonError(Exception):
@@ -44,15 +51,34 @@ def load_manifest(path: Path) -> QLoRAJobDocument:
     """
     document = _parse(path)
     try:
-        plain = {key: value for key, value in _plain(document, ()).items() if key not in _OBSERVED}
+        return QLoRAJobDocument.model_validate_json(_json(document, path), strict=True, by_alias=True, by_name=False)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise ManifestError(*(_describe(path, document, problem) for problem in problems)) from error
+
+
+def _json(document: CommentedMap, path: Path) -> str:
+    """The document as the JSON that kubectl sends, without what the cluster writes."""
+    try:
+        if _size(document, {}) > _MAX_BYTES:
+            raise ManifestError(f"{path}: with its aliases written out, larger than {_MAX_BYTES} bytes, or endless")
+        return json.dumps({key: value for key, value in _plain(document, ()).items() if key not in _OBSERVED})
     except _NotJsonError as error:
         field = ".".join(map(str, error.location))
         raise ManifestError(f"{path}:{_line(document, error.location)}: {field}: {error}") from error
-    try:
-        return QLoRAJobDocument.model_validate_json(json.dumps(plain), strict=True, by_alias=True, by_name=False)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise ManifestError("\n".join(_describe(path, document, problem) for problem in problems)) from error
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: a number or a nesting is too long for JSON: {error}") from error
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """About how many characters the value has with aliases written out; infinite if it contains itself."""
+    if isinstance(value, str) or not isinstance(value, (Mapping, Sequence)):
+        return len(value) + 1 if isinstance(value, str) else 1
+    if id(value) not in known:
+        known[id(value)] = inf
+        inner = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(value)]
 
 
 def _parse(path: Path) -> CommentedMap:
@@ -68,8 +94,8 @@ def _parse(path: Path) -> CommentedMap:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ManifestError(f"{path}:{line}: {error.problem or error.context}") from error
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from error
+    except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
+        raise ManifestError(f"{path}: is not YAML: {(str(error).splitlines() or ['?'])[0]}") from error
     if not documents:
         raise ManifestError(f"{path}: is empty; it must hold one QLoRAJob")
     if len(documents) > 1:
@@ -110,13 +136,10 @@ def _line(document: CommentedMap, location: Location) -> int:
     """Line of the innermost part of the location that is in the file."""
     line, node = document.lc.line, document
     for part in location:
-        if isinstance(node, CommentedMap) and part in node:
-            line = node.lc.key(part)[0]
-        elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
-            line = node.lc.item(part)[0]
-        else:
+        # What a merge (<<) brings has no place of its own.
+        if not isinstance(node, (CommentedMap, CommentedSeq)) or part not in (node.lc.data or ()):
             break
-        node = node[part]
+        line, node = node.lc.data[part][0], node[part]
     return int(line) + 1
 
 

@@ -136,7 +136,7 @@ def encode_record(record: Record) -> str:
 
 def decode_record(line: str, *, job_uid: str, pod_uid: str) -> Record | None:
     """The record in a line of a log or a termination message; None for anything but a record of this job and pod."""
-    if not line.startswith("{") or len(line.encode()) > MAX_RESULT_BYTES:
+    if not line.startswith("{") or len(line.encode(errors="replace")) > MAX_RESULT_BYTES:
         return None
     try:
         record = _RECORD.validate_json(line)

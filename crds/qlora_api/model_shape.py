@@ -1,5 +1,6 @@
 """Reads a model's sizes from its `config.json` and refuses those not understood; changes with the families."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -19,19 +20,29 @@ _LARGEST_SIZES: Mapping[str, int] = {
     "head_dim": 4_096,
     "vocab_size": 10_000_000,
 }
+_LARGEST_CAP = 1e9
 
 
 class UnsupportedModelError(ValueError):
     """A model whose memory the formula cannot describe; the message names the field, what was found and what works."""
 
 
+def _shown(value: object) -> str:
+    """The beginning of a wrong value, for a message."""
+    if isinstance(value, (list, dict)):
+        return repr(reprlib.repr(value))
+    if isinstance(value, int) and abs(value) >= 10**20:
+        # A number with thousands of digits has no decimal text in Python.
+        return f"a number of {value.bit_length()} bits"
+    return repr(str(value)[:60])
+
+
 def _whole_number(value: object, field: str, highest: int) -> int:
     """Return `value` if it is an int from 1 to `highest`, else raise UnsupportedModelError."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UnsupportedModelError(f"{field} is {str(value)[:60]!r}: must be a whole number from 1 to {highest}")
+        raise UnsupportedModelError(f"{field} is {_shown(value)}: must be a whole number from 1 to {highest}")
     if not 1 <= value <= highest:
-        # A number with thousands of digits has no decimal text in Python.
-        found = str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
+        found = str(value) if abs(value) < 10**20 else _shown(value)
         raise UnsupportedModelError(f"{field} is {found}: must be from 1 to {highest}")
     return value
 
@@ -95,7 +106,7 @@ class ModelShape:
             sizes["head_dim"] = family.head_dim or _head_dim(sizes["hidden_size"], heads)
         tied = decoder.get("tie_word_embeddings", config.get("tie_word_embeddings", family.tied))
         if not isinstance(tied, bool):
-            raise UnsupportedModelError(f"tie_word_embeddings is {str(tied)[:60]!r}: must be true or false")
+            raise UnsupportedModelError(f"tie_word_embeddings is {_shown(tied)}: must be true or false")
         return cls(
             model_type=str(decoder["model_type"]),
             tie_word_embeddings=tied,
@@ -147,8 +158,9 @@ def _cap(decoder: Mapping[str, object], field: str) -> float | None:
     value = decoder.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise UnsupportedModelError(f"{field} is {str(value)[:60]!r}: must be a positive number or null")
+    # Larger is no float.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST_CAP:
+        raise UnsupportedModelError(f"{field} is {_shown(value)}: must be a positive number or null")
     return float(value)
 
 
@@ -163,10 +175,10 @@ def _known_family(decoder: Mapping[str, object]) -> Family:
     model_type = decoder.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        found = "missing" if model_type is None else repr(str(model_type)[:60])
+        found = "missing" if model_type is None else _shown(model_type)
         raise UnsupportedModelError(f"model_type is {found}; {_SUPPORTED}")
     activation = decoder.get("hidden_activation") or decoder.get("hidden_act")
-    if activation is not None and activation not in family.activations:
+    if activation is not None and not (isinstance(activation, str) and activation in family.activations):
         allowed = ", ".join(sorted(family.activations))
-        raise UnsupportedModelError(f"hidden_act is {str(activation)[:60]!r}: must be one of {allowed} in this family")
+        raise UnsupportedModelError(f"hidden_act is {_shown(activation)}: must be one of {allowed} in this family")
     return family

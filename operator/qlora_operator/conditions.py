@@ -3,6 +3,7 @@
 from datetime import datetime
 from typing import Literal
 
+from qlora_api.printable import one_line
 from qlora_api.status import MAX_MESSAGE_LENGTH, Condition, Phase, QLoRAJobStatus
 from qlora_operator.observe import Reason, format_time
 
@@ -13,7 +14,8 @@ Value = Literal["True", "False", "Unknown"]
 
 
 def truncate(text: str, limit: int = MAX_MESSAGE_LENGTH) -> str:
-    """The text, cut to what the schema holds."""
+    """The text in one line, without what steers a terminal, cut to what the schema holds."""
+    text = one_line(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

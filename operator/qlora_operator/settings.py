@@ -18,6 +18,10 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
 
 
+# What the YAML library raises for a value that is not of the type that its tag says, or for bytes that are no text.
+_UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
 class SettingsError(Exception):
     """The settings cannot be used; the message names the field, what was found and what is allowed."""
 
@@ -58,7 +62,7 @@ def load_settings(path: Path) -> Settings:
         content = YAML(typ="safe").load(path.read_text())
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
         raise SettingsError(f"{path} is not YAML: {error}") from error
     try:
         return Settings.model_validate(content if content is not None else {})
@@ -74,4 +78,6 @@ def _explain(error: ValidationError) -> str:
 
 
 def _found(value: object) -> str:
-    return f" (found {value!r})" if isinstance(value, str | int | float | bool) else ""
+    # A number with thousands of digits has no decimal text in Python.
+    shown = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 10**20)
+    return f" (found {value!r})" if shown else ""

@@ -90,7 +90,7 @@ def read_attempts(records: Path) -> list[Attempt]:
     """All attempts so far, oldest first. A line that cannot be read is logged and left out."""
     attempts = []
     try:
-        lines = (records / ATTEMPTS_FILE).read_text().splitlines()
+        lines = (records / ATTEMPTS_FILE).read_bytes().splitlines()
     except FileNotFoundError:
         return []
     for number, line in enumerate(lines, start=1):

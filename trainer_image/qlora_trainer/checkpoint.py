@@ -92,7 +92,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         return _verified(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno not in _DAMAGED:
             raise
         raise ValueError(f"{path} is damaged: {error!r}") from error
@@ -100,7 +100,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _verified(path: Path) -> Checkpoint:
     sums = json.loads((path / MANIFEST).read_bytes())["sha256"]
+    present = {entry.name for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()}
     for name, expected in sums.items():
+        if name not in present:
+            raise ValueError(f"{name[:80]!r} is no file in it")
         found = file_sha256(path / name)
         if found != expected:
             raise ValueError(f"{name} has sha256 {found}, not {expected}")

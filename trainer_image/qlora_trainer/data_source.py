@@ -101,7 +101,8 @@ def _mounted_data(uri: str, source: VolumeSource | ConfigMapSource, mounts: Moun
         if not path.resolve().is_relative_to(volume.resolve()):
             require_regular(path, volume, str(source))
         return _folder(path, volume, str(source))
-    if not path.exists():
+    # A link without an end does not exist either, but the address is right.
+    if not path.exists() and not path.is_symlink():
         folder = path.parent
         inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         raise bad_dataset(f"{source} does not exist; its folder has {some_names(inside)}")

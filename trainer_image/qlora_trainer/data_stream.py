@@ -55,7 +55,8 @@ _DECOMPRESSORS: Mapping[str, Callable[[str], Any]] = {
     ".xz": lzma.open,
     ".zst": _zstandard,
 }
-_DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+# A file says itself how much memory a decompressor needs.
+_DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError)
 
 
 class _Decompressed(io.RawIOBase):

@@ -3,7 +3,9 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+_Quantity = Literal["loss", "evalLoss", "learningRate", "gradNorm", "tokensPerSecond", "memoryBytes"]
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,22 @@ class History:
     """Bytes: the peak of the step on a GPU; on a CPU what the process held then."""
 
 
+def _entry(line: Any) -> tuple[int, dict[str, float]]:
+    """Step and quantities of a parsed line."""
+    return int(line["step"]), {key: float(line[key]) for key in get_args(_Quantity) if key in line}
+
+
 def read_history(metrics: Path) -> History:
     """Read the metrics. Raises ValueError, naming file and line, for a line that is no metric."""
-    entries: list[dict[str, Any]] = []
-    for number, line in enumerate(metrics.read_text().splitlines(), start=1):
+    entries: list[tuple[int, dict[str, float]]] = []
+    for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
         try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{metrics}:{number}: {error}") from error
+            entries.append(_entry(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{metrics}:{number}: {error!r}") from error
 
-    def curve(key: str) -> Curve:
-        points = [(int(entry["step"]), float(entry[key])) for entry in entries if key in entry]
+    def curve(key: _Quantity) -> Curve:
+        points = [(step, entry[key]) for step, entry in entries if key in entry]
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
     return History(

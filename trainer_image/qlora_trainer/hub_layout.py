@@ -24,6 +24,9 @@ _SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 _MOST_STARS = 8
+_GLOB = re.compile(r"(\*\*/|\*\*|\*|\?)")
+# What the YAML library raises for a value that is not of the type that its tag says.
+_UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def read_card(path: Path, uri: str) -> Mapping[str, Any]:
     """What a card says about its data set, as YAML at its top. Raises StepFailure BAD_DATASET if that is not YAML."""
     try:
         return metadata_load(path) or {}
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
         raise bad_dataset(f"{uri}/README.md: what stands between its --- lines is not YAML ({error})"[:500]) from error
 
 
@@ -126,8 +129,8 @@ def _of_config(names: list[str], configs: Mapping[str, Mapping[str, Any]], wante
     patterns = _patterns(files, uri)
     for split in wanted.splits:
         if split in patterns:
-            expressions = [_expression(pattern) for pattern in patterns[split]]
-            found = [name for name in names if any(expression.fullmatch(name) for expression in expressions)]
+            globs = [_GLOB.split(pattern.removeprefix("./")) for pattern in patterns[split]]
+            found = [name for name in names if any(_fits(name, glob) for glob in globs)]
             if not found:
                 raise bad_dataset(
                     f"{uri}: its README.md names {', '.join(patterns[split])[:200]} for the split {split!r}, but no "
@@ -167,7 +170,6 @@ def _patterns(files: object, uri: str) -> dict[str, list[str]]:
     for entry in files if isinstance(files, list) else [None]:
         split, path = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         paths: Sequence[object] = path if isinstance(path, list) else [path]
-        # A pattern of many wildcards takes for ever to be found not to fit.
         if not isinstance(split, str) or not all(
             isinstance(one, str) and one.count("*") <= _MOST_STARS for one in paths
         ):
@@ -179,8 +181,36 @@ def _patterns(files: object, uri: str) -> dict[str, list[str]]:
     return patterns
 
 
-def _expression(pattern: str) -> re.Pattern[str]:
-    """A glob pattern as a regular expression: ** goes through folders, * does not."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
-    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(wild.get(part) or re.escape(part) for part in parts))
+def _fits(name: str, glob: Sequence[str]) -> bool:
+    """Whether the name is what the parts of a glob pattern say: ** goes through folders, * and ? do not.
+
+    Each part moves all places that the parts before it can end at, so that the time grows with the length of the name
+    only: a regular expression would try all combinations.
+    """
+    places = {0}
+    for part in glob:
+        if part == "**/":
+            places |= {end for end in range(min(places) + 1, len(name) + 1) if name[end - 1] == "/"}
+        elif part == "**":
+            places = set(range(min(places), len(name) + 1))
+        elif part == "*":
+            places = _in_folders(name, places)
+        elif part == "?":
+            places = {start + 1 for start in places if name[start : start + 1] not in ("", "/")}
+        else:
+            places = {start + len(part) for start in places if name.startswith(part, start)}
+        if not places:
+            return False
+    return len(name) in places
+
+
+def _in_folders(name: str, places: set[int]) -> set[int]:
+    """The places, and those behind each up to the next /."""
+    reached: set[int] = set()
+    past = 0
+    for start in sorted(places):
+        if start >= past:
+            slash = name.find("/", start)
+            past = (len(name) if slash < 0 else slash) + 1
+            reached.update(range(start, past))
+    return reached

@@ -1,5 +1,6 @@
 """Speaks of the files in a folder: which may be read, and how a message lists them; changes with either."""
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,10 +11,21 @@ _LISTED_NAMES = 12
 
 def require_regular(path: Path, folder: Path, name: str) -> None:
     """Raise StepFailure UNSAFE_ARTEFACT unless `path` is a regular file that really lies inside `folder`."""
+    if leads_to_itself(path):
+        raise unsafe_artefact(f"{name} is a link that leads to itself: put the file itself there")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise unsafe_artefact(f"{name} is a link that leads out of its folder: put the file itself there")
     if not path.is_file():
         raise unsafe_artefact(f"{name} is not a regular file: put the file itself there")
+
+
+def leads_to_itself(path: Path) -> bool:
+    """Whether the path goes round in symbolic links. It must not be resolved then: some versions of Python raise."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def some_names(names: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Knows the CNCF's ModelPack format: files as the layers of an artefact (github.com/modelpack/model-spec, v1)."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -54,19 +55,24 @@ def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
 def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
     """The files of an artefact by their names: layers that are a file each. Others, archives for example, are left out.
 
-    Raises ValueError if two layers have one name, or one has no digest or size.
+    Raises ValueError if two layers have one name, or one has no annotations, digest or size as they must be.
     """
     files: dict[str, Blob] = {}
     for layer in manifest["layers"]:
         annotations = layer.get("annotations") or {}
+        if not isinstance(annotations, Mapping):
+            raise ValueError("the annotations of a layer are no object")  # noqa: TRY004 - of what the registry sent
         name = annotations.get(_FILE_PATH) or annotations.get(_TITLE)
         if not isinstance(name, str) or "+" in str(layer.get("mediaType")) or ".tar" in str(layer.get("mediaType")):
             continue
         if name in files:
             raise ValueError(f"two layers are called {name[:80]!r}")
-        if not isinstance(layer.get("size"), int) or not str(layer.get("digest")).startswith("sha256:"):
-            raise ValueError(f"the layer {name[:80]!r} has no SHA-256 or no size")
-        files[name] = Blob(layer["digest"], layer["size"])
+        digest, size = layer.get("digest"), layer.get("size")
+        if not (isinstance(digest, str) and re.fullmatch(r"sha256:[0-9a-f]{64}", digest)):
+            raise ValueError(f"the layer {name[:80]!r} has no SHA-256")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"the layer {name[:80]!r} has no size")
+        files[name] = Blob(digest, size)
     return files
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
+from qlora_api.printable import one_line
 from qlora_api.status import MAX_MESSAGE_LENGTH, StepName
 from qlora_trainer.disk import is_full
 from qlora_trainer.failures import Interrupted, StepFailure, bad_configuration
@@ -145,9 +146,7 @@ def result_record(
 
     What was known when the step ended is in it also when the step failed.
     """
-    # A file's name may be no text, and half a character would make the record none.
-    text = ending.message.encode(errors="backslashreplace").decode()
-    message = _shortened(" ".join(redact(text).split()), MAX_MESSAGE_LENGTH)
+    message = _shortened(one_line(redact(ending.message)), MAX_MESSAGE_LENGTH)
     record = ResultRecord(
         job_uid=job_uid,
         pod_uid=pod_uid,

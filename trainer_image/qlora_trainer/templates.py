@@ -190,6 +190,10 @@ class Tokenizer:
             raise bad_dataset(
                 f"{place}: the model's chat template does not take this conversation: {_first_line(error)}"
             ) from error
+        except MemoryError as error:
+            raise bad_dataset(
+                f"{place}: the model's chat template wants more memory than there is: use another model"
+            ) from error
 
     def tokenize(self, batch: Sequence[Rendered], train_on: Literal["completion", "all"]) -> Iterator[TokenizedRow]:
         """The tokens of rendered examples. The end-of-text token that closes a plain text is a target too."""
@@ -271,6 +275,10 @@ def _freeze_date(tokenizer: Any) -> None:
         ]
     except (TemplateError, ValueError) as error:
         raise bad_configuration(f"the model's chat template cannot be used: {_first_line(error)}") from error
+    except MemoryError as error:
+        raise bad_configuration(
+            "the model's chat template wants more memory than there is: use another model"
+        ) from error
     for template in templates:
         template.globals["strftime_now"] = FROZEN_DATE.strftime
 
