@@ -93,8 +93,11 @@ class OutputSpec(ApiModel):
             ),
             rule(
                 "!has(self.destination) || !has(self.merged) || !has(self.merged.destination) || "
-                "!((self.destination + '/').startsWith(self.merged.destination + '/') || "
-                "(self.merged.destination + '/').startsWith(self.destination + '/'))",
+                # An address may end in a slash, and pvc:// loses one of its own on both sides.
+                "!((self.destination + '/').replace('//', '/')"
+                ".startsWith((self.merged.destination + '/').replace('//', '/')) || "
+                "(self.merged.destination + '/').replace('//', '/')"
+                ".startsWith((self.destination + '/').replace('//', '/')))",
                 _ONE_IN_THE_OTHER,
             ),
         )
@@ -123,7 +126,7 @@ class OutputSpec(ApiModel):
     def _own_folders(self) -> Self:
         merged = self.merged.destination if self.merged else None
         if self.destination and merged:
-            adapter_folder, merged_folder = f"{self.destination}/", f"{merged}/"
+            adapter_folder, merged_folder = (f"{uri.rstrip('/')}/" for uri in (self.destination, merged))
             if adapter_folder.startswith(merged_folder) or merged_folder.startswith(adapter_folder):
                 raise ValueError(_ONE_IN_THE_OTHER)
         return self

@@ -108,6 +108,14 @@ REFUSED = {
         ),
         "spec.output: Invalid value: adapter and merged model need folders of their own",
     ),
+    "an adapter's folder, with a slash, inside of the merged model's": (
+        with_value(
+            MINIMAL,
+            "spec.output",
+            {"destination": "pvc://out/tiny/adapter/", "merged": {"destination": "pvc://out/tiny/"}},
+        ),
+        "spec.output: Invalid value: adapter and merged model need folders of their own",
+    ),
     "path traversal": (with_value(MINIMAL, "spec.dataset.source", "pvc://data/../x.jsonl"), "a path has no '..'"),
     "model from a config map": (with_value(MINIMAL, "spec.model.source", "configMap://a/b"), "spec.model.source"),
     "claim and size": (
