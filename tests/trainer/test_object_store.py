@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import obstore
@@ -13,9 +14,12 @@ from obstore.store import S3Store
 from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
-from qlora_trainer import object_store
-from qlora_trainer.failures import StepFailure
+from qlora_trainer import disk, object_store
+from qlora_trainer.data_source import DataFiles, find_data
+from qlora_trainer.failures import StepFailure, bad_dataset
+from qlora_trainer.object_store import ObjectFolder
 from qlora_trainer.prepare import prepare
+from qlora_trainer.prepare_data import wanted_part
 from qlora_trainer.step import StepContext
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
@@ -246,6 +250,54 @@ def test_no_credential_follows_a_redirect(
     assert elsewhere.seen == []
     assert {request.headers["x-amz-security-token"] for request in store.seen} == {SESSION_TOKEN}
     assert not any(canary in request.path for request in store.seen for canary in (SECRET_KEY, SESSION_TOKEN))
+
+
+def test_data_that_are_partly_there_need_room_for_the_rest_only(
+    make_context: MakeContext,
+    records: Recorded,
+    store: FaultProxy,
+    bucket: S3Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("a", "b"):
+        obstore.put(bucket, f"many/{name}.jsonl", write_rows(tmp_path / "rows.jsonl", ROWS))
+    size = (tmp_path / "rows.jsonl").stat().st_size
+    context = make_context({"dataset": {"source": f"s3://{BUCKET}/many", "secretRef": {"name": "store"}}})
+    store.rule = lambda request: answering(503, "SlowDown") if "many/b.jsonl" in request.path else None
+    refusal(context, records, ExitCode.UNREACHABLE)
+    store.rule = lambda _request: None
+    # As on a volume that the two files fill.
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _path: SimpleNamespace(free=size))
+    downloaded = find_stored(context)
+    assert [file.path.read_bytes() for file in downloaded.files] == [(tmp_path / "rows.jsonl").read_bytes()] * 2
+
+
+def test_data_that_were_replaced_between_two_attempts_are_read_as_they_are_now(
+    make_context: MakeContext, records: Recorded, store: FaultProxy, bucket: S3Store, tmp_path: Path
+) -> None:
+    obstore.put(bucket, "many/a.jsonl", write_rows(tmp_path / "rows.jsonl", ROWS))
+    obstore.put(bucket, "many/b.jsonl", tmp_path / "rows.jsonl")
+    context = make_context({"dataset": {"source": f"s3://{BUCKET}/many", "secretRef": {"name": "store"}}})
+    store.rule = lambda request: answering(503, "SlowDown") if "many/b.jsonl" in request.path else None
+    refusal(context, records, ExitCode.UNREACHABLE)
+    store.rule = lambda _request: None
+    corrected = (tmp_path / "rows.jsonl").read_bytes().swapcase()
+    obstore.put(bucket, "many/a.jsonl", corrected)
+    assert find_stored(context).files[0].path.read_bytes() == corrected
+
+
+def find_stored(context: StepContext) -> DataFiles:
+    """The job's data, downloaded where prepare has them."""
+    return find_data(
+        context.spec.dataset.source,
+        wanted_part(context, "train"),
+        revision=None,
+        mounts=context.mounts,
+        hub=lambda: pytest.fail("no hub is needed"),
+        objects=lambda source: ObjectFolder(source, context.secret("dataset"), refuse=bad_dataset),
+        download=context.workspace.data / ".partial-download-train",
+    )
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from qlora_api.sources import ConfigMapSource, HubSource, ObjectStoreSource, VolumeSource, parse_source
 from qlora_trainer.data_names import DATA_ENDINGS, data_kind, require_one_kind
-from qlora_trainer.disk import file_sha256, require_space
+from qlora_trainer.disk import bytes_below, file_sha256, require_space
 from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset, unreachable
 from qlora_trainer.hub import Hub, HubFile, Listing
 from qlora_trainer.hub_layout import Wanted, choose_data_files, read_card
@@ -131,7 +131,6 @@ def _files(uri: str, found: Iterable[tuple[Path, str]]) -> DataFiles:
 
 
 def _stored_data(source: ObjectStoreSource, objects: ObjectFolder, download: Path) -> DataFiles:
-    download.mkdir(parents=True, exist_ok=True)
     name = source.path.rpartition("/")[2]
     if data_kind(name) is not None:
         folder, found = str(source).removesuffix(f"/{name}"), {name: objects.stat()}
@@ -139,7 +138,10 @@ def _stored_data(source: ObjectStoreSource, objects: ObjectFolder, download: Pat
         folder, listed = str(source), objects.list()
         found = {name: listed[name] for name in sorted(listed) if "/" not in name and data_kind(name) is not None}
         require_one_kind(found, listed, str(source))
-    require_space(download, sum(entry.size for entry in found.values()), f"the download of {source}")
+    versions = "".join(f"{entry.etag} {entry.size} {name}\n" for name, entry in sorted(found.items()))
+    # A file of an earlier attempt is the present one only if the store has not got another since.
+    download /= sha256(versions.encode()).hexdigest()
+    _make_room(download, sum(entry.size for entry in found.values()), str(source))
     for name, entry in found.items():
         objects.download(entry, download / name, lambda _done: None)
     return _files(folder, ((download / name, name) for name in found))
@@ -155,10 +157,14 @@ def _hub_data(source: HubSource, wanted: Wanted, revision: str | None, hub: Hub,
             raise bad_dataset(f"{uri}/{_CARD} has {card.size} bytes, at most {_MAX_CARD_BYTES} are read: name a file")
         about = read_card(_fetch(hub, listing, card, download), uri)
     names = choose_data_files(tuple(listing.files), about, source.path, wanted, uri)
-    download.mkdir(parents=True, exist_ok=True)
-    total = sum(listing.files[name].size for name in names if not (download / name).exists())
-    require_space(download, total, f"the download of {uri}")
+    _make_room(download, sum(listing.files[name].size for name in names), uri)
     return _files(uri, [(_fetch(hub, listing, listing.files[name], download), name) for name in names])
+
+
+def _make_room(folder: Path, total: int, uri: str) -> None:
+    """Make the folder. Raises StepFailure if what an earlier attempt has not loaded of `total` bytes has no room."""
+    folder.mkdir(parents=True, exist_ok=True)
+    require_space(folder, total - bytes_below(folder), f"the download of {uri}")
 
 
 def _fetch(hub: Hub, listing: Listing, file: HubFile, folder: Path) -> Path:

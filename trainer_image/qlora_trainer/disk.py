@@ -45,6 +45,11 @@ def require_space(root: Path, needed: int, purpose: str) -> None:
         )
 
 
+def bytes_below(folder: Path) -> int:
+    """Bytes of the files in the folder and its folders; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file's content, in hexadecimal. `on_bytes` is called with the bytes read so far."""
     digest, done = hashlib.sha256(), 0

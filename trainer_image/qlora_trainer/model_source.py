@@ -10,7 +10,7 @@ from typing import Protocol
 from safetensors import SafetensorError, safe_open
 
 from qlora_api.sources import VolumeSource
-from qlora_trainer.disk import file_sha256, require_space
+from qlora_trainer.disk import bytes_below, file_sha256, require_space
 from qlora_trainer.failures import model_unavailable, unsafe_artefact
 from qlora_trainer.files import ADAPTER_CONFIG_FILE
 from qlora_trainer.listing import require_regular, some_names
@@ -145,7 +145,7 @@ class DownloadedModel:
     def check_weights(self) -> None:
         """See ModelSource."""
         total = sum(self._remote.sizes[name] for name in self._weight_files())
-        require_space(self.folder, total - _bytes_below(self.folder), f"the download of {self._remote.uri}")
+        require_space(self.folder, total - bytes_below(self.folder), f"the download of {self._remote.uri}")
 
     def weights(self, on_bytes: OnBytes) -> str:
         """See ModelSource."""
@@ -240,7 +240,3 @@ def require_whole(path: Path, name: str) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise model_unavailable(f"{name} is not a whole safetensors file ({error}): copy it again") from error
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
