@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.distributed import Ranks
+from qlora_trainer.failures import StepFailure, unreachable
 from qlora_trainer.launch import Place
 from qlora_trainer.records import TrainRecord, read_completion
 from qlora_trainer.step import StepContext
@@ -207,10 +209,10 @@ if os.environ.get("RANK") == "1":
 def second_card(tmp_path: Path) -> Callable[[int], dict[str, str]]:
     """Makes the environment in which the second process has a GPU for so many rows: there is none to fill."""
 
-    def make(rows: int) -> dict[str, str]:
+    def make(rows: int, more: str = "") -> dict[str, str]:
         folder = tmp_path / "card"
         folder.mkdir()
-        (folder / "sitecustomize.py").write_text(FULL_CARD.format(rows=rows))
+        (folder / "sitecustomize.py").write_text(FULL_CARD.format(rows=rows) + more)
         return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
 
     return make
@@ -226,6 +228,35 @@ def test_a_failure_of_one_process_ends_both_with_its_exit_code(
     assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stderr
     assert "rank 1: the GPU is out of memory at a measured peak" in done.result.message
     assert "spec.training.maxSequenceLength" in done.result.message
+
+
+SUM_WITHOUT_ANSWER = """
+else:
+    import torch.distributed
+    torch.distributed.all_reduce = lambda *_: os._exit(99)
+"""
+
+
+def test_nobody_begins_a_sum_that_a_failed_process_will_never_join(
+    make: Make, second_card: Callable[..., dict[str, str]]
+) -> None:
+    """NCCL, other than gloo, would wait for half an hour."""
+    files, _ = make("alone", merged(TWO, {"dataset": {"eval": None}}))
+
+    done = files.run("train", **second_card(0, SUM_WITHOUT_ANSWER))
+
+    assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stderr
+
+
+def test_memory_that_runs_out_in_an_exchange_is_not_taken_for_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_tensor: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", full)
+    ranks = Ranks(Place(size=2, local_size=2), lost=lambda error: unreachable(str(error)))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        ranks.sum_gradients([torch.nn.Parameter(torch.zeros(2))], torch.zeros(()))
 
 
 def test_a_gpu_that_is_short_of_memory_makes_all_halve_their_micro_batches(

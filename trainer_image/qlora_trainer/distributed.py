@@ -132,6 +132,8 @@ class Ranks:
     def _exchange(self) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise (error if self.lost is None else self.lost(error)) from error
 

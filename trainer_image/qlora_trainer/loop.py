@@ -145,7 +145,8 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
             raise
         _log.warning("step %d ran out of memory and is done again", state.step + 1, exc_info=True)
         short = True
-    if _may_halve(run) and run.ranks.any(short):
+    # Also where nobody may halve: a process that is lost is noticed here at once, and by NCCL's sum after half an hour.
+    if run.ranks.any(short):
         return None
     run.ranks.sum_gradients(run.parameters.values(), summed)
     return _Gradient(summed, targets, tokens, batches)
