@@ -142,14 +142,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, wanted: dict[str, Any]) -> None:
         key = f"models/{wanted['organization']}/{wanted['name']}"
+        url = f"{self.hub.endpoint}/{key.partition('/')[2]}"
         if key in self.hub.repositories or self.hub.folder is None:
-            self._send(409, b"{}", {})
+            self._send(409, json.dumps({"url": url}).encode(), {})
             return
         assert wanted["visibility"] == "private"
         self.hub.repositories[key] = self.hub.folder / key
         self.hub.repositories[key].mkdir(parents=True)
         (self.hub.repositories[key] / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-        self._reply({"url": f"{self.hub.endpoint}/{key.partition('/')[2]}", "name": key.partition("/")[2]})
+        self._reply({"url": url, "name": key.partition("/")[2]})
 
     def _action(self, file: dict[str, Any]) -> dict[str, Any]:
         upload = {"upload": {"href": f"{self.hub.endpoint}/large/{file['oid']}"}}

@@ -131,6 +131,22 @@ def test_a_repository_of_somebody_else_is_never_written_to(publish: Publish, hub
     assert commits(hub) == []
 
 
+def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish, hub: FakeHub) -> None:
+    """Both jobs found no repository; the other one commits before this one has made it."""
+    fast: list[str] = []
+
+    def overtake(_method: str, path: str) -> None:
+        if path == "/api/repos/create" and not fast:
+            hub.refuse = lambda _method, _path: None
+            fast.append(publish())
+
+    hub.refuse = overtake
+    slow = MANIFEST.model_copy(update={"job_uid": "slow"})
+    message = refused(publish, ExitCode.BAD_CONFIGURATION, slow)
+    assert "another job has just published to hf://acme/tuned" in message
+    assert publish() == fast[0]
+
+
 def test_a_commit_that_comes_between_is_not_overwritten(publish: Publish, hub: FakeHub) -> None:
     publish()
     (hub.repositories[KEY] / "README.md").write_text("# Tinu\n")

@@ -117,15 +117,18 @@ class Hub:
                 return None
             raise
 
-    def commit(self, repository: str, files: Contents, message: str, *, parent: str | None) -> str:
+    def make(self, repository: str) -> Listing:
+        """Make a model's repository, a private one, unless there is one; returns its files."""
+        with self._errors("model", repository, None):
+            self._api.create_repo(repository, private=True, exist_ok=True)
+        return self.list("model", repository, None)
+
+    def commit(self, repository: str, files: Contents, message: str, *, parent: str) -> str:
         """Commit all these files at once to a model's repository; returns the commit.
 
-        `parent` is the commit that they were decided upon, so that nobody else's is overwritten; None makes the
-        repository, a private one.
+        `parent` is the commit that they were decided upon, so that nobody else's is overwritten.
         """
         with self._errors("model", repository, None), ExitStack() as opened:
-            if parent is None:
-                self._api.create_repo(repository, private=True, exist_ok=True)
             # Given as open files they go over Git LFS, which every hub speaks; by path the client insists on Xet.
             streams = {
                 name: BytesIO(content) if isinstance(content, bytes) else opened.enter_context(content.open("rb"))

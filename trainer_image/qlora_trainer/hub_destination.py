@@ -8,7 +8,7 @@ from huggingface_hub import get_token
 
 from qlora_api.sources import HubSource
 from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import unreachable
+from qlora_trainer.failures import bad_configuration, unreachable
 from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.hub import Hub, Listing
 from qlora_trainer.manifest import Contents, Manifest, parse_manifest
@@ -31,9 +31,7 @@ class HubDestination:
     def published(self) -> Manifest | None:
         """See Destination."""
         listing = self._listing()
-        if listing is None or MANIFEST_FILE not in listing.files:
-            return None
-        return parse_manifest(self._read(listing, MANIFEST_FILE))
+        return None if listing is None else self._published(listing)
 
     def holder(self) -> Manifest | None:
         """See Destination. A commit is there whole or not at all."""
@@ -42,7 +40,7 @@ class HubDestination:
     def is_free(self) -> bool:
         """See Destination."""
         listing = self._listing()
-        return listing is None or set(listing.files) <= _OF_THE_HUB
+        return listing is None or _is_empty(listing)
 
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination. Large files go by the digest that the hub stores them under; small ones are read."""
@@ -57,10 +55,13 @@ class HubDestination:
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination."""
-        listing = self._listing()
+        listing = self._listing() or self._hub.make(self._repository)
+        # What the commit is made upon must be free: somebody may have published since that was asked.
+        holder = self._published(listing)
+        if not _is_empty(listing) and (holder is None or not holder.same_run(manifest)):
+            raise bad_configuration(f"another job has just published to {self.uri}: give each its own repository")
         everything = {**contents, MANIFEST_FILE: manifest.text()}
-        parent = None if listing is None else listing.commit
-        commit = self._hub.commit(self._repository, everything, f"Publish {manifest.job_name}", parent=parent)
+        commit = self._hub.commit(self._repository, everything, f"Publish {manifest.job_name}", parent=listing.commit)
         damaged = self.damaged(manifest)
         if damaged is not None or self.published() != manifest:
             raise unreachable(f"{self.uri}/{damaged or MANIFEST_FILE} of commit {commit} does not read back as written")
@@ -73,6 +74,13 @@ class HubDestination:
     def _listing(self) -> Listing | None:
         return self._hub.find(self._repository)
 
+    def _published(self, listing: Listing) -> Manifest | None:
+        return parse_manifest(self._read(listing, MANIFEST_FILE)) if MANIFEST_FILE in listing.files else None
+
     def _read(self, listing: Listing, name: str) -> bytes:
         with TemporaryDirectory() as folder:
             return self._hub.fetch(listing, listing.files[name], Path(folder), lambda _done: None).read_bytes()
+
+
+def _is_empty(listing: Listing) -> bool:
+    return set(listing.files) <= _OF_THE_HUB

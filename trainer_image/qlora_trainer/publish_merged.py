@@ -132,7 +132,7 @@ def merge(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, f
 
 
 def _loss(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, folder: Path) -> float | None:
-    """Loss of the written files. All rows go through the model at once, so each weight is read once, and mapped."""
+    """Loss of the written files. Weights are mapped, not held, and read once for each of the compared sequences."""
     if trained.compared is None:
         return None
     register_attention()
