@@ -394,6 +394,14 @@ def test_clean_deletes_scratch_only_and_publish_still_knows(trained: Files, tmp_
     assert published(trained) == record
 
 
+def test_clean_deletes_what_a_killed_step_has_left_unfinished(tmp_path: Path) -> None:
+    for name in (".merged.partial", "quantized.partial", f".adapter.{JOB_UID}.{POD_UID}.partial", "adapter", "merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    clean(WorkspaceLayout(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "merged"]
+
+
 def test_the_clean_command_writes_nothing_into_the_workspace(trained: Files) -> None:
     (trained.workspace / "records" / "clean.log").mkdir()
     done = trained.run("clean")

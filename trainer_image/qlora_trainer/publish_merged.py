@@ -31,7 +31,7 @@ from qlora_trainer.records import PrepareRecord, TrainRecord
 from qlora_trainer.step import StepContext
 from qlora_trainer.weights import BaseWeights
 
-_UNFINISHED = ".merged.unfinished"
+_UNFINISHED = ".merged.partial"
 _COPIED = (*sorted(TOKENIZER_FILES), "generation_config.json")
 
 
