@@ -131,6 +131,8 @@ def test_loftq_makes_up_for_a_part_of_the_quantization_error_and_leaves_the_base
         return squares**0.5
 
     assert error(loftq) < 0.9 * error(plain)
+    # What was computed in 32 bit has not passed through 16.
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in adapter_tensors(loftq).values())
     assert all(torch.equal(tensor, adapter_tensors(again)[name]) for name, tensor in adapter_tensors(loftq).items())
     found = {name.replace("base_model.model.", "").replace(".base_layer", ""): t for name, t in quantized_layers(loftq)}
     assert found.keys() == held.keys()

@@ -28,9 +28,12 @@ def initialize_loftq(model: PeftModel, weights: BaseWeights) -> None:
         rank, scaling = layer.r[adapter], layer.scaling[adapter]
         root = (values[:rank] / scaling).sqrt()
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        for factor in (a, b):
+            # PEFT makes them in the 16 bit of the products, which would round what is computed here.
+            factor.data = torch.zeros_like(factor, dtype=torch.float32)
         # A layer smaller than the rank has no more values; the rest of A and B adds nothing.
-        a.zero_()[: len(root)] = root[:, None] * right[:rank]
-        b.zero_()[:, : len(root)] = left[:, :rank] * root
+        a[: len(root)] = root[:, None] * right[:rank]
+        b[:, : len(root)] = left[:, :rank] * root
         if adapter in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[adapter]
             magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=scaling)
