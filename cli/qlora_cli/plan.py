@@ -116,10 +116,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     )
     if plan.training.gpus > 1:
         held = "a part of the base" if plan.training.sharding == "full" else "the whole base"
-        console.print(
-            f"Each of the {plan.training.gpus} GPUs holds {held} and needs this much, and up to "
-            f"{_gib(memory.gradients)} GiB more while gradients are summed, when the activations are gone."
-        )
+        console.print(f"Each of the {plan.training.gpus} GPUs holds {held} and needs this much.")
     if plan.card_gib is None:
         _show_cards(plan, console)
     else:

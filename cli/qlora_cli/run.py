@@ -116,6 +116,7 @@ def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps:
         "spec.dataset.source": spec.dataset.source,
         "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
         "spec.output.destination": spec.output.destination,
+        "spec.output.merged.destination": spec.output.merged.destination if spec.output.merged else None,
     }
     problems = []
     for field, address in addresses.items():
