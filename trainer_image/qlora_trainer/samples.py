@@ -125,7 +125,7 @@ def leave_samples(
     The adapter is finished by then: a model that cannot generate must not cost the run, so the cause is written down.
     """
     if not count:
-        samples = Samples(missing="spec.training.samples is 0")
+        samples = Samples(missing="spec.training.samples is 0, or spec.training.sharding is full")
     else:
         try:
             samples = write_answers(model, tokenizer_folder, choose_prompts(data, count), stopped, device)

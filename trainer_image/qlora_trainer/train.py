@@ -169,18 +169,7 @@ def _start(
     data = PreparedDataset.open(root / prepared.data_path, "train")
     eval_data = PreparedDataset.open(root / prepared.data_path, "eval") if spec.dataset.eval else None
     plan = Plan.of(len(data), spec.training)
-    records.progress(
-        ProgressRecord(
-            job_uid=context.job_uid,
-            pod_uid=context.pod_uid,
-            step="train",
-            time=timestamp(now()),
-            activity="loading the base model in 4 bit",
-            training_step=0 if checkpoint is None else checkpoint.step,
-            total_steps=plan.total_steps,
-        ),
-        force=True,
-    )
+    _say_loading(context, records, now, 0 if checkpoint is None else checkpoint.step, plan.total_steps)
     model_folder = root / prepared.model_path
     _refuse_mixed_rows(spec, prepared, model_folder)
     base, storage, quantized_sha256 = _load_base(context, model_folder, ranks)
@@ -220,6 +209,22 @@ def _start(
     unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
     return run, state
+
+
+def _say_loading(context: StepContext, records: RecordWriter, now: Clock, step: int, total_steps: int) -> None:
+    """What takes minutes, with the step from which the run will go on."""
+    records.progress(
+        ProgressRecord(
+            job_uid=context.job_uid,
+            pod_uid=context.pod_uid,
+            step="train",
+            time=timestamp(now()),
+            activity="loading the base model in 4 bit",
+            training_step=step,
+            total_steps=total_steps,
+        ),
+        force=True,
+    )
 
 
 def _load_base(context: StepContext, model_folder: Path, ranks: Ranks) -> tuple[Any, Storage, str]:
