@@ -22,8 +22,15 @@ from qlora_api.contract import (
 from qlora_api.schema import ObservedModel
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, MergedStatus
 
-# Tokens of model hubs, bearer headers and passwords in addresses: never in a record, whatever a library quotes.
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer|authorization:?)\s+\S+|(?<=://)[^/\s@]+(?=@)")
+# Tokens of model hubs, credentials in headers, passwords in addresses and what signs an address: never in a record,
+# whatever a library quotes.
+_SECRET = re.compile(
+    r"""hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)
+    |(?i:authorization)["']?\s*[:=]\s*["']?(?:(?i:basic|bearer)\s+)?[^\s"']+
+    |(?i:bearer|authorization)\s+\S+
+    |(?<=[?&])(?i:x-amz-(?:credential|signature|security-token)|signature|policy|key-pair-id|sig)=[^\s&"']+""",
+    re.VERBOSE,
+)
 
 
 def redact(text: str) -> str:

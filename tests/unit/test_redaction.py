@@ -1,0 +1,36 @@
+"""No message, record or traceback tells a credential that a library has quoted."""
+
+import pytest
+
+from qlora_trainer.records import redact
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "401 for hf_canaryCANARY",
+        "Authorization: Bearer canary",
+        "Authorization: Basic canary==",
+        "{'Authorization': 'Bearer canary', 'Accept': '*/*'}",
+        "bearer canary",
+        "https://reader:canary@hub.example.org/api",
+        "504 for url: https://cdn.example.org/x?X-Amz-Algorithm=AWS4&X-Amz-Signature=canary&X-Amz-Expires=60",
+        "https://cdn.example.org/x?Policy=canary&Signature=canary~&Key-Pair-Id=canary'",
+        "https://account.blob.example.org/x?sv=2024&sig=canary%3D",
+    ],
+)
+def test_a_credential_is_not_told(text: str) -> None:
+    assert "canary" not in redact(text).lower()
+    assert "[redacted]" in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET https://hub.example.org/acme/tiny/resolve/main/config.json?download=true",
+        "HTTP 401 for s3://bucket/models with the credentials of spec.model.secretRef",
+        "the policy of retries and the signature of a function",
+    ],
+)
+def test_what_is_no_credential_stays(text: str) -> None:
+    assert redact(text) == text
