@@ -31,6 +31,8 @@ class SecretRef(ApiModel):
 
 _HUB_TOKEN = "for an hf:// model set tokenSecretRef, and for a pvc:// model nothing"  # noqa: S105 - a sentence
 
+_NO_REVISION = "revision is for hf://: an oci:// address ends in a tag or digest, and what lies elsewhere has none"
+
 
 class BaseModelSpec(ApiModel):
     """The base model, frozen during training."""
@@ -40,7 +42,8 @@ class BaseModelSpec(ApiModel):
             rule(
                 "!has(self.secretRef) || self.source.matches('^(s3|oci)://')",
                 f"secretRef is for s3 and oci: {_HUB_TOKEN}",
-            )
+            ),
+            rule("!has(self.revision) || self.source.startsWith('hf://')", _NO_REVISION),
         )
     )
 
@@ -64,6 +67,12 @@ class BaseModelSpec(ApiModel):
     def _secret_of_its_scheme(self) -> Self:
         if self.secret_ref is not None and not self.source.startswith(("s3://", "oci://")):
             raise ValueError(f"secretRef is for s3 and oci: {_HUB_TOKEN}")
+        return self
+
+    @model_validator(mode="after")
+    def _revision_of_a_repository(self) -> Self:
+        if self.revision is not None and not self.source.startswith("hf://"):
+            raise ValueError(_NO_REVISION)
         return self
 
 

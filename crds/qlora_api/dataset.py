@@ -47,7 +47,9 @@ class EvalSpec(ApiModel):
         return self
 
 
-_NO_REPOSITORY = "config and split are parts of an hf:// data set; of any other source, name the file or folder"
+_NO_REPOSITORY = (
+    "revision, config and split are of an hf:// data set; of any other source, name the file or folder, and pin sha256"
+)
 _NO_OBJECTS = "secretRef is for s3:// data; an hf:// data set is read with spec.model.tokenSecretRef"
 
 
@@ -61,7 +63,10 @@ class DatasetSpec(ApiModel):
                 "(has(self.eval) && has(self.eval.source) && self.eval.source.startsWith('s3://'))",
                 _NO_OBJECTS,
             ),
-            rule("(!has(self.config) && !has(self.split)) || self.source.startsWith('hf://')", _NO_REPOSITORY),
+            rule(
+                "(!has(self.revision) && !has(self.config) && !has(self.split)) || self.source.startsWith('hf://')",
+                _NO_REPOSITORY,
+            ),
         )
     )
 
@@ -106,6 +111,6 @@ class DatasetSpec(ApiModel):
 
     @model_validator(mode="after")
     def _parts_of_a_repository(self) -> Self:
-        if (self.config or self.split) and not self.source.startswith("hf://"):
+        if (self.revision or self.config or self.split) and not self.source.startswith("hf://"):
             raise ValueError(_NO_REPOSITORY)
         return self

@@ -52,7 +52,15 @@ REFUSED = {
     ),
     "split of a volume": (
         with_value(with_value(MINIMAL, "spec.dataset.source", "pvc://a/b.jsonl"), "spec.dataset.split", "test"),
-        "config and split are parts of an hf:// data set",
+        "revision, config and split are of an hf:// data set",
+    ),
+    "revision of data in a bucket": (
+        with_value(with_value(MINIMAL, "spec.dataset.source", "s3://a-bucket/rows"), "spec.dataset.revision", "v1"),
+        "revision, config and split are of an hf:// data set",
+    ),
+    "revision of a model on a volume": (
+        with_value(with_value(MINIMAL, "spec.model.source", "pvc://models/a"), "spec.model.revision", "v1"),
+        "revision is for hf://",
     ),
     "eval empty": (with_value(MINIMAL, "spec.dataset.eval", {}), "set exactly one of source and fraction"),
     "long name": (with_value(MINIMAL, "metadata.name", "a" * 46), "at most 45 characters"),
@@ -210,7 +218,7 @@ CHANGES = {
     "resources": without(FULL, "spec.resources.gpuMemory"),
     "scheduling": with_value(FULL, "spec.scheduling.profile", "small"),
     "retry": with_value(FULL, "spec.retry.maxFailures", 2),
-    "optional field added": with_value(FULL, "spec.dataset.revision", "main"),
+    "optional field added": with_value(FULL, "spec.dataset.columns.system", "role"),
 }
 
 

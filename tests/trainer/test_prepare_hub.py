@@ -343,6 +343,18 @@ def test_a_data_set_of_the_hub_is_found(
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (used, held_out)
 
 
+@pytest.mark.usefixtures("rows")
+def test_a_revision_is_that_of_the_repository_that_it_is_named_for(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    hub.commits["datasets/acme/rows"] = "a" * 40
+    dataset = {"source": "hf://acme/rows", "revision": "a" * 40}
+    record = prepare(
+        make_context({"dataset": {**dataset, "eval": {"source": "hf://acme/shards/held-out.jsonl"}}}), records
+    )
+    assert (record.dataset.used_rows, record.dataset.eval_rows) == (3, 4)
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [

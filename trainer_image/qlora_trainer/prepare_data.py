@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qlora_api.dataset import DatasetSpec
 from qlora_api.sources import HubSource, parse_source
 from qlora_trainer.data_source import DataFiles, find_data, mounted_data
 from qlora_trainer.dataset import Dataset, DatasetBuilder
@@ -46,7 +47,7 @@ def read_dataset(
         return find_data(
             uri,
             wanted_part(context, split),
-            revision=spec.revision,
+            revision=spec.revision if split == "train" or _evaluates_with_itself(spec) else None,
             mounts=context.mounts,
             hub=hub,
             objects=lambda source: ObjectFolder(source, context.secret("dataset"), refuse=bad_dataset),
@@ -71,9 +72,13 @@ def wanted_part(context: StepContext, split: Split) -> Wanted:
     spec = context.spec.dataset
     if split == "train":
         return Wanted((spec.split,) if spec.split else TRAINING.splits, spec.config)
-    # A configuration is one of the repository that it is named for.
+    return Wanted(EVALUATION.splits, spec.config if _evaluates_with_itself(spec) else None)
+
+
+def _evaluates_with_itself(spec: DatasetSpec) -> bool:
+    """Whether the evaluation's rows are of the same repository: revision and configuration are named for one."""
     evaluated = None if spec.eval is None or spec.eval.source is None else _repository(spec.eval.source)
-    return Wanted(EVALUATION.splits, spec.config if evaluated == _repository(spec.source) else None)
+    return evaluated == _repository(spec.source)
 
 
 def _repository(uri: str) -> str | None:
