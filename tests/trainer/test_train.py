@@ -306,15 +306,16 @@ def test_without_prepare_nothing_is_trained(workspace: Prepare) -> None:
 class Card:
     """A GPU on which so many rows of a micro batch fit, since there is none here to fill."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, error: RuntimeError | None = None) -> None:
         self.sizes: list[int] = []
+        self._error = error or torch.OutOfMemoryError("CUDA out of memory")
         self._rows, self._loss = rows, loop.batch_loss
         monkeypatch.setattr(loop, "batch_loss", self._batch_loss)
 
     def _batch_loss(self, model: Any, batch: Batch) -> torch.Tensor:
         rows = len(batch.rows.lengths)
         if rows > self._rows:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self._error
         self.sizes.append(rows)
         return self._loss(model, batch)
 
@@ -344,6 +345,18 @@ def test_running_out_of_gpu_memory_says_for_what_and_what_to_change(
     )
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: out of memory"],
+)
+def test_memory_that_a_library_asked_for_in_vain_is_told_as_well(
+    said: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Card(monkeypatch, rows=0, error=RuntimeError(said))
+
+    assert failure(workspace()).exit_code is ExitCode.GPU_OUT_OF_MEMORY
+
+
 AUTOMATIC = {
     "training": {"microBatchSize": 4, "gradientAccumulationSteps": 1, "autoMicroBatch": True, "warmupSteps": 0},
     "dataset": {"eval": None},
@@ -356,7 +369,8 @@ def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_we
 ) -> None:
     roomy, small = workspace("roomy", AUTOMATIC, packed=False), workspace("small", AUTOMATIC, packed=False)
     expected = run(roomy)
-    card, records = Card(monkeypatch, rows=1), Recorded()
+    card = Card(monkeypatch, 1, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
+    records = Recorded()
 
     found = run(small, records=records)
 

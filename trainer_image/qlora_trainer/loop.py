@@ -15,6 +15,7 @@ from qlora_trainer.determinism import processor, seed_step
 from qlora_trainer.divergence import Stability, cleared, has_diverged
 from qlora_trainer.failures import Interrupted, StepFailure
 from qlora_trainer.loss import batch_loss
+from qlora_trainer.memory_shortage import is_shortage
 from qlora_trainer.metrics import memory_bytes, peak_memory_bytes
 from qlora_trainer.model import COMPUTE_DTYPE, adapter_tensors, restore_adapter
 from qlora_trainer.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
@@ -140,8 +141,8 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
             loss.backward()
             summed += loss.detach()
             report(run, state, "training")
-    except torch.OutOfMemoryError:
-        if not _may_halve(run):
+    except RuntimeError as error:
+        if not (is_shortage(error) and _may_halve(run)):
             raise
         _log.warning("step %d ran out of memory and is done again", state.step + 1, exc_info=True)
         short = True
@@ -261,8 +262,8 @@ def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | 
             try:
                 with torch.no_grad():
                     summed += _loss(run, batch) * float(counts)
-            except torch.OutOfMemoryError:
-                if not _may_halve(run):
+            except RuntimeError as error:
+                if not (is_shortage(error) and _may_halve(run)):
                     raise
                 short = True
             targets += batch.target_count if counts else 0

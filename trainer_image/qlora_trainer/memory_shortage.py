@@ -28,6 +28,16 @@ _SHARES = {
 }
 
 
+# What cuBLAS and the driver say when PyTorch's allocator has left them nothing; no type of its own tells it.
+_SAID_BY_LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether the GPU is out of memory, whoever asked for it."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID_BY_LIBRARIES)
+    return said or isinstance(error, torch.OutOfMemoryError)
+
+
 @contextmanager
 def explained_shortage(
     spec: QLoRAJobSpec,
@@ -36,14 +46,16 @@ def explained_shortage(
     device: Device,
     micro_batch_size: Callable[[], int],
 ) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY).
+    """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY).
 
     Its sentence has the measured peak, the estimate by component, and what to change first. `micro_batch_size` is asked
     when it happens: the run may have lowered it.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
         size = micro_batch_size()
         training = _as_run(spec.training, size)
         shape = replace(
