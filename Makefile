@@ -32,6 +32,10 @@ test: check ## Run every test: unit, trainer, API, cluster
 test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one each says why it is skipped
 	@$(PYTHON) -m pytest -rs tests/gpu
 
+.PHONY: fuzz
+fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; what breaks one is kept in fuzz-crashes/
+	@$(PYTHON) -m tests.fuzz $(TARGETS) --seconds $(or $(SECONDS),10)
+
 .PHONY: check
 check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests: seconds
 	@$(VENV)/bin/ruff check

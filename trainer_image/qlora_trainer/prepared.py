@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import numpy
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_trainer.packing import Arrangement
@@ -105,7 +105,13 @@ class PreparedDataset:
     """The sequences of one split, read from the memory-mapped file as they are asked for: opening it reads nothing."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file of a split. Raises FileNotFoundError, or ValueError if another version wrote it."""
+        """Open the file of a split. Raises FileNotFoundError, or ValueError if it is damaged or of another version."""
+        try:
+            self._open(path)
+        except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): prepare the data again") from error
+
+    def _open(self, path: Path) -> None:
         file = cast("Any", safe_open(path, framework="pt"))
         facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
         if facts.get("format") != FORMAT_VERSION:

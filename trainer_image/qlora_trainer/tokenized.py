@@ -90,7 +90,7 @@ class Chunk:
             with cast("Any", safe_open(path, framework="pt")) as file:
                 tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - no mapping
                 return cls(**tensors, dropped=Dropped(**json.loads(file.metadata()[_FACTS])))
-        except (FileNotFoundError, SafetensorError):
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
 
 

@@ -1,6 +1,5 @@
 """Reads the weights of a base model's folder one tensor at a time, by the names that they have in the loaded model."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,9 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_trainer.failures import model_unavailable
-
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+from qlora_trainer.model_source import WEIGHTS, WEIGHTS_INDEX, weight_files
 
 
 class BaseWeights:
@@ -19,14 +16,15 @@ class BaseWeights:
     def __init__(self, folder: Path, base_prefix: str = "model") -> None:
         """Look at the files' headers. `base_prefix` is what a checkpoint without an output layer leaves out of names.
 
-        Raises StepFailure MODEL_UNAVAILABLE if a file is missing or no safetensors file.
+        Raises StepFailure: MODEL_UNAVAILABLE if a file is missing or no safetensors file, UNSAFE_ARTEFACT if the index
+        names a file elsewhere.
         """
         self._folder, self._prefix = folder, f"{base_prefix}."
         self._files: dict[str, Any] = {}
         for file in _files(folder):
             try:
                 opened = cast("Any", safe_open(folder / file, framework="pt"))
-            except (FileNotFoundError, SafetensorError) as error:
+            except (OSError, SafetensorError) as error:
                 raise model_unavailable(f"{folder / file} cannot be read: {error}") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
 
@@ -48,9 +46,9 @@ class BaseWeights:
 
 def _files(folder: Path) -> list[str]:
     """The weights' files, as transformers chooses them."""
-    if (folder / _SINGLE).is_file():
-        return [_SINGLE]
-    try:
-        return sorted(set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values()))
-    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise model_unavailable(f"{folder} holds neither {_SINGLE} nor a usable {_INDEX}: {error}") from error
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        raise model_unavailable(f"{folder} holds neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+    return weight_files(index.read_bytes(), [entry.name for entry in folder.iterdir()], str(folder))

@@ -1,0 +1,302 @@
+"""The parsers of files: data sets, a model's configuration and weights, and what the steps leave for each other."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+import numpy
+import pyarrow
+import pyarrow.parquet
+from safetensors.numpy import save
+
+from qlora_api.contract import ExitCode
+from qlora_api.training import LoraSpec
+from qlora_trainer.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
+from qlora_trainer.checkpoint import read_checkpoint
+from qlora_trainer.data import parse, read_rows
+from qlora_trainer.data_rows import Row
+from qlora_trainer.data_source import DataFile
+from qlora_trainer.data_statistics import STATISTICS, DataStatistics
+from qlora_trainer.failures import StepFailure
+from qlora_trainer.family import inspect_family
+from qlora_trainer.formats import RowReader, detect_format
+from qlora_trainer.history import read_history
+from qlora_trainer.model_source import require_whole
+from qlora_trainer.prepared import PreparedDataset
+from qlora_trainer.records import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
+from qlora_trainer.samples import read_samples
+from qlora_trainer.tokenized import Chunk
+from qlora_trainer.weights import BaseWeights
+from tests.fuzz.target import Target
+
+_ROWS = (
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a é"}]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+    {"instruction": "i", "input": "n", "output": "o"},
+    {"prompt": "p", "completion": "c"},
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+            {"role": "tool", "tool_call_id": "1", "content": "r"},
+            {"role": "assistant", "content": "a"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    },
+    {"text": "plain"},
+)
+_LINES = "".join(json.dumps(row) + "\n" for row in _ROWS).encode()
+_LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+_TIME = "2026-01-02T12:00:00Z"
+_ATTEMPT = {"podUid": "pod", "startedAt": _TIME, "fromStep": 2, "ended": "interrupted"}
+_ADAPTER = {
+    "uri": "pvc://a/b",
+    "sha256": "0" * 64,
+    "sizeBytes": 1,
+    "baseModel": "hf://a/b",
+    "baseRevision": "c0ffee",
+    "rank": 8,
+    "quantization": "nf4",
+}
+_PREPARED = {
+    "fingerprint": "f",
+    "modelPath": "model",
+    "modelRevision": "c0ffee",
+    "dataPath": "data",
+    "targetModules": ["a"],
+    "packed": True,
+    "modelType": "llama",
+    "memory": {"estimateBytes": 1, "lowBytes": 1, "highBytes": 1, "verdict": "unknown"},
+    "dataset": {"format": "chat", "rows": 1, "usedRows": 1},
+}
+_TRAINED = {"fingerprint": "f", "adapterPath": "a", "adapterSha256": "0", "trainingStep": 1, "loss": 1.5}
+_SPLIT = {
+    "rows": 1,
+    "tokens": 2,
+    "targetTokens": 1,
+    "sequences": 1,
+    "sequenceLength": 8,
+    "packed": True,
+    "packingEfficiency": 0.25,
+}
+
+_DATASET, _CONFIGURATION, _UNAVAILABLE, _UNSAFE = (
+    ExitCode.BAD_DATASET,
+    ExitCode.BAD_CONFIGURATION,
+    ExitCode.MODEL_UNAVAILABLE,
+    ExitCode.UNSAFE_ARTEFACT,
+)
+
+Result = TypeVar("Result")
+
+
+def _written(content: bytes, path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def _rows_of(name: str) -> Callable[[bytes, Path], None]:
+    """Reads a data file of that name, and each of its rows as an example."""
+
+    def read(content: bytes, folder: Path) -> None:
+        count = 0
+        for raw in read_rows([DataFile(_written(content, folder / name), f"pvc://data/{name}")]):
+            count += 1
+            _read_example(parse(raw))
+        assert count
+
+    return read
+
+
+def _read_example(row: Row) -> None:
+    """A row that is no example must not end the reading of the others here."""
+    try:
+        reader = RowReader(*detect_format(row, None))
+        reader.read(row)
+    except StepFailure as failure:
+        if failure.exit_code is not _DATASET or not failure.message.startswith(row.place):
+            raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure
+
+
+def _column_file(values: dict[str, list[object]]) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(values), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _zstandard(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+def _family(content: bytes, folder: Path) -> None:
+    family = inspect_family(_written(content, folder / "config.json").parent, LoraSpec())
+    assert family.target_modules
+
+
+def _weights(content: bytes, folder: Path) -> None:
+    path = _written(content, folder / "model.safetensors")
+    require_whole(path, "model.safetensors")
+    BaseWeights(folder)
+
+
+def _indexed_weights(content: bytes, folder: Path) -> None:
+    (folder / "indexed").mkdir(exist_ok=True)
+    BaseWeights(_written(content, folder / "indexed" / "model.safetensors.index.json").parent)
+
+
+def _checkpoint_of(name: str) -> Callable[[bytes, Path], None]:
+    """Reads a checkpoint whose file of that name has the content, and whose digests are those of its files."""
+
+    def read(content: bytes, folder: Path) -> None:
+        place = folder / "step-2"
+        shutil.rmtree(place, ignore_errors=True)
+        _written(_STATE, place / "state.json")
+        sums = {"state.json": sha256(content if name == "state.json" else _STATE).hexdigest()}
+        _written(json.dumps({"sha256": sums}).encode(), place / "manifest.json")
+        _written(content, place / name)
+        assert read_checkpoint(place).step == 2 or name == "state.json"
+
+    return read
+
+
+_STATE = b'{"formatVersion": 1, "step": 2, "loss": 1.5}'
+
+
+def _completions(content: bytes, folder: Path) -> None:
+    path = _written(content, folder / "prepare.json")
+    for kind in (PrepareRecord, TrainRecord, PublishRecord):
+        record = read_completion(path, kind)
+        if record is not None:
+            try:
+                write_completion(folder / "again.json", record)
+            except ValueError:  # an infinite loss, which training does not write
+                continue
+            assert read_completion(folder / "again.json", kind) == record
+
+
+def _attempts(content: bytes, folder: Path) -> None:
+    _written(content, folder / ATTEMPTS_FILE)
+    attempts = read_attempts(folder)
+    write_attempts(folder, attempts)
+    assert read_attempts(folder) == attempts
+
+
+def _history(content: bytes, folder: Path) -> None:
+    path = _written(content, folder / "metrics.jsonl")
+    try:
+        curve = read_history(path).loss
+    except ValueError as error:
+        if not str(error).startswith(f"{path}:"):
+            raise AssertionError("the message does not say where") from error
+        raise
+    assert len(curve.steps) == len(curve.values)
+
+
+def _samples(content: bytes, folder: Path) -> None:
+    samples = read_samples(_written(content, folder / "samples.json"))
+    assert samples.samples or samples.missing is not None
+
+
+def _statistics(content: bytes, folder: Path) -> None:
+    _written(content, folder / STATISTICS)
+    found = DataStatistics.read(folder)
+    found.write(folder)
+    assert DataStatistics.read(folder) == found
+
+
+def _chunk(content: bytes, folder: Path) -> None:
+    chunk = Chunk.read(_written(content, folder / "chunk.safetensors"))
+    assert chunk is None or chunk.rows_read >= 0
+
+
+def _split(content: bytes, folder: Path) -> None:
+    data = PreparedDataset(_written(content, folder / "train.safetensors"))
+    assert data.rows >= 0
+
+
+def _seed_chunk() -> bytes:
+    values = numpy.array([1, 2], numpy.int32)
+    names = ("input_ids", "lengths", "target_counts", "too_long")
+    tensors = {**dict.fromkeys(names, values), "is_target": numpy.array([0, 1], numpy.uint8)}
+    return save(tensors, metadata={"facts": json.dumps({"unlabelled": 0})})
+
+
+def _seed_split() -> bytes:
+    tensors = {
+        "token_offsets": numpy.array([0, 2], numpy.int64),
+        "segment_offsets": numpy.array([0, 1], numpy.int64),
+        "input_ids": numpy.array([1, 2], numpy.int32),
+        "segment_lengths": numpy.array([2], numpy.int32),
+        "is_target": numpy.array([0, 1], numpy.uint8),
+    }
+    return save(tensors, metadata={"prepared": json.dumps({"format": 2, "targetTokens": 1})})
+
+
+def _data(name: str, *seeds: bytes) -> Target:
+    return Target(_rows_of(name), seeds, exit_codes=(_DATASET,))
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+FILES: dict[str, Target] = {
+    "jsonl": _data("a.jsonl", _LINES, b"\xef\xbb\xbf" + _LINES),
+    "json": _data("a.json", _json(_ROWS), _LINES),
+    "csv": _data("a.csv", b'prompt,completion\np,c\n"a ""b""\nc",d\n'),
+    "parquet": _data(
+        "a.parquet", _column_file({"text": ["a", "b"]}), _column_file({"messages": [_ROWS[0]["messages"]]})
+    ),
+    "gzip": _data("a.jsonl.gz", gzip.compress(_LINES)),
+    "bzip2": _data("a.jsonl.bz2", bz2.compress(_LINES)),
+    "xz": _data("a.jsonl.xz", lzma.compress(_LINES)),
+    "zstandard": _data("a.jsonl.zst", _zstandard(_LINES)),
+    "family": Target(_family, (_json(_LLAMA),), exit_codes=(_CONFIGURATION, _UNSAFE, _UNAVAILABLE)),
+    "weights": Target(_weights, (_seed_chunk(),), exit_codes=(_UNAVAILABLE,)),
+    "indexed-weights": Target(
+        _indexed_weights,
+        (_json({"weight_map": {"a": "model-1.safetensors"}}),),
+        exit_codes=(_UNAVAILABLE, _UNSAFE),
+    ),
+    "checkpoint-manifest": Target(
+        _checkpoint_of("manifest.json"),
+        (_json({"sha256": {"state.json": sha256(_STATE).hexdigest()}}), _json({"sha256": {"/dev/zero": "0"}})),
+        (ValueError,),
+    ),
+    "checkpoint-state": Target(_checkpoint_of("state.json"), (_STATE,), (ValueError,)),
+    "completion": Target(
+        _completions, (_json(_PREPARED), _json(_TRAINED), _json({"fingerprint": "", "adapter": _ADAPTER}))
+    ),
+    "attempts": Target(_attempts, (_json(_ATTEMPT) + b"\n" + _json(_ATTEMPT) + b"\n",)),
+    "history": Target(
+        _history, (b'{"step": 1, "loss": 2.5, "gradNorm": 1}\n{"step": 2, "evalLoss": 2}\n',), (ValueError,)
+    ),
+    "samples": Target(
+        _samples, (_json({"samples": [{"prompt": "p", "reference": "r", "before": "b", "after": "a"}]}),)
+    ),
+    "statistics": Target(_statistics, (_json({"sources": [], "train": _SPLIT}),), (ValueError,)),
+    "chunk": Target(_chunk, (_seed_chunk(),)),
+    "split": Target(_split, (_seed_split(),), (ValueError,)),
+}

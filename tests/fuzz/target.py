@@ -1,0 +1,49 @@
+"""What a parser may do with any bytes, so that hypothesis and atheris can hold it to that."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_api.contract import ExitCode, ResultRecord
+from qlora_trainer.failures import StepFailure
+from qlora_trainer.outcome import classify, result_record
+from qlora_trainer.records import Facts
+
+LONGEST_MESSAGE = 20_000
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parser. Whatever the input is, it returns, or refuses it in one of the ways that are documented."""
+
+    parse: Callable[[bytes, Path], object]
+    """Gets the input, and a folder where it may write files. What it gives back besides is looked at here, too."""
+    seeds: tuple[bytes, ...]
+    """Inputs that are taken, to begin with."""
+    refusals: tuple[type[Exception], ...] = ()
+    exit_codes: tuple[ExitCode, ...] = ()
+    """How it may end the step."""
+
+    def check(self, content: bytes, folder: Path) -> None:
+        """Parse the content. Raises whatever the parser should not have raised, and AssertionError for bad words."""
+        refusal = self._refusal(content, folder)
+        if isinstance(refusal, StepFailure):
+            assert refusal.exit_code in self.exit_codes, f"ends with {refusal.exit_code!r}: {refusal.message}"
+            assert _record(refusal).message.isprintable()
+        assert refusal is None or len(str(refusal)) <= LONGEST_MESSAGE, "the refusal has no end"
+
+    def _refusal(self, content: bytes, folder: Path) -> Exception | None:
+        allowed = (*self.refusals, StepFailure) if self.exit_codes else self.refusals
+        try:
+            self.parse(content, folder)
+        except allowed as refusal:
+            return refusal
+        return None
+
+
+def _record(failure: StepFailure) -> ResultRecord:
+    """What people get to see of the failure."""
+    time = "2026-01-02T12:00:00Z"
+    return result_record(
+        classify(failure), None, Facts(), step="prepare", job_uid="job", pod_uid="pod", attempt=1, time=time
+    )

@@ -1,0 +1,99 @@
+"""Parsers of data, models and what the steps leave for each other: each takes any file, or refuses it as documented."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.attempts import ATTEMPTS_FILE, read_attempts
+from qlora_trainer.checkpoint import read_checkpoint
+from qlora_trainer.failures import StepFailure
+from qlora_trainer.history import read_history
+from qlora_trainer.listing import require_regular
+from qlora_trainer.outcome import classify, result_record
+from qlora_trainer.records import Facts
+from qlora_trainer.volume_folder import confined
+from tests.fuzz.files import FILES
+from tests.fuzz.inputs import BOUNDED, inputs
+
+# A model is built from each.
+SLOW = ("family",)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in SLOW])
+@settings(BOUNDED, max_examples=100)
+@given(data=st.data())
+def test_a_file_is_read_or_refused_as_documented(name: str, data: st.DataObject) -> None:
+    logging.disable()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            FILES[name].check(data.draw(inputs(FILES[name].seeds)), Path(folder))
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@settings(BOUNDED, max_examples=20)
+@given(data=st.data())
+def test_a_models_configuration_is_read_or_refused_as_documented(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        FILES["family"].check(data.draw(inputs(FILES["family"].seeds)), Path(folder))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../state.json", "pipe\x00", "x" * 5000])
+def test_a_checkpoint_reads_no_file_but_its_own(tmp_path: Path, name: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"sha256": {name: "0" * 64}}))
+    with pytest.raises(ValueError, match="is no file in it"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"5", b'{"loss": 1}', b'{"step": [], "loss": 1}', b'{"step": 1e999}', b"[" * 9000])
+def test_a_metric_that_is_none_is_refused_with_its_line(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
+        read_history(tmp_path / "metrics.jsonl")
+
+
+def test_a_line_of_attempts_that_is_no_text_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / ATTEMPTS_FILE).write_bytes(
+        b'\xff\xfe\n{"podUid": "a", "startedAt": "2026-01-02T12:00:00Z", "fromStep": 3}\n'
+    )
+    assert [attempt.from_step for attempt in read_attempts(tmp_path)] == [3]
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A link that leads to itself."""
+    link = tmp_path / "claim" / "train.jsonl"
+    link.parent.mkdir()
+    link.symlink_to(link)
+    return link
+
+
+def test_a_link_that_leads_to_itself_is_refused_wherever_it_is_followed(endless: Path) -> None:
+    for follow in (
+        lambda: require_regular(endless, endless.parent, "pvc://claim/train.jsonl"),
+        lambda: confined(endless, endless.parent),
+    ):
+        with pytest.raises(StepFailure, match="is a link that leads to itself") as failure:
+            follow()
+        assert failure.value.exit_code is ExitCode.UNSAFE_ARTEFACT
+
+
+def test_what_is_shown_of_a_failure_cannot_steer_a_terminal() -> None:
+    failure = StepFailure(ExitCode.BAD_DATASET, "row \x1b[31m1\n\u202eis \ud800 bad")
+    record = result_record(
+        classify(failure),
+        None,
+        Facts(),
+        step="prepare",
+        job_uid="job",
+        pod_uid="pod",
+        attempt=1,
+        time="2026-01-02T12:00:00Z",
+    )
+    assert record.message == "row \\x1b[31m1 \\u202eis \\ud800 bad"
