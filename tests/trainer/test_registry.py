@@ -420,6 +420,19 @@ def test_an_artefact_that_is_no_model_is_refused(
     assert words in unusable(with_model(make_context, proxy, model), records, code)
 
 
+def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, proxy: FaultProxy) -> None:
+    # What is behind the first megabytes never arrives, and nobody waits for it.
+    proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
+    assert "has more than 4194304 bytes" in refused(publish, ExitCode.UNSAFE_ARTEFACT)
+
+
+def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, proxy: FaultProxy) -> None:
+    layer = {"digest": f"sha256:{'0' * 64}", "size": 2**40, "annotations": {"org.cncf.model.filepath": "manifest.json"}}
+    proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
+    assert "holds something that no QLoRAJob has published" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert not any("/blobs/" in path for path in proxy.lines("GET"))
+
+
 def test_a_manifest_of_another_digest_is_refused(
     make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
 ) -> None:

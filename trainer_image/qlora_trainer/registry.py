@@ -92,14 +92,17 @@ class Registry:
 
     def manifest(self, reference: str) -> Artefact | None:
         """The manifest of a tag or digest; None if there is none. Its digest is checked."""
-        with self._errors():
-            answer = self._ask("GET", f"{self._repository}/manifests/{reference}", headers={"Accept": MANIFEST_TYPE})
+        place, headers, content = f"{self._repository}/manifests/{reference}", {"Accept": MANIFEST_TYPE}, b""
+        with self._errors(), self._ask("GET", place, headers=headers, stream=True) as answer:
             if answer.status_code == 404:
                 return None
             self._require(answer, "read")
-            content = answer.content
+            for block in answer.iter_content(_BLOCK_BYTES):
+                content += block
+                if len(content) > MAX_MANIFEST_BYTES:
+                    raise unsafe_artefact(f"{self.source}: its manifest has more than {MAX_MANIFEST_BYTES} bytes")
         digest = digest_of(content)
-        if len(content) > MAX_MANIFEST_BYTES or (reference.startswith("sha256:") and digest != reference):
+        if reference.startswith("sha256:") and digest != reference:
             raise unsafe_artefact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
         manifest = parse_layers(content)
         if manifest is None:

@@ -6,7 +6,7 @@ from qlora_trainer.failures import bad_configuration, unreachable
 from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.manifest import Contents, Manifest, describe_files, parse_manifest
 from qlora_trainer.model_pack import pack, unpack
-from qlora_trainer.registry import Artefact, Blob, Registry, digest_of
+from qlora_trainer.registry import MAX_MANIFEST_BYTES, Artefact, Blob, Registry, digest_of
 
 
 class RegistryDestination:
@@ -20,7 +20,10 @@ class RegistryDestination:
     def published(self) -> Manifest | None:
         """See Destination."""
         blob = self._files().get(MANIFEST_FILE)
-        return None if blob is None else parse_manifest(self._registry.read(blob))
+        # Whoever has published under this tag says how large the file is, and it is read into memory.
+        if blob is None or blob.size > MAX_MANIFEST_BYTES:
+            return None
+        return parse_manifest(self._registry.read(blob))
 
     def holder(self) -> Manifest | None:
         """See Destination. A tag leads to an artefact that is whole."""
