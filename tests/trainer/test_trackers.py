@@ -19,12 +19,27 @@ from tests.trainer.tiny import Recorded, chat_row, write_rows
 from tests.trainer.training import StopAtStep, history, prepared, run
 
 
+class Lost(BaseException):
+    """The process ends without a checkpoint."""
+
+
+class LostAtFirstStep(Recorded):
+    """Records at whose first step the process is lost."""
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        super().progress(record, force=force)
+        if record.training_step == 1:
+            raise Lost
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, list[dict[str, float]]]:
-    """The report folder of a run that was stopped after step 3 and went on, and its metrics."""
+    """The report folder of a run that was lost in step 1, stopped after step 3 and went on, and its metrics."""
     spec: dict[str, Any] = {"training": {"reportTo": ["tensorboard", "mlflow", "wandb"]}}
     context = prepared(tmp_path_factory.mktemp("tracked"), tiny_llama, spec)
     stop = StopRequest()
+    with pytest.raises(Lost):
+        run(context, records=LostAtFirstStep())
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(3, stop))
     # The process ends here, with whatever it has not written yet.
@@ -40,9 +55,10 @@ def losses(metrics: list[dict[str, float]]) -> dict[int, float]:
 def test_tensorboard_shows_each_step_once(report: tuple[Path, list[dict[str, float]]]) -> None:
     folder, metrics = report
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    shown = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert shown == pytest.approx(losses(metrics))
-    assert {event.step for event in events.Scalars("eval/loss")} == {0, 2, 4, 6}
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
+    assert dict(shown) == pytest.approx(losses(metrics))
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 2, 4, 6]
     assert set(events.Tags()["scalars"]) >= {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"}
 
 

@@ -70,8 +70,8 @@ class _TensorBoard:
     def __init__(self, folder: Path, _run_name: str, _run_id: str, settings: Mapping[str, Any], from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a lost attempt wrote after its checkpoint happens again.
-        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)
+        # What a lost attempt wrote after its checkpoint happens again; without one, the evaluation of step 0 does too.
+        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else 0)
         if not from_step:
             self._writer.add_text("settings", "\n".join(f"    {key}: {value}" for key, value in settings.items()))
 
