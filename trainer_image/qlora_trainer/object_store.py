@@ -199,6 +199,11 @@ class ObjectFolder:
             )
         if status is None:
             return unreachable(f"{self._endpoint} cannot be reached, or broke off, for {self.uri}")
+        if status == 501:
+            return bad_configuration(
+                f"{self._endpoint} cannot do what is asked of it for {self.uri} ({answer}): it must know conditional "
+                "writes (If-None-Match); use a newer version of the server, or another store"
+            )
         if status >= 500 or status in _TRY_AGAIN_LATER:
             return unreachable(f"{self._endpoint} answered {answer} for {self.uri}")
         return self._refuse(
