@@ -248,6 +248,19 @@ def test_nobody_begins_a_sum_that_a_failed_process_will_never_join(
     assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stderr
 
 
+def test_a_loss_is_summed_only_when_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    summed: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_gather", lost)
+    monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
+
+    with pytest.raises(StepFailure, match="Connection closed by peer"):
+        Ranks(Place(size=2, local_size=2), lost=lambda error: unreachable(str(error))).sum(torch.zeros(()))
+    assert not summed
+
+
 def test_memory_that_runs_out_in_an_exchange_is_not_taken_for_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_tensor: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -116,6 +116,8 @@ class Ranks:
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the processes, of the same shape and type."""
         if self.place.size > 1:
+            # A process that is lost is noticed here; NCCL's sum would wait for it.
+            self.wait()
             with self._exchange():
                 torch.distributed.all_reduce(value)
         return value
