@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_trainer.failures import unreachable
+from qlora_trainer.failures import bad_configuration, unreachable
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,20 @@ class Secret:
     """None if the field is not set."""
 
     def value(self, key: str) -> str | None:
-        """The value of a key without surrounding space; None if there is none, or no Secret is named."""
+        """The value of a key without surrounding space; None if there is none, or no Secret is named.
+
+        Raises StepFailure BAD_CONFIGURATION for a value that is no text.
+        """
         path = self.folder / key
-        return path.read_text().strip() if self.name is not None and path.is_file() else None
+        if self.name is None or not path.is_file():
+            return None
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise bad_configuration(
+                f"key {key} of Secret {self.name!r} ({self.field}) is not UTF-8 text: store the credential itself, once "
+                "encoded in base64"
+            ) from error
 
     def require(self, *keys: str, has_own: bool) -> dict[str, str] | None:
         """The values of all these keys; None if no Secret is named.
