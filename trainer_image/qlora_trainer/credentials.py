@@ -31,8 +31,8 @@ class Secret:
             return path.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError as error:
             raise bad_configuration(
-                f"key {key} of Secret {self.name!r} ({self.field}) is not UTF-8 text: store the credential itself, once "
-                "encoded in base64"
+                f"key {key} of Secret {self.name!r} ({self.field}) is not UTF-8 text: store the credential itself, "
+                "once encoded in base64"
             ) from error
 
     def require(self, *keys: str, has_own: bool) -> dict[str, str] | None:
