@@ -95,7 +95,7 @@ class Pairs:
 def main() -> int:
     """Measure, write and print; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
-    parser.add_argument("--steps", type=int, default=6, help="pairs to measure (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="pairs to measure (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     machine = describe_machine()
@@ -138,6 +138,7 @@ def _measure(folder: Path, steps: int) -> Pairs:
         "gradientAccumulationSteps": SEQUENCES_PER_STEP,
         "maxSequenceLength": MAX_LENGTH,
         "trainOn": "all",
+        "samples": 0,
     }
     context = prepared_context(folder, model_folder(), training, {"rank": RANK, "alpha": ALPHA})
 

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,7 +51,6 @@ class Phases:
     measuring: bool = False
     _phase: str = ""
     _since: float = 0.0
-    _block_began: float = 0.0
     _watched: bool = False
 
     def enter(self, phase: str) -> None:
@@ -75,20 +75,23 @@ class Phases:
         return self.summed_loss(*arguments, **keywords)
 
     def _watch_blocks(self, model: Any) -> None:
-        """A decoder block that runs in the backward pass is computed again for its checkpoint."""
+        """What a decoder block does in the backward pass is done again, for its checkpoint.
 
-        def before(_block: Any, _arguments: Any) -> None:
+        Its parts are watched: hooks of the block itself stay outside the checkpoint.
+        """
+
+        def before(_part: Any, _arguments: Any) -> None:
             if self._phase == "backward":
                 self.enter("recomputation")
 
-        def after(_block: Any, _arguments: Any, _output: Any) -> None:
+        def after(_part: Any, _arguments: Any, _output: Any) -> None:
             if self._phase == "recomputation":
                 self.enter("backward")
 
-        for block in model.get_decoder().layers:
-            block.register_forward_pre_hook(before)
+        for part in (part for block in model.get_decoder().layers for part in block.children()):
+            part.register_forward_pre_hook(before)
             # The recomputation ends by an exception, as soon as all that backward needs is there.
-            block.register_forward_hook(after, always_call=True)
+            part.register_forward_hook(after, always_call=True)
         self._watched = True
 
 
@@ -114,6 +117,7 @@ def _measure(folder: Path) -> tuple[Phases, list[Operation]]:
         "gradientAccumulationSteps": 1,
         "maxSequenceLength": MAX_LENGTH,
         "trainOn": "all",
+        "samples": 0,
     }
     context = prepared_context(folder, model_folder(), training, {"rank": RANK, "alpha": ALPHA})
 
@@ -123,7 +127,7 @@ def _measure(folder: Path) -> tuple[Phases, list[Operation]]:
     from qlora_trainer import loop, loss
 
     phases = Phases(loss.batch_loss, loss.summed_loss)
-    profiler = profile(activities=[ProfilerActivity.CPU])
+    profiler, steps = profile(activities=[ProfilerActivity.CPU]), count(1)
 
     def before_optimizer(_optimizer: Any, _arguments: Any, _keywords: Any) -> None:
         phases.enter("optimizer")
@@ -131,16 +135,17 @@ def _measure(folder: Path) -> tuple[Phases, list[Operation]]:
     def after_optimizer(_optimizer: Any, _arguments: Any, _keywords: Any) -> None:
         phases.enter("between steps")
         phases.steps += phases.measuring
-        done = phases.steps + 1
+        done = next(steps)
         phases.measuring = done < STEPS - 1
         if done == STEPS - 1:
             profiler.start()
+        if done == STEPS:
+            profiler.stop()
 
     register_optimizer_step_pre_hook(before_optimizer)
     register_optimizer_step_post_hook(after_optimizer)
     with patch.object(loop, "batch_loss", phases.loss), patch.object(loss, "summed_loss", phases.head):
         train_here(context)
-    profiler.stop()
     return phases, [
         (event.key, event.self_cpu_time_total / 1e6, event.count)
         for event in sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)

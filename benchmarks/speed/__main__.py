@@ -70,7 +70,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--repetitions", type=int, default=2, help="runs of each system (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, help="only these")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     return parser

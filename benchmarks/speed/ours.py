@@ -26,8 +26,9 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
         "maxSequenceLength": MAX_LENGTH,
         "learningRate": LEARNING_RATE,
         "maxGradNorm": MAX_GRAD_NORM,
-        # As the others: every token.
+        # As the others: every token is learnt, and no sample generated.
         "trainOn": "all",
+        "samples": 0,
         "seed": SEED,
     }
     context = prepared_context(inputs.folder, inputs.model, training, {"rank": RANK, "alpha": ALPHA})
