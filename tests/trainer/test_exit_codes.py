@@ -153,7 +153,7 @@ def test_16_the_volume_is_full(prepared: Files) -> None:
 
 
 def test_17_a_run_that_cannot_fit_the_card(files: Files) -> None:
-    spec = {"resources": {"gpuMemory": 1}, "training": {"microBatchSize": 64, "maxSequenceLength": 131072}}
+    spec = {"resources": {"gpuMemory": 1}, "training": {"microBatchSize": 1024, "maxSequenceLength": 512}}
     done = files.with_spec(spec).run("prepare")
     failed(done, ExitCode.DOES_NOT_FIT, "spec.resources.gpuMemory", "spec.training.microBatchSize")
     assert done.result.memory is not None

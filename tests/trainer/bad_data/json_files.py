@@ -69,8 +69,8 @@ JSON_FILES = (
         "object instead of a list",
         "train.json",
         json.dumps({"rows": [json.loads(GOOD)]}, indent=1),
-        "pvc://data/train.json is neither a list of objects, [{…}, …], nor has it one object a line (pvc://data/train."
-        " line 1 column 3: not valid JSON",
+        "pvc://data/train.json is neither a list of objects, [{…}, …], nor has it one object a line (pvc://data/"
+        "train.json line 1 column 3: not valid JSON",
     ),
     one_file(
         "object in one line",
@@ -84,8 +84,8 @@ JSON_FILES = (
         "list that is cut off",
         "train.json",
         f"[{OBJECT},\n{OBJECT[:30]}",
-        "pvc://data/train.json line 2 (item 2), in line 2: not valid JSON (Expecting property name enclosed in double"
-        "seems to be cut off here: a .json file is one list of objects",
+        "pvc://data/train.json line 2 (item 2), in line 2: not valid JSON (Expecting property name enclosed in double "
+        "quotes); the file seems to be cut off here: a .json file is one list of objects",
     ),
     one_file(
         "list without an end",

@@ -72,11 +72,6 @@ TABLES = (
     columns("numbers in Parquet", parquet({"text": [1.0, float("nan")]}), "row 1: 'text' is a number: must be text"),
     columns("bytes in Parquet", parquet({"text": [b"a"]}), "row 1: 'text' is bytes: must be text"),
     columns(
-        "unreadable type in Parquet",
-        parquet({"text": ["a"], "time": pa.array([1], pa.timestamp("ns"))}),
-        "cannot be read as Parquet (at its start or end: Nanosecond",
-    ),
-    columns(
         "null as a turn", parquet({"messages": [[{"role": "user", "content": None}]]}), "row 1: 'messages[0].content'"
     ),
     columns(
