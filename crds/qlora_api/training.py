@@ -103,7 +103,7 @@ class TrainingSpec(ApiModel):
         ge=0,
         le=10_000,
         description="Optimizer steps in a row with a loss far above that of the steps before, after which training is "
-        "given up; 0 waits for ever. NaN and infinity end it at once.",
+        "given up, also if they are the run's last; 0 waits for ever. NaN and infinity end it at once.",
     )
     sharding: Literal["none", "full"] = Field(
         "none",
