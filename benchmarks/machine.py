@@ -9,7 +9,14 @@ from typing import Any
 
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets", "numpy", "tokenizers")
 # What decides threads and memory allocation in a process.
-VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "MKL_NUM_THREADS",
+    "MALLOC_ARENA_MAX",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+    "LD_PRELOAD",
+)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Measures a training from outside, in the same way whatever runs it: PyTorch itself tells when a step is done."""
 
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Instrument:
 
         def first_forward(_module: torch.nn.Module, _arguments: Any) -> None:
             handles.pop().remove()
+            # What loading has freed but the allocator still holds is not needed by the loaded model.
+            ctypes.CDLL(None).malloc_trim(0)
             self.loaded = {"residentBytes": resident_bytes(), "peakBytes": peak_resident_bytes()}
             forget_peak()
             self.started, self.paused_cpu = time.monotonic(), time.process_time()

@@ -67,6 +67,9 @@ def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool =
     # Threads that spin while they wait take the core from the thread that they wait for as soon as a node is shared:
     # two processes of two threads on two cores were measured thirty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # oneDNN keeps the code of 1024 products, by their exact shapes, which change with every packed sequence: some 40 MB
+    # more with each. One pass through a model needs a few dozen of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if step != "prepare" and not (step == "publish" and publishes_to_hub):
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
