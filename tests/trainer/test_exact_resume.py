@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 import qlora_trainer
@@ -64,6 +65,16 @@ class Instant:
     ending: Ending
     grace: int
     """Events of an eviction until SIGKILL."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread to compute with: a forked process has none of its parent's, and would wait for them for ever."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
