@@ -14,18 +14,9 @@ from qlora_trainer.hub_destination import HubDestination
 from qlora_trainer.manifest import Contents, Manifest, describe_files
 from tests.trainer.fake_hub import FakeHub, Refusal, serve
 from tests.trainer.fault_proxy import Fault, FaultProxy, serve_proxy
+from tests.trainer.publication import MANIFEST
 
 TOKEN = "hf_CanaryTokenThatWrites"
-MANIFEST = Manifest(
-    job_uid="one",
-    job_name="tiny",
-    fingerprint="a" * 64,
-    spec_sha256="b" * 64,
-    base_model="hf://acme/tiny",
-    base_revision="c0ffee",
-    libraries={},
-    files={},
-)
 KEY = "models/acme/tuned"
 Publish = Callable[..., str]
 

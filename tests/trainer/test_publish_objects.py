@@ -21,18 +21,9 @@ from qlora_trainer.object_destination import ObjectDestination
 from qlora_trainer.object_store import ObjectFolder
 from tests.trainer.command import Files
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.trainer.publication import MANIFEST
 from tests.trainer.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
 
-MANIFEST = Manifest(
-    job_uid="one",
-    job_name="tiny",
-    fingerprint="a" * 64,
-    spec_sha256="b" * 64,
-    base_model="hf://acme/tiny",
-    base_revision="c0ffee",
-    libraries={},
-    files={},
-)
 Publish = Callable[..., str]
 
 

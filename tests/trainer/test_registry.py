@@ -27,6 +27,7 @@ from qlora_trainer.step import StepContext
 from tests.trainer.command import qlora
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.trainer.publication import MANIFEST
 from tests.trainer.servers import registry
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 
@@ -34,16 +35,6 @@ USER, PASSWORD, TOKEN = "team", "canary-registry-password", "canary-registry-tok
 # bcrypt of PASSWORD with four rounds.
 HTPASSWD = f"{USER}:$2b$04$fy77HFtGcLmU10SKe/D0l.F0ydvnzYtKnN8RGcSPzOg3iPlXt/t6i\n"
 LOGIN = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-MANIFEST = Manifest(
-    job_uid="one",
-    job_name="tiny",
-    fingerprint="a" * 64,
-    spec_sha256="b" * 64,
-    base_model="hf://acme/tiny",
-    base_revision="c0ffee",
-    libraries={},
-    files={},
-)
 Publish = Callable[..., str]
 
 
