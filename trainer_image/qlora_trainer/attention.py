@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
@@ -25,6 +25,10 @@ _LARGEST_HEAD = 256
 
 _CAPPED_QUERIES = 256
 """Tokens whose capped scores exist at the same time: heads x this x tokens of the row, in float32, a few times over."""
+
+# PyTorch's kernel for CPUs keeps 4 MB of code for each length of a row that it has seen, for ever: rows are filled up
+# to a multiple of this, so that it sees few. That takes no time, since the kernel works in blocks.
+_ROW_MULTIPLE = 64
 
 # What transformers also hands to every attention, and which says nothing about what a token sees.
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache"})
@@ -144,18 +148,22 @@ def _row_by_row(query: Tensor, key: Tensor, value: Tensor, rows: Rows, settings:
 
 def _one_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:
     tokens, window = query.shape[2], settings.window
-    whole = range(tokens)
+    filling = -tokens % _ROW_MULTIPLE
+    # What is filled in comes after every token, so that none sees it.
+    filled_query, filled_key, filled_value = (pad(tensor, (0, 0, 0, filling)) for tensor in (query, key, value))
+    whole = range(tokens + filling)
     mask = None if window is None or tokens <= window else _visible(whole, whole, window, query.device)
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
+    output = scaled_dot_product_attention(
+        filled_query,
+        filled_key,
+        filled_value,
         attn_mask=mask,
         dropout_p=settings.dropout,
         is_causal=mask is None,
         scale=settings.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return output[:, :, :tokens]
 
 
 def _one_capped_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:
