@@ -121,6 +121,22 @@ def test_positions_without_a_target_are_never_given_to_the_head() -> None:
     assert model.lm_head.positions == [int((sequence.labels != IGNORED_LABEL).sum())]
 
 
+def test_what_fills_a_long_batch_up_on_a_cpu_changes_no_loss_and_counts_nowhere() -> None:
+    register_attention()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE | {"max_position_embeddings": 1024})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    first, second = random_sequence((300,), 1), random_sequence((260,), 2)
+
+    batch = Batch.of([first, second], CPU)
+    apart = sum(batch_loss(model, Batch.of([sequence], CPU)) for sequence in (first, second))
+
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, 576)
+    assert batch.tokens == 560
+    assert batch.rows.lengths == (300, 260, 16)
+    torch.testing.assert_close(batch_loss(model, batch), apart, rtol=1e-6, atol=0)
+
+
 def test_a_token_predicts_the_next_of_its_own_row_only() -> None:
     labels = torch.tensor([IGNORED_LABEL, 11, 12, 20, 21, IGNORED_LABEL])
 
