@@ -11,7 +11,7 @@ SUPPORTED_MODEL_TYPES = tuple(sorted(FAMILIES))
 _SUPPORTED = f"supported are dense decoders of model_type {', '.join(SUPPORTED_MODEL_TYPES)}"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Far above any published dense model, low enough that a typing error or an attack is named and not multiplied.
-_LARGEST_SIZES: Mapping[str, int] = {
+LARGEST_SIZES: Mapping[str, int] = {
     "hidden_size": 131_072,
     "num_hidden_layers": 1_024,
     "intermediate_size": 1_048_576,
@@ -70,7 +70,7 @@ class ModelShape:
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
             raise UnsupportedModelError(f"model_type is {self.model_type[:60]!r}; {_SUPPORTED}")
-        for field, highest in _LARGEST_SIZES.items():
+        for field, highest in LARGEST_SIZES.items():
             _whole_number(getattr(self, field), field, highest)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UnsupportedModelError(
@@ -94,10 +94,10 @@ class ModelShape:
         sizes = {**(family.omitted or {})}
         sizes |= {
             field: _whole_number(decoder[field], field, highest)
-            for field, highest in _LARGEST_SIZES.items()
+            for field, highest in LARGEST_SIZES.items()
             if decoder.get(field) is not None
         }
-        for field in _LARGEST_SIZES:
+        for field in LARGEST_SIZES:
             if field not in sizes and field not in ("num_key_value_heads", "head_dim"):
                 raise UnsupportedModelError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
         heads = sizes["num_attention_heads"]

@@ -85,7 +85,9 @@ def test_plain_peft_computes_the_same_loss(trained: tuple[StepContext, TrainReco
     base = load_base(model, QuantizationSpec(), "cpu")
     # PEFT widens 16-bit adapters unless told not to.
     widen = context.spec.lora.dtype == "float32"
-    loaded = PeftModel.from_pretrained(base, str(context.workspace.trained), autocast_adapter_dtype=widen).eval()
+    # Trainable, since the loss of a head that is trained is added up in another order.
+    adapter = str(context.workspace.trained)
+    loaded = PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=widen).eval()
 
     data = PreparedDataset.open(context.workspace.data / "rows", "eval")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from qlora_api.model_shape import LARGEST_SIZES
+
 ALTERNATIVE = "choose a dense decoder, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo 2, SmolLM3 or Granite"
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -35,6 +37,10 @@ def reason_in_config(config: Any) -> str | None:
     for name, value in entries(text.to_dict()):
         if name in _EXPERT_COUNTS and isinstance(value, int) and value > 1:
             return f"it is a mixture of experts ({name} {value}), {_EXPERTS}"
+    blocks, most = getattr(text, "num_hidden_layers", None), LARGEST_SIZES["num_hidden_layers"]
+    if isinstance(blocks, int) and blocks > most:
+        # Each block that is made takes memory even without its weights, and a failure in its midst has any type.
+        return f"it has {blocks} blocks (num_hidden_layers), and no model has more than {most}"
     if text is not config and config.model_type not in _TRAINED_TEXT_PARTS:
         return "it is a multimodal model, and only models of text are trained"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
