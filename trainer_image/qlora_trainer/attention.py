@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+
+from qlora_trainer.attention_cpu import causal_rows
 
 ATTENTION = "qlora_rows"
 """The name to give as `attn_implementation`."""
@@ -25,10 +27,6 @@ _LARGEST_HEAD = 256
 
 _CAPPED_QUERIES = 256
 """Tokens whose capped scores exist at the same time: heads x this x tokens of the row, in float32, a few times over."""
-
-# PyTorch's kernel for CPUs keeps 4 MB of code for each length of a row that it has seen, for ever: rows are filled up
-# to a multiple of this, so that it sees few. That takes no time, since the kernel works in blocks.
-_ROW_MULTIPLE = 64
 
 # What transformers also hands to every attention, and which says nothing about what a token sees.
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache"})
@@ -103,8 +101,11 @@ def rows_attention(
     if rows is None:
         rows = Rows.of((query.shape[2],), query.device)
     settings = _Settings(scaling, dropout, sliding_window, softcap)
-    attend = _all_rows_at_once if _has_kernel(query, settings) else _row_by_row
-    return attend(query, key, value, rows, settings), None
+    if _has_kernel(query, settings):
+        return _all_rows_at_once(query, key, value, rows, settings), None
+    if query.device.type == "cpu" and settings.dropout == 0.0 and settings.softcap is None:
+        return causal_rows(query, key, value, rows.lengths, settings.scale, sliding_window), None
+    return _row_by_row(query, key, value, rows, settings), None
 
 
 def _has_kernel(query: Tensor, settings: _Settings) -> bool:
@@ -148,22 +149,18 @@ def _row_by_row(query: Tensor, key: Tensor, value: Tensor, rows: Rows, settings:
 
 def _one_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:
     tokens, window = query.shape[2], settings.window
-    filling = -tokens % _ROW_MULTIPLE
-    # What is filled in comes after every token, so that none sees it.
-    filled_query, filled_key, filled_value = (pad(tensor, (0, 0, 0, filling)) for tensor in (query, key, value))
-    whole = range(tokens + filling)
+    whole = range(tokens)
     mask = None if window is None or tokens <= window else _visible(whole, whole, window, query.device)
-    output = scaled_dot_product_attention(
-        filled_query,
-        filled_key,
-        filled_value,
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
         attn_mask=mask,
         dropout_p=settings.dropout,
         is_causal=mask is None,
         scale=settings.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output[:, :, :tokens]
 
 
 def _one_capped_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:

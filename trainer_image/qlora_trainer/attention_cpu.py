@@ -1,0 +1,104 @@
+"""Causal attention within rows on a CPU, as one differentiable operation; changes with PyTorch's kernel for CPUs.
+
+The kernel takes one row at a time. Called through autograd, every row would be cut out, filled up and joined by
+operations of its own, three times over with checkpoints.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Private, but what scaled_dot_product_attention itself calls here.
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# The kernel keeps 4 MB of code for each length of a row that it has seen, for ever: rows are filled up to a multiple of
+# this, so that it sees few. That takes no time, since the kernel works in blocks.
+_ROW_MULTIPLE = 64
+
+# Up to this many tokens the gradients are computed in 32 bit, which is up to five times faster there than in 16 bit
+# (and, as the scores are not rounded, nearer to the exact ones).
+_WIDE_TOKENS = 256
+
+
+def causal_rows(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float | None, window: int | None
+) -> Tensor:
+    """Attention of each token to itself and those before it in its own row: [1, tokens, heads, head size].
+
+    `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads. `lengths` are the rows' tokens.
+    With a window a token sees itself and the `window - 1` before it.
+    """
+    return cast("Tensor", _CausalRows.apply(query, key, value, lengths, scale, window))
+
+
+class _CausalRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[int, ...],
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        normalizers = []
+        for row, filled in _rows(lengths):
+            parts = (_filled(tensor[:, :, row], filled, tensor.dtype) for tensor in (query, key, value))
+            mask = _mask(filled, window)
+            row_output, normalizer = _forward(*parts, 0.0, mask is None, attn_mask=mask, scale=scale)
+            output[:, row] = row_output[:, :, : row.stop - row.start].transpose(1, 2)
+            normalizers.append(normalizer)
+        context.save_for_backward(query, key, value, output, *normalizers)
+        context.lengths, context.scale, context.window = lengths, scale, window
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *normalizers = context.saved_tensors
+        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        given = (gradient.transpose(1, 2), query, key, value, output.transpose(1, 2))
+        for (row, filled), normalizer in zip(_rows(context.lengths), normalizers, strict=True):
+            dtype = torch.float32 if filled <= _WIDE_TOKENS else query.dtype
+            parts = (_filled(tensor[:, :, row], filled, dtype) for tensor in given)
+            mask = _mask(filled, context.window)
+            row_gradients = _backward(*parts, normalizer, 0.0, mask is None, attn_mask=mask, scale=context.scale)
+            for whole, part in zip(gradients, row_gradients, strict=True):
+                whole[:, :, row] = part[:, :, : row.stop - row.start]
+        return (*gradients, None, None, None)
+
+
+def _rows(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
+    """Where each row lies, and its tokens when it is filled up."""
+    rows, start = [], 0
+    for length in lengths:
+        rows.append((slice(start, start + length), length + -length % _ROW_MULTIPLE))
+        start += length
+    return rows
+
+
+def _filled(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """[1, heads, row, size] as [1, heads, tokens, size] of the type: zeros come after every token, and none sees them.
+
+    Laid out as the kernel reads it, a token's heads side by side.
+    """
+    _, heads, row, size = tensor.shape
+    if row == tokens and tensor.dtype == dtype:
+        return tensor
+    filled = tensor.new_empty((1, tokens, heads, size), dtype=dtype).transpose(1, 2)
+    filled[:, :, :row] = tensor
+    filled[:, :, row:] = 0
+    return filled
+
+
+def _mask(tokens: int, window: int | None) -> Tensor | None:
+    """float32 [tokens, tokens] to add to the scores; None where a window hides nothing."""
+    if window is None or tokens <= window:
+        return None
+    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril_().triu_(1 - window)
+    return torch.zeros(tokens, tokens).masked_fill_(~visible, float("-inf"))
