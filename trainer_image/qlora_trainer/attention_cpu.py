@@ -62,14 +62,18 @@ class _CausalRows(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *normalizers = context.saved_tensors
         gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        given = (gradient.transpose(1, 2), query, key, value, output.transpose(1, 2))
+        # The kernel gives each head of the keys to one thread: copies for every head of the queries keep all busy.
+        shared = query.shape[1] // key.shape[1]
+        keys, values = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
+        given = (gradient.transpose(1, 2), query, keys, values, output.transpose(1, 2))
         for (row, filled), normalizer in zip(_rows(context.lengths), normalizers, strict=True):
             dtype = torch.float32 if filled <= _WIDE_TOKENS else query.dtype
             parts = (_filled(tensor[:, :, row], filled, dtype) for tensor in given)
             mask = _mask(filled, context.window)
-            row_gradients = _backward(*parts, normalizer, 0.0, mask is None, attn_mask=mask, scale=context.scale)
-            for whole, part in zip(gradients, row_gradients, strict=True):
-                whole[:, :, row] = part[:, :, : row.stop - row.start]
+            of_rows = _backward(*parts, normalizer, 0.0, mask is None, attn_mask=mask, scale=context.scale)
+            for whole, part in zip(gradients, of_rows, strict=True):
+                of_heads = part[:, :, : row.stop - row.start].unflatten(1, (whole.shape[1], -1))
+                whole[:, :, row] = of_heads.sum(dim=2) if of_heads.shape[2] > 1 else of_heads.squeeze(2)
         return (*gradients, None, None, None)
 
 

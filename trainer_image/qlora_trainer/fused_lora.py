@@ -26,7 +26,12 @@ class FusedLora(Linear4bit):
             return cast("Tensor", super().forward(x, *arguments, **keywords))
         base, name = self.get_base_layer(), self.active_adapters[0]
         a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
-        return cast("Tensor", _Product.apply(x, base.weight, base.quant_state, base.bias, a, b, self.scaling[name]))
+        output, inner = _Product.apply(x, base.weight, base.quant_state, a, b, self.scaling[name])
+        with torch.no_grad():
+            product = output.detach().view(-1, output.shape[-1])
+            _fill(product, x.reshape(-1, x.shape[-1]), base)
+            product.addmm_(inner, b.T, alpha=self.scaling[name])
+        return cast("Tensor", output)
 
     def _is_plain(self, x: Tensor) -> bool:
         device, name = x.device.type, self.active_adapters[0] if len(self.active_adapters) == 1 else None
@@ -50,34 +55,41 @@ def fuse_lora(model: nn.Module) -> None:
             module.__class__ = FusedLora
 
 
+def _fill(product: Tensor, rows: Tensor, base: Any) -> None:
+    """Put rows Wᵀ + bias into `product`, [tokens, out]."""
+    dense = _dequantized(base.weight, base.quant_state, rows.dtype).T
+    if base.bias is None:
+        torch.mm(rows, dense, out=product)
+    else:
+        torch.addmm(base.bias.to(rows.dtype), rows, dense, out=product)
+
+
 class _Product(torch.autograd.Function):
     """`x` is [..., in], `weight` the frozen packed one of [out, in], `a` [rank, in], `b` [out, rank].
+
+    Returns room for the product, and x Aᵀ, [tokens, rank], which has no gradient. The caller fills the room. For when
+    a checkpoint computes a block again, it stops as soon as the last tensor that backward needs is there, which the
+    block's last product is not: 7 % of a step's operations with Llama's widths.
 
     How the weight is packed is asked of the layer: a weight that FSDP has gathered is a plain parameter.
     """
 
     @staticmethod
     def forward(
-        context: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
+        context: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ a.T
-        dense = _dequantized(weight, state, x.dtype).T
-        # Not returned as a view: OLMo clamps its queries where they lie, which autograd forbids for a view made here.
-        output = x.new_empty(*x.shape[:-1], dense.shape[1])
-        product = output.view(-1, dense.shape[1])
-        if bias is None:
-            torch.mm(rows, dense, out=product)
-        else:
-            torch.addmm(bias.to(x.dtype), rows, dense, out=product)
-        product.addmm_(inner, b.T, alpha=scaling)
         context.save_for_backward(rows, inner, a, b)
+        context.mark_non_differentiable(inner)
+        context.set_materialize_grads(False)
         context.weight, context.state, context.scaling, context.shape = weight, state, scaling, x.shape
-        return output
+        # Not returned as a view: OLMo clamps its queries where they lie, which autograd forbids for a view made here.
+        return x.new_empty(*x.shape[:-1], b.shape[0]), inner
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, gradient: Tensor, _of_inner: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, a, b = context.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
         inner_gradient = (gradient @ b).mul_(context.scaling)
@@ -86,7 +98,7 @@ class _Product(torch.autograd.Function):
             x_gradient = gradient @ _dequantized(context.weight, context.state, gradient.dtype)
             x_gradient = x_gradient.addmm_(inner_gradient, a).view(context.shape)
         b_gradient = (gradient.T @ inner).mul_(context.scaling)
-        return x_gradient, None, None, None, inner_gradient.T @ rows, b_gradient, None
+        return x_gradient, None, None, inner_gradient.T @ rows, b_gradient, None
 
 
 def _dequantized(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
