@@ -13,8 +13,8 @@ DEVCLUSTER := $(PYTHON) -m devcluster
 
 export UV_PYTHON_DOWNLOADS := never
 export QLORA_CACHE := $(CACHE)
-# As in the trainer (process.py): PyTorch's threads must not spin while the cluster needs the cores.
-export OMP_WAIT_POLICY := PASSIVE
+# As in the trainer (process.py): threads that wait must not keep the cores from the cluster for long.
+export GOMP_SPINCOUNT := 20000
 
 .PHONY: help
 help: ## Show this list

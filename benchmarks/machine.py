@@ -12,6 +12,7 @@ LIBRARIES = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate
 VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
     "MKL_NUM_THREADS",
     "MALLOC_ARENA_MAX",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY",

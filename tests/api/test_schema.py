@@ -31,6 +31,7 @@ def test_the_server_fills_in_the_defaults_of_the_models(plane: ControlPlane) -> 
     assert apply(plane, MINIMAL)["spec"] == QLoRAJobDocument.model_validate(MINIMAL).spec.dump()
 
 
+SHARDED = with_value(with_value(MINIMAL, "spec.training.sharding", "full"), "spec.resources.gpus", 2)
 REFUSED = {
     "no spec": (without(MINIMAL, "spec"), "spec: Required value"),
     "no model": (without(MINIMAL, "spec.model"), "spec.model: Required value"),
@@ -141,6 +142,18 @@ REFUSED = {
     "adapter deleted with the job": (
         with_value(MINIMAL, "spec.workspace.retain", False),
         "workspace.retain: false would delete the adapter",
+    ),
+    "a base spread over one GPU": (
+        with_value(MINIMAL, "spec.training.sharding", "full"),
+        "set resources.gpus to 2 or more",
+    ),
+    "a base spread and merged": (
+        with_value(SHARDED, "spec.output.merged", {}),
+        "output.merged needs the whole base",
+    ),
+    "a base spread and steps done again": (
+        with_value(SHARDED, "spec.training.autoMicroBatch", True),
+        "training.autoMicroBatch does a step again",
     ),
     "bad quantity": (with_value(MINIMAL, "spec.resources.memory", "much"), "spec.resources.memory"),
     "bad sha256": (with_value(MINIMAL, "spec.dataset.sha256", "abc"), "spec.dataset.sha256"),

@@ -68,9 +68,10 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, tm
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def billion(root: Path, model: Path, **training: Any) -> Files:
+def billion(root: Path, model: Path, *, gpus: int = 1, **training: Any) -> Files:
     """A job on the model of a billion parameters, over rows that fill their sequences."""
     spec = {
+        "resources": {"gpus": gpus},
         "lora": {"rank": 16, "alpha": 16},
         "training": {
             "maxSteps": 4,
@@ -149,8 +150,7 @@ def test_two_gpus_train_what_one_trains(undisturbed: Files, tmp_path: Path) -> N
 def test_two_gpus_that_share_the_base_train_the_same_in_less_memory(tmp_path: Path, one_billion: Path) -> None:
     peaks, losses = [], []
     for sharding in ("none", "full"):
-        files = billion(tmp_path / sharding, one_billion, sharding=sharding)
-        files = on_gpu(files.with_spec({"resources": {"gpus": 2}}), "train")
+        files = on_gpu(billion(tmp_path / sharding, one_billion, gpus=2, sharding=sharding), "train")
         peaks.append(json.loads((files.workspace / "records" / "train.json").read_text())["peakMemoryBytes"])
         losses.append([entry["loss"] for entry in metrics(files) if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)

@@ -7,7 +7,9 @@ import torch
 from bitsandbytes.nn import Linear4bit as Base
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from qlora_trainer import fused_lora
 from qlora_trainer.fused_lora import fuse_lora
 
 
@@ -65,6 +67,24 @@ def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(bias: bool)
         assert found[name].dtype == value.dtype
         # 16-bit products have a relative error of about 2^-9 each.
         assert error(found[name], value) < 2**-7, name
+
+
+def test_a_block_that_is_computed_again_leaves_out_its_last_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    dequantized: list[torch.Size] = []
+    whole = fused_lora._dequantized
+
+    def counted(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+        dequantized.append(state.shape)
+        return whole(weight, state, dtype)
+
+    monkeypatch.setattr(fused_lora, "_dequantized", counted)
+    model = adapted()
+    fuse_lora(model)
+    x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        checkpoint(model, x, use_reentrant=False).float().sum().backward()
+    # Forward and backward; a block of one layer has nothing to compute again.
+    assert len(dequantized) == 2
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.5}, {"use_dora": True}], ids=["dropout", "dora"])

@@ -196,6 +196,19 @@ def test_a_file_that_arrives_changed_is_loaded_again(
     assert prepare(make_context(MODEL), records).model_revision == COMMIT
 
 
+def test_what_was_loaded_of_a_branch_that_has_moved_on_is_removed(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    hub.corrupt = lambda name: name == "model.safetensors"
+    refusal(make_context, records, ExitCode.UNREACHABLE)
+    hub.corrupt, hub.commits["models/acme/tiny"] = lambda _name: False, "b" * 40
+    context = make_context(MODEL)
+    models = context.workspace.models
+    assert [path.name for path in models.iterdir()] == [f".partial-{COMMIT}"]
+    prepare(context, records)
+    assert [path.name for path in models.iterdir()] == ["b" * 40]
+
+
 def test_only_pickles_are_refused(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
     (hub.repositories["models/acme/tiny"] / "model.safetensors").unlink()
     message = refusal(make_context, records, ExitCode.UNSAFE_ARTEFACT)

@@ -381,7 +381,15 @@ def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_we
     )
     said = "training with microBatchSize 1, lowered because the GPU ran out of memory"
     assert (records.written[-1]["activity"], records.written[-1]["microBatchSize"]) == (said, 1)
-    assert summary(found, "train").endswith("with microBatchSize 1 after the GPU had run out of memory")
+    assert "with microBatchSize 1 after the GPU had run out of memory" in summary(found, "train")
+
+
+def test_the_summary_says_when_the_adapter_does_worse_than_the_base(workspace: Prepare) -> None:
+    record = run(workspace("job"))
+    worse = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 2.5})
+    assert summary(worse, "train").endswith("the loss rose from 2.0000 to 2.5000: the base does better")
+    better = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 1.5})
+    assert "rose" not in summary(better, "train")
 
 
 def test_a_resumed_run_keeps_its_smaller_micro_batches_and_ends_in_the_same_bytes(

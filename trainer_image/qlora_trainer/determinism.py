@@ -21,6 +21,8 @@ Fingerprint = dict[str, Any]
 # numpy draws the order of the data and the seeds of the steps.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# With these, 16-bit products are computed by other instructions, and add in another order.
+_UNITS = ("avx512_bf16", "amx_bf16")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
 
@@ -100,7 +102,10 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def processor(device: Device) -> str:
     """What computes: on another kind, the same run may differ in its last digits."""
-    return str(torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability())
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    found = torch.cpu.get_capabilities()
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(unit for unit in _UNITS if found.get(unit))])
 
 
 def use_device(device: Device, threads: int, local_rank: int) -> torch.device:

@@ -28,9 +28,10 @@ def compared_sequences(data: PreparedDataset, parameters: int) -> int:
     return len(data)
 
 
-def read_compared(data: PreparedDataset, sequences: int, device: torch.device) -> list[Batch]:
-    """The first sequences, each as a batch of its own."""
-    return [read_batch(data, (index,), device) for index in range(sequences)]
+def read_compared(data: PreparedDataset, sequences: int, device: torch.device, *, together: bool) -> list[Batch]:
+    """The first sequences: together in one batch, for a model that keeps rows apart, or each in its own."""
+    batches = [tuple(range(sequences))] if together else [(index,) for index in range(sequences)]
+    return [read_batch(data, indices, device) for indices in batches]
 
 
 @torch.no_grad()

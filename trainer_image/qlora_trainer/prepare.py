@@ -166,8 +166,11 @@ def _model(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
     models = context.workspace.models
 
     def folder_of(version: str) -> Path:
-        finished = models / version
-        return finished if finished.is_dir() else models / f"{_PARTIAL}-{version}"
+        finished, partial = models / version, models / f"{_PARTIAL}-{version}"
+        # Of another version, from before a branch moved on: it would take the place of this one.
+        for other in set(models.glob(f"{_PARTIAL}*")) - {partial}:
+            shutil.rmtree(other)
+        return finished if finished.is_dir() else partial
 
     return DownloadedModel(_remote_model(source, context, hub), folder_of)
 

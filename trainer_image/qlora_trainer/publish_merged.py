@@ -132,7 +132,7 @@ def merge(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, f
 
 
 def _loss(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, folder: Path) -> float | None:
-    """Loss of the written files. Weights are mapped, not held, and read once for each of the compared sequences."""
+    """Loss of the written files. Weights are mapped, not held, and read once for each batch."""
     if trained.compared is None:
         return None
     register_attention()
@@ -145,7 +145,9 @@ def _loss(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, f
         trust_remote_code=False,
     ).eval()
     data = PreparedDataset.open(context.workspace.root / prepared.data_path, "eval")
-    loss = mean_loss(model, read_compared(data, trained.compared.sequences, torch.device("cpu")))
+    cpu = torch.device("cpu")
+    batches = read_compared(data, trained.compared.sequences, cpu, together=prepared.packed)
+    loss = mean_loss(model, batches)
     if not isfinite(loss):
         raise StepFailure(
             ExitCode.INTERNAL_ERROR,

@@ -78,7 +78,6 @@ def train(
     if prepared is None:
         raise bad_configuration(f"{workspace.completion('prepare')} is missing: run the prepare step first")
     model_folder = workspace.root / prepared.model_path
-    _refuse_sharding_with_merge(context.spec)
     place = Place.of(os.environ, context.spec.resources.gpus)
     fingerprint = run_fingerprint(context.spec, prepared, context.device, place.size)
     done = _already_trained(context, digest(fingerprint))
@@ -254,14 +253,6 @@ def _history(context: StepContext, fingerprint: Fingerprint, checkpoint: Checkpo
     return History(folder, 0 if checkpoint is None else int(checkpoint.state["historyBytes"]), trackers)
 
 
-def _refuse_sharding_with_merge(spec: QLoRAJobSpec) -> None:
-    if spec.training.sharding == "full" and spec.output.merged is not None:
-        raise bad_configuration(
-            "spec.output.merged needs the whole base in the main process, which spec.training.sharding full spreads: "
-            "leave one of them out"
-        )
-
-
 def _refuse_mixed_rows(spec: QLoRAJobSpec, prepared: PrepareRecord, model_folder: Path) -> None:
     """A micro batch puts rows into one forward pass even without packing: its family must keep them apart."""
     if spec.training.micro_batch_size == 1 or prepared.packed:
@@ -315,7 +306,7 @@ def _compared(run: Run) -> Comparison | None:
         return None
     model = run.model.eval().get_base_model()
     sequences = compared_sequences(run.eval_data, run.storage.parameters)
-    batches = read_compared(run.eval_data, sequences, run.device)
+    batches = read_compared(run.eval_data, sequences, run.device, together=False)
     targets = sum(batch.target_count for batch in batches)
     return Comparison(sequences=sequences, targets=targets, loss=mean_loss(model, batches))
 
