@@ -48,7 +48,7 @@ def describe_machine() -> dict[str, Any]:
             instructions=tuple(flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags),
             cores=len(os.sched_getaffinity(0)),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            kernel=platform.release(),
+            kernel=platform.release().partition("-")[0],
             python=platform.python_version(),
             libraries={name: _version(name) for name in LIBRARIES},
             environment={name: os.environ.get(name) for name in VARIABLES},

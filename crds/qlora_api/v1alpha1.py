@@ -112,6 +112,7 @@ _RETAIN_MESSAGE = (
     "workspace.retain: false would delete the adapter together with the job: "
     "set output.destination to another claim, or retain: true"
 )
+# A base that is spread cannot go with each of these; `_sharded_base` checks them in the same order.
 _SHARDING_MESSAGES: Mapping[str, str] = {
     "self.training.sharding != 'full' || self.resources.gpus > 1": "training.sharding: full spreads the base over "
     "several GPUs: set resources.gpus to 2 or more, or leave sharding out",

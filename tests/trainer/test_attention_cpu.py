@@ -34,3 +34,18 @@ def test_attention_and_its_gradients_are_those_of_explicit_scores(
         assert found.dtype == dtype
         # Per element: a token that sees only itself has a gradient of 0 for its query.
         assert (found.double() - reference).norm() <= tolerance * (reference.norm() + found.numel() ** 0.5)
+
+
+def test_other_types_are_computed_in_that_of_autocast() -> None:
+    query, key, value = tensors()
+    rows = Rows.of(LENGTHS, torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, _ = rows_attention(MODULE, query, key, value.bfloat16(), None, rows=rows)
+    narrow, _ = rows_attention(MODULE, *(tensor.bfloat16() for tensor in (query, key, value)), None, rows=rows)
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, narrow)
+
+
+def test_rows_that_are_not_all_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows of 300 tokens, but 1005 tokens"):
+        rows_attention(MODULE, *tensors(), None, rows=Rows.of((300,), torch.device("cpu")))

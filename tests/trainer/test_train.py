@@ -387,7 +387,7 @@ def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_we
 def test_the_summary_says_when_the_adapter_does_worse_than_the_base(workspace: Prepare) -> None:
     record = run(workspace("job"))
     worse = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 2.5})
-    assert summary(worse, "train").endswith("the loss rose from 2.0000 to 2.5000: the base does better")
+    assert summary(worse, "train").endswith("the loss rose from 2.0000 to 2.5000")
     better = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 1.5})
     assert "rose" not in summary(better, "train")
 

@@ -29,8 +29,12 @@ def causal_rows(
     """Attention of each token to itself and those before it in its own row: [1, tokens, heads, head size].
 
     `query` is [1, heads, tokens, head size]; `key` and `value` may have fewer heads. `lengths` are the rows' tokens.
-    With a window a token sees itself and the `window - 1` before it.
+    With a window a token sees itself and the `window - 1` before it. Raises ValueError unless the rows are all tokens.
     """
+    if sum(lengths) != query.shape[2]:
+        raise ValueError(f"rows of {sum(lengths)} tokens, but {query.shape[2]} tokens")
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
     return cast("Tensor", _CausalRows.apply(query, key, value, lengths, scale, window))
 
 
@@ -64,10 +68,10 @@ class _CausalRows(torch.autograd.Function):
         gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
         # The kernel gives each head of the keys to one thread: copies for every head of the queries keep all busy.
         shared = query.shape[1] // key.shape[1]
-        keys, values = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
+        keys, values = (t.repeat_interleave(shared, dim=1) if shared > 1 else t for t in (key, value))
         given = (gradient.transpose(1, 2), query, keys, values, output.transpose(1, 2))
         for (row, filled), normalizer in zip(_rows(context.lengths), normalizers, strict=True):
-            dtype = torch.float32 if filled <= _WIDE_TOKENS else query.dtype
+            dtype = torch.promote_types(query.dtype, torch.float32) if filled <= _WIDE_TOKENS else query.dtype
             parts = (_filled(tensor[:, :, row], filled, dtype) for tensor in given)
             mask = _mask(filled, context.window)
             of_rows = _backward(*parts, normalizer, 0.0, mask is None, attn_mask=mask, scale=context.scale)

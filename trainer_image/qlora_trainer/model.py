@@ -71,8 +71,9 @@ def load_base(
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if device == "cpu" and not isinstance(parameter, Params4bit):
+        if device == "cpu" and storage_dtype == torch.uint8 and not isinstance(parameter, Params4bit):
             # It lies in the mapped file, all of which stays in memory, the 16-bit weights too, as long as a part does.
+            # (A base with another storage is about to be spread over GPUs, and leaves main memory anyway.)
             parameter.data = parameter.data.clone()
     for layer in _quantized_layers(model):
         # On CPUs with AVX512-BF16 the first evaluation would repack the weights for a path without gradients.

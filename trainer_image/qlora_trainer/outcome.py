@@ -201,8 +201,8 @@ def summary(completion: Completion | None, step: StepName) -> str:
         lowered = completion.micro_batch_size
         note = "" if lowered is None else f", with microBatchSize {lowered} after the GPU had run out of memory"
         before, after = completion.initial_eval_loss, completion.eval_loss
-        if before is not None and after is not None and after > before:
-            note += f"; but on the held-out rows the loss rose from {before:.4f} to {after:.4f}: the base does better"
+        if before is not None and after is not None and round(after, 4) > round(before, 4):
+            note += f"; but on the held-out rows the loss rose from {before:.4f} to {after:.4f}"
         return f"trained {completion.training_step} steps to loss {completion.loss:.4f}{note}"
     if isinstance(completion, PublishRecord):
         merged = f", the merged model at {completion.merged.uri}" if completion.merged else ""

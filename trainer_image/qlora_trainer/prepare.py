@@ -167,7 +167,7 @@ def _model(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
 
     def folder_of(version: str) -> Path:
         finished, partial = models / version, models / f"{_PARTIAL}-{version}"
-        # Of another version, from before a branch moved on: it would take the place of this one.
+        # Of another version, from before a branch moved on: nobody will finish it, and it fills the volume.
         for other in set(models.glob(f"{_PARTIAL}*")) - {partial}:
             shutil.rmtree(other)
         return finished if finished.is_dir() else partial

@@ -67,7 +67,8 @@ def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool =
     # Threads that wait for work spin for a tenth of a millisecond and then sleep: waking one takes as long as a small
     # operation, a third of a step. By default they spin so long that on a node that is shared they take the core from
     # the thread that they wait for: two processes of two threads on two cores were then three times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # oneDNN keeps the code of 1024 products, by their exact shapes, which change with every packed sequence: some 40 MB
     # more with each. One pass through a model needs a few dozen of them.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

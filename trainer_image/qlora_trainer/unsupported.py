@@ -40,7 +40,7 @@ def reason_in_config(config: Any) -> str | None:
     blocks, most = getattr(text, "num_hidden_layers", None), LARGEST_SIZES["num_hidden_layers"]
     if isinstance(blocks, int) and blocks > most:
         # Each block that is made takes memory even without its weights, and a failure in its midst has any type.
-        return f"it has {blocks} blocks (num_hidden_layers), and no model has more than {most}"
+        return f"it has {blocks} blocks (num_hidden_layers), at most {most} are allowed"
     if text is not config and config.model_type not in _TRAINED_TEXT_PARTS:
         return "it is a multimodal model, and only models of text are trained"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
