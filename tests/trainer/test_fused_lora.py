@@ -31,9 +31,19 @@ def adapted(*, bias: bool = False, **lora: Any) -> Any:
     torch.manual_seed(0)
     model = OneLayer(bias).to(torch.bfloat16).requires_grad_(False).to("cpu")
     model.layer.support_avx512bf16_for_cpu = False
+    # PEFT asks for this before it makes a layer for 4-bit weights.
+    model.is_loaded_in_4bit = True
     peft = get_peft_model(model, LoraConfig(r=8, lora_alpha=4, target_modules=["layer"], **lora))
     nn.init.normal_(peft.base_model.model.layer.lora_B["default"].weight)
     return peft
+
+
+def fused(**settings: Any) -> Any:
+    """The same with the fused layer."""
+    model = adapted(**settings)
+    fuse_lora(model)
+    assert isinstance(model.base_model.model.layer, fused_lora.FusedLora)
+    return model
 
 
 def results(model: Any) -> dict[str, Tensor]:
@@ -57,10 +67,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(bias: bool) -> None:
-    expected, model = results(adapted(bias=bias)), adapted(bias=bias)
-    fuse_lora(model)
-
-    found = results(model)
+    expected, found = results(adapted(bias=bias)), results(fused(bias=bias))
 
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -78,9 +85,7 @@ def test_a_block_that_is_computed_again_leaves_out_its_last_product(monkeypatch:
         return whole(weight, state, dtype)
 
     monkeypatch.setattr(fused_lora, "_dequantized", counted)
-    model = adapted()
-    fuse_lora(model)
-    x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
+    model, x = fused(), torch.randn(1, 50, 64).bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         checkpoint(model, x, use_reentrant=False).float().sum().backward()
     # Forward and backward; a block of one layer has nothing to compute again.
@@ -89,17 +94,13 @@ def test_a_block_that_is_computed_again_leaves_out_its_last_product(monkeypatch:
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.5}, {"use_dora": True}], ids=["dropout", "dora"])
 def test_what_it_does_not_cover_is_pefts_to_the_last_bit(lora: dict[str, Any]) -> None:
-    expected, model = results(adapted(**lora)), adapted(**lora)
-    fuse_lora(model)
-
-    found = results(model)
+    expected, found = results(adapted(**lora)), results(fused(**lora))
 
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_without_gradients_and_without_the_adapter_it_is_pefts_to_the_last_bit() -> None:
-    plain, model, x = adapted(), adapted(), torch.randn(1, 50, 64).bfloat16()
-    fuse_lora(model)
+    plain, model, x = adapted(), fused(), torch.randn(1, 50, 64).bfloat16()
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.no_grad():
