@@ -1,6 +1,5 @@
 """The QLoRAJob resource, version v1alpha1: what a user writes (spec)."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -112,22 +111,25 @@ _RETAIN_MESSAGE = (
     "workspace.retain: false would delete the adapter together with the job: "
     "set output.destination to another claim, or retain: true"
 )
-# A base that is spread cannot go with each of these; `_sharded_base` checks them in the same order.
-_SHARDING_MESSAGES: Mapping[str, str] = {
-    "self.training.sharding != 'full' || self.resources.gpus > 1": "training.sharding: full spreads the base over "
-    "several GPUs: set resources.gpus to 2 or more, or leave sharding out",
-    "self.training.sharding != 'full' || !has(self.output.merged)": "output.merged needs the whole base in a process, "
-    "and training.sharding: full spreads it: leave one of them out",
-    "self.training.sharding != 'full' || !self.training.autoMicroBatch": "training.autoMicroBatch does a step again, "
-    "which training.sharding: full does not allow: leave one of them out, and set a smaller microBatchSize",
-}
+_SPREAD_ALONE = (
+    "training.sharding: full spreads the base over several GPUs: set resources.gpus to 2 or more, or leave sharding out"
+)
+_SPREAD_AND_MERGED = (
+    "output.merged needs the whole base in a process, and training.sharding: full spreads it: leave one of them out"
+)
+_SPREAD_AND_HALVED = (
+    "training.autoMicroBatch does a step again, which training.sharding: full does not allow: leave one of them out, "
+    "and set a smaller microBatchSize"
+)
 
 
 def _spec_rules(schema: dict[str, Any]) -> None:
     schema.update(
         rules(
             rule("self.workspace.retain || has(self.output.destination)", _RETAIN_MESSAGE),
-            *(rule(expression, message) for expression, message in _SHARDING_MESSAGES.items()),
+            rule("self.training.sharding != 'full' || self.resources.gpus > 1", _SPREAD_ALONE),
+            rule("self.training.sharding != 'full' || !has(self.output.merged)", _SPREAD_AND_MERGED),
+            rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SPREAD_AND_HALVED),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS, remedy=_REMEDY),
         )
     )
@@ -173,11 +175,13 @@ class QLoRAJobSpec(ApiModel):
 
     @model_validator(mode="after")
     def _sharded_base(self) -> Self:
-        training = self.training
-        excluded = (self.resources.gpus == 1, self.output.merged is not None, training.auto_micro_batch)
-        for refused, message in zip(excluded, _SHARDING_MESSAGES.values(), strict=True):
-            if training.sharding == "full" and refused:
-                raise ValueError(message)
+        if self.training.sharding == "full":
+            if self.resources.gpus == 1:
+                raise ValueError(_SPREAD_ALONE)
+            if self.output.merged is not None:
+                raise ValueError(_SPREAD_AND_MERGED)
+            if self.training.auto_micro_batch:
+                raise ValueError(_SPREAD_AND_HALVED)
         return self
 
 

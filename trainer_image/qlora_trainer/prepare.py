@@ -115,6 +115,9 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
         check_destination(context, address)
     say("reading the model's configuration")
     model = _model(context, hub)
+    if isinstance(model, DownloadedModel):
+        # Of another version, from before a branch moved on: nobody will finish it, and it fills the volume.
+        _discard_partial(workspace.models, but=model.folder)
     folder = model.settings()
     checked = _check_model(folder, spec, records)
     tokenizer = Tokenizer(folder)
@@ -166,11 +169,8 @@ def _model(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
     models = context.workspace.models
 
     def folder_of(version: str) -> Path:
-        finished, partial = models / version, models / f"{_PARTIAL}-{version}"
-        # Of another version, from before a branch moved on: nobody will finish it, and it fills the volume.
-        for other in set(models.glob(f"{_PARTIAL}*")) - {partial}:
-            shutil.rmtree(other)
-        return finished if finished.is_dir() else partial
+        finished = models / version
+        return finished if finished.is_dir() else models / f"{_PARTIAL}-{version}"
 
     return DownloadedModel(_remote_model(source, context, hub), folder_of)
 
@@ -302,10 +302,11 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
-def _discard_partial(folder: Path) -> None:
-    """Delete what is unfinished in the folder, and the folder itself if nothing else is in it."""
+def _discard_partial(folder: Path, *, but: Path | None = None) -> None:
+    """Delete what is unfinished in the folder, `but` for one, and the folder itself if nothing else is in it."""
     if folder.is_dir():
         for path in folder.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(path)
+            if path != but:
+                shutil.rmtree(path)
         if not any(folder.iterdir()):
             folder.rmdir()
