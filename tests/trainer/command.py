@@ -101,10 +101,10 @@ class Files:
             *("--termination-log", str(self.root / "termination-log")),
         ]
 
-    def start(self, step: str, **environment: str) -> "subprocess.Popen[str]":
-        """The step's process, running."""
+    def start(self, step: str, prefix: Sequence[str] = (), **environment: str) -> "subprocess.Popen[str]":
+        """The step's process, running. `prefix` is a program that starts it."""
         return subprocess.Popen(
-            self.command(step),
+            [*prefix, *self.command(step)],
             env=_environment(environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -117,7 +117,7 @@ class Files:
         return self._done(process.returncode, read + stdout, stderr)
 
     def run(self, step: str, prefix: Sequence[str] = (), **environment: str) -> Done:
-        """Run the step to its end. `prefix` is a program that starts it."""
+        """Run the step to its end."""
         command = [*prefix, *self.command(step)]
         done = subprocess.run(
             command, env=_environment(environment), capture_output=True, text=True, timeout=TIMEOUT_S, check=False

@@ -5,6 +5,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_api.contract import ExitCode, ProgressRecord, decode_record
+from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, decode_record
 from qlora_trainer.distributed import Ranks
 from qlora_trainer.failures import StepFailure, unreachable
 from qlora_trainer.launch import Place
@@ -63,13 +64,18 @@ def succeeded(done: Done) -> None:
 def started(files: Files, step: int) -> "tuple[subprocess.Popen[str], str]":
     """The main process as soon as it says that `step` steps are done; and what it has said."""
     process = files.start("train")
+    return process, until(process, step)
+
+
+def until(process: "subprocess.Popen[str]", step: int) -> str:
+    """What the process says until `step` steps are done."""
     assert process.stdout is not None
     said = ""
     for line in process.stdout:
         said += line
         record = decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID)
         if isinstance(record, ProgressRecord) and record.training_step >= step:
-            return process, said
+            return said
     raise AssertionError(f"it ended before step {step}: {said}")
 
 
@@ -112,6 +118,49 @@ def test_torchrun_starts_the_processes_too(make: Make, together: tuple[Files, St
 
     assert adapter_bytes(by_torchrun) == adapter_bytes(by_itself)
     assert history(by_torchrun) == history(by_itself)
+
+
+@pytest.fixture
+def two_nodes() -> list[tuple[str, ...]]:
+    """What starts the step on each of two nodes, which here are two agents of torchrun on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--no-python", "--nnodes", "2", "--nproc-per-node", "1")
+    store = ("--master-addr", "127.0.0.1", "--master-port", str(port))
+    return [(*torchrun, *store, "--node-rank", str(node)) for node in range(2)]
+
+
+def test_two_nodes_compute_what_one_does(
+    make: Make, together: tuple[Files, StepContext], two_nodes: list[tuple[str, ...]]
+) -> None:
+    (files, apart), (_, by_itself) = make("nodes", EXACT, packed=False), together
+
+    nodes = [files.start("train", node) for node in two_nodes]
+    for done in [files.finish(node) for node in nodes]:
+        assert done.exit_code == 0, done.stdout + done.stderr
+
+    assert adapter_bytes(apart) == adapter_bytes(by_itself)
+    assert history(apart) == history(by_itself)
+
+
+def test_sigterm_on_one_node_saves_once_and_ends_both_and_the_resume_is_exact(
+    make: Make, two_nodes: list[tuple[str, ...]]
+) -> None:
+    (undisturbed, one), (disturbed, two) = make("undisturbed", LONG), make("disturbed", LONG)
+    succeeded(undisturbed.run("train"))
+
+    first, second = (disturbed.start("train", node) for node in two_nodes)
+    said = until(first, 5)
+    second.terminate()
+    interrupted = [disturbed.finish(first, said), disturbed.finish(second)]
+
+    assert all(done.exit_code for done in interrupted)
+    (result,) = [record for record in interrupted[0].records if isinstance(record, ResultRecord)]
+    assert result.exit_code == ExitCode.INTERRUPTED
+    assert f"the checkpoint of step {result.training_step} is saved" in result.message
+    succeeded(disturbed.run("train"))
+    assert adapter_bytes(two) == adapter_bytes(one)
+    assert history(two) == history(one)
 
 
 def test_a_sharded_base_gives_the_same_losses_from_half_of_its_bytes_and_goes_on_exactly(
