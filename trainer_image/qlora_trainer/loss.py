@@ -96,10 +96,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(needed):
                 part = hidden[chunk].detach().requires_grad_(needed)
                 logits = transform(head(part))
-            part_loss, logits_gradient = _loss_and_gradient(logits.detach(), targets[chunk])
-            loss += part_loss
+            # No operation of a head or a transform keeps its result for backward; autograd would notice one that does.
+            in_place = logits.detach()
+            loss += _replace_by_gradient(in_place, targets[chunk])
             if gradient is not None:
-                gradient[chunk] = torch.autograd.grad(logits, part, logits_gradient)[0]
+                gradient[chunk] = torch.autograd.grad(logits, part, in_place)[0]
         context.save_for_backward(gradient)
         return loss
 
@@ -110,8 +111,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * loss_gradient, None, None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and its gradient in the logits' type: softmax less one at the target.
+def _replace_by_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy. Its gradient takes the place of the logits: softmax less one at the target.
 
     Computed in float32 in the memory of a single copy of the logits.
     """
@@ -123,4 +124,5 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     loss = (totals.log() - of_targets).sum()
     values /= totals
     values.scatter_add_(1, places, values.new_full((), -1.0).expand_as(places))
-    return loss, values.to(logits.dtype)
+    logits.copy_(values)
+    return loss

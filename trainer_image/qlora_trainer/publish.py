@@ -34,7 +34,6 @@ from qlora_trainer.verify import verify_adapter
 from qlora_trainer.volume_folder import confined
 
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
-# They may change while the job runs, and change nothing about the adapter.
 
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
 
