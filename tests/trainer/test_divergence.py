@@ -16,7 +16,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.divergence import Stability, has_diverged
 from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.step import StepContext
-from tests.trainer.training import StopAtStep, prepared, run
+from tests.trainer.training import StopAtStep, history, prepared, run
 
 PATIENCE = 20
 
@@ -27,7 +27,7 @@ def judgements(losses: Iterable[float], norms: Iterable[float] | None = None) ->
     stability, judged = Stability(), []
     for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True), start=1):
         stability = stability.after_step(step, loss, norm)
-        if stability.to_be_judged(step, PATIENCE, total_steps=10_000):
+        if stability.to_be_judged(step, PATIENCE):
             judged.append(step)
             stability = Stability()
     return judged
@@ -59,6 +59,7 @@ def test_harder_rows_make_a_run_suspect_once_and_the_comparison_with_the_base_cl
     assert not has_diverged(3.0, base_loss=2.5)
     assert has_diverged(3.0, base_loss=0.2)
     assert has_diverged(3.0, base_loss=math.nan)
+    assert has_diverged(math.nan, base_loss=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -115,25 +116,33 @@ def test_a_rate_that_is_far_too_high_ends_the_run_and_names_when_it_began(worksp
     assert not context.workspace.trained.exists()
 
 
-def test_a_run_that_ends_before_the_patience_does_is_no_success_if_it_has_diverged(workspace: Prepare) -> None:
-    context = workspace("short", 1.0, divergencePatience=20, warmupSteps=0, maxSteps=6)
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_finished_adapter_that_does_harm_is_no_success_even_if_only_the_last_step_did_it(
+    workspace: Prepare, steps: int
+) -> None:
+    context = workspace("short", 1.0, divergencePatience=20, warmupSteps=0, maxSteps=steps)
 
     message = given_up(context).message
 
-    assert "training diverged at step 6: loss " in message
-    assert "suspect since step 2" in message
+    assert f"training diverged at step {steps}: loss " in message
+    assert "with the finished adapter on the rows of the last step; the base model without it has 0.0" in message
     assert kept(context) == []
+    assert not context.workspace.trained.exists()
 
 
 def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_to_the_same_end(
     workspace: Prepare,
 ) -> None:
-    undisturbed, disturbed = (workspace(name, 0.05, divergencePatience=8, warmupSteps=2) for name in ("a", "b"))
+    undisturbed, disturbed = (workspace(name, 0.05, divergencePatience=8, warmupSteps=20) for name in ("a", "b"))
     expected = given_up(undisturbed).message
     suspect = int(re.findall(r"suspect since step (\d+)", expected)[0])
     good = kept(undisturbed)
     assert good
     assert good[-1] < suspect
+    # Whether a step did harm shows in the loss of the next one: the checkpoint before is what is surely sound.
+    sound = good[-1] if good[-1] < suspect - 1 else good[-2]
+    assert float(history(undisturbed)[sound]["loss"]) < 1.0
+    assert ("that step may itself have done the harm" in expected) == (good[-1] == suspect - 1)
 
     stop = StopRequest()
     with pytest.raises(Interrupted, match=f"the checkpoint of step {good[-1]} is saved; the steps since then"):

@@ -2,7 +2,8 @@
 
 A jump of the loss alone proves nothing: a curriculum has one wherever harder rows begin, and small batches have many.
 What is certain is the comparison that an adapter allows: the base model without it, on the same rows. So a cheap test
-at every step raises the suspicion, and when it has lasted for the job's patience, that comparison decides.
+at every step raises the suspicion, and when it has lasted for the job's patience, that comparison decides; and so it
+does after the last step, whose own effect no later step would show.
 """
 
 import math
@@ -47,9 +48,9 @@ class Stability:
         norm = self.norm_level ** (1 - _NEWEST) * max(grad_norm, _SMALLEST_NORM) ** _NEWEST
         return Stability(level, min(self.lowest_loss_level, level), norm)
 
-    def to_be_judged(self, step: int, patience: int, total_steps: int) -> bool:
-        """Whether the last `patience` steps, up to `step`, were all suspect; or this one, with none to follow."""
-        return self.suspect_since is not None and (step == total_steps or step - self.suspect_since + 1 >= patience)
+    def to_be_judged(self, step: int, patience: int) -> bool:
+        """Whether the last `patience` steps, up to `step`, were all suspect."""
+        return self.suspect_since is not None and step - self.suspect_since + 1 >= patience
 
 
 def cleared(loss: float, grad_norm: float) -> Stability:
@@ -59,4 +60,4 @@ def cleared(loss: float, grad_norm: float) -> Stability:
 
 def has_diverged(loss: float, base_loss: float) -> bool:
     """Whether the adapter does harm: `loss` is with it, `base_loss` without, in nats per target of the same rows."""
-    return not math.isfinite(base_loss) or loss > base_loss + WORSE_THAN_BASE_NATS
+    return not (math.isfinite(base_loss) and loss <= base_loss + WORSE_THAN_BASE_NATS)

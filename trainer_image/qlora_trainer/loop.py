@@ -88,13 +88,15 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     rate = learning_rate(state.step, run.plan.total_steps, training)
     state = replace(state, step=state.step + 1, loss=loss, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
-        raise _diverged(run, state.step, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
+        raise _diverged(run, state, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
     state = replace(state, stability=_judge(run, state, loss, grad_norm, gradient))
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     seconds = run.monotonic() - started
     run.pace = run.pace.after_step(seconds, gradient.tokens)
+    if state.step == run.plan.total_steps:
+        _judge_the_end(run, state, gradient)
     state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
     run.note(
         {
@@ -183,43 +185,65 @@ def _loss(run: Run, batch: Batch) -> Tensor:
 
 
 def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _Gradient) -> Stability:
-    """The run's stability after this step. Raises StepFailure (DIVERGED) if it is suspect too long, or ends so."""
+    """The run's stability after this step. Raises StepFailure (DIVERGED) if it is suspect too long."""
     patience = run.context.spec.training.divergence_patience
     if patience == 0:
         return state.stability
     stability = state.stability.after_step(state.step, loss, grad_norm)
-    if not stability.to_be_judged(state.step, patience, run.plan.total_steps):
+    if not stability.to_be_judged(state.step, patience):
         return stability
-    base_loss = _base_loss(run, gradient.batches) / gradient.targets
+    base_loss = _base_loss(run, gradient)
     if not has_diverged(loss, base_loss):
         _log.info("step %d: loss %.4f is high, but it is %.4f without the adapter", state.step, loss, base_loss)
         return cleared(loss, grad_norm)
     raise _diverged(
         run,
-        state.step,
+        replace(state, stability=stability),
         f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
         f"loss had come down to {stability.lowest_loss_level:.4g}); the base model without the adapter has "
         f"{base_loss:.4g} on the same rows",
     )
 
 
-def _base_loss(run: Run, batches: Items[tuple[Batch, bool]]) -> float:
-    """Summed loss of all processes' batches without the adapter. Draws no random number, leaves the gradients alone."""
+def _judge_the_end(run: Run, state: RunState, gradient: _Gradient) -> None:
+    """Compare the finished adapter with the base, on the last step's rows: no later step would show what that did."""
+    if run.context.spec.training.divergence_patience == 0:
+        return
+    loss, base_loss = _loss_without_gradient(run, gradient), _base_loss(run, gradient)
+    if has_diverged(loss, base_loss):
+        raise _diverged(
+            run,
+            state,
+            f"loss {loss:.4g} with the finished adapter on the rows of the last step; the base model without it has "
+            f"{base_loss:.4g}",
+        )
+
+
+def _base_loss(run: Run, gradient: _Gradient) -> float:
+    """Mean loss of the step's targets without the adapter."""
+    with run.model.disable_adapter():
+        return _loss_without_gradient(run, gradient)
+
+
+def _loss_without_gradient(run: Run, gradient: _Gradient) -> float:
+    """Mean loss of the step's targets, of all processes. Draws no random number, leaves the gradients alone."""
     run.model.eval()
     try:
-        with torch.no_grad(), run.model.disable_adapter():
-            losses = [_loss(run, batch) * float(counts) for batch, counts in batches]
+        with torch.no_grad():
+            losses = [_loss(run, batch) * float(counts) for batch, counts in gradient.batches]
             summed = torch.stack(losses).sum() if losses else torch.zeros((), device=run.device)
-            return float(run.ranks.sum(summed))
+            return float(run.ranks.sum(summed)) / gradient.targets
     finally:
         run.model.train()
 
 
-def _diverged(run: Run, step: int, what: str) -> StepFailure:
+def _diverged(run: Run, state: RunState, what: str) -> StepFailure:
     kept = f"the checkpoint of step {run.checkpoint_step} is kept" if run.checkpoint_step else "nothing was saved yet"
+    if run.checkpoint_step and run.checkpoint_step + 1 == state.stability.suspect_since:
+        kept += " (that step may itself have done the harm; a checkpoint before it has not)"
     return StepFailure(
         ExitCode.DIVERGED,
-        f"training diverged at step {step}: {what}; {kept}. Lower spec.training.learningRate or set warmupSteps, "
+        f"training diverged at step {state.step}: {what}; {kept}. Lower spec.training.learningRate or set warmupSteps, "
         "and look for broken rows",
     )
 
@@ -238,7 +262,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     if loss is None:
         return state
     if not isfinite(loss):
-        raise _diverged(run, state.step, f"loss {loss} on the held-out rows")
+        raise _diverged(run, state, f"loss {loss} on the held-out rows")
     run.pace = run.pace.after_evaluation(run.monotonic() - started)
     run.note({"step": state.step, "evalLoss": loss})
     initial = loss if state.step == 0 else state.initial_eval_loss
