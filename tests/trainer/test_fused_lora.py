@@ -16,9 +16,9 @@ from qlora_trainer.fused_lora import fuse_lora
 class OneLayer(nn.Module):
     """A 4-bit layer as a model."""
 
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, bias: bool, outputs: int) -> None:
         super().__init__()
-        self.layer = Base(64, 128, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
+        self.layer = Base(64, outputs, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
 
     def forward(self, x: Tensor) -> Tensor:
         """Its product."""
@@ -26,10 +26,10 @@ class OneLayer(nn.Module):
         return output
 
 
-def adapted(*, bias: bool = False, **lora: Any) -> Any:
+def adapted(*, bias: bool = False, outputs: int = 128, **lora: Any) -> Any:
     """The layer with an adapter whose B is not 0."""
     torch.manual_seed(0)
-    model = OneLayer(bias).to(torch.bfloat16).requires_grad_(False).to("cpu")
+    model = OneLayer(bias, outputs).to(torch.bfloat16).requires_grad_(False).to("cpu")
     model.layer.support_avx512bf16_for_cpu = False
     # PEFT asks for this before it makes a layer for 4-bit weights.
     model.is_loaded_in_4bit = True
@@ -38,22 +38,27 @@ def adapted(*, bias: bool = False, **lora: Any) -> Any:
     return peft
 
 
-def fused(**settings: Any) -> Any:
+def fused(*, recomputed: bool = False, **settings: Any) -> Any:
     """The same with the fused layer."""
     model = adapted(**settings)
-    fuse_lora(model)
-    assert isinstance(model.base_model.model.layer, fused_lora.FusedLora)
+    fuse_lora(model, recomputed=recomputed)
+    assert isinstance(layer(model), fused_lora.FusedLora)
     return model
 
 
-def results(model: Any) -> dict[str, Tensor]:
+def layer(model: Any) -> Any:
+    """The one with the adapter."""
+    return model.base_model.model.layer
+
+
+def results(model: Any, rows: int = 50) -> dict[str, Tensor]:
     """The output for fixed rows, and all gradients of a fixed function of it."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 50, 64, generator=generator).bfloat16().requires_grad_()
-    direction = torch.randn(1, 50, 128, generator=generator)
+    x = torch.randn(1, rows, 64, generator=generator).bfloat16().requires_grad_()
     torch.manual_seed(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(x)
+        output = checkpoint(model, x, use_reentrant=False) if getattr(layer(model), "recomputed", False) else model(x)
+    direction = torch.randn(output.shape, generator=generator)
     (output.float() * direction).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {"output": output, "x": x.grad, **gradients}
@@ -65,9 +70,15 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(bias: bool) -> None:
-    expected, found = results(adapted(bias=bias)), results(fused(bias=bias))
+@pytest.mark.parametrize("recomputed", [False, True], ids=["once", "recomputed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+# The second is large enough to be computed in two parts, whose sizes differ.
+@pytest.mark.parametrize(("rows", "outputs"), [(50, 128), (801, 576)])
+def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(
+    rows: int, outputs: int, bias: bool, recomputed: bool
+) -> None:
+    expected = results(adapted(bias=bias, outputs=outputs), rows)
+    found = results(fused(bias=bias, outputs=outputs, recomputed=recomputed), rows)
 
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -76,20 +87,30 @@ def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(bias: bool)
         assert error(found[name], value) < 2**-7, name
 
 
-def test_a_block_that_is_computed_again_leaves_out_its_last_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    dequantized: list[torch.Size] = []
-    whole = fused_lora._dequantized
+@pytest.mark.parametrize(("recomputed", "dequantized"), [(False, 5), (True, 4)])
+def test_a_block_that_is_computed_again_leaves_out_its_last_product_and_may_keep_weights_for_backward(
+    monkeypatch: pytest.MonkeyPatch, recomputed: bool, dequantized: int
+) -> None:
+    calls: list[str] = []
 
-    def counted(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-        dequantized.append(state.shape)
-        return whole(weight, state, dtype)
+    def count(name: str) -> None:
+        function = getattr(fused_lora, name)
 
-    monkeypatch.setattr(fused_lora, "_dequantized", counted)
-    model, x = fused(), torch.randn(1, 50, 64).bfloat16().requires_grad_()
+        def counted(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(fused_lora, name, counted)
+
+    count("_dequantized")
+    count("_fill")
+    first, second = (fused(recomputed=recomputed, outputs=64) for _ in range(2))
+    x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        checkpoint(model, x, use_reentrant=False).float().sum().backward()
-    # Forward and backward; a block of one layer has nothing to compute again.
-    assert len(dequantized) == 2
+        checkpoint(lambda rows: second(first(rows)), x, use_reentrant=False).float().sum().backward()
+    # Two products forward, one of them again, two backward.
+    assert calls.count("_fill") == 5
+    assert calls.count("_dequantized") == dequantized
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.5}, {"use_dora": True}], ids=["dropout", "dora"])

@@ -165,7 +165,7 @@ def attach_adapter(
         initialize_loftq(model, original)
     for name, parameter in adapter_parameters(model).items():
         parameter.data = parameter.data.to(tensor_dtype(name, lora))
-    fuse_lora(model)
+    fuse_lora(model, recomputed=gradient_checkpointing)
     if gradient_checkpointing:
         # Without re-entry gradients reach the adapters although the embeddings have none.
         base.activation_checkpointing_enable({"use_reentrant": False})
