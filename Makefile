@@ -81,5 +81,6 @@ $(VENV)/.synced: $(UV) pyproject.toml uv.lock
 	@touch $@
 
 $(VENV)/.synced-benchmarks: $(VENV)/.synced
+	@ldconfig -p | grep -q libtcmalloc_minimal || { apt-get update -qq; apt-get install -y -qq libtcmalloc-minimal4; }
 	@$(UV) sync --locked --extra dev --extra benchmarks --python '>=3.11,<3.14'
 	@touch $@

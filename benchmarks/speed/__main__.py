@@ -9,9 +9,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.conversations import CHAT, write_conversations
@@ -30,6 +31,7 @@ from benchmarks.speed.settings import (
     describe_settings,
 )
 from benchmarks.speed.summary import compare, figures, table
+from qlora_trainer.process import preloaded_allocator
 
 # The same for all. How threads wait is left to each: by default they spin, which is fastest on an idle machine.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -81,7 +83,9 @@ def _run(system: SystemName, inputs: Inputs, length: Length, folder: Path) -> di
     folder.mkdir()
     (folder / inputs.train.name).hardlink_to(inputs.train)
     lengths = [f"--steps={length.steps}", f"--snapshot-every={length.snapshot_every}"]
-    _checked(["benchmarks.speed.worker", system, str(folder), str(inputs.model), *lengths])
+    # As the operator and `qlora run` start it.
+    allocator = preloaded_allocator(os.environ) if system == "ours" else {}
+    _checked(["benchmarks.speed.worker", system, str(folder), str(inputs.model), *lengths], environment=allocator)
     measured: dict[str, Any] = json.loads((folder / "measured.json").read_text())
     return measured | {"snapshots": [str(folder / f"step-{step + 1}.pt") for step in range(length.steps)]}
 
@@ -100,14 +104,14 @@ def _evaluate(inputs: Inputs, measured: dict[SystemName, list[dict[str, Any]]]) 
     return float(losses["base"])
 
 
-def _checked(module: Sequence[str], given: str = "") -> str:
+def _checked(module: Sequence[str], given: str = "", environment: Mapping[str, str] = MappingProxyType({})) -> str:
     """What the module prints when it is run with its arguments and `given` on standard input."""
     done = subprocess.run(
         [sys.executable, "-m", *module],
         input=given,
         capture_output=True,
         text=True,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, **environment},
         check=False,
     )
     if done.returncode:

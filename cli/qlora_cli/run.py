@@ -20,6 +20,7 @@ from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, Workspace
 from qlora_api.sources import ConfigMapSource, RegistrySource, VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
+from qlora_trainer.process import preloaded_allocator
 from qlora_trainer.records import write_atomically
 from qlora_trainer.step import Device
 
@@ -199,6 +200,8 @@ def _run_step(
     environment = {**os.environ, contract.ENV_POD_UID: pod_uid, contract.ENV_DEVICE: run.device}
     # Who runs a job here is the administrator here: the registries that it names are allowed.
     environment.setdefault(contract.ENV_REGISTRIES, " ".join(_registries(run.document.spec)))
+    if step == "train" and run.device == "cpu":
+        environment |= preloaded_allocator(environment)
     # A session of its own: Ctrl-C reaches this process only, which knows what to do with it.
     process = subprocess.Popen(
         _command(run, step, job),

@@ -31,6 +31,9 @@ ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
 
+CPU_ALLOCATOR = "libtcmalloc_minimal.so.4"
+"""What training on a CPU is started with (LD_PRELOAD): glibc's own allocator takes more time and more memory."""
+
 MAX_PROGRESS_BYTES = 1024
 MAX_RESULT_BYTES = 4096
 MIN_SECONDS_BETWEEN_PROGRESS = 5.0

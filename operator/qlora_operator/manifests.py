@@ -166,6 +166,8 @@ def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manif
     }
     if step in ("prepare", "publish"):
         values |= _servers(resolved.profile)
+    if step == "train" and resolved.profile.device == "cpu":
+        values["LD_PRELOAD"] = contract.CPU_ALLOCATOR
     pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
     # As many threads as the pod has asked for: libraries would start one for each core of the node. Rounded up.
     threads = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}}

@@ -10,6 +10,7 @@ import pytest
 from devcluster import layout, product
 from devcluster.processes import run
 from devcluster.product import Images
+from qlora_api.contract import CPU_ALLOCATOR
 
 LARGEST_OPERATOR_IMAGE = 150_000_000
 PYTHON = "/opt/qlora/bin/python"
@@ -64,6 +65,15 @@ def test_the_trainers_image_can_quantize(images: Images) -> None:
     with container(images.trainer) as inside:
         assert re.search(r"Params4bit \d", said(inside, PYTHON, "-c", program)[1])
         assert "prepare" in said(inside, "/opt/qlora/bin/qlora-trainer", "--help")[1]
+
+
+def test_the_trainers_image_has_the_allocator_that_the_operator_names(images: Images) -> None:
+    program = "print(sorted({line.split()[-1] for line in open('/proc/self/maps') if 'malloc' in line}))"
+    with container(images.trainer) as inside:
+        code, output = said(inside, "env", f"LD_PRELOAD={CPU_ALLOCATOR}", PYTHON, "-c", program)
+    assert code == 0
+    assert CPU_ALLOCATOR.removesuffix(".4") in output
+    assert "cannot be preloaded" not in output
 
 
 def test_neither_image_runs_as_root_or_can_change_itself(images: Images) -> None:

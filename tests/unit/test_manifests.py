@@ -142,6 +142,13 @@ def test_a_step_sees_what_it_needs_and_no_more(step: StepName, expected: dict[st
     }
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_only_training_on_a_cpu_is_given_another_allocator(step: StepName) -> None:
+    on_cpu, on_gpu = build(step, {"device": "cpu", "gpuResource": None}), build(step)
+    assert environment_of(on_cpu).get("LD_PRELOAD") == ("libtcmalloc_minimal.so.4" if step == "train" else None)
+    assert "LD_PRELOAD" not in environment_of(on_gpu)
+
+
 def test_train_has_no_secret_and_nothing_that_leads_to_the_network() -> None:
     job = build("train", {"hubEndpoint": "https://hub.example.org"}, **EVERYTHING)
     assert set(environment_of(job)) == {

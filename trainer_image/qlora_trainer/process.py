@@ -5,11 +5,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from qlora_api.contract import CPU_ALLOCATOR
 from qlora_api.status import StepName
 
 
@@ -84,6 +86,15 @@ def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool =
         os.environ["HOME"] = str(scratch)
     os.environ.setdefault("LOGNAME", "qlora")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "torchinductor"))
+
+
+def preloaded_allocator(environ: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment with which training on a CPU is started, as the operator does it in a pod.
+
+    Nothing if the allocator is not installed, or another library is preloaded already: no number changes by it.
+    """
+    installed = find_library("tcmalloc_minimal") == CPU_ALLOCATOR
+    return {"LD_PRELOAD": CPU_ALLOCATOR} if installed and "LD_PRELOAD" not in environ else {}
 
 
 def on_termination(action: Callable[[], None]) -> None:
