@@ -1,28 +1,30 @@
-"""Skips, with the reason, what this machine has no GPU, too few of them or too little memory for."""
+"""Skips, with the reason, what this machine has no GPU, too few of them, too old ones or too little memory for."""
 
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
+from tests.gpu.cards import Card, lacking
 from tests.trainer.tiny import SHAPE, save_model
 
 
 @cache
-def _cards() -> tuple[float, ...]:
-    """Memory of each visible GPU in GiB."""
+def _cards() -> tuple[Card, ...]:
+    """The visible GPUs, in the order in which they are taken."""
     if importlib.util.find_spec("torch") is None:
         return ()
     import torch
 
     if not torch.cuda.is_available():
         return ()
-    return tuple(
-        torch.cuda.get_device_properties(index).total_memory / 2**30 for index in range(torch.cuda.device_count())
-    )
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return tuple(Card(card.name, (card.major, card.minor), card.total_memory / 2**30) for card in found)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,17 +34,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here not in item.path.parents:
             continue
         mark = item.get_closest_marker("gpu")
-        cards = mark.kwargs.get("cards", 1) if mark else 1
-        gib = mark.kwargs.get("gib", 0) if mark else 0
-        found = [card for card in _cards() if card >= gib]
-        if len(found) < cards:
-            size = f" of at least {gib} GiB" if gib else ""
-            item.add_marker(pytest.mark.skip(reason=f"needs {cards} CUDA GPU{size}, this machine has {len(found)}"))
+        wanted = mark.kwargs if mark else {}
+        reason = lacking(_cards(), wanted.get("cards", 1), wanted.get("gib", 0))
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _offline() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _give_back() -> Iterator[None]:
+    """Leave the GPU to the next test, which may run in processes of its own: models hold themselves in cycles."""
+    yield
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,20 @@
 """The trainer's own command line on a GPU: the life of a run, its resume, and what it does without memory."""
 
-import gc
 import json
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record
+from tests.gpu.ballast import GIB, Ballast
+from tests.gpu.runs import billion, losses, metrics, on_gpu, record
 from tests.trainer.command import Files, new_files
-from tests.trainer.tiny import JOB_UID, POD_UID, chat_row, write_rows
-
-
-def on_gpu(files: Files, *steps: str) -> Files:
-    for step in steps:
-        done = files.run(step, QLORA_DEVICE="cuda")
-        assert done.exit_code == 0, done.stdout + done.stderr
-    return files
-
-
-def metrics(files: Files) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (files.workspace / "report" / "metrics.jsonl").read_text().splitlines()]
+from tests.trainer.tiny import JOB_UID, POD_UID
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +34,27 @@ def test_a_run_is_close_to_the_same_on_a_cpu(undisturbed: Files, tmp_path: Path)
     there = new_files(tmp_path / "job", undisturbed.models)
     for step in ("prepare", "train"):
         assert there.run(step, QLORA_DEVICE="cpu").exit_code == 0
-    losses = [[entry["loss"] for entry in metrics(files) if "loss" in entry] for files in (undisturbed, there)]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-2)
-    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=0.1)
+    expected, found = losses(there), losses(undisturbed)
+    assert found[0] == pytest.approx(expected[0], rel=1e-2)
+    assert found[-1] == pytest.approx(expected[-1], rel=0.1)
+
+
+def until(process: "subprocess.Popen[str]", reached: Callable[[ProgressRecord], bool]) -> str:
+    """What the process says until it has reached something."""
+    read = ""
+    for line in process.stdout or ():
+        read += line
+        said = decode_record(line.rstrip(), job_uid=JOB_UID, pod_uid=POD_UID)
+        if isinstance(said, ProgressRecord) and reached(said):
+            return read
+    raise AssertionError(f"it ended before: {read}")
 
 
 def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, tmp_path: Path) -> None:
     files = on_gpu(new_files(tmp_path / "job", undisturbed.models), "prepare")
     process = files.start("train", QLORA_DEVICE="cuda")
-    read = ""
-    for line in process.stdout or ():
-        read += line
-        record = decode_record(line.rstrip(), job_uid=JOB_UID, pod_uid=POD_UID)
-        if isinstance(record, ProgressRecord) and record.training_step >= 2:
-            process.send_signal(signal.SIGTERM)
-            break
+    read = until(process, lambda said: said.training_step >= 2)
+    process.send_signal(signal.SIGTERM)
     assert files.finish(process, read).exit_code == ExitCode.INTERRUPTED
     on_gpu(files, "train")
     found, expected = (
@@ -68,57 +65,33 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, tm
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def billion(root: Path, model: Path, *, gpus: int = 1, **training: Any) -> Files:
-    """A job on the model of a billion parameters, over rows that fill their sequences."""
-    spec = {
-        "resources": {"gpus": gpus},
-        "lora": {"rank": 16, "alpha": 16},
-        "training": {
-            "maxSteps": 4,
-            "maxSequenceLength": 2048,
-            "evalEverySteps": None,
-            "samples": 0,
-            "gradientAccumulationSteps": 2,
-            **training,
-        },
-    }
-    files = new_files(root, model.parent, spec)
-    write_rows(
-        files.data / "train.jsonl", [chat_row("Say it again. " * 20, "the same words " * 150) for _ in range(64)]
-    )
-    return on_gpu(files, "prepare")
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_nearly_the_same_losses(
+    undisturbed: Files, tmp_path: Path
+) -> None:
+    spec = {"training": {"saveEverySteps": 5}}
+    files = on_gpu(new_files(tmp_path / "job", undisturbed.models, spec), "prepare")
+    process = files.start("train", QLORA_DEVICE="cuda")
+    read = until(process, lambda said: said.checkpoint_step is not None)
+    process.kill()
+    assert files.finish(process, read).exit_code == -signal.SIGKILL
+    on_gpu(files, "train")
+    assert [entry["step"] for entry in metrics(files) if "loss" in entry] == list(range(1, 31))
+    assert losses(files) == pytest.approx(losses(undisturbed), rel=5e-2)
 
 
 @pytest.mark.gpu(gib=10)
 def test_the_estimate_is_right_about_the_peak(tmp_path: Path, one_billion: Path) -> None:
-    files = on_gpu(billion(tmp_path / "job", one_billion, microBatchSize=2), "train")
-    record = json.loads((files.workspace / "records" / "train.json").read_text())
-    estimated = json.loads((files.workspace / "records" / "prepare.json").read_text())["memory"]["estimateBytes"]
+    files = on_gpu(billion(tmp_path / "job", one_billion, {"training": {"microBatchSize": 2}}), "train")
+    estimated = record(files, "prepare")["memory"]["estimateBytes"]
     # The estimate holds 0.6 GB for the context of CUDA, which the allocator does not see.
-    assert record["peakMemoryBytes"] + 0.6e9 == pytest.approx(estimated, rel=0.15)
-
-
-class Ballast:
-    """Holds the GPU's memory but for `gib`, so that another process runs out of it for real."""
-
-    def __init__(self, gib: float) -> None:
-        self._gib = gib
-
-    def __enter__(self) -> None:
-        gc.collect()
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        self._held = torch.empty(max(0, free - int(self._gib * 2**30)), dtype=torch.uint8, device="cuda")
-
-    def __exit__(self, *_: object) -> None:
-        del self._held
-        torch.cuda.empty_cache()
+    assert record(files, "train")["peakMemoryBytes"] + 0.6e9 == pytest.approx(estimated, rel=0.15)
 
 
 @pytest.mark.gpu(gib=10)
 def test_a_gpu_that_is_full_ends_the_run_with_peak_and_advice(tmp_path: Path, one_billion: Path) -> None:
-    files = billion(tmp_path / "job", one_billion, microBatchSize=8)
-    with Ballast(3.0):
+    files = billion(tmp_path / "job", one_billion, {"training": {"microBatchSize": 8}})
+    # By the estimate it takes 4.7 GiB, and its weights alone no more than one.
+    with Ballast(free=3 * GIB):
         done = files.run("train", QLORA_DEVICE="cuda")
     assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stdout + done.stderr
     assert "GiB" in done.result.message
@@ -127,13 +100,14 @@ def test_a_gpu_that_is_full_ends_the_run_with_peak_and_advice(tmp_path: Path, on
 
 @pytest.mark.gpu(gib=10)
 def test_micro_batches_are_halved_until_they_fit_and_the_result_says_so(tmp_path: Path, one_billion: Path) -> None:
-    files = billion(tmp_path / "job", one_billion, microBatchSize=8, autoMicroBatch=True)
-    with Ballast(5.0):
+    spec = {"training": {"microBatchSize": 8, "autoMicroBatch": True}}
+    files = billion(tmp_path / "job", one_billion, spec)
+    # By the estimate a micro batch of eight takes 4.7 GiB, of four 3.2 and of two 2.4.
+    with Ballast(free=7 * GIB // 2):
         done = files.run("train", QLORA_DEVICE="cuda")
     assert done.exit_code == 0, done.stdout + done.stderr
-    record = json.loads((files.workspace / "records" / "train.json").read_text())
-    assert record["microBatchSize"] in (1, 2, 4)
-    assert record["trainingStep"] == 4
+    assert record(files, "train")["microBatchSize"] in (1, 2, 4)
+    assert record(files, "train")["trainingStep"] == 4
 
 
 @pytest.mark.gpu(cards=2)
@@ -142,17 +116,17 @@ def test_two_gpus_train_what_one_trains(undisturbed: Files, tmp_path: Path) -> N
     both = on_gpu(new_files(tmp_path / "two", undisturbed.models, spec), "prepare", "train")
     alone = {**spec, "resources": {"gpus": 1}}
     one = on_gpu(new_files(tmp_path / "one", undisturbed.models, alone), "prepare", "train")
-    losses = [[entry["loss"] for entry in metrics(files) if "loss" in entry] for files in (both, one)]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses(both) == pytest.approx(losses(one), rel=2e-2)
 
 
 @pytest.mark.gpu(cards=2, gib=8)
 def test_two_gpus_that_share_the_base_train_the_same_in_less_memory(tmp_path: Path, one_billion: Path) -> None:
-    peaks, losses = [], []
-    for sharding in ("none", "full"):
-        files = on_gpu(billion(tmp_path / sharding, one_billion, gpus=2, sharding=sharding), "train")
-        peaks.append(json.loads((files.workspace / "records" / "train.json").read_text())["peakMemoryBytes"])
-        losses.append([entry["loss"] for entry in metrics(files) if "loss" in entry])
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    whole, shared = (
+        billion(tmp_path / sharding, one_billion, {"resources": {"gpus": 2}, "training": {"sharding": sharding}})
+        for sharding in ("none", "full")
+    )
+    for files in (whole, shared):
+        on_gpu(files, "train")
+    assert losses(shared) == pytest.approx(losses(whole), rel=2e-2)
     # About a billion weights of the blocks are in 4 bit: a quarter of a gigabyte less, but for the block at work.
-    assert peaks[0] - peaks[1] > 150e6
+    assert record(whole, "train")["peakMemoryBytes"] - record(shared, "train")["peakMemoryBytes"] > 150e6

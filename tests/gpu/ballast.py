@@ -1,0 +1,30 @@
+"""Makes a GPU smaller for the time of a test: memory that is held is missing to everybody."""
+
+import gc
+
+import torch
+
+GIB = 2**30
+
+
+class Ballast:
+    """Holds the first GPU's memory but for `free` bytes. Holds nothing if no more than that is free."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+
+    def __enter__(self) -> "Ballast":
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        self._held = torch.empty(max(0, free - self._free), dtype=torch.uint8, device="cuda")
+        return self
+
+    @property
+    def bytes(self) -> int:
+        """What it holds, which PyTorch counts as this process's."""
+        return self._held.nbytes
+
+    def __exit__(self, *_: object) -> None:
+        del self._held
+        torch.cuda.empty_cache()

@@ -1,0 +1,51 @@
+"""Jobs that the trainer's own command line runs on a GPU, and what they leave in their workspace."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.trainer.command import Files, new_files
+from tests.trainer.tiny import chat_row, merged, write_rows
+
+
+def on_gpu(files: Files, *steps: str) -> Files:
+    """The same files after these steps, each of which must succeed."""
+    for step in steps:
+        done = files.run(step, QLORA_DEVICE="cuda")
+        assert done.exit_code == 0, done.stdout + done.stderr
+    return files
+
+
+def record(files: Files, step: str) -> dict[str, Any]:
+    """The completion record of a step."""
+    found: dict[str, Any] = json.loads((files.workspace / "records" / f"{step}.json").read_text())
+    return found
+
+
+def metrics(files: Files) -> list[dict[str, Any]]:
+    """The lines of the history."""
+    return [json.loads(line) for line in (files.workspace / "report" / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(files: Files) -> list[float]:
+    """The training loss of each step."""
+    return [entry["loss"] for entry in metrics(files) if "loss" in entry]
+
+
+def billion(root: Path, model: Path, spec: dict[str, Any]) -> Files:
+    """A prepared job on the model of a billion parameters, over rows that fill their sequences; `spec` changes it."""
+    default = {
+        "lora": {"rank": 16, "alpha": 16},
+        "training": {
+            "maxSteps": 4,
+            "maxSequenceLength": 2048,
+            "evalEverySteps": None,
+            "samples": 0,
+            "gradientAccumulationSteps": 2,
+        },
+    }
+    files = new_files(root, model.parent, merged(default, spec))
+    write_rows(
+        files.data / "train.jsonl", [chat_row("Say it again. " * 20, "the same words " * 220) for _ in range(64)]
+    )
+    return on_gpu(files, "prepare")

@@ -1,0 +1,86 @@
+"""What a job may choose, on a GPU: variants of LoRA, 8-bit optimizer state, other families, a merged model."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.held_out import mean_loss, read_compared
+from qlora_trainer.model import load_base
+from qlora_trainer.prepared import PreparedDataset
+from tests.gpu.runs import billion, losses, on_gpu, record
+from tests.trainer.command import Files, new_files
+from tests.trainer.test_families import FAMILIES
+from tests.trainer.tiny import save_model
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"useRslora": True},
+    "dora": {"useDora": True},
+    "loftq": {"initialization": "loftq"},
+}
+
+
+def loss_in_peft(files: Files, model: Path) -> float:
+    """Loss of the published adapter on the held-out rows, read by PEFT itself onto the GPU."""
+    base = load_base(model, QuantizationSpec(), "cuda")
+    adapted = PeftModel.from_pretrained(base, str(files.workspace / "adapter")).eval()
+    data = PreparedDataset.open(files.workspace / record(files, "prepare")["dataPath"], "eval")
+    batches = read_compared(data, len(data), torch.device("cuda"), together=False)
+    return mean_loss(adapted.get_base_model(), batches)
+
+
+@pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
+def test_a_variant_of_lora_is_trained_and_published_and_peft_reads_it_with_the_same_loss(
+    lora: dict[str, Any], tmp_path: Path, tiny_llama: Path
+) -> None:
+    spec = {"lora": lora, "training": {"maxSteps": 2}}
+    files = on_gpu(new_files(tmp_path / "job", tiny_llama.parent, spec), "prepare", "train", "publish")
+    trained = record(files, "train")
+    assert trained["evalLoss"] < trained["initialEvalLoss"]
+    assert loss_in_peft(files, tiny_llama) == pytest.approx(trained["evalLoss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_another_family_trains_close_to_the_same_on_a_cpu(family: str, tmp_path: Path) -> None:
+    config, _ = FAMILIES[family]
+    models = save_model(tmp_path / "models" / "model", config).parent
+    here = on_gpu(new_files(tmp_path / "here", models), "prepare", "train")
+    there = new_files(tmp_path / "there", models)
+    for step in ("prepare", "train"):
+        assert there.run(step, QLORA_DEVICE="cpu").exit_code == 0
+    assert losses(here)[0] == pytest.approx(losses(there)[0], rel=1e-2)
+    assert losses(here)[-1] == pytest.approx(losses(there)[-1], rel=0.1)
+
+
+def test_an_adapter_that_a_gpu_trained_is_merged_into_the_weights_of_that_gpu(tmp_path: Path, tiny_llama: Path) -> None:
+    spec = {"output": {"merged": {}}}
+    files = on_gpu(new_files(tmp_path / "job", tiny_llama.parent, spec), "prepare", "train", "publish")
+    merged = record(files, "publish")["merged"]
+    assert merged["adapterEvalLoss"] < 0.9 * record(files, "train")["initialEvalLoss"]
+    # The merged model is tried on the CPU, the adapter was on the GPU.
+    assert merged["evalLoss"] == pytest.approx(merged["adapterEvalLoss"], rel=2e-2)
+
+
+@pytest.mark.gpu(gib=10)
+def test_paged_8_bit_state_trains_nearly_as_32_bit_state_and_is_resumed(tmp_path: Path, one_billion: Path) -> None:
+    training = {"learningRate": 1e-3, "saveEverySteps": 2}
+    wide, narrow = (
+        on_gpu(billion(tmp_path / name, one_billion, {"training": {**training, "optimizer": name}}), "train")
+        for name in ("paged_adamw_32bit", "paged_adamw_8bit")
+    )
+    uninterrupted = losses(narrow)
+    assert uninterrupted[-1] < uninterrupted[0]
+    assert uninterrupted == pytest.approx(losses(wide), rel=5e-2)
+    last = narrow.workspace / "checkpoints" / "step-4"
+    state = load_file(last / "optimizer.safetensors")
+    assert {tensor.dtype for name, tensor in state.items() if name.endswith("/state1")} == {torch.uint8}
+
+    (narrow.workspace / "records" / "train.json").unlink()
+    shutil.rmtree(last)
+    on_gpu(narrow, "train")
+    assert losses(narrow) == pytest.approx(uninterrupted, rel=1e-2)
