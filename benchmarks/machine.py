@@ -1,7 +1,8 @@
-"""Describes the machine and the libraries that figures were measured with."""
+"""Describes the machine, the libraries and the state of the code that figures were measured with."""
 
 import os
 import platform
+import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,15 +15,20 @@ VARIABLES = (
     "OMP_WAIT_POLICY",
     "GOMP_SPINCOUNT",
     "MKL_NUM_THREADS",
+    "GLIBC_TUNABLES",
     "MALLOC_ARENA_MAX",
+    "MALLOC_TOP_PAD_",
+    "THP_MEM_ALLOC_ENABLE",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
     "LD_PRELOAD",
 )
+ROOT = Path(__file__).parent.parent
+RESULTS = "benchmarks/results"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the figures depend on besides the code."""
+    """What the figures depend on."""
 
     processor: str
     instructions: tuple[str, ...]
@@ -30,11 +36,16 @@ class Machine:
     cores: int
     memory_bytes: int
     kernel: str
+    """Its version, without what a distributor adds behind the first dash."""
     python: str
     libraries: dict[str, str | None]
     environment: dict[str, str | None]
     load: tuple[float, float, float]
     """Load average of the last 1, 5 and 15 minutes: figures of a busy machine are worth little."""
+    commit: str | None
+    """The commit that is checked out; None outside of a checkout."""
+    changed: bool | None
+    """Whether a tracked file differs from that commit, results apart; None outside of a checkout."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -42,6 +53,7 @@ def describe_machine() -> dict[str, Any]:
     lines = dict(_pairs(Path("/proc/cpuinfo").read_text()))
     flags = lines.get("flags", "").split()
     model = f"family {lines.get('cpu family')} model {lines.get('model')}"
+    commit, changed = describe_checkout(ROOT)
     return asdict(
         Machine(
             processor=f"{lines.get('model name', 'unknown')}, {model}",
@@ -51,10 +63,38 @@ def describe_machine() -> dict[str, Any]:
             kernel=platform.release().partition("-")[0],
             python=platform.python_version(),
             libraries={name: _version(name) for name in LIBRARIES},
-            environment={name: os.environ.get(name) for name in VARIABLES},
+            environment=describe_environment(),
             load=os.getloadavg(),
+            commit=commit,
+            changed=changed,
         )
     )
+
+
+def describe_environment() -> dict[str, str | None]:
+    """The variables of this process that decide threads and memory allocation; None where one is not set."""
+    return {name: os.environ.get(name) for name in VARIABLES}
+
+
+def describe_checkout(root: Path) -> tuple[str | None, bool | None]:
+    """The commit of the git checkout at `root`, and whether tracked files differ from it; None twice if it is none."""
+    found = _git(root, "rev-parse", "--show-toplevel", "HEAD")
+    top, commit = found.splitlines() if found else ("", None)
+    # Elsewhere the code is a copy inside of another project's checkout.
+    if commit is None or Path(top).resolve() != root.resolve():
+        return None, None
+    # The benchmarks of one run write their results one after the other; these say nothing about the code.
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}")
+    return commit, None if changes is None else bool(changes)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None if it fails, or is not there."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return None if done.returncode else done.stdout
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:

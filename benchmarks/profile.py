@@ -164,7 +164,8 @@ def kinds(operations: Sequence[Operation]) -> dict[str, float]:
 def _text(machine: dict[str, Any], phases: Phases, operations: Sequence[Operation]) -> str:
     setting = (
         f"One packed sequence of {MAX_LENGTH} tokens a step, SmolLM2-135M, rank {RANK}, every token a target. "
-        f"{machine['processor']}, {machine['cores']} cores, torch {machine['libraries']['torch']}. "
+        f"{machine['processor']}, {machine['cores']} cores, torch {machine['libraries']['torch']}, "
+        f"commit {machine['commit']}{' with changed files' if machine['changed'] else ''}. "
         "Written by `python -m benchmarks.profile`."
     )
     by_phase = dict(sorted(phases.seconds.items(), key=lambda item: -item[1]))

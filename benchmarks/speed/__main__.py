@@ -33,8 +33,10 @@ from benchmarks.speed.settings import (
 from benchmarks.speed.summary import compare, figures, table
 from qlora_trainer.process import preloaded_allocator
 
-# The same for all. How threads wait is left to each: by default they spin, which is fastest on an idle machine.
+# The same for all.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# How threads wait (by default they spin, which is fastest on an idle machine), and who allocates memory.
+LEFT_TO_EACH = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "LD_PRELOAD")
 
 
 def main() -> int:
@@ -50,9 +52,12 @@ def main() -> int:
         for repetition in range(options.repetitions):
             for system in options.systems:
                 print(f"{system}, {repetition + 1} of {options.repetitions}", file=sys.stderr, flush=True)
-                measured[system].append(_run(system, inputs, length, Path(scratch) / f"{system}-{repetition}"))
+                # As the operator and `qlora run` start this trainer.
+                allocator = preloaded_allocator({}) if system == "ours" or options.same_allocator else {}
+                folder = Path(scratch) / f"{system}-{repetition}"
+                measured[system].append(_run(system, inputs, length, folder, allocator))
         base_loss = _evaluate(inputs, measured)
-    all_figures = {system: figures(measured[system], TARGET_LOSS) for system in options.systems}
+    all_figures = {system: figures(measured[system], base_loss, TARGET_LOSS) for system in options.systems}
     comparisons = compare(all_figures)
     result = {
         "machine": machine,
@@ -71,21 +76,22 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=2, help="runs of each system (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each system (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, help="only these")
+    parser.add_argument("--same-allocator", action="store_true", help="give this trainer's allocator to the others too")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     return parser
 
 
-def _run(system: SystemName, inputs: Inputs, length: Length, folder: Path) -> dict[str, Any]:
+def _run(
+    system: SystemName, inputs: Inputs, length: Length, folder: Path, environment: Mapping[str, str]
+) -> dict[str, Any]:
     """One run in a new process; what it measured. Raises CalledProcessError with its output printed."""
     folder.mkdir()
     (folder / inputs.train.name).hardlink_to(inputs.train)
     lengths = [f"--steps={length.steps}", f"--snapshot-every={length.snapshot_every}"]
-    # As the operator and `qlora run` start it.
-    allocator = preloaded_allocator(os.environ) if system == "ours" else {}
-    _checked(["benchmarks.speed.worker", system, str(folder), str(inputs.model), *lengths], environment=allocator)
+    _checked(["benchmarks.speed.worker", system, str(folder), str(inputs.model), *lengths], environment=environment)
     measured: dict[str, Any] = json.loads((folder / "measured.json").read_text())
     return measured | {"snapshots": [str(folder / f"step-{step + 1}.pt") for step in range(length.steps)]}
 
@@ -106,12 +112,13 @@ def _evaluate(inputs: Inputs, measured: dict[SystemName, list[dict[str, Any]]]) 
 
 def _checked(module: Sequence[str], given: str = "", environment: Mapping[str, str] = MappingProxyType({})) -> str:
     """What the module prints when it is run with its arguments and `given` on standard input."""
+    inherited = {name: value for name, value in os.environ.items() if name not in LEFT_TO_EACH}
     done = subprocess.run(
         [sys.executable, "-m", *module],
         input=given,
         capture_output=True,
         text=True,
-        env={**os.environ, **ENVIRONMENT, **environment},
+        env={**inherited, **ENVIRONMENT, **environment},
         check=False,
     )
     if done.returncode:

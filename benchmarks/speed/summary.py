@@ -17,30 +17,30 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Figures:
-    """A system's figures over all repetitions."""
+    """A system's figures: medians over its repetitions."""
 
     tokens_per_second: float
-    """Useful tokens, in the steady state; the median."""
+    """Useful tokens, in the steady state."""
     peak_bytes: int
-    """The most that any repetition held, loading included."""
+    """The most that was held at one time, loading included."""
     loaded_bytes: int
-    """Resident before the first forward pass; the median."""
+    """Resident before the first forward pass."""
     above_loaded_bytes: int
     """The most that training held beyond that."""
     seconds_to_target: float | None
-    """Training time, without loading and evaluation, until the evaluation loss was reached; the median."""
+    """Training time, without loading and evaluation, until the evaluation loss was reached."""
 
 
-def figures(repetitions: Sequence[Measured], target_loss: float) -> Figures:
-    """The figures of one system."""
-    times = [_seconds_to(target_loss, measured) for measured in repetitions]
+def figures(repetitions: Sequence[Measured], base_loss: float, target_loss: float) -> Figures:
+    """The figures of one system; `base_loss` is the evaluation loss without an adapter, from which all start."""
+    times = [seconds_to(target_loss, base_loss, measured) for measured in repetitions]
     reached = [seconds for seconds in times if seconds is not None]
     return Figures(
         tokens_per_second=median(map(tokens_per_second, repetitions)),
-        peak_bytes=max(measured["peakBytes"] for measured in repetitions),
+        peak_bytes=int(median(measured["peakBytes"] for measured in repetitions)),
         loaded_bytes=int(median(measured["loaded"]["residentBytes"] for measured in repetitions)),
-        above_loaded_bytes=max(
-            measured["steps"][-1]["peakBytes"] - measured["loaded"]["residentBytes"] for measured in repetitions
+        above_loaded_bytes=int(
+            median(measured["steps"][-1]["peakBytes"] - measured["loaded"]["residentBytes"] for measured in repetitions)
         ),
         seconds_to_target=median(reached) if len(reached) == len(times) else None,
     )
@@ -53,10 +53,19 @@ def tokens_per_second(measured: Measured) -> float:
     return float(tokens / (last["seconds"] - warm_up["seconds"]))
 
 
-def _seconds_to(target_loss: float, measured: Measured) -> float | None:
+def seconds_to(target_loss: float, base_loss: float, measured: Measured) -> float | None:
+    """Training time until the evaluation loss was `target_loss`; None if it was not reached.
+
+    Between two snapshots the loss is taken to fall along a line; before the first one, from `base_loss`.
+    """
+    if base_loss <= target_loss:
+        return 0.0
+    before, loss_before = 0.0, base_loss
     for step, loss in measured["evalLosses"].items():
+        seconds = float(measured["steps"][int(step) - 1]["seconds"])
         if loss <= target_loss:
-            return float(measured["steps"][int(step) - 1]["seconds"])
+            return before + (seconds - before) * (loss_before - target_loss) / (loss_before - loss)
+        before, loss_before = seconds, loss
     return None
 
 

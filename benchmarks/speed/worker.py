@@ -6,12 +6,14 @@ python -m benchmarks.speed.worker SYSTEM FOLDER MODEL --steps N --snapshot-every
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from benchmarks.machine import describe_environment
 from benchmarks.memory import peak_resident_bytes
-from benchmarks.speed.instrument import Instrument
 from benchmarks.speed.settings import SYSTEMS, Inputs, Length
+
+if TYPE_CHECKING:
+    from benchmarks.speed.instrument import Instrument
 
 
 def main() -> None:
@@ -23,16 +25,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--snapshot-every", type=int, required=True)
     options = parser.parse_args()
+    if options.system == "ours":
+        from qlora_trainer.process import set_environment
+
+        # As a step does, before PyTorch is there: OpenMP reads its settings when it is loaded and never again.
+        set_environment("train", options.folder)
+
+    import torch
+
+    from benchmarks.speed.instrument import Instrument
+
     instrument = Instrument(Length(options.steps, options.snapshot_every), options.folder)
     tokens, rows = _train(options.system, Inputs(options.folder, options.model), instrument)
     measured = instrument.result(tokens, rows) | {
         "threads": torch.get_num_threads(),
+        "environment": describe_environment(),
         "peakBytes": max(instrument.loaded["peakBytes"], peak_resident_bytes()),
     }
     (options.folder / "measured.json").write_text(json.dumps(measured))
 
 
-def _train(system: str, inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]:
+def _train(system: str, inputs: Inputs, instrument: "Instrument") -> tuple[list[int], list[int]]:
     # Imported where it runs: no system pays for the libraries of another.
     if system == "ours":
         from benchmarks.speed import ours
