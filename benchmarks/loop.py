@@ -1,25 +1,26 @@
 """Measures what the training loop costs beyond forward and backward; writes `results/loop.json`.
 
-The real train step runs; after each of its optimizer steps the same batches go through a bare forward and backward pass
-of the same model, so that both are measured in turn in one process. The loop's time holds everything else that a step
-does: reading data, clipping, checks, the optimizer, the history and reports.
+The real train step runs; before or after each of its optimizer steps, in turn, the same batches go through a bare
+forward and backward pass of the same model, so that both are measured in one process and neither is always the first.
+The loop's time holds everything else that a step does: reading data, clipping, checks, the optimizer, the history and
+reports. Python collects garbage as it does in a pod.
 """
 
 import argparse
-import gc
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import quantiles
+from typing import Any, Literal
 from unittest.mock import patch
 
 from benchmarks.conversations import CHAT, write_conversations
 from benchmarks.inputs import RESULTS, model_folder, write_result
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_environment, describe_machine
 from benchmarks.speed.settings import ALPHA, MAX_LENGTH, RANK, SEED
 from benchmarks.trainer import prepared_context, train_here
 
@@ -41,97 +42,160 @@ class Span:
         """Both clocks."""
         return cls(time.monotonic(), time.process_time())
 
-    def since(self, earlier: "Span") -> "Span":
-        """What has passed."""
+    def minus(self, earlier: "Span") -> "Span":
+        """What has passed since then, or what is left without that."""
         return Span(self.seconds - earlier.seconds, self.cpu_seconds - earlier.cpu_seconds)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A step of the loop and the bare passes over its batches."""
+
+    first: Literal["loop", "bare"]
+    loop: Span
+    """From the end of the step before: the report of a step counts in the next one."""
+    optimizer: Span
+    """The part of `loop` in the optimizer."""
+    bare: Span
+
+
 @dataclass
-class Pairs:
-    """The steps of the loop and, after each, the bare passes over its batches."""
+class Alternation:
+    """Listens to the training loop and has bare passes over a step's batches made after it and before it in turn."""
 
-    batch_loss: Callable[[Any, Any], Any]
-    """The loop's own, through which model and batches are seen."""
-    loop: list[Span] = field(default_factory=list)
-    optimizer: list[Span] = field(default_factory=list)
-    bare: list[Span] = field(default_factory=list)
-    _seen: list[tuple[Any, Any]] = field(default_factory=list)
+    share: Callable[..., list[tuple[Any, bool]]]
+    """The loop's own way to read the batches of its next step."""
+    bare_passes: Callable[[Any, list[Any]], Span]
+    """Forward and backward passes of a run's model over batches, and what they took."""
+    pairs: list[Pair] = field(default_factory=list)
+    _run: Any = None
+    _batches: list[Any] = field(default_factory=list)
     _began: Span | None = None
-    _optimizer_began: Span | None = None
+    """None in the first step, which pays for what is made once."""
+    _optimizer_began: Span = Span(0.0, 0.0)
+    _bare: Span | None = None
+    _paused: Span = Span(0.0, 0.0)
+    """What has passed inside of the step and does not belong to it."""
 
-    def loss(self, model: Any, batch: Any) -> Any:
-        """In place of the loop's loss: the same, remembered."""
-        self._seen.append((model, batch))
-        return self.batch_loss(model, batch)
+    def read(self, run: Any, *arguments: Any) -> list[tuple[Any, bool]]:
+        """In place of the loop's reading: the same, remembered. In every other step the bare passes come here."""
+        shared = self.share(run, *arguments)
+        self._run, self._batches = run, [batch for batch, _ in shared]
+        if self._began is not None and len(self.pairs) % 2:
+            began = Span.now()
+            self._bare = self.bare_passes(run, self._batches)
+            self._paused = Span.now().minus(began)
+        return shared
 
     def before_optimizer(self, _optimizer: Any, _arguments: Any, _keywords: Any) -> None:
         """The optimizer begins."""
         self._optimizer_began = Span.now()
 
-    def after_optimizer(self, optimizer: Any, _arguments: Any, _keywords: Any) -> None:
-        """A step of the loop is done, but for its report, which counts in the next one."""
+    def after_optimizer(self, _optimizer: Any, _arguments: Any, _keywords: Any) -> None:
+        """A step of the loop is done, but for its report."""
         now = Span.now()
-        if self._began is not None and self._optimizer_began is not None:
-            self.loop.append(now.since(self._began))
-            self.optimizer.append(now.since(self._optimizer_began))
-            self.bare.append(self._bare_passes(optimizer))
-        self._seen.clear()
+        if self._began is not None:
+            loop = now.minus(self._began).minus(self._paused)
+            optimizer = now.minus(self._optimizer_began)
+            first: Literal["loop", "bare"] = "loop" if self._bare is None else "bare"
+            bare = self.bare_passes(self._run, self._batches) if self._bare is None else self._bare
+            self.pairs.append(Pair(first, loop, optimizer, bare))
+        self._bare, self._paused = None, Span(0.0, 0.0)
         self._began = Span.now()
 
-    def _bare_passes(self, optimizer: Any) -> Span:
-        import torch
 
-        optimizer.zero_grad(set_to_none=True)
-        began = Span.now()
-        for model, batch in self._seen:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = self.batch_loss(model, batch)
-            loss.backward()
-        passed = Span.now().since(began)
-        optimizer.zero_grad(set_to_none=True)
-        return passed
+def bare_passes(run: Any, batches: list[Any]) -> Span:
+    """Forward and backward passes, as the loop computes them, and nothing else; they leave no gradient behind."""
+    import torch
+
+    from qlora_trainer.loss import batch_loss
+    from qlora_trainer.model import COMPUTE_DTYPE
+
+    run.optimizer.zero_grad(set_to_none=True)
+    began = Span.now()
+    for batch in batches:
+        with torch.autocast(run.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
+            loss = batch_loss(run.model.get_base_model(), batch)
+        loss.backward()
+    passed = Span.now().minus(began)
+    run.optimizer.zero_grad(set_to_none=True)
+    return passed
+
+
+@contextmanager
+def alternating() -> Iterator[Alternation]:
+    """Listen to the training loop that runs in the body. PyTorch must not be loaded before its settings are made."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    from qlora_trainer import loop
+
+    alternation = Alternation(loop._share, bare_passes)
+    hooks = [
+        register_optimizer_step_pre_hook(alternation.before_optimizer),
+        register_optimizer_step_post_hook(alternation.after_optimizer),
+    ]
+    try:
+        with patch.object(loop, "_share", alternation.read):
+            yield alternation
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """By how much the loop's steps exceed the bare passes, as a share of these: quartiles over the pairs."""
+
+    lower_quartile: float
+    median: float
+    upper_quartile: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> "Overhead":
+        """The overhead of at least two pairs whose steps take `ratios` times as long as their bare passes."""
+        return cls(*(ratio - 1 for ratio in quantiles(ratios, n=4, method="inclusive")))
 
 
 def main() -> int:
     """Measure, write and print; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
-    parser.add_argument("--steps", type=int, default=5, help="pairs to measure (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=15, help="pairs to measure (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error(f"--steps is {options.steps}: must be at least 2, since quartiles are told")
     machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="qlora-loop-") as scratch:
         pairs = _measure(Path(scratch), options.steps)
     figures = overhead(pairs)
     result = {
         "machine": machine,
-        "pairs": [
-            {"loop": asdict(loop), "optimizer": asdict(optimizer), "bare": asdict(bare)}
-            for loop, optimizer, bare in zip(pairs.loop, pairs.optimizer, pairs.bare, strict=True)
-        ],
-        "overhead": figures,
+        "environment": describe_environment(),
+        "pairs": [asdict(pair) for pair in pairs],
+        "overhead": {clock: asdict(value) for clock, value in figures.items()},
         "target": TARGET,
     }
     for clock, value in figures.items():
-        print(f"overhead of the loop by {clock}: {value:.2%} (target: at most {TARGET:.0%})")
+        print(
+            f"overhead of the loop by {clock}: {value.median:.2%}, quartiles {value.lower_quartile:.2%} and "
+            f"{value.upper_quartile:.2%} (target: at most {TARGET:.0%})"
+        )
     print(f"\n{write_result('loop', result, options.output)}")
     return 0
 
 
-def overhead(pairs: Pairs) -> dict[str, float]:
-    """The median of the pairs' ratios, less one: by either clock, and by processor time without the optimizer."""
-    cpu = [bare.cpu_seconds for bare in pairs.bare]
+def overhead(pairs: Sequence[Pair]) -> dict[str, Overhead]:
+    """By either clock, and by processor time without the optimizer."""
     return {
-        "wall time": median(loop.seconds / bare.seconds for loop, bare in zip(pairs.loop, pairs.bare, strict=True)) - 1,
-        "processor time": median(loop.cpu_seconds / bare for loop, bare in zip(pairs.loop, cpu, strict=True)) - 1,
-        "processor time without the optimizer": median(
-            (loop.cpu_seconds - optimizer.cpu_seconds) / bare
-            for loop, optimizer, bare in zip(pairs.loop, pairs.optimizer, cpu, strict=True)
-        )
-        - 1,
+        "wall time": Overhead.of([pair.loop.seconds / pair.bare.seconds for pair in pairs]),
+        "processor time": Overhead.of([pair.loop.cpu_seconds / pair.bare.cpu_seconds for pair in pairs]),
+        "processor time without the optimizer": Overhead.of(
+            [pair.loop.minus(pair.optimizer).cpu_seconds / pair.bare.cpu_seconds for pair in pairs]
+        ),
     }
 
 
-def _measure(folder: Path, steps: int) -> Pairs:
+def _measure(folder: Path, steps: int) -> list[Pair]:
     write_conversations(folder / "train.jsonl", ROWS, SEED, CHAT)
     training = {
         "maxSteps": WARM_UP_STEPS + steps,
@@ -141,19 +205,9 @@ def _measure(folder: Path, steps: int) -> Pairs:
         "samples": 0,
     }
     context = prepared_context(folder, model_folder(), training, {"rank": RANK, "alpha": ALPHA})
-
-    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
-    from qlora_trainer import loop
-    from qlora_trainer.loss import batch_loss
-
-    pairs = Pairs(batch_loss)
-    register_optimizer_step_pre_hook(pairs.before_optimizer)
-    register_optimizer_step_post_hook(pairs.after_optimizer)
-    gc.disable()
-    with patch.object(loop, "batch_loss", pairs.loss):
+    with alternating() as alternation:
         train_here(context)
-    return pairs
+    return alternation.pairs
 
 
 if __name__ == "__main__":
