@@ -45,7 +45,7 @@ check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests
 	@$(PYTHON) -m pytest -q tests/unit
 
 .PHONY: benchmarks
-benchmarks: $(VENV)/.synced-benchmarks ## Compare the trainer with TRL and others: half an hour on an idle machine
+benchmarks: $(VENV)/.synced-benchmarks ## Compare the trainer with TRL and others: 40 minutes on an idle machine
 	@$(PYTHON) -m benchmarks
 
 .PHONY: generate
