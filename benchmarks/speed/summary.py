@@ -64,7 +64,7 @@ def seconds_to(target_loss: float, base_loss: float, measured: Measured) -> floa
     for step, loss in measured["evalLosses"].items():
         seconds = float(measured["steps"][int(step) - 1]["seconds"])
         if loss <= target_loss:
-            return before + (seconds - before) * (loss_before - target_loss) / (loss_before - loss)
+            return float(before + (seconds - before) * (loss_before - target_loss) / (loss_before - loss))
         before, loss_before = seconds, loss
     return None
 

@@ -23,7 +23,7 @@ class Ballast:
     @property
     def bytes(self) -> int:
         """What it holds, which PyTorch counts as this process's."""
-        return self._held.nbytes
+        return int(self._held.nbytes)
 
     def __exit__(self, *_: object) -> None:
         del self._held

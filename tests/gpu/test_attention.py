@@ -28,7 +28,7 @@ def attend(tensors: tuple[Tensor, Tensor, Tensor], window: int | None, softcap: 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_equals_32_bit_attention_on_the_cpu(shape: tuple[int, int, int], window: int | None) -> None:
     tensors = inputs(*shape)
-    expected = attend(tuple(tensor.cpu().float() for tensor in tensors), window)  # type: ignore[arg-type]
+    expected = attend(tuple(tensor.cpu().float() for tensor in tensors), window)
     found = attend(tensors, window).cpu().float()
     # Two roundings to bfloat16 (8 bits): of the weights and of the output.
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
@@ -37,7 +37,7 @@ def test_it_equals_32_bit_attention_on_the_cpu(shape: tuple[int, int, int], wind
 @pytest.mark.parametrize("window", [None, 16])
 def test_a_capped_score_equals_the_cpus(window: int | None) -> None:
     tensors = inputs(4, 2, 64)
-    expected = attend(tuple(tensor.cpu().float() for tensor in tensors), window, 20.0)  # type: ignore[arg-type]
+    expected = attend(tuple(tensor.cpu().float() for tensor in tensors), window, 20.0)
     torch.testing.assert_close(attend(tensors, window, 20.0).cpu().float(), expected, rtol=2e-2, atol=2e-2)
 
 
@@ -58,8 +58,8 @@ def test_no_row_sees_another_bit_for_bit(window: int | None) -> None:
 def test_gradients_equal_those_of_the_cpu() -> None:
     tensors = tuple(tensor.requires_grad_() for tensor in inputs(4, 2, 64))
     there = tuple(tensor.detach().cpu().float().requires_grad_() for tensor in tensors)
-    attend(tensors, None).float().square().sum().backward()  # type: ignore[arg-type]
-    attend(there, None).square().sum().backward()  # type: ignore[arg-type]
+    attend(tensors, None).float().square().sum().backward()
+    attend(there, None).square().sum().backward()
     for found, expected in zip(tensors, there, strict=True):
         assert found.grad is not None
         assert expected.grad is not None

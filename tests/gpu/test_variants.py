@@ -31,7 +31,7 @@ def loss_in_peft(files: Files, model: Path) -> float:
     adapted = PeftModel.from_pretrained(base, str(files.workspace / "adapter")).eval()
     data = PreparedDataset.open(files.workspace / record(files, "prepare")["dataPath"], "eval")
     batches = read_compared(data, len(data), torch.device("cuda"), together=False)
-    return mean_loss(adapted.get_base_model(), batches)
+    return float(mean_loss(adapted.get_base_model(), batches))
 
 
 @pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
@@ -58,7 +58,7 @@ def test_another_family_trains_close_to_the_same_on_a_cpu(family: str, tmp_path:
 
 
 def test_an_adapter_that_a_gpu_trained_is_merged_into_the_weights_of_that_gpu(tmp_path: Path, tiny_llama: Path) -> None:
-    spec = {"output": {"merged": {}}}
+    spec: dict[str, Any] = {"output": {"merged": {}}}
     files = on_gpu(new_files(tmp_path / "job", tiny_llama.parent, spec), "prepare", "train", "publish")
     merged = record(files, "publish")["merged"]
     assert merged["adapterEvalLoss"] < 0.9 * record(files, "train")["initialEvalLoss"]
