@@ -5,7 +5,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +15,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
-from qlora_trainer import checkpoint, loop
-from qlora_trainer.batches import Batch
-from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer import checkpoint
+from qlora_trainer.failures import Interrupted, StopRequest
 from qlora_trainer.outcome import summary
 from qlora_trainer.records import TrainRecord, read_completion
 from qlora_trainer.step import StepContext
 from tests.trainer.tiny import Recorded, merged
-from tests.trainer.training import RARE_TOKEN, StopAtStep, adapter_bytes, history, job, prepared, run
+from tests.trainer.training import (
+    RARE_TOKEN,
+    Lost,
+    LostAtStep,
+    adapter_bytes,
+    failure,
+    history,
+    interrupted_at,
+    job,
+    prepared,
+    run,
+)
 
 Prepare = Callable[..., StepContext]
 
@@ -36,20 +45,6 @@ def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
         return prepared(tmp_path / name, settings.pop("model", tiny_llama), spec, **settings)
 
     return make
-
-
-def failure(context: StepContext, **settings: Any) -> StepFailure:
-    with pytest.raises(StepFailure) as caught:
-        run(context, **settings)
-    return caught.value
-
-
-def interrupted_at(context: StepContext, step: int) -> None:
-    """An attempt that is asked to stop as soon as `step` steps are done."""
-    stop = StopRequest()
-    with pytest.raises(Interrupted) as caught:
-        run(context, stop=stop, records=StopAtStep(step, stop))
-    assert caught.value.training_step == step
 
 
 def with_spec(context: StepContext, spec: dict[str, Any]) -> StepContext:
@@ -107,23 +102,6 @@ def test_a_run_interrupted_after_every_step_ends_in_the_same_bytes(optimizer: st
     attempts = [json.loads(line) for line in (disturbed.workspace.records / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["ended"] for attempt in attempts] == ["interrupted"] * 5 + ["succeeded"]
     assert [attempt["fromStep"] for attempt in attempts] == list(range(6))
-
-
-class Lost(BaseException):
-    """An attempt that ends without warning, as with SIGKILL."""
-
-
-class LostAtStep(Recorded):
-    """Records that end the attempt without warning."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self._step = step
-
-    def progress(self, record: Any, *, force: bool = False) -> None:
-        if record.training_step == self._step:
-            raise Lost
-        super().progress(record, force=force)
 
 
 def test_a_lost_attempt_repeats_the_steps_since_its_checkpoint_and_ends_in_the_same_bytes(workspace: Prepare) -> None:
@@ -303,109 +281,9 @@ def test_without_prepare_nothing_is_trained(workspace: Prepare) -> None:
     assert "run the prepare step first" in failure(context).message
 
 
-class Card:
-    """A GPU on which so many rows of a micro batch fit, since there is none here to fill."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, error: RuntimeError | None = None) -> None:
-        self.sizes: list[int] = []
-        self._error = error or torch.OutOfMemoryError("CUDA out of memory")
-        self._rows, self._loss = rows, loop.batch_loss
-        monkeypatch.setattr(loop, "batch_loss", self._batch_loss)
-
-    def _batch_loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        rows = len(batch.rows.lengths)
-        if rows > self._rows:
-            raise self._error
-        self.sizes.append(rows)
-        return self._loss(model, batch)
-
-
-@pytest.mark.parametrize(
-    ("training", "advice"),
-    [
-        ({"microBatchSize": 4}, "set spec.training.microBatchSize to 2 and gradientAccumulationSteps to 4"),
-        ({"gradientCheckpointing": False}, "set spec.training.gradientCheckpointing to true"),
-        ({}, "set spec.training.maxSequenceLength to 256"),
-        ({"autoMicroBatch": True}, "set spec.training.maxSequenceLength to 256"),
-    ],
-)
-def test_running_out_of_gpu_memory_says_for_what_and_what_to_change(
-    training: dict[str, Any], advice: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Card(monkeypatch, rows=0)
-
-    found = failure(workspace(spec={"training": training}))
-
-    assert found.exit_code is ExitCode.GPU_OUT_OF_MEMORY
-    assert advice in found.message
-    size = training.get("microBatchSize", 1)
-    assert re.search(rf"measured peak of \d+\.\d GiB with microBatchSize {size}; the estimate is \d", found.message)
-    assert re.search(
-        r"GiB \(base model .*, adapter .*, optimizer .*, activations .*, logits .*, CUDA .*\)", found.message
-    )
-
-
-@pytest.mark.parametrize(
-    "said",
-    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: out of memory"],
-)
-def test_memory_that_a_library_asked_for_in_vain_is_told_as_well(
-    said: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Card(monkeypatch, rows=0, error=RuntimeError(said))
-
-    assert failure(workspace()).exit_code is ExitCode.GPU_OUT_OF_MEMORY
-
-
-AUTOMATIC = {
-    "training": {"microBatchSize": 4, "gradientAccumulationSteps": 1, "autoMicroBatch": True, "warmupSteps": 0},
-    "dataset": {"eval": None},
-    "lora": {"dropout": 0.0},
-}
-
-
-def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
-    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    roomy, small = workspace("roomy", AUTOMATIC, packed=False), workspace("small", AUTOMATIC, packed=False)
-    expected = run(roomy)
-    card = Card(monkeypatch, 1, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
-    records = Recorded()
-
-    found = run(small, records=records)
-
-    assert card.sizes == [1] * 4 * 6
-    assert (found.training_step, found.micro_batch_size, expected.micro_batch_size) == (6, 1, None)
-    assert [line["loss"] for line in history(small)] == pytest.approx(
-        [line["loss"] for line in history(roomy)], rel=1e-3
-    )
-    said = "training with microBatchSize 1, lowered because the GPU ran out of memory"
-    assert (records.written[-1]["activity"], records.written[-1]["microBatchSize"]) == (said, 1)
-    assert "with microBatchSize 1 after the GPU had run out of memory" in summary(found, "train")
-
-
 def test_the_summary_says_when_the_adapter_does_worse_than_the_base(workspace: Prepare) -> None:
     record = run(workspace("job"))
     worse = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 2.5})
     assert summary(worse, "train").endswith("the loss rose from 2.0000 to 2.5000")
     better = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 1.5})
     assert "rose" not in summary(better, "train")
-
-
-def test_a_resumed_run_keeps_its_smaller_micro_batches_and_ends_in_the_same_bytes(
-    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = merged(AUTOMATIC, {"dataset": {"eval": {"fraction": 0.2}}, "lora": {"dropout": 0.1}})
-    undisturbed, disturbed = (workspace(name, spec, packed=False) for name in ("undisturbed", "disturbed"))
-    Card(monkeypatch, rows=2)
-    run(undisturbed)
-
-    with pytest.raises(Lost):
-        run(disturbed, records=LostAtStep(1))
-    interrupted_at(disturbed, 3)
-    monkeypatch.undo()
-    resumed = run(disturbed)
-
-    assert resumed.micro_batch_size == 2
-    assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
-    assert history(disturbed) == history(undisturbed)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import DatasetStatus, MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.data_statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
-from qlora_trainer.failures import StopRequest
+from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.family import inspect_family
 from qlora_trainer.packing import one_row_each, pack
 from qlora_trainer.prepared import split_file, write_split
@@ -127,6 +128,38 @@ class StopAtStep(Recorded):
         super().progress(record, force=force)
         if record.training_step >= self._step:
             self._stop.set()
+
+
+class Lost(BaseException):
+    """An attempt that ends without warning, as with SIGKILL."""
+
+
+class LostAtStep(Recorded):
+    """Records that end the attempt without warning."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        if record.training_step == self._step:
+            raise Lost
+        super().progress(record, force=force)
+
+
+def failure(context: StepContext, **settings: Any) -> StepFailure:
+    """How an attempt ends that must fail."""
+    with pytest.raises(StepFailure) as caught:
+        run(context, **settings)
+    return caught.value
+
+
+def interrupted_at(context: StepContext, step: int) -> None:
+    """An attempt that is asked to stop as soon as `step` steps are done."""
+    stop = StopRequest()
+    with pytest.raises(Interrupted) as caught:
+        run(context, stop=stop, records=StopAtStep(step, stop))
+    assert caught.value.training_step == step
 
 
 def history(context: StepContext) -> list[dict[str, float]]:

@@ -95,7 +95,9 @@ def train(
             held.enter_context(run.history)
         with shortage(lambda: run.plan.micro_batch_size):
             state = run_to_end(run, state)
-        record = _finish(run, state, digest(fingerprint)) if ranks.main else None
+        # What may need memory now is the comparison, which takes one sequence at a time.
+        with shortage(lambda: 1):
+            record = _finish(run, state, digest(fingerprint)) if ranks.main else None
         ranks.wait()
         if record is not None:
             _leave_samples(run, model_folder)
