@@ -11,19 +11,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
+from qlora_api.contract import ExitCode
 from qlora_trainer import checkpoint
 from qlora_trainer.checkpoint import newest_checkpoint, read_checkpoint
+from qlora_trainer.outcome import classify
+from tests.trainer.bad_disk import BadDisk, bad_disk
 from tests.trainer.test_checkpoint import FILES, in_child, newest_step, save
+from tests.trainer.training import adapter_bytes, history, interrupted_at, prepared, run
 
 KILLS = 200
 LONGEST_DELAY_S = 0.02
-FILE_SYSTEM_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
+FULL_DISKS = 12
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -152,8 +157,8 @@ def test_a_save_that_fails_at_any_operation_leaves_the_earlier_checkpoints(numbe
         save(folder, 1, 2)
 
         def save_on_bad_disk(folder: Path = folder, failing: int = failing) -> None:
-            fail_at(failing, folder, number)
-            save(folder, 3)
+            with bad_disk(folder, failing, number):
+                save(folder, 3)
 
         status = os.waitstatus_to_exitcode(in_child(save_on_bad_disk))
         assert len(steps_in(folder)) >= 2
@@ -166,27 +171,50 @@ def test_a_save_that_fails_at_any_operation_leaves_the_earlier_checkpoints(numbe
     pytest.fail("the save never got through")
 
 
-def fail_at(failing: int, folder: Path, number: int) -> None:
-    """Answer operation number `failing` below `folder` with an error. For a process of its own: it cannot be undone."""
-    operations, fsync = iter(range(failing - 1)), os.fsync
+SHORT_RUN = {
+    "dataset": {"eval": None},
+    "training": {"maxSteps": 3, "saveEverySteps": 1, "gradientAccumulationSteps": 1},
+}
 
-    def answer() -> None:
-        if next(operations, None) is None and not answered:
-            answered.append(number)
-            raise OSError(number, os.strerror(number))
 
-    answered: list[int] = []
+def full_from(failing: int, workspace: Path) -> AbstractContextManager[BadDisk]:
+    """A volume on which there is no more room from that write on."""
+    return bad_disk(workspace, failing, errno.ENOSPC, stays_full=True)
 
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event in FILE_SYSTEM_EVENTS and str(folder) in str(arguments[0]):
-            answer()
 
-    def synced(descriptor: int) -> None:
-        answer()
-        fsync(descriptor)
+def test_a_run_whose_volume_is_full_from_any_write_on_ends_so_and_then_goes_on_to_the_same_bytes(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    """The whole train step, with the volume full from the first write on, from some of the others, from the last."""
+    undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SHORT_RUN)
+    with full_from(sys.maxsize, undisturbed.workspace.root) as disk:
+        run(undisturbed)
+    assert disk.operations > 50
+    some = Random(0).sample(range(2, disk.operations), FULL_DISKS - 2)
 
-    os.fsync = synced
-    sys.addaudithook(hook)
+    for failing in (1, *some, disk.operations):
+        context = prepared(tmp_path / str(failing), tiny_llama, SHORT_RUN)
+        with full_from(failing, context.workspace.root), pytest.raises(OSError, match="No space left") as caught:
+            run(context)
+        assert classify(caught.value).exit_code is ExitCode.STORAGE_FULL
+
+        assert run(context).training_step == 3
+        assert adapter_bytes(context) == adapter_bytes(undisturbed), failing
+        assert history(context) == history(undisturbed), failing
+        assert not list(context.workspace.root.rglob("*.unfinished"))
+
+
+def test_a_stop_that_has_saved_stays_one_though_the_volume_cannot_take_how_the_attempt_ended(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    counted, full = (prepared(tmp_path / name, tiny_llama, SHORT_RUN) for name in ("counted", "full"))
+    with full_from(sys.maxsize, counted.workspace.root) as disk:
+        interrupted_at(counted, 2)
+
+    with full_from(disk.operations, full.workspace.root):
+        interrupted_at(full, 2)
+
+    assert run(full).training_step == 3
 
 
 FILL = """

@@ -69,21 +69,27 @@ def counted_attempt(
 ) -> Iterator[None]:
     """Run the body as one more attempt, which is on record before it starts, with how it ends.
 
-    Raises StepFailure (RETRIES_EXHAUSTED) instead if no attempt is left.
+    Raises StepFailure (RETRIES_EXHAUSTED) instead if no attempt is left, and OSError if the record cannot be written;
+    but what the body raises comes first.
     """
     earlier = read_attempts(records)
     refuse_if_spent(earlier, from_step, max_disruptions)
     attempt = Attempt(pod_uid=pod_uid, started_at=timestamp(now()), from_step=from_step)
     write_attempts(records, [*earlier, attempt])
-    ended: Literal["succeeded", "interrupted", "failed"] = "failed"
+
+    def note_end(ended: Literal["succeeded", "interrupted", "failed"]) -> None:
+        write_attempts(records, [*earlier, attempt.model_copy(update={"ended": ended})])
+
     try:
         yield
-        ended = "succeeded"
-    except Interrupted:
-        ended = "interrupted"
+    except BaseException as error:
+        try:
+            note_end("interrupted" if isinstance(error, Interrupted) else "failed")
+        except OSError:
+            # Why the attempt ended decides the exit code. Without a word on its end it counts as a disruption.
+            _log.exception("%s cannot take how this attempt ended", ATTEMPTS_FILE)
         raise
-    finally:
-        write_attempts(records, [*earlier, attempt.model_copy(update={"ended": ended})])
+    note_end("succeeded")
 
 
 def read_attempts(records: Path) -> list[Attempt]:
