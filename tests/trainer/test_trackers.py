@@ -1,8 +1,9 @@
 """A run's curves in the tools that teams compare runs with, read back by the tools' own libraries."""
 
 import shutil
+import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,24 @@ from wandb.proto.wandb_internal_pb2 import Record
 from qlora_api.contract import ExitCode
 from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.prepare import prepare
+from qlora_trainer.step import StepContext
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows
-from tests.trainer.training import StopAtStep, history, prepared, run
+from tests.trainer.training import Lost, LostAtStep, StopAtStep, history, prepared, run
 
 
-class Lost(BaseException):
-    """The process ends without a checkpoint."""
+class MLflowGoesAway(Recorded):
+    """Records that take MLflow's files away as soon as they say so."""
 
-
-class LostAtFirstStep(Recorded):
-    """Records at whose first step the process is lost."""
+    def __init__(self, context: StepContext, when: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self._folder, self._when = context.workspace.report / "mlflow", when
 
     def progress(self, record: Any, *, force: bool = False) -> None:
         super().progress(record, force=force)
-        if record.training_step == 1:
-            raise Lost
+        if self._when(record) and self._folder.is_dir():
+            shutil.rmtree(self._folder)
+            self._folder.touch()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[
     context = prepared(tmp_path_factory.mktemp("tracked"), tiny_llama, spec)
     stop = StopRequest()
     with pytest.raises(Lost):
-        run(context, records=LostAtFirstStep())
+        run(context, records=LostAtStep(1))
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(3, stop))
     # The process ends here, with whatever it has not written yet.
@@ -62,7 +65,9 @@ def test_tensorboard_shows_each_step_once(report: tuple[Path, list[dict[str, flo
     assert set(events.Tags()["scalars"]) >= {"train/grad_norm", "train/learning_rate", "train/tokens_per_second"}
 
 
-def test_mlflow_has_one_run_with_its_settings(report: tuple[Path, list[dict[str, float]]]) -> None:
+def test_mlflow_has_one_run_with_its_settings_and_each_step_once(
+    report: tuple[Path, list[dict[str, float]]],
+) -> None:
     folder, metrics = report
     client = MlflowClient(tracking_uri=(folder / "mlflow").as_uri())
     experiment = client.get_experiment_by_name("qlora")
@@ -71,7 +76,10 @@ def test_mlflow_has_one_run_with_its_settings(report: tuple[Path, list[dict[str,
     assert (found.info.run_name, found.info.status) == ("tiny", "FINISHED")
     assert found.data.params["rank"] == "4"
     shown = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [metric.step for metric in shown] == [1, 2, 3, 4, 5, 6]
     assert {metric.step: metric.value for metric in shown} == pytest.approx(losses(metrics))
+    evaluations = client.get_metric_history(found.info.run_id, "eval/loss")
+    assert [metric.step for metric in evaluations] == [0, 2, 4, 6]
 
 
 def test_a_run_that_is_stopped_leaves_none_of_its_steps_in_memory(report: tuple[Path, list[dict[str, float]]]) -> None:
@@ -127,3 +135,47 @@ def test_a_tool_that_is_not_installed_is_named_before_anything_is_done(
     with pytest.raises(StepFailure, match="reportTo names wandb, which is not installed") as failure:
         prepare(make_context({"training": {"reportTo": ["wandb"]}}), records)
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+def test_a_tool_that_fails_in_the_midst_gets_no_more_and_the_run_and_the_others_go_on(
+    tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = prepared(tmp_path, tiny_llama, {"training": {"reportTo": ["mlflow", "tensorboard"]}})
+
+    record = run(context, records=MLflowGoesAway(context, lambda progress: progress.training_step == 3))
+
+    assert record.training_step == 6
+    assert list(losses(history(context))) == [1, 2, 3, 4, 5, 6]
+    events = EventAccumulator(str(context.workspace.report / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert warnings(caplog) == ["mlflow failed at step 4 and gets nothing more from this process"]
+
+
+def test_a_server_that_is_away_at_the_start_costs_no_run(
+    tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        context = prepared(tmp_path, tiny_llama, {"training": {"reportTo": ["mlflow"], "maxSteps": 1}})
+        assert run(context).training_step == 1
+
+    assert warnings(caplog) == ["mlflow could not be opened and gets nothing more from this process"]
+
+
+def test_a_tool_that_cannot_be_closed_does_not_hide_that_the_run_was_stopped(
+    tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context, stop = prepared(tmp_path, tiny_llama, {"training": {"reportTo": ["mlflow"]}}), StopRequest()
+    stop.set()
+
+    with pytest.raises(Interrupted):
+        run(context, stop=stop, records=MLflowGoesAway(context, lambda progress: progress.activity == "interrupted"))
+
+    assert warnings(caplog) == ["mlflow could not be closed and gets nothing more from this process"]
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said of the tools, up to where it says what has the metrics."""
+    return [record.message.partition(";")[0] for record in caplog.records if record.name == "qlora_trainer.trackers"]

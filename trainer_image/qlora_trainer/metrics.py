@@ -49,9 +49,11 @@ class History:
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         """No more lines from this process. The trackers write what they hold back; a failure leaves them unfinished."""
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close(finished=failure is None)
+        try:
+            self._file.close()
+        finally:
+            for tracker in self._trackers:
+                tracker.close(finished=failure is None)
 
 
 @dataclass(frozen=True)

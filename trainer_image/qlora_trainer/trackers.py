@@ -5,12 +5,15 @@ or uploads later. Outside a pod its own environment variables (MLFLOW_TRACKING_U
 """
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_trainer.failures import bad_configuration
+from qlora_trainer.files import HISTORY_FILE
 
 _MODULES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 _GROUPS = {
@@ -21,6 +24,8 @@ _GROUPS = {
     "memoryBytes": "train/memory_bytes",
     "evalLoss": "eval/loss",
 }
+
+_log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -48,7 +53,9 @@ def open_trackers(
 ) -> list[Tracker]:
     """The tools' records of a run, which go on after `from_step` if an earlier process began them.
 
-    `run_id` is the same for each attempt of a run; `settings` are the run's hyperparameters.
+    `run_id` is the same for each attempt of a run; `settings` are the run's hyperparameters. Raises StepFailure
+    (BAD_CONFIGURATION) for a tool that is not installed. Nothing else that a tool raises, now or later, gets out: it is
+    logged, and the tool gets nothing more from this process.
     """
     # None of them is to call home, nor to ask which repository of code this is.
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false", WANDB_DISABLE_GIT="true")
@@ -58,12 +65,49 @@ def open_trackers(
         "wandb": _WeightsAndBiases,
     }
     require_installed(names)
-    return [makers[name](folder / name, run_name, run_id, settings, from_step) for name in names]
+    return [
+        _SideOutput(name, partial(makers[name], folder / name, run_name, run_id, settings, from_step)) for name in names
+    ]
 
 
 def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics by the names under which such tools group them."""
     return {_GROUPS.get(name, name): value for name, value in metrics.items() if name != "step"}
+
+
+class _SideOutput:
+    """A tool that the run can do without: after its first failure it is left alone."""
+
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
+        self._name = name
+        self._tracker: Tracker | None = None
+        self._attempt("could not be opened", lambda: self._open(open_tracker))
+
+    def _open(self, open_tracker: Callable[[], Tracker]) -> None:
+        self._tracker = open_tracker()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if (tracker := self._tracker) is not None:
+            self._attempt(f"failed at step {step}", lambda: tracker.log(step, metrics))
+
+    def close(self, *, finished: bool) -> None:
+        if (tracker := self._tracker) is not None:
+            self._attempt("could not be closed", lambda: tracker.close(finished=finished))
+
+    def _attempt(self, failed: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        # A server that is away, a full disk, a service that has died: MLflow has an exception for that, Weights
+        # & Biases has several, TensorBoard lets the operating system's through. They have no narrower type in common.
+        except Exception:  # noqa: BLE001
+            self._tracker = None
+            _log.warning(
+                "%s %s and gets nothing more from this process; %s has it all",
+                self._name,
+                failed,
+                HISTORY_FILE,
+                exc_info=True,
+            )
 
 
 class _TensorBoard:
@@ -95,10 +139,14 @@ class _MLflow:
         self._entities = mlflow.entities
         experiment = self._client.get_experiment_by_name("qlora")
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment("qlora")
+        self._logged: dict[str, set[int]] = {}
         same = self._client.search_runs([experiment_id], f"tags.`qlora.run` = '{run_id}'")
         if same:
             self._run_id = same[0].info.run_id
             self._client.update_run(self._run_id, status="RUNNING")
+            for name in same[0].data.metrics:
+                points = self._client.get_metric_history(self._run_id, name)
+                self._logged[name] = {point.step for point in points if point.step >= from_step}
             return
         run = self._client.create_run(experiment_id, run_name=run_name, tags={"qlora.run": run_id})
         self._run_id = run.info.run_id
@@ -107,7 +155,9 @@ class _MLflow:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in grouped(metrics).items():
-            self._client.log_metric(self._run_id, name, value, step=step)
+            # What a lost attempt logged after its checkpoint happens again; MLflow deletes no point and shows both.
+            if step not in self._logged.get(name, ()):
+                self._client.log_metric(self._run_id, name, value, step=step)
 
     def close(self, *, finished: bool) -> None:
         self._client.set_terminated(self._run_id, "FINISHED" if finished else "KILLED")
