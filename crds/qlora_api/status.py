@@ -135,7 +135,14 @@ class AdapterStatus(ObservedModel):
     size_bytes: Bytes = Field(description="Size of adapter_model.safetensors.")
     base_model: Uri = Field(description="The base model, as in the spec.")
     base_revision: ShortText = Field(description="Commit or content digest of the base model.")
-    rank: int = Field(ge=1, le=8192, description="LoRA rank, which a server must allow.")
+    rank: int = Field(ge=1, le=8192, description="LoRA rank, as in the spec.")
+    served_rank: int | None = Field(
+        None,
+        ge=1,
+        le=8192,
+        description="What a server must allow: the smallest --max-lora-rank that vLLM accepts for it, so 64 for rank "
+        "48 (its default is 16). Not set if vLLM does not load this adapter.",
+    )
     quantization: ShortText = Field(
         description="How the base was held in training, for example nf4 with double quantization."
     )

@@ -68,7 +68,7 @@ def test_the_status_tells_what_was_trained_on_what(finished: Finished) -> None:
     assert status["checkpoint"]["step"] == WATCHED
     assert status["adapter"]["baseModel"] == "pvc://inputs/model"
     assert status["adapter"]["baseRevision"] == status["resolved"]["modelRevision"]
-    assert status["adapter"]["rank"] == 4
+    assert (status["adapter"]["rank"], status["adapter"]["servedRank"]) == (4, 8)
     assert status["startTime"] <= status["completionTime"]
 
 

@@ -73,7 +73,8 @@ _ADAPTER = {
     "sizeBytes": 1,
     "baseModel": "hf://a/b",
     "baseRevision": "c0ffee",
-    "rank": 8,
+    "rank": 4,
+    "servedRank": 8,
     "quantization": "nf4",
 }
 _PREPARED = {
@@ -87,7 +88,14 @@ _PREPARED = {
     "memory": {"estimateBytes": 1, "lowBytes": 1, "highBytes": 1, "verdict": "unknown"},
     "dataset": {"format": "chat", "rows": 1, "usedRows": 1},
 }
-_TRAINED = {"fingerprint": "f", "adapterPath": "a", "adapterSha256": "0", "trainingStep": 1, "loss": 1.5}
+_TRAINED = {
+    "fingerprint": "f",
+    "adapterPath": "a",
+    "adapterSha256": "0",
+    "trainingStep": 1,
+    "loss": 1.5,
+    "quantizedLayers": [{"name": "q_proj", "shape": [64, 64], "count": 2, "bytesEach": 3208}],
+}
 _SPLIT = {
     "rows": 1,
     "tokens": 2,

@@ -23,7 +23,7 @@ from qlora_trainer.model import adapter_tensors, load_base
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.quantized import quantized_layers
 from qlora_trainer.records import TrainRecord
-from qlora_trainer.serving import refused_by_vllm
+from qlora_trainer.serving import refused_by_vllm, served_rank
 from qlora_trainer.step import StepContext
 from qlora_trainer.verify import verify_adapter
 from qlora_trainer.weights import BaseWeights
@@ -161,6 +161,7 @@ def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
     [
         (LoraSpec(), None),
         (LoraSpec(use_rslora=True, initialization="loftq", layers_to_transform=(1,)), None),
+        (LoraSpec(rank=512), None),
         (LoraSpec(use_dora=True), "DoRA"),
         (LoraSpec(modules_to_save=("lm_head",)), "modulesToSave"),
         (LoraSpec(rank=1024), "rank 1024"),
@@ -170,3 +171,9 @@ def test_what_vllm_refuses_is_known_by_its_reason(lora: LoraSpec, word: str | No
     reason = refused_by_vllm(lora)
     assert (reason is None) == (word is None)
     assert reason is None or str(word) in reason
+    assert (served_rank(lora) is None) == (word is not None)
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (48, 64), (64, 64), (257, 320), (321, 512)])
+def test_the_rank_that_a_server_must_allow_is_one_that_vllm_accepts(rank: int, served: int) -> None:
+    assert served_rank(LoraSpec(rank=rank)) == served

@@ -38,7 +38,8 @@ ADAPTER = AdapterStatus(
     size_bytes=7,
     base_model="hf://org/model",
     base_revision="c0ffee",
-    rank=64,
+    rank=48,
+    served_rank=64,
     quantization="nf4",
 )
 FACTS: dict[StepName, dict[str, Any]] = {

@@ -56,7 +56,7 @@ def model_card(context: StepContext, prepared: PrepareRecord, trained: TrainReco
         quantization=quantization_label(spec.quantization.type, double=spec.quantization.double_quant),
         modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),
         batch=spec.training.micro_batch_size * spec.training.gradient_accumulation_steps,
-        served_rank=served_rank(spec.lora.rank),
+        served_rank=served_rank(spec.lora),
         refused_by_vllm=refused_by_vllm(spec.lora),
         variant=variant_label(spec.lora),
         loss=lambda value: "–" if value is None else f"{value:.4f}",

@@ -29,6 +29,7 @@ from qlora_trainer.records import (
     write_completion,
 )
 from qlora_trainer.report import write_report
+from qlora_trainer.serving import served_rank
 from qlora_trainer.step import StepContext
 from qlora_trainer.verify import verify_adapter
 from qlora_trainer.volume_folder import confined
@@ -85,6 +86,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
             base_model=context.spec.model.source,
             base_revision=prepared.model_revision,
             rank=context.spec.lora.rank,
+            served_rank=served_rank(context.spec.lora),
             quantization=quantization_label(
                 context.spec.quantization.type, double=context.spec.quantization.double_quant
             ),

@@ -13,9 +13,11 @@ ADAPTER_PLACEHOLDER = "PATH/OF/THE/ADAPTER"
 BASE_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL"
 
 
-def served_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM that admits `rank`; None if there is none."""
-    return next((allowed for allowed in _VLLM_RANKS if allowed >= rank), None)
+def served_rank(lora: LoraSpec) -> int | None:
+    """The smallest --max-lora-rank of vLLM that admits an adapter of this kind; None if vLLM does not load it."""
+    if refused_by_vllm(lora) is not None:
+        return None
+    return next(allowed for allowed in _VLLM_RANKS if allowed >= lora.rank)
 
 
 def refused_by_vllm(lora: LoraSpec) -> str | None:
@@ -23,7 +25,7 @@ def refused_by_vllm(lora: LoraSpec) -> str | None:
     reasons = {
         "it does not know DoRA (spec.lora.useDora)": lora.use_dora,
         "it takes no modules that were trained whole (spec.lora.modulesToSave)": lora.modules_to_save is not None,
-        f"its rank {lora.rank} is above the {max(_VLLM_RANKS)} that vLLM allows": served_rank(lora.rank) is None,
+        f"its rank {lora.rank} is above the {max(_VLLM_RANKS)} that vLLM allows": lora.rank > max(_VLLM_RANKS),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -33,8 +35,8 @@ def serving_commands(context: StepContext, prepared: PrepareRecord) -> Mapping[s
     hub = isinstance(parse_source(context.spec.model.source), HubSource)
     base, revision = (context.base_name, prepared.model_revision) if hub else (BASE_PLACEHOLDER, None)
     commands = {"PEFT": _peft(context, base, revision)}
-    rank = served_rank(context.spec.lora.rank)
-    if refused_by_vllm(context.spec.lora) is None:
+    rank = served_rank(context.spec.lora)
+    if rank is not None:
         pinned = f" --revision {revision}" if revision else ""
         commands["vLLM"] = (
             f"vllm serve {base}{pinned} \\\n  --enable-lora --max-lora-rank {rank} "
