@@ -89,7 +89,7 @@ class LocalRun:
             return cls(document, workspace, claims, config_maps, places["device"])
         except FileNotFoundError as missing:
             raise ValueError(f"{workspace} holds no run to go on with: {missing.filename} does not exist") from missing
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{records} holds no readable run: {error}; name the manifest's file instead") from error
 
 

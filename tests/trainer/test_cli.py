@@ -34,6 +34,14 @@ spec:
     learningRate: 2e-4
 """
 
+LLAMA_65B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "intermediate_size": 22016,
+    "num_attention_heads": 64,
+    "vocab_size": 32000,
+}
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -130,6 +138,25 @@ def test_a_plan_that_barely_fits_says_by_how_much_and_what_to_change_first(tmp_p
     assert "spec.training." in said
 
 
+def test_the_plan_of_the_papers_65b_job_on_a_48_gb_card_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
+    job = MANIFEST.replace("rank: 8", "rank: 64") + "    maxSequenceLength: 512\n"
+    (tmp_path / "job.yaml").write_text(job)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
+    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), "--gpu-memory", "48")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "tight: the run may fit" in said
+    left = re.search(r"on a card of 48 GiB: of 47\.04 usable, (\d\.\d\d) GiB are left\.", said)
+    assert left
+    assert float(left[1]) == pytest.approx(1.3, abs=0.05)
+    first = re.search(
+        r" 1\. spec\.training\.optimizer: paged_adamw_32bit → paged_adamw_8bit gives (\d\.\d\d) GiB: ", said
+    )
+    assert first
+    assert float(first[1]) == pytest.approx(4.5, abs=0.05)
+    assert " 2. spec." not in said
+
+
 def test_a_plan_without_a_card_compares_cards(tmp_path: Path) -> None:
     done = planned(tmp_path)
     assert done.returncode == 0
@@ -194,17 +221,24 @@ def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llam
         stderr=subprocess.STDOUT,
     )
     os.close(end)
-    shown = read_until(terminal, r"Training.*training (\d+)/30, loss \d")
+    figures = r"loss \d+\.\d{3}, held-out \d+\.\d{3}, \d+ tokens/s, \S+ left"
+    shown = read_until(terminal, rf"Training.*training \d+/30, {figures}")
     process.send_signal(signal.SIGINT)
     shown += read_until(terminal, r"qlora run --resume --workspace \S+")
     assert process.wait(300) == 130
     os.close(terminal)
     assert "━" in shown
     layout = WorkspaceLayout(files.workspace)
-    assert any(layout.checkpoints.glob("step-*"))
+    [saved] = layout.checkpoints.glob("step-*")
 
     done = qlora("run", "--resume", "--workspace", str(files.workspace))
     assert done.returncode == 0, done.stdout + done.stderr
+    attempts = [json.loads(line) for line in (layout.records / "attempts.jsonl").read_text().splitlines()]
+    assert [(attempt["fromStep"], attempt["ended"]) for attempt in attempts] == [
+        (0, "interrupted"),
+        (int(saved.name.removeprefix("step-")), "succeeded"),
+    ]
+    assert attempts[1]["fromStep"] > 0
     assert "prepare: " in done.stdout
     assert str(layout.report / "report.html") in done.stdout
     record = read_completion(layout.completion("publish"), PublishRecord)
@@ -224,6 +258,20 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path, leftover: str | None) -> 
     assert done.returncode == 10
     assert f"{tmp_path / 'work'}" in done.stderr
     assert "holds no" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("places", ["[" * 100_000, "[]", '{"device": "cpu"}', "\x00"])
+def test_a_run_whose_places_cannot_be_read_is_not_resumed(tmp_path: Path, places: str) -> None:
+    records = tmp_path / "work" / "records"
+    records.mkdir(parents=True)
+    document = {**new_files(tmp_path / "job", tmp_path).document, "metadata": {"name": "tiny"}}
+    (records / "job.json").write_text(json.dumps(document))
+    (records / "run.json").write_text(places)
+    done = qlora("run", "--resume", "--workspace", str(tmp_path / "work"))
+    assert done.returncode == 10
+    assert done.stderr.startswith(f"Error: {records} holds no readable run: ")
+    assert "name the manifest's file instead" in done.stderr
     assert "Traceback" not in done.stderr
 
 

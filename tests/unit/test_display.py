@@ -1,0 +1,60 @@
+"""What a local run says of its progress: one line that a person reads at a glance."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ProgressRecord
+from qlora_cli.display import describe, duration
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({}, "train"),
+        ({"activity": "loading the base model in 4 bit"}, "loading the base model in 4 bit"),
+        ({"activity": "training", "totalSteps": 1000}, "training 0/1000"),
+        (
+            {
+                "activity": "training",
+                "trainingStep": 420,
+                "totalSteps": 1000,
+                "loss": 1.23449,
+                "tokensPerSecond": 849.6,
+                "remainingSeconds": 4320.4,
+            },
+            "training 420/1000, loss 1.234, 850 tokens/s, 1h12m left",
+        ),
+        (
+            {"activity": "training", "trainingStep": 2, "totalSteps": 4, "loss": 2, "evalLoss": 2.5},
+            "training 2/4, loss 2.000, held-out 2.500",
+        ),
+        # Nothing is left of what is done.
+        (
+            {"activity": "training", "trainingStep": 4, "totalSteps": 4, "remainingSeconds": 0, "tokensPerSecond": 0},
+            "training 4/4, 0 tokens/s",
+        ),
+    ],
+)
+def test_a_record_becomes_a_line_of_what_it_knows(fields: dict[str, Any], line: str) -> None:
+    common = {"jobUid": "job", "podUid": "pod", "step": "train", "time": "2026-01-02T03:04:05Z"}
+    assert describe(ProgressRecord.model_validate(common | fields)) == line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (725, "12m05s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (11_220, "3h07m"),
+        (86_399, "23h59m"),
+        (86_400, "1d00h"),
+        (187_200, "2d04h"),
+    ],
+)
+def test_a_duration_has_its_two_largest_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
