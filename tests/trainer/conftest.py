@@ -11,8 +11,8 @@ from transformers import LlamaConfig, Qwen2Config
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.step import Mounts, StepContext
-from tests.trainer.command import Files, new_files
-from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, Recorded, merged, save_model
+from tests.trainer.command import ROWS, Files, new_files
+from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, merged, save_model, write_rows
 
 MakeContext = Callable[..., StepContext]
 
@@ -31,8 +31,12 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
-    """A job whose three steps have been run by the trainer's command line. Do not change it: copy it."""
+    """A job whose three steps have been run by the trainer's command line. Do not change it: copy it.
+
+    One of its rows is longer than a sequence may be.
+    """
     files = new_files(tmp_path_factory.mktemp("finished"), tiny_llama.parent)
+    write_rows(files.data / "train.jsonl", [*ROWS, chat_row("List all pods.", "kubectl get pods; " * 40)])
     for step in ("prepare", "train", "publish"):
         done = files.run(step)
         assert done.exit_code == 0, done.stdout + done.stderr

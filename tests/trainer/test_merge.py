@@ -29,6 +29,7 @@ from qlora_trainer.records import PublishRecord
 from qlora_trainer.step import StepContext
 from qlora_trainer.weights import BaseWeights
 from tests.trainer.test_model import adapted
+from tests.trainer.test_report import Page
 from tests.trainer.tiny import SHAPE, Recorded, save_model
 from tests.trainer.training import prepared, run
 
@@ -126,6 +127,30 @@ def test_any_server_can_load_it_and_both_losses_are_told(merged: tuple[StepConte
     card = (folder / "README.md").read_text()
     assert f"{status['evalLoss']:.4f} merged" in card
     assert "Do not quantize this model to 4 bit again" in card
+
+
+def test_the_card_and_the_page_say_what_vllm_refuses_and_the_page_compares_the_losses(
+    merged: tuple[StepContext, Path],
+) -> None:
+    context, _ = merged
+    status = json.loads(context.workspace.completion("publish").read_text())
+    card = " ".join((context.workspace.adapter / "README.md").read_text().split())
+    page = Page((context.workspace.report / "report.html").read_text()).words
+    lora, told = context.spec.lora, status["merged"]
+
+    refused = "vLLM cannot serve this adapter: "
+    if lora.use_dora:
+        refused += "it does not know DoRA (spec.lora.useDora)."
+    elif lora.modules_to_save:
+        refused += "it takes no modules that were trained whole (spec.lora.modulesToSave)."
+    served = not (lora.use_dora or lora.modules_to_save)
+    for text in (card, page):
+        assert (refused in text) != served
+        assert ("vllm serve" in text) == served
+    assert status["adapter"].get("servedRank") == (8 if served else None)
+    compared = f"the adapter has {told['adapterEvalLoss']:.4f} on the same {told['evalTokens']} tokens"
+    assert f"Held-out loss, merged {told['evalLoss']:.4f} {compared}" in page
+    assert f"The merged model is at {told['uri']} , in bfloat16" in page
 
 
 def test_what_is_published_is_not_merged_again_and_what_is_damaged_is(trained: StepContext) -> None:

@@ -81,6 +81,7 @@ def test_the_command_reports_the_adapter_that_lies_there(finished: Files) -> Non
         "baseModel": "pvc://models/model",
         "baseRevision": adapter["baseRevision"],
         "rank": 4,
+        "servedRank": 8,
         "quantization": "nf4 with double quantization",
     }
     assert adapter["baseRevision"].startswith("sha256:")
@@ -142,7 +143,11 @@ def test_the_folder_describes_itself(finished: Files) -> None:
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     assert "--max-lora-rank 8" in card.text
     assert 'bnb_4bit_quant_type="nf4"' in card.text
-    assert "30 of 40 rows" in card.text
+    assert "30 of 41 rows" in card.text
+    words = " ".join(card.text.split())
+    assert "1 were left out because they are longer than 64 tokens." in words
+    base = "the base held in nf4 with double quantization, as loaded above: serve it so to get the same answers"
+    assert f"The losses above are those of the adapter on {base}" in words
     assert "{{" not in card.text
     assert str(finished.root) not in card.content
 

@@ -72,7 +72,8 @@ def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
     for shown in (
         f"{metrics.evaluation.values[-1]:.4f}",
         f"{metrics.evaluation.values[0]:.4f} before training",
-        "40 read, 30 trained on, 10 held out",
+        "41 read, 30 trained on, 10 held out",
+        "Left out 1 longer than 64 tokens (spec.training.maxSequenceLength)",
         "% filled",
         "held in 4 bit",
         "--max-lora-rank 8",
@@ -81,6 +82,46 @@ def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
         "In the data",
     ):
         assert shown in page.words, shown
+
+
+def test_the_page_says_on_which_base_and_with_which_rank_the_adapter_is_served(finished: Files) -> None:
+    words = Page(page_of(finished)).words
+    trained_on = "The adapter was trained on the base model in nf4 with double quantization"
+    assert f"{trained_on}, and that is the base that its loss was measured on: load it on the same 4-bit base" in words
+    rank = "A server must allow rank 8 for this adapter of rank 4: vLLM accepts certain values only"
+    assert f"{rank}, and its default is 16." in words
+
+
+def test_the_picture_of_the_loss_has_a_point_for_each_evaluation(finished: Files) -> None:
+    evaluations = read_history(finished.workspace / "report" / "metrics.jsonl").evaluation
+    assert evaluations.steps == tuple(range(0, 31, 2))
+    source = page_of(finished)
+    picture = source[source.index("<svg") : source.index("</svg>")]
+    texts = [text.strip() for text in Page(picture).text]
+    assert "held-out rows" in texts
+    assert f"{evaluations.values[0]:.3f}" in texts
+    assert f"{evaluations.values[-1]:.3f}" in texts
+    points = re.findall(r"<use [^>]*fill: #d9480f", picture)
+    assert len(points) == len(evaluations.steps) + 1  # and one in the legend
+
+
+def test_the_page_shows_the_bytes_of_each_kind_of_layer(finished: Files) -> None:
+    words = Page(page_of(finished)).words
+    shapes = {
+        "q_proj": (64, 64),
+        "k_proj": (32, 64),
+        "v_proj": (32, 64),
+        "o_proj": (64, 64),
+        "gate_proj": (128, 64),
+        "up_proj": (128, 64),
+        "down_proj": (64, 128),
+    }
+    for name, (outputs, inputs) in shapes.items():
+        weights = outputs * inputs
+        # Two to a byte; a byte for each 64; a mean and one scale for all of those; tables of 16 and of 256 values.
+        held = weights // 2 + weights // 64 + 4 + 4 + 16 * 4 + 256 * 4
+        row = f"{name} 2 {outputs} × {inputs} {held:,} {8 * held / weights:.3f}"
+        assert row in words, row
 
 
 def test_the_samples_are_what_plain_peft_says(finished: Files) -> None:

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from qlora_api.contract import (
     MIN_SECONDS_BETWEEN_PROGRESS,
@@ -121,6 +122,20 @@ class Comparison(ObservedModel):
     loss: float = Field(description="Mean loss on these, of the adapter on the base in 4 bit.")
 
 
+class QuantizedLayers(ObservedModel):
+    """The base's 4-bit layers of one name and shape, such as the q_proj of every block."""
+
+    name: str = Field(description="The last part of their module's name.")
+    shape: tuple[PositiveInt, ...] = Field(description="Of one layer's weight: outputs and inputs.")
+    count: int = Field(description="How many there are.")
+    bytes_each: int = Field(description="What one takes, constants and tables included.")
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits for one weight."""
+        return 8 * self.bytes_each / prod(self.shape)
+
+
 class TrainRecord(ObservedModel):
     """What train leaves for publish."""
 
@@ -138,6 +153,7 @@ class TrainRecord(ObservedModel):
     )
     quantized_parameters: int | None = Field(None, description="Weights of the base that are held in 4 bit.")
     bits_per_parameter: float | None = Field(None, description="Bits that one of them takes, constants included.")
+    quantized_layers: tuple[QuantizedLayers, ...] = Field((), description="The layers that hold them, by kind.")
     quantized_sha256: str = Field("", description="SHA-256 of them, over name, type, shape and bytes of each tensor.")
     compared: Comparison | None = Field(None, description="By what a merged model is judged; not set without one.")
 

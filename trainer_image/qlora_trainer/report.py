@@ -15,7 +15,7 @@ from qlora_trainer.files import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_F
 from qlora_trainer.history import History, read_history
 from qlora_trainer.records import PrepareRecord, TrainRecord, write_atomically
 from qlora_trainer.samples import MAX_NEW_TOKENS, read_samples
-from qlora_trainer.serving import refused_by_vllm, serving_commands
+from qlora_trainer.serving import refused_by_vllm, served_rank, serving_commands
 from qlora_trainer.step import StepContext
 
 _GIB = 2**30
@@ -80,6 +80,7 @@ def _page(
         samples=read_samples(context.workspace.report / SAMPLES_FILE),
         max_new_tokens=MAX_NEW_TOKENS,
         commands=serving_commands(context, prepared),
+        served_rank=served_rank(context.spec.lora),
         refused_by_vllm=refused_by_vllm(context.spec.lora),
         merged=merged,
     )

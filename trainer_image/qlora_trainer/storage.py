@@ -1,6 +1,8 @@
 """How many bytes the 4-bit weights of a loaded model take, held against what the format says they must take."""
 
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from bitsandbytes.functional import QuantState
@@ -8,6 +10,7 @@ from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 
 from qlora_trainer.failures import bad_configuration
+from qlora_trainer.records import QuantizedLayers
 
 BLOCK = 64
 """Weights that share one quantization constant (arXiv 2305.14314, section 3)."""
@@ -23,9 +26,18 @@ _CONSTANTS_CODE_BYTES = 256 * _FLOAT32_BYTES
 class Storage:
     """The 4-bit weights of a model."""
 
-    parameters: int
-    bytes: int
-    """Of the weights and of all that is needed to read them."""
+    layers: tuple[QuantizedLayers, ...]
+    """By kind, in the order in which the model has the first of each."""
+
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(kind.count * prod(kind.shape) for kind in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights and of all that is needed to read them."""
+        return sum(kind.count * kind.bytes_each for kind in self.layers)
 
     @property
     def bits_per_parameter(self) -> float:
@@ -52,7 +64,7 @@ def storage_of(model: nn.Module) -> Storage:
 
     Raises StepFailure (BAD_CONFIGURATION) naming the first weight that takes other than the bytes of its format.
     """
-    parameters, held = 0, 0
+    counts: Counter[tuple[str, tuple[int, ...], int]] = Counter()
     for name, weight in model.named_parameters():
         if not isinstance(weight, Params4bit):
             continue
@@ -64,8 +76,14 @@ def storage_of(model: nn.Module) -> Storage:
                 f"{name} takes {found} bytes and {expected} are what {state.shape.numel()} weights of type "
                 f"{state.quant_type} take: this bitsandbytes holds them in another format"
             )
-        parameters, held = parameters + state.shape.numel(), held + found
-    return Storage(parameters, held)
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        counts[kind, tuple(state.shape), found] += 1
+    return Storage(
+        tuple(
+            QuantizedLayers(name=kind, shape=shape, count=count, bytes_each=size)
+            for (kind, shape, size), count in counts.items()
+        )
+    )
 
 
 def _tensors(state: QuantState) -> list[Tensor]:

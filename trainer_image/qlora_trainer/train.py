@@ -295,6 +295,7 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
         micro_batch_size=state.micro_batch_size,
         quantized_parameters=run.storage.parameters,
         bits_per_parameter=round(run.storage.bits_per_parameter, 4),
+        quantized_layers=run.storage.layers,
         quantized_sha256=run.quantized_sha256,
         compared=_compared(run),
     )
