@@ -1,5 +1,7 @@
 """Real servers for the tests: an S3 server over a folder and an OCI registry."""
 
+import base64
+import json
 import os
 import socket
 import subprocess
@@ -17,6 +19,11 @@ from tests.waiting import eventually
 ACCESS_KEY = "CANARYACCESSKEY"
 SECRET_KEY = "canary-secret-of-the-object-store"
 BUCKET = "team"
+
+USER, PASSWORD = "team", "canary-registry-password"
+LOGIN = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+# bcrypt of PASSWORD with four rounds.
+HTPASSWD = f"{USER}:$2b$04$fy77HFtGcLmU10SKe/D0l.F0ydvnzYtKnN8RGcSPzOg3iPlXt/t6i\n"
 
 
 @contextmanager
@@ -61,6 +68,11 @@ def registry(folder: Path, *, passwords: Path | None = None) -> Iterator[str]:
     path.write_text(yaml.safe_dump(configuration))
     with _running(["docker-registry", "serve", str(path)], dict(os.environ), address):
         yield address
+
+
+def give_login(folder: Path, host: str, login: str = LOGIN) -> None:
+    """The file of a mounted Secret with a login for a registry."""
+    (folder / ".dockerconfigjson").write_text(json.dumps({"auths": {host: {"auth": login}}}))
 
 
 def _free_address() -> str:

@@ -1,16 +1,20 @@
-"""Models and adapters in an OCI registry, over a real one, in good weather and in bad."""
+"""Adapters published to an OCI registry, a real one: whole, read back, once, and over nobody else's."""
 
 import base64
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import requests
+import torch
 from oras.client import OrasClient
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from urllib3.util import Retry
 
 from qlora_api.contract import ExitCode
@@ -20,21 +24,17 @@ from qlora_trainer.credentials import Secret
 from qlora_trainer.destination import publish_folder
 from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.manifest import Contents, Manifest, describe_files
-from qlora_trainer.prepare import prepare
+from qlora_trainer.publish import publish as publish_step
 from qlora_trainer.registry import Registry
 from qlora_trainer.registry_destination import RegistryDestination
-from qlora_trainer.step import StepContext
-from tests.trainer.command import qlora
-from tests.trainer.conftest import MakeContext
+from tests.trainer.command import Files
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.publication import MANIFEST
-from tests.trainer.servers import registry
+from tests.trainer.servers import HTPASSWD, LOGIN, PASSWORD, USER, give_login, registry
+from tests.trainer.test_publish import context
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 
-USER, PASSWORD, TOKEN = "team", "canary-registry-password", "canary-registry-token"
-# bcrypt of PASSWORD with four rounds.
-HTPASSWD = f"{USER}:$2b$04$fy77HFtGcLmU10SKe/D0l.F0ydvnzYtKnN8RGcSPzOg3iPlXt/t6i\n"
-LOGIN = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+TOKEN = "canary-registry-token"
 Publish = Callable[..., str]
 
 
@@ -55,12 +55,8 @@ def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     with serve_proxy(FaultProxy(real)) as served:
         for part in ("model", "output"):
             (tmp_path / "credentials" / part).mkdir(parents=True)
-            give_login(tmp_path / "credentials" / part, served.address, LOGIN)
+            give_login(tmp_path / "credentials" / part, served.address)
         yield served
-
-
-def give_login(folder: Path, host: str, login: str) -> None:
-    (folder / ".dockerconfigjson").write_text(json.dumps({"auths": {host: {"auth": login}}}))
 
 
 @pytest.fixture
@@ -94,7 +90,7 @@ def refused(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> 
 
 def pulled(uri: str, real: str, folder: Path) -> dict[str, bytes]:
     """What `oras pull` leaves of the artefact, from the registry itself."""
-    give_login(folder, real, LOGIN)
+    give_login(folder, real)
     reference = f"{real}/{uri.removeprefix('oci://').partition('/')[2]}"
     client = OrasClient(insecure=True, auth_backend="basic")
     client.pull(reference, config_path=str(folder / ".dockerconfigjson"), outdir=str(folder / "pulled"))
@@ -171,6 +167,31 @@ def test_a_blob_that_arrives_changed_is_refused_by_the_registry(
 ) -> None:
     proxy.rule = lambda request: Fault(corrupt_request=request.method == "PUT" and "/blobs/" in request.path)
     assert "did not arrive as it was sent" in refused(publish, ExitCode.UNREACHABLE)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md"])
+def test_what_does_not_read_back_is_never_called_published(
+    publish: Publish, proxy: FaultProxy, contents: Contents, name: str
+) -> None:
+    """The registry has taken it, and says that it has it."""
+    digest = describe_files(contents)[name].sha256
+    proxy.rule = lambda request: Fault(corrupt=request.method == "GET" and request.path.endswith(digest))
+    assert f"{name} does not read back as it was written" in refused(publish, ExitCode.UNREACHABLE)
+
+
+def test_peft_loads_the_folder_that_is_pulled(trained: Files, proxy: FaultProxy, real: str, tmp_path: Path) -> None:
+    address = f"oci://{proxy.address}/team/{uuid4().hex}:v1"
+    files = trained.with_spec({"output": {"destination": address, "secretRef": {"name": "push"}}})
+    step = context(files)
+    mounts = replace(step.mounts, credentials=tmp_path / "credentials")
+    step = replace(step, mounts=mounts, registries=(f"http://{proxy.address}",))
+    record = publish_step(step, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    pulled(record.adapter.uri, real, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(files.models / "model")
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, tmp_path / "pulled"))
+    expected = load_file(files.workspace / "trained" / "adapter_model.safetensors")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_adapter_of_another_job_is_never_replaced(publish: Publish) -> None:
@@ -255,7 +276,7 @@ def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(401))) as plain:
         source = parse_source(f"oci://{plain.address}/team/tiny:v1")
         assert isinstance(source, RegistrySource)
-        give_login(tmp_path, plain.address, LOGIN)
+        give_login(tmp_path, plain.address)
         opened = Registry(
             source,
             Secret(tmp_path, "spec.output.secretRef", "push"),
@@ -276,6 +297,24 @@ def test_a_token_server_in_trouble_is_tried_again(publish: Publish, proxy: Fault
     refused(publish, ExitCode(code))
 
 
+@pytest.mark.parametrize("answer", ["[]", "[" * 10**5, "busy", "{}", '{"token": {}}'], ids=range(5))
+def test_a_token_server_that_answers_nonsense_is_named(publish: Publish, proxy: FaultProxy, answer: str) -> None:
+    realm = f'Bearer realm="http://{proxy.address}/token",service="team",scope="push"'
+    proxy.rule = lambda request: (
+        Fault(200, body=answer.encode())
+        if request.path.startswith("/token")
+        else Fault(401, {"WWW-Authenticate": realm})
+    )
+    message = refused(publish, ExitCode.UNREACHABLE)
+    assert message.startswith(f"{proxy.address} answered HTTP 200 for a token")
+    assert "but with something else than a JSON object that holds one" in message
+
+
+def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, proxy: FaultProxy) -> None:
+    proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
+    assert f"{proxy.address} cannot be reached, or broke off" in refused(publish, ExitCode.UNREACHABLE)
+
+
 def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish: Publish, proxy: FaultProxy) -> None:
     """The token service of a registry, in front of the real one."""
 
@@ -294,123 +333,6 @@ def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish
     assert not any(TOKEN in request.path for request in proxy.seen)
 
 
-@pytest.fixture
-def model(proxy: FaultProxy, tiny_llama: Path, tmp_path: Path) -> str:
-    """Address of a model in the registry, by tag."""
-    source = parse_source(f"oci://{proxy.address}/models/{uuid4().hex}:v1")
-    assert isinstance(source, RegistrySource)
-    secret = Secret(tmp_path / "credentials" / "model", "spec.output.secretRef", "push")
-    files = {path.name: path for path in tiny_llama.iterdir()}
-    destination = RegistryDestination(source, secret, allowed=(f"http://{proxy.address}",))
-    destination.write(files, MANIFEST.model_copy(update={"files": describe_files(files)}))
-    proxy.seen.clear()
-    return str(source)
-
-
-def with_model(make_context: MakeContext, proxy: FaultProxy, source: str) -> StepContext:
-    context = make_context({"model": {"source": source, "secretRef": {"name": "pull"}}})
-    return replace(context, registries=(f"http://{proxy.address}",))
-
-
-def unusable(context: StepContext, records: Recorded, code: ExitCode) -> str:
-    """The message with which prepare ends with `code`, without a credential in it or left behind."""
-    with pytest.raises(StepFailure) as failure:
-        prepare(context, records)
-    assert failure.value.exit_code is code, failure.value.message
-    left = [path.read_bytes() for path in context.workspace.root.rglob("*") if path.is_file()]
-    for canary in (PASSWORD, LOGIN):
-        assert not any(canary.encode() in content for content in (*left, failure.value.message.encode()))
-    return failure.value.message
-
-
-def test_a_model_is_downloaded_and_its_revision_is_the_digest(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
-) -> None:
-    context = with_model(make_context, proxy, model)
-    record = prepare(context, records)
-    folder = context.workspace.root / record.model_path
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        assert (folder / name).read_bytes() == (tiny_llama / name).read_bytes()
-    assert not (folder / "manifest.json").exists()
-    shutil.rmtree(context.workspace.root)
-    pinned = with_model(make_context, proxy, f"{model.removesuffix(':v1')}@{record.model_revision}")
-    assert prepare(pinned, records).model_revision == record.model_revision
-
-
-def of_weights(proxy: FaultProxy, tiny_llama: Path) -> Callable[[Request], bool]:
-    digest = describe_files({"w": tiny_llama / "model.safetensors"})["w"].sha256
-    return lambda request: request.method == "GET" and request.path.endswith(f"/blobs/sha256:{digest}")
-
-
-def test_a_download_goes_on_where_it_was_cut_off(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
-) -> None:
-    wanted = of_weights(proxy, tiny_llama)
-    proxy.rule = lambda request: Fault(cut=100_000) if wanted(request) else None
-    context = with_model(make_context, proxy, model)
-    unusable(context, records, ExitCode.UNREACHABLE)
-    (partial,) = context.workspace.models.rglob("*.part")
-    kept = partial.stat().st_size
-    proxy.rule = lambda _request: None
-    proxy.seen.clear()
-    record = prepare(context, records)
-    asked = [request.headers.get("Range") for request in proxy.seen if wanted(request)]
-    assert asked[-1] == f"bytes={kept}-"
-    assert 0 < kept <= 100_000
-    found = context.workspace.root / record.model_path / "model.safetensors"
-    assert found.read_bytes() == (tiny_llama / "model.safetensors").read_bytes()
-
-
-def test_a_transfer_that_stalls_is_given_up(
-    make_context: MakeContext,
-    records: Recorded,
-    proxy: FaultProxy,
-    model: str,
-    tiny_llama: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(registry_module, "_TIMEOUTS", (1, 0.2))
-    wanted = of_weights(proxy, tiny_llama)
-    proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
-    message = unusable(with_model(make_context, proxy, model), records, ExitCode.UNREACHABLE)
-    assert "cannot be reached, or broke off" in message
-
-
-def test_a_layer_that_arrives_changed_is_loaded_again(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
-) -> None:
-    wanted = of_weights(proxy, tiny_llama)
-    proxy.rule = lambda request: Fault(corrupt=wanted(request))
-    context = with_model(make_context, proxy, model)
-    assert "model.safetensors has another SHA-256 than its digest" in unusable(context, records, ExitCode.UNREACHABLE)
-    proxy.rule = lambda _request: None
-    assert prepare(context, records).model_revision.startswith("sha256:")
-
-
-@pytest.mark.parametrize(
-    ("answer", "code", "words"),
-    [
-        (Fault(403), ExitCode.MODEL_UNAVAILABLE, "may not be read with the credentials of spec.model.secretRef"),
-        (Fault(404), ExitCode.MODEL_UNAVAILABLE, "does not exist: check repository and tag"),
-        (Fault(503), ExitCode.UNREACHABLE, "answered HTTP 503"),
-        (Fault(200, body=b"busy"), ExitCode.MODEL_UNAVAILABLE, "is no artefact with layers"),
-        (Fault(200, body=b'{"layers": [1]}'), ExitCode.MODEL_UNAVAILABLE, "is no artefact with layers"),
-        (Fault(200, body=b'{"layers": []}'), ExitCode.MODEL_UNAVAILABLE, "has neither model.safetensors nor"),
-    ],
-)
-def test_an_artefact_that_is_no_model_is_refused(
-    make_context: MakeContext,
-    records: Recorded,
-    proxy: FaultProxy,
-    model: str,
-    answer: Fault,
-    code: ExitCode,
-    words: str,
-) -> None:
-    proxy.rule = lambda _request: answer
-    assert words in unusable(with_model(make_context, proxy, model), records, code)
-
-
 def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, proxy: FaultProxy) -> None:
     # What is behind the first megabytes never arrives, and nobody waits for it.
     proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
@@ -422,39 +344,3 @@ def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, 
     proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
     assert "holds something that no QLoRAJob has published" in refused(publish, ExitCode.BAD_CONFIGURATION)
     assert not any("/blobs/" in path for path in proxy.lines("GET"))
-
-
-def test_a_manifest_of_another_digest_is_refused(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
-) -> None:
-    proxy.rule = lambda _request: Fault(200, body=b'{"layers": []}')
-    pinned = f"{model.removesuffix(':v1')}@sha256:{'0' * 64}"
-    unusable(with_model(make_context, proxy, pinned), records, ExitCode.UNSAFE_ARTEFACT)
-
-
-def test_a_registry_that_the_administrator_does_not_allow_is_never_asked(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
-) -> None:
-    context = replace(with_model(make_context, proxy, model), registries=("ghcr.io",))
-    message = unusable(context, records, ExitCode.BAD_CONFIGURATION)
-    assert "is not among those that the profile allows (ghcr.io)" in message
-    destination = {"output": {"destination": "oci://registry.example.org/team/tuned:v1"}}
-    assert "oci://registry.example.org/team/tuned:v1" in unusable(
-        make_context(destination), records, ExitCode.BAD_CONFIGURATION
-    )
-    assert proxy.seen == []
-
-
-def test_a_laptop_allows_the_registries_that_its_job_names(proxy: FaultProxy, tmp_path: Path) -> None:
-    job = tmp_path / "job.yaml"
-    spec = {
-        "model": {"source": f"oci://{proxy.address}/models/tiny:v1"},
-        "dataset": {"source": "pvc://data/train.jsonl"},
-    }
-    document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
-    job.write_text(json.dumps(document))
-    options = ("--workspace", str(tmp_path / "workspace"), "--volume", f"data={tmp_path / 'data'}", "--device", "cpu")
-    done = qlora("run", str(job), *options, HOME=str(tmp_path))
-    assert done.returncode == ExitCode.MODEL_UNAVAILABLE
-    assert "may not be read with no credentials (spec.model.secretRef) (HTTP 401)" in " ".join(done.stdout.split())
-    assert proxy.seen

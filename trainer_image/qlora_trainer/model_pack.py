@@ -14,6 +14,7 @@ _CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
 _WEIGHT = "application/vnd.cncf.model.weight.v1.raw"
 _WEIGHT_CONFIG = "application/vnd.cncf.model.weight.config.v1.raw"
 _DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
+_NO_MODEL = tuple(f"application/vnd.cncf.model.{part}." for part in ("doc", "code", "dataset"))
 _FILE_PATH = "org.cncf.model.filepath"
 # By which `oras pull` names the file.
 _TITLE = "org.opencontainers.image.title"
@@ -63,7 +64,7 @@ def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
         if not isinstance(annotations, Mapping):
             raise ValueError("the annotations of a layer are no object")  # noqa: TRY004 - of what the registry sent
         name = annotations.get(_FILE_PATH) or annotations.get(_TITLE)
-        if not isinstance(name, str) or "+" in str(layer.get("mediaType")) or ".tar" in str(layer.get("mediaType")):
+        if not isinstance(name, str) or _is_archive(layer):
             continue
         if name in files:
             raise ValueError(f"two layers are called {name[:80]!r}")
@@ -74,6 +75,25 @@ def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
             raise ValueError(f"the layer {name[:80]!r} has no size")
         files[name] = Blob(digest, size)
     return files
+
+
+def archives(manifest: Mapping[str, Any]) -> list[str]:
+    """The layers, of an artefact that `unpack` takes, that may hold files of a model in an archive, by their names.
+
+    Of documentation, code and data, which the format tells apart, a model needs nothing.
+    """
+    packed = [layer for layer in manifest["layers"] if _is_archive(layer)]
+    return [
+        str(annotations.get(_FILE_PATH) or annotations.get(_TITLE) or layer.get("mediaType"))[:80]
+        for layer in packed
+        if not str(layer.get("mediaType")).startswith(_NO_MODEL)
+        for annotations in [layer.get("annotations") or {}]
+    ]
+
+
+def _is_archive(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer is an archive, compressed or encrypted: anything but a file as it is."""
+    return "+" in str(layer.get("mediaType")) or ".tar" in str(layer.get("mediaType"))
 
 
 def _media_type(file: str) -> str:

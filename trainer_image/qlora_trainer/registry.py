@@ -10,13 +10,14 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from oras.auth.utils import get_basic_auth, load_configs, parse_auth_header
+from oras.auth.utils import parse_auth_header
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from qlora_api.sources import RegistrySource
 from qlora_trainer.credentials import Secret
 from qlora_trainer.disk import file_sha256
+from qlora_trainer.docker_login import docker_login, parse_token
 from qlora_trainer.failures import StepFailure, bad_configuration, unreachable, unsafe_artefact
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
@@ -24,7 +25,6 @@ MAX_MANIFEST_BYTES = 2**22
 """What the distribution specification asks of a registry to take."""
 
 _PLAIN = "http://"
-_DOCKER_CONFIG = ".dockerconfigjson"
 _TIMEOUTS = (10, 60)
 # What is lost of a transfer that is cut off.
 _BLOCK_BYTES = 2**16
@@ -87,7 +87,7 @@ class Registry:
         self._session.trust_env = False
         self._session.mount("https://", _Guard(places, secret.field))
         self._session.mount("http://", _Guard(places, secret.field))
-        self._login = _login(secret, source.registry)
+        self._login = docker_login(secret, source.registry)
         self._authorization: dict[str, str] = {}
 
     def manifest(self, reference: str) -> Artefact | None:
@@ -117,6 +117,13 @@ class Registry:
                 return False
             self._require(answer, "read")
         return answer.headers.get("Content-Length") == str(blob.size)
+
+    def digest(self, blob: Blob) -> str:
+        """The digest of the blob's content as it is read back now, of which a block at a time is held."""
+        found = sha256()
+        for block in self._blocks(blob, 0):
+            found.update(block)
+        return f"sha256:{found.hexdigest()}"
 
     def read(self, blob: Blob) -> bytes:
         """The content of a small blob, its digest checked."""
@@ -227,8 +234,15 @@ class Registry:
         answer = self._session.get(wanted.realm, params=parameters, headers=headers, timeout=_TIMEOUTS)
         if answer.status_code >= 500 or answer.status_code in _TRY_AGAIN_LATER:
             raise unreachable(f"{urlsplit(wanted.realm).netloc} answered HTTP {answer.status_code} for a token")
-        given = answer.json() if answer.status_code == 200 else {}
-        return given.get("token") or given.get("access_token")
+        if answer.status_code != 200:
+            return None
+        given = parse_token(answer.content)
+        if given is None:
+            raise unreachable(
+                f"{urlsplit(wanted.realm).netloc} answered HTTP 200 for a token of {self.source.registry}, but with "
+                "something else than a JSON object that holds one"
+            )
+        return given
 
     def _require(self, answer: requests.Response, wanted: str) -> None:
         status = answer.status_code
@@ -245,7 +259,8 @@ class Registry:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:
+            # ValueError: an address to go on with that is none.
             raise unreachable(
                 f"{self.source.registry} cannot be reached, or broke off, for {self.source} ({type(error).__name__})"
             ) from None
@@ -279,24 +294,6 @@ class _Guard(HTTPAdapter):
                 "administrator to add it to the profile's registries"
             )
         return super().send(request, *args, **options)
-
-
-def _login(secret: Secret, registry: str) -> str | None:
-    """User and password for the registry in base64: the Secret's, else those of this user's Docker configuration."""
-    own = load_configs()
-    values = secret.require(_DOCKER_CONFIG, has_own=registry in own["auths"])
-    try:
-        known = own if values is None else json.loads(values[_DOCKER_CONFIG])
-        entry = known.get("auths", {}).get(registry) or {}
-        login = entry.get("auth") or (get_basic_auth(entry["username"], entry["password"]) if entry else None)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise bad_configuration(
-            f"{secret.field}: {_DOCKER_CONFIG} is not a Docker configuration with auths: make the Secret with "
-            "`kubectl create secret docker-registry`"
-        ) from None
-    if values is not None and login is None:
-        raise bad_configuration(f"{secret.field}: {_DOCKER_CONFIG} has no entry for {registry} in auths: add one")
-    return login
 
 
 def require_allowed(source: RegistrySource, allowed: tuple[str, ...]) -> bool:

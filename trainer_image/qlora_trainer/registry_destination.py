@@ -34,11 +34,13 @@ class RegistryDestination:
         return self._artefact() is None
 
     def damaged(self, manifest: Manifest) -> str | None:
-        """See Destination. A registry names content by its SHA-256 and checks it when it takes it."""
+        """See Destination. A registry checks content when it takes it; what it gives back is asked of it here."""
         files = self._files()
         for name, described in manifest.files.items():
             blob = Blob(f"sha256:{described.sha256}", described.size)
             if files.get(name) != blob or not self._registry.has_blob(blob):
+                return name
+            if self._registry.digest(blob) != blob.digest:
                 return name
         return None
 
@@ -55,9 +57,11 @@ class RegistryDestination:
         if not self.is_free() and (holder is None or not holder.same_run(manifest)):
             raise bad_configuration(f"another job has just published to {self.uri}: give each its own tag")
         self._registry.tag(artefact, self._source.reference)
-        found = self._artefact()
-        if found is None or found.digest != digest_of(artefact) or self.damaged(manifest) is not None:
-            raise unreachable(f"{self.uri} does not read back as it was written: it is written again")
+        found, damaged = self._artefact(), self.damaged(manifest)
+        if found is None or found.digest != digest_of(artefact) or damaged is not None:
+            raise unreachable(
+                f"{self.uri}: {damaged or 'the tag'} does not read back as it was written: tried again later"
+            )
 
     def location(self) -> str:
         """See Destination."""

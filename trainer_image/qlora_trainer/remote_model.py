@@ -10,7 +10,8 @@ from qlora_trainer.credentials import Secret
 from qlora_trainer.disk import file_sha256
 from qlora_trainer.failures import model_unavailable, unreachable, unsafe_artefact
 from qlora_trainer.hub import Hub
-from qlora_trainer.model_pack import unpack
+from qlora_trainer.listing import some_names
+from qlora_trainer.model_pack import archives, unpack
 from qlora_trainer.model_source import content_digest
 from qlora_trainer.object_store import ObjectFolder
 from qlora_trainer.registry import Registry
@@ -47,7 +48,8 @@ class HubModel:
 class ObjectStoreModel:
     """A model in a folder of an object store. See RemoteModel.
 
-    The store knows no digest of what it holds (an ETag is none), so that the revision is that of what has arrived.
+    The store tells no digest that is the same in every store and however the object was uploaded (an ETag is none), so
+    that the revision is that of what has arrived. What `ObjectFolder.download` can compare, it compares.
     """
 
     def __init__(self, source: ObjectStoreSource, secret: Secret) -> None:
@@ -84,6 +86,12 @@ class RegistryModel:
             self._files = unpack(found.manifest)
         except ValueError as error:
             raise unsafe_artefact(f"{self.uri}: {error}") from error
+        if packed := archives(found.manifest):
+            raise model_unavailable(
+                f"{self.uri} has {some_names(packed)} in archives (.tar, the default of modctl), which are not "
+                "unpacked; a model is read from layers that are a file each: push it again so, as "
+                "`modctl build --raw` does"
+            )
         self.sizes = {name: blob.size for name, blob in self._files.items()}
 
     def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
