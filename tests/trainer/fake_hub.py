@@ -49,8 +49,12 @@ class FakeHub:
     """The newest commit of each repository that has been written to."""
     large: dict[str, bytes] = field(default_factory=dict)
     """Content of large files by SHA-256, uploaded and perhaps not committed."""
+    pointers: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    """SHA-256 and size of large files as a commit has stated them, which is what is listed, whatever is kept."""
     lose: Callable[[str], bool] = lambda _path: False
     """Whether a file of a commit is kept with another last byte."""
+    elsewhere: Callable[[str], str | None] = lambda _name: None
+    """The address, if any, at which a file's content is to be had instead, as that of a large one of the real hub."""
     tokens: set[str] = field(default_factory=set)
     """Authorization headers that came in."""
     requests: list[str] = field(default_factory=list)
@@ -163,17 +167,21 @@ class _Handler(BaseHTTPRequestHandler):
             return
         for line in lines:
             if line["key"] == "file":
-                self._keep(key, line["value"]["path"], base64.b64decode(line["value"]["content"]))
+                kept = self._keep(key, line["value"]["path"], base64.b64decode(line["value"]["content"]))
+                self.hub.pointers.pop(kept, None)
             elif line["key"] == "lfsFile":
-                self._keep(key, line["value"]["path"], self.hub.large[line["value"]["oid"]])
+                kept = self._keep(key, line["value"]["path"], self.hub.large[line["value"]["oid"]])
+                self.hub.pointers[kept] = {"sha256": line["value"]["oid"], "size": line["value"]["size"]}
         self.hub.commits[key] = hashlib.sha1(json.dumps(lines).encode()).hexdigest()
         oid = self.hub.commits[key]
         self._reply({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{key}/commit/{oid}"})
 
-    def _keep(self, key: str, name: str, content: bytes) -> None:
+    def _keep(self, key: str, name: str, content: bytes) -> Path:
         if self.hub.lose(name):
             content = content[:-1] + bytes([content[-1] ^ 1])
-        (self.hub.repositories[key] / name).write_bytes(content)
+        path = self.hub.repositories[key] / name
+        path.write_bytes(content)
+        return path
 
     def _reply(self, body: dict[str, Any]) -> None:
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -188,20 +196,30 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in ("main", self.hub.commits.get(key, self.hub.commit)):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         else:
-            files = [_entry(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
+            paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            files = [_entry(str(path.relative_to(folder)), path, self._pointer(path)) for path in paths]
             body = {"id": key.partition("/")[2], "sha": self.hub.commits.get(key, self.hub.commit), "siblings": files}
             self._send(200, json.dumps(body).encode(), {})
+
+    def _pointer(self, path: Path) -> dict[str, Any] | None:
+        """What a file is listed with if it is a large one."""
+        large = path in self.hub.pointers or path.suffix in (".safetensors", ".parquet", ".png")
+        return self.hub.pointers.get(path, _described(path)) if large else None
 
     def _file(self, key: str, name: str) -> None:
         path = self.hub.repositories[key] / name
         if not path.is_file():
             self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             return
-        content = path.read_bytes()
+        content, described = path.read_bytes(), self._pointer(path) or _described(path)
         headers = {
             "X-Repo-Commit": self.hub.commits.get(key, self.hub.commit),
-            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "ETag": f'"{described["sha256"]}"',
         }
+        if location := self.hub.elsewhere(name):
+            linked = {"X-Linked-Etag": headers.pop("ETag"), "X-Linked-Size": str(described["size"])}
+            self._send(302, b"", headers | linked | {"Location": location})
+            return
         if self.hub.corrupt(name):
             content = content[:-1] + bytes([content[-1] ^ 1])
         status = 200
@@ -224,12 +242,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
 
 
-def _entry(folder: Path, path: Path) -> dict[str, Any]:
+def _described(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
-    entry: dict[str, Any] = {"rfilename": str(path.relative_to(folder)), "size": len(content)}
-    if path.suffix in (".safetensors", ".parquet", ".png"):
-        entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-    return entry
+    return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+
+
+def _entry(name: str, path: Path, pointer: dict[str, Any] | None) -> dict[str, Any]:
+    if pointer is None:
+        return {"rfilename": name, "size": path.stat().st_size}
+    return {"rfilename": name, "size": pointer["size"], "lfs": {**pointer, "pointerSize": 130}}
 
 
 def _mode(name: str) -> str:

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
-from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.failures import StepFailure
@@ -139,61 +136,6 @@ def test_files_that_may_not_be_read_are_refused(
     """The listing of a gated repository is open, its files are not."""
     hub.refuse = lambda _method, path: answer if "/resolve/" in path else None
     assert "model hf://acme/tiny " in refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE)
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_hub_in_trouble_is_tried_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, status: int
-) -> None:
-    hub.refuse = lambda _method, _path: Refusal(status)
-    message = refusal(make_context, records, ExitCode.UNREACHABLE)
-    assert message == f"{hub.endpoint} answered HTTP {status} for model hf://acme/tiny"
-
-
-def test_a_hub_that_does_not_answer_is_tried_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    message = refusal(make_context, records, ExitCode.UNREACHABLE)
-    assert message.startswith("http://127.0.0.1:9 cannot be reached (ConnectError")
-
-
-def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
-    """The client writes parts of 10 MB; of the 15 MB that arrive before the cut, the first 10 are kept."""
-    weights = torch.zeros(20 * 10**6, dtype=torch.uint8)
-    save_file({"w": weights}, hub.repositories["models/acme/tiny"] / "model.safetensors")
-    cuts = iter([15 * 10**6])
-    hub.truncate = lambda name: next(cuts, None) if name == "model.safetensors" else None
-    prepare(make_context(MODEL), records)
-    assert hub.ranges == [f"model.safetensors bytes={DOWNLOAD_CHUNK_SIZE}-"]
-
-
-def test_a_second_attempt_keeps_what_the_first_has_loaded(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    refuse_weights = True
-
-    def refuse(method: str, path: str) -> Refusal | None:
-        # Answering the client's first question about the file makes it fail at once, without its own retries.
-        return Refusal(500) if refuse_weights and method == "GET" and path.endswith("model.safetensors") else None
-
-    hub.refuse = refuse
-    refusal(make_context, records, ExitCode.UNREACHABLE)
-    refuse_weights = False
-    hub.requests.clear()
-    record = prepare(make_context(MODEL), records)
-    assert hub.fetched == ["model.safetensors"]
-    assert record.model_path == f"model/{COMMIT}"
-
-
-def test_a_file_that_arrives_changed_is_loaded_again(
-    make_context: MakeContext, records: Recorded, hub: FakeHub
-) -> None:
-    hub.corrupt = lambda name: name == "model.safetensors"
-    message = refusal(make_context, records, ExitCode.UNREACHABLE)
-    assert "model.safetensors arrived with another SHA-256 than the hub lists" in message
-    hub.corrupt = lambda _name: False
-    assert prepare(make_context(MODEL), records).model_revision == COMMIT
 
 
 def test_what_was_loaded_of_a_branch_that_has_moved_on_is_removed(

@@ -1,20 +1,32 @@
 """Adapters published to a model hub over its own protocol: one commit, verified, and over nobody else's."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource
+from qlora_trainer import hub as hub_module
 from qlora_trainer.credentials import Secret
 from qlora_trainer.destination import publish_folder
 from qlora_trainer.failures import StepFailure
 from qlora_trainer.hub_destination import HubDestination
 from qlora_trainer.manifest import Contents, Manifest, describe_files
+from qlora_trainer.publish import publish as publish_step
+from tests.trainer.command import TIMEOUT_S, Files
 from tests.trainer.fake_hub import FakeHub, Refusal, serve
 from tests.trainer.fault_proxy import Fault, FaultProxy, serve_proxy
 from tests.trainer.publication import MANIFEST
+from tests.trainer.test_publish import context
+from tests.trainer.tiny import Recorded
 
 TOKEN = "hf_CanaryTokenThatWrites"
 KEY = "models/acme/tuned"
@@ -26,6 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """An empty hub that takes one token."""
     with serve(FakeHub(token=TOKEN, folder=tmp_path / "hub")) as served:
         monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        monkeypatch.setattr(hub_module, "_WAITS", ())
         yield served
 
 
@@ -149,6 +162,35 @@ def test_a_commit_that_comes_between_is_not_overwritten(publish: Publish, hub: F
     hub.refuse = refuse
     refused(publish, ExitCode.UNREACHABLE)
     assert repository(hub)["README.md"] == b"# Tinu\n"
+
+
+LOAD = """
+import sys
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+save_file(get_peft_model_state_dict(PeftModel.from_pretrained(base, "acme/tuned")), sys.argv[2])
+"""
+
+
+def test_peft_loads_the_adapter_by_the_name_of_its_repository(trained: Files, hub: FakeHub, tmp_path: Path) -> None:
+    """In a process of its own: the client reads the hub's address once, when it is imported."""
+    files = trained.with_spec({"output": {"destination": "hf://acme/tuned", "secretRef": {"name": "write"}}})
+    (tmp_path / "credentials" / "output").mkdir(parents=True)
+    (tmp_path / "credentials" / "output" / "token").write_text(TOKEN)
+    step = context(files)
+    step = replace(step, mounts=replace(step.mounts, credentials=tmp_path / "credentials"))
+    record = publish_step(step, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert record.adapter.uri == f"hf://acme/tuned@{hub.commits[KEY]}"
+    loaded = tmp_path / "loaded.safetensors"
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", LOAD, str(files.models / "model"), str(loaded)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    found, expected = load_file(loaded), load_file(files.workspace / "trained" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("status", [401, 403])

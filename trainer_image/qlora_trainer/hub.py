@@ -4,11 +4,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from time import sleep
+from typing import Any, Literal, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -19,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from qlora_trainer.disk import is_full
 from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
@@ -29,6 +32,11 @@ RepositoryKind = Literal["model", "dataset"]
 _TIMEOUT_SECONDS = 30.0
 # 409 and 412: somebody else has committed meanwhile.
 _TRY_AGAIN_LATER = frozenset({408, 409, 412, 425, 429})
+_BLOCK_BYTES = 2**20
+_WAITS = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before each further try, of what the client tries once; a longer trouble is for the step's next attempt."""
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Hub:
         """The files of the repository at the commit that `revision` (None: the default branch) stands for now."""
         with self._errors(kind, repository, revision):
             ask = self._api.model_info if kind == "model" else self._api.dataset_info
-            info = ask(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
+            info = _outlast(lambda: ask(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS))
         files = {
             entry.rfilename: HubFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None)
             for entry in info.siblings or ()
@@ -95,17 +103,40 @@ class Hub:
         `on_bytes` is called with the bytes of this file that have arrived so far.
         """
         with self._errors(listing.kind, listing.repository, listing.commit):
-            path = hf_hub_download(
-                listing.repository,
-                file.name,
-                repo_type=listing.kind,
-                revision=listing.commit,
-                local_dir=folder,
-                token=self._token,
-                endpoint=self._api.endpoint,
-                tqdm_class=_byte_counter(on_bytes),
+            path = _outlast(
+                lambda: hf_hub_download(
+                    listing.repository,
+                    file.name,
+                    repo_type=listing.kind,
+                    revision=listing.commit,
+                    local_dir=folder,
+                    token=self._token,
+                    endpoint=self._api.endpoint,
+                    tqdm_class=_byte_counter(on_bytes),
+                )
             )
         return Path(path)
+
+    def digest(self, listing: Listing, file: HubFile) -> str:
+        """SHA-256 of the file's content as it is read back now, of which a block at a time is held, in hexadecimal."""
+        address = hf_hub_url(
+            listing.repository,
+            file.name,
+            repo_type=listing.kind,
+            revision=listing.commit,
+            endpoint=self._api.endpoint,
+        )
+        headers, found = build_hf_headers(token=self._token), sha256()
+        with (
+            self._errors(listing.kind, listing.repository, listing.commit),
+            http_stream_backoff(
+                "GET", address, headers=headers, timeout=_TIMEOUT_SECONDS, retry_on_exceptions=()
+            ) as answer,
+        ):
+            hf_raise_for_status(answer)
+            for block in answer.iter_bytes(_BLOCK_BYTES):
+                found.update(block)
+        return found.hexdigest()
 
     def find(self, repository: str) -> Listing | None:
         """The files of a model's repository on its default branch; None if there is none that the token may see."""
@@ -202,6 +233,18 @@ def hub_token(token_file: Path, secret: str | None) -> str | None:
     if token is None and secret is not None:
         raise unreachable(f"{secret} (spec.model.tokenSecretRef) does not exist in the job's namespace")
     return token
+
+
+def _outlast(ask: Callable[[], _Answer]) -> _Answer:
+    """The answer to a request that only reads, asked for again while the hub is in trouble or wants less to do."""
+    for wait in _WAITS:
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500 and error.response.status_code not in _TRY_AGAIN_LATER:
+                raise
+        sleep(wait)
+    return ask()
 
 
 def _byte_counter(on_bytes: Callable[[int], None]) -> type[Any]:
