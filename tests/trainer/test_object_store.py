@@ -14,10 +14,12 @@ from obstore.store import S3Store
 from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
+from qlora_api.sources import ObjectStoreSource
 from qlora_trainer import disk, object_store
+from qlora_trainer.credentials import Secret
 from qlora_trainer.data_source import DataFiles, find_data
 from qlora_trainer.failures import StepFailure, bad_dataset
-from qlora_trainer.object_store import ObjectFolder
+from qlora_trainer.object_store import ObjectFolder, StoredObject
 from qlora_trainer.prepare import prepare
 from qlora_trainer.prepare_data import wanted_part
 from qlora_trainer.step import StepContext
@@ -369,6 +371,30 @@ def test_a_file_that_is_replaced_while_it_is_read_is_loaded_again(
     store.rule = replace
     message = refusal(make_context(MODEL), records, ExitCode.UNREACHABLE)
     assert "model.safetensors was replaced while it was read: it is loaded again" in message
+
+
+def test_a_file_that_arrives_changed_is_loaded_again(
+    make_context: MakeContext, records: Recorded, store: FaultProxy, model: str, tiny_llama: Path
+) -> None:
+    """Its length is right, and the ETag of an object that was uploaded in one part is its MD5."""
+    faults = iter([Fault(corrupt=True)])
+    store.rule = lambda request: next(faults, None) if of_weights(request) else None
+    context = make_context(MODEL)
+    message = refusal(context, records, ExitCode.UNREACHABLE)
+    assert f"{model}/model.safetensors arrived with another MD5 than its ETag: it is loaded again" in message
+    record = prepare(context, records)
+    found = context.workspace.root / record.model_path / "model.safetensors"
+    assert found.read_bytes() == (tiny_llama / "model.safetensors").read_bytes()
+
+
+def test_an_etag_that_is_no_digest_is_no_reason_to_refuse(store: FaultProxy, tmp_path: Path) -> None:
+    """A store that encrypts with keys of its own gives such ETags."""
+    headers = {"ETag": f'"{"0" * 32}"', "Last-Modified": "Wed, 01 Jul 2026 00:00:00 GMT"}
+    store.rule = lambda _request: Fault(200, headers, b"{}")
+    secret = Secret(tmp_path / "credentials" / "dataset", "spec.dataset.secretRef", "store")
+    folder = ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, refuse=bad_dataset)
+    folder.download(StoredObject("a.jsonl", 2, headers["ETag"]), tmp_path / "a.jsonl", lambda _done: None)
+    assert (tmp_path / "a.jsonl").read_bytes() == b"{}"
 
 
 def test_a_file_of_another_size_than_listed_is_refused(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import sha256
+from hashlib import file_digest, new, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -35,6 +35,8 @@ _STALLED = timedelta(seconds=30)
 """How long nothing may arrive before a transfer is given up."""
 _PART_BYTES = 2**23
 _BLOCK_BYTES = 2**20
+# The ETag of an object that was uploaded in one part. That of a multipart upload ends in the number of parts.
+_PLAIN_ETAG = re.compile(r'"?([0-9a-f]{32})"?', re.IGNORECASE)
 _STATUS = re.compile(r"status code: (\d{3})")
 _MOVED = "redirect without LOCATION"
 _ERROR_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
@@ -102,6 +104,9 @@ class ObjectFolder:
         """Download to `path`, which is complete or not there, going on where an earlier attempt was cut off.
 
         `on_bytes` is called with the bytes of this object that have arrived. Raises OSError for a full disk.
+
+        The content is compared with the ETag if the object was uploaded in one part. Of one uploaded in several parts
+        only the length is: its ETag depends on the parts, and the client shows none of the checksums that S3 may keep.
         """
         if path.is_file() and path.stat().st_size == found.size:
             return
@@ -120,14 +125,14 @@ class ObjectFolder:
             raise unreachable(
                 f"{self._named(found.name)} arrived with {received} bytes instead of {found.size}: it is loaded again"
             )
+        if not self._is_as_stored(found, partial):
+            partial.unlink()
+            raise unreachable(f"{self._named(found.name)} arrived with another MD5 than its ETag: it is loaded again")
         partial.replace(path)
 
     def digest(self, name: str) -> str:
         """SHA-256 of the object's content, as it is read back now, in hexadecimal."""
-        digest = sha256()
-        for block in self._blocks(self.stat(name), 0):
-            digest.update(block)
-        return digest.hexdigest()
+        return self._digest(self.stat(name), "sha256")
 
     def read(self, name: str) -> bytes | None:
         """The content of a small object; None if there is none."""
@@ -155,6 +160,26 @@ class ObjectFolder:
         """Delete an object; nothing happens if there is none."""
         with self._errors("written"):
             obstore.delete(self._store, self._key(name))
+
+    def _is_as_stored(self, found: StoredObject, path: Path) -> bool:
+        """Whether the file is the object, as far as its ETag can tell.
+
+        A store that encrypts with keys of its own (SSE-KMS) gives ETags that look like an MD5 and are none. So what
+        differs is read a second time: content that arrives twice the same is what the store has.
+        """
+        expected = _PLAIN_ETAG.fullmatch(found.etag)
+        if expected is None:
+            return True
+        with path.open("rb") as file:
+            arrived = file_digest(file, lambda: new("md5", usedforsecurity=False)).hexdigest()
+        return arrived == expected[1].lower() or arrived == self._digest(found, "md5")
+
+    def _digest(self, found: StoredObject, algorithm: str) -> str:
+        # Against accidents, so that a machine on which MD5 must keep no secrets has it too.
+        digest = new(algorithm, usedforsecurity=False)
+        for block in self._blocks(found, 0):
+            digest.update(block)
+        return digest.hexdigest()
 
     def _blocks(self, found: StoredObject, offset: int) -> Iterator[bytes]:
         options: GetOptions = {"range": {"offset": offset}} if offset else {}
