@@ -3,26 +3,33 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import obstore
 import pytest
 from obstore.store import S3Store
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource
-from qlora_trainer import object_store
+from qlora_trainer import object_store, publish_merged
 from qlora_trainer.credentials import Secret
 from qlora_trainer.destination import publish_folder
 from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.manifest import Contents, Manifest, describe_files
+from qlora_trainer.merge import write_merged
 from qlora_trainer.object_destination import ObjectDestination
 from qlora_trainer.object_store import ObjectFolder
+from qlora_trainer.publish import publish as publish_step
 from tests.trainer.command import Files
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.publication import MANIFEST
 from tests.trainer.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
+from tests.trainer.tiny import Recorded
+from tests.trainer.training import prepared, run
 
 Publish = Callable[..., str]
 
@@ -79,6 +86,14 @@ def stored(bucket: S3Store) -> dict[str, bytes]:
     """Everything in the bucket."""
     names = [entry["path"] for page in obstore.list(bucket) for entry in page]
     return {name: bytes(obstore.get(bucket, name).bytes()) for name in names}
+
+
+def pulled(bucket: S3Store, path: str, folder: Path) -> Path:
+    """`folder`, with what lies under a path of the bucket."""
+    folder.mkdir()
+    for name, content in stored(bucket).items():
+        (folder / name.removeprefix(f"{path}/")).write_bytes(content)
+    return folder
 
 
 def refused(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
@@ -221,16 +236,38 @@ def test_the_step_publishes_with_the_credentials_of_its_secret(
     adapter = done.result.adapter
     assert adapter is not None
     assert (adapter.uri, adapter.rank) == (f"s3://{BUCKET}/tuned", 4)
-    folder = tmp_path / "pulled"
-    folder.mkdir()
-    for path, content in stored(bucket).items():
-        (folder / path.removeprefix("tuned/")).write_bytes(content)
+    folder = pulled(bucket, "tuned", tmp_path / "pulled")
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
     assert load_file(folder / "adapter_model.safetensors").keys()
     said = [done.stdout, done.stderr, done.termination]
     left = [path.read_bytes().decode(errors="replace") for path in files.root.rglob("*") if path.is_file()]
     for canary in (ACCESS_KEY, SECRET_KEY):
         assert not any(canary in text for text in (*said, *left))
+
+
+def test_a_merged_model_loads_from_what_lies_in_the_store(
+    tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several files with an index, as larger ones are."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setattr(publish_merged, "write_merged", partial(write_merged, shard_bytes=10**5))
+    address = f"s3://{BUCKET}/merged"
+    context = prepared(tmp_path / "workspace", tiny_llama, {"output": {"merged": {"destination": address}}})
+    run(context)
+    record = publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    folder = pulled(bucket, "merged", tmp_path / "pulled")
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert len([*folder.glob("model-*-of-*.safetensors")]) > 1
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert record.merged is not None
+    assert record.merged.uri == address
+    assert record.merged.size_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    store.seen.clear()
+    assert publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 3, tzinfo=UTC)) == record
+    assert written(store) == []
 
 
 def test_a_folder_of_objects_is_listed_without_its_neighbours(
