@@ -12,6 +12,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.step import Mounts, StepContext
 from tests.trainer.command import ROWS, Files, new_files
+from tests.trainer.ranks import EXACT, TWO, succeeded, workspace
 from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, merged, save_model, write_rows
 
 MakeContext = Callable[..., StepContext]
@@ -52,6 +53,16 @@ def trained(tmp_path: Path, finished: Files) -> Files:
     (files.workspace / "records" / "publish.json").unlink()
     shutil.rmtree(files.workspace / "adapter")
     return files
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Files, StepContext]:
+    """What two processes have trained, each with the whole base. Do not change it: copy it."""
+    files, context = workspace(
+        tmp_path_factory.mktemp("together") / "job", tiny_llama, merged(EXACT, TWO), packed=False
+    )
+    succeeded(files.run("train"))
+    return files, context
 
 
 @pytest.fixture

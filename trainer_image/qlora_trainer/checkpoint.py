@@ -71,6 +71,7 @@ def save_checkpoint(
         raise
     sync_folder(folder)
     saved = read_checkpoint(final)
+    _log.info("saved %s", final)
     for _, old in _numbered(folder)[KEPT:]:
         _remove(old)
     return saved

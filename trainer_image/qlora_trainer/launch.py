@@ -4,6 +4,7 @@ What started this process may have done that already: torchrun, on one node or s
 """
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -13,12 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from qlora_api.contract import ExitCode
 from qlora_trainer.failures import Interrupted, bad_configuration, unreachable
 
 _PARENT = "QLORA_STARTED_BY"
 _LOOPBACK = "127.0.0.1"
 _SECONDS_TO_END = 60.0
 _PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,20 +99,26 @@ class Others:
         for rank, process in enumerate(self._processes, start=1):
             status = process.poll()
             if status:
-                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                raise unreachable(
-                    f"rank {rank} of {self.place.size} {how}; its log is records/train.rank-{rank}.log. The step is "
-                    "tried again"
-                )
+                raise unreachable(f"{self._ending(rank, status)}. The step is tried again")
 
-    def end(self, deadline: float) -> None:
-        """Wait until all have ended; kill those that still run at `deadline` (a time of time.monotonic)."""
-        for process in self._processes:
+    def end(self, deadline: float, expected: ExitCode | None = None) -> None:
+        """Wait until all have ended; kill those that still run at `deadline` (a time of time.monotonic).
+
+        How each ended is logged, as a warning where it is not with the `expected` status. Nothing is decided from it:
+        the adapter or the checkpoint is written by then, or this process has a failure of its own to report.
+        """
+        for rank, process in enumerate(self._processes, start=1):
             try:
-                process.wait(max(0.0, deadline - time.monotonic()))
+                status = process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+                status = process.wait()
+            level = logging.INFO if expected is None or status == expected else logging.WARNING
+            _log.log(level, self._ending(rank, status))
+
+    def _ending(self, rank: int, status: int) -> str:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return f"rank {rank} of {self.place.size} {how}; its log is records/train.rank-{rank}.log"
 
 
 @contextmanager
@@ -129,6 +139,7 @@ def started_others(place: Place, command: Sequence[str]) -> Iterator[Others]:
         os.environ.setdefault(interface, "lo")
     processes: list[subprocess.Popen[bytes]] = []
     others, seconds = Others(place, processes), 0.0
+    expected: ExitCode | None = None
     try:
         for rank in range(1, place.size):
             environment = replace(place, rank=rank, local_rank=rank).environment() | {_PARENT: str(os.getpid())}
@@ -138,12 +149,12 @@ def started_others(place: Place, command: Sequence[str]) -> Iterator[Others]:
                 )
             )
         yield others
-        seconds = _SECONDS_TO_END
+        seconds, expected = _SECONDS_TO_END, ExitCode.DONE
     except Interrupted:
-        seconds = _SECONDS_TO_END
+        seconds, expected = _SECONDS_TO_END, ExitCode.INTERRUPTED
         raise
     finally:
-        others.end(time.monotonic() + seconds)
+        others.end(time.monotonic() + seconds, expected)
 
 
 def _free_port() -> int:
