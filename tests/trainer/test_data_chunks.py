@@ -5,18 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_trainer import prepare_data, tokenizing
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_trainer import determinism, prepare_data, tokenizing
 from qlora_trainer.failures import StepFailure
 from qlora_trainer.prepare import prepare
-from qlora_trainer.step import StepContext
+from qlora_trainer.step import Mounts, StepContext
+from tests.trainer.command import TIMEOUT_S, Files, new_files
 from tests.trainer.conftest import MakeContext
-from tests.trainer.tiny import Recorded, chat_row, write_rows
+from tests.trainer.tiny import POD_UID, Recorded, chat_row, write_rows
 
 ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(120)]
 
@@ -79,15 +83,9 @@ def test_workers_interruptions_and_chunks_change_nothing(
         }
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_what_is_tokenized_is_not_tokenized_again(
-    make_context: MakeContext, tmp_path: Path, workers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
-    workers(1)
-    context = make_context()
-    with pytest.raises(Stop):
-        prepare(context, StopAfter(70))
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each chunk that this process makes."""
     made: list[int] = []
     make = tokenizing.ChunkMaker.make
 
@@ -96,11 +94,39 @@ def test_what_is_tokenized_is_not_tokenized_again(
         return make(self, rows)
 
     monkeypatch.setattr(tokenizing.ChunkMaker, "make", counted)
+    return made
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_what_is_tokenized_is_not_tokenized_again(
+    make_context: MakeContext, tmp_path: Path, workers: Any, made: list[int]
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    workers(1)
+    context = make_context()
+    with pytest.raises(Stop):
+        prepare(context, StopAfter(70))
+    made.clear()
     [first, *_] = (context.workspace.data / ".partial-rows").iterdir()
     first.write_bytes(first.read_bytes()[:-1])  # a disk that lost the end of a file
     prepare(context, Recorded())
     assert made == [10] * 6
     assert [path.name for path in context.workspace.data.iterdir()] == [prepare(context, Recorded()).fingerprint]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_what_another_version_of_the_trainer_tokenized_is_tokenized_again(
+    make_context: MakeContext, tmp_path: Path, workers: Any, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    workers(1)
+    with pytest.raises(Stop):
+        prepare(make_context(), StopAfter(70))
+    made.clear()
+    installed = determinism.version
+    monkeypatch.setattr(determinism, "version", lambda name: "0.0.1" if name == "qlora-operator" else installed(name))
+    prepare(make_context(), Recorded())
+    assert made == [10] * 12
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -135,6 +161,51 @@ def test_the_first_wrong_row_is_told_whoever_finds_it(
     with pytest.raises(StepFailure, match=r"train\.jsonl line 20 is a number"):
         prepare(context, Recorded())
     assert not [*context.workspace.root.rglob("*")]
+
+
+def killed_with_more_chunks(files: Files) -> dict[str, int]:
+    """Kill the prepare step's command line as soon as it has made one more chunk: the inode of each chunk's file."""
+    before = len(chunk_files(files))
+    with files.start("prepare", OMP_NUM_THREADS="1") as process:
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(chunk_files(files)) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    return chunk_files(files)
+
+
+def chunk_files(files: Files) -> dict[str, int]:
+    """The inode of each finished chunk's file, by name; another file takes the place of one that is made again."""
+    return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.partial-rows/train-*.safetensors")}
+
+
+def test_a_killed_prepare_goes_on_with_its_chunks_to_the_bytes_of_an_undisturbed_one(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    files = new_files(tmp_path, tiny_llama.parent)
+    rows = 3 * tokenizing.CHUNK_ROWS + 100
+    write_rows(files.data / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(rows)])
+
+    first = killed_with_more_chunks(files)
+    second = killed_with_more_chunks(files)
+    assert 1 <= len(first) < len(second) < 4
+    # A chunk is made after those before it.
+    assert {name: second[name] for name in first} == first
+    assert files.run("prepare", OMP_NUM_THREADS="1").exit_code == 0
+
+    undisturbed = StepContext(
+        QLoRAJobDocument.model_validate(files.document),
+        WorkspaceLayout(tmp_path / "undisturbed"),
+        Mounts(claims={"models": files.models, "data": files.data}),
+        "cpu",
+        POD_UID,
+        1,
+        str(tmp_path / "undisturbed"),
+    )
+    [folder] = (files.workspace / "data").iterdir()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == data_bytes(undisturbed)
 
 
 def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint of another run is refused with the difference named: any setting, the data, the model, a library."""
+"""A checkpoint of another run is refused with the difference named: a setting, data, model, library or trainer."""
 
 import dataclasses
 import math
@@ -144,14 +144,26 @@ def test_another_model_and_other_data_are_refused(change: dict[str, Any], named:
         write_completion(path, record)
 
 
-@pytest.mark.parametrize("library", ["torch", "transformers", "peft", "bitsandbytes", "numpy"])
-def test_another_version_of_a_library_is_refused(
-    library: str, interrupted: StepContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def other_version(package: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let version 0.0.1 of the package be installed. Returns the version that is."""
     installed = determinism.version
-    monkeypatch.setattr(determinism, "version", lambda name: "0.0.1" if name == library else installed(name))
+    monkeypatch.setattr(determinism, "version", lambda name: "0.0.1" if name == package else installed(name))
+    return installed(package)
 
-    assert f'libraries.{library} was "{installed(library)}", is "0.0.1"' in refusal(interrupted)
+
+@pytest.mark.parametrize(
+    ("package", "named"),
+    [
+        *((name, f"libraries.{name}") for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")),
+        ("qlora-operator", "trainer"),
+    ],
+)
+def test_another_version_of_a_library_or_of_the_trainer_is_refused(
+    package: str, named: str, interrupted: StepContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = other_version(package, monkeypatch)
+
+    assert f'{named} was "{installed}", is "0.0.1"' in refusal(interrupted)
 
 
 def test_a_changed_row_reaches_the_train_step_as_other_data(make_context: MakeContext, tmp_path: Path) -> None:
@@ -165,3 +177,20 @@ def test_a_changed_row_reaches_the_train_step_as_other_data(make_context: MakeCo
     prepare(context, Recorded())
 
     assert "data.fingerprint was " in refusal(context)
+
+
+def test_data_that_another_version_of_the_trainer_prepared_are_prepared_again(
+    make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, stop = make_context(), StopRequest()
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Which pods? {number}", "all") for number in range(8)])
+    before = prepare(context, Recorded())
+    with pytest.raises(Interrupted):
+        run(context, stop=stop, records=StopAtStep(1, stop))
+    other_version("qlora-operator", monkeypatch)
+    after = prepare(context, Recorded())
+
+    assert after.fingerprint != before.fingerprint
+    message = refusal(context)
+    assert "data.fingerprint was " in message
+    assert "trainer was " in message

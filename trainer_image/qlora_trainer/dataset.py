@@ -142,7 +142,7 @@ class DatasetBuilder:
     ) -> None:
         """`vocabulary`: tokens that the model knows. `scratch`: folder of what an interrupted attempt goes on from.
 
-        `identity`: what decides the tokens besides data, spec and this program, that is tokenizer and libraries.
+        `identity`: what decides the tokens besides data and spec: tokenizer, libraries and this program, by version.
         """
         self._spec, self._training, self._tokenizer = spec, training, tokenizer
         self._vocabulary, self._identity, self._scratch = vocabulary, identity, scratch

@@ -20,6 +20,7 @@ Fingerprint = dict[str, Any]
 
 # numpy draws the order of the data and the seeds of the steps.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+_TRAINER = "qlora-operator"
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # With these, 16-bit products are computed by other instructions, and add in another order.
 _UNITS = ("avx512_bf16", "amx_bf16")
@@ -54,7 +55,13 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
         "device": device,
         "ranks": ranks,
         "libraries": {name: version(name) for name in _LIBRARIES},
+        "trainer": trainer_version(),
     }
+
+
+def trainer_version() -> str:
+    """Version of this program: any release may add in another order, draw other numbers, or read data otherwise."""
+    return version(_TRAINER)
 
 
 def digest(fingerprint: Fingerprint) -> str:

@@ -22,6 +22,7 @@ from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.dataset import Dataset
 from qlora_trainer.destination import check_destination, destinations
+from qlora_trainer.determinism import trainer_version
 from qlora_trainer.disk import file_sha256, is_full, sizes, sync_tree
 from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.family import Family, inspect_family
@@ -235,6 +236,7 @@ def _fingerprint(resolved: Any, spec: QLoRAJobSpec) -> str:
     inputs = {
         "format": FORMAT_VERSION,
         "libraries": libraries(),
+        "trainer": trainer_version(),
         "resolved": resolved,
         "model": {"source": spec.model.source, "revision": spec.model.revision},
         "targetModules": spec.lora.target_modules,

@@ -9,7 +9,7 @@ from qlora_api.dataset import DatasetSpec
 from qlora_api.sources import HubSource, parse_source
 from qlora_trainer.data_source import DataFiles, find_data, mounted_data
 from qlora_trainer.dataset import Dataset, DatasetBuilder
-from qlora_trainer.determinism import available_cpus
+from qlora_trainer.determinism import available_cpus, trainer_version
 from qlora_trainer.failures import bad_dataset
 from qlora_trainer.hub import Hub
 from qlora_trainer.hub_layout import EVALUATION, TRAINING, Wanted
@@ -59,7 +59,7 @@ def read_dataset(
         context.spec.training,
         tokenizer,
         vocabulary=vocabulary,
-        identity={"tokenizer": tokenizer_files, "libraries": libraries()},
+        identity={"tokenizer": tokenizer_files, "libraries": libraries(), "trainer": trainer_version()},
         scratch=scratch("rows"),
         workers=available_cpus(),
         on_rows=lambda rows: say(f"tokenizing: {rows} rows done"),

@@ -19,7 +19,7 @@ def require_own_training(context: StepContext, prepared: PrepareRecord, trained:
     }
     if trained.fingerprint not in fingerprints:
         raise unsafe_artefact(
-            f"{path} is of another run: model, data, settings or libraries differ from this job's, so its adapter "
+            f"{path} is of another run: model, data, settings or versions differ from this job's, so its adapter "
             "is not published; run the train step again"
         )
     sequences = len(PreparedDataset.open(context.workspace.root / prepared.data_path, "train"))
