@@ -16,9 +16,9 @@ from qlora_trainer.fused_lora import fuse_lora
 class OneLayer(nn.Module):
     """A 4-bit layer as a model."""
 
-    def __init__(self, bias: bool, outputs: int) -> None:
+    def __init__(self, bias: bool, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layer = Base(64, outputs, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
+        self.layer = Base(64, outputs, bias=bias, compute_dtype=dtype, quant_type="nf4")
 
     def forward(self, x: Tensor) -> Tensor:
         """Its product."""
@@ -26,10 +26,10 @@ class OneLayer(nn.Module):
         return output
 
 
-def adapted(*, bias: bool = False, outputs: int = 128, **lora: Any) -> Any:
-    """The layer with an adapter whose B is not 0."""
+def adapted(*, bias: bool = False, outputs: int = 128, dtype: torch.dtype = torch.bfloat16, **lora: Any) -> Any:
+    """The layer with an adapter of scale 1/2 whose B is not 0."""
     torch.manual_seed(0)
-    model = OneLayer(bias, outputs).to(torch.bfloat16).requires_grad_(False).to("cpu")
+    model = OneLayer(bias, outputs, dtype).to(dtype).requires_grad_(False).to("cpu")
     model.layer.support_avx512bf16_for_cpu = False
     # PEFT asks for this before it makes a layer for 4-bit weights.
     model.is_loaded_in_4bit = True
@@ -51,12 +51,12 @@ def layer(model: Any) -> Any:
     return model.base_model.model.layer
 
 
-def results(model: Any, rows: int = 50) -> dict[str, Tensor]:
+def results(model: Any, rows: int = 50, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The output for fixed rows, and all gradients of a fixed function of it."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, rows, 64, generator=generator).bfloat16().requires_grad_()
+    x = torch.randn(1, rows, 64, generator=generator).to(dtype).requires_grad_()
     torch.manual_seed(2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
         output = checkpoint(model, x, use_reentrant=False) if getattr(layer(model), "recomputed", False) else model(x)
     direction = torch.randn(output.shape, generator=generator)
     (output.float() * direction).sum().backward()
@@ -85,6 +85,29 @@ def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(
         assert found[name].dtype == value.dtype
         # 16-bit products have a relative error of about 2^-9 each.
         assert error(found[name], value) < 2**-7, name
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["once", "recomputed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_in_float32_output_and_gradients_are_those_of_peft(
+    bias: bool, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer is used in 16 bit only, where a mistake smaller than the rounding would not be seen."""
+    asked: list[torch.dtype] = []
+
+    def is_plain(_layer: nn.Module, x: Tensor) -> bool:
+        asked.append(x.dtype)
+        return True
+
+    monkeypatch.setattr(fused_lora.FusedLora, "_is_plain", is_plain)
+    settings: dict[str, Any] = {"bias": bias, "dtype": torch.float32}
+    expected = results(adapted(**settings), dtype=torch.float32)
+    found = results(fused(recomputed=recomputed, **settings), dtype=torch.float32)
+
+    assert set(asked) == {torch.float32}
+    assert found.keys() == expected.keys()
+    errors = {name: error(found[name], value) for name, value in expected.items()}
+    assert max(errors.values()) < 1e-6, errors
 
 
 @pytest.mark.parametrize(("recomputed", "dequantized"), [(False, 5), (True, 4)])
