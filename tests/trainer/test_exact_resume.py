@@ -24,11 +24,13 @@ from transformers import LlamaConfig
 
 import qlora_trainer
 from qlora_api.contract import ProgressRecord, decode_record
-from qlora_trainer import attempts
+from qlora_trainer import attempts, attention_cpu, loss
+from qlora_trainer.batches import Batch
 from qlora_trainer.failures import Interrupted, StopRequest
+from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.step import StepContext
 from tests.trainer.command import Files, new_files
-from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, save_model
+from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, chat_row, merged, save_model, write_rows
 from tests.trainer.training import adapter_bytes, history, prepared, run
 
 Site = tuple[str, str, int, str, str]
@@ -42,7 +44,8 @@ LONGEST_GRACE = 400
 # Where something is written or renamed: every place is an instant. Of the others some are drawn.
 WRITING = ("attempts.py", "checkpoint.py", "disk.py", "metrics.py", "records.py", "train.py")
 OTHERS_DRAWN = 12
-OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
+# Each optimizer, each LoRA layer: PEFT's is used with dropout, without it the fused one.
+RUNS = (("paged_adamw_32bit", 0.1), ("paged_adamw_8bit", 0.0), ("adamw", 0.0))
 
 # Rank 64 makes tensors large enough that the 8-bit optimizer really keeps 8 bits.
 SPEC: dict[str, Any] = {
@@ -151,7 +154,7 @@ def _end_at(instant: Instant) -> Callable[[Site], None]:
 
 def drawn(sites: Counter[Site], share: int, random: Random) -> list[Instant]:
     """Instants at the share of the writing sites and at some of the others, in random order."""
-    writing = sorted(site for site in sites if site[0] in WRITING)[share :: len(OPTIMIZERS)]
+    writing = sorted(site for site in sites if site[0] in WRITING)[share :: len(RUNS)]
     others = random.sample(sorted(site for site in sites if site[0] not in WRITING), OTHERS_DRAWN)
     chosen = [*writing, *others]
     random.shuffle(chosen)
@@ -162,17 +165,18 @@ def drawn(sites: Counter[Site], share: int, random: Random) -> list[Instant]:
     ]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "dropout"), RUNS)
 def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
-    optimizer: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, dropout: float, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A job would be given up after so many attempts that end before their first checkpoint.
     monkeypatch.setattr(attempts, "MAX_ATTEMPTS_WITHOUT_PROGRESS", 1000)
-    spec = {**SPEC, "training": {**SPEC["training"], "optimizer": optimizer}}
+    spec = merged(SPEC, {"lora": {"dropout": dropout}, "training": {"optimizer": optimizer}})
     undisturbed = prepared(tmp_path / "undisturbed", model, spec)
     sites = sites_of(undisturbed)
+    assert any(site[:2] == ("fused_lora.py", "backward") for site in sites) == (dropout == 0)
     expected = adapter_bytes(undisturbed), history(undisturbed)
-    share = OPTIMIZERS.index(optimizer)
+    share = RUNS.index((optimizer, dropout))
     instants = drawn(sites, share, Random(share))
     ended: Counter[str] = Counter()
 
@@ -197,9 +201,9 @@ def test_attempts_that_end_anywhere_lead_to_the_bytes_of_an_undisturbed_run(
     assert all(ended[ending] >= 8 for ending in ENDINGS), ended
 
 
-def signalled(files: Files, step: int, *signals: signal.Signals) -> int:
+def signalled(files: Files, step: int, *signals: signal.Signals, threads: str = "1") -> int:
     """The train step's command line, sent `signals` once it says that `step` steps are done; its exit code."""
-    process = files.start("train", OMP_NUM_THREADS="1")
+    process = files.start("train", OMP_NUM_THREADS=threads)
     assert process.stdout is not None
     for line in process.stdout:
         record = decode_record(line.rstrip(), job_uid=JOB_UID, pod_uid=POD_UID)
@@ -215,6 +219,15 @@ def losses(metrics: Path) -> list[dict[str, float | None]]:
     """What was computed at each line of a history."""
     entries = map(json.loads, metrics.read_text().splitlines())
     return [{name: entry.get(name) for name in ("step", "loss", "gradNorm", "evalLoss")} for entry in entries]
+
+
+def assert_same_results(disturbed: Files, undisturbed: Files) -> None:
+    """Both have the same bytes of an adapter, and computed the same on the way."""
+    files = (undisturbed.workspace, disturbed.workspace)
+    adapters = [(folder / "trained" / "adapter_model.safetensors").read_bytes() for folder in files]
+    histories = [losses(folder / "report" / "metrics.jsonl") for folder in files]
+    assert adapters[0] == adapters[1]
+    assert histories[0] == histories[1]
 
 
 def test_the_command_line_under_real_signals_leads_to_the_bytes_of_an_undisturbed_run(
@@ -238,8 +251,41 @@ def test_the_command_line_under_real_signals_leads_to_the_bytes_of_an_undisturbe
     assert signalled(disturbed, 8, signal.SIGTERM, signal.SIGKILL) == -signal.SIGKILL
     assert disturbed.run("train", OMP_NUM_THREADS="1").exit_code == 0
 
-    files = (undisturbed.workspace, disturbed.workspace)
-    adapters = [(folder / "trained" / "adapter_model.safetensors").read_bytes() for folder in files]
-    histories = [losses(folder / "report" / "metrics.jsonl") for folder in files]
-    assert adapters[0] == adapters[1]
-    assert histories[0] == histories[1]
+    assert_same_results(disturbed, undisturbed)
+
+
+def long_rows() -> list[dict[str, Any]]:
+    """Rows of which two or three fill a sequence of 1024 tokens."""
+    random = Random(0)
+    words = ("list", "the", "pods", "of", "namespace", "web", "labels", "deployment", "shop", "three", "node")
+    return [chat_row(f"Question {n}?", " ".join(random.choices(words, k=random.randint(270, 420)))) for n in range(14)]
+
+
+def test_long_rows_on_two_threads_lead_to_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
+    """Rows and sequences are so long that attention, filling and loss take the ways that short ones never do."""
+    model = save_model(tmp_path / "models" / "model", LlamaConfig(**(SHAPE | {"max_position_embeddings": 1024})))
+    training = {
+        "maxSteps": 6,
+        "gradientAccumulationSteps": 2,
+        "maxSequenceLength": 1024,
+        "saveEverySteps": 2,
+        "evalEverySteps": 6,
+        "samples": 0,
+    }
+    undisturbed = new_files(tmp_path / "undisturbed", model.parent, {"training": training})
+    write_rows(undisturbed.data / "train.jsonl", long_rows())
+    assert undisturbed.run("prepare").exit_code == 0
+    data = PreparedDataset.open(next(undisturbed.workspace.glob("data/*/train.safetensors")).parent, "train")
+    sequences = [data[index] for index in range(len(data))]
+    batches = [Batch.of([sequence], torch.device("cpu")) for sequence in sequences]
+    assert all(max(sequence.segment_lengths) > attention_cpu._WIDE_TOKENS for sequence in sequences)
+    assert any(batch.input_ids.shape[1] > batch.tokens for batch in batches)
+    assert all(batch.target_count > loss.CHUNK_TOKENS for batch in batches)
+    disturbed = undisturbed.copied(tmp_path / "disturbed")
+    assert undisturbed.run("train", OMP_NUM_THREADS="2").exit_code == 0
+
+    assert signalled(disturbed, 3, signal.SIGKILL, threads="2") == -signal.SIGKILL
+    assert list(disturbed.workspace.glob("checkpoints/step-*"))
+    assert disturbed.run("train", OMP_NUM_THREADS="2").exit_code == 0
+
+    assert_same_results(disturbed, undisturbed)
