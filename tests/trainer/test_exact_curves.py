@@ -10,6 +10,7 @@ differ by a thousandth of itself.
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,24 @@ def measured(seed: int, root: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread to compute with, as the committed curves were: whatever is set outside, the comparison is exact."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_losses_are_the_committed_ones(seed: int, tmp_path: Path) -> None:
     committed = json.loads((CURVES / f"seed-{seed}.json").read_text())
 
     found = measured(seed, tmp_path)
 
+    assert found["computedWith"]["threads"] == committed["computedWith"]["threads"] == 1
     tolerance = 0.0 if found["computedWith"] == committed["computedWith"] else TOLERANCE
     assert len(found["losses"]) == 12
     assert len(found["evaluations"]) == 4
