@@ -26,16 +26,50 @@ class Columns(ApiModel):
     text: ColumnName | None = Field(None, description="Format text: the text.")
 
 
+Sha256 = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]
+
+_NO_REPOSITORY = (
+    "revision, config and split are of an hf:// data set; of any other source, name the file or folder, and pin sha256"
+)
+_NO_OWN_SOURCE = "sha256, revision, config and split are of the evaluation's own source: set source, or leave them out"
+
+
 class EvalSpec(ApiModel):
     """Rows that are held out for evaluation: either their own source or a fraction of the data set."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("has(self.source) != has(self.fraction)", "set exactly one of source and fraction"),
+            rule(
+                "has(self.source) || "
+                "(!has(self.sha256) && !has(self.revision) && !has(self.config) && !has(self.split))",
+                _NO_OWN_SOURCE,
+            ),
+            rule(
+                "(!has(self.revision) && !has(self.config) && !has(self.split)) || !has(self.source) || "
+                "self.source.startsWith('hf://')",
+                _NO_REPOSITORY,
+            ),
         )
     )
 
     source: DatasetAddress | None = Field(None, description="Address of the evaluation rows, of the same format.")
+    revision: Revision | None = Field(
+        None,
+        description="Branch, tag or commit of an hf:// source; if not set, dataset.revision for the same repository, "
+        "main for another.",
+    )
+    config: ColumnName | None = Field(
+        None,
+        description="Configuration (subset) of an hf:// source that has several; if not set, dataset.config for the "
+        "same repository, default for another.",
+    )
+    split: ColumnName | None = Field(
+        None, description="Split of an hf:// source that has several; validation, or else test, if not set."
+    )
+    sha256: Sha256 | None = Field(
+        None, description="SHA-256 that the evaluation's own data must have, as dataset.sha256; not checked if not set."
+    )
     fraction: float | None = Field(
         None, gt=0, lt=1, description="Fraction of the rows that is held out, chosen by the seed."
     )
@@ -46,10 +80,16 @@ class EvalSpec(ApiModel):
             raise ValueError("set exactly one of source and fraction")
         return self
 
+    @model_validator(mode="after")
+    def _parts_of_a_source(self) -> Self:
+        of_a_repository = self.revision or self.config or self.split
+        if self.source is None and (self.sha256 or of_a_repository):
+            raise ValueError(_NO_OWN_SOURCE)
+        if of_a_repository and not (self.source or "").startswith("hf://"):
+            raise ValueError(_NO_REPOSITORY)
+        return self
 
-_NO_REPOSITORY = (
-    "revision, config and split are of an hf:// data set; of any other source, name the file or folder, and pin sha256"
-)
+
 _NO_OBJECTS = "secretRef is for s3:// data; an hf:// data set is read with spec.model.tokenSecretRef"
 
 
@@ -94,10 +134,8 @@ class DatasetSpec(ApiModel):
     shuffle: bool = Field(
         False, description="Let training.seed choose the maxSamples rows, instead of using the first ones."
     )
-    sha256: str | None = Field(
+    sha256: Sha256 | None = Field(
         None,
-        max_length=64,
-        pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 that the data file must have, or, for several, that of the lines that sha256sum prints "
         "for them in the order of their names; not checked if not set.",
     )

@@ -18,7 +18,11 @@ def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> M
     return applied
 
 
-@pytest.mark.parametrize("manifest", [MINIMAL, FULL], ids=["minimal", "full"])
+PINNED = {"source": "hf://org/held-out", "revision": "v1", "config": "en", "split": "test", "sha256": "0" * 64}
+EVALUATED = with_value(MINIMAL, "spec.dataset.eval", PINNED)
+
+
+@pytest.mark.parametrize("manifest", [MINIMAL, FULL, EVALUATED], ids=["minimal", "full", "evaluated"])
 def test_a_good_manifest_is_taken_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
     document = QLoRAJobDocument.model_validate(
@@ -58,6 +62,22 @@ REFUSED = {
     "revision of data in a bucket": (
         with_value(with_value(MINIMAL, "spec.dataset.source", "s3://a-bucket/rows"), "spec.dataset.revision", "v1"),
         "revision, config and split are of an hf:// data set",
+    ),
+    "revision of rows that are held out": (
+        with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1, "revision": "v1"}),
+        "spec.dataset.eval: Invalid value: sha256, revision, config and split are of the evaluation's own source",
+    ),
+    "digest of rows that are held out": (
+        with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1, "sha256": "0" * 64}),
+        "sha256, revision, config and split are of the evaluation's own source",
+    ),
+    "split of evaluation rows on a volume": (
+        with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://a/b.jsonl", "split": "test"}),
+        "spec.dataset.eval: Invalid value: revision, config and split are of an hf:// data set",
+    ),
+    "bad sha256 of evaluation rows": (
+        with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://a/b.jsonl", "sha256": "abc"}),
+        "spec.dataset.eval.sha256",
     ),
     "revision of a model on a volume": (
         with_value(with_value(MINIMAL, "spec.model.source", "pvc://models/a"), "spec.model.revision", "v1"),

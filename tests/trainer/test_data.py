@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qlora_trainer.records import PrepareRecord
 from qlora_trainer.step import StepContext
 from tests.trainer.bad_data.case import GOOD
 from tests.trainer.conftest import MakeContext
+from tests.trainer.fake_hub import OTHER_COMMIT, FakeHub, serve
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 
 
@@ -172,6 +174,20 @@ def test_chance_chooses_the_rows_where_the_job_says_so(
     assert tokens(True, 0) == tokens(True, 0)
 
 
+@pytest.mark.parametrize(("dataset", "told"), [({}, True), ({"maxSamples": 5}, False)])
+def test_a_shuffle_that_chooses_nothing_is_told(
+    make_context: MakeContext,
+    records: Recorded,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    dataset: dict[str, Any],
+    told: bool,
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
+    prepare(make_context({"dataset": {"shuffle": True, **dataset}}), records)
+    assert ("spec.dataset.shuffle does nothing without spec.dataset.maxSamples" in caplog.text) is told
+
+
 def test_rows_of_a_config_map_are_read(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     """A mounted ConfigMap is made of links, as the kubelet makes them."""
     mounted = tmp_path / "config-maps" / "rows"
@@ -180,3 +196,85 @@ def test_rows_of_a_config_map_are_read(make_context: MakeContext, records: Recor
     (mounted / "train.jsonl").symlink_to("..data/train.jsonl")
     record = prepare(make_context({"dataset": {"source": "configMap://rows/train.jsonl"}}), records)
     assert record.dataset.used_rows == 1
+
+
+def test_evaluation_rows_that_are_not_those_of_the_digest_are_refused(
+    make_context: MakeContext, records: Recorded, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
+    path = write_rows(tmp_path / "data" / "eval.jsonl", PAIRS[:2])
+    evaluation = {"source": "pvc://data/eval.jsonl", "sha256": file_sha256(path)}
+    context = make_context({"dataset": {"eval": evaluation}})
+    assert prepare(context, records).dataset.eval_rows == 2
+    write_rows(path, PAIRS[:1])
+    with pytest.raises(StepFailure, match=r"eval.jsonl has SHA-256 \w{64}, but spec.dataset.eval.sha256 is") as failure:
+        prepare(context, records)
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with acme/rows and acme/other, whose folders `small` and `large` are configurations with three splits."""
+    repositories = {f"datasets/acme/{name}": tmp_path / "hub" / name for name in ("rows", "other")}
+    for folder in repositories.values():
+        for config, rows in (("small", 1), ("large", 4)):
+            for extra, split in enumerate(("train", "validation", "test")):
+                write_rows(folder / config / f"{split}.jsonl", PAIRS[:1] * (rows + extra))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(FakeHub(repositories, commits=dict.fromkeys(repositories, OTHER_COMMIT))) as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        yield served
+
+
+AT_COMMIT = f"/revision/{OTHER_COMMIT}"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "evaluation", "rows", "listed"),
+    [
+        ({}, {"source": "hf://acme/other", "config": "large"}, 5, ["rows", "other"]),
+        ({}, {"source": "hf://acme/other", "config": "large", "split": "test"}, 6, ["rows", "other"]),
+        (
+            {},
+            {"source": "hf://acme/other", "config": "small", "revision": OTHER_COMMIT},
+            2,
+            ["rows", f"other{AT_COMMIT}"],
+        ),
+        ({}, {"source": "hf://acme/rows", "revision": OTHER_COMMIT}, 2, ["rows", f"rows{AT_COMMIT}"]),
+        ({"revision": OTHER_COMMIT}, {"source": "hf://acme/rows"}, 2, [f"rows{AT_COMMIT}", f"rows{AT_COMMIT}"]),
+        ({}, {"source": "hf://acme/rows", "config": "large", "split": "train"}, 4, ["rows", "rows"]),
+    ],
+)
+def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_are_named(
+    make_context: MakeContext,
+    records: Recorded,
+    hub: FakeHub,
+    dataset: dict[str, Any],
+    evaluation: dict[str, Any],
+    rows: int,
+    listed: list[str],
+) -> None:
+    """What is not named is that of the training data if these are of the same repository."""
+    training = {"source": "hf://acme/rows", "config": "small", **dataset}
+    record = prepare(make_context({"dataset": {**training, "eval": evaluation}}), records)
+    assert (record.dataset.used_rows, record.dataset.eval_rows) == (1, rows)
+    asked = [line.partition("/api/datasets/acme/")[2] for line in hub.requests if "/api/" in line]
+    assert asked == listed
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"split": "dev"}, r"no data file of the split 'dev': set spec\.dataset\.eval\.split"),
+        ({"config": "middle"}, r"no configuration 'middle' \(spec\.dataset\.eval\.config\)"),
+        ({"revision": "v9"}, "hf://acme/other has no revision 'v9'"),
+    ],
+)
+def test_what_evaluation_rows_have_not_is_refused_by_its_field(
+    make_context: MakeContext, records: Recorded, evaluation: dict[str, str], message: str
+) -> None:
+    dataset = {"source": "hf://acme/rows", "config": "small", "eval": {"source": "hf://acme/other", **evaluation}}
+    with pytest.raises(StepFailure, match=message) as failure:
+        prepare(make_context({"dataset": dataset}), records)
+    assert failure.value.exit_code is ExitCode.BAD_DATASET

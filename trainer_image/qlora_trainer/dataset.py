@@ -155,13 +155,7 @@ class DatasetBuilder:
         """
         spec = self._spec
         data = find(spec.source, "train")
-        digest = data.sha256()
-        if spec.sha256 is not None and digest != spec.sha256:
-            raise bad_dataset(
-                f"{data.uri} has SHA-256 {digest}, but spec.dataset.sha256 is {spec.sha256}: it has changed, or was "
-                "never what it should be"
-            )
-        trained = self._tokenized(data, digest, "train")
+        trained = self._tokenized(data, _checked_sha256(data, spec.sha256, "spec.dataset.sha256"), "train")
         everything = numpy.arange(len(trained.rows))
         none = everything[:0]
         if spec.eval is None:
@@ -170,7 +164,8 @@ class DatasetBuilder:
             kept, held_out = hold_out(len(trained.rows), spec.eval.fraction, self._training.seed, data.uri)
             return Dataset(trained, kept, trained, held_out)
         own = find(spec.eval.source or "", "eval")
-        evaluated = self._tokenized(own, own.sha256(), "eval", trained)
+        digest = _checked_sha256(own, spec.eval.sha256, "spec.dataset.eval.sha256")
+        evaluated = self._tokenized(own, digest, "eval", trained)
         return Dataset(trained, everything, evaluated, numpy.arange(len(evaluated.rows)))
 
     def _tokenized(
@@ -251,6 +246,16 @@ class DatasetBuilder:
             if not path.name.startswith(f"{split}-{key}-"):
                 path.unlink()
         return self._scratch / f"{split}-{key}"
+
+
+def _checked_sha256(data: DataFiles, wanted: str | None, field: str) -> str:
+    """The data's SHA-256. Raises StepFailure BAD_DATASET if the job wants another one."""
+    digest = data.sha256()
+    if wanted is not None and digest != wanted:
+        raise bad_dataset(
+            f"{data.uri} has SHA-256 {digest}, but {field} is {wanted}: it has changed, or was never what it should be"
+        )
+    return digest
 
 
 def _require_usable(source: TokenizedSource, longest_allowed: int) -> None:

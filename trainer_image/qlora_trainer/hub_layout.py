@@ -36,10 +36,12 @@ class Wanted:
     splits: tuple[str, ...]
     """The first of them that there is."""
     config: str | None = None
+    field: str = "spec.dataset"
+    """Where the job says so."""
 
 
 TRAINING = Wanted(("train",))
-EVALUATION = Wanted(("validation", "test"))
+EVALUATION = Wanted(("validation", "test"), field="spec.dataset.eval")
 
 
 def read_card(path: Path, uri: str) -> Mapping[str, Any]:
@@ -71,20 +73,20 @@ def choose_data_files(
         if configs:
             chosen = _of_config(candidates, configs, wanted, uri)
         else:
-            chosen = _of_split(_below(candidates, wanted.config, uri), wanted, uri)
+            chosen = _of_split(_below(candidates, wanted, uri), wanted, uri)
     require_one_kind(chosen, candidates, uri)
     return chosen
 
 
-def _below(names: list[str], config: str | None, uri: str) -> list[str]:
+def _below(names: list[str], wanted: Wanted, uri: str) -> list[str]:
     """The files in a folder of the configuration's name."""
-    if config is None:
+    if wanted.config is None:
         return names
-    below = [name for name in names if config in name.split("/")[:-1]]
+    below = [name for name in names if wanted.config in name.split("/")[:-1]]
     if not below:
         raise bad_dataset(
-            f"{uri} has no configuration {config!r} (spec.dataset.config): neither its README.md nor a folder is "
-            f"called so; it has {some_names(names)}"
+            f"{uri} has no configuration {wanted.config!r} ({wanted.field}.config): neither its README.md nor a folder "
+            f"is called so; it has {some_names(names)}"
         )
     return below
 
@@ -99,8 +101,8 @@ def _of_split(names: list[str], wanted: Wanted, uri: str, start: int = 0) -> lis
     if unnamed and wanted.splits in (TRAINING.splits, EVALUATION.splits):
         return names
     raise bad_dataset(
-        f"{uri} has no data file of the split {' or '.join(map(repr, wanted.splits))}: set spec.dataset.split, or name "
-        f"the file, as in {uri}/{names[0] if names and not start else 'PATH'}; it has {some_names(names)}"
+        f"{uri} has no data file of the split {' or '.join(map(repr, wanted.splits))}: set {wanted.field}.split, or "
+        f"name the file, as in {uri}/{names[0] if names and not start else 'PATH'}; it has {some_names(names)}"
     )
 
 
@@ -121,7 +123,7 @@ def _configs(card: Mapping[str, Any], uri: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _of_config(names: list[str], configs: Mapping[str, Mapping[str, Any]], wanted: Wanted, uri: str) -> list[str]:
-    entry = _chosen_config(configs, wanted.config, uri)
+    entry = _chosen_config(configs, wanted, uri)
     files = entry.get("data_files")
     if files is None:
         folder = str(entry["data_dir"]).strip("/")
@@ -139,24 +141,24 @@ def _of_config(names: list[str], configs: Mapping[str, Mapping[str, Any]], wante
             return found
     raise bad_dataset(
         f"{uri} has no split {' or '.join(map(repr, wanted.splits))} in configuration {entry['config_name']!r}; it has "
-        f"{some_names(patterns)}: set spec.dataset.split, or name a file"
+        f"{some_names(patterns)}: set {wanted.field}.split, or name a file"
     )
 
 
-def _chosen_config(configs: Mapping[str, Mapping[str, Any]], config: str | None, uri: str) -> Mapping[str, Any]:
-    if config is not None:
-        if config not in configs:
+def _chosen_config(configs: Mapping[str, Mapping[str, Any]], wanted: Wanted, uri: str) -> Mapping[str, Any]:
+    if wanted.config is not None:
+        if wanted.config not in configs:
             raise bad_dataset(
-                f"{uri} has no configuration {config!r} (spec.dataset.config); it has {some_names(configs)}"
+                f"{uri} has no configuration {wanted.config!r} ({wanted.field}.config); it has {some_names(configs)}"
             )
-        return configs[config]
+        return configs[wanted.config]
     defaults = [entry for entry in configs.values() if entry.get("default") is True]
     only = list(configs.values()) if len(configs) == 1 else []
     for choice in (defaults, [configs["default"]] if "default" in configs else [], only):
         if choice:
             return choice[0]
     raise bad_dataset(
-        f"{uri} has several configurations, {some_names(configs)}: set spec.dataset.config to one of them"
+        f"{uri} has several configurations, {some_names(configs)}: set {wanted.field}.config to one of them"
     )
 
 

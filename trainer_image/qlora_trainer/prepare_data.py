@@ -1,6 +1,8 @@
 """The data's part of the step `prepare`: finds the job's data, has it tokenized and tells whether it has changed."""
 
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from qlora_trainer.object_store import ObjectFolder
 from qlora_trainer.prepared import Split
 from qlora_trainer.step import StepContext
 from qlora_trainer.templates import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
@@ -41,13 +45,18 @@ def read_dataset(
     `vocabulary`: tokens that the model knows. `tokenizer_files`: SHA-256 of each. Raises StepFailure.
     """
     spec = context.spec.dataset
+    if spec.shuffle and spec.max_samples is None:
+        _LOG.warning(
+            "spec.dataset.shuffle does nothing without spec.dataset.maxSamples, whose rows it chooses: set that, or "
+            "leave it out; training.seed orders the rows of each epoch anyway"
+        )
 
     def find(uri: str, split: Split) -> DataFiles:
         say("reading the data set")
         return find_data(
             uri,
             wanted_part(context, split),
-            revision=spec.revision if split == "train" or _evaluates_with_itself(spec) else None,
+            revision=_wanted_revision(spec, split),
             mounts=context.mounts,
             hub=hub,
             objects=lambda source: ObjectFolder(source, context.secret("dataset"), refuse=bad_dataset),
@@ -70,13 +79,23 @@ def read_dataset(
 def wanted_part(context: StepContext, split: Split) -> Wanted:
     """Which configuration and split of a hub data set the job trains on, or evaluates with."""
     spec = context.spec.dataset
-    if split == "train":
+    own = spec.eval if split == "eval" else None
+    if own is None:
         return Wanted((spec.split,) if spec.split else TRAINING.splits, spec.config)
-    return Wanted(EVALUATION.splits, spec.config if _evaluates_with_itself(spec) else None)
+    config = own.config or (spec.config if _evaluates_with_itself(spec) else None)
+    return replace(EVALUATION, splits=(own.split,) if own.split else EVALUATION.splits, config=config)
+
+
+def _wanted_revision(spec: DatasetSpec, split: Split) -> str | None:
+    """The branch, tag or commit of a hub data set that the job trains on, or evaluates with."""
+    own = spec.eval if split == "eval" else None
+    if own is None:
+        return spec.revision
+    return own.revision or (spec.revision if _evaluates_with_itself(spec) else None)
 
 
 def _evaluates_with_itself(spec: DatasetSpec) -> bool:
-    """Whether the evaluation's rows are of the same repository: revision and configuration are named for one."""
+    """Whether the evaluation's rows are of the same repository: its revision and configuration hold for both."""
     evaluated = None if spec.eval is None or spec.eval.source is None else _repository(spec.eval.source)
     return evaluated == _repository(spec.source)
 
