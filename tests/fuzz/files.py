@@ -7,14 +7,17 @@ import json
 import lzma
 import shutil
 from collections.abc import Callable
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy
 import pyarrow
 import pyarrow.parquet
+import torch
 from safetensors.numpy import save
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
@@ -163,15 +166,22 @@ def _family(content: bytes, folder: Path) -> None:
     assert family.target_modules
 
 
+@cache
+def _model() -> Any:
+    """A model without weights, of which the files' weights might be."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**_LLAMA))
+
+
 def _weights(content: bytes, folder: Path) -> None:
     path = _written(content, folder / "model.safetensors")
     require_whole(path, "model.safetensors")
-    BaseWeights(folder)
+    BaseWeights(folder, _model())
 
 
 def _indexed_weights(content: bytes, folder: Path) -> None:
     (folder / "indexed").mkdir(exist_ok=True)
-    BaseWeights(_written(content, folder / "indexed" / "model.safetensors.index.json").parent)
+    BaseWeights(_written(content, folder / "indexed" / "model.safetensors.index.json").parent, _model())
 
 
 def _checkpoint_of(name: str) -> Callable[[bytes, Path], None]:

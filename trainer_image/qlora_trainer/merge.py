@@ -90,7 +90,7 @@ def keep_for_merge(base: Any, model_folder: Path, workspace: WorkspaceLayout, sh
     Raises StepFailure: MODEL_UNAVAILABLE unless everything else of the base is in its folder by the same name,
     STORAGE_FULL if the workspace has no room for the 4-bit weights.
     """
-    weights = BaseWeights(model_folder)
+    weights = BaseWeights(model_folder, base)
     for name, parameter in base.named_parameters():
         if not isinstance(parameter, Params4bit):
             weights.require(name)

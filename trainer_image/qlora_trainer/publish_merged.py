@@ -121,7 +121,8 @@ def merge(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, f
     quantized = QuantizedWeights(workspace.quantized)
     quantized.require_sha256(trained.quantized_sha256)
     adapter = workspace.root / trained.adapter_path / ADAPTER_FILE
-    write_merged(model, MergeSource(BaseWeights(model_folder), quantized, adapter, context.spec.lora), folder)
+    base = BaseWeights(model_folder, model)
+    write_merged(model, MergeSource(base, quantized, adapter, context.spec.lora), folder)
     loss = _loss(context, prepared, trained, folder)
     for name in _COPIED:
         if (model_folder / name).is_file():

@@ -174,6 +174,7 @@ def _start(
     model_folder = root / prepared.model_path
     _refuse_mixed_rows(spec, prepared, model_folder)
     base, storage, quantized_sha256 = _load_base(context, model_folder, ranks)
+    loftq = spec.lora.initialization == "loftq" and checkpoint is None
     model = attach_adapter(
         base,
         spec.lora,
@@ -182,7 +183,7 @@ def _start(
         gradient_checkpointing=spec.training.gradient_checkpointing,
         base_name=context.base_name,
         base_revision=prepared.model_revision,
-        original=BaseWeights(model_folder) if spec.lora.initialization == "loftq" and checkpoint is None else None,
+        original=BaseWeights(model_folder, base) if loftq else None,
     )
     if ranks.sharded:
         shard_base(model, device, ranks.place.size)

@@ -1,10 +1,13 @@
 """Reads the weights of a base model's folder one tensor at a time, by the names that they have in the loaded model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_trainer.failures import model_unavailable
 from qlora_trainer.model_source import WEIGHTS, WEIGHTS_INDEX, weight_files
@@ -13,35 +16,58 @@ from qlora_trainer.model_source import WEIGHTS, WEIGHTS_INDEX, weight_files
 class BaseWeights:
     """The tensors of `model.safetensors`, or of the files that its index names. Each is read when it is asked for."""
 
-    def __init__(self, folder: Path, base_prefix: str = "model") -> None:
-        """Look at the files' headers. `base_prefix` is what a checkpoint without an output layer leaves out of names.
+    def __init__(self, folder: Path, model: Any) -> None:
+        """Look at the files' headers. `model` is that of the folder as transformers has it, with weights or without.
 
         Raises StepFailure: MODEL_UNAVAILABLE if a file is missing or no safetensors file, UNSAFE_ARTEFACT if the index
         names a file elsewhere.
         """
-        self._folder, self._prefix = folder, f"{base_prefix}."
-        self._files: dict[str, Any] = {}
+        self._folder = folder
+        self._stored: dict[str, tuple[Any, str]] = {}
+        name_in_model = _renaming(model)
         for file in _files(folder):
             try:
                 opened = cast("Any", safe_open(folder / file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise model_unavailable(f"{folder / file} cannot be read: {error}") from error
-            self._files |= dict.fromkeys(opened.keys(), opened)
+            for stored in opened.keys():  # noqa: SIM118 - it is no dictionary
+                name = name_in_model(stored)
+                if name is not None:
+                    self._stored[name] = (opened, stored)
 
-    def require(self, name: str) -> str:
-        """The stored name of a tensor. Raises StepFailure MODEL_UNAVAILABLE if there is none."""
-        stored = next((known for known in (name, name.removeprefix(self._prefix)) if known in self._files), None)
-        if stored is None:
+    def require(self, name: str) -> None:
+        """Raise StepFailure MODEL_UNAVAILABLE unless there is a tensor of this name."""
+        if name not in self._stored:
             raise model_unavailable(
-                f"the weights in {self._folder} have no tensor {name}: merging (spec.output.merged) and loftq need the "
-                "names that transformers gives the model's layers; leave these out, or save the model with transformers"
+                f"the weights in {self._folder} have no tensor for {name}: merging (spec.output.merged) and loftq need "
+                "each layer's weight as the model computes with it; leave these out, or name a model that stores it so"
             )
-        return stored
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor as it is stored. Raises StepFailure MODEL_UNAVAILABLE if there is none of this name."""
-        stored = self.require(name)
-        return cast("Tensor", self._files[stored].get_tensor(stored))
+        self.require(name)
+        opened, stored = self._stored[name]
+        return cast("Tensor", opened.get_tensor(stored))
+
+
+def _renaming(model: Any) -> Callable[[str], str | None]:
+    """Tells under which name the model has what a file calls by another; None for what is no weight as it is stored.
+
+    It is transformers' own way to find the weights when it loads: a checkpoint of the inner model lacks that one's
+    name, and a multimodal one has older names for its parts.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def name_in_model(stored: str) -> str | None:
+        name, computed = rename_source_key(stored, renamings, converters, model.base_model_prefix, names)
+        if name not in names:
+            return stored
+        return name if computed is None else None
+
+    return name_in_model
 
 
 def _files(folder: Path) -> list[str]:
