@@ -18,11 +18,23 @@ from typing import Any
 from benchmarks.conversations import SHORT_CHAT, write_conversations
 from benchmarks.inputs import RESULTS, model_folder, write_result
 from benchmarks.machine import describe_machine
-from benchmarks.memory import resident_bytes
+from benchmarks.memory import anonymous_bytes, resident_bytes, shared_bytes
 from benchmarks.speed.settings import MAX_LENGTH, SEED
 from benchmarks.trainer import prepare_command
 
 SECONDS_BETWEEN_SAMPLES = 0.2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Memory of a process and its descendants at one time, summed. Pages that they share count once for each."""
+
+    seconds: float
+    """Since the start."""
+    resident_bytes: int
+    """All of it. What is neither anonymous nor shared is content of mapped files, which the kernel can drop."""
+    anonymous_bytes: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -33,9 +45,10 @@ class Watched:
     cpu_seconds: float
     """User and system, of all."""
     peak_bytes: int
-    """The largest sum of their resident memory at one time. Pages that they share count once for each."""
-    samples: tuple[tuple[float, int], ...]
-    """Seconds since the start, and that sum."""
+    """The largest sum of their resident memory."""
+    peak_anonymous_bytes: int
+    peak_shared_bytes: int
+    samples: tuple[Sample, ...]
 
 
 def main() -> int:
@@ -73,23 +86,32 @@ def _figures(watched: Watched, dataset: dict[str, Any], cores: int) -> dict[str,
         "tokensPerSecond": round(dataset["tokens"] / watched.seconds, 1),
         "seconds": round(watched.seconds, 1),
         "peakMiB": round(watched.peak_bytes / 2**20, 1),
+        "peakAnonymousMiB": round(watched.peak_anonymous_bytes / 2**20, 1),
+        "peakSharedMiB": round(watched.peak_shared_bytes / 2**20, 1),
         "shareOfCores": round(watched.cpu_seconds / watched.seconds / cores, 3),
     }
 
 
 def watch(command: list[str], output: Any) -> Watched:
     """Run a command and look at it and its descendants until it ends. Raises CalledProcessError if it fails."""
-    started, samples, before = time.monotonic(), [], os.times()
+    started, samples, before = time.monotonic(), list[Sample](), os.times()
     with subprocess.Popen(command, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=output) as process:
         while process.poll() is None:
-            family = [process.pid, *descendants(process.pid)]
-            samples.append((round(time.monotonic() - started, 2), sum(map(_resident, family))))
+            held = [_held(member) for member in (process.pid, *descendants(process.pid))]
+            samples.append(Sample(round(time.monotonic() - started, 2), *map(sum, zip(*held, strict=True))))
             time.sleep(SECONDS_BETWEEN_SAMPLES)
     seconds, after = time.monotonic() - started, os.times()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Watched(seconds, cpu, max(size for _, size in samples), tuple(samples))
+    return Watched(
+        seconds,
+        cpu,
+        max(sample.resident_bytes for sample in samples),
+        max(sample.anonymous_bytes for sample in samples),
+        max(sample.shared_bytes for sample in samples),
+        tuple(samples),
+    )
 
 
 def descendants(process: int) -> list[int]:
@@ -105,11 +127,12 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-def _resident(process: int) -> int:
+def _held(process: int) -> tuple[int, int, int]:
+    """Its resident, anonymous and shared memory; none if it has ended."""
     try:
-        return resident_bytes(process)
+        return resident_bytes(process), anonymous_bytes(process), shared_bytes(process)
     except OSError:
-        return 0
+        return 0, 0, 0
 
 
 if __name__ == "__main__":

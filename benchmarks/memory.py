@@ -10,6 +10,16 @@ def resident_bytes(process: int | str = "self") -> int:
     return _status(process, "VmRSS")
 
 
+def anonymous_bytes(process: int | str = "self") -> int:
+    """The part of it that is no file's content: the kernel cannot drop it and read it again."""
+    return _status(process, "RssAnon")
+
+
+def shared_bytes(process: int | str = "self") -> int:
+    """The part of it that lies in shared memory or on a file system in memory; it cannot be dropped either."""
+    return _status(process, "RssShmem")
+
+
 def peak_resident_bytes(process: int | str = "self") -> int:
     """The most it has held since it started, or since `forget_peak`.
 
