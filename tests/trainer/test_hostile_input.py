@@ -1,458 +1,40 @@
-"""Input that was made to do harm: each is refused with the right exit code, no code of it runs, and nothing is written
-outside the workspace.
+"""Addresses and files of jobs that were made to do harm: what leads elsewhere is refused, what has no end is not read.
 
-The cases run in the `prepare` step, which alone reads what tenants bring, under a limit of memory and of time: a bomb
-that goes off, or a wait for ever, is a failure of the test and not of the machine.
+Models and data sets of that kind have tests of their own, and so has the environment.
 """
 
-import gzip
 import json
 import os
 import pickle
-import resource
-import shutil
-import signal
-import struct
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
+import obstore
 import pytest
 from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode
+from qlora_api.sources import HubSource, ObjectStoreSource
+from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.checkpoint import newest_checkpoint
+from qlora_trainer.credentials import Secret
 from qlora_trainer.failures import StepFailure
-from qlora_trainer.prepare import prepare
-from tests.trainer.conftest import MakeContext
-from tests.trainer.tiny import Recorded, chat_row, write_rows
-
-UNSAFE, CONFIGURATION, DATASET, MODEL = (
-    ExitCode.UNSAFE_ARTEFACT,
-    ExitCode.BAD_CONFIGURATION,
-    ExitCode.BAD_DATASET,
-    ExitCode.MODEL_UNAVAILABLE,
-)
-MEMORY_BYTES = 3 * 2**30
-SECONDS = 120
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a case puts what it brings."""
-
-    model: Path
-    data: Path
-    outside: Path
-    """Not on any volume of the job; holds `secret`."""
-
-    @property
-    def canary(self) -> Path:
-        """What code of the input would make."""
-        return self.outside / "canary"
-
-    def config(self, **changes: Any) -> None:
-        path = self.model / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    def tokenizer_config(self, **changes: Any) -> None:
-        path = self.model / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    def code(self, name: str) -> None:
-        (self.model / name).write_text(f"open({str(self.canary)!r}, 'w').close()\n")
-
-    def template(self, text: str) -> None:
-        (self.model / "chat_template.jinja").write_text(text)
-
-    def rows(self, content: bytes, name: str = "train.jsonl") -> None:
-        (self.data / "train.jsonl").unlink()
-        (self.data / name).write_bytes(content)
-
-
-Case = Callable[[Place], None]
-CASES: dict[str, tuple[Case, tuple[ExitCode, ...]]] = {}
-
-
-def case(*codes: ExitCode) -> Callable[[Case], Case]:
-    """Collect the case; its name, with blanks, says what it tries."""
-
-    def collect(function: Case) -> Case:
-        CASES[function.__name__.replace("_", " ")] = (function, codes)
-        return function
-
-    return collect
-
-
-# Code
-
-
-@case(UNSAFE)
-def code_named_by_the_configuration(place: Place) -> None:
-    place.code("evil.py")
-    place.config(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-
-
-@case(UNSAFE)
-def code_named_deep_in_the_configuration(place: Place) -> None:
-    place.code("evil.py")
-    place.config(text_config={"sub": [{"auto_map": {"AutoConfig": "evil.Config"}}]})
-
-
-@case(UNSAFE, CONFIGURATION)
-def code_named_by_the_tokenizer(place: Place) -> None:
-    place.code("evil.py")
-    place.tokenizer_config(tokenizer_class="EvilTokenizer", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
-
-
-@case(UNSAFE)
-def an_attention_kernel_from_a_repository(place: Place) -> None:
-    place.config(_attn_implementation="attacker/kernel")
-
-
-@case(UNSAFE)
-def an_attention_kernel_under_another_name(place: Place) -> None:
-    place.config(attn_implementation_internal="attacker/kernel@main")
-
-
-@case(UNSAFE)
-def other_weights_named_by_the_configuration(place: Place) -> None:
-    place.config(transformers_weights="other.safetensors")
-
-
-@case(UNSAFE)
-def an_adapter_in_the_models_folder(place: Place) -> None:
-    (place.model / "adapter_config.json").write_text('{"peft_type": "LORA", "auto_mapping": {"parent_library": "os"}}')
-
-
-class _Payload:
-    def __init__(self, canary: Path) -> None:
-        self._canary = canary
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self._canary),)
-
-
-@case(UNSAFE, MODEL)
-def pickled_weights_alone(place: Place) -> None:
-    (place.model / "model.safetensors").unlink()
-    (place.model / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(place.canary)))
-
-
-@case(MODEL, UNSAFE)
-def a_pickle_under_the_name_of_safetensors(place: Place) -> None:
-    (place.model / "model.safetensors").write_bytes(pickle.dumps(_Payload(place.canary)))
-
-
-@case(DATASET)
-def a_pickled_data_set(place: Place) -> None:
-    place.rows(pickle.dumps(_Payload(place.canary)))
-
-
-@case(CONFIGURATION, DATASET)
-def a_template_that_climbs_to_the_interpreter(place: Place) -> None:
-    climb = "''.__class__.__mro__[1].__subclasses__()"
-    place.template("{{ " + climb + " }}{% for message in messages %}{{ message['content'] }}{% endfor %}")
-
-
-@case(CONFIGURATION, DATASET)
-def a_template_that_reads_a_file(place: Place) -> None:
-    place.template("{{ cycler.__init__.__globals__.os.mkdir('" + str(place.canary) + "') }}")
-
-
-@case(CONFIGURATION, DATASET)
-def a_template_that_includes_another(place: Place) -> None:
-    place.template("{% include '" + str(place.outside / "secret") + "' %}")
-
-
-# Paths
-
-
-@case(UNSAFE, MODEL)
-def an_index_that_climbs(place: Place) -> None:
-    shutil.move(place.model / "model.safetensors", place.outside / "model.safetensors")
-    _index(place, "../../outside/model.safetensors")
-
-
-@case(UNSAFE, MODEL)
-def an_index_with_an_absolute_path(place: Place) -> None:
-    shutil.move(place.model / "model.safetensors", place.outside / "model.safetensors")
-    _index(place, str(place.outside / "model.safetensors"))
-
-
-@case(UNSAFE, MODEL)
-def an_index_that_names_a_pickle(place: Place) -> None:
-    (place.model / "model.safetensors").unlink()
-    (place.model / "weights.bin").write_bytes(pickle.dumps(_Payload(place.canary)))
-    _index(place, "weights.bin")
-
-
-def _index(place: Place, file: str) -> None:
-    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": file}}
-    (place.model / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-@case(UNSAFE)
-def weights_that_are_a_link(place: Place) -> None:
-    shutil.move(place.model / "model.safetensors", place.outside / "model.safetensors")
-    (place.model / "model.safetensors").symlink_to(place.outside / "model.safetensors")
-
-
-@case(UNSAFE)
-def a_configuration_that_is_a_link(place: Place) -> None:
-    shutil.move(place.model / "config.json", place.outside / "config.json")
-    (place.model / "config.json").symlink_to(place.outside / "config.json")
-
-
-@case(UNSAFE, DATASET)
-def data_that_are_a_link(place: Place) -> None:
-    (place.data / "train.jsonl").unlink()
-    (place.data / "train.jsonl").symlink_to(place.outside / "secret")
-
-
-@case(UNSAFE, MODEL)
-def a_link_that_leads_to_itself(place: Place) -> None:
-    (place.model / "config.json").unlink()
-    (place.model / "config.json").symlink_to(place.model / "config.json")
-
-
-@case(UNSAFE)
-def weights_that_are_a_pipe(place: Place) -> None:
-    (place.model / "model.safetensors").unlink()
-    os.mkfifo(place.model / "model.safetensors")
-
-
-@case(UNSAFE, MODEL)
-def a_configuration_that_is_a_pipe(place: Place) -> None:
-    (place.model / "config.json").unlink()
-    os.mkfifo(place.model / "config.json")
-
-
-@case(UNSAFE, DATASET)
-def data_that_are_a_pipe(place: Place) -> None:
-    (place.data / "train.jsonl").unlink()
-    os.mkfifo(place.data / "train.jsonl")
-
-
-@case(UNSAFE, DATASET)
-def data_that_are_an_endless_device(place: Place) -> None:
-    (place.data / "train.jsonl").unlink()
-    (place.data / "train.jsonl").symlink_to("/dev/zero")
-
-
-@case(UNSAFE, MODEL)
-def a_folder_in_place_of_the_configuration(place: Place) -> None:
-    (place.model / "config.json").unlink()
-    (place.model / "config.json").mkdir()
-
-
-@case(DATASET)
-def an_archive_that_climbs(place: Place) -> None:
-    with zipfile.ZipFile(place.outside / "rows.zip", "w") as archive:
-        archive.writestr("../../outside/canary", "x")
-    place.rows((place.outside / "rows.zip").read_bytes())
-
-
-@case(DATASET)
-def a_tar_in_a_compressed_file(place: Place) -> None:
-    with tarfile.open(place.outside / "rows.tar", "w") as archive:
-        archive.add(place.outside / "secret", "../../outside/canary")
-    (place.data / "train.jsonl").write_bytes((place.outside / "rows.tar").read_bytes())
-
-
-# Bombs
-
-
-@case(DATASET)
-def a_gzip_bomb(place: Place) -> None:
-    with gzip.open(place.data / "train.jsonl.gz", "wb") as bomb:
-        for _ in range(512):
-            bomb.write(b" " * 2**20)
-    (place.data / "train.jsonl").unlink()
-
-
-@case(DATASET)
-def a_line_without_end(place: Place) -> None:
-    with (place.data / "train.jsonl").open("wb") as file:
-        file.write(b'{"text": "')
-        file.truncate(2**32)
-
-
-@case(DATASET)
-def rows_that_nest_without_end(place: Place) -> None:
-    place.rows(b'{"text": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}\n")
-
-
-@case(DATASET)
-def a_number_of_a_million_digits(place: Place) -> None:
-    place.rows(b'{"text": "a", "n": ' + b"9" * 1_000_000 + b"}\n")
-
-
-@case(DATASET)
-def a_parquet_page_that_says_it_is_huge(place: Place) -> None:
-    table = pyarrow.table({"text": ["word"] * 100})
-    pyarrow.parquet.write_table(table, place.outside / "rows.parquet", compression="zstd")
-    content = bytearray((place.outside / "rows.parquet").read_bytes())
-    content[4:40] = b"\xff" * 36
-    (place.data / "train.jsonl").unlink()
-    (place.data / "train.parquet").write_bytes(bytes(content))
-
-
-@case(CONFIGURATION)
-def a_configuration_that_nests_without_end(place: Place) -> None:
-    (place.model / "config.json").write_text('{"a":' * 200_000 + "1" + "}" * 200_000)
-
-
-@case(CONFIGURATION, MODEL, UNSAFE)
-def a_configuration_of_many_megabytes(place: Place) -> None:
-    (place.model / "config.json").write_text('{"model_type": "llama", "x": "' + "a" * 300_000_000 + '"}')
-
-
-@case(CONFIGURATION)
-def a_billion_layers(place: Place) -> None:
-    place.config(num_hidden_layers=10**9)
-
-
-@case(CONFIGURATION)
-def a_vocabulary_larger_than_memory(place: Place) -> None:
-    place.config(vocab_size=2**50)
-
-
-@case(CONFIGURATION)
-def layers_wider_than_memory(place: Place) -> None:
-    place.config(hidden_size=2**40, intermediate_size=2**40)
-
-
-@case(CONFIGURATION)
-def sizes_below_zero(place: Place) -> None:
-    place.config(hidden_size=-64, num_attention_heads=-4)
-
-
-@case(CONFIGURATION)
-def a_list_of_layers_without_end(place: Place) -> None:
-    place.config(layer_types=["full_attention"] * 5_000_000)
-
-
-@case(CONFIGURATION, DATASET)
-def a_template_that_writes_without_end(place: Place) -> None:
-    place.template("{{ 'a' * 10000000000 }}")
-
-
-@case(CONFIGURATION, DATASET)
-def a_template_that_counts_without_end(place: Place) -> None:
-    place.template("{% for i in range(10 ** 12) %}a{% endfor %}")
-
-
-@case(CONFIGURATION, DATASET)
-def a_template_that_calls_itself(place: Place) -> None:
-    place.template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
-
-
-@case(MODEL, UNSAFE)
-def a_safetensors_header_longer_than_the_file(place: Place) -> None:
-    (place.model / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
-
-
-@case(MODEL, UNSAFE)
-def a_safetensors_header_that_nests_without_end(place: Place) -> None:
-    header = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
-    (place.model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-
-
-@case(MODEL, UNSAFE)
-def safetensors_that_overlap(place: Place) -> None:
-    entry = {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}
-    header = json.dumps({"a": entry, "b": entry}).encode()
-    (place.model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
-
-
-@case(MODEL, UNSAFE)
-def safetensors_that_end_before_they_begin(place: Place) -> None:
-    header = json.dumps({"a": {"dtype": "BF16", "shape": [4], "data_offsets": [8, 0]}}).encode()
-    (place.model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
-
-
-# Encodings
-
-
-@case(CONFIGURATION)
-def a_configuration_that_is_no_text(place: Place) -> None:
-    (place.model / "config.json").write_bytes(b'{"model_type": "\xff\xfe"}')
-
-
-@case(DATASET)
-def data_in_no_encoding(place: Place) -> None:
-    place.rows(b'{"text": "\xc3\x28"}\n')
-
-
-@case(DATASET)
-def half_of_a_character(place: Place) -> None:
-    place.rows(b'{"text": "\\ud800"}\n')
-
-
-@case(CONFIGURATION, MODEL)
-def a_tokenizer_that_is_no_tokenizer(place: Place) -> None:
-    (place.model / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Evil"}}')
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """At most so much more memory, and so much time, as if a bomb went off it must not take the machine with it."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-
-    def too_long(_signal: int, _frame: object) -> None:
-        raise AssertionError(f"not refused within {SECONDS} s")
-
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, before[1]))
-    handler = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def tree(folder: Path) -> dict[str, int]:
-    """Every file below with its size; links and pipes are not followed."""
-    return {str(path): path.lstat().st_size for path in sorted(folder.rglob("*"))}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_hostile_input_is_refused_and_does_nothing(
-    make_context: MakeContext, tmp_path: Path, tiny_llama: Path, records: Recorded, name: str
-) -> None:
-    place = Place(tmp_path / "models" / "model", tmp_path / "data", tmp_path / "outside")
-    shutil.copytree(tiny_llama, place.model)
-    place.outside.mkdir()
-    (place.outside / "secret").write_text("hf_secretsecretsecret")
-    write_rows(place.data / "train.jsonl", [chat_row("a question", "an answer")] * 3)
-    attack, codes = CASES[name]
-    attack(place)
-    source = next((path.name for path in place.data.iterdir() if path.name.startswith("train.")), "train.jsonl")
-    context = make_context({"dataset": {"source": f"pvc://data/{source}"}}, model=place.model)
-    before = tree(tmp_path / "outside") | tree(tmp_path / "models") | tree(tmp_path / "data")
-    with bounded(), pytest.raises(StepFailure) as failure:
-        prepare(context, records)
-    assert failure.value.exit_code in codes, failure.value.message
-    assert "secretsecret" not in failure.value.message
-    assert not place.canary.exists()
-    assert tree(tmp_path / "outside") | tree(tmp_path / "models") | tree(tmp_path / "data") == before
-    assert not context.workspace.completion("prepare").exists()
-
-
-def test_there_are_as_many_cases_as_promised() -> None:
-    assert len(CASES) >= 40
-
+from qlora_trainer.hub_destination import HubDestination
+from qlora_trainer.manifest import parse_manifest
+from qlora_trainer.object_destination import ObjectDestination
+from qlora_trainer.unsupported import entries
+from qlora_trainer.verify import verify_config
+from qlora_trainer.volume_folder import VolumeFolder
+from tests.trainer.fake_hub import FakeHub, serve
+from tests.trainer.hostile import Payload, bounded
+from tests.trainer.publication import MANIFEST
+from tests.trainer.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
+
+NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+# Valid, and blanks to its end.
+LARGE_MANIFEST = MANIFEST.text() + b" " * 2**23
 
 ADDRESSES = [
     "hf://../../etc",
@@ -515,6 +97,95 @@ def test_a_checkpoint_that_names_files_elsewhere_is_set_aside(tmp_path: Path, na
 def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-2"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(_Payload(tmp_path / "canary")))
+    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
     assert newest_checkpoint(tmp_path / "checkpoints") is None
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("content", [NESTED, b"[" * 100_000, b'{"jobUid": ' + NESTED + b"}"])
+def test_a_published_manifest_that_nests_without_end_is_none(content: bytes) -> None:
+    assert parse_manifest(content) is None
+
+
+def _endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _gigabytes(path: Path) -> None:
+    path.write_bytes(MANIFEST.text())
+    os.truncate(path, 2**33)
+
+
+def _large(path: Path) -> None:
+    path.write_bytes(LARGE_MANIFEST)
+
+
+@pytest.mark.parametrize("make", [_endless, _gigabytes, _large, os.mkfifo, Path.mkdir])
+def test_a_published_manifest_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Whoever can write to the volume can put it where a job is to publish."""
+    make(tmp_path / "manifest.json")
+    destination = VolumeFolder(tmp_path, "pvc://claim/folder", owner="pod")
+    with bounded():
+        assert destination.published() is None
+    assert not destination.is_free()
+
+
+def test_a_large_manifest_in_a_bucket_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in (("AWS_ACCESS_KEY_ID", ACCESS_KEY), ("AWS_SECRET_ACCESS_KEY", SECRET_KEY)):
+        (tmp_path / key).write_text(value)
+    with s3_server(tmp_path / "store") as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        secret = Secret(tmp_path, "spec.output.secretRef", "push")
+        destination = ObjectDestination(ObjectStoreSource(BUCKET, "folder"), secret)
+        for name in ("manifest.json", ".manifest.partial.json"):
+            obstore.put(s3_bucket(address), f"folder/{name}", MANIFEST.text())
+            assert destination.holder() == MANIFEST
+            obstore.put(s3_bucket(address), f"folder/{name}", LARGE_MANIFEST)
+            assert destination.holder() is None
+
+
+def test_a_large_manifest_in_a_repository_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "manifest.json").write_bytes(LARGE_MANIFEST)
+    with serve(FakeHub({"models/org/tuned": tmp_path})) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        destination = HubDestination(HubSource("org/tuned"), Secret(tmp_path, "spec.output.secretRef", None))
+        assert destination.published() is None
+        assert hub.fetched == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[]", "is no JSON object"),
+        (b"1", "is no JSON object"),
+        (NESTED, "is not JSON"),
+        (b'{"peft_type": ' + b"[" * 400 + b"]" * 400 + b"}", "has peft_type: [[["),
+        (b'{"peft_type": "' + b"a" * 2**23 + b'"}', "is not JSON of less than"),
+    ],
+)
+def test_an_adapters_configuration_that_is_none_is_a_failure_that_says_so(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    assert f"adapter_config.json {says}" in _refused_configuration(tmp_path / "adapter_config.json")
+
+
+@pytest.mark.parametrize("make", [_endless, os.mkfifo, Path.mkdir])
+def test_an_adapters_configuration_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "adapter_config.json")
+    with bounded():
+        assert "no regular file" in _refused_configuration(tmp_path / "adapter_config.json")
+
+
+def _refused_configuration(path: Path) -> str:
+    with pytest.raises(StepFailure) as failure:
+        verify_config(path, LoraSpec(), target_modules=(), whole_modules=(), base_name="hf://a/b", base_revision="c0")
+    assert failure.value.exit_code is ExitCode.INTERNAL_ERROR
+    return failure.value.message
+
+
+def test_keys_of_a_configuration_are_found_however_deep_they_lie() -> None:
+    value: Any = {"auto_map": 1, "z": 2}
+    for _ in range(50_000):
+        value = {"a": [value]}
+    assert [key for key, _ in entries(value)] == ["a"] * 50_000 + ["auto_map", "z"]

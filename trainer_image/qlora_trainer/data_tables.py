@@ -2,14 +2,17 @@
 
 import csv
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from qlora_trainer.data_rows import RawRow
 from qlora_trainer.data_source import DataFile
 from qlora_trainer.data_stream import MAX_LINE_BYTES, Inflation, lines
 from qlora_trainer.failures import bad_dataset
+from qlora_trainer.parquet_pages import RowGroupSizes, row_group_sizes
 
 _PARQUET_BATCH_ROWS = 64
+_PARQUET_BATCH_BYTES = 2**26
 
 
 def read_csv(file: DataFile) -> Iterator[RawRow]:
@@ -53,14 +56,20 @@ def _header(cells: list[str], file: DataFile) -> list[str]:
 
 
 def read_parquet(file: DataFile) -> Iterator[RawRow]:
-    """The rows of all row groups. Memory: a row group's compressed columns, and 64 rows."""
+    """The rows of all row groups. Memory: a row group's compressed columns, and 64 rows.
+
+    Of columns whose dictionaries have large values, fewer rows, since each gets a copy of a value.
+    """
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     number, inflation = 0, Inflation(file)
     try:
         with ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+            groups = row_group_sizes(file.path, table.metadata)
+            # Before a page is decompressed, which happens to all of it at once.
+            Inflation(file).add(sum(group.pages for group in groups))
+            for batch in chain.from_iterable(_batches(table, index, group) for index, group in enumerate(groups)):
                 inflation.add(batch.nbytes)
                 size = batch.nbytes // max(1, batch.num_rows)
                 for values in batch.to_pylist():
@@ -72,3 +81,10 @@ def read_parquet(file: DataFile) -> Iterator[RawRow]:
             f"{file.name} cannot be read as Parquet ({where}: {(str(error).splitlines() or ['?'])[0][:200]}): "
             "write it again, without columns that the data set does not need"
         ) from error
+
+
+def _batches(table: Any, index: int, sizes: RowGroupSizes) -> Iterator[Any]:
+    """The rows of one row group, as many at a time as fit even if each has the largest values."""
+    rows = _PARQUET_BATCH_BYTES // max(1, sizes.dictionaries)
+    batches: Iterator[Any] = table.iter_batches(batch_size=max(1, min(rows, _PARQUET_BATCH_ROWS)), row_groups=[index])
+    return batches

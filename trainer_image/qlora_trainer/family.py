@@ -18,6 +18,7 @@ from qlora_trainer.unsupported import ALTERNATIVE, entries, reason_in_config, re
 
 MIN_QUANTIZED_FRACTION = 0.98
 ALL_LINEAR = "all-linear"
+_MAX_CONFIG_BYTES = 2**24
 
 # transformers checks a value where it is first used: each of these is one that does not fit.
 _UNUSABLE = (
@@ -107,7 +108,13 @@ def _refuse(model_type: str, reason: str | None) -> None:
 def _read_config(folder: Path) -> Any:
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(content) > _MAX_CONFIG_BYTES:
+            raise bad_configuration(
+                f"{path} is larger than a configuration: at most {_MAX_CONFIG_BYTES} bytes are read"
+            )
+        raw = json.loads(content)
     except FileNotFoundError as missing:
         raise model_unavailable(f"{path} does not exist: the folder holds no transformers model") from missing
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from qlora_trainer.credentials import Secret
 from qlora_trainer.failures import bad_configuration, unreachable
 from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.hub import Hub, Listing
-from qlora_trainer.manifest import Contents, Manifest, parse_manifest
+from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
 
 # What the hub puts into a repository when it makes it.
 _OF_THE_HUB = frozenset({".gitattributes"})
@@ -75,7 +75,7 @@ class HubDestination:
 
     def _published(self, listing: Listing) -> Manifest | None:
         file = listing.files.get(MANIFEST_FILE)
-        if file is None:
+        if file is None or file.size > MAX_MANIFEST_BYTES:
             return None
         with TemporaryDirectory() as folder:
             return parse_manifest(self._hub.fetch(listing, file, Path(folder), lambda _done: None).read_bytes())

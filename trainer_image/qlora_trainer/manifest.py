@@ -12,6 +12,8 @@ from qlora_trainer.disk import file_sha256
 
 Contents = Mapping[str, Path | bytes]
 """Files by their names in the published folder, each given by a path or by its content."""
+MAX_MANIFEST_BYTES = 2**22
+"""Enough for tens of thousands of files. Whoever can write to a destination says how large the file there is."""
 
 
 class PublishedFile(ApiModel):
@@ -54,8 +56,19 @@ def describe_files(contents: Contents) -> dict[str, PublishedFile]:
 
 
 def parse_manifest(content: bytes | None) -> Manifest | None:
-    """The manifest in a file's content; None if there is none in it."""
+    """The manifest in a file's content; None if there is none in it, or more than MAX_MANIFEST_BYTES."""
+    if content is None or len(content) > MAX_MANIFEST_BYTES:
+        return None
     try:
-        return None if content is None else Manifest.model_validate_json(content)
+        return Manifest.model_validate_json(content)
     except ValidationError:
         return None
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest in a file of a folder; None if there is none, as in a link, a pipe or a file that is too large."""
+    # A pipe would be waited for, and a link can lead to a device without an end.
+    if path.is_symlink() or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))

@@ -4,7 +4,7 @@ from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.credentials import Secret
 from qlora_trainer.failures import bad_configuration, unreachable
 from qlora_trainer.files import MANIFEST_FILE
-from qlora_trainer.manifest import Contents, Manifest, parse_manifest
+from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
 from qlora_trainer.object_store import ObjectFolder
 
 # There while files are being written, so that the next attempt knows them for its own; the manifest takes its place.
@@ -20,11 +20,11 @@ class ObjectDestination:
 
     def published(self) -> Manifest | None:
         """See Destination."""
-        return parse_manifest(self._folder.read(MANIFEST_FILE))
+        return self._manifest(MANIFEST_FILE)
 
     def holder(self) -> Manifest | None:
         """See Destination."""
-        return self.published() or parse_manifest(self._folder.read(_CLAIM))
+        return self.published() or self._manifest(_CLAIM)
 
     def is_free(self) -> bool:
         """See Destination."""
@@ -62,6 +62,9 @@ class ObjectDestination:
         """See Destination."""
         return self.uri
 
+    def _manifest(self, name: str) -> Manifest | None:
+        return parse_manifest(self._folder.read(name, most=MAX_MANIFEST_BYTES))
+
     def _is_ours(self, manifest: Manifest) -> bool:
-        claim = parse_manifest(self._folder.read(_CLAIM))
+        claim = self._manifest(_CLAIM)
         return claim is not None and claim.same_run(manifest)

@@ -134,13 +134,14 @@ class ObjectFolder:
         """SHA-256 of the object's content, as it is read back now, in hexadecimal."""
         return self._digest(self.stat(name), "sha256")
 
-    def read(self, name: str) -> bytes | None:
-        """The content of a small object; None if there is none."""
+    def read(self, name: str, *, most: int) -> bytes | None:
+        """The content of an object; None if there is none, or one of more than `most` bytes, which is not read."""
         with self._errors("read"):
             try:
-                return bytes(obstore.get(self._store, self._key(name)).bytes())
+                found = obstore.get(self._store, self._key(name))
             except FileNotFoundError:
                 return None
+            return bytes(found.bytes()) if found.meta["size"] <= most else None
 
     def write(self, name: str, content: Path | bytes) -> None:
         """Upload an object, replacing one of this name. It is there whole or not at all."""

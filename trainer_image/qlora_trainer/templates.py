@@ -26,7 +26,18 @@ FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no tim
 # What Qwen3, DeepSeek-R1, SmolLM3 and others put between the reasoning and the answer proper.
 _END_OF_REASONING = "</think>"
 _CLOSING_PROBE = Conversation((Message("user", "a"),))
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
+# A template's text is a program: it raises what its filters do, and what Python does when it compiles it.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    SyntaxError,
+)
 
 # Words that no template writes by itself. Mistral's wants ids of nine letters and digits.
 _TOOL_PROBE_PARTS = ("probetool", "probecall", "probekey", "probevalue", "proberesult")
@@ -273,7 +284,7 @@ def _freeze_date(tokenizer: Any) -> None:
         templates = [
             _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, _TOOL_PROBE.tools)
         ]
-    except (TemplateError, ValueError) as error:
+    except _TEMPLATE_ERRORS as error:
         raise bad_configuration(f"the model's chat template cannot be used: {_first_line(error)}") from error
     except MemoryError as error:
         raise bad_configuration(

@@ -19,14 +19,24 @@ _RECURRENT = "it carries a state from token to token, which would run on from on
 
 
 def entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of nested JSON with its value, at any depth."""
+    """Every key of nested JSON with its value, at any depth, each before those inside it."""
+    # Not by calling itself: JSON may nest deeper than calls may.
+    begun = [_inside(value)]
+    while begun:
+        for key, inner in begun[-1]:
+            if key is not None:
+                yield key, inner
+            begun.append(_inside(inner))
+            break
+        else:
+            begun.pop()
+
+
+def _inside(value: Any) -> Iterator[tuple[str | None, Any]]:
+    """The values inside a list or an object, those of an object with their keys."""
     if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key, inner
-            yield from entries(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from entries(inner)
+        return iter(value.items())
+    return ((None, inner) for inner in value) if isinstance(value, list) else iter(())
 
 
 def reason_in_config(config: Any) -> str | None:

@@ -18,6 +18,8 @@ from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model import tensor_dtype, whole_modules
 
 _B_SUFFIX = ".lora_B.weight"
+# It names every trained layer: some 50 KB for the largest models.
+_MAX_CONFIG_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -157,17 +159,30 @@ def verify_config(
         "auto_mapping": None,
         "modules_to_save": sorted(whole_modules) or None,
     }
-    try:
-        config = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError) as error:
-        raise _wrong_adapter(f"{path.name} cannot be read: {error}") from error
+    config = _read_config(path)
     for key, value in expected.items():
         if config.get(key) != value:
             raise _wrong_adapter(f"{path.name} has {key}: {_brief(config.get(key))}, not {_brief(value)}")
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.is_symlink() or not path.is_file():
+        raise _wrong_adapter(f"{path.name} is missing, or no regular file")
+    try:
+        with path.open("rb") as file:
+            config = json.loads(file.read(_MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise _wrong_adapter(f"{path.name} is not JSON of less than {_MAX_CONFIG_BYTES} bytes ({error})") from error
+    if not isinstance(config, dict):
+        raise _wrong_adapter(f"{path.name} is no JSON object")
+    return config
+
+
 def _brief(value: object) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "a value that nests without end"
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 

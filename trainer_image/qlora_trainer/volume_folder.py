@@ -9,7 +9,7 @@ from qlora_trainer.disk import file_sha256, sync_tree
 from qlora_trainer.failures import bad_configuration, unsafe_artefact
 from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.listing import leads_to_itself
-from qlora_trainer.manifest import Contents, Manifest, parse_manifest
+from qlora_trainer.manifest import Contents, Manifest, read_manifest
 from qlora_trainer.records import sync_folder
 
 
@@ -34,10 +34,7 @@ class VolumeFolder:
 
     def published(self) -> Manifest | None:
         """See Destination."""
-        try:
-            return parse_manifest((self._folder / MANIFEST_FILE).read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return read_manifest(self._folder / MANIFEST_FILE)
 
     def holder(self) -> Manifest | None:
         """See Destination. What is unfinished lies beside the folder."""
