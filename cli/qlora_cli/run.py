@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 from qlora_api import contract
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, WorkspaceLayout, decode_record
@@ -86,7 +86,7 @@ class LocalRun:
             claims, config_maps = (
                 {name: Path(folder) for name, folder in places[key].items()} for key in ("claims", "configMaps")
             )
-            return cls(document, workspace, claims, config_maps, places["device"])
+            return cls(document, workspace, claims, config_maps, _device(places["device"]))
         except FileNotFoundError as missing:
             raise ValueError(f"{workspace} holds no run to go on with: {missing.filename} does not exist") from missing
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -108,6 +108,14 @@ class Ended:
         """That of the step that failed, or 128 + the signal, as a shell has it, if the user stopped the run."""
         stopped = self.step_exit_code in (ExitCode.DONE, ExitCode.INTERRUPTED, 128 + signal.SIGKILL)
         return 128 + self.stopped_by if self.stopped_by is not None and stopped else self.step_exit_code
+
+
+def _device(name: object) -> Device:
+    """The device of that name. Raises ValueError if there is none."""
+    for device in get_args(Device):
+        if name == device:
+            return device  # type: ignore[no-any-return]
+    raise ValueError(f"{_PLACES_FILE} has device {str(name)[:80]!r}")
 
 
 def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
@@ -202,6 +210,8 @@ def _run_step(
     environment.setdefault(contract.ENV_REGISTRIES, " ".join(_registries(run.document.spec)))
     if step == "train" and run.device == "cpu":
         environment |= preloaded_allocator(environment)
+    # As in the image: what lies where the user happens to be, perhaps among downloaded data, is not imported.
+    environment["PYTHONSAFEPATH"] = "1"
     # A session of its own: Ctrl-C reaches this process only, which knows what to do with it.
     process = subprocess.Popen(
         _command(run, step, job),

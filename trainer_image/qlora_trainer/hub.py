@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from qlora_trainer.disk import is_full
+from qlora_trainer.endpoints import server_address
 from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
 from qlora_trainer.manifest import Contents
 
@@ -82,7 +83,7 @@ class Hub:
         self._token = token
         self._field = field
         self._writes = writes
-        self._api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
+        self._api = HfApi(endpoint=endpoint or server_address(os.environ, "HF_ENDPOINT"), token=token)
 
     def list(self, kind: RepositoryKind, repository: str, revision: str | None) -> Listing:
         """The files of the repository at the commit that `revision` (None: the default branch) stands for now."""

@@ -17,6 +17,7 @@ from obstore.store import S3Store
 
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.credentials import Secret
+from qlora_trainer.endpoints import server_address
 from qlora_trainer.failures import StepFailure, bad_configuration, unreachable
 
 if TYPE_CHECKING:
@@ -73,11 +74,13 @@ class ObjectFolder:
         self._secret = secret
         self._refuse = refuse
         region = os.environ.get("AWS_REGION") or _DEFAULT_REGION
-        self._endpoint = os.environ.get("AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
+        self._endpoint = server_address(os.environ, "AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
         self._store = S3Store(
             source.bucket,
             config=_credentials(secret),
             endpoint=self._endpoint,
+            # Else AWS_ENDPOINT_URL_S3 would win, and messages and proxies be about another server.
+            aws_endpoint_url_s3=self._endpoint,
             region=region,
             client_options=_client_options(self._endpoint, region),
             retry_config=_RETRY,

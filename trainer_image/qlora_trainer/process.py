@@ -39,7 +39,8 @@ def log_to(path: Path, heading: str) -> None:
     Raises OSError if the file cannot be written: then nothing else in the workspace can be either.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    # A link to nowhere too, which would be followed.
+    if os.path.lexists(path):
         path.replace(path.with_name(path.name + ".1"))
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     os.write(log, f"{heading}\n".encode())
@@ -82,7 +83,8 @@ def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool =
         scratch = workspace / "tmp"
         scratch.mkdir(exist_ok=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
-    if not os.access(os.path.expanduser("~"), os.W_OK):
+    home = Path(os.path.expanduser("~"))
+    if not (home.is_dir() and os.access(home, os.W_OK)):
         os.environ["HOME"] = str(scratch)
     os.environ.setdefault("LOGNAME", "qlora")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "torchinductor"))

@@ -1,0 +1,48 @@
+"""Checks the addresses of servers that the environment names; changes with what a server's address may be."""
+
+from collections.abc import Mapping
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from qlora_trainer.failures import bad_configuration
+
+# Besides the addresses of one link, as 169.254.169.254, where clouds answer with the credentials of the node.
+_METADATA = frozenset({"fd00:ec2::254", "fd00:ec2::23", "metadata.google.internal"})
+
+
+def server_address(environment: Mapping[str, str], variable: str) -> str | None:
+    """The address in the variable; None if it is not set.
+
+    Raises StepFailure BAD_CONFIGURATION unless it is http:// or https:// with a host, without credentials, since every
+    message shows it, and not that of a cloud's metadata service, which would get a job's credentials and give the
+    node's.
+    """
+    address = environment.get(variable)
+    if not address:
+        return None
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise _wrong(variable, "is no address") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise _wrong(variable, f"begins with {address.partition(':')[0][:20]!r} or has no host")
+    if parts.username is not None or parts.password is not None:
+        raise _wrong(variable, "has credentials in it, which every message would show")
+    if _is_metadata(host):
+        raise _wrong(variable, f"is {host}, the metadata service of a cloud")
+    return address
+
+
+def _is_metadata(host: str) -> bool:
+    try:
+        return ip_address(host).is_link_local or host in _METADATA
+    except ValueError:
+        return host.lower() in _METADATA
+
+
+def _wrong(variable: str, what: str) -> Exception:
+    return bad_configuration(
+        f"the address of a server in {variable} {what}: it must be http:// or https:// with the server's host; ask the "
+        "administrator to correct the profile"
+    )
