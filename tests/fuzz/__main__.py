@@ -17,10 +17,11 @@ import atheris
 
 # The parsers must be imported here first, or libFuzzer would not see which branches an input takes.
 with atheris.instrument_imports(include=["qlora_api", "qlora_cli", "qlora_operator", "qlora_trainer"]):
+    from tests.fuzz.answers import ANSWERS
     from tests.fuzz.documents import DOCUMENTS
     from tests.fuzz.files import FILES
 
-TARGETS = DOCUMENTS | FILES
+TARGETS = DOCUMENTS | FILES | ANSWERS
 _MEMORY_MIB = 4096
 _SECONDS_AN_INPUT = 20
 _LONGEST_INPUT = 4096

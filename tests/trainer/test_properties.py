@@ -18,11 +18,12 @@ from qlora_trainer.listing import require_regular
 from qlora_trainer.outcome import classify, result_record
 from qlora_trainer.records import Facts
 from qlora_trainer.volume_folder import confined
+from tests.fuzz.answers import ANSWERS
 from tests.fuzz.files import FILES
 from tests.fuzz.inputs import BOUNDED, inputs
 
-# A model is built from each.
-SLOW = ("family",)
+# A model is built from each, or a tokenizer loaded.
+SLOW = ("family", "template")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in SLOW])
@@ -37,11 +38,21 @@ def test_a_file_is_read_or_refused_as_documented(name: str, data: st.DataObject)
         logging.disable(logging.NOTSET)
 
 
+@pytest.mark.parametrize("name", [name for name in ANSWERS if name not in SLOW])
+@settings(BOUNDED, max_examples=100)
+@given(data=st.data())
+def test_an_answer_is_read_or_refused_as_documented(name: str, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ANSWERS[name].check(data.draw(inputs(ANSWERS[name].seeds)), Path(folder))
+
+
+@pytest.mark.parametrize("name", SLOW)
 @settings(BOUNDED, max_examples=20)
 @given(data=st.data())
-def test_a_models_configuration_is_read_or_refused_as_documented(data: st.DataObject) -> None:
+def test_what_a_model_brings_is_read_or_refused_as_documented(name: str, data: st.DataObject) -> None:
+    target = (FILES | ANSWERS)[name]
     with tempfile.TemporaryDirectory() as folder:
-        FILES["family"].check(data.draw(inputs(FILES["family"].seeds)), Path(folder))
+        target.check(data.draw(inputs(target.seeds)), Path(folder))
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../state.json", "pipe\x00", "x" * 5000])
