@@ -109,10 +109,7 @@ def _run(content: bytes, folder: Path) -> None:
     records.mkdir(exist_ok=True)
     (records / "job.json").write_bytes(DOCUMENTS["document"].seeds[0])
     (records / "run.json").write_bytes(content)
-    run = LocalRun.recall(folder)
-    assert run.device in ("cuda", "cpu")
-    run.remember()
-    assert LocalRun.recall(folder) == run
+    assert LocalRun.recall(folder).device in ("cuda", "cpu")
 
 
 @cache
