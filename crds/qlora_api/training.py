@@ -103,7 +103,8 @@ class TrainingSpec(ApiModel):
         ge=0,
         le=10_000,
         description="Optimizer steps in a row with a loss far above that of the steps before, after which training is "
-        "given up, also if they are the run's last; 0 waits for ever. NaN and infinity end it at once.",
+        "given up if the base model alone does better; as the run's last step one is enough, or one that raises the "
+        "loss. 0 waits for ever and publishes what comes of it. NaN and infinity end it at once.",
     )
     sharding: Literal["none", "full"] = Field(
         "none",

@@ -95,6 +95,17 @@ def test_every_kind_of_file_gives_the_same_tokens(make_context: MakeContext, rec
     assert len(written) == 1
 
 
+@pytest.mark.parametrize("dictionaries", [True, False])
+def test_a_parquet_file_without_rows_says_so(
+    make_context: MakeContext, records: Recorded, tmp_path: Path, dictionaries: bool
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    pq.write_table(pa.Table.from_pylist(PAIRS).slice(0, 0), data / "none.parquet", use_dictionary=dictionaries)
+    with pytest.raises(StepFailure, match=r"pvc://data/none\.parquet has no rows"):
+        prepare(make_context({"dataset": {"source": "pvc://data/none.parquet"}}), records)
+
+
 def test_the_files_of_a_folder_are_one_data_set(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     """In the order of their names; SHA-256 is that of what `sha256sum *.jsonl*` prints."""
     rows = [chat_row(f"Which {n}?", "This.") for n in range(6)]

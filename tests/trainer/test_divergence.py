@@ -62,6 +62,16 @@ def test_harder_rows_make_a_run_suspect_once_and_the_comparison_with_the_base_cl
     assert has_diverged(math.nan, base_loss=3.0)
 
 
+def test_the_end_is_judged_after_a_suspect_last_step_and_after_one_that_did_harm_and_not_for_a_noisy_row() -> None:
+    sound, suspect = Stability(2.0, 2.0, 1.0), Stability(2.0, 2.0, 1.0, suspect_since=40)
+
+    # One row of a single token may do far worse than its base, and the last step is not to blame.
+    assert not sound.end_to_be_judged(loss_before=3.9, loss_after=3.8)
+    assert sound.end_to_be_judged(loss_before=2.0, loss_after=3.5)
+    assert sound.end_to_be_judged(loss_before=2.0, loss_after=math.nan)
+    assert suspect.end_to_be_judged(loss_before=4.5, loss_after=4.4)
+
+
 @pytest.fixture(scope="module")
 def fluent(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """The tiny Llama after it has learned the pattern of the test's rows, so that there is something to lose."""
@@ -125,7 +135,8 @@ def test_a_finished_adapter_that_does_harm_is_no_success_even_if_only_the_last_s
     message = given_up(context).message
 
     assert f"training diverged at step {steps}: loss " in message
-    assert "with the finished adapter on the rows of the last step; the base model without it has 0.0" in message
+    assert "with the finished adapter on the rows of the last step (" in message
+    assert "the base model without it has 0.0" in message
     assert kept(context) == []
     assert not context.workspace.trained.exists()
 

@@ -102,7 +102,6 @@ def test_only_the_server_that_is_named_is_asked_and_no_login_but_the_secrets_is_
         "AWS_METADATA_ENDPOINT": elsewhere.endpoint,
         "AWS_EC2_METADATA_SERVICE_ENDPOINT": elsewhere.endpoint,
         "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{elsewhere.endpoint}/credentials",
-        "AWS_ENDPOINT_URL_S3": elsewhere.endpoint,
     }
     if variable != "HF_ENDPOINT":  # the hub may lie behind a proxy
         proxies = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "AWS_PROXY_URL")
@@ -144,7 +143,19 @@ def test_an_address_that_is_no_servers_is_refused_before_anything_is_sent(
 
 
 @pytest.mark.parametrize(
-    "host", ["169.254.169.254", "169.254.170.2:80", "[fd00:ec2::254]", "[fe80::1]", "Metadata.google.internal"]
+    "host",
+    [
+        "169.254.169.254",
+        "169.254.170.2:80",
+        "2852039166",
+        "0xa9fea9fe",
+        "100.100.100.200",
+        "[::ffff:169.254.169.254]",
+        "[fd00:ec2:0::254]",
+        "[fe80::1]",
+        "Metadata.google.internal.",
+        "metadata",
+    ],
 )
 def test_the_service_that_gives_a_nodes_credentials_is_no_server_of_a_job(host: str) -> None:
     """Not by way of prepare: nothing may be sent there, not even by a broken test."""

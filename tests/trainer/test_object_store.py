@@ -232,6 +232,15 @@ def test_a_store_that_does_not_answer_is_tried_again(
     assert message.startswith("http://127.0.0.1:9 cannot be reached")
 
 
+def test_a_second_address_of_the_store_is_not_passed_over_in_silence(
+    make_context: MakeContext, records: Recorded, store: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    message = refusal(make_context(MODEL), records, ExitCode.BAD_CONFIGURATION)
+    assert message.startswith(f"AWS_ENDPOINT_URL_S3 is set, but not to http://{store.address}")
+    assert "set AWS_ENDPOINT_URL, and leave the other out" in message
+
+
 def test_a_burst_of_errors_is_outlasted(
     make_context: MakeContext, records: Recorded, store: FaultProxy, model: str
 ) -> None:

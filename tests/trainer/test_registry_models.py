@@ -202,7 +202,8 @@ def test_documentation_in_an_archive_does_no_harm(
     place = model.removeprefix("oci://").partition("/")[2].replace(":", "/manifests/")
     address, accept = f"http://{proxy.address}/v2/{place}", {"Accept": MANIFEST_TYPE}
     found = requests.get(address, auth=(USER, PASSWORD), headers=accept, timeout=10).json()
-    found["layers"].append(layer("doc.v1.tar", "README.md"))
+    docs = {**layer("doc.v1.tar", "docs"), "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"}
+    found["layers"] += [layer("doc.v1.tar", "README.md"), docs]
     body = json.dumps(found).encode()
     proxy.rule = lambda request: Fault(200, body=body) if "/manifests/" in request.path else None
     record = prepare(with_model(make_context, proxy, model), records)

@@ -84,7 +84,10 @@ def read_parquet(file: DataFile) -> Iterator[RawRow]:
 
 
 def _batches(table: Any, index: int, sizes: RowGroupSizes) -> Iterator[Any]:
-    """The rows of one row group, as many at a time as fit even if each has the largest values."""
+    """The rows of one row group, as many at a time as fit even if each has the largest value of every column.
+
+    Nothing bounds one row whose list names a value again and again: the pod's memory does.
+    """
     rows = _PARQUET_BATCH_BYTES // max(1, sizes.dictionaries)
     batches: Iterator[Any] = table.iter_batches(batch_size=max(1, min(rows, _PARQUET_BATCH_ROWS)), row_groups=[index])
     return batches

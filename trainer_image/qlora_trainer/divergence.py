@@ -3,7 +3,7 @@
 A jump of the loss alone proves nothing: a curriculum has one wherever harder rows begin, and small batches have many.
 What is certain is the comparison that an adapter allows: the base model without it, on the same rows. So a cheap test
 at every step raises the suspicion, and when it has lasted for the job's patience, that comparison decides; and so it
-does after the last step, whose own effect no later step would show.
+does after a last step that is suspect, or raises the loss of its own rows, which no later step would show.
 """
 
 import math
@@ -48,6 +48,10 @@ class Stability:
         norm = self.norm_level ** (1 - _NEWEST) * max(grad_norm, _SMALLEST_NORM) ** _NEWEST
         return Stability(level, min(self.lowest_loss_level, level), norm)
 
+    def end_to_be_judged(self, loss_before: float, loss_after: float) -> bool:
+        """Whether the last step was suspect, or did harm: the losses are those of its own rows, before and after it."""
+        return self.suspect or has_diverged(loss_after, loss_before)
+
     def to_be_judged(self, step: int, patience: int) -> bool:
         """Whether the last `patience` steps, up to `step`, were all suspect."""
         return self.suspect_since is not None and step - self.suspect_since + 1 >= patience
@@ -59,5 +63,8 @@ def cleared(loss: float, grad_norm: float) -> Stability:
 
 
 def has_diverged(loss: float, base_loss: float) -> bool:
-    """Whether the adapter does harm: `loss` is with it, `base_loss` without, in nats per target of the same rows."""
+    """Whether the adapter does harm: `loss` is with it, `base_loss` without, in nats per target of the same rows.
+
+    The same margin tells whether a step does: `base_loss` is then that before it.
+    """
     return not (math.isfinite(base_loss) and loss <= base_loss + WORSE_THAN_BASE_NATS)

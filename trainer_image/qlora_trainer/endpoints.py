@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from ipaddress import ip_address
+from socket import inet_aton
 from urllib.parse import urlsplit
 
 from qlora_trainer.failures import bad_configuration
 
 # Besides the addresses of one link, as 169.254.169.254, where clouds answer with the credentials of the node.
-_METADATA = frozenset({"fd00:ec2::254", "fd00:ec2::23", "metadata.google.internal"})
+_METADATA = frozenset(map(ip_address, ("fd00:ec2::254", "fd00:ec2::23", "100.100.100.200")))
+_METADATA_NAMES = frozenset({"metadata", "metadata.google.internal"})
 
 
 def server_address(environment: Mapping[str, str], variable: str) -> str | None:
@@ -36,9 +38,15 @@ def server_address(environment: Mapping[str, str], variable: str) -> str | None:
 
 def _is_metadata(host: str) -> bool:
     try:
-        return ip_address(host).is_link_local or host in _METADATA
+        address = ip_address(host)
     except ValueError:
-        return host.lower() in _METADATA
+        try:
+            # Other spellings of an IPv4 address, such as 0xa9fea9fe, which the resolver takes too.
+            address = ip_address(inet_aton(host))
+        except OSError:
+            return host.lower().rstrip(".") in _METADATA_NAMES
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_link_local or address in _METADATA
 
 
 def _wrong(variable: str, what: str) -> Exception:

@@ -1,5 +1,6 @@
 """Publishes into a model repository of the hub, in one commit; changes with how a repository is judged."""
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,6 +12,7 @@ from qlora_trainer.failures import bad_configuration, unreachable
 from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.hub import Hub, Listing
 from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
+from qlora_trainer.read_back import read_back
 
 # What the hub puts into a repository when it makes it.
 _OF_THE_HUB = frozenset({".gitattributes"})
@@ -48,7 +50,7 @@ class HubDestination:
             file = None if listing is None else listing.files.get(name)
             if listing is None or file is None or file.size != described.size:
                 return name
-            if self._hub.digest(listing, file) != described.sha256:
+            if read_back(partial(self._hub.digest, listing, file)) != described.sha256:
                 return name
         return None
 

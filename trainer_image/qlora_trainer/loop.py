@@ -96,7 +96,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     seconds = run.monotonic() - started
     run.pace = run.pace.after_step(seconds, gradient.tokens)
     if state.step == run.plan.total_steps:
-        _judge_the_end(run, state, gradient)
+        _judge_the_end(run, state, loss, gradient)
     state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
     run.note(
         {
@@ -205,17 +205,20 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
     )
 
 
-def _judge_the_end(run: Run, state: RunState, gradient: _Gradient) -> None:
-    """Compare the finished adapter with the base, on the last step's rows: no later step would show what that did."""
+def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: _Gradient) -> None:
+    """Look at what the last step did, on its own rows, since no later step would show it."""
     if run.context.spec.training.divergence_patience == 0:
         return
-    loss, base_loss = _loss_without_gradient(run, gradient), _base_loss(run, gradient)
+    loss = _loss_without_gradient(run, gradient)
+    if not state.stability.end_to_be_judged(loss_before, loss):
+        return
+    base_loss = _base_loss(run, gradient)
     if has_diverged(loss, base_loss):
         raise _diverged(
             run,
             state,
-            f"loss {loss:.4g} with the finished adapter on the rows of the last step; the base model without it has "
-            f"{base_loss:.4g}",
+            f"loss {loss:.4g} with the finished adapter on the rows of the last step ({loss_before:.4g} before it); "
+            f"the base model without it has {base_loss:.4g} (spec.training.divergencePatience: 0 would publish it)",
         )
 
 

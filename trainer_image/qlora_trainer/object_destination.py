@@ -1,11 +1,14 @@
 """Publishes into a folder of an object store, whose objects appear one by one; changes with how that is made safe."""
 
+from functools import partial
+
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.credentials import Secret
 from qlora_trainer.failures import bad_configuration, unreachable
 from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
 from qlora_trainer.object_store import ObjectFolder
+from qlora_trainer.read_back import read_back
 
 # There while files are being written, so that the next attempt knows them for its own; the manifest takes its place.
 _CLAIM = ".manifest.partial.json"
@@ -36,7 +39,7 @@ class ObjectDestination:
         for name, described in manifest.files.items():
             if name not in stored or stored[name].size != described.size:
                 return name
-            if self._folder.digest(name) != described.sha256:
+            if read_back(partial(self._folder.digest, name)) != described.sha256:
                 return name
         return None
 
@@ -51,7 +54,7 @@ class ObjectDestination:
             whole = name in stored and stored[name].size == described.size
             if not (whole and self._folder.digest(name) == described.sha256):
                 self._folder.write(name, content)
-                if self._folder.digest(name) != described.sha256:
+                if read_back(partial(self._folder.digest, name)) != described.sha256:
                     raise unreachable(f"{self.uri}/{name} does not read back as it was written: it is written again")
         self._folder.write(MANIFEST_FILE, manifest.text())
         if self.published() != manifest:

@@ -75,12 +75,16 @@ class ObjectFolder:
         self._refuse = refuse
         region = os.environ.get("AWS_REGION") or _DEFAULT_REGION
         self._endpoint = server_address(os.environ, "AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
+        own = os.environ.get("AWS_ENDPOINT_URL_S3")
+        if own and own != self._endpoint:
+            raise bad_configuration(
+                f"AWS_ENDPOINT_URL_S3 is set, but not to {self._endpoint}, the address that AWS_ENDPOINT_URL and "
+                "AWS_REGION name: set AWS_ENDPOINT_URL, and leave the other out"
+            )
         self._store = S3Store(
             source.bucket,
             config=_credentials(secret),
             endpoint=self._endpoint,
-            # Else AWS_ENDPOINT_URL_S3 would win, and messages and proxies be about another server.
-            aws_endpoint_url_s3=self._endpoint,
             region=region,
             client_options=_client_options(self._endpoint, region),
             retry_config=_RETRY,

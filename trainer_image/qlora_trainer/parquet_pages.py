@@ -39,7 +39,11 @@ def row_group_sizes(path: Path, metadata: Any) -> list[RowGroupSizes]:
 def _row_group(file: IO[bytes], group: Any) -> RowGroupSizes:
     pages = dictionaries = 0
     for column in map(group.column, range(group.num_columns)):
-        first = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
+        places = [place for place in (column.dictionary_page_offset, column.data_page_offset) if place]
+        if not places:
+            # A column of no rows.
+            continue
+        first = min(places)
         file.seek(first)
         while file.tell() < first + column.total_compressed_size:
             header = _fields(file)

@@ -20,7 +20,7 @@ def require_own_training(context: StepContext, prepared: PrepareRecord, trained:
     if trained.fingerprint not in fingerprints:
         raise unsafe_artefact(
             f"{path} is of another run: model, data, settings or versions differ from this job's, so its adapter "
-            "is not published; run the train step again"
+            "is not published; create the job again, with one version of the trainer from its start to its end"
         )
     sequences = len(PreparedDataset.open(context.workspace.root / prepared.data_path, "train"))
     planned = Plan.of(sequences, context.spec.training).total_steps

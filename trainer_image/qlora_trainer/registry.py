@@ -159,7 +159,7 @@ class Registry:
         with self._errors():
             begun = self._ask("POST", f"{self._repository}/blobs/uploads/")
             self._require(begun, "written")
-            location = urljoin(begun.url, begun.headers.get("Location", ""))
+            location = self._location(begun)
             place = f"{location}{'&' if '?' in location else '?'}digest={blob.digest}"
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)}
             if isinstance(content, bytes):
@@ -170,6 +170,17 @@ class Registry:
             if answer.status_code == 400:
                 raise unreachable(f"{self.source}: {blob.digest} did not arrive as it was sent: it is sent again")
             self._require(answer, "written")
+
+    def _location(self, begun: requests.Response) -> str:
+        """Where the registry wants an upload to go on."""
+        given = begun.headers.get("Location", "")
+        try:
+            return urljoin(begun.url, given)
+        except ValueError as error:
+            raise unreachable(
+                f"{self.source.registry} wants an upload to go on at {given[:100]!r}, which is no address: it is tried "
+                "again, and if that stays so the registry is at fault"
+            ) from error
 
     def tag(self, content: bytes, reference: str) -> None:
         """Upload a manifest under a tag, replacing one that is there."""
@@ -259,8 +270,7 @@ class Registry:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (requests.RequestException, ValueError) as error:
-            # ValueError: an address to go on with that is none.
+        except requests.RequestException as error:
             raise unreachable(
                 f"{self.source.registry} cannot be reached, or broke off, for {self.source} ({type(error).__name__})"
             ) from None

@@ -1,11 +1,14 @@
 """Publishes as an artefact of an OCI registry, whose tag is set last; changes with how an artefact is judged."""
 
+from functools import partial
+
 from qlora_api.sources import RegistrySource
 from qlora_trainer.credentials import Secret
 from qlora_trainer.failures import bad_configuration, unreachable
 from qlora_trainer.files import MANIFEST_FILE
 from qlora_trainer.manifest import Contents, Manifest, describe_files, parse_manifest
 from qlora_trainer.model_pack import pack, unpack
+from qlora_trainer.read_back import read_back
 from qlora_trainer.registry import MAX_MANIFEST_BYTES, Artefact, Blob, Registry, digest_of
 
 
@@ -40,7 +43,7 @@ class RegistryDestination:
             blob = Blob(f"sha256:{described.sha256}", described.size)
             if files.get(name) != blob or not self._registry.has_blob(blob):
                 return name
-            if self._registry.digest(blob) != blob.digest:
+            if read_back(partial(self._registry.digest, blob)) != blob.digest:
                 return name
         return None
 

@@ -71,6 +71,10 @@ class ObjectStoreModel:
         return f"sha256:{content_digest(folder, names, lambda _done, _total: None)}"
 
 
+def _has_model(names: Collection[str]) -> bool:
+    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
+
+
 class RegistryModel:
     """A model in an OCI registry, a layer for each file. See RemoteModel."""
 
@@ -86,7 +90,7 @@ class RegistryModel:
             self._files = unpack(found.manifest)
         except ValueError as error:
             raise unsafe_artefact(f"{self.uri}: {error}") from error
-        if packed := archives(found.manifest):
+        if (packed := archives(found.manifest)) and not _has_model(self._files):
             raise model_unavailable(
                 f"{self.uri} has {some_names(packed)} in archives (.tar, the default of modctl), which are not "
                 "unpacked; a model is read from layers that are a file each: push it again so, as "

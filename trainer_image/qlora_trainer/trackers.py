@@ -81,18 +81,20 @@ class _SideOutput:
     def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
         self._name = name
         self._tracker: Tracker | None = None
+        self._failed = False
         self._attempt("could not be opened", lambda: self._open(open_tracker))
 
     def _open(self, open_tracker: Callable[[], Tracker]) -> None:
         self._tracker = open_tracker()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if (tracker := self._tracker) is not None:
+        if (tracker := self._tracker) is not None and not self._failed:
             self._attempt(f"failed at step {step}", lambda: tracker.log(step, metrics))
 
     def close(self, *, finished: bool) -> None:
         if (tracker := self._tracker) is not None:
-            self._attempt("could not be closed", lambda: tracker.close(finished=finished))
+            # Also one that has failed: what it holds back may get through now, and nobody takes it for running.
+            self._attempt("could not be closed", lambda: tracker.close(finished=finished and not self._failed))
 
     def _attempt(self, failed: str, action: Callable[[], None]) -> None:
         try:
@@ -100,8 +102,9 @@ class _SideOutput:
         # A server that is away, a full disk, a service that has died: MLflow has an exception for that, Weights
         # & Biases has several, TensorBoard lets the operating system's through. They have no narrower type in common.
         except Exception:  # noqa: BLE001
-            self._tracker = None
-            _log.warning(
+            level, self._failed = (logging.INFO if self._failed else logging.WARNING), True
+            _log.log(
+                level,
                 "%s %s and gets nothing more from this process; %s has it all",
                 self._name,
                 failed,
