@@ -15,9 +15,9 @@ _METADATA_NAMES = frozenset({"metadata", "metadata.google.internal"})
 def server_address(environment: Mapping[str, str], variable: str) -> str | None:
     """The address in the variable; None if it is not set.
 
-    Raises StepFailure BAD_CONFIGURATION unless it is http:// or https:// with a host, without credentials, since every
-    message shows it, and not that of a cloud's metadata service, which would get a job's credentials and give the
-    node's.
+    Raises StepFailure BAD_CONFIGURATION unless it is http:// or https:// with a host, without credentials, since the
+    profile it stands in is no secret, and not that of a cloud's metadata service, which would get a job's credentials
+    and give the node's.
     """
     address = environment.get(variable)
     if not address:
@@ -30,7 +30,7 @@ def server_address(environment: Mapping[str, str], variable: str) -> str | None:
     if parts.scheme not in ("http", "https") or not host:
         raise _wrong(variable, f"begins with {address.partition(':')[0][:20]!r} or has no host")
     if parts.username is not None or parts.password is not None:
-        raise _wrong(variable, "has credentials in it, which every message would show")
+        raise _wrong(variable, "has credentials in it, which every tenant can read in the profile")
     if _is_metadata(host):
         raise _wrong(variable, f"is {host}, the metadata service of a cloud")
     return address
