@@ -312,7 +312,8 @@ def test_a_token_server_that_answers_nonsense_is_named(publish: Publish, proxy: 
 
 def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, proxy: FaultProxy) -> None:
     proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
-    assert f"{proxy.address} cannot be reached, or broke off" in refused(publish, ExitCode.UNREACHABLE)
+    said = f"{proxy.address} wants an upload to go on at 'http://[', which is no address"
+    assert said in refused(publish, ExitCode.UNREACHABLE)
 
 
 def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish: Publish, proxy: FaultProxy) -> None:
