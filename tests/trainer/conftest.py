@@ -1,11 +1,12 @@
 """Tiny models made once a session, and the context of a step over them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from qlora_api.contract import WorkspaceLayout
@@ -119,3 +120,13 @@ def make_context(tmp_path: Path, tiny_llama: Path) -> MakeContext:
 def records() -> Recorded:
     """Where a step's records go."""
     return Recorded()
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread to compute with, whatever is set outside: another number adds floats in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(before)

@@ -10,7 +10,6 @@ differ by a thousandth of itself.
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +47,6 @@ def measured(seed: int, root: Path) -> dict[str, Any]:
         "losses": [line["loss"] for line in lines if "loss" in line],
         "evaluations": [line["evalLoss"] for line in lines if "evalLoss" in line],
     }
-
-
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread to compute with, as the committed curves were: whatever is set outside, the comparison is exact."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")
