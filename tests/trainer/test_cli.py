@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from qlora_api.contract import WorkspaceLayout
+from qlora_api.contract import CPU_ALLOCATOR, WorkspaceLayout
+from qlora_trainer.process import preloaded_allocator
 from qlora_trainer.records import PublishRecord, read_completion
 from tests.trainer.command import SPEC, Files, new_files, qlora
 
@@ -316,3 +317,18 @@ def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, t
     assert "BadDataset" in done.stdout
     assert str(files.workspace / "records" / "prepare.log") in done.stdout
     assert "Training" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "environment", "added"),
+    [
+        (CPU_ALLOCATOR, {}, {"LD_PRELOAD": CPU_ALLOCATOR}),
+        (CPU_ALLOCATOR, {"LD_PRELOAD": "libjemalloc.so.2"}, {}),
+        (None, {}, {}),
+    ],
+)
+def test_training_on_a_cpu_gets_the_pods_allocator_where_it_is_installed_and_no_other_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, environment: dict[str, str], added: dict[str, str]
+) -> None:
+    monkeypatch.setattr("qlora_trainer.process.find_library", lambda _name: installed)
+    assert preloaded_allocator(environment) == added
