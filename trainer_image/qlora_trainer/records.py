@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -201,8 +200,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def standard_records(monotonic: Callable[[], float]) -> RecordWriter:
-    """The writer of a pod: records, and nothing else, on standard output."""
-    return RecordWriter(sys.stdout, monotonic)
