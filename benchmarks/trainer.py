@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_trainer.failures import StopRequest
-from qlora_trainer.process import set_environment
-from qlora_trainer.records import RecordWriter
-from qlora_trainer.step import Mounts, StepContext, load_document
+from qlora_trainer.core.context import Mounts, StepContext, load_document
+from qlora_trainer.core.failures import StopRequest
+from qlora_trainer.core.process import set_environment
+from qlora_trainer.core.records import RecordWriter
 
 JOB = "job.json"
 WORKSPACE = "workspace"

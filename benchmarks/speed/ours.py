@@ -12,7 +12,7 @@ from benchmarks.speed.settings import (
     Inputs,
 )
 from benchmarks.trainer import prepared_context, train_here
-from qlora_trainer.step import StepContext
+from qlora_trainer.core.context import StepContext
 
 
 def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]:
@@ -39,8 +39,8 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
 
 def _useful(context: StepContext) -> tuple[list[int], list[int]]:
     from qlora_trainer.batches import Plan
+    from qlora_trainer.core.completion import PrepareRecord, read_completion
     from qlora_trainer.prepared import PreparedDataset
-    from qlora_trainer.records import PrepareRecord, read_completion
 
     prepared = read_completion(context.workspace.completion("prepare"), PrepareRecord)
     if prepared is None:

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--snapshot-every", type=int, required=True)
     options = parser.parse_args()
     if options.system == "ours":
-        from qlora_trainer.process import set_environment
+        from qlora_trainer.core.process import set_environment
 
         # As a step does, before PyTorch is there: OpenMP reads its settings when it is loaded and never again.
         set_environment("train", options.folder)

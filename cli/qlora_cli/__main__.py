@@ -16,8 +16,8 @@ from qlora_cli.display import ConsoleDisplay
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_cli.plan import find_config, make_plan, show_plan
 from qlora_cli.run import Ended, LocalRun, has_gpu, missing_sources, run_steps
-from qlora_trainer.failures import StepFailure
-from qlora_trainer.step import Device, Mounts
+from qlora_trainer.core.context import Device, Mounts
+from qlora_trainer.core.failures import StepFailure
 
 
 def _refuse(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:

@@ -20,9 +20,9 @@ from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, Workspace
 from qlora_api.sources import ConfigMapSource, RegistrySource, VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
-from qlora_trainer.process import preloaded_allocator
-from qlora_trainer.records import write_atomically
-from qlora_trainer.step import Device
+from qlora_trainer.core.context import Device
+from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.process import preloaded_allocator
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 # What a process reports that has no UID from an API server.

@@ -13,15 +13,7 @@ from qlora_operator.conditions import is_true
 from qlora_operator.events import phase_event, unreadable_event
 from qlora_operator.manifests import build_claim, build_job
 from qlora_operator.metrics import Metrics
-from qlora_operator.observe import (
-    Object,
-    QLoRAJob,
-    Reason,
-    UnreadableJobError,
-    controller_uid,
-    observe,
-    parse_job,
-)
+from qlora_operator.observe import Object, QLoRAJob, Reason, UnreadableJobError, controller_uid, observe, parse_job
 from qlora_operator.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
 from qlora_operator.progress import ProgressReader
 from qlora_operator.status import Facts, cleanup_at, next_status, with_child, with_refusal

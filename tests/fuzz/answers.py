@@ -16,9 +16,9 @@ from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.sources import ObjectStoreSource, RegistrySource
 from qlora_api.training import LoraSpec
 from qlora_cli.run import LocalRun
-from qlora_trainer.credentials import Secret
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.examples import Conversation, Message, ToolCall
-from qlora_trainer.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.object_store import ObjectFolder
 from qlora_trainer.registry import Registry
 from qlora_trainer.templates import Tokenizer

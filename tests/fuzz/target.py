@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_api.contract import ExitCode, ResultRecord
-from qlora_trainer.failures import StepFailure
-from qlora_trainer.outcome import classify, result_record
-from qlora_trainer.records import Facts
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.outcome import classify, result_record
+from qlora_trainer.core.records import Facts
 
 LONGEST_MESSAGE = 20_000
 

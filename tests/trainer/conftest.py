@@ -11,7 +11,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from qlora_trainer.step import Mounts, StepContext
+from qlora_trainer.core.context import Mounts, StepContext
 from tests.trainer.command import ROWS, Files, new_files
 from tests.trainer.ranks import EXACT, TWO, succeeded, workspace
 from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, merged, save_model, write_rows

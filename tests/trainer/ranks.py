@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ProgressRecord, decode_record
-from qlora_trainer.step import StepContext
+from qlora_trainer.core.context import StepContext
 from tests.trainer.command import Done, Files
 from tests.trainer.tiny import JOB_UID, POD_UID, merged
 from tests.trainer.training import history, prepared

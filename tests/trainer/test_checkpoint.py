@@ -131,7 +131,7 @@ SAVE_UNTIL_FULL = """
 import sys
 from pathlib import Path
 from tests.trainer.test_checkpoint import newest_step, save
-from qlora_trainer.outcome import classify
+from qlora_trainer.core.outcome import classify
 folder = Path(sys.argv[1])
 save(folder, 1, 2, size=20_000)
 try:

@@ -21,7 +21,7 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer import checkpoint
 from qlora_trainer.checkpoint import newest_checkpoint, read_checkpoint
-from qlora_trainer.outcome import classify
+from qlora_trainer.core.outcome import classify
 from tests.trainer.bad_disk import BadDisk, bad_disk
 from tests.trainer.test_checkpoint import FILES, in_child, newest_step, save
 from tests.trainer.training import adapter_bytes, history, interrupted_at, prepared, run

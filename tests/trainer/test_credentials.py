@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure
 
 
 def test_a_value_that_is_no_text_names_field_and_key_and_is_not_shown(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_api.contract import ExitCode
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data_statistics import DataStatistics
-from qlora_trainer.disk import file_sha256
-from qlora_trainer.failures import StepFailure
 from qlora_trainer.prepare import prepare
-from qlora_trainer.records import PrepareRecord
-from qlora_trainer.step import StepContext
 from tests.trainer.bad_data.case import GOOD
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fake_hub import OTHER_COMMIT, FakeHub, serve

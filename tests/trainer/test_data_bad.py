@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.prepare import prepare
 from tests.trainer.bad_data import CORPUS, BadData
 from tests.trainer.conftest import MakeContext

@@ -14,10 +14,11 @@ import pytest
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from qlora_trainer import determinism, prepare_data, tokenizing
-from qlora_trainer.failures import StepFailure
+from qlora_trainer import prepare_data, tokenizing
+from qlora_trainer.core import environment
+from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.prepare import prepare
-from qlora_trainer.step import Mounts, StepContext
 from tests.trainer.command import TIMEOUT_S, Files, new_files
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import POD_UID, Recorded, chat_row, write_rows
@@ -123,8 +124,8 @@ def test_what_another_version_of_the_trainer_tokenized_is_tokenized_again(
     with pytest.raises(Stop):
         prepare(make_context(), StopAfter(70))
     made.clear()
-    installed = determinism.version
-    monkeypatch.setattr(determinism, "version", lambda name: "0.0.1" if name == "qlora-operator" else installed(name))
+    installed = environment.version
+    monkeypatch.setattr(environment, "version", lambda name: "0.0.1" if name == "qlora-operator" else installed(name))
     prepare(make_context(), Recorded())
     assert made == [10] * 12
 

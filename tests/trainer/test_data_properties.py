@@ -15,10 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_api.contract import ExitCode
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data import parse, read_rows
 from qlora_trainer.data_rows import Row
 from qlora_trainer.data_source import DataFile
-from qlora_trainer.failures import StepFailure
 from qlora_trainer.formats import RowReader, detect_format
 from qlora_trainer.hub_layout import EVALUATION, TRAINING, Wanted, choose_data_files, read_card
 from qlora_trainer.packing import pack

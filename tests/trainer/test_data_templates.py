@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.prepare import prepare
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.templates import answer_span

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_api.contract import ExitCode
+from qlora_trainer.core.completion import TrainRecord, read_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure, unreachable
 from qlora_trainer.distributed import Ranks
-from qlora_trainer.failures import StepFailure, unreachable
 from qlora_trainer.launch import Place
-from qlora_trainer.records import TrainRecord, read_completion
-from qlora_trainer.step import StepContext
 from tests.trainer.command import Files
 from tests.trainer.ranks import EXACT, TWO, same_numbers, second_card, succeeded, two_nodes, workspace
 from tests.trainer.tiny import merged

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode, ResultRecord
-from qlora_trainer.step import StepContext
+from qlora_trainer.core.context import StepContext
 from tests.trainer.command import Files
 from tests.trainer.ranks import (
     FULL_CARD,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import QLoRAJobStatus
-from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
-from qlora_trainer.records import TrainRecord, read_completion, write_completion
+from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from tests.trainer.command import Done, Files
 from tests.trainer.test_publish import published
 from tests.trainer.tiny import JOB_UID, POD_UID

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
 from qlora_trainer.attention import ATTENTION, Rows, register_attention, rows_attention
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.family import inspect_family
 from qlora_trainer.loss import LogitTransform
 from qlora_trainer.probe import shrunken

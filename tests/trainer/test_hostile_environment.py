@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ExitCode
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.endpoints import server_address
-from qlora_trainer.failures import StepFailure
 from qlora_trainer.prepare import prepare
 from tests.trainer.command import Done, Files, new_files
 from tests.trainer.conftest import MakeContext

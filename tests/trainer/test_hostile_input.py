@@ -19,8 +19,8 @@ from qlora_api.sources import HubSource, ObjectStoreSource
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.checkpoint import newest_checkpoint
-from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.hub_destination import HubDestination
 from qlora_trainer.manifest import parse_manifest
 from qlora_trainer.object_destination import ObjectDestination

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.batches import Batch
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.family import inspect_family
 from qlora_trainer.loss import batch_loss
 from qlora_trainer.model import (

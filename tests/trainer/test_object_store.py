@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource
-from qlora_trainer import disk, object_store
-from qlora_trainer.credentials import Secret
+from qlora_trainer import object_store
+from qlora_trainer.core import filesystem as disk
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data_source import DataFiles, find_data
-from qlora_trainer.failures import StepFailure, bad_dataset
 from qlora_trainer.object_store import ObjectFolder, StoredObject
 from qlora_trainer.prepare import prepare
 from qlora_trainer.prepare_data import wanted_part
-from qlora_trainer.step import StepContext
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.prepare import prepare
 from tests.trainer.command import new_files
 from tests.trainer.conftest import MakeContext

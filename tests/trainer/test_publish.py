@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_api.contract import ExitCode, ProgressRecord, WorkspaceLayout, decode_record
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.clean import clean
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_completion, write_completion
+from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.manifest import Manifest, describe_files
 from qlora_trainer.prepare import prepare
 from qlora_trainer.publish import publish
-from qlora_trainer.records import PublishRecord, TrainRecord, read_completion, write_completion
-from qlora_trainer.step import Mounts, StepContext
 from qlora_trainer.volume_folder import VolumeFolder
 from tests.trainer.command import ROWS, Files
 from tests.trainer.conftest import MakeContext

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource
 from qlora_trainer import hub as hub_module
-from qlora_trainer.credentials import Secret
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.destination import publish_folder
-from qlora_trainer.failures import StepFailure
 from qlora_trainer.hub_destination import HubDestination
 from qlora_trainer.manifest import Contents, Manifest, describe_files
 from qlora_trainer.publish import publish as publish_step

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer import object_store, publish_merged
-from qlora_trainer.credentials import Secret
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.destination import publish_folder
-from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.manifest import Contents, Manifest, describe_files
 from qlora_trainer.merge import write_merged
 from qlora_trainer.object_destination import ObjectDestination

@@ -20,9 +20,9 @@ from urllib3.util import Retry
 from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer import registry as registry_module
-from qlora_trainer.credentials import Secret
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.destination import publish_folder
-from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.manifest import Contents, Manifest, describe_files
 from qlora_trainer.publish import publish as publish_step
 from qlora_trainer.registry import Registry

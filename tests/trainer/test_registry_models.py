@@ -16,13 +16,13 @@ from urllib3.util import Retry
 from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer import registry as registry_module
-from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.manifest import describe_files
 from qlora_trainer.prepare import prepare
 from qlora_trainer.registry import MANIFEST_TYPE
 from qlora_trainer.registry_destination import RegistryDestination
-from qlora_trainer.step import StepContext
 from tests.trainer.command import qlora
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy

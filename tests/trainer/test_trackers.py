@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.prepare import prepare
-from qlora_trainer.step import StepContext
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 from tests.trainer.training import Lost, LostAtStep, StopAtStep, history, prepared, run

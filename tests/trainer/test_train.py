@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
 from qlora_trainer import checkpoint
-from qlora_trainer.failures import Interrupted, StopRequest
-from qlora_trainer.outcome import summary
-from qlora_trainer.records import TrainRecord, read_completion
-from qlora_trainer.step import StepContext
+from qlora_trainer.core.completion import TrainRecord, read_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import Interrupted, StopRequest
+from qlora_trainer.core.outcome import summary
 from tests.trainer.tiny import Recorded, merged
 from tests.trainer.training import (
     RARE_TOKEN,

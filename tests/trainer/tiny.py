@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from qlora_trainer.records import RecordWriter
+from qlora_trainer.core.records import RecordWriter
 
 VOCABULARY = 512
 JOB_UID = "7d0c2f5e-0000-4000-8000-000000000001"

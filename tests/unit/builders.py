@@ -10,15 +10,7 @@ from typing import Any
 from qlora_api.contract import ProgressRecord, ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_claim_name, workspace_folder
 from qlora_api.profile import Profile
-from qlora_api.status import (
-    AdapterStatus,
-    DatasetStatus,
-    MemoryStatus,
-    QLoRAJobStatus,
-    Resolved,
-    StepName,
-    StepStatus,
-)
+from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
 from qlora_operator.observe import Observed, QLoRAJob, format_time, observe, parse_job
 from qlora_operator.status import Facts, next_status
 

@@ -11,7 +11,7 @@ from qlora_api.contract import ExitCode, decode_record
 from qlora_api.model_shape import ModelShape, UnsupportedModelError
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_operator.settings import SettingsError, load_settings
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.hub_layout import TRAINING, choose_data_files, read_card
 from qlora_trainer.model_pack import unpack
 from tests.fuzz.documents import DOCUMENTS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_trainer.records import redact
+from qlora_trainer.core.records import redact
 
 
 @pytest.mark.parametrize(

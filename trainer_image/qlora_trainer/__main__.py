@@ -19,10 +19,10 @@ from qlora_api.naming import workspace_folder
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
-from qlora_trainer import process
-from qlora_trainer.failures import StopRequest
-from qlora_trainer.launch import end_with_parent, named_rank
-from qlora_trainer.outcome import (
+from qlora_trainer.core import process
+from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
+from qlora_trainer.core.failures import StopRequest
+from qlora_trainer.core.outcome import (
     Completion,
     Ending,
     Terminated,
@@ -31,9 +31,9 @@ from qlora_trainer.outcome import (
     summary,
     workspace_unusable,
 )
-from qlora_trainer.process import Streams
-from qlora_trainer.records import RecordWriter, redact, timestamp
-from qlora_trainer.step import Device, Mounts, StepContext, load_document
+from qlora_trainer.core.process import Streams
+from qlora_trainer.core.records import RecordWriter, redact, timestamp
+from qlora_trainer.launch import end_with_parent, named_rank
 
 
 @dataclass(frozen=True)

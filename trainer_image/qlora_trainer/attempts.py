@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from qlora_api.contract import ExitCode
 from qlora_api.schema import ObservedModel
 from qlora_api.status import Timestamp
-from qlora_trainer.failures import Interrupted, StepFailure, unreachable
-from qlora_trainer.records import timestamp, write_atomically
+from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
+from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.records import timestamp
 
 ATTEMPTS_FILE = "attempts.jsonl"
 LOCK_FILE = "train.lock"

@@ -6,10 +6,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec
-from qlora_trainer.files import CURVE_FILE
-from qlora_trainer.records import PrepareRecord, TrainRecord
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.serving import refused_by_vllm, served_rank
-from qlora_trainer.step import StepContext
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 

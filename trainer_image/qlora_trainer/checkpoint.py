@@ -17,8 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_trainer.disk import file_sha256, sync_tree
-from qlora_trainer.records import sync_folder
+from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
 
 FORMAT_VERSION = 1
 KEPT = 2

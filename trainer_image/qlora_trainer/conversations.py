@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast, get_args
 
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data_json import parse_value
 from qlora_trainer.data_rows import describe, listed
 from qlora_trainer.data_stream import MAX_LINE_BYTES
 from qlora_trainer.examples import Function, Message, Role, ToolCall
-from qlora_trainer.failures import bad_dataset
 
 _ROLES = get_args(Role)
 # What the data sets of the hub call the sides, in the notation of ShareGPT.

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data_json import parse_object, read_json, read_json_lines
 from qlora_trainer.data_rows import RawRow, Row
 from qlora_trainer.data_source import DataFile
 from qlora_trainer.data_tables import read_csv, read_parquet
-from qlora_trainer.failures import bad_dataset
 
 _READERS: Mapping[str, Callable[[DataFile], Iterator[RawRow]]] = {
     ".jsonl": read_json_lines,

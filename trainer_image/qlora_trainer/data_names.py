@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
-from qlora_trainer.failures import bad_dataset
-from qlora_trainer.listing import some_names
+from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.core.paths import some_names
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 DATA_ENDINGS = ".jsonl, .json or .csv, each also with .gz, .bz2, .xz or .zst behind it, or .parquet"

@@ -6,14 +6,14 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from qlora_api.sources import ConfigMapSource, HubSource, ObjectStoreSource, VolumeSource, parse_source
+from qlora_trainer.core.context import Mounts
+from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset, unreachable
+from qlora_trainer.core.filesystem import bytes_below, file_sha256, require_space
+from qlora_trainer.core.paths import require_regular, some_names
 from qlora_trainer.data_names import DATA_ENDINGS, data_kind, require_one_kind
-from qlora_trainer.disk import bytes_below, file_sha256, require_space
-from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset, unreachable
 from qlora_trainer.hub import Hub, HubFile, Listing
 from qlora_trainer.hub_layout import Wanted, choose_data_files, read_card
-from qlora_trainer.listing import require_regular, some_names
 from qlora_trainer.object_store import ObjectFolder
-from qlora_trainer.step import Mounts
 
 _CARD = "README.md"
 _MAX_CARD_BYTES = 2**21

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from qlora_api.schema import ObservedModel
+from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.packing import Arrangement
-from qlora_trainer.records import write_atomically
 from qlora_trainer.tokenized import Chunk, TokenizedRows
 
 STATISTICS = "statistics.json"

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data_source import DataFile
-from qlora_trainer.failures import bad_dataset
 
 MAX_LINE_BYTES = 2**24
 """The longest row, as text."""

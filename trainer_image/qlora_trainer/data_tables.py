@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data_rows import RawRow
 from qlora_trainer.data_source import DataFile
 from qlora_trainer.data_stream import MAX_LINE_BYTES, Inflation, lines
-from qlora_trainer.failures import bad_dataset
 from qlora_trainer.parquet_pages import RowGroupSizes, row_group_sizes
 
 _PARQUET_BATCH_ROWS = 64

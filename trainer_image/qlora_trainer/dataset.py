@@ -12,11 +12,11 @@ import numpy
 from qlora_api.dataset import Columns, DatasetSpec
 from qlora_api.status import DatasetStatus
 from qlora_api.training import TrainingSpec
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data import parse, read_rows
 from qlora_trainer.data_rows import RawRow
 from qlora_trainer.data_source import DataFiles
 from qlora_trainer.data_statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics, dropped_rows
-from qlora_trainer.failures import bad_dataset
 from qlora_trainer.formats import Format, Reading, RowReader, detect_format
 from qlora_trainer.packing import Arrangement, one_row_each, pack
 from qlora_trainer.prepared import Split, split_file, write_split

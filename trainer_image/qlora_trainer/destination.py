@@ -5,14 +5,15 @@ from typing import Protocol
 
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.failures import StepFailure, bad_configuration
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.paths import confined
 from qlora_trainer.hub_destination import HubDestination
 from qlora_trainer.manifest import Contents, Manifest
 from qlora_trainer.object_destination import ObjectDestination
 from qlora_trainer.registry import require_allowed
 from qlora_trainer.registry_destination import RegistryDestination
-from qlora_trainer.step import StepContext
-from qlora_trainer.volume_folder import VolumeFolder, confined
+from qlora_trainer.volume_folder import VolumeFolder
 
 
 class Destination(Protocol):

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,35 +10,18 @@ import numpy
 import torch
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.failures import StepFailure, bad_configuration
-from qlora_trainer.records import PrepareRecord
-from qlora_trainer.step import Device
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import Device
+from qlora_trainer.core.environment import trainer_version
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 
 Fingerprint = dict[str, Any]
-
 # numpy draws the order of the data and the seeds of the steps.
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
-_TRAINER = "qlora-operator"
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # With these, 16-bit products are computed by other instructions, and add in another order.
 _UNITS = ("avx512_bf16", "amx_bf16")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
-
-
-def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = os.environ) -> int:
-    """CPU cores that this process should use: those of OMP_NUM_THREADS, as the operator sets it to the pod's request.
-
-    Without it, the process's affinity and its container's limit, which PyTorch does not look at.
-    """
-    cpus = len(os.sched_getaffinity(0))
-    if environ.get("OMP_NUM_THREADS", "").isdecimal():
-        return max(1, min(cpus, int(environ["OMP_NUM_THREADS"])))
-    try:
-        quota, period = quota_file.read_text().split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
@@ -57,11 +38,6 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
         "libraries": {name: version(name) for name in _LIBRARIES},
         "trainer": trainer_version(),
     }
-
-
-def trainer_version() -> str:
-    """Version of this program: any release may add in another order, draw other numbers, or read data otherwise."""
-    return version(_TRAINER)
 
 
 def digest(fingerprint: Fingerprint) -> str:

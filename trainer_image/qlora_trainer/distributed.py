@@ -25,10 +25,10 @@ import torch.distributed
 from torch import Tensor, nn
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.failures import Interrupted, StepFailure, unreachable
+from qlora_trainer.core.context import Device
+from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
+from qlora_trainer.core.outcome import classify
 from qlora_trainer.launch import Others, Place
-from qlora_trainer.outcome import classify
-from qlora_trainer.step import Device
 
 TIMEOUT = timedelta(minutes=30)
 """For which a process waits for the others: loading a large model and saving on a slow volume take minutes."""

@@ -4,8 +4,8 @@ import json
 
 from oras.auth.utils import get_basic_auth, load_configs
 
-from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import bad_configuration
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import bad_configuration
 
 _DOCKER_CONFIG = ".dockerconfigjson"
 

@@ -5,7 +5,7 @@ from ipaddress import ip_address
 from socket import inet_aton
 from urllib.parse import urlsplit
 
-from qlora_trainer.failures import bad_configuration
+from qlora_trainer.core.failures import bad_configuration
 
 # Besides the addresses of one link, as 169.254.169.254, where clouds answer with the credentials of the node.
 _METADATA = frozenset(map(ip_address, ("fd00:ec2::254", "fd00:ec2::23", "100.100.100.200")))

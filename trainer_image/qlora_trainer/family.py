@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.training import LoraSpec
-from qlora_trainer.failures import bad_configuration, model_unavailable, unsafe_artefact
+from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artefact
 from qlora_trainer.positions import longest_row, same_rotation_up_to
 from qlora_trainer.probe import probe
 from qlora_trainer.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model

@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from qlora_trainer.disk import is_full
+from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
+from qlora_trainer.core.filesystem import is_full
 from qlora_trainer.endpoints import server_address
-from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
 from qlora_trainer.manifest import Contents
 
 RepositoryKind = Literal["model", "dataset"]

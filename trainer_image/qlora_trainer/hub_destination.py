@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import get_token
 
 from qlora_api.sources import HubSource
-from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import bad_configuration, unreachable
-from qlora_trainer.files import MANIFEST_FILE
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.file_names import MANIFEST_FILE
 from qlora_trainer.hub import Hub, Listing
 from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
 from qlora_trainer.read_back import read_back

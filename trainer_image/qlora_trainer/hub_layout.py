@@ -13,9 +13,9 @@ from typing import Any
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
+from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.core.paths import some_names
 from qlora_trainer.data_names import data_kind, require_one_kind
-from qlora_trainer.failures import bad_dataset
-from qlora_trainer.listing import some_names
 
 _SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),

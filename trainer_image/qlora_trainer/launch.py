@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.failures import Interrupted, bad_configuration, unreachable
+from qlora_trainer.core.failures import Interrupted, bad_configuration, unreachable
 
 _PARENT = "QLORA_STARTED_BY"
 _LOOPBACK = "127.0.0.1"

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from qlora_api.schema import ApiModel, ObservedModel
-from qlora_trainer.disk import file_sha256
+from qlora_trainer.core.filesystem import file_sha256
 
 Contents = Mapping[str, Path | bytes]
 """Files by their names in the published folder, each given by a path or by its content."""

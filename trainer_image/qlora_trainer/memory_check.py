@@ -10,7 +10,7 @@ from qlora_api.memory_advice import Advice, advice, budget, verdict
 from qlora_api.model_shape import ModelShape, UnsupportedModelError
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.failures import StepFailure, bad_configuration
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 
 
 def read_shape(config: Path) -> ModelShape:

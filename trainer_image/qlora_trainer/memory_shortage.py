@@ -11,11 +11,11 @@ from qlora_api.contract import ExitCode
 from qlora_api.memory import GIB, MemoryEstimate, estimate
 from qlora_api.training import TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import Device
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.memory_check import read_shape, training_shape
 from qlora_trainer.metrics import peak_memory_bytes
-from qlora_trainer.records import PrepareRecord
-from qlora_trainer.step import Device
 
 # What a user can tell apart, and the estimate's components in each.
 _SHARES = {

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.training import LoraSpec
-from qlora_trainer.disk import require_space
+from qlora_trainer.core.filesystem import require_space
 from qlora_trainer.quantized import QuantizedWeights, is_kept, keep_quantized
 from qlora_trainer.storage import storage_of
 from qlora_trainer.weights import BaseWeights

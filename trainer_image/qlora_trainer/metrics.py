@@ -10,8 +10,8 @@ from typing import BinaryIO, Self
 
 import torch
 
-from qlora_trainer.files import HISTORY_FILE
-from qlora_trainer.step import Device
+from qlora_trainer.core.context import Device
+from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.trackers import Tracker
 
 # Weight of the newest step in the running mean: about the last ten steps count.

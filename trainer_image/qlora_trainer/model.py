@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.attention import ATTENTION, register_attention
-from qlora_trainer.failures import StepFailure, bad_configuration, model_unavailable
+from qlora_trainer.core.context import Device
+from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.family import MIN_QUANTIZED_FRACTION
-from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.fused_lora import fuse_lora
 from qlora_trainer.loftq import initialize_loftq
-from qlora_trainer.step import Device
 from qlora_trainer.weights import BaseWeights
 
 COMPUTE_DTYPE = torch.bfloat16

@@ -10,11 +10,11 @@ from typing import Protocol
 from safetensors import SafetensorError, safe_open
 
 from qlora_api.sources import VolumeSource
-from qlora_trainer.disk import bytes_below, file_sha256, require_space
-from qlora_trainer.failures import model_unavailable, unsafe_artefact
-from qlora_trainer.files import ADAPTER_CONFIG_FILE
-from qlora_trainer.listing import require_regular, some_names
-from qlora_trainer.step import Mounts
+from qlora_trainer.core.context import Mounts
+from qlora_trainer.core.failures import model_unavailable, unsafe_artefact
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
+from qlora_trainer.core.filesystem import bytes_below, file_sha256, require_space
+from qlora_trainer.core.paths import require_regular, some_names
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -3,9 +3,9 @@
 from functools import partial
 
 from qlora_api.sources import ObjectStoreSource
-from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import bad_configuration, unreachable
-from qlora_trainer.files import MANIFEST_FILE
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.file_names import MANIFEST_FILE
 from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
 from qlora_trainer.object_store import ObjectFolder
 from qlora_trainer.read_back import read_back

@@ -20,11 +20,14 @@ from qlora_api.model_shape import ModelShape
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.environment import trainer_version
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.filesystem import file_sha256, is_full, sizes, sync_folder, sync_tree, write_atomically
+from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.dataset import Dataset
 from qlora_trainer.destination import check_destination, destinations
-from qlora_trainer.determinism import trainer_version
-from qlora_trainer.disk import file_sha256, is_full, sizes, sync_tree
-from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.family import Family, inspect_family
 from qlora_trainer.hub import Hub, hub_token
 from qlora_trainer.memory_check import memory_status, read_shape, require_fit, training_shape
@@ -39,18 +42,8 @@ from qlora_trainer.model_source import (
 )
 from qlora_trainer.prepare_data import libraries, read_dataset, same_data
 from qlora_trainer.prepared import FORMAT_VERSION, MANIFEST
-from qlora_trainer.records import (
-    PrepareRecord,
-    RecordWriter,
-    read_completion,
-    sync_folder,
-    timestamp,
-    write_atomically,
-    write_completion,
-)
 from qlora_trainer.remote_model import HubModel, ObjectStoreModel, RegistryModel
 from qlora_trainer.serving import refused_by_vllm
-from qlora_trainer.step import StepContext
 from qlora_trainer.templates import Tokenizer
 from qlora_trainer.trackers import require_installed
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from qlora_api.dataset import DatasetSpec
 from qlora_api.sources import HubSource, parse_source
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.environment import available_cpus, trainer_version
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data_source import DataFiles, find_data, mounted_data
 from qlora_trainer.dataset import Dataset, DatasetBuilder
-from qlora_trainer.determinism import available_cpus, trainer_version
-from qlora_trainer.failures import bad_dataset
 from qlora_trainer.hub import Hub
 from qlora_trainer.hub_layout import EVALUATION, TRAINING, Wanted
 from qlora_trainer.object_store import ObjectFolder
 from qlora_trainer.prepared import Split
-from qlora_trainer.step import StepContext
 from qlora_trainer.templates import Tokenizer
 
 _LOG = logging.getLogger(__name__)

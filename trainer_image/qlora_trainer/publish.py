@@ -13,26 +13,19 @@ from qlora_api.contract import ProgressRecord
 from qlora_api.status import AdapterStatus, StepName
 from qlora_api.v1alpha1 import MUTABLE_FIELDS
 from qlora_trainer.card import model_card, quantization_label
+from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
+from qlora_trainer.core.paths import confined
+from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.destination import Destination, is_published, open_destination, publish_folder
-from qlora_trainer.failures import bad_configuration
-from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
 from qlora_trainer.manifest import Contents, Manifest, describe_files
 from qlora_trainer.provenance import require_own_training
 from qlora_trainer.publish_merged import publish_merged, still_published
-from qlora_trainer.records import (
-    PrepareRecord,
-    PublishRecord,
-    RecordWriter,
-    TrainRecord,
-    read_completion,
-    timestamp,
-    write_completion,
-)
 from qlora_trainer.report import write_report
 from qlora_trainer.serving import served_rank
-from qlora_trainer.step import StepContext
 from qlora_trainer.verify import verify_adapter
-from qlora_trainer.volume_folder import confined
 
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 

@@ -17,18 +17,18 @@ from qlora_api.contract import ExitCode
 from qlora_api.status import MergedStatus
 from qlora_trainer.attention import ATTENTION, register_attention
 from qlora_trainer.card import quantization_label
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.file_names import ADAPTER_FILE, CARD_FILE
+from qlora_trainer.core.filesystem import require_space
 from qlora_trainer.destination import open_destination, publish_folder, refuse_occupied
-from qlora_trainer.disk import require_space
-from qlora_trainer.failures import StepFailure, bad_configuration
-from qlora_trainer.files import ADAPTER_FILE, CARD_FILE
 from qlora_trainer.held_out import mean_loss, read_compared
 from qlora_trainer.manifest import Contents, Manifest
 from qlora_trainer.merge import MergeSource, merged_bytes, merged_model, write_merged
 from qlora_trainer.model_source import TOKENIZER_FILES
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.quantized import QuantizedWeights, is_kept
-from qlora_trainer.records import PrepareRecord, TrainRecord
-from qlora_trainer.step import StepContext
 from qlora_trainer.weights import BaseWeights
 
 _UNFINISHED = ".merged.partial"

@@ -17,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_trainer.disk import sync_tree
-from qlora_trainer.failures import unsafe_artefact
-from qlora_trainer.records import sync_folder
+from qlora_trainer.core.failures import unsafe_artefact
+from qlora_trainer.core.filesystem import sync_folder, sync_tree
 
 FILE_BYTES = 2**30
 """Size at which a file of the folder is complete; so much is held in memory."""

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure
 
 _TRIES = 3
 _log = logging.getLogger(__name__)

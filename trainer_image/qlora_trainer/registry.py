@@ -15,10 +15,10 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from qlora_api.sources import RegistrySource
-from qlora_trainer.credentials import Secret
-from qlora_trainer.disk import file_sha256
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable, unsafe_artefact
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.docker_login import docker_login, parse_token
-from qlora_trainer.failures import StepFailure, bad_configuration, unreachable, unsafe_artefact
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 MAX_MANIFEST_BYTES = 2**22

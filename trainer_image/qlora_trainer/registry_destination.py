@@ -3,9 +3,9 @@
 from functools import partial
 
 from qlora_api.sources import RegistrySource
-from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import bad_configuration, unreachable
-from qlora_trainer.files import MANIFEST_FILE
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.file_names import MANIFEST_FILE
 from qlora_trainer.manifest import Contents, Manifest, describe_files, parse_manifest
 from qlora_trainer.model_pack import pack, unpack
 from qlora_trainer.read_back import read_back

@@ -6,11 +6,11 @@ from pathlib import Path
 from re import fullmatch
 
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource
-from qlora_trainer.credentials import Secret
-from qlora_trainer.disk import file_sha256
-from qlora_trainer.failures import model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.core.paths import some_names
 from qlora_trainer.hub import Hub
-from qlora_trainer.listing import some_names
 from qlora_trainer.model_pack import archives, unpack
 from qlora_trainer.model_source import content_digest
 from qlora_trainer.object_store import ObjectFolder

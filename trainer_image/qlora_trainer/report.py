@@ -9,14 +9,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import MergedStatus
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
+from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.curves import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.data_statistics import DataStatistics
-from qlora_trainer.files import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.history import History, read_history
-from qlora_trainer.records import PrepareRecord, TrainRecord, write_atomically
 from qlora_trainer.samples import MAX_NEW_TOKENS, read_samples
 from qlora_trainer.serving import refused_by_vllm, served_rank, serving_commands
-from qlora_trainer.step import StepContext
 
 _GIB = 2**30
 

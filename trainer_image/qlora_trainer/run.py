@@ -11,15 +11,15 @@ from torch import nn
 
 from qlora_api.contract import ProgressRecord
 from qlora_trainer.batches import Plan
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StopRequest
+from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.determinism import Fingerprint
 from qlora_trainer.distributed import Ranks
 from qlora_trainer.divergence import Stability
-from qlora_trainer.failures import StopRequest
 from qlora_trainer.metrics import History, Pace
 from qlora_trainer.model import adapter_parameters
 from qlora_trainer.prepared import PreparedDataset
-from qlora_trainer.records import RecordWriter, timestamp
-from qlora_trainer.step import StepContext
 from qlora_trainer.storage import Storage
 
 

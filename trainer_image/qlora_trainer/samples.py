@@ -13,9 +13,9 @@ from pydantic import Field, ValidationError
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from qlora_api.schema import ObservedModel
+from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.model import COMPUTE_DTYPE
 from qlora_trainer.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.records import write_atomically
 
 MAX_NEW_TOKENS = 64
 _MAX_PROMPT_TOKENS = 1024

@@ -9,7 +9,7 @@ from enum import IntEnum
 import numpy
 from numpy.typing import NDArray
 
-from qlora_trainer.failures import bad_dataset
+from qlora_trainer.core.failures import bad_dataset
 
 Rows = NDArray[numpy.int64]
 """int64 [n]: indices of rows."""

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec
-from qlora_trainer.records import PrepareRecord
-from qlora_trainer.step import StepContext
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import StepContext
 
 # What vLLM's --max-lora-rank accepts; its default is 16.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

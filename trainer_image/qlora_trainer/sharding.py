@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from qlora_trainer.failures import bad_configuration
+from qlora_trainer.core.failures import bad_configuration
 
 _log = logging.getLogger(__name__)
 

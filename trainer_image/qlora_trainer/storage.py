@@ -9,8 +9,8 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 
-from qlora_trainer.failures import bad_configuration
-from qlora_trainer.records import QuantizedLayers
+from qlora_trainer.core.completion import QuantizedLayers
+from qlora_trainer.core.failures import bad_configuration
 
 BLOCK = 64
 """Weights that share one quantization constant (arXiv 2305.14314, section 3)."""

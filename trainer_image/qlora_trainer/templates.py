@@ -18,8 +18,8 @@ import numpy
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
+from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
 from qlora_trainer.examples import Completion, Conversation, Example, Message, PlainText, ToolCall
-from qlora_trainer.failures import StepFailure, bad_configuration, bad_dataset
 
 # What a template is told today's date is, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no time zone

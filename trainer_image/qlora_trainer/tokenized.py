@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from qlora_trainer.records import write_atomically
+from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.sampling import Rows
 
 Int32s = NDArray[numpy.int32]

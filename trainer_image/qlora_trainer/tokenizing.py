@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_api.dataset import Columns
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data import parse
 from qlora_trainer.data_rows import RawRow
-from qlora_trainer.failures import StepFailure, bad_configuration
 from qlora_trainer.formats import Format, RowReader
 from qlora_trainer.templates import TokenizedRow, Tokenizer
 from qlora_trainer.tokenized import Chunk, Dropped

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlora_trainer.failures import bad_configuration
-from qlora_trainer.files import HISTORY_FILE
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.file_names import HISTORY_FILE
 
 _MODULES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 _GROUPS = {

@@ -14,19 +14,16 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.attempts import counted_attempt, only_attempt
 from qlora_trainer.batches import Plan
 from qlora_trainer.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
-from qlora_trainer.determinism import (
-    Fingerprint,
-    available_cpus,
-    digest,
-    refuse_other_run,
-    run_fingerprint,
-    use_device,
-)
-from qlora_trainer.disk import file_sha256, sync_tree
+from qlora_trainer.core.completion import Comparison, PrepareRecord, TrainRecord, read_completion, write_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.environment import available_cpus
+from qlora_trainer.core.failures import StopRequest, bad_configuration, unreachable
+from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
+from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
+from qlora_trainer.core.records import RecordWriter, timestamp
+from qlora_trainer.determinism import Fingerprint, digest, refuse_other_run, run_fingerprint, use_device
 from qlora_trainer.distributed import Ranks, joined
-from qlora_trainer.failures import StopRequest, bad_configuration, unreachable
 from qlora_trainer.family import inspect_family
-from qlora_trainer.files import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.held_out import compared_sequences, mean_loss, read_compared
 from qlora_trainer.launch import Place, started_others
 from qlora_trainer.loop import restore, run_to_end
@@ -37,20 +34,9 @@ from qlora_trainer.model import adapter_parameters, attach_adapter, load_base, s
 from qlora_trainer.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.quantized import is_kept, layers_sha256, quantized_layers
-from qlora_trainer.records import (
-    Comparison,
-    PrepareRecord,
-    RecordWriter,
-    TrainRecord,
-    read_completion,
-    sync_folder,
-    timestamp,
-    write_completion,
-)
 from qlora_trainer.run import Run, RunState, report
 from qlora_trainer.samples import leave_samples
 from qlora_trainer.sharding import STORAGE_DTYPE, shard_base
-from qlora_trainer.step import StepContext
 from qlora_trainer.storage import Storage, storage_of
 from qlora_trainer.trackers import open_trackers
 from qlora_trainer.weights import BaseWeights

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
-from qlora_trainer.disk import file_sha256
-from qlora_trainer.failures import StepFailure, bad_configuration, unsafe_artefact
-from qlora_trainer.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artefact
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model import tensor_dtype, whole_modules
 
 _B_SUFFIX = ".lora_B.weight"

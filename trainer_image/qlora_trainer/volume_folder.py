@@ -5,22 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
-from qlora_trainer.disk import file_sha256, sync_tree
-from qlora_trainer.failures import bad_configuration, unsafe_artefact
-from qlora_trainer.files import MANIFEST_FILE
-from qlora_trainer.listing import leads_to_itself
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.file_names import MANIFEST_FILE
+from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
 from qlora_trainer.manifest import Contents, Manifest, read_manifest
-from qlora_trainer.records import sync_folder
-
-
-def confined(path: Path, root: Path) -> Path:
-    """The path with links resolved. Raises StepFailure UNSAFE_ARTEFACT if a link leads out of `root` or to itself."""
-    if leads_to_itself(path):
-        raise unsafe_artefact(f"{path} is a link that leads to itself: remove the symbolic link")
-    resolved = path.resolve()
-    if not resolved.is_relative_to(root.resolve()):
-        raise unsafe_artefact(f"{path} leads to {resolved}, outside of its volume: remove the symbolic link")
-    return resolved
 
 
 class VolumeFolder:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qlora_trainer.failures import model_unavailable
+from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.model_source import WEIGHTS, WEIGHTS_INDEX, weight_files
 
 

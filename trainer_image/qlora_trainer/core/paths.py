@@ -1,10 +1,10 @@
-"""Speaks of the files in a folder: which may be read, and how a message lists them; changes with either."""
+"""Which paths may be read or written: regular files that stay inside their folder."""
 
 import errno
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora_trainer.failures import unsafe_artefact
+from qlora_trainer.core.failures import unsafe_artefact
 
 _LISTED_NAMES = 12
 
@@ -33,3 +33,13 @@ def some_names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - _LISTED_NAMES
     return (", ".join(ordered[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"
+
+
+def confined(path: Path, root: Path) -> Path:
+    """The path with links resolved. Raises StepFailure UNSAFE_ARTEFACT if a link leads out of `root` or to itself."""
+    if leads_to_itself(path):
+        raise unsafe_artefact(f"{path} is a link that leads to itself: remove the symbolic link")
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root.resolve()):
+        raise unsafe_artefact(f"{path} leads to {resolved}, outside of its volume: remove the symbolic link")
+    return resolved

@@ -1,4 +1,4 @@
-"""What the steps must know of the disk: whether it is full, whether something fits, and what a file's content is."""
+"""Durable writes, digests, free space and sizes of files and folders."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure
 
 GIB = 2**30
 _BLOCK_BYTES = 2**22
@@ -70,3 +70,24 @@ def sync_tree(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file at `path` in one step: temporary file beside it, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names in the folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

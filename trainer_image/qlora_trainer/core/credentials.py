@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_trainer.failures import bad_configuration, unreachable
+from qlora_trainer.core.failures import bad_configuration, unreachable
 
 
 @dataclass(frozen=True)

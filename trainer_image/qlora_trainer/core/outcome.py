@@ -9,12 +9,12 @@ from typing import Literal
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.printable import one_line
 from qlora_api.status import MAX_MESSAGE_LENGTH, StepName
-from qlora_trainer.disk import is_full
-from qlora_trainer.failures import Interrupted, StepFailure, bad_configuration
-from qlora_trainer.records import Facts, PrepareRecord, PublishRecord, TrainRecord, redact
+from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord
+from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration
+from qlora_trainer.core.filesystem import is_full
+from qlora_trainer.core.records import Facts, redact
 
 _UNREACHABLE_HTTP = frozenset({408, 425, 429})
-
 Completion = PrepareRecord | TrainRecord | PublishRecord
 
 

@@ -11,8 +11,8 @@ from qlora_api import contract
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
-from qlora_trainer.credentials import Secret
-from qlora_trainer.failures import bad_configuration, unreachable
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import bad_configuration, unreachable
 
 Device = Literal["cuda", "cpu"]
 

@@ -1,102 +1,15 @@
-"""Writes what a step reports: progress and result records, and the completion records that make a step idempotent."""
+"""The completion records that make a step idempotent: what each step leaves for the next."""
 
 import json
-import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
-from qlora_api.contract import (
-    MIN_SECONDS_BETWEEN_PROGRESS,
-    ProgressRecord,
-    Record,
-    ResultRecord,
-    encode_record,
-)
 from qlora_api.schema import ObservedModel
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, MergedStatus
-
-# Tokens of model hubs, credentials in headers, passwords in addresses and what signs an address: never in a record,
-# whatever a library quotes.
-_SECRET = re.compile(
-    r"""hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)
-    |(?i:authorization)["']?\s*[:=]\s*["']?(?:(?i:basic|bearer)\s+)?[^\s"']+
-    |(?i:bearer|authorization)\s+\S+
-    |(?<=[?&])(?i:x-amz-(?:credential|signature|security-token)|signature|policy|key-pair-id|sig)=[^\s&"']+""",
-    re.VERBOSE,
-)
-
-
-def redact(text: str) -> str:
-    """The text without anything that looks like a credential."""
-    return _SECRET.sub("[redacted]", text)
-
-
-def timestamp(now: datetime) -> str:
-    """RFC 3339 in UTC with seconds, as the API server writes it."""
-    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a step has found out so far. It goes into the result record, however the step ends."""
-
-    model_revision: str | None = None
-    memory: MemoryStatus | None = None
-    dataset: DatasetStatus | None = None
-    progress: ProgressRecord | None = None
-    """The latest, written or not."""
-
-
-class RecordWriter:
-    """Sends records to standard output, progress at most once in five seconds; remembers the facts for the result."""
-
-    def __init__(self, stream: TextIO, monotonic: Callable[[], float]) -> None:
-        self._stream = stream
-        self._monotonic = monotonic
-        self._next_progress = float("-inf")
-        self.facts = Facts()
-
-    def note(
-        self,
-        *,
-        model_revision: str | None = None,
-        memory: MemoryStatus | None = None,
-        dataset: DatasetStatus | None = None,
-    ) -> None:
-        """Remember what the step has found out, so that the result tells it even if the step fails afterwards."""
-        self.facts = replace(
-            self.facts,
-            model_revision=model_revision or self.facts.model_revision,
-            memory=memory or self.facts.memory,
-            dataset=dataset or self.facts.dataset,
-        )
-
-    def progress(self, record: ProgressRecord, *, force: bool = False) -> None:
-        """Write the record, unless one was written less than five seconds ago and `force` is not set."""
-        self.facts = replace(self.facts, progress=record)
-        if not force and self._monotonic() < self._next_progress:
-            return
-        self._next_progress = self._monotonic() + MIN_SECONDS_BETWEEN_PROGRESS
-        self._write(record)
-
-    def result(self, record: ResultRecord, termination_log: Path | None) -> None:
-        """Write the last record, also to the termination log where there is one. Either is tried if the other fails."""
-        try:
-            if termination_log is not None:
-                termination_log.write_text(encode_record(record))
-        finally:
-            self._write(record)
-
-    def _write(self, record: Record) -> None:
-        self._stream.write(encode_record(record) + "\n")
-        self._stream.flush()
+from qlora_trainer.core.filesystem import write_atomically
 
 
 class PrepareRecord(ObservedModel):
@@ -179,24 +92,3 @@ def read_completion(path: Path, kind: type[_Completion]) -> _Completion | None:
 def write_completion(path: Path, record: PrepareRecord | TrainRecord | PublishRecord) -> None:
     """Write the record so that it is there whole, on disk, or not at all."""
     write_atomically(path, json.dumps(record.dump(), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path` in one step: temporary file beside it, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames and new names in the folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

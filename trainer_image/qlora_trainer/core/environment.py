@@ -1,0 +1,29 @@
+"""What this process runs in: its CPU cores and the trainer's version."""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+_TRAINER = "qlora-operator"
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = os.environ) -> int:
+    """CPU cores that this process should use: those of OMP_NUM_THREADS, as the operator sets it to the pod's request.
+
+    Without it, the process's affinity and its container's limit, which PyTorch does not look at.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    if environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, min(cpus, int(environ["OMP_NUM_THREADS"])))
+    try:
+        quota, period = quota_file.read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+def trainer_version() -> str:
+    """Version of this program: any release may add in another order, draw other numbers, or read data otherwise."""
+    return version(_TRAINER)

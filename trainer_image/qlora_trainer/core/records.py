@@ -1,0 +1,87 @@
+"""Writes progress and result records to standard output, redacted and at most one in five seconds."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, ProgressRecord, Record, ResultRecord, encode_record
+from qlora_api.status import DatasetStatus, MemoryStatus
+
+# Tokens of model hubs, credentials in headers, passwords in addresses and what signs an address: never in a record,
+# whatever a library quotes.
+_SECRET = re.compile(
+    r"""hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)
+    |(?i:authorization)["']?\s*[:=]\s*["']?(?:(?i:basic|bearer)\s+)?[^\s"']+
+    |(?i:bearer|authorization)\s+\S+
+    |(?<=[?&])(?i:x-amz-(?:credential|signature|security-token)|signature|policy|key-pair-id|sig)=[^\s&"']+""",
+    re.VERBOSE,
+)
+
+
+def redact(text: str) -> str:
+    """The text without anything that looks like a credential."""
+    return _SECRET.sub("[redacted]", text)
+
+
+def timestamp(now: datetime) -> str:
+    """RFC 3339 in UTC with seconds, as the API server writes it."""
+    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a step has found out so far. It goes into the result record, however the step ends."""
+
+    model_revision: str | None = None
+    memory: MemoryStatus | None = None
+    dataset: DatasetStatus | None = None
+    progress: ProgressRecord | None = None
+    """The latest, written or not."""
+
+
+class RecordWriter:
+    """Sends records to standard output, progress at most once in five seconds; remembers the facts for the result."""
+
+    def __init__(self, stream: TextIO, monotonic: Callable[[], float]) -> None:
+        self._stream = stream
+        self._monotonic = monotonic
+        self._next_progress = float("-inf")
+        self.facts = Facts()
+
+    def note(
+        self,
+        *,
+        model_revision: str | None = None,
+        memory: MemoryStatus | None = None,
+        dataset: DatasetStatus | None = None,
+    ) -> None:
+        """Remember what the step has found out, so that the result tells it even if the step fails afterwards."""
+        self.facts = replace(
+            self.facts,
+            model_revision=model_revision or self.facts.model_revision,
+            memory=memory or self.facts.memory,
+            dataset=dataset or self.facts.dataset,
+        )
+
+    def progress(self, record: ProgressRecord, *, force: bool = False) -> None:
+        """Write the record, unless one was written less than five seconds ago and `force` is not set."""
+        self.facts = replace(self.facts, progress=record)
+        if not force and self._monotonic() < self._next_progress:
+            return
+        self._next_progress = self._monotonic() + MIN_SECONDS_BETWEEN_PROGRESS
+        self._write(record)
+
+    def result(self, record: ResultRecord, termination_log: Path | None) -> None:
+        """Write the last record, also to the termination log where there is one. Either is tried if the other fails."""
+        try:
+            if termination_log is not None:
+                termination_log.write_text(encode_record(record))
+        finally:
+            self._write(record)
+
+    def _write(self, record: Record) -> None:
+        self._stream.write(encode_record(record) + "\n")
+        self._stream.flush()
