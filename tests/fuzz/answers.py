@@ -19,8 +19,8 @@ from qlora_cli.run import LocalRun
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.examples import Conversation, Message, ToolCall
-from qlora_trainer.object_store import ObjectFolder
-from qlora_trainer.registry import Registry
+from qlora_trainer.stores.oci import Registry
+from qlora_trainer.stores.s3 import ObjectFolder
 from qlora_trainer.templates import Tokenizer
 from qlora_trainer.verify import verify_config
 from tests.fuzz.documents import DOCUMENTS

@@ -17,8 +17,8 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.endpoints import server_address
 from qlora_trainer.prepare import prepare
+from qlora_trainer.stores.endpoints import server_address
 from tests.trainer.command import Done, Files, new_files
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fake_hub import FakeHub, serve

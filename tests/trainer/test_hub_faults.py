@@ -11,8 +11,8 @@ from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
-from qlora_trainer import hub as hub_module
 from qlora_trainer.prepare import prepare
+from qlora_trainer.stores import hub as hub_module
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fake_hub import COMMIT, FakeHub, Refusal, serve
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy

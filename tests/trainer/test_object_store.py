@@ -15,15 +15,15 @@ from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource
-from qlora_trainer import object_store
 from qlora_trainer.core import filesystem as disk
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data_source import DataFiles, find_data
-from qlora_trainer.object_store import ObjectFolder, StoredObject
 from qlora_trainer.prepare import prepare
 from qlora_trainer.prepare_data import wanted_part
+from qlora_trainer.stores import s3
+from qlora_trainer.stores.s3 import ObjectFolder, StoredObject
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
@@ -157,7 +157,7 @@ def test_data_for_training_and_evaluation_are_read(
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other at once."""
     soon = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2), "base": 2}
-    monkeypatch.setattr(object_store, "_RETRY", {**object_store._RETRY, "backoff": soon})
+    monkeypatch.setattr(s3, "_RETRY", {**s3._RETRY, "backoff": soon})
 
 
 def answering(status: int, code: str, **headers: str) -> Fault:
@@ -347,7 +347,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
 def test_a_transfer_that_stalls_is_given_up_and_taken_up_again(
     make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_store, "_STALLED", timedelta(milliseconds=200))
+    monkeypatch.setattr(s3, "_STALLED", timedelta(milliseconds=200))
     stalls = iter([Fault(cut=9 * 10**6, stall=True)])
     store.rule = lambda request: next(stalls, None) if of_weights(request) else None
     context = make_context(MODEL)

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource
-from qlora_trainer import hub as hub_module
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.destination import publish_folder
 from qlora_trainer.hub_destination import HubDestination
-from qlora_trainer.manifest import Contents, Manifest, describe_files
+from qlora_trainer.manifest import Manifest
 from qlora_trainer.publish import publish as publish_step
+from qlora_trainer.stores import hub as hub_module
+from qlora_trainer.stores.contents import Contents, describe_files
 from tests.trainer.command import TIMEOUT_S, Files
 from tests.trainer.fake_hub import FakeHub, Refusal, serve
 from tests.trainer.fault_proxy import Fault, FaultProxy, serve_proxy

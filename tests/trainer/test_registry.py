@@ -19,14 +19,15 @@ from urllib3.util import Retry
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
-from qlora_trainer import registry as registry_module
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.destination import publish_folder
-from qlora_trainer.manifest import Contents, Manifest, describe_files
+from qlora_trainer.manifest import Manifest
 from qlora_trainer.publish import publish as publish_step
-from qlora_trainer.registry import Registry
 from qlora_trainer.registry_destination import RegistryDestination
+from qlora_trainer.stores import oci
+from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.oci import Registry
 from tests.trainer.command import Files
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.trainer.publication import MANIFEST
@@ -50,7 +51,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
-    monkeypatch.setattr(registry_module, "_RETRY", Retry(total=0))
+    monkeypatch.setattr(oci, "_RETRY", Retry(total=0))
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
     with serve_proxy(FaultProxy(real)) as served:
         for part in ("model", "output"):

@@ -15,14 +15,14 @@ from urllib3.util import Retry
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
-from qlora_trainer import registry as registry_module
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.manifest import describe_files
 from qlora_trainer.prepare import prepare
-from qlora_trainer.registry import MANIFEST_TYPE
 from qlora_trainer.registry_destination import RegistryDestination
+from qlora_trainer.stores import oci
+from qlora_trainer.stores.contents import describe_files
+from qlora_trainer.stores.oci import MANIFEST_TYPE
 from tests.trainer.command import qlora
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
@@ -43,7 +43,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
-    monkeypatch.setattr(registry_module, "_RETRY", Retry(total=0))
+    monkeypatch.setattr(oci, "_RETRY", Retry(total=0))
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
     with serve_proxy(FaultProxy(real)) as served:
         for part in ("model", "output"):
@@ -127,7 +127,7 @@ def test_a_transfer_that_stalls_is_given_up(
     tiny_llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry_module, "_TIMEOUTS", (1, 0.2))
+    monkeypatch.setattr(oci, "_TIMEOUTS", (1, 0.2))
     wanted = of_weights(proxy, tiny_llama)
     proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
     message = unusable(with_model(make_context, proxy, model), records, ExitCode.UNREACHABLE)

@@ -11,9 +11,9 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_data
 from qlora_trainer.core.filesystem import bytes_below, file_sha256, require_space
 from qlora_trainer.core.paths import require_regular, some_names
 from qlora_trainer.data_names import DATA_ENDINGS, data_kind, require_one_kind
-from qlora_trainer.hub import Hub, HubFile, Listing
 from qlora_trainer.hub_layout import Wanted, choose_data_files, read_card
-from qlora_trainer.object_store import ObjectFolder
+from qlora_trainer.stores.hub import Hub, HubFile, Listing
+from qlora_trainer.stores.s3 import ObjectFolder
 
 _CARD = "README.md"
 _MAX_CARD_BYTES = 2**21

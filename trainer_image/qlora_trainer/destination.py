@@ -9,10 +9,11 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.paths import confined
 from qlora_trainer.hub_destination import HubDestination
-from qlora_trainer.manifest import Contents, Manifest
+from qlora_trainer.manifest import Manifest
 from qlora_trainer.object_destination import ObjectDestination
-from qlora_trainer.registry import require_allowed
 from qlora_trainer.registry_destination import RegistryDestination
+from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.oci import require_allowed
 from qlora_trainer.volume_folder import VolumeFolder
 
 

@@ -10,9 +10,10 @@ from qlora_api.sources import HubSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
 from qlora_trainer.core.file_names import MANIFEST_FILE
-from qlora_trainer.hub import Hub, Listing
-from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
-from qlora_trainer.read_back import read_back
+from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.hub import Hub, Listing
+from qlora_trainer.stores.retry import read_back
 
 # What the hub puts into a repository when it makes it.
 _OF_THE_HUB = frozenset({".gitattributes"})

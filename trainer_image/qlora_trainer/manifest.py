@@ -1,26 +1,15 @@
 """Describes a published folder: its files, and the run that made it; changes with what a reader wants to know."""
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from qlora_api.schema import ApiModel, ObservedModel
-from qlora_trainer.core.filesystem import file_sha256
+from qlora_api.schema import ObservedModel
+from qlora_trainer.stores.contents import PublishedFile
 
-Contents = Mapping[str, Path | bytes]
-"""Files by their names in the published folder, each given by a path or by its content."""
 MAX_MANIFEST_BYTES = 2**22
 """Enough for tens of thousands of files. Whoever can write to a destination says how large the file there is."""
-
-
-class PublishedFile(ApiModel):
-    """One file of a published folder."""
-
-    sha256: str
-    size: int
 
 
 class Manifest(ObservedModel):
@@ -42,17 +31,6 @@ class Manifest(ObservedModel):
     def same_run(self, other: "Manifest") -> bool:
         """Whether both are of one job with the same settings, so that one may replace the other."""
         return (self.job_uid, self.fingerprint) == (other.job_uid, other.fingerprint)
-
-
-def describe_files(contents: Contents) -> dict[str, PublishedFile]:
-    """SHA-256 and size of each file by its name."""
-    described = {}
-    for name, content in sorted(contents.items()):
-        if isinstance(content, bytes):
-            described[name] = PublishedFile(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-        else:
-            described[name] = PublishedFile(sha256=file_sha256(content), size=content.stat().st_size)
-    return described
 
 
 def parse_manifest(content: bytes | None) -> Manifest | None:

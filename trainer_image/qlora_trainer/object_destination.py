@@ -6,9 +6,10 @@ from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
 from qlora_trainer.core.file_names import MANIFEST_FILE
-from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Contents, Manifest, parse_manifest
-from qlora_trainer.object_store import ObjectFolder
-from qlora_trainer.read_back import read_back
+from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.retry import read_back
+from qlora_trainer.stores.s3 import ObjectFolder
 
 # There while files are being written, so that the next attempt knows them for its own; the manifest takes its place.
 _CLAIM = ".manifest.partial.json"

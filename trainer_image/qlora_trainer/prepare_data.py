@@ -14,10 +14,10 @@ from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data_source import DataFiles, find_data, mounted_data
 from qlora_trainer.dataset import Dataset, DatasetBuilder
-from qlora_trainer.hub import Hub
 from qlora_trainer.hub_layout import EVALUATION, TRAINING, Wanted
-from qlora_trainer.object_store import ObjectFolder
 from qlora_trainer.prepared import Split
+from qlora_trainer.stores.hub import Hub
+from qlora_trainer.stores.s3 import ObjectFolder
 from qlora_trainer.templates import Tokenizer
 
 _LOG = logging.getLogger(__name__)

@@ -6,10 +6,11 @@ from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
 from qlora_trainer.core.file_names import MANIFEST_FILE
-from qlora_trainer.manifest import Contents, Manifest, describe_files, parse_manifest
-from qlora_trainer.model_pack import pack, unpack
-from qlora_trainer.read_back import read_back
-from qlora_trainer.registry import MAX_MANIFEST_BYTES, Artefact, Blob, Registry, digest_of
+from qlora_trainer.manifest import Manifest, parse_manifest
+from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.model_pack import pack, unpack
+from qlora_trainer.stores.oci import MAX_MANIFEST_BYTES, Artefact, Blob, Registry, digest_of
+from qlora_trainer.stores.retry import read_back
 
 
 class RegistryDestination:

@@ -10,11 +10,11 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import model_unavailable, unreachable, unsafe_artefact
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.hub import Hub
-from qlora_trainer.model_pack import archives, unpack
 from qlora_trainer.model_source import content_digest
-from qlora_trainer.object_store import ObjectFolder
-from qlora_trainer.registry import Registry
+from qlora_trainer.stores.hub import Hub
+from qlora_trainer.stores.model_pack import archives, unpack
+from qlora_trainer.stores.oci import Registry
+from qlora_trainer.stores.s3 import ObjectFolder
 
 
 class HubModel:

@@ -18,12 +18,11 @@ from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable, unsafe_artefact
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.docker_login import docker_login, parse_token
+from qlora_trainer.stores.oci_auth import docker_login, parse_token
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 MAX_MANIFEST_BYTES = 2**22
 """What the distribution specification asks of a registry to take."""
-
 _PLAIN = "http://"
 _TIMEOUTS = (10, 60)
 # What is lost of a transfer that is cut off.

@@ -18,7 +18,7 @@ from obstore.store import S3Store
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
-from qlora_trainer.endpoints import server_address
+from qlora_trainer.stores.endpoints import server_address
 
 if TYPE_CHECKING:
     from obstore import GetOptions

@@ -25,18 +25,16 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
 from qlora_trainer.core.filesystem import is_full
-from qlora_trainer.endpoints import server_address
-from qlora_trainer.manifest import Contents
+from qlora_trainer.stores.contents import Contents
+from qlora_trainer.stores.endpoints import server_address
 
 RepositoryKind = Literal["model", "dataset"]
-
 _TIMEOUT_SECONDS = 30.0
 # 409 and 412: somebody else has committed meanwhile.
 _TRY_AGAIN_LATER = frozenset({408, 409, 412, 425, 429})
 _BLOCK_BYTES = 2**20
 _WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further try, of what the client tries once; a longer trouble is for the step's next attempt."""
-
 _Answer = TypeVar("_Answer")
 
 

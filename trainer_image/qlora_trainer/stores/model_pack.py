@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlora_trainer.manifest import PublishedFile
-from qlora_trainer.registry import MANIFEST_TYPE, Blob, digest_of
+from qlora_trainer.stores.contents import PublishedFile
+from qlora_trainer.stores.oci import MANIFEST_TYPE, Blob, digest_of
 
 ARTEFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 _CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
