@@ -12,7 +12,7 @@ from qlora_operator.figures import with_progress
 from qlora_operator.observe import Pod
 from qlora_operator.progress import latest_record
 from qlora_operator.settings import SettingsError, load_settings
-from qlora_trainer.hub_layout import EVALUATION, TRAINING, choose_data_files, read_card
+from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, choose_data_files, read_card
 from qlora_trainer.manifest import parse_manifest
 from qlora_trainer.memory_check import read_shape
 from qlora_trainer.model_source import refuse_code, weight_files

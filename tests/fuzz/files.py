@@ -25,17 +25,17 @@ from qlora_trainer.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
 from qlora_trainer.checkpoint import read_checkpoint
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data import parse, read_rows
-from qlora_trainer.data_rows import Row
-from qlora_trainer.data_source import DataFile
-from qlora_trainer.data_statistics import STATISTICS, DataStatistics
+from qlora_trainer.data.chunks import Chunk
+from qlora_trainer.data.files import DataFile
+from qlora_trainer.data.formats import RowReader, detect_format
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.reading import parse, read_rows
+from qlora_trainer.data.rows import Row
+from qlora_trainer.data.statistics import STATISTICS, DataStatistics
 from qlora_trainer.family import inspect_family
-from qlora_trainer.formats import RowReader, detect_format
 from qlora_trainer.history import read_history
 from qlora_trainer.model_source import require_whole
-from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.samples import read_samples
-from qlora_trainer.tokenized import Chunk
 from qlora_trainer.weights import BaseWeights
 from tests.fuzz.target import Target
 

@@ -14,11 +14,11 @@ from qlora_api.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.attention import ATTENTION, register_attention
 from qlora_trainer.batches import Batch
+from qlora_trainer.data.prepared import Sequence
 from qlora_trainer.family import block_linears
 from qlora_trainer.loss import batch_loss
 from qlora_trainer.model import COMPUTE_DTYPE, adapter_parameters, attach_adapter, check_quantization
 from qlora_trainer.optimizer import make_optimizer
-from qlora_trainer.prepared import Sequence
 from tests.gpu.ballast import Ballast
 
 CARD_BYTES = budget(48)

@@ -17,7 +17,7 @@ from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.data_statistics import DataStatistics
+from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.prepare import prepare
 from tests.trainer.bad_data.case import GOOD
 from tests.trainer.conftest import MakeContext

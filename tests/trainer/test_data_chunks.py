@@ -14,10 +14,10 @@ import pytest
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from qlora_trainer import prepare_data, tokenizing
 from qlora_trainer.core import environment
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data import build, tokenize
 from qlora_trainer.prepare import prepare
 from tests.trainer.command import TIMEOUT_S, Files, new_files
 from tests.trainer.conftest import MakeContext
@@ -29,8 +29,8 @@ ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(120)]
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of ten rows, of which workers make all."""
-    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(tokenizing, "_CHUNKS_ALONE", 0)
+    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(tokenize, "_CHUNKS_ALONE", 0)
 
 
 def data_bytes(context: StepContext) -> dict[str, bytes]:
@@ -59,7 +59,7 @@ class StopAfter(Recorded):
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Sets the number of worker processes."""
-    return lambda count: monkeypatch.setattr(prepare_data, "available_cpus", lambda: count)
+    return lambda count: monkeypatch.setattr(build, "available_cpus", lambda: count)
 
 
 def test_workers_interruptions_and_chunks_change_nothing(
@@ -68,8 +68,8 @@ def test_workers_interruptions_and_chunks_change_nothing(
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     spec = {"dataset": {"eval": {"fraction": 0.2}}}
     whole = data_bytes(make_context(spec))
-    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(tokenizing, "_CHUNKS_ALONE", 3)
+    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(tokenize, "_CHUNKS_ALONE", 3)
     for count in (1, 2):
         workers(count)
         context = make_context({**spec, "lora": {"targetModules": [["q_proj"], ["v_proj"]][count - 1]}})
@@ -88,13 +88,13 @@ def test_workers_interruptions_and_chunks_change_nothing(
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each chunk that this process makes."""
     made: list[int] = []
-    make = tokenizing.ChunkMaker.make
+    make = tokenize.ChunkMaker.make
 
     def counted(self: Any, rows: Any) -> Any:
         made.append(len(rows))
         return make(self, rows)
 
-    monkeypatch.setattr(tokenizing.ChunkMaker, "make", counted)
+    monkeypatch.setattr(tokenize.ChunkMaker, "make", counted)
     return made
 
 
@@ -186,7 +186,7 @@ def test_a_killed_prepare_goes_on_with_its_chunks_to_the_bytes_of_an_undisturbed
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     files = new_files(tmp_path, tiny_llama.parent)
-    rows = 3 * tokenizing.CHUNK_ROWS + 100
+    rows = 3 * tokenize.CHUNK_ROWS + 100
     write_rows(files.data / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(rows)])
 
     first = killed_with_more_chunks(files)
@@ -214,7 +214,7 @@ def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import multiprocessing, sys, threading\n"
-        "from qlora_trainer.tokenizing import _end_with_parent\n"
+        "from qlora_trainer.data.tokenize import _end_with_parent\n"
         "def child(pipe):\n"
         "    threading.Thread(target=_end_with_parent, daemon=True).start()\n"
         "    pipe.send(1)\n"

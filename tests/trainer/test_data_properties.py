@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data import parse, read_rows
-from qlora_trainer.data_rows import Row
-from qlora_trainer.data_source import DataFile
-from qlora_trainer.formats import RowReader, detect_format
-from qlora_trainer.hub_layout import EVALUATION, TRAINING, Wanted, choose_data_files, read_card
-from qlora_trainer.packing import pack
-from qlora_trainer.prepared import IGNORED_LABEL, PreparedDataset, write_split
-from qlora_trainer.tokenized import Chunk, TokenizedRows
+from qlora_trainer.data.chunks import Chunk, TokenizedRows
+from qlora_trainer.data.files import DataFile
+from qlora_trainer.data.formats import RowReader, detect_format
+from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_card
+from qlora_trainer.data.packing import pack
+from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset, write_split
+from qlora_trainer.data.reading import parse, read_rows
+from qlora_trainer.data.rows import Row
 
 UNTIMED = settings(deadline=None)
 

@@ -10,11 +10,11 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Q
 
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.batches import Batch
+from qlora_trainer.data.prepared import IGNORED_LABEL, Sequence
 from qlora_trainer.family import inspect_family
 from qlora_trainer.loss import batch_loss
 from qlora_trainer.model import COMPUTE_DTYPE, adapter_parameters, attach_adapter, load_base
 from qlora_trainer.optimizer import make_optimizer
-from qlora_trainer.prepared import IGNORED_LABEL, Sequence
 from tests.trainer.test_loss import random_sequence
 from tests.trainer.tiny import SHAPE, save_model
 from tests.trainer.training import job

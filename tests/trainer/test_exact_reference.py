@@ -26,12 +26,12 @@ from qlora_trainer import loss as trainer_loss
 from qlora_trainer import model as trainer_model
 from qlora_trainer.batches import Batch
 from qlora_trainer.core.context import StepContext
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.family import inspect_family
 from qlora_trainer.fused_lora import FusedLora
 from qlora_trainer.loss import batch_loss, summed_loss
 from qlora_trainer.model import adapter_parameters, adapter_tensors, attach_adapter, load_base, restore_adapter
 from qlora_trainer.prepare import prepare
-from qlora_trainer.prepared import PreparedDataset
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 from tests.trainer.training import history, run

@@ -19,10 +19,10 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.family import inspect_family
 from qlora_trainer.loss import batch_loss
 from qlora_trainer.model import adapter_tensors, load_base
-from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.quantized import quantized_layers
 from qlora_trainer.serving import refused_by_vllm, served_rank
 from qlora_trainer.verify import verify_adapter

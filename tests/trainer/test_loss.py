@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_trainer.attention import ATTENTION, register_attention
 from qlora_trainer.batches import Batch, next_token_targets
+from qlora_trainer.data.prepared import IGNORED_LABEL, Sequence
 from qlora_trainer.loss import LogitTransform, batch_loss, summed_loss
-from qlora_trainer.prepared import IGNORED_LABEL, Sequence
 from tests.trainer.tiny import SHAPE
 
 CPU = torch.device("cpu")

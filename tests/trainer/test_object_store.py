@@ -19,10 +19,11 @@ from qlora_trainer.core import filesystem as disk
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_dataset
-from qlora_trainer.data_source import DataFiles, find_data
+from qlora_trainer.data.build import wanted_part
+from qlora_trainer.data.files import DataFiles
+from qlora_trainer.data.locate import find_data
 from qlora_trainer.prepare import prepare
-from qlora_trainer.prepare_data import wanted_part
-from qlora_trainer.stores import s3
+from qlora_trainer.stores import s3 as s3_store
 from qlora_trainer.stores.s3 import ObjectFolder, StoredObject
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fault_proxy import Fault, FaultProxy, Request, serve_proxy
@@ -157,7 +158,7 @@ def test_data_for_training_and_evaluation_are_read(
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other at once."""
     soon = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=2), "base": 2}
-    monkeypatch.setattr(s3, "_RETRY", {**s3._RETRY, "backoff": soon})
+    monkeypatch.setattr(s3_store, "_RETRY", {**s3_store._RETRY, "backoff": soon})
 
 
 def answering(status: int, code: str, **headers: str) -> Fault:
@@ -347,7 +348,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
 def test_a_transfer_that_stalls_is_given_up_and_taken_up_again(
     make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "_STALLED", timedelta(milliseconds=200))
+    monkeypatch.setattr(s3_store, "_STALLED", timedelta(milliseconds=200))
     stalls = iter([Fault(cut=9 * 10**6, stall=True)])
     store.rule = lambda request: next(stalls, None) if of_weights(request) else None
     context = make_context(MODEL)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.packing import Arrangement, one_row_each, pack
+from qlora_trainer.data.packing import Arrangement, one_row_each, pack
 
 CAPACITY = 64
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=200)

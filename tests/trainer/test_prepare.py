@@ -19,10 +19,10 @@ from qlora_trainer import prepare as step
 from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.sampling import hold_out
 from qlora_trainer.family import Family
 from qlora_trainer.prepare import prepare
-from qlora_trainer.prepared import PreparedDataset
-from qlora_trainer.sampling import hold_out
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
 

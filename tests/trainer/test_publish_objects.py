@@ -23,7 +23,7 @@ from qlora_trainer.manifest import Manifest
 from qlora_trainer.merge import write_merged
 from qlora_trainer.object_destination import ObjectDestination
 from qlora_trainer.publish import publish as publish_step
-from qlora_trainer.stores import s3
+from qlora_trainer.stores import s3 as s3_store
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.s3 import ObjectFolder
 from tests.trainer.command import Files
@@ -53,7 +53,7 @@ def bucket(s3: str) -> S3Store:
 @pytest.fixture
 def store(s3: str, bucket: S3Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The object store of the profile, empty, behind a proxy."""
-    monkeypatch.setattr(s3, "_RETRY", {"max_retries": 0})
+    monkeypatch.setattr(s3_store, "_RETRY", {"max_retries": 0})
     with serve_proxy(FaultProxy(s3)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.address}")
         yield proxy

@@ -14,11 +14,11 @@ from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
-from qlora_trainer.data_statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
+from qlora_trainer.data.chunks import Chunk, TokenizedRows
+from qlora_trainer.data.packing import one_row_each, pack
+from qlora_trainer.data.prepared import split_file, write_split
+from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
 from qlora_trainer.family import inspect_family
-from qlora_trainer.packing import one_row_each, pack
-from qlora_trainer.prepared import split_file, write_split
-from qlora_trainer.tokenized import Chunk, TokenizedRows
 from qlora_trainer.train import train
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded, merged
 

@@ -26,7 +26,9 @@ from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.filesystem import file_sha256, is_full, sizes, sync_folder, sync_tree, write_atomically
 from qlora_trainer.core.records import RecordWriter, timestamp
-from qlora_trainer.dataset import Dataset
+from qlora_trainer.data.build import Dataset, libraries, read_dataset, same_data
+from qlora_trainer.data.chat_template import Tokenizer
+from qlora_trainer.data.prepared import FORMAT_VERSION, MANIFEST
 from qlora_trainer.destination import check_destination, destinations
 from qlora_trainer.family import Family, inspect_family
 from qlora_trainer.memory_check import memory_status, read_shape, require_fit, training_shape
@@ -39,12 +41,9 @@ from qlora_trainer.model_source import (
     VolumeModel,
     refuse_code,
 )
-from qlora_trainer.prepare_data import libraries, read_dataset, same_data
-from qlora_trainer.prepared import FORMAT_VERSION, MANIFEST
 from qlora_trainer.remote_model import HubModel, ObjectStoreModel, RegistryModel
 from qlora_trainer.serving import refused_by_vllm
 from qlora_trainer.stores.hub import Hub, hub_token
-from qlora_trainer.templates import Tokenizer
 from qlora_trainer.trackers import require_installed
 
 _LOG = logging.getLogger(__name__)

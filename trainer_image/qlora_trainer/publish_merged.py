@@ -22,12 +22,12 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_FILE, CARD_FILE
 from qlora_trainer.core.filesystem import require_space
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.destination import open_destination, publish_folder, refuse_occupied
 from qlora_trainer.held_out import mean_loss, read_compared
 from qlora_trainer.manifest import Manifest
 from qlora_trainer.merge import MergeSource, merged_bytes, merged_model, write_merged
 from qlora_trainer.model_source import TOKENIZER_FILES
-from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.quantized import QuantizedWeights, is_kept
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.weights import BaseWeights

@@ -14,7 +14,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.curves import chart, histogram, loss_chart, loss_picture
-from qlora_trainer.data_statistics import DataStatistics
+from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.history import History, read_history
 from qlora_trainer.samples import MAX_NEW_TOKENS, read_samples
 from qlora_trainer.serving import refused_by_vllm, served_rank, serving_commands

@@ -14,12 +14,12 @@ from qlora_trainer.batches import Plan
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter, timestamp
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.determinism import Fingerprint
 from qlora_trainer.distributed import Ranks
 from qlora_trainer.divergence import Stability
 from qlora_trainer.metrics import History, Pace
 from qlora_trainer.model import adapter_parameters
-from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.storage import Storage
 
 

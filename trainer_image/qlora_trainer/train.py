@@ -21,6 +21,7 @@ from qlora_trainer.core.failures import StopRequest, bad_configuration, unreacha
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
 from qlora_trainer.core.records import RecordWriter, timestamp
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.determinism import Fingerprint, digest, refuse_other_run, run_fingerprint, use_device
 from qlora_trainer.distributed import Ranks, joined
 from qlora_trainer.family import inspect_family
@@ -32,7 +33,6 @@ from qlora_trainer.merge import keep_for_merge
 from qlora_trainer.metrics import History
 from qlora_trainer.model import adapter_parameters, attach_adapter, load_base, save_adapter
 from qlora_trainer.optimizer import PAGING_NEEDS_GPU, make_optimizer
-from qlora_trainer.prepared import PreparedDataset
 from qlora_trainer.quantized import is_kept, layers_sha256, quantized_layers
 from qlora_trainer.run import Run, RunState, report
 from qlora_trainer.samples import leave_samples

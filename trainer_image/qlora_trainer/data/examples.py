@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
-
 Function = Mapping[str, object]
 """A tool's description, as the model's chat template takes it: a JSON schema with `type` and `function`."""
 

@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.sampling import Rows
+from qlora_trainer.data.sampling import Rows
 
 Int32s = NDArray[numpy.int32]
 Flags = NDArray[numpy.uint8]
-
 _FACTS = "facts"
 
 

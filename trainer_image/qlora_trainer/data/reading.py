@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data_json import parse_object, read_json, read_json_lines
-from qlora_trainer.data_rows import RawRow, Row
-from qlora_trainer.data_source import DataFile
-from qlora_trainer.data_tables import read_csv, read_parquet
+from qlora_trainer.data.files import DataFile
+from qlora_trainer.data.json_reader import parse_object, read_json, read_json_lines
+from qlora_trainer.data.rows import RawRow, Row
+from qlora_trainer.data.table_reader import read_csv, read_parquet
 
 _READERS: Mapping[str, Callable[[DataFile], Iterator[RawRow]]] = {
     ".jsonl": read_json_lines,

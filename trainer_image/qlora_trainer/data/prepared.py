@@ -7,8 +7,7 @@ A data folder holds `train.safetensors`, `eval.safetensors` where rows are held 
     segment_offsets  int64 [sequences + 1]   where a sequence begins in `segment_lengths`
     input_ids        int32 [tokens]          all sequences, one after the other, without padding
     segment_lengths  int32 [rows]            tokens of each row, in the order of the tokens
-    is_target        uint8 [tokens]          1 where the token counts in the loss
-"""
+    is_target        uint8 [tokens]          1 where the token counts in the loss"""
 
 import json
 from collections.abc import Iterator
@@ -22,16 +21,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlora_trainer.packing import Arrangement
-from qlora_trainer.tokenized import TokenizedRows
+from qlora_trainer.data.chunks import TokenizedRows
+from qlora_trainer.data.packing import Arrangement
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 IGNORED_LABEL = -100
-
 _FACTS = "prepared"
 _GATHERED_ROWS = 2**13
-
 Split = Literal["train", "eval"]
 
 

@@ -1,7 +1,6 @@
-"""Finds a data set's files, wherever the address points; changes with the kinds of address."""
+"""Finds a data set's files, wherever its address points."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -10,49 +9,13 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset, unreachable
 from qlora_trainer.core.filesystem import bytes_below, file_sha256, require_space
 from qlora_trainer.core.paths import require_regular, some_names
-from qlora_trainer.data_names import DATA_ENDINGS, data_kind, require_one_kind
-from qlora_trainer.hub_layout import Wanted, choose_data_files, read_card
+from qlora_trainer.data.files import DATA_ENDINGS, DataFile, DataFiles, data_kind, require_one_kind
+from qlora_trainer.data.hub_splits import Wanted, choose_data_files, read_card
 from qlora_trainer.stores.hub import Hub, HubFile, Listing
 from qlora_trainer.stores.s3 import ObjectFolder
 
 _CARD = "README.md"
 _MAX_CARD_BYTES = 2**21
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A data file that can be read now, and what to call it in messages."""
-
-    path: Path
-    name: str
-
-    @property
-    def kind(self) -> str:
-        """How it is read: .jsonl, .json, .csv or .parquet."""
-        return data_kind(self.name) or ""
-
-
-@dataclass(frozen=True)
-class DataFiles:
-    """The files of an address, ascending by name."""
-
-    uri: str
-    files: tuple[DataFile, ...]
-    relative_names: tuple[str, ...]
-    """The files' names within the folder or repository."""
-
-    def sha256(self) -> str:
-        """SHA-256 of the file; of several, of the lines `<sha256>  <name>` that sha256sum prints for them."""
-        digests = [file_sha256(file.path) for file in self.files]
-        if len(digests) == 1:
-            return digests[0]
-        lines = (f"{digest}  {name}\n" for digest, name in zip(digests, self.relative_names, strict=True))
-        return sha256("".join(lines).encode()).hexdigest()
-
-    def versions(self) -> tuple[tuple[int, int], ...]:
-        """Size and time of change of each file: they differ if somebody has written to it meanwhile."""
-        stats = [file.path.stat() for file in self.files]
-        return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def find_data(

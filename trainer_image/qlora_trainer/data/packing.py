@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from qlora_trainer.sampling import Purpose, Rows, permutation
+from qlora_trainer.data.sampling import Purpose, Rows, permutation
 
 
 @dataclass(frozen=True)

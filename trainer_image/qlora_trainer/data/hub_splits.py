@@ -1,8 +1,7 @@
 """Chooses the files of a hub data set that are a configuration and split of it; changes with the hub's layouts.
 
 The layouts are those of https://huggingface.co/docs/hub/datasets-data-files-configuration: `configs` in the card
-(README.md), else file and folder names that say the split.
-"""
+(README.md), else file and folder names that say the split."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,14 +14,13 @@ from yaml import YAMLError
 
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.data_names import data_kind, require_one_kind
+from qlora_trainer.data.files import data_kind, require_one_kind
 
 _SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-
 _MOST_STARS = 8
 _GLOB = re.compile(r"(\*\*/|\*\*|\*|\?)")
 # What the YAML library raises for a value that is not of the type that its tag says.

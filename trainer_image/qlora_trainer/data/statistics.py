@@ -10,8 +10,8 @@ from pydantic import Field
 
 from qlora_api.schema import ObservedModel
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.packing import Arrangement
-from qlora_trainer.tokenized import Chunk, TokenizedRows
+from qlora_trainer.data.chunks import Chunk, TokenizedRows
+from qlora_trainer.data.packing import Arrangement
 
 STATISTICS = "statistics.json"
 

@@ -1,8 +1,7 @@
 """Turns rows into chunks of tokens with all cores, and goes on where an interrupted attempt stopped.
 
 Rows are put into chunks by their number and size alone, so that a chunk holds the same whoever makes it, and when. A
-chunk that is on disk is not made again.
-"""
+chunk that is on disk is not made again."""
 
 import multiprocessing
 import os
@@ -18,25 +17,23 @@ from typing import Literal
 
 from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.data import parse
-from qlora_trainer.data_rows import RawRow
-from qlora_trainer.formats import Format, RowReader
-from qlora_trainer.templates import TokenizedRow, Tokenizer
-from qlora_trainer.tokenized import Chunk, Dropped
+from qlora_trainer.data.chat_template import TokenizedRow, Tokenizer
+from qlora_trainer.data.chunks import Chunk, Dropped
+from qlora_trainer.data.formats import Format, RowReader
+from qlora_trainer.data.reading import parse
+from qlora_trainer.data.rows import RawRow
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**24
 """A chunk ends at so many rows or bytes of text, whichever comes first."""
 MAX_WORKERS = 8
 """Reading keeps up with about so many."""
-
 # What is tokenized in one call: a token takes some 200 bytes until it is put away.
 _BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
 # Workers load the tokenizer's libraries for some seconds, in which this process makes so many chunks.
 _CHUNKS_ALONE = 4
 _WAITING_CHUNKS_A_WORKER = 2
-
 OnRows = Callable[[int], None]
 """Called with the rows tokenized so far."""
 

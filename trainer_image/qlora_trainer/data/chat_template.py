@@ -3,8 +3,7 @@
 An example is rendered as one text in which the spans to learn are known by their offsets. The text is tokenized as a
 whole, and a token is a target if any of its characters lies inside such a span: the first token of an answer may begin
 with the blank that ends the prompt. No token is judged by its id: the padding id is often
-that of the end of text.
-"""
+that of the end of text."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
-from qlora_trainer.examples import Completion, Conversation, Example, Message, PlainText, ToolCall
+from qlora_trainer.data.examples import Completion, Conversation, Example, Message, PlainText, ToolCall
 
 # What a template is told today's date is, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no time zone
@@ -38,7 +37,6 @@ _TEMPLATE_ERRORS = (
     RuntimeError,
     SyntaxError,
 )
-
 # Words that no template writes by itself. Mistral's wants ids of nine letters and digits.
 _TOOL_PROBE_PARTS = ("probetool", "probecall", "probekey", "probevalue", "proberesult")
 _TOOL_PROBE = Conversation(

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data_source import DataFile
+from qlora_trainer.data.files import DataFile
 
 MAX_LINE_BYTES = 2**24
 """The longest row, as text."""
 INFLATION_FREE_BYTES = 2**26
 MAX_INFLATION = 200
 """Text shrinks 3 to 20 times, logs that repeat themselves up to 100 times; what grows more is made to fill disks."""
-
 _BLOCK_BYTES = 2**20
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -6,10 +6,10 @@ from itertools import chain
 from typing import Any
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data_rows import RawRow
-from qlora_trainer.data_source import DataFile
-from qlora_trainer.data_stream import MAX_LINE_BYTES, Inflation, lines
-from qlora_trainer.parquet_pages import RowGroupSizes, row_group_sizes
+from qlora_trainer.data.files import DataFile
+from qlora_trainer.data.parquet_pages import RowGroupSizes, row_group_sizes
+from qlora_trainer.data.rows import RawRow
+from qlora_trainer.data.text import MAX_LINE_BYTES, Inflation, lines
 
 _PARQUET_BATCH_ROWS = 64
 _PARQUET_BATCH_BYTES = 2**26

@@ -1,9 +1,50 @@
-"""Says by a file's name whether it holds data and how it is read; changes with the kinds of data file."""
+"""The files of a data set and their formats, known by their names."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 
 from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.core.paths import some_names
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file that can be read now, and what to call it in messages."""
+
+    path: Path
+    name: str
+
+    @property
+    def kind(self) -> str:
+        """How it is read: .jsonl, .json, .csv or .parquet."""
+        return data_kind(self.name) or ""
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of an address, ascending by name."""
+
+    uri: str
+    files: tuple[DataFile, ...]
+    relative_names: tuple[str, ...]
+    """The files' names within the folder or repository."""
+
+    def sha256(self) -> str:
+        """SHA-256 of the file; of several, of the lines `<sha256>  <name>` that sha256sum prints for them."""
+        digests = [file_sha256(file.path) for file in self.files]
+        if len(digests) == 1:
+            return digests[0]
+        lines = (f"{digest}  {name}\n" for digest, name in zip(digests, self.relative_names, strict=True))
+        return sha256("".join(lines).encode()).hexdigest()
+
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """Size and time of change of each file: they differ if somebody has written to it meanwhile."""
+        stats = [file.path.stat() for file in self.files]
+        return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 DATA_ENDINGS = ".jsonl, .json or .csv, each also with .gz, .bz2, .xz or .zst behind it, or .parquet"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import cast, get_args
 
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data_json import parse_value
-from qlora_trainer.data_rows import describe, listed
-from qlora_trainer.data_stream import MAX_LINE_BYTES
-from qlora_trainer.examples import Function, Message, Role, ToolCall
+from qlora_trainer.data.examples import Function, Message, Role, ToolCall
+from qlora_trainer.data.json_reader import parse_value
+from qlora_trainer.data.rows import describe, listed
+from qlora_trainer.data.text import MAX_LINE_BYTES
 
 _ROLES = get_args(Role)
 # What the data sets of the hub call the sides, in the notation of ShareGPT.

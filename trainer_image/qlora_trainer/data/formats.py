@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_api.dataset import Columns
-from qlora_trainer.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
 from qlora_trainer.core.failures import bad_dataset
-from qlora_trainer.data_rows import Row, listed
-from qlora_trainer.examples import Completion, Conversation, Example, Message, PlainText
+from qlora_trainer.data.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
+from qlora_trainer.data.examples import Completion, Conversation, Example, Message, PlainText
+from qlora_trainer.data.rows import Row, listed
 
 Format = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text"]
-
 _PARAGRAPH = "\n\n"
 _REQUIRED: Mapping[Format, tuple[str, ...]] = {
     "chat": ("messages",),

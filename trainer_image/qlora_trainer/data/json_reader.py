@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from qlora_trainer.core.failures import StepFailure, bad_dataset
-from qlora_trainer.data_rows import RawRow, describe
-from qlora_trainer.data_source import DataFile
-from qlora_trainer.data_stream import MAX_LINE_BYTES, lines, text_blocks
+from qlora_trainer.data.files import DataFile
+from qlora_trainer.data.rows import RawRow, describe
+from qlora_trainer.data.text import MAX_LINE_BYTES, lines, text_blocks
 
 _BLANKS = " \t\r\n"
 
