@@ -15,7 +15,7 @@ from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
-from qlora_trainer.memory_check import read_shape, training_shape
+from qlora_trainer.model.memory_fit import read_shape, training_shape
 
 _CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
 _COLOURS = {"fits": "green", "tight": "yellow", "exceeds": "red"}

@@ -32,7 +32,7 @@ _OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw_32bit", "paged_adamw_8bit", "
 _SMALLEST_PAGED_TENSOR = 100_000
 # Sharded blocks that are whole on a card at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
-# Queries whose capped scores exist at the same time (qlora_trainer.attention), and bytes of each score.
+# Queries whose capped scores exist at the same time (qlora_trainer.model.attention), and bytes of each score.
 _CAPPED_QUERIES = 256
 _BYTES_PER_CAPPED_SCORE = 26
 

@@ -12,12 +12,13 @@ from qlora_api.memory import TrainingShape, estimate
 from qlora_api.memory_advice import budget
 from qlora_api.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.attention import ATTENTION, register_attention
-from qlora_trainer.batches import Batch
 from qlora_trainer.data.prepared import Sequence
-from qlora_trainer.family import block_linears
-from qlora_trainer.loss import batch_loss
-from qlora_trainer.model import COMPUTE_DTYPE, adapter_parameters, attach_adapter, check_quantization
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
+from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.base import COMPUTE_DTYPE, check_quantization
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.support import block_linears
 from qlora_trainer.optimizer import make_optimizer
 from tests.gpu.ballast import Ballast
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from qlora_trainer.attention import Rows, rows_attention
+from qlora_trainer.model.attention import Rows, rows_attention
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 LENGTHS = (300, 5, 700)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.attention import Rows, rows_attention
+from qlora_trainer.model.attention import Rows, rows_attention
 from tests.trainer.test_attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 

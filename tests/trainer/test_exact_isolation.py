@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer.batches import Batch
 from qlora_trainer.data.prepared import IGNORED_LABEL, Sequence
-from qlora_trainer.family import inspect_family
-from qlora_trainer.loss import batch_loss
-from qlora_trainer.model import COMPUTE_DTYPE, adapter_parameters, attach_adapter, load_base
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
+from qlora_trainer.model.base import COMPUTE_DTYPE, load_base
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.support import inspect_family
 from qlora_trainer.optimizer import make_optimizer
 from tests.trainer.test_loss import random_sequence
 from tests.trainer.tiny import SHAPE, save_model

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qlora_trainer.formats import Conversation, Message
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_trainer.data.chat_template import Tokenizer as TrainersTokenizer
+from qlora_trainer.data.examples import Conversation, Message
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"

@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 from qlora_api.contract import ExitCode
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model import load_base
-from qlora_trainer.storage import layer_bytes, storage_of
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.quantized import layer_bytes, storage_of
 from tests.trainer.tiny import SHAPE, save_model
 from tests.trainer.training import prepared, run
 

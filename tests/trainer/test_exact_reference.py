@@ -22,15 +22,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer import loop
-from qlora_trainer import loss as trainer_loss
-from qlora_trainer import model as trainer_model
-from qlora_trainer.batches import Batch
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.family import inspect_family
-from qlora_trainer.fused_lora import FusedLora
-from qlora_trainer.loss import batch_loss, summed_loss
-from qlora_trainer.model import adapter_parameters, adapter_tensors, attach_adapter, load_base, restore_adapter
+from qlora_trainer.model import adapter as trainer_adapter
+from qlora_trainer.model import base as trainer_base
+from qlora_trainer.model import loss as trainer_loss
+from qlora_trainer.model.adapter import adapter_parameters, adapter_tensors, attach_adapter, restore_adapter
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.fused_lora import FusedLora
+from qlora_trainer.model.loss import batch_loss, summed_loss
+from qlora_trainer.model.support import inspect_family
 from qlora_trainer.prepare import prepare
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows
@@ -171,7 +173,7 @@ def in_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     With each LoRA layer: the fused one, which otherwise is for 16 bit only, and PEFT's, which is for dropout and DoRA.
     """
-    monkeypatch.setattr(trainer_model, "COMPUTE_DTYPE", torch.float32)
+    monkeypatch.setattr(trainer_base, "COMPUTE_DTYPE", torch.float32)
     monkeypatch.setattr(loop, "COMPUTE_DTYPE", torch.float32)
     if request.param == "fused":
         monkeypatch.setattr(FusedLora, "_is_plain", lambda _layer, _x: torch.is_grad_enabled())

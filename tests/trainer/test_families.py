@@ -15,15 +15,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 
 from qlora_api.model_shape import SUPPORTED_MODEL_TYPES
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer.batches import Batch
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset, Sequence
-from qlora_trainer.family import MIN_QUANTIZED_FRACTION, inspect_family
-from qlora_trainer.loss import batch_loss
-from qlora_trainer.model import adapter_parameters, attach_adapter, load_base, restore_adapter
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION, inspect_family
 from tests.trainer.test_loss import CPU, rows_of
 from tests.trainer.tiny import SHAPE
 from tests.trainer.training import StopAtStep, adapter_bytes, history, prepared, run

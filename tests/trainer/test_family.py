@@ -13,11 +13,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
-from qlora_trainer.attention import ATTENTION, Rows, register_attention, rows_attention
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.family import inspect_family
-from qlora_trainer.loss import LogitTransform
-from qlora_trainer.probe import shrunken
+from qlora_trainer.model.attention import ATTENTION, Rows, register_attention, rows_attention
+from qlora_trainer.model.loss import LogitTransform
+from qlora_trainer.model.probe import shrunken
+from qlora_trainer.model.support import inspect_family
 from tests.trainer.tiny import SHAPE
 
 IDS: dict[str, Any] = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
@@ -178,7 +178,7 @@ def _scaled_by_head_size(*tensors: Any, **settings: Any) -> Any:
 
 def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     AttentionInterface.register("leaky", _leaky)
-    monkeypatch.setattr("qlora_trainer.probe.ATTENTION", "leaky")
+    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "leaky")
 
     family = inspect_family(written(tmp_path, transformers.LlamaConfig(**SHAPE)), LoraSpec())
 
@@ -200,7 +200,7 @@ def test_attention_that_differs_from_the_familys_own_is_refused(
     config: PretrainedConfig, broken: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     AttentionInterface.register("broken", broken)
-    monkeypatch.setattr("qlora_trainer.probe.ATTENTION", "broken")
+    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "broken")
 
     failure = refusal(written(tmp_path, config))
 

@@ -23,8 +23,8 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.hub_destination import HubDestination
 from qlora_trainer.manifest import parse_manifest
+from qlora_trainer.model.unsupported import entries
 from qlora_trainer.object_destination import ObjectDestination
-from qlora_trainer.unsupported import entries
 from qlora_trainer.verify import verify_config
 from qlora_trainer.volume_folder import VolumeFolder
 from tests.trainer.fake_hub import FakeHub, serve

@@ -14,19 +14,20 @@ from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer.batches import read_batch
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.family import inspect_family
-from qlora_trainer.loss import batch_loss
-from qlora_trainer.model import adapter_tensors, load_base
-from qlora_trainer.quantized import quantized_layers
+from qlora_trainer.model.adapter import adapter_tensors
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.batch import read_batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.quantized import quantized_layers
+from qlora_trainer.model.support import inspect_family
 from qlora_trainer.serving import refused_by_vllm, served_rank
 from qlora_trainer.verify import verify_adapter
-from qlora_trainer.weights import BaseWeights
 from tests.trainer.test_families import FAMILIES
 from tests.trainer.test_loss import CPU
 from tests.trainer.test_model import adapted

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from qlora_trainer.attention import ATTENTION, register_attention
-from qlora_trainer.batches import Batch, next_token_targets
 from qlora_trainer.data.prepared import IGNORED_LABEL, Sequence
-from qlora_trainer.loss import LogitTransform, batch_loss, summed_loss
+from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.batch import Batch, next_token_targets
+from qlora_trainer.model.loss import LogitTransform, batch_loss, summed_loss
 from tests.trainer.tiny import SHAPE
 
 CPU = torch.device("cpu")

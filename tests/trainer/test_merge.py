@@ -24,16 +24,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Phi3C
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.training import QuantizationSpec
 from qlora_trainer import held_out, publish_merged
-from qlora_trainer.batches import Batch
 from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.loss import batch_loss
-from qlora_trainer.merge import BYTES_PER_ENTRY, merged_bytes, merged_model, write_merged
-from qlora_trainer.model import attach_adapter, load_base, save_adapter
+from qlora_trainer.model.adapter import attach_adapter, save_adapter
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.merge import BYTES_PER_ENTRY, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.quantized import QuantizedWeights, keep_quantized, layers_sha256, quantized_layers
 from qlora_trainer.publish import publish
 from qlora_trainer.publish_merged import merge
-from qlora_trainer.quantized import QuantizedWeights, keep_quantized, layers_sha256, quantized_layers
 from tests.trainer.test_families import FAMILIES
 from tests.trainer.test_report import Page
 from tests.trainer.tiny import SHAPE, Recorded, save_model

@@ -17,20 +17,19 @@ from transformers import LlamaConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer.batches import Batch
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.family import inspect_family
-from qlora_trainer.loss import batch_loss
-from qlora_trainer.model import (
+from qlora_trainer.model.adapter import (
     adapter_parameters,
     adapter_tensors,
     attach_adapter,
-    check_quantization,
-    load_base,
     restore_adapter,
     save_adapter,
 )
-from qlora_trainer.weights import BaseWeights
+from qlora_trainer.model.base import check_quantization, load_base
+from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.support import inspect_family
 from tests.trainer.test_loss import CPU, random_sequence
 from tests.trainer.tiny import SHAPE, save_model
 
@@ -222,7 +221,7 @@ SAVE = """
 import sys
 from pathlib import Path
 from tests.trainer.test_model import adapted
-from qlora_trainer.model import save_adapter
+from qlora_trainer.model.adapter import save_adapter
 save_adapter(adapted(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 

@@ -21,7 +21,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.sampling import hold_out
-from qlora_trainer.family import Family
+from qlora_trainer.model.support import Family
 from qlora_trainer.prepare import prepare
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows

@@ -20,7 +20,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.destination import publish_folder
 from qlora_trainer.manifest import Manifest
-from qlora_trainer.merge import write_merged
+from qlora_trainer.model.merge import write_merged
 from qlora_trainer.object_destination import ObjectDestination
 from qlora_trainer.publish import publish as publish_step
 from qlora_trainer.stores import s3 as s3_store

@@ -14,11 +14,12 @@ from transformers import BitsAndBytesConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer import model as model_module
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.family import inspect_family
-from qlora_trainer.model import attach_adapter, check_quantization, load_base
+from qlora_trainer.model import base as model_module
+from qlora_trainer.model.adapter import attach_adapter
+from qlora_trainer.model.base import check_quantization, load_base
+from qlora_trainer.model.support import inspect_family
 from qlora_trainer.sharding import STORAGE_DTYPE, shard_base
 from tests.trainer.command import Files
 from tests.trainer.ranks import EXACT, SHARDED, same_numbers, succeeded, workspace

@@ -18,7 +18,7 @@ from qlora_trainer.data.chunks import Chunk, TokenizedRows
 from qlora_trainer.data.packing import one_row_each, pack
 from qlora_trainer.data.prepared import split_file, write_split
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
-from qlora_trainer.family import inspect_family
+from qlora_trainer.model.support import inspect_family
 from qlora_trainer.train import train
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded, merged
 

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.attention import Rows, rows_attention
-from qlora_trainer.batches import Batch
-from qlora_trainer.family import block_linears, resolve_targets
-from qlora_trainer.loss import batch_loss
-from qlora_trainer.model import COMPUTE_DTYPE, adapter_parameters, attach_adapter
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
+from qlora_trainer.model.attention import Rows, rows_attention
+from qlora_trainer.model.base import COMPUTE_DTYPE
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.support import block_linears, resolve_targets
 
 _ATTENTION = "qlora_dry_run"
 _LARGEST_HEAD = 256

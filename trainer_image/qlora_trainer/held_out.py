@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from qlora_trainer.batches import Batch, read_batch
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.loss import batch_loss
+from qlora_trainer.model.batch import Batch, read_batch
+from qlora_trainer.model.loss import batch_loss
 
 MAX_TOKENS = 4096
 # Multiplications and additions that a pod without a GPU does in some minutes.

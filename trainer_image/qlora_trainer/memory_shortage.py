@@ -14,8 +14,8 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.memory_check import read_shape, training_shape
 from qlora_trainer.metrics import peak_memory_bytes
+from qlora_trainer.model.memory_fit import read_shape, training_shape
 
 # What a user can tell apart, and the estimate's components in each.
 _SHARES = {

@@ -1,8 +1,7 @@
 """The step `prepare`: model and data, found, checked and laid out in the workspace; changes with the order of that.
 
 What is cheap and may be wrong comes first: the model's configuration, whether it fits the card, the data. The weights
-come last. What is not finished lies in folders whose name begins with `.partial`.
-"""
+come last. What is not finished lies in folders whose name begins with `.partial`."""
 
 import json
 import logging
@@ -17,38 +16,27 @@ from typing import Any
 
 from qlora_api.contract import ProgressRecord, WorkspaceLayout
 from qlora_api.model_shape import ModelShape
-from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.environment import trainer_version
-from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256, is_full, sizes, sync_folder, sync_tree, write_atomically
 from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.data.build import Dataset, libraries, read_dataset, same_data
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.prepared import FORMAT_VERSION, MANIFEST
 from qlora_trainer.destination import check_destination, destinations
-from qlora_trainer.family import Family, inspect_family
-from qlora_trainer.memory_check import memory_status, read_shape, require_fit, training_shape
-from qlora_trainer.model_source import (
-    CONFIG,
-    TOKENIZER_FILES,
-    DownloadedModel,
-    ModelSource,
-    RemoteModel,
-    VolumeModel,
-    refuse_code,
-)
-from qlora_trainer.remote_model import HubModel, ObjectStoreModel, RegistryModel
+from qlora_trainer.model.downloads import PARTIAL, open_model_source
+from qlora_trainer.model.memory_fit import memory_status, read_shape, require_fit, training_shape
+from qlora_trainer.model.source import CONFIG, TOKENIZER_FILES, DownloadedModel, refuse_code
+from qlora_trainer.model.support import Family, inspect_family
 from qlora_trainer.serving import refused_by_vllm
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.trackers import require_installed
 
 _LOG = logging.getLogger(__name__)
-
-_PARTIAL = ".partial"
 _LARGE_MODEL_PARAMETERS = 13_500_000_000
 _LARGE_MODEL_LEARNING_RATE = 1e-4
 
@@ -107,7 +95,7 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
     for address in destinations(spec):
         check_destination(context, address)
     say("reading the model's configuration")
-    model = _model(context, hub)
+    model = open_model_source(context, hub)
     if isinstance(model, DownloadedModel):
         # Of another version, from before a branch moved on: nobody will finish it, and it fills the volume.
         _discard_partial(workspace.models, but=model.folder)
@@ -122,12 +110,12 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
         tokenizer,
         vocabulary=checked.shape.vocab_size,
         tokenizer_files=_tokenizer_digests(folder),
-        scratch=lambda name: workspace.data / f"{_PARTIAL}-{name}",
+        scratch=lambda name: workspace.data / f"{PARTIAL}-{name}",
         say=say,
     )
     records.note(dataset=dataset.status())
     packed = spec.training.packing and checked.family.keeps_rows_apart(spec.training.max_sequence_length)
-    layout = _empty(workspace.data / f"{_PARTIAL}-layout")
+    layout = _empty(workspace.data / f"{PARTIAL}-layout")
     dataset.write(layout, spec.training, packed=packed)
 
     verb = "downloading" if isinstance(model, DownloadedModel) else "reading"
@@ -153,29 +141,6 @@ def _token(context: StepContext) -> str | None:
     reference = context.spec.model.token_secret_ref
     secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
     return hub_token(context.mounts.token_file, secret)
-
-
-def _model(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
-    source = parse_source(context.spec.model.source)
-    if isinstance(source, VolumeSource):
-        return VolumeModel(context.mounts, source)
-    models = context.workspace.models
-
-    def folder_of(version: str) -> Path:
-        finished = models / version
-        return finished if finished.is_dir() else models / f"{_PARTIAL}-{version}"
-
-    return DownloadedModel(_remote_model(source, context, hub), folder_of)
-
-
-def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) -> RemoteModel:
-    if isinstance(source, HubSource):
-        return HubModel(hub(), source, context.spec.model.revision)
-    if isinstance(source, ObjectStoreSource):
-        return ObjectStoreModel(source, context.secret("model"))
-    if isinstance(source, RegistrySource):
-        return RegistryModel(source, context.secret("model"), allowed=context.registries)
-    raise bad_configuration(f"spec.model.source is {context.spec.model.source}: must be hf://, s3://, oci:// or pvc://")
 
 
 def _check_model(folder: Path, spec: QLoRAJobSpec, records: RecordWriter) -> _Checked:
@@ -299,7 +264,7 @@ def _empty(folder: Path) -> Path:
 def _discard_partial(folder: Path, *, but: Path | None = None) -> None:
     """Delete what is unfinished in the folder, `but` for one, and the folder itself if nothing else is in it."""
     if folder.is_dir():
-        for path in folder.glob(f"{_PARTIAL}*"):
+        for path in folder.glob(f"{PARTIAL}*"):
             if path != but:
                 shutil.rmtree(path)
         if not any(folder.iterdir()):

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import MergedStatus
-from qlora_trainer.attention import ATTENTION, register_attention
 from qlora_trainer.card import quantization_label
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import StepContext
@@ -26,11 +25,12 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.destination import open_destination, publish_folder, refuse_occupied
 from qlora_trainer.held_out import mean_loss, read_compared
 from qlora_trainer.manifest import Manifest
-from qlora_trainer.merge import MergeSource, merged_bytes, merged_model, write_merged
-from qlora_trainer.model_source import TOKENIZER_FILES
-from qlora_trainer.quantized import QuantizedWeights, is_kept
+from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.quantized import QuantizedWeights, is_kept
+from qlora_trainer.model.source import TOKENIZER_FILES
 from qlora_trainer.stores.contents import Contents
-from qlora_trainer.weights import BaseWeights
 
 _UNFINISHED = ".merged.partial"
 _COPIED = (*sorted(TOKENIZER_FILES), "generation_config.json")

@@ -19,8 +19,8 @@ from qlora_trainer.determinism import Fingerprint
 from qlora_trainer.distributed import Ranks
 from qlora_trainer.divergence import Stability
 from qlora_trainer.metrics import History, Pace
-from qlora_trainer.model import adapter_parameters
-from qlora_trainer.storage import Storage
+from qlora_trainer.model.adapter import adapter_parameters
+from qlora_trainer.model.quantized import Storage
 
 
 @dataclass(frozen=True)

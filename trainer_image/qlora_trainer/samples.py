@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from qlora_api.schema import ObservedModel
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.model import COMPUTE_DTYPE
+from qlora_trainer.model.base import COMPUTE_DTYPE
 
 MAX_NEW_TOKENS = 64
 _MAX_PROMPT_TOKENS = 1024

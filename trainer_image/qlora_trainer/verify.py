@@ -15,7 +15,7 @@ from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artefact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.model import tensor_dtype, whole_modules
+from qlora_trainer.model.adapter import tensor_dtype, whole_modules
 
 _B_SUFFIX = ".lora_B.weight"
 # It names every trained layer: some 50 KB for the largest models.

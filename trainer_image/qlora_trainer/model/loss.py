@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from qlora_trainer.batches import Batch
+from qlora_trainer.model.batch import Batch
 
 CHUNK_TOKENS = 128
 """Tokens whose logits exist at the same time; the memory estimate counts on it."""

@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_trainer.core.failures import model_unavailable
-from qlora_trainer.model_source import WEIGHTS, WEIGHTS_INDEX, weight_files
+from qlora_trainer.model.source import WEIGHTS, WEIGHTS_INDEX, weight_files
 
 
 class BaseWeights:

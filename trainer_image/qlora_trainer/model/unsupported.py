@@ -8,12 +8,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from qlora_api.model_shape import LARGEST_SIZES
 
 ALTERNATIVE = "choose a dense decoder, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo 2, SmolLM3 or Granite"
-
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
 # Their text decoder is trained as if it stood alone; its names in files are those that servers expect.
 _TRAINED_TEXT_PARTS = frozenset({"gemma3"})
-
 _EXPERTS = "whose experts bitsandbytes leaves in 16 bit: most of the model would not be quantized"
 _RECURRENT = "it carries a state from token to token, which would run on from one packed row into the next"
 

@@ -1,8 +1,7 @@
 """Causal attention within rows on a CPU, as one differentiable operation; changes with PyTorch's kernel for CPUs.
 
 The kernel takes one row at a time. Called through autograd, every row would be cut out, filled up and joined by
-operations of its own, three times over with checkpoints.
-"""
+operations of its own, three times over with checkpoints."""
 
 from typing import Any, cast
 
@@ -13,11 +12,9 @@ from torch.autograd.function import once_differentiable
 # Private, but what scaled_dot_product_attention itself calls here.
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 # The kernel keeps 4 MB of code for each length of a row that it has seen, for ever: rows are filled up to a multiple of
 # this, so that it sees few. That takes no time, since the kernel works in blocks.
 _ROW_MULTIPLE = 64
-
 # Up to this many tokens the gradients are computed in 32 bit, which is up to five times faster there than in 16 bit
 # (and, as the scores are not rounded, nearer to the exact ones).
 _WIDE_TOKENS = 256

@@ -2,8 +2,7 @@
 
 Rows stand one after the other on a single batch row, without padding. Each token sees the tokens before it in its own
 row and nothing of the others, so a batch of several rows equals as many batches of one. No attention mask exists: with
-a mask transformers would decide by itself what a token sees.
-"""
+a mask transformers would decide by itself what a token sees."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,18 +15,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from qlora_trainer.attention_cpu import causal_rows
+from qlora_trainer.model.attention_cpu import causal_rows
 
 ATTENTION = "qlora_rows"
 """The name to give as `attn_implementation`."""
-
 # What torch's variable-length kernels are built for: compute capability 8.0 (Ampere) and later, heads up to this size.
 _FIRST_CAPABILITY = 8
 _LARGEST_HEAD = 256
-
 _CAPPED_QUERIES = 256
 """Tokens whose capped scores exist at the same time: heads x this x tokens of the row, in float32, a few times over."""
-
 # What transformers also hands to every attention, and which says nothing about what a token sees.
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache"})
 

@@ -6,8 +6,7 @@ which would round off most of what was learnt.
 Memory, besides what the process holds before: a file's tensors (`SHARD_BYTES`, or one tensor if that is larger) and
 `BYTES_PER_ENTRY` bytes for each entry of the largest layer, and what the allocator keeps of freed pieces below 32 MiB.
 To try the model out takes less: its weights are mapped, and a layer at a time is copied. What is mapped the kernel can
-drop.
-"""
+drop."""
 
 import json
 import math
@@ -26,15 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.filesystem import require_space
-from qlora_trainer.quantized import QuantizedWeights, is_kept, keep_quantized
-from qlora_trainer.storage import storage_of
-from qlora_trainer.weights import BaseWeights
+from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.quantized import QuantizedWeights, is_kept, keep_quantized, storage_of
 
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""
 BYTES_PER_ENTRY = 8
 """Working memory of a merge for each entry of the layer in hand: its weight in 16 and 32 bit, and the result."""
-
 _MERGED_DTYPE = torch.bfloat16
 _INDEX = "model.safetensors.index.json"
 

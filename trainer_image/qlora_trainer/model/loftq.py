@@ -5,7 +5,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import Linear4bit
 
-from qlora_trainer.weights import BaseWeights
+from qlora_trainer.model.base_weights import BaseWeights
 
 
 @torch.no_grad()

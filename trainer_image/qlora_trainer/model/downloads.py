@@ -5,16 +5,19 @@ from hashlib import sha256
 from pathlib import Path
 from re import fullmatch
 
-from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource
+from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
+from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artefact
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.model_source import content_digest
+from qlora_trainer.model.source import DownloadedModel, ModelSource, RemoteModel, VolumeModel, content_digest
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.model_pack import archives, unpack
 from qlora_trainer.stores.oci import Registry
 from qlora_trainer.stores.s3 import ObjectFolder
+
+PARTIAL = ".partial"
 
 
 class HubModel:
@@ -105,3 +108,27 @@ class RegistryModel:
     def revision(self, _folder: Path, _names: Collection[str]) -> str:
         """See RemoteModel."""
         return self._digest
+
+
+def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
+    """The job's base model, wherever its address points. Raises StepFailure for an address that is none of a model."""
+    source = parse_source(context.spec.model.source)
+    if isinstance(source, VolumeSource):
+        return VolumeModel(context.mounts, source)
+    models = context.workspace.models
+
+    def folder_of(version: str) -> Path:
+        finished = models / version
+        return finished if finished.is_dir() else models / f"{PARTIAL}-{version}"
+
+    return DownloadedModel(_remote_model(source, context, hub), folder_of)
+
+
+def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) -> RemoteModel:
+    if isinstance(source, HubSource):
+        return HubModel(hub(), source, context.spec.model.revision)
+    if isinstance(source, ObjectStoreSource):
+        return ObjectStoreModel(source, context.secret("model"))
+    if isinstance(source, RegistrySource):
+        return RegistryModel(source, context.secret("model"), allowed=context.registries)
+    raise bad_configuration(f"spec.model.source is {context.spec.model.source}: must be hf://, s3://, oci:// or pvc://")

@@ -31,10 +31,8 @@ TOKENIZER_FILES = frozenset(
         "chat_template.jinja",
     }
 )
-
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-
 OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 

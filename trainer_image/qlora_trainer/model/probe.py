@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_trainer.attention import ATTENTION, Rows, register_attention
-from qlora_trainer.loss import LogitTransform
+from qlora_trainer.model.attention import ATTENTION, Rows, register_attention
+from qlora_trainer.model.loss import LogitTransform
 
 _VOCABULARY = 128
 _ROWS = (7, 12)

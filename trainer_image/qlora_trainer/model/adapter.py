@@ -1,0 +1,115 @@
+"""Attaches a LoRA adapter to the base model, and saves and restores its tensors."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qlora_api.training import LoraSpec
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.model.base import COMPUTE_DTYPE
+from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.fused_lora import fuse_lora
+from qlora_trainer.model.loftq import initialize_loftq
+
+ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def attach_adapter(
+    base: Any,
+    lora: LoraSpec,
+    target_modules: tuple[str, ...],
+    *,
+    seed: int,
+    gradient_checkpointing: bool,
+    base_name: str,
+    base_revision: str,
+    original: BaseWeights | None = None,
+) -> Any:
+    """The base with a LoRA adapter on `target_modules` (exact names), in training mode; only the adapter has gradients.
+
+    A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss. With LoftQ
+    they are computed from the `original` weights; without these they are to be restored.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        revision=base_revision,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(target_modules),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(whole_modules(base, lora)) or None,
+    )
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    # PEFT puts the folder that the base was loaded from here, which means nothing elsewhere, and shortens long lists of
+    # targets to endings.
+    config.base_model_name_or_path = base_name
+    config.target_modules = set(target_modules)
+    if lora.initialization == "loftq" and original is not None:
+        initialize_loftq(model, original)
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data = parameter.data.to(tensor_dtype(name, lora))
+    fuse_lora(model, recomputed=gradient_checkpointing)
+    if gradient_checkpointing:
+        # Without re-entry gradients reach the adapters although the embeddings have none.
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:
+    """Paths in the model of what spec.lora.modulesToSave names, whatever the family calls it."""
+    modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    paths = {id(module): path for path, module in model.named_modules()}
+    return tuple(sorted(paths[id(modules[kind])] for kind in lora.modules_to_save or ()))
+
+
+def tensor_dtype(name: str, lora: LoraSpec) -> torch.dtype:
+    """The type of a tensor of the adapter's file: what is trained whole keeps the base's 16 bit."""
+    return ADAPTER_DTYPES[lora.dtype] if ".lora_" in name else COMPUTE_DTYPE
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The trained parameters by the name that they have in the adapter's file, sorted."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = get_peft_model_state_dict(
+        model, state_dict=trained, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+    return dict(sorted(named.items()))
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors in main memory, as they go into its file."""
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
+
+
+def restore_adapter(model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved tensors into the adapter. Raises KeyError if they are of another adapter."""
+    parameters = adapter_parameters(model)
+    if parameters.keys() != tensors.keys():
+        raise KeyError(f"the saved adapter has other tensors: {sorted(parameters.keys() ^ tensors.keys())[:3]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter's two files into `folder`, which exists. The same adapter gives the same bytes."""
+    save_file(adapter_tensors(model), folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+    (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what PEFT keeps in its configuration; a set's order would depend on the hash seed."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} cannot be written to {ADAPTER_CONFIG_FILE}")

@@ -1,0 +1,115 @@
+"""Loads the frozen base model in 4 bit and asserts what was loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core.context import Device
+from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
+from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION
+
+COMPUTE_DTYPE = torch.bfloat16
+
+
+def load_base(
+    folder: Path, quantization: QuantizationSpec, device: Device, storage_dtype: torch.dtype = torch.uint8
+) -> Any:
+    """The base model of `folder` in 4 bit on the device, frozen and in evaluation mode.
+
+    `storage_dtype` is that of the tensors into which the packed weights are put; it changes no value.
+    Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
+    loaded is not held as `quantization` says.
+    """
+    register_attention()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization.type,
+                bnb_4bit_use_double_quant=quantization.double_quant,
+                bnb_4bit_compute_dtype=COMPUTE_DTYPE,
+                bnb_4bit_quant_storage=storage_dtype,
+            ),
+            dtype=COMPUTE_DTYPE,
+            attn_implementation=ATTENTION,
+            device_map={"": torch.cuda.current_device() if device == "cuda" else "cpu"},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # transformers says so when config.json or the weights are not in the folder.
+        raise model_unavailable(f"the base model in {folder} cannot be loaded: {error}") from error
+    missing = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in report.get(kind) or ())
+    if missing:
+        raise model_unavailable(
+            f"the weights in {folder} do not fit config.json: {len(missing)} tensors are missing or have another "
+            f"shape, first {missing[0]}"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if device == "cpu" and storage_dtype == torch.uint8 and not isinstance(parameter, Params4bit):
+            # It lies in the mapped file, all of which stays in memory, the 16-bit weights too, as long as a part does.
+            # (A base with another storage is about to be spread over GPUs, and leaves main memory anyway.)
+            parameter.data = parameter.data.clone()
+    for layer in _quantized_layers(model):
+        # On CPUs with AVX512-BF16 the first evaluation would repack the weights for a path without gradients.
+        layer.support_avx512bf16_for_cpu = False
+    check_quantization(model, quantization)
+    return model.eval()
+
+
+def _quantized_layers(model: nn.Module) -> list[Linear4bit]:
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
+    """Raise StepFailure unless every 4-bit layer is of the type asked for and they are 98 % of the inner parameters."""
+    quantized = 0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear4bit):
+            continue
+        weight = layer.weight
+        state = weight.quant_state if isinstance(weight, Params4bit) else None
+        found = (
+            None if state is None else state.quant_type,
+            None if state is None else state.nested,
+            layer.compute_dtype,
+            layer.support_avx512bf16_for_cpu,
+        )
+        wanted = (quantization.type, quantization.double_quant, COMPUTE_DTYPE, False)
+        if state is None or found != wanted:
+            raise _wrongly_loaded(
+                model, f"{name} has (type, double quantization, computation, repacking) {found}, not {wanted}"
+            )
+        quantized += state.shape.numel()
+    inner = quantized + _unquantized_inner_parameters(model)
+    fraction = quantized / inner if inner else 0.0
+    if fraction < MIN_QUANTIZED_FRACTION:
+        raise _wrongly_loaded(
+            model,
+            f"only {fraction:.1%} of the parameters outside the embeddings are in 4 bit, "
+            f"not {MIN_QUANTIZED_FRACTION:.0%}",
+        )
+
+
+def _unquantized_inner_parameters(model: Any) -> int:
+    head = model.get_output_embeddings()
+    outer = {
+        id(p) for module in (model.get_input_embeddings(), head) if module is not None for p in module.parameters()
+    }
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, Params4bit) and id(p) not in outer)
+
+
+def _wrongly_loaded(model: Any, what: str) -> StepFailure:
+    return bad_configuration(f"model_type {model.config.model_type!r} was not loaded as spec.quantization says: {what}")
