@@ -32,11 +32,11 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.reading import parse, read_rows
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.statistics import STATISTICS, DataStatistics
-from qlora_trainer.history import read_history
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.source import require_whole
 from qlora_trainer.model.support import inspect_family
-from qlora_trainer.samples import read_samples
+from qlora_trainer.report.history import read_history
+from qlora_trainer.report.samples import read_samples
 from tests.fuzz.target import Target
 
 _ROWS = (

@@ -24,7 +24,6 @@ from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer import loop
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model import adapter as trainer_adapter
 from qlora_trainer.model import base as trainer_base
 from qlora_trainer.model import loss as trainer_loss
 from qlora_trainer.model.adapter import adapter_parameters, adapter_tensors, attach_adapter, restore_adapter

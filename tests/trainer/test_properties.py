@@ -16,7 +16,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.core.paths import confined, require_regular
 from qlora_trainer.core.records import Facts
-from qlora_trainer.history import read_history
+from qlora_trainer.report.history import read_history
 from tests.fuzz.answers import ANSWERS
 from tests.fuzz.files import FILES
 from tests.fuzz.inputs import BOUNDED, inputs

@@ -11,9 +11,9 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_trainer.curves import chart, loss_chart, loss_picture
-from qlora_trainer.history import Curve, History, read_history
-from qlora_trainer.samples import Sample, Samples
+from qlora_trainer.report.charts import chart, loss_chart, loss_picture
+from qlora_trainer.report.history import Curve, History, read_history
+from qlora_trainer.report.samples import Sample, Samples
 from tests.trainer.command import Files
 from tests.trainer.test_publish import published
 

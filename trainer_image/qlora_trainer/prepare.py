@@ -32,9 +32,9 @@ from qlora_trainer.model.downloads import PARTIAL, open_model_source
 from qlora_trainer.model.memory_fit import memory_status, read_shape, require_fit, training_shape
 from qlora_trainer.model.source import CONFIG, TOKENIZER_FILES, DownloadedModel, refuse_code
 from qlora_trainer.model.support import Family, inspect_family
-from qlora_trainer.serving import refused_by_vllm
+from qlora_trainer.report.serving import refused_by_vllm
+from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
-from qlora_trainer.trackers import require_installed
 
 _LOG = logging.getLogger(__name__)
 _LARGE_MODEL_PARAMETERS = 13_500_000_000

@@ -12,7 +12,6 @@ from typing import TypeVar
 from qlora_api.contract import ProgressRecord
 from qlora_api.status import AdapterStatus, StepName
 from qlora_api.v1alpha1 import MUTABLE_FIELDS
-from qlora_trainer.card import model_card, quantization_label
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import bad_configuration
@@ -23,8 +22,9 @@ from qlora_trainer.destination import Destination, is_published, open_destinatio
 from qlora_trainer.manifest import Manifest
 from qlora_trainer.provenance import require_own_training
 from qlora_trainer.publish_merged import publish_merged, still_published
-from qlora_trainer.report import write_report
-from qlora_trainer.serving import served_rank
+from qlora_trainer.report.card import model_card, quantization_label
+from qlora_trainer.report.page import write_report
+from qlora_trainer.report.serving import served_rank
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.verify import verify_adapter
 

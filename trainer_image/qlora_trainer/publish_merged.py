@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import MergedStatus
-from qlora_trainer.card import quantization_label
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration
@@ -30,6 +29,7 @@ from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, write_merged
 from qlora_trainer.model.quantized import QuantizedWeights, is_kept
 from qlora_trainer.model.source import TOKENIZER_FILES
+from qlora_trainer.report.card import quantization_label
 from qlora_trainer.stores.contents import Contents
 
 _UNFINISHED = ".merged.partial"

@@ -18,9 +18,10 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.determinism import Fingerprint
 from qlora_trainer.distributed import Ranks
 from qlora_trainer.divergence import Stability
-from qlora_trainer.metrics import History, Pace
+from qlora_trainer.metrics import Pace
 from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.quantized import Storage
+from qlora_trainer.report.metrics_log import History
 
 
 @dataclass(frozen=True)

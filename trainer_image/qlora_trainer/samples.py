@@ -9,34 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from qlora_api.schema import ObservedModel
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.model.base import COMPUTE_DTYPE
+from qlora_trainer.report.samples import Sample, Samples
 
 MAX_NEW_TOKENS = 64
 _MAX_PROMPT_TOKENS = 1024
-
 _LOG = logging.getLogger(__name__)
-
-
-class Sample(ObservedModel):
-    """One prompt and its answers."""
-
-    prompt: str
-    reference: str = Field(description="The answer in the data.")
-    before: str = Field(description="The answer of the base model.")
-    after: str = Field(description="The answer with the adapter.")
-
-
-class Samples(ObservedModel):
-    """What `report/samples.json` holds."""
-
-    samples: tuple[Sample, ...] = ()
-    missing: str = Field("", description="Why there are none.")
 
 
 @dataclass(frozen=True)
@@ -133,12 +115,3 @@ def leave_samples(
             _LOG.exception("no samples for the report")
             samples = Samples(missing=f"the model could not generate: {str(error)[:200]}")
     write_atomically(path, json.dumps(samples.dump(), indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-def read_samples(path: Path) -> Samples:
-    """The samples that training left; none if it left none that can be read."""
-    try:
-        return Samples.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError) as error:
-        _LOG.warning("no samples for the report: %s", error)
-        return Samples(missing="training left none")

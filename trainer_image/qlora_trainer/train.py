@@ -28,7 +28,6 @@ from qlora_trainer.held_out import compared_sequences, mean_loss, read_compared
 from qlora_trainer.launch import Place, started_others
 from qlora_trainer.loop import restore, run_to_end
 from qlora_trainer.memory_shortage import explained_shortage
-from qlora_trainer.metrics import History
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
@@ -36,10 +35,11 @@ from qlora_trainer.model.merge import keep_for_merge
 from qlora_trainer.model.quantized import Storage, is_kept, layers_sha256, quantized_layers, storage_of
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.optimizer import PAGING_NEEDS_GPU, make_optimizer
+from qlora_trainer.report.metrics_log import History
+from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.run import Run, RunState, report
 from qlora_trainer.samples import leave_samples
 from qlora_trainer.sharding import STORAGE_DTYPE, shard_base
-from qlora_trainer.trackers import open_trackers
 
 Clock = Callable[[], datetime]
 

@@ -9,7 +9,7 @@ from qlora_api.training import LoraSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import CURVE_FILE
-from qlora_trainer.serving import refused_by_vllm, served_rank
+from qlora_trainer.report.serving import refused_by_vllm, served_rank
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 

@@ -13,11 +13,12 @@ from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.curves import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.data.statistics import DataStatistics
-from qlora_trainer.history import History, read_history
-from qlora_trainer.samples import MAX_NEW_TOKENS, read_samples
-from qlora_trainer.serving import refused_by_vllm, served_rank, serving_commands
+from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
+from qlora_trainer.report.history import History, read_history
+from qlora_trainer.report.samples import read_samples
+from qlora_trainer.report.serving import refused_by_vllm, served_rank, serving_commands
+from qlora_trainer.samples import MAX_NEW_TOKENS
 
 _GIB = 2**30
 
@@ -64,7 +65,7 @@ def _page(
     # Names, prompts and answers come from users and data: everything is escaped but the charts, which are drawn here.
     statistics = DataStatistics.read(context.workspace.root / prepared.data_path)
     environment = Environment(
-        loader=PackageLoader("qlora_trainer", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.jinja").render(
         name=context.document.metadata.name,

@@ -1,0 +1,33 @@
+"""Sample answers without and with the adapter, as the report shows them."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from qlora_api.schema import ObservedModel
+from qlora_trainer.samples import _LOG
+
+
+class Sample(ObservedModel):
+    """One prompt and its answers."""
+
+    prompt: str
+    reference: str = Field(description="The answer in the data.")
+    before: str = Field(description="The answer of the base model.")
+    after: str = Field(description="The answer with the adapter.")
+
+
+class Samples(ObservedModel):
+    """What `report/samples.json` holds."""
+
+    samples: tuple[Sample, ...] = ()
+    missing: str = Field("", description="Why there are none.")
+
+
+def read_samples(path: Path) -> Samples:
+    """The samples that training left; none if it left none that can be read."""
+    try:
+        return Samples.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError) as error:
+        _LOG.warning("no samples for the report: %s", error)
+        return Samples(missing="training left none")
