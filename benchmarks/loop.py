@@ -127,7 +127,7 @@ def alternating() -> Iterator[Alternation]:
     """Listen to the training loop that runs in the body. PyTorch must not be loaded before its settings are made."""
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-    from qlora_trainer import loop
+    from qlora_trainer.training import loop
 
     alternation = Alternation(loop._share, bare_passes)
     hooks = [

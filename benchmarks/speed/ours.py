@@ -38,9 +38,9 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
 
 
 def _useful(context: StepContext) -> tuple[list[int], list[int]]:
-    from qlora_trainer.batches import Plan
     from qlora_trainer.core.completion import PrepareRecord, read_completion
     from qlora_trainer.data.prepared import PreparedDataset
+    from qlora_trainer.training.schedule import Plan
 
     prepared = read_completion(context.workspace.completion("prepare"), PrepareRecord)
     if prepared is None:

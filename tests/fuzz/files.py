@@ -21,8 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
-from qlora_trainer.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
-from qlora_trainer.checkpoint import read_checkpoint
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.chunks import Chunk
@@ -37,6 +35,8 @@ from qlora_trainer.model.source import require_whole
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.history import read_history
 from qlora_trainer.report.samples import read_samples
+from qlora_trainer.training.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
+from qlora_trainer.training.checkpoint import read_checkpoint
 from tests.fuzz.target import Target
 
 _ROWS = (

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qlora_api.training import TrainingSpec
-from qlora_trainer.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
+from qlora_trainer.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 
 PAGED = ["paged_adamw_32bit", "paged_adamw_8bit"]
 # bitsandbytes pages tensors of at least 100,000 entries.

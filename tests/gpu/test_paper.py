@@ -19,7 +19,7 @@ from qlora_trainer.model.base import COMPUTE_DTYPE, check_quantization
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.support import block_linears
-from qlora_trainer.optimizer import make_optimizer
+from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import Ballast
 
 CARD_BYTES = budget(48)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.held_out import mean_loss, read_compared
 from qlora_trainer.model.base import load_base
+from qlora_trainer.training.held_out import mean_loss, read_compared
 from tests.gpu.runs import billion, losses, on_gpu, record
 from tests.trainer.command import Files, new_files
 from tests.trainer.test_families import FAMILIES

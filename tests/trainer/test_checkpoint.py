@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.checkpoint import newest_checkpoint, save_checkpoint
+from qlora_trainer.training.checkpoint import newest_checkpoint, save_checkpoint
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 

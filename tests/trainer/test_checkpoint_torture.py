@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_trainer import checkpoint
-from qlora_trainer.checkpoint import newest_checkpoint, read_checkpoint
 from qlora_trainer.core.outcome import classify
+from qlora_trainer.training import checkpoint
+from qlora_trainer.training.checkpoint import newest_checkpoint, read_checkpoint
 from tests.trainer.bad_disk import BadDisk, bad_disk
 from tests.trainer.test_checkpoint import FILES, in_child, newest_step, save
 from tests.trainer.training import adapter_bytes, history, interrupted_at, prepared, run

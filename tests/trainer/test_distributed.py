@@ -11,8 +11,8 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, unreachable
-from qlora_trainer.distributed import Ranks
-from qlora_trainer.launch import Place
+from qlora_trainer.training.launch import Place
+from qlora_trainer.training.ranks import Ranks
 from tests.trainer.command import Files
 from tests.trainer.ranks import EXACT, TWO, same_numbers, second_card, succeeded, two_nodes, workspace
 from tests.trainer.tiny import merged

@@ -94,7 +94,7 @@ def test_sigterm_on_any_process_saves_once_and_ends_both_and_the_resume_is_exact
     assert 5 <= step < 60
     assert f"the checkpoint of step {step} is saved" in interrupted.result.message
     main_log, child_log = logs(files)
-    assert "INFO qlora_trainer.launch: rank 1 of 2 ended with status 143" in main_log
+    assert "INFO qlora_trainer.training.launch: rank 1 of 2 ended with status 143" in main_log
     assert [saves(log, step) for log in (main_log, child_log)] == [1, 0]
     succeeded(files.run("train"))
     assert adapter_bytes(context) == adapter_bytes(undisturbed(sharding))
@@ -147,7 +147,9 @@ def test_a_process_that_crashes_after_the_save_changes_no_ending_and_is_told(
 
     assert done.exit_code == ExitCode.INTERRUPTED, done.stderr
     assert f"the checkpoint of step {done.result.training_step} is saved" in done.result.message
-    assert "WARNING qlora_trainer.launch: rank 1 of 2 ended with status 99; its log is records/" in logs(files)[0]
+    assert (
+        "WARNING qlora_trainer.training.launch: rank 1 of 2 ended with status 99; its log is records/" in logs(files)[0]
+    )
 
 
 def test_a_process_that_is_killed_ends_the_other_for_another_attempt(long_job: tuple[Files, StepContext]) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
-from qlora_trainer.divergence import Stability, has_diverged
+from qlora_trainer.training.divergence import Stability, has_diverged
 from tests.trainer.training import StopAtStep, history, prepared, run
 
 PATIENCE = 20

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_trainer.core.completion import PrepareRecord, read_completion
-from qlora_trainer.determinism import run_fingerprint
+from qlora_trainer.training.fingerprint import run_fingerprint
 from tests.trainer.tiny import SHAPE, save_model
 from tests.trainer.training import history, prepared, run
 

@@ -15,7 +15,7 @@ from qlora_trainer.model.base import COMPUTE_DTYPE, load_base
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.support import inspect_family
-from qlora_trainer.optimizer import make_optimizer
+from qlora_trainer.training.optimizer import make_optimizer
 from tests.trainer.test_loss import random_sequence
 from tests.trainer.tiny import SHAPE, save_model
 from tests.trainer.training import job

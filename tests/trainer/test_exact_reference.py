@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer import loop
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model import base as trainer_base
@@ -33,6 +32,7 @@ from qlora_trainer.model.fused_lora import FusedLora
 from qlora_trainer.model.loss import batch_loss, summed_loss
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.prepare import prepare
+from qlora_trainer.training import loop
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 from tests.trainer.training import history, run

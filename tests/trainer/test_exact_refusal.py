@@ -13,12 +13,12 @@ from pydantic.fields import FieldInfo
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer import determinism
 from qlora_trainer.core import environment
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.prepare import prepare
+from qlora_trainer.training import fingerprint
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 from tests.trainer.training import StopAtStep, adapter_bytes, job, prepared, run
@@ -148,7 +148,7 @@ def test_another_model_and_other_data_are_refused(change: dict[str, Any], named:
 def other_version(package: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let version 0.0.1 of the package be installed. Returns the version that is."""
     installed = environment.version
-    for module in (environment, determinism):
+    for module in (environment, fingerprint):
         monkeypatch.setattr(module, "version", lambda name: "0.0.1" if name == package else installed(name))
     return installed(package)
 

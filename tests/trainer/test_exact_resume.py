@@ -24,12 +24,12 @@ from transformers import LlamaConfig
 
 import qlora_trainer
 from qlora_api.contract import ProgressRecord, decode_record
-from qlora_trainer import attempts
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model import attention_cpu, loss
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.training import attempts
 from tests.trainer.command import Files, new_files
 from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, chat_row, merged, save_model, write_rows
 from tests.trainer.training import adapter_bytes, history, prepared, run

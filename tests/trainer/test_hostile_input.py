@@ -18,13 +18,13 @@ from qlora_api.contract import ExitCode
 from qlora_api.sources import HubSource, ObjectStoreSource
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from qlora_trainer.checkpoint import newest_checkpoint
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.hub_destination import HubDestination
 from qlora_trainer.manifest import parse_manifest
 from qlora_trainer.model.unsupported import entries
 from qlora_trainer.object_destination import ObjectDestination
+from qlora_trainer.training.checkpoint import newest_checkpoint
 from qlora_trainer.verify import verify_config
 from qlora_trainer.volume_folder import VolumeFolder
 from tests.trainer.fake_hub import FakeHub, serve

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from qlora_api.contract import ExitCode
-from qlora_trainer import held_out, loop
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.training import held_out, loop
 from tests.trainer.tiny import Recorded, merged
 from tests.trainer.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.attempts import ATTEMPTS_FILE, read_attempts
-from qlora_trainer.checkpoint import read_checkpoint
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.core.paths import confined, require_regular
 from qlora_trainer.core.records import Facts
 from qlora_trainer.report.history import read_history
+from qlora_trainer.training.attempts import ATTEMPTS_FILE, read_attempts
+from qlora_trainer.training.checkpoint import read_checkpoint
 from tests.fuzz.answers import ANSWERS
 from tests.fuzz.files import FILES
 from tests.fuzz.inputs import BOUNDED, inputs

@@ -20,7 +20,7 @@ from qlora_trainer.model import base as model_module
 from qlora_trainer.model.adapter import attach_adapter
 from qlora_trainer.model.base import check_quantization, load_base
 from qlora_trainer.model.support import inspect_family
-from qlora_trainer.sharding import STORAGE_DTYPE, shard_base
+from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
 from tests.trainer.command import Files
 from tests.trainer.ranks import EXACT, SHARDED, same_numbers, succeeded, workspace
 from tests.trainer.test_families import FAMILIES

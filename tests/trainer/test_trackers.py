@@ -178,4 +178,6 @@ def test_a_tool_that_cannot_be_closed_does_not_hide_that_the_run_was_stopped(
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was said of the tools, up to where it says what has the metrics."""
-    return [record.message.partition(";")[0] for record in caplog.records if record.name == "qlora_trainer.trackers"]
+    return [
+        record.message.partition(";")[0] for record in caplog.records if record.name == "qlora_trainer.report.trackers"
+    ]

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
-from qlora_trainer import checkpoint
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.core.outcome import summary
+from qlora_trainer.training import checkpoint
 from tests.trainer.tiny import Recorded, merged
 from tests.trainer.training import (
     RARE_TOKEN,

@@ -7,12 +7,12 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import TrainingSpec
-from qlora_trainer.attempts import Attempt, read_attempts, refuse_if_spent, write_attempts
-from qlora_trainer.batches import Plan
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.metrics import Pace
-from qlora_trainer.optimizer import learning_rate
+from qlora_trainer.training.attempts import Attempt, read_attempts, refuse_if_spent, write_attempts
+from qlora_trainer.training.optimizer import learning_rate
+from qlora_trainer.training.schedule import Plan
+from qlora_trainer.training.state import Pace
 
 
 def plan(sequences: int, **training: Any) -> Plan:

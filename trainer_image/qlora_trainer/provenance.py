@@ -2,12 +2,12 @@
 
 from typing import get_args
 
-from qlora_trainer.batches import Plan
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device, StepContext
 from qlora_trainer.core.failures import unsafe_artefact
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.determinism import digest, run_fingerprint
+from qlora_trainer.training.fingerprint import digest, run_fingerprint
+from qlora_trainer.training.schedule import Plan
 
 
 def require_own_training(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> None:

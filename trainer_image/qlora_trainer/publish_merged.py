@@ -22,7 +22,6 @@ from qlora_trainer.core.file_names import ADAPTER_FILE, CARD_FILE
 from qlora_trainer.core.filesystem import require_space
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.destination import open_destination, publish_folder, refuse_occupied
-from qlora_trainer.held_out import mean_loss, read_compared
 from qlora_trainer.manifest import Manifest
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base_weights import BaseWeights
@@ -31,6 +30,7 @@ from qlora_trainer.model.quantized import QuantizedWeights, is_kept
 from qlora_trainer.model.source import TOKENIZER_FILES
 from qlora_trainer.report.card import quantization_label
 from qlora_trainer.stores.contents import Contents
+from qlora_trainer.training.held_out import mean_loss, read_compared
 
 _UNFINISHED = ".merged.partial"
 _COPIED = (*sorted(TOKENIZER_FILES), "generation_config.json")

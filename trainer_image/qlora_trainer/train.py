@@ -11,9 +11,6 @@ from typing import Any
 
 from qlora_api.contract import ProgressRecord
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.attempts import counted_attempt, only_attempt
-from qlora_trainer.batches import Plan
-from qlora_trainer.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from qlora_trainer.core.completion import Comparison, PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.environment import available_cpus
@@ -22,24 +19,28 @@ from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
 from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.determinism import Fingerprint, digest, refuse_other_run, run_fingerprint, use_device
-from qlora_trainer.distributed import Ranks, joined
-from qlora_trainer.held_out import compared_sequences, mean_loss, read_compared
-from qlora_trainer.launch import Place, started_others
-from qlora_trainer.loop import restore, run_to_end
-from qlora_trainer.memory_shortage import explained_shortage
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import keep_for_merge
 from qlora_trainer.model.quantized import Storage, is_kept, layers_sha256, quantized_layers, storage_of
 from qlora_trainer.model.support import inspect_family
-from qlora_trainer.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.report.metrics_log import History
 from qlora_trainer.report.trackers import open_trackers
-from qlora_trainer.run import Run, RunState, report
-from qlora_trainer.samples import leave_samples
-from qlora_trainer.sharding import STORAGE_DTYPE, shard_base
+from qlora_trainer.training.answers import leave_samples
+from qlora_trainer.training.attempts import counted_attempt, only_attempt
+from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from qlora_trainer.training.device import use_device
+from qlora_trainer.training.fingerprint import Fingerprint, digest, refuse_other_run, run_fingerprint
+from qlora_trainer.training.held_out import compared_sequences, mean_loss, read_compared
+from qlora_trainer.training.launch import Place, started_others
+from qlora_trainer.training.loop import restore, run_to_end
+from qlora_trainer.training.optimizer import PAGING_NEEDS_GPU, make_optimizer
+from qlora_trainer.training.out_of_memory import explained_shortage
+from qlora_trainer.training.ranks import Ranks, joined
+from qlora_trainer.training.schedule import Plan
+from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
+from qlora_trainer.training.state import Run, RunState, report
 
 Clock = Callable[[], datetime]
 

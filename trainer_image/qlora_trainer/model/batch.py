@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qlora_trainer.batches import MicroBatch
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset, Sequence
 from qlora_trainer.model.attention import Rows
+from qlora_trainer.training.schedule import MicroBatch
 
 # On a CPU each number of tokens costs: a tenth of a second and more until oneDNN has code for its products, and memory
 # between blocks that are all of other sizes. Long batches are filled up, by 3 % on average, so that there are few.

@@ -18,7 +18,7 @@ from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_pictu
 from qlora_trainer.report.history import History, read_history
 from qlora_trainer.report.samples import read_samples
 from qlora_trainer.report.serving import refused_by_vllm, served_rank, serving_commands
-from qlora_trainer.samples import MAX_NEW_TOKENS
+from qlora_trainer.training.answers import MAX_NEW_TOKENS
 
 _GIB = 2**30
 

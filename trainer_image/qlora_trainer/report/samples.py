@@ -1,11 +1,13 @@
 """Sample answers without and with the adapter, as the report shows them."""
 
+import logging
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_trainer.samples import _LOG
+
+_LOG = logging.getLogger(__name__)
 
 
 class Sample(ObservedModel):

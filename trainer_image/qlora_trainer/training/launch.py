@@ -1,7 +1,6 @@
 """Starts the other processes of a run with several GPUs in the same pod, and sees that none outlives it.
 
-What started this process may have done that already: torchrun, on one node or several. Then its environment says so.
-"""
+What started this process may have done that already: torchrun, on one node or several. Then its environment says so."""
 
 import ctypes
 import logging
@@ -21,7 +20,6 @@ _PARENT = "QLORA_STARTED_BY"
 _LOOPBACK = "127.0.0.1"
 _SECONDS_TO_END = 60.0
 _PR_SET_PDEATHSIG = 1
-
 _log = logging.getLogger(__name__)
 
 

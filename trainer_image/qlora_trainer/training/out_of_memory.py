@@ -14,8 +14,8 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.metrics import peak_memory_bytes
 from qlora_trainer.model.memory_fit import read_shape, training_shape
+from qlora_trainer.training.device import peak_memory_bytes
 
 # What a user can tell apart, and the estimate's components in each.
 _SHARES = {
@@ -26,8 +26,6 @@ _SHARES = {
     "logits": ("logits",),
     "CUDA": ("context",),
 }
-
-
 # What cuBLAS and the driver say when PyTorch's allocator has left them nothing; no type of its own tells it.
 _SAID_BY_LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 

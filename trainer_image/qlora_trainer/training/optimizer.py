@@ -15,7 +15,6 @@ from qlora_api.training import TrainingSpec
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 PAGING_NEEDS_GPU = "paging needs a GPU: the optimizer state stays in main memory"
-
 _log = logging.getLogger(__name__)
 # A constant of bitsandbytes, the same for every parameter: not worth a checkpoint's space.
 _CONSTANTS = ("qmap1", "qmap2")

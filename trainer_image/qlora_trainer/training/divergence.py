@@ -3,8 +3,7 @@
 A jump of the loss alone proves nothing: a curriculum has one wherever harder rows begin, and small batches have many.
 What is certain is the comparison that an adapter allows: the base model without it, on the same rows. So a cheap test
 at every step raises the suspicion, and when it has lasted for the job's patience, that comparison decides; and so it
-does after a last step that is suspect, or raises the loss of its own rows, which no later step would show.
-"""
+does after a last step that is suspect, or raises the loss of its own rows, which no later step would show."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ NORM_RISE = 100.0
 """So is a gradient norm that is so many times its own level."""
 WORSE_THAN_BASE_NATS = 1.0
 """A run whose loss is so far above that of the base model alone, on the same rows, has diverged."""
-
 # Weight of the newest step in the levels: about the last twenty steps count.
 _NEWEST = 0.1
 _SMALLEST_NORM = 1e-12

@@ -2,8 +2,7 @@
 
 Each process keeps a part of every decoder block and gathers a block's whole weights while it computes with them. Only
 frozen weights are spread: the adapter stays whole in each process, because bitsandbytes' optimizers take no sharded
-tensors, and its gradients are summed as without sharding. The embeddings and the output layer stay whole too.
-"""
+tensors, and its gradients are summed as without sharding. The embeddings and the output layer stay whole too."""
 
 import logging
 from itertools import chain
@@ -19,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from qlora_trainer.core.failures import bad_configuration
 
 _log = logging.getLogger(__name__)
-
 STORAGE_DTYPE = torch.bfloat16
 """How packed weights must be stored: FSDP gathers a block as one buffer, so they need the type of its norms."""
 

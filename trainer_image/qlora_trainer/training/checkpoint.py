@@ -1,8 +1,7 @@
 """Checkpoints on disk: each is there whole and verified, or not at all; changes with their format.
 
 `checkpoints/step-N/` holds safetensors files, `state.json`, and `manifest.json` with the SHA-256 of each. It is written
-beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code.
-"""
+beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code."""
 
 import errno
 import json
@@ -24,10 +23,8 @@ KEPT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CORRUPT = ".corrupt"
-
 # What a damaged checkpoint answers. Anything else, as a network volume that is away, may pass.
 _DAMAGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO})
-
 _NAME = re.compile(r"step-(\d+)")
 _log = logging.getLogger(__name__)
 

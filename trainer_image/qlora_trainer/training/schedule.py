@@ -1,4 +1,4 @@
-"""Which sequences an optimizer step sees, and how they become one batch on the device."""
+"""Which sequences each optimizer step sees, drawn from the seed."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

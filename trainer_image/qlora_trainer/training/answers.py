@@ -1,4 +1,4 @@
-"""Lets the model answer some prompts without and with the adapter, so that people can see what training changed."""
+"""Generates answers to some prompts without and with the adapter, for the report."""
 
 import json
 import logging

@@ -1,7 +1,6 @@
 """The train step's attempts: at most one at a time, and no more of them than the job's budget allows.
 
-Kubernetes restarts an evicted or deleted pod without counting, so the count is kept here, in the workspace.
-"""
+Kubernetes restarts an evicted or deleted pod without counting, so the count is kept here, in the workspace."""
 
 import fcntl
 import json
@@ -24,7 +23,6 @@ from qlora_trainer.core.records import timestamp
 ATTEMPTS_FILE = "attempts.jsonl"
 LOCK_FILE = "train.lock"
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 5
-
 _log = logging.getLogger(__name__)
 
 

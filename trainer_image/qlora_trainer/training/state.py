@@ -10,18 +10,51 @@ import torch
 from torch import nn
 
 from qlora_api.contract import ProgressRecord
-from qlora_trainer.batches import Plan
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.determinism import Fingerprint
-from qlora_trainer.distributed import Ranks
-from qlora_trainer.divergence import Stability
-from qlora_trainer.metrics import Pace
 from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.quantized import Storage
 from qlora_trainer.report.metrics_log import History
+from qlora_trainer.training.divergence import Stability
+from qlora_trainer.training.fingerprint import Fingerprint
+from qlora_trainer.training.ranks import Ranks
+from qlora_trainer.training.schedule import Plan
+
+# Weight of the newest step in the running mean: about the last ten steps count.
+_NEWEST = 0.2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the run goes, without start-up, evaluations and saving."""
+
+    seconds_per_step: float | None = None
+    tokens_per_second: float | None = None
+    seconds_per_evaluation: float = 0.0
+
+    def after_step(self, seconds: float, tokens: int) -> "Pace":
+        """The pace after another step of `tokens` useful tokens (there is no padding)."""
+        return Pace(
+            _running_mean(self.seconds_per_step, seconds),
+            _running_mean(self.tokens_per_second, tokens / seconds if seconds > 0 else 0.0),
+            self.seconds_per_evaluation,
+        )
+
+    def after_evaluation(self, seconds: float) -> "Pace":
+        """The pace after an evaluation."""
+        return Pace(self.seconds_per_step, self.tokens_per_second, seconds)
+
+    def remaining_seconds(self, steps: int, evaluations: int) -> float | None:
+        """Seconds for so many more steps and evaluations; None before the first step is done."""
+        if self.seconds_per_step is None:
+            return None
+        return steps * self.seconds_per_step + evaluations * self.seconds_per_evaluation
+
+
+def _running_mean(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + _NEWEST * (value - mean)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ over a second way, in main memory (gloo), so that no GPU is waited for and a los
 At an equal global batch, several processes compute what one does but for the order in which numbers are added: losses
 and gradient norms are equal within 1e-4 of their size, each tensor of the adapter within 1e-3 of its norm. A base that
 is spread over as many processes changes losses and gradient norms by 1e-5 at most. That is without dropout, of which
-each process draws its own.
-"""
+each process draws its own."""
 
 import json
 import logging
@@ -28,20 +27,17 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
 from qlora_trainer.core.outcome import classify
-from qlora_trainer.launch import Others, Place
+from qlora_trainer.training.launch import Others, Place
 
 TIMEOUT = timedelta(minutes=30)
 """For which a process waits for the others: loading a large model and saving on a slow volume take minutes."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in parts of this size, as in PyTorch's DDP (arXiv 2006.15704): so much memory it costs."""
-
 _FAILURE = "failure"
 _JOINED = "joined"
 _SECONDS_BETWEEN_LOOKS = 0.1
 _LOOKS = 50
-
 _log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 
