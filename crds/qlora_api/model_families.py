@@ -102,7 +102,7 @@ def _gpt_neox(w: Widths) -> Linears:
     }
 
 
-# The counts were read off live bytes of the real layers without weights (qlora_trainer.dry_run), over shapes with wide
+# The counts were read off live bytes of the real layers without weights (benchmarks.dry_run), over shapes with wide
 # and with narrow MLPs; a test repeats it for each family. Where hidden and query width were not varied apart, the
 # query's share is that of Llama.
 _LLAMA = Family(

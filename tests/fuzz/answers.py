@@ -20,9 +20,9 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.examples import Conversation, Message, ToolCall
+from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.stores.oci import Registry
 from qlora_trainer.stores.s3 import ObjectFolder
-from qlora_trainer.verify import verify_config
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.target import Target
 from tests.trainer.tiny import CHATML, save_tokenizer

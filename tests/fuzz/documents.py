@@ -13,9 +13,9 @@ from qlora_operator.observe import Pod
 from qlora_operator.progress import latest_record
 from qlora_operator.settings import SettingsError, load_settings
 from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, choose_data_files, read_card
-from qlora_trainer.manifest import parse_manifest
 from qlora_trainer.model.memory_fit import read_shape
 from qlora_trainer.model.source import refuse_code, weight_files
+from qlora_trainer.publishing.manifest import parse_manifest
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.oci import parse_layers
 from tests.fuzz.target import Target

@@ -82,7 +82,7 @@ FULL_CARD = """
 import os
 if os.environ.get("RANK") == "1":
     import torch
-    from qlora_trainer import loop
+    from qlora_trainer.training import loop
     loss = loop.batch_loss
     def batch_loss(model, batch):
         if len(batch.rows.lengths) > {rows}:

@@ -130,7 +130,7 @@ def test_sigterm_on_one_node_saves_once_and_ends_both_and_the_resume_is_exact(
 CRASH_AT_THE_END = """
 import os
 if os.environ.get("RANK") == "1":
-    from qlora_trainer import process
+    from qlora_trainer.core import process
     process.ignore_termination = lambda: os._exit(99)
 """
 

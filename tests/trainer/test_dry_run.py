@@ -4,11 +4,11 @@ import pytest
 import transformers as hf
 from transformers import PretrainedConfig
 
+from benchmarks.dry_run import DryRun, dry_run
 from qlora_api.memory import TrainingShape, estimate
 from qlora_api.model_families import FAMILIES
 from qlora_api.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.dry_run import DryRun, dry_run
 
 LLAMAS = {
     "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},

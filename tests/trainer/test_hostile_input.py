@@ -20,13 +20,13 @@ from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.hub_destination import HubDestination
-from qlora_trainer.manifest import parse_manifest
 from qlora_trainer.model.unsupported import entries
-from qlora_trainer.object_destination import ObjectDestination
+from qlora_trainer.publishing.hub_repository import HubDestination
+from qlora_trainer.publishing.manifest import parse_manifest
+from qlora_trainer.publishing.s3_folder import ObjectDestination
+from qlora_trainer.publishing.verify import verify_config
+from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.training.checkpoint import newest_checkpoint
-from qlora_trainer.verify import verify_config
-from qlora_trainer.volume_folder import VolumeFolder
 from tests.trainer.fake_hub import FakeHub, serve
 from tests.trainer.hostile import Payload, bounded
 from tests.trainer.publication import MANIFEST

@@ -26,8 +26,8 @@ from qlora_trainer.model.batch import read_batch
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.quantized import quantized_layers
 from qlora_trainer.model.support import inspect_family
+from qlora_trainer.publishing.verify import verify_adapter
 from qlora_trainer.report.serving import refused_by_vllm, served_rank
-from qlora_trainer.verify import verify_adapter
 from tests.trainer.test_families import FAMILIES
 from tests.trainer.test_loss import CPU
 from tests.trainer.test_model import adapted

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Phi3C
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.training import QuantizationSpec
-from qlora_trainer import publish_merged
 from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -34,7 +33,8 @@ from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.merge import BYTES_PER_ENTRY, merged_bytes, merged_model, write_merged
 from qlora_trainer.model.quantized import QuantizedWeights, keep_quantized, layers_sha256, quantized_layers
 from qlora_trainer.publish import publish
-from qlora_trainer.publish_merged import merge
+from qlora_trainer.publishing import merged as publish_merged
+from qlora_trainer.publishing.merged import merge
 from qlora_trainer.training import held_out
 from tests.trainer.test_families import FAMILIES
 from tests.trainer.test_report import Page

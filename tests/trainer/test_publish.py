@@ -23,11 +23,11 @@ from qlora_trainer.clean import clean
 from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.manifest import Manifest
 from qlora_trainer.prepare import prepare
 from qlora_trainer.publish import publish
+from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.stores.contents import describe_files
-from qlora_trainer.volume_folder import VolumeFolder
 from tests.trainer.command import ROWS, Files
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded

@@ -19,7 +19,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.prepare import prepare
-from qlora_trainer.registry_destination import RegistryDestination
+from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.stores import oci
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.oci import MANIFEST_TYPE

@@ -27,11 +27,11 @@ from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.data.build import Dataset, libraries, read_dataset, same_data
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.prepared import FORMAT_VERSION, MANIFEST
-from qlora_trainer.destination import check_destination, destinations
 from qlora_trainer.model.downloads import PARTIAL, open_model_source
 from qlora_trainer.model.memory_fit import memory_status, read_shape, require_fit, training_shape
 from qlora_trainer.model.source import CONFIG, TOKENIZER_FILES, DownloadedModel, refuse_code
 from qlora_trainer.model.support import Family, inspect_family
+from qlora_trainer.publishing.destination import check_destination, destinations
 from qlora_trainer.report.serving import refused_by_vllm
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token

@@ -18,15 +18,14 @@ from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter, timestamp
-from qlora_trainer.destination import Destination, is_published, open_destination, publish_folder
-from qlora_trainer.manifest import Manifest
-from qlora_trainer.provenance import require_own_training
-from qlora_trainer.publish_merged import publish_merged, still_published
+from qlora_trainer.publishing.destination import Destination, is_published, open_destination, publish_folder
+from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.merged import publish_merged, still_published
+from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.report.card import model_card, quantization_label
 from qlora_trainer.report.page import write_report
 from qlora_trainer.report.serving import served_rank
 from qlora_trainer.stores.contents import Contents, describe_files
-from qlora_trainer.verify import verify_adapter
 
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 

@@ -1,7 +1,6 @@
 """The part of publish that a job with output.merged asks for: the merged model written, tried out and published.
 
-It comes after the adapter is published, so that a merge for which there is no room costs nothing but itself.
-"""
+It comes after the adapter is published, so that a merge for which there is no room costs nothing but itself."""
 
 import hashlib
 import shutil
@@ -21,13 +20,13 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_FILE, CARD_FILE
 from qlora_trainer.core.filesystem import require_space
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.destination import open_destination, publish_folder, refuse_occupied
-from qlora_trainer.manifest import Manifest
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, write_merged
 from qlora_trainer.model.quantized import QuantizedWeights, is_kept
 from qlora_trainer.model.source import TOKENIZER_FILES
+from qlora_trainer.publishing.destination import open_destination, publish_folder, refuse_occupied
+from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.report.card import quantization_label
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.training.held_out import mean_loss, read_compared

@@ -6,7 +6,7 @@ from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
 from qlora_trainer.core.file_names import MANIFEST_FILE
-from qlora_trainer.manifest import Manifest, parse_manifest
+from qlora_trainer.publishing.manifest import Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.oci import MAX_MANIFEST_BYTES, Artefact, Blob, Registry, digest_of

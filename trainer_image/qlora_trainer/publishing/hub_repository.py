@@ -10,7 +10,7 @@ from qlora_api.sources import HubSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
 from qlora_trainer.core.file_names import MANIFEST_FILE
-from qlora_trainer.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.hub import Hub, Listing
 from qlora_trainer.stores.retry import read_back

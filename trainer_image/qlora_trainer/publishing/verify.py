@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,10 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord
+from qlora_trainer.core.context import Device, StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artefact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import tensor_dtype, whole_modules
+from qlora_trainer.training.fingerprint import digest, run_fingerprint
+from qlora_trainer.training.schedule import Plan
 
 _B_SUFFIX = ".lora_B.weight"
 # It names every trained layer: some 50 KB for the largest models.
@@ -190,3 +195,24 @@ def _wrong_adapter(what: str) -> StepFailure:
     return StepFailure(
         ExitCode.INTERNAL_ERROR, f"{what}: this is a defect of the trainer, please report it; nothing was published"
     )
+
+
+def require_own_training(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> None:
+    """Raise StepFailure (UNSAFE_ARTEFACT) unless the record of training is of this spec, data and number of steps."""
+    path = context.workspace.completion("train")
+    # Publish runs without a GPU and need not know what training ran on.
+    fingerprints = {
+        digest(run_fingerprint(context.spec, prepared, device, trained.ranks)) for device in get_args(Device)
+    }
+    if trained.fingerprint not in fingerprints:
+        raise unsafe_artefact(
+            f"{path} is of another run: model, data, settings or versions differ from this job's, so its adapter "
+            "is not published; create the job again, with one version of the trainer from its start to its end"
+        )
+    sequences = len(PreparedDataset.open(context.workspace.root / prepared.data_path, "train"))
+    planned = Plan.of(sequences, context.spec.training).total_steps
+    if trained.training_step != planned:
+        raise unsafe_artefact(
+            f"{path} says {trained.training_step} optimizer steps, but this job has {planned}: an adapter that is not "
+            "trained to the end is not published; delete the file and run the train step again"
+        )

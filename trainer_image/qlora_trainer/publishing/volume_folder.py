@@ -8,7 +8,7 @@ from pathlib import Path
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import MANIFEST_FILE
 from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
-from qlora_trainer.manifest import Manifest, read_manifest
+from qlora_trainer.publishing.manifest import Manifest, read_manifest
 from qlora_trainer.stores.contents import Contents
 
 

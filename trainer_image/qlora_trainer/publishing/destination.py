@@ -8,13 +8,13 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.paths import confined
-from qlora_trainer.hub_destination import HubDestination
-from qlora_trainer.manifest import Manifest
-from qlora_trainer.object_destination import ObjectDestination
-from qlora_trainer.registry_destination import RegistryDestination
+from qlora_trainer.publishing.hub_repository import HubDestination
+from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.oci_artifact import RegistryDestination
+from qlora_trainer.publishing.s3_folder import ObjectDestination
+from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.oci import require_allowed
-from qlora_trainer.volume_folder import VolumeFolder
 
 
 class Destination(Protocol):
