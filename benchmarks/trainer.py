@@ -55,7 +55,7 @@ def prepared_context(folder: Path, model: Path, training: dict[str, Any], lora: 
 
 def train_here(context: StepContext) -> None:
     """The train step, in this process."""
-    from qlora_trainer.train import train
+    from qlora_trainer.steps.train import train
 
     train(
         context,

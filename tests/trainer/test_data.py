@@ -18,7 +18,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.statistics import DataStatistics
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from tests.trainer.bad_data.case import GOOD
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fake_hub import OTHER_COMMIT, FakeHub, serve

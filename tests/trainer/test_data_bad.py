@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from tests.trainer.bad_data import CORPUS, BadData
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded

@@ -18,7 +18,7 @@ from qlora_trainer.core import environment
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data import build, tokenize
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from tests.trainer.command import TIMEOUT_S, Files, new_files
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import POD_UID, Recorded, chat_row, write_rows

@@ -11,7 +11,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.chat_template import answer_span
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import CHATML, SHAPE, Recorded, chat_row, save_model, write_rows
 

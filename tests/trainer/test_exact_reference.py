@@ -31,7 +31,7 @@ from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.fused_lora import FusedLora
 from qlora_trainer.model.loss import batch_loss, summed_loss
 from qlora_trainer.model.support import inspect_family
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training import loop
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows

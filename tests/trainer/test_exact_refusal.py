@@ -17,7 +17,7 @@ from qlora_trainer.core import environment
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training import fingerprint
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows

@@ -17,7 +17,7 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.endpoints import server_address
 from tests.trainer.command import Done, Files, new_files
 from tests.trainer.conftest import MakeContext
@@ -196,7 +196,9 @@ def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
     log = tmp_path / "records" / "prepare.log"
     log.parent.mkdir()
     log.symlink_to(tmp_path / "not-there")
-    program = "import pathlib, sys; from qlora_trainer.core import process; process.log_to(pathlib.Path(sys.argv[1]), 'a')"
+    program = (
+        "import pathlib, sys; from qlora_trainer.core import process; process.log_to(pathlib.Path(sys.argv[1]), 'a')"
+    )
     subprocess.run([sys.executable, "-c", program, str(log)], check=True)
     assert log.read_text() == "a\n"
     assert not log.is_symlink()

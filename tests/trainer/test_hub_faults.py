@@ -11,7 +11,7 @@ from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import hub as hub_module
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fake_hub import COMMIT, FakeHub, Refusal, serve

@@ -32,9 +32,9 @@ from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.merge import BYTES_PER_ENTRY, merged_bytes, merged_model, write_merged
 from qlora_trainer.model.quantized import QuantizedWeights, keep_quantized, layers_sha256, quantized_layers
-from qlora_trainer.publish import publish
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.merged import merge
+from qlora_trainer.steps.publish import publish
 from qlora_trainer.training import held_out
 from tests.trainer.test_families import FAMILIES
 from tests.trainer.test_report import Page

@@ -22,7 +22,7 @@ from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.build import wanted_part
 from qlora_trainer.data.files import DataFiles
 from qlora_trainer.data.locate import find_data
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import s3 as s3_store
 from qlora_trainer.stores.s3 import ObjectFolder, StoredObject
 from tests.trainer.conftest import MakeContext

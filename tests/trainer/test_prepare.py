@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, decode_record
 from qlora_api.training import LoraSpec
-from qlora_trainer import prepare as step
 from qlora_trainer.core.completion import PrepareRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.sampling import hold_out
 from qlora_trainer.model.support import Family
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps import prepare as step
+from qlora_trainer.steps.prepare import prepare
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
 

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from tests.trainer.command import new_files
 from tests.trainer.conftest import MakeContext
 from tests.trainer.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Refusal, serve

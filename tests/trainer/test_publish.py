@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_api.contract import ExitCode, ProgressRecord, WorkspaceLayout, decode_record
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from qlora_trainer.clean import clean
 from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.prepare import prepare
-from qlora_trainer.publish import publish
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.publishing.volume_folder import VolumeFolder
+from qlora_trainer.steps.clean import clean
+from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.steps.publish import publish
 from qlora_trainer.stores.contents import describe_files
 from tests.trainer.command import ROWS, Files
 from tests.trainer.conftest import MakeContext

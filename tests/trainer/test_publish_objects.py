@@ -18,11 +18,11 @@ from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.model.merge import write_merged
-from qlora_trainer.publish import publish as publish_step
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.destination import publish_folder
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.publishing.s3_folder import ObjectDestination
+from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import s3 as s3_store
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.s3 import ObjectFolder

@@ -21,10 +21,10 @@ from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.publish import publish as publish_step
 from qlora_trainer.publishing.destination import publish_folder
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
+from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import oci
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.oci import Registry

@@ -18,8 +18,8 @@ from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.prepare import prepare
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
+from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import oci
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.oci import MANIFEST_TYPE

@@ -15,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
-from qlora_trainer.prepare import prepare
+from qlora_trainer.steps.prepare import prepare
 from tests.trainer.conftest import MakeContext
 from tests.trainer.tiny import Recorded, chat_row, write_rows
 from tests.trainer.training import Lost, LostAtStep, StopAtStep, history, prepared, run

@@ -19,7 +19,7 @@ from qlora_trainer.data.packing import one_row_each, pack
 from qlora_trainer.data.prepared import split_file, write_split
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
 from qlora_trainer.model.support import inspect_family
-from qlora_trainer.train import train
+from qlora_trainer.steps.train import train
 from tests.trainer.tiny import JOB_UID, POD_UID, Recorded, merged
 
 ROW_LENGTHS = (9, 14, 5, 21, 12, 30, 7, 16, 25, 11, 18, 6, 13, 28, 10, 22)

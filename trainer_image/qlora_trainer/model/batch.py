@@ -9,12 +9,14 @@ from torch.nn.functional import pad
 
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset, Sequence
 from qlora_trainer.model.attention import Rows
-from qlora_trainer.training.schedule import MicroBatch
 
 # On a CPU each number of tokens costs: a tenth of a second and more until oneDNN has code for its products, and memory
 # between blocks that are all of other sizes. Long batches are filled up, by 3 % on average, so that there are few.
 _FILLED_FROM_TOKENS = 512
 _TOKENS_MULTIPLE = 64
+
+MicroBatch = tuple[int, ...]
+"""Indices of the sequences in one forward pass."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.report.history import History, read_history
-from qlora_trainer.report.samples import read_samples
+from qlora_trainer.report.samples import MAX_NEW_TOKENS, read_samples
 from qlora_trainer.report.serving import refused_by_vllm, served_rank, serving_commands
-from qlora_trainer.training.answers import MAX_NEW_TOKENS
 
 _GIB = 2**30
 

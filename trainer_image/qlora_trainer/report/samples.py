@@ -7,6 +7,9 @@ from pydantic import Field, ValidationError
 
 from qlora_api.schema import ObservedModel
 
+MAX_NEW_TOKENS = 64
+"""The longest sample answer."""
+
 _LOG = logging.getLogger(__name__)
 
 

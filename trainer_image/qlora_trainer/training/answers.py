@@ -14,9 +14,8 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.model.base import COMPUTE_DTYPE
-from qlora_trainer.report.samples import Sample, Samples
+from qlora_trainer.report.samples import MAX_NEW_TOKENS, Sample, Samples
 
-MAX_NEW_TOKENS = 64
 _MAX_PROMPT_TOKENS = 1024
 _LOG = logging.getLogger(__name__)
 

@@ -14,14 +14,13 @@ from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_tensors, restore_adapter
 from qlora_trainer.model.base import COMPUTE_DTYPE
-from qlora_trainer.model.batch import Batch, read_batch
+from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.training.checkpoint import Checkpoint, save_checkpoint
 from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.divergence import Stability, cleared, has_diverged
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from qlora_trainer.training.out_of_memory import is_shortage
-from qlora_trainer.training.schedule import MicroBatch
 from qlora_trainer.training.state import Run, RunState, report
 
 _log = logging.getLogger(__name__)

@@ -8,9 +8,7 @@ import numpy
 from numpy.typing import NDArray
 
 from qlora_api.training import TrainingSpec
-
-MicroBatch = tuple[int, ...]
-"""Indices of the sequences in one forward pass."""
+from qlora_trainer.model.batch import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from qlora_trainer.report.serving import served_rank
 from qlora_trainer.stores.contents import Contents, describe_files
 
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
-
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
 
 
