@@ -16,8 +16,7 @@ from kubernetes.aio import client, config
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
-from qlora_operator.observe import Object, QLoRAJob
-from qlora_operator.progress import TAIL_BYTES, TAIL_LINES
+from qlora_operator.decisions.observe import Object, QLoRAJob
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +25,8 @@ _TIMEOUT = aiohttp.ClientTimeout(total=15, connect=5)
 # A log comes from a node, by way of the API server: one that is slow is not worth waiting for.
 _LOG_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
 _PAGE = "500"
+_TAIL_LINES = 40
+_TAIL_BYTES = 64 * 1024
 _SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
@@ -141,7 +142,7 @@ class Cluster:
     async def read_log(self, namespace: str, pod: str) -> str | None:
         """The end of the trainer's log, at most some lines and bytes; None if it cannot be read now."""
         # Without the container's name the server refuses, should something have put a sidecar into the pod.
-        query = [("container", TRAINER_CONTAINER), ("tailLines", str(TAIL_LINES)), ("limitBytes", str(TAIL_BYTES))]
+        query = [("container", TRAINER_CONTAINER), ("tailLines", str(_TAIL_LINES)), ("limitBytes", str(_TAIL_BYTES))]
         try:
             path = f"{_CORE}/namespaces/{namespace}/pods/{pod}/log"
             data = await self._request("GET", path, query=query, timeout=_LOG_TIMEOUT)

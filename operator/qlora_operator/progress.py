@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from qlora_api.contract import ProgressRecord, decode_record
 from qlora_api.status import QLoRAJobStatus, StepName
-from qlora_operator.figures import with_progress
-from qlora_operator.observe import Observed, Pod, QLoRAJob
+from qlora_operator.decisions.figures import with_progress
+from qlora_operator.decisions.observe import Observed, Pod, QLoRAJob
 from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -15,8 +15,6 @@ logger = logging.getLogger(__name__)
 READS_PER_SECOND = 20.0
 SECONDS_BETWEEN_READS = 10.0
 SECONDS_AFTER_FAILURE = 60.0
-TAIL_LINES = 40
-TAIL_BYTES = 64 * 1024
 
 ReadLog = Callable[[str, str], Awaitable[str | None]]
 """(namespace, pod) -> the end of its log; None if it cannot be read."""

@@ -9,14 +9,22 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RefusedError
-from qlora_operator.conditions import is_true
-from qlora_operator.events import phase_event, unreadable_event
-from qlora_operator.manifests import build_claim, build_job
+from qlora_operator.decisions.conditions import is_true
+from qlora_operator.decisions.events import phase_event, unreadable_event
+from qlora_operator.decisions.manifests import build_claim, build_job
+from qlora_operator.decisions.observe import (
+    Object,
+    QLoRAJob,
+    Reason,
+    UnreadableJobError,
+    controller_uid,
+    observe,
+    parse_job,
+)
+from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
+from qlora_operator.decisions.status import Facts, cleanup_at, next_status, with_child, with_refusal
 from qlora_operator.metrics import Metrics
-from qlora_operator.observe import Object, QLoRAJob, Reason, UnreadableJobError, controller_uid, observe, parse_job
-from qlora_operator.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
 from qlora_operator.progress import ProgressReader
-from qlora_operator.status import Facts, cleanup_at, next_status, with_child, with_refusal
 from qlora_operator.workqueue import Key, RetryError
 
 logger = logging.getLogger(__name__)

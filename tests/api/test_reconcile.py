@@ -19,8 +19,8 @@ from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ResultRecord, encode_record
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
 from qlora_operator.cluster import Cluster
+from qlora_operator.decisions.observe import Object
 from qlora_operator.metrics import Metrics
-from qlora_operator.observe import Object
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.workqueue import Key, RetryError
 from tests.unit.builders import PROFILES

@@ -11,8 +11,8 @@ from qlora_api.contract import ProgressRecord, ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_claim_name, workspace_folder
 from qlora_api.profile import Profile
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
-from qlora_operator.observe import Observed, QLoRAJob, format_time, observe, parse_job
-from qlora_operator.status import Facts, next_status
+from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe, parse_job
+from qlora_operator.decisions.status import Facts, next_status
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 NAME = "tune"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_operator.observe import UnreadableJobError, observe, parse_job
-from qlora_operator.waiting import hindrance
+from qlora_operator.decisions.blockers import hindrance
+from qlora_operator.decisions.observe import UnreadableJobError, observe, parse_job
 from tests.unit.builders import (
     NAME,
     NOW,

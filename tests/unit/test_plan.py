@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.plan import Action, CreateClaim, CreateJob, DeleteJob, Plan, plan
-from qlora_operator.status import next_status
+from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, Plan, plan
+from qlora_operator.decisions.status import next_status
 from tests.unit.builders import (
     NAME,
     after,

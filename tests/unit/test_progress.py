@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from qlora_api.contract import ProgressRecord, encode_record
-from qlora_operator.figures import format_duration
-from qlora_operator.observe import Pod
+from qlora_operator.decisions.figures import format_duration
+from qlora_operator.decisions.observe import Pod
 from qlora_operator.progress import READS_PER_SECOND, ProgressReader, ReadSchedule, latest_record
 from tests.unit.builders import NAME, NOW, UID, child, make_job, pod, progress, running, seen, status_in
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from qlora_operator.cluster import ClusterError, RefusedError
-from qlora_operator.events import phase_event
+from qlora_operator.decisions.events import phase_event
 from qlora_operator.resync import Identity, Resync, WatchMonitor
 from tests.unit.builders import NOW, UID, VirtualLoop, after, child, failed, follow, make_job, pod, running, status_in
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from qlora_api.status import MergedStatus, QLoRAJobStatus
-from qlora_operator.observe import Reason
-from qlora_operator.status import cleanup_at, next_status, with_child, with_refusal
+from qlora_operator.decisions.observe import Reason
+from qlora_operator.decisions.status import cleanup_at, next_status, with_child, with_refusal
 from tests.unit.builders import (
     ADAPTER,
     FOUND,

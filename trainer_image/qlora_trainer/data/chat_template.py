@@ -3,7 +3,8 @@
 An example is rendered as one text in which the spans to learn are known by their offsets. The text is tokenized as a
 whole, and a token is a target if any of its characters lies inside such a span: the first token of an answer may begin
 with the blank that ends the prompt. No token is judged by its id: the padding id is often
-that of the end of text."""
+that of the end of text.
+"""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,8 @@
 """Chooses the files of a hub data set that are a configuration and split of it; changes with the hub's layouts.
 
 The layouts are those of https://huggingface.co/docs/hub/datasets-data-files-configuration: `configs` in the card
-(README.md), else file and folder names that say the split."""
+(README.md), else file and folder names that say the split.
+"""
 
 import re
 from collections.abc import Collection, Mapping, Sequence

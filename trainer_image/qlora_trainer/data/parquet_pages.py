@@ -1,7 +1,8 @@
 """Says how large the pages of a Parquet file get when they are decompressed; changes with the format's page headers.
 
 A reader takes as much memory for a page as the page's own header says, and copies a value of a dictionary for every row
-that has it. The footer tells the one without being held to it, and the other not at all."""
+that has it. The footer tells the one without being held to it, and the other not at all.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,7 +7,8 @@ A data folder holds `train.safetensors`, `eval.safetensors` where rows are held 
     segment_offsets  int64 [sequences + 1]   where a sequence begins in `segment_lengths`
     input_ids        int32 [tokens]          all sequences, one after the other, without padding
     segment_lengths  int32 [rows]            tokens of each row, in the order of the tokens
-    is_target        uint8 [tokens]          1 where the token counts in the loss"""
+    is_target        uint8 [tokens]          1 where the token counts in the loss
+"""
 
 import json
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """Turns rows into chunks of tokens with all cores, and goes on where an interrupted attempt stopped.
 
 Rows are put into chunks by their number and size alone, so that a chunk holds the same whoever makes it, and when. A
-chunk that is on disk is not made again."""
+chunk that is on disk is not made again.
+"""
 
 import multiprocessing
 import os

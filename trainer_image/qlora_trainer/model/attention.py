@@ -2,7 +2,8 @@
 
 Rows stand one after the other on a single batch row, without padding. Each token sees the tokens before it in its own
 row and nothing of the others, so a batch of several rows equals as many batches of one. No attention mask exists: with
-a mask transformers would decide by itself what a token sees."""
+a mask transformers would decide by itself what a token sees.
+"""
 
 from dataclasses import dataclass
 from itertools import accumulate

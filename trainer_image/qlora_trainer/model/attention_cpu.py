@@ -1,7 +1,8 @@
 """Causal attention within rows on a CPU, as one differentiable operation; changes with PyTorch's kernel for CPUs.
 
 The kernel takes one row at a time. Called through autograd, every row would be cut out, filled up and joined by
-operations of its own, three times over with checkpoints."""
+operations of its own, three times over with checkpoints.
+"""
 
 from typing import Any, cast
 

@@ -2,7 +2,8 @@
 
 PEFT computes the base's product, copies it, scales the adapter's product into a third tensor and adds both into a
 fourth. Here the adapter's product is added where the base's lies, and so are their gradients in backward, which
-dequantizes the weight again instead of keeping it. Only rounding differs: to 16 bit, it happens less often."""
+dequantizes the weight again instead of keeping it. Only rounding differs: to 16 bit, it happens less often.
+"""
 
 from typing import Any, cast
 

@@ -6,7 +6,8 @@ which would round off most of what was learnt.
 Memory, besides what the process holds before: a file's tensors (`SHARD_BYTES`, or one tensor if that is larger) and
 `BYTES_PER_ENTRY` bytes for each entry of the largest layer, and what the allocator keeps of freed pieces below 32 MiB.
 To try the model out takes less: its weights are mapped, and a layer at a time is copied. What is mapped the kernel can
-drop."""
+drop.
+"""
 
 import json
 import math

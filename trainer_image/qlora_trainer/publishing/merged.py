@@ -1,6 +1,7 @@
 """The part of publish that a job with output.merged asks for: the merged model written, tried out and published.
 
-It comes after the adapter is published, so that a merge for which there is no room costs nothing but itself."""
+It comes after the adapter is published, so that a merge for which there is no room costs nothing but itself.
+"""
 
 import hashlib
 import shutil

@@ -1,7 +1,8 @@
 """Writes a run's metrics for the tools that teams compare runs with: TensorBoard, MLflow, Weights & Biases.
 
 Training has no network: each tool writes files below `report/` of the workspace, which its own server or command reads
-or uploads later. Outside a pod its own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE) may name a server."""
+or uploads later. Outside a pod its own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE) may name a server.
+"""
 
 import importlib.util
 import logging

@@ -1,6 +1,7 @@
 """The train step's attempts: at most one at a time, and no more of them than the job's budget allows.
 
-Kubernetes restarts an evicted or deleted pod without counting, so the count is kept here, in the workspace."""
+Kubernetes restarts an evicted or deleted pod without counting, so the count is kept here, in the workspace.
+"""
 
 import fcntl
 import json

@@ -3,7 +3,8 @@
 A jump of the loss alone proves nothing: a curriculum has one wherever harder rows begin, and small batches have many.
 What is certain is the comparison that an adapter allows: the base model without it, on the same rows. So a cheap test
 at every step raises the suspicion, and when it has lasted for the job's patience, that comparison decides; and so it
-does after a last step that is suspect, or raises the loss of its own rows, which no later step would show."""
+does after a last step that is suspect, or raises the loss of its own rows, which no later step would show.
+"""
 
 import math
 from dataclasses import dataclass, replace

@@ -1,6 +1,7 @@
 """Starts the other processes of a run with several GPUs in the same pod, and sees that none outlives it.
 
-What started this process may have done that already: torchrun, on one node or several. Then its environment says so."""
+What started this process may have done that already: torchrun, on one node or several. Then its environment says so.
+"""
 
 import ctypes
 import logging

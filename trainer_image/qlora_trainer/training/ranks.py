@@ -7,7 +7,8 @@ over a second way, in main memory (gloo), so that no GPU is waited for and a los
 At an equal global batch, several processes compute what one does but for the order in which numbers are added: losses
 and gradient norms are equal within 1e-4 of their size, each tensor of the adapter within 1e-3 of its norm. A base that
 is spread over as many processes changes losses and gradient norms by 1e-5 at most. That is without dropout, of which
-each process draws its own."""
+each process draws its own.
+"""
 
 import json
 import logging

@@ -2,7 +2,8 @@
 
 Each process keeps a part of every decoder block and gathers a block's whole weights while it computes with them. Only
 frozen weights are spread: the adapter stays whole in each process, because bitsandbytes' optimizers take no sharded
-tensors, and its gradients are summed as without sharding. The embeddings and the output layer stay whole too."""
+tensors, and its gradients are summed as without sharding. The embeddings and the output layer stay whole too.
+"""
 
 import logging
 from itertools import chain

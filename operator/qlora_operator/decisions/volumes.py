@@ -7,10 +7,9 @@ from qlora_api.contract import SPEC_ANNOTATION
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.observe import QLoRAJob
+from qlora_operator.decisions.observe import QLoRAJob
 
 Manifest = dict[str, Any]
-
 _WORKSPACE = "workspace"
 _TEMPORARY_SIZE = "4Gi"
 # Processes on several GPUs exchange data through it (NCCL), and runtimes give a container 64 MiB. Counts as memory.

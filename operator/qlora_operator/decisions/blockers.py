@@ -2,11 +2,10 @@
 
 from datetime import datetime, timedelta
 
-from qlora_operator.observe import ChildJob, Observed, Pod, Reason
+from qlora_operator.decisions.observe import ChildJob, Observed, Pod, Reason
 
 NO_POD_AFTER = timedelta(seconds=60)
 STUCK_AFTER = timedelta(seconds=60)
-
 # What the kubelet reports while a container cannot start, and the remedy.
 _REMEDIES = {
     "ImagePullBackOff": "check the image and the pull secrets of the profile",

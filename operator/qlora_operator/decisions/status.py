@@ -9,11 +9,19 @@ from qlora_api.contract import CONTRACT_VERSION, ExitCode, ProgressRecord, Resul
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Profile
 from qlora_api.status import FailureStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
-from qlora_operator.attempts import active_seconds, count_attempts, describe_failure
-from qlora_operator.conditions import ConditionType, Value, condition, is_finished, is_true, phase_of, with_condition
-from qlora_operator.figures import with_known_facts, with_progress, with_training_facts, without_remaining
-from qlora_operator.observe import ChildJob, Observed, QLoRAJob, Reason, format_time, parse_time
-from qlora_operator.waiting import hindrance
+from qlora_operator.decisions.attempts import active_seconds, count_attempts, describe_failure
+from qlora_operator.decisions.blockers import hindrance
+from qlora_operator.decisions.conditions import (
+    ConditionType,
+    Value,
+    condition,
+    is_finished,
+    is_true,
+    phase_of,
+    with_condition,
+)
+from qlora_operator.decisions.figures import with_known_facts, with_progress, with_training_facts, without_remaining
+from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob, Reason, format_time, parse_time
 
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
 _DONE: dict[StepName, ConditionType] = {"prepare": "Prepared", "train": "Trained"}

@@ -10,11 +10,10 @@ from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, child_job_nam
 from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.status import Resolved, StepName
 from qlora_api.v1alpha1 import API_VERSION, KIND
-from qlora_operator.observe import QLoRAJob
-from qlora_operator.volumes import mounts_and_volumes
+from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.volumes import mounts_and_volumes
 
 Manifest = dict[str, Any]
-
 _SHORT_GRACE_SECONDS = 30
 _UNDISTURBED = {
     # A running step is not moved for the sake of packing nodes better, and no proxy keeps its pod alive.

@@ -12,7 +12,6 @@ from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec
 
 Object = Mapping[str, Any]
-
 _INTERRUPTED = 143
 
 

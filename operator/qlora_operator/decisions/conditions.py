@@ -5,7 +5,7 @@ from typing import Literal
 
 from qlora_api.printable import one_line
 from qlora_api.status import MAX_MESSAGE_LENGTH, Condition, Phase, QLoRAJobStatus
-from qlora_operator.observe import Reason, format_time
+from qlora_operator.decisions.observe import Reason, format_time
 
 ConditionType = Literal[
     "Prepared", "Trained", "Succeeded", "Failed", "Suspended", "Reconciling", "Ready", "Stalled", "CleanedUp"

@@ -6,8 +6,8 @@ from typing import Any
 
 from qlora_api.status import QLoRAJobStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
-from qlora_operator.conditions import condition, truncate
-from qlora_operator.observe import QLoRAJob, format_time
+from qlora_operator.decisions.conditions import condition, truncate
+from qlora_operator.decisions.observe import QLoRAJob, format_time
 
 _COMPONENT = "qlora-operator"
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from qlora_api.status import QLoRAJobStatus, StepName
-from qlora_operator.attempts import active_seconds
-from qlora_operator.conditions import is_finished, is_true
-from qlora_operator.observe import ChildJob, Observed, QLoRAJob
-from qlora_operator.status import clean_job_name, cleanup_at
-from qlora_operator.waiting import no_pod_at, stuck_at
+from qlora_operator.decisions.attempts import active_seconds
+from qlora_operator.decisions.blockers import no_pod_at, stuck_at
+from qlora_operator.decisions.conditions import is_finished, is_true
+from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
+from qlora_operator.decisions.status import clean_job_name, cleanup_at
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from datetime import datetime
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
-from qlora_operator.conditions import truncate
-from qlora_operator.figures import with_saved_step
-from qlora_operator.observe import Observed, Pod, QLoRAJob, format_time, parse_time
+from qlora_operator.decisions.conditions import truncate
+from qlora_operator.decisions.figures import with_saved_step
+from qlora_operator.decisions.observe import Observed, Pod, QLoRAJob, format_time, parse_time
 
 _EXIT_CODES = {int(code): code for code in ExitCode}
 
