@@ -6,11 +6,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from qlora_api.artefacts import BaseModelSpec
 from qlora_api.contract import ExitCode
-from qlora_api.memory import GIB, TrainingShape, estimate
-from qlora_api.memory_advice import Advice, advice, budget, first_change, is_thin, room, verdict
-from qlora_api.model_shape import ModelShape
+from qlora_api.memory.advice import Advice, advice, budget, first_change, is_thin, room, verdict
+from qlora_api.memory.estimate import GIB, TrainingShape, estimate
+from qlora_api.memory.model_shape import ModelShape
+from qlora_api.model_and_output import BaseModelSpec
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.artefacts import Revision, SecretRef
+from qlora_api.model_and_output import Revision, SecretRef
 from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import DatasetAddress
 

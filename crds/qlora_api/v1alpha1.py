@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from qlora_api.artefacts import BaseModelSpec, OutputSpec
 from qlora_api.dataset import DatasetSpec
+from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.training import LoraSpec, QuantizationSpec, ResourcesSpec, TrainingSpec

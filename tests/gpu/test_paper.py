@@ -8,9 +8,9 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from qlora_api.memory import TrainingShape, estimate
-from qlora_api.memory_advice import budget
-from qlora_api.model_shape import ModelShape
+from qlora_api.memory.advice import budget
+from qlora_api.memory.estimate import TrainingShape, estimate
+from qlora_api.memory.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.prepared import Sequence
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter

@@ -5,9 +5,9 @@ import transformers as hf
 from transformers import PretrainedConfig
 
 from benchmarks.dry_run import DryRun, dry_run
-from qlora_api.memory import TrainingShape, estimate
-from qlora_api.model_families import FAMILIES
-from qlora_api.model_shape import ModelShape
+from qlora_api.memory.estimate import TrainingShape, estimate
+from qlora_api.memory.families import FAMILIES
+from qlora_api.memory.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 LLAMAS = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
-from qlora_api.model_shape import SUPPORTED_MODEL_TYPES
+from qlora_api.memory.model_shape import SUPPORTED_MODEL_TYPES
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext

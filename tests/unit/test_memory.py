@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_api.memory import ALL_LINEAR, GIB, TrainingShape, estimate
-from qlora_api.memory_advice import advice, budget, first_change, room, verdict
-from qlora_api.model_shape import ModelShape, UnsupportedModelError
+from qlora_api.memory.advice import advice, budget, first_change, room, verdict
+from qlora_api.memory.estimate import ALL_LINEAR, GIB, TrainingShape, estimate
+from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 
 # What stands in the models' own config.json, without the fields that nothing here reads.
 LLAMA_2_7B = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_operator.decisions.blockers import hindrance
+from qlora_operator.decisions.blockers import blocking_reason
 from qlora_operator.decisions.observe import UnreadableJobError, observe, parse_job
 from tests.unit.builders import (
     NAME,
@@ -139,7 +139,7 @@ def test_what_keeps_a_job_from_running_is_one_sentence(
     bodies: list[dict[str, object]], reason: str | None, words: str
 ) -> None:
     observed = seen(*bodies)
-    found = hindrance(observed.child(f"{NAME}-train-1"), observed, NOW)
+    found = blocking_reason(observed.child(f"{NAME}-train-1"), observed, NOW)
     assert (found.word if found else None) == reason
     assert words in (found.sentence if found else "")
 
@@ -148,13 +148,13 @@ def test_both_names_of_a_failing_pull_read_the_same_so_that_the_status_stays_sti
     sentences = set()
     for reason in ("ErrImagePull", "ImagePullBackOff"):
         observed = seen(child("train"), waiting(pod("train"), reason, f"message of {reason}"))
-        sentences.add(hindrance(observed.children[0], observed, NOW))
+        sentences.add(blocking_reason(observed.children[0], observed, NOW))
     assert len(sentences) == 1
 
 
 def test_a_finished_deletion_is_not_stuck() -> None:
     observed = seen(child("train"), deleted(ended(pod("train"), 143), -1000))
-    assert hindrance(observed.children[0], observed, after(1000)) is None
+    assert blocking_reason(observed.children[0], observed, after(1000)) is None
 
 
 def test_a_job_of_another_schema_is_refused_with_the_field() -> None:

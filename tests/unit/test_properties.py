@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_api.contract import ExitCode, decode_record
-from qlora_api.model_shape import ModelShape, UnsupportedModelError
+from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_operator.settings import SettingsError, load_settings
 from qlora_trainer.core.failures import StepFailure

@@ -18,7 +18,7 @@ _REMEDIES = {
 }
 
 
-def hindrance(child: ChildJob | None, observed: Observed, now: datetime) -> Reason | None:
+def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -> Reason | None:
     """What keeps the step's Job from running at `now`; None if nothing is known to."""
     for pod in observed.live_pods:
         if reason := _stuck(pod, now):

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from qlora_api.artefacts import OutputSpec
 from qlora_api.contract import CONTRACT_VERSION, ExitCode, ProgressRecord, ResultRecord
+from qlora_api.model_and_output import OutputSpec
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Profile
 from qlora_api.status import FailureStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
 from qlora_operator.decisions.attempts import active_seconds, count_attempts, describe_failure
-from qlora_operator.decisions.blockers import hindrance
+from qlora_operator.decisions.blockers import blocking_reason
 from qlora_operator.decisions.conditions import (
     ConditionType,
     Value,
@@ -314,7 +314,7 @@ def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatu
     observed = facts.observed
     if observed.live_pods or any(not child.finished for child in observed.children):
         stopping = Reason("Suspending", "the running step is stopped; a checkpoint is saved first")
-        return _set(status, facts, "Suspended", "False", hindrance(None, observed, facts.now) or stopping)
+        return _set(status, facts, "Suspended", "False", blocking_reason(None, observed, facts.now) or stopping)
     status = _set(status, facts, "Suspended", "True", Reason("Suspended", "spec.suspend is true; false goes on"))
     return without_remaining(status)
 
@@ -346,7 +346,7 @@ def _standing(status: QLoRAJobStatus, facts: Facts) -> Reason:
     if status.resolved is None or step is None:
         return _objection(facts) or Reason("Pending", _DOING["Pending"])
     child = observed.child(step.job_name)
-    if reason := hindrance(child, observed, facts.now):
+    if reason := blocking_reason(child, observed, facts.now):
         return reason
     if not step.job_uid and observed.live_pods:
         return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} has to end before the next Job is created")
@@ -372,5 +372,5 @@ def _follow_cleanup(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     elif cleaning is not None and cleaning.failure is not None:
         reason = Reason("CleanupFailed", f"Job {cleaning.name}: {cleaning.failure.sentence}")
     elif cleaning is not None:
-        reason = hindrance(cleaning, observed, facts.now) or reason
+        reason = blocking_reason(cleaning, observed, facts.now) or reason
     return _set(status, facts, "CleanedUp", value, reason)

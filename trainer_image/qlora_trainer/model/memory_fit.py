@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_api.contract import ExitCode
-from qlora_api.memory import GIB, TrainingShape, estimate
-from qlora_api.memory_advice import Advice, advice, budget, verdict
-from qlora_api.model_shape import ModelShape, UnsupportedModelError
+from qlora_api.memory.advice import Advice, advice, budget, verdict
+from qlora_api.memory.estimate import GIB, TrainingShape, estimate
+from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration

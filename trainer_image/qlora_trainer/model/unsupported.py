@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from qlora_api.model_shape import LARGEST_SIZES
+from qlora_api.memory.model_shape import LARGEST_SIZES
 
 ALTERNATIVE = "choose a dense decoder, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo 2, SmolLM3 or Granite"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import ProgressRecord, WorkspaceLayout
-from qlora_api.model_shape import ModelShape
+from qlora_api.memory.model_shape import ModelShape
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qlora_api.contract import ExitCode
-from qlora_api.memory import GIB, MemoryEstimate, estimate
+from qlora_api.memory.estimate import GIB, MemoryEstimate, estimate
 from qlora_api.training import TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord

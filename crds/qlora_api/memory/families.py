@@ -125,7 +125,6 @@ _OLMO_2 = replace(
     backward=(PerToken(9, 8, 12, 8), PerToken(32, 8, 8, 8)),
     backward_with_dropout=(PerToken(43, 8, 12, 8), PerToken(54, 8, 10, 8)),
 )
-
 FAMILIES: Mapping[str, Family] = {
     "cohere": _COHERE,
     "cohere2": _COHERE,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from qlora_api.model_families import FAMILIES, Family, Linears, Widths
+from qlora_api.memory.families import FAMILIES, Family, Linears, Widths
 
 SUPPORTED_MODEL_TYPES = tuple(sorted(FAMILIES))
 _SUPPORTED = f"supported are dense decoders of model_type {', '.join(SUPPORTED_MODEL_TYPES)}"

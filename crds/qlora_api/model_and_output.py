@@ -30,7 +30,6 @@ class SecretRef(ApiModel):
 
 
 _HUB_TOKEN = "for an hf:// model set tokenSecretRef, and for a pvc:// model nothing"  # noqa: S105 - a sentence
-
 _NO_REVISION = "revision is for hf://: an oci:// address ends in a tag or digest, and what lies elsewhere has none"
 
 
@@ -85,8 +84,6 @@ class MergedSpec(ApiModel):
 
 
 _NOTHING_TO_OPEN = "secretRef is for a destination that is not a volume: set s3://, hf:// or oci://"
-
-
 _ONE_IN_THE_OTHER = "adapter and merged model need folders of their own: change destination or merged.destination"
 
 

@@ -1,26 +1,23 @@
 """Estimates the GPU memory of a QLoRA training run from a model's configuration, before any weight is downloaded.
 
-Pure arithmetic: sizes are bytes unless a name says otherwise, and one GB of a published figure is 1e9 bytes.
-"""
+Pure arithmetic: sizes are bytes unless a name says otherwise, and one GB of a published figure is 1e9 bytes."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_api.model_families import FAMILIES, Widths
-from qlora_api.model_shape import ModelShape
+from qlora_api.memory.families import FAMILIES, Widths
+from qlora_api.memory.model_shape import ModelShape
 
 Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]
 Sharding = Literal["none", "full"]
-
 GIB = 2**30
 ALL_LINEAR = frozenset({"all-linear"})
 LINEARS = frozenset(name for family in FAMILIES.values() for name in family.linears(Widths(1, 1, 1, 1)))
 """Names of linear layers in the blocks of any family."""
 WHOLE_MODULES = frozenset({"embed_tokens", "lm_head"})
 """Modules that can be trained whole."""
-
 _CONTEXT_BYTES = 600_000_000
 # NF4 with one 32-bit constant per block of 64; double quantization makes it an 8-bit constant plus a 32-bit one per
 # 256 blocks (arXiv 2305.14314, section 3): 4.5 and 4.127 bits per parameter.
@@ -35,7 +32,6 @@ _GATHERED_BLOCKS = 2
 # Queries whose capped scores exist at the same time (qlora_trainer.model.attention), and bytes of each score.
 _CAPPED_QUERIES = 256
 _BYTES_PER_CAPPED_SCORE = 26
-
 _LOW_FACTOR = 0.80
 _HIGH_FACTOR = 1.25
 

@@ -5,16 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from qlora_api.memory import GIB, MemoryEstimate, TrainingShape, estimate
-from qlora_api.model_shape import ModelShape
+from qlora_api.memory.estimate import GIB, MemoryEstimate, TrainingShape, estimate
+from qlora_api.memory.model_shape import ModelShape
 
 Verdict = Literal["fits", "tight", "exceeds"]
-
 _ADMISSION_MARGIN = 1.07
 _USABLE_SHARE = 0.98
 # Room for less than this share more than is expected and its margin: worth a word about what to change first.
 _THIN_MARGIN = 0.05
-
 _SHORTEST_SEQUENCE = 256
 _SMALLEST_RANK = 8
 # A change that saves less than this share is noise beside the estimate's own error.
@@ -159,7 +157,6 @@ _REMEDIES: tuple[tuple[str, Callable[[TrainingShape], Iterator[TrainingShape]]],
     ("The adapter holds less; lower lora.alpha in proportion to keep its scale.", _halve("rank", _SMALLEST_RANK)),
     ("Adapter weights have no 32-bit copy: small updates are lost to rounding.", _set("adapter_bytes", 2)),
 )
-
 _SPEC_PATHS: Mapping[str, str] = {
     "gradient_checkpointing": "training.gradientCheckpointing",
     "micro_batch_size": "training.microBatchSize",
