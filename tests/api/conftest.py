@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from devcluster.controlplane import ControlPlane, running
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
 from qlora_operator.settings import Settings, load_settings
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "qlora-operator"

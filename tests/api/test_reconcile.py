@@ -23,7 +23,7 @@ from qlora_operator.decisions.observe import Object
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.workqueue import Key, RetryError
-from tests.unit.builders import PROFILES
+from tests.support.builders import PROFILES
 
 NAMESPACE = "team"
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from tests.manifests import FULL, MINIMAL, Manifest, with_value, without
+from tests.support.manifests import FULL, MINIMAL, Manifest, with_value, without
 
 
 def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> Manifest:

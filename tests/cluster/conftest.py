@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from devcluster import cleanup, cluster, layout, product
 from devcluster.files import claim
 from tests.cluster.environment import INPUTS, Cluster, Tenant, new_namespace
-from tests.trainer.tiny import SHAPE, save_model
+from tests.support.tiny import SHAPE, save_model
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from devcluster.files import FilePod, file_pod
 from devcluster.kubectl import Kubectl
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from devcluster.product import Images, restricted_namespace
-from tests.manifests import Manifest
-from tests.waiting import eventually
+from tests.support.manifests import Manifest
+from tests.support.waiting import eventually
 
 Object = dict[str, Any]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.cluster.environment import LONG, Tenant, tiny_job
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 
 def test_a_deadline_ends_the_job_and_its_pods(tenant: Tenant) -> None:

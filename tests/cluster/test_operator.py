@@ -5,7 +5,7 @@ from pathlib import Path
 
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.environment import Cluster, Object, Tenant, tiny_job
-from tests.waiting import eventually
+from tests.support.waiting import eventually
 
 ACCOUNT = f"system:serviceaccount:{OPERATOR_NAMESPACE}:qlora-operator"
 FINISHED = 50

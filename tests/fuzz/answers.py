@@ -25,7 +25,7 @@ from qlora_trainer.stores.oci import Registry
 from qlora_trainer.stores.s3 import ObjectFolder
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.target import Target
-from tests.trainer.tiny import CHATML, save_tokenizer
+from tests.support.tiny import CHATML, save_tokenizer
 
 _HOST = "registry.example"
 _SOURCE = RegistrySource(_HOST, "team/model", "v1", None)

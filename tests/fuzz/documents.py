@@ -19,7 +19,7 @@ from qlora_trainer.publishing.manifest import parse_manifest
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.oci import parse_layers
 from tests.fuzz.target import Target
-from tests.unit.builders import (
+from tests.support.builders import (
     DATASET,
     MODEL,
     NAME,

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.gpu.cards import Card, lacking
-from tests.trainer.tiny import SHAPE, save_model
+from tests.support.tiny import SHAPE, save_model
 
 
 @cache

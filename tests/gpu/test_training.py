@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.runs import billion, losses, metrics, on_gpu, record
-from tests.trainer.command import Files, new_files
-from tests.trainer.tiny import JOB_UID, POD_UID
+from tests.support.command import Files, new_files
+from tests.support.tiny import JOB_UID, POD_UID
 
 
 @pytest.fixture(scope="module")

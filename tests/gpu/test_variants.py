@@ -14,9 +14,9 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base import load_base
 from qlora_trainer.training.held_out import mean_loss, read_compared
 from tests.gpu.runs import billion, losses, on_gpu, record
-from tests.trainer.command import Files, new_files
-from tests.trainer.test_families import FAMILIES
-from tests.trainer.tiny import save_model
+from tests.support.command import Files, new_files
+from tests.support.families import FAMILIES
+from tests.support.tiny import save_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"useRslora": True},

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, Qwen2Config
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.context import Mounts, StepContext
-from tests.trainer.command import ROWS, Files, new_files
-from tests.trainer.ranks import EXACT, TWO, succeeded, workspace
-from tests.trainer.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, merged, save_model, write_rows
+from tests.support.command import ROWS, Files, new_files
+from tests.support.ranks import EXACT, TWO, succeeded, workspace
+from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, merged, save_model, write_rows
 
 MakeContext = Callable[..., StepContext]
 

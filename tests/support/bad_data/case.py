@@ -1,0 +1,47 @@
+"""What a case of the corpus is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.tiny import chat_row
+
+GOOD = json.dumps(chat_row("Which pods?", "kubectl get pods")) + "\n"
+"""A row that can be trained on."""
+
+
+@dataclass(frozen=True)
+class BadData:
+    """Files on the claim `data`, and what prepare says of them."""
+
+    name: str
+    files: Mapping[str, bytes]
+    """Contents by path."""
+    message: str
+    """What the message has in it, or begins with if it begins with pvc://."""
+    address: str = ""
+    """Path on the claim; that of the only file if empty."""
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    """What else the job says of its data."""
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the files below `folder`; returns the job's data set."""
+        for path, content in self.files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        address = self.address or next(iter(self.files))
+        return {"source": f"pvc://data/{address}", **self.dataset}
+
+
+def one_file(name: str, path: str, content: str | bytes, message: str, **dataset: Any) -> BadData:
+    """A case of one file."""
+    data = content.encode() if isinstance(content, str) else content
+    return BadData(name, {path: data}, message, dataset=dataset)
+
+
+def second_line(name: str, line: str | bytes, message: str, **dataset: Any) -> BadData:
+    """A JSONL file of a good row and a wrong one; the message begins with the wrong one's place."""
+    wrong = line.encode() if isinstance(line, str) else line
+    return one_file(name, "train.jsonl", GOOD.encode() + wrong, f"pvc://data/train.jsonl line 2{message}", **dataset)

@@ -1,0 +1,45 @@
+"""Saves checkpoints and finds the newest, also in a child process."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.training.checkpoint import newest_checkpoint, save_checkpoint
+
+FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint of this step holds."""
+    return {"adapter": {"a": torch.full((size,), float(step))}, "optimizer": {"m": torch.arange(size)}}
+
+
+def save(folder: Path, *steps: int, size: int = 100) -> None:
+    for step in steps:
+        save_checkpoint(folder, step, tensors_of(step, size), {"note": f"step {step}"})
+
+
+def newest_step(folder: Path) -> int | None:
+    """Step of the newest checkpoint that verifies; its content must be that step's."""
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    assert checkpoint.state["note"] == f"step {checkpoint.step}"
+    assert checkpoint.tensors("adapter")["a"].eq(checkpoint.step).all()
+    assert torch.equal(checkpoint.tensors("optimizer")["m"], torch.arange(len(checkpoint.tensors("optimizer")["m"])))
+    return checkpoint.step
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Run `action` in a forked process, where PyTorch has no threads to compute anything large; its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:  # noqa: BLE001 - the child must not go on as a second pytest
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]

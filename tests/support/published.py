@@ -1,0 +1,30 @@
+"""A job that has been published, and its context."""
+
+from datetime import UTC, datetime
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_trainer.core.completion import PublishRecord
+from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.steps.publish import publish
+from tests.support.command import Files
+from tests.support.tiny import JOB_UID, POD_UID, Recorded
+
+
+def context(files: Files, *, uid: str = JOB_UID) -> StepContext:
+    """What the step would be given for these files."""
+    document = {**files.document, "metadata": {"name": "tiny", "uid": uid}}
+    return StepContext(
+        document=QLoRAJobDocument.model_validate(document),
+        workspace=WorkspaceLayout(files.workspace),
+        mounts=Mounts(claims={"models": files.models, "data": files.data}),
+        device="cpu",
+        pod_uid=POD_UID,
+        attempt=1,
+        workspace_uri="pvc://work/tiny-7d0c2f5e",
+    )
+
+
+def published(files: Files, *, uid: str = JOB_UID) -> PublishRecord:
+    """The step, done in this process."""
+    return publish(context(files, uid=uid), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))

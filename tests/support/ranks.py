@@ -1,0 +1,104 @@
+"""Jobs whose train step has two processes, and what starts and watches these, for their tests."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ProgressRecord, decode_record
+from qlora_trainer.core.context import StepContext
+from tests.support.command import Done, Files
+from tests.support.tiny import JOB_UID, POD_UID, merged
+from tests.support.training import history, prepared
+
+TWO: dict[str, Any] = {"resources": {"gpus": 2}}
+SHARDED = merged(TWO, {"training": {"sharding": "full"}})
+# Five micro batches a step do not divide by two, and the last step of an epoch has fewer.
+EXACT = {"lora": {"dropout": 0.0}, "training": {"gradientAccumulationSteps": 5}}
+
+
+def workspace(root: Path, model: Path, spec: dict[str, Any], **settings: Any) -> tuple[Files, StepContext]:
+    """A workspace in which prepare is done, for the command line; `spec` changes the job of six steps."""
+    context = prepared(root / "workspace", model, spec, **settings)
+    return Files(root, model.parent, context.spec.dump()), context
+
+
+def succeeded(done: Done) -> None:
+    """The step has ended well, and says so."""
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert done.result.outcome == "succeeded"
+
+
+def same_numbers(found: StepContext, expected: StepContext, tolerance: float) -> None:
+    """Both runs have noted the same losses and gradient norms, within a part of their size."""
+    ours, theirs = history(found), history(expected)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for name in ("loss", "evalLoss", "gradNorm"):
+        values = [line[name] for line in theirs if name in line]
+        assert values
+        assert [line[name] for line in ours if name in line] == pytest.approx(values, rel=tolerance)
+
+
+def until(process: "subprocess.Popen[str]", step: int) -> str:
+    """What the process says until `step` steps are done."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        record = decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID)
+        if isinstance(record, ProgressRecord) and record.training_step >= step:
+            return said
+    raise AssertionError(f"it ended before step {step}: {said}")
+
+
+def other(process: "subprocess.Popen[str]") -> int:
+    """Process id of the second rank, which the main process has started."""
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(child)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def two_nodes() -> list[tuple[str, ...]]:
+    """What starts the step on each of two nodes, which here are two agents of torchrun on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--no-python", "--nnodes", "2", "--nproc-per-node", "1")
+    store = ("--master-addr", "127.0.0.1", "--master-port", str(port))
+    return [(*torchrun, *store, "--node-rank", str(node)) for node in range(2)]
+
+
+FULL_CARD = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    from qlora_trainer.training import loop
+    loss = loop.batch_loss
+    def batch_loss(model, batch):
+        if len(batch.rows.lengths) > {rows}:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(model, batch)
+    loop.batch_loss = batch_loss
+"""
+
+
+def second_card(folder: Path, rows: int) -> dict[str, str]:
+    """The environment in which the second process has a GPU for so many rows: there is none to fill."""
+    return beginning_with(folder, FULL_CARD.format(rows=rows))
+
+
+def beginning_with(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which every process of Python runs this code first, from a file in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}

@@ -1,0 +1,102 @@
+"""Real servers for the tests: an S3 server over a folder and an OCI registry."""
+
+import base64
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from obstore.store import S3Store
+
+from devcluster import packages, toolchain
+from devcluster.layout import from_environment
+from tests.support.waiting import eventually
+
+ACCESS_KEY = "CANARYACCESSKEY"
+SECRET_KEY = "canary-secret-of-the-object-store"
+BUCKET = "team"
+
+USER, PASSWORD = "team", "canary-registry-password"
+LOGIN = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+# bcrypt of PASSWORD with four rounds.
+HTPASSWD = f"{USER}:$2b$04$fy77HFtGcLmU10SKe/D0l.F0ydvnzYtKnN8RGcSPzOg3iPlXt/t6i\n"
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """versitygw with the bucket BUCKET, whose objects are the files of `folder`/buckets/BUCKET; its HOST:PORT."""
+    program = toolchain.build(from_environment(), ["versitygw"])["versitygw"]
+    (folder / "buckets" / BUCKET).mkdir(parents=True)
+    (folder / "metadata").mkdir()
+    address = _free_address()
+    command = [program, "--port", address, "--quiet", "posix", "--sidecar", folder / "metadata", folder / "buckets"]
+    environment = {**os.environ, "ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
+    with _running(command, environment, address):
+        yield address
+
+
+def s3_bucket(address: str) -> S3Store:
+    """The bucket of that server, as its owner sees it."""
+    return S3Store(
+        BUCKET,
+        endpoint=f"http://{address}",
+        access_key_id=ACCESS_KEY,
+        secret_access_key=SECRET_KEY,
+        client_options={"allow_http": True},
+    )
+
+
+@contextmanager
+def registry(folder: Path, *, passwords: Path | None = None) -> Iterator[str]:
+    """Debian's docker-registry over `folder`, with the htpasswd file if there is one; its HOST:PORT."""
+    packages.ensure({"docker-registry": "docker-registry"})
+    address = _free_address()
+    configuration: dict[str, object] = {
+        "version": "0.1",
+        "log": {"level": "error", "accesslog": {"disabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(folder / "blobs")}},
+        "http": {"addr": address},
+    }
+    if passwords is not None:
+        configuration["auth"] = {"htpasswd": {"realm": "team", "path": str(passwords)}}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "registry.yaml"
+    path.write_text(yaml.safe_dump(configuration))
+    with _running(["docker-registry", "serve", str(path)], dict(os.environ), address):
+        yield address
+
+
+def give_login(folder: Path, host: str, login: str = LOGIN) -> None:
+    """The file of a mounted Secret with a login for a registry."""
+    (folder / ".dockerconfigjson").write_text(json.dumps({"auths": {host: {"auth": login}}}))
+
+
+def _free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextmanager
+def _running(command: list[str | Path], environment: dict[str, str], address: str) -> Iterator[None]:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=environment, **quiet)
+    try:
+        eventually(lambda: _listens(address), seconds=30, every=0.02, what=f"{command[0]} on {address}")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True

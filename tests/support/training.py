@@ -1,0 +1,176 @@
+"""A workspace in which prepare is done, and the train step over it, for the trainer's tests."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.status import DatasetStatus, MemoryStatus
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
+from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.data.chunks import Chunk, TokenizedRows
+from qlora_trainer.data.packing import one_row_each, pack
+from qlora_trainer.data.prepared import split_file, write_split
+from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
+from qlora_trainer.model.support import inspect_family
+from qlora_trainer.steps.train import train
+from tests.support.tiny import JOB_UID, POD_UID, Recorded, merged
+
+ROW_LENGTHS = (9, 14, 5, 21, 12, 30, 7, 16, 25, 11, 18, 6, 13, 28, 10, 22)
+RARE_TOKEN = 500
+"""A token that only the longest row has."""
+
+
+def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
+    """A job of six steps with everything that a resume could get wrong: dropout, accumulation, evaluation, decay."""
+    default = {
+        "model": {"source": "pvc://models/tiny"},
+        "dataset": {"source": "pvc://data/rows.jsonl", "eval": {"fraction": 0.2}},
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "training": {
+            "maxSteps": 6,
+            "gradientAccumulationSteps": 2,
+            "learningRate": 0.01,
+            "scheduler": "cosine",
+            "warmupSteps": 2,
+            "weightDecay": 0.01,
+            "evalEverySteps": 2,
+            "saveEverySteps": 2,
+            "samples": 0,
+        },
+    }
+    return QLoRAJobDocument.model_validate(
+        {
+            "apiVersion": "qlora.dev/v1alpha1",
+            "kind": "QLoRAJob",
+            "metadata": {"name": "tiny", "uid": JOB_UID},
+            "spec": merged(default, spec or {}),
+        }
+    )
+
+
+def write_data(folder: Path, *, packed: bool) -> None:
+    """Rows of a pattern that a model can learn; the latter half of each row is the target. Four rows are held out."""
+    folder.mkdir(parents=True)
+    statistics = {}
+    for split, lengths in (("train", ROW_LENGTHS), ("eval", ROW_LENGTHS[:4])):
+        rows = []
+        for number, length in enumerate(lengths):
+            tokens = [3 + (number * 17 + position * 5) % 50 for position in range(length)]
+            tokens[0] = RARE_TOKEN if length == max(ROW_LENGTHS) else tokens[0]
+            rows.append((tokens, [position >= length // 2 for position in range(length)]))
+        tokenized = TokenizedRows([Chunk.of(rows)])
+        sequences = pack(tokenized.lengths, 64, seed=0) if packed else one_row_each(len(rows))
+        write_split(split_file(folder, "train" if split == "train" else "eval"), tokenized, sequences)
+        statistics[split] = SplitStatistics.of(tokenized, sequences, 64, packed=packed)
+    source = SourceStatistics(
+        uri="pvc://data/rows.jsonl",
+        files=("rows.jsonl",),
+        file_count=1,
+        sha256="0" * 64,
+        format="text",
+        columns=("text",),
+        ignored_columns=(),
+        rows_read=len(ROW_LENGTHS),
+        lengths=Lengths.of(numpy.array(ROW_LENGTHS, dtype=numpy.int32)),
+    )
+    DataStatistics(sources=(source,), train=statistics["train"], eval=statistics["eval"]).write(folder)
+    (folder / "manifest.json").write_text(json.dumps({"fingerprint": "rows"}))
+
+
+def prepared(root: Path, model: Path, spec: dict[str, Any] | None = None, *, packed: bool = True) -> StepContext:
+    """The context of the train step in a new workspace that prepare has filled."""
+    document = job(spec)
+    workspace = WorkspaceLayout(root)
+    write_data(workspace.data / "rows", packed=packed)
+    family = inspect_family(model, document.spec.lora)
+    record = PrepareRecord(
+        fingerprint="rows",
+        model_path=str(model),
+        model_revision="sha256:tiny",
+        data_path="data/rows",
+        target_modules=family.target_modules,
+        packed=packed,
+        model_type=family.model_type,
+        memory=MemoryStatus(estimate_bytes=1, low_bytes=1, high_bytes=1, verdict="unknown"),
+        dataset=DatasetStatus(format="text", rows=len(ROW_LENGTHS), used_rows=len(ROW_LENGTHS)),
+    )
+    write_completion(workspace.completion("prepare"), record)
+    return StepContext(document, workspace, Mounts(), "cpu", POD_UID, 1, str(root))
+
+
+def run(context: StepContext, *, stop: StopRequest | None = None, records: Recorded | None = None) -> TrainRecord:
+    """The train step, at a time that stands still and with a stopwatch that ticks at every look."""
+    ticks = iter(range(10**9))
+    return train(
+        context,
+        records or Recorded(),
+        stop=stop or StopRequest(),
+        now=lambda: datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        monotonic=lambda: float(next(ticks)),
+    )
+
+
+class StopAtStep(Recorded):
+    """Records that set a stop request as soon as they say that `step` steps are done, as a signal would."""
+
+    def __init__(self, step: int, stop: StopRequest) -> None:
+        super().__init__()
+        self._step, self._stop = step, stop
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        super().progress(record, force=force)
+        if record.training_step >= self._step:
+            self._stop.set()
+
+
+class Lost(BaseException):
+    """An attempt that ends without warning, as with SIGKILL."""
+
+
+class LostAtStep(Recorded):
+    """Records that end the attempt without warning."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        if record.training_step == self._step:
+            raise Lost
+        super().progress(record, force=force)
+
+
+def failure(context: StepContext, **settings: Any) -> StepFailure:
+    """How an attempt ends that must fail."""
+    with pytest.raises(StepFailure) as caught:
+        run(context, **settings)
+    return caught.value
+
+
+def interrupted_at(context: StepContext, step: int) -> None:
+    """An attempt that is asked to stop as soon as `step` steps are done."""
+    stop = StopRequest()
+    with pytest.raises(Interrupted) as caught:
+        run(context, stop=stop, records=StopAtStep(step, stop))
+    assert caught.value.training_step == step
+
+
+def history(context: StepContext) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without their speed and memory, which no two runs share."""
+    lines = (context.workspace.report / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in ("tokensPerSecond", "memoryBytes")}
+        for line in lines
+    ]
+
+
+def adapter_bytes(context: StepContext) -> bytes:
+    """The trained adapter's file."""
+    return (context.workspace.trained / "adapter_model.safetensors").read_bytes()

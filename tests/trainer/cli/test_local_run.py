@@ -1,0 +1,334 @@
+"""The user's command line: a manifest's errors with their lines, the memory plan, and a run on this machine."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import CPU_ALLOCATOR, WorkspaceLayout
+from qlora_trainer.core.completion import PublishRecord, read_completion
+from qlora_trainer.core.process import preloaded_allocator
+from tests.support.command import SPEC, Files, new_files, qlora
+
+MANIFEST = """\
+apiVersion: qlora.dev/v1alpha1
+kind: QLoRAJob
+metadata:
+  name: tiny
+spec:
+  model:
+    source: pvc://models/model
+  dataset:
+    source: pvc://data/train.jsonl
+  lora:
+    rank: 8
+  training:
+    maxSteps: 3
+    learningRate: 2e-4
+"""
+
+LLAMA_65B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "intermediate_size": 22016,
+    "num_attention_heads": 64,
+    "vocab_size": 32000,
+}
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "instead", "error"),
+    [
+        ("learningRate", "learningRat", "14: spec.training.learningRat: unknown field; did you mean learningRate?"),
+        ("maxSteps", "max_steps", "13: spec.training.max_steps: unknown field; did you mean maxSteps?"),
+        ("  lora:\n    rank: 8", "  gpus: 2", "10: spec.gpus: unknown field; allowed are activeDeadlineSeconds, "),
+        ("rank: 8", 'rank: "8"', '11: spec.lora.rank: found "8", must be a valid integer'),
+        ("rank: 8", "rank: 0", "11: spec.lora.rank: found 0, must be greater than or equal to 1"),
+        ("maxSteps: 3", "maxSteps: 3\n    epochs: 1", "12: spec.training: set only one of epochs and maxSteps"),
+        ("maxSteps: 3", "optimizer: adam", "13: spec.training.optimizer: found \"adam\", must be 'paged_adamw_32bit'"),
+        (
+            "pvc://data/train.jsonl",
+            "/data/train.jsonl",
+            "9: spec.dataset.source: found '/data/train.jsonl', must be hf",
+        ),
+        ("    source: pvc://models/model\n", "", "6: spec.model: found null, must be an object"),
+        ("kind: QLoRAJob", "kind: Job", "2: kind: found \"Job\", must be 'QLoRAJob'"),
+        ("name: tiny", "name: Tiny", '4: metadata.name: found "Tiny", string should match'),
+        ("maxSteps: 3", "maxSteps: 3\n    maxSteps: 4", '14: found duplicate key "maxSteps"'),
+        ("maxSteps: 3", "maxSteps: [3", "14: "),
+        ("rank: 8", "rank: !small 8", "11: spec.lora.rank: found the tag !small; allowed is what JSON has"),
+        ("    learningRate: 2e-4\n", "---\nkind: Secret\n", "15: a second document begins here"),
+    ],
+)
+def test_an_error_in_a_manifest_names_file_line_and_field(tmp_path: Path, found: str, instead: str, error: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(MANIFEST.replace(found, instead))
+    done = qlora("plan", str(file))
+    assert done.returncode == 10
+    assert f"{file}:{error}" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "- a list\n", "\x00", "{" * 3000])
+def test_what_is_no_manifest_is_refused_in_a_sentence(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    done = qlora("plan", str(file))
+    assert done.returncode == 10
+    assert done.stderr.startswith(f"Error: {file}")
+    assert "Traceback" not in done.stderr
+
+
+def test_several_errors_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(MANIFEST.replace("rank", "rnk").replace("maxSteps: 3", "maxSteps: none"))
+    lines = qlora("plan", str(file)).stderr.splitlines()
+    assert len(lines) == 2
+
+
+def planned(tmp_path: Path, *arguments: str, training: str = "") -> "subprocess.CompletedProcess[str]":
+    """`qlora plan` of an 8B model."""
+    (tmp_path / "job.yaml").write_text(MANIFEST + training)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), *arguments)
+
+
+def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
+    done = planned(tmp_path, "--gpu-memory", "24")
+    assert done.returncode == 0, done.stderr
+    rows = [re.fullmatch(r"[│|] (.+?) +[│|] +([\d.]+) [│|] (.*?) *[│|]", line) for line in done.stdout.splitlines()]
+    sizes = {row[1]: float(row[2]) for row in rows if row and row[3] != "not at the peak"}
+    expected = sizes.pop("Expected peak")
+    assert sum(sizes.values()) == pytest.approx(expected, abs=0.05)
+    assert sizes["Base weights in 4 bit"] == pytest.approx(3.35, abs=0.01)
+    assert "fits: the run fits on a card of 24 GiB" in done.stdout
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
+    done = planned(tmp_path, "--gpu-memory", "16", training="    maxSequenceLength: 8192\n    microBatchSize: 4\n")
+    assert done.returncode == 17
+    assert "exceeds: the run cannot fit on a card of 16 GiB" in done.stdout
+    assert "spec.training.microBatchSize: 4 → 2" in done.stdout
+
+
+def test_a_plan_that_barely_fits_says_by_how_much_and_what_to_change_first(tmp_path: Path) -> None:
+    done = planned(tmp_path, "--gpu-memory", "8", training="    maxSequenceLength: 1792\n")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "fits: the run fits on a card of 8 GiB" in said
+    assert "GiB are left" in said
+    assert "The first to change for" in said
+    assert "spec.training." in said
+
+
+def test_the_plan_of_the_papers_65b_job_on_a_48_gb_card_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
+    job = MANIFEST.replace("rank: 8", "rank: 64") + "    maxSequenceLength: 512\n"
+    (tmp_path / "job.yaml").write_text(job)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
+    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"), "--gpu-memory", "48")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "tight: the run may fit" in said
+    left = re.search(r"on a card of 48 GiB: of 47\.04 usable, (\d\.\d\d) GiB are left\.", said)
+    assert left
+    assert float(left[1]) == pytest.approx(1.3, abs=0.05)
+    first = re.search(
+        r" 1\. spec\.training\.optimizer: paged_adamw_32bit → paged_adamw_8bit gives (\d\.\d\d) GiB: ", said
+    )
+    assert first
+    assert float(first[1]) == pytest.approx(4.5, abs=0.05)
+    assert " 2. spec." not in said
+
+
+def test_a_plan_without_a_card_compares_cards(tmp_path: Path) -> None:
+    done = planned(tmp_path)
+    assert done.returncode == 0
+    assert re.search(r"^ +24  fits$", done.stdout, re.MULTILINE)
+
+
+def test_a_plan_reads_the_configuration_from_a_volume(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    missing = qlora("plan", str(tmp_path / "job.yaml"))
+    assert missing.returncode == 10
+    assert "--volume models=DIR" in missing.stderr
+    assert qlora("plan", str(tmp_path / "job.yaml"), "--volume", f"models={tiny_llama.parent}").returncode == 0
+
+
+def test_a_plan_of_a_model_that_the_hub_does_not_give_names_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST.replace("pvc://models/model", "hf://acme/tiny"))
+    done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert done.returncode == 200
+    assert "--config FILE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_of_a_name_that_no_repository_can_have_says_so(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST.replace("pvc://models/model", "hf://acme/tiny--model"))
+    done = qlora("plan", str(tmp_path / "job.yaml"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert done.returncode == 10
+    assert "spec.model.source is hf://acme/tiny--model: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def manifest(files: Files, spec: dict[str, Any]) -> Path:
+    """The job as a file; JSON is YAML."""
+    path = files.root / "job.yaml"
+    path.write_text(json.dumps({**files.document, "metadata": {"name": "tiny"}, "spec": spec}))
+    return path
+
+
+def arguments(files: Files, path: Path) -> list[str]:
+    """The arguments of `qlora run` for these files."""
+    volumes = ("--volume", f"models={files.models}", "--volume", f"data={files.data}")
+    return ["run", str(path), "--workspace", str(files.workspace), *volumes, "--device", "cpu"]
+
+
+def test_a_run_without_its_volumes_names_them_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST + "  output:\n    merged:\n      destination: pvc://whole/model\n")
+    done = qlora("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
+    assert done.returncode == 10
+    assert "--volume models=DIR" in done.stderr
+    assert "--volume data=DIR" in done.stderr
+    assert "spec.output.merged.destination is pvc://whole/model: say where the claim lies" in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llama: Path) -> None:
+    files = new_files(tmp_path / "job", tiny_llama.parent)
+    command = arguments(files, manifest(files, SPEC))
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_cli", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "160", "TERM": "xterm"},
+        stdout=end,
+        stderr=subprocess.STDOUT,
+    )
+    os.close(end)
+    figures = r"loss \d+\.\d{3}, held-out \d+\.\d{3}, \d+ tokens/s, \S+ left"
+    shown = read_until(terminal, rf"Training.*training \d+/30, {figures}")
+    process.send_signal(signal.SIGINT)
+    shown += read_until(terminal, r"qlora run --resume --workspace \S+")
+    assert process.wait(300) == 130
+    os.close(terminal)
+    assert "━" in shown
+    layout = WorkspaceLayout(files.workspace)
+    [saved] = layout.checkpoints.glob("step-*")
+
+    done = qlora("run", "--resume", "--workspace", str(files.workspace))
+    assert done.returncode == 0, done.stdout + done.stderr
+    attempts = [json.loads(line) for line in (layout.records / "attempts.jsonl").read_text().splitlines()]
+    assert [(attempt["fromStep"], attempt["ended"]) for attempt in attempts] == [
+        (0, "interrupted"),
+        (int(saved.name.removeprefix("step-")), "succeeded"),
+    ]
+    assert attempts[1]["fromStep"] > 0
+    assert "prepare: " in done.stdout
+    assert str(layout.report / "report.html") in done.stdout
+    record = read_completion(layout.completion("publish"), PublishRecord)
+    assert record is not None
+    assert record.adapter.sha256 in done.stdout
+    assert str(layout.adapter) in done.stdout
+    assert re.search(r"Held-out loss +\d\.\d{4} before, \d\.\d{4} after", done.stdout)
+
+
+@pytest.mark.parametrize("leftover", [None, "{", '{"apiVersion": "qlora.dev/v1alpha1"}'])
+def test_there_must_be_a_run_to_resume(tmp_path: Path, leftover: str | None) -> None:
+    records = tmp_path / "work" / "records"
+    if leftover is not None:
+        records.mkdir(parents=True)
+        (records / "job.json").write_text(leftover)
+    done = qlora("run", "--resume", "--workspace", str(tmp_path / "work"))
+    assert done.returncode == 10
+    assert f"{tmp_path / 'work'}" in done.stderr
+    assert "holds no" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("places", ["[" * 100_000, "[]", '{"device": "cpu"}', "\x00"])
+def test_a_run_whose_places_cannot_be_read_is_not_resumed(tmp_path: Path, places: str) -> None:
+    records = tmp_path / "work" / "records"
+    records.mkdir(parents=True)
+    document = {**new_files(tmp_path / "job", tmp_path).document, "metadata": {"name": "tiny"}}
+    (records / "job.json").write_text(json.dumps(document))
+    (records / "run.json").write_text(places)
+    done = qlora("run", "--resume", "--workspace", str(tmp_path / "work"))
+    assert done.returncode == 10
+    assert done.stderr.startswith(f"Error: {records} holds no readable run: ")
+    assert "name the manifest's file instead" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_needs_a_manifest_or_an_earlier_run(tmp_path: Path) -> None:
+    done = qlora("run", "--workspace", str(tmp_path / "work"))
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+
+
+def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_llama: Path) -> None:
+    files = new_files(tmp_path / "job", tiny_llama.parent)
+    command = arguments(files, manifest(files, {**SPEC, "training": {**SPEC["training"], "maxSteps": 100_000}}))
+    with subprocess.Popen([sys.executable, "-m", "qlora_cli", *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("train: training" in line for line in process.stdout)
+        process.stdout.close()
+    assert process.returncode != 0
+    [attempt] = (files.workspace / "records" / "attempts.jsonl").read_text().splitlines()
+    assert json.loads(attempt)["ended"] == "interrupted"
+
+
+def read_until(terminal: int, pattern: str) -> str:
+    """What the terminal shows until the pattern appears."""
+    shown = ""
+    while not re.search(pattern, shown):
+        try:
+            read = os.read(terminal, 65536)
+        except OSError:
+            read = b""
+        assert read, f"ended without {pattern}: {shown}"
+        shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", read.decode(errors="replace"))
+    return shown
+
+
+def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, tiny_llama: Path) -> None:
+    files = new_files(tmp_path / "job", tiny_llama.parent)
+    shutil.rmtree(files.data)
+    files.data.mkdir()
+    (files.data / "train.jsonl").write_text("")
+    done = qlora(*arguments(files, manifest(files, SPEC)))
+    assert done.returncode == 11
+    assert "BadDataset" in done.stdout
+    assert str(files.workspace / "records" / "prepare.log") in done.stdout
+    assert "Training" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "environment", "added"),
+    [
+        (CPU_ALLOCATOR, {}, {"LD_PRELOAD": CPU_ALLOCATOR}),
+        (CPU_ALLOCATOR, {"LD_PRELOAD": "libjemalloc.so.2"}, {}),
+        (None, {}, {}),
+    ],
+)
+def test_training_on_a_cpu_gets_the_pods_allocator_where_it_is_installed_and_no_other_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, environment: dict[str, str], added: dict[str, str]
+) -> None:
+    monkeypatch.setattr("qlora_trainer.core.process.find_library", lambda _name: installed)
+    assert preloaded_allocator(environment) == added

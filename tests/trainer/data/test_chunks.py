@@ -1,0 +1,240 @@
+"""Tokenizing in chunks: the same bytes whoever makes them and however often it is interrupted."""
+
+import multiprocessing.connection
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_trainer.core import environment
+from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data import build, tokenize
+from qlora_trainer.steps.prepare import prepare
+from tests.support.command import TIMEOUT_S, Files, new_files
+from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.trainer.conftest import MakeContext
+
+ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(120)]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of ten rows, of which workers make all."""
+    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(tokenize, "_CHUNKS_ALONE", 0)
+
+
+def data_bytes(context: StepContext) -> dict[str, bytes]:
+    """What prepare makes of the data."""
+    folder = context.workspace.root / prepare(context, Recorded()).data_path
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Stop(Exception):  # noqa: N818 - no error
+    """What ends prepare as a signal would."""
+
+
+class StopAfter(Recorded):
+    """Records that end the step as soon as so many rows are tokenized."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        super().progress(record, force=force)
+        if record.activity == f"tokenizing: {self._rows} rows done":
+            raise Stop
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Sets the number of worker processes."""
+    return lambda count: monkeypatch.setattr(build, "available_cpus", lambda: count)
+
+
+def test_workers_interruptions_and_chunks_change_nothing(
+    make_context: MakeContext, tmp_path: Path, workers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    spec = {"dataset": {"eval": {"fraction": 0.2}}}
+    whole = data_bytes(make_context(spec))
+    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(tokenize, "_CHUNKS_ALONE", 3)
+    for count in (1, 2):
+        workers(count)
+        context = make_context({**spec, "lora": {"targetModules": [["q_proj"], ["v_proj"]][count - 1]}})
+        for rows in (20, 50)[count - 1 :]:
+            with pytest.raises(Stop):
+                prepare(context, StopAfter(rows))
+        chunks = list((context.workspace.data / ".partial-rows").iterdir())
+        assert 5 <= len(chunks) < 12
+        made = data_bytes(context)
+        assert {name: made[name] for name in made if name != "manifest.json"} == {
+            name: whole[name] for name in whole if name != "manifest.json"
+        }
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each chunk that this process makes."""
+    made: list[int] = []
+    make = tokenize.ChunkMaker.make
+
+    def counted(self: Any, rows: Any) -> Any:
+        made.append(len(rows))
+        return make(self, rows)
+
+    monkeypatch.setattr(tokenize.ChunkMaker, "make", counted)
+    return made
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_what_is_tokenized_is_not_tokenized_again(
+    make_context: MakeContext, tmp_path: Path, workers: Any, made: list[int]
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    workers(1)
+    context = make_context()
+    with pytest.raises(Stop):
+        prepare(context, StopAfter(70))
+    made.clear()
+    [first, *_] = (context.workspace.data / ".partial-rows").iterdir()
+    first.write_bytes(first.read_bytes()[:-1])  # a disk that lost the end of a file
+    prepare(context, Recorded())
+    assert made == [10] * 6
+    assert [path.name for path in context.workspace.data.iterdir()] == [prepare(context, Recorded()).fingerprint]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_what_another_version_of_the_trainer_tokenized_is_tokenized_again(
+    make_context: MakeContext, tmp_path: Path, workers: Any, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    workers(1)
+    with pytest.raises(Stop):
+        prepare(make_context(), StopAfter(70))
+    made.clear()
+    installed = environment.version
+    monkeypatch.setattr(environment, "version", lambda name: "0.0.1" if name == "qlora-operator" else installed(name))
+    prepare(make_context(), Recorded())
+    assert made == [10] * 12
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("change", ["rows", "length"])
+def test_chunks_of_other_data_or_settings_are_not_used(
+    make_context: MakeContext, tmp_path: Path, workers: Any, change: str
+) -> None:
+    path = write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    workers(1)
+    with pytest.raises(Stop):
+        prepare(make_context(), StopAfter(70))
+    spec = {"training": {"maxSequenceLength": 32}} if change == "length" else {}
+    if change == "rows":
+        write_rows(path, ROWS[::-1])
+    resumed = data_bytes(make_context(spec))
+    (tmp_path / "workspace" / "records" / "prepare.json").unlink()
+    assert resumed == data_bytes(make_context(spec))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_first_wrong_row_is_told_whoever_finds_it(
+    make_context: MakeContext, tmp_path: Path, workers: Any, count: int
+) -> None:
+    """The last row of a chunk is wrong, a later chunk too, and the file's end cannot be read."""
+    path = write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[19], lines[33] = b"3\n", b"[]\n"
+    path.write_bytes(b"".join(lines) + b"\xff")
+    workers(count)
+    context = make_context()
+    with pytest.raises(StepFailure, match=r"train\.jsonl line 20 is a number"):
+        prepare(context, Recorded())
+    assert not [*context.workspace.root.rglob("*")]
+
+
+def killed_with_more_chunks(files: Files) -> dict[str, int]:
+    """Kill the prepare step's command line as soon as it has made one more chunk: the inode of each chunk's file."""
+    before = len(chunk_files(files))
+    with files.start("prepare", OMP_NUM_THREADS="1") as process:
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(chunk_files(files)) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    return chunk_files(files)
+
+
+def chunk_files(files: Files) -> dict[str, int]:
+    """The inode of each finished chunk's file, by name; another file takes the place of one that is made again."""
+    return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.partial-rows/train-*.safetensors")}
+
+
+def test_a_killed_prepare_goes_on_with_its_chunks_to_the_bytes_of_an_undisturbed_one(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    files = new_files(tmp_path, tiny_llama.parent)
+    rows = 3 * tokenize.CHUNK_ROWS + 100
+    write_rows(files.data / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(rows)])
+
+    first = killed_with_more_chunks(files)
+    second = killed_with_more_chunks(files)
+    assert 1 <= len(first) < len(second) < 4
+    # A chunk is made after those before it.
+    assert {name: second[name] for name in first} == first
+    assert files.run("prepare", OMP_NUM_THREADS="1").exit_code == 0
+
+    undisturbed = StepContext(
+        QLoRAJobDocument.model_validate(files.document),
+        WorkspaceLayout(tmp_path / "undisturbed"),
+        Mounts(claims={"models": files.models, "data": files.data}),
+        "cpu",
+        POD_UID,
+        1,
+        str(tmp_path / "undisturbed"),
+    )
+    [folder] = (files.workspace / "data").iterdir()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == data_bytes(undisturbed)
+
+
+def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:
+    """Nothing goes on reading a volume that another pod has mounted by then."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, sys, threading\n"
+        "from qlora_trainer.data.tokenize import _end_with_parent\n"
+        "def child(pipe):\n"
+        "    threading.Thread(target=_end_with_parent, daemon=True).start()\n"
+        "    pipe.send(1)\n"
+        "    threading.Event().wait()\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    here, there = context.Pipe()\n"
+        "    process = context.Process(target=child, args=(there,))\n"
+        "    process.start()\n"
+        "    here.recv()\n"
+        "    print(process.pid, flush=True)\n"
+        "    threading.Event().wait()\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        descriptor = os.pidfd_open(child)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    try:
+        assert multiprocessing.connection.wait([descriptor], timeout=60)
+    finally:
+        os.close(descriptor)

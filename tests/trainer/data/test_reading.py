@@ -1,0 +1,291 @@
+"""Data that can be trained on, in all its forms, and what becomes of it."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.data.statistics import DataStatistics
+from qlora_trainer.steps.prepare import prepare
+from tests.support.bad_data.case import GOOD
+from tests.support.fake_hub import OTHER_COMMIT, FakeHub, serve
+from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.trainer.conftest import MakeContext
+
+
+def test_a_link_out_of_the_volume_is_refused(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret").write_text(GOOD)
+    (tmp_path / "data" / "train.jsonl").symlink_to("../secret")
+    with pytest.raises(StepFailure, match="is a link that leads out of its folder") as failure:
+        prepare(make_context(), records)
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTEFACT
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pvc://elsewhere/train.jsonl", "volume claim 'elsewhere' is not mounted"),
+        ("configMap://rows/train.jsonl", "ConfigMap 'rows' with key 'train.jsonl' does not exist"),
+    ],
+)
+def test_a_missing_volume_or_config_map_may_still_come(
+    make_context: MakeContext, records: Recorded, source: str, message: str
+) -> None:
+    with pytest.raises(StepFailure, match=message) as failure:
+        prepare(make_context({"dataset": {"source": source}}), records)
+    assert failure.value.exit_code is ExitCode.UNREACHABLE
+
+
+PAIRS = [{"prompt": f'Question "{n}",\nplease', "completion": f"ünswer {n}"} for n in range(3)]
+
+
+def train_bytes(context: StepContext, record: PrepareRecord) -> bytes:
+    return (context.workspace.root / record.data_path / "train.safetensors").read_bytes()
+
+
+def statistics(context: StepContext, record: PrepareRecord) -> DataStatistics:
+    return DataStatistics.read(context.workspace.root / record.data_path)
+
+
+def zstandard(content: bytes) -> bytes:
+    return bytes(pa.compress(content, codec="zstd", asbytes=True))
+
+
+def test_every_kind_of_file_gives_the_same_tokens(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+    """Also with a byte order mark, blank lines, Windows line ends and no line end after the last row."""
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = [json.dumps(row, ensure_ascii=False) for row in PAIRS]
+    quoted = ['"{}","{}"'.format(*(row[key].replace('"', '""') for key in ("prompt", "completion"))) for row in PAIRS]
+    plain = "\n".join(lines).encode()
+    contents = {
+        "a.jsonl": plain,
+        "b.jsonl": b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode() + b"\r\n",
+        "c.csv": b"\xef\xbb\xbf" + "\n".join(["prompt,completion", *quoted]).encode(),
+        "d.json": json.dumps(PAIRS, indent=2, ensure_ascii=False).encode(),
+        "e.json": b"\xef\xbb\xbf\r\n [" + ",".join(lines).encode() + b"] \n",
+        "f.json": plain,
+        "g.jsonl.gz": gzip.compress(plain[:50]) + gzip.compress(plain[50:]),
+        "h.jsonl.bz2": bz2.compress(plain),
+        "i.json.xz": lzma.compress(json.dumps(PAIRS).encode()),
+        "j.csv.zst": zstandard("\r\n".join(["prompt,completion", *quoted]).encode()),
+    }
+    for name, content in contents.items():
+        (data / name).write_bytes(content)
+    pq.write_table(pa.Table.from_pylist(PAIRS), data / "k.parquet")
+    written = set()
+    for name in (*contents, "k.parquet"):
+        context = make_context({"dataset": {"source": f"pvc://data/{name}"}})
+        record = prepare(context, records)
+        assert (record.dataset.format, record.dataset.rows) == ("prompt-completion", 3), name
+        written.add(train_bytes(context, record))
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("dictionaries", [True, False])
+def test_a_parquet_file_without_rows_says_so(
+    make_context: MakeContext, records: Recorded, tmp_path: Path, dictionaries: bool
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    pq.write_table(pa.Table.from_pylist(PAIRS).slice(0, 0), data / "none.parquet", use_dictionary=dictionaries)
+    with pytest.raises(StepFailure, match=r"pvc://data/none\.parquet has no rows"):
+        prepare(make_context({"dataset": {"source": "pvc://data/none.parquet"}}), records)
+
+
+def test_the_files_of_a_folder_are_one_data_set(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+    """In the order of their names; SHA-256 is that of what `sha256sum *.jsonl*` prints."""
+    rows = [chat_row(f"Which {n}?", "This.") for n in range(6)]
+    folder = tmp_path / "data" / "rows"
+    write_rows(folder / "part-2.jsonl", rows[4:])
+    (folder / "part-1.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(row) + "\n" for row in rows[:4]).encode())
+    )
+    (folder / "README.md").write_text("not data")
+    (folder / ".part-0.jsonl").write_text("hidden")
+    write_rows(tmp_path / "data" / "all.jsonl", rows)
+    printed = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in ("part-1.jsonl.gz", "part-2.jsonl"))
+    (tmp_path / "printed").write_text(printed)
+    pin = file_sha256(tmp_path / "printed")
+    whole = make_context({"dataset": {"source": "pvc://data/all.jsonl"}})
+    parts = make_context({"dataset": {"source": "pvc://data/rows", "sha256": pin}})
+    found = prepare(parts, records)
+    assert train_bytes(parts, found) == train_bytes(whole, prepare(whole, records))
+    assert found.dataset.sha256 == pin
+    write_rows(folder / "part-3.jsonl", rows)
+    with pytest.raises(StepFailure, match=r"pvc://data/rows has SHA-256 [0-9a-f]{64}, but spec.dataset.sha256 is"):
+        prepare(parts, records)
+
+
+def test_a_file_that_somebody_writes_to_is_refused(
+    make_context: MakeContext, records: Recorded, tmp_path: Path
+) -> None:
+    """It shrinks after its digest was taken, before its rows are tokenized."""
+    path = write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Which {n}?", "This.") for n in range(200)])
+
+    class Shrinking(Recorded):
+        def progress(self, record: Any, *, force: bool = False) -> None:
+            if record.activity.startswith("tokenizing"):
+                path.write_text(GOOD)
+
+    with pytest.raises(StepFailure, match=r"pvc://data/train.jsonl changed while it was read: start again") as failure:
+        prepare(make_context(), Shrinking())
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+
+
+def test_the_statistics_tell_what_was_found_and_what_was_dropped(
+    make_context: MakeContext, records: Recorded, tmp_path: Path
+) -> None:
+    rows = [{**chat_row(f"Which {n}?", "This."), "source": "web"} for n in range(30)]
+    rows[7] = {**chat_row("Long?", "word " * 100), "source": "web"}
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    context = make_context({"dataset": {"eval": {"fraction": 0.2}}})
+    record = prepare(context, records)
+    found = statistics(context, record)
+    [source] = found.sources
+    assert (source.format, source.columns, source.ignored_columns) == ("chat", ("messages",), ("source",))
+    assert (source.rows_read, source.lengths.longest) == (30, record.dataset.longest_row_tokens)
+    assert sum(bar.rows for bar in source.lengths.histogram) == 30
+    [dropped] = source.dropped
+    assert (dropped.rows, dropped.first) == (1, "pvc://data/train.jsonl line 8")
+    assert dropped.reason == "longer than 64 tokens (spec.training.maxSequenceLength)"
+    assert found.eval is not None
+    assert (found.train.rows, found.eval.rows) == (23, 6)
+    assert found.train.tokens == record.dataset.tokens
+    assert found.train.packing_efficiency == round(found.train.tokens / (found.train.sequences * 64), 4) > 0.7
+    assert 0 < found.train.target_tokens < found.train.tokens
+
+
+def test_chance_chooses_the_rows_where_the_job_says_so(
+    make_context: MakeContext, records: Recorded, tmp_path: Path
+) -> None:
+    """Each seed chooses others; without shuffle they are the first ones."""
+    write_rows(tmp_path / "data" / "train.jsonl", [{"text": "a " * (n + 1)} for n in range(40)])
+
+    def tokens(shuffle: bool, seed: int) -> int:
+        dataset = {"maxSamples": 5, "shuffle": shuffle}
+        status = prepare(make_context({"dataset": dataset, "training": {"seed": seed}}), records).dataset
+        assert (status.rows, status.used_rows) == (5, 5)
+        return status.tokens
+
+    assert tokens(False, 0) == tokens(False, 1) < tokens(True, 0) != tokens(True, 1)
+    assert tokens(True, 0) == tokens(True, 0)
+
+
+@pytest.mark.parametrize(("dataset", "told"), [({}, True), ({"maxSamples": 5}, False)])
+def test_a_shuffle_that_chooses_nothing_is_told(
+    make_context: MakeContext,
+    records: Recorded,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    dataset: dict[str, Any],
+    told: bool,
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
+    prepare(make_context({"dataset": {"shuffle": True, **dataset}}), records)
+    assert ("spec.dataset.shuffle does nothing without spec.dataset.maxSamples" in caplog.text) is told
+
+
+def test_rows_of_a_config_map_are_read(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+    """A mounted ConfigMap is made of links, as the kubelet makes them."""
+    mounted = tmp_path / "config-maps" / "rows"
+    write_rows(mounted / "..2026" / "train.jsonl", [chat_row("Which?", "This.")])
+    (mounted / "..data").symlink_to("..2026")
+    (mounted / "train.jsonl").symlink_to("..data/train.jsonl")
+    record = prepare(make_context({"dataset": {"source": "configMap://rows/train.jsonl"}}), records)
+    assert record.dataset.used_rows == 1
+
+
+def test_evaluation_rows_that_are_not_those_of_the_digest_are_refused(
+    make_context: MakeContext, records: Recorded, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
+    path = write_rows(tmp_path / "data" / "eval.jsonl", PAIRS[:2])
+    evaluation = {"source": "pvc://data/eval.jsonl", "sha256": file_sha256(path)}
+    context = make_context({"dataset": {"eval": evaluation}})
+    assert prepare(context, records).dataset.eval_rows == 2
+    write_rows(path, PAIRS[:1])
+    with pytest.raises(StepFailure, match=r"eval.jsonl has SHA-256 \w{64}, but spec.dataset.eval.sha256 is") as failure:
+        prepare(context, records)
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with acme/rows and acme/other, whose folders `small` and `large` are configurations with three splits."""
+    repositories = {f"datasets/acme/{name}": tmp_path / "hub" / name for name in ("rows", "other")}
+    for folder in repositories.values():
+        for config, rows in (("small", 1), ("large", 4)):
+            for extra, split in enumerate(("train", "validation", "test")):
+                write_rows(folder / config / f"{split}.jsonl", PAIRS[:1] * (rows + extra))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(FakeHub(repositories, commits=dict.fromkeys(repositories, OTHER_COMMIT))) as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        yield served
+
+
+AT_COMMIT = f"/revision/{OTHER_COMMIT}"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "evaluation", "rows", "listed"),
+    [
+        ({}, {"source": "hf://acme/other", "config": "large"}, 5, ["rows", "other"]),
+        ({}, {"source": "hf://acme/other", "config": "large", "split": "test"}, 6, ["rows", "other"]),
+        (
+            {},
+            {"source": "hf://acme/other", "config": "small", "revision": OTHER_COMMIT},
+            2,
+            ["rows", f"other{AT_COMMIT}"],
+        ),
+        ({}, {"source": "hf://acme/rows", "revision": OTHER_COMMIT}, 2, ["rows", f"rows{AT_COMMIT}"]),
+        ({"revision": OTHER_COMMIT}, {"source": "hf://acme/rows"}, 2, [f"rows{AT_COMMIT}", f"rows{AT_COMMIT}"]),
+        ({}, {"source": "hf://acme/rows", "config": "large", "split": "train"}, 4, ["rows", "rows"]),
+    ],
+)
+def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_are_named(
+    make_context: MakeContext,
+    records: Recorded,
+    hub: FakeHub,
+    dataset: dict[str, Any],
+    evaluation: dict[str, Any],
+    rows: int,
+    listed: list[str],
+) -> None:
+    """What is not named is that of the training data if these are of the same repository."""
+    training = {"source": "hf://acme/rows", "config": "small", **dataset}
+    record = prepare(make_context({"dataset": {**training, "eval": evaluation}}), records)
+    assert (record.dataset.used_rows, record.dataset.eval_rows) == (1, rows)
+    asked = [line.partition("/api/datasets/acme/")[2] for line in hub.requests if "/api/" in line]
+    assert asked == listed
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"split": "dev"}, r"no data file of the split 'dev': set spec\.dataset\.eval\.split"),
+        ({"config": "middle"}, r"no configuration 'middle' \(spec\.dataset\.eval\.config\)"),
+        ({"revision": "v9"}, "hf://acme/other has no revision 'v9'"),
+    ],
+)
+def test_what_evaluation_rows_have_not_is_refused_by_its_field(
+    make_context: MakeContext, records: Recorded, evaluation: dict[str, str], message: str
+) -> None:
+    dataset = {"source": "hf://acme/rows", "config": "small", "eval": {"source": "hf://acme/other", **evaluation}}
+    with pytest.raises(StepFailure, match=message) as failure:
+        prepare(make_context({"dataset": dataset}), records)
+    assert failure.value.exit_code is ExitCode.BAD_DATASET

@@ -1,0 +1,51 @@
+"""Attention on a CPU and its gradients are those of explicit scores, whatever the rows, heads, window and type."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_trainer.model.attention import Rows, rows_attention
+from tests.support.attention import HEADS, LENGTHS, MODULE, tensors, visible
+
+
+def explicit(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention by its formula (Vaswani et al. 2017, arXiv 1706.03762), [1, tokens, heads, head size]."""
+    shared = HEADS // key.shape[1]
+    key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~visible(window), float("-inf"))
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 300, 2000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_and_its_gradients_are_those_of_explicit_scores(
+    window: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    exact = [tensor.detach().to(dtype).double().requires_grad_() for tensor in tensors()]
+    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+    expected = explicit(exact[0], exact[1], exact[2], 0.7, window)
+    rows = Rows.of(LENGTHS, torch.device("cpu"))
+    output, _ = rows_attention(MODULE, *inputs, None, scaling=0.7, sliding_window=window, rows=rows)
+
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wanted = torch.autograd.grad((expected * weights.double()).sum(), exact)
+    gradients = torch.autograd.grad((output * weights).sum(), inputs)
+    for found, reference in zip((output, *gradients), (expected, *wanted), strict=True):
+        assert found.dtype == dtype
+        # Per element: a token that sees only itself has a gradient of 0 for its query.
+        assert (found.double() - reference).norm() <= tolerance * (reference.norm() + found.numel() ** 0.5)
+
+
+def test_other_types_are_computed_in_that_of_autocast() -> None:
+    query, key, value = tensors()
+    rows = Rows.of(LENGTHS, torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, _ = rows_attention(MODULE, query, key, value.bfloat16(), None, rows=rows)
+    narrow, _ = rows_attention(MODULE, *(tensor.bfloat16() for tensor in (query, key, value)), None, rows=rows)
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, narrow)
+
+
+def test_rows_that_are_not_all_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows of 300 tokens, but 1005 tokens"):
+        rows_attention(MODULE, *tensors(), None, rows=Rows.of((300,), torch.device("cpu")))

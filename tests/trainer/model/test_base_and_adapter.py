@@ -1,0 +1,211 @@
+"""The base model is held as the job says, only the adapter learns, and its files are what PEFT reads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig
+
+from qlora_api.contract import ExitCode
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model.adapter import adapter_parameters, adapter_tensors, restore_adapter, save_adapter
+from qlora_trainer.model.base import check_quantization, load_base
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.support import inspect_family
+from tests.support.adapted import NF4, adapted
+from tests.support.sequences import CPU, random_sequence
+from tests.support.tiny import SHAPE, save_model
+
+
+def loss_of(model: Any, seed: int = 1) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return batch_loss(model.get_base_model(), Batch.of([random_sequence((9, 14, 5), seed)], CPU))
+
+
+def copied(model: Path, folder: Path) -> Path:
+    """A copy of a model's folder that a test may break."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_every_inner_layer_is_4_bit_as_asked_and_everything_else_16_bit_and_frozen(
+    tiny_llama: Path, kind: Literal["nf4", "fp4"], double: bool
+) -> None:
+    model = load_base(tiny_llama, QuantizationSpec(type=kind, double_quant=double), "cpu")
+
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    assert {(layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) for layer in layers} == {
+        (kind, double)
+    }
+    assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+    assert type(model.lm_head) is nn.Linear
+    rest = [p for name, p in model.named_parameters() if "norm" in name or "embed" in name or "lm_head" in name]
+    assert {parameter.dtype for parameter in rest} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_of_another_type_and_a_layer_left_in_16_bit_are_noticed(tiny_llama: Path) -> None:
+    model = load_base(tiny_llama, NF4, "cpu")
+    with pytest.raises(StepFailure, match="fp4") as other_type:
+        check_quantization(model, QuantizationSpec(type="fp4"))
+    model.model.layers[0].mlp.up_proj = nn.Linear(64, 128, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(StepFailure, match=r"only 88\.5% of the parameters") as too_few:
+        check_quantization(model, NF4)
+
+    assert other_type.value.exit_code is too_few.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert "'llama'" in too_few.value.message
+
+
+def test_a_missing_tensor_and_missing_weights_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_llama, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(StepFailure, match=r"1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight") as tensor:
+        load_base(folder, NF4, "cpu")
+    weights.unlink()
+    with pytest.raises(StepFailure, match="cannot be loaded") as file:
+        load_base(folder, NF4, "cpu")
+
+    assert tensor.value.exit_code is file.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+
+
+def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_llama, tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+    with pytest.raises(StepFailure) as caught:
+        load_base(folder, NF4, "cpu")
+
+    assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_every_adapter_weight_gets_a_gradient_also_after_an_evaluation(tiny_llama: Path, checkpointing: bool) -> None:
+    model = adapted(tiny_llama, checkpointing=checkpointing)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" not in name}
+    model.eval()
+    with torch.no_grad():
+        loss_of(model)
+    model.train()
+    optimizer = torch.optim.SGD(adapter_parameters(model).values(), lr=0.1)
+    loss_of(model).backward()
+    optimizer.step()  # B is 0 at first, so A has no gradient before it has moved
+    optimizer.zero_grad()
+    loss_of(model).backward()
+
+    parameters = adapter_parameters(model)
+    assert len(parameters) == 28
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters.values())
+    trained = {id(parameter) for parameter in parameters.values()}
+    assert all(p.grad is None for p in model.parameters() if id(p) not in trained)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_recomputed_activations_give_the_same_gradients_also_with_dropout(tiny_llama: Path) -> None:
+    gradients = []
+    for checkpointing in (True, False):
+        model = adapted(tiny_llama, dropout=0.5, checkpointing=checkpointing)
+        torch.manual_seed(5)
+        loss_of(model).backward()
+        gradients.append({name: parameter.grad for name, parameter in adapter_parameters(model).items()})
+
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_rows_of_the_quantized_model_do_not_see_each_other(tiny_llama: Path) -> None:
+    model = adapted(tiny_llama).eval()
+    first, second = random_sequence((20, 12), 1), random_sequence((20, 12), 2)
+    mixed_ids, mixed_labels = first.input_ids.clone(), first.labels.clone()
+    mixed_ids[:20] = second.input_ids[:20]
+    mixed_labels[:20] = -100
+    only_second_row = first.labels.clone()
+    only_second_row[:20] = -100
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [
+            batch_loss(model.get_base_model(), Batch.of([type(first)(ids, labels, (20, 12))], CPU)).item()
+            for ids, labels in ((first.input_ids, only_second_row), (mixed_ids, mixed_labels))
+        ]
+
+    assert losses[0] == losses[1]
+
+
+def test_the_adapter_is_stored_in_the_type_asked_for(tiny_llama: Path) -> None:
+    assert {tensor.dtype for tensor in adapter_tensors(adapted(tiny_llama)).values()} == {torch.float32}
+    narrow = adapted(tiny_llama, dtype="bfloat16")
+    assert {tensor.dtype for tensor in adapter_tensors(narrow).values()} == {torch.bfloat16}
+    loss_of(narrow).backward()
+    assert all(parameter.grad is not None for parameter in adapter_parameters(narrow).values())
+
+
+@pytest.mark.parametrize("blocks", [2, 3])  # PEFT treats 20 targets and more in another way
+def test_plain_peft_loads_the_files_and_computes_the_same(blocks: int, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", LlamaConfig(**(SHAPE | {"num_hidden_layers": blocks})))
+    model = adapted(folder)
+    torch.manual_seed(1)
+    restore_adapter(model, {name: torch.randn_like(tensor) * 0.1 for name, tensor in adapter_tensors(model).items()})
+    save_adapter(model, tmp_path)
+
+    loaded = PeftModel.from_pretrained(load_base(folder, NF4, "cpu"), str(tmp_path))
+
+    with torch.no_grad():
+        assert loss_of(loaded.eval()).item() == loss_of(model.eval()).item()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    expected = {
+        "base_model_name_or_path": "org/tiny",
+        "revision": "0123abc",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+    }
+    assert {name: config[name] for name in expected} == expected
+    assert config["target_modules"] == list(inspect_family(folder, LoraSpec()).target_modules)
+
+
+def test_a_saved_adapter_of_other_layers_is_not_restored(tiny_llama: Path) -> None:
+    other = adapter_tensors(adapted(tiny_llama, target_modules=("q_proj",)))
+
+    with pytest.raises(KeyError, match="other tensors"):
+        restore_adapter(adapted(tiny_llama), other)
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from tests.support.adapted import adapted
+from qlora_trainer.model.adapter import save_adapter
+save_adapter(adapted(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_the_files_do_not_depend_on_the_hash_seed(tiny_llama: Path, tmp_path: Path) -> None:
+    written = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run(
+            [sys.executable, "-c", SAVE, tiny_llama, folder], env=environment, check=True, capture_output=True
+        )
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+
+    assert written[0] == written[1]
+    assert set(written[0]) == {"adapter_model.safetensors", "adapter_config.json"}

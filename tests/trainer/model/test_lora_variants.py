@@ -1,0 +1,196 @@
+"""Every variant of LoRA learns, resumes to the last bit, passes the checks of publish and loads in plain PEFT."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
+from peft.tuners.lora import Linear4bit
+from safetensors.torch import load_file, save_file
+
+from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.core.completion import TrainRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.model.adapter import adapter_tensors
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.batch import read_batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.quantized import quantized_layers
+from qlora_trainer.model.support import inspect_family
+from qlora_trainer.publishing.verify import verify_adapter
+from qlora_trainer.report.serving import refused_by_vllm, served_rank
+from tests.support.adapted import adapted
+from tests.support.families import FAMILIES
+from tests.support.sequences import CPU
+from tests.support.tiny import save_model
+from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"useRslora": True},
+    "dora": {"useDora": True},
+    "dora-loftq-16bit": {"useDora": True, "initialization": "loftq", "dtype": "bfloat16"},
+    "loftq": {"initialization": "loftq", "alpha": 2},
+    "one-block": {"layersToTransform": [1]},
+    "whole-modules": {"modulesToSave": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path
+) -> tuple[StepContext, TrainRecord, Path]:
+    """A finished training of a variant, its record and its base. Do not change it: copy it."""
+    spec = {"lora": VARIANTS[request.param]}
+    context = prepared(tmp_path_factory.mktemp(request.param) / "workspace", tiny_llama, spec)
+    return context, run(context), tiny_llama
+
+
+def check(context: StepContext, record: TrainRecord, model: Path) -> None:
+    """The checks of the publish step."""
+    lora = context.spec.lora
+    verify_adapter(
+        context.workspace.trained,
+        record.adapter_sha256,
+        lora,
+        model_folder=model,
+        target_modules=inspect_family(model, lora).target_modules,
+        base_name=context.base_name,
+        base_revision="sha256:tiny",
+    )
+
+
+def test_it_learns_and_resumes_bit_identically(trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path) -> None:
+    context, record, model = trained
+    interrupted = prepared(tmp_path / "workspace", model, {"lora": context.spec.lora.dump()})
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        run(interrupted, stop=stop, records=StopAtStep(3, stop))
+    run(interrupted)
+
+    assert record.eval_loss is not None
+    assert record.initial_eval_loss is not None
+    assert record.eval_loss < record.initial_eval_loss
+    assert adapter_bytes(interrupted) == adapter_bytes(context)
+    assert history(interrupted) == history(context)
+
+
+def test_plain_peft_computes_the_same_loss(trained: tuple[StepContext, TrainRecord, Path]) -> None:
+    context, record, model = trained
+    base = load_base(model, QuantizationSpec(), "cpu")
+    # PEFT widens 16-bit adapters unless told not to.
+    widen = context.spec.lora.dtype == "float32"
+    # Trainable, since the loss of a head that is trained is added up in another order.
+    adapter = str(context.workspace.trained)
+    loaded = PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=widen).eval()
+
+    data = PreparedDataset.open(context.workspace.data / "rows", "eval")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        batches = [read_batch(data, (index,), CPU) for index in range(len(data))]
+        summed = sum(batch_loss(loaded.get_base_model(), batch).double() for batch in batches)
+    assert float(summed) / sum(batch.target_count for batch in batches) == record.eval_loss
+
+
+def test_the_check_before_publication_knows_every_tensor(
+    trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
+) -> None:
+    context, record, model = trained
+    check(context, record, model)
+    tensors = load_file(context.workspace.trained / "adapter_model.safetensors")
+    copy = dataclasses.replace(context, workspace=WorkspaceLayout(tmp_path))
+    shutil.copytree(context.workspace.trained, copy.workspace.trained)
+    file = copy.workspace.trained / "adapter_model.safetensors"
+    kinds = {name.removesuffix(".weight").rpartition(".")[2]: name for name in tensors}
+    for name in kinds.values():
+        others = {other: tensor for other, tensor in tensors.items() if other != name}
+        for changed in ({}, {name: tensors[name][1:].contiguous()}, {name: tensors[name].half()}):
+            save_file(others | changed, file)
+            with pytest.raises(StepFailure) as caught:
+                check(copy, record.model_copy(update={"adapter_sha256": file_sha256(file)}), model)
+            assert caught.value.exit_code is ExitCode.INTERNAL_ERROR
+            assert name in caught.value.message
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a multimodal Gemma 3 whose weights have the names that the hub's have. Do not change it: copy it."""
+    folder = save_model(tmp_path_factory.mktemp("gemma3") / "model", FAMILIES["gemma3"][0])
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in load_file(folder / "model.safetensors")
+    return folder
+
+
+# Gemma 3's layers here are larger, and the adapter's rank is the same.
+@pytest.mark.parametrize(("family", "remaining"), [("tiny_llama", 0.9), ("tiny_gemma3", 0.95)])
+def test_loftq_makes_up_for_a_part_of_the_quantization_error_and_leaves_the_base(
+    request: pytest.FixtureRequest, family: str, remaining: float
+) -> None:
+    folder = request.getfixturevalue(family)
+    base = load_base(folder, QuantizationSpec(), "cpu")
+    weights, held = BaseWeights(folder, base), dict(quantized_layers(base))
+    plain, loftq, again = (
+        adapted(folder, initialization=kind, original=weights) for kind in ("default", "loftq", "loftq")
+    )
+
+    def error(model: Any) -> float:
+        """Distance of all layers from the original weights, as the adapter's own formula adds it up."""
+        squares = 0.0
+        for name, layer in model.get_base_model().named_modules():
+            if isinstance(layer, Linear4bit):
+                base = layer.get_base_layer().weight
+                found = dequantize_4bit(base.data, base.quant_state).float() + layer.get_delta_weight("default")
+                squares += float((weights[f"{name}.weight"].float() - found).square().sum())
+        return squares**0.5
+
+    assert error(loftq) < remaining * error(plain)
+    # What was computed in 32 bit has not passed through 16.
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in adapter_tensors(loftq).values())
+    assert all(torch.equal(tensor, adapter_tensors(again)[name]) for name, tensor in adapter_tensors(loftq).items())
+    found = {name.replace("base_model.model.", "").replace(".base_layer", ""): t for name, t in quantized_layers(loftq)}
+    assert found.keys() == held.keys()
+    assert all(torch.equal(found[name][key], tensor) for name in held for key, tensor in held[name].items())
+
+
+def test_blocks_are_chosen_by_number_and_must_exist(tiny_llama: Path) -> None:
+    chosen = inspect_family(tiny_llama, LoraSpec(layers_to_transform=(1,))).target_modules
+    assert len(chosen) == 7
+    assert all(".layers.1." in name for name in chosen)
+    with pytest.raises(StepFailure, match=r"names block 2, .* numbered 0 to 1") as caught:
+        inspect_family(tiny_llama, LoraSpec(layers_to_transform=(0, 2)))
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
+    with pytest.raises(StepFailure, match="embed_tokens and lm_head are one matrix") as caught:
+        inspect_family(tiny_qwen2, LoraSpec(modules_to_save=("lm_head",)))
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+@pytest.mark.parametrize(
+    ("lora", "word"),
+    [
+        (LoraSpec(), None),
+        (LoraSpec(use_rslora=True, initialization="loftq", layers_to_transform=(1,)), None),
+        (LoraSpec(rank=512), None),
+        (LoraSpec(use_dora=True), "DoRA"),
+        (LoraSpec(modules_to_save=("lm_head",)), "modulesToSave"),
+        (LoraSpec(rank=1024), "rank 1024"),
+    ],
+)
+def test_what_vllm_refuses_is_known_by_its_reason(lora: LoraSpec, word: str | None) -> None:
+    reason = refused_by_vllm(lora)
+    assert (reason is None) == (word is None)
+    assert reason is None or str(word) in reason
+    assert (served_rank(lora) is None) == (word is not None)
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (48, 64), (64, 64), (257, 320), (321, 512)])
+def test_the_rank_that_a_server_must_allow_is_one_that_vllm_accepts(rank: int, served: int) -> None:
+    assert served_rank(LoraSpec(rank=rank)) == served

@@ -1,0 +1,148 @@
+"""The chunked loss over packed rows equals the plain loss of one row at a time, and never builds the full logits."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from qlora_trainer.data.prepared import IGNORED_LABEL
+from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.batch import Batch, next_token_targets
+from qlora_trainer.model.loss import LogitTransform, batch_loss, summed_loss
+from tests.support.sequences import CPU, random_sequence, rows_of
+from tests.support.tiny import SHAPE
+
+FAMILIES = [
+    transformers.LlamaConfig(**SHAPE),
+    transformers.MistralConfig(**SHAPE, sliding_window=6),
+    transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    transformers.Qwen3Config(**SHAPE, head_dim=16),
+    transformers.GraniteConfig(**SHAPE, logits_scaling=8.0, attention_multiplier=0.1, embedding_multiplier=12.0),
+    transformers.CohereConfig(**SHAPE, logit_scale=0.25),
+    transformers.Gemma2Config(
+        **SHAPE,
+        head_dim=32,
+        sliding_window=6,
+        query_pre_attn_scalar=64,
+        attn_logit_softcapping=0.2,
+        final_logit_softcapping=0.5,
+    ),
+]
+
+
+class CountingHead(nn.Linear):
+    """An output layer that remembers for how many positions it was asked at a time."""
+
+    def __init__(self, features: int, vocabulary: int) -> None:
+        super().__init__(features, vocabulary, bias=False)
+        self.positions: list[int] = []
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.positions.append(states.shape[0])
+        return super().forward(states)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+def test_loss_and_gradients_of_packed_rows_equal_those_of_one_row_at_a_time(config: Any) -> None:
+    register_attention()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    sequences = [random_sequence((9, 14, 5), 1), random_sequence((20,), 2)]
+
+    expected = torch.zeros(())
+    for tokens, labels in (row for sequence in sequences for row in rows_of(sequence)):
+        logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
+        expected = expected + cross_entropy(logits, labels[1:], ignore_index=IGNORED_LABEL, reduction="sum")
+    expected.backward()
+    reference = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.set_attn_implementation(ATTENTION)
+    loss = batch_loss(model, Batch.of(sequences, CPU))
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, reference[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.125), LogitTransform(1.0, 5.0)])
+def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logits(
+    transform: LogitTransform, frozen: bool
+) -> None:
+    torch.manual_seed(0)
+    head = CountingHead(16, 300).requires_grad_(not frozen)
+    states = torch.randn(100, 16, requires_grad=True)
+    targets = torch.randint(0, 300, (100,))
+
+    logits = nn.functional.linear(states, head.weight) * transform.scale
+    logits = logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
+    expected = cross_entropy(logits, targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, states)
+    loss = summed_loss(states, targets, head, transform, chunk_tokens=32)
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(states.grad, gradient, rtol=1e-5, atol=1e-6)
+    assert max(head.positions) == 32
+    # A trained head's logits are computed again in backward, a frozen one's are not.
+    assert sum(head.positions) == (100 if frozen else 200)
+
+
+def test_positions_without_a_target_are_never_given_to_the_head() -> None:
+    register_attention()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE), attn_implementation=ATTENTION)
+    model.lm_head = CountingHead(64, 512)
+    sequence = random_sequence((12, 8), 3)
+
+    batch_loss(model, Batch.of([sequence], CPU))
+
+    assert model.lm_head.positions == [int((sequence.labels != IGNORED_LABEL).sum())]
+
+
+def test_what_fills_a_long_batch_up_on_a_cpu_changes_no_loss_and_counts_nowhere() -> None:
+    register_attention()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE | {"max_position_embeddings": 1024})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    first, second = random_sequence((300,), 1), random_sequence((260,), 2)
+
+    batch = Batch.of([first, second], CPU)
+    apart = sum(batch_loss(model, Batch.of([sequence], CPU)) for sequence in (first, second))
+
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, 576)
+    assert batch.tokens == 560
+    assert batch.rows.lengths == (300, 260, 16)
+    torch.testing.assert_close(batch_loss(model, batch), apart, rtol=1e-6, atol=0)
+
+
+def test_a_token_predicts_the_next_of_its_own_row_only() -> None:
+    labels = torch.tensor([IGNORED_LABEL, 11, 12, 20, 21, IGNORED_LABEL])
+
+    # 20 is labelled although it begins a row: no token of that row stands before it.
+    assert next_token_targets(labels, (3, 2, 1)).tolist() == [11, 12, IGNORED_LABEL, 21, IGNORED_LABEL, IGNORED_LABEL]
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient() -> None:
+    states = torch.randn(0, 16, requires_grad=True)
+
+    loss = summed_loss(states, torch.zeros(0, dtype=torch.int64), CountingHead(16, 30), LogitTransform())
+    loss.backward()
+
+    assert loss.item() == 0.0
+
+
+def test_a_micro_batch_of_several_sequences_is_one_row_without_padding() -> None:
+    first, second = random_sequence((9, 14), 1), random_sequence((5,), 2)
+
+    batch = Batch.of([first, second], CPU)
+
+    assert batch.input_ids.tolist() == [first.input_ids.tolist() + second.input_ids.tolist()]
+    assert batch.position_ids.tolist() == [[*range(9), *range(14), *range(5)]]
+    assert batch.rows.offsets.tolist() == [0, 9, 23, 28]
+    assert batch.tokens == 28

@@ -1,0 +1,352 @@
+"""The merged model is the function that was trained, in files that transformers loads, or there is none."""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Phi3Config, Qwen2Config
+
+from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model.adapter import attach_adapter, save_adapter
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.merge import BYTES_PER_ENTRY, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.quantized import QuantizedWeights, keep_quantized, layers_sha256, quantized_layers
+from qlora_trainer.publishing import merged as publish_merged
+from qlora_trainer.publishing.merged import merge
+from qlora_trainer.steps.publish import publish
+from qlora_trainer.training import held_out
+from tests.support.families import FAMILIES
+from tests.support.report_page import Page
+from tests.support.tiny import SHAPE, Recorded, save_model
+from tests.support.training import prepared, run
+
+NF4 = QuantizationSpec()
+TIED_LLAMA = LlamaConfig(**SHAPE, tie_word_embeddings=True)
+BIASED_QWEN2 = Qwen2Config(**SHAPE, tie_word_embeddings=False)
+FUSED_PHI3 = Phi3Config(**SHAPE, pad_token_id=0)
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "tied-rslora": (TIED_LLAMA, {"useRslora": True}),
+    "biased-dora-one-block": (BIASED_QWEN2, {"useDora": True, "layersToTransform": [1]}),
+    "multimodal-loftq": (FAMILIES["gemma3"][0], {"initialization": "loftq"}),
+    "fused-whole-head": (FUSED_PHI3, {"modulesToSave": ["lm_head"], "targetModules": ["qkv_proj", "down_proj"]}),
+}
+
+
+def published(context: StepContext) -> PublishRecord:
+    return publish(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+
+
+@pytest.fixture(scope="session", params=CASES)
+def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[StepContext, Path]:
+    """A job whose merged model is published, and its base. Do not change it: copy it."""
+    config, lora = CASES[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    model = save_model(root / "model", config)
+    context = prepared(root / "workspace", model, {"lora": lora, "output": {"merged": {}}})
+    run(context)
+    published(context)
+    return context, model
+
+
+@pytest.fixture
+def trained(tmp_path: Path, merged: tuple[StepContext, Path]) -> StepContext:
+    """A copy of such a job, before publish."""
+    context, _ = merged
+    shutil.copytree(context.workspace.root, tmp_path / "job")
+    copy = dataclasses.replace(context, workspace=WorkspaceLayout(tmp_path / "job"))
+    shutil.rmtree(copy.workspace.merged)
+    shutil.rmtree(copy.workspace.adapter)
+    copy.workspace.completion("publish").unlink()
+    return copy
+
+
+def test_each_weight_is_the_dequantized_one_and_the_adapters_part_rounded_once(
+    merged: tuple[StepContext, Path],
+) -> None:
+    context, model = merged
+    base = load_base(model, NF4, "cpu")
+    held = {
+        name: dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        for name, layer in base.named_modules()
+        if isinstance(layer, Linear4bit)
+    }
+    peft = PeftModel.from_pretrained(base, str(context.workspace.adapter))
+    layers = dict(peft.get_base_model().named_modules())
+    found = load_file(context.workspace.merged / "model.safetensors")
+
+    for name, weight in held.items():
+        layer, expected = layers[name], weight.float()
+        if hasattr(layer, "lora_A"):
+            expected = expected + layer.get_delta_weight("default")
+            if context.spec.lora.use_dora:
+                magnitude = layer.lora_magnitude_vector["default"].weight
+                expected = expected * (magnitude / expected.norm(dim=1)).unsqueeze(1)
+        merged_tensor = found.pop(f"{name}.weight")
+        # Half of the last of bfloat16's eight bits, and of float32's where the sum is near zero.
+        assert torch.allclose(merged_tensor.float(), expected.detach(), rtol=2**-8 * 1.001, atol=1e-8)
+    original = dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).named_parameters())
+    whole = load_file(context.workspace.adapter / "adapter_model.safetensors")
+    for name, tensor in found.items():
+        expected = whole.get(f"base_model.model.{name}", original[name])
+        assert torch.equal(tensor, expected)
+    assert found.keys() | {f"{name}.weight" for name in held} == set(original)
+
+
+def test_any_server_can_load_it_and_both_losses_are_told(merged: tuple[StepContext, Path]) -> None:
+    context, _ = merged
+    folder = context.workspace.merged
+    config = json.loads((folder / "config.json").read_text())
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    status = json.loads(context.workspace.completion("publish").read_text())["merged"]
+
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.dtype is torch.bfloat16
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert status["uri"] == f"{context.workspace_uri}/merged"
+    assert status["sizeBytes"] == sum(parameter.nbytes for parameter in model.parameters())
+    assert status["evalLoss"] == pytest.approx(status["adapterEvalLoss"], rel=2e-3)
+    assert status["adapterEvalLoss"] == pytest.approx(
+        json.loads(context.workspace.completion("train").read_text())["evalLoss"], rel=1e-5
+    )
+    assert status["evalTokens"] == 26
+    card = (folder / "README.md").read_text()
+    assert f"{status['evalLoss']:.4f} merged" in card
+    assert "Do not quantize this model to 4 bit again" in card
+
+
+def test_the_card_and_the_page_say_what_vllm_refuses_and_the_page_compares_the_losses(
+    merged: tuple[StepContext, Path],
+) -> None:
+    context, _ = merged
+    status = json.loads(context.workspace.completion("publish").read_text())
+    card = " ".join((context.workspace.adapter / "README.md").read_text().split())
+    page = Page((context.workspace.report / "report.html").read_text()).words
+    lora, told = context.spec.lora, status["merged"]
+
+    refused = "vLLM cannot serve this adapter: "
+    if lora.use_dora:
+        refused += "it does not know DoRA (spec.lora.useDora)."
+    elif lora.modules_to_save:
+        refused += "it takes no modules that were trained whole (spec.lora.modulesToSave)."
+    served = not (lora.use_dora or lora.modules_to_save)
+    for text in (card, page):
+        assert (refused in text) != served
+        assert ("vllm serve" in text) == served
+    assert status["adapter"].get("servedRank") == (8 if served else None)
+    compared = f"the adapter has {told['adapterEvalLoss']:.4f} on the same {told['evalTokens']} tokens"
+    assert f"Held-out loss, merged {told['evalLoss']:.4f} {compared}" in page
+    assert f"The merged model is at {told['uri']} , in bfloat16" in page
+
+
+def test_what_is_published_is_not_merged_again_and_what_is_damaged_is(trained: StepContext) -> None:
+    first = published(trained)
+    file = trained.workspace.merged / "model.safetensors"
+    content, written = file.read_bytes(), file.stat().st_mtime_ns
+    assert published(trained) == first
+    assert file.stat().st_mtime_ns == written
+
+    file.write_bytes(content[:-1])
+    assert published(trained) == first
+    assert file.read_bytes() == content
+    assert not list(trained.workspace.root.glob(".*"))
+
+
+def flipped(path: Path) -> None:
+    """Change the last bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flipped, Path.unlink])
+def test_other_weights_than_those_of_the_training_are_not_merged(
+    trained: StepContext, damage: Callable[[Path], None]
+) -> None:
+    damage(trained.workspace.quantized / "00000.safetensors")
+
+    with pytest.raises(StepFailure, match="the adapter was trained on") as caught:
+        published(trained)
+
+    assert caught.value.exit_code is ExitCode.UNSAFE_ARTEFACT
+    assert not trained.workspace.merged.exists()
+    assert (trained.workspace.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_without_room_nothing_is_merged_and_the_adapter_is_there(
+    trained: StepContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(trained.workspace.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+
+    with pytest.raises(StepFailure, match=r"merged model in 16 bit needs \d\.\d MiB, .* has 0\.1 MiB free") as caught:
+        published(trained)
+
+    assert caught.value.exit_code is ExitCode.STORAGE_FULL
+    assert (trained.workspace.adapter / "adapter_model.safetensors").is_file()
+    assert not list(trained.workspace.root.glob(".*"))
+
+
+def test_a_training_that_kept_no_weights_trains_no_further_but_keeps_them(tmp_path: Path, tiny_llama: Path) -> None:
+    without = prepared(tmp_path / "job", tiny_llama, {})
+    record = run(without)
+    document = without.document.model_validate(
+        {**without.document.dump(), "spec": {**without.spec.dump(), "output": {"merged": {}}}}
+    )
+    context = dataclasses.replace(without, document=document)
+
+    again = run(context)
+
+    assert again.adapter_sha256 == record.adapter_sha256
+    assert again.quantized_sha256 == record.quantized_sha256
+    assert published(context).merged is not None
+
+
+def test_weights_whose_names_are_not_those_of_the_model_are_refused_before_training(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.scale"] = tensors.pop("model.norm.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StepFailure, match=r"model\.norm\.weight") as caught:
+        run(prepared(tmp_path / "job", Path(model), {"output": {"merged": {}}}))
+    assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+
+
+@pytest.mark.parametrize("quantization", [QuantizationSpec(), QuantizationSpec(type="fp4", double_quant=False)])
+def test_kept_weights_are_those_that_are_loaded(
+    tiny_llama: Path, tmp_path: Path, quantization: QuantizationSpec
+) -> None:
+    base = load_base(tiny_llama, quantization, "cpu")
+    sha256 = layers_sha256(quantized_layers(base))
+    keep_quantized(base, tmp_path / "quantized", sha256, file_bytes=10_000)
+    kept = QuantizedWeights(tmp_path / "quantized")
+
+    kept.require_sha256(sha256)
+    assert len(list((tmp_path / "quantized").glob("*.safetensors"))) > 2
+    for name, layer in base.named_modules():
+        if isinstance(layer, Linear4bit):
+            expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            assert torch.equal(kept.dequantized(name), expected)
+    assert layers_sha256(quantized_layers(load_base(tiny_llama, quantization, "cpu"))) == sha256
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not the content of files, which the kernel can drop."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def peak_while(work: Callable[[], object]) -> int:
+    """The most anonymous memory that was seen during the work."""
+    seen, done = [anonymous_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen)
+
+
+def mergeable(root: Path, model: Path) -> tuple[StepContext, PrepareRecord, TrainRecord]:
+    """A job with an untrained adapter that can be merged. Its four held-out sequences may share a batch."""
+    context = prepared(root, model, {"output": {"merged": {}}}, packed=False)
+    base, lora = load_base(model, NF4, "cpu"), context.spec.lora
+    sha256 = layers_sha256(quantized_layers(base))
+    keep_quantized(base, context.workspace.quantized, sha256, file_bytes=1)
+    record = read_completion(context.workspace.completion("prepare"), PrepareRecord)
+    assert record is not None
+    adapter = attach_adapter(
+        base, lora, record.target_modules, seed=3, gradient_checkpointing=False, base_name="tiny", base_revision="1"
+    )
+    context.workspace.trained.mkdir()
+    save_adapter(adapter, context.workspace.trained)
+    trained = TrainRecord(
+        fingerprint="",
+        adapter_path=context.workspace.trained.name,
+        adapter_sha256="",
+        training_step=1,
+        loss=1.0,
+        quantized_sha256=sha256,
+        compared=Comparison(sequences=4, targets=26, loss=1.0),
+    )
+    return context, record.model_copy(update={"packed": True}), trained
+
+
+def test_a_merge_holds_one_file_and_one_layer_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it writes the model and while it tries it out."""
+    shape = {**SHAPE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    job = mergeable(tmp_path / "job", save_model(tmp_path / "model", LlamaConfig(**shape)))
+    shard, layer, folder = 16 * 2**20, 1024 * 4096, tmp_path / "merged"
+    monkeypatch.setattr(publish_merged, "write_merged", partial(write_merged, shard_bytes=shard))
+    folder.mkdir()
+    # What is freed already must not serve the merge unseen.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = anonymous_bytes()
+
+    peak = peak_while(lambda: merge(*job, folder))
+
+    # The allocator keeps what is freed in pieces of less than 32 MiB, as these layers are.
+    kept = 96 * 2**20
+    assert peak - before <= shard + BYTES_PER_ENTRY * layer + kept < 0.7 * merged_bytes(merged_model(folder))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 8
+    assert all((folder / file).stat().st_size < shard + 2**20 for file in files)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    names: dict[str, Tensor] = loaded.state_dict()
+    assert set(index["weight_map"]) == set(names)
+
+
+def test_a_merged_model_that_keeps_rows_apart_is_read_once_to_try_it_out(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be larger than the memory: each pass reads it from the disk."""
+    context, record, trained = mergeable(tmp_path / "job", tiny_llama)
+    passes: list[int] = []
+
+    def counted(model: Any, batch: Batch) -> Tensor:
+        passes.append(batch.target_count)
+        return batch_loss(model, batch)
+
+    monkeypatch.setattr(held_out, "batch_loss", counted)
+    losses = []
+    for packed in (True, False):
+        folder = tmp_path / str(packed)
+        folder.mkdir()
+        losses.append(merge(context, record.model_copy(update={"packed": packed}), trained, folder).loss)
+
+    assert passes == [26, 5, 7, 3, 11]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

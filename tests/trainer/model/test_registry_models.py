@@ -1,0 +1,246 @@
+"""Models in an OCI registry, over a real one: what is downloaded, what is refused, and what is tried again."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import requests
+from urllib3.util import Retry
+
+from qlora_api.contract import ExitCode
+from qlora_api.sources import RegistrySource, parse_source
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.publishing.oci_artifact import RegistryDestination
+from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.stores import oci
+from qlora_trainer.stores.contents import describe_files
+from qlora_trainer.stores.oci import MANIFEST_TYPE
+from tests.support.command import qlora
+from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.publication import MANIFEST
+from tests.support.servers import HTPASSWD, LOGIN, PASSWORD, USER, give_login, registry
+from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.trainer.conftest import MakeContext
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry that wants a password."""
+    folder = tmp_path_factory.mktemp("registry")
+    (folder / "htpasswd").write_text(HTPASSWD)
+    with registry(folder, passwords=folder / "htpasswd") as address:
+        yield address
+
+
+@pytest.fixture
+def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
+    monkeypatch.setattr(oci, "_RETRY", Retry(total=0))
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
+    with serve_proxy(FaultProxy(real)) as served:
+        for part in ("model", "output"):
+            (tmp_path / "credentials" / part).mkdir(parents=True)
+            give_login(tmp_path / "credentials" / part, served.address)
+        yield served
+
+
+@pytest.fixture
+def model(proxy: FaultProxy, tiny_llama: Path, tmp_path: Path) -> str:
+    """Address of a model in the registry, by tag."""
+    source = parse_source(f"oci://{proxy.address}/models/{uuid4().hex}:v1")
+    assert isinstance(source, RegistrySource)
+    secret = Secret(tmp_path / "credentials" / "model", "spec.output.secretRef", "push")
+    files = {path.name: path for path in tiny_llama.iterdir()}
+    destination = RegistryDestination(source, secret, allowed=(f"http://{proxy.address}",))
+    destination.write(files, MANIFEST.model_copy(update={"files": describe_files(files)}))
+    proxy.seen.clear()
+    return str(source)
+
+
+def with_model(make_context: MakeContext, proxy: FaultProxy, source: str) -> StepContext:
+    context = make_context({"model": {"source": source, "secretRef": {"name": "pull"}}})
+    return replace(context, registries=(f"http://{proxy.address}",))
+
+
+def unusable(context: StepContext, records: Recorded, code: ExitCode) -> str:
+    """The message with which prepare ends with `code`, without a credential in it or left behind."""
+    with pytest.raises(StepFailure) as failure:
+        prepare(context, records)
+    assert failure.value.exit_code is code, failure.value.message
+    left = [path.read_bytes() for path in context.workspace.root.rglob("*") if path.is_file()]
+    for canary in (PASSWORD, LOGIN):
+        assert not any(canary.encode() in content for content in (*left, failure.value.message.encode()))
+    return failure.value.message
+
+
+def test_a_model_is_downloaded_and_its_revision_is_the_digest(
+    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
+) -> None:
+    context = with_model(make_context, proxy, model)
+    record = prepare(context, records)
+    folder = context.workspace.root / record.model_path
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (tiny_llama / name).read_bytes()
+    assert not (folder / "manifest.json").exists()
+    shutil.rmtree(context.workspace.root)
+    pinned = with_model(make_context, proxy, f"{model.removesuffix(':v1')}@{record.model_revision}")
+    assert prepare(pinned, records).model_revision == record.model_revision
+
+
+def of_weights(proxy: FaultProxy, tiny_llama: Path) -> Callable[[Request], bool]:
+    digest = describe_files({"w": tiny_llama / "model.safetensors"})["w"].sha256
+    return lambda request: request.method == "GET" and request.path.endswith(f"/blobs/sha256:{digest}")
+
+
+def test_a_download_goes_on_where_it_was_cut_off(
+    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
+) -> None:
+    wanted = of_weights(proxy, tiny_llama)
+    proxy.rule = lambda request: Fault(cut=100_000) if wanted(request) else None
+    context = with_model(make_context, proxy, model)
+    unusable(context, records, ExitCode.UNREACHABLE)
+    (partial,) = context.workspace.models.rglob("*.part")
+    kept = partial.stat().st_size
+    proxy.rule = lambda _request: None
+    proxy.seen.clear()
+    record = prepare(context, records)
+    asked = [request.headers.get("Range") for request in proxy.seen if wanted(request)]
+    assert asked[-1] == f"bytes={kept}-"
+    assert 0 < kept <= 100_000
+    found = context.workspace.root / record.model_path / "model.safetensors"
+    assert found.read_bytes() == (tiny_llama / "model.safetensors").read_bytes()
+
+
+def test_a_transfer_that_stalls_is_given_up(
+    make_context: MakeContext,
+    records: Recorded,
+    proxy: FaultProxy,
+    model: str,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(oci, "_TIMEOUTS", (1, 0.2))
+    wanted = of_weights(proxy, tiny_llama)
+    proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
+    message = unusable(with_model(make_context, proxy, model), records, ExitCode.UNREACHABLE)
+    assert "cannot be reached, or broke off" in message
+
+
+def test_a_layer_that_arrives_changed_is_loaded_again(
+    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
+) -> None:
+    wanted = of_weights(proxy, tiny_llama)
+    proxy.rule = lambda request: Fault(corrupt=wanted(request))
+    context = with_model(make_context, proxy, model)
+    assert "model.safetensors has another SHA-256 than its digest" in unusable(context, records, ExitCode.UNREACHABLE)
+    proxy.rule = lambda _request: None
+    assert prepare(context, records).model_revision.startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "words"),
+    [
+        (Fault(403), ExitCode.MODEL_UNAVAILABLE, "may not be read with the credentials of spec.model.secretRef"),
+        (Fault(404), ExitCode.MODEL_UNAVAILABLE, "does not exist: check repository and tag"),
+        (Fault(503), ExitCode.UNREACHABLE, "answered HTTP 503"),
+        (Fault(200, body=b"busy"), ExitCode.MODEL_UNAVAILABLE, "is no artefact with layers"),
+        (Fault(200, body=b'{"layers": [1]}'), ExitCode.MODEL_UNAVAILABLE, "is no artefact with layers"),
+        (Fault(200, body=b'{"layers": []}'), ExitCode.MODEL_UNAVAILABLE, "has neither model.safetensors nor"),
+    ],
+)
+def test_an_artefact_that_is_no_model_is_refused(
+    make_context: MakeContext,
+    records: Recorded,
+    proxy: FaultProxy,
+    model: str,
+    answer: Fault,
+    code: ExitCode,
+    words: str,
+) -> None:
+    proxy.rule = lambda _request: answer
+    assert words in unusable(with_model(make_context, proxy, model), records, code)
+
+
+def layer(part: str, name: str) -> dict[str, Any]:
+    """As modctl makes one. `part` is what the format calls the kind and the packing: weight.v1.tar."""
+    return {
+        "mediaType": f"application/vnd.cncf.model.{part}",
+        "digest": f"sha256:{'0' * 64}",
+        "size": 1024,
+        "annotations": {"org.cncf.model.filepath": name},
+    }
+
+
+def test_archives_that_hold_a_model_are_named_with_what_to_do(
+    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
+) -> None:
+    layers = [
+        layer("weight.config.v1.raw", "config.json"),
+        layer("weight.config.v1.tar", "tokenizer.json"),
+        layer("weight.v1.tar", "model.safetensors"),
+        layer("doc.v1.tar", "README.md"),
+        {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"},
+    ]
+    proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": layers}).encode())
+    message = unusable(with_model(make_context, proxy, model), records, ExitCode.MODEL_UNAVAILABLE)
+    named = "application/vnd.oci.image.layer.v1.tar+gzip, model.safetensors, tokenizer.json"
+    assert message.startswith(f"{model} has {named} in archives (.tar, the default of modctl)")
+    assert "push it again so, as `modctl build --raw` does" in message
+
+
+def test_documentation_in_an_archive_does_no_harm(
+    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
+) -> None:
+    place = model.removeprefix("oci://").partition("/")[2].replace(":", "/manifests/")
+    address, accept = f"http://{proxy.address}/v2/{place}", {"Accept": MANIFEST_TYPE}
+    found = requests.get(address, auth=(USER, PASSWORD), headers=accept, timeout=10).json()
+    docs = {**layer("doc.v1.tar", "docs"), "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"}
+    found["layers"] += [layer("doc.v1.tar", "README.md"), docs]
+    body = json.dumps(found).encode()
+    proxy.rule = lambda request: Fault(200, body=body) if "/manifests/" in request.path else None
+    record = prepare(with_model(make_context, proxy, model), records)
+    assert record.model_revision == f"sha256:{sha256(body).hexdigest()}"
+
+
+def test_a_manifest_of_another_digest_is_refused(
+    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
+) -> None:
+    proxy.rule = lambda _request: Fault(200, body=b'{"layers": []}')
+    pinned = f"{model.removesuffix(':v1')}@sha256:{'0' * 64}"
+    unusable(with_model(make_context, proxy, pinned), records, ExitCode.UNSAFE_ARTEFACT)
+
+
+def test_a_registry_that_the_administrator_does_not_allow_is_never_asked(
+    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
+) -> None:
+    context = replace(with_model(make_context, proxy, model), registries=("ghcr.io",))
+    message = unusable(context, records, ExitCode.BAD_CONFIGURATION)
+    assert "is not among those that the profile allows (ghcr.io)" in message
+    destination = {"output": {"destination": "oci://registry.example.org/team/tuned:v1"}}
+    assert "oci://registry.example.org/team/tuned:v1" in unusable(
+        make_context(destination), records, ExitCode.BAD_CONFIGURATION
+    )
+    assert proxy.seen == []
+
+
+def test_a_laptop_allows_the_registries_that_its_job_names(proxy: FaultProxy, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    spec = {
+        "model": {"source": f"oci://{proxy.address}/models/tiny:v1"},
+        "dataset": {"source": "pvc://data/train.jsonl"},
+    }
+    document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
+    job.write_text(json.dumps(document))
+    options = ("--workspace", str(tmp_path / "workspace"), "--volume", f"data={tmp_path / 'data'}", "--device", "cpu")
+    done = qlora("run", str(job), *options, HOME=str(tmp_path))
+    assert done.returncode == ExitCode.MODEL_UNAVAILABLE
+    assert "may not be read with no credentials (spec.model.secretRef) (HTTP 401)" in " ".join(done.stdout.split())
+    assert proxy.seen

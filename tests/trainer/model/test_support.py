@@ -1,0 +1,271 @@
+"""Which models can be trained is decided from config.json alone, and the answer names the family."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from qlora_api.contract import ExitCode
+from qlora_api.training import LoraSpec
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model.attention import ATTENTION, Rows, register_attention, rows_attention
+from qlora_trainer.model.loss import LogitTransform
+from qlora_trainer.model.probe import shrunken
+from qlora_trainer.model.support import inspect_family
+from tests.support.tiny import SHAPE
+
+IDS: dict[str, Any] = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
+TRAINABLE = [
+    transformers.LlamaConfig(**SHAPE),
+    transformers.MistralConfig(**SHAPE, sliding_window=100),
+    transformers.Qwen2Config(**SHAPE, use_sliding_window=True, max_window_layers=1, sliding_window=50),
+    transformers.Qwen3Config(**SHAPE, head_dim=32),
+    transformers.GraniteConfig(**SHAPE, logits_scaling=8.0, attention_multiplier=0.1, residual_multiplier=0.3),
+    transformers.Olmo2Config(**(SHAPE | IDS)),
+    transformers.Olmo3Config(**(SHAPE | IDS)),
+    transformers.SmolLM3Config(**(SHAPE | IDS)),
+    transformers.Phi3Config(**(SHAPE | IDS)),
+    transformers.Gemma2Config(**SHAPE, head_dim=16),
+]
+
+
+def written(folder: Path, config: PretrainedConfig, **changes: Any) -> Path:
+    """A folder with nothing but config.json in it."""
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def refusal(folder: Path, lora: LoraSpec | None = None) -> StepFailure:
+    with pytest.raises(StepFailure) as caught:
+        inspect_family(folder, lora or LoraSpec())
+    return caught.value
+
+
+@pytest.mark.parametrize("config", TRAINABLE, ids=lambda config: config.model_type)
+def test_a_dense_decoder_gets_an_adapter_on_every_linear_layer_of_its_blocks(
+    config: PretrainedConfig, tmp_path: Path
+) -> None:
+    family = inspect_family(written(tmp_path, config), LoraSpec())
+
+    per_block = 4 if config.model_type == "phi3" else 7  # Phi-3 has fused projections
+    assert len(family.target_modules) == per_block * config.num_hidden_layers
+    assert list(family.target_modules) == sorted(family.target_modules)
+    assert not [name for name in family.target_modules if "lm_head" in name]
+    assert family.model_type == config.model_type
+    assert family.quantized_fraction > 0.98
+    assert family.packing_isolated
+
+
+def test_named_targets_are_resolved_to_exact_names(tmp_path: Path) -> None:
+    folder = written(tmp_path, transformers.LlamaConfig(**SHAPE))
+
+    family = inspect_family(folder, LoraSpec(target_modules=("v_proj", "model.layers.1.mlp.up_proj")))
+
+    assert family.target_modules == (
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.v_proj",
+    )
+
+
+@pytest.mark.parametrize("name", ["lm_head", "proj", "embed_tokens", "w1"])
+def test_a_target_that_is_no_layer_of_a_block_is_refused_with_those_that_are(name: str, tmp_path: Path) -> None:
+    folder = written(tmp_path, transformers.LlamaConfig(**SHAPE))
+
+    failure = refusal(folder, LoraSpec(target_modules=("q_proj", name)))
+
+    assert failure.exit_code is ExitCode.BAD_CONFIGURATION
+    assert f"spec.lora.targetModules names {name!r}" in failure.message
+    assert "all-linear and down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.MixtralConfig(**SHAPE), "mixture of experts"),
+        (transformers.Qwen3MoeConfig(**SHAPE, head_dim=16), "mixture of experts"),
+        (transformers.FalconConfig(vocab_size=64, hidden_size=64, num_attention_heads=4), "code of its own"),
+        (transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2), "only 0.0% of its parameters"),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
+)
+def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_refused_by_name(
+    config: PretrainedConfig, reason: str, tmp_path: Path
+) -> None:
+    failure = refusal(written(tmp_path, config))
+
+    assert failure.exit_code is ExitCode.BAD_CONFIGURATION
+    assert reason in failure.message
+    assert config.model_type in failure.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "found"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
+        ({"text_config": {"auto_map": {"AutoConfig": "c.C"}}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
+        ({"_attn_implementation": "somebody/kernel"}, ExitCode.UNSAFE_ARTEFACT, "somebody/kernel"),
+        ({"transformers_weights": "other.safetensors"}, ExitCode.UNSAFE_ARTEFACT, "transformers_weights"),
+        ({"quantization_config": {"quant_method": "gptq"}}, ExitCode.BAD_CONFIGURATION, "already quantized"),
+        ({"model_type": "not-there"}, ExitCode.BAD_CONFIGURATION, "not-there"),
+        ({"model_type": None}, ExitCode.BAD_CONFIGURATION, "model_type"),
+        ({"hidden_size": "64"}, ExitCode.BAD_CONFIGURATION, "hidden_size"),
+        ({"num_attention_heads": 0}, ExitCode.BAD_CONFIGURATION, "config.json"),
+    ],
+)
+def test_a_configuration_that_must_not_or_cannot_be_used_is_refused(
+    changes: dict[str, Any], code: ExitCode, found: str, tmp_path: Path
+) -> None:
+    failure = refusal(written(tmp_path, transformers.LlamaConfig(**SHAPE), **changes))
+
+    assert failure.exit_code is code
+    assert found in failure.message
+
+
+def test_a_folder_without_a_model_and_one_with_a_broken_configuration_are_told_apart(tmp_path: Path) -> None:
+    assert refusal(tmp_path).exit_code is ExitCode.MODEL_UNAVAILABLE
+    for broken in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(broken)
+        assert refusal(tmp_path).exit_code is ExitCode.BAD_CONFIGURATION
+
+
+def test_the_shrunken_model_has_a_block_of_each_kind_and_caps_that_matter() -> None:
+    smol = transformers.SmolLM3Config(num_hidden_layers=36)
+    gemma = transformers.Gemma2Config(num_hidden_layers=26)
+    llama = transformers.LlamaConfig(num_hidden_layers=32)
+
+    assert sorted(shrunken(smol).no_rope_layers) == [0, 1]
+    assert shrunken(gemma).layer_types == ["sliding_attention", "full_attention"]
+    assert shrunken(gemma).sliding_window < 7
+    assert shrunken(gemma).attn_logit_softcapping == shrunken(gemma).final_logit_softcapping == 1.0
+    assert [shrunken(config).num_hidden_layers for config in (smol, gemma, llama)] == [2, 2, 2]
+    assert shrunken(gemma).head_dim == gemma.head_dim
+
+
+def _leaky(module: Any, query: Any, key: Any, value: Any, _mask: Any, **settings: Any) -> Any:
+    settings.pop("rows", None)
+    return sdpa_attention_forward(module, query, key, value, None, **settings)
+
+
+def _not_causal(module: Any, query: Any, key: Any, value: Any, _mask: Any, **settings: Any) -> Any:
+    return sdpa_attention_forward(module, query, key, value, None, **(settings | {"is_causal": False}))
+
+
+def _uncapped(*tensors: Any, **settings: Any) -> Any:
+    return rows_attention(*tensors, **(settings | {"softcap": None}))
+
+
+def _without_window(*tensors: Any, **settings: Any) -> Any:
+    return rows_attention(*tensors, **(settings | {"sliding_window": None}))
+
+
+def _window_off_by_one(*tensors: Any, **settings: Any) -> Any:
+    window = settings.get("sliding_window")
+    return rows_attention(*tensors, **(settings | {"sliding_window": window and window + 1}))
+
+
+def _scaled_by_head_size(*tensors: Any, **settings: Any) -> Any:
+    return rows_attention(*tensors, **(settings | {"scaling": None}))
+
+
+def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    AttentionInterface.register("leaky", _leaky)
+    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "leaky")
+
+    family = inspect_family(written(tmp_path, transformers.LlamaConfig(**SHAPE)), LoraSpec())
+
+    assert not family.packing_isolated
+
+
+@pytest.mark.parametrize(
+    ("config", "broken"),
+    [
+        (transformers.LlamaConfig(**SHAPE), _not_causal),
+        (transformers.Gemma2Config(**SHAPE, head_dim=32), _uncapped),
+        (transformers.Gemma2Config(**SHAPE, head_dim=32, query_pre_attn_scalar=100), _scaled_by_head_size),
+        (transformers.GraniteConfig(**SHAPE, attention_multiplier=0.1), _scaled_by_head_size),
+        (transformers.MistralConfig(**SHAPE, sliding_window=100), _without_window),
+        (transformers.Olmo3Config(**(SHAPE | IDS), sliding_window=100), _window_off_by_one),
+    ],
+)
+def test_attention_that_differs_from_the_familys_own_is_refused(
+    config: PretrainedConfig, broken: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AttentionInterface.register("broken", broken)
+    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "broken")
+
+    failure = refusal(written(tmp_path, config))
+
+    assert failure.exit_code is ExitCode.BAD_CONFIGURATION
+    assert f"'{config.model_type}' cannot be trained here: it computes attention or logits in a way" in failure.message
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
+def test_logits_that_are_scaled_or_capped_otherwise_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "logit_scale": transformers.CohereConfig(**SHAPE, logit_scale=0.25),
+        "logits_scaling": transformers.GraniteConfig(**SHAPE, logits_scaling=8.0),
+        "final_logit_softcapping": transformers.Gemma2Config(**SHAPE, head_dim=32),
+    }[name]
+    assert inspect_family(written(tmp_path, config), LoraSpec()).packing_isolated
+    monkeypatch.setattr(LogitTransform, "__call__", lambda _transform, logits: logits)
+
+    assert "it computes attention or logits in a way" in refusal(tmp_path).message
+
+
+@pytest.mark.parametrize(
+    ("rotation", "longest"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "dynamic", "factor": 4.0}, 512),
+    ],
+)
+def test_rows_longer_than_the_models_positions_are_refused(
+    rotation: dict[str, Any], longest: int, tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 1e4} | rotation)
+    family = inspect_family(written(tmp_path, config), LoraSpec())
+
+    family.require_positions(longest)
+    with pytest.raises(StepFailure, match=f"positions for {longest} tokens") as caught:
+        family.require_positions(longest + 1)
+
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert family.keeps_rows_apart(longest)
+
+
+def test_rows_beyond_the_length_where_longrope_changes_are_not_put_together(tmp_path: Path) -> None:
+    rotation = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
+    config = transformers.Phi3Config(
+        **(SHAPE | IDS), original_max_position_embeddings=64, rope_parameters=rotation, initializer_range=0.2
+    )
+    family = inspect_family(written(tmp_path, config), LoraSpec())
+    register_attention()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    row = torch.arange(20)
+
+    def behind(tokens: int) -> torch.Tensor:
+        rows = Rows.of((tokens, len(row)), row.device)
+        input_ids = torch.cat([torch.full((tokens,), 7), row])[None]
+        with torch.no_grad():
+            return model(input_ids=input_ids, position_ids=rows.position_ids(), rows=rows).logits[0, tokens:]
+
+    assert family.packing_isolated
+    assert [family.keeps_rows_apart(tokens) for tokens in (64, 65)] == [True, False]
+    torch.testing.assert_close(behind(30), behind(64))
+    with pytest.raises(AssertionError, match="not close"):  # what is avoided
+        torch.testing.assert_close(behind(30), behind(65))

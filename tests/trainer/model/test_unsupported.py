@@ -1,0 +1,112 @@
+"""What cannot be trained is refused by prepare, from config.json alone, with a sentence that names it and says why."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.steps.prepare import prepare
+from tests.support.tiny import SHAPE, Recorded
+from tests.trainer.conftest import MakeContext
+
+EXPERTS = "is a mixture of experts"
+STATE = "carries a state from token to token"
+OWN_CODE = "its attention is code of its own"
+MULTIMODAL = "is a multimodal model"
+QUANTIZED = "already quantized"
+DENSE = "choose a dense decoder, such as Llama"
+ORIGINAL = "name the original 16-bit model"
+
+# config.json, why it is refused, and what to do instead.
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    **{
+        name: ({"model_type": name}, EXPERTS, DENSE)
+        for name in (
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "olmoe",
+            "granitemoe",
+            "deepseek_v2",
+            "deepseek_v3",
+            "gpt_oss",
+            "llama4",
+            "llama4_text",
+            "phimoe",
+            "glm4_moe",
+            "ernie4_5_moe",
+            "jetmoe",
+            "dbrx",
+            "jamba",
+            "qwen3_next",
+        )
+    },
+    **{
+        name: ({"model_type": name}, STATE, DENSE)
+        for name in (
+            "mamba",
+            "mamba2",
+            "falcon_mamba",
+            "falcon_h1",
+            "bamba",
+            "zamba",
+            "zamba2",
+            "recurrent_gemma",
+            "rwkv",
+            "xlstm",
+            "qwen3_5_text",
+        )
+    },
+    **{name: ({"model_type": name}, "is an encoder-decoder", DENSE) for name in ("t5", "bart", "mbart", "whisper")},
+    **{name: ({"model_type": name}, OWN_CODE, DENSE) for name in ("falcon", "bloom", "mpt", "stablelm", "biogpt")},
+    **{
+        name: ({"model_type": name}, MULTIMODAL, DENSE) for name in ("llava", "qwen2_vl", "mllama", "gemma3n", "gemma4")
+    },
+    **{name: ({"model_type": name}, "no causal language model", DENSE) for name in ("vit", "wav2vec2")},
+    "lfm2": ({"model_type": "lfm2", "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, STATE, DENSE),
+    "gpt2": ({"model_type": "gpt2"}, "only 0.0% of its parameters", DENSE),
+    "attention-sinks": ({"model_type": "granite_swa", **SHAPE}, "its attention takes s_aux", DENSE),
+    "bidirectional": (
+        {"model_type": "gemma3_text", **SHAPE, "use_bidirectional_attention": True},
+        "its tokens attend to later ones",
+        DENSE,
+    ),
+    **{
+        method: ({"model_type": "llama", **SHAPE, "quantization_config": {"quant_method": method}}, method, ORIGINAL)
+        for method in ("gptq", "awq", "bitsandbytes", "fp8", "mxfp4", "compressed-tensors", "aqlm")
+    },
+    "inner-quantized": (
+        {"model_type": "gemma3", "text_config": {"quantization_config": {"quant_method": "awq"}}},
+        QUANTIZED,
+        ORIGINAL,
+    ),
+    "too-short": (
+        {"model_type": "llama", **SHAPE, "max_position_embeddings": 32},
+        "spec.training.maxSequenceLength is 64, but the model (model_type 'llama') has positions for 32 tokens",
+        "set it to 32 or less",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_prepare_refuses_by_name_with_the_reason_and_the_way_out(
+    name: str, make_context: MakeContext, tmp_path: Path
+) -> None:
+    config, reason, way_out = REFUSED[name]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for never_read in ("model.safetensors", "tokenizer.json"):
+        (folder / never_read).touch()
+
+    with pytest.raises(StepFailure) as caught:
+        prepare(make_context(model=folder), Recorded())
+
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert f"model_type {config['model_type']!r}" in caught.value.message
+    assert reason in caught.value.message
+    assert way_out in caught.value.message
+    assert not (tmp_path / "workspace" / "models").exists()

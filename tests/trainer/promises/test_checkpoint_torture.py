@@ -1,0 +1,295 @@
+"""Checkpoints under torture: kills at random instants, damage to every file, a disk that is full at every write.
+
+A checkpoint that verifies is used as long as one exists, never another; at most the work since the last save is lost;
+and no old checkpoint goes before a newer one is on disk and verified.
+"""
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.outcome import classify
+from qlora_trainer.training import checkpoint
+from qlora_trainer.training.checkpoint import newest_checkpoint, read_checkpoint
+from tests.support.bad_disk import BadDisk, bad_disk
+from tests.support.checkpoints import FILES, in_child, newest_step, save
+from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
+
+KILLS = 200
+LONGEST_DELAY_S = 0.02
+FULL_DISKS = 12
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints that verify, ascending."""
+    found = []
+    for path in folder.glob("step-*"):
+        try:
+            found.append(read_checkpoint(path).step)
+        except ValueError:
+            continue
+    return sorted(found)
+
+
+def save_for_ever(folder: Path, saved: Any) -> None:
+    """Go on from the newest checkpoint and save one step after the other, saying each that is done."""
+    step = newest_step(folder) or 0
+    while True:
+        step += 1
+        save(folder, step, size=1000)
+        saved.send(step)
+
+
+def test_no_kill_at_any_instant_costs_more_than_the_step_that_was_being_saved(tmp_path: Path) -> None:
+    context, random = multiprocessing.get_context("fork"), Random(0)
+    reached, awaited = 0, 0
+    for _ in range(KILLS):
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=save_for_ever, args=(tmp_path, send))
+        process.start()
+        send.close()
+        for _ in range(random.randrange(3)):
+            reached = receive.recv()
+            awaited += 1
+        process.join(random.uniform(0, LONGEST_DELAY_S))
+        assert process.exitcode is None
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        try:
+            while True:
+                reached = receive.recv()
+        except EOFError:
+            receive.close()
+        # At least two whole ones at any time, once two were saved.
+        assert len(steps_in(tmp_path)) >= min(reached, 2)
+        found = newest_step(tmp_path)
+        assert (found or 0) in (reached, reached + 1)
+        reached = found or 0
+        assert not list(tmp_path.glob("*.corrupt"))
+        assert not list(tmp_path.glob(".*"))
+    assert reached >= awaited > KILLS / 2
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A folder with the checkpoints of steps 2 and 4."""
+    save(tmp_path, 2, 4)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_bit_of_a_checkpoint_counts(name: str, two: Path) -> None:
+    path = two / "step-4" / name
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8) if name.endswith(".json") else (place % 8,):
+            path.write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :])
+            with pytest.raises(ValueError, match="step-4 is damaged"):
+                read_checkpoint(path.parent)
+    path.write_bytes(content)
+
+    assert newest_step(two) == 4
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_cut_or_grown_anywhere_is_set_aside(name: str, two: Path) -> None:
+    path = two / "step-4" / name
+    content = path.read_bytes()
+    # A file that a lost write left full of zeros is as bad as one cut short.
+    changed = [content[:length] for length in range(len(content))]
+    changed += [content[:length].ljust(len(content), b"\0") for length in range(0, len(content) - 2, 7)]
+    changed += [content + b"\0", content + content, content + b" x"]
+    for other in changed:
+        if other == content:
+            continue
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="step-4 is damaged"):
+            read_checkpoint(path.parent)
+
+    assert newest_step(two) == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("instead", ["folder", "dangling link", "link to itself", "file of the other checkpoint"])
+def test_what_stands_in_a_files_place_is_not_taken_for_it(name: str, instead: str, two: Path) -> None:
+    path = two / "step-4" / name
+    other = (two / "step-2" / name).read_bytes()
+    # One of the files is the same in both checkpoints, and may be.
+    same = other == path.read_bytes() and instead == "file of the other checkpoint"
+    path.unlink()
+    if instead == "folder":
+        path.mkdir()
+    elif instead == "file of the other checkpoint":
+        path.write_bytes(other)
+    else:
+        path.symlink_to(path.name if instead == "link to itself" else "nowhere")
+
+    assert newest_step(two) == (4 if same else 2)
+
+
+def test_when_all_are_damaged_none_is_used_and_all_are_kept_for_a_look(two: Path) -> None:
+    for step in (2, 4):
+        (two / f"step-{step}" / "state.json").write_text("{}")
+
+    assert newest_checkpoint(two) is None
+    assert sorted(path.name for path in two.iterdir()) == ["step-2.corrupt", "step-4.corrupt"]
+    save(two, 2)
+    assert newest_step(two) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_save_that_fails_at_any_operation_leaves_the_earlier_checkpoints(number: int, tmp_path: Path) -> None:
+    """The file system answers the first, the second, … operation on it with an error, until the save gets through."""
+    for failing in range(1, 200):
+        folder = tmp_path / str(failing)
+        save(folder, 1, 2)
+
+        def save_on_bad_disk(folder: Path = folder, failing: int = failing) -> None:
+            with bad_disk(folder, failing, number):
+                save(folder, 3)
+
+        status = os.waitstatus_to_exitcode(in_child(save_on_bad_disk))
+        assert len(steps_in(folder)) >= 2
+        assert newest_step(folder) in (2, 3)
+        assert not list(folder.glob("*.corrupt"))
+        if status == 0:
+            assert steps_in(folder) == [2, 3]
+            assert failing > 20  # the sweep has gone through the whole save
+            return
+    pytest.fail("the save never got through")
+
+
+SHORT_RUN = {
+    "dataset": {"eval": None},
+    "training": {"maxSteps": 3, "saveEverySteps": 1, "gradientAccumulationSteps": 1},
+}
+
+
+def full_from(failing: int, workspace: Path) -> AbstractContextManager[BadDisk]:
+    """A volume on which there is no more room from that write on."""
+    return bad_disk(workspace, failing, errno.ENOSPC, stays_full=True)
+
+
+def test_a_run_whose_volume_is_full_from_any_write_on_ends_so_and_then_goes_on_to_the_same_bytes(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    """The whole train step, with the volume full from the first write on, from some of the others, from the last."""
+    undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SHORT_RUN)
+    with full_from(sys.maxsize, undisturbed.workspace.root) as disk:
+        run(undisturbed)
+    assert disk.operations > 50
+    some = Random(0).sample(range(2, disk.operations), FULL_DISKS - 2)
+
+    for failing in (1, *some, disk.operations):
+        context = prepared(tmp_path / str(failing), tiny_llama, SHORT_RUN)
+        with full_from(failing, context.workspace.root), pytest.raises(OSError, match="No space left") as caught:
+            run(context)
+        assert classify(caught.value).exit_code is ExitCode.STORAGE_FULL
+
+        assert run(context).training_step == 3
+        assert adapter_bytes(context) == adapter_bytes(undisturbed), failing
+        assert history(context) == history(undisturbed), failing
+        assert not list(context.workspace.root.rglob("*.unfinished"))
+
+
+def test_a_stop_that_has_saved_stays_one_though_the_volume_cannot_take_how_the_attempt_ended(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    counted, full = (prepared(tmp_path / name, tiny_llama, SHORT_RUN) for name in ("counted", "full"))
+    with full_from(sys.maxsize, counted.workspace.root) as disk:
+        interrupted_at(counted, 2)
+
+    with full_from(disk.operations, full.workspace.root):
+        interrupted_at(full, 2)
+
+    assert run(full).training_step == 3
+
+
+FILL = """
+import os, shutil, sys
+from pathlib import Path
+from tests.support.training.test_checkpoint import newest_step, save
+root, kind = Path(sys.argv[1]), sys.argv[2]
+failed = 0
+for left in range(100):
+    folder = root / "checkpoints"
+    save(folder, 1, 2, size=3000)
+    ballast, free = [], os.statvfs(root)
+    if kind == "pages":
+        (root / "ballast").write_bytes(bytes((free.f_bavail - left) * free.f_bsize))
+    else:
+        for number in range(free.f_favail - left):
+            (root / f"ballast-{number}").touch()
+    try:
+        save(folder, 3, size=3000)
+        done = True
+    except Exception as error:
+        done = False
+        failed += 1
+    found, names = newest_step(folder), sorted(path.name for path in folder.iterdir())
+    assert (found, names) == ((3, ["step-2", "step-3"]) if done else (2, ["step-1", "step-2"])), (left, found, names)
+    for path in root.glob("ballast*"):
+        path.unlink()
+    shutil.rmtree(folder)
+    if done:
+        print(failed)
+        break
+"""
+
+
+@pytest.mark.parametrize("kind", ["pages", "inodes"])
+def test_a_volume_that_is_full_at_any_write_leaves_the_earlier_checkpoints(kind: str, tmp_path: Path) -> None:
+    """A real file system with room for nothing, for one page (or file) more, and so on, until the save gets through."""
+    mount = f"mount -t tmpfs -o size=1m,nr_inodes=64 none {tmp_path}"
+    script = f"{mount} && exec {sys.executable} -c '{FILL}' {tmp_path} {kind}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "unshare" in result.stderr or "mount:" in result.stderr:
+        pytest.skip(f"no small file system can be mounted here: {result.stderr.strip()}")
+
+    assert int(result.stdout or 0) >= 4, result.stderr
+
+
+def test_power_may_fail_at_any_time_because_everything_is_synced_before_it_is_relied_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fsync has not been told may be lost: at the rename all files are synced, at a removal the rename is."""
+    folder = tmp_path / "checkpoints"
+    events: list[tuple[str, str]] = []
+    fsync, rename, remove = os.fsync, os.rename, checkpoint.shutil.rmtree
+
+    def record(name: str, call: Callable[..., Any], path_of: Callable[[Any], str]) -> Callable[..., Any]:
+        def recorded(first: Any, *others: Any, **settings: Any) -> Any:
+            events.append((name, path_of(first)))
+            return call(first, *others, **settings)
+
+        return recorded
+
+    monkeypatch.setattr(os, "fsync", record("sync", fsync, lambda number: os.readlink(f"/proc/self/fd/{number}")))
+    monkeypatch.setattr(os, "rename", record("rename", rename, str))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", record("remove", remove, str))
+    save(folder, 1)
+    assert ("sync", str(tmp_path)) in events  # the folder of all checkpoints is new too
+    save(folder, 2)
+    events.clear()
+    save(folder, 3)
+
+    unfinished = folder / ".step-3.unfinished"
+    written = {str(unfinished), *(str(unfinished / path.name) for path in (folder / "step-3").iterdir())}
+    renamed = events.index(("rename", str(unfinished)))
+    assert {path for name, path in events[:renamed] if name == "sync"} >= written
+    removed = events.index(("remove", str(folder / "step-1")))
+    assert ("sync", str(folder)) in events[renamed:removed]

@@ -1,0 +1,83 @@
+"""The losses of a small run with two seeds, committed, so that a change of what is computed is seen.
+
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.trainer.promises.test_exact_curves
+
+writes them anew into `curves/`, each with the processor, threads and libraries it was computed with. Where these are
+the same here, every loss must be the same number; elsewhere, as bfloat16 products are summed in another order, it may
+differ by a thousandth of itself.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from qlora_trainer.core.completion import PrepareRecord, read_completion
+from qlora_trainer.training.fingerprint import run_fingerprint
+from tests.support.tiny import SHAPE, save_model
+from tests.support.training import history, prepared, run
+
+CURVES = Path(__file__).parent / "curves"
+SEEDS = (0, 1)
+TOLERANCE = 1e-3
+# Those on which oneDNN and MKL decide how they compute.
+_INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
+
+
+def measured(seed: int, root: Path) -> dict[str, Any]:
+    """The losses of 12 steps with dropout, accumulation, a cosine schedule and evaluations, and how they were got."""
+    model = save_model(root / "model", LlamaConfig(**SHAPE))
+    context = prepared(root / "workspace", model, {"training": {"seed": seed, "maxSteps": 12, "evalEverySteps": 4}})
+    run(context)
+    record = read_completion(context.workspace.completion("prepare"), PrepareRecord)
+    assert record is not None
+    lines = history(context)
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "computedWith": {
+            "libraries": run_fingerprint(context.spec, record, "cpu", 1)["libraries"],
+            "processor": [capabilities.get("cpu_name"), *(name for name in _INSTRUCTIONS if capabilities.get(name))],
+            "threads": torch.get_num_threads(),
+        },
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "evaluations": [line["evalLoss"] for line in lines if "evalLoss" in line],
+    }
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_losses_are_the_committed_ones(seed: int, tmp_path: Path) -> None:
+    committed = json.loads((CURVES / f"seed-{seed}.json").read_text())
+
+    found = measured(seed, tmp_path)
+
+    assert found["computedWith"]["threads"] == committed["computedWith"]["threads"] == 1
+    tolerance = 0.0 if found["computedWith"] == committed["computedWith"] else TOLERANCE
+    assert len(found["losses"]) == 12
+    assert len(found["evaluations"]) == 4
+    for name in ("losses", "evaluations"):
+        assert found[name] == pytest.approx(committed[name], rel=tolerance, abs=0)
+    assert found["losses"][-1] < 0.95 * found["losses"][0]
+
+
+def test_another_seed_gives_other_losses_by_more_than_the_tolerance() -> None:
+    first, second = (json.loads((CURVES / f"seed-{seed}.json").read_text())["losses"] for seed in SEEDS)
+
+    assert first[1:] != pytest.approx(second[1:], rel=TOLERANCE)
+
+
+def main() -> None:
+    """Write the curves of both seeds."""
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as root:
+            text = json.dumps(measured(seed, Path(root)), indent=2, sort_keys=True)
+        (CURVES / f"seed-{seed}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

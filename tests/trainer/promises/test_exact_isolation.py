@@ -1,0 +1,109 @@
+"""After an evaluation every adapter weight still learns, and no packed row has any part in what another one teaches."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.data.prepared import IGNORED_LABEL, Sequence
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
+from qlora_trainer.model.base import COMPUTE_DTYPE, load_base
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.support import inspect_family
+from qlora_trainer.training.optimizer import make_optimizer
+from tests.support.sequences import random_sequence
+from tests.support.tiny import SHAPE, save_model
+from tests.support.training import job
+
+LENGTHS = (20, 12, 9)
+FAMILIES = [
+    LlamaConfig(**SHAPE),
+    MistralConfig(**SHAPE, sliding_window=6),
+    Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    Qwen3Config(**SHAPE, head_dim=16),
+    Gemma2Config(**SHAPE, head_dim=16, sliding_window=6),
+    Phi3Config(**SHAPE, pad_token_id=0),
+]
+
+
+def loss_of(model: Any, sequence: Sequence) -> Tensor:
+    """The loss as the loop computes it."""
+    with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
+        return batch_loss(model.get_base_model(), Batch.of([sequence], torch.device("cpu")))
+
+
+def evaluated_and_trained(folder: Path) -> Any:
+    """A model that has been evaluated, trained for two steps, and evaluated again."""
+    lora = LoraSpec(rank=4, alpha=8)
+    model = attach_adapter(
+        load_base(folder, QuantizationSpec(), "cpu"),
+        lora,
+        inspect_family(folder, lora).target_modules,
+        seed=0,
+        gradient_checkpointing=True,
+        base_name="tiny",
+        base_revision="0",
+    )
+    optimizer = make_optimizer(adapter_parameters(model).values(), job().spec.training)
+    for seed in (1, 2):
+        evaluate(model)
+        loss_of(model, random_sequence(LENGTHS, seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    evaluate(model)
+    return model
+
+
+def evaluate(model: Any) -> None:
+    model.eval()
+    with torch.no_grad():
+        loss_of(model, random_sequence(LENGTHS, 9))
+    model.train()
+
+
+def taught_by(row: int, sequence: Sequence) -> Sequence:
+    """The same tokens, with targets in one row only."""
+    labels = [
+        part if number == row else torch.full_like(part, IGNORED_LABEL)
+        for number, part in enumerate(sequence.labels.split(list(LENGTHS)))
+    ]
+    return Sequence(sequence.input_ids, torch.cat(labels), LENGTHS)
+
+
+def with_row(row: int, sequence: Sequence, other: Sequence) -> Sequence:
+    """The sequence with one row taken from another."""
+    parts = [list(each.input_ids.split(list(LENGTHS))) for each in (sequence, other)]
+    parts[0][row] = parts[1][row]
+    return Sequence(torch.cat(parts[0]), sequence.labels, LENGTHS)
+
+
+def lesson(model: Any, sequence: Sequence) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a sequence."""
+    model.zero_grad()
+    loss = loss_of(model, sequence)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
+    assert all(gradient is not None for gradient in gradients.values())
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+def test_what_a_row_teaches_does_not_depend_on_the_rows_beside_it_by_a_single_bit(config: Any, tmp_path: Path) -> None:
+    model = evaluated_and_trained(save_model(tmp_path / "model", config))
+    sequence, other = random_sequence(LENGTHS, 3), random_sequence(LENGTHS, 4)
+
+    assert all(gradient.abs().sum() > 0 for gradient in lesson(model, other)[1].values())
+    for row in range(len(LENGTHS)):
+        loss, gradients = lesson(model, taught_by(row, sequence))
+        for beside in set(range(len(LENGTHS))) - {row}:
+            other_loss, other_gradients = lesson(model, taught_by(row, with_row(beside, sequence, other)))
+            assert other_loss == loss
+            different = [name for name in gradients if not torch.equal(gradients[name], other_gradients[name])]
+            assert not different, f"row {beside} has a part in what row {row} teaches"
+        # The test would notice: another token in the row itself changes what it teaches.
+        assert lesson(model, taught_by(row, with_row(row, sequence, other)))[0] != loss

@@ -1,0 +1,249 @@
+"""Each way in which a step can end, through the command line: the exit code, the record, and what is left."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qlora_api.contract import ExitCode, ProgressRecord, decode_record
+from tests.support.command import Done, Files, new_files
+from tests.support.tiny import JOB_UID, POD_UID
+
+
+@pytest.fixture
+def files(tmp_path: Path, tiny_llama: Path) -> Files:
+    """A job that nothing has been done for."""
+    return new_files(tmp_path / "job", tiny_llama.parent)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, finished: Files) -> Files:
+    """A job for which prepare is done."""
+    files = finished.copied(tmp_path / "job")
+    for folder in ("checkpoints", "trained", "adapter", "report"):
+        shutil.rmtree(files.workspace / folder)
+    for step in ("train", "publish"):
+        (files.workspace / "records" / f"{step}.json").unlink()
+    (files.workspace / "records" / "attempts.jsonl").unlink()
+    return files
+
+
+def copied_model(files: Files, tiny_llama: Path) -> tuple[Files, Path]:
+    """The job with a model of its own, to spoil."""
+    folder = files.root / "models" / "model"
+    shutil.copytree(tiny_llama, folder)
+    return Files(files.root, folder.parent, files.spec), folder
+
+
+def failed(done: Done, code: ExitCode, *words: str) -> None:
+    """Check that the step failed in this way, with a sentence that has these words, and said nothing else."""
+    assert done.exit_code == code, done.stdout + done.stderr
+    assert (done.result.outcome, done.result.reason) == ("failed", code.reason)
+    for word in words:
+        assert word in done.result.message
+    assert done.stderr == ""
+
+
+def test_10_a_layer_that_the_model_does_not_have(files: Files) -> None:
+    done = files.with_spec({"lora": {"targetModules": ["q_prj"]}}).run("prepare")
+    failed(done, ExitCode.BAD_CONFIGURATION, "spec.lora.targetModules", "q_prj", "q_proj")
+
+
+def test_10_a_document_that_no_api_server_would_have_admitted(files: Files) -> None:
+    done = files.with_spec({"lora": {"rank": 0}}).run("prepare")
+    failed(done, ExitCode.BAD_CONFIGURATION, "spec.lora.rank", "greater than or equal to 1")
+
+
+def test_10_a_password_in_the_hubs_address_is_refused_and_not_told(files: Files) -> None:
+    """A profile, in which it would stand, is read by every tenant."""
+    done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
+        "prepare", HF_ENDPOINT="http://reader:s3cret@127.0.0.1:9"
+    )
+    failed(done, ExitCode.BAD_CONFIGURATION, "HF_ENDPOINT has credentials in it")
+    assert "s3cret" not in done.stdout
+
+
+def test_10_a_workspace_that_cannot_be_written(files: Files) -> None:
+    files.workspace.write_text("a file where the folder should be")
+    failed(files.run("prepare"), ExitCode.BAD_CONFIGURATION, str(files.workspace), "cannot be written")
+
+
+def test_11_a_row_that_is_cut_in_the_middle(files: Files) -> None:
+    with (files.data / "train.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "user", "cont')
+    failed(files.run("prepare"), ExitCode.BAD_DATASET, "train.jsonl", "41")
+
+
+def test_11_a_file_whose_name_is_no_text_beside_the_data(files: Files) -> None:
+    Path(os.fsdecode(bytes(files.data) + b"/caf\xe9.jsonl")).touch()
+    done = files.with_spec({"dataset": {"source": "pvc://data/other.jsonl"}}).run("prepare")
+    failed(done, ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl")
+
+
+def test_12_a_folder_without_a_model(files: Files) -> None:
+    done = files.with_spec({"model": {"source": "pvc://data/nothing"}}).run("prepare")
+    failed(done, ExitCode.MODEL_UNAVAILABLE, "pvc://data/nothing")
+
+
+def test_13_the_gpu_runs_out_of_memory(prepared: Files) -> None:
+    # Without a GPU nothing can use up its memory: PyTorch's error is raised where the gradients are clipped.
+    program = (
+        "import torch\n"
+        "def clip(*_, **__):\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
+        "torch.nn.utils.clip_grad_norm_ = clip\n"
+        "from qlora_trainer.__main__ import main\n"
+        "main()\n"
+    )
+    command = prepared.command("train")
+    process = subprocess.run(
+        [sys.executable, "-c", program, *command[3:], "--device", "cpu", "--pod-uid", POD_UID],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    done = Done(process.returncode, process.stdout, process.stderr, (prepared.root / "termination-log").read_text())
+    failed(done, ExitCode.GPU_OUT_OF_MEMORY, "out of memory", "spec.training.maxSequenceLength")
+
+
+def test_14_weights_that_are_no_numbers(prepared: Files, tiny_llama: Path) -> None:
+    files, model = copied_model(prepared, tiny_llama)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    record = files.workspace / "records" / "prepare.json"
+    record.write_text(record.read_text().replace(str(tiny_llama), str(model)))
+    failed(files.run("train"), ExitCode.DIVERGED, "diverged", "nan")
+
+
+def test_15_a_model_that_brings_its_own_code(files: Files, tiny_llama: Path) -> None:
+    files, model = copied_model(files, tiny_llama)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
+    failed(files.run("prepare"), ExitCode.UNSAFE_ARTEFACT, "auto_map")
+
+
+def test_15_an_adapter_that_was_changed_after_training(tmp_path: Path, finished: Files) -> None:
+    files = finished.copied(tmp_path / "job")
+    (files.workspace / "records" / "publish.json").unlink()
+    with (files.workspace / "trained" / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    failed(files.run("publish"), ExitCode.UNSAFE_ARTEFACT, "sha256")
+
+
+def test_16_the_volume_does_not_take_the_file(files: Files) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    limit = ["prlimit", f"--fsize=2048:{hard if hard != resource.RLIM_INFINITY else ''}"]
+    failed(files.run("prepare", prefix=limit), ExitCode.STORAGE_FULL, "full", "spec.workspace.size")
+
+
+def test_16_the_volume_is_full(prepared: Files) -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    volume, content = prepared.workspace, prepared.workspace.with_name("content")
+    volume.rename(content)
+    volume.mkdir()
+    if subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", str(volume)], check=False).returncode != 0:
+        pytest.skip("a volume that is full needs the right to mount one in a namespace of its own")
+    used = sum(path.stat().st_size + 4096 for path in content.rglob("*"))
+    script = f'mount -t tmpfs -o size={used + 65536} none $0 && cp -r $1/. $0 && shift && exec "$@"'
+    done = prepared.run("train", prefix=[*namespace, "sh", "-c", script, str(volume), str(content)])
+    failed(done, ExitCode.STORAGE_FULL, "full")
+
+
+def test_17_a_run_that_cannot_fit_the_card(files: Files) -> None:
+    spec = {"resources": {"gpuMemory": 1}, "training": {"microBatchSize": 1024, "maxSequenceLength": 512}}
+    done = files.with_spec(spec).run("prepare")
+    failed(done, ExitCode.DOES_NOT_FIT, "spec.resources.gpuMemory", "spec.training.microBatchSize")
+    assert done.result.memory is not None
+    assert done.result.memory.verdict == "exceeds"
+    assert not (files.workspace / "data").exists()
+
+
+def test_18_more_interruptions_than_the_job_allows(prepared: Files) -> None:
+    files = prepared.with_spec({"retry": {"maxDisruptions": 0}})
+    killed = files.start("train")
+    assert killed.stdout is not None
+    assert killed.stdout.readline()
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    failed(files.run("train"), ExitCode.RETRIES_EXHAUSTED, "spec.retry.maxDisruptions")
+
+
+def test_143_training_is_interrupted_and_goes_on_to_the_same_adapter(prepared: Files, finished: Files) -> None:
+    process = prepared.start("train")
+    read = ""
+    for line in process.stdout or ():
+        read += line
+        record = decode_record(line.rstrip(), job_uid=JOB_UID, pod_uid=POD_UID)
+        if isinstance(record, ProgressRecord) and record.training_step >= 2:
+            process.send_signal(signal.SIGTERM)
+            break
+    done = prepared.finish(process, read)
+    assert (done.exit_code, done.result.outcome, done.result.reason) == (143, "interrupted", "Interrupted")
+    step = done.result.training_step
+    assert step is not None
+    assert 2 <= step < 30
+    assert (prepared.workspace / "checkpoints" / f"step-{step}").is_dir()
+
+    again = prepared.run("train")
+    assert again.exit_code == 0, again.stdout
+    first = again.records[0]
+    assert isinstance(first, ProgressRecord)
+    assert first.training_step == step
+    adapters = [files.workspace / "trained" / "adapter_model.safetensors" for files in (prepared, finished)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+@pytest.fixture
+def silent_hub() -> Iterator[str]:
+    """Address of a hub that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_143_a_step_without_checkpoints_stops_at_once(files: Files, silent_hub: str) -> None:
+    process = files.with_spec({"model": {"source": "hf://acme/tiny"}}).start("prepare", HF_ENDPOINT=silent_hub)
+    assert process.stdout is not None
+    read = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    done = files.finish(process, read)
+    assert (done.exit_code, done.result.outcome) == (143, "interrupted")
+    assert done.stderr == ""
+
+
+def test_200_a_hub_that_cannot_be_reached(files: Files) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
+        "prepare", HF_ENDPOINT=f"http://127.0.0.1:{closed}"
+    )
+    failed(done, ExitCode.UNREACHABLE, "acme/tiny")
+
+
+def test_200_a_claim_that_is_not_there_yet(files: Files) -> None:
+    done = files.with_spec({"dataset": {"source": "pvc://other/train.jsonl"}}).run("prepare")
+    failed(done, ExitCode.UNREACHABLE, "other")
+
+
+def test_203_an_error_that_nobody_foresaw(tmp_path: Path, finished: Files) -> None:
+    files = finished.copied(tmp_path / "job")
+    (files.workspace / "records" / "publish.json").unlink()
+    (files.workspace / "report" / "metrics.jsonl").write_text('{"step": 1, "loss": "hf_abcdefghijklmnop"}\n')
+    done = files.run("publish")
+    assert (done.exit_code, done.result.reason) == (203, "InternalError")
+    assert "could not convert string to float: '[redacted]'" in done.result.message
+    assert done.stderr.startswith("Traceback ")
+    assert "report.py" in done.stderr
+    assert "hf_abcdefghijklmnop" not in done.stderr

@@ -1,0 +1,247 @@
+"""Ways to look finished without being so. None may end as a success: not the step, and not the job.
+
+Each case spoils a job that is trained, or stops it where it hurts, and then lets the trainer's own command line and the
+operator's own decision look at what is left.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_api.contract import ExitCode
+from qlora_api.status import QLoRAJobStatus
+from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from tests.support.builders import child, ended, follow, make_job, pod, result, status_in
+from tests.support.command import Done, Files
+from tests.support.published import published
+from tests.support.tiny import JOB_UID, POD_UID
+from tests.support.training import StopAtStep, prepared, run
+
+Spoil = Callable[[Files], None]
+
+
+def adapter_file(files: Files) -> Path:
+    return files.workspace / "trained" / "adapter_model.safetensors"
+
+
+def record_of(files: Files) -> TrainRecord:
+    record = read_completion(files.workspace / "records" / "train.json", TrainRecord)
+    assert record is not None
+    return record
+
+
+def rewritten(files: Files, **changes: Any) -> None:
+    """The record of training with other contents."""
+    write_completion(files.workspace / "records" / "train.json", record_of(files).model_copy(update=changes))
+
+
+def with_tensors(change: Callable[[dict[str, Tensor]], None], *, forge_sum: bool = True) -> Spoil:
+    """Change the trained tensors; with `forge_sum` the record says that it must be so."""
+
+    def spoil(files: Files) -> None:
+        tensors = load_file(adapter_file(files))
+        change(tensors)
+        save_file(tensors, adapter_file(files), metadata={"format": "pt"})
+        if forge_sum:
+            rewritten(files, adapter_sha256=sha256(adapter_file(files).read_bytes()).hexdigest())
+
+    return spoil
+
+
+def nan(tensors: dict[str, Tensor]) -> None:
+    tensors[max(tensors)][0, 0] = float("nan")
+
+
+def infinite_in_16_bit(tensors: dict[str, Tensor]) -> None:
+    tensors[min(tensors)].mul_(float("inf"))
+
+
+def one_missing(tensors: dict[str, Tensor]) -> None:
+    del tensors[max(tensors)]
+
+
+def one_more(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.ones(4, 64)
+
+
+def zero(tensors: dict[str, Tensor]) -> None:
+    for tensor in tensors.values():
+        tensor.zero_()
+
+
+def half_trained(tensors: dict[str, Tensor]) -> None:
+    tensors[min(name for name in tensors if "lora_B" in name)].zero_()
+
+
+def nudged(tensors: dict[str, Tensor]) -> None:
+    tensors[min(tensors)] += 1e-6
+
+
+def truncated(files: Files) -> None:
+    os.truncate(adapter_file(files), adapter_file(files).stat().st_size - 1)
+
+
+def gone(files: Files) -> None:
+    shutil.rmtree(files.workspace / "trained")
+
+
+def not_to_the_end(files: Files) -> None:
+    rewritten(files, training_step=record_of(files).training_step - 1)
+
+
+def of_another_spec(files: Files) -> None:
+    rewritten(files, fingerprint="0" * 64)
+
+
+def of_other_data(files: Files) -> None:
+    path = files.workspace / "records" / "prepare.json"
+    path.write_text(path.read_text().replace(json.loads(path.read_text())["fingerprint"], "f" * 64))
+
+
+def record_cut(files: Files) -> None:
+    path = files.workspace / "records" / "train.json"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def record_missing(files: Files) -> None:
+    (files.workspace / "records" / "train.json").unlink()
+
+
+def elsewhere(files: Files) -> None:
+    outside = files.root / "outside"
+    shutil.move(files.workspace / "trained", outside)
+    (files.workspace / "trained").symlink_to(outside)
+
+
+def killed_in_the_last_save(files: Files) -> None:
+    record_missing(files)
+    gone(files)
+    last = max(files.workspace.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    last.rename(last.with_name(f".{last.name}.unfinished"))
+
+
+def killed_before_the_record(files: Files) -> None:
+    record_missing(files)
+    (files.workspace / "trained").rename(files.workspace / ".trained.unfinished")
+
+
+def occupied(files: Files) -> None:
+    (files.workspace / "adapter").mkdir()
+    (files.workspace / "adapter" / "adapter_model.safetensors").write_bytes(adapter_file(files).read_bytes())
+
+
+SPOILED: dict[str, tuple[Spoil, ExitCode]] = {
+    "the adapter holds NaN": (with_tensors(nan), ExitCode.DIVERGED),
+    "the adapter holds infinity": (with_tensors(infinite_in_16_bit), ExitCode.DIVERGED),
+    "a tensor is missing": (with_tensors(one_missing), ExitCode.INTERNAL_ERROR),
+    "a tensor is too many": (with_tensors(one_more), ExitCode.INTERNAL_ERROR),
+    "the adapter is zero": (with_tensors(zero), ExitCode.BAD_CONFIGURATION),
+    "a layer never learned": (with_tensors(half_trained), ExitCode.INTERNAL_ERROR),
+    "the adapter was changed after training": (with_tensors(nudged, forge_sum=False), ExitCode.UNSAFE_ARTEFACT),
+    "the adapter's file is cut": (truncated, ExitCode.UNSAFE_ARTEFACT),
+    "the adapter is gone": (gone, ExitCode.INTERNAL_ERROR),
+    "the record says fewer steps than planned": (not_to_the_end, ExitCode.UNSAFE_ARTEFACT),
+    "the record is of another spec": (of_another_spec, ExitCode.UNSAFE_ARTEFACT),
+    "the record is of other data": (of_other_data, ExitCode.UNSAFE_ARTEFACT),
+    "the record is cut": (record_cut, ExitCode.BAD_CONFIGURATION),
+    "there is no record": (record_missing, ExitCode.BAD_CONFIGURATION),
+    "killed in the last save": (killed_in_the_last_save, ExitCode.BAD_CONFIGURATION),
+    "killed before the record": (killed_before_the_record, ExitCode.BAD_CONFIGURATION),
+    "the adapter is a link out of the workspace": (elsewhere, ExitCode.UNSAFE_ARTEFACT),
+    "somebody else's files lie at the destination": (occupied, ExitCode.BAD_CONFIGURATION),
+}
+
+
+@pytest.mark.parametrize("way", SPOILED)
+def test_what_is_not_the_whole_trained_adapter_is_never_published(trained: Files, way: str) -> None:
+    spoil, code = SPOILED[way]
+    spoil(trained)
+    with pytest.raises(StepFailure) as failure:
+        published(trained)
+    assert failure.value.exit_code is code, failure.value.message
+    assert not (trained.workspace / "records" / "publish.json").exists()
+    assert not (trained.workspace / "adapter" / "manifest.json").exists()
+
+
+def verdict(done: Done) -> QLoRAJobStatus:
+    """What the operator makes of a publish pod that ended like this and left this termination message."""
+    body = pod("publish")
+    body["metadata"]["uid"] = POD_UID
+    job = make_job(status_in("publish"))
+    kind = "Complete" if done.exit_code == 0 else "Failed"
+    message = done.termination.replace(JOB_UID, job.uid)
+    return follow(job, child("publish", **{kind: ""}), ended(body, done.exit_code, message))
+
+
+def test_the_whole_chain_says_success_when_it_is_one(trained: Files) -> None:
+    done = trained.run("publish")
+    assert done.exit_code == 0, done.stderr
+    assert verdict(done).phase == "Succeeded"
+
+
+def test_a_refused_adapter_is_no_success_for_the_operator(trained: Files) -> None:
+    with_tensors(nan)(trained)
+    done = trained.run("publish")
+    assert done.result.outcome == "failed"
+    assert verdict(done).phase == "Failed"
+
+
+MESSAGES: dict[str, Callable[[Done], str]] = {
+    "exit 0 without a word": lambda _: "",
+    "a cut record": lambda done: done.termination[:-20],
+    "another pod's record": lambda done: done.termination.replace(POD_UID, "7d0c2f5e-0000-4000-8000-00000000000f"),
+    "another job's record": lambda done: done.termination.replace(JOB_UID, "7d0c2f5e-0000-4000-8000-00000000000e"),
+    "another step's record": lambda done: done.termination.replace('"step":"publish"', '"step":"train"'),
+    "a record without an adapter": lambda done: json.dumps(
+        {key: value for key, value in json.loads(done.termination).items() if key != "adapter"}
+    ),
+    "a record that says that it failed": lambda done: done.termination.replace('"succeeded"', '"failed"'),
+    "a sum that is none": lambda done: done.termination.replace(json.loads(done.termination)["adapter"]["sha256"], "0"),
+}
+
+
+@pytest.mark.parametrize("way", MESSAGES)
+def test_exit_0_with_anything_but_the_pods_own_record_is_no_success(finished: Files, way: str) -> None:
+    stdout = (finished.root / "publish.stdout").read_text()
+    whole = Done(0, stdout, "", stdout.splitlines()[-1])
+    assert verdict(whole).phase == "Succeeded"
+    forged = MESSAGES[way](whole)
+    assert forged != whole.termination
+    assert verdict(Done(0, stdout, "", forged)).phase != "Succeeded"
+
+
+@pytest.mark.parametrize(("code", "reason"), [(137, "OOMKilled"), (0, "OOMKilled"), (143, "Error"), (137, "Error")])
+def test_a_killed_pod_with_a_perfect_record_is_no_success(code: int, reason: str) -> None:
+    body = pod("publish")
+    message = result(body, "publish")
+    kind = "Failed" if code else "Complete"
+    bodies = (child("publish", **{kind: ""}), ended(body, code, message, reason=reason))
+    status = follow(make_job(status_in("publish")), *bodies)
+    assert status.phase != "Succeeded"
+
+
+def test_asked_to_stop_in_the_last_step_it_does_not_say_that_it_is_done(tmp_path: Path, tiny_llama: Path) -> None:
+    context = prepared(tmp_path, tiny_llama)
+    stop = StopRequest()
+    with pytest.raises(Interrupted):
+        run(context, stop=stop, records=StopAtStep(5, stop))
+    assert not context.workspace.completion("train").exists()
+    assert not context.workspace.trained.exists()
+
+
+def test_the_adapter_of_an_earlier_run_in_the_workspace_is_not_taken_for_this_ones(trained: Files) -> None:
+    """A spec was changed and training has not run again: the record on the volume is of the run before."""
+    with pytest.raises(StepFailure) as failure:
+        published(trained.with_spec({"training": {"learningRate": 0.004}}))
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTEFACT
+    assert "another run" in failure.value.message

@@ -1,0 +1,191 @@
+"""Addresses and files of jobs that were made to do harm: what leads elsewhere is refused, what has no end is not read.
+
+Models and data sets of that kind have tests of their own, and so has the environment.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+from pydantic import ValidationError
+
+from qlora_api.contract import ExitCode
+from qlora_api.sources import HubSource, ObjectStoreSource
+from qlora_api.training import LoraSpec
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model.unsupported import entries
+from qlora_trainer.publishing.hub_repository import HubDestination
+from qlora_trainer.publishing.manifest import parse_manifest
+from qlora_trainer.publishing.s3_folder import ObjectDestination
+from qlora_trainer.publishing.verify import verify_config
+from qlora_trainer.publishing.volume_folder import VolumeFolder
+from qlora_trainer.training.checkpoint import newest_checkpoint
+from tests.support.fake_hub import FakeHub, serve
+from tests.support.hostile import Payload, bounded
+from tests.support.publication import MANIFEST
+from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
+
+NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+# Valid, and blanks to its end.
+LARGE_MANIFEST = MANIFEST.text() + b" " * 2**23
+
+ADDRESSES = [
+    "hf://../../etc",
+    "hf://org/..",
+    "hf://org/name@evil.example",
+    "hf://user:password@evil.example/name",
+    "hf://org/name?token=x",
+    "hf://org/name#x",
+    "hf://org/na%2e%2eme/%2e%2e",
+    "hf://org/name\n",
+    "hf://org/name\x00",
+    "hf://оrg/name",  # the first letter is Cyrillic
+    "http://169.254.169.254/latest/meta-data",
+    "https://huggingface.co/org/name",
+    "file:///etc/passwd",
+    "/etc/passwd",
+    "../model",
+    "pvc://claim/../../etc",
+    "pvc://claim/.git/config",
+    "pvc://../claim",
+    "pvc://claim//etc",
+    "s3://bucket/../other",
+    "s3://user:key@bucket/path",
+    "s3://bucket@evil.example/path",
+    "oci://user:password@registry.example/name:tag",
+    "oci://registry.example/../name:tag",
+    "oci://registry.example/name:tag@evil.example",
+    "HF://org/name",
+    "hf:org/name",
+    " hf://org/name",
+    "hf://" + "a" * 600 + "/name",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("field", ["model", "dataset", "destination"])
+def test_an_address_that_means_another_place_is_refused_by_the_schema(field: str, address: str) -> None:
+    spec: dict[str, Any] = {"model": {"source": "hf://org/name"}, "dataset": {"source": "hf://org/rows"}}
+    if field == "destination":
+        spec["output"] = {"destination": address}
+    else:
+        spec[field] = {"source": address}
+    document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "a"}, "spec": spec}
+    with pytest.raises(ValidationError):
+        QLoRAJobDocument.model_validate(document)
+
+
+@pytest.mark.parametrize("name", ["../../outside/secret", "/etc/passwd", "adapter.safetensors/../../x"])
+def test_a_checkpoint_that_names_files_elsewhere_is_set_aside(tmp_path: Path, name: str) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-2"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("secret")
+    (checkpoint / "manifest.json").write_text(json.dumps({"sha256": {name: "0" * 64, "state.json": "0" * 64}}))
+    (checkpoint / "state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
+    assert checkpoint.with_name("step-2.corrupt").is_dir()
+
+
+def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("content", [NESTED, b"[" * 100_000, b'{"jobUid": ' + NESTED + b"}"])
+def test_a_published_manifest_that_nests_without_end_is_none(content: bytes) -> None:
+    assert parse_manifest(content) is None
+
+
+def _endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _gigabytes(path: Path) -> None:
+    path.write_bytes(MANIFEST.text())
+    os.truncate(path, 2**33)
+
+
+def _large(path: Path) -> None:
+    path.write_bytes(LARGE_MANIFEST)
+
+
+@pytest.mark.parametrize("make", [_endless, _gigabytes, _large, os.mkfifo, Path.mkdir])
+def test_a_published_manifest_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Whoever can write to the volume can put it where a job is to publish."""
+    make(tmp_path / "manifest.json")
+    destination = VolumeFolder(tmp_path, "pvc://claim/folder", owner="pod")
+    with bounded():
+        assert destination.published() is None
+    assert not destination.is_free()
+
+
+def test_a_large_manifest_in_a_bucket_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in (("AWS_ACCESS_KEY_ID", ACCESS_KEY), ("AWS_SECRET_ACCESS_KEY", SECRET_KEY)):
+        (tmp_path / key).write_text(value)
+    with s3_server(tmp_path / "store") as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        secret = Secret(tmp_path, "spec.output.secretRef", "push")
+        destination = ObjectDestination(ObjectStoreSource(BUCKET, "folder"), secret)
+        for name in ("manifest.json", ".manifest.partial.json"):
+            obstore.put(s3_bucket(address), f"folder/{name}", MANIFEST.text())
+            assert destination.holder() == MANIFEST
+            obstore.put(s3_bucket(address), f"folder/{name}", LARGE_MANIFEST)
+            assert destination.holder() is None
+
+
+def test_a_large_manifest_in_a_repository_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "manifest.json").write_bytes(LARGE_MANIFEST)
+    with serve(FakeHub({"models/org/tuned": tmp_path})) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        destination = HubDestination(HubSource("org/tuned"), Secret(tmp_path, "spec.output.secretRef", None))
+        assert destination.published() is None
+        assert hub.fetched == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[]", "is no JSON object"),
+        (b"1", "is no JSON object"),
+        (NESTED, "is not JSON"),
+        (b'{"peft_type": ' + b"[" * 400 + b"]" * 400 + b"}", "has peft_type: [[["),
+        (b'{"peft_type": "' + b"a" * 2**23 + b'"}', "is not JSON of less than"),
+    ],
+)
+def test_an_adapters_configuration_that_is_none_is_a_failure_that_says_so(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    assert f"adapter_config.json {says}" in _refused_configuration(tmp_path / "adapter_config.json")
+
+
+@pytest.mark.parametrize("make", [_endless, os.mkfifo, Path.mkdir])
+def test_an_adapters_configuration_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "adapter_config.json")
+    with bounded():
+        assert "no regular file" in _refused_configuration(tmp_path / "adapter_config.json")
+
+
+def _refused_configuration(path: Path) -> str:
+    with pytest.raises(StepFailure) as failure:
+        verify_config(path, LoraSpec(), target_modules=(), whole_modules=(), base_name="hf://a/b", base_revision="c0")
+    assert failure.value.exit_code is ExitCode.INTERNAL_ERROR
+    return failure.value.message
+
+
+def test_keys_of_a_configuration_are_found_however_deep_they_lie() -> None:
+    value: Any = {"auto_map": 1, "z": 2}
+    for _ in range(50_000):
+        value = {"a": [value]}
+    assert [key for key, _ in entries(value)] == ["a"] * 50_000 + ["auto_map", "z"]

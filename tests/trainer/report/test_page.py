@@ -1,0 +1,158 @@
+"""The report: what a person sees of a run in a browser, on one page that needs nothing else."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from qlora_trainer.report.charts import chart, loss_chart, loss_picture
+from qlora_trainer.report.history import Curve, History, read_history
+from qlora_trainer.report.samples import Sample, Samples
+from tests.support.command import Files
+from tests.support.published import published
+from tests.support.report_page import Page
+
+
+def page_of(files: Files) -> str:
+    return (files.workspace / "report" / "report.html").read_text()
+
+
+def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
+    source = page_of(finished)
+    page = Page(source)
+    assert page.open == []
+    assert all(address.startswith("#") for address in page.fetched)
+    assert "url(http" not in source
+    assert "@import" not in source
+    assert "script" not in page.elements
+    assert page.elements.count("svg") == 6  # loss, rate, norm, memory, speed, lengths
+    metrics = read_history(finished.workspace / "report" / "metrics.jsonl")
+    for shown in (
+        f"{metrics.evaluation.values[-1]:.4f}",
+        f"{metrics.evaluation.values[0]:.4f} before training",
+        "41 read, 30 trained on, 10 held out",
+        "Left out 1 longer than 64 tokens (spec.training.maxSequenceLength)",
+        "% filled",
+        "held in 4 bit",
+        "--max-lora-rank 8",
+        "PeftModel.from_pretrained",
+        "learningRate 0.005",
+        "In the data",
+    ):
+        assert shown in page.words, shown
+
+
+def test_the_page_says_on_which_base_and_with_which_rank_the_adapter_is_served(finished: Files) -> None:
+    words = Page(page_of(finished)).words
+    trained_on = "The adapter was trained on the base model in nf4 with double quantization"
+    assert f"{trained_on}, and that is the base that its loss was measured on: load it on the same 4-bit base" in words
+    rank = "A server must allow rank 8 for this adapter of rank 4: vLLM accepts certain values only"
+    assert f"{rank}, and its default is 16." in words
+
+
+def test_the_picture_of_the_loss_has_a_point_for_each_evaluation(finished: Files) -> None:
+    evaluations = read_history(finished.workspace / "report" / "metrics.jsonl").evaluation
+    assert evaluations.steps == tuple(range(0, 31, 2))
+    source = page_of(finished)
+    picture = source[source.index("<svg") : source.index("</svg>")]
+    texts = [text.strip() for text in Page(picture).text]
+    assert "held-out rows" in texts
+    assert f"{evaluations.values[0]:.3f}" in texts
+    assert f"{evaluations.values[-1]:.3f}" in texts
+    points = re.findall(r"<use [^>]*fill: #d9480f", picture)
+    assert len(points) == len(evaluations.steps) + 1  # and one in the legend
+
+
+def test_the_page_shows_the_bytes_of_each_kind_of_layer(finished: Files) -> None:
+    words = Page(page_of(finished)).words
+    shapes = {
+        "q_proj": (64, 64),
+        "k_proj": (32, 64),
+        "v_proj": (32, 64),
+        "o_proj": (64, 64),
+        "gate_proj": (128, 64),
+        "up_proj": (128, 64),
+        "down_proj": (64, 128),
+    }
+    for name, (outputs, inputs) in shapes.items():
+        weights = outputs * inputs
+        # Two to a byte; a byte for each 64; a mean and one scale for all of those; tables of 16 and of 256 values.
+        held = weights // 2 + weights // 64 + 4 + 4 + 16 * 4 + 256 * 4
+        row = f"{name} 2 {outputs} × {inputs} {held:,} {8 * held / weights:.3f}"
+        assert row in words, row
+
+
+def test_the_samples_are_what_plain_peft_says(finished: Files) -> None:
+    samples = Samples.model_validate_json((finished.workspace / "report" / "samples.json").read_bytes())
+    assert len(samples.samples) == 1
+    sample = samples.samples[0]
+    folder = finished.models / "model"
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    for layer in base.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # computes otherwise, and so rounds otherwise
+    model = PeftModel.from_pretrained(base, finished.workspace / "adapter", autocast_adapter_dtype=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(sample.prompt, return_tensors="pt")
+
+    def answer() -> str:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model.generate(**tokens, max_new_tokens=64, do_sample=False)
+        return str(tokenizer.decode(output[0, tokens.input_ids.shape[1] :], skip_special_tokens=True))
+
+    assert answer() == sample.after
+    with model.disable_adapter():
+        assert answer() == sample.before
+    assert sample.after != sample.before
+
+
+def test_what_users_and_data_wrote_cannot_become_markup(trained: Files) -> None:
+    attack = "</pre><script>alert(1)</script><svg onload=alert(2)>"
+    samples = Samples(samples=(Sample(prompt=attack, reference=attack, before=attack, after=attack),))
+    (trained.workspace / "report" / "samples.json").write_text(json.dumps(samples.dump()))
+    published(trained)
+    page = Page(page_of(trained))
+    assert "script" not in page.elements
+    assert page.elements.count("svg") == 6
+    assert page.words.count(attack) == 4
+
+
+def test_a_report_without_samples_says_why(trained: Files) -> None:
+    (trained.workspace / "report" / "samples.json").unlink()
+    published(trained)
+    assert "No samples: training left none." in Page(page_of(trained)).words
+
+
+def history_of(**curves: Curve) -> History:
+    empty = {name: Curve() for name in History.__dataclass_fields__}
+    return History(**{**empty, **curves})
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5000])
+def test_curves_of_any_length_can_be_drawn_and_the_same_run_gives_the_same_bytes(steps: int) -> None:
+    loss = Curve(tuple(range(1, steps + 1)), tuple(1 / step for step in range(1, steps + 1)))
+    history = history_of(loss=loss)
+    assert loss_chart(history) == loss_chart(history)
+    assert loss_picture(history, "name", "what") == loss_picture(history, "name", "what")
+    svg = chart("rate", "Rate", loss, logarithmic=True)
+    assert bool(svg) == bool(steps)
+    assert len(svg) < 100_000
+
+
+def test_a_broken_line_of_metrics_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
+        read_history(tmp_path / "metrics.jsonl")

@@ -1,0 +1,358 @@
+"""The step `prepare` on a volume: what it leaves, what it refuses, and that it can be run again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_api.contract import ExitCode, decode_record
+from qlora_api.training import LoraSpec
+from qlora_trainer.core.completion import PrepareRecord, read_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.sampling import hold_out
+from qlora_trainer.model.support import Family
+from qlora_trainer.steps import prepare as step
+from qlora_trainer.steps.prepare import prepare
+from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
+from tests.trainer.conftest import MakeContext
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[dict[str, Any]]:
+    """Twenty rows of different length, written to the job's data file."""
+    rows = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    return rows
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A copy of the tiny Llama that a test may change."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "own" / "model"))
+
+
+def opened(context: StepContext, record: PrepareRecord, split: Any = "train") -> PreparedDataset:
+    return PreparedDataset.open(context.workspace.root / record.data_path, split)
+
+
+def everything_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("rows")
+def test_it_leaves_packed_data_and_a_record(make_context: MakeContext, records: Recorded, tiny_llama: Path) -> None:
+    context = make_context()
+    record = prepare(context, records)
+    assert read_completion(context.workspace.completion("prepare"), PrepareRecord) == record
+    assert record.model_path == str(tiny_llama)
+    assert record.model_revision.startswith("sha256:")
+    assert record.model_type == "llama"
+    assert len(record.target_modules) == 14
+    assert record.packed
+    data = opened(context, record)
+    assert data.rows == record.dataset.used_rows == record.dataset.rows == 20
+    assert data.tokens == record.dataset.tokens == sum(len(data[n].input_ids) for n in range(len(data)))
+    assert len(data) < 20
+    for sequence in (data[n] for n in range(len(data))):
+        assert len(sequence.input_ids) == len(sequence.labels) == sum(sequence.segment_lengths) <= 64
+        starts = torch.tensor([0, *sequence.segment_lengths]).cumsum(0)[:-1]
+        assert (sequence.labels[starts] == -100).all()
+    assert data.target_tokens == sum(int((data[n].labels != -100).sum()) for n in range(len(data)))
+    assert not list(context.workspace.root.rglob(".partial*"))
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_same_job_gives_the_same_bytes(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+    spec = {"dataset": {"eval": {"fraction": 0.2}}}
+    first = make_context(spec)
+    prepare(first, records)
+    before = everything_below(first.workspace.root)
+    shutil.rmtree(first.workspace.root)
+    prepare(make_context(spec), records)
+    assert everything_below(first.workspace.root) == before
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_finished_step_says_so_again_without_reading_the_data(
+    make_context: MakeContext, records: Recorded, tmp_path: Path
+) -> None:
+    record = prepare(make_context(), records)
+    before = everything_below(tmp_path / "workspace")
+    (tmp_path / "data" / "train.jsonl").unlink()
+    assert prepare(make_context(), records) == record
+    assert everything_below(tmp_path / "workspace") == before
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dataset": {"maxSamples": 10}},
+        {"training": {"maxSequenceLength": 48}},
+        {"training": {"packing": False}},
+        {"training": {"trainOn": "all"}},
+        {"lora": {"targetModules": ["q_proj"]}},
+    ],
+)
+def test_a_changed_job_is_prepared_again(make_context: MakeContext, records: Recorded, change: dict[str, Any]) -> None:
+    first = prepare(make_context(), records)
+    second = prepare(make_context(change), records)
+    assert second.fingerprint != first.fingerprint
+    assert second.data_path != first.data_path
+
+
+def test_changed_data_are_prepared_again(
+    make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "eval.jsonl", rows[:2])
+    context = make_context({"dataset": {"eval": {"source": "pvc://data/eval.jsonl"}}})
+    first = prepare(context, records)
+    write_rows(tmp_path / "data" / "train.jsonl", rows[:10])
+    second = prepare(context, records)
+    assert (second.dataset.used_rows, second.dataset.eval_rows) == (10, 2)
+    write_rows(tmp_path / "data" / "eval.jsonl", rows[:3])
+    third = prepare(context, records)
+    assert third.dataset.eval_rows == 3
+    assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
+
+
+@pytest.mark.usefixtures("rows")
+def test_what_the_data_do_not_depend_on_changes_the_estimate_only(make_context: MakeContext, records: Recorded) -> None:
+    first = prepare(make_context(), records)
+    second = prepare(make_context({"lora": {"rank": 64}, "resources": {"gpuMemory": 24}}), records)
+    assert second.fingerprint == first.fingerprint
+    assert second.memory.estimate_bytes > first.memory.estimate_bytes
+    assert (first.memory.verdict, second.memory.verdict) == ("unknown", "fits")
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("lost", ["manifest.json", "record"])
+def test_what_is_lost_is_made_again(make_context: MakeContext, records: Recorded, lost: str) -> None:
+    context = make_context()
+    record = prepare(context, records)
+    path = context.workspace.completion("prepare")
+    (path if lost == "record" else context.workspace.root / record.data_path / lost).unlink()
+    assert prepare(context, records) == record
+    assert opened(context, record).rows == 20
+
+
+@pytest.mark.usefixtures("rows")
+def test_rows_that_are_too_long_are_left_out_and_counted(
+    make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [*rows, chat_row("Long?", "word " * 100)])
+    status = prepare(make_context(), records).dataset
+    assert (status.rows, status.used_rows, status.too_long_rows) == (21, 20, 1)
+    assert status.longest_row_tokens > 100
+
+
+@pytest.mark.usefixtures("rows")
+def test_without_packing_each_row_is_a_sequence(
+    make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]]
+) -> None:
+    context = make_context({"training": {"packing": False}})
+    record = prepare(context, records)
+    data = opened(context, record)
+    assert not record.packed
+    assert [len(data[n].segment_lengths) for n in range(len(data))] == [1] * 20
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_family_whose_rows_see_each_other_is_not_packed(
+    make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspect = step.inspect_family
+
+    def leaking(folder: Path, lora: LoraSpec) -> Family:
+        return replace(inspect(folder, lora), packing_isolated=False)
+
+    monkeypatch.setattr(step, "inspect_family", leaking)
+    context = make_context()
+    record = prepare(context, records)
+    assert not record.packed
+    assert len(opened(context, record)) == 20
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.001, 1), (0.2, 4), (0.999, 19)])
+def test_a_fraction_is_held_out_and_neither_lost_nor_trained_on(
+    make_context: MakeContext, records: Recorded, fraction: float, held_out: int
+) -> None:
+    context = make_context({"dataset": {"eval": {"fraction": fraction}}})
+    record = prepare(context, records)
+    assert (record.dataset.used_rows, record.dataset.eval_rows) == (20 - held_out, held_out)
+    assert opened(context, record).rows + opened(context, record, "eval").rows == 20
+
+
+def test_the_seed_alone_chooses_what_is_held_out() -> None:
+    kept, held_out = (part.tolist() for part in hold_out(1000, 0.1, 7, "rows"))
+    assert sorted(kept + held_out) == list(range(1000))
+    assert hold_out(1000, 0.1, 7, "rows")[1].tolist() == held_out
+    assert len(set(held_out) & set(hold_out(1000, 0.1, 8, "rows")[1].tolist())) < 30
+
+
+@pytest.mark.usefixtures("rows")
+def test_only_the_first_rows_are_read_where_the_job_says_so(make_context: MakeContext, records: Recorded) -> None:
+    status = prepare(make_context({"dataset": {"maxSamples": 5}}), records).dataset
+    assert (status.rows, status.used_rows) == (5, 5)
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_revision_of_a_model_on_a_volume_is_its_content(
+    make_context: MakeContext, records: Recorded, own_model: Path
+) -> None:
+    first = prepare(make_context(model=own_model), records).model_revision
+    (own_model / "notes.txt").write_text("not used")
+    (own_model / "pytorch_model.bin").write_text("not used")
+    shutil.rmtree(own_model.parents[1] / "workspace")
+    assert prepare(make_context(model=own_model), records).model_revision == first
+    weights = load_file(own_model / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, own_model / "model.safetensors")
+    shutil.rmtree(own_model.parents[1] / "workspace")
+    assert prepare(make_context(model=own_model), records).model_revision != first
+
+
+def refusal(context: StepContext, records: Recorded) -> tuple[ExitCode, str]:
+    """How prepare ends, leaving nothing behind."""
+    with pytest.raises(StepFailure) as failure:
+        prepare(context, records)
+    assert not [*context.workspace.root.rglob("*")]
+    return failure.value.exit_code, failure.value.message
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "pvc://models/model has no config.json; it has chat_template.jinja, generation_config.json"),
+        ("tokenizer.json", "pvc://models/model has no tokenizer (tokenizer.json, tokenizer.model, vocab.json)"),
+        ("model.safetensors", "pvc://models/model has neither model.safetensors nor model.safetensors.index.json"),
+    ],
+)
+def test_an_incomplete_model_is_refused(
+    make_context: MakeContext, records: Recorded, own_model: Path, missing: str, message: str
+) -> None:
+    (own_model / missing).unlink()
+    code, found = refusal(make_context(model=own_model), records)
+    assert code is ExitCode.MODEL_UNAVAILABLE
+    assert message in found
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_model_that_is_not_there_is_refused(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    code, message = refusal(make_context(model=tmp_path / "own" / "none"), records)
+    assert code is ExitCode.MODEL_UNAVAILABLE
+    assert message == "pvc://models/none is not a folder on the volume: check the path"
+
+
+@pytest.mark.usefixtures("rows")
+def test_weights_that_were_cut_off_are_refused(make_context: MakeContext, records: Recorded, own_model: Path) -> None:
+    weights = own_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, message = refusal(make_context(model=own_model), records)
+    assert code is ExitCode.MODEL_UNAVAILABLE
+    assert message.startswith("pvc://models/model/model.safetensors is not a whole safetensors file")
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_links_that_lead_out_of_the_model_are_refused(
+    make_context: MakeContext, records: Recorded, own_model: Path, name: str
+) -> None:
+    (own_model / name).rename(own_model.parent / name)
+    (own_model / name).symlink_to(own_model.parent / name)
+    code, message = refusal(make_context(model=own_model), records)
+    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert message.startswith(f"pvc://models/model/{name} is a link that leads out of its folder")
+
+
+@pytest.mark.usefixtures("rows")
+def test_an_adapter_in_the_models_folder_would_be_loaded_with_it_and_is_refused(
+    make_context: MakeContext, records: Recorded, own_model: Path
+) -> None:
+    (own_model / "adapter_config.json").write_text("{}")
+    code, message = refusal(make_context(model=own_model), records)
+    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert message.startswith("pvc://models/model has adapter_config.json: transformers would load that adapter")
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_model_folder_that_leads_out_of_its_volume_is_refused(
+    make_context: MakeContext, records: Recorded, own_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "volume" / "model").symlink_to(own_model)
+    code, message = refusal(make_context(model=tmp_path / "volume" / "model"), records)
+    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert message.startswith("pvc://models/model is a link that leads out of its volume")
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(
+    make_context: MakeContext, records: Recorded, own_model: Path
+) -> None:
+    (own_model / "model.safetensors").unlink()
+    os.mkfifo(own_model / "model.safetensors")
+    code, message = refusal(make_context(model=own_model), records)
+    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert message.startswith("pvc://models/model/model.safetensors is not a regular file")
+
+
+@pytest.mark.usefixtures("rows")
+def test_unfinished_work_of_a_killed_attempt_is_cleared_away(make_context: MakeContext, records: Recorded) -> None:
+    context = make_context()
+    left = context.workspace.data / ".partial" / "layout"
+    left.mkdir(parents=True)
+    (left / "train.safetensors").write_bytes(b"half")
+    record = prepare(context, records)
+    assert [path.name for path in context.workspace.data.iterdir()] == [record.fingerprint]
+
+
+@pytest.mark.usefixtures("rows")
+def test_qwen2_is_prepared_too(make_context: MakeContext, records: Recorded, tiny_qwen2: Path) -> None:
+    record = prepare(make_context(model=tiny_qwen2), records)
+    assert (record.model_type, record.packed, record.dataset.used_rows) == ("qwen2", True, 20)
+
+
+def run(context: StepContext, tmp_path: Path, model: Path) -> tuple[int, dict[str, Any]]:
+    """The step through the command line: exit code and result. Standard output holds nothing but records."""
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(context.document.model_dump(mode="json", by_alias=True, exclude_none=True)))
+    folders = [f"--volume=models={model.parent}", f"--volume=data={tmp_path / 'data'}"]
+    command = [sys.executable, "-m", "qlora_trainer", "prepare", f"--job={job}", "--device=cpu", f"--pod-uid={POD_UID}"]
+    done = subprocess.run(
+        [*command, f"--workspace={context.workspace.root}", *folders], capture_output=True, text=True, check=False
+    )
+    lines = [decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID) for line in done.stdout.splitlines()]
+    assert all(line is not None for line in lines), done.stdout
+    assert not done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_command_line_says_what_was_prepared(make_context: MakeContext, tmp_path: Path, tiny_llama: Path) -> None:
+    code, result = run(make_context(), tmp_path, tiny_llama)
+    assert (code, result["outcome"], result["dataset"]["usedRows"]) == (0, "succeeded", 20)
+    assert result["modelRevision"].startswith("sha256:")
+
+
+def test_the_command_line_says_why_data_are_refused(
+    make_context: MakeContext, tmp_path: Path, tiny_llama: Path
+) -> None:
+    context = make_context()
+    (tmp_path / "data" / "train.jsonl").write_text('{"messages": [{"role": "us')
+    code, result = run(context, tmp_path, tiny_llama)
+    assert (code, result["outcome"], result["reason"]) == (11, "failed", "BadDataset")
+    assert result["message"].startswith("pvc://data/train.jsonl line 1 column 24: not valid JSON")
+    assert [path.name for path in context.workspace.root.iterdir()] == ["records"]

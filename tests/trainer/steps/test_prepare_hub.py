@@ -1,0 +1,345 @@
+"""Models and data sets of a hub: what is downloaded, what is refused, and what is tried again."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.steps.prepare import prepare
+from tests.support.command import new_files
+from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Refusal, serve
+from tests.support.hub_jobs import MODEL, refusal
+from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.trainer.conftest import MakeContext
+
+LARGE_CARD: dict[str, Any] = {"resources": {"gpuMemory": 80}}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with the model acme/tiny; one row of data lies on the volume."""
+    repository = tmp_path / "hub" / "tiny"
+    shutil.copytree(tiny_llama, repository)
+    (repository / "pytorch_model.bin").write_bytes(b"pickle")
+    (repository / "modeling_tiny.py").write_text("raise SystemExit('this must never run')")
+    (repository / "README.md").write_text("# Tiny")
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(FakeHub({"models/acme/tiny": repository})) as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        yield served
+
+
+def test_a_model_is_downloaded_at_its_commit_without_code_and_pickles(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    context = make_context(MODEL)
+    record = prepare(context, records)
+    folder = context.workspace.root / record.model_path
+    assert (record.model_path, record.model_revision) == (f"model/{COMMIT}", COMMIT)
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not set(hub.fetched) & {"pytorch_model.bin", "modeling_tiny.py", "README.md"}
+    assert hub.fetched.index("config.json") == 0
+    assert hub.fetched[-1] == "model.safetensors"
+    activities = [line["activity"] for line in records.written]
+    assert any(activity.startswith("downloading model 0.") for activity in activities)
+
+
+def test_a_finished_step_says_so_again_without_the_hub(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    record = prepare(make_context(MODEL), records)
+    asked = len(hub.requests)
+    hub.commit = OTHER_COMMIT
+    assert prepare(make_context(MODEL), records) == record
+    assert len(hub.requests) == asked
+
+
+def test_a_model_that_exceeds_the_card_is_refused_before_its_weights(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    spec = {"resources": {"gpuMemory": 8}, "training": {"maxSequenceLength": 512, "microBatchSize": 8}}
+    config = hub.repositories["models/acme/tiny"] / "config.json"
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **large, "head_dim": 128}))
+    message = refusal(make_context, records, ExitCode.DOES_NOT_FIT, spec)
+    assert "GiB of GPU memory" in message
+    assert "a card of 8 GiB (spec.resources.gpuMemory) has 7.8 to use: set spec.training.microBatchSize: 1" in message
+    assert "no setting is enough, so use a larger card or a smaller model" in message
+    assert "model.safetensors" not in hub.fetched
+    assert records.facts.memory is not None
+    assert records.facts.memory.verdict == "exceeds"
+
+
+def test_a_model_that_fits_is_told_with_its_estimate(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    memory = prepare(make_context({**MODEL, **LARGE_CARD}), records).memory
+    assert memory.verdict == "fits"
+    assert memory.budget_bytes is not None
+    assert memory.low_bytes < memory.estimate_bytes < memory.high_bytes < memory.budget_bytes
+
+
+@pytest.mark.parametrize(
+    ("spec", "answer", "message"),
+    [
+        (
+            {"model": {"source": "hf://acme/none"}},
+            None,
+            "model hf://acme/none does not exist, or may not be read with no",
+        ),
+        ({"model": {"source": "hf://acme/tiny", "revision": "v9"}}, None, "model hf://acme/tiny has no revision 'v9'"),
+        (
+            {},
+            Refusal(401),
+            "does not exist, or may not be read with no token (spec.model.tokenSecretRef)",
+        ),
+        ({}, Refusal(403, "GatedRepo"), "model hf://acme/tiny is gated and was asked for with no token"),
+        ({}, Refusal(403), "may not be read with no token (spec.model.tokenSecretRef) (HTTP 403): check the name"),
+        ({}, Refusal(410), "was refused by http://127.0.0.1:"),
+    ],
+)
+def test_a_model_that_may_not_be_read_is_refused(
+    make_context: MakeContext,
+    records: Recorded,
+    hub: FakeHub,
+    spec: dict[str, Any],
+    answer: Refusal | None,
+    message: str,
+) -> None:
+    hub.refuse = lambda _method, _path: answer
+    assert message in refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE, spec)
+
+
+@pytest.mark.parametrize("answer", [Refusal(403, "GatedRepo"), Refusal(404, "EntryNotFound")])
+def test_files_that_may_not_be_read_are_refused(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, answer: Refusal
+) -> None:
+    """The listing of a gated repository is open, its files are not."""
+    hub.refuse = lambda _method, path: answer if "/resolve/" in path else None
+    assert "model hf://acme/tiny " in refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE)
+
+
+def test_what_was_loaded_of_a_branch_that_has_moved_on_is_removed(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    hub.corrupt = lambda name: name == "model.safetensors"
+    refusal(make_context, records, ExitCode.UNREACHABLE)
+    hub.corrupt, hub.commits["models/acme/tiny"] = lambda _name: False, "b" * 40
+    context = make_context(MODEL)
+    models = context.workspace.models
+    assert [path.name for path in models.iterdir()] == [f".partial-{COMMIT}"]
+    prepare(context, records)
+    assert [path.name for path in models.iterdir()] == ["b" * 40]
+
+
+def test_only_pickles_are_refused(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
+    (hub.repositories["models/acme/tiny"] / "model.safetensors").unlink()
+    message = refusal(make_context, records, ExitCode.UNSAFE_ARTEFACT)
+    assert message.startswith("hf://acme/tiny has its weights only as pytorch_model.bin, which can run code")
+    assert not hub.fetched
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/model.safetensors", "code.py", 3, ""])
+def test_an_index_that_leads_elsewhere_is_refused(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, name: object
+) -> None:
+    repository = hub.repositories["models/acme/tiny"]
+    (repository / "model.safetensors").unlink()
+    (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    message = refusal(make_context, records, ExitCode.UNSAFE_ARTEFACT)
+    assert f"model.safetensors.index.json names {str(name)!r}; allowed are plain names" in message
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": {"w": "model-1.safetensors"}}', "index.json names model-1.safetensors, which is not there"),
+        ('{"weight_map": {}}', "is incomplete"),
+        ('{"weight_map": []}', "is not an object with a weight_map"),
+        ("[", "is not an object with a weight_map"),
+    ],
+)
+def test_a_broken_index_is_refused(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, index: str, message: str
+) -> None:
+    repository = hub.repositories["models/acme/tiny"]
+    (repository / "model.safetensors").unlink()
+    (repository / "model.safetensors.index.json").write_text(index)
+    assert message in refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE)
+
+
+def test_weights_in_several_files_are_those_of_the_index(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    repository = hub.repositories["models/acme/tiny"]
+    (repository / "model.safetensors").rename(repository / "model-00001-of-00001.safetensors")
+    (repository / "consolidated.safetensors").write_bytes(b"the same in another layout")
+    index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (repository / "model.safetensors.index.json").write_text(json.dumps(index))
+    prepare(make_context(MODEL), records)
+    assert [name for name in hub.fetched if name.endswith(".safetensors")] == ["model-00001-of-00001.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "message"),
+    [
+        ("config.json", {"auto_map": {"AutoModel": "m.M"}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "t.T"}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
+        ("config.json", {"quantization_config": {}}, ExitCode.BAD_CONFIGURATION, "quantization_config"),
+        ("config.json", {"model_type": "mixtral"}, ExitCode.BAD_CONFIGURATION, "mixtral"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_before_the_weights(
+    make_context: MakeContext,
+    records: Recorded,
+    hub: FakeHub,
+    name: str,
+    content: dict[str, Any],
+    code: ExitCode,
+    message: str,
+) -> None:
+    path = hub.repositories["models/acme/tiny"] / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    assert message in refusal(make_context, records, code)
+    assert "model.safetensors" not in hub.fetched
+
+
+def test_a_bad_data_set_is_refused_before_the_weights(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, tmp_path: Path
+) -> None:
+    (tmp_path / "data" / "train.jsonl").write_text("")
+    refusal(make_context, records, ExitCode.BAD_DATASET)
+    assert "model.safetensors" not in hub.fetched
+
+
+def test_a_download_that_cannot_fit_is_not_begun(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    message = refusal(make_context, records, ExitCode.STORAGE_FULL)
+    assert "the download of hf://acme/tiny needs 0.3 MiB, but the workspace volume has 0.0 MiB free" in message
+    assert "model.safetensors" not in hub.fetched
+
+
+def test_the_token_is_read_from_its_file(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.token = "hf_abcdefghijklmnop"
+    spec = {"model": {"source": "hf://acme/tiny", "tokenSecretRef": {"name": "hub"}}}
+    missing = refusal(make_context, records, ExitCode.UNREACHABLE, spec)
+    assert missing.startswith("Secret 'hub' with key 'token' (spec.model.tokenSecretRef) does not exist")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "token").write_text("hf_wrong\n")
+    wrong = refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE, spec)
+    assert "may not be read with the token of spec.model.tokenSecretRef (HTTP 401)" in wrong
+    (tmp_path / "secrets" / "token").write_text(f"{hub.token}\n")
+    assert prepare(make_context(spec), records).model_revision == COMMIT
+
+
+@pytest.fixture
+def rows(hub: FakeHub, tmp_path: Path) -> Path:
+    """The repository of the data set acme/rows."""
+    hub.repositories["datasets/acme/rows"] = tmp_path / "hub" / "rows"
+    write_rows(tmp_path / "hub" / "rows" / "data" / "train-00000.jsonl", [chat_row("a", "b")] * 3)
+    write_rows(tmp_path / "hub" / "rows" / "data" / "test-00000.jsonl", [chat_row("a", "b")] * 2)
+    (tmp_path / "hub" / "rows" / "README.md").write_text("# Rows")
+    shards = tmp_path / "hub" / "shards"
+    hub.repositories["datasets/acme/shards"] = shards
+    for name, count in {"large/0": 2, "large/1": 3, "small/0": 1, "held-out": 4}.items():
+        write_rows(shards / f"{name}.jsonl", [chat_row("a", "b")] * count)
+    (shards / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: large, default: true, data_files: 'large/*.jsonl'}\n"
+        "- config_name: small\n  data_files:\n"
+        "  - {split: train, path: small/*.jsonl}\n"
+        "  - {split: validation, path: [held-out.jsonl]}\n---\n# Shards"
+    )
+    return tmp_path / "hub" / "rows"
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(
+    ("dataset", "used", "held_out"),
+    [
+        ({"source": "hf://acme/rows"}, 3, 0),
+        ({"source": "hf://acme/rows", "split": "test"}, 2, 0),
+        ({"source": "hf://acme/rows/data/test-00000.jsonl"}, 2, 0),
+        ({"source": "hf://acme/rows", "eval": {"source": "hf://acme/rows/data/test-00000.jsonl"}}, 3, 2),
+        ({"source": "hf://acme/rows", "eval": {"source": "hf://acme/rows"}}, 3, 2),
+        ({"source": "hf://acme/rows/data", "split": "test"}, 2, 0),
+        ({"source": "hf://acme/shards"}, 5, 0),
+        ({"source": "hf://acme/shards", "config": "small", "eval": {"source": "hf://acme/shards"}}, 1, 4),
+    ],
+)
+def test_a_data_set_of_the_hub_is_found(
+    make_context: MakeContext, records: Recorded, dataset: dict[str, Any], used: int, held_out: int
+) -> None:
+    record = prepare(make_context({"dataset": dataset}), records)
+    assert (record.dataset.used_rows, record.dataset.eval_rows) == (used, held_out)
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_revision_is_that_of_the_repository_that_it_is_named_for(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    hub.commits["datasets/acme/rows"] = "a" * 40
+    dataset = {"source": "hf://acme/rows", "revision": "a" * 40}
+    record = prepare(
+        make_context({"dataset": {**dataset, "eval": {"source": "hf://acme/shards/held-out.jsonl"}}}), records
+    )
+    assert (record.dataset.used_rows, record.dataset.eval_rows) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"source": "hf://acme/none"}, "dataset hf://acme/none does not exist, or may not be read with no token"),
+        (
+            {"source": "hf://acme/rows", "split": "dev"},
+            "hf://acme/rows has no data file of the split 'dev': set spec.dataset.split, or name the file, as in",
+        ),
+        (
+            {"source": "hf://acme/rows/x.csv"},
+            "hf://acme/rows has no data file or folder 'x.csv'; it has data/test-00000.jsonl",
+        ),
+        (
+            {"source": "hf://acme/many"},
+            "hf://acme/many has files of several kinds, .csv and .jsonl: name one file, or a folder with one kind",
+        ),
+    ],
+)
+def test_a_data_set_of_the_hub_that_is_not_there_or_mixed_is_refused(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, rows: Path, dataset: dict[str, Any], message: str
+) -> None:
+    many = rows.with_name("many")
+    for name in ("train-0.jsonl", "train-1.csv"):
+        write_rows(many / name, [chat_row("a", "b")])
+    hub.repositories["datasets/acme/many"] = many
+    assert message in refusal(make_context, records, ExitCode.BAD_DATASET, {"dataset": dataset})
+
+
+def test_neither_the_token_nor_a_signed_address_is_left_anywhere(hub: FakeHub, tmp_path: Path) -> None:
+    """The real hub sends a download on to an address with which anybody can read the file."""
+    hub.token = "hf_canarytokenthatreads"
+    signed = iter([f"{hub.endpoint}/acme/tiny/resolve/{COMMIT}/model.safetensors?X-Amz-Signature=canary"])
+
+    def refuse(method: str, path: str) -> Refusal | None:
+        location = next(signed, None) if method == "GET" and path.endswith("model.safetensors") else None
+        return None if location is None else Refusal(302, location=location)
+
+    hub.refuse = refuse
+    files = new_files(tmp_path / "job", tmp_path, MODEL)
+    done = files.run("prepare", HF_TOKEN=hub.token)
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert hub.tokens == {hub.token}
+    left = [path.read_bytes() for path in files.root.rglob("*") if path.is_file()]
+    for canary in (hub.token, "X-Amz-Signature"):
+        assert not any(canary.encode() in content for content in (*left, done.stdout.encode(), done.stderr.encode()))

@@ -1,0 +1,393 @@
+"""What publish leaves, for people, for PEFT and for servers; what it refuses; and what clean deletes."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from qlora_api.contract import ExitCode, ProgressRecord, WorkspaceLayout, decode_record
+from qlora_trainer.core.completion import TrainRecord, read_completion, write_completion
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.volume_folder import VolumeFolder
+from qlora_trainer.steps.clean import clean
+from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.stores.contents import describe_files
+from tests.support.command import ROWS, Files
+from tests.support.published import published
+from tests.support.tiny import JOB_UID, POD_UID, Recorded
+from tests.trainer.conftest import MakeContext
+
+OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
+
+
+def refused(files: Files, code: ExitCode, *words: str, uid: str = JOB_UID) -> None:
+    """Check that publish refuses, for a reason that has these words, and does not say that it has published."""
+    with pytest.raises(StepFailure) as failure:
+        published(files, uid=uid)
+    assert failure.value.exit_code is code, failure.value
+    for word in words:
+        assert word in failure.value.message
+    assert not (files.workspace / "records" / "publish.json").exists()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_command_reports_the_adapter_that_lies_there(finished: Files) -> None:
+    *earlier, last = (finished.root / "publish.stdout").read_text().splitlines()
+    for line in earlier:
+        assert isinstance(decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID), ProgressRecord)
+    adapter = json.loads(last)["adapter"]
+    file = finished.workspace / "adapter" / "adapter_model.safetensors"
+    assert adapter == {
+        "uri": str(finished.workspace / "adapter"),
+        "sha256": sha256(file.read_bytes()).hexdigest(),
+        "sizeBytes": file.stat().st_size,
+        "baseModel": "pvc://models/model",
+        "baseRevision": adapter["baseRevision"],
+        "rank": 4,
+        "servedRank": 8,
+        "quantization": "nf4 with double quantization",
+    }
+    assert adapter["baseRevision"].startswith("sha256:")
+
+
+def test_libraries_print_into_the_log_of_the_step(finished: Files) -> None:
+    records = finished.workspace / "records"
+    for step in ("prepare", "train", "publish"):
+        assert (records / f"{step}.log").read_text().splitlines()[0].endswith(f"{step}, attempt 1, pod {POD_UID}")
+    assert "paging needs a GPU" in (records / "train.log").read_text()
+
+
+def loss_of(model: Any, tokenizer: Any) -> float:
+    """Mean loss on the answers of the job's rows, by transformers' own formula."""
+    losses = []
+    for row in ROWS[:8]:
+        question = tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        tokens = tokenizer(text, return_tensors="pt").input_ids
+        labels = tokens.clone()
+        labels[:, : len(tokenizer(question).input_ids)] = -100
+        with torch.no_grad():
+            losses.append(float(model(input_ids=tokens, labels=labels).loss))
+    return sum(losses) / len(losses)
+
+
+def test_the_adapter_loads_with_plain_peft_on_an_nf4_base_and_lowers_the_loss(finished: Files) -> None:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    folder = finished.models / "model"
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = loss_of(base, tokenizer)
+    model = PeftModel.from_pretrained(base, finished.workspace / "adapter")
+    after = loss_of(model, tokenizer)
+    assert after < 0.9 * before
+    with model.disable_adapter():
+        assert loss_of(model, tokenizer) == pytest.approx(before, rel=1e-3)
+
+
+def test_the_folder_describes_itself(finished: Files) -> None:
+    folder = finished.workspace / "adapter"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["jobUid"] == JOB_UID
+    assert manifest["libraries"]["torch"] == torch.__version__.partition("+")[0]
+    described = {name: (file["sha256"], file["size"]) for name, file in manifest["files"].items()}
+    assert described == {
+        path.name: (sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+        for path in folder.iterdir()
+        if path.name != "manifest.json"
+    }
+    assert set(described) == {"adapter_model.safetensors", "adapter_config.json", "README.md", "loss.png"}
+
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert "--max-lora-rank 8" in card.text
+    assert 'bnb_4bit_quant_type="nf4"' in card.text
+    assert "30 of 41 rows" in card.text
+    words = " ".join(card.text.split())
+    assert "1 were left out because they are longer than 64 tokens." in words
+    base = "the base held in nf4 with double quantization, as loaded above: serve it so to get the same answers"
+    assert f"The losses above are those of the adapter on {base}" in words
+    assert "{{" not in card.text
+    assert str(finished.root) not in card.content
+
+
+def test_the_card_of_a_model_from_the_hub_names_its_commit(trained: Files) -> None:
+    files = trained.with_spec({"model": {"source": "hf://acme/tiny"}})
+    config = files.workspace / "trained" / "adapter_config.json"
+    config.write_text(config.read_text().replace("pvc://models/model", "acme/tiny"))
+    published(files)
+    card = ModelCard.load(files.workspace / "adapter" / "README.md")
+    assert card.data.base_model == "acme/tiny"
+    assert "vllm serve acme/tiny --revision sha256:" in card.text
+
+
+def test_the_report_shows_the_run(finished: Files) -> None:
+    report = finished.workspace / "report"
+    picture = (report / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n")
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == (1440, 810)
+    summary = json.loads((report / "summary.json").read_text())
+    metrics = [json.loads(line) for line in (report / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [entry["evalLoss"] for entry in metrics if "evalLoss" in entry]
+    assert (summary["loss"]["heldOutBefore"], summary["loss"]["heldOutAfter"]) == (evaluations[0], evaluations[-1])
+    assert summary["loss"]["heldOutAfter"] < summary["loss"]["heldOutBefore"]
+    assert summary["optimizerSteps"] == 30
+    assert summary["memory"]["peakBytes"] > 0
+    assert summary["dataset"]["usedRows"] == 30
+
+
+def test_publishing_again_changes_nothing(trained: Files) -> None:
+    first = published(trained)
+    folder = trained.workspace / "adapter"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (trained.workspace / "records" / "publish.json").unlink()
+    assert published(trained) == first
+    shutil.rmtree(trained.workspace / "trained")
+    assert published(trained) == first
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_damaged_or_half_written_publication_is_made_whole(trained: Files) -> None:
+    published(trained)
+    folder = trained.workspace / "adapter"
+    whole = content(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    leftover = folder.with_name(f".adapter.{JOB_UID}.killed-pod.partial")
+    leftover.mkdir()
+    published(trained)
+    assert content(folder) == whole
+    assert [path.name for path in trained.workspace.iterdir() if path.name.startswith(".")] == []
+
+
+Tensors = dict[str, Tensor]
+
+
+def _without_one(tensors: Tensors) -> None:
+    tensors.pop(min(tensors))
+
+
+def _with_another(tensors: Tensors) -> None:
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.ones(4, 64)
+
+
+def _of_another_rank(tensors: Tensors) -> None:
+    name = min(tensors)
+    tensors[name] = torch.ones(8, tensors[name].shape[1])
+
+
+def _of_another_type(tensors: Tensors) -> None:
+    name = max(tensors)
+    tensors[name] = tensors[name].bfloat16()
+
+
+def _not_finite(tensors: Tensors) -> None:
+    tensors[min(tensors)][0, 0] = float("inf")
+
+
+def _not_a_number(tensors: Tensors) -> None:
+    tensors[max(tensors)][-1, -1] = float("nan")
+
+
+def _untrained(tensors: Tensors) -> None:
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name].zero_()
+
+
+def _partly_untrained(tensors: Tensors) -> None:
+    tensors[min(name for name in tensors if "lora_B" in name)].zero_()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "word"),
+    [
+        (_without_one, ExitCode.INTERNAL_ERROR, "lacks 1 of 28 tensors"),
+        (_with_another, ExitCode.INTERNAL_ERROR, "unexpected 1 of 28 tensors"),
+        (_of_another_rank, ExitCode.INTERNAL_ERROR, "has shape [8, 128], not [4, 128]"),
+        (_of_another_type, ExitCode.INTERNAL_ERROR, "spec.lora.dtype is float32"),
+        (_not_finite, ExitCode.DIVERGED, "infinite"),
+        (_not_a_number, ExitCode.DIVERGED, "NaN"),
+        (_untrained, ExitCode.BAD_CONFIGURATION, "spec.training.warmupSteps"),
+        (_partly_untrained, ExitCode.INTERNAL_ERROR, "no gradient has reached 1 of 14 layers"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_finite_and_trained_is_refused(
+    trained: Files, spoil: Callable[[Tensors], None], code: ExitCode, word: str
+) -> None:
+    path = trained.workspace / "trained" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    completion = trained.workspace / "records" / "train.json"
+    record = read_completion(completion, TrainRecord)
+    assert record is not None
+    digest = sha256(path.read_bytes()).hexdigest()
+    write_completion(completion, record.model_copy(update={"adapter_sha256": digest}))
+    refused(trained, code, word)
+    assert not (trained.workspace / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 8),
+        ("lora_alpha", 16),
+        ("base_model_name_or_path", "/tmp/model"),
+        ("revision", None),
+        ("task_type", None),
+        ("target_modules", ["q_proj"]),
+        ("auto_mapping", {"base_model_class": "Evil", "parent_library": "evil"}),
+    ],
+)
+def test_a_configuration_that_does_not_describe_the_adapter_is_refused(trained: Files, key: str, value: Any) -> None:
+    path = trained.workspace / "trained" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    refused(trained, ExitCode.INTERNAL_ERROR, f"adapter_config.json has {key}")
+
+
+def test_the_steps_before_must_be_done(trained: Files) -> None:
+    (trained.workspace / "records" / "train.json").unlink()
+    refused(trained, ExitCode.BAD_CONFIGURATION, "run the train step first")
+
+
+def to(files: Files, destination: str) -> Files:
+    """The job with a destination on the claim `data`."""
+    return files.with_spec({"output": {"destination": destination}})
+
+
+def test_a_destination_on_another_claim_gets_the_same_files(trained: Files, finished: Files) -> None:
+    record = published(to(trained, "pvc://data/team/adapters/tiny"))
+    assert record.adapter.uri == "pvc://data/team/adapters/tiny"
+    folder = trained.data / "team" / "adapters" / "tiny"
+    same = ("adapter_model.safetensors", "adapter_config.json", "loss.png")
+    expected, found = content(finished.workspace / "adapter"), content(folder)
+    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    assert not (trained.workspace / "adapter").exists()
+
+
+def test_the_adapter_of_another_job_is_never_replaced(trained: Files) -> None:
+    files = to(trained, "pvc://data/adapter")
+    published(files, uid=OTHER_UID)
+    (files.workspace / "records" / "publish.json").unlink()
+    before = content(files.data / "adapter")
+    refused(files, ExitCode.BAD_CONFIGURATION, "holds another adapter, of job 'tiny'", OTHER_UID)
+    assert content(files.data / "adapter") == before
+
+
+def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(tmp_path: Path) -> None:
+    """Both jobs found the folder free; the other one ends while this one still copies."""
+    manifests = [
+        Manifest(
+            job_uid=uid,
+            job_name=uid,
+            fingerprint="a" * 64,
+            spec_sha256="b" * 64,
+            base_model="hf://acme/tiny",
+            base_revision="c0ffee",
+            libraries={},
+            files=describe_files({"README.md": uid.encode()}),
+        )
+        for uid in ("slow", "fast")
+    ]
+    slow, fast = (VolumeFolder(tmp_path / "adapter", "pvc://data/adapter", owner=uid) for uid in ("slow", "fast"))
+
+    class Overtaken(dict[str, bytes]):
+        def items(self) -> Any:
+            fast.write({"README.md": b"fast"}, manifests[1])
+            return super().items()
+
+    with pytest.raises(StepFailure, match="another job has just published to pvc://data/adapter") as failure:
+        slow.write(Overtaken({"README.md": b"slow"}), manifests[0])
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert (tmp_path / "adapter" / "README.md").read_bytes() == b"fast"
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_files_of_somebody_else_are_never_replaced(trained: Files) -> None:
+    (trained.data / "precious").mkdir()
+    (trained.data / "precious" / "thesis.tex").write_text("years of work")
+    refused(to(trained, "pvc://data/precious"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
+    refused(to(trained, "pvc://data/train.jsonl"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
+    assert os.listdir(trained.data / "precious") == ["thesis.tex"]
+
+
+def test_a_folder_of_somebody_else_is_noticed_before_anything_is_trained(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    (tmp_path / "data" / "precious").mkdir(parents=True)
+    (tmp_path / "data" / "precious" / "thesis.tex").write_text("years of work")
+    for output in ({"destination": "pvc://data/precious"}, {"merged": {"destination": "pvc://data/precious"}}):
+        with pytest.raises(StepFailure, match="pvc://data/precious holds something that no QLoRAJob has") as failure:
+            prepare(make_context({"output": output}), Recorded())
+        assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+def test_an_empty_folder_is_a_free_destination(trained: Files) -> None:
+    (trained.data / "empty").mkdir()
+    published(to(trained, "pvc://data/empty"))
+    assert (trained.data / "empty" / "adapter_model.safetensors").is_file()
+
+
+def test_a_link_that_leads_out_of_the_volume_is_refused(trained: Files, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (trained.data / "link").symlink_to(tmp_path / "outside")
+    refused(to(trained, "pvc://data/link/adapter"), ExitCode.UNSAFE_ARTEFACT, "outside of its volume")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_claim_that_is_not_mounted_is_no_destination(trained: Files) -> None:
+    refused(to(trained, "pvc://elsewhere/adapter"), ExitCode.UNREACHABLE, "'elsewhere' is not mounted")
+
+
+def test_clean_deletes_scratch_only_and_publish_still_knows(trained: Files, tmp_path: Path) -> None:
+    record = published(trained)
+    layout = WorkspaceLayout(trained.workspace)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious").write_text("kept")
+    layout.models.symlink_to(tmp_path / "outside")
+    (layout.data / "link").symlink_to(tmp_path / "outside")
+    kept = {folder: content(folder) for folder in (layout.adapter, layout.report, layout.records)}
+
+    clean(layout)
+    clean(layout)
+
+    assert sorted(path.name for path in layout.root.iterdir()) == ["adapter", "records", "report"]
+    assert {folder: content(folder) for folder in kept} == kept
+    assert (tmp_path / "outside" / "precious").read_text() == "kept"
+    assert published(trained) == record
+
+
+def test_clean_deletes_what_a_killed_step_has_left_unfinished(tmp_path: Path) -> None:
+    for name in (".merged.partial", "quantized.partial", f".adapter.{JOB_UID}.{POD_UID}.partial", "adapter", "merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    clean(WorkspaceLayout(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "merged"]
+
+
+def test_the_clean_command_writes_nothing_into_the_workspace(trained: Files) -> None:
+    (trained.workspace / "records" / "clean.log").mkdir()
+    done = trained.run("clean")
+    assert (done.exit_code, done.result.outcome) == (0, "succeeded")
+    assert not (trained.workspace / "checkpoints").exists()

@@ -1,0 +1,289 @@
+"""The train step from the outside: what it leaves, that it goes on exactly where it stopped, and when it refuses."""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.completion import TrainRecord, read_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import Interrupted, StopRequest
+from qlora_trainer.core.outcome import summary
+from qlora_trainer.training import checkpoint
+from tests.support.tiny import Recorded, merged
+from tests.support.training import (
+    RARE_TOKEN,
+    Lost,
+    LostAtStep,
+    adapter_bytes,
+    failure,
+    history,
+    interrupted_at,
+    job,
+    prepared,
+    run,
+)
+
+Prepare = Callable[..., StepContext]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
+    """Makes prepared workspaces, each by its name."""
+
+    def make(name: str = "workspace", spec: dict[str, Any] | None = None, **settings: Any) -> StepContext:
+        return prepared(tmp_path / name, settings.pop("model", tiny_llama), spec, **settings)
+
+    return make
+
+
+def with_spec(context: StepContext, spec: dict[str, Any]) -> StepContext:
+    """The same workspace for a job with another spec."""
+    return dataclasses.replace(context, document=job(spec))
+
+
+def test_training_lowers_both_losses_and_says_what_it_left(workspace: Prepare) -> None:
+    context, records = workspace(), Recorded()
+
+    record = run(context, records=records)
+
+    assert record.training_step == 6
+    lines = history(context)
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert [line["step"] for line in lines if "evalLoss" in line] == [0, 2, 4, 6]
+    assert record.loss == lines[-2]["loss"] < lines[1]["loss"]
+    assert record.eval_loss == lines[-1]["evalLoss"] < record.initial_eval_loss == lines[0]["evalLoss"]
+    assert record.peak_memory_bytes > 2**20
+    assert read_completion(context.workspace.completion("train"), TrainRecord) == record
+    written = records.written
+    assert written[0]["activity"] == "loading the base model in 4 bit"
+    assert written[0]["totalSteps"] == 6
+    assert [entry["activity"] for entry in written].count(
+        "paging needs a GPU: the optimizer state stays in main memory"
+    ) == 1
+    steps = [entry["trainingStep"] for entry in written]
+    assert steps == sorted(steps)
+    last = written[-1]
+    assert (last["trainingStep"], last["epoch"], last["remainingSeconds"], last["checkpointStep"]) == (6, 3.0, 0.0, 6)
+    assert last["evalLoss"] == record.eval_loss
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
+def test_a_run_interrupted_after_every_step_ends_in_the_same_bytes(optimizer: str, workspace: Prepare) -> None:
+    # Rank 64 makes tensors large enough that the 8-bit optimizer really keeps 8 bits.
+    spec = {"training": {"optimizer": optimizer, "microBatchSize": 2}, "lora": {"rank": 64}}
+    undisturbed, disturbed = workspace("undisturbed", spec), workspace("disturbed", spec)
+    expected = run(undisturbed)
+
+    for step in range(1, 6):
+        interrupted_at(disturbed, step)
+        # A new process would not have the random state of this one.
+        torch.manual_seed(step)
+    found = run(disturbed)
+
+    assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
+    assert history(disturbed) == history(undisturbed)
+    assert found.adapter_sha256 == expected.adapter_sha256
+    assert (found.loss, found.eval_loss, found.initial_eval_loss) == (
+        expected.loss,
+        expected.eval_loss,
+        expected.initial_eval_loss,
+    )
+    attempts = [json.loads(line) for line in (disturbed.workspace.records / "attempts.jsonl").read_text().splitlines()]
+    assert [attempt["ended"] for attempt in attempts] == ["interrupted"] * 5 + ["succeeded"]
+    assert [attempt["fromStep"] for attempt in attempts] == list(range(6))
+
+
+def test_a_lost_attempt_repeats_the_steps_since_its_checkpoint_and_ends_in_the_same_bytes(workspace: Prepare) -> None:
+    undisturbed, lost = workspace("undisturbed"), workspace("lost")
+    run(undisturbed)
+
+    with pytest.raises(Lost):
+        run(lost, records=LostAtStep(5))
+    assert history(lost)[-1]["step"] == 5
+    run(lost)
+
+    assert adapter_bytes(lost) == adapter_bytes(undisturbed)
+    assert history(lost) == history(undisturbed)
+
+
+def test_a_broken_newest_checkpoint_costs_its_steps_only(workspace: Prepare) -> None:
+    undisturbed, broken = workspace("undisturbed"), workspace("broken")
+    run(undisturbed)
+    interrupted_at(broken, 5)
+    path = broken.workspace.checkpoints / "step-5" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+    run(broken)
+
+    assert adapter_bytes(broken) == adapter_bytes(undisturbed)
+    assert (broken.workspace.checkpoints / "step-5.corrupt").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_kept(workspace: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = workspace()
+    interrupted_at(context, 1)
+
+    def stale(_path: Path) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(checkpoint, "file_sha256", stale)
+    with pytest.raises(OSError, match="Stale"):
+        run(context)
+
+    assert [path.name for path in context.workspace.checkpoints.iterdir()] == ["step-1"]
+
+
+def test_a_stop_before_the_first_step_loses_nothing(workspace: Prepare) -> None:
+    context, stop = workspace(), StopRequest()
+    stop.set()
+
+    with pytest.raises(Interrupted, match="nothing to save yet"):
+        run(context, stop=stop)
+
+    assert not context.workspace.checkpoints.exists()
+
+
+def test_a_finished_run_is_not_done_again_but_a_changed_adapter_is_restored(workspace: Prepare) -> None:
+    context = workspace()
+    record, adapter = run(context), adapter_bytes(context)
+
+    silent = Recorded()
+    assert run(context, records=silent) == record
+    assert silent.written == []
+    (context.workspace.trained / "adapter_model.safetensors").write_bytes(b"changed")
+    assert run(context).adapter_sha256 == record.adapter_sha256
+    assert adapter_bytes(context) == adapter
+
+
+def test_packing_and_micro_batches_do_not_change_the_loss(workspace: Prepare) -> None:
+    quick = {"training": {"maxSteps": 1, "gradientAccumulationSteps": 16, "warmupSteps": 0}, "lora": {"dropout": 0.0}}
+    several = merged(quick, {"training": {"microBatchSize": 16, "gradientAccumulationSteps": 1}})
+    packed, alone = workspace("packed", quick), workspace("alone", quick, packed=False)
+    together = workspace("together", several, packed=False)
+
+    losses = [(record.loss, record.initial_eval_loss) for record in map(run, (packed, alone, together))]
+
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+    assert losses[2] == pytest.approx(losses[1], rel=2e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_reaches_the_weights(
+    workspace: Prepare, tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "poisoned"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][RARE_TOKEN] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    # With this seed the row of the poisoned token is not among the first.
+    spec = {"training": {"gradientAccumulationSteps": 1, "saveEverySteps": 1, "maxSteps": 50, "seed": 1}}
+    context = workspace(spec=spec, model=model)
+
+    found = failure(context)
+
+    assert found.exit_code is ExitCode.DIVERGED
+    assert "loss nan" in found.message
+    assert "spec.training.learningRate" in found.message
+    kept = sorted(context.workspace.checkpoints.glob("step-*"))
+    assert kept
+    assert all(tensor.isfinite().all() for path in kept for tensor in load_file(path / "adapter.safetensors").values())
+    assert not context.workspace.trained.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"training": {"learningRate": 0.02}}, "training.learningRate was 0.01, is 0.02"),
+        ({"training": {"seed": 1}}, "training.seed was 0, is 1"),
+        ({"lora": {"alpha": 16}}, "lora.alpha was 8, is 16"),
+        ({"quantization": {"type": "fp4"}}, 'quantization.type was "nf4", is "fp4"'),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
+    change: dict[str, Any], named: str, workspace: Prepare
+) -> None:
+    context = workspace()
+    interrupted_at(context, 1)
+
+    found = failure(with_spec(context, change))
+
+    assert found.exit_code is ExitCode.BAD_CONFIGURATION
+    assert named in found.message
+    assert "step-1 belongs to another run" in found.message
+
+
+def test_how_often_to_save_may_change_between_attempts(workspace: Prepare) -> None:
+    context = workspace()
+    interrupted_at(context, 1)
+
+    assert run(with_spec(context, {"training": {"saveEverySteps": 1}})).training_step == 6
+
+
+def test_the_budget_of_interruptions_ends(workspace: Prepare) -> None:
+    context = workspace(spec={"retry": {"maxDisruptions": 1}})
+    interrupted_at(context, 1)
+    interrupted_at(context, 2)
+
+    found = failure(context)
+
+    assert found.exit_code is ExitCode.RETRIES_EXHAUSTED
+    assert "interrupted 2 times and spec.retry.maxDisruptions allows 1" in found.message
+
+
+def test_only_one_attempt_trains_in_a_workspace(workspace: Prepare) -> None:
+    context = workspace()
+    context.workspace.records.mkdir(exist_ok=True)
+    with (context.workspace.records / "train.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        found = failure(context)
+
+    assert found.exit_code is ExitCode.UNREACHABLE
+    assert "another attempt still trains" in found.message
+    assert run(context).training_step == 6
+
+
+def test_a_resumed_run_uses_as_many_threads_as_the_first_attempt(workspace: Prepare) -> None:
+    context = workspace()
+    before = torch.get_num_threads()
+    interrupted_at(context, 1)
+    used = torch.get_num_threads()
+    torch.set_num_threads(used + 1)
+    try:
+        interrupted_at(context, 2)
+        assert torch.get_num_threads() == used <= len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test must not find")
+def test_a_gpu_that_is_asked_for_and_missing_is_an_error_and_not_a_slow_run(workspace: Prepare) -> None:
+    found = failure(dataclasses.replace(workspace(), device="cuda"))
+
+    assert found.exit_code is ExitCode.BAD_CONFIGURATION
+    assert "no CUDA GPU is visible" in found.message
+
+
+def test_without_prepare_nothing_is_trained(workspace: Prepare) -> None:
+    context = workspace()
+    context.workspace.completion("prepare").unlink()
+
+    assert "run the prepare step first" in failure(context).message
+
+
+def test_the_summary_says_when_the_adapter_does_worse_than_the_base(workspace: Prepare) -> None:
+    record = run(workspace("job"))
+    worse = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 2.5})
+    assert summary(worse, "train").endswith("the loss rose from 2.0000 to 2.5000")
+    better = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 1.5})
+    assert "rose" not in summary(better, "train")

@@ -1,0 +1,178 @@
+"""Downloads from a hub that is in trouble, slow, wrong or sends its readers elsewhere."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
+from safetensors.torch import save_file
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.stores import hub as hub_module
+from tests.support.fake_hub import COMMIT, FakeHub, Refusal, serve
+from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.hub_jobs import MODEL, refusal
+from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.trainer.conftest import MakeContext
+
+TOKEN = "hf_canarytokenthatreads"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with the model acme/tiny, of which tries follow each other at once; one row of data lies on the volume."""
+    repository = tmp_path / "hub" / "tiny"
+    shutil.copytree(tiny_llama, repository)
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,127.0.0.2")
+    monkeypatch.setattr(hub_module, "_WAITS", (0, 0, 0, 0))
+    with serve(FakeHub({"models/acme/tiny": repository})) as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        yield served
+
+
+@pytest.fixture
+def proxy(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The way to the hub."""
+    with serve_proxy(FaultProxy(hub.endpoint.removeprefix("http://"))) as served:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://{served.address}")
+        yield served
+
+
+def weights(hub: FakeHub) -> Path:
+    return hub.repositories["models/acme/tiny"] / "model.safetensors"
+
+
+def of_weights(request: Request) -> bool:
+    return request.method == "GET" and request.path.endswith("/model.safetensors")
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_in_trouble_is_tried_again(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, status: int
+) -> None:
+    hub.refuse = lambda _method, _path: Refusal(status)
+    message = refusal(make_context, records, ExitCode.UNREACHABLE)
+    assert message == f"{hub.endpoint} answered HTTP {status} for model hf://acme/tiny"
+
+
+def test_a_hub_that_does_not_answer_is_tried_again(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    message = refusal(make_context, records, ExitCode.UNREACHABLE)
+    assert message.startswith("http://127.0.0.1:9 cannot be reached (ConnectError")
+
+
+def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
+    """The client writes parts of 10 MB; of the 15 MB that arrive before the cut, the first 10 are kept."""
+    weights = torch.zeros(20 * 10**6, dtype=torch.uint8)
+    save_file({"w": weights}, hub.repositories["models/acme/tiny"] / "model.safetensors")
+    cuts = iter([15 * 10**6])
+    hub.truncate = lambda name: next(cuts, None) if name == "model.safetensors" else None
+    prepare(make_context(MODEL), records)
+    assert hub.ranges == [f"model.safetensors bytes={DOWNLOAD_CHUNK_SIZE}-"]
+
+
+def test_a_second_attempt_keeps_what_the_first_has_loaded(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    refuse_weights = True
+
+    def refuse(method: str, path: str) -> Refusal | None:
+        # Answering the client's first question about the file makes it fail at once, without its own retries.
+        return Refusal(500) if refuse_weights and method == "GET" and path.endswith("model.safetensors") else None
+
+    hub.refuse = refuse
+    refusal(make_context, records, ExitCode.UNREACHABLE)
+    refuse_weights = False
+    hub.requests.clear()
+    record = prepare(make_context(MODEL), records)
+    assert hub.fetched == ["model.safetensors"]
+    assert record.model_path == f"model/{COMMIT}"
+
+
+def test_a_file_that_arrives_changed_is_loaded_again(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    hub.corrupt = lambda name: name == "model.safetensors"
+    message = refusal(make_context, records, ExitCode.UNREACHABLE)
+    assert "model.safetensors arrived with another SHA-256 than the hub lists" in message
+    hub.corrupt = lambda _name: False
+    assert prepare(make_context(MODEL), records).model_revision == COMMIT
+
+
+@pytest.mark.parametrize("part", ["/api/models/", "/resolve/"])
+def test_a_burst_of_errors_is_outlasted(make_context: MakeContext, records: Recorded, hub: FakeHub, part: str) -> None:
+    burst = iter([Refusal(503)] * 3)
+    hub.refuse = lambda method, path: next(burst, None) if method == "GET" and part in path else None
+    assert prepare(make_context(MODEL), records).model_revision == COMMIT
+    assert next(burst, None) is None
+
+
+@pytest.mark.parametrize("at", ["HEAD", "GET"])
+def test_no_token_follows_a_download_to_another_host(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, tmp_path: Path, at: str
+) -> None:
+    """The real hub answers the client's first question, HEAD, with the signed address of a large file."""
+    hub.token = TOKEN
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "token").write_text(TOKEN)
+    content = weights(hub).read_bytes()
+    with serve_proxy(FaultProxy("", host="127.0.0.2", rule=lambda _request: Fault(200, body=content))) as elsewhere:
+        address = f"http://{elsewhere.address}/signed"
+        if at == "HEAD":
+            hub.elsewhere = lambda name: address if name == "model.safetensors" else None
+        else:
+            hub.refuse = lambda method, path: (
+                Refusal(302, location=address) if method == "GET" and path.endswith("/model.safetensors") else None
+            )
+        context = make_context({"model": {"source": "hf://acme/tiny", "tokenSecretRef": {"name": "hub"}}})
+        record = prepare(context, records)
+    assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == content
+    assert hub.tokens == {TOKEN}
+    assert elsewhere.lines("GET") == ["/signed"]
+    assert not any(TOKEN in str(request.headers) for request in elsewhere.seen)
+
+
+def test_a_transfer_that_stalls_is_taken_up_again(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    save_file({"w": torch.arange(20 * 10**6, dtype=torch.uint8)}, weights(hub))
+    stalls = iter([Fault(cut=15 * 10**6, stall=True)])
+    proxy.rule = lambda request: next(stalls, None) if of_weights(request) else None
+    context = make_context(MODEL)
+    record = prepare(context, records)
+    assert hub.ranges == [f"model.safetensors bytes={DOWNLOAD_CHUNK_SIZE}-"]
+    assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == weights(hub).read_bytes()
+
+
+@pytest.mark.parametrize("more", [-10, 10])
+def test_a_file_of_another_size_than_listed_is_loaded_again(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, more: int
+) -> None:
+    size = weights(hub).stat().st_size
+    hub.pointers[weights(hub)] = {"sha256": "0" * 64, "size": size + more}
+    message = refusal(make_context, records, ExitCode.UNREACHABLE)
+    assert f"model.safetensors arrived with {size} bytes instead of {size + more} than the hub lists" in message
+    hub.pointers.clear()
+    assert prepare(make_context(MODEL), records).model_revision == COMMIT
+
+
+@pytest.mark.parametrize("more", [-10, 10])
+def test_a_file_of_another_size_than_announced_is_loaded_again(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, proxy: FaultProxy, more: int
+) -> None:
+    content = weights(hub).read_bytes()
+    sent = (content + b" " * 10)[: len(content) + more]
+    proxy.rule = lambda request: Fault(200, body=sent) if of_weights(request) else None
+    refusal(make_context, records, ExitCode.UNREACHABLE)
+    proxy.rule = lambda _request: None
+    assert prepare(make_context(MODEL), records).model_revision == COMMIT

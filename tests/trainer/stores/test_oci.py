@@ -1,0 +1,348 @@
+"""Adapters published to an OCI registry, a real one: whole, read back, once, and over nobody else's."""
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import requests
+import torch
+from oras.client import OrasClient
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from urllib3.util import Retry
+
+from qlora_api.contract import ExitCode
+from qlora_api.sources import RegistrySource, parse_source
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.publishing.destination import publish_folder
+from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.oci_artifact import RegistryDestination
+from qlora_trainer.steps.publish import publish as publish_step
+from qlora_trainer.stores import oci
+from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.oci import Registry
+from tests.support.command import Files
+from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.publication import MANIFEST
+from tests.support.published import context
+from tests.support.servers import HTPASSWD, LOGIN, PASSWORD, USER, give_login, registry
+from tests.support.tiny import Recorded, chat_row, write_rows
+
+TOKEN = "canary-registry-token"
+Publish = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry that wants a password."""
+    folder = tmp_path_factory.mktemp("registry")
+    (folder / "htpasswd").write_text(HTPASSWD)
+    with registry(folder, passwords=folder / "htpasswd") as address:
+        yield address
+
+
+@pytest.fixture
+def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
+    monkeypatch.setattr(oci, "_RETRY", Retry(total=0))
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
+    with serve_proxy(FaultProxy(real)) as served:
+        for part in ("model", "output"):
+            (tmp_path / "credentials" / part).mkdir(parents=True)
+            give_login(tmp_path / "credentials" / part, served.address)
+        yield served
+
+
+@pytest.fixture
+def contents(tmp_path: Path) -> Contents:
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"weights" * 10**6)
+    return {"README.md": b"# Tiny\n", "adapter_config.json": b"{}", weights.name: weights}
+
+
+@pytest.fixture
+def publish(tmp_path: Path, proxy: FaultProxy, contents: Contents) -> Publish:
+    """Publishes the adapter to a tag of a repository of the test's own."""
+    source = parse_source(f"oci://{proxy.address}/team/{uuid4().hex}:v1")
+    assert isinstance(source, RegistrySource)
+    secret = Secret(tmp_path / "credentials" / "output", "spec.output.secretRef", "push")
+
+    def run(manifest: Manifest = MANIFEST) -> str:
+        destination = RegistryDestination(source, secret, allowed=(f"http://{proxy.address}",))
+        return publish_folder(destination, contents, manifest.model_copy(update={"files": describe_files(contents)}))
+
+    return run
+
+
+def refused(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
+    with pytest.raises(StepFailure) as failure:
+        publish(manifest)
+    assert failure.value.exit_code is code, failure.value.message
+    assert not any(canary in failure.value.message for canary in (PASSWORD, LOGIN, TOKEN))
+    return failure.value.message
+
+
+def pulled(uri: str, real: str, folder: Path) -> dict[str, bytes]:
+    """What `oras pull` leaves of the artefact, from the registry itself."""
+    give_login(folder, real)
+    reference = f"{real}/{uri.removeprefix('oci://').partition('/')[2]}"
+    client = OrasClient(insecure=True, auth_backend="basic")
+    client.pull(reference, config_path=str(folder / ".dockerconfigjson"), outdir=str(folder / "pulled"))
+    return {path.name: path.read_bytes() for path in (folder / "pulled").iterdir()}
+
+
+def uploads(proxy: FaultProxy) -> int:
+    """Blobs that were begun to be sent."""
+    return len(proxy.lines("POST"))
+
+
+def test_oras_pull_gives_the_folder(
+    publish: Publish, proxy: FaultProxy, contents: Contents, real: str, tmp_path: Path
+) -> None:
+    uri = publish()
+    found = pulled(uri, real, tmp_path)
+    assert b'"jobUid": "one"' in found.pop("manifest.json")
+    assert found == {
+        name: content if isinstance(content, bytes) else content.read_bytes() for name, content in contents.items()
+    }
+    assert proxy.lines("PUT")[-1].rpartition("/")[2] == "v1"
+    (artefact,) = {uri.rpartition("@")[2]}
+    assert artefact.startswith("sha256:")
+    assert not any(canary in request.path for request in proxy.seen for canary in (PASSWORD, LOGIN))
+
+
+def test_the_artefact_is_a_model_pack(publish: Publish, real: str) -> None:
+    reference = publish().removeprefix("oci://").partition("/")[2]
+    repository, _, digest = reference.replace(":v1", "").partition("@")
+    answer = requests.get(
+        f"http://{real}/v2/{repository}/manifests/{digest}",
+        auth=(USER, PASSWORD),
+        headers={"Accept": "application/vnd.oci.image.manifest.v1+json"},
+        timeout=10,
+    )
+    manifest = answer.json()
+    assert manifest["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
+    assert manifest["config"]["mediaType"] == "application/vnd.cncf.model.config.v1+json"
+    types = {layer["annotations"]["org.cncf.model.filepath"]: layer["mediaType"] for layer in manifest["layers"]}
+    assert types == {
+        "README.md": "application/vnd.cncf.model.doc.v1.raw",
+        "manifest.json": "application/vnd.cncf.model.doc.v1.raw",
+        "adapter_config.json": "application/vnd.cncf.model.weight.config.v1.raw",
+        "adapter_model.safetensors": "application/vnd.cncf.model.weight.v1.raw",
+    }
+
+
+def test_publishing_again_uploads_nothing(publish: Publish, proxy: FaultProxy) -> None:
+    first = publish()
+    proxy.seen.clear()
+    assert publish() == first
+    assert proxy.lines("POST") == proxy.lines("PUT") == []
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_an_interrupted_upload_is_finished_and_layers_are_not_sent_again(
+    publish: Publish, proxy: FaultProxy, contents: Contents, place: int
+) -> None:
+    """The registry fails from the `place`-th upload on: three files, the manifest, the configuration, the tag."""
+
+    def rule(request: Request) -> Fault | None:
+        return Fault(503) if request.method == "PUT" and len(proxy.lines("PUT")) > place else None
+
+    proxy.rule = rule
+    refused(publish, ExitCode.UNREACHABLE)
+    proxy.rule = lambda _request: None
+    proxy.seen.clear()
+    publish()
+    assert len(proxy.lines("PUT")) == 6 - place
+
+
+def test_a_blob_that_arrives_changed_is_refused_by_the_registry(
+    publish: Publish, proxy: FaultProxy, contents: Contents
+) -> None:
+    proxy.rule = lambda request: Fault(corrupt_request=request.method == "PUT" and "/blobs/" in request.path)
+    assert "did not arrive as it was sent" in refused(publish, ExitCode.UNREACHABLE)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md"])
+def test_what_does_not_read_back_is_never_called_published(
+    publish: Publish, proxy: FaultProxy, contents: Contents, name: str
+) -> None:
+    """The registry has taken it, and says that it has it."""
+    digest = describe_files(contents)[name].sha256
+    proxy.rule = lambda request: Fault(corrupt=request.method == "GET" and request.path.endswith(digest))
+    assert f"{name} does not read back as it was written" in refused(publish, ExitCode.UNREACHABLE)
+
+
+def test_peft_loads_the_folder_that_is_pulled(trained: Files, proxy: FaultProxy, real: str, tmp_path: Path) -> None:
+    address = f"oci://{proxy.address}/team/{uuid4().hex}:v1"
+    files = trained.with_spec({"output": {"destination": address, "secretRef": {"name": "push"}}})
+    step = context(files)
+    mounts = replace(step.mounts, credentials=tmp_path / "credentials")
+    step = replace(step, mounts=mounts, registries=(f"http://{proxy.address}",))
+    record = publish_step(step, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    pulled(record.adapter.uri, real, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(files.models / "model")
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, tmp_path / "pulled"))
+    expected = load_file(files.workspace / "trained" / "adapter_model.safetensors")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_adapter_of_another_job_is_never_replaced(publish: Publish) -> None:
+    first = publish()
+    message = refused(publish, ExitCode.BAD_CONFIGURATION, MANIFEST.model_copy(update={"job_uid": "two"}))
+    assert "holds another adapter, of job 'tiny' (UID one" in message
+    assert publish() == first
+
+
+def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish, proxy: FaultProxy) -> None:
+    """Both jobs found the tag free; the other one ends while this one uploads."""
+    published: list[str] = []
+
+    def rule(request: Request) -> Fault | None:
+        if request.method == "POST" and not published:
+            proxy.rule = lambda _request: None
+            published.append(publish())
+        return None
+
+    proxy.rule = rule
+    slow = MANIFEST.model_copy(update={"job_uid": "slow"})
+    assert "another job has just published to oci://" in refused(publish, ExitCode.BAD_CONFIGURATION, slow)
+    assert publish() == published[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (403, ExitCode.BAD_CONFIGURATION),
+        (405, ExitCode.BAD_CONFIGURATION),
+        (429, ExitCode.UNREACHABLE),
+        (500, ExitCode.UNREACHABLE),
+        (503, ExitCode.UNREACHABLE),
+    ],
+)
+def test_a_refusal_is_permanent_and_trouble_is_not(
+    publish: Publish, proxy: FaultProxy, status: int, code: ExitCode
+) -> None:
+    proxy.rule = lambda request: Fault(status) if request.method == "POST" else None
+    message = refused(publish, code)
+    if code is ExitCode.BAD_CONFIGURATION:
+        assert f"may not be written with the credentials of spec.output.secretRef (HTTP {status})" in message
+
+
+def test_a_wrong_password_is_refused_by_the_real_registry(publish: Publish, proxy: FaultProxy, tmp_path: Path) -> None:
+    wrong = base64.b64encode(b"team:wrong").decode()
+    give_login(tmp_path / "credentials" / "output", proxy.address, wrong)
+    # The login is read when the destination is opened.
+    assert "(HTTP 401)" in refused(publish, ExitCode.BAD_CONFIGURATION)
+
+
+def test_a_secret_without_this_registry_says_so(publish: Publish, tmp_path: Path) -> None:
+    give_login(tmp_path / "credentials" / "output", "ghcr.io", LOGIN)
+    assert "has no entry for 127.0.0.1:" in refused(publish, ExitCode.BAD_CONFIGURATION)
+
+
+def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) -> None:
+    """A token server, an upload's place and a redirect that lead elsewhere."""
+    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(404))) as elsewhere:
+        there = f"http://{elsewhere.address}/place"
+        challenge = {"WWW-Authenticate": f'Bearer realm="{there}",service="team",scope="push"'}
+        proxy.rule = lambda _request: Fault(401, challenge)
+        assert f"sends us to http://{elsewhere.address}, where the credentials" in refused(
+            publish, ExitCode.BAD_CONFIGURATION
+        )
+        proxy.rule = lambda request: Fault(202, {"Location": there}) if request.method == "POST" else None
+        assert f"sends us to http://{elsewhere.address}, where the credentials" in refused(
+            publish, ExitCode.BAD_CONFIGURATION
+        )
+        assert elsewhere.seen == []
+        proxy.rule = lambda request: (
+            Fault(307, {"Location": there}) if "Authorization" in request.headers and request.method != "POST" else None
+        )
+        with pytest.raises(StepFailure):
+            publish()
+        assert elsewhere.seen
+        assert not any("Authorization" in request.headers for request in elsewhere.seen)
+
+
+def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
+    """Registries behind a proxy that ends TLS tell clients to go on without it."""
+    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(401))) as plain:
+        source = parse_source(f"oci://{plain.address}/team/tiny:v1")
+        assert isinstance(source, RegistrySource)
+        give_login(tmp_path, plain.address)
+        opened = Registry(
+            source,
+            Secret(tmp_path, "spec.output.secretRef", "push"),
+            allowed=(plain.address,),
+            refuse=bad_configuration,
+        )
+        with pytest.raises(StepFailure, match=f"sends us to http://{plain.address}, where the credentials"):
+            opened._session.get(f"http://{plain.address}/v2/", headers={"Authorization": f"Basic {LOGIN}"})
+        assert plain.seen == []
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, 10), (403, 10), (429, 200), (503, 200)])
+def test_a_token_server_in_trouble_is_tried_again(publish: Publish, proxy: FaultProxy, status: int, code: int) -> None:
+    realm = f'Bearer realm="http://{proxy.address}/token",service="team",scope="push"'
+    proxy.rule = lambda request: (
+        Fault(status) if request.path.startswith("/token") else Fault(401, {"WWW-Authenticate": realm})
+    )
+    refused(publish, ExitCode(code))
+
+
+@pytest.mark.parametrize("answer", ["[]", "[" * 10**5, "busy", "{}", '{"token": {}}'], ids=range(5))
+def test_a_token_server_that_answers_nonsense_is_named(publish: Publish, proxy: FaultProxy, answer: str) -> None:
+    realm = f'Bearer realm="http://{proxy.address}/token",service="team",scope="push"'
+    proxy.rule = lambda request: (
+        Fault(200, body=answer.encode())
+        if request.path.startswith("/token")
+        else Fault(401, {"WWW-Authenticate": realm})
+    )
+    message = refused(publish, ExitCode.UNREACHABLE)
+    assert message.startswith(f"{proxy.address} answered HTTP 200 for a token")
+    assert "but with something else than a JSON object that holds one" in message
+
+
+def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, proxy: FaultProxy) -> None:
+    proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
+    said = f"{proxy.address} wants an upload to go on at 'http://[', which is no address"
+    assert said in refused(publish, ExitCode.UNREACHABLE)
+
+
+def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish: Publish, proxy: FaultProxy) -> None:
+    """The token service of a registry, in front of the real one."""
+
+    def rule(request: Request) -> Fault | None:
+        given = request.headers.get("Authorization", "")
+        if request.path.startswith("/token"):
+            body = json.dumps({"token": TOKEN}).encode()
+            return Fault(200, body=body) if given == f"Basic {LOGIN}" else Fault(401)
+        if given == f"Bearer {TOKEN}":
+            return Fault(replace={"Authorization": f"Basic {LOGIN}"})
+        realm = f'Bearer realm="http://{proxy.address}/token",service="team",scope="repository:x:pull,push"'
+        return Fault(401, {"WWW-Authenticate": realm})
+
+    proxy.rule = rule
+    assert "@sha256:" in publish()
+    assert not any(TOKEN in request.path for request in proxy.seen)
+
+
+def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, proxy: FaultProxy) -> None:
+    # What is behind the first megabytes never arrives, and nobody waits for it.
+    proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
+    assert "has more than 4194304 bytes" in refused(publish, ExitCode.UNSAFE_ARTEFACT)
+
+
+def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, proxy: FaultProxy) -> None:
+    layer = {"digest": f"sha256:{'0' * 64}", "size": 2**40, "annotations": {"org.cncf.model.filepath": "manifest.json"}}
+    proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
+    assert "holds something that no QLoRAJob has published" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert not any("/blobs/" in path for path in proxy.lines("GET"))

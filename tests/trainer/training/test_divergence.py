@@ -1,0 +1,178 @@
+"""Divergence: a run that goes wrong is given up before its checkpoints are lost, and a healthy one never is."""
+
+import math
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.training.divergence import Stability, has_diverged
+from tests.support.training import StopAtStep, history, prepared, run
+
+PATIENCE = 20
+
+
+def judgements(losses: Iterable[float], norms: Iterable[float] | None = None) -> list[int]:
+    """The steps, counted from 1, at which the run would be compared with its base."""
+    losses = list(losses)
+    stability, judged = Stability(), []
+    for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True), start=1):
+        stability = stability.after_step(step, loss, norm)
+        if stability.to_be_judged(step, PATIENCE):
+            judged.append(step)
+            stability = Stability()
+    return judged
+
+
+def test_a_loss_that_stays_far_above_its_level_is_judged_after_the_patience() -> None:
+    assert judgements([2.0] * 50 + [7.0] * PATIENCE) == [50 + PATIENCE]
+    assert judgements([2.0] * 50 + [7.0] * (PATIENCE - 1) + [2.0] + [7.0] * (PATIENCE - 1)) == []
+
+
+def test_a_gradient_norm_orders_of_magnitude_above_its_level_is_judged_too() -> None:
+    assert judgements([2.0] * 70, [0.5] * 50 + [500.0] * PATIENCE) == [70]
+    assert judgements([2.0] * 70, [0.5] * 50 + [20.0] * PATIENCE) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_and_spikes_do_not_make_a_run_suspect_for_long(seed: int) -> None:
+    draw = random.Random(seed)
+    losses = [2.0 * 0.999**step + draw.gauss(0, 0.8) + 20.0 * (draw.random() < 0.01) for step in range(2000)]
+
+    assert judgements(losses, [draw.lognormvariate(0, 1.5) for _ in losses]) == []
+
+
+def test_harder_rows_make_a_run_suspect_once_and_the_comparison_with_the_base_clears_it() -> None:
+    curriculum = [0.1] * 100 + [3.0] * 100 + [6.0] * 100
+
+    assert judgements(curriculum) == [100 + PATIENCE, 200 + PATIENCE]
+    assert not has_diverged(3.0, base_loss=3.4)
+    assert not has_diverged(3.0, base_loss=2.5)
+    assert has_diverged(3.0, base_loss=0.2)
+    assert has_diverged(3.0, base_loss=math.nan)
+    assert has_diverged(math.nan, base_loss=3.0)
+
+
+def test_the_end_is_judged_after_a_suspect_last_step_and_after_one_that_did_harm_and_not_for_a_noisy_row() -> None:
+    sound, suspect = Stability(2.0, 2.0, 1.0), Stability(2.0, 2.0, 1.0, suspect_since=40)
+
+    # One row of a single token may do far worse than its base, and the last step is not to blame.
+    assert not sound.end_to_be_judged(loss_before=3.9, loss_after=3.8)
+    assert sound.end_to_be_judged(loss_before=2.0, loss_after=3.5)
+    assert sound.end_to_be_judged(loss_before=2.0, loss_after=math.nan)
+    assert suspect.end_to_be_judged(loss_before=4.5, loss_after=4.4)
+
+
+@pytest.fixture(scope="module")
+def fluent(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The tiny Llama after it has learned the pattern of the test's rows, so that there is something to lose."""
+    folder = tmp_path_factory.mktemp("fluent") / "model"
+    shutil.copytree(tiny_llama, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = torch.tensor([[3 + (number * 17 + position * 5) % 50 for position in range(30)] for number in range(16)])
+    for _ in range(60):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+Prepare = Callable[..., StepContext]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, fluent: Path) -> Prepare:
+    """Makes prepared workspaces for a run over the fluent model at a given rate, saved every two steps."""
+
+    def make(name: str, rate: float, **training: Any) -> StepContext:
+        settings = {"learningRate": rate, "maxSteps": 40, "scheduler": "constant", "saveEverySteps": 2, **training}
+        return prepared(tmp_path / name, fluent, {"training": settings, "dataset": {"eval": None}})
+
+    return make
+
+
+def given_up(context: StepContext) -> StepFailure:
+    with pytest.raises(StepFailure) as caught:
+        run(context)
+    assert caught.value.exit_code is ExitCode.DIVERGED
+    return caught.value
+
+
+def kept(context: StepContext) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in context.workspace.checkpoints.glob("step-*"))
+
+
+def test_a_rate_that_is_far_too_high_ends_the_run_and_names_when_it_began(workspace: Prepare) -> None:
+    context = workspace("wild", 1.0, divergencePatience=6, warmupSteps=0)
+
+    message = given_up(context).message
+
+    assert "training diverged at step 7: loss " in message
+    assert "suspect since step 2" in message
+    assert "the base model without the adapter has 0.0" in message
+    assert "nothing was saved yet" in message
+    assert "spec.training.learningRate" in message
+    assert not context.workspace.trained.exists()
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_finished_adapter_that_does_harm_is_no_success_even_if_only_the_last_step_did_it(
+    workspace: Prepare, steps: int
+) -> None:
+    context = workspace("short", 1.0, divergencePatience=20, warmupSteps=0, maxSteps=steps)
+
+    message = given_up(context).message
+
+    assert f"training diverged at step {steps}: loss " in message
+    assert "with the finished adapter on the rows of the last step (" in message
+    assert "the base model without it has 0.0" in message
+    assert kept(context) == []
+    assert not context.workspace.trained.exists()
+
+
+def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_to_the_same_end(
+    workspace: Prepare,
+) -> None:
+    undisturbed, disturbed = (workspace(name, 0.05, divergencePatience=8, warmupSteps=20) for name in ("a", "b"))
+    expected = given_up(undisturbed).message
+    suspect = int(re.findall(r"suspect since step (\d+)", expected)[0])
+    good = kept(undisturbed)
+    assert good
+    assert good[-1] < suspect
+    # Whether a step did harm shows in the loss of the next one: the checkpoint before is what is surely sound.
+    sound = good[-1] if good[-1] < suspect - 1 else good[-2]
+    assert float(history(undisturbed)[sound]["loss"]) < 1.0
+    assert ("that step may itself have done the harm" in expected) == (good[-1] == suspect - 1)
+
+    stop = StopRequest()
+    with pytest.raises(Interrupted, match=f"the checkpoint of step {good[-1]} is saved; the steps since then"):
+        run(disturbed, stop=stop, records=StopAtStep(suspect + 2, stop))
+    assert kept(disturbed) == good
+
+    assert given_up(disturbed).message == expected
+    assert kept(disturbed) == good
+
+
+def test_patience_0_never_gives_up(workspace: Prepare) -> None:
+    context = workspace("patient", 1.0, divergencePatience=0, warmupSteps=0)
+
+    assert run(context).loss > 2.0
+    assert kept(context) == [38, 40]
+
+
+def test_a_healthy_run_of_single_rows_outlasts_the_least_patience(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = {"maxSteps": 40, "gradientAccumulationSteps": 1, "divergencePatience": 1, "saveEverySteps": 10}
+    context = prepared(tmp_path / "noisy", tiny_llama, {"training": settings}, packed=False)
+
+    assert run(context).training_step == 40

@@ -1,0 +1,168 @@
+"""A GPU that is out of memory: what the failure says, and a run that goes on in smaller micro batches."""
+
+import re
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.outcome import summary
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.training import held_out, loop
+from tests.support.tiny import Recorded, merged
+from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
+
+Prepare = Callable[..., StepContext]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_llama: Path) -> Prepare:
+    """Makes prepared workspaces, each by its name."""
+
+    def make(name: str = "workspace", spec: dict[str, Any] | None = None, **settings: Any) -> StepContext:
+        return prepared(tmp_path / name, tiny_llama, spec, **settings)
+
+    return make
+
+
+class Card:
+    """A GPU on which so many rows of a micro batch fit, since there is none here to fill."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, error: RuntimeError | None = None) -> None:
+        self.sizes: list[int] = []
+        self._error = error or torch.OutOfMemoryError("CUDA out of memory")
+        self._rows, self._loss = rows, loop.batch_loss
+        monkeypatch.setattr(loop, "batch_loss", self._batch_loss)
+
+    def _batch_loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        rows = len(batch.rows.lengths)
+        if rows > self._rows:
+            raise self._error
+        self.sizes.append(rows)
+        return self._loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("training", "advice"),
+    [
+        ({"microBatchSize": 4}, "set spec.training.microBatchSize to 2 and gradientAccumulationSteps to 4"),
+        ({"gradientCheckpointing": False}, "set spec.training.gradientCheckpointing to true"),
+        ({}, "set spec.training.maxSequenceLength to 256"),
+        ({"autoMicroBatch": True}, "set spec.training.maxSequenceLength to 256"),
+    ],
+)
+def test_running_out_of_gpu_memory_says_for_what_and_what_to_change(
+    training: dict[str, Any], advice: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Card(monkeypatch, rows=0)
+
+    found = failure(workspace(spec={"training": training}))
+
+    assert found.exit_code is ExitCode.GPU_OUT_OF_MEMORY
+    assert advice in found.message
+    size = training.get("microBatchSize", 1)
+    assert re.search(rf"measured peak of \d+\.\d GiB with microBatchSize {size}; the estimate is \d", found.message)
+    assert re.search(
+        r"GiB \(base model .*, adapter .*, optimizer .*, activations .*, logits .*, CUDA .*\)", found.message
+    )
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: out of memory"],
+)
+def test_memory_that_a_library_asked_for_in_vain_is_told_as_well(
+    said: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Card(monkeypatch, rows=0, error=RuntimeError(said))
+
+    assert failure(workspace()).exit_code is ExitCode.GPU_OUT_OF_MEMORY
+
+
+AUTOMATIC = {
+    "training": {"microBatchSize": 4, "gradientAccumulationSteps": 1, "autoMicroBatch": True, "warmupSteps": 0},
+    "dataset": {"eval": None},
+    "lora": {"dropout": 0.0},
+}
+
+
+def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy, small = workspace("roomy", AUTOMATIC, packed=False), workspace("small", AUTOMATIC, packed=False)
+    expected = run(roomy)
+    card = Card(monkeypatch, 1, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
+    records = Recorded()
+
+    found = run(small, records=records)
+
+    # The last step's rows are looked at once more after it.
+    assert card.sizes == [1] * 4 * 7
+    assert (found.training_step, found.micro_batch_size, expected.micro_batch_size) == (6, 1, None)
+    assert [line["loss"] for line in history(small)] == pytest.approx(
+        [line["loss"] for line in history(roomy)], rel=1e-3
+    )
+    said = "training with microBatchSize 1, lowered because the GPU ran out of memory"
+    assert (records.written[-1]["activity"], records.written[-1]["microBatchSize"]) == (said, 1)
+    assert "with microBatchSize 1 after the GPU had run out of memory" in summary(found, "train")
+
+
+def test_a_resumed_run_keeps_its_smaller_micro_batches_and_ends_in_the_same_bytes(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = merged(AUTOMATIC, {"dataset": {"eval": {"fraction": 0.2}}, "lora": {"dropout": 0.1}})
+    undisturbed, disturbed = (workspace(name, spec, packed=False) for name in ("undisturbed", "disturbed"))
+    Card(monkeypatch, rows=2)
+    run(undisturbed)
+
+    with pytest.raises(Lost):
+        run(disturbed, records=LostAtStep(1))
+    interrupted_at(disturbed, 3)
+    monkeypatch.undo()
+    resumed = run(disturbed)
+
+    assert resumed.micro_batch_size == 2
+    assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
+    assert history(disturbed) == history(undisturbed)
+
+
+def test_a_step_that_is_done_again_forgets_the_gradients_of_its_first_micro_batches(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that runs out at its second micro batch is from then on one that had the smaller ones from the start."""
+    spec = merged(AUTOMATIC, {"lora": {"dropout": 0.1}, "training": {"gradientAccumulationSteps": 2, "maxSteps": 3}})
+    small = {"training": {"microBatchSize": 2, "gradientAccumulationSteps": 4}}
+    halved = workspace("halved", spec, packed=False)
+    small_throughout = workspace("small", merged(spec, small), packed=False)
+    run(small_throughout)
+    passes, batch_loss = count(1), loop.batch_loss
+
+    def runs_out_once(model: Any, batch: Batch) -> torch.Tensor:
+        if next(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch_loss(model, batch)
+
+    monkeypatch.setattr(loop, "batch_loss", runs_out_once)
+
+    assert run(halved).micro_batch_size == 2
+    assert history(halved) == history(small_throughout)
+    assert adapter_bytes(halved) == adapter_bytes(small_throughout)
+
+
+def test_memory_that_runs_out_after_the_last_step_is_told_as_well(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(_model: Any, _batch: Batch) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(held_out, "batch_loss", runs_out)
+
+    found = failure(workspace(spec={"output": {"merged": {}}, "training": {"microBatchSize": 2, "maxSteps": 1}}))
+
+    assert found.exit_code is ExitCode.GPU_OUT_OF_MEMORY
+    assert "set spec.training.maxSequenceLength to 256" in found.message

@@ -1,0 +1,125 @@
+"""Several processes that train one adapter: what they compute together is what one computes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.completion import TrainRecord, read_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure, unreachable
+from qlora_trainer.training.launch import Place
+from qlora_trainer.training.ranks import Ranks
+from tests.support.command import Files
+from tests.support.ranks import EXACT, TWO, same_numbers, second_card, succeeded, two_nodes, workspace
+from tests.support.tiny import merged
+from tests.support.training import adapter_bytes, history
+
+
+def test_two_processes_compute_what_one_does(
+    tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
+) -> None:
+    (alone, one), (_, two) = workspace(tmp_path / "job", tiny_llama, EXACT, packed=False), together
+    succeeded(alone.run("train"))
+
+    same_numbers(two, one, 1e-4)
+    ours, theirs = (load_file(context.workspace.trained / "adapter_model.safetensors") for context in (two, one))
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-3 * tensor.norm()
+    record = read_completion(two.workspace.completion("train"), TrainRecord)
+    assert record is not None
+    assert record.ranks == 2
+
+
+def test_torchrun_starts_the_processes_too(
+    tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
+) -> None:
+    (files, by_torchrun), (_, by_itself) = workspace(tmp_path / "job", tiny_llama, EXACT, packed=False), together
+    prefix = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+
+    succeeded(files.run("train", prefix, OMP_NUM_THREADS="2"))
+
+    assert adapter_bytes(by_torchrun) == adapter_bytes(by_itself)
+    assert history(by_torchrun) == history(by_itself)
+
+
+def test_two_nodes_compute_what_one_does(tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]) -> None:
+    (files, apart), (_, by_itself) = workspace(tmp_path / "job", tiny_llama, EXACT, packed=False), together
+
+    nodes = [files.start("train", node) for node in two_nodes()]
+    for done in [files.finish(node) for node in nodes]:
+        assert done.exit_code == 0, done.stdout + done.stderr
+
+    assert adapter_bytes(apart) == adapter_bytes(by_itself)
+    assert history(apart) == history(by_itself)
+
+
+def test_another_number_of_processes_does_not_go_on_from_a_checkpoint(
+    tmp_path: Path, together: tuple[Files, StepContext]
+) -> None:
+    files = together[0].copied(tmp_path / "copy")
+    (files.workspace / "records" / "train.json").unlink()
+
+    done = files.with_spec({"resources": {"gpus": 1}}).run("train")
+
+    assert done.exit_code == ExitCode.BAD_CONFIGURATION
+    assert "ranks was 2, is 1" in done.result.message
+
+
+def test_a_loss_is_summed_only_when_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    summed: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_gather", lost)
+    monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
+
+    with pytest.raises(StepFailure, match="Connection closed by peer"):
+        Ranks(Place(size=2, local_size=2), lost=lambda error: unreachable(str(error))).sum(torch.zeros(()))
+    assert not summed
+
+
+def test_memory_that_runs_out_in_an_exchange_is_not_taken_for_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_tensor: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", full)
+    ranks = Ranks(Place(size=2, local_size=2), lost=lambda error: unreachable(str(error)))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        ranks.sum_gradients([torch.nn.Parameter(torch.zeros(2))], torch.zeros(()))
+
+
+def test_a_gpu_that_is_short_of_memory_makes_all_halve_their_micro_batches(tmp_path: Path, tiny_llama: Path) -> None:
+    training = {"microBatchSize": 4, "gradientAccumulationSteps": 2, "autoMicroBatch": True}
+    files, context = workspace(tmp_path / "job", tiny_llama, merged(TWO, {"training": training}), packed=False)
+
+    succeeded(files.run("train", **second_card(tmp_path / "card", 2)))
+
+    record = read_completion(context.workspace.completion("train"), TrainRecord)
+    assert record is not None
+    assert record.micro_batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 of WORLD_SIZE 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE 4"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "not to numbers"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused(variables: dict[str, str], named: str) -> None:
+    with pytest.raises(StepFailure, match=named) as caught:
+        Place.of(variables)
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+def test_a_place_is_read_back_from_its_own_variables() -> None:
+    place = Place(rank=3, size=4, local_rank=1, local_size=2, address="node-0", port=29500)
+
+    assert Place.of(place.environment(), gpus=8) == place
+    assert Place.of({}, gpus=8) == Place(size=8, local_size=8)

@@ -1,0 +1,150 @@
+"""A base that is spread over two processes: it must be in 4 bit before, and gives what a whole one gives."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import BitsAndBytesConfig
+
+from qlora_api.contract import ExitCode
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model import base as model_module
+from qlora_trainer.model.adapter import attach_adapter
+from qlora_trainer.model.base import check_quantization, load_base
+from qlora_trainer.model.support import inspect_family
+from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
+from tests.support.command import Files
+from tests.support.families import FAMILIES
+from tests.support.ranks import EXACT, SHARDED, same_numbers, succeeded, workspace
+from tests.support.sequences import CPU
+from tests.support.tiny import merged, save_model
+from tests.support.training import prepared, run
+
+NF4 = QuantizationSpec()
+
+
+def holds_half(files: Files) -> None:
+    """Each process has half of the bytes of the decoder blocks."""
+    for log in ("train.log", "train.rank-1.log"):
+        held = re.search(r"holds (\d+) of (\d+) bytes", (files.workspace / "records" / log).read_text())
+        assert held is not None
+        assert int(held[1]) == pytest.approx(int(held[2]) / 2, rel=0.01)
+
+
+def test_a_spread_base_gives_the_same_losses_from_half_of_its_bytes(
+    tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
+) -> None:
+    files, spread = workspace(tmp_path / "job", tiny_llama, merged(EXACT, SHARDED), packed=False)
+
+    succeeded(files.run("train"))
+
+    same_numbers(spread, together[1], 1e-5)
+    holds_half(files)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("llama", {"useDora": True}),
+        ("llama", {"initialization": "loftq"}),
+        ("llama", {"modulesToSave": ["embed_tokens", "lm_head"]}),
+        ("gemma2", {}),
+        ("phi3", {}),
+    ],
+    ids=["dora", "loftq", "whole-modules", "gemma2", "phi3"],
+)
+def test_every_variant_and_family_trains_on_a_spread_base_as_one_process_does(
+    tmp_path: Path, family: str, lora: dict[str, Any]
+) -> None:
+    model = save_model(tmp_path / "model", FAMILIES[family][0])
+    spec: dict[str, Any] = {"lora": {"dropout": 0.0, **lora}, "training": {"maxSteps": 2}}
+    alone = prepared(tmp_path / "alone", model, spec)
+    run(alone)
+    files, spread = workspace(tmp_path / "job", model, merged(spec, SHARDED))
+
+    succeeded(files.run("train"))
+
+    same_numbers(spread, alone, 1e-4)
+    holds_half(files)
+
+
+def test_weights_of_another_type_are_refused_in_the_form_in_which_they_are_spread(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Afterwards they are pieces of memory, whose type nobody can tell."""
+    base = load_base(tiny_llama, QuantizationSpec(type="fp4"), "cpu", STORAGE_DTYPE)
+    with pytest.raises(StepFailure, match=r"'fp4'.*, not .*'nf4'") as asked_again:
+        check_quantization(base, NF4)
+    monkeypatch.setattr(
+        model_module,
+        "BitsAndBytesConfig",
+        lambda **settings: BitsAndBytesConfig(**settings | {"bnb_4bit_quant_type": "fp4"}),
+    )
+    with pytest.raises(StepFailure, match=r"'fp4'.*, not .*'nf4'") as loaded:
+        load_base(tiny_llama, NF4, "cpu", STORAGE_DTYPE)
+
+    assert asked_again.value.exit_code is loaded.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+@pytest.fixture
+def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process group that spreading needs, of this process alone."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def never_quantized(block: Any) -> None:
+    block.mlp.up_proj.base_layer = Linear4bit(64, 128, bias=False, quant_storage=STORAGE_DTYPE)
+
+
+def without_its_constants(block: Any) -> None:
+    block.mlp.up_proj.base_layer.weight.quant_state = None
+
+
+def no_longer_packed(block: Any) -> None:
+    layer = block.mlp.up_proj.base_layer
+    layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)
+
+
+def with_a_wide_norm(block: Any) -> None:
+    block.input_layernorm.float()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        (never_quantized, r"block 0: mlp\.up_proj\.base_layer is not in 4 bit"),
+        (without_its_constants, r"block 0: mlp\.up_proj\.base_layer is not in 4 bit"),
+        (no_longer_packed, r"block 0: mlp\.up_proj\.base_layer is not in 4 bit"),
+        (with_a_wide_norm, r"block 0 holds tensors of torch\.bfloat16, torch\.float32 .*set spec\.training\.sharding"),
+    ],
+)
+def test_a_block_that_is_not_in_4_bit_or_of_two_types_is_not_spread(tiny_llama: Path, broken: Any, named: str) -> None:
+    lora = LoraSpec(rank=4, alpha=8)
+    model = attach_adapter(
+        load_base(tiny_llama, NF4, "cpu", STORAGE_DTYPE),
+        lora,
+        inspect_family(tiny_llama, lora).target_modules,
+        seed=0,
+        gradient_checkpointing=True,
+        base_name="tiny",
+        base_revision="0",
+    )
+    broken(model.get_base_model().model.layers[0])
+
+    with pytest.raises(StepFailure, match=named) as caught:
+        shard_base(model, CPU, 1)
+
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())

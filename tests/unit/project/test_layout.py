@@ -1,0 +1,21 @@
+"""The folder named operator/ must never shadow the standard library's module of that name."""
+
+import operator
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_standard_library_keeps_its_operator_module() -> None:
+    assert Path(operator.__file__).parent == Path(sysconfig.get_path("stdlib"))
+    subprocess.run([sys.executable, "-c", "import collections, operator; operator.add"], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("folder", ["operator", "trainer_image", "crds", "cli"])
+def test_the_folders_hold_packages_and_are_none(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()

@@ -1,0 +1,117 @@
+"""The generated CustomResourceDefinition: in step with the models, structural, bounded, described."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_api.crd import custom_resource_definition, structural_schema
+from qlora_api.schema import ApiModel
+
+ROOT = Path(__file__).parents[3]
+DEFINITION = custom_resource_definition()
+SCHEMA = DEFINITION["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+
+
+def generate() -> Any:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "crds" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def nodes(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    yield path, schema
+    for name, child in schema.get("properties", {}).items():
+        yield from nodes(child, f"{path}.{name}")
+    if "items" in schema:
+        yield from nodes(schema["items"], f"{path}[]")
+    if isinstance(schema.get("additionalProperties"), dict):
+        yield from nodes(schema["additionalProperties"], f"{path}{{}}")
+
+
+WRITTEN_BY_USERS = list(nodes(SCHEMA["properties"]["spec"], "spec"))
+ALL = WRITTEN_BY_USERS + list(nodes(SCHEMA["properties"]["status"], "status"))
+
+
+@pytest.mark.parametrize("target", generate().TARGETS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_committed_copies_are_what_make_generate_writes(target: Path) -> None:
+    assert target.read_text() == generate().render(), "run `make generate`"
+    assert yaml.safe_load(target.read_text()) == DEFINITION
+
+
+@pytest.mark.parametrize(("path", "node"), ALL, ids=[path for path, _ in ALL])
+def test_every_field_is_structural_and_bounded(path: str, node: dict[str, Any]) -> None:
+    foreign = {"$ref", "anyOf", "oneOf", "allOf", "title", "const", "nullable", "propertyNames", "patternProperties"}
+    assert not node.keys() & (foreign | {"$defs"})
+    match node["type"]:
+        case "string":
+            assert node.keys() & {"maxLength", "enum"}, "a string without a bound makes CEL rules too expensive"
+        case "array":
+            assert "maxItems" in node
+        case "integer":
+            assert node["maximum"] <= 2**53
+            assert "minimum" in node
+        case "object":
+            assert "properties" in node or "maxProperties" in node
+
+
+@pytest.mark.parametrize(("path", "node"), WRITTEN_BY_USERS, ids=[path for path, _ in WRITTEN_BY_USERS])
+def test_kubectl_explain_has_something_to_say(path: str, node: dict[str, Any]) -> None:
+    if path.endswith(("[]", "{}")) and node["type"] != "object":
+        return
+    assert len(node["description"]) > 10
+    assert node["description"].endswith(".")
+
+
+def test_optional_objects_default_to_empty_so_that_their_fields_get_theirs() -> None:
+    training = SCHEMA["properties"]["spec"]["properties"]["training"]
+    assert training["default"] == {}
+    assert training["properties"]["learningRate"]["default"] == 2e-4
+    assert "default" not in training["properties"]["epochs"], "no default on a member of an either/or"
+
+
+def test_a_job_nobody_has_seen_reads_as_in_progress() -> None:
+    assert SCHEMA["properties"]["status"]["default"] == {"observedGeneration": -1}
+
+
+def test_exclusive_bounds_take_the_boolean_form() -> None:
+    rate = SCHEMA["properties"]["spec"]["properties"]["training"]["properties"]["learningRate"]
+    assert (rate["minimum"], rate["exclusiveMinimum"], rate["maximum"]) == (0, True, 1)
+
+
+def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
+    spec = SCHEMA["properties"]["spec"]
+    guarded = {name for name in spec["properties"] if any(f"self.{name} ==" in r["rule"] for r in spec[RULES])}
+    assert set(spec["properties"]) - guarded == {"suspend", "activeDeadlineSeconds", "cleanupAfterSeconds"}
+
+
+RULES = "x-kubernetes-validations"
+
+
+def test_a_union_of_two_types_is_refused() -> None:
+    class Ambiguous(ApiModel):
+        value: int | str
+
+    with pytest.raises(TypeError, match="no structural schema"):
+        structural_schema(Ambiguous, defaults=True)
+
+
+def test_no_field_names_another_namespace_or_carries_pod_internals() -> None:
+    names = {path.rpartition(".")[2].lower() for path, _ in WRITTEN_BY_USERS}
+    assert not names & {
+        "namespace",
+        "env",
+        "envfrom",
+        "image",
+        "command",
+        "args",
+        "volumes",
+        "podtemplate",
+        "securitycontext",
+    }

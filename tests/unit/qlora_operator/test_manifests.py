@@ -1,0 +1,389 @@
+"""The objects that the operator makes: what each step may see, do and cost."""
+
+import json
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import PERMANENT_EXIT_CODES
+from qlora_api.profile import Profile
+from qlora_api.status import StepName
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_operator.decisions.manifests import build_claim, build_job
+from tests.support.builders import NAME, PROFILE, UID, make_job, resolved, to_json
+
+STEPS: tuple[StepName, ...] = ("prepare", "train", "publish", "clean")
+WORKSPACE = f"{NAME}-0a1b2c3d"
+EVERYTHING: dict[str, Any] = {
+    "model": {"source": "hf://org/model", "tokenSecretRef": {"name": "hub", "key": "read"}},
+    "dataset": {"source": "configMap://rows/a.jsonl", "eval": {"source": "pvc://held-out/b.jsonl"}},
+    "output": {"destination": "pvc://adapters/tuned"},
+}
+
+
+def build(step: StepName, /, profile: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
+    full = Profile.model_validate({"image": "example.org/trainer", "gpuResource": "nvidia.com/gpu"} | (profile or {}))
+    return build_job(make_job(**spec), resolved(full), step, 2)
+
+
+def pod_of(job: dict[str, Any]) -> dict[str, Any]:
+    return job["spec"]["template"]["spec"]  # type: ignore[no-any-return]
+
+
+def container_of(job: dict[str, Any]) -> dict[str, Any]:
+    return pod_of(job)["containers"][0]  # type: ignore[no-any-return]
+
+
+def environment_of(job: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in container_of(job)["env"]}
+
+
+def mounts_of(job: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    """Mount path -> (what is mounted there, whether it can be written)."""
+    volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
+    assert len(volumes) == len(pod_of(job)["volumes"])
+
+    def kind(volume: dict[str, Any]) -> str:
+        claim = volume.get("persistentVolumeClaim")
+        return claim["claimName"] if claim else next(key for key in volume if key != "name")
+
+    return {
+        mount["mountPath"]: (kind(volumes[mount["name"]]), not mount.get("readOnly", False))
+        for mount in container_of(job)["volumeMounts"]
+    }
+
+
+def test_the_job_belongs_to_the_qlorajob_and_is_named_after_it() -> None:
+    job = build("train")
+    assert job["metadata"]["name"] == f"{NAME}-train-2"
+    assert job["metadata"]["ownerReferences"] == [
+        {
+            "apiVersion": "qlora.dev/v1alpha1",
+            "kind": "QLoRAJob",
+            "name": NAME,
+            "uid": UID,
+            "controller": True,
+            "blockOwnerDeletion": False,
+        }
+    ]
+    for labels in (job["metadata"]["labels"], job["spec"]["template"]["metadata"]["labels"]):
+        assert labels["qlora.dev/job"] == NAME
+        assert labels["qlora.dev/job-uid"] == UID
+        assert labels["qlora.dev/step"] == "train"
+        assert labels["app.kubernetes.io/managed-by"] == "qlora-operator"
+
+
+def test_permanent_failures_are_judged_before_disruptions() -> None:
+    job = build("train", retry={"maxFailures": 5})
+    assert (job["spec"]["backoffLimit"], job["spec"]["podReplacementPolicy"]) == (5, "Failed")
+    first, second, third = job["spec"]["podFailurePolicy"]["rules"]
+    assert first["action"] == "FailJob"
+    assert first["onExitCodes"] == {
+        "containerName": "trainer",
+        "operator": "In",
+        "values": sorted(PERMANENT_EXIT_CODES),
+    }
+    assert (second["action"], second["onPodConditions"]) == ("Ignore", [{"type": "DisruptionTarget", "status": "True"}])
+    assert (third["action"], third["onExitCodes"]["values"]) == ("Ignore", [143])
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_pod_passes_the_restricted_level_and_has_no_way_to_the_api(step: StepName) -> None:
+    job = build(step, {"runAs": {"user": 7, "group": 8, "fsGroup": 9}}, **EVERYTHING)
+    assert pod_of(job)["securityContext"] == {
+        "runAsNonRoot": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+        "runAsUser": 7,
+        "runAsGroup": 8,
+        "fsGroup": 9,
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+    assert container_of(job)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod_of(job)["automountServiceAccountToken"] is False
+    assert pod_of(job)["enableServiceLinks"] is False
+    assert pod_of(job)["restartPolicy"] == "Never"
+    assert container_of(job)["terminationMessagePolicy"] == "File"
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod_of(job))
+
+
+def test_without_an_identity_in_the_profile_the_platform_chooses() -> None:
+    assert pod_of(build("train"))["securityContext"] == {
+        "runAsNonRoot": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (
+            "prepare",
+            {
+                "/volumes/held-out": ("held-out", False),
+                "/config-maps/rows": ("configMap", False),
+                "/volumes/adapters": ("adapters", False),
+                "/secrets/model": ("secret", False),
+            },
+        ),
+        ("train", {}),
+        ("publish", {"/volumes/adapters": ("adapters", True)}),
+        ("clean", {}),
+    ],
+)
+def test_a_step_sees_what_it_needs_and_no_more(step: StepName, expected: dict[str, Any]) -> None:
+    assert mounts_of(build(step, **EVERYTHING)) == expected | {
+        "/etc/qlora": ("downwardAPI", False),
+        "/workspace": (WORKSPACE, True),
+        "/tmp": ("emptyDir", True),
+    }
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_only_training_on_a_cpu_is_given_another_allocator(step: StepName) -> None:
+    on_cpu, on_gpu = build(step, {"device": "cpu", "gpuResource": None}), build(step)
+    assert environment_of(on_cpu).get("LD_PRELOAD") == ("libtcmalloc_minimal.so.4" if step == "train" else None)
+    assert "LD_PRELOAD" not in environment_of(on_gpu)
+
+
+def test_train_has_no_secret_and_nothing_that_leads_to_the_network() -> None:
+    job = build("train", {"hubEndpoint": "https://hub.example.org"}, **EVERYTHING)
+    assert set(environment_of(job)) == {
+        "QLORA_POD_UID",
+        "QLORA_ATTEMPT",
+        "QLORA_DEVICE",
+        "QLORA_WORKSPACE_CLAIM",
+        "HOME",
+        "OMP_NUM_THREADS",
+    }
+    assert "hub.example.org" not in to_json(job)
+    assert not any("secret" in volume or "configMap" in volume for volume in pod_of(job)["volumes"])
+
+
+def test_the_steps_with_a_network_know_the_servers_of_the_profile_and_the_others_none() -> None:
+    profile = {
+        "hubEndpoint": "https://hub.example.org",
+        "objectStore": {"endpoint": "http://s3.example.org:9000", "region": "eu-central-1"},
+        "registries": ["registry.example.org", "http://registry.local:5000"],
+    }
+    servers = {
+        "HF_ENDPOINT": "https://hub.example.org",
+        "AWS_ENDPOINT_URL": "http://s3.example.org:9000",
+        "AWS_REGION": "eu-central-1",
+        "QLORA_REGISTRIES": "registry.example.org http://registry.local:5000",
+    }
+    for step in STEPS:
+        found = {name: value for name, value in environment_of(build(step, profile)).items() if name in servers}
+        assert found == (servers if step in ("prepare", "publish") else {})
+
+
+OBJECTS: dict[str, Any] = {
+    "model": {"source": "oci://ghcr.io/acme/tiny:v1", "secretRef": {"name": "pull"}},
+    "dataset": {"source": "s3://rows/a.jsonl", "secretRef": {"name": "read"}},
+    "output": {"destination": "s3://adapters/tuned", "secretRef": {"name": "write"}},
+}
+S3_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (
+            "prepare",
+            {
+                "/credentials/model": ("pull", {".dockerconfigjson"}),
+                "/credentials/dataset": ("read", S3_KEYS),
+            },
+        ),
+        ("train", {}),
+        ("publish", {"/credentials/output": ("write", S3_KEYS)}),
+        ("clean", {}),
+    ],
+)
+def test_credentials_are_files_of_the_step_that_needs_them(step: StepName, expected: dict[str, Any]) -> None:
+    job = build(step, **OBJECTS)
+    secrets = {volume["name"]: volume["secret"] for volume in pod_of(job)["volumes"] if "secret" in volume}
+    found = {}
+    for mount in container_of(job)["volumeMounts"]:
+        if secret := secrets.get(mount["name"]):
+            assert mount["readOnly"]
+            assert (secret["optional"], secret["defaultMode"]) == (True, 0o440)
+            assert all(item["key"] == item["path"] for item in secret["items"])
+            found[mount["mountPath"]] = (secret["secretName"], {item["key"] for item in secret["items"]})
+    assert found == expected
+    assert not any("valueFrom" in entry and "secretKeyRef" in entry["valueFrom"] for entry in container_of(job)["env"])
+
+
+def test_a_merged_model_brings_the_keys_of_its_own_scheme() -> None:
+    output = {"destination": "hf://acme/adapter", "merged": {"destination": "oci://ghcr.io/acme/merged:v1"}}
+    job = build("publish", output=output | {"secretRef": {"name": "write"}})
+    (secret,) = [volume["secret"] for volume in pod_of(job)["volumes"] if "secret" in volume]
+    assert [item["key"] for item in secret["items"]] == [".dockerconfigjson", "token"]
+
+
+def test_objects_that_may_come_later_are_optional_and_the_token_is_a_file_of_its_own() -> None:
+    volumes = {volume["name"]: volume for volume in pod_of(build("prepare", **EVERYTHING))["volumes"]}
+    assert volumes["config-map-0"]["configMap"] == {"name": "rows", "optional": True}
+    assert volumes["token"]["secret"] == {
+        "secretName": "hub",
+        "items": [{"key": "read", "path": "token"}],
+        "defaultMode": 0o440,
+        "optional": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("prepare", {"/volumes/base": ("base", False), "/volumes/rows": ("rows", False)}),
+        ("train", {"/volumes/base": ("base", False)}),
+        ("publish", {"/volumes/base": ("base", False)}),
+        ("clean", {}),
+    ],
+)
+def test_a_model_on_a_volume_is_mounted_read_only(step: StepName, expected: dict[str, Any]) -> None:
+    job = build(step, model={"source": "pvc://base/m"}, dataset={"source": "pvc://rows/a.jsonl"})
+    mounts = mounts_of(job)
+    assert {path: mount for path, mount in mounts.items() if path.startswith("/volumes")} == expected
+
+
+def test_one_claim_for_everything_is_one_volume_with_several_mounts() -> None:
+    spec: dict[str, Any] = {
+        "model": {"source": f"pvc://{WORKSPACE}/m"},
+        "dataset": {"source": f"pvc://{WORKSPACE}/a.jsonl"},
+        "output": {"destination": f"pvc://{WORKSPACE}/out"},
+    }
+    for step, writable in (("prepare", False), ("train", False), ("publish", True)):
+        job = build(step, **spec)  # type: ignore[arg-type]
+        mounts = mounts_of(job)
+        assert mounts["/workspace"] == (WORKSPACE, True)
+        assert mounts[f"/volumes/{WORKSPACE}"] == (WORKSPACE, writable)
+        claims = [volume for volume in pod_of(job)["volumes"] if "persistentVolumeClaim" in volume]
+        assert claims == [{"name": "workspace", "persistentVolumeClaim": {"claimName": WORKSPACE}}]
+
+
+def test_the_trainer_is_given_the_document_and_its_own_folder() -> None:
+    job = build("train", training={"learningRate": 3e-4, "maxSteps": 5})
+    assert container_of(job)["args"] == [
+        "train",
+        "--job",
+        "/etc/qlora/job.json",
+        "--workspace",
+        f"/workspace/{NAME}-0a1b2c3d",
+    ]
+    assert "command" not in container_of(job)
+    text = job["spec"]["template"]["metadata"]["annotations"]["qlora.dev/job"]
+    document = QLoRAJobDocument.model_validate_json(text)
+    assert (document.metadata.name, document.metadata.namespace, document.metadata.uid) == (NAME, "team", UID)
+    assert document.spec == make_job(training={"learningRate": 3e-4, "maxSteps": 5}).spec
+    assert document.spec.training.learning_rate == 3e-4
+    items = next(volume for volume in pod_of(job)["volumes"] if volume["name"] == "job")["downwardAPI"]["items"]
+    assert items == [{"path": "job.json", "fieldRef": {"fieldPath": "metadata.annotations['qlora.dev/job']"}}]
+    assert environment_of(job)["QLORA_ATTEMPT"] == "2"
+    assert environment_of(job)["QLORA_WORKSPACE_CLAIM"] == WORKSPACE
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_only_train_costs_a_gpu(step: StepName) -> None:
+    resources = container_of(build(step, resources={"cpu": "8", "memory": "9Gi"}))["resources"]
+    expected = (
+        {
+            "requests": {"cpu": "8", "memory": "9Gi"},
+            "limits": {"memory": "9Gi", "nvidia.com/gpu": "1"},
+        }
+        if step == "train"
+        else {"requests": {"cpu": "2", "memory": "4Gi"}, "limits": {"memory": "4Gi"}}
+    )
+    assert resources == expected
+
+
+def test_several_gpus_are_asked_for_with_the_shared_memory_that_they_need() -> None:
+    job = build("train", resources={"gpus": 4})
+    assert container_of(job)["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert mounts_of(job)["/dev/shm"] == ("emptyDir", True)
+    (volume,) = (volume for volume in pod_of(job)["volumes"] if volume["name"] == "shared-memory")
+    assert volume["emptyDir"]["medium"] == "Memory"
+    assert "/dev/shm" not in mounts_of(build("train"))
+    assert "/dev/shm" not in mounts_of(build("publish", resources={"gpus": 4}))
+    on_cpu = container_of(build("train", {"gpuResource": None}, resources={"gpus": 2}))
+    assert on_cpu["resources"]["limits"].keys() == {"memory"}
+
+
+def test_train_gets_the_time_to_save_and_is_left_alone() -> None:
+    job = build("train", {"terminationGracePeriodSeconds": 300})
+    assert pod_of(job)["terminationGracePeriodSeconds"] == 300
+    assert pod_of(build("prepare", {"terminationGracePeriodSeconds": 300}))["terminationGracePeriodSeconds"] == 30
+    annotations = job["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    assert annotations["karpenter.sh/do-not-disrupt"] == "true"
+
+
+@pytest.mark.parametrize(("topology", "everywhere"), [("zonal", True), ("node-local", True), ("shared", False)])
+def test_all_steps_run_where_the_volume_is(topology: str, everywhere: bool) -> None:
+    profile = {
+        "workspace": {"topology": topology},
+        "nodeSelector": {"pool": "gpu"},
+        "tolerations": [{"key": "team", "value": "a"}],
+    }
+    scheduling = {
+        "nodeSelector": {"pool": "mine", "disk": "fast"},
+        "tolerations": [{"key": "mine", "operator": "Exists"}],
+    }
+    gpu = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    for step in STEPS:
+        pod = pod_of(build(step, profile, scheduling=scheduling))
+        if step == "train" or everywhere:
+            assert pod["nodeSelector"] == {"pool": "gpu", "disk": "fast"}
+            assert pod["tolerations"] == [
+                {"key": "team", "value": "a"},
+                {"key": "mine", "operator": "Exists"},
+                gpu,
+            ]
+        else:
+            assert not {"nodeSelector", "tolerations"} & set(pod)
+
+
+def test_what_the_profile_does_not_say_is_left_out() -> None:
+    assert not {
+        "nodeSelector",
+        "runtimeClassName",
+        "priorityClassName",
+        "serviceAccountName",
+        "imagePullSecrets",
+    } & set(pod_of(build("train", {"gpuResource": None})))
+
+
+def test_what_the_profile_says_is_there() -> None:
+    profile = {"runtimeClassName": "nvidia", "serviceAccountName": "jobs", "imagePullSecrets": ["registry"]}
+    pod = pod_of(build("train", profile, scheduling={"priorityClassName": "low"}))
+    assert (pod["runtimeClassName"], pod["serviceAccountName"], pod["priorityClassName"]) == ("nvidia", "jobs", "low")
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    assert "runtimeClassName" not in pod_of(build("prepare", profile))
+
+
+def test_a_claim_outlives_its_job_unless_that_is_chosen() -> None:
+    claim = build_claim(make_job(), resolved())
+    assert claim["metadata"]["name"] == WORKSPACE
+    assert "ownerReferences" not in claim["metadata"]
+    assert claim["metadata"]["labels"]["qlora.dev/job-uid"] == UID
+    assert claim["spec"] == {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "50Gi"}}}
+    spec: dict[str, Any] = {
+        "workspace": {"retain": False, "size": "9Gi", "storageClassName": "fast", "accessModes": ["ReadWriteMany"]},
+        "output": {"destination": "pvc://adapters/tuned"},
+    }
+    claim = build_claim(make_job(**spec), resolved())
+    owner = claim["metadata"]["ownerReferences"][0]
+    assert (owner["uid"], owner.get("controller", False)) == (UID, False)
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": "9Gi"}},
+        "storageClassName": "fast",
+    }
+
+
+def test_the_same_job_gives_the_same_manifest() -> None:
+    once, again = (json.dumps(build_job(make_job(**EVERYTHING), resolved(PROFILE), "train", 1)) for _ in range(2))
+    assert once == again

@@ -1,0 +1,193 @@
+"""What the operator does, given a job and what is there."""
+
+from typing import Any
+
+import pytest
+
+from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, Plan, plan
+from qlora_operator.decisions.status import next_status
+from tests.support.builders import (
+    NAME,
+    after,
+    child,
+    deleted,
+    ended,
+    facts,
+    failed,
+    follow,
+    make_job,
+    pod,
+    running,
+    status_in,
+    step_status,
+    succeeded,
+)
+
+
+def decide(job: Any, *bodies: dict[str, Any], at: float = 0) -> Plan:
+    found = facts(job, *bodies, now=after(at))
+    return plan(job, next_status(found), found.observed, found.now)
+
+
+def delete(step: str, attempt: int = 1) -> DeleteJob:
+    name = f"{NAME}-{step}-{attempt}"
+    return DeleteJob(name, f"uid-{name}")
+
+
+def test_nothing_is_made_before_what_was_resolved_is_stored() -> None:
+    assert decide(make_job()) == Plan((), after(0))
+    assert decide(make_job(follow(make_job()))).actions == (CreateClaim(), CreateJob("prepare", 1))
+
+
+def test_a_claim_of_the_users_is_not_made() -> None:
+    job = make_job(workspace={"claimName": "shared"})
+    stored = make_job(follow(job), workspace={"claimName": "shared"})
+    assert decide(stored).actions == (CreateJob("prepare", 1),)
+
+
+def test_an_unknown_profile_makes_nothing() -> None:
+    job = make_job(scheduling={"profile": "h100"})
+    assert decide(make_job(follow(job), scheduling={"profile": "h100"})) == Plan()
+
+
+@pytest.mark.parametrize(
+    ("step", "bodies", "actions"),
+    [
+        ("prepare", [child("prepare")], []),
+        ("prepare", [child("prepare"), running(pod("prepare"))], []),
+        ("prepare", [child("prepare"), ended(pod("prepare"), 0)], []),
+        ("prepare", [child("prepare", Complete=""), succeeded("prepare")], [CreateJob("train", 1)]),
+        ("prepare", [child("prepare", Complete=""), succeeded("prepare"), child("train")], []),
+        ("train", [child("train", Complete=""), succeeded("train")], [CreateJob("publish", 1)]),
+        ("train", [child("train", Complete=""), ended(pod("train"), 0)], [CreateJob("train", 2)]),
+        ("train", [], [CreateJob("train", 2)]),
+        ("train", [running(pod("train"))], []),
+        ("train", [deleted(running(pod("train")), -5)], []),
+        ("train", [ended(pod("train"), 143)], [CreateJob("train", 2)]),
+        ("train", [child("train", owner="somebody-else")], [CreateJob("train", 2)]),
+        ("train", [child("train"), ended(pod("train"), 203)], []),
+        ("prepare", [child("prepare", Failed="x"), failed("prepare", 11, "BadDataset", "")], []),
+        ("publish", [child("publish", Complete=""), succeeded("publish")], []),
+        ("prepare", [child("train"), running(pod("train"))], [delete("train")]),
+    ],
+)
+def test_one_step_at_a_time_and_the_next_only_after_a_verified_result(
+    step: Any, bodies: Any, actions: list[Action]
+) -> None:
+    assert decide(make_job(status_in(step)), *bodies).actions == tuple(actions)
+
+
+def test_prepare_that_is_done_again_finds_or_makes_its_claim() -> None:
+    assert decide(make_job(status_in("prepare"))).actions == (CreateClaim(), CreateJob("prepare", 2))
+
+
+def test_a_suspension_deletes_the_running_step_and_makes_nothing() -> None:
+    job = make_job(status_in("train"), suspend=True)
+    assert decide(job, child("train"), running(pod("train"))).actions == (delete("train"),)
+    assert decide(job, deleted(running(pod("train")), -5)).actions == ()
+    assert decide(job).actions == ()
+
+
+def test_a_suspension_before_the_start_makes_nothing() -> None:
+    job = make_job(suspend=True)
+    assert decide(make_job(follow(job), suspend=True)) == Plan()
+
+
+def test_a_suspended_step_that_ended_meanwhile_is_kept() -> None:
+    job = make_job(status_in("train"), suspend=True)
+    assert decide(job, child("train", Complete=""), succeeded("train")).actions == ()
+
+
+def test_resuming_makes_the_next_number() -> None:
+    suspended = follow(make_job(status_in("train"), suspend=True))
+    assert decide(make_job(suspended)).actions == (CreateJob("train", 2),)
+
+
+def test_a_killed_step_is_recorded_first_and_deleted_then() -> None:
+    bodies = [child("train"), ended(pod("train"), 137, reason="OOMKilled")]
+    job = make_job(status_in("train"))
+    assert decide(job, *bodies) == Plan((), after(0))
+    assert decide(make_job(follow(job, *bodies)), *bodies).actions == (delete("train"),)
+
+
+def test_a_missed_deadline_is_recorded_first_and_the_step_deleted_then() -> None:
+    bodies = [child("train"), running(pod("train"), since=-100)]
+    job = make_job(status_in("train"), activeDeadlineSeconds=100)
+    assert decide(job, *bodies).actions == ()
+    assert decide(make_job(follow(job, *bodies), activeDeadlineSeconds=100), *bodies).actions == (delete("train"),)
+
+
+def test_a_deletion_is_asked_for_once() -> None:
+    def going(step: Any, **true: str) -> dict[str, Any]:
+        body = child(step, **true)  # type: ignore[arg-type]
+        body["metadata"]["deletionTimestamp"] = "2026-01-02T11:59:00Z"
+        return body
+
+    assert decide(make_job(status_in("train"), suspend=True), going("train")).actions == ()
+    cleaned = [going("publish", Complete=""), child("clean", Complete="")]
+    assert decide(make_job(FINISHED, cleanupAfterSeconds=0), *cleaned, at=10).actions == ()
+
+
+ENDED = [child("prepare", Complete=""), child("train", Complete=""), child("publish", Complete="")]
+FINISHED = follow(make_job(status_in("publish")), ENDED[2], succeeded("publish"))
+
+
+@pytest.mark.parametrize("bodies", [[], ENDED, ENDED[:1], [succeeded("publish")]])
+def test_a_finished_job_is_never_started_again(bodies: Any) -> None:
+    assert decide(make_job(FINISHED), *bodies, at=10_000) == Plan()
+
+
+@pytest.mark.parametrize(
+    ("at", "bodies", "actions", "look_again"),
+    [
+        (99, ENDED, [], 100),
+        (100, ENDED, [CreateJob("clean", 1)], None),
+        (110, [*ENDED, child("clean")], [], None),
+        (110, [*ENDED, child("clean", Failed="x")], [], None),
+        (
+            120,
+            [*ENDED, child("clean", Complete="")],
+            [delete("prepare"), delete("publish"), delete("train")],
+            None,
+        ),
+        (130, [child("clean", Complete="")], [], None),
+    ],
+)
+def test_clean_up_runs_its_own_job_before_the_others_go(
+    at: float, bodies: Any, actions: list[Action], look_again: float | None
+) -> None:
+    found = decide(make_job(FINISHED, cleanupAfterSeconds=100), *bodies, at=at)
+    assert set(found.actions) == set(actions)
+    assert found.look_again == (None if look_again is None else after(look_again))
+
+
+def test_the_clean_up_job_goes_last_after_clean_up_is_recorded() -> None:
+    def job(status: Any) -> Any:
+        return make_job(status, cleanupAfterSeconds=100)
+
+    recorded = follow(job(FINISHED), child("clean", Complete=""), now=after(130))
+    assert decide(job(recorded), child("clean", Complete=""), at=140).actions == (delete("clean"),)
+    assert decide(job(recorded), at=150) == Plan()
+
+
+def test_it_looks_again_when_the_deadline_is_due() -> None:
+    job = make_job(status_in("train", activeSeconds=30), activeDeadlineSeconds=100)
+    assert decide(job, child("train"), running(pod("train"), since=-60)).look_again == after(10)
+    assert decide(job, child("train"), pod("train")).look_again is None
+
+
+def test_it_looks_again_when_a_job_has_had_no_pod_for_a_minute() -> None:
+    job = make_job(status_in("train"))
+    assert decide(job, child("train", created=-10)).look_again == after(50)
+    assert decide(job, child("train", created=-61)).look_again is None
+
+
+def test_it_looks_again_when_a_pod_should_have_ended() -> None:
+    job = make_job(status_in("train"))
+    assert decide(job, child("train"), deleted(running(pod("train")), -20)).look_again == after(160)
+
+
+def test_a_job_whose_make_was_cut_short_keeps_its_number() -> None:
+    job = make_job(status_in("train", step=step_status("train", 2, jobUid="").dump()))
+    assert decide(job).actions == (CreateJob("train", 2),)
+    assert decide(job, child("train", 2)).actions == ()

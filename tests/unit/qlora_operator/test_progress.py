@@ -1,0 +1,172 @@
+"""Progress from logs: which lines count, how often a log is read, and how figures read."""
+
+import asyncio
+import heapq
+import json
+from collections import Counter
+
+import pytest
+
+from qlora_api.contract import ProgressRecord, encode_record
+from qlora_operator.decisions.figures import format_duration
+from qlora_operator.decisions.observe import Pod
+from qlora_operator.progress import READS_PER_SECOND, ProgressReader, ReadSchedule, latest_record
+from tests.support.builders import NAME, NOW, UID, child, make_job, pod, progress, running, seen, status_in
+
+POD = Pod(name="pod", uid=f"uid-{NAME}-train-1-pod1", owner_uid="", created=NOW, phase="Running")
+
+
+def line(**fields: object) -> str:
+    return encode_record(progress(**fields))
+
+
+def raw(**fields: object) -> str:
+    return json.dumps(progress().dump() | fields)
+
+
+def latest(*lines: str) -> ProgressRecord | None:
+    return latest_record("\n".join(lines), UID, POD, "train")
+
+
+def test_the_last_record_counts_whatever_else_is_in_the_log() -> None:
+    found = latest("noise", line(training_step=1), "{}", line(training_step=2), "Traceback", '{"kind": "result"}', "")
+    assert found is not None
+    assert found.training_step == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "not a record",
+        line(job_uid="another"),
+        line(pod_uid="another"),
+        line(step="prepare"),
+        line(training_step=5)[:-3],
+        raw(loss="NaN"),
+        raw(loss=float("nan")),
+        raw(trainingStep=-1),
+        raw(trainingStep=2**60),
+        raw(epoch=1e12),
+        raw(peakMemoryBytes=2**60),
+        raw(time="yesterday"),
+        raw(time="2026-01-02T12:00:00"),
+        raw(time="2026-W01-5T12:00:00Z"),
+        raw(time="2026-02-30T12:00:00Z"),
+        raw(checkpointTime="soon"),
+        raw(remainingSeconds=1e300),
+        raw(activity="x" * 5000),
+    ],
+)
+def test_a_line_that_a_status_cannot_hold_is_no_record(text: str) -> None:
+    assert latest(text) is None
+    found = latest(line(training_step=1), text)
+    assert found is not None
+    assert found.training_step == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.9, "59s"), (60, "1m0s"), (3599, "59m59s"), (4320, "1h12m"), (86_399, "23h59m"), (183_600, "2d3h")],
+)
+def test_a_duration_is_told_in_its_two_largest_units(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_one_job_is_read_every_ten_seconds() -> None:
+    schedule = ReadSchedule()
+    assert schedule.seconds_until_due(("team", "a"), 100.0) == 0
+    assert schedule.done(("team", "a"), 100.0) == pytest.approx(10)
+    assert schedule.seconds_until_due(("team", "a"), 104.0) == pytest.approx(6)
+    assert schedule.seconds_until_due(("team", "a"), 110.0) == 0
+
+
+def test_a_thousand_jobs_together_stay_within_the_budget() -> None:
+    schedule = ReadSchedule()
+    keys = [("team", f"job{number}") for number in range(1000)]
+    due = [(schedule.seconds_until_due(key, 0.0), key) for key in keys]
+    reads: list[float] = []
+    for _ in range(3000):
+        now, key = heapq.heappop(due)
+        reads.append(now)
+        heapq.heappush(due, (now + schedule.done(key, now), key))
+    per_second = Counter(int(moment) for moment in reads)
+    assert max(per_second.values()) <= READS_PER_SECOND + 1
+    assert reads[-1] < 3 * 1000 / READS_PER_SECOND + 15
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_reader_reads_when_it_is_due_and_only_a_running_pod() -> None:
+    asked: list[tuple[str, str]] = []
+    clock = Clock()
+
+    async def read_log(namespace: str, name: str) -> str:
+        asked.append((namespace, name))
+        return line(training_step=len(asked))
+
+    async def scenario() -> None:
+        reader = ProgressReader(read_log, clock, concurrent=2)
+        job = make_job(status_in("train"))
+        key = (job.namespace, job.name)
+        pending, active = seen(child("train"), pod("train")), seen(child("train"), running(pod("train")))
+        assert await reader.read(key, job, pending) == (None, None)
+        record, wait = await reader.read(key, job, active)
+        assert (record and record.training_step, wait) == (1, pytest.approx(10))
+        clock.now = 4.0
+        assert await reader.read(key, job, active) == (None, pytest.approx(6))
+        clock.now = 10.0
+        record, _ = await reader.read(key, job, active)
+        assert record is not None
+        assert record.training_step == 2
+
+    asyncio.run(scenario())
+    assert asked == [("team", f"{NAME}-train-1-pod1")] * 2
+
+
+def test_a_log_that_cannot_be_read_is_no_trouble_and_is_left_alone_for_a_minute() -> None:
+    async def read_log(namespace: str, name: str) -> None:
+        return None
+
+    async def scenario() -> None:
+        reader = ProgressReader(read_log, Clock(), concurrent=2)
+        job = make_job(status_in("train"))
+        active = seen(child("train"), running(pod("train")))
+        assert await reader.read((job.namespace, job.name), job, active) == (None, pytest.approx(60))
+
+    asyncio.run(scenario())
+
+
+def test_a_node_that_does_not_answer_holds_up_some_readers_only() -> None:
+    answer = asyncio.Event()
+    asked: list[str] = []
+
+    async def read_log(namespace: str, name: str) -> str:
+        asked.append(name)
+        await answer.wait()
+        return ""
+
+    async def scenario() -> None:
+        clock = Clock()
+        reader = ProgressReader(read_log, clock, concurrent=2)
+        job = make_job(status_in("train"))
+        active = seen(child("train"), running(pod("train")))
+        stuck = []
+        for name in ("first", "second"):
+            stuck.append(asyncio.create_task(reader.read(("team", name), job, active)))
+            await asyncio.sleep(0)
+            clock.now += 1
+        assert await reader.read(("team", "third"), job, active) == (None, pytest.approx(1))
+        assert len(asked) == 2
+        answer.set()
+        await asyncio.gather(*stuck)
+        clock.now += 1
+        await reader.read(("team", "third"), job, active)
+        assert len(asked) == 3
+
+    asyncio.run(scenario())

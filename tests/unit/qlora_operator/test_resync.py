@@ -1,0 +1,156 @@
+"""Whether a watch is alive, judged by what lists show and it does not; and the Events of a change of phase."""
+
+import asyncio
+
+import pytest
+
+from qlora_operator.cluster import ClusterError, RefusedError
+from qlora_operator.decisions.events import phase_event
+from qlora_operator.resync import Identity, Resync, WatchMonitor
+from tests.support.builders import (
+    NOW,
+    UID,
+    VirtualLoop,
+    after,
+    child,
+    failed,
+    follow,
+    make_job,
+    pod,
+    running,
+    status_in,
+)
+
+JOB: Identity = ("qlorajobs", "team", "a")
+POD: Identity = ("pods", "team", "p")
+
+
+def monitor() -> WatchMonitor:
+    return WatchMonitor(patience=100)
+
+
+def test_a_watch_that_shows_what_is_listed_is_alive() -> None:
+    watch = monitor()
+    for number, version in enumerate(("5", "9", "12")):
+        watch.show(JOB, version, deleted=False)
+        watch.compare("qlorajobs", {JOB: version}, now=number * 200)
+    assert watch.dead == ()
+
+
+def test_a_watch_that_misses_a_version_for_long_is_dead() -> None:
+    watch = monitor()
+    watch.show(JOB, "5", deleted=False)
+    watch.compare("qlorajobs", {JOB: "9"}, now=0)
+    assert watch.dead == ()
+    watch.compare("qlorajobs", {JOB: "9"}, now=50)
+    assert watch.dead == ()
+    watch.compare("qlorajobs", {JOB: "11"}, now=120)
+    assert watch.dead == ("qlorajobs",)
+
+
+def test_a_watch_that_catches_up_is_alive_again() -> None:
+    watch = monitor()
+    watch.compare("pods", {POD: "9"}, now=0)
+    watch.compare("pods", {POD: "9"}, now=120)
+    assert watch.dead == ("pods",)
+    watch.show(POD, "9", deleted=False)
+    watch.compare("pods", {POD: "9"}, now=240)
+    assert watch.dead == ()
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_what_the_watch_has_shown_late_or_deleted_is_not_missed(deleted: bool) -> None:
+    watch = monitor()
+    watch.compare("qlorajobs", {JOB: "9"}, now=0)
+    watch.show(JOB, "10", deleted=deleted)
+    watch.compare("qlorajobs", {} if deleted else {JOB: "10"}, now=120)
+    assert watch.dead == ()
+
+
+def test_one_kinds_list_says_nothing_about_another() -> None:
+    watch = monitor()
+    watch.compare("qlorajobs", {JOB: "9"}, now=0)
+    watch.compare("pods", {}, now=200)
+    assert watch.dead == ()
+
+
+class Lists:
+    """Answers the lists of an otherwise empty cluster, or fails as told."""
+
+    def __init__(self) -> None:
+        self.failure: ClusterError | None = None
+        self.jobs = [{"metadata": {"namespace": "team", "name": "a", "resourceVersion": "1"}}]
+
+    async def list_metadata(self, kind: str, namespace: str | None) -> list[dict[str, object]]:
+        await self.check_list(kind, namespace)
+        return list(self.jobs) if kind == "qlorajobs" else []
+
+    async def check_list(self, kind: str, namespace: str | None) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.mark.parametrize(
+    ("failure", "after_a_minute_and_a_half", "after_an_hour"),
+    [
+        (None, None, None),
+        (RefusedError("forbidden"), "refuses", "refuses"),
+        (ClusterError("connection refused"), None, "no list has succeeded"),
+    ],
+    ids=["well", "refused", "unreachable"],
+)
+def test_lost_rights_are_noticed_soon_and_a_lost_server_is_waited_for(
+    failure: ClusterError | None, after_a_minute_and_a_half: str | None, after_an_hour: str | None
+) -> None:
+    loop = VirtualLoop()
+    lists, asked = Lists(), []
+    resync = Resync(lists, (), asked.append, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+
+    def says(words: str | None) -> bool:
+        problem = resync.problem()
+        return problem is None if words is None else words in (problem or "")
+
+    async def scenario() -> None:
+        task = asyncio.create_task(resync.run())
+        resync.monitor.show(JOB, "1", deleted=False)
+        await asyncio.sleep(400)
+        assert ("team", "a") in asked
+        lists.failure = failure
+        await asyncio.sleep(90)
+        assert says(after_a_minute_and_a_half)
+        await asyncio.sleep(3600)
+        assert says(after_an_hour)
+        lists.failure = None
+        await asyncio.sleep(60)
+        assert resync.problem() is None
+        task.cancel()
+
+    loop.run_until_complete(scenario())
+    loop.close()
+
+
+def test_a_change_of_phase_is_an_event_whose_name_is_the_same_after_a_restart() -> None:
+    job = make_job(status_in("train", phase="Queued"))
+    bodies = [child("train"), running(pod("train"))]
+    event = phase_event(job, follow(job, *bodies), NOW)
+    assert event is not None
+    assert (event["type"], event["reason"]) == ("Normal", "Training")
+    assert (event["involvedObject"]["kind"], event["involvedObject"]["uid"]) == ("QLoRAJob", UID)
+    later = phase_event(job, follow(job, *bodies, now=after(60)), after(60))
+    assert later is not None
+    assert later["metadata"] == event["metadata"]
+
+
+def test_the_event_of_a_failure_is_a_warning_with_the_reason() -> None:
+    job = make_job(status_in("prepare", phase="Preparing"))
+    status = follow(
+        job, child("prepare", Failed="PodFailurePolicy"), failed("prepare", 11, "BadDataset", "row 3 is cut")
+    )
+    event = phase_event(job, status, NOW)
+    assert event is not None
+    assert (event["type"], event["reason"], event["message"]) == ("Warning", "BadDataset", "row 3 is cut")
+
+
+def test_without_a_change_of_phase_there_is_no_event() -> None:
+    stored = follow(make_job(status_in("train")), child("train"), running(pod("train")))
+    assert phase_event(make_job(stored), stored, NOW) is None

@@ -1,0 +1,546 @@
+"""Which status follows from what is stored and what is seen."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.status import MergedStatus, QLoRAJobStatus
+from qlora_operator.decisions.observe import Reason
+from qlora_operator.decisions.status import cleanup_at, next_status, with_child, with_refusal
+from tests.support.builders import (
+    ADAPTER,
+    FOUND,
+    MEMORY,
+    NAME,
+    PROFILE,
+    after,
+    child,
+    conditions_of,
+    deleted,
+    ended,
+    facts,
+    failed,
+    follow,
+    make_job,
+    message_of,
+    pod,
+    progress,
+    reason_of,
+    result,
+    running,
+    status_in,
+    step_status,
+    succeeded,
+    time,
+    waiting,
+)
+
+LIVE = {"Suspended": "False", "Failed": "False", "Stalled": "False", "Succeeded": "Unknown"}
+
+
+def test_the_first_visit_sets_every_condition_and_resolves_before_any_job_exists() -> None:
+    status = follow(make_job())
+    assert conditions_of(status) == LIVE | {
+        "Prepared": "Unknown",
+        "Trained": "Unknown",
+        "Reconciling": "True",
+        "Ready": "False",
+    }
+    assert (status.observed_generation, status.phase, status.start_time) == (1, "Pending", time())
+    assert status.resolved is not None
+    assert (status.resolved.profile, status.resolved.claim_name) == (PROFILE, f"{NAME}-0a1b2c3d")
+    assert status.step is not None
+    assert (status.step.job_name, status.step.job_uid) == (f"{NAME}-prepare-1", "")
+
+
+def test_a_claim_of_the_user_is_used_and_not_made() -> None:
+    status = follow(make_job(workspace={"claimName": "shared"}))
+    assert status.resolved is not None
+    assert (status.resolved.claim_name, status.resolved.claim_created) == ("shared", False)
+
+
+def test_an_unknown_profile_waits_and_says_which_there_are() -> None:
+    status = follow(make_job(scheduling={"profile": "h100"}))
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "ProfileNotFound")
+    assert "'h100'" in message_of(status)
+    assert "default" in message_of(status)
+    assert conditions_of(status)["Stalled"] == "False"
+    later = follow(make_job(status, scheduling={"profile": "h100"}), profiles={"h100": PROFILE})
+    assert later.resolved is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priorityClassName", "high"),
+        ("nodeSelector", {"node-role.kubernetes.io/control-plane": ""}),
+        ("tolerations", [{"operator": "Exists"}]),
+    ],
+)
+def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field: str, value: object) -> None:
+    job = make_job(scheduling={field: value})
+    assert follow(job).resolved is not None
+    strict = {"default": PROFILE.model_copy(update={"allow_job_scheduling": False})}
+    status = follow(job, profiles=strict)
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "SchedulingNotAllowed")
+    assert f"spec.scheduling.{field}:" in message_of(status)
+    assert follow(make_job(), profiles=strict).resolved is not None
+
+
+def test_a_profile_that_changes_later_does_not_change_the_job() -> None:
+    changed = PROFILE.model_copy(update={"image": "other"})
+    status = follow(make_job(status_in("train")), child("train"), profiles={"default": changed})
+    assert status.resolved is not None
+    assert status.resolved.profile == PROFILE
+
+
+@pytest.mark.parametrize(
+    ("step", "bodies", "phase", "reason"),
+    [
+        ("prepare", [child("prepare", created=-5)], "Preparing", "Preparing"),
+        ("prepare", [child("prepare"), running(pod("prepare"))], "Preparing", "Preparing"),
+        ("train", [child("train")], "Queued", "NoPod"),
+        ("train", [child("train"), pod("train")], "Queued", "Queued"),
+        ("train", [child("train"), running(pod("train"))], "Training", "Training"),
+        ("train", [child("train"), ended(pod("train"), 0)], "Training", "Training"),
+        ("train", [child("train"), ended(pod("train"), 14)], "Training", "Training"),
+        ("train", [child("train"), ended(pod("train"), 200)], "Queued", "Retrying"),
+        ("train", [child("train"), ended(pod("train"), 143), pod("train", number=2)], "Queued", "Queued"),
+        ("publish", [child("publish"), running(pod("publish"))], "Publishing", "Publishing"),
+        ("train", [child("train"), waiting(pod("train"), "ImagePullBackOff")], "Queued", "ImagePullBackOff"),
+    ],
+)
+def test_phase_and_reason_tell_where_a_job_stands(step: Any, bodies: Any, phase: str, reason: str) -> None:
+    status = follow(make_job(status_in(step)), *bodies)
+    assert (status.phase, reason_of(status)) == (phase, reason)
+    assert conditions_of(status)["Ready"] == "True"
+    assert conditions_of(status)["Reconciling"] == "False"
+
+
+def test_what_prepare_found_out_is_shown_and_train_is_next() -> None:
+    status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
+    assert (status.memory, status.dataset) == (MEMORY, FOUND)
+    assert status.resolved is not None
+    assert status.resolved.model_revision == "c0ffee"
+    assert conditions_of(status)["Prepared"] == "True"
+    assert status.step == step_status("train", jobUid="")
+    assert status.phase == "Preparing"
+
+
+def test_once_the_next_job_is_made_the_phase_moves_on_in_the_same_write() -> None:
+    found = facts(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
+    status = with_child(next_status(found), found, "uid-new")
+    assert status.step is not None
+    assert (status.step.job_uid, status.phase) == ("uid-new", "Queued")
+
+
+def test_the_final_figures_of_training_are_shown() -> None:
+    stored = status_in("train", memory=MEMORY.dump())
+    status = follow(make_job(stored), child("train", Complete=""), succeeded("train"))
+    assert status.progress is not None
+    assert (status.progress.summary, status.progress.loss, status.progress.percent) == ("100% 10/10", 1.2346, 100)
+    assert status.memory is not None
+    assert status.memory.peak_bytes == 99
+    assert conditions_of(status)["Trained"] == "True"
+    assert status.step == step_status("publish", jobUid="")
+
+
+def test_the_end_decides_both_summary_conditions() -> None:
+    status = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
+    assert (status.phase, status.adapter, status.completion_time) == ("Succeeded", ADAPTER, time())
+    assert conditions_of(status) == {
+        "Prepared": "True",
+        "Trained": "True",
+        "Succeeded": "True",
+        "Failed": "False",
+        "Suspended": "False",
+        "Reconciling": "False",
+        "Ready": "True",
+        "Stalled": "False",
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "bodies", "reason", "words"),
+    [
+        (
+            "prepare",
+            [child("prepare", Failed="PodFailurePolicy"), failed("prepare", 11, "BadDataset", "row 3 is cut")],
+            "BadDataset",
+            "row 3 is cut",
+        ),
+        (
+            "train",
+            [child("train", Failed="BackoffLimitExceeded"), failed("train", 203, "InternalError", "no luck")],
+            "InternalError",
+            "no luck",
+        ),
+        (
+            "train",
+            [child("train", Failed="BackoffLimitExceeded"), ended(pod("train"), 137)],
+            "InternalError",
+            "kubectl logs tune-train-1-pod1",
+        ),
+        (
+            "train",
+            [child("train", Failed="PodFailurePolicy"), ended(pod("train"), 12, "{not a record")],
+            "ModelUnavailable",
+            "exit code 12",
+        ),
+        ("train", [child("train", Failed="BackoffLimitExceeded")], "BackoffLimitExceeded", "why"),
+        ("train", [child("train"), ended(pod("train"), 137, reason="OOMKilled")], "HostOutOfMemory", "24Gi"),
+        ("prepare", [child("prepare"), ended(pod("prepare"), 1, reason="OOMKilled")], "HostOutOfMemory", "4Gi"),
+    ],
+)
+def test_a_failure_is_told_in_the_words_of_who_knows_it_best(step: Any, bodies: Any, reason: str, words: str) -> None:
+    status = follow(make_job(status_in(step)), *bodies)
+    assert status.phase == "Failed"
+    assert {"Succeeded": "False", "Failed": "True", "Stalled": "True", "Ready": "False"}.items() <= (
+        conditions_of(status).items()
+    )
+    for kind in ("Succeeded", "Failed", "Stalled"):
+        assert reason_of(status, kind) == reason
+    assert words in message_of(status)
+    assert status.last_failure is not None
+    assert (status.last_failure.reason, status.last_failure.step) == (reason, step)
+    assert status.completion_time == time()
+
+
+def test_what_a_failed_step_has_found_out_is_shown() -> None:
+    body = pod("prepare")
+    exceeds = MEMORY.model_copy(update={"verdict": "exceeds", "budget_bytes": 5})
+    record = result(body, "prepare", 17, reason="DoesNotFit", message="needs 10", memory=exceeds)
+    bodies = [child("prepare", Failed="PodFailurePolicy"), ended(body, 17, record)]
+    status = follow(make_job(status_in("prepare")), *bodies)
+    assert (status.phase, status.memory, status.dataset) == ("Failed", exceeds, None)
+
+
+def test_the_checkpoint_that_an_attempt_left_is_shown_although_no_log_line_told_it() -> None:
+    body = pod("train")
+    stored = status_in("train", checkpoint={"step": 5, "savedAt": time(-40)})
+    saved = ended(body, 143, result(body, "train", 143, training_step=7, total_steps=10))
+    status = follow(make_job(stored), child("train"), saved)
+    assert status.checkpoint is not None
+    assert (status.checkpoint.step, status.checkpoint.saved_at) == (7, time())
+    set_back = status.model_copy(update={"checkpoint": status.checkpoint.model_copy(update={"step": 5})})
+    assert follow(make_job(set_back), child("train"), saved).checkpoint == set_back.checkpoint
+    done = follow(make_job(stored), child("train", Complete=""), succeeded("train"))
+    assert done.checkpoint is not None
+    assert done.checkpoint.step == 10
+
+
+def test_out_of_memory_names_the_limit_that_the_job_asked_for_and_the_remedy() -> None:
+    job = make_job(status_in("train"), resources={"memory": "9Gi"})
+    status = follow(job, child("train"), ended(pod("train"), 137, reason="OOMKilled"))
+    assert "9Gi" in message_of(status)
+    assert "spec.resources.memory" in message_of(status)
+
+
+def test_an_attempt_that_is_tried_again_is_shown() -> None:
+    job = make_job(status_in("prepare"))
+    status = follow(job, child("prepare"), failed("prepare", 200, "Unreachable", "secret hub is missing"))
+    assert (status.failures, status.disruptions, status.phase) == (1, 0, "Preparing")
+    assert status.last_failure is not None
+    assert (status.last_failure.exit_code, status.last_failure.time) == (200, time(-10))
+    assert "secret hub is missing" in message_of(status)
+
+
+def test_an_interruption_is_not_a_failure() -> None:
+    status = follow(make_job(status_in("train")), child("train"), ended(pod("train"), 143), pod("train", number=2))
+    assert (status.failures, status.disruptions, status.last_failure, status.active_seconds) == (0, 1, None, 50)
+
+
+@pytest.mark.parametrize(("earlier", "phase"), [(1, "Preparing"), (2, "Failed")])
+def test_a_step_that_is_interrupted_too_often_ends_the_job(earlier: int, phase: str) -> None:
+    job = make_job(status_in("prepare", disruptions=earlier), retry={"maxDisruptions": 2})
+    evicted = ended(pod("prepare"), 137)
+    evicted["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}]
+    status = follow(job, child("prepare"), evicted)
+    assert (status.phase, status.disruptions) == (phase, earlier + 1)
+    if phase == "Failed":
+        assert reason_of(status) == "RetriesExhausted"
+        assert "spec.retry.maxDisruptions allows 2" in message_of(status)
+
+
+def test_interruptions_that_nobody_saw_do_not_end_a_step_that_was_done() -> None:
+    job = make_job(status_in("prepare", disruptions=9), retry={"maxDisruptions": 2})
+    status = follow(job, child("prepare", Complete=""), succeeded("prepare"))
+    assert (status.phase, conditions_of(status)["Prepared"]) == ("Preparing", "True")
+
+
+def test_attempts_are_counted_once_while_they_come_and_go() -> None:
+    job = make_job(status_in("train"))
+    first = running(pod("train"), since=-60)
+    steps = [
+        ([first], (0, 0, 0)),
+        ([deleted(first, -20)], (0, 1, 40)),
+        ([deleted(ended(pod("train"), 143, start=-60, end=-10), -20)], (0, 1, 50)),
+        ([], (0, 1, 50)),
+        ([running(pod("train", number=2), since=-8)], (0, 1, 50)),
+        ([ended(pod("train", number=2), 203, start=-8, end=-5)], (1, 1, 53)),
+        ([ended(pod("train", number=2), 203, start=-8, end=-5), pod("train", number=3)], (1, 1, 53)),
+    ]
+    for pods, expected in steps:
+        for _ in range(2):
+            status = follow(job, child("train"), *pods)
+            assert (status.failures, status.disruptions, status.active_seconds) == expected
+            job = make_job(status)
+
+
+def test_an_attempt_that_begins_and_is_deleted_within_a_second_counts_once() -> None:
+    job = make_job(status_in("train", active_until=time(-60)))
+    first = deleted(running(pod("train"), since=-60), -60)
+    status = follow(job, child("train"), first)
+    status = follow(make_job(status), child("train"), deleted(ended(pod("train"), 143, start=-60, end=-50), -60))
+    assert (status.disruptions, status.active_seconds) == (1, 10)
+
+
+def test_a_pod_that_ends_because_of_a_suspension_was_not_disturbed() -> None:
+    status = follow(make_job(status_in("train"), suspend=True), ended(pod("train"), 143))
+    assert (status.disruptions, status.active_seconds) == (0, 50)
+
+
+def test_a_child_job_that_was_deleted_is_followed_by_the_next_number() -> None:
+    status = follow(make_job(status_in("train", 3)))
+    assert status.step == step_status("train", 4, jobUid="")
+    assert status.phase == "Queued"
+
+
+def test_a_job_that_was_made_just_before_the_operator_died_is_found() -> None:
+    job = make_job(status_in("prepare"))
+    status = follow(job, child("prepare", Complete=""), succeeded("prepare"), child("train"), running(pod("train")))
+    assert status.step == step_status("train")
+    assert status.phase == "Training"
+
+
+def test_a_step_that_was_killed_and_then_done_while_the_operator_was_away_is_done() -> None:
+    second = pod("train", number=2)
+    bodies = [
+        child("train", Complete=""),
+        ended(pod("train"), 137, reason="OOMKilled", start=-60, end=-40),
+        ended(second, 0, result(second, "train", training_step=10, total_steps=10), start=-30),
+    ]
+    status = follow(make_job(status_in("train")), *bodies)
+    assert (conditions_of(status)["Trained"], status.failures) == ("True", 1)
+
+
+def test_several_steps_that_ended_while_the_operator_was_away_are_followed_at_once() -> None:
+    bodies: list[dict[str, Any]] = []
+    for step in ("prepare", "train", "publish"):
+        bodies += [child(step, Complete=""), succeeded(step)]
+    assert follow(make_job(status_in("prepare")), *bodies).phase == "Succeeded"
+
+
+@pytest.mark.parametrize(
+    "message", ["", "garbage", result(pod("train"), "train", job_uid="x"), result(pod("train"), "train", code=203)]
+)
+def test_without_a_verified_record_a_complete_job_is_done_again_once(message: str) -> None:
+    job = make_job(status_in("train"))
+    status = follow(job, child("train", Complete=""), ended(pod("train"), 0, message))
+    assert status.step == step_status("train", 2, jobUid="", unverified=1)
+    assert status.phase == "Queued"
+    again = make_job(status.model_copy(update={"step": step_status("train", 2, unverified=1)}))
+    status = follow(again, child("train", Complete=""), child("train", 2, Complete=""), ended(pod("train", 2), 0))
+    assert (status.phase, reason_of(status)) == ("Failed", "ResultUnreadable")
+
+
+def test_a_record_counts_only_with_exit_code_0() -> None:
+    killed = pod("train")
+    bodies = [
+        ended(killed, 137, result(killed, "train", training_step=10, total_steps=10)),
+        ended(pod("train", number=2), 0),
+    ]
+    status = follow(make_job(status_in("train")), child("train", Complete=""), *bodies)
+    assert status.step is not None
+    assert (status.step.job_name, conditions_of(status)["Trained"]) == (f"{NAME}-train-2", "Unknown")
+
+
+@pytest.mark.parametrize("code", [0, 11])
+def test_the_end_of_a_pod_alone_is_no_news_its_jobs_end_is(code: int) -> None:
+    stored = follow(make_job(status_in("train")), child("train"), running(pod("train")))
+    assert follow(make_job(stored), child("train"), ended(pod("train"), code)) == stored
+
+
+def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> None:
+    body = pod("publish")
+    status = follow(
+        make_job(status_in("publish")),
+        child("publish", Complete=""),
+        ended(body, 0, result(body, "publish")),
+    )
+    assert status.step == step_status("publish", 2, jobUid="", unverified=1)
+
+
+def test_a_merged_model_that_was_asked_for_is_told_and_without_it_there_is_no_success() -> None:
+    body, output = pod("publish"), {"merged": {}}
+
+    def told(**found: Any) -> QLoRAJobStatus:
+        end = ended(body, 0, result(body, "publish", adapter=ADAPTER, **found))
+        return follow(make_job(status_in("publish"), output=output), child("publish", Complete=""), end)
+
+    merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
+    assert (told(merged=merged).phase, told(merged=merged).merged) == ("Succeeded", merged)
+    assert told().step == step_status("publish", 2, jobUid="", unverified=1)
+
+
+def test_a_suspension_is_over_when_no_pod_is_left() -> None:
+    stored = status_in("train", progress={"remaining": "1h12m"})
+    job = make_job(stored, suspend=True)
+    status = follow(job, child("train"), running(pod("train")))
+    assert (status.phase, reason_of(status, "Suspended")) == ("Training", "Suspending")
+    status = follow(make_job(status, suspend=True), deleted(running(pod("train")), -5))
+    assert conditions_of(status)["Suspended"] == "False"
+    status = follow(make_job(status, suspend=True))
+    assert (status.phase, conditions_of(status)["Suspended"]) == ("Suspended", "True")
+    assert status.step is not None
+    assert status.step.attempt == 1
+    assert status.progress is not None
+    assert status.progress.remaining == ""
+    resumed = follow(make_job(status))
+    assert (resumed.phase, resumed.step) == ("Queued", step_status("train", 2, jobUid=""))
+
+
+def test_a_suspension_that_a_lost_node_holds_up_says_so() -> None:
+    status = follow(make_job(status_in("train"), suspend=True), deleted(running(pod("train")), -180))
+    assert reason_of(status, "Suspended") == reason_of(status) == "PodStuckTerminating"
+    assert "node may be lost" in message_of(status)
+
+
+def test_a_job_that_is_created_suspended_is_current_and_nothing_is_fixed_yet() -> None:
+    status = follow(make_job(suspend=True))
+    assert (status.phase, status.resolved, status.step) == ("Suspended", None, None)
+    assert {"Suspended": "True", "Reconciling": "False", "Ready": "True"}.items() <= conditions_of(status).items()
+
+
+@pytest.mark.parametrize(
+    ("limit", "earlier", "bodies", "exceeded"),
+    [
+        (100, 0, [child("train"), running(pod("train"), since=-99)], False),
+        (100, 0, [child("train"), running(pod("train"), since=-100)], True),
+        (100, 60, [child("train"), running(pod("train"), since=-40)], True),
+        (100, 60, [child("train"), pod("train")], False),
+        (100, 100, [child("train"), pod("train")], True),
+        (100, 0, [child("train", Complete=""), succeeded("train")], False),
+    ],
+)
+def test_the_deadline_counts_running_time_over_all_steps(limit: int, earlier: int, bodies: Any, exceeded: bool) -> None:
+    job = make_job(status_in("train", activeSeconds=earlier), activeDeadlineSeconds=limit)
+    status = follow(job, *bodies)
+    assert (reason_of(status) == "DeadlineExceeded") == exceeded
+    assert (status.phase == "Failed") == exceeded
+
+
+def test_a_step_that_has_ended_well_counts_although_the_deadline_has_passed() -> None:
+    job = make_job(status_in("publish", activeSeconds=500), activeDeadlineSeconds=100)
+    assert follow(job, child("publish", Complete=""), succeeded("publish")).phase == "Succeeded"
+
+
+def test_the_transition_time_moves_only_when_the_status_flips() -> None:
+    job = make_job(follow(make_job()))
+    status = follow(make_job(job.status, generation=2, suspend=True), now=after(60))
+    found = {entry.type: entry for entry in status.conditions}
+    assert found["Suspended"].last_transition_time == time(60)
+    assert found["Failed"].last_transition_time == time(0)
+    assert found["Failed"].observed_generation == 2
+    assert status.observed_generation == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "bodies"),
+    [
+        ("prepare", [child("prepare")]),
+        ("train", [child("train"), running(pod("train"))]),
+        ("train", [child("train"), ended(pod("train"), 200)]),
+        ("train", [child("train"), waiting(pod("train"), "ImagePullBackOff")]),
+        ("publish", [child("publish", Failed="PodFailurePolicy"), failed("publish", 16, "StorageFull", "full")]),
+        ("publish", [child("publish", Complete=""), succeeded("publish")]),
+    ],
+)
+def test_looking_again_later_changes_nothing(step: Any, bodies: Any) -> None:
+    once = follow(make_job(status_in(step)), *bodies)
+    stored = QLoRAJobStatus.model_validate(once.dump())
+    assert follow(make_job(stored), *bodies, now=after(30)).dump() == once.dump()
+
+
+def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
+    record = progress(
+        training_step=420,
+        total_steps=1000,
+        epoch=1.5,
+        loss=1.23456789,
+        remaining_seconds=4320.0,
+        micro_batch_size=2,
+        checkpoint_step=400,
+        checkpoint_time=time(-30),
+    )
+    bodies = [child("train"), running(pod("train"))]
+    status = follow(make_job(status_in("train")), *bodies, progress=record)
+    assert status.progress is not None
+    shown = status.progress
+    assert (shown.summary, shown.remaining, shown.loss, shown.updated_at) == (
+        "42% 420/1000",
+        "1h12m",
+        1.2346,
+        time(),
+    )
+    assert status.checkpoint is not None
+    assert (status.checkpoint.step, status.checkpoint.saved_at) == (400, time(-30))
+    assert follow(make_job(status), *bodies).progress == shown
+    newer = follow(make_job(status), *bodies, progress=progress(training_step=421, total_steps=1000))
+    assert newer.progress is not None
+    assert (newer.progress.step, newer.progress.loss, newer.progress.micro_batch_size) == (421, 1.2346, 2)
+    assert newer.checkpoint == status.checkpoint
+
+
+def test_what_prepare_does_is_shown_until_training_has_its_own_figures() -> None:
+    record = progress(step="prepare", activity="downloading 40%")
+    status = follow(make_job(status_in("prepare")), child("prepare"), running(pod("prepare")), progress=record)
+    assert status.progress is not None
+    assert status.progress.summary == "downloading 40%"
+    status = follow(make_job(status), child("prepare", Complete=""), succeeded("prepare"))
+    assert status.progress is None
+
+
+FINISHED = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
+
+
+def test_a_finished_job_stays_finished_whatever_is_deleted_or_changed() -> None:
+    status = follow(make_job(FINISHED, generation=2, suspend=True), now=after(1000))
+    assert status == FINISHED.model_copy(update={"observed_generation": 2})
+
+
+def test_clean_up_is_announced_done_and_recorded() -> None:
+    def look(status: QLoRAJobStatus, *bodies: dict[str, Any], at: float) -> QLoRAJobStatus:
+        return follow(make_job(status, cleanupAfterSeconds=100), *bodies, now=after(at))
+
+    rest = [child("publish", Complete="")]
+    status = look(FINISHED, *rest, at=1)
+    assert (reason_of(status, "CleanedUp"), time(100) in message_of(status, "CleanedUp")) == ("Scheduled", True)
+    assert cleanup_at(make_job(status, cleanupAfterSeconds=100), status) == after(100)
+    assert look(status, *rest, child("clean", Complete=""), at=101) == status
+    done = look(status, child("clean", Complete=""), at=102)
+    assert conditions_of(done)["CleanedUp"] == "True"
+    assert (done.phase, done.adapter) == ("Succeeded", ADAPTER)
+    assert look(done, at=103) == done
+
+
+def test_a_clean_up_that_fails_says_so_and_the_job_stays_what_it_was() -> None:
+    status = follow(
+        make_job(FINISHED, cleanupAfterSeconds=0), child("publish", Complete=""), child("clean", Failed="Backoff")
+    )
+    assert (status.phase, reason_of(status, "CleanedUp")) == ("Succeeded", "CleanupFailed")
+
+
+def test_a_refusal_of_the_api_server_is_shown_and_the_phase_stays() -> None:
+    found = facts(make_job(follow(make_job())))
+    status = with_refusal(next_status(found), found, Reason("JobRefused", "exceeded quota"))
+    assert (status.phase, reason_of(status), message_of(status)) == ("Pending", "JobRefused", "exceeded quota")
+    again = facts(make_job(status), now=after(30))
+    assert with_refusal(next_status(again), again, Reason("JobRefused", "exceeded quota")).dump() == status.dump()
+
+
+def test_a_message_of_any_length_fits_the_schema() -> None:
+    found = facts(make_job(follow(make_job())))
+    status = with_refusal(next_status(found), found, Reason("JobRefused", "x" * 5000))
+    assert len(message_of(status)) == 1024
+    assert QLoRAJobStatus.model_validate(status.dump()) == status

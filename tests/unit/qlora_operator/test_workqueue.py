@@ -1,0 +1,196 @@
+"""The queue: one worker a key, many wishes one reconcile, a growing pause after trouble. Time is virtual."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from qlora_operator.workqueue import Key, RetryError, Schedule, WorkQueue
+from tests.support.builders import VirtualLoop
+
+A: Key = ("team", "a")
+B: Key = ("team", "b")
+
+
+def test_keys_come_in_the_order_in_which_they_are_due() -> None:
+    schedule = Schedule()
+    schedule.add(B, 2)
+    schedule.add(A, 1)
+    assert schedule.next_due() == 1
+    assert [schedule.take(0.5), schedule.take(5), schedule.take(5), schedule.take(5)] == [None, A, B, None]
+
+
+def test_many_wishes_for_a_key_are_one_and_the_earliest_counts() -> None:
+    schedule = Schedule()
+    for due in (5, 3, 9):
+        schedule.add(A, due)
+    assert (schedule.take(2), schedule.take(3), schedule.take(100)) == (None, A, None)
+
+
+def test_a_key_that_is_worked_on_is_not_given_to_another_worker() -> None:
+    schedule = Schedule()
+    schedule.add(A, 0)
+    assert schedule.take(0) == A
+    schedule.add(A, 0)
+    assert schedule.take(10) is None
+    schedule.done(A, None)
+    assert schedule.take(10) == A
+
+
+def test_after_the_work_the_earlier_of_wish_and_plan_counts() -> None:
+    schedule = Schedule()
+    schedule.add(A, 0)
+    assert schedule.take(0) == A
+    schedule.add(A, 7)
+    schedule.done(A, 4)
+    assert schedule.next_due() == 4
+    assert schedule.take(4) == A
+    schedule.done(A, None)
+    assert schedule.next_due() is None
+
+
+def test_the_pause_doubles_up_to_a_bound_and_success_forgets_it() -> None:
+    schedule = Schedule()
+    pauses = []
+    now = 0.0
+    for _ in range(11):
+        schedule.add(A, now)
+        assert schedule.take(now) == A
+        pauses.append(schedule.failed(A, now))
+        now += pauses[-1]
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+    assert schedule.take(now) == A
+    schedule.done(A, now)
+    assert schedule.take(now) == A
+    assert schedule.failed(A, now) == 1
+
+
+def test_an_event_ends_the_pause_after_a_failure() -> None:
+    schedule = Schedule()
+    schedule.add(A, 0)
+    schedule.take(0)
+    schedule.failed(A, 0)
+    schedule.add(A, 0.5)
+    assert schedule.take(0.5) == A
+
+
+def test_depth_counts_what_is_due_and_waits() -> None:
+    schedule = Schedule()
+    schedule.add(A, 0)
+    schedule.add(B, 10)
+    assert (schedule.depth(0), schedule.depth(10)) == (1, 2)
+
+
+def drive(
+    work: Callable[[Key], Awaitable[float | None]],
+    during: Callable[[WorkQueue], Awaitable[None]],
+    *,
+    on_error: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a queue with two workers on virtual time while `during` runs."""
+    loop = VirtualLoop()
+
+    async def scenario() -> None:
+        queue = WorkQueue(work, monotonic=loop.time, workers=2, on_error=on_error)
+        task = asyncio.create_task(queue.run())
+        await during(queue)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    try:
+        loop.run_until_complete(scenario())
+    finally:
+        loop.close()
+
+
+def test_a_key_runs_alone_while_another_runs_beside_it() -> None:
+    now: set[Key] = set()
+    together: list[frozenset[Key]] = []
+
+    async def work(key: Key) -> None:
+        assert key not in now
+        now.add(key)
+        together.append(frozenset(now))
+        await asyncio.sleep(1)
+        now.discard(key)
+
+    async def during(queue: WorkQueue) -> None:
+        for key in (A, B, A, B, A):
+            queue.add(key)
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(10)
+
+    drive(work, during)
+    assert frozenset({A, B}) in together
+    assert len(together) == 4
+
+
+def test_the_work_decides_when_it_wants_the_key_again() -> None:
+    seen: list[float] = []
+
+    async def work(key: Key) -> float | None:
+        seen.append(asyncio.get_running_loop().time())
+        return 3600.0 if len(seen) < 4 else None
+
+    async def during(queue: WorkQueue) -> None:
+        queue.add(A)
+        await asyncio.sleep(100_000)
+
+    drive(work, during)
+    assert seen == pytest.approx([0, 3600, 7200, 10_800])
+
+
+def test_trouble_with_one_key_does_not_hold_up_another() -> None:
+    seen: list[tuple[Key, float]] = []
+    errors: list[None] = []
+
+    async def work(key: Key) -> None:
+        seen.append((key, asyncio.get_running_loop().time()))
+        if key == A:
+            raise ValueError("broken")
+
+    async def during(queue: WorkQueue) -> None:
+        queue.add(A)
+        queue.add(B)
+        await asyncio.sleep(8)
+        queue.add(B)
+        await asyncio.sleep(1)
+
+    drive(work, during, on_error=lambda: errors.append(None))
+    assert [moment for key, moment in seen if key == A] == pytest.approx([0, 1, 3, 7])
+    assert [moment for key, moment in seen if key == B] == pytest.approx([0, 8])
+    assert len(errors) == 4
+
+
+def test_expected_trouble_is_tried_again_without_an_error() -> None:
+    seen: list[float] = []
+    errors: list[None] = []
+
+    async def work(key: Key) -> None:
+        seen.append(asyncio.get_running_loop().time())
+        if len(seen) < 3:
+            raise RetryError("changed meanwhile")
+
+    async def during(queue: WorkQueue) -> None:
+        queue.add(A)
+        await asyncio.sleep(1000)
+
+    drive(work, during, on_error=lambda: errors.append(None))
+    assert seen == pytest.approx([0, 1, 3])
+    assert errors == []
+
+
+def test_a_delayed_wish_waits_its_time() -> None:
+    seen: list[float] = []
+
+    async def work(key: Key) -> None:
+        seen.append(asyncio.get_running_loop().time())
+
+    async def during(queue: WorkQueue) -> None:
+        queue.add(A, after=50)
+        await asyncio.sleep(10)
+        queue.add(B, after=5)
+        await asyncio.sleep(1000)
+
+    drive(work, during)
+    assert seen == pytest.approx([15, 50])
