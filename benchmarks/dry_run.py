@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
-from qlora_trainer.model.attention import Rows, rows_attention
+from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import batch_loss
@@ -191,7 +191,7 @@ def _states(layer: _Linear4bitWithoutData) -> list[QuantState]:
 
 def _batch(tokens: int) -> Batch:
     ids, positions = torch.empty(1, tokens, dtype=torch.int64), torch.empty(1, tokens, dtype=torch.int64)
-    rows = Rows((tokens,), torch.empty(2, dtype=torch.int32))
+    rows = RowBoundaries((tokens,), torch.empty(2, dtype=torch.int32))
     return Batch(
         ids,
         positions,
@@ -268,7 +268,7 @@ def _kernel_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    rows: Rows,
+    rows: RowBoundaries,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention that runs on a GPU: torch's kernel for rows, where there is one."""

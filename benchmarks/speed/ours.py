@@ -40,16 +40,16 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
 def _useful(context: StepContext) -> tuple[list[int], list[int]]:
     from qlora_trainer.core.completion import PrepareRecord, read_completion
     from qlora_trainer.data.prepared import PreparedDataset
-    from qlora_trainer.training.schedule import Plan
+    from qlora_trainer.training.schedule import Schedule
 
     prepared = read_completion(context.workspace.completion("prepare"), PrepareRecord)
     if prepared is None:
         raise AssertionError("prepare leaves its record")
     data = PreparedDataset.open(context.workspace.root / prepared.data_path, "train")
-    plan = Plan.of(len(data), context.spec.training)
+    plan = Schedule.of(len(data), context.spec.training)
     tokens, rows = [], []
     for step in range(plan.total_steps):
         sequences = [data[index] for indices in plan.micro_batches(step) for index in indices]
         tokens.append(sum(len(sequence.input_ids) for sequence in sequences))
-        rows.append(sum(len(sequence.segment_lengths) for sequence in sequences))
+        rows.append(sum(len(sequence.row_lengths) for sequence in sequences))
     return tokens, rows

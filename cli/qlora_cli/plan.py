@@ -27,7 +27,7 @@ _MEANING = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """What decides the memory of a job, and the card that it shall run on (GiB; None if nobody has said)."""
 
     title: str
@@ -43,9 +43,9 @@ class Plan:
         return ExitCode.DOES_NOT_FIT
 
 
-def make_plan(name: str, spec: QLoRAJobSpec, config: Path, card_gib: int | None) -> Plan:
+def make_plan(name: str, spec: QLoRAJobSpec, config: Path, card_gib: int | None) -> MemoryPlan:
     """The plan of a job whose model has this config.json. Raises StepFailure for a model that is not supported."""
-    return Plan(
+    return MemoryPlan(
         title=f"{name}: {spec.model.source}, rank {spec.lora.rank}, "
         f"{spec.training.micro_batch_size} × {spec.training.max_sequence_length} tokens",
         model=read_shape(config),
@@ -97,7 +97,7 @@ def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
         raise unreachable(f"the hub cannot be reached for {model.source}: try again, {offline}") from error
 
 
-def show_plan(plan: Plan, console: Console) -> None:
+def show_plan(plan: MemoryPlan, console: Console) -> None:
     """Print the estimate by component, its range, and the verdict with the settings to change."""
     memory = estimate(plan.model, plan.training)
     table = Table(title=plan.title, title_justify="left", title_style="bold", show_footer=True)
@@ -123,7 +123,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         _show_verdict(plan, plan.card_gib, console)
 
 
-def _show_cards(plan: Plan, console: Console) -> None:
+def _show_cards(plan: MemoryPlan, console: Console) -> None:
     memory = estimate(plan.model, plan.training)
     console.print("\nOn a card of so many GiB (set spec.resources.gpuMemory, or give --gpu-memory):")
     for card in _CARDS:
@@ -131,7 +131,7 @@ def _show_cards(plan: Plan, console: Console) -> None:
         console.print(f"  {card:>4}  [{_COLOURS[judged]}]{judged}[/]")
 
 
-def _show_verdict(plan: Plan, card: int, console: Console) -> None:
+def _show_verdict(plan: MemoryPlan, card: int, console: Console) -> None:
     memory = estimate(plan.model, plan.training)
     judged = verdict(memory, card)
     spare = room(memory, card)
@@ -151,7 +151,7 @@ def _show_verdict(plan: Plan, card: int, console: Console) -> None:
         console.print("Even with all of this a larger card is needed to be sure, or a smaller model.")
 
 
-def _show_first_change(plan: Plan, card: int, expected: int, console: Console) -> None:
+def _show_first_change(plan: MemoryPlan, card: int, expected: int, console: Console) -> None:
     """What to change if the room that is left should turn out too small."""
     step = first_change(plan.model, plan.training, card)
     if step is None:

@@ -48,7 +48,7 @@ class BaseModelSpec(ApiModel):
 
     source: ModelAddress = Field(
         description="Where the base model lies, a folder with config.json, tokenizer and *.safetensors: hf://ORG/NAME "
-        "(Hugging Face Hub), s3://BUCKET/PATH, oci://REGISTRY/REPOSITORY:TAG or @sha256:DIGEST (a ModelPack artefact "
+        "(Hugging Face Hub), s3://BUCKET/PATH, oci://REGISTRY/REPOSITORY:TAG or @sha256:DIGEST (a ModelPack artifact "
         "with one layer a file), or pvc://CLAIM/PATH (a volume of this namespace, mounted read-only and not copied)."
     )
     revision: Revision | None = Field(

@@ -20,11 +20,11 @@ _CONFIG_MAP = rf"configMap://{_CLAIM}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
 _OBJECTS = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_PATH}/?"
 # A registry's name has a dot or a port, which tells it from the first part of a repository's (distribution/reference).
 REGISTRY = r"([a-z0-9-]+([.][a-z0-9-]+)+(:[0-9]{1,5})?|[a-z0-9-]+:[0-9]{1,5})"
-_ARTEFACT_NAME = r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*"
-_ARTEFACT = rf"oci://{REGISTRY}/{_ARTEFACT_NAME}(/{_ARTEFACT_NAME})*"
+_ARTIFACT_NAME = r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*"
+_ARTIFACT = rf"oci://{REGISTRY}/{_ARTIFACT_NAME}(/{_ARTIFACT_NAME})*"
 _TAG = r":[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 _DIGEST = r"@sha256:[0-9a-f]{64}"
-_TAGGED_OR_PINNED = rf"{_ARTEFACT}({_TAG}|({_TAG})?{_DIGEST})"
+_TAGGED_OR_PINNED = rf"{_ARTIFACT}({_TAG}|({_TAG})?{_DIGEST})"
 
 MAX_SOURCE_LENGTH = 512
 
@@ -69,7 +69,7 @@ class ObjectStoreSource:
 
 @dataclass(frozen=True)
 class RegistrySource:
-    """An artefact of an OCI registry, by tag, digest or both."""
+    """An artifact of an OCI registry, by tag, digest or both."""
 
     registry: str
     """Host, with the port if it is not the usual one."""
@@ -134,7 +134,7 @@ _dataset, _dataset_rules = _address(
 )
 # The root of a claim is nobody's own, so that a destination needs a folder; a digest is not known before the upload.
 _folder, _folder_rules = _address(
-    rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTEFACT}{_TAG}",
+    rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTIFACT}{_TAG}",
     "pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",
 )
 

@@ -55,7 +55,7 @@ class Resolved(ObservedModel):
     claim_created: bool = Field(description="Whether the operator makes that claim.")
     workspace_path: str = Field(max_length=256, description="The job's own folder on the claim.")
     model_revision: ShortText | None = Field(
-        None, description="Commit (hf://), or digest of the artefact (oci://) or the content, of the base model."
+        None, description="Commit (hf://), or digest of the artifact (oci://) or the content, of the base model."
     )
 
 

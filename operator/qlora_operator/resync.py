@@ -88,7 +88,7 @@ class Resync:
         self._refused_beats = 0
 
     async def run(self) -> None:
-        """Resync until cancelled, first after one interval. In between a small request shows that all is well."""
+        """Resync until canceled, first after one interval. In between a small request shows that all is well."""
         due = self._next()
         while True:
             await asyncio.sleep(min(_BEAT_SECONDS, max(0.0, due - self._monotonic())))

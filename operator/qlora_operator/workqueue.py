@@ -110,7 +110,7 @@ class WorkQueue:
         return self._schedule.depth(self._now())
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until canceled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(self._workers):
                 group.create_task(self._run_worker())

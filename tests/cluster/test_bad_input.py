@@ -66,7 +66,7 @@ def data(file: str) -> dict[str, object]:
 
 CASES = {
     "no-model": ({"model": {"source": f"pvc://{INPUTS}/nothing"}}, "ModelUnavailable", "nothing"),
-    "pickled": ({"model": {"source": f"pvc://{INPUTS}/pickled"}}, "UnsafeArtefact", "safetensors"),
+    "pickled": ({"model": {"source": f"pvc://{INPUTS}/pickled"}}, "UnsafeArtifact", "safetensors"),
     "too-large": (
         {"model": {"source": f"pvc://{INPUTS}/big"}, "resources": {"cpu": "500m", "gpuMemory": 24}},
         "DoesNotFit",

@@ -188,7 +188,7 @@ def _published(content: bytes, _folder: Path) -> None:
     assert manifest is None or parse_manifest(manifest.text()) == manifest
 
 
-def _artefact(content: bytes, _folder: Path) -> None:
+def _artifact(content: bytes, _folder: Path) -> None:
     manifest = parse_layers(content)
     for blob in unpack(manifest).values() if manifest is not None else ():
         assert blob.size >= 0
@@ -250,16 +250,16 @@ DOCUMENTS: dict[str, Target] = {
         _shape, (_json(_CONFIG), _json({"text_config": _CONFIG})), exit_codes=(ExitCode.BAD_CONFIGURATION,)
     ),
     "published": Target(_published, (_json(_PUBLISHED),)),
-    "artefact": Target(_artefact, (_packed(),), (ValueError,)),
+    "artifact": Target(_artifact, (_packed(),), (ValueError,)),
     "card": Target(_card, (_CARD,), exit_codes=(ExitCode.BAD_DATASET,)),
     "index": Target(
         _index,
         (_json({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}),),
-        exit_codes=(ExitCode.UNSAFE_ARTEFACT, ExitCode.MODEL_UNAVAILABLE),
+        exit_codes=(ExitCode.UNSAFE_ARTIFACT, ExitCode.MODEL_UNAVAILABLE),
     ),
     "tokenizer": Target(
         _tokenizer,
         (_json({"tokenizer_class": "LlamaTokenizer", "auto_map": None}),),
-        exit_codes=(ExitCode.UNSAFE_ARTEFACT, ExitCode.MODEL_UNAVAILABLE),
+        exit_codes=(ExitCode.UNSAFE_ARTIFACT, ExitCode.MODEL_UNAVAILABLE),
     ),
 }

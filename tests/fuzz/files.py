@@ -33,7 +33,7 @@ from qlora_trainer.data.statistics import STATISTICS, DataStatistics
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.source import require_whole
 from qlora_trainer.model.support import inspect_family
-from qlora_trainer.report.history import read_history
+from qlora_trainer.report.metrics_log import read_history
 from qlora_trainer.report.samples import read_samples
 from qlora_trainer.training.attempts import ATTEMPTS_FILE, read_attempts, write_attempts
 from qlora_trainer.training.checkpoint import read_checkpoint
@@ -113,7 +113,7 @@ _DATASET, _CONFIGURATION, _UNAVAILABLE, _UNSAFE = (
     ExitCode.BAD_DATASET,
     ExitCode.BAD_CONFIGURATION,
     ExitCode.MODEL_UNAVAILABLE,
-    ExitCode.UNSAFE_ARTEFACT,
+    ExitCode.UNSAFE_ARTIFACT,
 )
 
 Result = TypeVar("Result")
@@ -258,7 +258,7 @@ def _seed_chunk() -> bytes:
     values = numpy.array([1, 2], numpy.int32)
     names = ("input_ids", "lengths", "target_counts", "too_long")
     tensors = {**dict.fromkeys(names, values), "is_target": numpy.array([0, 1], numpy.uint8)}
-    return save(tensors, metadata={"facts": json.dumps({"unlabelled": 0})})
+    return save(tensors, metadata={"facts": json.dumps({"unlabeled": 0})})
 
 
 def _seed_split() -> bytes:

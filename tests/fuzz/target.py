@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_api.contract import ExitCode, ResultRecord
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
-from qlora_trainer.core.records import Facts
+from qlora_trainer.core.records import Findings
 
 LONGEST_MESSAGE = 20_000
 
@@ -45,5 +45,5 @@ def _record(failure: StepFailure) -> ResultRecord:
     """What people get to see of the failure."""
     time = "2026-01-02T12:00:00Z"
     return result_record(
-        classify(failure), None, Facts(), step="prepare", job_uid="job", pod_uid="pod", attempt=1, time=time
+        classify(failure), None, Findings(), step="prepare", job_uid="job", pod_uid="pod", attempt=1, time=time
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.model.attention import Rows, rows_attention
+from qlora_trainer.model.attention import RowBoundaries, rows_attention
 
 LENGTHS = (7, 130, 1, 64, 300)
 SHAPES = [(4, 4, 64), (8, 2, 64), (8, 1, 128), (4, 2, 256), (2, 2, 96)]
@@ -19,7 +19,7 @@ def inputs(heads: int, key_heads: int, size: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def attend(tensors: tuple[Tensor, Tensor, Tensor], window: int | None, softcap: float | None = None) -> Tensor:
-    rows = Rows.of(LENGTHS, tensors[0].device)
+    rows = RowBoundaries.of(LENGTHS, tensors[0].device)
     output, _ = rows_attention(torch.nn.Module(), *tensors, None, rows=rows, sliding_window=window, softcap=softcap)
     return output
 

@@ -12,7 +12,7 @@ from qlora_api.memory.advice import budget
 from qlora_api.memory.estimate import TrainingShape, estimate
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.data.prepared import Sequence
+from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base import COMPUTE_DTYPE, check_quantization
@@ -92,7 +92,7 @@ def two_steps(config: LlamaConfig, device: str) -> int:
     tokens = torch.randint(config.vocab_size, (512,))
     labels = tokens.clone()
     labels[0] = -100
-    batch = Batch.of([Sequence(tokens, labels, (512,))], torch.device(device))
+    batch = Batch.of([PackedSequence(tokens, labels, (512,))], torch.device(device))
     for _ in range(2):
         for _ in range(MICRO_BATCHES):
             with torch.autocast(device, dtype=COMPUTE_DTYPE, cache_enabled=False):

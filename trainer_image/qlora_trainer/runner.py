@@ -21,7 +21,7 @@ from qlora_trainer.core import process
 from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.outcome import (
-    Completion,
+    CompletionRecord,
     Ending,
     Terminated,
     classify,
@@ -67,7 +67,7 @@ def run(invocation: Invocation) -> NoReturn:
         streams = replace(streams, records=os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         invocation = replace(invocation, rank=rank, termination_log=None)
     records = RecordWriter(streams.records, time.monotonic)
-    completion: Completion | None = None
+    completion: CompletionRecord | None = None
     try:
         completion = _perform(invocation, records, stop)
         ending = Ending(ExitCode.DONE, summary(completion, invocation.step))
@@ -84,7 +84,7 @@ def _terminate() -> NoReturn:
     raise Terminated
 
 
-def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -> Completion | None:
+def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -> CompletionRecord | None:
     layout = WorkspaceLayout(invocation.workspace.absolute())
     # Cleaning must work on a full volume, and loads no library that prints.
     if invocation.step != "clean":
@@ -117,7 +117,7 @@ def _publishes_to_hub(spec: QLoRAJobSpec) -> bool:
 def _conclude(
     invocation: Invocation,
     ending: Ending,
-    completion: Completion | None,
+    completion: CompletionRecord | None,
     records: RecordWriter,
     streams: Streams,
 ) -> NoReturn:
@@ -158,18 +158,18 @@ def _workspace_uri(invocation: Invocation, document: QLoRAJobDocument) -> str:
     return f"pvc://{invocation.claim}/{workspace_folder(document.metadata.name, document.metadata.uid)}"
 
 
-Step = Callable[[StepContext, RecordWriter, StopRequest], Completion | None]
+Step = Callable[[StepContext, RecordWriter, StopRequest], CompletionRecord | None]
 
 
 def _steps() -> dict[StepName, Step]:
     """The steps. Each imports what it needs when it runs: a signal must find its handler before torch is loaded."""
 
-    def prepare(context: StepContext, records: RecordWriter, _stop: StopRequest) -> Completion:
+    def prepare(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:
         from qlora_trainer.steps.prepare import prepare
 
         return prepare(context, records)
 
-    def train(context: StepContext, records: RecordWriter, stop: StopRequest) -> Completion:
+    def train(context: StepContext, records: RecordWriter, stop: StopRequest) -> CompletionRecord:
         from qlora_trainer.steps.train import train
 
         return train(
@@ -181,7 +181,7 @@ def _steps() -> dict[StepName, Step]:
             command=[sys.executable, *sys.orig_argv[1:]],
         )
 
-    def publish(context: StepContext, records: RecordWriter, _stop: StopRequest) -> Completion:
+    def publish(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:
         from qlora_trainer.steps.publish import publish
 
         return publish(context, records, now=_now)

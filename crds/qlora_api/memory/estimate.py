@@ -224,7 +224,7 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
     x and y are the family's bytes per token (model_families), plus 12 per rank, 14 with dropout. Without accumulation
     gradients appear as checkpoints are freed; the last layer's work begins after the loss.
     Source: arXiv 2305.14314, section 3, for base weights; live bytes of the real layers for x and y (see
-    benchmarks.dry_run, which confirms the sum without `context`). tests/unit/qlora_api/test_memory_points.py compares it
+    benchmarks.dry_run, which confirms the sum without `context`). test_memory_points.py compares it
     with published GPU peaks. Allocator fragmentation is not in: `verdict` adds a margin.
     """
     adapter, whole, pageable = _trained_parameters(model, training)

@@ -1,4 +1,4 @@
-"""Compressed files that are cut off, damaged, mislabelled or made to fill a disk."""
+"""Compressed files that are cut off, damaged, mislabeled or made to fill a disk."""
 
 import bz2
 import gzip

@@ -13,8 +13,8 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.core.paths import confined, require_regular
-from qlora_trainer.core.records import Facts
-from qlora_trainer.report.history import read_history
+from qlora_trainer.core.records import Findings
+from qlora_trainer.report.metrics_log import read_history
 from qlora_trainer.training.attempts import ATTEMPTS_FILE, read_attempts
 from qlora_trainer.training.checkpoint import read_checkpoint
 from tests.fuzz.answers import ANSWERS
@@ -91,7 +91,7 @@ def test_a_link_that_leads_to_itself_is_refused_wherever_it_is_followed(endless:
     ):
         with pytest.raises(StepFailure, match="is a link that leads to itself") as failure:
             follow()
-        assert failure.value.exit_code is ExitCode.UNSAFE_ARTEFACT
+        assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
 
 
 def test_what_is_shown_of_a_failure_cannot_steer_a_terminal() -> None:
@@ -99,7 +99,7 @@ def test_what_is_shown_of_a_failure_cannot_steer_a_terminal() -> None:
     record = result_record(
         classify(failure),
         None,
-        Facts(),
+        Findings(),
         step="prepare",
         job_uid="job",
         pod_uid="pod",

@@ -31,7 +31,7 @@ def test_a_link_out_of_the_volume_is_refused(make_context: MakeContext, records:
     (tmp_path / "data" / "train.jsonl").symlink_to("../secret")
     with pytest.raises(StepFailure, match="is a link that leads out of its folder") as failure:
         prepare(make_context(), records)
-    assert failure.value.exit_code is ExitCode.UNSAFE_ARTEFACT
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from qlora_trainer.model.attention import Rows, rows_attention
+from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from tests.support.attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 
@@ -18,7 +18,7 @@ def test_capped_attention_and_its_gradients_are_those_of_transformers(window: in
     mask = torch.zeros(1, 1, sum(LENGTHS), sum(LENGTHS)).masked_fill(~visible(window), float("-inf"))
     inputs = tensors()
     expected, _ = eager_attention_forward(MODULE, *inputs, mask, **settings)
-    rows = Rows.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
     output, _ = rows_attention(MODULE, *inputs, None, sliding_window=window, rows=rows, **settings)
 
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
@@ -31,7 +31,7 @@ def test_capped_attention_and_its_gradients_are_those_of_transformers(window: in
 
 def test_dropout_of_capped_weights_is_the_same_when_they_are_computed_again() -> None:
     inputs = tensors()
-    rows = Rows.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
     torch.manual_seed(2)
     output, _ = rows_attention(MODULE, *inputs, None, dropout=0.5, softcap=1.5, rows=rows)
     (gradient,) = torch.autograd.grad(output.sum(), inputs[2])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.model.attention import Rows, rows_attention
+from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from tests.support.attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 
@@ -24,7 +24,7 @@ def test_attention_and_its_gradients_are_those_of_explicit_scores(
     exact = [tensor.detach().to(dtype).double().requires_grad_() for tensor in tensors()]
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
     expected = explicit(exact[0], exact[1], exact[2], 0.7, window)
-    rows = Rows.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
     output, _ = rows_attention(MODULE, *inputs, None, scaling=0.7, sliding_window=window, rows=rows)
 
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -38,7 +38,7 @@ def test_attention_and_its_gradients_are_those_of_explicit_scores(
 
 def test_other_types_are_computed_in_that_of_autocast() -> None:
     query, key, value = tensors()
-    rows = Rows.of(LENGTHS, torch.device("cpu"))
+    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed, _ = rows_attention(MODULE, query, key, value.bfloat16(), None, rows=rows)
     narrow, _ = rows_attention(MODULE, *(tensor.bfloat16() for tensor in (query, key, value)), None, rows=rows)
@@ -48,4 +48,4 @@ def test_other_types_are_computed_in_that_of_autocast() -> None:
 
 def test_rows_that_are_not_all_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="rows of 300 tokens, but 1005 tokens"):
-        rows_attention(MODULE, *tensors(), None, rows=Rows.of((300,), torch.device("cpu")))
+        rows_attention(MODULE, *tensors(), None, rows=RowBoundaries.of((300,), torch.device("cpu")))

@@ -18,7 +18,7 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset, Sequence
+from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
@@ -110,7 +110,7 @@ def test_another_row_in_the_sequence_changes_not_a_bit_of_a_rows_loss_and_gradie
     def of_the_second(first: Tensor) -> tuple[Tensor, ...]:
         second = torch.arange(100, 114)
         labels = torch.cat([torch.full_like(first, IGNORED_LABEL), second])
-        batch = Batch.of([Sequence(torch.cat([first, second]), labels, (len(first), len(second)))], CPU)
+        batch = Batch.of([PackedSequence(torch.cat([first, second]), labels, (len(first), len(second)))], CPU)
         torch.manual_seed(0)  # some families have dropout of their own
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = batch_loss(model.get_base_model(), batch)

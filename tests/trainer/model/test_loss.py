@@ -124,7 +124,7 @@ def test_what_fills_a_long_batch_up_on_a_cpu_changes_no_loss_and_counts_nowhere(
 def test_a_token_predicts_the_next_of_its_own_row_only() -> None:
     labels = torch.tensor([IGNORED_LABEL, 11, 12, 20, 21, IGNORED_LABEL])
 
-    # 20 is labelled although it begins a row: no token of that row stands before it.
+    # 20 is labeled although it begins a row: no token of that row stands before it.
     assert next_token_targets(labels, (3, 2, 1)).tolist() == [11, 12, IGNORED_LABEL, 21, IGNORED_LABEL, IGNORED_LABEL]
 
 

@@ -191,7 +191,7 @@ def test_other_weights_than_those_of_the_training_are_not_merged(
     with pytest.raises(StepFailure, match="the adapter was trained on") as caught:
         published(trained)
 
-    assert caught.value.exit_code is ExitCode.UNSAFE_ARTEFACT
+    assert caught.value.exit_code is ExitCode.UNSAFE_ARTIFACT
     assert not trained.workspace.merged.exists()
     assert (trained.workspace.adapter / "adapter_model.safetensors").is_file()
 

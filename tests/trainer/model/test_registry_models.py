@@ -151,12 +151,12 @@ def test_a_layer_that_arrives_changed_is_loaded_again(
         (Fault(403), ExitCode.MODEL_UNAVAILABLE, "may not be read with the credentials of spec.model.secretRef"),
         (Fault(404), ExitCode.MODEL_UNAVAILABLE, "does not exist: check repository and tag"),
         (Fault(503), ExitCode.UNREACHABLE, "answered HTTP 503"),
-        (Fault(200, body=b"busy"), ExitCode.MODEL_UNAVAILABLE, "is no artefact with layers"),
-        (Fault(200, body=b'{"layers": [1]}'), ExitCode.MODEL_UNAVAILABLE, "is no artefact with layers"),
+        (Fault(200, body=b"busy"), ExitCode.MODEL_UNAVAILABLE, "is no artifact with layers"),
+        (Fault(200, body=b'{"layers": [1]}'), ExitCode.MODEL_UNAVAILABLE, "is no artifact with layers"),
         (Fault(200, body=b'{"layers": []}'), ExitCode.MODEL_UNAVAILABLE, "has neither model.safetensors nor"),
     ],
 )
-def test_an_artefact_that_is_no_model_is_refused(
+def test_an_artifact_that_is_no_model_is_refused(
     make_context: MakeContext,
     records: Recorded,
     proxy: FaultProxy,
@@ -215,7 +215,7 @@ def test_a_manifest_of_another_digest_is_refused(
 ) -> None:
     proxy.rule = lambda _request: Fault(200, body=b'{"layers": []}')
     pinned = f"{model.removesuffix(':v1')}@sha256:{'0' * 64}"
-    unusable(with_model(make_context, proxy, pinned), records, ExitCode.UNSAFE_ARTEFACT)
+    unusable(with_model(make_context, proxy, pinned), records, ExitCode.UNSAFE_ARTIFACT)
 
 
 def test_a_registry_that_the_administrator_does_not_allow_is_never_asked(

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.attention import ATTENTION, Rows, register_attention, rows_attention
+from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
 from qlora_trainer.model.loss import LogitTransform
 from qlora_trainer.model.probe import shrunken
 from qlora_trainer.model.support import inspect_family
@@ -110,10 +110,10 @@ def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_refused_by
 @pytest.mark.parametrize(
     ("changes", "code", "found"),
     [
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
-        ({"text_config": {"auto_map": {"AutoConfig": "c.C"}}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
-        ({"_attn_implementation": "somebody/kernel"}, ExitCode.UNSAFE_ARTEFACT, "somebody/kernel"),
-        ({"transformers_weights": "other.safetensors"}, ExitCode.UNSAFE_ARTEFACT, "transformers_weights"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, ExitCode.UNSAFE_ARTIFACT, "auto_map"),
+        ({"text_config": {"auto_map": {"AutoConfig": "c.C"}}}, ExitCode.UNSAFE_ARTIFACT, "auto_map"),
+        ({"_attn_implementation": "somebody/kernel"}, ExitCode.UNSAFE_ARTIFACT, "somebody/kernel"),
+        ({"transformers_weights": "other.safetensors"}, ExitCode.UNSAFE_ARTIFACT, "transformers_weights"),
         ({"quantization_config": {"quant_method": "gptq"}}, ExitCode.BAD_CONFIGURATION, "already quantized"),
         ({"model_type": "not-there"}, ExitCode.BAD_CONFIGURATION, "not-there"),
         ({"model_type": None}, ExitCode.BAD_CONFIGURATION, "model_type"),
@@ -259,7 +259,7 @@ def test_rows_beyond_the_length_where_longrope_changes_are_not_put_together(tmp_
     row = torch.arange(20)
 
     def behind(tokens: int) -> torch.Tensor:
-        rows = Rows.of((tokens, len(row)), row.device)
+        rows = RowBoundaries.of((tokens, len(row)), row.device)
         input_ids = torch.cat([torch.full((tokens,), 7), row])[None]
         with torch.no_grad():
             return model(input_ids=input_ids, position_ids=rows.position_ids(), rows=rows).logits[0, tokens:]

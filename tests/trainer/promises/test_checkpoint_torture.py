@@ -220,7 +220,7 @@ def test_a_stop_that_has_saved_stays_one_though_the_volume_cannot_take_how_the_a
 FILL = """
 import os, shutil, sys
 from pathlib import Path
-from tests.support.training.test_checkpoint import newest_step, save
+from tests.support.checkpoints import newest_step, save
 root, kind = Path(sys.argv[1]), sys.argv[2]
 failed = 0
 for left in range(100):

@@ -200,10 +200,10 @@ def test_every_row_lands_once_with_its_own_mask(rows: list[list[tuple[int, bool]
         found = []
         for index in range(len(data)):
             sequence = data[index]
-            assert sum(sequence.segment_lengths) == len(sequence.input_ids) <= 32
+            assert sum(sequence.row_lengths) == len(sequence.input_ids) <= 32
             ids, labels = sequence.input_ids.tolist(), sequence.labels.tolist()
-            ends = numpy.cumsum(sequence.segment_lengths).tolist()
-            for length, end in zip(sequence.segment_lengths, ends, strict=True):
+            ends = numpy.cumsum(sequence.row_lengths).tolist()
+            for length, end in zip(sequence.row_lengths, ends, strict=True):
                 own = slice(end - length, end)
                 found.append((ids[own], [label != IGNORED_LABEL for label in labels[own]]))
                 assert all(label in (token, IGNORED_LABEL) for token, label in zip(ids[own], labels[own], strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer.data.prepared import IGNORED_LABEL, Sequence
+from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
 from qlora_trainer.model.base import COMPUTE_DTYPE, load_base
 from qlora_trainer.model.batch import Batch
@@ -31,7 +31,7 @@ FAMILIES = [
 ]
 
 
-def loss_of(model: Any, sequence: Sequence) -> Tensor:
+def loss_of(model: Any, sequence: PackedSequence) -> Tensor:
     """The loss as the loop computes it."""
     with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
         return batch_loss(model.get_base_model(), Batch.of([sequence], torch.device("cpu")))
@@ -66,23 +66,23 @@ def evaluate(model: Any) -> None:
     model.train()
 
 
-def taught_by(row: int, sequence: Sequence) -> Sequence:
+def taught_by(row: int, sequence: PackedSequence) -> PackedSequence:
     """The same tokens, with targets in one row only."""
     labels = [
         part if number == row else torch.full_like(part, IGNORED_LABEL)
         for number, part in enumerate(sequence.labels.split(list(LENGTHS)))
     ]
-    return Sequence(sequence.input_ids, torch.cat(labels), LENGTHS)
+    return PackedSequence(sequence.input_ids, torch.cat(labels), LENGTHS)
 
 
-def with_row(row: int, sequence: Sequence, other: Sequence) -> Sequence:
+def with_row(row: int, sequence: PackedSequence, other: PackedSequence) -> PackedSequence:
     """The sequence with one row taken from another."""
     parts = [list(each.input_ids.split(list(LENGTHS))) for each in (sequence, other)]
     parts[0][row] = parts[1][row]
-    return Sequence(torch.cat(parts[0]), sequence.labels, LENGTHS)
+    return PackedSequence(torch.cat(parts[0]), sequence.labels, LENGTHS)
 
 
-def lesson(model: Any, sequence: Sequence) -> tuple[float, dict[str, Tensor]]:
+def lesson(model: Any, sequence: PackedSequence) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a sequence."""
     model.zero_grad()
     loss = loss_of(model, sequence)

@@ -70,7 +70,7 @@ class Example:
 
 
 def examples_of(rows: list[dict[str, Any]], model: Path, train_on: TrainOn) -> list[Example]:
-    """The rows, tokenized and labelled by prefixes: the answer is what the conversation adds to its prompt."""
+    """The rows, tokenized and labeled by prefixes: the answer is what the conversation adds to its prompt."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     examples = []
@@ -157,7 +157,7 @@ def sequences_of(context: StepContext) -> list[Any]:
     """The packed sequences, of which at least one holds several rows."""
     data = PreparedDataset.open(next(context.workspace.data.glob("*/train.safetensors")).parent, "train")
     sequences = [data[index] for index in range(len(data))]
-    assert max(len(sequence.segment_lengths) for sequence in sequences) > 1
+    assert max(len(sequence.row_lengths) for sequence in sequences) > 1
     return sequences
 
 

@@ -130,7 +130,7 @@ def test_15_a_model_that_brings_its_own_code(files: Files, tiny_llama: Path) -> 
     files, model = copied_model(files, tiny_llama)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
-    failed(files.run("prepare"), ExitCode.UNSAFE_ARTEFACT, "auto_map")
+    failed(files.run("prepare"), ExitCode.UNSAFE_ARTIFACT, "auto_map")
 
 
 def test_15_an_adapter_that_was_changed_after_training(tmp_path: Path, finished: Files) -> None:
@@ -139,7 +139,7 @@ def test_15_an_adapter_that_was_changed_after_training(tmp_path: Path, finished:
     with (files.workspace / "trained" / "adapter_model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    failed(files.run("publish"), ExitCode.UNSAFE_ARTEFACT, "sha256")
+    failed(files.run("publish"), ExitCode.UNSAFE_ARTIFACT, "sha256")
 
 
 def test_16_the_volume_does_not_take_the_file(files: Files) -> None:

@@ -147,17 +147,17 @@ SPOILED: dict[str, tuple[Spoil, ExitCode]] = {
     "a tensor is too many": (with_tensors(one_more), ExitCode.INTERNAL_ERROR),
     "the adapter is zero": (with_tensors(zero), ExitCode.BAD_CONFIGURATION),
     "a layer never learned": (with_tensors(half_trained), ExitCode.INTERNAL_ERROR),
-    "the adapter was changed after training": (with_tensors(nudged, forge_sum=False), ExitCode.UNSAFE_ARTEFACT),
-    "the adapter's file is cut": (truncated, ExitCode.UNSAFE_ARTEFACT),
+    "the adapter was changed after training": (with_tensors(nudged, forge_sum=False), ExitCode.UNSAFE_ARTIFACT),
+    "the adapter's file is cut": (truncated, ExitCode.UNSAFE_ARTIFACT),
     "the adapter is gone": (gone, ExitCode.INTERNAL_ERROR),
-    "the record says fewer steps than planned": (not_to_the_end, ExitCode.UNSAFE_ARTEFACT),
-    "the record is of another spec": (of_another_spec, ExitCode.UNSAFE_ARTEFACT),
-    "the record is of other data": (of_other_data, ExitCode.UNSAFE_ARTEFACT),
+    "the record says fewer steps than planned": (not_to_the_end, ExitCode.UNSAFE_ARTIFACT),
+    "the record is of another spec": (of_another_spec, ExitCode.UNSAFE_ARTIFACT),
+    "the record is of other data": (of_other_data, ExitCode.UNSAFE_ARTIFACT),
     "the record is cut": (record_cut, ExitCode.BAD_CONFIGURATION),
     "there is no record": (record_missing, ExitCode.BAD_CONFIGURATION),
     "killed in the last save": (killed_in_the_last_save, ExitCode.BAD_CONFIGURATION),
     "killed before the record": (killed_before_the_record, ExitCode.BAD_CONFIGURATION),
-    "the adapter is a link out of the workspace": (elsewhere, ExitCode.UNSAFE_ARTEFACT),
+    "the adapter is a link out of the workspace": (elsewhere, ExitCode.UNSAFE_ARTIFACT),
     "somebody else's files lie at the destination": (occupied, ExitCode.BAD_CONFIGURATION),
 }
 
@@ -243,5 +243,5 @@ def test_the_adapter_of_an_earlier_run_in_the_workspace_is_not_taken_for_this_on
     """A spec was changed and training has not run again: the record on the volume is of the run before."""
     with pytest.raises(StepFailure) as failure:
         published(trained.with_spec({"training": {"learningRate": 0.004}}))
-    assert failure.value.exit_code is ExitCode.UNSAFE_ARTEFACT
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
     assert "another run" in failure.value.message

@@ -22,7 +22,7 @@ from qlora_api.contract import ExitCode
 from tests.support.hostile import Case, Payload, Place, collector, new_trial
 from tests.trainer.conftest import MakeContext
 
-UNSAFE, DATASET = ExitCode.UNSAFE_ARTEFACT, ExitCode.BAD_DATASET
+UNSAFE, DATASET = ExitCode.UNSAFE_ARTIFACT, ExitCode.BAD_DATASET
 CASES: dict[str, Case] = {}
 case = collector(CASES)
 

@@ -18,7 +18,7 @@ from tests.support.hostile import Case, Payload, Place, collector, new_trial
 from tests.trainer.conftest import MakeContext
 
 UNSAFE, CONFIGURATION, DATASET, MODEL = (
-    ExitCode.UNSAFE_ARTEFACT,
+    ExitCode.UNSAFE_ARTIFACT,
     ExitCode.BAD_CONFIGURATION,
     ExitCode.BAD_DATASET,
     ExitCode.MODEL_UNAVAILABLE,

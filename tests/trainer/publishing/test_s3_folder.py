@@ -272,7 +272,7 @@ def test_a_merged_model_loads_from_what_lies_in_the_store(
     assert written(store) == []
 
 
-def test_a_folder_of_objects_is_listed_without_its_neighbours(
+def test_a_folder_of_objects_is_listed_without_its_neighbors(
     bucket: S3Store, store: FaultProxy, tmp_path: Path
 ) -> None:
     obstore.put(bucket, "rows/a.jsonl", b"{}")

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_trainer.report.charts import chart, loss_chart, loss_picture
-from qlora_trainer.report.history import Curve, History, read_history
+from qlora_trainer.report.metrics_log import Curve, MetricsHistory, read_history
 from qlora_trainer.report.samples import Sample, Samples
 from tests.support.command import Files
 from tests.support.published import published
@@ -136,9 +136,9 @@ def test_a_report_without_samples_says_why(trained: Files) -> None:
     assert "No samples: training left none." in Page(page_of(trained)).words
 
 
-def history_of(**curves: Curve) -> History:
-    empty = {name: Curve() for name in History.__dataclass_fields__}
-    return History(**{**empty, **curves})
+def history_of(**curves: Curve) -> MetricsHistory:
+    empty = {name: Curve() for name in MetricsHistory.__dataclass_fields__}
+    return MetricsHistory(**{**empty, **curves})
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5000])

@@ -64,8 +64,8 @@ def test_it_leaves_packed_data_and_a_record(make_context: MakeContext, records: 
     assert data.tokens == record.dataset.tokens == sum(len(data[n].input_ids) for n in range(len(data)))
     assert len(data) < 20
     for sequence in (data[n] for n in range(len(data))):
-        assert len(sequence.input_ids) == len(sequence.labels) == sum(sequence.segment_lengths) <= 64
-        starts = torch.tensor([0, *sequence.segment_lengths]).cumsum(0)[:-1]
+        assert len(sequence.input_ids) == len(sequence.labels) == sum(sequence.row_lengths) <= 64
+        starts = torch.tensor([0, *sequence.row_lengths]).cumsum(0)[:-1]
         assert (sequence.labels[starts] == -100).all()
     assert data.target_tokens == sum(int((data[n].labels != -100).sum()) for n in range(len(data)))
     assert not list(context.workspace.root.rglob(".partial*"))
@@ -164,7 +164,7 @@ def test_without_packing_each_row_is_a_sequence(
     record = prepare(context, records)
     data = opened(context, record)
     assert not record.packed
-    assert [len(data[n].segment_lengths) for n in range(len(data))] == [1] * 20
+    assert [len(data[n].row_lengths) for n in range(len(data))] == [1] * 20
 
 
 @pytest.mark.usefixtures("rows")
@@ -273,7 +273,7 @@ def test_links_that_lead_out_of_the_model_are_refused(
     (own_model / name).rename(own_model.parent / name)
     (own_model / name).symlink_to(own_model.parent / name)
     code, message = refusal(make_context(model=own_model), records)
-    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert code is ExitCode.UNSAFE_ARTIFACT
     assert message.startswith(f"pvc://models/model/{name} is a link that leads out of its folder")
 
 
@@ -283,7 +283,7 @@ def test_an_adapter_in_the_models_folder_would_be_loaded_with_it_and_is_refused(
 ) -> None:
     (own_model / "adapter_config.json").write_text("{}")
     code, message = refusal(make_context(model=own_model), records)
-    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert code is ExitCode.UNSAFE_ARTIFACT
     assert message.startswith("pvc://models/model has adapter_config.json: transformers would load that adapter")
 
 
@@ -294,7 +294,7 @@ def test_a_model_folder_that_leads_out_of_its_volume_is_refused(
     (tmp_path / "volume").mkdir()
     (tmp_path / "volume" / "model").symlink_to(own_model)
     code, message = refusal(make_context(model=tmp_path / "volume" / "model"), records)
-    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert code is ExitCode.UNSAFE_ARTIFACT
     assert message.startswith("pvc://models/model is a link that leads out of its volume")
 
 
@@ -305,7 +305,7 @@ def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(
     (own_model / "model.safetensors").unlink()
     os.mkfifo(own_model / "model.safetensors")
     code, message = refusal(make_context(model=own_model), records)
-    assert code is ExitCode.UNSAFE_ARTEFACT
+    assert code is ExitCode.UNSAFE_ARTIFACT
     assert message.startswith("pvc://models/model/model.safetensors is not a regular file")
 
 

@@ -141,7 +141,7 @@ def test_what_was_loaded_of_a_branch_that_has_moved_on_is_removed(
 
 def test_only_pickles_are_refused(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
     (hub.repositories["models/acme/tiny"] / "model.safetensors").unlink()
-    message = refusal(make_context, records, ExitCode.UNSAFE_ARTEFACT)
+    message = refusal(make_context, records, ExitCode.UNSAFE_ARTIFACT)
     assert message.startswith("hf://acme/tiny has its weights only as pytorch_model.bin, which can run code")
     assert not hub.fetched
 
@@ -153,7 +153,7 @@ def test_an_index_that_leads_elsewhere_is_refused(
     repository = hub.repositories["models/acme/tiny"]
     (repository / "model.safetensors").unlink()
     (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    message = refusal(make_context, records, ExitCode.UNSAFE_ARTEFACT)
+    message = refusal(make_context, records, ExitCode.UNSAFE_ARTIFACT)
     assert f"model.safetensors.index.json names {str(name)!r}; allowed are plain names" in message
 
 
@@ -190,8 +190,8 @@ def test_weights_in_several_files_are_those_of_the_index(
 @pytest.mark.parametrize(
     ("name", "content", "code", "message"),
     [
-        ("config.json", {"auto_map": {"AutoModel": "m.M"}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "t.T"}}, ExitCode.UNSAFE_ARTEFACT, "auto_map"),
+        ("config.json", {"auto_map": {"AutoModel": "m.M"}}, ExitCode.UNSAFE_ARTIFACT, "auto_map"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "t.T"}}, ExitCode.UNSAFE_ARTIFACT, "auto_map"),
         ("config.json", {"quantization_config": {}}, ExitCode.BAD_CONFIGURATION, "quantization_config"),
         ("config.json", {"model_type": "mixtral"}, ExitCode.BAD_CONFIGURATION, "mixtral"),
     ],

@@ -352,7 +352,7 @@ def test_an_empty_folder_is_a_free_destination(trained: Files) -> None:
 def test_a_link_that_leads_out_of_the_volume_is_refused(trained: Files, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (trained.data / "link").symlink_to(tmp_path / "outside")
-    refused(to(trained, "pvc://data/link/adapter"), ExitCode.UNSAFE_ARTEFACT, "outside of its volume")
+    refused(to(trained, "pvc://data/link/adapter"), ExitCode.UNSAFE_ARTIFACT, "outside of its volume")
     assert list((tmp_path / "outside").iterdir()) == []
 
 

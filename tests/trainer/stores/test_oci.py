@@ -90,7 +90,7 @@ def refused(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> 
 
 
 def pulled(uri: str, real: str, folder: Path) -> dict[str, bytes]:
-    """What `oras pull` leaves of the artefact, from the registry itself."""
+    """What `oras pull` leaves of the artifact, from the registry itself."""
     give_login(folder, real)
     reference = f"{real}/{uri.removeprefix('oci://').partition('/')[2]}"
     client = OrasClient(insecure=True, auth_backend="basic")
@@ -113,12 +113,12 @@ def test_oras_pull_gives_the_folder(
         name: content if isinstance(content, bytes) else content.read_bytes() for name, content in contents.items()
     }
     assert proxy.lines("PUT")[-1].rpartition("/")[2] == "v1"
-    (artefact,) = {uri.rpartition("@")[2]}
-    assert artefact.startswith("sha256:")
+    (artifact,) = {uri.rpartition("@")[2]}
+    assert artifact.startswith("sha256:")
     assert not any(canary in request.path for request in proxy.seen for canary in (PASSWORD, LOGIN))
 
 
-def test_the_artefact_is_a_model_pack(publish: Publish, real: str) -> None:
+def test_the_artifact_is_a_model_pack(publish: Publish, real: str) -> None:
     reference = publish().removeprefix("oci://").partition("/")[2]
     repository, _, digest = reference.replace(":v1", "").partition("@")
     answer = requests.get(
@@ -338,7 +338,7 @@ def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish
 def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, proxy: FaultProxy) -> None:
     # What is behind the first megabytes never arrives, and nobody waits for it.
     proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
-    assert "has more than 4194304 bytes" in refused(publish, ExitCode.UNSAFE_ARTEFACT)
+    assert "has more than 4194304 bytes" in refused(publish, ExitCode.UNSAFE_ARTIFACT)
 
 
 def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, proxy: FaultProxy) -> None:

@@ -93,7 +93,7 @@ def test_a_file_that_cannot_grow_leaves_the_earlier_checkpoints_and_no_debris(tm
 SAVE_UNTIL_FULL = """
 import sys
 from pathlib import Path
-from tests.support.training.test_checkpoint import newest_step, save
+from tests.support.checkpoints import newest_step, save
 from qlora_trainer.core.outcome import classify
 folder = Path(sys.argv[1])
 save(folder, 1, 2, size=20_000)

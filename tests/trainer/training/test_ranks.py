@@ -11,7 +11,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, unreachable
-from qlora_trainer.training.launch import Place
+from qlora_trainer.training.launch import RankInfo
 from qlora_trainer.training.ranks import Ranks
 from tests.support.command import Files
 from tests.support.ranks import EXACT, TWO, same_numbers, second_card, succeeded, two_nodes, workspace
@@ -78,7 +78,7 @@ def test_a_loss_is_summed_only_when_all_are_there(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
 
     with pytest.raises(StepFailure, match="Connection closed by peer"):
-        Ranks(Place(size=2, local_size=2), lost=lambda error: unreachable(str(error))).sum(torch.zeros(()))
+        Ranks(RankInfo(size=2, local_size=2), lost=lambda error: unreachable(str(error))).sum(torch.zeros(()))
     assert not summed
 
 
@@ -87,7 +87,7 @@ def test_memory_that_runs_out_in_an_exchange_is_not_taken_for_a_lost_process(mon
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", full)
-    ranks = Ranks(Place(size=2, local_size=2), lost=lambda error: unreachable(str(error)))
+    ranks = Ranks(RankInfo(size=2, local_size=2), lost=lambda error: unreachable(str(error)))
 
     with pytest.raises(torch.OutOfMemoryError):
         ranks.sum_gradients([torch.nn.Parameter(torch.zeros(2))], torch.zeros(()))
@@ -114,12 +114,12 @@ def test_a_gpu_that_is_short_of_memory_makes_all_halve_their_micro_batches(tmp_p
 )
 def test_variables_that_contradict_each_other_are_refused(variables: dict[str, str], named: str) -> None:
     with pytest.raises(StepFailure, match=named) as caught:
-        Place.of(variables)
+        RankInfo.of(variables)
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_a_place_is_read_back_from_its_own_variables() -> None:
-    place = Place(rank=3, size=4, local_rank=1, local_size=2, address="node-0", port=29500)
+    place = RankInfo(rank=3, size=4, local_rank=1, local_size=2, address="node-0", port=29500)
 
-    assert Place.of(place.environment(), gpus=8) == place
-    assert Place.of({}, gpus=8) == Place(size=8, local_size=8)
+    assert RankInfo.of(place.environment(), gpus=8) == place
+    assert RankInfo.of({}, gpus=8) == RankInfo(size=8, local_size=8)

@@ -11,15 +11,17 @@ from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.training.attempts import Attempt, read_attempts, refuse_if_spent, write_attempts
 from qlora_trainer.training.optimizer import learning_rate
-from qlora_trainer.training.schedule import Plan
+from qlora_trainer.training.schedule import Schedule
 from qlora_trainer.training.state import Pace
 
 
-def plan(sequences: int, **training: Any) -> Plan:
-    return Plan.of(sequences, TrainingSpec(**({"gradient_accumulation_steps": 2, "micro_batch_size": 2} | training)))
+def plan(sequences: int, **training: Any) -> Schedule:
+    return Schedule.of(
+        sequences, TrainingSpec(**({"gradient_accumulation_steps": 2, "micro_batch_size": 2} | training))
+    )
 
 
-def seen(steps: range, of: Plan) -> list[int]:
+def seen(steps: range, of: Schedule) -> list[int]:
     """The sequences of these steps, in order."""
     return [index for step in steps for micro_batch in of.micro_batches(step) for index in micro_batch]
 

@@ -79,7 +79,7 @@ def test_a_record_never_exceeds_what_the_kubelet_keeps() -> None:
         (12, "ModelUnavailable", True),
         (13, "GPUOutOfMemory", True),
         (14, "Diverged", True),
-        (15, "UnsafeArtefact", True),
+        (15, "UnsafeArtifact", True),
         (16, "StorageFull", True),
         (17, "DoesNotFit", True),
         (18, "RetriesExhausted", True),

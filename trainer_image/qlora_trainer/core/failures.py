@@ -31,9 +31,9 @@ def model_unavailable(message: str) -> StepFailure:
     return StepFailure(ExitCode.MODEL_UNAVAILABLE, message)
 
 
-def unsafe_artefact(message: str) -> StepFailure:
+def unsafe_artifact(message: str) -> StepFailure:
     """A file that could run code or lead out of its folder."""
-    return StepFailure(ExitCode.UNSAFE_ARTEFACT, message)
+    return StepFailure(ExitCode.UNSAFE_ARTIFACT, message)
 
 
 def unreachable(message: str) -> StepFailure:

@@ -12,10 +12,10 @@ from qlora_api.status import MAX_MESSAGE_LENGTH, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord
 from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration
 from qlora_trainer.core.filesystem import is_full
-from qlora_trainer.core.records import Facts, redact
+from qlora_trainer.core.records import Findings, redact
 
 _UNREACHABLE_HTTP = frozenset({408, 425, 429})
-Completion = PrepareRecord | TrainRecord | PublishRecord
+CompletionRecord = PrepareRecord | TrainRecord | PublishRecord
 
 
 class Terminated(BaseException):
@@ -133,8 +133,8 @@ def _one_line(error: BaseException) -> str:
 
 def result_record(
     ending: Ending,
-    completion: Completion | None,
-    facts: Facts,
+    completion: CompletionRecord | None,
+    facts: Findings,
     *,
     step: StepName,
     job_uid: str,
@@ -165,7 +165,7 @@ def result_record(
     return record
 
 
-def _known(completion: Completion | None, facts: Facts) -> dict[str, object]:
+def _known(completion: CompletionRecord | None, facts: Findings) -> dict[str, object]:
     """The facts of the result record: those of the completion record, else what was noted on the way."""
     if isinstance(completion, PrepareRecord):
         return {
@@ -189,7 +189,7 @@ def _known(completion: Completion | None, facts: Facts) -> dict[str, object]:
     return known
 
 
-def summary(completion: Completion | None, step: StepName) -> str:
+def summary(completion: CompletionRecord | None, step: StepName) -> str:
     """One sentence on what a successful step has done."""
     if isinstance(completion, PrepareRecord):
         rows = completion.dataset

@@ -4,19 +4,19 @@ import errno
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora_trainer.core.failures import unsafe_artefact
+from qlora_trainer.core.failures import unsafe_artifact
 
 _LISTED_NAMES = 12
 
 
 def require_regular(path: Path, folder: Path, name: str) -> None:
-    """Raise StepFailure UNSAFE_ARTEFACT unless `path` is a regular file that really lies inside `folder`."""
+    """Raise StepFailure UNSAFE_ARTIFACT unless `path` is a regular file that really lies inside `folder`."""
     if leads_to_itself(path):
-        raise unsafe_artefact(f"{name} is a link that leads to itself: put the file itself there")
+        raise unsafe_artifact(f"{name} is a link that leads to itself: put the file itself there")
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise unsafe_artefact(f"{name} is a link that leads out of its folder: put the file itself there")
+        raise unsafe_artifact(f"{name} is a link that leads out of its folder: put the file itself there")
     if not path.is_file():
-        raise unsafe_artefact(f"{name} is not a regular file: put the file itself there")
+        raise unsafe_artifact(f"{name} is not a regular file: put the file itself there")
 
 
 def leads_to_itself(path: Path) -> bool:
@@ -36,10 +36,10 @@ def some_names(names: Iterable[str]) -> str:
 
 
 def confined(path: Path, root: Path) -> Path:
-    """The path with links resolved. Raises StepFailure UNSAFE_ARTEFACT if a link leads out of `root` or to itself."""
+    """The path with links resolved. Raises StepFailure UNSAFE_ARTIFACT if a link leads out of `root` or to itself."""
     if leads_to_itself(path):
-        raise unsafe_artefact(f"{path} is a link that leads to itself: remove the symbolic link")
+        raise unsafe_artifact(f"{path} is a link that leads to itself: remove the symbolic link")
     resolved = path.resolve()
     if not resolved.is_relative_to(root.resolve()):
-        raise unsafe_artefact(f"{path} leads to {resolved}, outside of its volume: remove the symbolic link")
+        raise unsafe_artifact(f"{path} leads to {resolved}, outside of its volume: remove the symbolic link")
     return resolved

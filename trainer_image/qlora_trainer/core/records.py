@@ -32,7 +32,7 @@ def timestamp(now: datetime) -> str:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Findings:
     """What a step has found out so far. It goes into the result record, however the step ends."""
 
     model_revision: str | None = None
@@ -49,7 +49,7 @@ class RecordWriter:
         self._stream = stream
         self._monotonic = monotonic
         self._next_progress = float("-inf")
-        self.facts = Facts()
+        self.facts = Findings()
 
     def note(
         self,

@@ -29,11 +29,13 @@ from qlora_trainer.data.packing import Arrangement, one_row_each, pack
 from qlora_trainer.data.prepared import Split, split_file, write_split
 from qlora_trainer.data.reading import parse, read_rows
 from qlora_trainer.data.rows import RawRow
-from qlora_trainer.data.sampling import Rows, hold_out, used_rows
+from qlora_trainer.data.sampling import RowIndices, hold_out, used_rows
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics, dropped_rows
 from qlora_trainer.data.tokenize import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, OnRows, Recipe, tokenize
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.s3 import ObjectFolder
+
+logger = logging.getLogger(__name__)
 
 _LISTED_FILES = 100
 
@@ -84,9 +86,9 @@ class Dataset:
     """The rows of a job: where they come from, and which are trained on (by index into `training.rows`)."""
 
     training: TokenizedSource
-    training_rows: Rows
+    training_rows: RowIndices
     evaluation: TokenizedSource | None
-    evaluation_rows: Rows
+    evaluation_rows: RowIndices
 
     @property
     def sources(self) -> tuple[TokenizedSource, ...]:
@@ -116,7 +118,7 @@ class Dataset:
         """Write the splits' files and the statistics. Raises OSError if the disk is full."""
         capacity = training.max_sequence_length
 
-        def write(split: Split, rows: TokenizedRows, used: Rows) -> SplitStatistics:
+        def write(split: Split, rows: TokenizedRows, used: RowIndices) -> SplitStatistics:
             arrangement = _arrange(rows, used, capacity, training.seed, packed=packed)
             write_split(split_file(folder, split), rows, arrangement)
             return SplitStatistics.of(rows, arrangement, capacity, packed=packed)
@@ -129,7 +131,7 @@ class Dataset:
         DataStatistics(sources=sources, train=train, eval=evaluation).write(folder)
 
 
-def _arrange(rows: TokenizedRows, used: Rows, capacity: int, seed: int, *, packed: bool) -> Arrangement:
+def _arrange(rows: TokenizedRows, used: RowIndices, capacity: int, seed: int, *, packed: bool) -> Arrangement:
     """The sequences of the used rows, several in each if `packed`."""
     arranged = pack(rows.lengths[used], capacity, seed) if packed else one_row_each(len(used))
     return Arrangement(used[arranged.rows], arranged.offsets)
@@ -280,7 +282,6 @@ def _require_usable(source: TokenizedSource, longest_allowed: int) -> None:
     raise bad_dataset(f"{name}: none of the {source.rows_read} rows has a token to learn: check the answers' column")
 
 
-_LOG = logging.getLogger(__name__)
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
 
@@ -305,7 +306,7 @@ def read_dataset(
     """
     spec = context.spec.dataset
     if spec.shuffle and spec.max_samples is None:
-        _LOG.warning(
+        logger.warning(
             "spec.dataset.shuffle does nothing without spec.dataset.maxSamples, whose rows it chooses: set that, or "
             "leave it out; training.seed orders the rows of each epoch anyway"
         )

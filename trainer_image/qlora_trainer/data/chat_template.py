@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
-from qlora_trainer.data.examples import Completion, Conversation, Example, Message, PlainText, ToolCall
+from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, PromptCompletion, ToolCall
 
 # What a template is told today's date is, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no time zone
@@ -113,7 +113,7 @@ class Tokenizer:
         """
         if isinstance(example, PlainText):
             return Rendered(example.text, ((0, len(example.text)),), ends_itself=False)
-        if isinstance(example, Completion) and not self.has_chat_template:
+        if isinstance(example, PromptCompletion) and not self.has_chat_template:
             system = f"{example.system}\n\n" if example.system else ""
             prompt = system + example.prompt + example.separator
             text = prompt + example.completion
@@ -123,7 +123,7 @@ class Tokenizer:
                 f"{place}: the data set is of format chat, but the model has no chat template: use an instruct "
                 "model, or a data set of format prompt-completion or text"
             )
-        conversation = example.as_conversation() if isinstance(example, Completion) else example
+        conversation = example.as_conversation() if isinstance(example, PromptCompletion) else example
         return self._render_conversation(conversation, place)
 
     def _render_conversation(self, conversation: Conversation, place: str) -> Rendered:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.data.sampling import Rows
+from qlora_trainer.data.sampling import RowIndices
 
 Int32s = NDArray[numpy.int32]
 Flags = NDArray[numpy.uint8]
@@ -23,9 +23,9 @@ _FACTS = "facts"
 class Dropped:
     """Rows of a chunk that are not used."""
 
-    unlabelled: int = 0
+    unlabeled: int = 0
     """Rows of which no token counts in the loss."""
-    first_unlabelled: str | None = None
+    first_unlabeled: str | None = None
     """Place of the first of them."""
     first_too_long: str | None = None
     """Place of the first row that is longer than a sequence may be."""
@@ -71,7 +71,7 @@ class Chunk:
     @property
     def rows_read(self) -> int:
         """Rows that were read, used or not."""
-        return len(self.lengths) + len(self.too_long) + self.dropped.unlabelled
+        return len(self.lengths) + len(self.too_long) + self.dropped.unlabeled
 
     def write(self, path: Path) -> None:
         """Write the chunk to disk, durably: whole or not at all. Raises OSError."""
@@ -110,15 +110,15 @@ class TokenizedRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def input_ids(self, rows: Rows) -> Int32s:
+    def input_ids(self, rows: RowIndices) -> Int32s:
         """int32 [tokens]: the token ids of the rows, in their order."""
         return self._gather([chunk.input_ids for chunk in self._chunks], rows)
 
-    def is_target(self, rows: Rows) -> Flags:
+    def is_target(self, rows: RowIndices) -> Flags:
         """uint8 [tokens]: the target flags of the rows, in their order."""
         return self._gather([chunk.is_target for chunk in self._chunks], rows)
 
-    def _gather(self, arrays: Sequence[NDArray[Any]], rows: Rows) -> NDArray[Any]:
+    def _gather(self, arrays: Sequence[NDArray[Any]], rows: RowIndices) -> NDArray[Any]:
         chunks = numpy.searchsorted(self._first, rows, side="right") - 1
         starts = self._starts[rows]
         ends = starts + self.lengths[rows]

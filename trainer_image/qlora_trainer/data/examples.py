@@ -47,7 +47,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Completion:
+class PromptCompletion:
     """A prompt and what follows it."""
 
     prompt: str
@@ -69,4 +69,4 @@ class PlainText:
     text: str
 
 
-Example = Conversation | Completion | PlainText
+Example = Conversation | PromptCompletion | PlainText

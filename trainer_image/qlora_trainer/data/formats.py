@@ -7,7 +7,7 @@ from typing import Literal
 from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
-from qlora_trainer.data.examples import Completion, Conversation, Example, Message, PlainText
+from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, PromptCompletion
 from qlora_trainer.data.rows import Row, listed
 
 Format = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text"]
@@ -93,14 +93,16 @@ class RowReader:
             )
         return Conversation(messages, tools)
 
-    def _instruction(self, row: Row) -> Completion:
+    def _instruction(self, row: Row) -> PromptCompletion:
         instruction = self._text(row, "instruction")
         further = self._optional_text(row, "input")
         prompt = instruction + _PARAGRAPH + further if further.strip() else instruction
-        return Completion(prompt, self._text(row, "output"), _PARAGRAPH, self._optional_text(row, "system") or None)
+        return PromptCompletion(
+            prompt, self._text(row, "output"), _PARAGRAPH, self._optional_text(row, "system") or None
+        )
 
-    def _prompt_completion(self, row: Row) -> Completion:
-        return Completion(self._text(row, "prompt"), self._text(row, "completion"))
+    def _prompt_completion(self, row: Row) -> PromptCompletion:
+        return PromptCompletion(self._text(row, "prompt"), self._text(row, "completion"))
 
     def _value(self, row: Row, field: str) -> tuple[str, object]:
         column = _column(field, self._columns)

@@ -31,7 +31,7 @@ def find_data(
     """The data files of an address: one file, or those of one kind that lie in a folder or make up a split.
 
     Files of the hub and of an object store are downloaded below `download`. Raises StepFailure: BAD_DATASET if there is
-    no such file, or files of several kinds, UNSAFE_ARTEFACT for a link that leads out of its volume, UNREACHABLE if a
+    no such file, or files of several kinds, UNSAFE_ARTIFACT for a link that leads out of its volume, UNREACHABLE if a
     mount or a server is missing.
     """
     source = parse_source(uri)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from qlora_trainer.data.sampling import Purpose, Rows, permutation
+from qlora_trainer.data.sampling import Purpose, RowIndices, permutation
 
 
 @dataclass(frozen=True)
 class Arrangement:
     """Which rows a split's sequences hold, in order."""
 
-    rows: Rows
+    rows: RowIndices
     """int64 [rows]: indices of the rows, sequence after sequence."""
     offsets: NDArray[numpy.int64]
     """int64 [sequences + 1]: where a sequence begins in `rows`."""
@@ -20,7 +20,7 @@ class Arrangement:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def sequence(self, index: int) -> Rows:
+    def sequence(self, index: int) -> RowIndices:
         """The rows of the sequence at `index`."""
         return self.rows[self.offsets[index] : self.offsets[index + 1]]
 

@@ -26,7 +26,7 @@ from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.packing import Arrangement
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+PREPARED_MANIFEST = "manifest.json"
 IGNORED_LABEL = -100
 _FACTS = "prepared"
 _GATHERED_ROWS = 2**13
@@ -39,14 +39,14 @@ def split_file(folder: Path, split: Split) -> Path:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class PackedSequence:
     """One packed sequence: its rows stand one after the other and must not see each other."""
 
     input_ids: Tensor
     """int64 [tokens]"""
     labels: Tensor
     """int64 [tokens], aligned with `input_ids`; -100 where the token is no target, as the first of every row."""
-    segment_lengths: tuple[int, ...]
+    row_lengths: tuple[int, ...]
     """Tokens of each row in it; position ids restart at each."""
 
 
@@ -141,7 +141,7 @@ class PreparedDataset:
     def __len__(self) -> int:
         return len(self._token_offsets) - 1
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> PackedSequence:
         """The sequence at `index`, from 0. Raises IndexError beyond the last one."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
@@ -149,4 +149,4 @@ class PreparedDataset:
         first, past = self._segment_offsets[index : index + 2].tolist()
         input_ids = self._input_ids[start:end].to(torch.int64)
         labels = input_ids.masked_fill(self._is_target[start:end] == 0, IGNORED_LABEL)
-        return Sequence(input_ids, labels, tuple(self._segment_lengths[first:past].tolist()))
+        return PackedSequence(input_ids, labels, tuple(self._segment_lengths[first:past].tolist()))

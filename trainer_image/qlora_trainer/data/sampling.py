@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qlora_trainer.core.failures import bad_dataset
 
-Rows = NDArray[numpy.int64]
+RowIndices = NDArray[numpy.int64]
 """int64 [n]: indices of rows."""
 
 
@@ -23,18 +23,18 @@ class Purpose(IntEnum):
     PACKING = 2**32 + 2
 
 
-def permutation(count: int, seed: int, purpose: Purpose) -> Rows:
+def permutation(count: int, seed: int, purpose: Purpose) -> RowIndices:
     """The numbers from 0 to `count` - 1 in an order that depends on the arguments only."""
     drawn = numpy.random.Philox(key=numpy.array([seed, purpose], dtype=numpy.uint64)).random_raw(count)
     return numpy.argsort(drawn, kind="stable")
 
 
-def used_rows(count: int, limit: int, seed: int) -> Rows:
+def used_rows(count: int, limit: int, seed: int) -> RowIndices:
     """Which `limit` of `count` rows are used if chance chooses them, ascending; all if there are not more."""
     return numpy.sort(permutation(count, seed, Purpose.USED)[:limit])
 
 
-def hold_out(count: int, fraction: float, seed: int, name: str) -> tuple[Rows, Rows]:
+def hold_out(count: int, fraction: float, seed: int, name: str) -> tuple[RowIndices, RowIndices]:
     """Indices, ascending, of the rows that are kept and of those held out: the nearest number to `fraction` of `count`.
 
     At least one of each. Raises StepFailure BAD_DATASET if there are fewer than two rows.

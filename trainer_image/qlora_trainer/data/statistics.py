@@ -123,11 +123,11 @@ class DataStatistics(ObservedModel):
 def dropped_rows(chunks: Sequence[Chunk], longest_allowed: int) -> tuple[DroppedRows, ...]:
     """The rows of the chunks that are not used, by reason."""
     too_long = sum(len(chunk.too_long) for chunk in chunks)
-    unlabelled = sum(chunk.dropped.unlabelled for chunk in chunks)
+    unlabeled = sum(chunk.dropped.unlabeled for chunk in chunks)
     long_places = (chunk.dropped.first_too_long for chunk in chunks if chunk.dropped.first_too_long)
-    bare_places = (chunk.dropped.first_unlabelled for chunk in chunks if chunk.dropped.first_unlabelled)
+    bare_places = (chunk.dropped.first_unlabeled for chunk in chunks if chunk.dropped.first_unlabeled)
     reasons = (
         (f"longer than {longest_allowed} tokens (spec.training.maxSequenceLength)", too_long, next(long_places, "")),
-        ("no token to learn", unlabelled, next(bare_places, "")),
+        ("no token to learn", unlabeled, next(bare_places, "")),
     )
     return tuple(DroppedRows(reason=reason, rows=rows, first=first) for reason, rows, first in reasons if rows)

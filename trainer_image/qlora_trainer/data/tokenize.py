@@ -67,7 +67,7 @@ class ChunkMaker:
         """The chunk of these rows. Raises StepFailure for the first one that is wrong."""
         used: list[TokenizedRow] = []
         too_long: list[int] = []
-        unlabelled: list[str] = []
+        unlabeled: list[str] = []
         first_too_long: str | None = None
         for row, tokens in self._tokenized(rows):
             count = len(tokens.input_ids)
@@ -75,11 +75,11 @@ class ChunkMaker:
                 too_long.append(count)
                 first_too_long = first_too_long or row.place
             elif not tokens.is_target.any():
-                unlabelled.append(row.place)
+                unlabeled.append(row.place)
             else:
                 self._require_known(int(tokens.input_ids.max()))
                 used.append(tokens)
-        dropped = Dropped(len(unlabelled), unlabelled[0] if unlabelled else None, first_too_long)
+        dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
         return Chunk.of(((tokens.input_ids, tokens.is_target) for tokens in used), too_long, dropped)
 
     def _tokenized(self, rows: Sequence[RawRow]) -> Iterator[tuple[RawRow, TokenizedRow]]:

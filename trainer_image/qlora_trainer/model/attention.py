@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache"})
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowBoundaries:
     """Where the rows of a sequence begin and end."""
 
     lengths: tuple[int, ...]
@@ -39,7 +39,7 @@ class Rows:
     """int32 [rows + 1] on the model's device: where each row begins, and the end of the last."""
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "Rows":
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":
         """Rows of `lengths` tokens, one after the other."""
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return cls(lengths, offsets.to(device, non_blocking=True))
@@ -76,7 +76,7 @@ def rows_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    rows: Rows | None = None,
+    rows: RowBoundaries | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row; without `rows`, the tokens are one row.
@@ -96,7 +96,7 @@ def rows_attention(
     if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError("attention within rows takes a single batch row, no mask and no cache")
     if rows is None:
-        rows = Rows.of((query.shape[2],), query.device)
+        rows = RowBoundaries.of((query.shape[2],), query.device)
     settings = _Settings(scaling, dropout, sliding_window, softcap)
     if _has_kernel(query, settings):
         return _all_rows_at_once(query, key, value, rows, settings), None
@@ -116,7 +116,7 @@ def _has_kernel(query: Tensor, settings: _Settings) -> bool:
     )
 
 
-def _all_rows_at_once(query: Tensor, key: Tensor, value: Tensor, rows: Rows, settings: _Settings) -> Tensor:
+def _all_rows_at_once(query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, settings: _Settings) -> Tensor:
     longest = max(rows.lengths)
     output = varlen_attn(
         query[0].transpose(0, 1),
@@ -134,7 +134,7 @@ def _all_rows_at_once(query: Tensor, key: Tensor, value: Tensor, rows: Rows, set
     return output.unsqueeze(0)
 
 
-def _row_by_row(query: Tensor, key: Tensor, value: Tensor, rows: Rows, settings: _Settings) -> Tensor:
+def _row_by_row(query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, settings: _Settings) -> Tensor:
     # Split, not sliced: the backward pass of each slice would fill a tensor of all rows.
     parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
     attend = _one_row if settings.softcap is None else _one_capped_row

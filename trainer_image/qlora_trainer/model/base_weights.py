@@ -19,7 +19,7 @@ class BaseWeights:
     def __init__(self, folder: Path, model: Any) -> None:
         """Look at the files' headers. `model` is that of the folder as transformers has it, with weights or without.
 
-        Raises StepFailure: MODEL_UNAVAILABLE if a file is missing or no safetensors file, UNSAFE_ARTEFACT if the index
+        Raises StepFailure: MODEL_UNAVAILABLE if a file is missing or no safetensors file, UNSAFE_ARTIFACT if the index
         names a file elsewhere.
         """
         self._folder = folder

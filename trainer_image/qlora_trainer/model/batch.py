@@ -1,14 +1,14 @@
 """One micro batch of packed sequences as tensors on the device."""
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset, Sequence
-from qlora_trainer.model.attention import Rows
+from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
+from qlora_trainer.model.attention import RowBoundaries
 
 # On a CPU each number of tokens costs: a tenth of a second and more until oneDNN has code for its products, and memory
 # between blocks that are all of other sizes. Long batches are filled up, by 3 % on average, so that there are few.
@@ -30,7 +30,7 @@ class Batch:
     """int64 [1, tokens]"""
     position_ids: Tensor
     """int64 [1, tokens]"""
-    rows: Rows
+    rows: RowBoundaries
     predicting: Tensor
     """int64 [targets]: positions whose next token is a target."""
     targets: Tensor
@@ -39,13 +39,13 @@ class Batch:
     """Without filling."""
 
     @classmethod
-    def of(cls, sequences: Items[Sequence], device: torch.device) -> "Batch":
+    def of(cls, sequences: Sequence[PackedSequence], device: torch.device) -> "Batch":
         """The batch of `sequences`; everything is computed in main memory, so that a GPU is not waited for."""
-        lengths = tuple(length for sequence in sequences for length in sequence.segment_lengths)
+        lengths = tuple(length for sequence in sequences for length in sequence.row_lengths)
         next_tokens = next_token_targets(torch.cat([sequence.labels for sequence in sequences]), lengths)
         predicting = (next_tokens != IGNORED_LABEL).nonzero().squeeze(1)
         filling = _filling(sum(lengths), device)
-        rows = Rows.of((*lengths, filling) if filling else lengths, device)
+        rows = RowBoundaries.of((*lengths, filling) if filling else lengths, device)
         input_ids = torch.cat([sequence.input_ids for sequence in sequences])
 
         def there(tensor: Tensor) -> Tensor:

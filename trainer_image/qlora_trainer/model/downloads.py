@@ -8,7 +8,7 @@ from re import fullmatch
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artefact
+from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.source import DownloadedModel, ModelSource, RemoteModel, VolumeModel, content_digest
@@ -92,7 +92,7 @@ class RegistryModel:
         try:
             self._files = unpack(found.manifest)
         except ValueError as error:
-            raise unsafe_artefact(f"{self.uri}: {error}") from error
+            raise unsafe_artifact(f"{self.uri}: {error}") from error
         if (packed := archives(found.manifest)) and not _has_model(self._files):
             raise model_unavailable(
                 f"{self.uri} has {some_names(packed)} in archives (.tar, the default of modctl), which are not "

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy of the labelled tokens, computed so that the full logits never exist."""
+"""The training loss: cross-entropy of the labeled tokens, computed so that the full logits never exist."""
 
 from dataclasses import dataclass
 from typing import Any, Self, cast

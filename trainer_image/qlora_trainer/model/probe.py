@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_trainer.model.attention import ATTENTION, Rows, register_attention
+from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention
 from qlora_trainer.model.loss import LogitTransform
 
 _VOCABULARY = 128
@@ -49,8 +49,8 @@ def probe(config: Any) -> Probe:
         first, other, second = (torch.randint(_VOCABULARY, (1, tokens)) for tokens in (_ROWS[0], *_ROWS))
     expected = model(input_ids=second, use_cache=False).logits
     model.set_attn_implementation(ATTENTION)
-    alone = _logits(model, second, Rows.of(_ROWS[1:], second.device))
-    rows = Rows.of(_ROWS, second.device)
+    alone = _logits(model, second, RowBoundaries.of(_ROWS[1:], second.device))
+    rows = RowBoundaries.of(_ROWS, second.device)
     behind, behind_other = (
         _logits(model, torch.cat([row, second], dim=1), rows)[:, _ROWS[0] :] for row in (first, other)
     )
@@ -63,7 +63,7 @@ def _close(logits: Tensor, expected: Tensor) -> bool:
     return torch.allclose(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def _logits(model: Any, input_ids: Tensor, rows: Rows) -> Tensor:
+def _logits(model: Any, input_ids: Tensor, rows: RowBoundaries) -> Tensor:
     """Logits as training computes them: decoder, head, transform."""
     states = model.get_decoder()(
         input_ids=input_ids, position_ids=rows.position_ids(), rows=rows, use_cache=False

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_trainer.core.completion import QuantizedLayers
-from qlora_trainer.core.failures import bad_configuration, unsafe_artefact
+from qlora_trainer.core.failures import bad_configuration, unsafe_artifact
 from qlora_trainer.core.filesystem import sync_folder, sync_tree
 
 BLOCK = 64
@@ -179,14 +179,14 @@ class QuantizedWeights:
     """The layers in a folder of `keep_quantized`. Each is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Look at the files' headers. Raises StepFailure UNSAFE_ARTEFACT if a file is no safetensors file."""
+        """Look at the files' headers. Raises StepFailure UNSAFE_ARTIFACT if a file is no safetensors file."""
         self._folder = folder
         self._layers: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 opened = cast("Any", safe_open(path, framework="pt"))
             except SafetensorError as error:
-                raise unsafe_artefact(f"{path} is damaged ({error}): create the job again") from error
+                raise unsafe_artifact(f"{path} is damaged ({error}): create the job again") from error
             for key in opened.keys():  # noqa: SIM118 - it is no dictionary
                 layer, _, rest = key.partition(".weight")
                 self._layers.setdefault(layer, {})[f"weight{rest}"] = opened
@@ -202,10 +202,10 @@ class QuantizedWeights:
         return {key: files[key].get_tensor(f"{layer}.{key}") for key in sorted(files)}
 
     def require_sha256(self, sha256: str) -> None:
-        """Raise StepFailure UNSAFE_ARTEFACT unless these are the weights with the sum that training recorded."""
+        """Raise StepFailure UNSAFE_ARTIFACT unless these are the weights with the sum that training recorded."""
         found = layers_sha256(self)
         if found != sha256:
-            raise unsafe_artefact(
+            raise unsafe_artifact(
                 f"the 4-bit weights in {self._folder} have sha256 {found}, but the adapter was trained on {sha256}: "
                 "they were changed or damaged afterwards and are not merged; create the job again"
             )

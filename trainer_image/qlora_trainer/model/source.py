@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_api.sources import VolumeSource
 from qlora_trainer.core.context import Mounts
-from qlora_trainer.core.failures import model_unavailable, unsafe_artefact
+from qlora_trainer.core.failures import model_unavailable, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
 from qlora_trainer.core.filesystem import bytes_below, file_sha256, require_space
 from qlora_trainer.core.paths import require_regular, some_names
@@ -58,7 +58,7 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
         pickles = sorted(name for name in names if name.endswith(_PICKLES))
         if pickles:
-            raise unsafe_artefact(
+            raise unsafe_artifact(
                 f"{source} has its weights only as {some_names(pickles)}, which can run code when it is loaded: "
                 "use a revision or a conversion with safetensors"
             )
@@ -79,7 +79,7 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
 def weight_files(index: bytes | None, names: Collection[str], source: str) -> list[str]:
     """The names of the weights' files: those in the index's `weight_map`, or the single file if there is no index.
 
-    Raises StepFailure: UNSAFE_ARTEFACT for a name that is no plain *.safetensors name, MODEL_UNAVAILABLE for a broken
+    Raises StepFailure: UNSAFE_ARTIFACT for a name that is no plain *.safetensors name, MODEL_UNAVAILABLE for a broken
     index or a missing file.
     """
     if index is None:
@@ -90,7 +90,7 @@ def weight_files(index: bytes | None, names: Collection[str], source: str) -> li
         raise model_unavailable(f"{source}: {WEIGHTS_INDEX} is not an object with a weight_map") from error
     for entry in entries:
         if not (isinstance(entry, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", entry)):
-            raise unsafe_artefact(
+            raise unsafe_artifact(
                 f"{source}: {WEIGHTS_INDEX} names {str(entry)[:80]!r}; allowed are plain names of *.safetensors files"
             )
     missing = sorted(entries - set(names))
@@ -172,11 +172,11 @@ class VolumeModel:
         if not folder.is_dir():
             raise model_unavailable(f"{self._uri} is not a folder on the volume: check the path")
         if not folder.resolve().is_relative_to(mounts.volume(VolumeSource(source.claim)).resolve()):
-            raise unsafe_artefact(f"{self._uri} is a link that leads out of its volume: put the files themselves there")
+            raise unsafe_artifact(f"{self._uri} is a link that leads out of its volume: put the files themselves there")
         self.folder = folder
         self._names = frozenset(entry.name for entry in folder.iterdir())
         if ADAPTER_CONFIG_FILE in self._names:
-            raise unsafe_artefact(
+            raise unsafe_artifact(
                 f"{self._uri} has {ADAPTER_CONFIG_FILE}: transformers would load that adapter into the base model "
                 "unasked; move the adapter's files out of the folder"
             )
@@ -204,7 +204,7 @@ class VolumeModel:
 
 
 def refuse_code(folder: Path) -> None:
-    """Raise StepFailure UNSAFE_ARTEFACT if the model's tokenizer asks for code of the model's own."""
+    """Raise StepFailure UNSAFE_ARTIFACT if the model's tokenizer asks for code of the model's own."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -213,7 +213,7 @@ def refuse_code(folder: Path) -> None:
     except (ValueError, RecursionError) as error:
         raise model_unavailable(f"the model's {path.name} is not JSON ({error})") from error
     if isinstance(settings, dict) and settings.get("auto_map"):
-        raise unsafe_artefact(
+        raise unsafe_artifact(
             f"the model's {path.name} has auto_map: its tokenizer brings its own Python code, which is never run here"
         )
 

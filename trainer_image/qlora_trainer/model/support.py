@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.training import LoraSpec
-from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artefact
+from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model
 
@@ -108,7 +108,7 @@ class Family:
 def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     """The family of the model whose config.json lies in `config_folder`. Reads no weights and runs none of its code.
 
-    Raises StepFailure: UNSAFE_ARTEFACT for a model that brings its own code; BAD_CONFIGURATION, naming the family,
+    Raises StepFailure: UNSAFE_ARTIFACT for a model that brings its own code; BAD_CONFIGURATION, naming the family,
     for one that QLoRA cannot train here (mixture of experts, already quantized, too few linear layers) and for a
     target module that the model does not have.
     """
@@ -164,11 +164,11 @@ def _read_config(folder: Path) -> Any:
         raise bad_configuration(f"{path} names no model_type: it is not the configuration of a transformers model")
     for name, value in entries(raw):
         if name == "auto_map":
-            raise unsafe_artefact(f"{path} has auto_map: the model brings its own Python code, which is never run here")
+            raise unsafe_artifact(f"{path} has auto_map: the model brings its own Python code, which is never run here")
         if "attn_implementation" in name and isinstance(value, str) and "/" in value:
-            raise unsafe_artefact(f"{path} has {name} {value!r}: it would download and run a kernel")
+            raise unsafe_artifact(f"{path} has {name} {value!r}: it would download and run a kernel")
         if name == "transformers_weights":
-            raise unsafe_artefact(
+            raise unsafe_artifact(
                 f"{path} has transformers_weights: other weights than those that are checked and recorded would be "
                 "loaded; remove it, and name the weights' files as usual"
             )

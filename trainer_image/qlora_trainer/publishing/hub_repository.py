@@ -9,7 +9,7 @@ from huggingface_hub import get_token
 from qlora_api.sources import HubSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
-from qlora_trainer.core.file_names import MANIFEST_FILE
+from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.hub import Hub, Listing
@@ -62,11 +62,13 @@ class HubDestination:
         holder = self._published(listing)
         if not _is_empty(listing) and (holder is None or not holder.same_run(manifest)):
             raise bad_configuration(f"another job has just published to {self.uri}: give each its own repository")
-        everything = {**contents, MANIFEST_FILE: manifest.text()}
+        everything = {**contents, PUBLISHED_MANIFEST: manifest.text()}
         commit = self._hub.commit(self._repository, everything, f"Publish {manifest.job_name}", parent=listing.commit)
         damaged = self.damaged(manifest)
         if damaged is not None or self.published() != manifest:
-            raise unreachable(f"{self.uri}/{damaged or MANIFEST_FILE} of commit {commit} does not read back as written")
+            raise unreachable(
+                f"{self.uri}/{damaged or PUBLISHED_MANIFEST} of commit {commit} does not read back as written"
+            )
 
     def location(self) -> str:
         """See Destination."""
@@ -77,7 +79,7 @@ class HubDestination:
         return self._hub.find(self._repository)
 
     def _published(self, listing: Listing) -> Manifest | None:
-        file = listing.files.get(MANIFEST_FILE)
+        file = listing.files.get(PUBLISHED_MANIFEST)
         if file is None or file.size > MAX_MANIFEST_BYTES:
             return None
         with TemporaryDirectory() as folder:

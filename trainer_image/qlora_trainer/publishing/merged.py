@@ -106,7 +106,7 @@ def _remove(folder: Path) -> None:
 def merge(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, folder: Path) -> Merged:
     """Merge the trained adapter into the base that it was trained on, write the model into `folder` and evaluate it.
 
-    Raises StepFailure: STORAGE_FULL with the numbers if there is no room for it, UNSAFE_ARTEFACT if the 4-bit weights
+    Raises StepFailure: STORAGE_FULL with the numbers if there is no room for it, UNSAFE_ARTIFACT if the 4-bit weights
     are not those of the training, INTERNAL_ERROR if the merged model computes no number.
     """
     workspace = context.workspace

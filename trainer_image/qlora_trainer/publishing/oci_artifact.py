@@ -1,15 +1,15 @@
-"""Publishes as an artefact of an OCI registry, whose tag is set last; changes with how an artefact is judged."""
+"""Publishes as an artifact of an OCI registry, whose tag is set last; changes with how an artifact is judged."""
 
 from functools import partial
 
 from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
-from qlora_trainer.core.file_names import MANIFEST_FILE
+from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.publishing.manifest import Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.model_pack import pack, unpack
-from qlora_trainer.stores.oci import MAX_MANIFEST_BYTES, Artefact, Blob, Registry, digest_of
+from qlora_trainer.stores.oci import MAX_MANIFEST_BYTES, Artifact, Blob, Registry, digest_of
 from qlora_trainer.stores.retry import read_back
 
 
@@ -23,19 +23,19 @@ class RegistryDestination:
 
     def published(self) -> Manifest | None:
         """See Destination."""
-        blob = self._files().get(MANIFEST_FILE)
+        blob = self._files().get(PUBLISHED_MANIFEST)
         # Whoever has published under this tag says how large the file is, and it is read into memory.
         if blob is None or blob.size > MAX_MANIFEST_BYTES:
             return None
         return parse_manifest(self._registry.read(blob))
 
     def holder(self) -> Manifest | None:
-        """See Destination. A tag leads to an artefact that is whole."""
+        """See Destination. A tag leads to an artifact that is whole."""
         return self.published()
 
     def is_free(self) -> bool:
         """See Destination."""
-        return self._artefact() is None
+        return self._artifact() is None
 
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination. A registry checks content when it takes it; what it gives back is asked of it here."""
@@ -50,33 +50,33 @@ class RegistryDestination:
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination. Layers that an earlier attempt has uploaded are not uploaded again."""
-        everything = {**contents, MANIFEST_FILE: manifest.text()}
+        everything = {**contents, PUBLISHED_MANIFEST: manifest.text()}
         described = describe_files(everything)
         for name, content in everything.items():
             self._registry.upload(Blob(f"sha256:{described[name].sha256}", described[name].size), content)
-        config, artefact = pack(manifest.job_name, described)
+        config, artifact = pack(manifest.job_name, described)
         self._registry.upload(Blob(digest_of(config), len(config)), config)
         # A registry sets a tag whatever it has led to, and uploading may have taken long.
         holder = self.holder()
         if not self.is_free() and (holder is None or not holder.same_run(manifest)):
             raise bad_configuration(f"another job has just published to {self.uri}: give each its own tag")
-        self._registry.tag(artefact, self._source.reference)
-        found, damaged = self._artefact(), self.damaged(manifest)
-        if found is None or found.digest != digest_of(artefact) or damaged is not None:
+        self._registry.tag(artifact, self._source.reference)
+        found, damaged = self._artifact(), self.damaged(manifest)
+        if found is None or found.digest != digest_of(artifact) or damaged is not None:
             raise unreachable(
                 f"{self.uri}: {damaged or 'the tag'} does not read back as it was written: tried again later"
             )
 
     def location(self) -> str:
         """See Destination."""
-        found = self._artefact()
+        found = self._artifact()
         return self.uri if found is None else f"{self.uri}@{found.digest}"
 
-    def _artefact(self) -> Artefact | None:
+    def _artifact(self) -> Artifact | None:
         return self._registry.manifest(self._source.reference)
 
     def _files(self) -> dict[str, Blob]:
-        found = self._artefact()
+        found = self._artifact()
         try:
             return {} if found is None else unpack(found.manifest)
         except ValueError:

@@ -5,7 +5,7 @@ from functools import partial
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
-from qlora_trainer.core.file_names import MANIFEST_FILE
+from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.retry import read_back
@@ -24,7 +24,7 @@ class ObjectDestination:
 
     def published(self) -> Manifest | None:
         """See Destination."""
-        return self._manifest(MANIFEST_FILE)
+        return self._manifest(PUBLISHED_MANIFEST)
 
     def holder(self) -> Manifest | None:
         """See Destination."""
@@ -48,7 +48,7 @@ class ObjectDestination:
         """See Destination. Files that an earlier attempt has written whole are not written again."""
         if not self._folder.create(_CLAIM, manifest.text()) and not self._is_ours(manifest):
             raise bad_configuration(f"another job has just begun to publish to {self.uri}: give each its own folder")
-        self._folder.delete(MANIFEST_FILE)
+        self._folder.delete(PUBLISHED_MANIFEST)
         stored = self._folder.list()
         for name, content in contents.items():
             described = manifest.files[name]
@@ -57,9 +57,11 @@ class ObjectDestination:
                 self._folder.write(name, content)
                 if read_back(partial(self._folder.digest, name)) != described.sha256:
                     raise unreachable(f"{self.uri}/{name} does not read back as it was written: it is written again")
-        self._folder.write(MANIFEST_FILE, manifest.text())
+        self._folder.write(PUBLISHED_MANIFEST, manifest.text())
         if self.published() != manifest:
-            raise unreachable(f"{self.uri}/{MANIFEST_FILE} does not read back as it was written: it is written again")
+            raise unreachable(
+                f"{self.uri}/{PUBLISHED_MANIFEST} does not read back as it was written: it is written again"
+            )
         self._folder.delete(_CLAIM)
 
     def location(self) -> str:

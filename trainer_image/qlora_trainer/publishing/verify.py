@@ -14,13 +14,13 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device, StepContext
-from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artefact
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import tensor_dtype, whole_modules
 from qlora_trainer.training.fingerprint import digest, run_fingerprint
-from qlora_trainer.training.schedule import Plan
+from qlora_trainer.training.schedule import Schedule
 
 _B_SUFFIX = ".lora_B.weight"
 # It names every trained layer: some 50 KB for the largest models.
@@ -47,7 +47,7 @@ def verify_adapter(
 ) -> None:
     """Check both files of an adapter, `sha256` being what training recorded for its tensors.
 
-    Raises StepFailure: UNSAFE_ARTEFACT if they are not what training wrote, DIVERGED if a number is not finite,
+    Raises StepFailure: UNSAFE_ARTIFACT if they are not what training wrote, DIVERGED if a number is not finite,
     BAD_CONFIGURATION if nothing was learned, INTERNAL_ERROR if it is not the adapter that was asked for.
     """
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
@@ -86,10 +86,10 @@ def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraS
 def verify_tensors(path: Path, sha256: str, expected: Mapping[str, Expected], lora: LoraSpec) -> None:
     """Check the adapter's file against its recorded SHA-256, its tensors' names, shapes and types, and every number."""
     if not path.is_file():
-        raise unsafe_artefact(f"{path} is missing although training recorded it: create the job again")
+        raise unsafe_artifact(f"{path} is missing although training recorded it: create the job again")
     found = file_sha256(path)
     if found != sha256:
-        raise unsafe_artefact(
+        raise unsafe_artifact(
             f"{path} has sha256 {found}, but training wrote {sha256}: it was changed or damaged afterwards and is not "
             "published; create the job again"
         )
@@ -198,21 +198,21 @@ def _wrong_adapter(what: str) -> StepFailure:
 
 
 def require_own_training(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> None:
-    """Raise StepFailure (UNSAFE_ARTEFACT) unless the record of training is of this spec, data and number of steps."""
+    """Raise StepFailure (UNSAFE_ARTIFACT) unless the record of training is of this spec, data and number of steps."""
     path = context.workspace.completion("train")
     # Publish runs without a GPU and need not know what training ran on.
     fingerprints = {
         digest(run_fingerprint(context.spec, prepared, device, trained.ranks)) for device in get_args(Device)
     }
     if trained.fingerprint not in fingerprints:
-        raise unsafe_artefact(
+        raise unsafe_artifact(
             f"{path} is of another run: model, data, settings or versions differ from this job's, so its adapter "
             "is not published; create the job again, with one version of the trainer from its start to its end"
         )
     sequences = len(PreparedDataset.open(context.workspace.root / prepared.data_path, "train"))
-    planned = Plan.of(sequences, context.spec.training).total_steps
+    planned = Schedule.of(sequences, context.spec.training).total_steps
     if trained.training_step != planned:
-        raise unsafe_artefact(
+        raise unsafe_artifact(
             f"{path} says {trained.training_step} optimizer steps, but this job has {planned}: an adapter that is not "
             "trained to the end is not published; delete the file and run the train step again"
         )

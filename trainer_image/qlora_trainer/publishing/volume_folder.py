@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.core.file_names import MANIFEST_FILE
+from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
 from qlora_trainer.publishing.manifest import Manifest, read_manifest
 from qlora_trainer.stores.contents import Contents
@@ -23,7 +23,7 @@ class VolumeFolder:
 
     def published(self) -> Manifest | None:
         """See Destination."""
-        return read_manifest(self._folder / MANIFEST_FILE)
+        return read_manifest(self._folder / PUBLISHED_MANIFEST)
 
     def holder(self) -> Manifest | None:
         """See Destination. What is unfinished lies beside the folder."""
@@ -48,7 +48,7 @@ class VolumeFolder:
         try:
             for name, content in contents.items():
                 _write(stage / name, content)
-            (stage / MANIFEST_FILE).write_bytes(manifest.text())
+            (stage / PUBLISHED_MANIFEST).write_bytes(manifest.text())
             sync_tree(stage)
             _require_intact(stage, manifest)
             self._require_free(manifest)

@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from qlora_trainer.report.history import Curve, History
+from qlora_trainer.report.metrics_log import Curve, MetricsHistory
 
 _BLUE, _ORANGE, _GREY, _LIGHT = "#2563eb", "#d9480f", "#6b7280", "#e5e7eb"
 # The smoothed curve weighs about this share of the run at a time.
 _SMOOTHED_SHARE = 0.05
 
 
-def loss_picture(history: History, title: str, subtitle: str) -> bytes:
+def loss_picture(history: MetricsHistory, title: str, subtitle: str) -> bytes:
     """A PNG of 1440 × 810 pixels: training loss of each step, its smoothed course, and the held-out rows' loss."""
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": _GREY}):
         figure, axes = _figure(9.6, 5.4)
@@ -31,7 +31,7 @@ def loss_picture(history: History, title: str, subtitle: str) -> bytes:
     return image.getvalue()
 
 
-def loss_chart(history: History) -> str:
+def loss_chart(history: MetricsHistory) -> str:
     """The same as an SVG element."""
     return _svg("loss", 9.6, 4.2, lambda axes: _plot_loss(axes, history))
 
@@ -90,7 +90,7 @@ def _svg(name: str, width: float, height: float, plot: Any, *, x_label: str = "O
     return text[text.index("<svg") :]
 
 
-def _plot_loss(axes: Any, history: History) -> None:
+def _plot_loss(axes: Any, history: MetricsHistory) -> None:
     _plot_training(axes, history.loss)
     _plot_evaluation(axes, history.evaluation)
     axes.set_xlabel("Optimizer step")

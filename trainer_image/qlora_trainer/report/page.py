@@ -15,7 +15,7 @@ from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE,
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
-from qlora_trainer.report.history import History, read_history
+from qlora_trainer.report.metrics_log import MetricsHistory, read_history
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, read_samples
 from qlora_trainer.report.serving import refused_by_vllm, served_rank, serving_commands
 
@@ -58,7 +58,7 @@ def _page(
     context: StepContext,
     prepared: PrepareRecord,
     trained: TrainRecord,
-    history: History,
+    history: MetricsHistory,
     merged: MergedStatus | None,
 ) -> str:
     # Names, prompts and answers come from users and data: everything is escaped but the charts, which are drawn here.
@@ -88,7 +88,7 @@ def _page(
 
 
 def _figures(
-    prepared: PrepareRecord, trained: TrainRecord, history: History, merged: MergedStatus | None
+    prepared: PrepareRecord, trained: TrainRecord, history: MetricsHistory, merged: MergedStatus | None
 ) -> list[Figure]:
     before, after = trained.initial_eval_loss, trained.eval_loss
     figures = [Figure("Optimizer steps", f"{trained.training_step:,}")]
@@ -112,7 +112,7 @@ def _figures(
     return figures
 
 
-def _charts(history: History, device: str) -> list[str]:
+def _charts(history: MetricsHistory, device: str) -> list[str]:
     memory = "GPU memory, peak of the step" if device == "cuda" else "Resident memory"
     drawn = (
         chart("rate", "Learning rate", history.learning_rate),

@@ -10,7 +10,7 @@ from qlora_api.schema import ObservedModel
 MAX_NEW_TOKENS = 64
 """The longest sample answer."""
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Sample(ObservedModel):
@@ -34,5 +34,5 @@ def read_samples(path: Path) -> Samples:
     try:
         return Samples.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError) as error:
-        _LOG.warning("no samples for the report: %s", error)
+        logger.warning("no samples for the report: %s", error)
         return Samples(missing="training left none")

@@ -24,7 +24,7 @@ _GROUPS = {
     "memoryBytes": "train/memory_bytes",
     "evalLoss": "eval/loss",
 }
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -100,9 +100,9 @@ class _SideOutput:
             action()
         # A server that is away, a full disk, a service that has died: MLflow has an exception for that, Weights
         # & Biases has several, TensorBoard lets the operating system's through. They have no narrower type in common.
-        except Exception:  # noqa: BLE001
+        except Exception:
             level, self._failed = (logging.INFO if self._failed else logging.WARNING), True
-            _log.log(
+            logger.log(
                 level,
                 "%s %s and gets nothing more from this process; %s has it all",
                 self._name,

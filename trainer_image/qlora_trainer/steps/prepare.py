@@ -27,7 +27,7 @@ from qlora_trainer.core.filesystem import file_sha256, is_full, sizes, sync_fold
 from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.data.build import Dataset, libraries, read_dataset, same_data
 from qlora_trainer.data.chat_template import Tokenizer
-from qlora_trainer.data.prepared import FORMAT_VERSION, MANIFEST
+from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
 from qlora_trainer.model.downloads import PARTIAL, open_model_source
 from qlora_trainer.model.memory_fit import memory_status, read_shape, require_fit, training_shape
 from qlora_trainer.model.source import CONFIG, TOKENIZER_FILES, DownloadedModel, refuse_code
@@ -37,7 +37,7 @@ from qlora_trainer.report.serving import refused_by_vllm
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _LARGE_MODEL_PARAMETERS = 13_500_000_000
 _LARGE_MODEL_LEARNING_RATE = 1e-4
 
@@ -150,10 +150,10 @@ def _check_model(folder: Path, spec: QLoRAJobSpec, records: RecordWriter) -> _Ch
     family = inspect_family(folder, spec.lora)
     family.require_positions(spec.training.max_sequence_length)
     if spec.training.packing and not family.keeps_rows_apart(spec.training.max_sequence_length):
-        _LOG.warning("no packing: rows in one sequence would affect each other in this %s model", family.model_type)
+        logger.warning("no packing: rows in one sequence would affect each other in this %s model", family.model_type)
     refused = refused_by_vllm(spec.lora)
     if refused is not None and spec.output.merged is None:
-        _LOG.warning("vLLM will not serve the adapter: %s; spec.output.merged makes a model that it serves", refused)
+        logger.warning("vLLM will not serve the adapter: %s; spec.output.merged makes a model that it serves", refused)
     shape = read_shape(folder / CONFIG)
     _advise_learning_rate(shape, spec.training.learning_rate)
     return _Checked(shape, family, _check_memory(shape, family.target_modules, spec, records))
@@ -162,7 +162,7 @@ def _check_model(folder: Path, spec: QLoRAJobSpec, records: RecordWriter) -> _Ch
 def _advise_learning_rate(shape: ModelShape, learning_rate: float) -> None:
     parameters = shape.linear_parameters + shape.embedding_parameters
     if parameters > _LARGE_MODEL_PARAMETERS and learning_rate > _LARGE_MODEL_LEARNING_RATE:
-        _LOG.warning("spec.training.learningRate is %g; 1e-4 is advised above 13B parameters", learning_rate)
+        logger.warning("spec.training.learningRate is %g; 1e-4 is advised above 13B parameters", learning_rate)
 
 
 def _check_memory(
@@ -213,7 +213,7 @@ def _publish_data(layout: Path, folder: Path, resolved: dict[str, Any], spec: QL
     """Write the manifest and give the folder its final name."""
     fingerprint = _fingerprint(resolved, spec)
     manifest = {"fingerprint": fingerprint, "resolved": resolved}
-    write_atomically(layout / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
+    write_atomically(layout / PREPARED_MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
     sync_tree(layout)
     target = folder / fingerprint
     if target.exists():
@@ -236,7 +236,7 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     """The record with a new estimate, if what it describes is there and is what the job asks for; else None."""
     root = context.workspace.root
     try:
-        resolved = json.loads((root / record.data_path / MANIFEST).read_bytes())["resolved"]
+        resolved = json.loads((root / record.data_path / PREPARED_MANIFEST).read_bytes())["resolved"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     model = root / record.model_path

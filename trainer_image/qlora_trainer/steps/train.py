@@ -25,7 +25,7 @@ from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import keep_for_merge
 from qlora_trainer.model.quantized import Storage, is_kept, layers_sha256, quantized_layers, storage_of
 from qlora_trainer.model.support import inspect_family
-from qlora_trainer.report.metrics_log import History
+from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.answers import leave_samples
 from qlora_trainer.training.attempts import counted_attempt, only_attempt
@@ -33,12 +33,12 @@ from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, rea
 from qlora_trainer.training.device import use_device
 from qlora_trainer.training.fingerprint import Fingerprint, digest, refuse_other_run, run_fingerprint
 from qlora_trainer.training.held_out import compared_sequences, mean_loss, read_compared
-from qlora_trainer.training.launch import Place, started_others
+from qlora_trainer.training.launch import RankInfo, started_others
 from qlora_trainer.training.loop import restore, run_to_end
 from qlora_trainer.training.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.training.out_of_memory import explained_shortage
 from qlora_trainer.training.ranks import Ranks, joined
-from qlora_trainer.training.schedule import Plan
+from qlora_trainer.training.schedule import Schedule
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
 from qlora_trainer.training.state import Run, RunState, report
 
@@ -65,7 +65,7 @@ def train(
     if prepared is None:
         raise bad_configuration(f"{workspace.completion('prepare')} is missing: run the prepare step first")
     model_folder = workspace.root / prepared.model_path
-    place = Place.of(os.environ, context.spec.resources.gpus)
+    place = RankInfo.of(os.environ, context.spec.resources.gpus)
     fingerprint = run_fingerprint(context.spec, prepared, context.device, place.size)
     done = _already_trained(context, digest(fingerprint))
     if done is not None:
@@ -156,7 +156,7 @@ def _start(
     device = use_device(context.device, threads, ranks.place.local_rank)
     data = PreparedDataset.open(root / prepared.data_path, "train")
     eval_data = PreparedDataset.open(root / prepared.data_path, "eval") if spec.dataset.eval else None
-    plan = Plan.of(len(data), spec.training)
+    plan = Schedule.of(len(data), spec.training)
     _say_loading(context, records, now, 0 if checkpoint is None else checkpoint.step, plan.total_steps)
     model_folder = root / prepared.model_path
     _refuse_mixed_rows(spec, prepared, model_folder)
@@ -229,7 +229,7 @@ def _load_base(context: StepContext, model_folder: Path, ranks: Ranks) -> tuple[
     return base, storage, sha256
 
 
-def _history(context: StepContext, fingerprint: Fingerprint, checkpoint: Checkpoint | None) -> History:
+def _history(context: StepContext, fingerprint: Fingerprint, checkpoint: Checkpoint | None) -> MetricsLog:
     """The run's metrics, on disk and for the tools that the job names; they go on where the checkpoint was saved."""
     spec, folder = context.spec, context.workspace.report
     trackers = open_trackers(
@@ -240,7 +240,7 @@ def _history(context: StepContext, fingerprint: Fingerprint, checkpoint: Checkpo
         settings={"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()},
         from_step=0 if checkpoint is None else checkpoint.step,
     )
-    return History(folder, 0 if checkpoint is None else int(checkpoint.state["historyBytes"]), trackers)
+    return MetricsLog(folder, 0 if checkpoint is None else int(checkpoint.state["historyBytes"]), trackers)
 
 
 def _refuse_mixed_rows(spec: QLoRAJobSpec, prepared: PrepareRecord, model_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Knows the CNCF's ModelPack format: files as the layers of an artefact (github.com/modelpack/model-spec, v1)."""
+"""Knows the CNCF's ModelPack format: files as the layers of an artifact (github.com/modelpack/model-spec, v1)."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from qlora_trainer.stores.contents import PublishedFile
 from qlora_trainer.stores.oci import MANIFEST_TYPE, Blob, digest_of
 
-ARTEFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
+ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 _CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
 _WEIGHT = "application/vnd.cncf.model.weight.v1.raw"
 _WEIGHT_CONFIG = "application/vnd.cncf.model.weight.config.v1.raw"
@@ -22,7 +22,7 @@ _DOCUMENTS = frozenset({"README.md", "manifest.json"})
 
 
 def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
-    """Configuration and manifest of the artefact that holds these files, each as it is in a layer of its own.
+    """Configuration and manifest of the artifact that holds these files, each as it is in a layer of its own.
 
     The same files give the same bytes.
     """
@@ -46,7 +46,7 @@ def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
     manifest = {
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
-        "artifactType": ARTEFACT_TYPE,
+        "artifactType": ARTIFACT_TYPE,
         "config": {"mediaType": _CONFIG_TYPE, "digest": digest_of(config), "size": len(config)},
         "layers": layers,
     }
@@ -54,7 +54,7 @@ def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
 
 
 def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
-    """The files of an artefact by their names: layers that are a file each. Others, archives for example, are left out.
+    """The files of an artifact by their names: layers that are a file each. Others, archives for example, are left out.
 
     Raises ValueError if two layers have one name, or one has no annotations, digest or size as they must be.
     """
@@ -78,7 +78,7 @@ def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
 
 
 def archives(manifest: Mapping[str, Any]) -> list[str]:
-    """The layers, of an artefact that `unpack` takes, that may hold files of a model in an archive, by their names.
+    """The layers, of an artifact that `unpack` takes, that may hold files of a model in an archive, by their names.
 
     Of documentation, code and data, which the format tells apart, a model needs nothing.
     """

@@ -1,4 +1,4 @@
-"""Reads and writes artefacts of an OCI registry; changes with the distribution protocol."""
+"""Reads and writes artifacts of an OCI registry; changes with the distribution protocol."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from urllib3.util import Retry
 
 from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable, unsafe_artefact
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable, unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.stores.oci_auth import docker_login, parse_token
 
@@ -51,7 +51,7 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A manifest and the digest under which the registry has it."""
 
     digest: str
@@ -89,7 +89,7 @@ class Registry:
         self._login = docker_login(secret, source.registry)
         self._authorization: dict[str, str] = {}
 
-    def manifest(self, reference: str) -> Artefact | None:
+    def manifest(self, reference: str) -> Artifact | None:
         """The manifest of a tag or digest; None if there is none. Its digest is checked."""
         place, headers, content = f"{self._repository}/manifests/{reference}", {"Accept": MANIFEST_TYPE}, b""
         with self._errors(), self._ask("GET", place, headers=headers, stream=True) as answer:
@@ -99,14 +99,14 @@ class Registry:
             for block in answer.iter_content(_BLOCK_BYTES):
                 content += block
                 if len(content) > MAX_MANIFEST_BYTES:
-                    raise unsafe_artefact(f"{self.source}: its manifest has more than {MAX_MANIFEST_BYTES} bytes")
+                    raise unsafe_artifact(f"{self.source}: its manifest has more than {MAX_MANIFEST_BYTES} bytes")
         digest = digest_of(content)
         if reference.startswith("sha256:") and digest != reference:
-            raise unsafe_artefact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
+            raise unsafe_artifact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
         manifest = parse_layers(content)
         if manifest is None:
-            raise self._refuse(f"{self.source} is no artefact with layers ({MANIFEST_TYPE})")
-        return Artefact(digest, manifest)
+            raise self._refuse(f"{self.source} is no artifact with layers ({MANIFEST_TYPE})")
+        return Artifact(digest, manifest)
 
     def has_blob(self, blob: Blob) -> bool:
         """Whether the registry has the blob with this size."""
@@ -128,7 +128,7 @@ class Registry:
         """The content of a small blob, its digest checked."""
         content = b"".join(self._blocks(blob, 0))
         if digest_of(content) != blob.digest:
-            raise unsafe_artefact(f"{self.source}: {blob.digest} has another content than its digest says")
+            raise unsafe_artifact(f"{self.source}: {blob.digest} has another content than its digest says")
         return content
 
     def download(self, blob: Blob, path: Path, on_bytes: Callable[[int], None]) -> None:
@@ -202,7 +202,7 @@ class Registry:
                     fresh = block[max(offset - received, 0) :]
                     received += len(block)
                     if received > blob.size:
-                        raise unsafe_artefact(f"{self.source}: {blob.digest} has more than {blob.size} bytes")
+                        raise unsafe_artifact(f"{self.source}: {blob.digest} has more than {blob.size} bytes")
                     yield fresh
 
     def _ask(self, method: str, url: str, **options: Any) -> requests.Response:
@@ -276,7 +276,7 @@ class Registry:
 
 
 def parse_layers(content: bytes) -> Mapping[str, Any] | None:
-    """The manifest of an artefact with layers, each an object; None for anything else."""
+    """The manifest of an artifact with layers, each an object; None for anything else."""
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError):

@@ -7,7 +7,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 
 _TRIES = 3
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def read_back(digest: Callable[[], str]) -> str:
@@ -18,5 +18,5 @@ def read_back(digest: Callable[[], str]) -> str:
         except StepFailure as failure:
             if failure.exit_code is not ExitCode.UNREACHABLE:
                 raise
-            _log.warning("reading back broke off, the file is read again: %s", failure.message)
+            logger.warning("reading back broke off, the file is read again: %s", failure.message)
     return digest()

@@ -17,7 +17,7 @@ from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Sample, Samples
 
 _MAX_PROMPT_TOKENS = 1024
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
 
 def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
     sequence = data[index]
-    length = sequence.segment_lengths[0]
+    length = sequence.row_lengths[0]
     tokens, is_target = sequence.input_ids[:length].tolist(), (sequence.labels[:length] != IGNORED_LABEL).tolist()
     first = is_target.index(True)
     if first <= 1:
@@ -111,6 +111,6 @@ def leave_samples(
         try:
             samples = write_answers(model, tokenizer_folder, choose_prompts(data, count), stopped, device)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-            _LOG.exception("no samples for the report")
+            logger.exception("no samples for the report")
             samples = Samples(missing=f"the model could not generate: {str(error)[:200]}")
     write_atomically(path, json.dumps(samples.dump(), indent=2, ensure_ascii=False).encode() + b"\n")

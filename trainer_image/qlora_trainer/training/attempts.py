@@ -24,7 +24,7 @@ from qlora_trainer.core.records import timestamp
 ATTEMPTS_FILE = "attempts.jsonl"
 LOCK_FILE = "train.lock"
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 5
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Attempt(ObservedModel):
@@ -87,7 +87,7 @@ def counted_attempt(
             note_end("interrupted" if isinstance(error, Interrupted) else "failed")
         except OSError:
             # Why the attempt ended decides the exit code. Without a word on its end it counts as a disruption.
-            _log.exception("%s cannot take how this attempt ended", ATTEMPTS_FILE)
+            logger.exception("%s cannot take how this attempt ended", ATTEMPTS_FILE)
         raise
     note_end("succeeded")
 
@@ -103,7 +103,7 @@ def read_attempts(records: Path) -> list[Attempt]:
         try:
             attempts.append(Attempt.model_validate_json(line))
         except ValidationError as error:
-            _log.warning("%s:%d is no attempt and is left out: %s", ATTEMPTS_FILE, number, error)
+            logger.warning("%s:%d is no attempt and is left out: %s", ATTEMPTS_FILE, number, error)
     return attempts
 
 

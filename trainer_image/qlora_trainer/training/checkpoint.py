@@ -21,13 +21,13 @@ from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
 
 FORMAT_VERSION = 1
 KEPT = 2
-MANIFEST = "manifest.json"
+CHECKPOINT_MANIFEST = "manifest.json"
 STATE = "state.json"
 CORRUPT = ".corrupt"
 # What a damaged checkpoint answers. Anything else, as a network volume that is away, may pass.
 _DAMAGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO})
 _NAME = re.compile(r"step-(\d+)")
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def save_checkpoint(
         raise
     sync_folder(folder)
     saved = read_checkpoint(final)
-    _log.info("saved %s", final)
+    logger.info("saved %s", final)
     for _, old in _numbered(folder)[KEPT:]:
         _remove(old)
     return saved
@@ -79,7 +79,7 @@ def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Map
         save_file(dict(entries), folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True, allow_nan=False))
     sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2, sort_keys=True))
+    (folder / CHECKPOINT_MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2, sort_keys=True))
     sync_tree(folder)
 
 
@@ -97,7 +97,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _verified(path: Path) -> Checkpoint:
-    sums = json.loads((path / MANIFEST).read_bytes())["sha256"]
+    sums = json.loads((path / CHECKPOINT_MANIFEST).read_bytes())["sha256"]
     present = {entry.name for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()}
     for name, expected in sums.items():
         if name not in present:
@@ -125,7 +125,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             aside = path.with_name(path.name + CORRUPT)
             _remove(aside)
             path.rename(aside)
-            _log.warning("%s is broken and was renamed to %s: %s", path, aside.name, error.__cause__)
+            logger.warning("%s is broken and was renamed to %s: %s", path, aside.name, error.__cause__)
     return None
 
 

@@ -21,11 +21,11 @@ _PARENT = "QLORA_STARTED_BY"
 _LOOPBACK = "127.0.0.1"
 _SECONDS_TO_END = 60.0
 _PR_SET_PDEATHSIG = 1
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Which of a run's processes this is, counted as torchrun counts: over all nodes, and on its own."""
 
     rank: int = 0
@@ -42,7 +42,7 @@ class Place:
         return self.rank == 0
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], gpus: int = 1) -> "Place":
+    def of(cls, environ: Mapping[str, str], gpus: int = 1) -> "RankInfo":
         """The place that torchrun's variables name; without them, that of the first of `gpus` processes in this pod.
 
         Raises StepFailure (BAD_CONFIGURATION) for variables that contradict each other.
@@ -85,10 +85,10 @@ def named_rank(environ: Mapping[str, str]) -> int:
     return int(rank) if rank.isdecimal() else 0
 
 
-class Others:
+class ChildRanks:
     """The processes that this one has started, one a rank."""
 
-    def __init__(self, place: Place, processes: Sequence["subprocess.Popen[bytes]"] = ()) -> None:
+    def __init__(self, place: RankInfo, processes: Sequence["subprocess.Popen[bytes]"] = ()) -> None:
         self.place = place
         """This process's own place, now with the address of the common store."""
         self._processes = processes
@@ -113,7 +113,7 @@ class Others:
                 process.kill()
                 status = process.wait()
             level = logging.INFO if expected is None or status == expected else logging.WARNING
-            _log.log(level, self._ending(rank, status))
+            logger.log(level, self._ending(rank, status))
 
     def _ending(self, rank: int, status: int) -> str:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
@@ -121,14 +121,14 @@ class Others:
 
 
 @contextmanager
-def started_others(place: Place, command: Sequence[str]) -> Iterator[Others]:
+def started_others(place: RankInfo, command: Sequence[str]) -> Iterator[ChildRanks]:
     """Start the other ranks with the same `command` (none, if torchrun did or there is one process), and reap them.
 
     When all end alike, finished or asked to stop, they end by themselves. When the body fails they are killed: only
     this process writes, and it has the reason.
     """
     if place.size == 1 or place.address:
-        yield Others(place)
+        yield ChildRanks(place)
         return
     if not command:
         raise bad_configuration("several GPUs need the command `train`, or torchrun")
@@ -137,7 +137,7 @@ def started_others(place: Place, command: Sequence[str]) -> Iterator[Others]:
         # A pod's own name need not resolve, and no other interface is needed.
         os.environ.setdefault(interface, "lo")
     processes: list[subprocess.Popen[bytes]] = []
-    others, seconds = Others(place, processes), 0.0
+    others, seconds = ChildRanks(place, processes), 0.0
     expected: ExitCode | None = None
     try:
         for rank in range(1, place.size):

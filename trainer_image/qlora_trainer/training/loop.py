@@ -1,7 +1,7 @@
 """The training loop: optimizer steps, evaluations and checkpoints, from wherever the run stands to its end."""
 
 import logging
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 
@@ -23,7 +23,7 @@ from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, r
 from qlora_trainer.training.out_of_memory import is_shortage
 from qlora_trainer.training.state import Run, RunState, report
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def run_to_end(run: Run, state: RunState) -> RunState:
@@ -121,7 +121,7 @@ class _Gradient:
     targets: int
     tokens: int
     """Of all processes."""
-    batches: Items[tuple[Batch, bool]]
+    batches: Sequence[tuple[Batch, bool]]
     """This process's share, each with whether it counts."""
 
 
@@ -146,7 +146,7 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
     except RuntimeError as error:
         if not (is_shortage(error) and _may_halve(run)):
             raise
-        _log.warning("step %d ran out of memory and is done again", state.step + 1, exc_info=True)
+        logger.warning("step %d ran out of memory and is done again", state.step + 1, exc_info=True)
         short = True
     # Also where nobody may halve: a process that is lost is noticed here at once, and by NCCL's sum after half an hour.
     if run.ranks.any(short):
@@ -155,7 +155,7 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
     return _Gradient(summed, targets, tokens, batches)
 
 
-def _share(run: Run, data: PreparedDataset, micro_batches: Items[MicroBatch]) -> list[tuple[Batch, bool]]:
+def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch]) -> list[tuple[Batch, bool]]:
     """This process's batches, with whether they count: one that does not lets the others gather a sharded base."""
     rounds = run.ranks.rounds(micro_batches)
     return [(read_batch(data, item, run.device), counts) for item, counts in rounds if counts or run.ranks.sharded]
@@ -194,7 +194,7 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
         return stability
     base_loss = _base_loss(run, gradient)
     if not has_diverged(loss, base_loss):
-        _log.info("step %d: loss %.4f is high, but it is %.4f without the adapter", state.step, loss, base_loss)
+        logger.info("step %d: loss %.4f is high, but it is %.4f without the adapter", state.step, loss, base_loss)
         return cleared(loss, grad_norm)
     raise _diverged(
         run,
@@ -334,7 +334,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> RunState:
     restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
     before, here = checkpoint.state["processor"], processor(run.context.device)
     if before != here:
-        _log.warning(
+        logger.warning(
             "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
         )
     run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state["savedAt"]

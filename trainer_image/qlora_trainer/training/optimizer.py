@@ -15,7 +15,7 @@ from qlora_api.training import TrainingSpec
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 PAGING_NEEDS_GPU = "paging needs a GPU: the optimizer state stays in main memory"
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 # A constant of bitsandbytes, the same for every parameter: not worth a checkpoint's space.
 _CONSTANTS = ("qmap1", "qmap2")
 _STEP = "step"
@@ -36,7 +36,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], training: TrainingSpec) -
     if training.optimizer == "adamw":
         return torch.optim.AdamW(trained, **settings)
     if trained[0].device.type == "cpu":
-        _log.warning(PAGING_NEEDS_GPU)
+        logger.warning(PAGING_NEEDS_GPU)
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     paged = PagedAdamW32bit if training.optimizer == "paged_adamw_32bit" else PagedAdamW8bit
     return paged(trained, **settings)

@@ -28,7 +28,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
 from qlora_trainer.core.outcome import classify
-from qlora_trainer.training.launch import Others, Place
+from qlora_trainer.training.launch import ChildRanks, RankInfo
 
 TIMEOUT = timedelta(minutes=30)
 """For which a process waits for the others: loading a large model and saving on a slow volume take minutes."""
@@ -38,7 +38,7 @@ _FAILURE = "failure"
 _JOINED = "joined"
 _SECONDS_BETWEEN_LOOKS = 0.1
 _LOOKS = 50
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -46,7 +46,7 @@ T = TypeVar("T")
 class Ranks:
     """The processes that train together. Every method must be called by all of them, in the same order."""
 
-    place: Place = field(default_factory=Place)
+    place: RankInfo = field(default_factory=RankInfo)
     store: Any = None
     """Names and texts that all processes see, a torch.distributed.Store; None where there is one process."""
     sharded: bool = False
@@ -157,7 +157,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 class _Endings:
     """Why processes of this run have ended, as far as they could say."""
 
-    def __init__(self, store: Any, others: Others) -> None:
+    def __init__(self, store: Any, others: ChildRanks) -> None:
         self._store, self._others = store, others
 
     def tell(self, error: Exception) -> None:
@@ -167,7 +167,7 @@ class _Endings:
         try:
             self._store.compare_set(_FAILURE, "", text)
         except RuntimeError:
-            _log.warning("the others could not be told, the main process is gone")
+            logger.warning("the others could not be told, the main process is gone")
 
     def __call__(self, error: Exception) -> StepFailure:
         """What must be raised when an exchange failed with `error`. A lost process is given a moment to be found."""
@@ -197,7 +197,7 @@ class _Endings:
 
 
 @contextmanager
-def joined(others: Others, device: Device, sharding: Literal["none", "full"]) -> Iterator[Ranks]:
+def joined(others: ChildRanks, device: Device, sharding: Literal["none", "full"]) -> Iterator[Ranks]:
     """The processes of this run, once all are there, and whether they spread the base.
 
     A failure of this process is told to the others before it ends, so that each ends with the same exit code. Raises
@@ -229,7 +229,7 @@ def joined(others: Others, device: Device, sharding: Literal["none", "full"]) ->
     torch.distributed.destroy_process_group()
 
 
-def _store(place: Place) -> Any:
+def _store(place: RankInfo) -> Any:
     """The processes' common store. torchrun's agent keeps it itself; else the main process does."""
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -242,7 +242,7 @@ def _store(place: Place) -> Any:
     return torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _wait_for_all(store: Any, place: Place, endings: _Endings) -> None:
+def _wait_for_all(store: Any, place: RankInfo, endings: _Endings) -> None:
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     store.add(_JOINED, 1)
     while (there := store.add(_JOINED, 0)) < place.size:

@@ -12,7 +12,7 @@ from qlora_trainer.model.batch import MicroBatch
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """The run as a function of the step: no state, so a resumed run sees what an undisturbed one would have seen."""
 
     sequences: int
@@ -23,14 +23,14 @@ class Plan:
     seed: int
 
     @classmethod
-    def of(cls, sequences: int, training: TrainingSpec) -> "Plan":
+    def of(cls, sequences: int, training: TrainingSpec) -> "Schedule":
         """The plan for `sequences` sequences. An epoch ends with a smaller step if they do not divide."""
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
         steps_per_epoch = ceil(sequences / sequences_per_step)
         total = training.max_steps or (training.epochs or 1) * steps_per_epoch
         return cls(sequences, training.micro_batch_size, sequences_per_step, total, training.seed)
 
-    def with_micro_batch_size(self, size: int) -> "Plan":
+    def with_micro_batch_size(self, size: int) -> "Schedule":
         """The same sequences in the same steps and order, in other micro batches."""
         return replace(self, micro_batch_size=size)
 

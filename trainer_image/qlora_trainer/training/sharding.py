@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_trainer.core.failures import bad_configuration
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 STORAGE_DTYPE = torch.bfloat16
 """How packed weights must be stored: FSDP gathers a block as one buffer, so they need the type of its norms."""
 
@@ -42,7 +42,7 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
     own = sum(_bytes(parameter.to_local()) for parameter in blocks.parameters() if isinstance(parameter, DTensor))
-    _log.info("this process holds %d of %d bytes of the decoder blocks", own, whole)
+    logger.info("this process holds %d of %d bytes of the decoder blocks", own, whole)
 
 
 def _require_one_dtype(number: int, block: torch.nn.Module) -> None:

@@ -16,11 +16,11 @@ from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.quantized import Storage
-from qlora_trainer.report.metrics_log import History
+from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.training.divergence import Stability
 from qlora_trainer.training.fingerprint import Fingerprint
 from qlora_trainer.training.ranks import Ranks
-from qlora_trainer.training.schedule import Plan
+from qlora_trainer.training.schedule import Schedule
 
 # Weight of the newest step in the running mean: about the last ten steps count.
 _NEWEST = 0.2
@@ -96,13 +96,13 @@ class Run:
     model: Any
     optimizer: torch.optim.Optimizer
     ranks: Ranks
-    history: History | None
+    history: MetricsLog | None
     """None in the processes that do not write."""
     fingerprint: Fingerprint
     threads: int
     storage: Storage
     quantized_sha256: str
-    plan: Plan
+    plan: Schedule
     """Its micro batches may become smaller."""
     checkpoint_step: int | None = None
     checkpoint_time: str | None = None
