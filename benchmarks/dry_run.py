@@ -1,5 +1,4 @@
-"""Counts the live bytes of one training step without weights: the real layers, attention, loss and adapter on tensors
-that have a shape and no data; changes with what a step computes.
+"""Counts the live bytes of one training step without weights, on tensors that have a shape and no data.
 
 It confirms the memory estimate, and describes a model that the estimate does not know. It counts tensors: the CUDA
 context, the allocator's fragmentation and what a kernel needs inside are not in it.

@@ -97,7 +97,7 @@ def write_credentials(settings: Settings, now: datetime.datetime) -> None:
 
 
 def etcd_arguments(settings: Settings) -> list[str]:
-    """etcd for throw-away data: it never waits for the disk."""
+    """Etcd for throw-away data: it never waits for the disk."""
     peer = f"http://{addresses.LOOPBACK}:{settings.ports.etcd_peer}"
     return [
         f"--data-dir={settings.directory / 'etcd'}",
@@ -210,7 +210,7 @@ def is_ready(settings: Settings) -> bool:
 
 @contextmanager
 def running(*, controller_manager: bool = False, layout: Layout | None = None) -> Iterator[ControlPlane]:
-    """etcd and an API server on loopback, for tests that need the real API and no pods; no root needed.
+    """Etcd and an API server on loopback, for tests that need the real API and no pods; no root needed.
 
     Everything lies in a temporary folder and ends with the block, or with the calling process.
     `controller_manager` adds the controllers: garbage collection, Jobs (whose pods stay pending), ServiceAccounts.

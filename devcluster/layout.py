@@ -24,7 +24,7 @@ class Layout:
 
     @property
     def containerd_content(self) -> Path:
-        """containerd's images and snapshots (kept)."""
+        """Containerd's images and snapshots (kept)."""
         return self.cache / "containerd"
 
     @property

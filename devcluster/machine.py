@@ -108,7 +108,7 @@ def mounts() -> list[str]:
 
 
 def container_cgroups() -> Iterator[Path]:
-    """containerd's folder in each control group hierarchy (version 1 has several)."""
+    """Containerd's folder in each control group hierarchy (version 1 has several)."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         kind = line.partition(" - ")[2].split(" ")[0]
         folder = Path(line.split(" ")[4]) / addresses.CONTAINERD_NAMESPACE

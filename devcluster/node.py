@@ -60,7 +60,7 @@ def start_containerd(layout: Layout, start: Start, sandbox_image: str) -> Record
 
 
 def ctr(layout: Layout, *arguments: str, seconds: float = 600) -> str:
-    """containerd's client, in the namespace that the kubelet uses."""
+    """Containerd's client, in the namespace that the kubelet uses."""
     address = ["--address", str(layout.containerd_socket), "--namespace", addresses.CONTAINERD_NAMESPACE]
     return run(["ctr", *address, *arguments], seconds=seconds)
 
@@ -126,7 +126,7 @@ def cni_configuration(leases: Path) -> dict[str, object]:
 
 
 def containerd_configuration(layout: Layout, network: Path, sandbox_image: str) -> str:
-    """containerd's TOML: our folders and socket, runc, and our CNI network."""
+    """Containerd's TOML: our folders and socket, runc, and our CNI network."""
     return f"""version = 2
 root = "{layout.containerd_content}"
 state = "{layout.containerd_state}"

@@ -1,0 +1,1 @@
+"""The operator: gather, plan, act, write the status once."""

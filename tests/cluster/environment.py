@@ -62,7 +62,7 @@ class Tenant:
     namespace: str
 
     def kubectl(self, *arguments: str, input_text: str | None = None) -> str:
-        """kubectl in this namespace."""
+        """Kubectl in this namespace."""
         return self.cluster.kubectl(f"--namespace={self.namespace}", *arguments, input_text=input_text)
 
     def get(self, *arguments: str) -> Object:

@@ -28,7 +28,7 @@ HTPASSWD = f"{USER}:$2b$04$fy77HFtGcLmU10SKe/D0l.F0ydvnzYtKnN8RGcSPzOg3iPlXt/t6i
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """versitygw with the bucket BUCKET, whose objects are the files of `folder`/buckets/BUCKET; its HOST:PORT."""
+    """Versitygw with the bucket BUCKET, whose objects are the files of `folder`/buckets/BUCKET; its HOST:PORT."""
     program = toolchain.build(from_environment(), ["versitygw"])["versitygw"]
     (folder / "buckets" / BUCKET).mkdir(parents=True)
     (folder / "metadata").mkdir()

@@ -1,0 +1,1 @@
+"""GPU memory of a job, from its model's configuration."""

@@ -1,4 +1,4 @@
-"""Judges an estimate against a card, and says which settings to change; changes with what can be advised."""
+"""Judges an estimate against a card, and says which settings to change."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping

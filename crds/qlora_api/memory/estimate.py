@@ -1,6 +1,7 @@
 """Estimates the GPU memory of a QLoRA training run from a model's configuration, before any weight is downloaded.
 
-Pure arithmetic: sizes are bytes unless a name says otherwise, and one GB of a published figure is 1e9 bytes."""
+Pure arithmetic: sizes are bytes unless a name says otherwise, and one GB of a published figure is 1e9 bytes.
+"""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Reads a model's sizes from its `config.json` and refuses those not understood; changes with the families."""
+"""Reads a model's sizes from its `config.json` and refuses those not understood."""
 
 import reprlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Reads the Secrets that a step is given as files; changes with the keys that a Secret may have."""
+"""Reads the Secrets that a step is given as files."""
 
 from dataclasses import dataclass
 from pathlib import Path

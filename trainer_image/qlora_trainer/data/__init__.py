@@ -1,0 +1,1 @@
+"""From a data set's address to packed sequences on disk."""

@@ -1,4 +1,4 @@
-"""Turns examples into tokens and says which of them are targets; changes with templates and tokenizers.
+"""Turns examples into tokens and says which of them are targets.
 
 An example is rendered as one text in which the spans to learn are known by their offsets. The text is tokenized as a
 whole, and a token is a target if any of its characters lies inside such a span: the first token of an answer may begin

@@ -1,4 +1,4 @@
-"""Tokenized rows in chunks, each a file that is read as memory; changes with what is kept of a row."""
+"""Tokenized rows in chunks, each a file that is read as memory."""
 
 import json
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Reads the turns of a conversation, of both notations, with tool calls; changes with how conversations are written."""
+"""Reads the turns of a conversation, of both notations, with tool calls."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Turns a row into an example to learn from; changes with the formats of rows."""
+"""Turns a row into an example to learn from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Chooses the files of a hub data set that are a configuration and split of it; changes with the hub's layouts.
+"""Chooses the files of a hub data set that are a configuration and split of it.
 
 The layouts are those of https://huggingface.co/docs/hub/datasets-data-files-configuration: `configs` in the card
 (README.md), else file and folder names that say the split.

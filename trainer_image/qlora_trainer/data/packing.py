@@ -1,4 +1,4 @@
-"""Decides which rows share a sequence; changes with the packing method."""
+"""Decides which rows share a sequence."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Says how large the pages of a Parquet file get when they are decompressed; changes with the format's page headers.
+"""Says how large the pages of a Parquet file get when they are decompressed.
 
 A reader takes as much memory for a page as the page's own header says, and copies a value of a dictionary for every row
 that has it. The footer tells the one without being held to it, and the other not at all.

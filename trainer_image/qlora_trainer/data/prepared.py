@@ -1,4 +1,4 @@
-"""The prepared data on disk: how token sequences are written once and read many times; changes with their format.
+"""The prepared data on disk: how token sequences are written once and read many times.
 
 A data folder holds `train.safetensors`, `eval.safetensors` where rows are held out, `statistics.json`, and
 `manifest.json`, which is written last. A split's file has the tensors

@@ -1,4 +1,4 @@
-"""Reads the rows of a data set's files, naming the place of everything that is wrong; changes with the file formats."""
+"""Reads the rows of a data set's files, naming the place of everything that is wrong."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 

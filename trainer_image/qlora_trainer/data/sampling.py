@@ -1,4 +1,4 @@
-"""Draws rows by chance from a seed: their order, which are held out, which are used; changes with how chance is drawn.
+"""Draws rows by chance from a seed: their order, which are held out, which are used.
 
 Chance is the raw output of Philox (Salmon et al. 2011), which numpy promises never to change, unlike what its
 generators make of it.

@@ -1,4 +1,4 @@
-"""Opens data files as text, also compressed ones; changes with compression formats and encodings."""
+"""Opens data files as text, also compressed ones."""
 
 import bz2
 import codecs

@@ -1,0 +1,1 @@
+"""The network: may it be trained, load, adapt, compute, merge."""

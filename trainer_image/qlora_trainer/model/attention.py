@@ -1,4 +1,4 @@
-"""Attention within the rows of a sequence, registered with transformers; changes with its attention interface.
+"""Attention within the rows of a sequence, registered with transformers.
 
 Rows stand one after the other on a single batch row, without padding. Each token sees the tokens before it in its own
 row and nothing of the others, so a batch of several rows equals as many batches of one. No attention mask exists: with
@@ -196,7 +196,7 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _visible(tokens: range, others: range, window: int | None, device: torch.device) -> Tensor:
-    """bool [tokens, others]: True where a token sees another, both given by their positions in the row."""
+    """Bool [tokens, others]: True where a token sees another, both given by their positions in the row."""
     rows, columns = (torch.arange(part.start, part.stop, device=device) for part in (tokens, others))
     distance = rows[:, None] - columns[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -1,4 +1,4 @@
-"""Causal attention within rows on a CPU, as one differentiable operation; changes with PyTorch's kernel for CPUs.
+"""Causal attention within rows on a CPU, as one differentiable operation.
 
 The kernel takes one row at a time. Called through autograd, every row would be cut out, filled up and joined by
 operations of its own, three times over with checkpoints.

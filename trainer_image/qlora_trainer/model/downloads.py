@@ -1,4 +1,4 @@
-"""Base models on servers, all in the same shape; changes with the kinds of address."""
+"""Base models on servers, all in the same shape."""
 
 from collections.abc import Callable, Collection
 from hashlib import sha256

@@ -24,7 +24,7 @@ class FusedLora(Linear4bit):
     """Whether backward comes right after a second forward pass, in which a checkpoint computes the block again."""
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """x Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in autocast's type."""
+        """X Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in autocast's type."""
         if arguments or keywords or not self._is_plain(x):
             return cast("Tensor", super().forward(x, *arguments, **keywords))
         base, name = self.get_base_layer(), self.active_adapters[0]

@@ -1,4 +1,4 @@
-"""Judges before any weight is fetched whether a job fits its card; changes with what of a job decides its memory."""
+"""Judges before any weight is fetched whether a job fits its card."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Has a base model's files in one folder, complete and harmless; changes with what a model consists of."""
+"""Has a base model's files in one folder, complete and harmless."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Says why models of a family cannot be trained, from what transformers tells about it; changes with its families."""
+"""Says why models of a family cannot be trained, from what transformers tells about it."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,0 +1,1 @@
+"""A finished folder, and where it may go."""

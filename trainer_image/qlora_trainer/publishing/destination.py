@@ -1,4 +1,4 @@
-"""Decides where a finished folder goes and whether it may, whatever the address; changes with the kinds of address."""
+"""Decides where a finished folder goes and whether it may, whatever the address."""
 
 from pathlib import Path
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Publishes into a model repository of the hub, in one commit; changes with how a repository is judged."""
+"""Publishes into a model repository of the hub, in one commit."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Describes a published folder: its files, and the run that made it; changes with what a reader wants to know."""
+"""Describes a published folder: its files, and the run that made it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Publishes as an artifact of an OCI registry, whose tag is set last; changes with how an artifact is judged."""
+"""Publishes as an artifact of an OCI registry, whose tag is set last."""
 
 from functools import partial
 

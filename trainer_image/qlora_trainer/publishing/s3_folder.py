@@ -1,4 +1,4 @@
-"""Publishes into a folder of an object store, whose objects appear one by one; changes with how that is made safe."""
+"""Publishes into a folder of an object store, whose objects appear one by one."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Publishes into a folder of a volume: whole or not at all, and read back; changes with how a folder is replaced."""
+"""Publishes into a folder of a volume: whole or not at all, and read back."""
 
 import glob
 import os

@@ -1,4 +1,4 @@
-"""The step `prepare`: model and data, found, checked and laid out in the workspace; changes with the order of that.
+"""The step `prepare`: model and data, found, checked and laid out in the workspace.
 
 What is cheap and may be wrong comes first: the model's configuration, whether it fits the card, the data. The weights
 come last. What is not finished lies in folders whose name begins with `.partial`.

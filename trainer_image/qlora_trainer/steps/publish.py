@@ -1,4 +1,4 @@
-"""The step `publish`: the adapter verified, described, and put where it belongs; changes with the order of that."""
+"""The step `publish`: the adapter verified, described, and put where it belongs."""
 
 import hashlib
 import json

@@ -1,0 +1,1 @@
+"""Clients of model hubs, object stores and registries. Each raises StepFailure only."""

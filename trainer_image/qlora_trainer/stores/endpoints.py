@@ -1,4 +1,4 @@
-"""Checks the addresses of servers that the environment names; changes with what a server's address may be."""
+"""Checks the addresses of servers that the environment names."""
 
 from collections.abc import Mapping
 from ipaddress import ip_address

@@ -1,4 +1,4 @@
-"""Reads and writes repositories of the Hugging Face Hub; changes with the client library and the errors it raises."""
+"""Reads and writes repositories of the Hugging Face Hub."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Reads and writes artifacts of an OCI registry; changes with the distribution protocol."""
+"""Reads and writes artifacts of an OCI registry."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

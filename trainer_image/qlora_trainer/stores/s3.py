@@ -1,4 +1,4 @@
-"""Reads and writes objects of an S3 bucket; changes with the store's client library and the errors it raises."""
+"""Reads and writes objects of an S3 bucket."""
 
 import os
 import re

@@ -1,0 +1,1 @@
+"""Everything between the first and the last optimizer step."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each is there whole and verified, or not at all; changes with their format.
+"""Checkpoints on disk: each is there whole and verified, or not at all.
 
 `checkpoints/step-N/` holds safetensors files, `state.json`, and `manifest.json` with the SHA-256 of each. It is written
 beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code.
