@@ -1,4 +1,4 @@
-"""The folder named operator/ must never shadow the standard library's module of that name."""
+"""Where modules are: folders that shadow nothing, and a trainer whose modules are all in a package."""
 
 import operator
 import subprocess
@@ -19,3 +19,8 @@ def test_the_standard_library_keeps_its_operator_module() -> None:
 @pytest.mark.parametrize("folder", ["operator", "trainer_image", "crds", "cli"])
 def test_the_folders_hold_packages_and_are_none(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_every_module_of_the_trainer_is_in_a_package_but_the_entry() -> None:
+    modules = {path.name for path in (ROOT / "trainer_image" / "qlora_trainer").glob("*.py")}
+    assert modules == {"__init__.py", "__main__.py", "runner.py"}
