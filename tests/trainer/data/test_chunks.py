@@ -76,7 +76,7 @@ def test_workers_interruptions_and_chunks_change_nothing(
         for rows in (20, 50)[count - 1 :]:
             with pytest.raises(Stop):
                 prepare(context, StopAfter(rows))
-        chunks = list((context.workspace.data / ".partial-rows").iterdir())
+        chunks = list((context.workspace.data / ".rows.partial").iterdir())
         assert 5 <= len(chunks) < 12
         made = data_bytes(context)
         assert {name: made[name] for name in made if name != "manifest.json"} == {
@@ -108,7 +108,7 @@ def test_what_is_tokenized_is_not_tokenized_again(
     with pytest.raises(Stop):
         prepare(context, StopAfter(70))
     made.clear()
-    [first, *_] = (context.workspace.data / ".partial-rows").iterdir()
+    [first, *_] = (context.workspace.data / ".rows.partial").iterdir()
     first.write_bytes(first.read_bytes()[:-1])  # a disk that lost the end of a file
     prepare(context, Recorded())
     assert made == [10] * 6
@@ -179,7 +179,7 @@ def killed_with_more_chunks(files: Files) -> dict[str, int]:
 
 def chunk_files(files: Files) -> dict[str, int]:
     """The inode of each finished chunk's file, by name; another file takes the place of one that is made again."""
-    return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.partial-rows/train-*.safetensors")}
+    return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.rows.partial/train-*.safetensors")}
 
 
 def test_a_killed_prepare_goes_on_with_its_chunks_to_the_bytes_of_an_undisturbed_one(

@@ -107,7 +107,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
     proxy.rule = lambda request: Fault(cut=100_000) if wanted(request) else None
     context = with_model(make_context, proxy, model)
     unusable(context, records, ExitCode.UNREACHABLE)
-    (partial,) = context.workspace.models.rglob("*.part")
+    (partial,) = context.workspace.models.glob("*.partial/*.partial")
     kept = partial.stat().st_size
     proxy.rule = lambda _request: None
     proxy.seen.clear()

@@ -7,6 +7,7 @@ and no old checkpoint goes before a newer one is on disk and verified.
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.outcome import classify
-from qlora_trainer.training import checkpoint
 from qlora_trainer.training.checkpoint import newest_checkpoint, read_checkpoint
 from tests.support.bad_disk import BadDisk, bad_disk
 from tests.support.checkpoints import FILES, in_child, newest_step, save
@@ -201,7 +201,7 @@ def test_a_run_whose_volume_is_full_from_any_write_on_ends_so_and_then_goes_on_t
         assert run(context).training_step == 3
         assert adapter_bytes(context) == adapter_bytes(undisturbed), failing
         assert history(context) == history(undisturbed), failing
-        assert not list(context.workspace.root.rglob("*.unfinished"))
+        assert not list(context.workspace.root.rglob("*.partial"))
 
 
 def test_a_stop_that_has_saved_stays_one_though_the_volume_cannot_take_how_the_attempt_ended(
@@ -269,7 +269,7 @@ def test_power_may_fail_at_any_time_because_everything_is_synced_before_it_is_re
     """What fsync has not been told may be lost: at the rename all files are synced, at a removal the rename is."""
     folder = tmp_path / "checkpoints"
     events: list[tuple[str, str]] = []
-    fsync, rename, remove = os.fsync, os.rename, checkpoint.shutil.rmtree
+    fsync, rename, remove = os.fsync, os.rename, shutil.rmtree
 
     def record(name: str, call: Callable[..., Any], path_of: Callable[[Any], str]) -> Callable[..., Any]:
         def recorded(first: Any, *others: Any, **settings: Any) -> Any:
@@ -280,14 +280,14 @@ def test_power_may_fail_at_any_time_because_everything_is_synced_before_it_is_re
 
     monkeypatch.setattr(os, "fsync", record("sync", fsync, lambda number: os.readlink(f"/proc/self/fd/{number}")))
     monkeypatch.setattr(os, "rename", record("rename", rename, str))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", record("remove", remove, str))
+    monkeypatch.setattr(shutil, "rmtree", record("remove", remove, str))
     save(folder, 1)
     assert ("sync", str(tmp_path)) in events  # the folder of all checkpoints is new too
     save(folder, 2)
     events.clear()
     save(folder, 3)
 
-    unfinished = folder / ".step-3.unfinished"
+    unfinished = folder / ".step-3.partial"
     written = {str(unfinished), *(str(unfinished / path.name) for path in (folder / "step-3").iterdir())}
     renamed = events.index(("rename", str(unfinished)))
     assert {path for name, path in events[:renamed] if name == "sync"} >= written

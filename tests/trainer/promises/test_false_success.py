@@ -127,12 +127,12 @@ def killed_in_the_last_save(files: Files) -> None:
     record_missing(files)
     gone(files)
     last = max(files.workspace.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    last.rename(last.with_name(f".{last.name}.unfinished"))
+    last.rename(last.with_name(f".{last.name}.partial"))
 
 
 def killed_before_the_record(files: Files) -> None:
     record_missing(files)
-    (files.workspace / "trained").rename(files.workspace / ".trained.unfinished")
+    (files.workspace / "trained").rename(files.workspace / ".trained.partial")
 
 
 def occupied(files: Files) -> None:

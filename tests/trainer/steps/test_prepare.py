@@ -68,7 +68,7 @@ def test_it_leaves_packed_data_and_a_record(make_context: MakeContext, records: 
         starts = torch.tensor([0, *sequence.row_lengths]).cumsum(0)[:-1]
         assert (sequence.labels[starts] == -100).all()
     assert data.target_tokens == sum(int((data[n].labels != -100).sum()) for n in range(len(data)))
-    assert not list(context.workspace.root.rglob(".partial*"))
+    assert not list(context.workspace.root.rglob("*.partial"))
 
 
 @pytest.mark.usefixtures("rows")
@@ -312,7 +312,7 @@ def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(
 @pytest.mark.usefixtures("rows")
 def test_unfinished_work_of_a_killed_attempt_is_cleared_away(make_context: MakeContext, records: Recorded) -> None:
     context = make_context()
-    left = context.workspace.data / ".partial" / "layout"
+    left = context.workspace.data / ".layout.partial"
     left.mkdir(parents=True)
     (left / "train.safetensors").write_bytes(b"half")
     record = prepare(context, records)

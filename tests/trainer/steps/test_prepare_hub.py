@@ -134,7 +134,7 @@ def test_what_was_loaded_of_a_branch_that_has_moved_on_is_removed(
     hub.corrupt, hub.commits["models/acme/tiny"] = lambda _name: False, "b" * 40
     context = make_context(MODEL)
     models = context.workspace.models
-    assert [path.name for path in models.iterdir()] == [f".partial-{COMMIT}"]
+    assert [path.name for path in models.iterdir()] == [f".{COMMIT}.partial"]
     prepare(context, records)
     assert [path.name for path in models.iterdir()] == ["b" * 40]
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -378,12 +380,34 @@ def test_clean_deletes_scratch_only_and_publish_still_knows(trained: Files, tmp_
     assert published(trained) == record
 
 
-def test_clean_deletes_what_a_killed_step_has_left_unfinished(tmp_path: Path) -> None:
-    for name in (".merged.partial", "quantized.partial", f".adapter.{JOB_UID}.{POD_UID}.partial", "adapter", "merged"):
+KILLED_WRITES = """
+import os, sys
+from pathlib import Path
+from qlora_api.contract import WorkspaceLayout
+from qlora_trainer.core import filesystem
+workspace = WorkspaceLayout(Path(sys.argv[1]))
+folders = (workspace.trained, workspace.quantized, workspace.checkpoints / "step-1", workspace.models / "1")
+begun = [*map(filesystem.atomic_folder, folders), filesystem.scratch_folder(workspace.merged)]
+for folder in begun:
+    (folder.__enter__() / "model.safetensors").write_bytes(b"weights")
+os.fsync = lambda _: os._exit(7)
+filesystem.write_atomically(Path(sys.argv[2]), b"record")
+"""
+
+
+def test_clean_deletes_what_a_killed_step_has_left_incomplete(tmp_path: Path) -> None:
+    layout = WorkspaceLayout(tmp_path)
+    for folder in (layout.records, layout.report, layout.adapter, layout.merged):
+        folder.mkdir()
+    for path in (layout.completion("train"), layout.report / "summary.json"):
+        command = [sys.executable, "-c", KILLED_WRITES, str(tmp_path), str(path)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        assert subprocess.run(command, check=False, env=environment).returncode == 7
+    for name in (f".adapter.{JOB_UID}.{POD_UID}.partial", f".adapter.{JOB_UID}.{POD_UID}.replaced.partial"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
-    clean(WorkspaceLayout(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "merged"]
+    assert len(list(tmp_path.rglob("*.partial"))) == 9
+    clean(layout)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", "merged", "records", "report"]
 
 
 def test_the_clean_command_writes_nothing_into_the_workspace(trained: Files) -> None:

@@ -309,7 +309,7 @@ def find_stored(context: StepContext) -> DataFiles:
         mounts=context.mounts,
         hub=lambda: pytest.fail("no hub is needed"),
         objects=lambda source: ObjectFolder(source, context.secret("dataset"), refuse=bad_dataset),
-        download=context.workspace.data / ".partial-download-train",
+        download=context.workspace.data / ".download-train.partial",
     )
 
 
@@ -333,7 +333,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
     store.rule = lambda request: next(cuts, answering(503, "SlowDown")) if of_weights(request) else None
     context = make_context(MODEL)
     refusal(context, records, ExitCode.UNREACHABLE)
-    (partial,) = context.workspace.models.rglob("*.part")
+    (partial,) = context.workspace.models.glob("*.partial/*.partial")
     kept = partial.stat().st_size
     assert 8 * 10**6 < kept <= 11 * 10**6
 
@@ -342,7 +342,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
     record = prepare(context, records)
     assert [request.headers["range"] for request in store.seen if of_weights(request)] == [f"bytes={kept}-"]
     assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == large
-    assert not [*context.workspace.root.rglob("*.part")]
+    assert not [*context.workspace.root.rglob("*.partial")]
 
 
 def test_a_transfer_that_stalls_is_given_up_and_taken_up_again(

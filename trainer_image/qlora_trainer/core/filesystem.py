@@ -1,11 +1,12 @@
-"""Durable writes, digests, free space and sizes of files and folders."""
+"""Writes files and folders that are complete and durable or not there; measures digests, free space and sizes."""
 
 import errno
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +15,8 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 
 GIB = 2**30
+PARTIAL = ".partial"
+"""Ends the name of every file and folder that is not complete yet."""
 _BLOCK_BYTES = 2**22
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # safetensors writes in Rust and only quotes the operating system's number.
@@ -65,29 +68,95 @@ def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 def sync_tree(folder: Path) -> None:
     """Make every file and folder below `folder` durable."""
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path` in one step: temporary file beside it, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames and new names in the folder durable."""
+def sync(path: Path) -> None:
+    """Make a file's content durable; for a folder, the names in it: new ones, renames and removals."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with everything in it, or a link but not its target. Does nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file at `path` in one step; it is durable afterwards. Raises OSError and then leaves it as it was."""
+    _make_folder(path.parent)
+    # Processes that train together may write the same file.
+    partial = partial_path(path.with_name(f"{path.name}.{os.getpid()}"))
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def partial_path(target: Path) -> Path:
+    """Where the file or folder `target` is written until it is complete: beside it, `.NAME.partial`."""
+    return target.with_name(f".{target.name}{PARTIAL}")
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a new, empty folder that becomes `target` when the body ends: complete and durable, or not there.
+
+    Whatever is at `target` is replaced then. If the body raises, what it has written is removed, because on a full
+    volume its space is needed, and `target` stays as it was.
+    """
+    with scratch_folder(target) as partial:
+        yield partial
+        complete_folder(partial, target)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a new, empty folder at the partial path of `target`, and remove it when the body ends or raises."""
+    partial = new_folder(partial_path(target))
+    try:
+        yield partial
+    finally:
+        remove(partial)
+
+
+def new_folder(path: Path) -> Path:
+    """Make an empty folder at `path`, in place of whatever is there."""
+    remove(path)
+    _make_folder(path.parent)
+    path.mkdir()
+    return path
+
+
+def complete_folder(partial: Path, target: Path) -> None:
+    """Sync the folder `partial` and rename it to `target`, which must be beside it and is replaced."""
+    sync_tree(partial)
+    remove(target)
+    partial.rename(target)
+    sync(target.parent)
+
+
+def remove_partials(folder: Path, *, but: Path | None = None) -> None:
+    """Delete whatever an earlier attempt has left incomplete in the folder, except `but`."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        if path != but:
+            remove(path)
+
+
+def _make_folder(path: Path) -> None:
+    """Make the folder durable too: after a power failure, what was synced into it must have a name."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        sync(path.parent)

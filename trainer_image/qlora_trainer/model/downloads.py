@@ -9,15 +9,13 @@ from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Sour
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artifact
-from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.core.filesystem import file_sha256, partial_path
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.source import DownloadedModel, ModelSource, RemoteModel, VolumeModel, content_digest
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.model_pack import archives, unpack
 from qlora_trainer.stores.oci import Registry
 from qlora_trainer.stores.s3 import ObjectFolder
-
-PARTIAL = ".partial"
 
 
 class HubModel:
@@ -119,7 +117,7 @@ def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> ModelSour
 
     def folder_of(version: str) -> Path:
         finished = models / version
-        return finished if finished.is_dir() else models / f"{PARTIAL}-{version}"
+        return finished if finished.is_dir() else partial_path(finished)
 
     return DownloadedModel(_remote_model(source, context, hub), folder_of)
 

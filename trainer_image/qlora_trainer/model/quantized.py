@@ -1,7 +1,6 @@
 """How many bytes the 4-bit weights of a loaded model take, held against what the format says they must take."""
 
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.core.completion import QuantizedLayers
 from qlora_trainer.core.failures import bad_configuration, unsafe_artifact
-from qlora_trainer.core.filesystem import sync_folder, sync_tree
+from qlora_trainer.core.filesystem import atomic_folder, remove
 
 BLOCK = 64
 """Weights that share one quantization constant (arXiv 2305.14314, section 3)."""
@@ -102,7 +101,6 @@ def _tensors(state: QuantState) -> list[Tensor]:
 FILE_BYTES = 2**30
 """Size at which a file of the folder is complete; so much is held in memory."""
 _SUM = "sha256"
-_PARTIAL = ".partial"
 Layer = Mapping[str, Tensor]
 """Packed weights, constants and tables of a 4-bit layer in main memory, named as in a checkpoint of bitsandbytes."""
 
@@ -134,22 +132,12 @@ def keep_quantized(model: nn.Module, folder: Path, sha256: str, file_bytes: int 
     """
     if _recorded(folder) == sha256:
         return
-    unfinished = folder.with_name(folder.name + _PARTIAL)
-    for leftover in (folder, unfinished):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    unfinished.mkdir(parents=True)
-    try:
+    # Of another base: there may be no room for both.
+    remove(folder)
+    with atomic_folder(folder) as partial:
         for number, tensors in enumerate(_files(quantized_layers(model), file_bytes)):
-            save_file(tensors, unfinished / f"{number:05d}.safetensors")
-        (unfinished / _SUM).write_text(sha256)
-        sync_tree(unfinished)
-        unfinished.rename(folder)
-    except BaseException:
-        # On a full volume the space is wanted back.
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    sync_folder(folder.parent)
+            save_file(tensors, partial / f"{number:05d}.safetensors")
+        (partial / _SUM).write_text(sha256)
 
 
 def is_kept(folder: Path, sha256: str) -> bool:

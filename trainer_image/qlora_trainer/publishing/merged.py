@@ -19,7 +19,7 @@ from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_FILE, CARD_FILE
-from qlora_trainer.core.filesystem import require_space
+from qlora_trainer.core.filesystem import require_space, scratch_folder
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base_weights import BaseWeights
@@ -32,7 +32,6 @@ from qlora_trainer.report.card import quantization_label
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.training.held_out import mean_loss, read_compared
 
-_UNFINISHED = ".merged.partial"
 _COPIED = (*sorted(TOKENIZER_FILES), "generation_config.json")
 
 
@@ -55,24 +54,20 @@ def publish_merged(
 ) -> MergedStatus | None:
     """Merge, evaluate and publish; None if the job does not ask for it. `describe` makes the manifest of some files.
 
-    Raises StepFailure as `merge` and `publish_folder` do. What is unfinished is removed.
+    Raises StepFailure as `merge` and `publish_folder` do. The folder of the workspace in which the model is merged is
+    removed afterwards.
     """
     wanted, workspace = context.spec.output.merged, context.workspace
     if wanted is None:
         return None
     destination = open_destination(context, wanted.destination, workspace.merged)
     refuse_occupied(destination, describe({}))
-    unfinished = workspace.root / _UNFINISHED
-    _remove(unfinished)
-    unfinished.mkdir()
-    try:
+    with scratch_folder(workspace.merged) as folder:
         say("merging the adapter into the base")
-        merged = merge(context, prepared, trained, unfinished)
+        merged = merge(context, prepared, trained, folder)
         say(f"writing to {destination.uri}"[:128])
         manifest = describe(merged.contents)
         uri = publish_folder(destination, merged.contents, manifest)
-    finally:
-        _remove(unfinished)
     compared = trained.compared
     return MergedStatus(
         uri=uri,
@@ -96,11 +91,6 @@ def still_published(context: StepContext, status: MergedStatus | None) -> bool:
         and hashlib.sha256(manifest.text()).hexdigest() == status.sha256
         and destination.damaged(manifest) is None
     )
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def merge(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, folder: Path) -> Merged:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
-from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
+from qlora_trainer.core.filesystem import PARTIAL, file_sha256, new_folder, remove, sync, sync_tree
 from qlora_trainer.publishing.manifest import Manifest, read_manifest
 from qlora_trainer.stores.contents import Contents
 
@@ -40,11 +40,9 @@ class VolumeFolder:
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination. OSError if it cannot be written; then, as after a StepFailure, the folder is as it was."""
         folder = self._folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Not `atomic_folder`: others write beside it, and an intact folder of theirs must survive.
         prefix = f".{folder.name}.{manifest.job_uid}"
-        stage = folder.with_name(f"{prefix}.{self._owner}.partial")
-        _remove(stage)
-        stage.mkdir()
+        stage = new_folder(folder.with_name(f"{prefix}.{self._owner}{PARTIAL}"))
         try:
             for name, content in contents.items():
                 _write(stage / name, content)
@@ -54,12 +52,12 @@ class VolumeFolder:
             self._require_free(manifest)
             _swap(stage, folder)
         except BaseException:
-            # On a full volume the space is wanted back.
-            _remove(stage)
+            # On a full volume its space is needed.
+            remove(stage)
             raise
         for leftover in folder.parent.glob(f"{glob.escape(prefix)}.*"):
-            _remove(leftover)
-        sync_folder(folder.parent)
+            remove(leftover)
+        sync(folder.parent)
         _require_intact(folder, manifest)
 
     def location(self) -> str:
@@ -83,7 +81,7 @@ def _write(path: Path, content: Path | bytes) -> None:
 def _swap(stage: Path, folder: Path) -> None:
     """Rename over an empty folder or none; a folder of the same run, which is damaged or older, makes room first."""
     if folder.exists() and any(folder.iterdir()):
-        folder.rename(stage.with_suffix(".replaced"))
+        folder.rename(stage.with_suffix(f".replaced{PARTIAL}"))
     os.replace(stage, folder)
 
 
@@ -100,10 +98,3 @@ def _damaged_file(folder: Path, manifest: Manifest) -> str | None:
         if path.is_symlink() or not path.is_file() or file_sha256(path) != described.sha256:
             return name
     return None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif path.exists() or path.is_symlink():
-        path.unlink()

@@ -1,22 +1,19 @@
-"""Deletes what the steps needed only for themselves, after the job's end; adapter, report and records stay."""
-
-import shutil
+"""The step `clean`: deletes what only the job's own steps needed; the adapter, the report and the records stay."""
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_trainer.core.filesystem import remove, remove_partials
 
 
 def clean(workspace: WorkspaceLayout) -> None:
-    """Delete `model/`, `data/`, `checkpoints/`, `trained/` and `quantized/` of one job's folder, and `*.partial`.
+    """Delete `model/`, `data/`, `checkpoints/`, `trained/` and `quantized/` of one job's folder, and all `*.partial`.
 
-    Those are what a step that was killed has left of an adapter, a merged model or the 4-bit weights. May be called
-    again.
+    The latter are what a killed step has left of its writes: of the adapter, the merged model, the 4-bit weights, a
+    record or a part of the report. May be called again.
 
-    Of a symbolic link the link goes and what it leads to stays: nothing outside the folder is touched. Raises OSError
-    if something cannot be deleted.
+    A symbolic link is deleted and its target is not: nothing outside the folder is touched. Raises OSError if something
+    cannot be deleted.
     """
-    scratch = (workspace.models, workspace.data, workspace.checkpoints, workspace.trained, workspace.quantized)
-    for folder in (*scratch, *workspace.root.glob("*.partial")):
-        if folder.is_symlink() or folder.is_file():
-            folder.unlink()
-        elif folder.exists():
-            shutil.rmtree(folder)
+    for folder in (workspace.models, workspace.data, workspace.checkpoints, workspace.trained, workspace.quantized):
+        remove(folder)
+    for folder in (workspace.root, workspace.records, workspace.report):
+        remove_partials(folder)

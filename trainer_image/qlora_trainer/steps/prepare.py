@@ -1,12 +1,11 @@
 """The step `prepare`: model and data, found, checked and laid out in the workspace.
 
 What is cheap and may be wrong comes first: the model's configuration, whether it fits the card, the data. The weights
-come last. What is not finished lies in folders whose name begins with `.partial`.
+come last. What is not complete is in folders named `.NAME.partial`, from which the next attempt resumes.
 """
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,12 +22,21 @@ from qlora_trainer.core.completion import PrepareRecord, read_completion, write_
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.core.filesystem import file_sha256, is_full, sizes, sync_folder, sync_tree, write_atomically
+from qlora_trainer.core.filesystem import (
+    complete_folder,
+    file_sha256,
+    is_full,
+    new_folder,
+    partial_path,
+    remove_partials,
+    sizes,
+    write_atomically,
+)
 from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.data.build import Dataset, libraries, read_dataset, same_data
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
-from qlora_trainer.model.downloads import PARTIAL, open_model_source
+from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.memory_fit import memory_status, read_shape, require_fit, training_shape
 from qlora_trainer.model.source import CONFIG, TOKENIZER_FILES, DownloadedModel, refuse_code
 from qlora_trainer.model.support import Family, inspect_family
@@ -111,12 +119,12 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
         tokenizer,
         vocabulary=checked.shape.vocab_size,
         tokenizer_files=_tokenizer_digests(folder),
-        scratch=lambda name: workspace.data / f"{PARTIAL}-{name}",
+        scratch=lambda name: partial_path(workspace.data / name),
         say=say,
     )
     records.note(dataset=dataset.status())
     packed = spec.training.packing and checked.family.keeps_rows_apart(spec.training.max_sequence_length)
-    layout = _empty(workspace.data / f"{PARTIAL}-layout")
+    layout = new_folder(partial_path(workspace.data / "layout"))
     dataset.write(layout, spec.training, packed=packed)
 
     verb = "downloading" if isinstance(model, DownloadedModel) else "reading"
@@ -214,21 +222,15 @@ def _publish_data(layout: Path, folder: Path, resolved: dict[str, Any], spec: QL
     fingerprint = _fingerprint(resolved, spec)
     manifest = {"fingerprint": fingerprint, "resolved": resolved}
     write_atomically(layout / PREPARED_MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
-    sync_tree(layout)
     target = folder / fingerprint
-    if target.exists():
-        shutil.rmtree(target)
-    layout.rename(target)
-    sync_folder(folder)
+    complete_folder(layout, target)
     return target
 
 
 def _publish_model(folder: Path, target: Path) -> Path:
     """Give a downloaded model's folder its final name, unless an earlier attempt has."""
     if folder != target:
-        sync_tree(folder)
-        folder.rename(target)
-        sync_folder(target.parent)
+        complete_folder(folder, target)
     return target
 
 
@@ -254,19 +256,8 @@ def _stored(path: Path, workspace: WorkspaceLayout) -> str:
     return str(path.relative_to(workspace.root) if path.is_relative_to(workspace.root) else path.absolute())
 
 
-def _empty(folder: Path) -> Path:
-    """The folder, new and empty."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def _discard_partial(folder: Path, *, but: Path | None = None) -> None:
-    """Delete what is unfinished in the folder, `but` for one, and the folder itself if nothing else is in it."""
-    if folder.is_dir():
-        for path in folder.glob(f"{PARTIAL}*"):
-            if path != but:
-                shutil.rmtree(path)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    """Delete what is incomplete in the folder, except `but`, and then the folder itself if nothing else is in it."""
+    remove_partials(folder, but=but)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

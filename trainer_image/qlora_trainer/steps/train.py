@@ -1,7 +1,6 @@
 """Trains the adapter: the loop, from the prepared data and the base model to the trained folder."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -16,7 +15,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StopRequest, bad_configuration, unreachable
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
-from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
+from qlora_trainer.core.filesystem import atomic_folder, file_sha256
 from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save_adapter
@@ -258,15 +257,8 @@ def _refuse_mixed_rows(spec: QLoRAJobSpec, prepared: PrepareRecord, model_folder
 def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
     """Write the adapter, then the completion record that points at it."""
     workspace = run.context.workspace
-    unfinished = workspace.root / f".{workspace.trained.name}.unfinished"
-    for folder in (unfinished, workspace.trained):
-        if folder.exists():
-            shutil.rmtree(folder)
-    unfinished.mkdir(parents=True)
-    save_adapter(run.model, unfinished)
-    sync_tree(unfinished)
-    unfinished.rename(workspace.trained)
-    sync_folder(workspace.root)
+    with atomic_folder(workspace.trained) as folder:
+        save_adapter(run.model, folder)
     if state.loss is None or run.history is None:
         raise AssertionError("a plan has at least one step, each step has a loss, and the main process notes it")
     run.history.sync()

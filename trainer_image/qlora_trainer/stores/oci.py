@@ -17,7 +17,7 @@ from urllib3.util import Retry
 from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable, unsafe_artifact
-from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.core.filesystem import file_sha256, partial_path
 from qlora_trainer.stores.oci_auth import docker_login, parse_token
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
@@ -138,7 +138,7 @@ class Registry:
         """
         if path.is_file() and path.stat().st_size == blob.size:
             return
-        partial = path.with_name(f".{path.name}.{blob.digest[-16:]}.part")
+        partial = partial_path(path.with_name(f"{path.name}.{blob.digest[-16:]}"))
         with partial.open("ab") as file:
             for block in self._blocks(blob, file.tell()):
                 file.write(block)

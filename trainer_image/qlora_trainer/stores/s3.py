@@ -18,6 +18,7 @@ from obstore.store import S3Store
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
+from qlora_trainer.core.filesystem import partial_path
 from qlora_trainer.stores.endpoints import server_address
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class ObjectFolder:
         if path.is_file() and path.stat().st_size == found.size:
             return
         # The version is in the name, so that two of them are never put together.
-        partial = path.with_name(f".{path.name}.{sha256(found.etag.encode()).hexdigest()[:16]}.part")
+        partial = partial_path(path.with_name(f"{path.name}.{sha256(found.etag.encode()).hexdigest()[:16]}"))
         with partial.open("ab") as file:
             if file.tell() < found.size:
                 for block in self._blocks(found, file.tell()):

@@ -8,7 +8,6 @@ import errno
 import json
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_trainer.core.filesystem import file_sha256, sync_folder, sync_tree
+from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove, remove_partials
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -52,25 +51,12 @@ def save_checkpoint(
     if it cannot be written, and ValueError if it does not read back; the earlier checkpoints are untouched then.
     """
     final = folder / f"step-{step}"
-    unfinished = folder / f".step-{step}.unfinished"
-    _remove(unfinished)
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        # After a power failure checkpoints that are on disk must also have a folder.
-        sync_folder(folder.parent)
-    unfinished.mkdir()
-    try:
-        _write(unfinished, tensors, {**state, "formatVersion": FORMAT_VERSION, "step": step})
-        unfinished.rename(final)
-    except BaseException:
-        # On a full volume the space is wanted back.
-        _remove(unfinished)
-        raise
-    sync_folder(folder)
+    with atomic_folder(final) as partial:
+        _write(partial, tensors, {**state, "formatVersion": FORMAT_VERSION, "step": step})
     saved = read_checkpoint(final)
     logger.info("saved %s", final)
     for _, old in _numbered(folder)[KEPT:]:
-        _remove(old)
+        remove(old)
     return saved
 
 
@@ -80,7 +66,6 @@ def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Map
     (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True, allow_nan=False))
     sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     (folder / CHECKPOINT_MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2, sort_keys=True))
-    sync_tree(folder)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -116,14 +101,13 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
     What a killed attempt left unfinished is removed.
     """
-    for leftover in folder.glob(".step-*.unfinished"):
-        _remove(leftover)
+    remove_partials(folder)
     for _, path in _numbered(folder):
         try:
             return read_checkpoint(path)
         except ValueError as error:
             aside = path.with_name(path.name + CORRUPT)
-            _remove(aside)
+            remove(aside)
             path.rename(aside)
             logger.warning("%s is broken and was renamed to %s: %s", path, aside.name, error.__cause__)
     return None
@@ -135,9 +119,3 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder if it is there."""
-    if path.exists():
-        shutil.rmtree(path)
