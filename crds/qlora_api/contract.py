@@ -14,7 +14,6 @@ from qlora_api.status import AdapterStatus, Bytes, Count, DatasetStatus, MemoryS
 CONTRACT_VERSION = 1
 
 TRAINER_CONTAINER = "trainer"
-SPEC_ANNOTATION = "qlora.dev/job"
 
 JOB_FILE = PurePosixPath("/etc/qlora/job.json")
 TERMINATION_LOG = PurePosixPath("/dev/termination-log")

@@ -1,11 +1,16 @@
-"""Names that derive from a job's name and UID, so that a retry can never make a second child."""
+"""Names of what is created for a job, and the keys of its labels and annotations.
+
+A name derives from the job's name and UID, so that a retry can never create a second child.
+"""
 
 from qlora_api.status import StepName
 
-# Labels of everything that is made for a job.
+# Labels of everything that is created for a job.
 JOB_LABEL = "qlora.dev/job"
 JOB_UID_LABEL = "qlora.dev/job-uid"
 STEP_LABEL = "qlora.dev/step"
+# Annotation of a step's pod: the manifest that the pod reads as a file (contract.JOB_FILE), by the downward API.
+SPEC_ANNOTATION = "qlora.dev/spec"
 
 
 def short_uid(uid: str) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from qlora_api import contract
-from qlora_api.contract import PERMANENT_EXIT_CODES, SPEC_ANNOTATION, TRAINER_CONTAINER, ExitCode
-from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, child_job_name
+from qlora_api.contract import PERMANENT_EXIT_CODES, TRAINER_CONTAINER, ExitCode
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, SPEC_ANNOTATION, STEP_LABEL, child_job_name
 from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.status import Resolved, StepName
 from qlora_api.v1alpha1 import API_VERSION, KIND

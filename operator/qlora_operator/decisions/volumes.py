@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora_api import contract
-from qlora_api.contract import SPEC_ANNOTATION
+from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec

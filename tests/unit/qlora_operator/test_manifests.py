@@ -275,13 +275,13 @@ def test_the_trainer_is_given_the_document_and_its_own_folder() -> None:
         f"/workspace/{NAME}-0a1b2c3d",
     ]
     assert "command" not in container_of(job)
-    text = job["spec"]["template"]["metadata"]["annotations"]["qlora.dev/job"]
+    text = job["spec"]["template"]["metadata"]["annotations"]["qlora.dev/spec"]
     document = QLoRAJobDocument.model_validate_json(text)
     assert (document.metadata.name, document.metadata.namespace, document.metadata.uid) == (NAME, "team", UID)
     assert document.spec == make_job(training={"learningRate": 3e-4, "maxSteps": 5}).spec
     assert document.spec.training.learning_rate == 3e-4
     items = next(volume for volume in pod_of(job)["volumes"] if volume["name"] == "job")["downwardAPI"]["items"]
-    assert items == [{"path": "job.json", "fieldRef": {"fieldPath": "metadata.annotations['qlora.dev/job']"}}]
+    assert items == [{"path": "job.json", "fieldRef": {"fieldPath": "metadata.annotations['qlora.dev/spec']"}}]
     assert environment_of(job)["QLORA_ATTEMPT"] == "2"
     assert environment_of(job)["QLORA_WORKSPACE_CLAIM"] == WORKSPACE
 
