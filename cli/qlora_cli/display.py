@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from qlora_api.contract import ProgressRecord, ResultRecord
+from qlora_api.duration import format_duration
 from qlora_api.status import StepName
 
 _DOING: dict[StepName, str] = {"prepare": "Preparing", "train": "Training", "publish": "Publishing"}
@@ -82,17 +83,5 @@ def describe(record: ProgressRecord) -> str:
     if record.tokens_per_second is not None:
         parts.append(f"{record.tokens_per_second:.0f} tokens/s")
     if record.remaining_seconds is not None and record.training_step < record.total_steps:
-        parts.append(f"{duration(record.remaining_seconds)} left")
+        parts.append(f"{format_duration(record.remaining_seconds)} left")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: `45s`, `12m05s`, `3h07m`, `2d04h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

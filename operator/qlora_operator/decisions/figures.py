@@ -1,6 +1,7 @@
 """Turns the trainer's records into the figures that a status shows; pure."""
 
 from qlora_api.contract import ProgressRecord, ResultRecord
+from qlora_api.duration import format_duration
 from qlora_api.status import CheckpointStatus, ProgressStatus, QLoRAJobStatus
 
 LOSS_DIGITS = 4
@@ -82,17 +83,6 @@ def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
     if status.progress is None or not status.progress.remaining:
         return status
     return status.model_copy(update={"progress": status.progress.model_copy(update={"remaining": ""})})
-
-
-def format_duration(seconds: float) -> str:
-    """A duration in its two largest units, for example 1h12m."""
-    whole = int(seconds)
-    days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days}d{hours}h"
-    if hours:
-        return f"{hours}h{minutes}m"
-    return f"{minutes}m{whole % 60}s" if minutes else f"{whole}s"
 
 
 def _steps(step: int, total: int) -> dict[str, object]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ProgressRecord
-from qlora_cli.display import describe, duration
+from qlora_cli.display import describe
 
 
 @pytest.mark.parametrize(
@@ -39,22 +39,3 @@ from qlora_cli.display import describe, duration
 def test_a_record_becomes_a_line_of_what_it_knows(fields: dict[str, Any], line: str) -> None:
     common = {"jobUid": "job", "podUid": "pod", "step": "train", "time": "2026-01-02T03:04:05Z"}
     assert describe(ProgressRecord.model_validate(common | fields)) == line
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (59.4, "59s"),
-        (59.6, "1m00s"),
-        (725, "12m05s"),
-        (3599, "59m59s"),
-        (3600, "1h00m"),
-        (11_220, "3h07m"),
-        (86_399, "23h59m"),
-        (86_400, "1d00h"),
-        (187_200, "2d04h"),
-    ],
-)
-def test_a_duration_has_its_two_largest_units(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

@@ -1,4 +1,4 @@
-"""Progress from logs: which lines count, how often a log is read, and how figures read."""
+"""Progress from logs: which lines count, and how often a log is read."""
 
 import asyncio
 import heapq
@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 
 from qlora_api.contract import ProgressRecord, encode_record
-from qlora_operator.decisions.figures import format_duration
 from qlora_operator.decisions.observe import Pod
 from qlora_operator.progress import READS_PER_SECOND, ProgressReader, ReadSchedule, latest_record
 from tests.support.builders import NAME, NOW, UID, child, make_job, pod, progress, running, seen, status_in
@@ -63,14 +62,6 @@ def test_a_line_that_a_status_cannot_hold_is_no_record(text: str) -> None:
     found = latest(line(training_step=1), text)
     assert found is not None
     assert found.training_step == 1
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.9, "59s"), (60, "1m0s"), (3599, "59m59s"), (4320, "1h12m"), (86_399, "23h59m"), (183_600, "2d3h")],
-)
-def test_a_duration_is_told_in_its_two_largest_units(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
 
 
 def test_one_job_is_read_every_ten_seconds() -> None:
