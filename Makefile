@@ -42,6 +42,8 @@ check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/deptry crds cli operator trainer_image
+	@$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster examples helm tests
 	@$(PYTHON) -m pytest -q tests/unit
 
 .PHONY: benchmarks
