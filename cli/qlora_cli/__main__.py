@@ -1,4 +1,4 @@
-"""The user's command line: what a manifest will need (`qlora plan`), and the manifest on this machine (`qlora run`)."""
+"""The user's command line: the memory that a job needs (`qlora plan`), and the job on this machine (`qlora run`)."""
 
 import importlib.util
 import shlex
@@ -20,8 +20,8 @@ from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 
 
-def _refuse(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
-    """Say why on standard error, and end with the exit code that the job's step would end with."""
+def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
+    """Print the message to standard error, and exit with the code that the job's step would end with."""
     click.echo(f"Error: {message}", err=True)
     sys.exit(exit_code)
 
@@ -33,14 +33,19 @@ def _folders(_context: click.Context, parameter: click.Parameter, values: tuple[
         if not (name and folder):
             raise click.BadParameter(f"found {value!r}, must be {parameter.metavar}")
         if not Path(folder).is_dir():
-            raise click.BadParameter(f"{folder} is not a folder")
+            raise click.BadParameter(f"found {value!r}, and {folder} is not a folder: create it, or name another")
         folders[name] = Path(folder)
     return folders
 
 
 _file = click.argument("file", type=click.Path(path_type=Path))
 _volume = click.option(
-    "--volume", "claims", multiple=True, metavar="CLAIM=DIR", callback=_folders, help="Where pvc://CLAIM/… lies here."
+    "--volume",
+    "claims",
+    multiple=True,
+    metavar="CLAIM=DIR",
+    callback=_folders,
+    help="Folder to use for pvc://CLAIM/….",
 )
 
 
@@ -48,7 +53,7 @@ def _load(file: Path) -> QLoRAJobDocument:
     try:
         return load_manifest(file)
     except ManifestError as error:
-        _refuse(str(error))
+        _fail(str(error))
 
 
 @click.group(context_settings={"max_content_width": 120})
@@ -62,19 +67,19 @@ def main() -> None:
 @_volume
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The model's config.json.")
 @click.option(
-    "--gpu-memory", type=click.IntRange(1, 1024), help="GiB of the card, instead of spec.resources.gpuMemory."
+    "--gpu-memory", type=click.IntRange(1, 1024), help="GPU memory in GiB, instead of spec.resources.gpuMemory."
 )
 def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: int | None) -> None:
     """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
 
-    Exits with 17 if it cannot fit, as the job itself would.
+    Exits with 17 if it cannot fit, as the job itself does.
     """
     document = _load(file)
     try:
         config = config or find_config(document.spec.model, Mounts(claims=claims))
         made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
     except StepFailure as failure:
-        _refuse(failure.message, failure.exit_code)
+        _fail(failure.message, failure.exit_code)
     show_plan(made, Console())
     sys.exit(made.exit_code)
 
@@ -82,9 +87,12 @@ def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: i
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--workspace", type=click.Path(path_type=Path), required=True, help="Folder of the run; kept between runs."
+    "--workspace",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the run; kept between runs.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in the workspace; refused if there is none.")
+@click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails if there is none.")
 @_volume
 @click.option(
     "--config-map",
@@ -92,9 +100,13 @@ def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: i
     multiple=True,
     metavar="NAME=DIR",
     callback=_folders,
-    help="Where configMap://NAME/… lies.",
+    help="Folder to use for configMap://NAME/….",
 )
-@click.option("--device", type=click.Choice(get_args(Device)), help="Where to train; cuda if there is a driver.")
+@click.option(
+    "--device",
+    type=click.Choice(get_args(Device)),
+    help="Device to train on; by default cuda, if there is a driver.",
+)
 def run(
     file: Path | None,
     workspace: Path,
@@ -105,8 +117,8 @@ def run(
 ) -> None:
     """Run the job in FILE on this machine: prepare, train, publish.
 
-    Ctrl-C saves a checkpoint. With --resume, FILE and the options are those of the run in the workspace, unless they
-    are given again. The exit code is that of the step that failed.
+    Ctrl-C saves a checkpoint and stops. With --resume, FILE and the options default to those of the run in the
+    workspace. The exit code is that of the step that failed.
     """
     earlier = _earlier_run(workspace) if resume else None
     if file is not None:
@@ -114,24 +126,24 @@ def run(
     elif earlier is not None:
         document = earlier.document
     else:
-        raise click.UsageError("Missing argument 'FILE': name the manifest, or go on with an earlier run by --resume.")
+        raise click.UsageError("Missing argument 'FILE': name the manifest, or resume an earlier run with --resume.")
     claims = {**(earlier.claims if earlier else {}), **claims}
     config_maps = {**(earlier.config_maps if earlier else {}), **config_maps}
     missing = missing_sources(document.spec, claims, config_maps)
     if missing:
-        _refuse("\n".join(missing))
+        _fail("\n".join(missing))
     if importlib.util.find_spec("torch") is None:
-        _refuse("the trainer is not installed: install qlora-operator[cli,trainer]")
+        _fail("the trainer is not installed: install qlora-operator[cli,trainer]")
     console = Console()
     device = device or (earlier.device if earlier else None)
     if device is None:
         device = "cuda" if has_gpu() else "cpu"
-        console.print(f"Training on {device} (--device chooses).", highlight=False)
+        console.print(f"Training on {device}; choose with --device.", highlight=False)
     local = LocalRun(document, workspace, claims, config_maps, device)
     try:
         ended = run_steps(local, ConsoleDisplay(console, local.layout.records))
     except OSError as error:
-        _refuse(f"the workspace {workspace} cannot be written: {error.strerror}")
+        _fail(f"--workspace {workspace} cannot be written: {error.strerror}")
     _show_end(ended, local, console)
     sys.exit(ended.exit_code)
 
@@ -140,13 +152,13 @@ def _earlier_run(workspace: Path) -> LocalRun:
     try:
         return LocalRun.recall(workspace)
     except ValueError as error:
-        _refuse(str(error))
+        _fail(str(error))
 
 
 def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
     if ended.stopped_by is not None:
         command = shlex.join(["qlora", "run", "--resume", "--workspace", str(local.workspace)])
-        console.print(f"To go on from there:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"To resume:\n  {command}", highlight=False, markup=False, soft_wrap=True)
         return
     if "publish" not in ended.results or ended.results["publish"].adapter is None:
         return

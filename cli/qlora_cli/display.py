@@ -1,4 +1,4 @@
-"""Shows a local run: a progress bar on a terminal, a line for each report elsewhere."""
+"""Shows a local run: a progress bar on a terminal, elsewhere one line per progress record."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _DOING: dict[StepName, str] = {"prepare": "Preparing", "train": "Training", "pub
 
 
 class ConsoleDisplay:
-    """Draws on a console. `logs` is the folder in which the steps' logs lie, for those who look for a cause."""
+    """Draws on a console. `logs`: folder of the steps' logs, which is named when a step fails."""
 
     def __init__(self, console: Console, logs: Path) -> None:
         self._console = console
@@ -31,12 +31,12 @@ class ConsoleDisplay:
         self._task: TaskID | None = None
 
     def begin(self, step: StepName) -> None:
-        """Start the step's bar, which only moves until the number of steps is known."""
+        """Start the step's bar, without a total until the number of steps is known."""
         self._bar.start()
         self._task = self._bar.add_task(_DOING[step], total=None, details="starting")
 
     def progress(self, record: ProgressRecord) -> None:
-        """Move the bar, or print the line."""
+        """Move the bar; where there is no terminal, print a line."""
         details = describe(record)
         if self._task is not None:
             total = record.total_steps or None
@@ -45,7 +45,7 @@ class ConsoleDisplay:
             self._console.print(f"{record.step}: {details}", markup=False, soft_wrap=True)
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
-        """Take the bar away and say how the step ended."""
+        """Remove the bar and print how the step ended."""
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
@@ -61,11 +61,11 @@ class ConsoleDisplay:
         self._console.print(f"{sign} {step}: {escape(text)}", highlight=False, soft_wrap=True)
 
     def stopping(self, *, again: bool) -> None:
-        """Say that the wish was heard."""
+        """Print what happens now, and what a further Ctrl-C does."""
         if again:
-            self._console.print("Stopping at once; what was done after the last checkpoint is lost.")
+            self._console.print("Stopping at once; steps after the last checkpoint are lost.")
         else:
-            self._console.print("Stopping. Training saves a checkpoint first; once more stops it at once.")
+            self._console.print("Stopping: training saves a checkpoint first. Ctrl-C again stops it at once.")
 
     def _log(self, step: StepName) -> Path:
         return self._logs / f"{step}.log"

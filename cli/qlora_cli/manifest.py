@@ -1,4 +1,4 @@
-"""Reads a manifest as the API server would, and says on which line it would be refused."""
+"""Reads a manifest as the API server would, and names file, line and field of everything that it would reject."""
 
 import difflib
 import json
@@ -19,33 +19,33 @@ from qlora_api.v1alpha1 import QLoRAJobDocument
 
 # What the API server accepts in one object.
 _MAX_BYTES = 1_500_000
-# Written by the cluster, as in `kubectl get -o yaml`; nobody's input.
+# Written by the cluster and part of `kubectl get -o yaml`: not read from a manifest.
 _OBSERVED = frozenset({"status"})
-# What the YAML library raises for a value that is not of the type that its tag says.
+# What the YAML library raises for a value that does not match its tag.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 Location = tuple[int | str, ...]
 
 
 class ManifestError(Exception):
-    """The manifest is refused; one line of the message for each problem, each with file, line and field."""
+    """The manifest is invalid; the message has one line per problem, each with file, line and field."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(map(printable, problems)))
 
 
 class _NotJsonError(Exception):
-    """YAML has a value at `location` that JSON has not."""
+    """The YAML value at `location` has no equivalent in JSON."""
 
     def __init__(self, value: Any, location: Location) -> None:
         tag = getattr(value, "tag", None)
         found = f"the tag {tag.value}" if tag is not None and tag.value else f"a {type(value).__name__}"
-        super().__init__(f"found {found}; allowed is what JSON has: objects, lists, text, numbers, true, false, null")
+        super().__init__(f"found {found}, must be of a type of JSON: object, list, string, number, true, false or null")
         self.location = location
 
 
 def load_manifest(path: Path) -> QLoRAJobDocument:
-    """The QLoRAJob in a YAML 1.2 or JSON file, with the schema's defaults. Raises ManifestError.
+    """The QLoRAJob in a YAML 1.2 or JSON file, with the schema's defaults applied. Raises ManifestError.
 
     Values have the types that kubectl sends: `2e-4` is a number and `"64"` is not.
     """
@@ -58,20 +58,20 @@ def load_manifest(path: Path) -> QLoRAJobDocument:
 
 
 def _json(document: CommentedMap, path: Path) -> str:
-    """The document as the JSON that kubectl sends, without what the cluster writes."""
+    """The document as the JSON that kubectl sends, without the status. Raises ManifestError."""
     try:
         if _size(document, {}) > _MAX_BYTES:
-            raise ManifestError(f"{path}: with its aliases written out, larger than {_MAX_BYTES} bytes, or endless")
+            raise ManifestError(f"{path}: larger than {_MAX_BYTES} bytes, or infinite, with its aliases expanded")
         return json.dumps({key: value for key, value in _plain(document, ()).items() if key not in _OBSERVED})
     except _NotJsonError as error:
         field = ".".join(map(str, error.location))
         raise ManifestError(f"{path}:{_line(document, error.location)}: {field}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: a number or a nesting is too long for JSON: {error}") from error
+        raise ManifestError(f"{path}: a number too long or a nesting too deep for JSON: {error}") from error
 
 
 def _size(value: Any, known: dict[int, float]) -> float:
-    """About how many characters the value has with aliases written out; infinite if it contains itself."""
+    """About how many characters the value has with aliases expanded; infinite if it contains itself."""
     if isinstance(value, str) or not isinstance(value, (Mapping, Sequence)):
         return len(value) + 1 if isinstance(value, str) else 1
     if id(value) not in known:
@@ -82,12 +82,12 @@ def _size(value: Any, known: dict[int, float]) -> float:
 
 
 def _parse(path: Path) -> CommentedMap:
-    """The file's only document. The round-trip parser keeps line numbers and refuses duplicate keys."""
+    """The file's only document. The round-trip parser keeps line numbers and rejects duplicate keys."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
-            raise ManifestError(f"{path}: larger than {_MAX_BYTES} bytes, which no Kubernetes object may be")
+            raise ManifestError(f"{path}: larger than {_MAX_BYTES} bytes, the most that the API server accepts")
         documents = [document for document in YAML(typ="rt").load_all(content) if document is not None]
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from error
@@ -95,17 +95,17 @@ def _parse(path: Path) -> CommentedMap:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ManifestError(f"{path}:{line}: {error.problem or error.context}") from error
     except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
-        raise ManifestError(f"{path}: is not YAML: {(str(error).splitlines() or ['?'])[0]}") from error
+        raise ManifestError(f"{path}: not YAML: {(str(error).splitlines() or ['?'])[0]}") from error
     if not documents:
-        raise ManifestError(f"{path}: is empty; it must hold one QLoRAJob")
+        raise ManifestError(f"{path}: empty, must hold one QLoRAJob")
     if len(documents) > 1:
         second = documents[1]
         line = second.lc.line + 1 if isinstance(second, (CommentedMap, CommentedSeq)) else 1
         raise ManifestError(
-            f"{path}:{line}: a second document begins here, but the file must hold one QLoRAJob: put each in its own"
+            f"{path}:{line}: a second document begins here, but the file must hold one QLoRAJob: split the file"
         )
     if not isinstance(documents[0], CommentedMap):
-        raise ManifestError(f"{path}:1: found a {type(documents[0]).__name__}, must be a QLoRAJob object")
+        raise ManifestError(f"{path}:1: found a {type(documents[0]).__name__}, must be an object of kind QLoRAJob")
     return documents[0]
 
 
@@ -133,10 +133,10 @@ def _describe(path: Path, document: CommentedMap, problem: ErrorDetails) -> str:
 
 
 def _line(document: CommentedMap, location: Location) -> int:
-    """Line of the innermost part of the location that is in the file."""
+    """Line of the innermost part of the location that the file has."""
     line, node = document.lc.line, document
     for part in location:
-        # What a merge (<<) brings has no place of its own.
+        # What a merge (<<) adds has no line of its own.
         if not isinstance(node, (CommentedMap, CommentedSeq)) or part not in (node.lc.data or ()):
             break
         line, node = node.lc.data[part][0], node[part]

@@ -1,4 +1,4 @@
-"""Shows the memory that a job will need: by component, against the card, and what to change."""
+"""Shows the GPU memory that a job needs: by component, compared with the GPU, and what to change if it does not fit."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,51 +17,51 @@ from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
 from qlora_trainer.model.memory_fit import read_shape, training_shape
 
-_CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
-_COLOURS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
+_GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
+_COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
 _MEANING = {
     "fits": "the run fits",
-    "tight": "the run may fit: the estimate leaves too little room to be sure",
+    "tight": "the run may fit, too close to the limit to be sure",
     "exceeds": "the run cannot fit",
 }
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What decides the memory of a job, and the card that it shall run on (GiB; None if nobody has said)."""
+    """What decides the memory of a job, and the memory of the GPU that it runs on, in GiB; None if it is not given."""
 
     title: str
     model: ModelShape
     training: TrainingShape
-    card_gib: int | None
+    gpu_gib: int | None
 
     @property
     def exit_code(self) -> ExitCode:
-        """DOES_NOT_FIT where `prepare` would refuse the job."""
-        if self.card_gib is None or verdict(estimate(self.model, self.training), self.card_gib) != "exceeds":
+        """DOES_NOT_FIT if `prepare` would reject the job, else DONE."""
+        if self.gpu_gib is None or verdict(estimate(self.model, self.training), self.gpu_gib) != "exceeds":
             return ExitCode.DONE
         return ExitCode.DOES_NOT_FIT
 
 
-def make_plan(name: str, spec: QLoRAJobSpec, config: Path, card_gib: int | None) -> MemoryPlan:
-    """The plan of a job whose model has this config.json. Raises StepFailure for a model that is not supported."""
+def make_plan(name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None) -> MemoryPlan:
+    """The plan of a job whose model has this config.json. Raises StepFailure if the model is not supported."""
     return MemoryPlan(
         title=f"{name}: {spec.model.source}, rank {spec.lora.rank}, "
         f"{spec.training.micro_batch_size} × {spec.training.max_sequence_length} tokens",
         model=read_shape(config),
         training=training_shape(spec, spec.lora.target_modules),
-        card_gib=card_gib if card_gib is not None else spec.resources.gpu_memory,
+        gpu_gib=gpu_gib if gpu_gib is not None else spec.resources.gpu_memory,
     )
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
-    """The model's config.json, on a volume or fetched from the hub. Raises StepFailure if it cannot be had."""
+    """The model's config.json, on a volume or fetched from the hub. Raises StepFailure if it cannot be read."""
     source = parse_source(model.source)
     if isinstance(source, VolumeSource):
         if source.claim not in mounts.claims:
             raise bad_configuration(
-                f"spec.model.source is {model.source}: say where the claim lies with --volume {source.claim}=DIR, "
-                "or give the model's config.json with --config FILE"
+                f"spec.model.source is {model.source}: give a folder for the claim with --volume {source.claim}=DIR, "
+                "or the model's config.json with --config FILE"
             )
         config = mounts.volume(source) / "config.json"
         if not config.is_file():
@@ -69,7 +69,7 @@ def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
         return config
     if not isinstance(source, HubSource):
         raise bad_configuration(
-            f"spec.model.source is {model.source}, which is not read here: "
+            f"spec.model.source is {model.source}, which this command does not download: "
             "give the model's config.json with --config FILE"
         )
     return _fetch_config(source, model)
@@ -82,7 +82,7 @@ def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
     except ImportError as missing:
         raise bad_configuration(
-            f"the hub's client is not installed: install qlora-operator[cli,trainer], {offline}"
+            f"the Hugging Face client is not installed: install qlora-operator[cli,trainer], {offline}"
         ) from missing
     try:
         return Path(hf_hub_download(source.repository, "config.json", revision=model.revision))
@@ -112,66 +112,66 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
     console.print(table)
     console.print(
         f"Low {_gib(memory.low)}, expected {_gib(memory.expected)}, high {_gib(memory.high)} GiB. "
-        "Low is with the optimizer's pages moved to main memory."
+        "Low assumes that the optimizer's pages are in host memory."
     )
     if plan.training.gpus > 1:
         held = "a part of the base" if plan.training.sharding == "full" else "the whole base"
         console.print(f"Each of the {plan.training.gpus} GPUs holds {held} and needs this much.")
-    if plan.card_gib is None:
-        _show_cards(plan, console)
+    if plan.gpu_gib is None:
+        _show_gpu_sizes(plan, console)
     else:
-        _show_verdict(plan, plan.card_gib, console)
+        _show_verdict(plan, plan.gpu_gib, console)
 
 
-def _show_cards(plan: MemoryPlan, console: Console) -> None:
+def _show_gpu_sizes(plan: MemoryPlan, console: Console) -> None:
     memory = estimate(plan.model, plan.training)
-    console.print("\nOn a card of so many GiB (set spec.resources.gpuMemory, or give --gpu-memory):")
-    for card in _CARDS:
-        judged = verdict(memory, card)
-        console.print(f"  {card:>4}  [{_COLOURS[judged]}]{judged}[/]")
+    console.print("\nVerdict by GPU memory in GiB (to choose one, set spec.resources.gpuMemory or --gpu-memory):")
+    for size in _GPU_SIZES_GIB:
+        judged = verdict(memory, size)
+        console.print(f"  {size:>4}  [{_COLORS[judged]}]{judged}[/]")
 
 
-def _show_verdict(plan: MemoryPlan, card: int, console: Console) -> None:
+def _show_verdict(plan: MemoryPlan, gpu_gib: int, console: Console) -> None:
     memory = estimate(plan.model, plan.training)
-    judged = verdict(memory, card)
-    spare = room(memory, card)
+    judged = verdict(memory, gpu_gib)
+    spare = room(memory, gpu_gib)
     left = f"{_gib(spare)} GiB are left" if spare >= 0 else f"{_gib(-spare)} GiB are missing"
     console.print(
-        f"\n[bold {_COLOURS[judged]}]{judged}[/]: {_MEANING[judged]} on a card of {card} GiB: of {_gib(budget(card))} "
-        f"usable, {left}."
+        f"\n[bold {_COLORS[judged]}]{judged}[/]: {_MEANING[judged]} on a GPU of {gpu_gib} GiB: of "
+        f"{_gib(budget(gpu_gib))} usable, {left}."
     )
     if judged == "fits":
-        if is_thin(memory, card):
-            _show_first_change(plan, card, memory.expected, console)
+        if is_thin(memory, gpu_gib):
+            _show_first_change(plan, gpu_gib, memory.expected, console)
         return
-    steps = advice(plan.model, plan.training, card)
+    steps = advice(plan.model, plan.training, gpu_gib)
     if steps:
         _show_advice(steps, memory.expected, console)
     if not steps or steps[-1].verdict != "fits":
-        console.print("Even with all of this a larger card is needed to be sure, or a smaller model.")
+        console.print("To be sure, use a larger GPU or a smaller model in any case.")
 
 
-def _show_first_change(plan: MemoryPlan, card: int, expected: int, console: Console) -> None:
-    """What to change if the room that is left should turn out too small."""
-    step = first_change(plan.model, plan.training, card)
+def _show_first_change(plan: MemoryPlan, gpu_gib: int, expected: int, console: Console) -> None:
+    """The setting to change if the memory that is left turns out to be too little."""
+    step = first_change(plan.model, plan.training, gpu_gib)
     if step is None:
-        console.print("That is little room, and no setting gives more: a larger card is the way out.")
+        console.print("That is little, and no setting frees more: use a larger GPU.")
         return
     gain = _gib(expected - step.expected)
-    console.print(f"That is little room. The first to change for {gain} GiB more:")
+    console.print(f"That is little. To free {gain} GiB more, first change:")
     for change in step.changes:
         console.print(f"  spec.{change.setting}: {change.current} → [bold]{change.proposed}[/]")
     console.print(f"  {step.effect}")
 
 
 def _show_advice(steps: tuple[Advice, ...], expected: int, console: Console) -> None:
-    console.print("\n[bold]What to change, one after the other:[/]")
+    console.print("\n[bold]What to change, in this order:[/]")
     for number, step in enumerate(steps, start=1):
         for change in step.changes:
             console.print(f"  {number}. spec.{change.setting}: {change.current} → [bold]{change.proposed}[/]")
         console.print(
-            f"     gives {_gib(expected - step.expected)} GiB: {_gib(step.expected)} GiB, "
-            f"[{_COLOURS[step.verdict]}]{step.verdict}[/]. {step.effect}"
+            f"     frees {_gib(expected - step.expected)} GiB: {_gib(step.expected)} GiB, "
+            f"[{_COLORS[step.verdict]}]{step.verdict}[/]. {step.effect}"
         )
         expected = step.expected
 

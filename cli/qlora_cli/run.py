@@ -1,4 +1,4 @@
-"""Runs the three steps of a job on this machine, one process after the other, and passes on what they report."""
+"""Runs the three steps of a job on this machine, one process after the other, and displays what they report."""
 
 import ctypes
 import json
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import IO, Protocol, get_args
 
 from qlora_api import contract
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, WorkspaceLayout, decode_record
@@ -25,33 +25,32 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.process import preloaded_allocator
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
-# What a process reports that has no UID from an API server.
+# The job's UID in records, for a manifest that no API server has given one.
 _LOCAL_UID = "local"
-
-
+# Files in the workspace's records/ folder, for `--resume`.
 _JOB_FILE = "job.json"
-_PLACES_FILE = "run.json"
+_LOCATIONS_FILE = "run.json"
 
 
 class Display(Protocol):
-    """What shows a run to the person who waits for it."""
+    """Shows the run to the user. Called from the main thread, `stopping` also from a signal handler."""
 
     def begin(self, step: StepName) -> None:
         """The step's process starts."""
 
     def progress(self, record: ProgressRecord) -> None:
-        """The step has reported progress."""
+        """The step has written a progress record."""
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
-        """The step's process has ended; without a result if it was killed."""
+        """The step's process has ended; `result` is None if it left none, for example because it was killed."""
 
     def stopping(self, *, again: bool) -> None:
-        """The user wants to stop: the step saves first, or, asked again, is killed."""
+        """The user has asked to stop: the step saves a checkpoint first; with `again`, it is killed."""
 
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A job and where its sources lie on this machine."""
+    """A job, and the folders on this machine that its claims and ConfigMaps stand for."""
 
     document: QLoRAJobDocument
     workspace: Path
@@ -65,32 +64,32 @@ class LocalRun:
         return WorkspaceLayout(self.workspace.absolute())
 
     def remember(self) -> Path:
-        """Write down in the workspace what `recall` needs; returns the job's file. Raises OSError."""
-        places = {
+        """Store in the workspace what `recall` reads. Returns the job's file; raises OSError."""
+        locations = {
             "device": self.device,
             "claims": {name: str(folder.absolute()) for name, folder in self.claims.items()},
             "configMaps": {name: str(folder.absolute()) for name, folder in self.config_maps.items()},
         }
-        write_atomically(self.layout.records / _PLACES_FILE, json.dumps(places, indent=2).encode() + b"\n")
+        write_atomically(self.layout.records / _LOCATIONS_FILE, json.dumps(locations, indent=2).encode() + b"\n")
         job = self.layout.records / _JOB_FILE
         write_atomically(job, json.dumps(self.document.dump(), indent=2).encode() + b"\n")
         return job
 
     @classmethod
     def recall(cls, workspace: Path) -> "LocalRun":
-        """The run whose workspace this is. Raises ValueError if no run has been started in it."""
+        """The run that was started in the workspace. Raises ValueError if there is none, or none that can be read."""
         records = WorkspaceLayout(workspace.absolute()).records
         try:
             document = QLoRAJobDocument.model_validate_json((records / _JOB_FILE).read_bytes())
-            places = json.loads((records / _PLACES_FILE).read_bytes())
+            locations = json.loads((records / _LOCATIONS_FILE).read_bytes())
             claims, config_maps = (
-                {name: Path(folder) for name, folder in places[key].items()} for key in ("claims", "configMaps")
+                {name: Path(folder) for name, folder in locations[key].items()} for key in ("claims", "configMaps")
             )
-            return cls(document, workspace, claims, config_maps, _device(places["device"]))
+            return cls(document, workspace, claims, config_maps, _device(locations["device"]))
         except FileNotFoundError as missing:
-            raise ValueError(f"{workspace} holds no run to go on with: {missing.filename} does not exist") from missing
+            raise ValueError(f"{workspace} holds no run to resume: {missing.filename} does not exist") from missing
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{records} holds no readable run: {error}; name the manifest's file instead") from error
+            raise ValueError(f"{records} holds no readable run: {error}; give FILE instead of --resume") from error
 
 
 @dataclass(frozen=True)
@@ -98,28 +97,28 @@ class Ended:
     """How a run ended."""
 
     step_exit_code: int
-    """Of the last step that ran; that of a shell if a signal has killed it."""
+    """Of the last step that ran; 128 + the signal, as in a shell, if a signal has killed it."""
     stopped_by: int | None
-    """The signal that asked to stop, if one did."""
+    """The first signal that asked the run to stop, if one did."""
     results: Mapping[StepName, ResultRecord]
 
     @property
     def exit_code(self) -> int:
-        """That of the step that failed, or 128 + the signal, as a shell has it, if the user stopped the run."""
+        """That of the step that failed; 128 + the signal, as in a shell, if the user stopped the run."""
         stopped = self.step_exit_code in (ExitCode.DONE, ExitCode.INTERRUPTED, 128 + signal.SIGKILL)
         return 128 + self.stopped_by if self.stopped_by is not None and stopped else self.step_exit_code
 
 
 def _device(name: object) -> Device:
-    """The device of that name. Raises ValueError if there is none."""
+    """The device of that name. Raises ValueError for any other."""
     for device in get_args(Device):
         if name == device:
             return device  # type: ignore[no-any-return]
-    raise ValueError(f"{_PLACES_FILE} has device {str(name)[:80]!r}")
+    raise ValueError(f"device in {_LOCATIONS_FILE} is {str(name)[:80]!r}: must be one of {', '.join(get_args(Device))}")
 
 
 def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
-    """One sentence for each claim or ConfigMap that the job names and the command line does not."""
+    """One sentence for each claim or ConfigMap that the job names and no option maps to a folder."""
     addresses = {
         "spec.model.source": spec.model.source,
         "spec.dataset.source": spec.dataset.source,
@@ -131,16 +130,16 @@ def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps:
     for field, address in addresses.items():
         source = parse_source(address) if address else None
         if isinstance(source, VolumeSource) and source.claim not in claims:
-            problems.append(f"{field} is {address}: say where the claim lies with --volume {source.claim}=DIR")
+            problems.append(f"{field} is {address}: give a folder for the claim with --volume {source.claim}=DIR")
         if isinstance(source, ConfigMapSource) and source.name not in config_maps:
             problems.append(
-                f"{field} is {address}: say where its keys lie as files with --config-map {source.name}=DIR"
+                f"{field} is {address}: give a folder that has its keys as files with --config-map {source.name}=DIR"
             )
     return problems
 
 
 def has_gpu() -> bool:
-    """Whether a CUDA driver is installed. Costs nothing, where asking PyTorch costs seconds."""
+    """Whether a CUDA driver is installed. Takes no time, whereas importing PyTorch takes seconds."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -149,13 +148,16 @@ def has_gpu() -> bool:
 
 
 def run_steps(run: LocalRun, display: Display) -> Ended:
-    """Run the steps until one fails or the user stops it. What an earlier run has finished is not done again."""
-    job = run.remember()
+    """Run the steps until one fails or the user stops the run. Each skips what an earlier run has finished.
+
+    Raises OSError if the workspace cannot be written.
+    """
+    job_file = run.remember()
     results: dict[StepName, ResultRecord] = {}
     with _Stop(display) as stop:
         for step in STEPS:
             display.begin(step)
-            exit_code, result = _run_step(run, step, job, display, stop)
+            exit_code, result = _run_step(run, step, job_file, display, stop)
             display.end(step, result, exit_code)
             if result is not None:
                 results[step] = result
@@ -165,7 +167,7 @@ def run_steps(run: LocalRun, display: Display) -> Ended:
 
 
 class _Stop:
-    """Passes Ctrl-C and SIGTERM on to the step that runs, as a pod's SIGTERM: first politely, then not."""
+    """Passes Ctrl-C and SIGTERM on to the step that runs: first as SIGTERM, like a kubelet, then as SIGKILL."""
 
     def __init__(self, display: Display) -> None:
         self.signal: int | None = None
@@ -184,7 +186,7 @@ class _Stop:
 
     @contextmanager
     def of(self, process: subprocess.Popen[str]) -> Iterator[None]:
-        """Signals are for this process now."""
+        """Send signals to this process from now on, also one that came before."""
         self._process = process
         if self.signal is not None:
             process.terminate()
@@ -201,54 +203,83 @@ class _Stop:
         self._display.stopping(again=again)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The process of a step that runs."""
+
+    process: subprocess.Popen[str]
+    output: IO[str]
+    pod_uid: str
+    errors: list[str]
+    """Lines of standard error; complete once `drain` has ended."""
+    drain: threading.Thread
+
+
 def _run_step(
-    run: LocalRun, step: StepName, job: Path, display: Display, stop: _Stop
+    run: LocalRun, step: StepName, job_file: Path, display: Display, stop: _Stop
 ) -> tuple[int, ResultRecord | None]:
+    """Exit code of the step, as a shell has it, and the step's result if it left one."""
+    running = _start(run, step, job_file)
+    with stop.of(running.process):
+        result = _follow(running, _job_uid(run.document), display)
+        exit_code = running.process.wait()
+    running.drain.join()
+    sys.stderr.writelines(running.errors)
+    return (exit_code if exit_code >= 0 else 128 - exit_code), result
+
+
+def _start(run: LocalRun, step: StepName, job_file: Path) -> _Step:
     pod_uid = str(uuid.uuid4())
-    environment = {**os.environ, contract.ENV_POD_UID: pod_uid, contract.ENV_DEVICE: run.device}
-    # Who runs a job here is the administrator here: the registries that it names are allowed.
-    environment.setdefault(contract.ENV_REGISTRIES, " ".join(_registries(run.document.spec)))
-    if step == "train" and run.device == "cpu":
-        environment |= preloaded_allocator(environment)
-    # As in the image: what lies where the user happens to be, perhaps among downloaded data, is not imported.
-    environment["PYTHONSAFEPATH"] = "1"
-    # A session of its own: Ctrl-C reaches this process only, which knows what to do with it.
     process = subprocess.Popen(
-        _command(run, step, job),
-        env=environment,
+        _command(run, step, job_file),
+        env=_environment(run, step, pod_uid),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A session of its own: Ctrl-C reaches only `qlora run`, which passes it on.
         start_new_session=True,
     )
     if process.stdout is None or process.stderr is None:
         raise AssertionError("both are pipes")
     errors: list[str] = []
-    drain = threading.Thread(target=lambda stream: errors.extend(stream), args=(process.stderr,))
+    # On a thread of its own: a step that fills the pipe of its errors would wait for a reader.
+    drain = threading.Thread(target=errors.extend, args=(process.stderr,))
     drain.start()
+    return _Step(process, process.stdout, pod_uid, errors, drain)
+
+
+def _environment(run: LocalRun, step: StepName, pod_uid: str) -> dict[str, str]:
+    environment = {**os.environ, contract.ENV_POD_UID: pod_uid, contract.ENV_DEVICE: run.device}
+    # On this machine the user is the administrator: the registries that the job names are allowed.
+    environment.setdefault(contract.ENV_REGISTRIES, " ".join(_registries(run.document.spec)))
+    if step == "train" and run.device == "cpu":
+        environment |= preloaded_allocator(environment)
+    # As in the image: no module is imported from the working directory, which may hold downloaded files.
+    environment["PYTHONSAFEPATH"] = "1"
+    return environment
+
+
+def _follow(step: _Step, job_uid: str, display: Display) -> ResultRecord | None:
+    """Show progress until the step closes its output. Returns its result; raises what the display raises."""
     result: ResultRecord | None = None
-    with stop.of(process):
-        try:
-            for line in process.stdout:
-                record = decode_record(line.rstrip("\n"), job_uid=_job_uid(run.document), pod_uid=pod_uid)
-                if isinstance(record, ProgressRecord):
-                    display.progress(record)
-                elif record is not None:
-                    result = record
-        except BaseException:
-            # The display is gone, as at the end of a pipe. Read on: the step could not save into a closed pipe.
-            process.terminate()
-            deque(process.stdout, maxlen=0)
-            process.wait()
-            raise
-        exit_code = process.wait()
-    drain.join()
-    sys.stderr.writelines(errors)
-    return (exit_code if exit_code >= 0 else 128 - exit_code), result
+    try:
+        for line in step.output:
+            record = decode_record(line.rstrip("\n"), job_uid=job_uid, pod_uid=step.pod_uid)
+            if isinstance(record, ProgressRecord):
+                display.progress(record)
+            elif record is not None:
+                result = record
+    except BaseException:
+        # The display is gone, as when a pipe's reader ends. Read on: the step cannot save while its output is blocked.
+        step.process.terminate()
+        deque(step.output, maxlen=0)
+        step.process.wait()
+        raise
+    return result
 
 
 def _registries(spec: QLoRAJobSpec) -> list[str]:
-    """The registries that the job names, as a profile lists them; one on this machine speaks without TLS."""
+    """The registries that the job names, in the form of a profile's list; one on this machine is used without TLS."""
     merged = spec.output.merged.destination if spec.output.merged else None
     addresses = (parse_source(uri) for uri in (spec.model.source, spec.output.destination, merged) if uri)
     hosts = sorted({source.registry for source in addresses if isinstance(source, RegistrySource)})
@@ -259,9 +290,9 @@ def _job_uid(document: QLoRAJobDocument) -> str:
     return document.metadata.uid or _LOCAL_UID
 
 
-def _command(run: LocalRun, step: StepName, job: Path) -> list[str]:
-    command = [sys.executable, "-m", "qlora_trainer", step, "--job", str(job), "--workspace", str(run.layout.root)]
-    # In a pod of its own, `qlora run` must not write the pod's termination message.
+def _command(run: LocalRun, step: StepName, job_file: Path) -> list[str]:
+    command = [sys.executable, "-m", "qlora_trainer", step, "--job", str(job_file), "--workspace", str(run.layout.root)]
+    # `qlora run` may itself run in a pod, whose termination message is not the step's to write.
     command += ["--termination-log", os.devnull, "--claim", ""]
     for name, folder in run.claims.items():
         command += ["--volume", f"{name}={folder.absolute()}"]

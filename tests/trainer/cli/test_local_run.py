@@ -74,7 +74,7 @@ LLAMA_8B = {
         ("name: tiny", "name: Tiny", '4: metadata.name: found "Tiny", string should match'),
         ("maxSteps: 3", "maxSteps: 3\n    maxSteps: 4", '14: found duplicate key "maxSteps"'),
         ("maxSteps: 3", "maxSteps: [3", "14: "),
-        ("rank: 8", "rank: !small 8", "11: spec.lora.rank: found the tag !small; allowed is what JSON has"),
+        ("rank: 8", "rank: !small 8", "11: spec.lora.rank: found the tag !small, must be of a type of JSON"),
         ("    learningRate: 2e-4\n", "---\nkind: Secret\n", "15: a second document begins here"),
     ],
 )
@@ -88,7 +88,7 @@ def test_an_error_in_a_manifest_names_file_line_and_field(tmp_path: Path, found:
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "- a list\n", "\x00", "{" * 3000])
-def test_what_is_no_manifest_is_refused_in_a_sentence(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_no_manifest_is_rejected_in_one_sentence(tmp_path: Path, content: str) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(content)
     done = qlora("plan", str(file))
@@ -97,7 +97,7 @@ def test_what_is_no_manifest_is_refused_in_a_sentence(tmp_path: Path, content: s
     assert "Traceback" not in done.stderr
 
 
-def test_several_errors_are_told_at_once(tmp_path: Path) -> None:
+def test_several_errors_are_reported_at_once(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(MANIFEST.replace("rank", "rnk").replace("maxSteps: 3", "maxSteps: none"))
     lines = qlora("plan", str(file)).stderr.splitlines()
@@ -119,13 +119,13 @@ def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
     expected = sizes.pop("Expected peak")
     assert sum(sizes.values()) == pytest.approx(expected, abs=0.05)
     assert sizes["Base weights in 4 bit"] == pytest.approx(3.35, abs=0.01)
-    assert "fits: the run fits on a card of 24 GiB" in done.stdout
+    assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
     done = planned(tmp_path, "--gpu-memory", "16", training="    maxSequenceLength: 8192\n    microBatchSize: 4\n")
     assert done.returncode == 17
-    assert "exceeds: the run cannot fit on a card of 16 GiB" in done.stdout
+    assert "exceeds: the run cannot fit on a GPU of 16 GiB" in done.stdout
     assert "spec.training.microBatchSize: 4 → 2" in done.stdout
 
 
@@ -133,13 +133,13 @@ def test_a_plan_that_barely_fits_says_by_how_much_and_what_to_change_first(tmp_p
     done = planned(tmp_path, "--gpu-memory", "8", training="    maxSequenceLength: 1792\n")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
-    assert "fits: the run fits on a card of 8 GiB" in said
+    assert "fits: the run fits on a GPU of 8 GiB" in said
     assert "GiB are left" in said
-    assert "The first to change for" in said
+    assert re.search(r"To free \d+\.\d\d GiB more, first change: spec\.training\.", said)
     assert "spec.training." in said
 
 
-def test_the_plan_of_the_papers_65b_job_on_a_48_gb_card_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
+def test_the_plan_of_the_papers_65b_job_on_a_48_gb_gpu_names_the_8_bit_optimizer_first(tmp_path: Path) -> None:
     job = MANIFEST.replace("rank: 8", "rank: 64") + "    maxSequenceLength: 512\n"
     (tmp_path / "job.yaml").write_text(job)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
@@ -147,18 +147,18 @@ def test_the_plan_of_the_papers_65b_job_on_a_48_gb_card_names_the_8_bit_optimize
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "tight: the run may fit" in said
-    left = re.search(r"on a card of 48 GiB: of 47\.04 usable, (\d\.\d\d) GiB are left\.", said)
+    left = re.search(r"on a GPU of 48 GiB: of 47\.04 usable, (\d\.\d\d) GiB are left\.", said)
     assert left
     assert float(left[1]) == pytest.approx(1.3, abs=0.05)
     first = re.search(
-        r" 1\. spec\.training\.optimizer: paged_adamw_32bit → paged_adamw_8bit gives (\d\.\d\d) GiB: ", said
+        r" 1\. spec\.training\.optimizer: paged_adamw_32bit → paged_adamw_8bit frees (\d\.\d\d) GiB: ", said
     )
     assert first
     assert float(first[1]) == pytest.approx(4.5, abs=0.05)
     assert " 2. spec." not in said
 
 
-def test_a_plan_without_a_card_compares_cards(tmp_path: Path) -> None:
+def test_a_plan_without_a_gpus_size_compares_sizes(tmp_path: Path) -> None:
     done = planned(tmp_path)
     assert done.returncode == 0
     assert re.search(r"^ +24  fits$", done.stdout, re.MULTILINE)
@@ -207,7 +207,7 @@ def test_a_run_without_its_volumes_names_them_and_leaves_nothing(tmp_path: Path)
     assert done.returncode == 10
     assert "--volume models=DIR" in done.stderr
     assert "--volume data=DIR" in done.stderr
-    assert "spec.output.merged.destination is pvc://whole/model: say where the claim lies" in done.stderr
+    assert "spec.output.merged.destination is pvc://whole/model: give a folder for the claim" in done.stderr
     assert not (tmp_path / "work").exists()
 
 
@@ -262,17 +262,17 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path, leftover: str | None) -> 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("places", ["[" * 100_000, "[]", '{"device": "cpu"}', "\x00"])
-def test_a_run_whose_places_cannot_be_read_is_not_resumed(tmp_path: Path, places: str) -> None:
+@pytest.mark.parametrize("locations", ["[" * 100_000, "[]", '{"device": "cpu"}', "\x00"])
+def test_a_run_whose_locations_cannot_be_read_is_not_resumed(tmp_path: Path, locations: str) -> None:
     records = tmp_path / "work" / "records"
     records.mkdir(parents=True)
     document = {**new_files(tmp_path / "job", tmp_path).document, "metadata": {"name": "tiny"}}
     (records / "job.json").write_text(json.dumps(document))
-    (records / "run.json").write_text(places)
+    (records / "run.json").write_text(locations)
     done = qlora("run", "--resume", "--workspace", str(tmp_path / "work"))
     assert done.returncode == 10
     assert done.stderr.startswith(f"Error: {records} holds no readable run: ")
-    assert "name the manifest's file instead" in done.stderr
+    assert "give FILE instead of --resume" in done.stderr
     assert "Traceback" not in done.stderr
 
 

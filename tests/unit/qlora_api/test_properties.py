@@ -26,46 +26,46 @@ def test_a_document_is_read_or_refused_as_documented(name: str, data: st.DataObj
         DOCUMENTS[name].check(data.draw(inputs(DOCUMENTS[name].seeds)), Path(folder))
 
 
-def refusal(path: Path, text: str) -> str:
+def rejection(path: Path, text: str) -> str:
     path.write_text(text)
-    with pytest.raises(ManifestError) as refused:
+    with pytest.raises(ManifestError) as rejected:
         load_manifest(path)
-    return str(refused.value)
+    return str(rejected.value)
 
 
-def test_a_problem_in_a_merged_part_of_a_manifest_is_told_at_what_holds_it(tmp_path: Path) -> None:
+def test_a_problem_in_a_merged_part_of_a_manifest_is_reported_at_the_line_of_its_parent(tmp_path: Path) -> None:
     text = "metadata:\n  name: a\nspec:\n  <<: {unknown: 1}\n"
-    assert f"{tmp_path / 'job.yaml'}:3: spec.unknown: unknown field" in refusal(tmp_path / "job.yaml", text)
+    assert f"{tmp_path / 'job.yaml'}:3: spec.unknown: unknown field" in rejection(tmp_path / "job.yaml", text)
 
 
 def test_aliases_that_multiply_do_not_fill_the_memory(tmp_path: Path) -> None:
     levels = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
-    assert "with its aliases written out" in refusal(tmp_path / "job.yaml", "a0: &a0 [x]\n" + levels)
+    assert "or infinite, with its aliases expanded" in rejection(tmp_path / "job.yaml", "a0: &a0 [x]\n" + levels)
 
 
-def test_an_object_that_contains_itself_is_refused(tmp_path: Path) -> None:
-    assert "endless" in refusal(tmp_path / "job.yaml", "--- &a\nspec: *a\n")
+def test_an_object_that_contains_itself_is_rejected(tmp_path: Path) -> None:
+    assert "or infinite, with its aliases expanded" in rejection(tmp_path / "job.yaml", "--- &a\nspec: *a\n")
 
 
 @pytest.mark.parametrize("value", ["!!bool x", "0x" + "f" * 5000, "2001-99-99"])
-def test_a_value_that_yaml_cannot_make_is_refused(tmp_path: Path, value: str) -> None:
-    assert str(tmp_path) in refusal(tmp_path / "job.yaml", f"apiVersion: {value}\n")
+def test_a_value_that_yaml_cannot_construct_is_rejected(tmp_path: Path, value: str) -> None:
+    assert str(tmp_path) in rejection(tmp_path / "job.yaml", f"apiVersion: {value}\n")
 
 
 def test_a_fields_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    message = refusal(tmp_path / "job.yaml", '"\\e[31mspec\\n": 1\n')
+    message = rejection(tmp_path / "job.yaml", '"\\e[31mspec\\n": 1\n')
     assert "\\x1b[31mspec\\n: unknown field" in message
     assert "\x1b" not in message
 
 
 @pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "[" * 5000, "0x" + "f" * 5000])
-def test_settings_that_yaml_cannot_make_are_refused(tmp_path: Path, value: str) -> None:
+def test_settings_that_yaml_cannot_construct_are_rejected(tmp_path: Path, value: str) -> None:
     (tmp_path / "settings.yaml").write_text(f"workers: {value}\n")
     with pytest.raises(SettingsError, match=r"settings\.yaml"):
         load_settings(tmp_path / "settings.yaml")
 
 
-def test_half_a_character_in_a_log_is_no_record() -> None:
+def test_an_unpaired_surrogate_in_a_log_is_no_record() -> None:
     assert decode_record('{"activity": "\ud800"}', job_uid="job", pod_uid="pod") is None
 
 
@@ -73,7 +73,7 @@ def test_half_a_character_in_a_log_is_no_record() -> None:
     ("field", "value"),
     [("hidden_act", ["silu"]), ("attn_logit_softcapping", 10**400), ("final_logit_softcapping", float("inf"))],
 )
-def test_a_configuration_of_the_wrong_types_is_refused_by_field(field: str, value: object) -> None:
+def test_a_configuration_of_the_wrong_types_is_rejected_by_field(field: str, value: object) -> None:
     with pytest.raises(UnsupportedModelError, match=field):
         ModelShape.from_config({"model_type": "llama", **dict.fromkeys(_SIZES, 8), field: value})
 
@@ -90,12 +90,12 @@ _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attentio
         {"annotations": {"org.cncf.model.filepath": "a"}, "digest": "sha256:" + "0" * 64, "size": True},
     ],
 )
-def test_a_layer_that_is_no_file_of_known_content_is_refused(layer: dict[str, object]) -> None:
+def test_a_layer_that_is_no_file_of_known_content_is_rejected(layer: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="layer"):
         unpack({"layers": [layer]})
 
 
-def test_a_pattern_made_to_be_slow_is_answered_at_once() -> None:
+def test_a_pattern_made_to_be_slow_is_matched_at_once() -> None:
     """A regular expression would try some 10^11 ways to share the name among the stars."""
     card = {"configs": [{"config_name": "a", "data_files": "*a" * 8 + "b"}]}
     with pytest.raises(StepFailure, match="no data file fits"):
@@ -103,7 +103,7 @@ def test_a_pattern_made_to_be_slow_is_answered_at_once() -> None:
 
 
 @pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "!!timestamp x"])
-def test_a_card_that_yaml_cannot_make_is_refused(tmp_path: Path, value: str) -> None:
+def test_a_dataset_card_that_yaml_cannot_construct_is_rejected(tmp_path: Path, value: str) -> None:
     (tmp_path / "README.md").write_text(f"---\nconfigs: {value}\n---\n")
     with pytest.raises(StepFailure, match="is not YAML") as failure:
         read_card(tmp_path / "README.md", "hf://a/b")
