@@ -64,10 +64,26 @@ def test_numbers_that_json_has_not_cannot_be_reported() -> None:
         ProgressRecord(**OURS, step="train", time=TIME, loss=float("nan"))
 
 
-def test_a_record_never_exceeds_what_the_kubelet_keeps() -> None:
-    big = PROGRESS.model_copy(update={"activity": "x" * MAX_PROGRESS_BYTES})
-    with pytest.raises(ValueError, match="larger than the 1024 bytes"):
-        encode_record(big)
+@pytest.mark.parametrize(
+    ("record", "field", "limit"),
+    [(PROGRESS, "activity", MAX_PROGRESS_BYTES), (RESULT, "message", MAX_RESULT_BYTES)],
+    ids=["progress", "result"],
+)
+def test_a_record_has_at_most_the_bytes_of_its_kind(
+    record: ProgressRecord | ResultRecord, field: str, limit: int
+) -> None:
+    empty = len(encode_record(record.model_copy(update={field: ""})))
+    largest = record.model_copy(update={field: "x" * (limit - empty)})
+    assert len(encode_record(largest)) == limit
+    with pytest.raises(ValueError, match=f"a {record.kind} record of {limit + 1} bytes is larger than the {limit} "):
+        encode_record(record.model_copy(update={field: "x" * (limit - empty + 1)}))
+
+
+def test_a_kubelet_keeps_the_largest_result_of_a_message_in_any_script() -> None:
+    """A kubelet cuts a termination message at 4096 bytes, and a message of 1024 characters can take six times that."""
+    assert MAX_RESULT_BYTES == 4096
+    with pytest.raises(ValueError, match="larger than the 4096 bytes"):
+        encode_record(ResultRecord.model_validate(RESULT.dump() | {"message": "é" * 1024}))
 
 
 @pytest.mark.parametrize(

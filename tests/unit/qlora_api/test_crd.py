@@ -80,6 +80,12 @@ def test_a_job_nobody_has_seen_reads_as_in_progress() -> None:
     assert SCHEMA["properties"]["status"]["default"] == {"observedGeneration": -1}
 
 
+def test_jobs_can_be_selected_by_model_and_by_phase() -> None:
+    """`kubectl get qlorajobs --field-selector status.phase=Failed`."""
+    (version,) = DEFINITION["spec"]["versions"]
+    assert [field["jsonPath"] for field in version["selectableFields"]] == [".spec.model.source", ".status.phase"]
+
+
 def test_exclusive_bounds_take_the_boolean_form() -> None:
     rate = SCHEMA["properties"]["spec"]["properties"]["training"]["properties"]["learningRate"]
     assert (rate["minimum"], rate["exclusiveMinimum"], rate["maximum"]) == (0, True, 1)

@@ -310,6 +310,26 @@ def test_an_attention_wider_than_the_hidden_size_widens_the_working_set() -> Non
     assert more > 1000 * 8 * (32 * 128 - 2560)
 
 
+def test_capped_attention_scores_take_26_bytes_each_for_256_queries_at_a_time() -> None:
+    """Half the head size and twice the heads: the same widths, and twice the scores."""
+    sequence, heads = 8192, 64
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 1000}
+
+    def working_set(heads: int, head_dim: int, cap: float | None) -> int:
+        model = ModelShape(
+            model_type="gemma2",
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=head_dim,
+            attn_logit_softcapping=cap,
+            **sizes,
+        )
+        return estimate(model, TrainingShape(sequence_length=sequence)).layer_working_set
+
+    assert working_set(2 * heads, 32, None) == working_set(heads, 64, None)
+    assert working_set(2 * heads, 32, 50.0) - working_set(heads, 64, 50.0) == 26 * heads * 256 * sequence
+
+
 def test_the_verdict_turns_exactly_at_its_bounds() -> None:
     memory = estimate(LLAMA_65B, TrainingShape())
     enough = memory.expected * 1.07 / (0.98 * GIB)

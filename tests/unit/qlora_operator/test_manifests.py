@@ -321,6 +321,22 @@ def test_train_gets_the_time_to_save_and_is_left_alone() -> None:
     assert annotations["karpenter.sh/do-not-disrupt"] == "true"
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_no_service_mesh_adds_a_proxy_that_would_outlive_the_step(step: StepName) -> None:
+    """Istio reads the label of the pod, older releases and Linkerd the annotation."""
+    metadata = build(step)["spec"]["template"]["metadata"]
+    assert metadata["labels"]["sidecar.istio.io/inject"] == "false"
+    assert metadata["annotations"]["sidecar.istio.io/inject"] == "false"
+    assert metadata["annotations"]["linkerd.io/inject"] == "disabled"
+
+
+def test_libraries_start_as_many_threads_as_the_pod_requests_cpus() -> None:
+    """A request, because the pod has no limit of CPU: the limit would be read as all cores of the node."""
+    (threads,) = [entry for entry in container_of(build("train"))["env"] if entry["name"] == "OMP_NUM_THREADS"]
+    assert threads["valueFrom"] == {"resourceFieldRef": {"resource": "requests.cpu"}}
+    assert "cpu" not in container_of(build("train"))["resources"]["limits"]
+
+
 @pytest.mark.parametrize(("topology", "everywhere"), [("zonal", True), ("node-local", True), ("shared", False)])
 def test_all_steps_run_where_the_volume_is(topology: str, everywhere: bool) -> None:
     profile = {

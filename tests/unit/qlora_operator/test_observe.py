@@ -27,6 +27,21 @@ def test_a_job_of_another_controller_is_not_ours_whatever_its_labels_say() -> No
     assert [job.name for job in observed.children] == [f"{NAME}-prepare-1"]
 
 
+def test_a_job_of_which_the_qlorajob_is_an_owner_but_not_the_controller_is_not_ours() -> None:
+    body = child("train")
+    for owner in body["metadata"]["ownerReferences"]:
+        owner["controller"] = False
+    assert observe(UID, [body], []).children == ()
+
+
+@pytest.mark.parametrize("status", ["False", "Unknown"])
+def test_a_condition_that_does_not_hold_ends_no_job(status: str) -> None:
+    body = child("train", Complete="", Failed="BackoffLimitExceeded")
+    for entry in body["status"]["conditions"]:
+        entry["status"] = status
+    assert not seen(body).children[0].finished
+
+
 @pytest.mark.parametrize(
     ("conditions", "complete", "failure"),
     [
@@ -56,9 +71,21 @@ def test_a_jobs_end_is_read_from_its_conditions(
         (ended(pod("train"), 137), False, False, False, False),
         (ended(pod("train"), 137, reason="OOMKilled"), False, False, False, True),
         (ended(pod("train"), 1, reason="OOMKilled"), False, False, False, True),
+        (ended(pod("train"), 0, reason="OOMKilled"), False, False, False, False),
         (deleted(running(pod("train")), -5), True, True, True, False),
     ],
-    ids=["pending", "running", "done", "failed", "asked to stop", "killed", "OOM", "OOM of a child", "deleted"],
+    ids=[
+        "pending",
+        "running",
+        "done",
+        "failed",
+        "asked to stop",
+        "killed",
+        "OOM",
+        "OOM of a child",
+        "done despite OOM",
+        "deleted",
+    ],
 )
 def test_a_pods_state(body: dict[str, object], live: bool, runs: bool, interrupted: bool, out_of_memory: bool) -> None:
     observed = seen(child("train"), body)

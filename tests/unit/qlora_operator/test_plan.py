@@ -161,6 +161,13 @@ def test_clean_up_runs_its_own_job_before_the_others_go(
     assert found.look_again == (None if look_again is None else after(look_again))
 
 
+def test_clean_up_waits_for_the_last_pod_that_may_still_write() -> None:
+    job = make_job(FINISHED, cleanupAfterSeconds=100)
+    stopping = deleted(running(pod("publish")), -5)
+    assert decide(job, *ENDED, stopping, at=110).actions == ()
+    assert decide(job, *ENDED, at=110).actions == (CreateJob("clean", 1),)
+
+
 def test_the_clean_up_job_goes_last_after_clean_up_is_recorded() -> None:
     def job(status: Any) -> Any:
         return make_job(status, cleanupAfterSeconds=100)

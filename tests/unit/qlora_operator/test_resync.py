@@ -129,6 +129,25 @@ def test_lost_rights_are_noticed_soon_and_a_lost_server_is_waited_for(
     loop.close()
 
 
+def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
+    loop = VirtualLoop()
+    resync = Resync(Lists(), (), lambda _key: None, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        task = asyncio.create_task(resync.run())
+        await asyncio.sleep(400)
+        assert resync.problem() is None
+        await asyncio.sleep(300)
+        assert resync.problem() == "the watch of qlorajobs is dead"
+        resync.monitor.show(JOB, "1", deleted=False)
+        await asyncio.sleep(400)
+        assert resync.problem() is None
+        task.cancel()
+
+    loop.run_until_complete(scenario())
+    loop.close()
+
+
 def test_a_change_of_phase_is_an_event_whose_name_is_the_same_after_a_restart() -> None:
     job = make_job(status_in("train", phase="Queued"))
     bodies = [child("train"), running(pod("train"))]

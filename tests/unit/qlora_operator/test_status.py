@@ -134,6 +134,18 @@ def test_once_the_next_job_is_made_the_phase_moves_on_in_the_same_write() -> Non
     assert (status.step.job_uid, status.phase) == ("uid-new", "Queued")
 
 
+def test_the_clean_up_job_is_not_recorded_as_the_last_steps_job() -> None:
+    found = facts(make_job(FINISHED, cleanupAfterSeconds=0))
+    assert with_child(FINISHED, found, "uid-clean") == FINISHED
+
+
+def test_a_step_waits_for_the_last_pod_of_the_attempt_before() -> None:
+    stored = status_in("train", step=step_status("train", 2, jobUid="").dump())
+    status = follow(make_job(stored), running(pod("train")))
+    assert (status.phase, reason_of(status)) == ("Queued", "WaitingForPod")
+    assert f"{NAME}-train-1-pod1" in message_of(status)
+
+
 def test_the_final_figures_of_training_are_shown() -> None:
     stored = status_in("train", memory=MEMORY.dump())
     status = follow(make_job(stored), child("train", Complete=""), succeeded("train"))
@@ -204,6 +216,38 @@ def test_a_failure_is_told_in_the_words_of_who_knows_it_best(step: Any, bodies: 
     assert status.last_failure is not None
     assert (status.last_failure.reason, status.last_failure.step) == (reason, step)
     assert status.completion_time == time()
+
+
+def test_a_failure_whose_pods_are_gone_is_reported_as_it_was_last_seen() -> None:
+    def last_failure(step: str) -> dict[str, Any]:
+        return {"step": step, "reason": "InternalError", "message": "no luck", "time": time(-90), "exitCode": 203}
+
+    failure = child("train", Failed="BackoffLimitExceeded")
+    status = follow(make_job(status_in("train", lastFailure=last_failure("train"))), failure)
+    assert (status.phase, reason_of(status), message_of(status)) == ("Failed", "InternalError", "no luck")
+    assert status.last_failure is not None
+    assert status.last_failure.exit_code == 203
+    status = follow(make_job(status_in("train", lastFailure=last_failure("prepare"))), failure)
+    assert reason_of(status) == "BackoffLimitExceeded"
+
+
+def rejected_by_the_kubelet(step: Any) -> dict[str, Any]:
+    """A pod that failed without a container, as after the restart of a node."""
+    return pod(step, phase="Failed", reason="UnexpectedAdmissionError", message="no healthy devices present")
+
+
+def test_a_pod_that_fails_before_its_container_starts_is_a_failed_attempt_of_no_length() -> None:
+    status = follow(make_job(status_in("train")), child("train"), rejected_by_the_kubelet("train"))
+    assert (status.failures, status.disruptions, status.active_seconds) == (1, 0, 0)
+    assert status.last_failure is not None
+    assert (status.last_failure.reason, status.last_failure.exit_code) == ("UnexpectedAdmissionError", None)
+
+
+def test_a_job_that_fails_before_its_container_starts_reports_what_the_kubelet_says() -> None:
+    bodies = [child("train", Failed="BackoffLimitExceeded"), rejected_by_the_kubelet("train")]
+    status = follow(make_job(status_in("train")), *bodies)
+    assert (status.phase, reason_of(status)) == ("Failed", "UnexpectedAdmissionError")
+    assert message_of(status) == (f"pod {NAME}-train-1-pod1 failed before the trainer ran: no healthy devices present")
 
 
 def test_what_a_failed_step_has_found_out_is_shown() -> None:
@@ -287,6 +331,20 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
             job = make_job(status)
 
 
+def test_an_attempt_counted_before_is_not_counted_again_when_the_latest_counted_pod_is_gone() -> None:
+    """The first attempt ended in the second in which the next one was started and deleted."""
+    stored = status_in(
+        "train",
+        step=step_status("train", countedPod="uid-of-a-pod-that-is-gone").dump(),
+        failures=1,
+        disruptions=1,
+        activeSeconds=50,
+        activeUntil=time(-10),
+    )
+    status = follow(make_job(stored), child("train"), ended(pod("train"), 203, start=-60, end=-10))
+    assert (status.failures, status.disruptions, status.active_seconds) == (1, 1, 50)
+
+
 def test_an_attempt_that_begins_and_is_deleted_within_a_second_counts_once() -> None:
     job = make_job(status_in("train", active_until=time(-60)))
     first = deleted(running(pod("train"), since=-60), -60)
@@ -297,6 +355,13 @@ def test_an_attempt_that_begins_and_is_deleted_within_a_second_counts_once() -> 
 
 def test_a_pod_that_ends_because_of_a_suspension_was_not_disturbed() -> None:
     status = follow(make_job(status_in("train"), suspend=True), ended(pod("train"), 143))
+    assert (status.disruptions, status.active_seconds) == (0, 50)
+
+
+def test_a_pod_that_ends_because_its_job_is_being_deleted_was_not_disturbed() -> None:
+    going = child("train")
+    going["metadata"]["deletionTimestamp"] = time(-20)
+    status = follow(make_job(status_in("train")), going, ended(pod("train"), 143))
     assert (status.disruptions, status.active_seconds) == (0, 50)
 
 
@@ -311,6 +376,13 @@ def test_a_job_that_was_made_just_before_the_operator_died_is_found() -> None:
     status = follow(job, child("prepare", Complete=""), succeeded("prepare"), child("train"), running(pod("train")))
     assert status.step == step_status("train")
     assert status.phase == "Training"
+
+
+def test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted() -> None:
+    stored = status_in("train", step=step_status("train", jobUid="").dump())
+    status = follow(make_job(stored), child("train"), ended(pod("train"), 203))
+    assert status.step == step_status("train", countedPod=f"uid-{NAME}-train-1-pod1")
+    assert (status.failures, status.active_seconds) == (1, 50)
 
 
 def test_a_step_that_was_killed_and_then_done_while_the_operator_was_away_is_done() -> None:
@@ -361,6 +433,17 @@ def test_the_end_of_a_pod_alone_is_no_news_its_jobs_end_is(code: int) -> None:
     assert follow(make_job(stored), child("train"), ended(pod("train"), code)) == stored
 
 
+def test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result() -> None:
+    """A tenant may create a pod with the job's labels and any termination message."""
+    forged = succeeded("publish")
+    forged["metadata"]["ownerReferences"] = [
+        {"kind": "ReplicaSet", "name": "mine", "uid": "uid-of-a-replicaset", "controller": True}
+    ]
+    status = follow(make_job(status_in("publish")), child("publish", Complete=""), forged)
+    assert (status.adapter, conditions_of(status)["Succeeded"]) == (None, "Unknown")
+    assert status.step == step_status("publish", 2, jobUid="", unverified=1)
+
+
 def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> None:
     body = pod("publish")
     status = follow(
@@ -398,6 +481,11 @@ def test_a_suspension_is_over_when_no_pod_is_left() -> None:
     assert status.progress.remaining == ""
     resumed = follow(make_job(status))
     assert (resumed.phase, resumed.step) == ("Queued", step_status("train", 2, jobUid=""))
+
+
+def test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod() -> None:
+    status = follow(make_job(status_in("train"), suspend=True), child("train"))
+    assert (conditions_of(status)["Suspended"], reason_of(status, "Suspended")) == ("False", "Suspending")
 
 
 def test_a_suspension_that_a_lost_node_holds_up_says_so() -> None:

@@ -74,6 +74,17 @@ def test_an_event_ends_the_pause_after_a_failure() -> None:
     assert schedule.take(0.5) == A
 
 
+def test_a_wish_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more() -> None:
+    schedule = Schedule()
+    schedule.add(A, 0)
+    schedule.take(0)
+    schedule.add(A, 5)
+    assert schedule.failed(A, 0) == 1
+    assert schedule.take(1) == A
+    schedule.done(A, None)
+    assert schedule.next_due() is None
+
+
 def test_depth_counts_what_is_due_and_waits() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
