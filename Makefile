@@ -50,10 +50,16 @@ check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests
 benchmarks: $(VENV)/.synced-benchmarks ## Compare the trainer with TRL and others: 40 minutes on an idle machine
 	@$(PYTHON) -m benchmarks
 
+.PHONY: docs
+docs: $(VENV)/.synced-docs ## Build the documentation into site/; fails on a broken link
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@echo "site/index.html"
+
 .PHONY: generate
-generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition and the schema of the chart
+generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema, the reference
 	@$(PYTHON) crds/generate.py
 	@$(PYTHON) helm/values_schema.py
+	@$(PYTHON) docs/generate.py
 
 .PHONY: images
 images: $(VENV)/.synced ## Build the operator's and the trainer's image
@@ -84,5 +90,10 @@ $(VENV)/.synced: $(UV) pyproject.toml uv.lock
 
 $(VENV)/.synced-benchmarks: $(VENV)/.synced
 	@ldconfig -p | grep -q libtcmalloc_minimal || { apt-get update -qq; apt-get install -y -qq libtcmalloc-minimal4; }
-	@$(UV) sync --locked --extra dev --extra benchmarks --python '>=3.11,<3.14'
+	@$(UV) sync --locked --inexact --extra dev --extra benchmarks --python '>=3.11,<3.14'
+	@touch $@
+
+# Inexact, as above: one extra does not remove what another target has installed.
+$(VENV)/.synced-docs: $(VENV)/.synced
+	@$(UV) sync --locked --inexact --extra dev --extra docs --python '>=3.11,<3.14'
 	@touch $@

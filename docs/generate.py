@@ -1,0 +1,284 @@
+"""Writes the reference pages of the documentation from what they describe; run by `make generate`."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from helm.values_schema import definitions
+from qlora_api.contract import ExitCode
+from qlora_api.crd import custom_resource_definition
+from qlora_api.v1alpha1 import API_VERSION, MUTABLE_FIELDS
+from qlora_cli.__main__ import main as qlora
+from qlora_operator.metrics import Metrics
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "docs" / "reference"
+VALUES = ROOT / "helm" / "qlora-operator" / "values.yaml"
+
+Schema = Mapping[str, Any]
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page: its file, and its text in Markdown."""
+    texts = {
+        "resource.md": _resource(),
+        "chart.md": _chart(),
+        "cli.md": _command_line(),
+        "metrics.md": _metrics(),
+        "exit-codes.md": _exit_codes(),
+    }
+    return {REFERENCE / name: text for name, text in texts.items()}
+
+
+def _resource() -> str:
+    version = custom_resource_definition()["spec"]["versions"][0]
+    properties = version["schema"]["openAPIV3Schema"]["properties"]
+    mutable = ", ".join(f"`spec.{_camel(name)}`" for name in sorted(MUTABLE_FIELDS))
+    columns = [
+        (f"`{column['name']}`", column["description"], "with `-o wide`" if column.get("priority") else "always")
+        for column in version["additionalPrinterColumns"]
+    ]
+    return _page(
+        "QLoRAJob",
+        "`crds/qlora_api`",
+        f"`apiVersion: {API_VERSION}`, `kind: QLoRAJob`, short name `qj`. `kubectl explain qlorajob.spec` prints the "
+        "same text.",
+        f"Once a job exists, only {mutable} can be changed.",
+        "## Columns of `kubectl get`",
+        _table(("Column", "Meaning", "Shown"), columns),
+        "## What you write",
+        *_objects(properties["spec"], "spec", level=3),
+        "## What the operator reports",
+        *_objects(properties["status"], "status", level=3),
+    )
+
+
+def _chart() -> str:
+    schemas = definitions()
+    return _page(
+        "Chart values",
+        "`helm/qlora-operator/values.yaml` and the model of a profile",
+        "`helm show values helm/qlora-operator` prints the same defaults. A value that the chart does not know is an "
+        "error, found when the chart is installed or upgraded.",
+        "## Values",
+        _table(("Value", "Default", "Meaning"), _values()),
+        "## A profile",
+        "Each entry of `profiles` is a profile. What it leaves out is taken from `profiles.default`, field by field.",
+        *_objects(_inline(schemas["Profile"], schemas), "profiles.NAME", level=3),
+    )
+
+
+def _values() -> Iterator[tuple[str, str, str]]:
+    """Each value that a `# --` comment explains: its path, its default and the comment."""
+    values = yaml.safe_load(VALUES.read_text())
+    path: list[str] = []
+    comment: list[str] = []
+    for line in VALUES.read_text().splitlines():
+        text = line.strip()
+        if text.startswith("# --"):
+            comment = [text.removeprefix("# --").strip()]
+        elif text.startswith("#"):
+            comment += [text.removeprefix("#").strip()] if comment else []
+        elif match := re.match(r"( *)(\w+):", line):
+            path = [*path[: len(match[1]) // 2], match[2]]
+            if comment:
+                yield f"`{'.'.join(path)}`", _code(_at(values, path)), " ".join(comment)
+            comment = []
+
+
+def _at(values: Any, path: list[str]) -> Any:
+    for name in path:
+        values = values[name]
+    return values
+
+
+def _command_line() -> str:
+    sections: list[str] = []
+    for name, command in qlora.commands.items():
+        context = click.Context(command, info_name=f"qlora {name}")
+        options = [_option(parameter, context) for parameter in command.params if isinstance(parameter, click.Option)]
+        sections += [
+            f"## qlora {name}",
+            f"```\n{context.command_path} {' '.join(command.collect_usage_pieces(context))}\n```",
+            *_paragraphs(command.help or ""),
+            _table(("Option", "Meaning"), options),
+        ]
+    return _page(
+        "Command line",
+        "`cli/qlora_cli`",
+        "`pip install '.[cli,trainer]'` in a checkout installs `qlora`; `qlora plan` alone needs `.[cli]` and, for "
+        "models of the Hub, nothing more. Exit codes are [those of the steps](exit-codes.md).",
+        *sections,
+    )
+
+
+def _option(option: click.Option, context: click.Context) -> tuple[str, str]:
+    record = option.get_help_record(context)
+    if record is None:
+        return "", ""
+    return f"`{record[0]}`", record[1]
+
+
+def _metrics() -> str:
+    rows = []
+    for family in Metrics().registry.collect():
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        rows.append(
+            (f"`{name}`", family.type, ", ".join(f"`{label}`" for label in labels) or "none", family.documentation)
+        )
+    return _page(
+        "Metrics",
+        "`operator/qlora_operator/metrics.py`",
+        "The operator serves them in Prometheus' format on `/metrics`, port 9090 of its pod. `metrics.service` and "
+        "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. No metric has the name of a "
+        "job as a label, so the number of series does not grow with the number of jobs.",
+        _table(("Metric", "Type", "Labels", "Meaning"), rows),
+    )
+
+
+def _exit_codes() -> str:
+    def retried(code: ExitCode) -> str:
+        if code is ExitCode.DONE:
+            return "not needed"
+        if code is ExitCode.INTERRUPTED:
+            return "always, up to `retry.maxDisruptions`"
+        return "never" if code.permanent else "up to `retry.maxFailures` times"
+
+    rows = [(str(int(code)), f"`{code.reason}`", retried(code)) for code in ExitCode]
+    return _page(
+        "Exit codes",
+        "`crds/qlora_api/contract.py`",
+        "A step's process ends with one of these, in a pod and with `qlora run`. The reason is that of the job's "
+        "conditions and Events; [Troubleshooting](../how-to/troubleshooting.md) says what to do about each.",
+        _table(("Code", "Reason", "Retried"), rows),
+        "`qlora run` ends with 128 + the signal's number if you stop it, as a shell does: 130 after Ctrl-C.",
+    )
+
+
+def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = None) -> Iterator[str]:
+    """A section for the object and one for each object below it: description, fields, rules.
+
+    `defaults`: what the object has where its parent leaves it out, which wins over the defaults of its fields.
+    """
+    required = set(schema.get("required", ()))
+    fields: dict[str, Schema] = {
+        name: {**field, "default": (defaults or {}).get(name, field.get("default"))}
+        for name, field in schema["properties"].items()
+    }
+    yield f"{'#' * level} `{path}`"
+    if description := schema.get("description"):
+        yield description
+    rows = [
+        (
+            f"`{name}`",
+            _type(field, f"{path}.{name}"),
+            _requirement(field, name in required),
+            field.get("description", ""),
+        )
+        for name, field in fields.items()
+    ]
+    yield _table(("Field", "Type", "Default", "Meaning"), rows)
+    messages = [rule["message"] for rule in schema.get("x-kubernetes-validations", ())]
+    if rules := [message for message in messages if "cannot be changed once the job exists" not in message]:
+        yield "Rules:"
+        yield "\n".join(f"- {message}" for message in rules)
+    for name, field in fields.items():
+        if "properties" in field:
+            yield from _objects(field, f"{path}.{name}", min(level + 1, 4), field["default"])
+        elif "properties" in field.get("items", ()):
+            yield from _objects(field["items"], f"{path}.{name}", min(level + 1, 4))
+
+
+def _type(field: Schema, path: str) -> str:
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "properties" in field:
+        return f"[object](#{_anchor(path)})"
+    kind = str(field["type"])
+    if kind == "array":
+        return f"list of {_type(field['items'], path)}"
+    if kind == "object":
+        return "map of strings"
+    if kind in ("integer", "number"):
+        return f"{kind}{_range(field)}"
+    return kind
+
+
+def _range(field: Schema) -> str:
+    """The bounds that somebody could meet: 2^31 and beyond only keep numbers exact."""
+    low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
+    if high is None or high is True or high >= 2**31 - 1:
+        return "" if not low or low is True else f", {low} or more"
+    return f", {low} to {high}" if not isinstance(low, bool) and low is not None else f", up to {high}"
+
+
+def _requirement(field: Schema, required: bool) -> str:
+    if required:
+        return "**required**"
+    return "" if "properties" in field else _code(field["default"])
+
+
+def _inline(node: Any, schemas: Mapping[str, Any]) -> Any:
+    """The schema with each reference replaced by what it refers to, and `null` left out of its unions."""
+    if isinstance(node, list):
+        return [_inline(item, schemas) for item in node]
+    if not isinstance(node, dict):
+        return node
+    parts = [part for part in node.get("anyOf", ()) if part.get("type") != "null"]
+    if "anyOf" in node and len(parts) == 1:
+        rest = {key: value for key, value in node.items() if key != "anyOf" and value is not None}
+        return _inline({**parts[0], **rest}, schemas)
+    if "$ref" in node:
+        target = schemas[node["$ref"].rpartition("/")[2]]
+        return _inline({**target, **{key: value for key, value in node.items() if key != "$ref"}}, schemas)
+    return {key: _inline(value, schemas) for key, value in node.items()}
+
+
+def _page(title: str, source: str, *blocks: str) -> str:
+    note = f"<!-- Generated by `make generate` from {source}; do not edit. -->"
+    return "\n\n".join([note, f"# {title}", *(block for block in blocks if block)]) + "\n"
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(value: Any) -> str:
+    if value == "" or value is None:
+        return ""
+    text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=999)
+    return f"`{text.strip().removesuffix('...').strip()}`"
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    yield from (" ".join(part.split()) for part in text.split("\n\n"))
+
+
+def _anchor(path: str) -> str:
+    return path.lower().replace(".", "")
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.title() for word in rest)
+
+
+def main() -> None:
+    """Write every page."""
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for file, text in pages().items():
+        file.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The documentation's pages: in step with what they describe, and every manifest in them valid."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from docs.generate import pages
+from docs.screenshots import watch_lines
+from qlora_api.contract import ExitCode
+from qlora_api.profile import Profile
+from qlora_cli.manifest import load_manifest
+
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+PAGES = [
+    *sorted(DOCS.rglob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "devcluster", "helm/qlora-operator", "tests/gpu")),
+]
+SMALLEST_SPEC = {"model": {"source": "pvc://models/base"}, "dataset": {"source": "pvc://data/rows.jsonl"}}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def yaml_blocks() -> Iterator[Any]:
+    """Every YAML block of the pages, with its page and line."""
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^( *)```yaml\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
+            line = text[: match.start()].count("\n") + 1
+            block = "\n".join(row.removeprefix(match[1]) for row in match[2].splitlines())
+            yield pytest.param(block, id=f"{name_of(page)}:{line}")
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_the_reference_is_what_make_generate_writes(page: Path) -> None:
+    assert page.read_text() == pages()[page], "run `make generate`"
+
+
+@pytest.mark.parametrize("block", yaml_blocks())
+def test_every_yaml_block_is_a_valid_job_a_part_of_one_or_profiles(block: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(block)
+    if "profiles" in content:
+        for profile in content["profiles"].values():
+            Profile.model_validate({"image": "trainer", **profile})
+        return
+    if set(content) == {"spec"}:
+        content = {
+            "apiVersion": "qlora.dev/v1alpha1",
+            "kind": "QLoRAJob",
+            "metadata": {"name": "part"},
+            "spec": {**SMALLEST_SPEC, **content["spec"]},
+        }
+    assert content["kind"] == "QLoRAJob"
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text(yaml.safe_dump(content))
+    load_manifest(manifest)
+
+
+def reasons_of_the_operator() -> set[str]:
+    """Each reason that the operator gives a job that waits or fails, as its source has them."""
+    sources = "\n".join(file.read_text() for file in (ROOT / "operator" / "qlora_operator").rglob("*.py"))
+    found = set(re.findall(r'(?:Reason|_failure)\(\s*(?:step\.name, )?"([A-Z]\w+)"', sources))
+    assert {"NoPod", "NameTaken", "ResultUnreadable", "ProfileNotFound"} <= found
+    # A state, not a trouble: `docs/concepts/life-of-a-job.md` has those.
+    return found - {
+        "CleanedUp", "Done", "NotFailed", "NotStalled", "NotSuspended", "Pending", "Scheduled", "Started", "Succeeded",
+        "Suspended", "Suspending",
+    }  # fmt: skip
+
+
+def test_troubleshooting_has_a_section_for_each_reason() -> None:
+    sections = set(re.findall(r"^### `(\w+)`$", (DOCS / "how-to" / "troubleshooting.md").read_text(), re.MULTILINE))
+    reasons = {code.reason for code in ExitCode} - {"Done", "Interrupted"}
+    assert reasons | reasons_of_the_operator() <= sections
+
+
+def test_the_index_of_the_decisions_has_each_record_with_its_title_date_and_status() -> None:
+    rows = []
+    for record in sorted((DOCS / "decisions").glob("0*.md")):
+        text = record.read_text()
+        head = re.match(r"# (\d+)\. (.+)\n\nDate: (\d{4}-\d\d-\d\d) · Status: (.+)\n\n## Context\n", text)
+        assert head is not None, f"{record.name} must begin with number, title, date and status"
+        assert "## Decision\n" in text
+        assert "## Price\n" in text
+        assert record.name.startswith(f"{int(head[1]):04}-")
+        rows.append(f"| {head[1]} | [{head[2]}]({record.name}) | {head[3]} | {head[4]} |")
+    index = (DOCS / "decisions" / "index.md").read_text()
+    assert re.findall(r"^\| \d.*$", index, re.MULTILINE) == rows
+
+
+def paths_in(page: Path) -> Iterator[str]:
+    """What the page names as a file of this repository: inline code with a folder and a known ending."""
+    for code in re.findall(r"`([^`\n]+)`", page.read_text()):
+        for word in code.split():
+            if re.fullmatch(r"[\w.][\w./-]*/[\w-]+\.(?:py|md|yaml|yml|toml|json|jsonl)", word):
+                yield word
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Relative to the root, the page, or a folder that a page speaks of throughout."""
+    bases = (
+        ROOT,
+        page.parent,
+        ROOT / "trainer_image" / "qlora_trainer",
+        ROOT / "operator" / "qlora_operator",
+        ROOT / "tests" / "trainer",
+        ROOT / "crds" / "qlora_api",
+    )
+    # Files of a run, of a user and of a repository somewhere else.
+    other = re.compile(r"(demo-output|report|records|work|results|\.?/?etc)/")
+    missing = [
+        path for path in paths_in(page) if not other.match(path) and not any((base / path).exists() for base in bases)
+    ]
+    assert missing == []
+
+
+def test_links_to_files_of_the_repository_lead_somewhere() -> None:
+    """MkDocs checks the links of the site; these pages are read where the repository is."""
+    missing = []
+    for page in PAGES:
+        if DOCS in page.parents:
+            continue
+        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text()):
+            if not (page.parent / target).exists():
+                missing.append(f"{name_of(page)}: {target}")
+    assert missing == []
+
+
+def test_the_picture_of_the_watch_shows_each_phase_and_three_lines_of_it_at_most() -> None:
+    header = "NAME   PHASE       PROGRESS   LOSS   REMAINING   AGE"
+    training = [f"demo   Training    {step}% {step}/80   1.0   1m   {step}s" for step in range(1, 9)]
+    output = ["noise", header, "demo   Pending                       0s", *training, "", "demo  later  1s"]
+    assert watch_lines("\n".join(output)) == [header, output[2], training[0], training[4], training[7]]
+    with pytest.raises(ValueError, match="NAME PHASE PROGRESS"):
+        watch_lines("nothing")
