@@ -139,9 +139,9 @@ def test_a_large_manifest_in_a_bucket_is_not_read(tmp_path: Path, monkeypatch: p
         destination = ObjectDestination(ObjectStoreSource(BUCKET, "folder"), secret)
         for name in ("manifest.json", ".manifest.partial.json"):
             obstore.put(s3_bucket(address), f"folder/{name}", MANIFEST.text())
-            assert destination.holder() == MANIFEST
+            assert destination.holders() == (MANIFEST,)
             obstore.put(s3_bucket(address), f"folder/{name}", LARGE_MANIFEST)
-            assert destination.holder() is None
+            assert destination.holders() == ()
 
 
 def test_a_large_manifest_in_a_repository_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
     hub.refuse = overtake
     slow = MANIFEST.model_copy(update={"job_uid": "slow"})
     message = refused(publish, ExitCode.BAD_CONFIGURATION, slow)
-    assert "another job has just published to hf://acme/tuned" in message
+    assert "the destination hf://acme/tuned holds another adapter, of job 'tiny' (UID one" in message
     assert publish() == fast[0]
 
 

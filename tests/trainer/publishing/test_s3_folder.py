@@ -204,8 +204,26 @@ def test_two_jobs_that_begin_at_once_do_not_mix(publish: Publish, store: FaultPr
         return None
 
     store.rule = rule
-    assert "another job has just begun to publish" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    message = refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "the destination s3://team/adapters/tiny holds another adapter, of job 'tiny' (UID two" in message
     assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
+
+
+def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(
+    publish: Publish, store: FaultProxy, bucket: S3Store
+) -> None:
+    """Both jobs found the folder free; the other one publishes everything before this one has claimed it."""
+    other = MANIFEST.model_copy(update={"job_uid": "two"}).text()
+
+    def rule(request: Request) -> Fault | None:
+        if request.method == "PUT" and request.path.endswith(".manifest.partial.json"):
+            obstore.put(bucket, "adapters/tiny/manifest.json", other)
+        return None
+
+    store.rule = rule
+    message = refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "the destination s3://team/adapters/tiny holds another adapter, of job 'tiny' (UID two" in message
+    assert stored(bucket) == {"adapters/tiny/manifest.json": other}
 
 
 def test_objects_of_somebody_else_are_never_replaced(publish: Publish, bucket: S3Store) -> None:

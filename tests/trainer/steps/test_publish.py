@@ -319,7 +319,7 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(tmp_path: Path) 
             fast.write({"README.md": b"fast"}, manifests[1])
             return super().items()
 
-    with pytest.raises(StepFailure, match="another job has just published to pvc://data/adapter") as failure:
+    with pytest.raises(StepFailure, match="pvc://data/adapter holds another adapter, of job 'fast'") as failure:
         slow.write(Overtaken({"README.md": b"slow"}), manifests[0])
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert (tmp_path / "adapter" / "README.md").read_bytes() == b"fast"

@@ -214,7 +214,9 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
 
     proxy.rule = rule
     slow = MANIFEST.model_copy(update={"job_uid": "slow"})
-    assert "another job has just published to oci://" in refused(publish, ExitCode.BAD_CONFIGURATION, slow)
+    message = refused(publish, ExitCode.BAD_CONFIGURATION, slow)
+    assert message.startswith("the destination oci://")
+    assert "holds another adapter, of job 'tiny' (UID one" in message
     assert publish() == published[0]
 
 

@@ -8,8 +8,9 @@ from huggingface_hub import get_token
 
 from qlora_api.sources import HubSource
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.failures import unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
+from qlora_trainer.publishing.destination import reject_occupied
 from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.hub import Hub, Listing
@@ -33,16 +34,21 @@ class HubDestination:
     def published(self) -> Manifest | None:
         """See Destination."""
         listing = self._listing()
-        return None if listing is None else self._published(listing)
+        file = None if listing is None else listing.files.get(PUBLISHED_MANIFEST)
+        if listing is None or file is None or file.size > MAX_MANIFEST_BYTES:
+            return None
+        with TemporaryDirectory() as folder:
+            return parse_manifest(self._hub.fetch(listing, file, Path(folder), lambda _done: None).read_bytes())
 
-    def holder(self) -> Manifest | None:
+    def holders(self) -> tuple[Manifest, ...]:
         """See Destination. A commit is there whole or not at all."""
-        return self.published()
+        manifest = self.published()
+        return () if manifest is None else (manifest,)
 
     def is_free(self) -> bool:
         """See Destination."""
         listing = self._listing()
-        return listing is None or _is_empty(listing)
+        return listing is None or set(listing.files) <= _OF_THE_HUB
 
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination. Every file is read: the digest that the hub lists is the one that a commit has stated."""
@@ -58,10 +64,9 @@ class HubDestination:
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination."""
         listing = self._listing() or self._hub.make(self._repository)
-        # What the commit is made upon must be free: somebody may have published since that was asked.
-        holder = self._published(listing)
-        if not _is_empty(listing) and (holder is None or not holder.same_run(manifest)):
-            raise bad_configuration(f"another job has just published to {self.uri}: give each its own repository")
+        # The hub rejects a commit whose parent is no longer the newest, so that a run that publishes from here on does
+        # not go unnoticed either.
+        reject_occupied(self, manifest.same_run)
         everything = {**contents, PUBLISHED_MANIFEST: manifest.text()}
         commit = self._hub.commit(self._repository, everything, f"Publish {manifest.job_name}", parent=listing.commit)
         damaged = self.damaged(manifest)
@@ -77,14 +82,3 @@ class HubDestination:
 
     def _listing(self) -> Listing | None:
         return self._hub.find(self._repository)
-
-    def _published(self, listing: Listing) -> Manifest | None:
-        file = listing.files.get(PUBLISHED_MANIFEST)
-        if file is None or file.size > MAX_MANIFEST_BYTES:
-            return None
-        with TemporaryDirectory() as folder:
-            return parse_manifest(self._hub.fetch(listing, file, Path(folder), lambda _done: None).read_bytes())
-
-
-def _is_empty(listing: Listing) -> bool:
-    return set(listing.files) <= _OF_THE_HUB

@@ -26,7 +26,7 @@ from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, write_merged
 from qlora_trainer.model.quantized import QuantizedWeights, is_kept
 from qlora_trainer.model.source import TOKENIZER_FILES
-from qlora_trainer.publishing.destination import open_destination, publish_folder, refuse_occupied
+from qlora_trainer.publishing.destination import Destination, publish_folder, reject_occupied
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.report.card import quantization_label
 from qlora_trainer.stores.contents import Contents
@@ -49,20 +49,17 @@ def publish_merged(
     context: StepContext,
     prepared: PrepareRecord,
     trained: TrainRecord,
+    destination: Destination,
     describe: Callable[[Contents], Manifest],
     say: Callable[[str], None],
-) -> MergedStatus | None:
-    """Merge, evaluate and publish; None if the job does not ask for it. `describe` makes the manifest of some files.
+) -> MergedStatus:
+    """Merge, evaluate and publish. `describe` makes the manifest of some files.
 
     Raises StepFailure as `merge` and `publish_folder` do. The folder of the workspace in which the model is merged is
     removed afterwards.
     """
-    wanted, workspace = context.spec.output.merged, context.workspace
-    if wanted is None:
-        return None
-    destination = open_destination(context, wanted.destination, workspace.merged)
-    refuse_occupied(destination, describe({}))
-    with scratch_folder(workspace.merged) as folder:
+    reject_occupied(destination, describe({}).same_run)
+    with scratch_folder(context.workspace.merged) as folder:
         say("merging the adapter into the base")
         merged = merge(context, prepared, trained, folder)
         say(f"writing to {destination.uri}"[:128])
@@ -79,15 +76,12 @@ def publish_merged(
     )
 
 
-def still_published(context: StepContext, status: MergedStatus | None) -> bool:
-    """Whether the merged model that the job asks for, if any, is where an earlier attempt has put it, undamaged."""
-    wanted = context.spec.output.merged
-    if wanted is None or status is None:
-        return wanted is None
-    destination = open_destination(context, wanted.destination, context.workspace.merged)
+def still_published(destination: Destination, status: MergedStatus | None) -> bool:
+    """Whether the merged model that an earlier attempt has published is at the destination, undamaged."""
     manifest = destination.published()
     return (
-        manifest is not None
+        status is not None
+        and manifest is not None
         and hashlib.sha256(manifest.text()).hexdigest() == status.sha256
         and destination.damaged(manifest) is None
     )

@@ -6,6 +6,7 @@ from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
+from qlora_trainer.publishing.destination import reject_occupied
 from qlora_trainer.publishing.manifest import Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.model_pack import pack, unpack
@@ -29,9 +30,10 @@ class RegistryDestination:
             return None
         return parse_manifest(self._registry.read(blob))
 
-    def holder(self) -> Manifest | None:
-        """See Destination. A tag leads to an artifact that is whole."""
-        return self.published()
+    def holders(self) -> tuple[Manifest, ...]:
+        """See Destination. A tag always names a complete artifact."""
+        manifest = self.published()
+        return () if manifest is None else (manifest,)
 
     def is_free(self) -> bool:
         """See Destination."""
@@ -56,10 +58,8 @@ class RegistryDestination:
             self._registry.upload(Blob(f"sha256:{described[name].sha256}", described[name].size), content)
         config, artifact = pack(manifest.job_name, described)
         self._registry.upload(Blob(digest_of(config), len(config)), config)
-        # A registry sets a tag whatever it has led to, and uploading may have taken long.
-        holder = self.holder()
-        if not self.is_free() and (holder is None or not holder.same_run(manifest)):
-            raise bad_configuration(f"another job has just published to {self.uri}: give each its own tag")
+        # A registry moves a tag from any artifact, and uploading may have taken long.
+        reject_occupied(self, manifest.same_run)
         self._registry.tag(artifact, self._source.reference)
         found, damaged = self._artifact(), self.damaged(manifest)
         if found is None or found.digest != digest_of(artifact) or damaged is not None:

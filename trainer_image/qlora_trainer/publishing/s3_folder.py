@@ -4,8 +4,9 @@ from functools import partial
 
 from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
+from qlora_trainer.publishing.destination import reject_occupied
 from qlora_trainer.publishing.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.retry import read_back
@@ -26,9 +27,10 @@ class ObjectDestination:
         """See Destination."""
         return self._manifest(PUBLISHED_MANIFEST)
 
-    def holder(self) -> Manifest | None:
-        """See Destination."""
-        return self.published() or self._manifest(_CLAIM)
+    def holders(self) -> tuple[Manifest, ...]:
+        """See Destination. The claim counts too, so that two runs that start at once do not mix their files."""
+        found = (self.published(), self._manifest(_CLAIM))
+        return tuple(manifest for manifest in found if manifest is not None)
 
     def is_free(self) -> bool:
         """See Destination."""
@@ -46,8 +48,7 @@ class ObjectDestination:
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
         """See Destination. Files that an earlier attempt has written whole are not written again."""
-        if not self._folder.create(_CLAIM, manifest.text()) and not self._is_ours(manifest):
-            raise bad_configuration(f"another job has just begun to publish to {self.uri}: give each its own folder")
+        self._claim(manifest)
         self._folder.delete(PUBLISHED_MANIFEST)
         stored = self._folder.list()
         for name, content in contents.items():
@@ -71,6 +72,13 @@ class ObjectDestination:
     def _manifest(self, name: str) -> Manifest | None:
         return parse_manifest(self._folder.read(name, most=MAX_MANIFEST_BYTES))
 
-    def _is_ours(self, manifest: Manifest) -> bool:
-        claim = self._manifest(_CLAIM)
-        return claim is not None and claim.same_run(manifest)
+    def _claim(self, manifest: Manifest) -> None:
+        """Create the claim, unless an earlier attempt has. Raises StepFailure if the folder is another run's by now."""
+        created = self._folder.create(_CLAIM, manifest.text())
+        try:
+            reject_occupied(self, manifest.same_run)
+        except StepFailure:
+            # Another run has published, and removed its own claim, after this one had found the folder free.
+            if created:
+                self._folder.delete(_CLAIM)
+            raise

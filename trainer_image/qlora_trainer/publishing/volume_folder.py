@@ -5,9 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
-from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import PUBLISHED_MANIFEST
 from qlora_trainer.core.filesystem import PARTIAL, file_sha256, new_folder, remove, sync, sync_tree
+from qlora_trainer.publishing.destination import reject_occupied
 from qlora_trainer.publishing.manifest import Manifest, read_manifest
 from qlora_trainer.stores.contents import Contents
 
@@ -25,9 +25,10 @@ class VolumeFolder:
         """See Destination."""
         return read_manifest(self._folder / PUBLISHED_MANIFEST)
 
-    def holder(self) -> Manifest | None:
-        """See Destination. What is unfinished lies beside the folder."""
-        return self.published()
+    def holders(self) -> tuple[Manifest, ...]:
+        """See Destination. Unfinished files are beside the folder, not in it."""
+        manifest = self.published()
+        return () if manifest is None else (manifest,)
 
     def is_free(self) -> bool:
         """See Destination."""
@@ -49,7 +50,7 @@ class VolumeFolder:
             (stage / PUBLISHED_MANIFEST).write_bytes(manifest.text())
             sync_tree(stage)
             _require_intact(stage, manifest)
-            self._require_free(manifest)
+            reject_occupied(self, manifest.same_run)
             _swap(stage, folder)
         except BaseException:
             # On a full volume its space is needed.
@@ -63,12 +64,6 @@ class VolumeFolder:
     def location(self) -> str:
         """See Destination."""
         return self.uri
-
-    def _require_free(self, manifest: Manifest) -> None:
-        """Raise StepFailure if another job has published here while the files were being written."""
-        holder = self.holder()
-        if not self.is_free() and (holder is None or not holder.same_run(manifest)):
-            raise bad_configuration(f"another job has just published to {self.uri}: give each its own folder")
 
 
 def _write(path: Path, content: Path | bytes) -> None:

@@ -40,7 +40,7 @@ from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.memory_fit import memory_status, read_shape, require_fit, training_shape
 from qlora_trainer.model.source import CONFIG, TOKENIZER_FILES, DownloadedModel, refuse_code
 from qlora_trainer.model.support import Family, inspect_family
-from qlora_trainer.publishing.destination import check_destination, destinations
+from qlora_trainer.publishing.addresses import check_destination, published_addresses
 from qlora_trainer.report.serving import refused_by_vllm
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
@@ -101,8 +101,8 @@ class _Checked:
 def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], None]) -> PrepareRecord:
     spec, workspace = context.spec, context.workspace
     hub = cache(lambda: Hub(_token(context)))
-    for address in destinations(spec):
-        check_destination(context, address)
+    for address in published_addresses(spec):
+        check_destination(address, mounts=context.mounts, registries=context.registries, job_uid=context.job_uid)
     say("reading the model's configuration")
     model = open_model_source(context, hub)
     if isinstance(model, DownloadedModel):

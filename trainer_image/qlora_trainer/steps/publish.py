@@ -18,10 +18,12 @@ from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter, timestamp
-from qlora_trainer.publishing.destination import Destination, is_published, open_destination, publish_folder
+from qlora_trainer.publishing.addresses import open_destination
+from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.publishing.merged import publish_merged, still_published
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
+from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.report.card import model_card, quantization_label
 from qlora_trainer.report.page import write_report
 from qlora_trainer.report.serving import served_rank
@@ -48,7 +50,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
 
     prepared = _required(context, "prepare", PrepareRecord)
     trained = _required(context, "train", TrainRecord)
-    destination = open_destination(context, context.spec.output.destination, context.workspace.adapter)
+    destination = _destination(context, context.spec.output.destination, context.workspace.adapter)
     done = _already_published(context, trained, destination)
     if done is not None:
         return done
@@ -66,8 +68,10 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     manifest = _manifest(context, prepared, trained, contents)
     say(f"writing to {destination.uri}"[:128])
     uri = publish_folder(destination, contents, manifest)
-    merged = publish_merged(context, prepared, trained, partial(_manifest, context, prepared, trained), say)
-    if merged is not None:
+    merged, merged_destination = None, _merged_destination(context)
+    if merged_destination is not None:
+        describe = partial(_manifest, context, prepared, trained)
+        merged = publish_merged(context, prepared, trained, merged_destination, describe, say)
         write_report(context, prepared, trained, merged)
     record = PublishRecord(
         fingerprint=_fingerprint(trained, destination),
@@ -97,12 +101,34 @@ def _required(context: StepContext, step: StepName, kind: type[_Completion]) -> 
     return record
 
 
+def _destination(context: StepContext, address: str | None, folder: Path) -> Destination:
+    """The destination of an address of spec.output; without one, `folder` of the workspace."""
+    if address is not None:
+        return open_destination(
+            address,
+            mounts=context.mounts,
+            secret=context.secret("output"),
+            registries=context.registries,
+            owner=context.pod_uid,
+        )
+    root = context.workspace.root
+    uri = f"{context.workspace_uri}/{folder.relative_to(root)}"
+    return VolumeFolder(confined(folder, root), uri, owner=context.pod_uid)
+
+
+def _merged_destination(context: StepContext) -> Destination | None:
+    """The destination of the merged model; None if the job does not ask for one."""
+    wanted = context.spec.output.merged
+    return None if wanted is None else _destination(context, wanted.destination, context.workspace.merged)
+
+
 def _already_published(context: StepContext, trained: TrainRecord, destination: Destination) -> PublishRecord | None:
     """The completion record, if it is of this adapter and every file is still what its manifest says."""
     record = read_completion(context.workspace.completion("publish"), PublishRecord)
     if record is None or record.fingerprint != _fingerprint(trained, destination):
         return None
-    if not still_published(context, record.merged):
+    merged_destination = _merged_destination(context)
+    if merged_destination is not None and not still_published(merged_destination, record.merged):
         return None
     manifest = destination.published()
     if manifest is None or ADAPTER_FILE not in manifest.files:

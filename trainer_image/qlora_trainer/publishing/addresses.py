@@ -1,0 +1,57 @@
+"""Opens the destination that an address of a job's spec names, and checks it before anything is trained."""
+
+from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.context import Mounts
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.paths import confined
+from qlora_trainer.publishing.destination import Destination, reject_occupied
+from qlora_trainer.publishing.hub_repository import HubDestination
+from qlora_trainer.publishing.oci_artifact import RegistryDestination
+from qlora_trainer.publishing.s3_folder import ObjectDestination
+from qlora_trainer.publishing.volume_folder import VolumeFolder
+from qlora_trainer.stores.oci import require_allowed
+
+
+def published_addresses(spec: QLoRAJobSpec) -> list[str]:
+    """The addresses outside the workspace that a job publishes to."""
+    merged = spec.output.merged.destination if spec.output.merged else None
+    return [address for address in (spec.output.destination, merged) if address]
+
+
+def open_destination(
+    address: str, *, mounts: Mounts, secret: Secret, registries: tuple[str, ...], owner: str
+) -> Destination:
+    """The destination of an address. `owner` distinguishes this process from another one that writes to a volume.
+
+    Raises StepFailure if the address is not a folder inside a mounted claim, if a key of the Secret is missing, or if
+    the registry is not in `registries`, those that the profile allows.
+    """
+    source = parse_source(address)
+    if isinstance(source, VolumeSource):
+        return _volume_folder(source, mounts, owner)
+    if isinstance(source, ObjectStoreSource):
+        return ObjectDestination(source, secret)
+    if isinstance(source, HubSource):
+        return HubDestination(source, secret)
+    if isinstance(source, RegistrySource):
+        return RegistryDestination(source, secret, allowed=registries)
+    raise TypeError(f"the schema admits no destination like {address}")
+
+
+def check_destination(address: str, *, mounts: Mounts, registries: tuple[str, ...], job_uid: str) -> None:
+    """Raise StepFailure if a folder of a volume holds what is not this job's, or a registry is not allowed.
+
+    For the prepare step, before a GPU is used. It has no credentials for the other destinations, so that it cannot
+    read what they hold; and it does not know the run's fingerprint yet, so that any run of the job counts as its own.
+    """
+    source = parse_source(address)
+    if isinstance(source, RegistrySource):
+        require_allowed(source, registries)
+    if isinstance(source, VolumeSource):
+        reject_occupied(_volume_folder(source, mounts, job_uid), lambda holder: holder.job_uid == job_uid)
+
+
+def _volume_folder(source: VolumeSource, mounts: Mounts, owner: str) -> VolumeFolder:
+    root = mounts.volume(VolumeSource(source.claim))
+    return VolumeFolder(confined(root / source.path, root), str(source), owner=owner)
