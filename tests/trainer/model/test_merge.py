@@ -34,11 +34,12 @@ from qlora_trainer.model.merge import BYTES_PER_ENTRY, merged_bytes, merged_mode
 from qlora_trainer.model.quantized import QuantizedWeights, keep_quantized, layers_sha256, quantized_layers
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.merged import merge
+from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training import held_out
 from tests.support.families import FAMILIES
 from tests.support.report_page import Page
-from tests.support.tiny import SHAPE, Recorded, save_model
+from tests.support.tiny import JOB_UID, SHAPE, Recorded, save_model
 from tests.support.training import prepared, run
 
 NF4 = QuantizationSpec()
@@ -279,7 +280,7 @@ def peak_while(work: Callable[[], object]) -> int:
     return max(seen)
 
 
-def mergeable(root: Path, model: Path) -> tuple[StepContext, PrepareRecord, TrainRecord]:
+def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
     """A job with an untrained adapter that can be merged. Its four held-out sequences may share a batch."""
     context = prepared(root, model, {"output": {"merged": {}}}, packed=False)
     base, lora = load_base(model, NF4, "cpu"), context.spec.lora
@@ -301,7 +302,8 @@ def mergeable(root: Path, model: Path) -> tuple[StepContext, PrepareRecord, Trai
         quantized_sha256=sha256,
         compared=Comparison(sequences=4, targets=26, loss=1.0),
     )
-    return context, record.model_copy(update={"packed": True}), trained
+    packed = record.model_copy(update={"packed": True})
+    return TrainedJob("tiny", JOB_UID, context.spec, "tiny", packed, trained), context.workspace
 
 
 def test_a_merge_holds_one_file_and_one_layer_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +336,7 @@ def test_a_merged_model_that_keeps_rows_apart_is_read_once_to_try_it_out(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be larger than the memory: each pass reads it from the disk."""
-    context, record, trained = mergeable(tmp_path / "job", tiny_llama)
+    job, workspace = mergeable(tmp_path / "job", tiny_llama)
     passes: list[int] = []
 
     def counted(model: Any, batch: Batch) -> Tensor:
@@ -346,7 +348,8 @@ def test_a_merged_model_that_keeps_rows_apart_is_read_once_to_try_it_out(
     for packed in (True, False):
         folder = tmp_path / str(packed)
         folder.mkdir()
-        losses.append(merge(context, record.model_copy(update={"packed": packed}), trained, folder).loss)
+        prepared_so = job.prepared.model_copy(update={"packed": packed})
+        losses.append(merge(dataclasses.replace(job, prepared=prepared_so), workspace, folder).loss)
 
     assert passes == [26, 5, 7, 3, 11]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -1,15 +1,20 @@
 """Describes a published folder: its files, and the run that made it."""
 
+import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_trainer.stores.contents import PublishedFile
+from qlora_api.v1alpha1 import MUTABLE_FIELDS
+from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 
 MAX_MANIFEST_BYTES = 2**22
 """Enough for tens of thousands of files. Whoever can write to a destination says how large the file there is."""
+_LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 class Manifest(ObservedModel):
@@ -31,6 +36,21 @@ class Manifest(ObservedModel):
     def same_run(self, other: "Manifest") -> bool:
         """Whether both are of one job with the same settings, so that one may replace the other."""
         return (self.job_uid, self.fingerprint) == (other.job_uid, other.fingerprint)
+
+
+def run_manifest(job: TrainedJob, contents: Contents) -> Manifest:
+    """The manifest of these files of a job. Raises OSError if a file cannot be read."""
+    spec = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=set(MUTABLE_FIELDS))
+    return Manifest(
+        job_uid=job.uid,
+        job_name=job.name,
+        fingerprint=job.trained.fingerprint,
+        spec_sha256=hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest(),
+        base_model=job.spec.model.source,
+        base_revision=job.prepared.model_revision,
+        libraries={name: version(name) for name in _LIBRARIES},
+        files=describe_files(contents),
+    )
 
 
 def parse_manifest(content: bytes | None) -> Manifest | None:

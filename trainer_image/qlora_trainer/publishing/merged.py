@@ -1,6 +1,6 @@
-"""The part of publish that a job with output.merged asks for: the merged model written, tried out and published.
+"""Merges the adapter into the base, evaluates the merged model and publishes it, for a job with output.merged.
 
-It comes after the adapter is published, so that a merge for which there is no room costs nothing but itself.
+The adapter is published before, so that a merge for which there is no room costs nothing but itself.
 """
 
 import hashlib
@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.status import MergedStatus
-from qlora_trainer.core.completion import PrepareRecord, TrainRecord
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.completion import Comparison
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.core.file_names import ADAPTER_FILE, CARD_FILE
+from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE
 from qlora_trainer.core.filesystem import require_space, scratch_folder
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.attention import ATTENTION, register_attention
@@ -27,8 +26,9 @@ from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, w
 from qlora_trainer.model.quantized import QuantizedWeights, is_kept
 from qlora_trainer.model.source import TOKENIZER_FILES
 from qlora_trainer.publishing.destination import Destination, publish_folder, reject_occupied
-from qlora_trainer.publishing.manifest import Manifest
-from qlora_trainer.report.card import quantization_label
+from qlora_trainer.publishing.manifest import run_manifest
+from qlora_trainer.report.model_card import merged_model_card
+from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.training.held_out import mean_loss, read_compared
 
@@ -37,35 +37,30 @@ _COPIED = (*sorted(TOKENIZER_FILES), "generation_config.json")
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model that lies in a folder of this machine."""
+    """A merged model in a folder of this machine."""
 
     contents: Contents
     weight_bytes: int
     loss: float | None
-    """On the held-out rows that training compared the adapter on; None if there are none."""
+    """On the held-out rows that training compared the adapter on, in nats; None if there are none."""
 
 
 def publish_merged(
-    context: StepContext,
-    prepared: PrepareRecord,
-    trained: TrainRecord,
-    destination: Destination,
-    describe: Callable[[Contents], Manifest],
-    say: Callable[[str], None],
+    job: TrainedJob, workspace: WorkspaceLayout, destination: Destination, say: Callable[[str], None]
 ) -> MergedStatus:
-    """Merge, evaluate and publish. `describe` makes the manifest of some files.
+    """Merge, evaluate and publish. `say` reports what is being done.
 
     Raises StepFailure as `merge` and `publish_folder` do. The folder of the workspace in which the model is merged is
     removed afterwards.
     """
-    reject_occupied(destination, describe({}).same_run)
-    with scratch_folder(context.workspace.merged) as folder:
+    reject_occupied(destination, run_manifest(job, {}).same_run)
+    with scratch_folder(workspace.merged) as folder:
         say("merging the adapter into the base")
-        merged = merge(context, prepared, trained, folder)
-        say(f"writing to {destination.uri}"[:128])
-        manifest = describe(merged.contents)
+        merged = merge(job, workspace, folder)
+        say(f"writing to {destination.uri}")
+        manifest = run_manifest(job, merged.contents)
         uri = publish_folder(destination, merged.contents, manifest)
-    compared = trained.compared
+    compared = job.trained.compared
     return MergedStatus(
         uri=uri,
         sha256=hashlib.sha256(manifest.text()).hexdigest(),
@@ -87,40 +82,49 @@ def still_published(destination: Destination, status: MergedStatus | None) -> bo
     )
 
 
-def merge(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, folder: Path) -> Merged:
+def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     """Merge the trained adapter into the base that it was trained on, write the model into `folder` and evaluate it.
 
-    Raises StepFailure: STORAGE_FULL with the numbers if there is no room for it, UNSAFE_ARTIFACT if the 4-bit weights
-    are not those of the training, INTERNAL_ERROR if the merged model computes no number.
+    Raises StepFailure: STORAGE_FULL with the numbers if there is no room for it, BAD_CONFIGURATION if training kept no
+    4-bit weights, UNSAFE_ARTIFACT if they have changed since, INTERNAL_ERROR if the merged model's loss is not finite.
     """
-    workspace = context.workspace
+    prepared, trained = job.prepared, job.trained
     model_folder = workspace.root / prepared.model_path
     model = merged_model(model_folder)
-    if not is_kept(workspace.quantized, trained.quantized_sha256):
-        raise bad_configuration(
-            f"{workspace.quantized}, the 4-bit weights that the adapter was trained on, is not there: create the job "
-            "again, with spec.output.merged from its start"
-        )
-    copies = 1 if context.spec.output.merged and context.spec.output.merged.destination else 2
+    _require_kept(workspace.quantized, trained.quantized_sha256)
+    # Without a destination of its own it takes room twice: as it is written here, and as it is published beside that.
+    copies = 1 if job.spec.output.merged and job.spec.output.merged.destination else 2
     require_space(workspace.root, copies * merged_bytes(model), "writing the merged model in 16 bit")
     quantized = QuantizedWeights(workspace.quantized)
     quantized.require_sha256(trained.quantized_sha256)
-    adapter = workspace.root / trained.adapter_path / ADAPTER_FILE
     base = BaseWeights(model_folder, model)
-    write_merged(model, MergeSource(base, quantized, adapter, context.spec.lora), folder)
-    loss = _loss(context, prepared, trained, folder)
+    adapter = workspace.root / trained.adapter_path / ADAPTER_FILE
+    write_merged(model, MergeSource(base, quantized, adapter, job.spec.lora), folder)
+    loss = None
+    if trained.compared is not None:
+        held_out = PreparedDataset.open(workspace.root / prepared.data_path, "eval")
+        loss = _held_out_loss(folder, held_out, trained.compared, together=prepared.packed)
     for name in _COPIED:
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, folder / name)
-    (folder / CARD_FILE).write_text(card(context, prepared, trained, loss))
-    contents = {path.name: path for path in sorted(folder.iterdir())}
-    return Merged(contents, merged_bytes(model), loss)
+    (folder / MODEL_CARD_FILE).write_text(merged_model_card(job, loss))
+    return Merged({path.name: path for path in sorted(folder.iterdir())}, merged_bytes(model), loss)
 
 
-def _loss(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, folder: Path) -> float | None:
-    """Loss of the written files. Weights are mapped, not held, and read once for each batch."""
-    if trained.compared is None:
-        return None
+def _require_kept(quantized: Path, sha256: str) -> None:
+    if not is_kept(quantized, sha256):
+        raise bad_configuration(
+            f"{quantized}, the 4-bit weights that the adapter was trained on, is missing: create the job again, with "
+            "spec.output.merged from its start"
+        )
+
+
+def _held_out_loss(folder: Path, held_out: PreparedDataset, compared: Comparison, *, together: bool) -> float:
+    """Loss of the written files, in nats. Weights are mapped, not in memory, and read once per batch.
+
+    `together` puts all sequences into one batch, for a model that keeps rows apart. Raises StepFailure INTERNAL_ERROR
+    if the loss is not finite.
+    """
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -130,39 +134,11 @@ def _loss(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, f
         use_safetensors=True,
         trust_remote_code=False,
     ).eval()
-    data = PreparedDataset.open(context.workspace.root / prepared.data_path, "eval")
-    cpu = torch.device("cpu")
-    batches = read_compared(data, trained.compared.sequences, cpu, together=prepared.packed)
-    loss = mean_loss(model, batches)
+    loss = mean_loss(model, read_compared(held_out, compared.sequences, torch.device("cpu"), together=together))
     if not isfinite(loss):
         raise StepFailure(
             ExitCode.INTERNAL_ERROR,
-            f"the merged model's loss on the held-out rows is {loss}, the adapter's {trained.compared.loss:.4f}: it is "
-            "not published; the adapter is",
+            f"the merged model's loss on the held-out rows is {loss}, the adapter's {compared.loss:.4f}: the merged "
+            "model is not published; the adapter is",
         )
     return loss
-
-
-def card(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, loss: float | None) -> str:
-    """What a person must know before the merged model is served, as Markdown."""
-    spec, compared = context.spec, trained.compared
-    comparison = "No rows were held out, so the merged model was not compared with the adapter."
-    if compared is not None and loss is not None:
-        comparison = (
-            f"Loss on {compared.targets} held-out target tokens (nats): {loss:.4f} merged, {compared.loss:.4f} with "
-            "the adapter on its 4-bit base."
-        )
-    bits = quantization_label(spec.quantization.type, double=spec.quantization.double_quant)
-    return f"""# {context.document.metadata.name}, merged
-
-The adapter of this job merged into `{context.base_name}` (`{prepared.model_revision}`), in bfloat16. It loads as any
-model does, and needs no adapter beside it.
-
-{comparison}
-
-The base's weights are those that the adapter was trained on: {bits}, dequantized. They differ from
-the original weights by the error of that quantization, which the adapter has learnt with.
-
-Do not quantize this model to 4 bit again without measuring it: rounding can take away as much as the adapter has added.
-To serve in 4 bit, load the original model in 4 bit and the adapter beside it.
-"""

@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.training import LoraSpec
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
-from qlora_trainer.core.context import Device, StepContext
+from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import file_sha256
@@ -197,20 +198,20 @@ def _wrong_adapter(what: str) -> StepFailure:
     )
 
 
-def require_own_training(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> None:
+def require_own_training(
+    prepared: PrepareRecord, trained: TrainRecord, spec: QLoRAJobSpec, workspace: WorkspaceLayout
+) -> None:
     """Raise StepFailure (UNSAFE_ARTIFACT) unless the record of training is of this spec, data and number of steps."""
-    path = context.workspace.completion("train")
+    path = workspace.completion("train")
     # Publish runs without a GPU and need not know what training ran on.
-    fingerprints = {
-        digest(run_fingerprint(context.spec, prepared, device, trained.ranks)) for device in get_args(Device)
-    }
+    fingerprints = {digest(run_fingerprint(spec, prepared, device, trained.ranks)) for device in get_args(Device)}
     if trained.fingerprint not in fingerprints:
         raise unsafe_artifact(
             f"{path} is of another run: model, data, settings or versions differ from this job's, so its adapter "
             "is not published; create the job again, with one version of the trainer from its start to its end"
         )
-    sequences = len(PreparedDataset.open(context.workspace.root / prepared.data_path, "train"))
-    planned = Schedule.of(sequences, context.spec.training).total_steps
+    sequences = len(PreparedDataset.open(workspace.root / prepared.data_path, "train"))
+    planned = Schedule.of(sequences, spec.training).total_steps
     if trained.training_step != planned:
         raise unsafe_artifact(
             f"{path} says {trained.training_step} optimizer steps, but this job has {planned}: an adapter that is not "

@@ -8,16 +8,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import MergedStatus
+from qlora_api.status import DatasetStatus, MergedStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
-from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import MetricsHistory, read_history
-from qlora_trainer.report.samples import MAX_NEW_TOKENS, read_samples
+from qlora_trainer.report.model_card import quantization_label
+from qlora_trainer.report.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.serving import refused_by_vllm, served_rank, serving_commands
+from qlora_trainer.report.trained_job import TrainedJob
 
 _GIB = 2**30
 
@@ -32,57 +35,61 @@ class Figure:
 
 
 def write_report(
-    context: StepContext, prepared: PrepareRecord, trained: TrainRecord, merged: MergedStatus | None = None
+    job: TrainedJob, workspace: WorkspaceLayout, *, device: Device, merged: MergedStatus | None = None
 ) -> bytes:
     """Write `report.html`, `loss.png` and `summary.json` into `report/`; returns the picture.
 
-    `merged` is the merged model, once there is one.
+    `device` is what training ran on; `merged` is the merged model, once there is one.
     Raises OSError if the metrics are missing or the report cannot be written, ValueError for broken metrics.
     """
-    folder = WorkspaceLayout(context.workspace.root).report
+    folder, spec = workspace.report, job.spec
     history = read_history(folder / HISTORY_FILE)
     subtitle = (
-        f"{context.spec.model.source}, {prepared.dataset.used_rows} rows, rank {context.spec.lora.rank}, "
-        f"learning rate {context.spec.training.learning_rate:g}"
+        f"{spec.model.source}, {job.prepared.dataset.used_rows} rows, rank {spec.lora.rank}, "
+        f"learning rate {spec.training.learning_rate:g}"
     )
-    picture = loss_picture(history, context.document.metadata.name, subtitle)
+    picture = loss_picture(history, job.name, subtitle)
     write_atomically(folder / CURVE_FILE, picture)
-    summary = _summary(context, prepared, trained) | ({} if merged is None else {"merged": merged.dump()})
+    summary = _summary(job, device) | ({} if merged is None else {"merged": merged.dump()})
     text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
     write_atomically(folder / SUMMARY_FILE, text.encode() + b"\n")
-    write_atomically(folder / REPORT_FILE, _page(context, prepared, trained, history, merged).encode())
+    statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
+    samples = read_samples(folder / SAMPLES_FILE)
+    page = _page(job, device, history, statistics, samples, merged)
+    write_atomically(folder / REPORT_FILE, page.encode())
     return picture
 
 
 def _page(
-    context: StepContext,
-    prepared: PrepareRecord,
-    trained: TrainRecord,
+    job: TrainedJob,
+    device: Device,
     history: MetricsHistory,
+    statistics: DataStatistics,
+    samples: Samples,
     merged: MergedStatus | None,
 ) -> str:
     # Names, prompts and answers come from users and data: everything is escaped but the charts, which are drawn here.
-    statistics = DataStatistics.read(context.workspace.root / prepared.data_path)
     environment = Environment(
         loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.jinja").render(
-        name=context.document.metadata.name,
-        spec=context.spec,
-        base=context.base_name,
-        prepared=prepared,
-        trained=trained,
-        figures=_figures(prepared, trained, history, merged),
+        name=job.name,
+        spec=job.spec,
+        base=job.base_name,
+        prepared=job.prepared,
+        trained=job.trained,
+        quantization=quantization_label(job.spec.quantization),
+        figures=_figures(job.prepared, job.trained, history, merged),
         loss=loss_chart(history),
-        charts=_charts(history, context.device),
-        settings=_settings(context),
-        data=_data(context, prepared, statistics),
+        charts=_charts(history, device),
+        settings=_settings(job.spec),
+        data=_data(job.spec.dataset.source, job.prepared.dataset, statistics),
         lengths=_lengths(statistics),
-        samples=read_samples(context.workspace.report / SAMPLES_FILE),
+        samples=samples,
         max_new_tokens=MAX_NEW_TOKENS,
-        commands=serving_commands(context, prepared),
-        served_rank=served_rank(context.spec.lora),
-        refused_by_vllm=refused_by_vllm(context.spec.lora),
+        commands=serving_commands(job),
+        served_rank=served_rank(job.spec.lora),
+        refused_by_vllm=refused_by_vllm(job.spec.lora),
         merged=merged,
     )
 
@@ -112,7 +119,7 @@ def _figures(
     return figures
 
 
-def _charts(history: MetricsHistory, device: str) -> list[str]:
+def _charts(history: MetricsHistory, device: Device) -> list[str]:
     memory = "GPU memory, peak of the step" if device == "cuda" else "Resident memory"
     drawn = (
         chart("rate", "Learning rate", history.learning_rate),
@@ -123,8 +130,7 @@ def _charts(history: MetricsHistory, device: str) -> list[str]:
     return [svg for svg in drawn if svg]
 
 
-def _settings(context: StepContext) -> Mapping[str, Mapping[str, Any]]:
-    spec = context.spec
+def _settings(spec: QLoRAJobSpec) -> Mapping[str, Mapping[str, Any]]:
     return {
         "Quantization": spec.quantization.dump(),
         "Adapter": spec.lora.dump(),
@@ -132,12 +138,12 @@ def _settings(context: StepContext) -> Mapping[str, Mapping[str, Any]]:
     }
 
 
-def _data(context: StepContext, prepared: PrepareRecord, statistics: DataStatistics) -> Mapping[str, str]:
-    found, spec, train = prepared.dataset, context.spec, statistics.train
-    dropped = [f"{rows.rows:,} {rows.reason}" for source in statistics.sources for rows in source.dropped]
+def _data(source: str, found: DatasetStatus, statistics: DataStatistics) -> Mapping[str, str]:
+    train = statistics.train
+    dropped = [f"{rows.rows:,} {rows.reason}" for part in statistics.sources for rows in part.dropped]
     lengths = statistics.sources[0].lengths
     return {
-        "Source": spec.dataset.source,
+        "Source": source,
         "SHA-256": found.sha256,
         "Format": found.format,
         "Rows": f"{found.rows:,} read, {found.used_rows:,} trained on, {found.eval_rows:,} held out",
@@ -155,17 +161,18 @@ def _lengths(statistics: DataStatistics) -> str:
     return histogram("lengths", "Tokens in a row, up to", {f"{bar.up_to:,}": bar.rows for bar in bars})
 
 
-def _summary(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> dict[str, Any]:
+def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
     """What a person or a program compares between runs. Sizes in bytes, losses in nats per target token."""
+    spec, prepared, trained = job.spec, job.prepared, job.trained
     return {
-        "job": {"name": context.document.metadata.name, "uid": context.job_uid},
-        "model": {"source": context.spec.model.source, "revision": prepared.model_revision},
+        "job": {"name": job.name, "uid": job.uid},
+        "model": {"source": spec.model.source, "revision": prepared.model_revision},
         "settings": {
-            "quantization": context.spec.quantization.dump(),
-            "lora": context.spec.lora.dump(),
-            "training": context.spec.training.dump(),
+            "quantization": spec.quantization.dump(),
+            "lora": spec.lora.dump(),
+            "training": spec.training.dump(),
         },
-        "dataset": {"source": context.spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
+        "dataset": {"source": spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
         "optimizerSteps": trained.training_step,
         "loss": {
             "training": trained.loss,
@@ -175,6 +182,6 @@ def _summary(context: StepContext, prepared: PrepareRecord, trained: TrainRecord
         "memory": {
             **prepared.memory.dump(),
             "peakBytes": trained.peak_memory_bytes,
-            "measuredOn": context.device,
+            "measuredOn": device,
         },
     }

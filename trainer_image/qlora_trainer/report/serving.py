@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 
 from qlora_api.sources import HubSource, parse_source
-from qlora_api.training import LoraSpec
-from qlora_trainer.core.completion import PrepareRecord
-from qlora_trainer.core.context import StepContext
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.report.trained_job import TrainedJob
 
 # What vLLM's --max-lora-rank accepts; its default is 16.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -30,23 +29,22 @@ def refused_by_vllm(lora: LoraSpec) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def serving_commands(context: StepContext, prepared: PrepareRecord) -> Mapping[str, str]:
+def serving_commands(job: TrainedJob) -> Mapping[str, str]:
     """Commands and programs by the name of what runs them, ready to paste but for the adapter's path."""
-    hub = isinstance(parse_source(context.spec.model.source), HubSource)
-    base, revision = (context.base_name, prepared.model_revision) if hub else (BASE_PLACEHOLDER, None)
-    commands = {"PEFT": _peft(context, base, revision)}
-    rank = served_rank(context.spec.lora)
+    hub = isinstance(parse_source(job.spec.model.source), HubSource)
+    base, revision = (job.base_name, job.prepared.model_revision) if hub else (BASE_PLACEHOLDER, None)
+    commands = {"PEFT": _peft(job.spec.quantization, base, revision)}
+    rank = served_rank(job.spec.lora)
     if rank is not None:
         pinned = f" --revision {revision}" if revision else ""
         commands["vLLM"] = (
             f"vllm serve {base}{pinned} \\\n  --enable-lora --max-lora-rank {rank} "
-            f"--lora-modules {context.document.metadata.name}={ADAPTER_PLACEHOLDER}"
+            f"--lora-modules {job.name}={ADAPTER_PLACEHOLDER}"
         )
     return commands
 
 
-def _peft(context: StepContext, base: str, revision: str | None) -> str:
-    quantization = context.spec.quantization
+def _peft(quantization: QuantizationSpec, base: str, revision: str | None) -> str:
     pinned = f', revision="{revision}"' if revision else ""
     return f"""import torch
 from peft import PeftModel

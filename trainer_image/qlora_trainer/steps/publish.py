@@ -1,35 +1,32 @@
-"""The step `publish`: the adapter verified, described, and put where it belongs."""
+"""The step `publish`: verify the adapter, draw the report, write both to their destinations, merge if asked to."""
 
 import hashlib
 import json
 from collections.abc import Callable
 from datetime import datetime
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 from qlora_api.contract import ProgressRecord
-from qlora_api.status import AdapterStatus, StepName
-from qlora_api.v1alpha1 import MUTABLE_FIELDS
+from qlora_api.status import AdapterStatus, MergedStatus, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CARD_FILE, CURVE_FILE
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CURVE_FILE, MODEL_CARD_FILE
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter, timestamp
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
-from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.publishing.merged import publish_merged, still_published
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.publishing.volume_folder import VolumeFolder
-from qlora_trainer.report.card import model_card, quantization_label
+from qlora_trainer.report.model_card import adapter_model_card, quantization_label
 from qlora_trainer.report.page import write_report
 from qlora_trainer.report.serving import served_rank
-from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.stores.contents import Contents
 
-_LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
 
 
@@ -37,64 +34,50 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     """Verify the trained adapter, write the report and publish to the destination. `now` gives the time for records.
 
     Returns at once if the completion record matches and the files at the destination are still what it says.
-    Raises StepFailure; nothing is published then.
+    Raises StepFailure; the adapter is not published then, unless it is the merge that has failed.
     """
 
     def say(activity: str) -> None:
-        time = timestamp(now())
         records.progress(
             ProgressRecord(
-                job_uid=context.job_uid, pod_uid=context.pod_uid, step="publish", time=time, activity=activity
+                job_uid=context.job_uid,
+                pod_uid=context.pod_uid,
+                step="publish",
+                time=timestamp(now()),
+                activity=activity[:128],
             )
         )
 
-    prepared = _required(context, "prepare", PrepareRecord)
-    trained = _required(context, "train", TrainRecord)
-    destination = _destination(context, context.spec.output.destination, context.workspace.adapter)
-    done = _already_published(context, trained, destination)
+    workspace, job = context.workspace, _trained_job(context)
+    destination = _destination(context, context.spec.output.destination, workspace.adapter)
+    done = _already_published(context, job.trained, destination)
     if done is not None:
         return done
     say("verifying the adapter")
-    require_own_training(context, prepared, trained)
-    adapter = _verified(context, prepared, trained)
+    folder = _verify(job, context)
     say("drawing the report")
-    picture = write_report(context, prepared, trained)
-    contents: dict[str, Path | bytes] = {
-        ADAPTER_FILE: adapter / ADAPTER_FILE,
-        ADAPTER_CONFIG_FILE: adapter / ADAPTER_CONFIG_FILE,
-        CARD_FILE: model_card(context, prepared, trained).encode(),
-        CURVE_FILE: picture,
-    }
-    manifest = _manifest(context, prepared, trained, contents)
-    say(f"writing to {destination.uri}"[:128])
-    uri = publish_folder(destination, contents, manifest)
-    merged, merged_destination = None, _merged_destination(context)
-    if merged_destination is not None:
-        describe = partial(_manifest, context, prepared, trained)
-        merged = publish_merged(context, prepared, trained, merged_destination, describe, say)
-        write_report(context, prepared, trained, merged)
-    record = PublishRecord(
-        fingerprint=_fingerprint(trained, destination),
-        adapter=AdapterStatus(
-            uri=uri,
-            sha256=trained.adapter_sha256,
-            size_bytes=manifest.files[ADAPTER_FILE].size,
-            base_model=context.spec.model.source,
-            base_revision=prepared.model_revision,
-            rank=context.spec.lora.rank,
-            served_rank=served_rank(context.spec.lora),
-            quantization=quantization_label(
-                context.spec.quantization.type, double=context.spec.quantization.double_quant
-            ),
-        ),
-        merged=merged,
-    )
-    write_completion(context.workspace.completion("publish"), record)
+    picture = write_report(job, workspace, device=context.device)
+    say(f"writing to {destination.uri}")
+    adapter = _write(job, folder, picture, destination)
+    merged = _merge(job, context, say)
+    record = PublishRecord(fingerprint=_fingerprint(job.trained, destination), adapter=adapter, merged=merged)
+    write_completion(workspace.completion("publish"), record)
     return record
 
 
-def _required(context: StepContext, step: StepName, kind: type[_Completion]) -> _Completion:
-    path = context.workspace.completion(step)
+def _trained_job(context: StepContext) -> TrainedJob:
+    """The job with the records of the steps before. Raises StepFailure if one is missing."""
+    return TrainedJob(
+        name=context.document.metadata.name,
+        uid=context.job_uid,
+        spec=context.spec,
+        base_name=context.base_name,
+        prepared=_required(context.workspace.completion("prepare"), "prepare", PrepareRecord),
+        trained=_required(context.workspace.completion("train"), "train", TrainRecord),
+    )
+
+
+def _required(path: Path, step: StepName, kind: type[_Completion]) -> _Completion:
     record = read_completion(path, kind)
     if record is None:
         raise bad_configuration(f"{path} is missing: run the {step} step first, in this workspace")
@@ -142,31 +125,50 @@ def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _verified(context: StepContext, prepared: PrepareRecord, trained: TrainRecord) -> Path:
+def _verify(job: TrainedJob, context: StepContext) -> Path:
     """The folder of the trained adapter, after every check. Raises StepFailure."""
-    root = context.workspace.root
-    folder = confined(root / trained.adapter_path, root)
+    workspace, prepared, trained = context.workspace, job.prepared, job.trained
+    require_own_training(prepared, trained, job.spec, workspace)
+    folder = confined(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(
         folder,
         trained.adapter_sha256,
-        context.spec.lora,
-        model_folder=root / prepared.model_path,
+        job.spec.lora,
+        model_folder=workspace.root / prepared.model_path,
         target_modules=prepared.target_modules,
-        base_name=context.base_name,
+        base_name=job.base_name,
         base_revision=prepared.model_revision,
     )
     return folder
 
 
-def _manifest(context: StepContext, prepared: PrepareRecord, trained: TrainRecord, contents: Contents) -> Manifest:
-    spec = context.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=set(MUTABLE_FIELDS))
-    return Manifest(
-        job_uid=context.job_uid,
-        job_name=context.document.metadata.name,
-        fingerprint=trained.fingerprint,
-        spec_sha256=hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest(),
-        base_model=context.spec.model.source,
-        base_revision=prepared.model_revision,
-        libraries={name: version(name) for name in _LIBRARIES},
-        files=describe_files(contents),
+def _write(job: TrainedJob, folder: Path, picture: bytes, destination: Destination) -> AdapterStatus:
+    """Publish the adapter of `folder` with its model card and the picture of its loss."""
+    contents: Contents = {
+        ADAPTER_FILE: folder / ADAPTER_FILE,
+        ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
+        MODEL_CARD_FILE: adapter_model_card(job).encode(),
+        CURVE_FILE: picture,
+    }
+    manifest = run_manifest(job, contents)
+    uri = publish_folder(destination, contents, manifest)
+    return AdapterStatus(
+        uri=uri,
+        sha256=job.trained.adapter_sha256,
+        size_bytes=manifest.files[ADAPTER_FILE].size,
+        base_model=job.spec.model.source,
+        base_revision=job.prepared.model_revision,
+        rank=job.spec.lora.rank,
+        served_rank=served_rank(job.spec.lora),
+        quantization=quantization_label(job.spec.quantization),
     )
+
+
+def _merge(job: TrainedJob, context: StepContext, say: Callable[[str], None]) -> MergedStatus | None:
+    """Publish the merged model, if the job asks for one, and add it to the report."""
+    destination = _merged_destination(context)
+    if destination is None:
+        return None
+    merged = publish_merged(job, context.workspace, destination, say)
+    write_report(job, context.workspace, device=context.device, merged=merged)
+    return merged

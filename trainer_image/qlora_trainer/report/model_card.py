@@ -1,0 +1,86 @@
+"""Writes the model cards of an adapter and of a merged model: what it is, and how to load and serve it."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from qlora_api.sources import HubSource, parse_source
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.core.file_names import CURVE_FILE
+from qlora_trainer.report.serving import refused_by_vllm, served_rank
+from qlora_trainer.report.trained_job import TrainedJob
+
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+
+
+def quantization_label(quantization: QuantizationSpec) -> str:
+    """How the base was stored, for people: `nf4 with double quantization`."""
+    return f"{quantization.type} with double quantization" if quantization.double_quant else quantization.type
+
+
+def variant_label(lora: LoraSpec) -> str:
+    """Which variant of LoRA it is, for people: `rsLoRA, LoftQ, blocks 0, 1`."""
+    parts = [
+        "rsLoRA" if lora.use_rslora else "",
+        "DoRA" if lora.use_dora else "",
+        "LoftQ" if lora.initialization == "loftq" else "",
+        f"blocks {', '.join(map(str, lora.layers_to_transform))}" if lora.layers_to_transform else "",
+        f"{' and '.join(lora.modules_to_save)} trained whole" if lora.modules_to_save else "",
+    ]
+    return ", ".join(part for part in parts if part) or "LoRA"
+
+
+def adapter_model_card(job: TrainedJob) -> str:
+    """The adapter's model card as Markdown with the hub's metadata block. The same job gives the same text."""
+    spec, prepared = job.spec, job.prepared
+    hub = isinstance(parse_source(spec.model.source), HubSource)
+    data = ModelCardData(
+        base_model=job.base_name if hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "qlora"],
+    )
+    model_card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        name=job.name,
+        base=job.base_name,
+        base_path=job.base_name if hub else "PATH/OF/THE/BASE/MODEL",
+        hub=hub,
+        spec=spec,
+        prepared=prepared,
+        trained=job.trained,
+        curve=CURVE_FILE,
+        quantization=quantization_label(spec.quantization),
+        modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),
+        batch=spec.training.micro_batch_size * spec.training.gradient_accumulation_steps,
+        served_rank=served_rank(spec.lora),
+        refused_by_vllm=refused_by_vllm(spec.lora),
+        variant=variant_label(spec.lora),
+        loss=lambda value: "–" if value is None else f"{value:.4f}",
+    )
+    return f"{str(model_card).rstrip()}\n"
+
+
+def merged_model_card(job: TrainedJob, loss: float | None) -> str:
+    """The merged model's model card as Markdown. `loss` (nats) is None if no rows were held out to measure it on."""
+    compared = job.trained.compared
+    comparison = "No rows were held out, so the merged model was not compared with the adapter."
+    if compared is not None and loss is not None:
+        comparison = (
+            f"Loss on {compared.targets} held-out target tokens (nats): {loss:.4f} merged, {compared.loss:.4f} with "
+            "the adapter on its 4-bit base."
+        )
+    return f"""# {job.name}, merged
+
+The adapter of this job merged into `{job.base_name}` (`{job.prepared.model_revision}`), in bfloat16. It loads as any
+model does, and needs no adapter beside it.
+
+{comparison}
+
+The base's weights are those that the adapter was trained on: {quantization_label(job.spec.quantization)}, dequantized.
+They differ from the original weights by the error of that quantization, which the adapter was trained with.
+
+Do not quantize this model to 4 bit again without measuring it: rounding can take away as much as the adapter has added.
+To serve in 4 bit, load the original model in 4 bit and the adapter beside it.
+"""

@@ -1,0 +1,20 @@
+"""What reports, model cards and manifests describe: a job and what its prepare and train steps have left."""
+
+from dataclasses import dataclass
+
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord
+
+
+@dataclass(frozen=True)
+class TrainedJob:
+    """A job whose adapter is trained."""
+
+    name: str
+    uid: str
+    """`local` where no API server has given one."""
+    spec: QLoRAJobSpec
+    base_name: str
+    """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
+    prepared: PrepareRecord
+    trained: TrainRecord
