@@ -1,0 +1,103 @@
+"""The checks of an adapter's two files that need no model: what is rejected, and why."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_api.training import LoraSpec
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.publishing.verify import verify_config, verify_tensors
+
+LORA = LoraSpec(rank=4, alpha=8)
+CONFIG: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "acme/tiny",
+    "revision": "c0ffee",
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": ["model.layers.0.q_proj", "model.layers.1.q_proj"],
+    "use_rslora": False,
+    "use_dora": False,
+    "bias": "none",
+    "auto_mapping": None,
+    "modules_to_save": None,
+}
+"""What PEFT writes for this adapter, as far as it matters."""
+
+
+def verify(path: Path, lora: LoraSpec = LORA) -> None:
+    verify_config(
+        path,
+        lora,
+        target_modules=("model.layers.1.q_proj", "model.layers.0.q_proj"),
+        whole_modules=(),
+        base_name="acme/tiny",
+        base_revision="c0ffee",
+    )
+
+
+def rejected(path: Path, message: str) -> None:
+    with pytest.raises(StepFailure) as failure:
+        verify(path)
+    assert failure.value.exit_code is ExitCode.INTERNAL_ERROR
+    assert failure.value.message.startswith(message)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def test_a_configuration_that_describes_the_adapter_is_accepted(path: Path) -> None:
+    verify(path)
+    path.write_text(json.dumps(CONFIG | {"use_rslora": True, "use_dora": True}))
+    verify(path, LORA.model_copy(update={"use_rslora": True, "use_dora": True}))
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("peft_type", "IA3"),
+        ("task_type", "SEQ_CLS"),
+        ("base_model_name_or_path", "acme/other"),
+        ("revision", "main"),
+        ("r", 8),
+        ("lora_alpha", 4),
+        ("lora_dropout", 0.1),
+        ("target_modules", ["model.layers.0.q_proj"]),
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("auto_mapping", {"base_model_class": "Other"}),
+        ("modules_to_save", ["lm_head"]),
+    ],
+)
+def test_a_configuration_of_another_adapter_is_rejected(path: Path, key: str, other: object) -> None:
+    path.write_text(json.dumps(CONFIG | {key: other}))
+    rejected(path, f"adapter_config.json has {key}: ")
+
+
+@pytest.mark.parametrize("key", [key for key, value in CONFIG.items() if value is not None])
+def test_a_configuration_that_leaves_something_out_is_rejected(path: Path, key: str) -> None:
+    path.write_text(json.dumps({name: value for name, value in CONFIG.items() if name != key}))
+    rejected(path, f"adapter_config.json has {key}: null, not ")
+
+
+def test_a_configuration_that_is_a_link_is_rejected_even_if_the_file_behind_it_is_right(path: Path) -> None:
+    """Whoever can change that file afterwards would change what is published."""
+    behind = path.rename(path.with_name("elsewhere.json"))
+    path.symlink_to(behind)
+    rejected(path, "adapter_config.json is missing, or no regular file")
+
+
+def test_tensors_that_are_gone_since_the_training_are_an_unsafe_artifact(tmp_path: Path) -> None:
+    with pytest.raises(StepFailure, match="is missing although training recorded it") as failure:
+        verify_tensors(tmp_path / "adapter_model.safetensors", "a" * 64, {}, LORA)
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
