@@ -11,11 +11,11 @@ from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.training.attempts import Attempt, read_attempts, refuse_if_spent, write_attempts
 from qlora_trainer.training.optimizer import learning_rate
+from qlora_trainer.training.pace import Pace
 from qlora_trainer.training.schedule import Schedule
-from qlora_trainer.training.state import Pace
 
 
-def plan(sequences: int, **training: Any) -> Schedule:
+def schedule(sequences: int, **training: Any) -> Schedule:
     return Schedule.of(
         sequences, TrainingSpec(**({"gradient_accumulation_steps": 2, "micro_batch_size": 2} | training))
     )
@@ -27,7 +27,7 @@ def seen(steps: range, of: Schedule) -> list[int]:
 
 
 def test_every_epoch_sees_every_sequence_once_in_another_order() -> None:
-    three_epochs = plan(11, epochs=3)
+    three_epochs = schedule(11, epochs=3)
 
     assert three_epochs.total_steps == 9
     epochs = [seen(range(first, first + 3), three_epochs) for first in (0, 3, 6)]
@@ -37,12 +37,12 @@ def test_every_epoch_sees_every_sequence_once_in_another_order() -> None:
 
 
 def test_the_order_comes_from_the_seed() -> None:
-    assert plan(50, seed=1).micro_batches(3) == plan(50, seed=1).micro_batches(3)
-    assert plan(50, seed=1).micro_batches(3) != plan(50, seed=2).micro_batches(3)
+    assert schedule(50, seed=1).micro_batches(3) == schedule(50, seed=1).micro_batches(3)
+    assert schedule(50, seed=1).micro_batches(3) != schedule(50, seed=2).micro_batches(3)
 
 
 def test_max_steps_goes_on_into_further_epochs_and_stops_in_the_middle_of_one() -> None:
-    four = plan(6, max_steps=5)
+    four = schedule(6, max_steps=5)
 
     assert four.total_steps == 5
     assert [four.epoch(step) for step in (0, 1, 2, 3, 5)] == [0.0, 4 / 6, 1.0, 1 + 4 / 6, 2 + 4 / 6]
@@ -50,7 +50,7 @@ def test_max_steps_goes_on_into_further_epochs_and_stops_in_the_middle_of_one() 
 
 
 def test_one_epoch_is_the_default() -> None:
-    assert plan(8).total_steps == 2
+    assert schedule(8).total_steps == 2
 
 
 def rates(steps: int, **training: Any) -> list[float]:

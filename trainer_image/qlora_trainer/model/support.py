@@ -95,6 +95,14 @@ class Family:
         """Whether rows of up to `row_tokens` tokens can stand in one sequence without any effect on each other."""
         return self.packing_isolated and row_tokens <= (self.same_rotation_up_to or row_tokens)
 
+    def require_rows_apart(self, row_tokens: int) -> None:
+        """Raise StepFailure unless a micro batch may hold several rows of up to `row_tokens` tokens."""
+        if not self.keeps_rows_apart(row_tokens):
+            raise bad_configuration(
+                f"model_type {self.model_type!r} cannot keep the rows of a batch apart: set "
+                "spec.training.microBatchSize to 1 and raise gradientAccumulationSteps instead"
+            )
+
     def require_positions(self, row_tokens: int) -> None:
         """Raise StepFailure unless the model has positions for rows of `row_tokens` tokens."""
         if self.longest_row is not None and row_tokens > self.longest_row:

@@ -1,15 +1,15 @@
-"""Trains the adapter: the loop, from the prepared data and the base model to the trained folder."""
+"""Trains the adapter: load, loop, finish."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from qlora_api.contract import ProgressRecord
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import Comparison, PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.environment import available_cpus
@@ -22,24 +22,24 @@ from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import keep_for_merge
-from qlora_trainer.model.quantized import Storage, is_kept, layers_sha256, quantized_layers, storage_of
+from qlora_trainer.model.quantized import is_kept, layers_sha256, quantized_layers, storage_of
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.answers import leave_samples
-from qlora_trainer.training.attempts import counted_attempt, only_attempt
-from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import use_device
-from qlora_trainer.training.fingerprint import Fingerprint, digest, refuse_other_run, run_fingerprint
-from qlora_trainer.training.held_out import compared_sequences, mean_loss, read_compared
-from qlora_trainer.training.launch import RankInfo, started_others
-from qlora_trainer.training.loop import restore, run_to_end
+from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
+from qlora_trainer.training.held_out import compare
+from qlora_trainer.training.launch import RankInfo, started_child_ranks
+from qlora_trainer.training.loop import run_to_end
 from qlora_trainer.training.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.training.out_of_memory import explained_shortage
 from qlora_trainer.training.ranks import Ranks, joined
+from qlora_trainer.training.resume import agreed_checkpoint, restore, resumed_attempt
 from qlora_trainer.training.schedule import Schedule
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
-from qlora_trainer.training.state import Run, RunState, report
+from qlora_trainer.training.state import Run, RunState, Runtime, report
 
 Clock = Callable[[], datetime]
 
@@ -53,81 +53,68 @@ def train(
     monotonic: Callable[[], float],
     command: Sequence[str] = (),
 ) -> TrainRecord:
-    """Train, from the newest checkpoint if there is one, and leave the adapter in `trained/`.
+    """Train, from the newest checkpoint if there is one, and write the adapter to `trained/`.
 
     `now` gives the time for records (with a time zone), `monotonic` seconds for speeds. `command` starts the same step
     as a further process, for a job with several GPUs that torchrun has not started. Returns at once if the completion
     record matches. Raises StepFailure, or Interrupted after saving when `stop` was set.
     """
-    workspace = context.workspace
-    prepared = read_completion(workspace.completion("prepare"), PrepareRecord)
-    if prepared is None:
-        raise bad_configuration(f"{workspace.completion('prepare')} is missing: run the prepare step first")
-    model_folder = workspace.root / prepared.model_path
-    place = RankInfo.of(os.environ, context.spec.resources.gpus)
-    fingerprint = run_fingerprint(context.spec, prepared, context.device, place.size)
-    done = _already_trained(context, digest(fingerprint))
+    prepared = _prepared(context)
+    rank_info = RankInfo.of(os.environ, context.spec.resources.gpus)
+    job = _Job(context, prepared, run_fingerprint(context.spec, prepared, context.device, rank_info.size))
+    done = _already_trained(context, job.digest)
     if done is not None:
         return done
     with ExitStack() as held:
-        checkpoint = held.enter_context(_attempt(context, fingerprint, now)) if place.main else None
-        others = held.enter_context(started_others(place, command))
-        ranks = held.enter_context(joined(others, context.device, context.spec.training.sharding))
-        checkpoint = _same_start(ranks, context, digest(fingerprint), checkpoint)
-        shortage = partial(explained_shortage, context.spec, prepared, model_folder, context.device)
+        checkpoint = held.enter_context(_attempt(job, now)) if rank_info.main else None
+        child_ranks = held.enter_context(started_child_ranks(rank_info, command))
+        ranks = held.enter_context(joined(child_ranks, context.device, context.spec.training.sharding))
+        checkpoint = agreed_checkpoint(ranks, job.digest, checkpoint, context.workspace.checkpoints)
+        shortage = partial(explained_shortage, context.spec, prepared.target_modules, job.model_folder, context.device)
         with shortage(lambda: context.spec.training.micro_batch_size):
-            run, state = _start(context, records, stop, now, monotonic, prepared, fingerprint, checkpoint, ranks)
+            run, state = _load(job, Runtime(records, stop, now, monotonic), ranks, checkpoint)
         if run.history is not None:
             held.enter_context(run.history)
-        with shortage(lambda: run.plan.micro_batch_size):
+        with shortage(lambda: run.schedule.micro_batch_size):
             state = run_to_end(run, state)
-        # What may need memory now is the comparison, which takes one sequence at a time.
+        # All that still needs GPU memory is the comparison, which takes one sequence at a time.
         with shortage(lambda: 1):
-            record = _finish(run, state, digest(fingerprint)) if ranks.main else None
+            record = _finish(run, state, job.digest) if ranks.main else None
         ranks.wait()
         if record is not None:
-            _leave_samples(run, model_folder)
-    return record or _written_by_main(context, digest(fingerprint))
+            _leave_samples(run, job.model_folder)
+    return record or _written_by_main(context, job.digest)
 
 
-@contextmanager
-def _attempt(context: StepContext, fingerprint: Fingerprint, now: Clock) -> Iterator[Checkpoint | None]:
-    """Run the body as the workspace's only attempt, with the checkpoint that it goes on from."""
-    workspace = context.workspace
-    with only_attempt(workspace.records):
-        checkpoint = newest_checkpoint(workspace.checkpoints)
-        if checkpoint is not None:
-            refuse_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
-        from_step = 0 if checkpoint is None else checkpoint.step
-        with counted_attempt(workspace.records, from_step, context.spec.retry.max_disruptions, context.pod_uid, now):
-            yield checkpoint
+@dataclass(frozen=True)
+class _Job:
+    """What this process is to train, known before anything is loaded."""
+
+    context: StepContext
+    prepared: PrepareRecord
+    fingerprint: Fingerprint
+
+    @property
+    def model_folder(self) -> Path:
+        """The base model's files."""
+        return self.context.workspace.root / self.prepared.model_path
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the fingerprint."""
+        return digest(self.fingerprint)
 
 
-def _same_start(
-    ranks: Ranks, context: StepContext, fingerprint: str, checkpoint: Checkpoint | None
-) -> Checkpoint | None:
-    """The checkpoint that the main process has chosen. Raises StepFailure if this process would compute another run."""
-    chosen = "" if checkpoint is None else checkpoint.path.name
-    said_fingerprint, _, said_name = ranks.from_main("start", f"{fingerprint} {chosen}").partition(" ")
-    if said_fingerprint != fingerprint:
-        raise bad_configuration(
-            f"rank {ranks.place.rank} has another job, other data or other libraries than rank 0: start all processes "
-            "with the same image, document and workspace"
-        )
-    if ranks.main or not said_name:
-        return checkpoint
-    return read_checkpoint(context.workspace.checkpoints / said_name)
-
-
-def _written_by_main(context: StepContext, fingerprint: str) -> TrainRecord:
-    record = _already_trained(context, fingerprint)
+def _prepared(context: StepContext) -> PrepareRecord:
+    path = context.workspace.completion("prepare")
+    record = read_completion(path, PrepareRecord)
     if record is None:
-        raise unreachable("the main process has finished, but its adapter is not in this process's workspace")
+        raise bad_configuration(f"{path} is missing: run the prepare step first")
     return record
 
 
 def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | None:
-    """The completion record, if it is of this run and the adapter is still what it says."""
+    """The completion record, if it is of this run and the adapter still has the recorded sum."""
     record = read_completion(context.workspace.completion("train"), TrainRecord)
     if record is None or record.fingerprint != fingerprint:
         return None
@@ -137,66 +124,65 @@ def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | No
     return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
 
 
-def _start(
-    context: StepContext,
-    records: RecordWriter,
-    stop: StopRequest,
-    now: Clock,
-    monotonic: Callable[[], float],
-    prepared: PrepareRecord,
-    fingerprint: Fingerprint,
-    checkpoint: Checkpoint | None,
-    ranks: Ranks,
-) -> tuple[Run, RunState]:
-    """Load everything and put it where the checkpoint left it; without one, at the beginning."""
-    spec, root = context.spec, context.workspace.root
-    own_cpus = max(1, available_cpus() // ranks.place.local_size)
-    threads = own_cpus if checkpoint is None else int(checkpoint.state["threads"])
-    device = use_device(context.device, threads, ranks.place.local_rank)
-    data = PreparedDataset.open(root / prepared.data_path, "train")
-    eval_data = PreparedDataset.open(root / prepared.data_path, "eval") if spec.dataset.eval else None
-    plan = Schedule.of(len(data), spec.training)
-    _say_loading(context, records, now, 0 if checkpoint is None else checkpoint.step, plan.total_steps)
-    model_folder = root / prepared.model_path
-    _refuse_mixed_rows(spec, prepared, model_folder)
-    base, storage, quantized_sha256 = _load_base(context, model_folder, ranks)
-    loftq = spec.lora.initialization == "loftq" and checkpoint is None
-    model = attach_adapter(
-        base,
-        spec.lora,
-        prepared.target_modules,
-        seed=spec.training.seed,
-        gradient_checkpointing=spec.training.gradient_checkpointing,
-        base_name=context.base_name,
-        base_revision=prepared.model_revision,
-        original=BaseWeights(model_folder, base) if loftq else None,
-    )
+def _written_by_main(context: StepContext, fingerprint: str) -> TrainRecord:
+    record = _already_trained(context, fingerprint)
+    if record is None:
+        raise unreachable("the main process has finished, but its adapter is not in this process's workspace")
+    return record
+
+
+def _attempt(job: _Job, now: Clock) -> AbstractContextManager[Checkpoint | None]:
+    context = job.context
+    max_disruptions = context.spec.retry.max_disruptions
+    return resumed_attempt(context.workspace, job.fingerprint, max_disruptions, context.pod_uid, now)
+
+
+def _load(job: _Job, runtime: Runtime, ranks: Ranks, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:
+    """Load everything, in the state that the checkpoint saved; without one, at step 0."""
+    context, spec, prepared = job.context, job.context.spec, job.prepared
+    threads = _own_threads(ranks.rank_info) if checkpoint is None else int(checkpoint.state["threads"])
+    device = use_device(context.device, threads, ranks.rank_info.local_rank)
+    data_folder = context.workspace.root / prepared.data_path
+    data = PreparedDataset.open(data_folder, "train")
+    eval_data = PreparedDataset.open(data_folder, "eval") if spec.dataset.eval else None
+    schedule = Schedule.of(len(data), spec.training)
+    from_step = 0 if checkpoint is None else checkpoint.step
+    _say_loading(context, runtime.records, runtime.now, from_step, schedule.total_steps)
+    if spec.training.micro_batch_size > 1 and not prepared.packed:
+        inspect_family(job.model_folder, spec.lora).require_rows_apart(spec.training.max_sequence_length)
+    base = _load_base(job, ranks.sharded)
+    storage, quantized_sha256 = storage_of(base), layers_sha256(quantized_layers(base))
+    if spec.output.merged is not None and ranks.main:
+        keep_for_merge(base, job.model_folder, context.workspace, quantized_sha256)
+    model = _attach_adapter(base, job, initialized=checkpoint is None)
     if ranks.sharded:
-        shard_base(model, device, ranks.place.size)
+        shard_base(model, device, ranks.rank_info.size)
     run = Run(
         context=context,
-        records=records,
-        stop=stop,
-        now=now,
-        monotonic=monotonic,
+        runtime=runtime,
+        ranks=ranks,
         device=device,
-        plan=plan,
         data=data,
         eval_data=eval_data,
         model=model,
         optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
-        ranks=ranks,
-        history=_history(context, fingerprint, checkpoint) if ranks.main else None,
-        fingerprint=fingerprint,
+        history=_open_history(job, checkpoint) if ranks.main else None,
+        fingerprint=job.fingerprint,
         threads=threads,
         storage=storage,
         quantized_sha256=quantized_sha256,
+        schedule=schedule,
     )
     state = RunState() if checkpoint is None else restore(run, checkpoint)
     ranks.copy_from_main(run.parameters.values())
     unpaged = context.device == "cpu" and spec.training.optimizer != "adamw"
     report(run, state, PAGING_NEEDS_GPU if unpaged else "training", force=True)
     return run, state
+
+
+def _own_threads(rank_info: RankInfo) -> int:
+    """This rank's share of the pod's CPU cores."""
+    return max(1, available_cpus() // rank_info.local_size)
 
 
 def _say_loading(context: StepContext, records: RecordWriter, now: Clock, step: int, total_steps: int) -> None:
@@ -215,43 +201,41 @@ def _say_loading(context: StepContext, records: RecordWriter, now: Clock, step: 
     )
 
 
-def _load_base(context: StepContext, model_folder: Path, ranks: Ranks) -> tuple[Any, Storage, str]:
-    """The base in 4 bit, what it takes, and the SHA-256 of that. It is kept on disk if it will be merged into."""
-    # A base that is to be spread may be larger than the GPU: it goes there block by block.
-    if ranks.sharded:
-        base = load_base(model_folder, context.spec.quantization, "cpu", STORAGE_DTYPE)
-    else:
-        base = load_base(model_folder, context.spec.quantization, context.device)
-    storage, sha256 = storage_of(base), layers_sha256(quantized_layers(base))
-    if context.spec.output.merged is not None and ranks.main:
-        keep_for_merge(base, model_folder, context.workspace, sha256)
-    return base, storage, sha256
+def _load_base(job: _Job, sharded: bool) -> Any:
+    # A base that is to be sharded may be larger than the GPU: shard_base moves it there block by block.
+    if sharded:
+        return load_base(job.model_folder, job.context.spec.quantization, "cpu", STORAGE_DTYPE)
+    return load_base(job.model_folder, job.context.spec.quantization, job.context.device)
 
 
-def _history(context: StepContext, fingerprint: Fingerprint, checkpoint: Checkpoint | None) -> MetricsLog:
-    """The run's metrics, on disk and for the tools that the job names; they go on where the checkpoint was saved."""
-    spec, folder = context.spec, context.workspace.report
+def _attach_adapter(base: Any, job: _Job, *, initialized: bool) -> Any:
+    """The base with the job's adapter: initialized, or to be restored from a checkpoint."""
+    spec = job.context.spec
+    from_original = initialized and spec.lora.initialization == "loftq"
+    return attach_adapter(
+        base,
+        spec.lora,
+        job.prepared.target_modules,
+        seed=spec.training.seed,
+        gradient_checkpointing=spec.training.gradient_checkpointing,
+        base_name=job.context.base_name,
+        base_revision=job.prepared.model_revision,
+        original=BaseWeights(job.model_folder, base) if from_original else None,
+    )
+
+
+def _open_history(job: _Job, checkpoint: Checkpoint | None) -> MetricsLog:
+    """The run's metrics, on disk and for the trackers that the job names, continued from the checkpoint."""
+    spec, folder = job.context.spec, job.context.workspace.report
     trackers = open_trackers(
         spec.training.report_to,
         folder,
-        run_name=context.document.metadata.name,
-        run_id=digest(fingerprint)[:16],
+        run_name=job.context.document.metadata.name,
+        run_id=job.digest[:16],
         settings={"model": spec.model.source, **spec.lora.dump(), **spec.training.dump()},
         from_step=0 if checkpoint is None else checkpoint.step,
     )
     return MetricsLog(folder, 0 if checkpoint is None else int(checkpoint.state["historyBytes"]), trackers)
-
-
-def _refuse_mixed_rows(spec: QLoRAJobSpec, prepared: PrepareRecord, model_folder: Path) -> None:
-    """A micro batch puts rows into one forward pass even without packing: its family must keep them apart."""
-    if spec.training.micro_batch_size == 1 or prepared.packed:
-        return
-    family = inspect_family(model_folder, spec.lora)
-    if not family.keeps_rows_apart(spec.training.max_sequence_length):
-        raise bad_configuration(
-            f"model_type {family.model_type!r} cannot keep the rows of a batch apart: set "
-            "spec.training.microBatchSize to 1 and raise gradientAccumulationSteps instead"
-        )
 
 
 def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
@@ -271,33 +255,28 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
         initial_eval_loss=state.initial_eval_loss,
         eval_loss=state.eval_loss,
         peak_memory_bytes=state.peak_memory_bytes,
-        ranks=run.ranks.place.size,
+        ranks=run.ranks.rank_info.size,
         micro_batch_size=state.micro_batch_size,
         quantized_parameters=run.storage.parameters,
         bits_per_parameter=round(run.storage.bits_per_parameter, 4),
         quantized_layers=run.storage.layers,
         quantized_sha256=run.quantized_sha256,
-        compared=_compared(run),
+        compared=_comparison(run),
     )
     write_completion(workspace.completion("train"), record)
     return record
 
 
-def _compared(run: Run) -> Comparison | None:
-    """The adapter's loss on the rows that a merged model will be tried on; None if there will be none."""
+def _comparison(run: Run) -> Comparison | None:
+    """The adapter's loss on the rows on which a merged model will be compared with it; None if there will be none."""
     if run.eval_data is None or run.context.spec.output.merged is None:
         return None
-    model = run.model.eval().get_base_model()
-    sequences = compared_sequences(run.eval_data, run.storage.parameters)
-    batches = read_compared(run.eval_data, sequences, run.device, together=False)
-    targets = sum(batch.target_count for batch in batches)
-    return Comparison(sequences=sequences, targets=targets, loss=mean_loss(model, batches))
+    return compare(run.model, run.eval_data, run.storage.parameters, run.device)
 
 
 def _leave_samples(run: Run, tokenizer_folder: Path) -> None:
-    """What the model says without and with the adapter, for the report."""
     path = run.context.workspace.report / SAMPLES_FILE
-    # One process alone cannot pass through a sharded base.
-    count = 0 if run.ranks.sharded else run.context.spec.training.samples
-    data = run.eval_data or run.data
-    leave_samples(path, run.model, tokenizer_folder, data, count, lambda: run.stop.requested, run.device)
+    # One rank alone cannot run a sharded base.
+    count = 0 if run.ranks.sharded else run.training.samples
+    data, stop = run.eval_data or run.data, run.runtime.stop
+    leave_samples(path, run.model, tokenizer_folder, data, count, lambda: stop.requested, run.device)

@@ -1,23 +1,36 @@
-"""Chooses the held-out rows on which a merged model is compared with its adapter, and computes the loss on them."""
+"""Compares a merged model with its adapter: the held-out rows to compare on, and the loss on them."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from qlora_trainer.core.completion import Comparison
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.batch import Batch, read_batch
 from qlora_trainer.model.loss import batch_loss
 
 MAX_TOKENS = 4096
-# Multiplications and additions that a pod without a GPU does in some minutes.
+# Multiplications and additions that a pod without a GPU computes in some minutes.
 _OPERATIONS = 4e13
 
 
-def compared_sequences(data: PreparedDataset, parameters: int) -> int:
-    """How many of the first held-out sequences of a model of so many parameters are worth a comparison on a CPU.
+def compare(model: Any, data: PreparedDataset, parameters: int, device: torch.device) -> Comparison:
+    """The loss of a PEFT model on the first held-out sequences, each in a batch of its own. Leaves it in eval mode.
 
-    As many as have 4096 tokens, or fewer for a large model: a token costs two operations a parameter. At least one.
+    `parameters` are the quantized ones of its base, which decide how many sequences are compared.
+    """
+    base = model.eval().get_base_model()
+    sequences = compared_sequences(data, parameters)
+    batches = read_compared(data, sequences, device, together=False)
+    targets = sum(batch.target_count for batch in batches)
+    return Comparison(sequences=sequences, targets=targets, loss=mean_loss(base, batches))
+
+
+def compared_sequences(data: PreparedDataset, parameters: int) -> int:
+    """How many of the first held-out sequences a model of so many parameters is compared on, which may be on a CPU.
+
+    As many as have 4096 tokens, or fewer for a large model: a token costs two operations per parameter. At least one.
     """
     allowed = min(MAX_TOKENS, _OPERATIONS / (2 * parameters))
     tokens = 0
@@ -29,7 +42,7 @@ def compared_sequences(data: PreparedDataset, parameters: int) -> int:
 
 
 def read_compared(data: PreparedDataset, sequences: int, device: torch.device, *, together: bool) -> list[Batch]:
-    """The first sequences: together in one batch, for a model that keeps rows apart, or each in its own."""
+    """The first sequences: together in one batch, for a model that keeps rows apart, or each in a batch of its own."""
     batches = [tuple(range(sequences))] if together else [(index,) for index in range(sequences)]
     return [read_batch(data, indices, device) for indices in batches]
 

@@ -1,6 +1,6 @@
-"""Starts the other processes of a run with several GPUs in the same pod, and sees that none outlives it.
+"""Starts the child ranks of a run with several GPUs in the same pod, and ensures that none outlives the main process.
 
-What started this process may have done that already: torchrun, on one node or several. Then its environment says so.
+torchrun may have started all ranks already, on one node or several. Then the environment of this process says so.
 """
 
 import ctypes
@@ -26,31 +26,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Which of a run's processes this is, counted as torchrun counts: over all nodes, and on its own."""
+    """Which of a run's processes this is: its rank among all nodes and its rank on its own node, as torchrun counts."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     address: str = ""
-    """Host and port of the processes' common store; empty while it is not known."""
+    """Host of the store that all ranks share; empty while it is not known."""
     port: int = 0
 
     @property
     def main(self) -> bool:
-        """Whether this is the one process that writes."""
+        """Whether this is rank 0, the only rank that writes."""
         return self.rank == 0
 
     @classmethod
     def of(cls, environ: Mapping[str, str], gpus: int = 1) -> "RankInfo":
-        """The place that torchrun's variables name; without them, that of the first of `gpus` processes in this pod.
+        """The rank that torchrun's variables name; without them, rank 0 of `gpus` ranks in this pod.
 
         Raises StepFailure (BAD_CONFIGURATION) for variables that contradict each other.
         """
         if "RANK" not in environ or "WORLD_SIZE" not in environ:
             return cls(size=gpus, local_size=gpus)
         try:
-            place = cls(
+            found = cls(
                 rank=int(environ["RANK"]),
                 size=int(environ["WORLD_SIZE"]),
                 local_rank=int(environ.get("LOCAL_RANK", "0")),
@@ -60,15 +60,15 @@ class RankInfo:
             )
         except ValueError as error:
             raise bad_configuration(f"RANK, WORLD_SIZE and the like are set, but not to numbers ({error})") from error
-        if not (0 <= place.rank < place.size and 0 <= place.local_rank < place.local_size <= place.size):
+        if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
             raise bad_configuration(
-                f"RANK {place.rank} of WORLD_SIZE {place.size} and LOCAL_RANK {place.local_rank} of LOCAL_WORLD_SIZE "
-                f"{place.local_size} contradict each other: start the step with torchrun, or without these variables"
+                f"RANK {found.rank} of WORLD_SIZE {found.size} and LOCAL_RANK {found.local_rank} of LOCAL_WORLD_SIZE "
+                f"{found.local_size} contradict each other: start the step with torchrun, or without these variables"
             )
-        return place
+        return found
 
     def environment(self) -> dict[str, str]:
-        """The variables from which `of` makes this place."""
+        """The variables from which `of` makes this value."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
@@ -80,21 +80,21 @@ class RankInfo:
 
 
 def named_rank(environ: Mapping[str, str]) -> int:
-    """The rank that the environment names, 0 without one; whether it makes sense is for `Place.of` to say."""
+    """The rank that the environment names, 0 without one; `RankInfo.of` checks that it is in range."""
     rank = environ.get("RANK", "")
     return int(rank) if rank.isdecimal() else 0
 
 
 class ChildRanks:
-    """The processes that this one has started, one a rank."""
+    """The ranks that this process has started."""
 
-    def __init__(self, place: RankInfo, processes: Sequence["subprocess.Popen[bytes]"] = ()) -> None:
-        self.place = place
-        """This process's own place, now with the address of the common store."""
+    def __init__(self, rank_info: RankInfo, processes: Sequence["subprocess.Popen[bytes]"] = ()) -> None:
+        self.rank_info = rank_info
+        """This process's own rank, with the address of the shared store."""
         self._processes = processes
 
     def require_alive(self) -> None:
-        """Raise StepFailure (UNREACHABLE: worth another attempt) if one has been killed or has crashed."""
+        """Raise StepFailure (UNREACHABLE, which is retried) if a child rank has been killed or has crashed."""
         for rank, process in enumerate(self._processes, start=1):
             status = process.poll()
             if status:
@@ -103,8 +103,8 @@ class ChildRanks:
     def end(self, deadline: float, expected: ExitCode | None = None) -> None:
         """Wait until all have ended; kill those that still run at `deadline` (a time of time.monotonic).
 
-        How each ended is logged, as a warning where it is not with the `expected` status. Nothing is decided from it:
-        the adapter or the checkpoint is written by then, or this process has a failure of its own to report.
+        Logs how each ended, as a warning if its status is not `expected`. Nothing else depends on it: by then the
+        adapter or the checkpoint is written, or this process reports a failure of its own.
         """
         for rank, process in enumerate(self._processes, start=1):
             try:
@@ -117,43 +117,43 @@ class ChildRanks:
 
     def _ending(self, rank: int, status: int) -> str:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return f"rank {rank} of {self.place.size} {how}; its log is records/train.rank-{rank}.log"
+        return f"rank {rank} of {self.rank_info.size} {how}; its log is records/train.rank-{rank}.log"
 
 
 @contextmanager
-def started_others(place: RankInfo, command: Sequence[str]) -> Iterator[ChildRanks]:
-    """Start the other ranks with the same `command` (none, if torchrun did or there is one process), and reap them.
+def started_child_ranks(rank_info: RankInfo, command: Sequence[str]) -> Iterator[ChildRanks]:
+    """Start the other ranks with the same `command` (none if torchrun did, or if there is one rank), and reap them.
 
-    When all end alike, finished or asked to stop, they end by themselves. When the body fails they are killed: only
-    this process writes, and it has the reason.
+    When the run finishes or is asked to stop, they end by themselves. When the body fails they are killed: only this
+    process writes, and it has the reason.
     """
-    if place.size == 1 or place.address:
-        yield ChildRanks(place)
+    if rank_info.size == 1 or rank_info.address:
+        yield ChildRanks(rank_info)
         return
     if not command:
         raise bad_configuration("several GPUs need the command `train`, or torchrun")
-    place = replace(place, address=_LOOPBACK, port=_free_port())
+    rank_info = replace(rank_info, address=_LOOPBACK, port=_free_port())
     for interface in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        # A pod's own name need not resolve, and no other interface is needed.
+        # A pod's own name may not resolve, and no other interface is needed.
         os.environ.setdefault(interface, "lo")
     processes: list[subprocess.Popen[bytes]] = []
-    others, seconds = ChildRanks(place, processes), 0.0
+    child_ranks, seconds = ChildRanks(rank_info, processes), 0.0
     expected: ExitCode | None = None
     try:
-        for rank in range(1, place.size):
-            environment = replace(place, rank=rank, local_rank=rank).environment() | {_PARENT: str(os.getpid())}
+        for rank in range(1, rank_info.size):
+            environment = replace(rank_info, rank=rank, local_rank=rank).environment() | {_PARENT: str(os.getpid())}
             processes.append(
                 subprocess.Popen(
                     command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
                 )
             )
-        yield others
+        yield child_ranks
         seconds, expected = _SECONDS_TO_END, ExitCode.DONE
     except Interrupted:
         seconds, expected = _SECONDS_TO_END, ExitCode.INTERRUPTED
         raise
     finally:
-        others.end(time.monotonic() + seconds, expected)
+        child_ranks.end(time.monotonic() + seconds, expected)
 
 
 def _free_port() -> int:
@@ -163,7 +163,7 @@ def _free_port() -> int:
 
 
 def end_with_parent(environ: Mapping[str, str] = os.environ) -> None:
-    """Let the kernel kill this process when the one that started it as a rank has ended, however that happens."""
+    """Let the kernel kill this process, if it is a child rank, as soon as its parent has ended for any reason."""
     if _PARENT not in environ:
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -12,14 +12,14 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import Interrupted, StepFailure
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import adapter_tensors, restore_adapter
+from qlora_trainer.model.adapter import adapter_tensors
 from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.training.checkpoint import Checkpoint, save_checkpoint
+from qlora_trainer.training.checkpoint import save_checkpoint
 from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.divergence import Stability, cleared, has_diverged
-from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
+from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
 from qlora_trainer.training.out_of_memory import is_shortage
 from qlora_trainer.training.state import Run, RunState, report
 
@@ -39,13 +39,13 @@ def run_to_end(run: Run, state: RunState) -> RunState:
         stopping = run.stopping()
         if _save_due(run, state, stopping):
             _save(run, state)
-        if state.step == run.plan.total_steps and not _evaluation_due(run, state):
+        if state.step == run.schedule.total_steps and not _evaluation_due(run, state):
             return state
         if stopping:
             _say_what_is_kept(run, state)
             # Whoever started the processes may end the others when the first one has ended.
             run.ranks.wait()
-            raise Interrupted(state.step, run.plan.total_steps, run.checkpoint_step or 0)
+            raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
         state = _optimizer_step(run, state)
 
 
@@ -57,17 +57,17 @@ def _say_what_is_kept(run: Run, state: RunState) -> None:
 def _evaluation_due(run: Run, state: RunState) -> bool:
     if run.eval_data is None or state.evaluated_step == state.step:
         return False
-    every = run.context.spec.training.eval_every_steps
-    return state.step in (0, run.plan.total_steps) or (every is not None and state.step % every == 0)
+    every = run.training.eval_every_steps
+    return state.step in (0, run.schedule.total_steps) or (every is not None and state.step % every == 0)
 
 
 def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
     """Whether to save now. A suspect run is not saved before its end, but as soon as it is found to be sound."""
     if state.step == 0 or state.step == run.checkpoint_step:
         return False
-    if state.step == run.plan.total_steps:
+    if state.step == run.schedule.total_steps:
         return True
-    every = run.context.spec.training.save_every_steps
+    every = run.training.save_every_steps
     passed = state.step // every > (run.checkpoint_step or 0) // every
     return (passed or stopping) and not state.stability.suspect
 
@@ -77,15 +77,15 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
 
     Every process has the same gradients and so comes to the same weights and decisions.
     """
-    training = run.context.spec.training
-    started = run.monotonic()
+    training = run.training
+    started = run.runtime.monotonic()
     gradient = _gradient(run, state)
     while gradient is None:
         state = _halve_micro_batches(run, state)
         gradient = _gradient(run, state)
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), training.max_grad_norm)
     loss, grad_norm = float(gradient.loss), float(norm)
-    rate = learning_rate(state.step, run.plan.total_steps, training)
+    rate = learning_rate(state.step, run.schedule.total_steps, training)
     state = replace(state, step=state.step + 1, loss=loss, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
         raise _diverged(run, state, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
@@ -93,9 +93,9 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    seconds = run.monotonic() - started
+    seconds = run.runtime.monotonic() - started
     run.pace = run.pace.after_step(seconds, gradient.tokens)
-    if state.step == run.plan.total_steps:
+    if state.step == run.schedule.total_steps:
         _judge_the_end(run, state, loss, gradient)
     state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
     run.note(
@@ -130,8 +130,8 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
 
     Dropout is drawn anew from the step's own seed, so a step that is done again sees the same numbers.
     """
-    seed_step(run.plan.seed, state.step, run.ranks.place.rank)
-    batches = _share(run, run.data, run.plan.micro_batches(state.step))
+    seed_step(run.schedule.seed, state.step, run.ranks.rank_info.rank)
+    batches = _share(run, run.data, run.schedule.micro_batches(state.step))
     # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
     counted = [batch for batch, counts in batches if counts]
     everybody = run.ranks.gather(sum(batch.target_count for batch in counted), sum(batch.tokens for batch in counted))
@@ -163,7 +163,7 @@ def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch])
 
 def _may_halve(run: Run) -> bool:
     """Whether a lack of memory is met with smaller micro batches. With a sharded base, the others wait in its midst."""
-    return run.context.spec.training.auto_micro_batch and run.plan.micro_batch_size > 1 and not run.ranks.sharded
+    return run.training.auto_micro_batch and run.schedule.micro_batch_size > 1 and not run.ranks.sharded
 
 
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
@@ -171,8 +171,8 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
     run.optimizer.zero_grad(set_to_none=True)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    run.plan = run.plan.with_micro_batch_size(run.plan.micro_batch_size // 2)
-    state = replace(state, micro_batch_size=run.plan.micro_batch_size)
+    run.schedule = run.schedule.with_micro_batch_size(run.schedule.micro_batch_size // 2)
+    state = replace(state, micro_batch_size=run.schedule.micro_batch_size)
     report(run, state, "training", force=True)
     return state
 
@@ -186,7 +186,7 @@ def _loss(run: Run, batch: Batch) -> Tensor:
 
 def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _Gradient) -> Stability:
     """The run's stability after this step. Raises StepFailure (DIVERGED) if it is suspect too long."""
-    patience = run.context.spec.training.divergence_patience
+    patience = run.training.divergence_patience
     if patience == 0:
         return state.stability
     stability = state.stability.after_step(state.step, loss, grad_norm)
@@ -207,7 +207,7 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
 
 def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: _Gradient) -> None:
     """Look at what the last step did, on its own rows, since no later step would show it."""
-    if run.context.spec.training.divergence_patience == 0:
+    if run.training.divergence_patience == 0:
         return
     loss = _loss_without_gradient(run, gradient)
     if not state.stability.end_to_be_judged(loss_before, loss):
@@ -253,7 +253,7 @@ def _diverged(run: Run, state: RunState, what: str) -> StepFailure:
 
 def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     """Mean loss of the held-out targets. Draws no random number, changes no weight; given up if a stop is requested."""
-    started = run.monotonic()
+    started = run.runtime.monotonic()
     run.model.eval()
     try:
         loss = _held_out_loss(run, state, data)
@@ -266,7 +266,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         return state
     if not isfinite(loss):
         raise _diverged(run, state, f"loss {loss} on the held-out rows")
-    run.pace = run.pace.after_evaluation(run.monotonic() - started)
+    run.pace = run.pace.after_evaluation(run.runtime.monotonic() - started)
     run.note({"step": state.step, "evalLoss": loss})
     initial = loss if state.step == 0 else state.initial_eval_loss
     state = replace(state, evaluated_step=state.step, eval_loss=loss, initial_eval_loss=initial)
@@ -280,7 +280,7 @@ def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | 
     Each process takes its share of the batches, in rounds, between which all agree to go on.
     """
     summed, targets = torch.zeros((), dtype=torch.float64, device=run.device), 0
-    size = run.plan.micro_batch_size
+    size = run.schedule.micro_batch_size
     batches = [tuple(range(first, min(first + size, len(data)))) for first in range(0, len(data), size)]
     for indices, counts in run.ranks.rounds(batches):
         short = False
@@ -294,7 +294,7 @@ def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | 
                     raise
                 short = True
             targets += batch.target_count if counts else 0
-        if run.ranks.any(short or run.stop.requested):
+        if run.ranks.any(short or run.runtime.stop.requested):
             return None
         report(run, state, "evaluating")
     all_targets = sum(there for (there,) in run.ranks.gather(targets))
@@ -304,9 +304,9 @@ def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | 
 def _save(run: Run, state: RunState) -> None:
     """Save the run. Only the main process writes; the others go on."""
     report(run, state, "saving a checkpoint")
-    saved_at = timestamp(run.now())
+    saved_at = timestamp(run.runtime.now())
     if run.history is not None:
-        epoch, sequence = run.plan.position(state.step)
+        epoch, sequence = run.schedule.position(state.step)
         save_checkpoint(
             run.context.workspace.checkpoints,
             state.step,
@@ -326,19 +326,3 @@ def _save(run: Run, state: RunState) -> None:
         )
     run.checkpoint_step, run.checkpoint_time = state.step, saved_at
     report(run, state, "training", force=True)
-
-
-def restore(run: Run, checkpoint: Checkpoint) -> RunState:
-    """Put the model, the optimizer and the plan where the checkpoint left them. Random numbers come with each step."""
-    restore_adapter(run.model, checkpoint.tensors("adapter"))
-    restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
-    before, here = checkpoint.state["processor"], processor(run.context.device)
-    if before != here:
-        logger.warning(
-            "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
-        )
-    run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state["savedAt"]
-    state = RunState.from_json(checkpoint.state["run"])
-    if state.micro_batch_size is not None:
-        run.plan = run.plan.with_micro_batch_size(state.micro_batch_size)
-    return state

@@ -1,6 +1,6 @@
 """Says what a GPU that is out of memory was used for, and what to change first."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,6 @@ from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import GIB, MemoryEstimate, estimate
 from qlora_api.training import TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.memory_fit import read_shape, training_shape
@@ -39,7 +38,7 @@ def is_shortage(error: BaseException) -> bool:
 @contextmanager
 def explained_shortage(
     spec: QLoRAJobSpec,
-    prepared: PrepareRecord,
+    target_modules: Iterable[str],
     model_folder: Path,
     device: Device,
     micro_batch_size: Callable[[], int],
@@ -57,7 +56,7 @@ def explained_shortage(
         size = micro_batch_size()
         training = _as_run(spec.training, size)
         shape = replace(
-            training_shape(spec, prepared.target_modules),
+            training_shape(spec, target_modules),
             micro_batch_size=size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
         )

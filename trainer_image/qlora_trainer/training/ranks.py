@@ -1,13 +1,13 @@
-"""What the processes of one run agree on and sum up: each trains on its share of every step (data parallel).
+"""Communication between the ranks of one run, each of which trains on its share of every step (data parallel).
 
-The base is frozen, so what has to travel is the adapter's gradient alone, once an optimizer step: no wrapper such as
-DistributedDataParallel is needed, whose `no_sync` over all micro batches but the last comes to the same. Decisions go
-over a second way, in main memory (gloo), so that no GPU is waited for and a lost process is noticed at once.
+The base is frozen, so only the adapter's gradient is summed, once per optimizer step. That needs no wrapper such as
+DistributedDataParallel, whose `no_sync` over all micro batches but the last does the same. Decisions are exchanged in
+main memory (gloo), so that nothing waits for a GPU and a lost rank is noticed at once.
 
-At an equal global batch, several processes compute what one does but for the order in which numbers are added: losses
-and gradient norms are equal within 1e-4 of their size, each tensor of the adapter within 1e-3 of its norm. A base that
-is spread over as many processes changes losses and gradient norms by 1e-5 at most. That is without dropout, of which
-each process draws its own.
+At an equal global batch, several ranks compute what one does except for the order in which numbers are added: losses
+and gradient norms are equal within 1e-4 of their size, each tensor of the adapter within 1e-3 of its norm. Sharding
+the base over as many ranks changes losses and gradient norms by 1e-5 at most. All this holds without dropout, which
+each rank draws for itself.
 """
 
 import json
@@ -31,9 +31,9 @@ from qlora_trainer.core.outcome import classify
 from qlora_trainer.training.launch import ChildRanks, RankInfo
 
 TIMEOUT = timedelta(minutes=30)
-"""For which a process waits for the others: loading a large model and saving on a slow volume take minutes."""
+"""How long a rank waits for the others: loading a large model and saving on a slow volume take minutes."""
 BUCKET_BYTES = 25 * 2**20
-"""Gradients are summed in parts of this size, as in PyTorch's DDP (arXiv 2006.15704): so much memory it costs."""
+"""Gradients are summed in buckets of this size, as in PyTorch's DDP (arXiv 2006.15704): the memory that it costs."""
 _FAILURE = "failure"
 _JOINED = "joined"
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -44,46 +44,47 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together. Every method must be called by all of them, in the same order."""
+    """The ranks of a run. Every rank must call every method, in the same order."""
 
-    place: RankInfo = field(default_factory=RankInfo)
+    rank_info: RankInfo = field(default_factory=RankInfo)
     store: Any = None
-    """Names and texts that all processes see, a torch.distributed.Store; None where there is one process."""
+    """Names and texts that all ranks see, a torch.distributed.Store; None if there is one rank."""
     sharded: bool = False
-    """Whether the base is spread over the processes, so that all must take part in every pass through the model."""
+    """Whether the base is sharded over the ranks, so that all must take part in every pass through the model."""
     lost: Callable[[Exception], StepFailure] | None = None
-    """Why an exchange failed: what another process has said about its end, if it has."""
+    """Why an exchange failed: what another rank reported about its end, if it did."""
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.place.main
+        """Whether this is rank 0, the only rank that writes."""
+        return self.rank_info.main
 
     def rounds(self, items: Sequence[T]) -> list[tuple[T, bool]]:
-        """This process's item in each round, in which all take the next ones; every item counts in exactly one process.
+        """This rank's item of each round, with whether it counts; every item counts in exactly one rank.
 
-        In the last round there may be too few. A process without one gets the first item, which then does not count.
+        In each round all ranks take the next items. In the last there may be too few: a rank without one gets the first
+        item, which does not count.
         """
-        rank, size = self.place.rank, self.place.size
+        rank, size = self.rank_info.rank, self.rank_info.size
         firsts = range(0, len(items), size)
         return [(items[first + rank], True) if first + rank < len(items) else (items[0], False) for first in firsts]
 
     def gather(self, *numbers: int) -> list[tuple[int, ...]]:
-        """What each process has passed, by rank."""
-        if self.place.size == 1:
+        """What each rank has passed, in the order of the ranks."""
+        if self.rank_info.size == 1:
             return [numbers]
         own = torch.tensor(numbers, dtype=torch.int64)
-        everybody = [torch.empty_like(own) for _ in range(self.place.size)]
+        of_ranks = [torch.empty_like(own) for _ in range(self.rank_info.size)]
         with self._exchange():
-            torch.distributed.all_gather(everybody, own)
-        return [tuple(row.tolist()) for row in everybody]
+            torch.distributed.all_gather(of_ranks, own)
+        return [tuple(row.tolist()) for row in of_ranks]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set anywhere."""
-        return any(there for (there,) in self.gather(int(flag)))
+        """Whether the flag is set in any rank."""
+        return any(is_set for (is_set,) in self.gather(int(flag)))
 
     def from_main(self, name: str, text: str) -> str:
-        """The text that the main process passes under this name, which is used once."""
+        """The text that the main process passes under this name. Use each name once."""
         if self.store is None:
             return text
         with self._exchange():
@@ -92,15 +93,15 @@ class Ranks:
             return str(self.store.get(name).decode())
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until every rank has come here."""
         self.gather(0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> None:
-        """Replace each gradient, and the loss, by the sum over the processes, the same bits in each.
+        """Replace each gradient, and the loss, by the sum over the ranks, the same bits in each.
 
-        A parameter without a gradient, in a process that had no micro batch, counts as 0. Sums are in float32.
+        A parameter without a gradient, in a rank that had no micro batch, counts as 0. Sums are in float32.
         """
-        if self.place.size == 1:
+        if self.rank_info.size == 1:
             return
         gradients = [loss.unsqueeze(0)]
         for parameter in parameters:
@@ -116,17 +117,17 @@ class Ranks:
                     gradient.copy_(part.view_as(gradient))
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the processes, of the same shape and type."""
-        if self.place.size > 1:
-            # A process that is lost is noticed here; NCCL's sum would wait for it.
+        """The sum over the ranks, of the same shape and type."""
+        if self.rank_info.size > 1:
+            # A lost rank is noticed here; NCCL's sum would wait for it.
             self.wait()
             with self._exchange():
                 torch.distributed.all_reduce(value)
         return value
 
     def copy_from_main(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every process the main one's parameters, so that they begin alike whatever drew them."""
-        if self.place.size == 1:
+        """Give every rank the parameters of rank 0, so that all begin alike however they were initialized."""
+        if self.rank_info.size == 1:
             return
         with self._exchange():
             for parameter in parameters:
@@ -155,22 +156,22 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class _Endings:
-    """Why processes of this run have ended, as far as they could say."""
+    """Why ranks of this run have ended, as far as they could report it."""
 
-    def __init__(self, store: Any, others: ChildRanks) -> None:
-        self._store, self._others = store, others
+    def __init__(self, store: Any, child_ranks: ChildRanks) -> None:
+        self._store, self._child_ranks, self._own = store, child_ranks, child_ranks.rank_info
 
-    def tell(self, error: Exception) -> None:
-        """Leave word of this process's failure, unless another one was first."""
+    def publish(self, error: Exception) -> None:
+        """Put this rank's failure into the shared store, unless another rank's is there."""
         ending = classify(error)
-        text = json.dumps({"rank": self._others.place.rank, "code": int(ending.exit_code), "message": ending.message})
+        text = json.dumps({"rank": self._own.rank, "code": int(ending.exit_code), "message": ending.message})
         try:
             self._store.compare_set(_FAILURE, "", text)
         except RuntimeError:
-            logger.warning("the others could not be told, the main process is gone")
+            logger.warning("the other ranks were not informed of this failure: the store of the main process is gone")
 
     def __call__(self, error: Exception) -> StepFailure:
-        """What must be raised when an exchange failed with `error`. A lost process is given a moment to be found."""
+        """What to raise when an exchange failed with `error`, after a moment in which a lost rank can be found."""
         for _ in range(_LOOKS):
             try:
                 self.require_none()
@@ -181,72 +182,81 @@ class _Endings:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         first_line = str(error).strip().partition("\n")[0][:200]
         return unreachable(
-            f"rank {self._others.place.rank} of {self._others.place.size} lost another process of this run "
+            f"rank {self._own.rank} of {self._own.size} lost another process of this run "
             f"({first_line}); the step is tried again"
         )
 
     def require_none(self) -> None:
-        """Raise the StepFailure of the first process that failed, or of one that has been killed."""
+        """Raise the StepFailure of the first rank that failed, or of a child rank that has been killed."""
         if self._store.check([_FAILURE]):
             said = json.loads(self._store.get(_FAILURE))
-            own = said["rank"] == self._others.place.rank
+            own = said["rank"] == self._own.rank
             raise StepFailure(
                 ExitCode(said["code"]), said["message"] if own else f"rank {said['rank']}: {said['message']}"
             )
-        self._others.require_alive()
+        self._child_ranks.require_alive()
 
 
 @contextmanager
-def joined(others: ChildRanks, device: Device, sharding: Literal["none", "full"]) -> Iterator[Ranks]:
-    """The processes of this run, once all are there, and whether they spread the base.
+def joined(child_ranks: ChildRanks, device: Device, sharding: Literal["none", "full"]) -> Iterator[Ranks]:
+    """The ranks of this run, once all have joined; they shard the base if `sharding` is full.
 
-    A failure of this process is told to the others before it ends, so that each ends with the same exit code. Raises
-    StepFailure (UNREACHABLE) if one does not come, or is lost later, without having said why.
+    A failure of this rank is published before it ends, so that every rank ends with the same exit code. Raises
+    StepFailure (UNREACHABLE) if a rank does not join, or is lost later without a reason.
     """
-    place = others.place
-    if place.size == 1:
+    rank_info = child_ranks.rank_info
+    if rank_info.size == 1:
         yield Ranks()
         return
-    store = _store(place)
-    endings = _Endings(store, others)
+    store = _store(rank_info)
+    endings = _Endings(store, child_ranks)
     try:
-        _wait_for_all(store, place, endings)
-        # An exchange over NCCL then ends with an exception after the timeout, and not with the process.
+        _wait_for_all(store, rank_info, endings)
+        # Then an exchange over NCCL that times out raises an exception instead of ending the process.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
             store=torch.distributed.PrefixStore("group", store),
-            rank=place.rank,
-            world_size=place.size,
+            rank=rank_info.rank,
+            world_size=rank_info.size,
             timeout=TIMEOUT,
         )
-        yield Ranks(place, store, sharding == "full", endings)
+        yield Ranks(rank_info, store, sharding == "full", endings)
     except Interrupted:
         raise
     except Exception as error:
-        endings.tell(error)
+        endings.publish(error)
         raise
     torch.distributed.destroy_process_group()
 
 
-def _store(place: RankInfo) -> Any:
-    """The processes' common store. torchrun's agent keeps it itself; else the main process does."""
+def _store(rank_info: RankInfo) -> Any:
+    """The store that the ranks share. It is torchrun's agent that serves it, or else the main process."""
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = torch.distributed.TCPStore(
-            place.address, place.port, place.size, place.main and not by_agent, timeout=TIMEOUT, wait_for_workers=False
+            rank_info.address,
+            rank_info.port,
+            rank_info.size,
+            rank_info.main and not by_agent,
+            timeout=TIMEOUT,
+            wait_for_workers=False,
         )
     except RuntimeError as error:
-        raise unreachable(f"rank {place.rank} does not reach {place.address}:{place.port}: {error}") from error
-    # torchrun may start all processes again over the same store.
+        raise unreachable(
+            f"rank {rank_info.rank} does not reach {rank_info.address}:{rank_info.port}: {error}"
+        ) from error
+    # torchrun may restart all ranks over the same store.
     return torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _wait_for_all(store: Any, place: RankInfo, endings: _Endings) -> None:
+def _wait_for_all(store: Any, rank_info: RankInfo, endings: _Endings) -> None:
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     store.add(_JOINED, 1)
-    while (there := store.add(_JOINED, 0)) < place.size:
+    while (joined_ranks := store.add(_JOINED, 0)) < rank_info.size:
         endings.require_none()
         if time.monotonic() > deadline:
-            raise unreachable(f"{there} of {place.size} processes came within {TIMEOUT}; the step is tried again")
+            raise unreachable(
+                f"{joined_ranks} of {rank_info.size} ranks joined within {TIMEOUT}; the step is tried again"
+            )
         time.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -1,0 +1,80 @@
+"""Where an attempt resumes: its checkpoint, on which all ranks agree, and the run as that checkpoint saved it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.model.adapter import restore_adapter
+from qlora_trainer.training.attempts import counted_attempt, only_attempt
+from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from qlora_trainer.training.device import processor
+from qlora_trainer.training.fingerprint import Fingerprint, refuse_other_run
+from qlora_trainer.training.optimizer import restore_optimizer
+from qlora_trainer.training.ranks import Ranks
+from qlora_trainer.training.state import Run, RunState
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def resumed_attempt(
+    workspace: WorkspaceLayout,
+    fingerprint: Fingerprint,
+    max_disruptions: int,
+    pod_uid: str,
+    now: Callable[[], datetime],
+) -> Iterator[Checkpoint | None]:
+    """Run the body as the workspace's only attempt, with the checkpoint from which it resumes; None without one.
+
+    Raises StepFailure: UNREACHABLE while another attempt runs, BAD_CONFIGURATION if the checkpoint is of another run,
+    RETRIES_EXHAUSTED if no attempt is left.
+    """
+    with only_attempt(workspace.records):
+        checkpoint = newest_checkpoint(workspace.checkpoints)
+        if checkpoint is not None:
+            refuse_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
+        from_step = 0 if checkpoint is None else checkpoint.step
+        with counted_attempt(workspace.records, from_step, max_disruptions, pod_uid, now):
+            yield checkpoint
+
+
+def agreed_checkpoint(
+    ranks: Ranks, fingerprint: str, checkpoint: Checkpoint | None, checkpoints: Path
+) -> Checkpoint | None:
+    """The checkpoint that the main process has chosen, which passes it as `checkpoint`; others read it themselves.
+
+    Raises StepFailure (BAD_CONFIGURATION) if this rank's fingerprint differs: it would compute another run.
+    """
+    chosen = "" if checkpoint is None else checkpoint.path.name
+    main_fingerprint, _, main_name = ranks.from_main("start", f"{fingerprint} {chosen}").partition(" ")
+    if main_fingerprint != fingerprint:
+        raise bad_configuration(
+            f"rank {ranks.rank_info.rank} has another job, other data or other libraries than rank 0: start all "
+            "processes with the same image, document and workspace"
+        )
+    if ranks.main or not main_name:
+        return checkpoint
+    return read_checkpoint(checkpoints / main_name)
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> RunState:
+    """Put the model, the optimizer and the schedule into the state that the checkpoint saved, which is returned.
+
+    There is no random state to restore: each step seeds its own.
+    """
+    restore_adapter(run.model, checkpoint.tensors("adapter"))
+    restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
+    before, here = checkpoint.state["processor"], processor(run.context.device)
+    if before != here:
+        logger.warning(
+            "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
+        )
+    run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state["savedAt"]
+    state = RunState.from_json(checkpoint.state["run"])
+    if state.micro_batch_size is not None:
+        run.schedule = run.schedule.with_micro_batch_size(state.micro_batch_size)
+    return state
