@@ -31,7 +31,7 @@ from benchmarks.speed.settings import (
     describe_settings,
 )
 from benchmarks.speed.summary import compare, figures, table
-from qlora_trainer.core.process import preloaded_allocator
+from qlora_trainer.core.cpu import preloaded_allocator
 
 # The same for all.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}

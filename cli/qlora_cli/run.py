@@ -21,8 +21,8 @@ from qlora_api.sources import ConfigMapSource, RegistrySource, VolumeSource, par
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.context import Device
+from qlora_trainer.core.cpu import preloaded_allocator
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.core.process import preloaded_allocator
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 # The job's UID in records, for a manifest that no API server has given one.

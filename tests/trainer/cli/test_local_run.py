@@ -15,7 +15,7 @@ import pytest
 
 from qlora_api.contract import CPU_ALLOCATOR, WorkspaceLayout
 from qlora_trainer.core.completion import PublishRecord, read_completion
-from qlora_trainer.core.process import preloaded_allocator
+from qlora_trainer.core.cpu import preloaded_allocator
 from tests.support.command import SPEC, Files, new_files, qlora
 
 MANIFEST = """\
@@ -330,5 +330,5 @@ def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, t
 def test_training_on_a_cpu_gets_the_pods_allocator_where_it_is_installed_and_no_other_is_chosen(
     monkeypatch: pytest.MonkeyPatch, installed: str | None, environment: dict[str, str], added: dict[str, str]
 ) -> None:
-    monkeypatch.setattr("qlora_trainer.core.process.find_library", lambda _name: installed)
+    monkeypatch.setattr("qlora_trainer.core.cpu.find_library", lambda _name: installed)
     assert preloaded_allocator(environment) == added

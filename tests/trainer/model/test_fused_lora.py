@@ -21,7 +21,7 @@ class OneLayer(nn.Module):
         self.layer = Base(64, outputs, bias=bias, compute_dtype=dtype, quant_type="nf4")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Its product."""
+        """The layer's output."""
         output: Tensor = self.layer(x)
         return output
 
@@ -83,7 +83,7 @@ def test_output_and_gradients_are_those_of_peft_but_for_the_rounding(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
-        # 16-bit products have a relative error of about 2^-9 each.
+        # 16-bit matmuls have a relative error of about 2^-9 each.
         assert error(found[name], value) < 2**-7, name
 
 
@@ -111,7 +111,7 @@ def test_in_float32_output_and_gradients_are_those_of_peft(
 
 
 @pytest.mark.parametrize(("recomputed", "dequantized"), [(False, 5), (True, 4)])
-def test_a_block_that_is_computed_again_leaves_out_its_last_product_and_may_keep_weights_for_backward(
+def test_a_recomputed_block_leaves_out_its_last_matmul_and_may_keep_weights_for_backward(
     monkeypatch: pytest.MonkeyPatch, recomputed: bool, dequantized: int
 ) -> None:
     calls: list[str] = []
@@ -126,13 +126,13 @@ def test_a_block_that_is_computed_again_leaves_out_its_last_product_and_may_keep
         monkeypatch.setattr(fused_lora, name, counted)
 
     count("_dequantized")
-    count("_fill")
+    count("_matmul_into")
     first, second = (fused(recomputed=recomputed, outputs=64) for _ in range(2))
     x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         checkpoint(lambda rows: second(first(rows)), x, use_reentrant=False).float().sum().backward()
-    # Two products forward, one of them again, two backward.
-    assert calls.count("_fill") == 5
+    # Two matmuls forward, one of them again, two backward.
+    assert calls.count("_matmul_into") == 5
     assert calls.count("_dequantized") == dequantized
 
 

@@ -5,14 +5,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from ctypes.util import find_library
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from qlora_api.contract import CPU_ALLOCATOR
 from qlora_api.status import StepName
+from qlora_trainer.core import cpu
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,7 @@ def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool =
     keep caches below the home directory, or ask for the user's name, are given both.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    # Threads that wait for work spin for a tenth of a millisecond and then sleep: waking one takes as long as a small
-    # operation, a third of a step. By default they spin so long that on a node that is shared they take the core from
-    # the thread that they wait for: two processes of two threads on two cores were then three times slower.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # oneDNN keeps the code of 1024 products, by their exact shapes, which change with every packed sequence: some 40 MB
-    # more with each. One pass through a model needs a few dozen of them.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.update(cpu.library_settings(os.environ))
     if step != "prepare" and not (step == "publish" and publishes_to_hub):
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -88,15 +80,6 @@ def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool =
         os.environ["HOME"] = str(scratch)
     os.environ.setdefault("LOGNAME", "qlora")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "torchinductor"))
-
-
-def preloaded_allocator(environ: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment with which training on a CPU is started, as the operator does it in a pod.
-
-    Nothing if the allocator is not installed, or another library is preloaded already: no number changes by it.
-    """
-    installed = find_library("tcmalloc_minimal") == CPU_ALLOCATOR
-    return {"LD_PRELOAD": CPU_ALLOCATOR} if installed and "LD_PRELOAD" not in environ else {}
 
 
 def on_termination(action: Callable[[], None]) -> None:

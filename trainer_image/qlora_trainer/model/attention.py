@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from qlora_trainer.core import cpu
 from qlora_trainer.model.attention_cpu import causal_rows
 
 ATTENTION = "qlora_rows"
@@ -100,7 +101,7 @@ def rows_attention(
     settings = _Settings(scaling, dropout, sliding_window, softcap)
     if _has_kernel(query, settings):
         return _all_rows_at_once(query, key, value, rows, settings), None
-    if query.device.type == "cpu" and settings.dropout == 0.0 and settings.softcap is None:
+    if cpu.fuses_attention(query.device.type, dropout=dropout, softcap=softcap):
         return causal_rows(query, key, value, rows.lengths, settings.scale, sliding_window), None
     return _row_by_row(query, key, value, rows, settings), None
 

@@ -1,7 +1,7 @@
 """Causal attention within rows on a CPU, as one differentiable operation.
 
-The kernel takes one row at a time. Called through autograd, every row would be cut out, filled up and joined by
-operations of its own, three times over with checkpoints.
+The kernel takes one row at a time. Called through autograd, every row would be cut out, padded and joined by operations
+of its own, three times over with gradient checkpointing.
 """
 
 from typing import Any, cast
@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_trainer.core import cpu
+
 # Private, but what scaled_dot_product_attention itself calls here.
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# The kernel keeps 4 MB of code for each length of a row that it has seen, for ever: rows are filled up to a multiple of
-# this, so that it sees few. That takes no time, since the kernel works in blocks.
-_ROW_MULTIPLE = 64
-# Up to this many tokens the gradients are computed in 32 bit, which is up to five times faster there than in 16 bit
-# (and, as the scores are not rounded, nearer to the exact ones).
-_WIDE_TOKENS = 256
 
 
 def causal_rows(
@@ -49,9 +45,9 @@ class _CausalRows(torch.autograd.Function):
     ) -> Tensor:
         output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         normalizers = []
-        for row, filled in _rows(lengths):
-            parts = (_filled(tensor[:, :, row], filled, tensor.dtype) for tensor in (query, key, value))
-            mask = _mask(filled, window)
+        for row, padded in _rows(lengths):
+            parts = (_padded(tensor[:, :, row], padded, tensor.dtype) for tensor in (query, key, value))
+            mask = _mask(padded, window)
             row_output, normalizer = _forward(*parts, 0.0, mask is None, attn_mask=mask, scale=scale)
             output[:, row] = row_output[:, :, : row.stop - row.start].transpose(1, 2)
             normalizers.append(normalizer)
@@ -64,14 +60,15 @@ class _CausalRows(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *normalizers = context.saved_tensors
         gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        # The kernel gives each head of the keys to one thread: copies for every head of the queries keep all busy.
+        # The kernel gives each head of the keys to one thread: a copy for every head of the queries keeps all busy.
         shared = query.shape[1] // key.shape[1]
         keys, values = (t.repeat_interleave(shared, dim=1) if shared > 1 else t for t in (key, value))
         given = (gradient.transpose(1, 2), query, keys, values, output.transpose(1, 2))
-        for (row, filled), normalizer in zip(_rows(context.lengths), normalizers, strict=True):
-            dtype = torch.promote_types(query.dtype, torch.float32) if filled <= _WIDE_TOKENS else query.dtype
-            parts = (_filled(tensor[:, :, row], filled, dtype) for tensor in given)
-            mask = _mask(filled, context.window)
+        for (row, padded), normalizer in zip(_rows(context.lengths), normalizers, strict=True):
+            in_float32 = padded <= cpu.FLOAT32_GRADIENT_TOKENS
+            dtype = torch.promote_types(query.dtype, torch.float32) if in_float32 else query.dtype
+            parts = (_padded(tensor[:, :, row], padded, dtype) for tensor in given)
+            mask = _mask(padded, context.window)
             of_rows = _backward(*parts, normalizer, 0.0, mask is None, attn_mask=mask, scale=context.scale)
             for whole, part in zip(gradients, of_rows, strict=True):
                 of_heads = part[:, :, : row.stop - row.start].unflatten(1, (whole.shape[1], -1))
@@ -80,26 +77,26 @@ class _CausalRows(torch.autograd.Function):
 
 
 def _rows(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
-    """Where each row lies, and its tokens when it is filled up."""
+    """The slice of each row, and its number of tokens with padding."""
     rows, start = [], 0
     for length in lengths:
-        rows.append((slice(start, start + length), length + -length % _ROW_MULTIPLE))
+        rows.append((slice(start, start + length), cpu.padded_row(length)))
         start += length
     return rows
 
 
-def _filled(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """[1, heads, row, size] as [1, heads, tokens, size] of the type: zeros come after every token, and none sees them.
+def _padded(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """[1, heads, row, size] as [1, heads, tokens, size] of the type, with zeros after the row, which no token sees.
 
-    Laid out as the kernel reads it, a token's heads side by side.
+    In the layout that the kernel reads, a token's heads side by side.
     """
     _, heads, row, size = tensor.shape
     if row == tokens and tensor.dtype == dtype:
         return tensor
-    filled = tensor.new_empty((1, tokens, heads, size), dtype=dtype).transpose(1, 2)
-    filled[:, :, :row] = tensor
-    filled[:, :, row:] = 0
-    return filled
+    padded = tensor.new_empty((1, tokens, heads, size), dtype=dtype).transpose(1, 2)
+    padded[:, :, :row] = tensor
+    padded[:, :, row:] = 0
+    return padded
 
 
 def _mask(tokens: int, window: int | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Loads the frozen base model in 4 bit and asserts what was loaded."""
+"""Loads the frozen base model in 4-bit and asserts what was loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.training import QuantizationSpec
+from qlora_trainer.core import cpu
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.model.attention import ATTENTION, register_attention
@@ -20,9 +21,10 @@ COMPUTE_DTYPE = torch.bfloat16
 def load_base(
     folder: Path, quantization: QuantizationSpec, device: Device, storage_dtype: torch.dtype = torch.uint8
 ) -> Any:
-    """The base model of `folder` in 4 bit on the device, frozen and in evaluation mode.
+    """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode.
 
-    `storage_dtype` is that of the tensors into which the packed weights are put; it changes no value.
+    `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that is to be
+    sharded; it changes no value.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not held as `quantization` says.
     """
@@ -56,15 +58,13 @@ def load_base(
             f"the weights in {folder} do not fit config.json: {len(missing)} tensors are missing or have another "
             f"shape, first {missing[0]}"
         )
+    copied = cpu.copies_mapped_weights(device, sharded=storage_dtype != torch.uint8)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if device == "cpu" and storage_dtype == torch.uint8 and not isinstance(parameter, Params4bit):
-            # It lies in the mapped file, all of which stays in memory, the 16-bit weights too, as long as a part does.
-            # (A base with another storage is about to be spread over GPUs, and leaves main memory anyway.)
+        if copied and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.clone()
     for layer in _quantized_layers(model):
-        # On CPUs with AVX512-BF16 the first evaluation would repack the weights for a path without gradients.
-        layer.support_avx512bf16_for_cpu = False
+        layer.support_avx512bf16_for_cpu = cpu.REPACKS_4BIT_LAYERS
     check_quantization(model, quantization)
     return model.eval()
 
@@ -87,7 +87,7 @@ def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
             layer.compute_dtype,
             layer.support_avx512bf16_for_cpu,
         )
-        wanted = (quantization.type, quantization.double_quant, COMPUTE_DTYPE, False)
+        wanted = (quantization.type, quantization.double_quant, COMPUTE_DTYPE, cpu.REPACKS_4BIT_LAYERS)
         if state is None or found != wanted:
             raise _wrongly_loaded(
                 model, f"{name} has (type, double quantization, computation, repacking) {found}, not {wanted}"
@@ -98,7 +98,7 @@ def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
     if fraction < MIN_QUANTIZED_FRACTION:
         raise _wrongly_loaded(
             model,
-            f"only {fraction:.1%} of the parameters outside the embeddings are in 4 bit, "
+            f"only {fraction:.1%} of the parameters outside the embeddings are in 4-bit, "
             f"not {MIN_QUANTIZED_FRACTION:.0%}",
         )
 

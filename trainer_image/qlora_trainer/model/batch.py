@@ -7,13 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qlora_trainer.core import cpu
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
 from qlora_trainer.model.attention import RowBoundaries
-
-# On a CPU each number of tokens costs: a tenth of a second and more until oneDNN has code for its products, and memory
-# between blocks that are all of other sizes. Long batches are filled up, by 3 % on average, so that there are few.
-_FILLED_FROM_TOKENS = 512
-_TOKENS_MULTIPLE = 64
 
 MicroBatch = tuple[int, ...]
 """Indices of the sequences in one forward pass."""
@@ -23,7 +19,7 @@ MicroBatch = tuple[int, ...]
 class Batch:
     """One or more sequences as a single row of tokens. Their rows cannot see each other, so none is padded.
 
-    On a CPU a row of filling may follow, without targets.
+    On a CPU a row of padding may follow, without targets.
     """
 
     input_ids: Tensor
@@ -36,27 +32,27 @@ class Batch:
     targets: Tensor
     """int64 [targets]: those tokens."""
     tokens: int
-    """Without filling."""
+    """Without padding."""
 
     @classmethod
     def of(cls, sequences: Sequence[PackedSequence], device: torch.device) -> "Batch":
-        """The batch of `sequences`; everything is computed in main memory, so that a GPU is not waited for."""
+        """The batch of `sequences`; everything is computed in main memory, so that nothing waits for a GPU."""
         lengths = tuple(length for sequence in sequences for length in sequence.row_lengths)
         next_tokens = next_token_targets(torch.cat([sequence.labels for sequence in sequences]), lengths)
         predicting = (next_tokens != IGNORED_LABEL).nonzero().squeeze(1)
-        filling = _filling(sum(lengths), device)
-        rows = RowBoundaries.of((*lengths, filling) if filling else lengths, device)
+        padding = cpu.padding(sum(lengths), device.type)
+        rows = RowBoundaries.of((*lengths, padding) if padding else lengths, device)
         input_ids = torch.cat([sequence.input_ids for sequence in sequences])
 
-        def there(tensor: Tensor) -> Tensor:
+        def on_device(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
         return cls(
-            there(pad(input_ids, (0, filling)).unsqueeze(0)),
-            there(rows.position_ids()),
+            on_device(pad(input_ids, (0, padding)).unsqueeze(0)),
+            on_device(rows.position_ids()),
             rows,
-            there(predicting),
-            there(next_tokens[predicting]),
+            on_device(predicting),
+            on_device(next_tokens[predicting]),
             sum(lengths),
         )
 
@@ -64,10 +60,6 @@ class Batch:
     def target_count(self) -> int:
         """Tokens that count in the loss."""
         return len(self.targets)
-
-
-def _filling(tokens: int, device: torch.device) -> int:
-    return -tokens % _TOKENS_MULTIPLE if device.type == "cpu" and tokens >= _FILLED_FROM_TOKENS else 0
 
 
 def next_token_targets(labels: Tensor, row_lengths: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,94 @@
+"""Everything that training does otherwise on a CPU than on a GPU: what its libraries are told and how they are called.
+
+It concerns speed and memory only: other modules ask here and compute the same function either way, up to rounding. A
+device is given by its type, as `torch.device` names it, so that this module can be used before PyTorch is imported.
+"""
+
+from collections.abc import Mapping
+from ctypes.util import find_library
+
+from qlora_api.contract import CPU_ALLOCATOR
+
+REPACKS_4BIT_LAYERS = False
+"""Whether bitsandbytes may repack 4-bit weights on CPUs with AVX512-BF16.
+
+It would do so in the first evaluation, for a path that has no gradients, and the weights could not be trained on again.
+"""
+FLOAT32_GRADIENT_TOKENS = 256
+"""Attention's gradients of rows up to this length, with padding, are computed in 32 bit.
+
+There the kernel is up to five times faster in 32 bit than in 16 bit (and, as the scores are not rounded, more exact).
+"""
+# The attention kernel keeps 4 MB of code for each row length that it has seen, for as long as the process lives. With
+# rows padded to a multiple of this it sees few. That costs no time, since the kernel works in blocks of this size.
+_ROW_MULTIPLE = 64
+# Each number of tokens in a batch costs a tenth of a second and more until oneDNN has code for its matmuls, and memory
+# between blocks that all have other sizes. Padding of long batches, 3 % on average, leaves few numbers.
+_PADDED_FROM_TOKENS = 512
+_TOKENS_MULTIPLE = 64
+
+
+def library_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables to set before PyTorch is imported; one that `environ` has stays as it is."""
+    settings = {
+        # oneDNN keeps the code of 1024 matmuls, by their exact shapes, which change with every packed sequence: some
+        # 40 MB more with each. One pass through a model needs a few dozen of them.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    }
+    if "OMP_WAIT_POLICY" not in environ:
+        # Threads that wait for work spin for a tenth of a millisecond and then sleep: waking one takes as long as a
+        # small operation, a third of a step. By default they spin so long that on a shared node they take the core from
+        # the thread that they wait for: two processes of two threads on two cores were then three times slower.
+        settings["GOMP_SPINCOUNT"] = "20000"
+    return {name: value for name, value in settings.items() if name not in environ}
+
+
+def preloaded_allocator(environ: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment in which training on a CPU is started, as the operator does in a pod.
+
+    Nothing if the allocator is not installed, or another library is preloaded already: no result depends on it.
+    """
+    installed = find_library("tcmalloc_minimal") == CPU_ALLOCATOR
+    return {"LD_PRELOAD": CPU_ALLOCATOR} if installed and "LD_PRELOAD" not in environ else {}
+
+
+def copies_mapped_weights(device_type: str, *, sharded: bool) -> bool:
+    """Whether to copy the weights that stay in 16 bit out of the mapped file from which they were loaded.
+
+    As long as one of them is used in place, the whole file stays in memory, including all weights that are now 4-bit.
+    A base that is to be sharded leaves main memory anyway.
+    """
+    return device_type == "cpu" and not sharded
+
+
+def padding(tokens: int, device_type: str) -> int:
+    """How many tokens of padding to append to a batch of `tokens` tokens."""
+    return -tokens % _TOKENS_MULTIPLE if device_type == "cpu" and tokens >= _PADDED_FROM_TOKENS else 0
+
+
+def keeps_dequantized(device_type: str, *, recomputed: bool) -> bool:
+    """Whether a fused LoRA layer keeps its dequantized weight until backward.
+
+    Only with `recomputed`, where backward comes a moment after the forward pass: then main memory holds the weights of
+    one block in 16 bit, 1.6 GB at 65B.
+    """
+    return recomputed and device_type == "cpu"
+
+
+def matmul_parts(rows: int, columns: int, device_type: str) -> int:
+    """In how many parts to multiply `rows` rows by a matrix of `columns` columns, one part after the other.
+
+    Given 1024 rows, oneDNN leaves all but one thread idle for matrices of 513 to 1024 columns, as models have that are
+    small enough for a CPU (1.2 instead of 1.9 TFLOP/s on two cores); given half of the rows it does not.
+    """
+    return 2 if device_type == "cpu" and 512 < columns <= 1024 and 768 <= rows <= 1024 else 1
+
+
+def fuses_attention(device_type: str, *, dropout: float, softcap: float | None) -> bool:
+    """Whether the attention of all rows is one operation (`model.attention_cpu`); its kernel has no other settings."""
+    return device_type == "cpu" and dropout == 0.0 and softcap is None
+
+
+def padded_row(tokens: int) -> int:
+    """Tokens of a row of `tokens` tokens with its padding, as the attention kernel is given it."""
+    return tokens + -tokens % _ROW_MULTIPLE
