@@ -1,4 +1,4 @@
-"""What operator and trainer promise each other: exit codes, records, mounted files and the workspace's layout."""
+"""The contract of operator and trainer: exit codes, records, mounted files and the workspace's layout."""
 
 import json
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ WORKSPACE_MOUNT = PurePosixPath("/workspace")
 VOLUMES_MOUNT = PurePosixPath("/volumes")
 CONFIG_MAPS_MOUNT = PurePosixPath("/config-maps")
 TOKEN_FILE = PurePosixPath("/secrets/model/token")
-# Below it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
+# In it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
 CREDENTIALS_MOUNT = PurePosixPath("/credentials")
 
 ENV_POD_UID = "QLORA_POD_UID"
@@ -31,7 +31,7 @@ ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
 
 CPU_ALLOCATOR = "libtcmalloc_minimal.so.4"
-"""What training on a CPU is started with (LD_PRELOAD): glibc's own allocator takes more time and more memory."""
+"""Preloaded (LD_PRELOAD) for training on a CPU: glibc's own allocator takes more time and more memory."""
 
 MAX_PROGRESS_BYTES = 1024
 MAX_RESULT_BYTES = 4096
@@ -39,7 +39,7 @@ MIN_SECONDS_BETWEEN_PROGRESS = 5.0
 
 
 class ExitCode(IntEnum):
-    """How a step ends. Everything that is not listed counts as INTERNAL_ERROR."""
+    """How a step ends. A code that is not listed counts as INTERNAL_ERROR."""
 
     DONE = 0
     BAD_CONFIGURATION = 10
@@ -62,7 +62,7 @@ class ExitCode(IntEnum):
 
     @property
     def permanent(self) -> bool:
-        """Whether the same step would end the same way again, so that it is never retried."""
+        """Whether another attempt would end in the same way, so that the step is not retried."""
         return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.RETRIES_EXHAUSTED
 
 
@@ -82,7 +82,7 @@ class _Record(ObservedModel):
 
 
 class ProgressRecord(_Record):
-    """How far the step is; at most one per 5 seconds and 1 KiB on standard output."""
+    """Progress of the step, on standard output: at most one record per 5 seconds, of at most 1 KiB."""
 
     kind: Literal["progress"] = "progress"
     activity: str = Field("", max_length=128)
@@ -102,7 +102,7 @@ class ProgressRecord(_Record):
 
 
 class ResultRecord(_Record):
-    """How the step ended; its last act, on standard output and in the termination log, at most 4096 bytes."""
+    """How the step ended, as its last line of standard output and in the termination log: at most 4096 bytes."""
 
     kind: Literal["result"] = "result"
     attempt: int = Field(1, ge=1)
@@ -149,7 +149,7 @@ def decode_record(line: str, *, job_uid: str, pod_uid: str) -> Record | None:
 
 @dataclass(frozen=True)
 class WorkspaceLayout:
-    """Where things lie in a job's own folder of the workspace volume."""
+    """Paths in a job's own folder on the workspace volume."""
 
     root: Path
 
@@ -175,17 +175,17 @@ class WorkspaceLayout:
 
     @property
     def adapter(self) -> Path:
-        """The published adapter, where no other destination is named."""
+        """The published adapter, if the job names no other destination."""
         return self.root / "adapter"
 
     @property
     def quantized(self) -> Path:
-        """The base model's 4-bit weights as training held them, where a merged model is asked for."""
+        """The base model's 4-bit weights that the adapter was trained on, if the job asks for a merged model."""
         return self.root / "quantized"
 
     @property
     def merged(self) -> Path:
-        """The merged model, where no other destination is named."""
+        """The merged model, if the job names no other destination."""
         return self.root / "merged"
 
     @property
@@ -199,5 +199,5 @@ class WorkspaceLayout:
         return self.root / "records"
 
     def completion(self, step: StepName) -> Path:
-        """The step's completion record: if it is there and matches, the step is not done again."""
+        """The step's completion record: if it exists and matches, the step is not repeated."""
         return self.records / f"{step}.json"

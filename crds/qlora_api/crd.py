@@ -1,4 +1,4 @@
-"""The CustomResourceDefinition, made from the models: a structural schema with CEL rules, columns and defaults."""
+"""The CustomResourceDefinition, generated from the models: a structural schema with CEL rules, columns and defaults."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ Schema = dict[str, Any]
 _NAME_RULE = rule(
     f"self.metadata.name.size() <= {MAX_NAME_LENGTH} && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
     f"metadata.name must be one DNS label (a-z, 0-9 and '-', no dots) of at most {MAX_NAME_LENGTH} characters: "
-    "the names of the job's pods are made from it",
+    "the names of the job's pods derive from it",
 )
 
-# Keywords that a structural schema must not hold; what they say is repeated by a CEL rule where it matters.
+# Keywords that a structural schema must not have; where they matter, a CEL rule says the same.
 _DROPPED = frozenset({"title", "propertyNames", "discriminator"})
 
 
@@ -26,17 +26,17 @@ def _column(name: str, path: str, *, type_: str = "string", wide: bool = False, 
 
 
 _COLUMNS = [
-    _column("Phase", ".status.phase", description="Where the job stands."),
+    _column("Phase", ".status.phase", description="Phase of the job."),
     _column("Progress", ".status.progress.summary", description="Training steps done."),
     _column("Loss", ".status.progress.loss", type_="number", description="Latest training loss."),
     _column("Remaining", ".status.progress.remaining", description="Time left for training."),
     _column("Model", ".spec.model.source", wide=True, description="The base model."),
-    _column("Adapter", ".status.adapter.uri", wide=True, description="Where the finished adapter lies."),
+    _column("Adapter", ".status.adapter.uri", wide=True, description="Address of the finished adapter."),
     _column(
         "Reason",
         '.status.conditions[?(@.type=="Succeeded")].reason',
         wide=True,
-        description="Why the job stands there.",
+        description="Reason for the phase.",
     ),
     _column("Age", ".metadata.creationTimestamp", type_="date", description="Time since the job was created."),
 ]
@@ -94,7 +94,7 @@ def custom_resource_definition() -> Schema:
 def structural_schema(model: type[BaseModel], *, defaults: bool) -> Schema:
     """The model's JSON schema as Kubernetes wants it: no references, no null, boolean exclusive bounds.
 
-    With `defaults`, an object that may be left out defaults to `{}`, so that the defaults of its own fields apply.
+    With `defaults`, an object that may be left out defaults to `{}`, so that the defaults of its fields apply.
     """
     document = model.model_json_schema(by_alias=True, mode="validation")
     return _structural(document, document.get("$defs", {}), defaults=defaults)

@@ -12,10 +12,10 @@ ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Columns(ApiModel):
-    """Names of the data set's columns, where they differ from the usual ones."""
+    """Names of the data set's columns, if they differ from those of the format."""
 
     messages: ColumnName | None = Field(None, description="Format chat: the list of {role, content}.")
-    instruction: ColumnName | None = Field(None, description="Format instruction: what is asked.")
+    instruction: ColumnName | None = Field(None, description="Format instruction: the instruction.")
     input: ColumnName | None = Field(None, description="Format instruction: optional further input.")
     output: ColumnName | None = Field(None, description="Format instruction: the answer.")
     prompt: ColumnName | None = Field(None, description="Format prompt-completion: the prompt.")
@@ -29,13 +29,13 @@ class Columns(ApiModel):
 Sha256 = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]
 
 _NO_REPOSITORY = (
-    "revision, config and split are of an hf:// data set; of any other source, name the file or folder, and pin sha256"
+    "revision, config and split are for an hf:// data set; of any other source name the file or folder, and set sha256"
 )
-_NO_OWN_SOURCE = "sha256, revision, config and split are of the evaluation's own source: set source, or leave them out"
+_NO_OWN_SOURCE = "sha256, revision, config and split are for the evaluation's own source: set source, or remove them"
 
 
 class EvalSpec(ApiModel):
-    """Rows that are held out for evaluation: either their own source or a fraction of the data set."""
+    """Rows held out for evaluation: from a source of their own, or a fraction of the data set."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -53,7 +53,9 @@ class EvalSpec(ApiModel):
         )
     )
 
-    source: DatasetAddress | None = Field(None, description="Address of the evaluation rows, of the same format.")
+    source: DatasetAddress | None = Field(
+        None, description="Address of the evaluation rows, in the format of the training rows."
+    )
     revision: Revision | None = Field(
         None,
         description="Branch, tag or commit of an hf:// source; if not set, dataset.revision for the same repository, "
@@ -68,10 +70,11 @@ class EvalSpec(ApiModel):
         None, description="Split of an hf:// source that has several; validation, or else test, if not set."
     )
     sha256: Sha256 | None = Field(
-        None, description="SHA-256 that the evaluation's own data must have, as dataset.sha256; not checked if not set."
+        None,
+        description="Expected SHA-256 of the evaluation's own data, as for dataset.sha256; not checked if not set.",
     )
     fraction: float | None = Field(
-        None, gt=0, lt=1, description="Fraction of the rows that is held out, chosen by the seed."
+        None, gt=0, lt=1, description="Fraction of the rows to hold out, chosen by training.seed."
     )
 
     @model_validator(mode="after")
@@ -94,7 +97,7 @@ _NO_OBJECTS = "secretRef is for s3:// data; an hf:// data set is read with spec.
 
 
 class DatasetSpec(ApiModel):
-    """The training data: JSONL, JSON, CSV or Parquet, by file ending, also compressed."""
+    """The training data: JSONL, JSON, CSV (each optionally compressed) or Parquet, as the file name ends."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -111,8 +114,8 @@ class DatasetSpec(ApiModel):
     )
 
     source: DatasetAddress = Field(
-        description="Where the rows lie: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH or "
-        "configMap://NAME/KEY; a .jsonl, .json, .csv (each also with .gz, .bz2, .xz or .zst behind it) or .parquet "
+        description="Address of the rows: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH or "
+        "configMap://NAME/KEY; a .jsonl, .json, .csv (each optionally followed by .gz, .bz2, .xz or .zst) or .parquet "
         "file, or a folder of such files of one kind."
     )
     revision: Revision | None = Field(None, description="Branch, tag or commit of an hf:// data set; main if not set.")
@@ -120,24 +123,24 @@ class DatasetSpec(ApiModel):
         None, description="Configuration (subset) of an hf:// data set that has several; default if not set."
     )
     secret_ref: SecretRef | None = Field(
-        None, description="Credentials to read s3:// data with. Only the prepare step sees them."
+        None, description="Credentials for reading s3:// data. Only the prepare step mounts them."
     )
     format: Literal["auto", "chat", "sharegpt", "instruction", "prompt-completion", "text"] = Field(
-        "auto", description="How a row is read. auto decides by the columns and reports what it found."
+        "auto", description="Format of the rows. auto detects it by the columns and reports it in status.dataset."
     )
-    columns: Columns | None = Field(None, description="Names of the columns, where they differ from the usual ones.")
+    columns: Columns | None = Field(None, description="Names of the columns, if they differ from those of the format.")
     split: ColumnName | None = Field(None, description="Split of an hf:// data set that has several; train if not set.")
     eval: EvalSpec | None = Field(None, description="Rows held out for evaluation; none if not set.")
     max_samples: int | None = Field(
-        None, ge=1, le=2**31 - 1, description="Use only the first so many rows; all if not set."
+        None, ge=1, le=2**31 - 1, description="Number of rows to use, the first ones; all if not set."
     )
     shuffle: bool = Field(
-        False, description="Let training.seed choose the maxSamples rows, instead of using the first ones."
+        False, description="Choose the maxSamples rows at random, by training.seed, instead of using the first ones."
     )
     sha256: Sha256 | None = Field(
         None,
-        description="SHA-256 that the data file must have, or, for several, that of the lines that sha256sum prints "
-        "for them in the order of their names; not checked if not set.",
+        description="Expected SHA-256 of the data file; for several files, of the lines that sha256sum prints for them "
+        "in the order of their names. Not checked if not set.",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The part of a QLoRAJob's spec that says where the base model comes from and where the adapter goes."""
+"""The part of a QLoRAJob's spec that says where the base model comes from and where the adapter is published."""
 
 from typing import Annotated, Self
 
@@ -29,8 +29,8 @@ class SecretRef(ApiModel):
     )
 
 
-_HUB_TOKEN = "for an hf:// model set tokenSecretRef, and for a pvc:// model nothing"  # noqa: S105 - a sentence
-_NO_REVISION = "revision is for hf://: an oci:// address ends in a tag or digest, and what lies elsewhere has none"
+_NO_SECRET = "secretRef is for s3:// and oci:// models: for an hf:// model set tokenSecretRef, for pvc:// neither"  # noqa: S105
+_NO_REVISION = "revision is for hf:// models: an oci:// address ends in a tag or digest, s3:// and pvc:// have none"
 
 
 class BaseModelSpec(ApiModel):
@@ -38,34 +38,31 @@ class BaseModelSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            rule(
-                "!has(self.secretRef) || self.source.matches('^(s3|oci)://')",
-                f"secretRef is for s3 and oci: {_HUB_TOKEN}",
-            ),
+            rule("!has(self.secretRef) || self.source.matches('^(s3|oci)://')", _NO_SECRET),
             rule("!has(self.revision) || self.source.startsWith('hf://')", _NO_REVISION),
         )
     )
 
     source: ModelAddress = Field(
-        description="Where the base model lies, a folder with config.json, tokenizer and *.safetensors: hf://ORG/NAME "
+        description="Address of the base model, a folder with config.json, tokenizer and *.safetensors: hf://ORG/NAME "
         "(Hugging Face Hub), s3://BUCKET/PATH, oci://REGISTRY/REPOSITORY:TAG or @sha256:DIGEST (a ModelPack artifact "
-        "with one layer a file), or pvc://CLAIM/PATH (a volume of this namespace, mounted read-only and not copied)."
+        "with one layer per file), or pvc://CLAIM/PATH (a volume of this namespace, mounted read-only and not copied)."
     )
     revision: Revision | None = Field(
         None,
-        description="Branch, tag or commit of an hf:// model; main if not set. The commit it stands for is recorded.",
+        description="Branch, tag or commit of an hf:// model; main if not set. The status records its commit.",
     )
     token_secret_ref: SecretKeyRef | None = Field(
-        None, description="Read token for gated or private repositories. Only the prepare step sees it."
+        None, description="Token for gated or private repositories. Only the prepare step mounts it."
     )
     secret_ref: SecretRef | None = Field(
-        None, description="Credentials to read an s3:// or oci:// model with. Only the prepare step sees them."
+        None, description="Credentials for reading an s3:// or oci:// model. Only the prepare step mounts them."
     )
 
     @model_validator(mode="after")
     def _secret_of_its_scheme(self) -> Self:
         if self.secret_ref is not None and not self.source.startswith(("s3://", "oci://")):
-            raise ValueError(f"secretRef is for s3 and oci: {_HUB_TOKEN}")
+            raise ValueError(_NO_SECRET)
         return self
 
     @model_validator(mode="after")
@@ -79,16 +76,16 @@ class MergedSpec(ApiModel):
     """The adapter merged into the dequantized base, in bfloat16: a plain model that any server loads."""
 
     destination: FolderAddress | None = Field(
-        None, description="Where the merged model goes, as output.destination; `merged/` in the workspace if not set."
+        None, description="Folder for the merged model, as output.destination; `merged/` in the workspace if not set."
     )
 
 
-_NOTHING_TO_OPEN = "secretRef is for a destination that is not a volume: set s3://, hf:// or oci://"
-_ONE_IN_THE_OTHER = "adapter and merged model need folders of their own: change destination or merged.destination"
+_NOTHING_TO_OPEN = "secretRef is for an s3://, hf:// or oci:// destination: set one, or remove secretRef"
+_ONE_IN_THE_OTHER = "adapter and merged model need separate folders: change destination or merged.destination"
 
 
 class OutputSpec(ApiModel):
-    """Where the finished adapter goes."""
+    """Where the adapter is published."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -111,14 +108,14 @@ class OutputSpec(ApiModel):
 
     destination: FolderAddress | None = Field(
         None,
-        description="Folder for the adapter: pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (made as a private "
+        description="Folder for the adapter: pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (created as a private "
         "repository if there is none) or oci://REGISTRY/REPOSITORY:TAG; `adapter/` in the workspace if not set.",
     )
     secret_ref: SecretRef | None = Field(
-        None, description="Credentials to write to the destination with. Only the publish step sees them."
+        None, description="Credentials for writing to the destination. Only the publish step mounts them."
     )
     merged: MergedSpec | None = Field(
-        None, description="Also merge the adapter into the dequantized base and publish that; not if not set."
+        None, description="Also publish the adapter merged into the dequantized base; not merged if not set."
     )
 
     @model_validator(mode="after")

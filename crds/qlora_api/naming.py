@@ -14,7 +14,7 @@ SPEC_ANNOTATION = "qlora.dev/spec"
 
 
 def short_uid(uid: str) -> str:
-    """The first eight characters of a UID: enough to tell a job from its namesake that was deleted before."""
+    """The first eight characters of a UID: enough to tell a job from a deleted one of the same name."""
     return uid[:8]
 
 
@@ -24,7 +24,7 @@ def child_job_name(job_name: str, step: StepName, attempt: int) -> str:
 
 
 def workspace_claim_name(job_name: str, uid: str) -> str:
-    """Name of the claim that the operator makes; with the UID, because a retained claim outlives its job."""
+    """Name of the claim that the operator creates; with the UID, because a retained claim outlives its job."""
     return f"{job_name}-{short_uid(uid)}"
 
 

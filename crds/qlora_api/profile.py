@@ -10,7 +10,7 @@ from qlora_api.sources import REGISTRY
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
-# Zero is refused here because the API server refuses it later, when nobody looks: in a claim's size, for example.
+# Zero is rejected here because the API server rejects it later, in a claim's size for example, when nobody is watching.
 QUANTITY = r"^(0\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
@@ -22,7 +22,7 @@ LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE)]
 
 RegistryHost = Annotated[str, Field(max_length=260, pattern=rf"^(http://)?{REGISTRY}$")]
 
-_KEY_MESSAGE = "a label key is NAME or PREFIX/NAME, as of a node's label"
+_KEY_MESSAGE = "a label key is NAME or PREFIX/NAME, as in a node's labels"
 
 
 def _check_keys(selector: dict[str, str]) -> dict[str, str]:
@@ -34,7 +34,7 @@ def _check_keys(selector: dict[str, str]) -> dict[str, str]:
 
 NodeSelector = Annotated[
     dict[Annotated[str, Field(max_length=317)], LabelValue],
-    # A structural schema says nothing of keys, so that they need rules.
+    # A structural schema cannot constrain keys: rules do.
     Field(
         max_length=16,
         json_schema_extra=rules(
@@ -47,7 +47,7 @@ NodeSelector = Annotated[
 AccessMode = Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"]
 
 
-# What the API server would refuse in the pod, long after it has taken the QLoRAJob.
+# What the API server would reject in the pod, long after it has admitted the QLoRAJob.
 _NO_KEY = "a toleration without a key needs operator: Exists"
 _VALUE_OF_EXISTS = "operator: Exists takes no value"
 _SECONDS = "tolerationSeconds needs effect: NoExecute"
@@ -75,7 +75,7 @@ class Toleration(ApiModel):
         None, description="Effect of the taint; all effects if not set."
     )
     toleration_seconds: int | None = Field(
-        None, ge=0, le=2**31 - 1, description="Seconds that a NoExecute taint is tolerated; for ever if not set."
+        None, ge=0, le=2**31 - 1, description="Seconds that a NoExecute taint is tolerated; forever if not set."
     )
 
     @model_validator(mode="after")
@@ -93,26 +93,26 @@ Tolerations = Annotated[tuple[Toleration, ...], Field(max_length=16)]
 
 
 class StepResources(ApiModel):
-    """Compute of one step's pod, as request and limit."""
+    """CPU and memory of one step's pod."""
 
     cpu: Quantity = Field("2", description="CPU cores, request only: a limit would throttle tokenization.")
     memory: Quantity = Field("4Gi", description="Memory, request and limit.")
 
 
 class Resources(ApiModel):
-    """Compute of each step. A job may raise what `train` gets."""
+    """CPU and memory of each step. A job may set those of `train`."""
 
     prepare: StepResources = Field(StepResources(), description="For downloading, checking and tokenizing.")
     train: StepResources = Field(StepResources(cpu="4", memory="24Gi"), description="Host side of the training pod.")
     publish: StepResources = Field(
         StepResources(),
-        description="For checking and writing the adapter. A merge (output.merged) needs 2 GiB and 8 bytes for each "
+        description="For checking and writing the adapter. A merge (output.merged) needs 2 GiB and 8 bytes per "
         "weight of the model's largest layer: 4Gi is enough for 70B.",
     )
 
 
 class RunAs(ApiModel):
-    """The identity of the pods. Left out where the platform assigns one (OpenShift)."""
+    """User and groups of the pods. Not set where the platform assigns them (OpenShift)."""
 
     user: int = Field(10001, ge=1, le=2**31 - 1, description="User id.")
     group: int = Field(10001, ge=1, le=2**31 - 1, description="Group id.")
@@ -120,12 +120,12 @@ class RunAs(ApiModel):
 
 
 class WorkspaceDefaults(ApiModel):
-    """How a workspace volume is made when the job does not bring its own claim."""
+    """The claim that the operator creates for a job that does not name its own."""
 
     topology: Literal["shared", "zonal", "node-local"] = Field(
         "zonal",
         description="Where the volume can be mounted: shared (anywhere), zonal or node-local. "
-        "Unless it is shared, prepare and publish run where train may run, without asking for a GPU.",
+        "Unless it is shared, prepare and publish run on the nodes of train, without requesting a GPU.",
     )
     storage_class_name: ObjectName | None = Field(None, description="StorageClass; the cluster's default if not set.")
     access_mode: AccessMode = Field("ReadWriteOnce", description="Access mode of the claim.")
@@ -136,7 +136,7 @@ class ObjectStoreSettings(ApiModel):
     """The object store behind s3:// addresses. A job names buckets in it, never another host."""
 
     endpoint: Annotated[str, Field(max_length=512, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+$")] | None = Field(
-        None, description="URL of an S3 server, which gets the bucket's name in the path; AWS's own if not set."
+        None, description="URL of an S3 server, used with path-style addresses (URL/BUCKET); AWS if not set."
     )
     region: Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9-]+$")] | None = Field(
         None, description="Region of the buckets; us-east-1 if not set."
@@ -144,41 +144,46 @@ class ObjectStoreSettings(ApiModel):
 
 
 class Profile(ApiModel):
-    """A class of jobs as the administrator set it up. A job names it; it cannot change anything in it."""
+    """A class of jobs, set up by the administrator. A job names it and can change nothing in it."""
 
-    image: str = Field(max_length=512, description="The trainer image, best by digest.")
+    image: str = Field(max_length=512, description="The trainer image, preferably by digest.")
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field("IfNotPresent", description="As in a pod.")
     image_pull_secrets: tuple[ObjectName, ...] = Field(
         (), max_length=8, description="Names of the pull secrets in the job's namespace."
     )
     device: Literal["cuda", "cpu"] = Field(
-        "cuda", description="What train computes on. With cuda a pod that finds no GPU fails instead of crawling."
+        "cuda", description="Device of train. With cuda, a pod that finds no GPU fails instead of training on the CPU."
     )
     gpu_resource: LabelKey | None = Field(
-        None, description="Extended resource of which train asks one, for example nvidia.com/gpu."
+        None, description="Extended resource that train requests for its GPUs, for example nvidia.com/gpu."
     )
     runtime_class_name: ObjectName | None = Field(None, description="RuntimeClass of the train pod.")
     service_account_name: ObjectName | None = Field(None, description="Service account; its token is never mounted.")
-    run_as: RunAs | None = Field(None, description="Identity of the pods; the platform's choice if not set.")
-    node_selector: NodeSelector = Field({}, description="Labels of the nodes; a job can add, not change.")
+    run_as: RunAs | None = Field(None, description="User and groups of the pods; the platform's choice if not set.")
+    node_selector: NodeSelector = Field(
+        {}, description="Labels that the nodes must have; a job can add to them, not change them."
+    )
     tolerations: Tolerations = Field((), description="Taints that the pods tolerate.")
     allow_job_scheduling: bool = Field(
         True,
         description="Whether a job may set nodeSelector, tolerations and priorityClassName in spec.scheduling. "
-        "If not, one that does waits and says why.",
+        "If not, one that does waits with the reason SchedulingNotAllowed.",
     )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
-    resources: Resources = Field(Resources(), description="Compute of each step.")
+    resources: Resources = Field(Resources(), description="CPU and memory of each step.")
     hub_endpoint: str | None = Field(
-        None, max_length=512, description="URL of the model hub; huggingface.co if not set."
+        None, max_length=512, description="URL of the Hugging Face Hub or of a mirror; huggingface.co if not set."
     )
-    object_store: ObjectStoreSettings = Field(ObjectStoreSettings(), description="Where s3:// addresses lead.")
+    object_store: ObjectStoreSettings = Field(ObjectStoreSettings(), description="The object store of s3:// addresses.")
     registries: tuple[RegistryHost, ...] = Field(
         (),
         max_length=32,
-        description="OCI registries that jobs may name in oci://, as HOST or HOST:PORT; with http:// before it, "
-        "without TLS. Servers that give out their tokens belong here too. Credentials are sent to no other host.",
+        description="OCI registries that jobs may name in oci://, as HOST or HOST:PORT; with http:// before one "
+        "without TLS. Their token servers must be listed too: credentials are sent to no other host.",
     )
     termination_grace_period_seconds: int = Field(
-        120, ge=30, le=3600, description="Seconds that train gets to finish a step and save before it is killed."
+        120,
+        ge=30,
+        le=3600,
+        description="Seconds that train has to finish a step and save a checkpoint before it is killed.",
     )

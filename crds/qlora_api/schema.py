@@ -36,9 +36,9 @@ def rules(*entries: dict[str, str]) -> dict[str, Any]:
 
 
 def immutable(model: type[BaseModel], *, except_for: frozenset[str], remedy: str) -> list[dict[str, str]]:
-    """Transition rules that refuse a changed, added or removed field of `model`, one rule and message a field.
+    """Transition rules that reject a changed, added or removed field of `model`; one rule and message per field.
 
-    They sit on the parent because a rule on the field itself is not evaluated when an optional field appears or goes.
+    They are on the parent because a rule on the field itself is not evaluated when an optional field appears or goes.
     """
 
     def transition(name: str, field: FieldInfo) -> dict[str, str]:

@@ -18,7 +18,7 @@ _HUB_DATASET = rf"hf://{_REPOSITORY}(/{_PATH})?"
 _VOLUME = rf"pvc://{_CLAIM}(/{_PATH})?/?"
 _CONFIG_MAP = rf"configMap://{_CLAIM}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
 _OBJECTS = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_PATH}/?"
-# A registry's name has a dot or a port, which tells it from the first part of a repository's (distribution/reference).
+# A registry's name has a dot or a port, unlike the first part of a repository's name (distribution/reference).
 REGISTRY = r"([a-z0-9-]+([.][a-z0-9-]+)+(:[0-9]{1,5})?|[a-z0-9-]+:[0-9]{1,5})"
 _ARTIFACT_NAME = r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*"
 _ARTIFACT = rf"oci://{REGISTRY}/{_ARTIFACT_NAME}(/{_ARTIFACT_NAME})*"
@@ -79,7 +79,7 @@ class RegistrySource:
 
     @property
     def reference(self) -> str:
-        """What the registry is asked for: the digest where it is known, else the tag."""
+        """What to request from the registry: the digest if it is known, else the tag."""
         return self.digest or self.tag or ""
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ _dataset, _dataset_rules = _address(
     f"{_HUB_DATASET}|{_VOLUME}|{_OBJECTS}|{_CONFIG_MAP}",
     "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH or configMap://NAME/KEY",
 )
-# The root of a claim is nobody's own, so that a destination needs a folder; a digest is not known before the upload.
+# A claim's root is shared, so a destination needs a folder; a digest is not known before the upload.
 _folder, _folder_rules = _address(
     rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTIFACT}{_TAG}",
     "pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",

@@ -16,7 +16,7 @@ StepName = Literal["prepare", "train", "publish", "clean"]
 
 
 def _check_time(text: str) -> str:
-    # fromisoformat alone takes weeks, days of the year and times without a zone, which the API server refuses.
+    # fromisoformat also accepts weeks, days of the year and times without a zone, which the API server rejects.
     if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", text, re.ASCII):
         raise ValueError(f"found {text!r}, must be a time as RFC 3339 writes it, for example 2026-01-02T03:04:05Z")
     datetime.fromisoformat(text)
@@ -43,16 +43,16 @@ class Condition(ObservedModel):
     reason: str = Field(max_length=128, description="Why, in one CamelCase word.")
     message: Message = Field("", description="Why, and what to do, for people.")
     last_transition_time: Timestamp = Field(description="When the status last changed.")
-    observed_generation: int = Field(0, ge=-1, le=2**53, description="Generation of the spec that was looked at.")
+    observed_generation: int = Field(0, ge=-1, le=2**53, description="Generation of the spec that it is about.")
 
 
 class Resolved(ObservedModel):
-    """What was fixed before the first pod: an upgrade of the operator cannot change a job half way."""
+    """What was fixed before the first pod, so that an upgrade of the operator does not change a running job."""
 
     contract_version: int = Field(ge=1, le=1000, description="Version of the contract between operator and trainer.")
-    profile: Profile = Field(description="The administrator's profile as it stood.")
+    profile: Profile = Field(description="The administrator's profile when the job started.")
     claim_name: str = Field(max_length=253, description="The workspace's PersistentVolumeClaim.")
-    claim_created: bool = Field(description="Whether the operator makes that claim.")
+    claim_created: bool = Field(description="Whether the operator creates that claim.")
     workspace_path: str = Field(max_length=256, description="The job's own folder on the claim.")
     model_revision: ShortText | None = Field(
         None, description="Commit (hf://), or digest of the artifact (oci://) or the content, of the base model."
@@ -67,27 +67,27 @@ class StepStatus(ObservedModel):
     job_uid: str = Field("", max_length=64, description="UID of that Job; empty until it is known to exist.")
     attempt: int = Field(ge=1, le=100_000, description="How many Jobs the step has had.")
     counted_pod: str = Field(
-        "", max_length=64, description="UID of its latest pod that failures, disruptions and activeSeconds contain."
+        "", max_length=64, description="UID of its latest pod that failures, disruptions and activeSeconds include."
     )
-    unverified: int = Field(0, ge=0, le=100, description="How many of them completed without a readable result.")
+    unverified: int = Field(0, ge=0, le=100, description="How many of its Jobs completed without a readable result.")
 
 
 class ProgressStatus(ObservedModel):
-    """How far training is. Values are the latest; history is in the report."""
+    """Progress of training. Values are the latest; the report has their history."""
 
     step: Count = Field(0, description="Optimizer steps done.")
     total_steps: Count = Field(0, description="Optimizer steps in all.")
     percent: int = Field(0, ge=0, le=100, description="Steps done, in percent.")
     epoch: float = Field(0.0, ge=0, le=1e9, description="Passes over the data so far.")
-    loss: float | None = Field(None, description="Training loss a target token (natural log), of the latest step.")
-    eval_loss: float | None = Field(None, description="Loss on the held-out rows, of the latest evaluation.")
+    loss: float | None = Field(None, description="Training loss per target token (natural log) in the latest step.")
+    eval_loss: float | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
     learning_rate: float | None = Field(None, description="Learning rate of the latest step.")
-    tokens_per_second: float | None = Field(None, description="Useful tokens a second, without padding.")
+    tokens_per_second: float | None = Field(None, description="Tokens per second, without padding.")
     peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
     micro_batch_size: Count | None = Field(
-        None, description="What microBatchSize was lowered to when the GPU ran out of memory; not set if it never was."
+        None, description="What autoMicroBatch lowered microBatchSize to; not set if it did not."
     )
-    summary: ShortText = Field("", description='For people, for example "42% 420/1000".')
+    summary: ShortText = Field("", description='Progress for people, for example "42% 420/1000".')
     remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')
     updated_at: Timestamp | None = Field(None, description="When the trainer reported this.")
 
@@ -99,18 +99,18 @@ class MemoryStatus(ObservedModel):
     low_bytes: Bytes = Field(description="Lower end of what is plausible.")
     high_bytes: Bytes = Field(description="Upper end of what is plausible.")
     budget_bytes: Bytes | None = Field(
-        None, description="Usable memory of the card (resources.gpuMemory), if it was given."
+        None, description="Usable memory of the GPU; not set if resources.gpuMemory is not."
     )
     verdict: Literal["fits", "tight", "exceeds", "unknown"] = Field(
-        description="unknown: resources.gpuMemory was not given."
+        description="Whether the run fits the GPU; unknown if resources.gpuMemory is not set."
     )
     peak_bytes: Bytes | None = Field(None, description="Measured peak of the run, for comparison.")
 
 
 class DatasetStatus(ObservedModel):
-    """What the data set turned out to be."""
+    """What prepare found in the data set."""
 
-    format: ShortText = Field(description="The format, as given or as found.")
+    format: ShortText = Field(description="The format, as set or as detected.")
     rows: Count = Field(description="Rows read.")
     used_rows: Count = Field(description="Rows that are trained on.")
     eval_rows: Count = Field(0, description="Rows that are held out.")
@@ -121,7 +121,7 @@ class DatasetStatus(ObservedModel):
 
 
 class CheckpointStatus(ObservedModel):
-    """The newest checkpoint: where a resumed run goes on."""
+    """The latest checkpoint, from which a resumed run starts."""
 
     step: Count = Field(description="Optimizer steps done.")
     saved_at: Timestamp = Field(description="When it was saved.")
@@ -130,7 +130,7 @@ class CheckpointStatus(ObservedModel):
 class AdapterStatus(ObservedModel):
     """The finished adapter."""
 
-    uri: Uri = Field(description="Folder of adapter_model.safetensors and adapter_config.json.")
+    uri: Uri = Field(description="Folder with adapter_model.safetensors and adapter_config.json.")
     sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of adapter_model.safetensors.")
     size_bytes: Bytes = Field(description="Size of adapter_model.safetensors.")
     base_model: Uri = Field(description="The base model, as in the spec.")
@@ -140,11 +140,11 @@ class AdapterStatus(ObservedModel):
         None,
         ge=1,
         le=8192,
-        description="What a server must allow: the smallest --max-lora-rank that vLLM accepts for it, so 64 for rank "
-        "48 (its default is 16). Not set if vLLM does not load this adapter.",
+        description="The smallest --max-lora-rank with which vLLM loads the adapter, for example 64 for rank 48 "
+        "(vLLM's default is 16). Not set if vLLM does not load it.",
     )
     quantization: ShortText = Field(
-        description="How the base was held in training, for example nf4 with double quantization."
+        description="How the base was quantized in training, for example nf4 with double quantization."
     )
 
 
@@ -152,30 +152,32 @@ class MergedStatus(ObservedModel):
     """The adapter merged into the dequantized base."""
 
     uri: Uri = Field(description="Folder of the merged model, in bfloat16.")
-    sha256: str = Field(max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of manifest.json in it.")
+    sha256: str = Field(
+        max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of manifest.json in that folder."
+    )
     size_bytes: Bytes = Field(description="Size of its weights.")
-    eval_loss: float | None = Field(None, description="Loss of the merged model; no rows were held out if not set.")
+    eval_loss: float | None = Field(None, description="Loss of the merged model; not set if no rows were held out.")
     adapter_eval_loss: float | None = Field(
         None, description="Loss of the adapter on its 4-bit base, on the same held-out rows."
     )
-    eval_tokens: Count = Field(0, description="Target tokens that both losses are means over.")
+    eval_tokens: Count = Field(0, description="Number of target tokens that both losses are means of.")
 
 
 class FailureStatus(ObservedModel):
-    """The latest failure, also of an attempt that is tried again."""
+    """The latest failure, also of an attempt that is retried."""
 
     step: StepName = Field(description="The step that failed.")
     reason: str = Field(max_length=128, description="Why, in one CamelCase word.")
     exit_code: int | None = Field(None, ge=0, le=255, description="Exit code of the trainer.")
     message: Message = Field("", description="What happened and what to do.")
-    time: Timestamp = Field(description="When it was seen.")
+    time: Timestamp = Field(description="When the attempt ended, or when the failure was seen.")
 
 
 class QLoRAJobStatus(ObservedModel):
-    """What the operator knows of a job. The conditions are the truth; the rest explains them."""
+    """What the operator reports about a job. The conditions are authoritative; the other fields explain them."""
 
     observed_generation: int | None = Field(
-        None, ge=-1, le=2**53, description="Generation of the spec that was looked at."
+        None, ge=-1, le=2**53, description="Generation of the spec that the status is about."
     )
     phase: Phase | None = Field(None, description="Summary of the conditions, for people.")
     conditions: tuple[Condition, ...] = Field(
@@ -186,18 +188,16 @@ class QLoRAJobStatus(ObservedModel):
     )
     resolved: Resolved | None = Field(None, description="What was fixed before the first pod.")
     step: StepStatus | None = Field(None, description="The step that runs, or ran last.")
-    progress: ProgressStatus | None = Field(None, description="How far training is.")
+    progress: ProgressStatus | None = Field(None, description="Progress of training.")
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
-    dataset: DatasetStatus | None = Field(None, description="What the data set turned out to be.")
-    checkpoint: CheckpointStatus | None = Field(None, description="The newest checkpoint.")
+    dataset: DatasetStatus | None = Field(None, description="What prepare found in the data set.")
+    checkpoint: CheckpointStatus | None = Field(None, description="The latest checkpoint.")
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
-    merged: MergedStatus | None = Field(None, description="The merged model, where output.merged asks for one.")
+    merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")
     failures: Count = Field(0, description="Failed attempts so far.")
     disruptions: Count = Field(0, description="Interrupted attempts so far.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
-    active_until: Timestamp | None = Field(
-        None, description="Until when activeSeconds has counted; what lies before is not added again."
-    )
+    active_until: Timestamp | None = Field(None, description="Time up to which activeSeconds has been counted.")
     last_failure: FailureStatus | None = Field(None, description="The latest failure.")
-    start_time: Timestamp | None = Field(None, description="When the job was first seen.")
+    start_time: Timestamp | None = Field(None, description="When the operator first saw the job.")
     completion_time: Timestamp | None = Field(None, description="When the job ended.")

@@ -12,11 +12,11 @@ ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za
 
 
 class QuantizationSpec(ApiModel):
-    """How the base model is held: 4 bits a weight (arXiv 2305.14314). Computation is always in bfloat16."""
+    """How the base model is quantized: 4 bits per weight (arXiv 2305.14314). Computation is always in bfloat16."""
 
     type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type: NormalFloat (nf4) or float (fp4).")
     double_quant: bool = Field(
-        True, description="Quantize the quantization constants too: 4.127 instead of 4.5 bits a weight."
+        True, description="Quantize the quantization constants too: 4.127 instead of 4.5 bits per weight."
     )
 
 
@@ -38,16 +38,16 @@ class LoraSpec(ApiModel):
         "or names such as q_proj.",
     )
     use_rslora: bool = Field(
-        False, description="Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."
+        False, description="rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."
     )
     use_dora: bool = Field(
         False,
-        description="Train magnitude and direction apart (arXiv 2402.09353). Slower; vLLM cannot serve the adapter.",
+        description="DoRA: train magnitude and direction apart (arXiv 2402.09353). Slower; vLLM cannot serve it.",
     )
     initialization: Literal["default", "loftq"] = Field(
         "default",
-        description="How A and B begin: default (B is 0), or loftq, which makes up for the error of the quantization "
-        "(arXiv 2310.08659).",
+        description="How A and B are initialized: default (B is 0), or loftq, which compensates for the quantization "
+        "error (arXiv 2310.08659).",
     )
     layers_to_transform: Annotated[tuple[BlockNumber, ...], Field(min_length=1, max_length=256)] | None = Field(
         None, description="Numbers of the decoder blocks that get an adapter, from 0; all if not set."
@@ -56,12 +56,12 @@ class LoraSpec(ApiModel):
         Annotated[tuple[Literal["embed_tokens", "lm_head"], ...], Field(min_length=1, max_length=2)] | None
     ) = Field(
         None,
-        description="What is trained whole, in 16 bit, and saved with the adapter: token embeddings (embed_tokens), "
-        "the output layer (lm_head). Costs memory; few servers load such an adapter.",
+        description="Modules that are trained in full, in 16-bit, and saved with the adapter: the token embeddings "
+        "(embed_tokens), the output layer (lm_head). Costs memory; few servers load such an adapter.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Type in which adapter weights are stored. bfloat16 saves memory but loses small updates.",
+        description="Type of the stored adapter weights. bfloat16 saves memory but loses small updates.",
     )
 
 
@@ -95,33 +95,38 @@ class TrainingSpec(ApiModel):
     max_grad_norm: float = Field(0.3, gt=0, le=1000, description="Gradients are scaled down to this norm.")
     auto_micro_batch: bool = Field(
         False,
-        description="When the GPU runs out of memory, do the step again with half the microBatchSize and twice the "
-        "gradientAccumulationSteps, go on so, and report the change.",
+        description="When the GPU runs out of memory, repeat the step with half the microBatchSize and twice the "
+        "gradientAccumulationSteps, keep these for the rest of the run, and report the change.",
     )
     divergence_patience: int = Field(
         20,
         ge=0,
         le=10_000,
-        description="Optimizer steps in a row with a loss far above that of the steps before, after which training is "
-        "given up if the base model alone does better; as the run's last step one is enough, or one that raises the "
-        "loss. 0 waits for ever and publishes what comes of it. NaN and infinity end it at once.",
+        description="Optimizer steps in a row with a loss or gradient norm far above that of the steps before, after "
+        "which training fails if the base model alone has the lower loss; at the run's last step one is enough, or a "
+        "rise of the loss. 0 never fails for this. NaN and infinity fail at once.",
     )
     sharding: Literal["none", "full"] = Field(
         "none",
         description="With several GPUs: each holds the whole base (none), or a part of it (full, FSDP2), which is "
-        "slower and needs less memory. Without merged output, samples and autoMicroBatch.",
+        "slower and needs less memory. full has no merged output, no samples and no autoMicroBatch.",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
-        (), description="Where the curves are written besides the report, in files below report/ of the workspace."
+        (), description="Trackers that the curves are also written for, as files in report/ of the workspace."
     )
     optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
-        "paged_adamw_32bit", description="AdamW with state in paged memory (32 or 8 bit), or PyTorch's own."
+        "paged_adamw_32bit", description="AdamW with paged state in 32-bit or 8-bit, or PyTorch's AdamW."
     )
     max_sequence_length: int = Field(
-        512, ge=16, le=131_072, description="Tokens in one sequence. Longer rows are left out, counted and reported."
+        512,
+        ge=16,
+        le=131_072,
+        description="Tokens per sequence. Longer rows are left out and reported in status.dataset.",
     )
-    packing: bool = Field(True, description="Fill each sequence with several rows, which cannot see each other.")
-    train_on: Literal["completion", "all"] = Field("completion", description="Tokens that count in the loss.")
+    packing: bool = Field(True, description="Pack several rows into each sequence. Attention does not cross rows.")
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="Tokens that are trained on: those of the answers, or all."
+    )
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass. Saves much memory."
     )
@@ -133,7 +138,7 @@ class TrainingSpec(ApiModel):
         3,
         ge=0,
         le=20,
-        description="Prompts that the model answers without and with the adapter after training, for the report.",
+        description="Number of prompts whose answers, without and with the adapter, are shown in the report.",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of initialization, data order and dropout.")
 
@@ -145,20 +150,20 @@ class TrainingSpec(ApiModel):
 
 
 class ResourcesSpec(ApiModel):
-    """What the train pod needs."""
+    """GPUs, CPU and memory of the train pod."""
 
     gpus: int = Field(
         1,
         ge=1,
         le=16,
-        description="GPUs of the train pod. With several, each trains on its share of every step's micro batches; the "
-        "result is that of one. Let gradientAccumulationSteps be a multiple.",
+        description="GPUs of the train pod. With several, each trains on its share of every step's micro batches, with "
+        "the result of one GPU. Make gradientAccumulationSteps a multiple of gpus.",
     )
     gpu_memory: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="Memory of the GPU card in GiB. If set, a job that cannot fit is refused before it costs anything.",
+        description="Memory of each GPU in GiB. If set, prepare, which has no GPU, rejects a job that cannot fit.",
     )
     cpu: Quantity | None = Field(None, description="CPU cores of the train pod; the profile's if not set.")
     memory: Quantity | None = Field(None, description="Host memory of the train pod; the profile's if not set.")

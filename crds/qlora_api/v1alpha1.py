@@ -19,7 +19,7 @@ MAX_NAME_LENGTH = 45
 
 
 class WorkspaceSpec(ApiModel):
-    """The volume on which the steps work: either a claim of yours, or how to make one."""
+    """The volume that the steps share: an existing claim, or how to create one."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -29,12 +29,12 @@ class WorkspaceSpec(ApiModel):
             ),
             rule(
                 "!has(self.claimName) || self.retain",
-                "retain: false deletes the claim that the operator made; it cannot go with claimName",
+                "retain: false deletes the claim that the operator created; it cannot be combined with claimName",
             ),
             rule(
                 "!has(self.accessModes) || self.accessModes.size() == 1 || "
                 "!self.accessModes.exists(mode, mode == 'ReadWriteOncePod')",
-                "accessModes: ReadWriteOncePod cannot go with another",
+                "accessModes: ReadWriteOncePod cannot be combined with another",
             ),
         )
     )
@@ -43,7 +43,7 @@ class WorkspaceSpec(ApiModel):
         None, description="An existing PersistentVolumeClaim of this namespace. The job uses a folder of its own in it."
     )
     size: Quantity | None = Field(
-        None, description="Size of the claim to make, for example 100Gi; the profile's if not set."
+        None, description="Size of the claim to create, for example 100Gi; the profile's if not set."
     )
     storage_class_name: ObjectName | None = Field(None, description="StorageClass; the profile's if not set.")
     access_modes: Annotated[tuple[AccessMode, ...], Field(min_length=1, max_length=3)] | None = Field(
@@ -59,13 +59,15 @@ class WorkspaceSpec(ApiModel):
         if self.claim_name is not None and (self.size or self.storage_class_name or self.access_modes):
             raise ValueError("set either claimName, or size, storageClassName and accessModes")
         if self.claim_name is not None and not self.retain:
-            raise ValueError("retain: false deletes the claim that the operator made; it cannot go with claimName")
+            raise ValueError(
+                "retain: false deletes the claim that the operator created; it cannot be combined with claimName"
+            )
         if self.access_modes is not None and len(self.access_modes) > 1 and "ReadWriteOncePod" in self.access_modes:
-            raise ValueError("accessModes: ReadWriteOncePod cannot go with another")
+            raise ValueError("accessModes: ReadWriteOncePod cannot be combined with another")
         return self
 
 
-_PRIORITY_MESSAGE = "priorityClassName: the classes that begin with system- belong to the cluster; name another"
+_PRIORITY_MESSAGE = "priorityClassName: classes that begin with system- are reserved for the cluster; name another"
 
 
 class SchedulingSpec(ApiModel):
@@ -85,8 +87,8 @@ class SchedulingSpec(ApiModel):
         description="The administrator's profile: image, nodes, limits.",
     )
     priority_class_name: ObjectName | None = Field(None, description="PriorityClass of the pods.")
-    node_selector: NodeSelector | None = Field(None, description="Further labels that the nodes must have.")
-    tolerations: Tolerations | None = Field(None, description="Further taints that the pods tolerate.")
+    node_selector: NodeSelector | None = Field(None, description="Additional labels that the nodes must have.")
+    tolerations: Tolerations | None = Field(None, description="Additional taints that the pods tolerate.")
 
     @model_validator(mode="after")
     def _not_a_system_class(self) -> Self:
@@ -96,11 +98,11 @@ class SchedulingSpec(ApiModel):
 
 
 class RetrySpec(ApiModel):
-    """How often a step is tried again."""
+    """How often a step is retried after failures and resumed after interruptions."""
 
     max_failures: int = Field(3, ge=0, le=20, description="Failures of a step that are retried, with a growing pause.")
     max_disruptions: int = Field(
-        20, ge=0, le=1000, description="Interruptions (eviction, preemption, deletion) that are resumed."
+        20, ge=0, le=1000, description="Interruptions (eviction, preemption, deletion) that the job resumes from."
     )
 
 
@@ -108,18 +110,17 @@ MUTABLE_FIELDS = frozenset({"suspend", "active_deadline_seconds", "cleanup_after
 """What may change once a job exists: nothing that decides the adapter."""
 _REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
 _RETAIN_MESSAGE = (
-    "workspace.retain: false would delete the adapter together with the job: "
-    "set output.destination to another claim, or retain: true"
+    "workspace.retain: false would delete the adapter together with the job: set output.destination, or retain: true"
 )
-_SPREAD_ALONE = (
-    "training.sharding: full spreads the base over several GPUs: set resources.gpus to 2 or more, or leave sharding out"
+_SHARDED_ALONE = (
+    "training.sharding: full shards the base over several GPUs: set resources.gpus to 2 or more, or remove sharding"
 )
-_SPREAD_AND_MERGED = (
-    "output.merged needs the whole base in a process, and training.sharding: full spreads it: leave one of them out"
+_SHARDED_AND_MERGED = (
+    "output.merged needs the whole base in one process, and training.sharding: full shards it: remove one of them"
 )
-_SPREAD_AND_HALVED = (
-    "training.autoMicroBatch does a step again, which training.sharding: full does not allow: leave one of them out, "
-    "and set a smaller microBatchSize"
+_SHARDED_AND_HALVED = (
+    "training.autoMicroBatch repeats a step, which training.sharding: full does not support: remove one of them, "
+    "or set a smaller microBatchSize"
 )
 
 
@@ -127,43 +128,43 @@ def _spec_rules(schema: dict[str, Any]) -> None:
     schema.update(
         rules(
             rule("self.workspace.retain || has(self.output.destination)", _RETAIN_MESSAGE),
-            rule("self.training.sharding != 'full' || self.resources.gpus > 1", _SPREAD_ALONE),
-            rule("self.training.sharding != 'full' || !has(self.output.merged)", _SPREAD_AND_MERGED),
-            rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SPREAD_AND_HALVED),
+            rule("self.training.sharding != 'full' || self.resources.gpus > 1", _SHARDED_ALONE),
+            rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
+            rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS, remedy=_REMEDY),
         )
     )
 
 
 class QLoRAJobSpec(ApiModel):
-    """One fine-tuning run. Fixed once created, but for suspend, activeDeadlineSeconds and cleanupAfterSeconds."""
+    """One fine-tuning run. Immutable, except suspend, activeDeadlineSeconds and cleanupAfterSeconds."""
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
 
     model: BaseModelSpec = Field(description="The base model.")
     dataset: DatasetSpec = Field(description="The training data.")
-    quantization: QuantizationSpec = Field(QuantizationSpec(), description="How the base model is held in memory.")
+    quantization: QuantizationSpec = Field(QuantizationSpec(), description="How the base model is quantized.")
     lora: LoraSpec = Field(LoraSpec(), description="The adapter.")
     training: TrainingSpec = Field(TrainingSpec(), description="The training run.")
-    output: OutputSpec = Field(OutputSpec(), description="Where the adapter goes.")
-    workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume on which the steps work.")
-    resources: ResourcesSpec = Field(ResourcesSpec(), description="What the train pod needs.")
+    output: OutputSpec = Field(OutputSpec(), description="Where the adapter is published.")
+    workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume that the steps share.")
+    resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pod.")
     scheduling: SchedulingSpec = Field(SchedulingSpec(), description="Where the pods run.")
-    retry: RetrySpec = Field(RetrySpec(), description="How often a step is tried again.")
+    retry: RetrySpec = Field(RetrySpec(), description="How often a step is retried or resumed.")
     suspend: bool = Field(
-        False, description="Stop (after saving a checkpoint) and free the GPU; false again goes on from there."
+        False, description="true saves a checkpoint, stops the job and frees the GPU; false resumes it from there."
     )
     active_deadline_seconds: int | None = Field(
         None,
         ge=1,
         le=2**31 - 1,
-        description="Seconds that the steps may run in all, without waiting and suspension; no limit if not set.",
+        description="Seconds that the steps may run in total, without waiting and suspension; no limit if not set.",
     )
     cleanup_after_seconds: int | None = Field(
         None,
         ge=0,
         le=2**31 - 1,
-        description="Seconds after the end when pods, checkpoints and prepared data are deleted; never if not set. "
+        description="Seconds from the end to the deletion of pods, checkpoints and prepared data; never if not set. "
         "The QLoRAJob and the adapter stay.",
     )
 
@@ -177,11 +178,11 @@ class QLoRAJobSpec(ApiModel):
     def _sharded_base(self) -> Self:
         if self.training.sharding == "full":
             if self.resources.gpus == 1:
-                raise ValueError(_SPREAD_ALONE)
+                raise ValueError(_SHARDED_ALONE)
             if self.output.merged is not None:
-                raise ValueError(_SPREAD_AND_MERGED)
+                raise ValueError(_SHARDED_AND_MERGED)
             if self.training.auto_micro_batch:
-                raise ValueError(_SPREAD_AND_HALVED)
+                raise ValueError(_SHARDED_AND_HALVED)
         return self
 
 

@@ -23,7 +23,7 @@ EVALUATED = with_value(MINIMAL, "spec.dataset.eval", PINNED)
 
 
 @pytest.mark.parametrize("manifest", [MINIMAL, FULL, EVALUATED], ids=["minimal", "full", "evaluated"])
-def test_a_good_manifest_is_taken_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
+def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
     document = QLoRAJobDocument.model_validate(
         {key: applied[key] for key in ("apiVersion", "kind", "metadata", "spec")}
@@ -36,7 +36,7 @@ def test_the_server_fills_in_the_defaults_of_the_models(plane: ControlPlane) -> 
 
 
 SHARDED = with_value(with_value(MINIMAL, "spec.training.sharding", "full"), "spec.resources.gpus", 2)
-REFUSED = {
+REJECTED = {
     "no spec": (without(MINIMAL, "spec"), "spec: Required value"),
     "no model": (without(MINIMAL, "spec.model"), "spec.model: Required value"),
     "wrong type": (with_value(MINIMAL, "spec.lora.rank", "sixteen"), "spec.lora.rank"),
@@ -57,23 +57,23 @@ REFUSED = {
     ),
     "split of a volume": (
         with_value(with_value(MINIMAL, "spec.dataset.source", "pvc://a/b.jsonl"), "spec.dataset.split", "test"),
-        "revision, config and split are of an hf:// data set",
+        "revision, config and split are for an hf:// data set",
     ),
     "revision of data in a bucket": (
         with_value(with_value(MINIMAL, "spec.dataset.source", "s3://a-bucket/rows"), "spec.dataset.revision", "v1"),
-        "revision, config and split are of an hf:// data set",
+        "revision, config and split are for an hf:// data set",
     ),
     "revision of rows that are held out": (
         with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1, "revision": "v1"}),
-        "spec.dataset.eval: Invalid value: sha256, revision, config and split are of the evaluation's own source",
+        "spec.dataset.eval: Invalid value: sha256, revision, config and split are for the evaluation's own source",
     ),
     "digest of rows that are held out": (
         with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1, "sha256": "0" * 64}),
-        "sha256, revision, config and split are of the evaluation's own source",
+        "sha256, revision, config and split are for the evaluation's own source",
     ),
     "split of evaluation rows on a volume": (
         with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://a/b.jsonl", "split": "test"}),
-        "spec.dataset.eval: Invalid value: revision, config and split are of an hf:// data set",
+        "spec.dataset.eval: Invalid value: revision, config and split are for an hf:// data set",
     ),
     "bad sha256 of evaluation rows": (
         with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://a/b.jsonl", "sha256": "abc"}),
@@ -81,7 +81,7 @@ REFUSED = {
     ),
     "revision of a model on a volume": (
         with_value(with_value(MINIMAL, "spec.model.source", "pvc://models/a"), "spec.model.revision", "v1"),
-        "revision is for hf://",
+        "revision is for hf:// models",
     ),
     "eval empty": (with_value(MINIMAL, "spec.dataset.eval", {}), "set exactly one of source and fraction"),
     "long name": (with_value(MINIMAL, "metadata.name", "a" * 46), "at most 45 characters"),
@@ -113,7 +113,7 @@ REFUSED = {
     ),
     "credentials of a hub's model": (
         with_value(MINIMAL, "spec.model.secretRef", {"name": "keys"}),
-        "secretRef is for s3 and oci: for an hf:// model set tokenSecretRef",
+        "secretRef is for s3:// and oci:// models: for an hf:// model set tokenSecretRef",
     ),
     "credentials of data on a volume": (
         with_value(MINIMAL, "spec.dataset.secretRef", {"name": "keys"}),
@@ -121,7 +121,7 @@ REFUSED = {
     ),
     "credentials of the workspace": (
         with_value(MINIMAL, "spec.output", {"secretRef": {"name": "keys"}}),
-        "secretRef is for a destination that is not a volume",
+        "secretRef is for an s3://, hf:// or oci:// destination",
     ),
     "key of a Secret's own choice": (
         with_value(
@@ -135,7 +135,7 @@ REFUSED = {
             "spec.output",
             {"destination": "pvc://out/tiny", "merged": {"destination": "pvc://out/tiny/merged"}},
         ),
-        "spec.output: Invalid value: adapter and merged model need folders of their own",
+        "spec.output: Invalid value: adapter and merged model need separate folders",
     ),
     "an adapter's folder, with a slash, inside of the merged model's": (
         with_value(
@@ -143,7 +143,7 @@ REFUSED = {
             "spec.output",
             {"destination": "pvc://out/tiny/adapter/", "merged": {"destination": "pvc://out/tiny/"}},
         ),
-        "spec.output: Invalid value: adapter and merged model need folders of their own",
+        "spec.output: Invalid value: adapter and merged model need separate folders",
     ),
     "path traversal": (with_value(MINIMAL, "spec.dataset.source", "pvc://data/../x.jsonl"), "a path has no '..'"),
     "model from a config map": (with_value(MINIMAL, "spec.model.source", "configMap://a/b"), "spec.model.source"),
@@ -157,23 +157,23 @@ REFUSED = {
             "spec.output.destination",
             "pvc://a/b",
         ),
-        "it cannot go with claimName",
+        "it cannot be combined with claimName",
     ),
     "adapter deleted with the job": (
         with_value(MINIMAL, "spec.workspace.retain", False),
         "workspace.retain: false would delete the adapter",
     ),
-    "a base spread over one GPU": (
+    "a base sharded over one GPU": (
         with_value(MINIMAL, "spec.training.sharding", "full"),
         "set resources.gpus to 2 or more",
     ),
-    "a base spread and merged": (
+    "a base sharded and merged": (
         with_value(SHARDED, "spec.output.merged", {}),
         "output.merged needs the whole base",
     ),
-    "a base spread and steps done again": (
+    "a base sharded and steps repeated": (
         with_value(SHARDED, "spec.training.autoMicroBatch", True),
-        "training.autoMicroBatch does a step again",
+        "training.autoMicroBatch repeats a step",
     ),
     "bad quantity": (with_value(MINIMAL, "spec.resources.memory", "much"), "spec.resources.memory"),
     "bad sha256": (with_value(MINIMAL, "spec.dataset.sha256", "abc"), "spec.dataset.sha256"),
@@ -192,11 +192,11 @@ REFUSED = {
     ),
     "one pod and many": (
         with_value(MINIMAL, "spec.workspace.accessModes", ["ReadWriteOncePod", "ReadWriteMany"]),
-        "ReadWriteOncePod cannot go with another",
+        "ReadWriteOncePod cannot be combined with another",
     ),
     "priority of the cluster's own": (
         with_value(MINIMAL, "spec.scheduling.priorityClassName", "system-node-critical"),
-        "the classes that begin with system- belong to the cluster",
+        "classes that begin with system- are reserved for the cluster",
     ),
     "label key with a space": (
         with_value(MINIMAL, "spec.scheduling.nodeSelector", {"a b": "v"}),
@@ -225,16 +225,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("manifest", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_bad_manifest_is_refused_with_the_field_named(plane: ControlPlane, manifest: Manifest, message: str) -> None:
-    with pytest.raises(ClusterError) as refusal:
+@pytest.mark.parametrize(("manifest", "message"), REJECTED.values(), ids=REJECTED)
+def test_a_bad_manifest_is_rejected_with_the_field_named(plane: ControlPlane, manifest: Manifest, message: str) -> None:
+    with pytest.raises(ClusterError) as rejection:
         apply(plane, manifest)
-    assert message in str(refusal.value)
+    assert message in str(rejection.value)
 
 
-# The server coerces nothing, pydantic some; both must refuse these, so that `qlora run` and `kubectl apply` agree.
-@pytest.mark.parametrize("manifest", [manifest for manifest, _ in REFUSED.values()], ids=REFUSED)
-def test_the_models_refuse_what_the_server_refuses(manifest: Manifest) -> None:
+# The server coerces nothing, pydantic some; both must reject these, so that `qlora run` and `kubectl apply` agree.
+@pytest.mark.parametrize("manifest", [manifest for manifest, _ in REJECTED.values()], ids=REJECTED)
+def test_the_models_reject_what_the_server_rejects(manifest: Manifest) -> None:
     with pytest.raises(ValidationError):
         QLoRAJobDocument.model_validate(manifest)
 
@@ -262,7 +262,7 @@ def created(plane: ControlPlane) -> None:
 
 @pytest.mark.usefixtures("created")
 @pytest.mark.parametrize("manifest", CHANGES.values(), ids=CHANGES)
-def test_a_change_of_a_created_job_is_refused_with_what_to_do(plane: ControlPlane, manifest: Manifest) -> None:
+def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPlane, manifest: Manifest) -> None:
     with pytest.raises(ClusterError, match=r"spec\.\w+ cannot be changed once the job exists: delete the QLoRAJob"):
         apply(plane, manifest)
 

@@ -1,4 +1,4 @@
-"""Judges an estimate against a card, and says which settings to change."""
+"""Decides whether a run fits a GPU by its estimate, and which settings to change if it does not."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ from qlora_api.memory.model_shape import ModelShape
 Verdict = Literal["fits", "tight", "exceeds"]
 _ADMISSION_MARGIN = 1.07
 _USABLE_SHARE = 0.98
-# Room for less than this share more than is expected and its margin: worth a word about what to change first.
+# A run that fits with less than this share of the budget to spare is shown what to change first.
 _THIN_MARGIN = 0.05
 _SHORTEST_SEQUENCE = 256
 _SMALLEST_RANK = 8
@@ -19,37 +19,37 @@ _SMALLEST_RANK = 8
 _WORTHWHILE_SAVING = 0.01
 
 
-def budget(card_gib: float) -> int:
-    """Bytes that a process can allocate on a card of `card_gib` GiB: 0.98 of it, the rest is the driver's.
+def budget(gpu_gib: float) -> int:
+    """Bytes that a process can allocate on a GPU of `gpu_gib` GiB: 0.98 of it, the rest is the driver's.
 
-    Cards of 24, 48 and 80 GB offer 0.98 to 0.99 of their nominal GiB. On a card that pays for error correction out of
-    its memory (a T4 offers 14.6 of 16) give the total that `nvidia-smi` shows. Raises ValueError unless positive.
+    GPUs of 24, 48 and 80 GB offer 0.98 to 0.99 of their nominal GiB. For a GPU whose error correction takes memory
+    (a T4 offers 14.6 of 16) give the total that `nvidia-smi` shows. Raises ValueError unless positive.
     """
-    if not (math.isfinite(card_gib) and card_gib > 0):
-        raise ValueError(f"card_gib is {card_gib}: must be a positive number of GiB")
-    return math.floor(_USABLE_SHARE * card_gib * GIB)
+    if not (math.isfinite(gpu_gib) and gpu_gib > 0):
+        raise ValueError(f"gpu_gib is {gpu_gib}: must be a positive number of GiB")
+    return math.floor(_USABLE_SHARE * gpu_gib * GIB)
 
 
-def verdict(memory: MemoryEstimate, card_gib: float) -> Verdict:
-    """Judge whether a run of this estimate goes on a card of `card_gib` GiB; raises ValueError unless positive.
+def verdict(memory: MemoryEstimate, gpu_gib: float) -> Verdict:
+    """Whether a run of this estimate fits a GPU of `gpu_gib` GiB. Raises ValueError unless `gpu_gib` is positive.
 
     `fits`: expected × 1.07, for fragmentation, is within the budget. `exceeds`: even the low bound is beyond it, so
-    the run is refused. `tight`: anything between, where the run may start and the user is told.
+    the run is rejected. `tight`: anything between; the run may start, and its status says so.
     """
-    available = budget(card_gib)
+    available = budget(gpu_gib)
     if memory.expected * _ADMISSION_MARGIN <= available:
         return "fits"
     return "exceeds" if memory.low > available else "tight"
 
 
-def room(memory: MemoryEstimate, card_gib: float) -> int:
-    """Bytes of the budget that the expected peak leaves free; negative where it does not fit. Raises as `budget`."""
-    return budget(card_gib) - memory.expected
+def room(memory: MemoryEstimate, gpu_gib: float) -> int:
+    """Bytes of the budget that the expected peak leaves free; negative if it does not fit. Raises as `budget`."""
+    return budget(gpu_gib) - memory.expected
 
 
-def is_thin(memory: MemoryEstimate, card_gib: float) -> bool:
-    """Whether a run that fits does so by less than 5 % of the card, beyond the margin for fragmentation."""
-    available = budget(card_gib)
+def is_thin(memory: MemoryEstimate, gpu_gib: float) -> bool:
+    """Whether a run fits with less than 5 % of the budget to spare, beyond the margin for fragmentation."""
+    available = budget(gpu_gib)
     spare = available - memory.expected * _ADMISSION_MARGIN
     return 0 <= spare < _THIN_MARGIN * available
 
@@ -76,23 +76,23 @@ class Advice:
     verdict: Verdict
 
 
-def advice(model: ModelShape, training: TrainingShape, card_gib: float) -> tuple[Advice, ...]:
-    """Settings to change, one after the other, until the run fits a card of `card_gib` GiB.
+def advice(model: ModelShape, training: TrainingShape, gpu_gib: float) -> tuple[Advice, ...]:
+    """Settings to change, one after the other, until the run fits a GPU of `gpu_gib` GiB.
 
     First what costs time only, then what costs precision, then what cuts the data or the adapter; each no further than
     needed, and left out where it saves less than 1 %. Empty when the run fits already. When the last step's verdict is
-    not `fits`, the model needs a larger card. Raises ValueError unless `card_gib` is positive.
+    not `fits`, the model needs a larger GPU. Raises ValueError unless `gpu_gib` is positive.
     """
     steps: list[Advice] = []
     for effect, candidates in _REMEDIES:
         before = estimate(model, training)
-        if verdict(before, card_gib) == "fits":
+        if verdict(before, gpu_gib) == "fits":
             break
-        proposal = _mildest_that_fits(model, candidates(training), card_gib)
+        proposal = _mildest_that_fits(model, candidates(training), gpu_gib)
         if proposal is None:
             continue
         after = estimate(model, proposal)
-        judged = verdict(after, card_gib)
+        judged = verdict(after, gpu_gib)
         if judged != "fits" and after.expected > before.expected * (1 - _WORTHWHILE_SAVING):
             continue
         steps.append(Advice(_changes(training, proposal), effect, proposal, after.expected, judged))
@@ -100,7 +100,7 @@ def advice(model: ModelShape, training: TrainingShape, card_gib: float) -> tuple
     return tuple(steps)
 
 
-def first_change(model: ModelShape, training: TrainingShape, card_gib: float) -> Advice | None:
+def first_change(model: ModelShape, training: TrainingShape, gpu_gib: float) -> Advice | None:
     """The setting to change first for more room, whether the run fits or not; None if there is none that helps."""
     before = estimate(model, training)
     for effect, candidates in _REMEDIES:
@@ -109,15 +109,15 @@ def first_change(model: ModelShape, training: TrainingShape, card_gib: float) ->
             continue
         after = estimate(model, proposal)
         if after.expected <= before.expected * (1 - _WORTHWHILE_SAVING):
-            return Advice(_changes(training, proposal), effect, proposal, after.expected, verdict(after, card_gib))
+            return Advice(_changes(training, proposal), effect, proposal, after.expected, verdict(after, gpu_gib))
     return None
 
 
-def _mildest_that_fits(model: ModelShape, candidates: Iterator[TrainingShape], card_gib: float) -> TrainingShape | None:
+def _mildest_that_fits(model: ModelShape, candidates: Iterator[TrainingShape], gpu_gib: float) -> TrainingShape | None:
     """The first candidate that fits, else the last one, else None."""
     candidate = None
     for candidate in candidates:
-        if verdict(estimate(model, candidate), card_gib) == "fits":
+        if verdict(estimate(model, candidate), gpu_gib) == "fits":
             break
     return candidate
 
@@ -149,12 +149,15 @@ def _smaller_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
 
 
 _REMEDIES: tuple[tuple[str, Callable[[TrainingShape], Iterator[TrainingShape]]], ...] = (
-    ("Activations are computed twice: slower, the same result.", _set("gradient_checkpointing", True)),
-    ("The batch stays the same in more, smaller parts: slower, the same result.", _smaller_micro_batches),
-    ("The quantization constants are quantized too: no measurable loss.", _set("double_quantization", True)),
-    ("Adam's moments are kept in 8 bit: results hardly differ.", _set("optimizer", "paged_adamw_8bit")),
-    ("Longer rows are left out of the training.", _halve("sequence_length", _SHORTEST_SEQUENCE)),
-    ("The adapter holds less; lower lora.alpha in proportion to keep its scale.", _halve("rank", _SMALLEST_RANK)),
+    ("Activations are computed twice: slower, with the same result.", _set("gradient_checkpointing", True)),
+    ("The same batch in more, smaller micro batches: slower, with the same result.", _smaller_micro_batches),
+    ("The quantization constants are quantized too: without measurable loss.", _set("double_quantization", True)),
+    ("Adam's moments are stored in 8-bit: results hardly differ.", _set("optimizer", "paged_adamw_8bit")),
+    ("Rows longer than this are left out.", _halve("sequence_length", _SHORTEST_SEQUENCE)),
+    (
+        "The adapter has less capacity; lower lora.alpha in proportion to keep its scale.",
+        _halve("rank", _SMALLEST_RANK),
+    ),
     ("Adapter weights have no 32-bit copy: small updates are lost to rounding.", _set("adapter_bytes", 2)),
 )
 _SPEC_PATHS: Mapping[str, str] = {

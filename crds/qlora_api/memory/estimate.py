@@ -28,7 +28,7 @@ _CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
 _OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
 # bitsandbytes keeps smaller state tensors in ordinary device memory.
 _SMALLEST_PAGED_TENSOR = 100_000
-# Sharded blocks that are whole on a card at the same time: the one at work, and the next one, fetched ahead.
+# Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
 # Queries whose capped scores exist at the same time (qlora_trainer.model.attention), and bytes of each score.
 _CAPPED_QUERIES = 256
@@ -41,8 +41,8 @@ _HIGH_FACTOR = 1.25
 class TrainingShape:
     """Settings of a run that decide its memory. Raises ValueError, naming the field, for an impossible value.
 
-    The defaults are what the trainer of this project does: norms and embeddings stay in 16 bit, adapters are stored in
-    32 bit and multiplied in 16 bit, the loss goes over chunks of tokens. The last two fields exist to describe other
+    The defaults are what the trainer of this project does: norms and embeddings stay in 16-bit, adapters are stored in
+    32-bit and multiplied in 16-bit, the loss is computed in chunks of tokens. The last two fields describe other
     trainers, whose published peaks test the formula.
     """
 
@@ -70,7 +70,7 @@ class TrainingShape:
     loss_chunk_tokens: int | None = 128
     """Tokens whose logits exist at the same time; None builds those of the whole micro batch."""
     upcast: bool = False
-    """PEFT's `prepare_model_for_kbit_training`: embeddings, norms and with them the residual stream in 32 bit."""
+    """PEFT's `prepare_model_for_kbit_training`: embeddings, norms and with them the residual stream in 32-bit."""
     loss_bytes_per_logit: Literal[12, 16] = 12
     """Peak of transformers' cross-entropy: 12 measured with release 5.24, 16 fits figures of 2023 and 2024."""
 
@@ -136,7 +136,7 @@ class Component:
     size: int
     """Bytes."""
     at_peak: bool
-    """False for what is smaller than something else that it never meets on the card; such a row is not in the sum."""
+    """False for what is smaller than something else that is never on the GPU at the same time; not in the sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,14 +167,14 @@ class MemoryEstimate:
 
     @property
     def expected(self) -> int:
-        """The formula's peak, with the optimizer's state wholly on the card."""
+        """The formula's peak, with all of the optimizer's state on the GPU."""
         return sum(component.size for component in self.components() if component.at_peak)
 
     @property
     def low(self) -> int:
-        """What a run needs at the very least: 0.80 × `expected` after the pageable state has left the card.
+        """What a run needs at the very least: 0.80 × `expected` after the pageable state has moved to host memory.
 
-        None of 46 published peaks of one GPU lies below 0.80 × its estimate.
+        None of 46 published peaks of one GPU is below 0.80 × its estimate.
         """
         return math.floor(_LOW_FACTOR * (self.expected - self.pageable_optimizer))
 
@@ -189,7 +189,7 @@ class MemoryEstimate:
 
 _LABELS: Mapping[str, str] = {
     "context": "CUDA context and libraries",
-    "base_weights": "Base weights in 4 bit",
+    "base_weights": "Base weights in 4-bit",
     "gathered_blocks": "Blocks gathered from the other GPUs",
     "unquantized_weights": "Embeddings and output layer",
     "adapters": "Trained weights",
@@ -264,7 +264,7 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
 
 
 def _base_weights(model: ModelShape, training: TrainingShape) -> tuple[int, int]:
-    """Bytes of the quantized layers that stay on a card, and of those fetched from other cards for a while."""
+    """Bytes of the quantized layers that stay on a GPU, and of those gathered from other GPUs for a while."""
     constant_bits = _CONSTANT_BITS_DOUBLE if training.double_quantization else _CONSTANT_BITS_SINGLE
     constants = model.linear_parameters * constant_bits / 8
     packed = model.linear_parameters * _WEIGHT_BITS / 8
@@ -296,8 +296,8 @@ def _optimizer_bytes(training: TrainingShape, parameter_bytes: int) -> int:
 def _layer_working_set(model: ModelShape, training: TrainingShape) -> tuple[int, int]:
     """Bytes of the layers at the peak of the backward pass, and when it begins. Counted as if all were adapted.
 
-    The layer at work takes the most of some moments: between two products, in the product with each of its linear
-    layers, whose weight is dequantized then, and in attention where its scores have to be built. Without gradient
+    The layer at work takes the most of some moments: between two matmuls, in the matmul of each of its linear
+    layers, whose weight is dequantized for it, and in attention if its scores have to be built. Without gradient
     checkpointing each layer keeps something from the forward pass on. With upcast the numbers are a fit over Llamas.
     """
     family, widths, tokens = model.family, model.widths, training.tokens

@@ -1,4 +1,4 @@
-"""Reads a model's sizes from its `config.json` and refuses those not understood."""
+"""Reads a model's sizes from its `config.json`, and rejects models that the estimate does not describe."""
 
 import reprlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from qlora_api.memory.families import FAMILIES, Family, Linears, Widths
 SUPPORTED_MODEL_TYPES = tuple(sorted(FAMILIES))
 _SUPPORTED = f"supported are dense decoders of model_type {', '.join(SUPPORTED_MODEL_TYPES)}"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-# Far above any published dense model, low enough that a typing error or an attack is named and not multiplied.
+# Far above any published dense model, low enough that a typing error or an attack is reported and not multiplied.
 LARGEST_SIZES: Mapping[str, int] = {
     "hidden_size": 131_072,
     "num_hidden_layers": 1_024,
@@ -137,12 +137,12 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters of the blocks' linear layers: what is quantized to 4 bit."""
+        """Parameters of the blocks' linear layers: what is quantized to 4-bit."""
         return self.num_hidden_layers * sum(inputs * outputs for inputs, outputs in self.projections.values())
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding and the output layer (one matrix when tied): what stays in 16 bit."""
+        """Parameters of the embedding and the output layer (one matrix when tied): what stays in 16-bit."""
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
 
@@ -170,7 +170,7 @@ def _known_family(decoder: Mapping[str, object]) -> Family:
         experts = decoder.get(field)
         if isinstance(experts, int) and experts > 1:
             raise UnsupportedModelError(
-                f"{field} is {min(experts, 10**9)}: a mixture of experts keeps its experts in 16 bit; {_SUPPORTED}"
+                f"{field} is {min(experts, 10**9)}: a mixture of experts keeps its experts in 16-bit; {_SUPPORTED}"
             )
     model_type = decoder.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None

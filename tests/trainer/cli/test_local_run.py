@@ -118,7 +118,7 @@ def test_a_plan_adds_up_to_the_expected_peak(tmp_path: Path) -> None:
     sizes = {row[1]: float(row[2]) for row in rows if row and row[3] != "not at the peak"}
     expected = sizes.pop("Expected peak")
     assert sum(sizes.values()) == pytest.approx(expected, abs=0.05)
-    assert sizes["Base weights in 4 bit"] == pytest.approx(3.35, abs=0.01)
+    assert sizes["Base weights in 4-bit"] == pytest.approx(3.35, abs=0.01)
     assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
 
 

@@ -340,14 +340,14 @@ def test_the_verdict_turns_exactly_at_its_bounds() -> None:
     assert verdict(memory, least * 0.9999) == "exceeds"
 
 
-@pytest.mark.parametrize("card_gib", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_card_without_memory_is_refused(card_gib: float) -> None:
-    with pytest.raises(ValueError, match="card_gib"):
-        budget(card_gib)
+@pytest.mark.parametrize("gpu_gib", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_gpu_without_memory_is_rejected(gpu_gib: float) -> None:
+    with pytest.raises(ValueError, match="gpu_gib"):
+        budget(gpu_gib)
 
 
 @pytest.mark.parametrize(
-    ("model", "training", "card_gib", "expected"),
+    ("model", "training", "gpu_gib", "expected"),
     [
         # The paper's claims: 33B fills a 24 GB card to the brim and relies on paging, 65B goes on a 48 GB card.
         (LLAMA_33B, QLORA, 24, "tight"),
@@ -359,9 +359,9 @@ def test_a_card_without_memory_is_refused(card_gib: float) -> None:
     ids=["33B on 24", "65B on 48", "65B on 24", "7B on 12", "135M on 4"],
 )
 def test_known_runs_get_the_verdict_that_they_got_in_practice(
-    model: ModelShape, training: TrainingShape, card_gib: float, expected: str
+    model: ModelShape, training: TrainingShape, gpu_gib: float, expected: str
 ) -> None:
-    assert verdict(estimate(model, training), card_gib) == expected
+    assert verdict(estimate(model, training), gpu_gib) == expected
 
 
 def test_a_run_that_fits_gets_no_advice() -> None:
