@@ -1,4 +1,4 @@
-# Every target installs what it needs, the first time and only then.
+# Every target installs what it needs, the first time and only then. One line per stage; VERBOSE=1 shows all output.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -10,6 +10,12 @@ UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 DEVCLUSTER := $(PYTHON) -m devcluster
+PYTEST := $(PYTHON) -m pytest -rs --durations=15
+
+# What installers print goes to the log file that devcluster uses too (console.py), and is shown when they fail.
+LOG := $(CACHE)/build.log
+QUIETLY := $(if $(VERBOSE),,>> $(LOG) 2>&1 || { tail --lines=40 $(LOG); exit 1; })
+export VERBOSE
 
 export UV_PYTHON_DOWNLOADS := never
 export QLORA_CACHE := $(CACHE)
@@ -25,26 +31,59 @@ demo: $(VENV)/.synced ## Fine-tune a real model on a real Kubernetes (CLUSTER=cu
 	@$(PYTHON) -m examples.demo $(if $(CLUSTER),--cluster $(CLUSTER)) $(DEMO_OPTIONS)
 
 .PHONY: test
-test: check ## Run every test: unit, trainer, API, cluster
-	@$(PYTHON) -m pytest --durations=15 tests/devcluster tests/trainer tests/gpu tests/api tests/cluster
+test: SELECTION := -m 'not slow'
+test: suites ## Check, and run the tests but the slowest proofs: 25 minutes, the first time 45 (two cores)
+
+.PHONY: test-all
+test-all: SELECTION := --hypothesis-profile=explore
+test-all: suites fuzz mutants demo ## Run everything: every test, fuzzing, the mutants, the demo
+
+# The programs and images that only the later suites need are built beside the earlier ones, which have precedence.
+.PHONY: suites
+suites: $(VENV)/.synced
+	@$(DEVCLUSTER) packages
+	nice --adjustment=10 $(DEVCLUSTER) prepare > $(CACHE)/prepare.log 2>&1 &
+	prepare=$$!
+	trap 'kill $$prepare 2> /dev/null || true' EXIT
+	$(CHECKS)
+	$(DEVCLUSTER) build versitygw > $(CACHE)/versitygw.log
+	failed=0
+	$(PYTEST) $(SELECTION) tests/devcluster tests/trainer tests/gpu || failed=1
+	if kill -0 $$prepare 2> /dev/null; then echo "Waiting for programs and images; see $(CACHE)/prepare.log"; fi
+	wait $$prepare || { tail --lines=40 $(CACHE)/prepare.log; exit 1; }
+	$(PYTEST) $(SELECTION) tests/api || failed=1
+	$(PYTEST) $(SELECTION) tests/cluster || failed=1
+	exit $$failed
+
+.PHONY: test-tools
+test-tools: $(VENV)/.synced ## Install and build what the tests need, which install nothing themselves
+	@$(DEVCLUSTER) prepare
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one each says why it is skipped
-	@$(PYTHON) -m pytest -rs tests/gpu
+	@$(PYTEST) tests/gpu
 
 .PHONY: fuzz
 fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; what breaks one is kept in fuzz-crashes/
 	@$(PYTHON) -m tests.fuzz $(TARGETS) --seconds $(or $(SECONDS),10)
 
+.PHONY: mutants
+mutants: $(VENV)/.synced ## Break the code in known ways: each time a test must fail
+	@$(PYTHON) -m tests.mutants
+
+define CHECKS
+$(VENV)/bin/ruff check
+$(VENV)/bin/ruff format --check
+$(VENV)/bin/mypy
+$(VENV)/bin/lint-imports
+$(VENV)/bin/deptry crds cli operator trainer_image
+$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster examples helm tests
+$(PYTHON) -m pytest -q -rs tests/unit
+endef
+
 .PHONY: check
-check: $(VENV)/.synced ## Lint, types, import rules, generated files, unit tests: seconds
-	@$(VENV)/bin/ruff check
-	@$(VENV)/bin/ruff format --check
-	@$(VENV)/bin/mypy
-	@$(VENV)/bin/lint-imports
-	@$(VENV)/bin/deptry crds cli operator trainer_image
-	@$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster examples helm tests
-	@$(PYTHON) -m pytest -q tests/unit
+check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: seconds
+	@$(CHECKS)
 
 .PHONY: benchmarks
 benchmarks: $(VENV)/.synced-benchmarks ## Compare the trainer with TRL and others: 40 minutes on an idle machine
@@ -79,21 +118,23 @@ kubeconfig: $(VENV)/.synced ## Print the path of its kubeconfig
 
 $(UV):
 	@echo "Installing uv $(UV_VERSION)"
-	@python3 -c 'import ensurepip' 2>/dev/null || { apt-get update -qq; apt-get install -y -qq python3-venv; }
-	@python3 -m venv $(CACHE)/uv-$(UV_VERSION)
-	@$(CACHE)/uv-$(UV_VERSION)/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+	mkdir -p $(CACHE)
+	python3 -c 'import ensurepip' 2> /dev/null || { apt-get update -q && apt-get install -q -y python3-venv; } $(QUIETLY)
+	python3 -m venv $(CACHE)/uv-$(UV_VERSION)
+	$(CACHE)/uv-$(UV_VERSION)/bin/pip install --disable-pip-version-check uv==$(UV_VERSION) $(QUIETLY)
 
 $(VENV)/.synced: $(UV) pyproject.toml uv.lock
 	@echo "Installing the Python environment (6 GB with PyTorch; once)"
-	@$(UV) sync --locked --extra dev --python '>=3.11,<3.14'
-	@touch $@
+	mkdir -p $(CACHE)
+	$(UV) sync --locked --extra dev --python '>=3.11,<3.14' $(QUIETLY)
+	touch $@
 
 $(VENV)/.synced-benchmarks: $(VENV)/.synced
-	@ldconfig -p | grep -q libtcmalloc_minimal || { apt-get update -qq; apt-get install -y -qq libtcmalloc-minimal4; }
-	@$(UV) sync --locked --inexact --extra dev --extra benchmarks --python '>=3.11,<3.14'
-	@touch $@
+	@ldconfig -p | grep -q libtcmalloc_minimal || { apt-get update -q && apt-get install -q -y libtcmalloc-minimal4; } $(QUIETLY)
+	$(UV) sync --locked --inexact --extra dev --extra benchmarks --python '>=3.11,<3.14' $(QUIETLY)
+	touch $@
 
 # Inexact, as above: one extra does not remove what another target has installed.
 $(VENV)/.synced-docs: $(VENV)/.synced
-	@$(UV) sync --locked --inexact --extra dev --extra docs --python '>=3.11,<3.14'
-	@touch $@
+	@$(UV) sync --locked --inexact --extra dev --extra docs --python '>=3.11,<3.14' $(QUIETLY)
+	touch $@

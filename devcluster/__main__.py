@@ -24,6 +24,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, layout: Layout) -> int:
     match options.command:
+        case "packages":
+            packages.ensure(layout, packages.ALL)
+        case "prepare":
+            packages.ensure(layout, packages.ALL)
+            toolchain.build(layout)
+            product.build_images(layout)
         case "build":
             for path in toolchain.build(layout, options.names or tuple(toolchain.TOOLS)).values():
                 print(path)
@@ -51,7 +57,7 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
 
 
 def _run_image_command(options: argparse.Namespace, layout: Layout) -> int:
-    packages.ensure(packages.IMAGE)
+    packages.ensure(layout, packages.IMAGE)
     match options.command:
         case "load":
             with cluster.locked(layout):
@@ -96,6 +102,8 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="devcluster", description="A real single-node Kubernetes, without Docker.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("packages", help="install the Debian packages that the cluster and the tests need")
+    commands.add_parser("prepare", help="install packages and build programs and images: all that tests and demo need")
     build = commands.add_parser("build", help="build the programs that the cache lacks and print their paths")
     build.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(toolchain.TOOLS)} (default: all)")
     path = commands.add_parser("path", help="print the path of one program, built if need be")

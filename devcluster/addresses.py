@@ -1,7 +1,10 @@
 """Names and addresses of the cluster: change them here when they collide with a machine's own network."""
 
+import random
 import socket
 from dataclasses import dataclass, fields
+
+from devcluster.errors import ClusterError
 
 NODE = "devcluster"
 BRIDGE = "qlora0"
@@ -15,6 +18,8 @@ DNS_DOMAIN = "cluster.local"
 LOOPBACK = "127.0.0.1"
 # A chain of this prefix is ours; kube-proxy owns those that start with KUBE-.
 CHAIN_PREFIX = "QLORA-"
+# Below the ports that the kernel gives to outgoing connections, one of which could take a port between choice and use.
+_CHOSEN_PORTS = range(20_000, 30_000)
 GPU_RESOURCE = "nvidia.com/gpu"
 CONTAINERD_NAMESPACE = "k8s.io"
 
@@ -36,11 +41,27 @@ def free_ports() -> Ports:
     """Ports free on every address at this moment; all are held until the last is chosen, so they differ."""
     sockets: list[socket.socket] = []
     try:
-        for _ in fields(Ports):
-            listener = socket.socket()
-            listener.bind(("", 0))
-            sockets.append(listener)
+        sockets.extend(_bound() for _ in fields(Ports))
         return Ports(*(listener.getsockname()[1] for listener in sockets))
     finally:
         for listener in sockets:
             listener.close()
+
+
+def free_port() -> int:
+    """One such port."""
+    with _bound() as listener:
+        return int(listener.getsockname()[1])
+
+
+def _bound() -> socket.socket:
+    """A socket that holds a port of the chosen range on every address."""
+    for port in random.sample(_CHOSEN_PORTS, len(_CHOSEN_PORTS)):
+        listener = socket.socket()
+        try:
+            listener.bind(("", port))
+        except OSError:
+            listener.close()
+        else:
+            return listener
+    raise ClusterError(f"no free port from {_CHOSEN_PORTS.start} to {_CHOSEN_PORTS.stop - 1}")

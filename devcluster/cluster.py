@@ -4,14 +4,25 @@ import datetime
 import fcntl
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from devcluster import addons, addresses, cleanup, controlplane, images, machine, node, packages, processes, toolchain
+from devcluster import (
+    addons,
+    addresses,
+    cleanup,
+    console,
+    controlplane,
+    images,
+    machine,
+    node,
+    packages,
+    processes,
+    toolchain,
+)
 from devcluster.addresses import Ports
 from devcluster.errors import ClusterError
 from devcluster.kubectl import Kubectl
@@ -32,7 +43,7 @@ def locked(layout: Layout) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another devcluster command to finish")
+            console.say("waiting for another devcluster command to finish")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -44,10 +55,10 @@ def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
     """
     if os.geteuid() != 0:
         raise ClusterError("`up` makes network devices and mounts: run it as root")
-    packages.ensure(packages.NODE)
+    packages.ensure(layout, packages.NODE)
     if reasons := broken(layout):
         if layout.cluster.exists():
-            say(f"removing a cluster that is broken: {reasons[0]}")
+            console.say(f"removing a cluster that is broken: {reasons[0]}")
             cleanup.down(layout)
         binaries = toolchain.build(layout, _PROGRAMS)
         machine.refuse_conflicts()
@@ -90,6 +101,7 @@ class _Start:
         self._say("node Ready")
         _wait(layout, addons.dns_works, _DNS_SECONDS, "the cluster's DNS", "kubelet")
         self._say("DNS answers")
+        console.say(f"cluster started in {time.monotonic() - self._began:.0f} s")
 
     def _images(self, ports: Ports) -> tuple[str, str]:
         busybox = images.busybox_image()
@@ -107,7 +119,7 @@ class _Start:
         return processes.start(name, argv, directory=self._layout.records, log=self._layout.log(name))
 
     def _say(self, what: str) -> None:
-        say(f"{what} after {time.monotonic() - self._began:.1f} s")
+        console.mention(self._layout, f"{what} after {time.monotonic() - self._began:.1f} s")
 
 
 def broken(layout: Layout) -> list[str]:
@@ -161,11 +173,6 @@ def node_is_ready(kubectl: Kubectl) -> bool:
     except ClusterError:
         return False  # not registered yet
     return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
-
-
-def say(what: str) -> None:
-    """Tell the person who waits; standard output is kept for answers."""
-    print(what, file=sys.stderr, flush=True)
 
 
 def _expected() -> list[str]:

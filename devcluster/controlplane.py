@@ -214,10 +214,11 @@ def running(*, controller_manager: bool = False, layout: Layout | None = None) -
 
     Everything lies in a temporary folder and ends with the block, or with the calling process.
     `controller_manager` adds the controllers: garbage collection, Jobs (whose pods stay pending), ServiceAccounts.
+    Raises ClusterError where a program has not been built before: a test builds nothing.
     """
     layout = layout or from_environment()
     names = ["etcd", "kubectl", "kube-apiserver", *(["kube-controller-manager"] if controller_manager else [])]
-    binaries = toolchain.build(layout, names)
+    binaries = toolchain.built(layout, names)
     with tempfile.TemporaryDirectory(prefix="qlora-controlplane-") as name:
         settings = Settings(Path(name), addresses.LOOPBACK, addresses.free_ports(), binaries, node=False)
         write_credentials(settings, datetime.datetime.now(datetime.UTC))

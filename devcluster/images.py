@@ -5,15 +5,13 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from devcluster import addresses
+from devcluster import addresses, console
 from devcluster.addresses import Ports
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout
@@ -99,10 +97,7 @@ def build(layout: Layout, tag: str, dockerfile: Path, context: Path | None, argu
         command += [f"--volume={volume}" for volume in volumes]
         command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         command += ["--file", str(dockerfile), str(context or _REPOSITORY_ROOT)]
-        # Not captured: somebody waits for minutes and wants to see what for.
-        done = subprocess.run(["setpriv", "--pdeathsig", "TERM", *command], stdout=sys.stderr, check=False)
-    if done.returncode != 0:
-        raise ClusterError(f"building {tag} from {dockerfile} failed with status {done.returncode}, see above")
+        console.run_noisy(layout, command, seconds=_LONGEST_BUILD_SECONDS, env=os.environ)
 
 
 def base_image(layout: Layout) -> str:
@@ -110,11 +105,12 @@ def base_image(layout: Layout) -> str:
     recipe = f"{_BASE_SUITE} {_BASE_PACKAGES} {_BASE_DOCKERFILE}"
     name = f"localhost/qlora-base:{_key(recipe.encode())}"
     if not exists(name):
-        print(f"making {name} with mmdebstrap", file=sys.stderr, flush=True)
+        console.say(f"making {name} with mmdebstrap")
         layout.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="base-", dir=layout.cache) as folder:
             include = f"--include={','.join(_BASE_PACKAGES)}"
-            run(["mmdebstrap", "--variant=minbase", include, _BASE_SUITE, f"{folder}/root.tar"], seconds=1800)
+            mmdebstrap = ["mmdebstrap", "--variant=minbase", include, _BASE_SUITE, f"{folder}/root.tar"]
+            console.run_noisy(layout, mmdebstrap, seconds=_LONGEST_BUILD_SECONDS)
             _build_from_scratch(Path(folder), _BASE_DOCKERFILE, name)
     return name
 

@@ -38,6 +38,11 @@ class Layout:
         return self.cache / "cluster.lock"
 
     @property
+    def build_log(self) -> Path:
+        """What installers and image builders have printed."""
+        return self.cache / "build.log"
+
+    @property
     def before(self) -> Path:
         """What the machine looked like before `up`; removed when `down` has brought that back."""
         return self.cache / "machine-before.json"

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devcluster import cluster, images, packages, toolchain
+from devcluster import cluster, console, images, packages, toolchain
+from devcluster.errors import ClusterError
 from devcluster.kubectl import Kubectl
 from devcluster.layout import Layout
 from devcluster.processes import run
@@ -62,20 +62,31 @@ def image_name(name: str) -> str:
 
 def build_images(layout: Layout) -> Images:
     """Build both images unless buildah has them already."""
-    packages.ensure(packages.IMAGE)
+    packages.ensure(layout, packages.IMAGE)
     built = {name: image_name(name) for name in _DOCKERFILES}
     for name, full_name in built.items():
         if not images.exists(full_name):
-            print(f"building {full_name}", file=sys.stderr, flush=True)
+            console.say(f"building {full_name}")
             images.build(layout, full_name, _DOCKERFILES[name], None, {})
     return Images(built["qlora-operator"], built["qlora-trainer"])
+
+
+def built_images() -> Images:
+    """The images of this checkout that have been built before, for tests, which build nothing.
+
+    Raises ClusterError with what to run where one is missing.
+    """
+    names = {name: image_name(name) for name in _DOCKERFILES}
+    if missing := [full_name for full_name in names.values() if not images.exists(full_name)]:
+        raise ClusterError(f"not built: {', '.join(missing)}; run `make images`")
+    return Images(names["qlora-operator"], names["qlora-trainer"])
 
 
 def load_images(layout: Layout, product: Images) -> None:
     """Bring both images to the embedded cluster's container runtime."""
     with cluster.locked(layout):
         for image in (product.operator, product.trainer):
-            print(f"loading {image}", file=sys.stderr, flush=True)
+            console.mention(layout, f"loading {image}")
             images.load(layout, cluster.ports_of(layout), image)
 
 

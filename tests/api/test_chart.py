@@ -70,7 +70,7 @@ class Helm:
 
 @pytest.fixture(scope="module")
 def helm() -> Helm:
-    return Helm(toolchain.build(from_environment(), ["helm"])["helm"])
+    return Helm(toolchain.built(from_environment(), ["helm"])["helm"])
 
 
 def only(objects: list[Object], kind: str) -> Object:

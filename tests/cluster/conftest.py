@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from devcluster import cleanup, cluster, layout, product
+from devcluster import cleanup, cluster, layout, product, toolchain
 from devcluster.files import claim
 from tests.cluster.environment import INPUTS, Cluster, Tenant, new_namespace
 from tests.support.tiny import SHAPE, save_model
@@ -15,12 +15,16 @@ from tests.support.tiny import SHAPE, save_model
 
 @pytest.fixture(scope="session")
 def installed() -> Iterator[Cluster]:
-    """The cluster; started and stopped here unless it runs already. Stopping must leave nothing behind."""
+    """The cluster; started and stopped here unless it runs already. Stopping must leave nothing behind.
+
+    Its programs and images have been built before (`make test-tools`), for a test builds nothing.
+    """
     where = layout.from_environment()
+    toolchain.built(where)
+    images = product.built_images()
     ran_before = where.ready.exists() and not cluster.trouble(where)
     with cluster.locked(where):
         cluster.up(where, cluster.DEFAULT_GPUS)
-    images = product.build_images(where)
     product.load_images(where, images)
     product.install(where, where.kubeconfig, images)
     yield Cluster(cluster.kubectl_of(where), images, where.audit_log)

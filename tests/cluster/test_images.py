@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from devcluster import layout, product
+from devcluster import product
 from devcluster.processes import run
 from devcluster.product import Images
 from qlora_api.contract import CPU_ALLOCATOR
@@ -18,7 +18,7 @@ PYTHON = "/opt/qlora/bin/python"
 
 @pytest.fixture(scope="module")
 def images() -> Images:
-    return product.build_images(layout.from_environment())
+    return product.built_images()
 
 
 @contextmanager

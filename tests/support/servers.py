@@ -13,6 +13,8 @@ import yaml
 from obstore.store import S3Store
 
 from devcluster import packages, toolchain
+from devcluster.addresses import free_port
+from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from tests.support.waiting import eventually
 
@@ -29,7 +31,7 @@ HTPASSWD = f"{USER}:$2b$04$fy77HFtGcLmU10SKe/D0l.F0ydvnzYtKnN8RGcSPzOg3iPlXt/t6i
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
     """Versitygw with the bucket BUCKET, whose objects are the files of `folder`/buckets/BUCKET; its HOST:PORT."""
-    program = toolchain.build(from_environment(), ["versitygw"])["versitygw"]
+    program = toolchain.built(from_environment(), ["versitygw"])["versitygw"]
     (folder / "buckets" / BUCKET).mkdir(parents=True)
     (folder / "metadata").mkdir()
     address = _free_address()
@@ -53,7 +55,8 @@ def s3_bucket(address: str) -> S3Store:
 @contextmanager
 def registry(folder: Path, *, passwords: Path | None = None) -> Iterator[str]:
     """Debian's docker-registry over `folder`, with the htpasswd file if there is one; its HOST:PORT."""
-    packages.ensure({"docker-registry": "docker-registry"})
+    if packages.missing({"docker-registry": "docker-registry"}):
+        raise ClusterError("no docker-registry on this machine; run `make test-tools`")
     address = _free_address()
     configuration: dict[str, object] = {
         "version": "0.1",
@@ -76,9 +79,7 @@ def give_login(folder: Path, host: str, login: str = LOGIN) -> None:
 
 
 def _free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 @contextmanager
@@ -87,6 +88,7 @@ def _running(command: list[str | Path], environment: dict[str, str], address: st
     process = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=environment, **quiet)
     try:
         eventually(lambda: _listens(address), seconds=30, every=0.02, what=f"{command[0]} on {address}")
+        assert process.poll() is None, f"{command[0]} ended; another program answers on {address}"
         yield
     finally:
         process.terminate()

@@ -1,0 +1,39 @@
+"""What holds for every test: a time limit, the same inputs at every run, and a count of what was left out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Seconds for one test with its fixtures, by folder, on a machine of two busy cores: far above what any test needs.
+LIMITS = {"unit": 120, "devcluster": 120, "trainer": 600, "gpu": 1200, "api": 300, "cluster": 1200}
+
+# A timing on a busy machine says nothing about the code, and a random input fails in somebody else's change. New inputs
+# are looked for by `make test-all` (with the profile `explore`) and `make fuzz`.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("same")
+
+_left_out = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the time limit of its folder, unless it names its own."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LIMITS[item.path.relative_to(here).parts[0]]))
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Count the tests that are left out."""
+    if items:
+        config = items[0].config
+        config.stash[_left_out] = config.stash.get(_left_out, 0) + len(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how many tests were left out, and what runs them."""
+    if left_out := config.stash.get(_left_out, 0):
+        terminalreporter.write_line(f"{left_out} tests were deselected; `make test-all` runs them too")
