@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import oci
 from qlora_trainer.stores.contents import Contents, describe_files
-from qlora_trainer.stores.oci import Registry
+from qlora_trainer.stores.oci import Blob, Registry, digest_of
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.publication import MANIFEST
@@ -348,3 +349,54 @@ def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, 
     proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
     assert "holds something that no QLoRAJob has published" in refused(publish, ExitCode.BAD_CONFIGURATION)
     assert not any("/blobs/" in path for path in proxy.lines("GET"))
+
+
+def opened(proxy: FaultProxy, folder: Path) -> Registry:
+    """A repository of the registry that the proxy plays."""
+    source = parse_source(f"oci://{proxy.address}/team/tiny:v1")
+    assert isinstance(source, RegistrySource)
+    secret = Secret(folder, "spec.model.secretRef", None)
+    return Registry(source, secret, allowed=(f"http://{proxy.address}",), refuse=bad_configuration)
+
+
+def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path: Path) -> None:
+    """A registry, or what is in front of it, that answers with a file of the same size."""
+    expected = b'{"rank": 4}'
+    blob = Blob(digest_of(expected), len(expected))
+    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=expected))) as proxy:
+        assert opened(proxy, tmp_path).read(blob) == expected
+        proxy.rule = lambda _request: Fault(200, body=b'{"rank": 8}')
+        with pytest.raises(StepFailure) as failure:
+            opened(proxy, tmp_path).read(blob)
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert f"{blob.digest} has another content than its digest says" in failure.value.message
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["a server with ranges", "a server without"])
+def test_a_download_resumes_with_the_same_bytes_whether_the_server_knows_ranges_or_not(
+    ranges: bool, tmp_path: Path
+) -> None:
+    content = random.Random(0).randbytes(300_000)
+    blob, path = Blob(digest_of(content), len(content)), tmp_path / "model.safetensors"
+    arrived: list[int] = []
+
+    def serve(request: Request) -> Fault:
+        wanted = request.headers.get("Range", "")
+        if not (ranges and wanted):
+            return Fault(200, body=content)
+        return Fault(206, body=content[int(wanted.removeprefix("bytes=").rstrip("-")) :])
+
+    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=content, cut=200_000))) as proxy:
+        with pytest.raises(StepFailure) as failure:
+            opened(proxy, tmp_path).download(blob, path, arrived.append)
+        assert failure.value.exit_code is ExitCode.UNREACHABLE
+        assert not path.exists()
+        kept = arrived[-1]
+        proxy.seen.clear()
+        proxy.rule = serve
+        opened(proxy, tmp_path).download(blob, path, arrived.append)
+    assert 0 < kept < 200_000
+    assert [request.headers.get("Range") for request in proxy.seen] == [f"bytes={kept}-"]
+    assert path.read_bytes() == content
+    assert arrived == sorted(arrived)
+    assert arrived[-1] == len(content)

@@ -1,0 +1,66 @@
+"""Replays defects that the tests once missed, and reports any that they miss again.
+
+    python -m tests.mutants [NAME…]
+
+Works on a copy in a temporary folder; the checkout is only read. Ends with 1 if a mutant survives, or if an entry no
+longer fits the code. Tests of the trainer take seconds each, because every mutant starts PyTorch anew.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.mutants.catalog import MUTANTS
+from tests.mutants.mutant import Mutant, Verdict, copy_sources, run_tests, tail, try_mutant
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def replay(mutants: Sequence[Mutant], checkout: Path) -> int:
+    """Try each mutant and print its verdict. Returns the exit code: 0 if each is caught, else 1."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy, log = Path(folder) / "copy", Path(folder) / "pytest.log"
+        copy.mkdir()
+        copy_sources(checkout, copy)
+        # A test that fails anyway would catch everything.
+        tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+        code = run_tests(copy, tests, log)
+        if code != 0:
+            print(f"the tests do not pass without a mutant:\n{tail(log)}", flush=True)  # noqa: T201
+            return 1
+        verdicts: Counter[Verdict] = Counter()
+        for mutant in mutants:
+            started = time.monotonic()
+            verdict, problem = try_mutant(mutant, copy, log)
+            verdicts[verdict] += 1
+            print(f"{verdict:8}  {mutant.name} ({time.monotonic() - started:.0f} s)", flush=True)  # noqa: T201
+            if problem:
+                print(f"          {problem}", flush=True)  # noqa: T201
+    print(summary(verdicts))  # noqa: T201
+    return 0 if verdicts[Verdict.CAUGHT] == len(mutants) else 1
+
+
+def summary(verdicts: Counter[Verdict]) -> str:
+    """The last line, with what should not be there only if it is."""
+    parts = [f"{verdicts[Verdict.CAUGHT]} caught", f"{verdicts[Verdict.SURVIVED]} survived"]
+    parts += [f"{verdicts[kind]} {kind.lower()}" for kind in (Verdict.DRIFTED, Verdict.BROKEN) if verdicts[kind]]
+    return ", ".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replay the named mutants, or all."""
+    known = {mutant.name: mutant for mutant in MUTANTS}
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Replay defects: each must be caught.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="mutants to replay (default: all)")
+    names = parser.parse_args(arguments).names
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no mutant named {', '.join(unknown)}; there are: {', '.join(known)}")
+    return replay([known[name] for name in names] or MUTANTS, CHECKOUT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Applies one mutant to a copy of the sources and says whether the tests notice."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+SOURCES = (
+    *("benchmarks", "cli", "crds", "devcluster", "examples", "helm", "operator", "tests", "trainer_image"),
+    "pyproject.toml",
+)
+"""Files and folders of the checkout that the tests of a mutant read."""
+PACKAGES = ("crds", "cli", "operator", "trainer_image", ".")
+"""Folders to import from, relative to the copy."""
+TIMEOUT_S = 600
+"""For the tests of one mutant, which take seconds on an idle machine."""
+_PASSED, _FAILED = 0, 1
+"""pytest's exit codes; with all others it has not run the tests to their end."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A small defect, put into the product to see whether a test fails."""
+
+    name: str
+    """Kebab-case, unique."""
+    file: str
+    """Path relative to the checkout."""
+    old: str
+    """Text that is in the file exactly once."""
+    new: str
+    """What replaces it."""
+    tests: tuple[str, ...]
+    """pytest node IDs, `path::function`, of which at least one must fail."""
+
+
+class Verdict(StrEnum):
+    """What became of a mutant."""
+
+    CAUGHT = "caught"
+    SURVIVED = "SURVIVED"
+    DRIFTED = "DRIFTED"
+    """The old text is not in the file exactly once: the entry has to follow the code."""
+    BROKEN = "BROKEN"
+    """pytest did not run the tests to their end: nothing is known about the mutant."""
+
+
+class DriftError(ValueError):
+    """A mutant's old text is not in its file exactly once."""
+
+
+def copy_sources(checkout: Path, copy: Path) -> None:
+    """Copy what the tests need into the empty folder `copy`, without bytecode, which could be that of a mutant."""
+    for name in SOURCES:
+        if (checkout / name).is_dir():
+            shutil.copytree(checkout / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
+        elif (checkout / name).exists():
+            shutil.copy2(checkout / name, copy / name)
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The text of the mutant's file with the defect. Raises DriftError."""
+    found = text.count(mutant.old)
+    if found != 1:
+        raise DriftError(
+            f"{mutant.name}: {mutant.file} has {found} occurrences of {mutant.old!r}, not one: the code has changed; "
+            "update the entry in tests/mutants/catalog.py"
+        )
+    return text.replace(mutant.old, mutant.new)
+
+
+def run_tests(copy: Path, tests: tuple[str, ...], log: Path, *, seconds: float | None = None) -> int | None:
+    """The exit code of pytest for these tests of the copy; None if they took too long. Its output goes to `log`."""
+    # Bytecode is trusted by its source's size and time in seconds, and a mutant may have both of its original.
+    changes = {"PYTHONPATH": os.pathsep.join(str(copy / folder) for folder in PACKAGES), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
+    with log.open("w") as output:
+        try:
+            return subprocess.run(
+                command,
+                cwd=copy,
+                env={**os.environ, **changes},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def try_mutant(mutant: Mutant, copy: Path, log: Path) -> tuple[Verdict, str]:
+    """The verdict on the mutant in the copy, which is as before afterwards, and what to look at unless it is caught."""
+    path = copy / mutant.file
+    original = path.read_text() if path.is_file() else ""
+    try:
+        defect = mutated(mutant, original)
+    except DriftError as error:
+        return Verdict.DRIFTED, str(error)
+    path.write_text(defect)
+    try:
+        code = run_tests(copy, mutant.tests, log, seconds=TIMEOUT_S)
+    finally:
+        path.write_text(original)
+    return verdict_of(code), "" if code == _FAILED else f"{' '.join(mutant.tests)}: {tail(log)}"
+
+
+def verdict_of(code: int | None) -> Verdict:
+    """What pytest's exit code says of a mutant; None if it took too long."""
+    return {_FAILED: Verdict.CAUGHT, _PASSED: Verdict.SURVIVED}.get(code if code is not None else -1, Verdict.BROKEN)
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-20:])
