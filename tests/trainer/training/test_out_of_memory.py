@@ -131,10 +131,36 @@ def test_a_resumed_run_keeps_its_smaller_micro_batches_and_ends_in_the_same_byte
     assert history(disturbed) == history(undisturbed)
 
 
+def in_forward(_model: Any, _loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Run out before there is a graph."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def in_backward(model: Any, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Run out in the backward pass, when all layers but the first have their gradients, as a full GPU mostly does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    first, last = trained[0], trained[-1]
+    before = None if last.grad is None else last.grad.clone()
+
+    def run_out(_gradient: torch.Tensor) -> None:
+        hook.remove()
+        assert last.grad is not None
+        assert before is None or not torch.equal(last.grad, before)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = first.register_hook(run_out)
+    return loss()
+
+
+@pytest.mark.parametrize("runs_out", [in_forward, in_backward])
+@pytest.mark.parametrize("at", [1, 2])
 def test_a_step_that_is_done_again_forgets_the_gradients_of_its_first_micro_batches(
-    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+    at: int,
+    runs_out: Callable[[Any, Callable[[], torch.Tensor]], torch.Tensor],
+    workspace: Prepare,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run that runs out at its second micro batch is from then on one that had the smaller ones from the start."""
+    """A run that runs out at its micro batch number `at` is from then on one that had the smaller ones throughout."""
     spec = merged(AUTOMATIC, {"lora": {"dropout": 0.1}, "training": {"gradientAccumulationSteps": 2, "maxSteps": 3}})
     small = {"training": {"microBatchSize": 2, "gradientAccumulationSteps": 4}}
     halved = workspace("halved", spec, packed=False)
@@ -143,8 +169,8 @@ def test_a_step_that_is_done_again_forgets_the_gradients_of_its_first_micro_batc
     passes, batch_loss = count(1), loop.batch_loss
 
     def runs_out_once(model: Any, batch: Batch) -> torch.Tensor:
-        if next(passes) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if next(passes) == at:
+            return runs_out(model, lambda: batch_loss(model, batch))
         return batch_loss(model, batch)
 
     monkeypatch.setattr(loop, "batch_loss", runs_out_once)
