@@ -86,22 +86,43 @@ def test_logs_are_structured_and_name_the_job(tenant: Tenant) -> None:
     assert eventually(entries, seconds=30)
 
 
-def test_liveness_goes_red_when_the_operator_cannot_watch(tenant: Tenant) -> None:
-    kubectl = tenant.cluster.kubectl
+def test_an_operator_that_cannot_watch_fails_its_liveness_probe_and_is_restarted(tenant: Tenant) -> None:
+    cluster, kubectl = tenant.cluster, tenant.cluster.kubectl
     binding = kubectl.get("clusterrolebinding", "qlora-operator")
-    before = tenant.cluster.operator_pod()
+    # A new pod has restarted for no other reason, and its watches outlast the test: the server ends them after 5 min.
+    cluster.kill_operator()
+    cluster.wait_for_operator()
+    before = cluster.operator_pod()
+    uid = before["metadata"]["uid"]
+    assert restarts(before) == 0
+
+    def for_its_probe() -> bool:
+        """Whether the kubelet says that the probe failed. A crash would restart the container too."""
+        selector = f"--field-selector=involvedObject.uid={uid}"
+        posted = kubectl.get("events", f"--namespace={OPERATOR_NAMESPACE}", selector)["items"]
+        said = [f"{event['reason']}: {event['message']}" for event in posted]
+        # Answered, and with an error: a process that hangs or is gone gives no status.
+        assert [line for line in said if line.startswith("Unhealthy: Liveness probe failed") and "500" in line], said
+        assert [line for line in said if line.startswith("Killing: ") and "failed liveness probe" in line], said
+        return True
+
+    def restarted() -> bool:
+        pod = cluster.operator_pod()
+        assert pod["metadata"]["uid"] == uid, "the pod was replaced, which a probe never does"
+        return restarts(pod) > 0
+
     try:
         kubectl("delete", "clusterrolebinding", "qlora-operator")
-
-        def restarted() -> bool:
-            pod = tenant.cluster.operator_pod()
-            restarts = sum(c["restartCount"] for c in pod["status"].get("containerStatuses", []))
-            return pod["metadata"]["uid"] != before["metadata"]["uid"] or restarts > 0
-
         assert eventually(restarted, seconds=300, every=2, what="the operator's restart")
+        assert eventually(for_its_probe, seconds=30, what="Events that give the probe as the reason")
     finally:
         for key in ("resourceVersion", "uid", "creationTimestamp", "managedFields"):
             binding["metadata"].pop(key, None)
         kubectl("apply", "--filename=-", input_text=json.dumps(binding))
-        tenant.cluster.kill_operator()
-        tenant.cluster.wait_for_operator()
+        cluster.kill_operator()
+        cluster.wait_for_operator()
+
+
+def restarts(pod: Object) -> int:
+    """How often the kubelet has restarted the pod's containers."""
+    return sum(container["restartCount"] for container in pod["status"].get("containerStatuses", []))
