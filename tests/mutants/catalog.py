@@ -2,10 +2,252 @@
 
 from tests.mutants.mutant import Mutant
 
+_CONTRACT = "crds/qlora_api"
+_OPERATOR = "operator/qlora_operator"
+_DECISIONS = f"{_OPERATOR}/decisions"
 _TRAINER = "trainer_image/qlora_trainer"
-_OCI_TESTS = "tests/trainer/stores/test_oci.py"
-_MEMORY_FIT = f"{_TRAINER}/model/memory_fit.py"
-_MEMORY_FIT_TEST = "tests/unit/qlora_trainer/test_memory_fit.py"
+_API_TESTS = "tests/unit/qlora_api"
+_OPERATOR_TESTS = "tests/unit/qlora_operator"
+_TRAINER_TESTS = "tests/trainer"
+
+API = (
+    Mutant(
+        name="a-result-may-have-any-size",
+        file=f"{_CONTRACT}/contract.py",
+        old="else MAX_RESULT_BYTES",
+        new="else 10**9",
+        tests=(f"{_API_TESTS}/test_contract.py::test_a_record_has_at_most_the_bytes_of_its_kind",),
+    ),
+    Mutant(
+        name="jobs-cannot-be-selected-by-phase",
+        file=f"{_CONTRACT}/crd.py",
+        old=', {"jsonPath": ".status.phase"}]',
+        new="]",
+        tests=(f"{_API_TESTS}/test_crd.py::test_jobs_can_be_selected_by_model_and_by_phase",),
+    ),
+    Mutant(
+        name="capped-scores-take-half-the-memory",
+        file=f"{_CONTRACT}/memory/estimate.py",
+        old="_BYTES_PER_CAPPED_SCORE = 26",
+        new="_BYTES_PER_CAPPED_SCORE = 13",
+        tests=(
+            f"{_API_TESTS}/test_memory.py::test_capped_attention_scores_take_26_bytes_each_for_256_queries_at_a_time",
+        ),
+    ),
+)
+
+OPERATOR = (
+    Mutant(
+        name="clean-up-starts-beside-a-live-pod",
+        file=f"{_DECISIONS}/plan.py",
+        old="if cleaning is None and not observed.live_pods:",
+        new="if cleaning is None:",
+        tests=(f"{_OPERATOR_TESTS}/test_plan.py::test_clean_up_waits_for_the_last_pod_that_may_still_write",),
+    ),
+    Mutant(
+        name="suspended-while-a-job-may-create-a-pod",
+        file=f"{_DECISIONS}/status.py",
+        old=" or any(not child.finished for child in observed.children)",
+        new="",
+        tests=(f"{_OPERATOR_TESTS}/test_status.py::test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod",),
+    ),
+    Mutant(
+        name="last-failure-is-forgotten",
+        file=f"{_DECISIONS}/status.py",
+        old="if last is not None and last.step == step.name:",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_failure_whose_pods_are_gone_is_reported_as_it_was_last_seen",
+        ),
+    ),
+    Mutant(
+        name="clean-up-job-becomes-the-steps-job",
+        file=f"{_DECISIONS}/status.py",
+        old="if status.step is None or is_finished(status):",
+        new="if status.step is None:",
+        tests=(f"{_OPERATOR_TESTS}/test_status.py::test_the_clean_up_job_is_not_recorded_as_the_last_steps_job",),
+    ),
+    Mutant(
+        name="waiting-for-a-pod-is-not-reported",
+        file=f"{_DECISIONS}/status.py",
+        old="if not step.job_uid and observed.live_pods:",
+        new="if False:",
+        tests=(f"{_OPERATOR_TESTS}/test_status.py::test_a_step_waits_for_the_last_pod_of_the_attempt_before",),
+    ),
+    Mutant(
+        name="attempts-of-a-found-job-are-not-counted",
+        file=f"{_DECISIONS}/status.py",
+        old='return _count(status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})}), facts)',
+        new='return status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})})',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted",
+        ),
+    ),
+    Mutant(
+        name="any-pods-result-counts",
+        file=f"{_DECISIONS}/status.py",
+        old="in reversed(facts.observed.pods_of(child.uid)):",
+        new="in reversed(facts.observed.pods):",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result",
+        ),
+    ),
+    Mutant(
+        name="exit-code-0-is-out-of-memory",
+        file=f"{_DECISIONS}/observe.py",
+        old='self.termination.reason == "OOMKilled" and not self.exited_well',
+        new='self.termination.reason == "OOMKilled"',
+        tests=(f"{_OPERATOR_TESTS}/test_observe.py::test_a_pods_state",),
+    ),
+    Mutant(
+        name="any-owner-is-the-controller",
+        file=f"{_DECISIONS}/observe.py",
+        old=' if owner.get("controller")',
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_observe.py::test_a_job_of_which_the_qlorajob_is_an_owner_but_not_the_controller_is_not_ours",
+        ),
+    ),
+    Mutant(
+        name="a-false-condition-counts",
+        file=f"{_DECISIONS}/observe.py",
+        old=' if condition["status"] == "True"',
+        new="",
+        tests=(f"{_OPERATOR_TESTS}/test_observe.py::test_a_condition_that_does_not_hold_ends_no_job",),
+    ),
+    Mutant(
+        name="deleting-its-job-disrupts-a-pod",
+        file=f"{_DECISIONS}/attempts.py",
+        old="child is None or child.deleting or",
+        new="child is None or",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_ends_because_its_job_is_being_deleted_was_not_disturbed",
+        ),
+    ),
+    Mutant(
+        name="an-attempt-is-counted-again",
+        file=f"{_DECISIONS}/attempts.py",
+        old="and end > until",
+        new="and end >= until",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_an_attempt_counted_before_is_not_counted_again_when_the_latest_counted_pod_is_gone",
+        ),
+    ),
+    Mutant(
+        name="a-pod-without-a-container-is-not-explained",
+        file=f"{_DECISIONS}/attempts.py",
+        old="if pod.termination is None:",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_job_that_fails_before_its_container_starts_reports_what_the_kubelet_says",
+        ),
+    ),
+    Mutant(
+        name="a-pod-without-a-container-has-no-start",
+        file=f"{_DECISIONS}/attempts.py",
+        old="return pod.running_since or (pod.created if pod.ended else None)",
+        new="return pod.running_since",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_fails_before_its_container_starts_is_a_failed_attempt_of_no_length",
+        ),
+    ),
+    Mutant(
+        name="a-pod-without-a-container-has-no-end",
+        file=f"{_DECISIONS}/attempts.py",
+        old="return pod.deletion_requested or (pod.created if pod.ended else None)",
+        new="return pod.deletion_requested",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_fails_before_its_container_starts_is_a_failed_attempt_of_no_length",
+        ),
+    ),
+    Mutant(
+        name="a-service-mesh-adds-its-proxy",
+        file=f"{_DECISIONS}/manifests.py",
+        old=' | {"sidecar.istio.io/inject": "false"}',
+        new="",
+        tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_no_service_mesh_adds_a_proxy_that_would_outlive_the_step",),
+    ),
+    Mutant(
+        name="threads-follow-a-limit-that-is-not-set",
+        file=f"{_DECISIONS}/manifests.py",
+        old='"requests.cpu"',
+        new='"limits.cpu"',
+        tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_libraries_start_as_many_threads_as_the_pod_requests_cpus",),
+    ),
+    Mutant(
+        name="liveness-ignores-a-dead-watch",
+        file=f"{_OPERATOR}/resync.py",
+        old="if dead := self.monitor.dead:",
+        new="if dead := ():",
+        tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
+    ),
+    Mutant(
+        name="a-watch-is-never-overdue",
+        file=f"{_OPERATOR}/resync.py",
+        old="interval / 2",
+        new="interval * 20",
+        tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
+    ),
+    Mutant(
+        name="a-failed-key-keeps-its-wish",
+        file=f"{_OPERATOR}/workqueue.py",
+        old="self._wishes.pop(key, None)\n        self.add(",
+        new="self.add(",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_wish_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more",
+        ),
+    ),
+    Mutant(
+        name="a-foreign-claim-is-adopted",
+        file=f"{_OPERATOR}/reconcile.py",
+        old='if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:',
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_job",
+        ),
+    ),
+    Mutant(
+        name="a-deleted-job-is-worked-on",
+        file=f"{_OPERATOR}/reconcile.py",
+        old=" or job.deleting",
+        new="",
+        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_being_deleted_is_left_alone",),
+    ),
+    Mutant(
+        name="a-clean-up-to-come-is-forgotten",
+        file=f"{_OPERATOR}/reconcile.py",
+        old=' and not is_true(status, "CleanedUp") and cleanup_at(job, status) is None',
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due",
+        ),
+    ),
+    Mutant(
+        name="a-rejected-job-is-no-reason",
+        file=f"{_OPERATOR}/reconcile.py",
+        old='except RefusedError as error:\n            raise _ObstacleError(\n                Reason("JobRefused"',
+        new='except ValueError as error:\n            raise _ObstacleError(\n                Reason("JobRefused"',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
+        ),
+    ),
+    Mutant(
+        name="a-rejected-claim-is-no-reason",
+        file=f"{_OPERATOR}/reconcile.py",
+        old='except RefusedError as error:\n            raise _ObstacleError(\n                Reason("ClaimRefused"',
+        new='except ValueError as error:\n            raise _ObstacleError(\n                Reason("ClaimRefused"',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
+        ),
+    ),
+    Mutant(
+        name="a-list-ends-with-its-first-page",
+        file=f"{_OPERATOR}/cluster.py",
+        old='token = page["metadata"].get("continue") or ""',
+        new='token = ""',
+        tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_a_list_is_read_to_its_last_page",),
+    ),
+)
 
 TRAINER = (
     Mutant(
@@ -14,39 +256,64 @@ TRAINER = (
         old='os.environ["HF_HUB_OFFLINE"] = "1"',
         new="pass",
         tests=(
-            "tests/trainer/core/test_process.py::test_only_a_step_that_reads_from_the_hub_or_publishes_there_is_online",
-            "tests/trainer/core/test_process.py::test_the_library_of_the_hub_sends_nothing_while_training",
+            f"{_TRAINER_TESTS}/core/test_process.py::test_only_a_step_that_reads_from_the_hub_or_publishes_there_is_online",
+            f"{_TRAINER_TESTS}/core/test_process.py::test_the_library_of_the_hub_sends_nothing_while_training",
         ),
     ),
     Mutant(
-        name="oci-blob-is-not-checked",
+        name="a-small-blob-is-not-checked",
         file=f"{_TRAINER}/stores/oci.py",
         old="if digest_of(content) != blob.digest:",
         new="if False:",
-        tests=(f"{_OCI_TESTS}::test_a_small_blob_with_another_content_than_its_digest_is_rejected",),
+        tests=(
+            f"{_TRAINER_TESTS}/stores/test_oci.py::test_a_small_blob_with_another_content_than_its_digest_is_rejected",
+        ),
     ),
     Mutant(
-        name="oci-resume-trusts-that-the-server-knows-ranges",
+        name="a-download-resumes-behind-what-is-sent",
         file=f"{_TRAINER}/stores/oci.py",
         old="0 if offset and answer.status_code != 206 else offset",
         new="offset",
-        tests=(f"{_OCI_TESTS}::test_a_download_resumes_with_the_same_bytes_whether_the_server_knows_ranges_or_not",),
+        tests=(
+            f"{_TRAINER_TESTS}/stores/test_oci.py::test_a_download_resumes_with_the_same_bytes_whether_the_server_knows_ranges_or_not",
+        ),
     ),
-    *(
-        Mutant(
-            name=f"memory-estimate-ignores-{name}",
-            file=_MEMORY_FIT,
-            old=old,
-            new="",
-            tests=(f"{_MEMORY_FIT_TEST}::test_every_setting_that_decides_the_memory_reaches_the_estimate",),
-        )
-        for name, old in (
-            ("dora", "use_dora=spec.lora.use_dora,"),
-            ("whole-modules", "whole_modules=frozenset(spec.lora.modules_to_save or ()),"),
-            ("gpus", "gpus=spec.resources.gpus,"),
-            ("sharding", "sharding=spec.training.sharding,"),
-        )
+    Mutant(
+        name="memory-without-dora",
+        file=f"{_TRAINER}/model/memory_fit.py",
+        old="use_dora=spec.lora.use_dora,",
+        new="",
+        tests=(
+            "tests/unit/qlora_trainer/test_memory_fit.py::test_every_setting_that_decides_the_memory_reaches_the_estimate",
+        ),
+    ),
+    Mutant(
+        name="memory-without-whole-modules",
+        file=f"{_TRAINER}/model/memory_fit.py",
+        old="whole_modules=frozenset(spec.lora.modules_to_save or ()),",
+        new="",
+        tests=(
+            "tests/unit/qlora_trainer/test_memory_fit.py::test_every_setting_that_decides_the_memory_reaches_the_estimate",
+        ),
+    ),
+    Mutant(
+        name="memory-of-one-gpu",
+        file=f"{_TRAINER}/model/memory_fit.py",
+        old="gpus=spec.resources.gpus,",
+        new="",
+        tests=(
+            "tests/unit/qlora_trainer/test_memory_fit.py::test_every_setting_that_decides_the_memory_reaches_the_estimate",
+        ),
+    ),
+    Mutant(
+        name="memory-without-sharding",
+        file=f"{_TRAINER}/model/memory_fit.py",
+        old="sharding=spec.training.sharding,",
+        new="",
+        tests=(
+            "tests/unit/qlora_trainer/test_memory_fit.py::test_every_setting_that_decides_the_memory_reaches_the_estimate",
+        ),
     ),
 )
 
-MUTANTS = TRAINER
+MUTANTS = (*API, *OPERATOR, *TRAINER)
