@@ -35,6 +35,7 @@ CPU_ALLOCATOR = "libtcmalloc_minimal.so.4"
 
 MAX_PROGRESS_BYTES = 1024
 MAX_RESULT_BYTES = 4096
+MAX_ACTIVITY_LENGTH = 128
 MIN_SECONDS_BETWEEN_PROGRESS = 5.0
 
 
@@ -85,7 +86,7 @@ class ProgressRecord(_Record):
     """Progress of the step, on standard output: at most one record per 5 seconds, of at most 1 KiB."""
 
     kind: Literal["progress"] = "progress"
-    activity: str = Field("", max_length=128)
+    activity: str = Field("", max_length=MAX_ACTIVITY_LENGTH)
     training_step: Count = 0
     total_steps: Count = 0
     epoch: Finite = Field(0.0, ge=0)

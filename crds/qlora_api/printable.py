@@ -15,3 +15,17 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """The same, with one space for each run of white space, line ends included."""
     return printable(" ".join(text.split()))
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text if it has at most `limit` characters, else its beginning with an ellipsis as the last of them."""
+    return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…" * (limit > 0)
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of the error's message, without a final period, in at most `limit` characters.
+
+    The name of the error's type if there is no message.
+    """
+    lines = str(error).strip().splitlines()
+    return shortened(lines[0].strip().rstrip("."), limit) if lines else type(error).__name__

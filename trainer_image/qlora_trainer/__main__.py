@@ -1,4 +1,4 @@
-"""The trainer's command line: one subcommand per step."""
+"""The trainer's command line: one command per step."""
 
 from pathlib import Path
 from typing import get_args
@@ -12,11 +12,14 @@ from qlora_trainer.runner import Invocation, run
 
 
 def _folders(_context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
-    pairs = [value.partition("=") for value in values]
-    for name, separator, folder in pairs:
-        if not (name and separator and folder):
-            raise click.BadParameter(f"found {name!r}, must be {parameter.metavar}")
-    return {name: Path(folder).absolute() for name, _, folder in pairs}
+    """Folders by name, from the values of an option that may be given several times."""
+    folders = {}
+    for value in values:
+        name, _, folder = value.partition("=")
+        if not (name and folder):
+            raise click.BadParameter(f"found {value!r}, must be {parameter.metavar}")
+        folders[name] = Path(folder).absolute()
+    return folders
 
 
 _EXISTING_LOG = contract.TERMINATION_LOG if Path(contract.TERMINATION_LOG).exists() else None
@@ -29,15 +32,19 @@ _OPTIONS = (
         default=Path(contract.WORKSPACE_MOUNT),
         help="The job's own folder.",
     ),
-    click.option("--volume", multiple=True, metavar="CLAIM=DIR", callback=_folders, help="Where a pvc:// claim lies."),
     click.option(
-        "--config-map", multiple=True, metavar="NAME=DIR", callback=_folders, help="Where a configMap:// lies."
+        "--volume",
+        multiple=True,
+        metavar="CLAIM=DIR",
+        callback=_folders,
+        help="Folder of a claim.",
     ),
+    click.option("--config-map", multiple=True, metavar="NAME=DIR", callback=_folders, help="Folder of a ConfigMap."),
     click.option(
         "--termination-log",
         type=click.Path(path_type=Path),
         default=_EXISTING_LOG,
-        help="File that gets the result record too.",
+        help="File to which the result record is also written.",
     ),
     click.option(
         "--device",
@@ -54,7 +61,7 @@ _OPTIONS = (
         default="",
         envvar=contract.ENV_OUTPUT_CLAIM,
         show_envvar=True,
-        help="Name of the claim that the workspace lies on.",
+        help="Name of the claim that the workspace is on.",
     ),
 )
 
@@ -64,7 +71,7 @@ def main() -> None:
     """Fine-tune a language model with QLoRA, one step at a time. Standard output carries records only."""
 
 
-def _step_command(step: StepName, help_text: str) -> None:
+def _add_step(step: StepName, help_text: str) -> None:
     def command(volume: dict[str, Path], config_map: dict[str, Path], **options: object) -> None:
         run(Invocation(step=step, mounts=Mounts(claims=volume, config_map_folders=config_map), **options))  # type: ignore[arg-type]
 
@@ -73,10 +80,10 @@ def _step_command(step: StepName, help_text: str) -> None:
     main.command(step, help=help_text)(command)
 
 
-_step_command("prepare", "Check the model and the data, and lay both out in the workspace.")
-_step_command("train", "Train the adapter, from the newest checkpoint if there is one.")
-_step_command("publish", "Verify the adapter and put it where it belongs, with a report.")
-_step_command("clean", "Delete what the steps needed only for themselves.")
+_add_step("prepare", "Check the model and the data, and write both into the workspace.")
+_add_step("train", "Train the adapter, from the newest checkpoint if there is one.")
+_add_step("publish", "Verify the adapter, write its report, and publish it to its destination.")
+_add_step("clean", "Delete what only the steps needed; the adapter, the report and the records stay.")
 
 
 if __name__ == "__main__":

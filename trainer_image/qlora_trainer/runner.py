@@ -1,4 +1,4 @@
-"""Runs one step as a process: streams, signals, and the end of it as a result record and an exit code."""
+"""Runs one step as a process: sets up streams and signals, and ends with a result record and an exit code."""
 
 import json
 import os
@@ -36,19 +36,22 @@ from qlora_trainer.training.launch import end_with_parent, named_rank
 
 @dataclass(frozen=True)
 class Invocation:
-    """What the command line and the pod's environment say."""
+    """What the command line and the pod's environment give to a step."""
 
     step: StepName
     job: Path
+    """The job's document, JSON."""
     workspace: Path
     mounts: Mounts
     device: Device
     pod_uid: str
     attempt: int
+    """Counted from 1."""
     claim: str
+    """The claim of the workspace; empty on a laptop."""
     termination_log: Path | None
     rank: int = 0
-    """Which of the processes that train together this is, as torchrun says."""
+    """Which of the processes that train together this is, as torchrun sets it."""
 
 
 def _now() -> datetime:
@@ -56,14 +59,14 @@ def _now() -> datetime:
 
 
 def run(invocation: Invocation) -> NoReturn:
-    """Run the step and end the process with its exit code; the result record is the last thing it says."""
+    """Run the step and end the process with its exit code. The result record is the last line of standard output."""
     end_with_parent()
     stop = StopRequest()
     process.on_termination(stop.set if invocation.step == "train" else _terminate)
     streams = process.claim_streams()
     rank = named_rank(os.environ) if invocation.step == "train" else 0
     if rank:
-        # One process speaks for all.
+        # Only rank 0 writes records.
         streams = replace(streams, records=os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         invocation = replace(invocation, rank=rank, termination_log=None)
     records = RecordWriter(streams.records, time.monotonic)
@@ -71,7 +74,7 @@ def run(invocation: Invocation) -> NoReturn:
     try:
         completion = _perform(invocation, records, stop)
         ending = Ending(ExitCode.DONE, summary(completion, invocation.step))
-    except BaseException as error:  # noqa: BLE001 - however a step ends, the operator is told
+    except BaseException as error:  # noqa: BLE001 - however a step ends, the operator gets its result
         process.ignore_termination()
         ending = classify(error)
         if ending.unexpected:
@@ -85,33 +88,49 @@ def _terminate() -> NoReturn:
 
 
 def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -> CompletionRecord | None:
-    layout = WorkspaceLayout(invocation.workspace.absolute())
-    # Cleaning must work on a full volume, and loads no library that prints.
+    """Prepare the process for the step, and run it. Raises whatever ends the step early."""
+    workspace = WorkspaceLayout(invocation.workspace.absolute())
+    # `clean` must work on a full volume, and loads no library that prints.
     if invocation.step != "clean":
-        heading = f"{timestamp(_now())} {invocation.step}, attempt {invocation.attempt}, pod {invocation.pod_uid}"
-        try:
-            name = f"{invocation.step}.rank-{invocation.rank}" if invocation.rank else invocation.step
-            process.log_to(layout.records / f"{name}.log", heading)
-        except OSError as error:
-            raise workspace_unusable(error, layout.root) from error
+        _open_log(invocation, workspace)
     document = load_document(invocation.job)
-    process.set_environment(invocation.step, layout.root, publishes_to_hub=_publishes_to_hub(document.spec))
+    process.set_environment(invocation.step, workspace.root, publishes_to_hub=_publishes_to_hub(document.spec))
     context = StepContext(
         document=document,
-        workspace=layout,
+        workspace=workspace,
         mounts=invocation.mounts,
         device=invocation.device,
         pod_uid=invocation.pod_uid,
         attempt=invocation.attempt,
-        workspace_uri=_workspace_uri(invocation, document),
+        workspace_uri=_workspace_uri(workspace.root, invocation.claim, document),
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
     )
-    return _steps()[invocation.step](context, records, stop)
+    return _STEPS[invocation.step](context, records, stop)
+
+
+def _open_log(invocation: Invocation, workspace: WorkspaceLayout) -> None:
+    """Send what libraries print to a log in the workspace. Raises StepFailure if it cannot be written."""
+    heading = f"{timestamp(_now())} {invocation.step}, attempt {invocation.attempt}, pod {invocation.pod_uid}"
+    name = f"{invocation.step}.rank-{invocation.rank}" if invocation.rank else invocation.step
+    try:
+        process.log_to(workspace.records / f"{name}.log", heading)
+    except OSError as error:
+        raise workspace_unusable(error, workspace.root) from error
 
 
 def _publishes_to_hub(spec: QLoRAJobSpec) -> bool:
     merged = spec.output.merged.destination if spec.output.merged else None
     return any(uri and isinstance(parse_source(uri), HubSource) for uri in (spec.output.destination, merged))
+
+
+def _workspace_uri(workspace: Path, claim: str, document: QLoRAJobDocument) -> str:
+    """Where people and servers find the workspace: pvc://CLAIM/FOLDER, or its path where there is no claim."""
+    mount = Path(contract.WORKSPACE_MOUNT)
+    if not claim:
+        return str(workspace)
+    if workspace.is_relative_to(mount):
+        return str(VolumeSource(claim, str(workspace.relative_to(mount)).removeprefix(".")))
+    return f"pvc://{claim}/{workspace_folder(document.metadata.name, document.metadata.uid)}"
 
 
 def _conclude(
@@ -121,10 +140,11 @@ def _conclude(
     records: RecordWriter,
     streams: Streams,
 ) -> NoReturn:
+    """Write the result record and end the process."""
     record = result_record(
         ending,
         completion,
-        records.facts,
+        records.findings,
         step=invocation.step,
         job_uid=_job_uid(invocation.job),
         pod_uid=invocation.pod_uid,
@@ -141,7 +161,7 @@ def _conclude(
 
 
 def _job_uid(job: Path) -> str:
-    """The UID in the job's document, also in one that is otherwise wrong, so that the operator accepts the record."""
+    """The UID in the job's document, even if the rest of it is wrong: the operator accepts no record without it."""
     try:
         uid = json.loads(job.read_bytes())["metadata"]["uid"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -149,46 +169,37 @@ def _job_uid(job: Path) -> str:
     return str(uid)[:64] or "local"
 
 
-def _workspace_uri(invocation: Invocation, document: QLoRAJobDocument) -> str:
-    workspace, mount = invocation.workspace.absolute(), Path(contract.WORKSPACE_MOUNT)
-    if not invocation.claim:
-        return str(workspace)
-    if workspace.is_relative_to(mount):
-        return str(VolumeSource(invocation.claim, str(workspace.relative_to(mount)).removeprefix(".")))
-    return f"pvc://{invocation.claim}/{workspace_folder(document.metadata.name, document.metadata.uid)}"
+# Each step is imported when it runs: the handler of signals must be in place before torch is loaded.
 
 
-Step = Callable[[StepContext, RecordWriter, StopRequest], CompletionRecord | None]
+def _prepare(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:
+    from qlora_trainer.steps.prepare import prepare
+
+    return prepare(context, records)
 
 
-def _steps() -> dict[StepName, Step]:
-    """The steps. Each imports what it needs when it runs: a signal must find its handler before torch is loaded."""
+def _train(context: StepContext, records: RecordWriter, stop: StopRequest) -> CompletionRecord:
+    from qlora_trainer.steps.train import train
 
-    def prepare(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:
-        from qlora_trainer.steps.prepare import prepare
+    command = [sys.executable, *sys.orig_argv[1:]]
+    return train(context, records, stop=stop, now=_now, monotonic=time.monotonic, command=command)
 
-        return prepare(context, records)
 
-    def train(context: StepContext, records: RecordWriter, stop: StopRequest) -> CompletionRecord:
-        from qlora_trainer.steps.train import train
+def _publish(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:
+    from qlora_trainer.steps.publish import publish
 
-        return train(
-            context,
-            records,
-            stop=stop,
-            now=_now,
-            monotonic=time.monotonic,
-            command=[sys.executable, *sys.orig_argv[1:]],
-        )
+    return publish(context, records, now=_now)
 
-    def publish(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:
-        from qlora_trainer.steps.publish import publish
 
-        return publish(context, records, now=_now)
+def _clean(context: StepContext, _records: RecordWriter, _stop: StopRequest) -> None:
+    from qlora_trainer.steps.clean import clean
 
-    def clean(context: StepContext, _records: RecordWriter, _stop: StopRequest) -> None:
-        from qlora_trainer.steps.clean import clean
+    clean(context.workspace)
 
-        clean(context.workspace)
 
-    return {"prepare": prepare, "train": train, "publish": publish, "clean": clean}
+_STEPS: dict[StepName, Callable[[StepContext, RecordWriter, StopRequest], CompletionRecord | None]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "publish": _publish,
+    "clean": _clean,
+}

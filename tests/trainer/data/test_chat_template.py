@@ -219,8 +219,8 @@ def test_the_notation_and_not_the_columns_name_decides_the_format(
         turns = [{"from": turn["role"], "value": turn["content"]} for turn in DIALOGUE]
     [(_, targets)] = learnt([{column: turns}])
     assert len(targets) == 2
-    assert records.facts.dataset is not None
-    assert records.facts.dataset.format == format_
+    assert records.findings.dataset is not None
+    assert records.findings.dataset.format == format_
 
 
 def test_an_instruction_may_have_a_system_message(learnt: Learnt) -> None:

@@ -20,7 +20,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.stores import oci
+from qlora_trainer.stores import oci_auth
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.oci import MANIFEST_TYPE
 from tests.support.command import qlora
@@ -43,7 +43,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
-    monkeypatch.setattr(oci, "_RETRY", Retry(total=0))
+    monkeypatch.setattr(oci_auth, "_RETRY", Retry(total=0))
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
     with serve_proxy(FaultProxy(real)) as served:
         for part in ("model", "output"):
@@ -127,7 +127,7 @@ def test_a_transfer_that_stalls_is_given_up(
     tiny_llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(oci, "_TIMEOUTS", (1, 0.2))
+    monkeypatch.setattr(oci_auth, "_TIMEOUTS", (1, 0.2))
     wanted = of_weights(proxy, tiny_llama)
     proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
     message = unusable(with_model(make_context, proxy, model), records, ExitCode.UNREACHABLE)
@@ -151,8 +151,8 @@ def test_a_layer_that_arrives_changed_is_loaded_again(
         (Fault(403), ExitCode.MODEL_UNAVAILABLE, "may not be read with the credentials of spec.model.secretRef"),
         (Fault(404), ExitCode.MODEL_UNAVAILABLE, "does not exist: check repository and tag"),
         (Fault(503), ExitCode.UNREACHABLE, "answered HTTP 503"),
-        (Fault(200, body=b"busy"), ExitCode.MODEL_UNAVAILABLE, "is no artifact with layers"),
-        (Fault(200, body=b'{"layers": [1]}'), ExitCode.MODEL_UNAVAILABLE, "is no artifact with layers"),
+        (Fault(200, body=b"busy"), ExitCode.MODEL_UNAVAILABLE, "is not an artifact with layers"),
+        (Fault(200, body=b'{"layers": [1]}'), ExitCode.MODEL_UNAVAILABLE, "is not an artifact with layers"),
         (Fault(200, body=b'{"layers": []}'), ExitCode.MODEL_UNAVAILABLE, "has neither model.safetensors nor"),
     ],
 )

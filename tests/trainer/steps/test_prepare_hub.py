@@ -73,8 +73,8 @@ def test_a_model_that_exceeds_the_card_is_refused_before_its_weights(
     assert "a card of 8 GiB (spec.resources.gpuMemory) has 7.8 to use: set spec.training.microBatchSize: 1" in message
     assert "no setting is enough, so use a larger card or a smaller model" in message
     assert "model.safetensors" not in hub.fetched
-    assert records.facts.memory is not None
-    assert records.facts.memory.verdict == "exceeds"
+    assert records.findings.memory is not None
+    assert records.findings.memory.verdict == "exceeds"
 
 
 def test_a_model_that_fits_is_told_with_its_estimate(
@@ -102,7 +102,7 @@ def test_a_model_that_fits_is_told_with_its_estimate(
         ),
         ({}, Refusal(403, "GatedRepo"), "model hf://acme/tiny is gated and was asked for with no token"),
         ({}, Refusal(403), "may not be read with no token (spec.model.tokenSecretRef) (HTTP 403): check the name"),
-        ({}, Refusal(410), "was refused by http://127.0.0.1:"),
+        ({}, Refusal(410), "was rejected by http://127.0.0.1:"),
     ],
 )
 def test_a_model_that_may_not_be_read_is_refused(

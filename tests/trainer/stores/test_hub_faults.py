@@ -161,7 +161,10 @@ def test_a_file_of_another_size_than_listed_is_loaded_again(
     size = weights(hub).stat().st_size
     hub.pointers[weights(hub)] = {"sha256": "0" * 64, "size": size + more}
     message = refusal(make_context, records, ExitCode.UNREACHABLE)
-    assert f"model.safetensors arrived with {size} bytes instead of {size + more} than the hub lists" in message
+    assert (
+        f"model.safetensors arrived with {size} bytes, but the hub lists {size + more}: it is downloaded again"
+        in message
+    )
     hub.pointers.clear()
     assert prepare(make_context(MODEL), records).model_revision == COMMIT
 

@@ -26,7 +26,7 @@ from qlora_trainer.publishing.destination import publish_folder
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.steps.publish import publish as publish_step
-from qlora_trainer.stores import oci
+from qlora_trainer.stores import oci_auth
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.oci import Blob, Registry, digest_of
 from tests.support.command import Files
@@ -52,7 +52,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
-    monkeypatch.setattr(oci, "_RETRY", Retry(total=0))
+    monkeypatch.setattr(oci_auth, "_RETRY", Retry(total=0))
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
     with serve_proxy(FaultProxy(real)) as served:
         for part in ("model", "output"):

@@ -381,7 +381,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_loaded_again(
 
     store.rule = replace
     message = refusal(make_context(MODEL), records, ExitCode.UNREACHABLE)
-    assert "model.safetensors was replaced while it was read: it is loaded again" in message
+    assert "model.safetensors was replaced while it was read: it is downloaded again" in message
 
 
 def test_a_file_that_arrives_changed_is_loaded_again(
@@ -392,7 +392,7 @@ def test_a_file_that_arrives_changed_is_loaded_again(
     store.rule = lambda request: next(faults, None) if of_weights(request) else None
     context = make_context(MODEL)
     message = refusal(context, records, ExitCode.UNREACHABLE)
-    assert f"{model}/model.safetensors arrived with another MD5 than its ETag: it is loaded again" in message
+    assert f"{model}/model.safetensors arrived with another MD5 than its ETag: it is downloaded again" in message
     record = prepare(context, records)
     found = context.workspace.root / record.model_path / "model.safetensors"
     assert found.read_bytes() == (tiny_llama / "model.safetensors").read_bytes()

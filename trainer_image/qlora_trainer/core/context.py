@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from qlora_api import contract
-from qlora_api.contract import WorkspaceLayout
+from qlora_api.contract import MAX_ACTIVITY_LENGTH, ProgressRecord, WorkspaceLayout
 from qlora_api.sources import ConfigMapSource, HubSource, VolumeSource, parse_source
+from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.core.records import timestamp
 
 Device = Literal["cuda", "cpu"]
 
@@ -84,6 +87,17 @@ class StepContext:
     def job_uid(self) -> str:
         """UID of the job; `local` where no API server has given one."""
         return self.document.metadata.uid or "local"
+
+    def progress(self, step: StepName, time: datetime, activity: str, **figures: Any) -> ProgressRecord:
+        """The progress record of this job and pod. `figures` are other fields of the record; a long activity is cut."""
+        return ProgressRecord(
+            job_uid=self.job_uid,
+            pod_uid=self.pod_uid,
+            step=step,
+            time=timestamp(time),
+            activity=activity[:MAX_ACTIVITY_LENGTH],
+            **figures,
+        )
 
 
 def load_document(path: Path) -> QLoRAJobDocument:

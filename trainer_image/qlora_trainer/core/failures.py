@@ -1,6 +1,11 @@
 """Why a step stops: a failure with its exit code and the sentence for the user, or a request from outside."""
 
+import sys
+
 from qlora_api.contract import ExitCode
+
+# What cuBLAS and the CUDA driver report when PyTorch's allocator has left them nothing. Their errors have no own type.
+_OUT_OF_GPU_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 class StepFailure(Exception):  # noqa: N818 - a step fails; the exception is how it says so
@@ -39,6 +44,14 @@ def unsafe_artifact(message: str) -> StepFailure:
 def unreachable(message: str) -> StepFailure:
     """The hub, the network or a mounted object is not there (yet): worth another attempt."""
     return StepFailure(ExitCode.UNREACHABLE, message)
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Whether the GPU is out of memory, whether PyTorch, cuBLAS or the driver has asked for it. Does not load torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_GPU_MEMORY)
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to stop and has saved its state

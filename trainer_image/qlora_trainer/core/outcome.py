@@ -1,25 +1,23 @@
 """Decides what the end of a step means: exception → exit code and sentence → result record."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
-from qlora_api.printable import one_line
+from qlora_api.printable import first_line, one_line, shortened
 from qlora_api.status import MAX_MESSAGE_LENGTH, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord
-from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration
+from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import is_full
 from qlora_trainer.core.records import Findings, redact
 
-_UNREACHABLE_HTTP = frozenset({408, 425, 429})
 CompletionRecord = PrepareRecord | TrainRecord | PublishRecord
 
 
 class Terminated(BaseException):
-    """SIGTERM came in a step that has nothing to save. No Exception, so that no library takes it for an error."""
+    """SIGTERM in a step that has nothing to save. Not an Exception, so that no library catches it as an error."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Ending:
 
 
 def classify(error: BaseException) -> Ending:
-    """The ending that an exception means."""
+    """The ending that an exception means. The clients of servers raise StepFailure, so that none is known here."""
     if isinstance(error, StepFailure):
         return Ending(error.exit_code, error.message)
     if isinstance(error, Interrupted):
@@ -50,27 +48,8 @@ def classify(error: BaseException) -> Ending:
     return _storage(error) or _gpu_memory(error) or _network(error) or _internal(error)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _storage(error: BaseException) -> Ending | None:
-    for cause in _causes(error):
-        if is_full(cause):
-            return Ending(
-                ExitCode.STORAGE_FULL,
-                f"the workspace or the temporary storage is full ({_one_line(cause)}): free space on the volume or "
-                "enlarge it (spec.workspace.size), then create the job again; checkpoints written so far are kept",
-            )
-    return None
-
-
 def workspace_unusable(error: OSError, folder: Path) -> StepFailure:
-    """The failure of a step whose workspace cannot even take its log."""
+    """The failure of a step that cannot even write its log into the workspace."""
     storage = _storage(error)
     if storage:
         return StepFailure(storage.exit_code, storage.message)
@@ -80,61 +59,56 @@ def workspace_unusable(error: OSError, folder: Path) -> StepFailure:
     )
 
 
+def _storage(error: BaseException) -> Ending | None:
+    for cause in _causes(error):
+        if is_full(cause):
+            return Ending(
+                ExitCode.STORAGE_FULL,
+                f"the workspace or the temporary storage is full ({first_line(cause)}): free space on the volume or "
+                "enlarge it (spec.workspace.size), then create the job again; checkpoints written so far are kept",
+            )
+    return None
+
+
 def _gpu_memory(error: BaseException) -> Ending | None:
-    torch = sys.modules.get("torch")
-    if torch is None or not any(isinstance(cause, torch.OutOfMemoryError) for cause in _causes(error)):
+    """A shortage that training.out_of_memory has not explained with numbers."""
+    if not any(is_out_of_gpu_memory(cause) for cause in _causes(error)):
         return None
     return Ending(
         ExitCode.GPU_OUT_OF_MEMORY,
-        f"the GPU ran out of memory ({_one_line(error)}): lower spec.training.microBatchSize or "
-        "spec.training.maxSequenceLength, or use a larger card; `qlora plan` shows what each setting costs",
+        f"the GPU ran out of memory ({first_line(error)}): lower spec.training.microBatchSize or "
+        "spec.training.maxSequenceLength, or use a GPU with more memory; `qlora plan` shows what each setting costs",
     )
 
 
 def _network(error: BaseException) -> Ending | None:
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return Ending(ExitCode.UNREACHABLE, f"the network failed ({_one_line(error)}); the step is tried again")
-    # Only a step that has used the hub can have got an error from it.
-    if "huggingface_hub" not in sys.modules:
+    if not isinstance(error, (ConnectionError, TimeoutError)):
         return None
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    if isinstance(error, (GatedRepoError, RepositoryNotFoundError)):
-        return Ending(ExitCode.MODEL_UNAVAILABLE, f"the hub refused access: {_one_line(error)}")
-    if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, "status_code", 500)
-        permanent = 400 <= status < 500 and status not in _UNREACHABLE_HTTP
-        return Ending(
-            ExitCode.MODEL_UNAVAILABLE if permanent else ExitCode.UNREACHABLE, f"the hub answered: {_one_line(error)}"
-        )
-    if isinstance(error, (HTTPError, LocalEntryNotFoundError)):
-        return Ending(ExitCode.UNREACHABLE, f"the hub cannot be reached ({_one_line(error)}); the step is tried again")
-    return None
+    return Ending(ExitCode.UNREACHABLE, f"the network failed ({first_line(error)}); the step is tried again")
 
 
 def _internal(error: BaseException) -> Ending:
+    message = first_line(error) if str(error).strip() else "no message"
     return Ending(
         ExitCode.INTERNAL_ERROR,
-        f"unexpected {type(error).__name__}: {_one_line(error) or 'no message'}; the traceback is in the pod's log",
+        f"unexpected {type(error).__name__}: {message}; the traceback is in the pod's log",
         unexpected=True,
     )
 
 
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".")[:400] if lines else ""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, then what it was raised from or while handling, each once."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def result_record(
     ending: Ending,
     completion: CompletionRecord | None,
-    facts: Findings,
+    findings: Findings,
     *,
     step: StepName,
     job_uid: str,
@@ -144,9 +118,9 @@ def result_record(
 ) -> ResultRecord:
     """The step's last record, redacted and within its size: a message that is too long is cut, nothing else.
 
-    What was known when the step ended is in it also when the step failed.
+    It has what was known when the step ended, also when the step failed.
     """
-    message = _shortened(one_line(redact(ending.message)), MAX_MESSAGE_LENGTH)
+    message = shortened(one_line(redact(ending.message)), MAX_MESSAGE_LENGTH)
     record = ResultRecord(
         job_uid=job_uid,
         pod_uid=pod_uid,
@@ -157,16 +131,24 @@ def result_record(
         exit_code=int(ending.exit_code),
         reason=ending.exit_code.reason,
         message=message,
-        **_known(completion, facts),
+        **_known(completion, findings),
     )
-    while message and not _encodable(record):
-        message = _shortened(message, len(message) // 2)
+    while message and not _is_encodable(record):
+        message = shortened(message, len(message) // 2)
         record = record.model_copy(update={"message": message})
     return record
 
 
-def _known(completion: CompletionRecord | None, facts: Findings) -> dict[str, object]:
-    """The facts of the result record: those of the completion record, else what was noted on the way."""
+def _is_encodable(record: ResultRecord) -> bool:
+    try:
+        encode_record(record)
+    except ValueError:
+        return False
+    return True
+
+
+def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
+    """Fields of the result record: from the completion record, else from what the step has found so far."""
     if isinstance(completion, PrepareRecord):
         return {
             "model_revision": completion.model_revision,
@@ -174,13 +156,13 @@ def _known(completion: CompletionRecord | None, facts: Findings) -> dict[str, ob
             "dataset": completion.dataset,
         }
     known: dict[str, object] = {
-        "model_revision": facts.model_revision,
-        "memory": facts.memory,
-        "dataset": facts.dataset,
+        "model_revision": findings.model_revision,
+        "memory": findings.memory,
+        "dataset": findings.dataset,
     }
-    if facts.progress is not None and facts.progress.step == "train":
+    if findings.progress is not None and findings.progress.step == "train":
         names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes")
-        known |= {name: getattr(facts.progress, name) for name in names}
+        known |= {name: getattr(findings.progress, name) for name in names}
     if isinstance(completion, TrainRecord):
         names = ("training_step", "loss", "eval_loss", "initial_eval_loss", "peak_memory_bytes")
         known |= {name: getattr(completion, name) for name in names}
@@ -198,25 +180,19 @@ def summary(completion: CompletionRecord | None, step: StepName) -> str:
             f"and model revision {completion.model_revision} are ready"
         )
     if isinstance(completion, TrainRecord):
-        lowered = completion.micro_batch_size
-        note = "" if lowered is None else f", with microBatchSize {lowered} after the GPU had run out of memory"
-        before, after = completion.initial_eval_loss, completion.eval_loss
-        if before is not None and after is not None and round(after, 4) > round(before, 4):
-            note += f"; but on the held-out rows the loss rose from {before:.4f} to {after:.4f}"
-        return f"trained {completion.training_step} steps to loss {completion.loss:.4f}{note}"
+        return f"trained {completion.training_step} steps to loss {completion.loss:.4f}{_remarks(completion)}"
     if isinstance(completion, PublishRecord):
         merged = f", the merged model at {completion.merged.uri}" if completion.merged else ""
         return f"the adapter is at {completion.adapter.uri}{merged}"
     return f"{step} is done"
 
 
-def _shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…" * (limit > 0)
-
-
-def _encodable(record: ResultRecord) -> bool:
-    try:
-        encode_record(record)
-    except ValueError:
-        return False
-    return True
+def _remarks(trained: TrainRecord) -> str:
+    """What a user should know of a training that succeeded; empty if there is nothing."""
+    remarks = ""
+    if trained.micro_batch_size is not None:
+        remarks += f", with microBatchSize {trained.micro_batch_size} after the GPU had run out of memory"
+    before, after = trained.initial_eval_loss, trained.eval_loss
+    if before is not None and after is not None and round(after, 4) > round(before, 4):
+        remarks += f"; but on the held-out rows the loss rose from {before:.4f} to {after:.4f}"
+    return remarks

@@ -1,4 +1,4 @@
-"""Writes progress and result records to standard output, redacted and at most one in five seconds."""
+"""Writes progress and result records to standard output: redacted, and progress at most once in five seconds."""
 
 import re
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from typing import TextIO
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, ProgressRecord, Record, ResultRecord, encode_record
 from qlora_api.status import DatasetStatus, MemoryStatus
 
-# Tokens of model hubs, credentials in headers, passwords in addresses and what signs an address: never in a record,
-# whatever a library quotes.
+# Tokens of model hubs, credentials in headers, passwords in addresses and the parameters that sign an address: never in
+# a record, whatever a library quotes.
 _SECRET = re.compile(
     r"""hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)
     |(?i:authorization)["']?\s*[:=]\s*["']?(?:(?i:basic|bearer)\s+)?[^\s"']+
@@ -22,7 +22,7 @@ _SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text without anything that looks like a credential."""
+    """The text with [redacted] in place of everything that looks like a credential."""
     return _SECRET.sub("[redacted]", text)
 
 
@@ -33,7 +33,7 @@ def timestamp(now: datetime) -> str:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a step has found out so far. It goes into the result record, however the step ends."""
+    """What a step has found so far. The result record has it, however the step ends."""
 
     model_revision: str | None = None
     memory: MemoryStatus | None = None
@@ -43,13 +43,14 @@ class Findings:
 
 
 class RecordWriter:
-    """Sends records to standard output, progress at most once in five seconds; remembers the facts for the result."""
+    """Writes a step's records to `stream`, and keeps for the result what the step has found."""
 
     def __init__(self, stream: TextIO, monotonic: Callable[[], float]) -> None:
+        """`monotonic` gives seconds."""
         self._stream = stream
         self._monotonic = monotonic
         self._next_progress = float("-inf")
-        self.facts = Findings()
+        self.findings = Findings()
 
     def note(
         self,
@@ -58,24 +59,27 @@ class RecordWriter:
         memory: MemoryStatus | None = None,
         dataset: DatasetStatus | None = None,
     ) -> None:
-        """Remember what the step has found out, so that the result tells it even if the step fails afterwards."""
-        self.facts = replace(
-            self.facts,
-            model_revision=model_revision or self.facts.model_revision,
-            memory=memory or self.facts.memory,
-            dataset=dataset or self.facts.dataset,
+        """Keep what the step has found, so that the result has it even if the step fails afterwards."""
+        self.findings = replace(
+            self.findings,
+            model_revision=model_revision or self.findings.model_revision,
+            memory=memory or self.findings.memory,
+            dataset=dataset or self.findings.dataset,
         )
 
     def progress(self, record: ProgressRecord, *, force: bool = False) -> None:
         """Write the record, unless one was written less than five seconds ago and `force` is not set."""
-        self.facts = replace(self.facts, progress=record)
+        self.findings = replace(self.findings, progress=record)
         if not force and self._monotonic() < self._next_progress:
             return
         self._next_progress = self._monotonic() + MIN_SECONDS_BETWEEN_PROGRESS
         self._write(record)
 
     def result(self, record: ResultRecord, termination_log: Path | None) -> None:
-        """Write the last record, also to the termination log where there is one. Either is tried if the other fails."""
+        """Write the last record, also to the termination log if there is one. If that fails, the stream still gets it.
+
+        Raises OSError if either cannot be written.
+        """
         try:
             if termination_log is not None:
                 termination_log.write_text(encode_record(record))

@@ -18,6 +18,7 @@ import numpy
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
+from qlora_api.printable import first_line
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
 from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, PromptCompletion, ToolCall
 
@@ -91,7 +92,7 @@ class Tokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
-            raise bad_configuration(f"the model's tokenizer cannot be loaded: {_first_line(error)}") from error
+            raise bad_configuration(f"the model's tokenizer cannot be loaded: {first_line(error)}") from error
         if not self._tokenizer.is_fast:
             raise bad_configuration(
                 "the model's tokenizer tells no offsets: use a model with tokenizer.json (a fast tokenizer)"
@@ -198,7 +199,7 @@ class Tokenizer:
             )
         except _TEMPLATE_ERRORS as error:
             raise bad_dataset(
-                f"{place}: the model's chat template does not take this conversation: {_first_line(error)}"
+                f"{place}: the model's chat template does not take this conversation: {first_line(error)}"
             ) from error
         except MemoryError as error:
             raise bad_dataset(
@@ -284,15 +285,10 @@ def _freeze_date(tokenizer: Any) -> None:
             _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, _TOOL_PROBE.tools)
         ]
     except _TEMPLATE_ERRORS as error:
-        raise bad_configuration(f"the model's chat template cannot be used: {_first_line(error)}") from error
+        raise bad_configuration(f"the model's chat template cannot be used: {first_line(error)}") from error
     except MemoryError as error:
         raise bad_configuration(
             "the model's chat template wants more memory than there is: use another model"
         ) from error
     for template in templates:
         template.globals["strftime_now"] = FROZEN_DATE.strftime
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

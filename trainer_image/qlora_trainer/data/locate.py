@@ -1,18 +1,17 @@
 """Finds a data set's files, wherever its address points."""
 
 from collections.abc import Callable, Iterable
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from qlora_api.sources import ConfigMapSource, HubSource, ObjectStoreSource, VolumeSource, parse_source
 from qlora_trainer.core.context import Mounts
-from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset, unreachable
-from qlora_trainer.core.filesystem import bytes_below, file_sha256, require_space
+from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
+from qlora_trainer.core.filesystem import bytes_below, require_space
 from qlora_trainer.core.paths import require_regular, some_names
 from qlora_trainer.data.files import DATA_ENDINGS, DataFile, DataFiles, data_kind, require_one_kind
 from qlora_trainer.data.hub_splits import Wanted, choose_data_files, read_card
-from qlora_trainer.stores.hub import Hub, HubFile, Listing
-from qlora_trainer.stores.s3 import ObjectFolder
+from qlora_trainer.stores.hub import Hub
+from qlora_trainer.stores.s3 import ObjectFolder, version_of
 
 _CARD = "README.md"
 _MAX_CARD_BYTES = 2**21
@@ -101,9 +100,8 @@ def _stored_data(source: ObjectStoreSource, objects: ObjectFolder, download: Pat
         folder, listed = str(source), objects.list()
         found = {name: listed[name] for name in sorted(listed) if "/" not in name and data_kind(name) is not None}
         require_one_kind(found, listed, str(source))
-    versions = "".join(f"{entry.etag} {entry.size} {name}\n" for name, entry in sorted(found.items()))
     # A file of an earlier attempt is the present one only if the store has not got another since.
-    download /= sha256(versions.encode()).hexdigest()
+    download /= version_of(found)
     _make_room(download, sum(entry.size for entry in found.values()), str(source))
     for name, entry in found.items():
         objects.download(entry, download / name, lambda _done: None)
@@ -118,25 +116,13 @@ def _hub_data(source: HubSource, wanted: Wanted, revision: str | None, hub: Hub,
     if card is not None and not source.path:
         if card.size > _MAX_CARD_BYTES:
             raise bad_dataset(f"{uri}/{_CARD} has {card.size} bytes, at most {_MAX_CARD_BYTES} are read: name a file")
-        about = read_card(_fetch(hub, listing, card, download), uri)
+        about = read_card(hub.fetch(listing, card, download), uri)
     names = choose_data_files(tuple(listing.files), about, source.path, wanted, uri)
     _make_room(download, sum(listing.files[name].size for name in names), uri)
-    return _files(uri, [(_fetch(hub, listing, listing.files[name], download), name) for name in names])
+    return _files(uri, [(hub.fetch(listing, listing.files[name], download), name) for name in names])
 
 
 def _make_room(folder: Path, total: int, uri: str) -> None:
     """Make the folder. Raises StepFailure if what an earlier attempt has not loaded of `total` bytes has no room."""
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, total - bytes_below(folder), f"the download of {uri}")
-
-
-def _fetch(hub: Hub, listing: Listing, file: HubFile, folder: Path) -> Path:
-    path = hub.fetch(listing, file, folder, lambda _done: None)
-    size = path.stat().st_size
-    wrong_content = file.sha256 is not None and size == file.size and file_sha256(path) != file.sha256
-    if size != file.size or wrong_content:
-        path.unlink()
-        found = "another SHA-256" if wrong_content else f"{size} bytes instead of {file.size}"
-        name = f"hf://{listing.repository}/{file.name}"
-        raise unreachable(f"{name} arrived with {found} than the hub lists: it is loaded again")
-    return path

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.files import DataFile
 from qlora_trainer.data.parquet_pages import RowGroupSizes, row_group_sizes
@@ -78,7 +79,7 @@ def read_parquet(file: DataFile) -> Iterator[RawRow]:
     except (ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         where = f"after row {number}" if number else "at its start or end"
         raise bad_dataset(
-            f"{file.name} cannot be read as Parquet ({where}: {(str(error).splitlines() or ['?'])[0][:200]}): "
+            f"{file.name} cannot be read as Parquet ({where}: {first_line(error)}): "
             "write it again, without columns that the data set does not need"
         ) from error
 

@@ -10,7 +10,7 @@ from qlora_trainer.publishing.hub_repository import HubDestination
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.publishing.s3_folder import ObjectDestination
 from qlora_trainer.publishing.volume_folder import VolumeFolder
-from qlora_trainer.stores.oci import require_allowed
+from qlora_trainer.stores.oci_auth import require_allowed
 
 
 def published_addresses(spec: QLoRAJobSpec) -> list[str]:

@@ -38,7 +38,7 @@ class HubDestination:
         if listing is None or file is None or file.size > MAX_MANIFEST_BYTES:
             return None
         with TemporaryDirectory() as folder:
-            return parse_manifest(self._hub.fetch(listing, file, Path(folder), lambda _done: None).read_bytes())
+            return parse_manifest(self._hub.fetch(listing, file, Path(folder)).read_bytes())
 
     def holders(self) -> tuple[Manifest, ...]:
         """See Destination. A commit is there whole or not at all."""

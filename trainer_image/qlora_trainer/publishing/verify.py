@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.printable import shortened
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
@@ -189,7 +190,7 @@ def _brief(value: object) -> str:
         text = json.dumps(value)
     except RecursionError:
         text = "a value that nests without end"
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return shortened(text, 80)
 
 
 def _wrong_adapter(what: str) -> StepFailure:

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qlora_api.contract import ProgressRecord, WorkspaceLayout
+from qlora_api.contract import WorkspaceLayout
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.status import MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -32,7 +32,7 @@ from qlora_trainer.core.filesystem import (
     sizes,
     write_atomically,
 )
-from qlora_trainer.core.records import RecordWriter, timestamp
+from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.build import Dataset, libraries, read_dataset, same_data
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
@@ -60,12 +60,7 @@ def prepare(
     """
 
     def say(activity: str) -> None:
-        time = timestamp(now())
-        records.progress(
-            ProgressRecord(
-                job_uid=context.job_uid, pod_uid=context.pod_uid, step="prepare", time=time, activity=activity[:128]
-            )
-        )
+        records.progress(context.progress("prepare", now(), activity))
 
     path = context.workspace.completion("prepare")
     written = read_completion(path, PrepareRecord)

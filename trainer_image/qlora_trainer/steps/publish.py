@@ -7,14 +7,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from qlora_api.contract import ProgressRecord
 from qlora_api.status import AdapterStatus, MergedStatus, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CURVE_FILE, MODEL_CARD_FILE
 from qlora_trainer.core.paths import confined
-from qlora_trainer.core.records import RecordWriter, timestamp
+from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
 from qlora_trainer.publishing.manifest import run_manifest
@@ -38,15 +37,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     """
 
     def say(activity: str) -> None:
-        records.progress(
-            ProgressRecord(
-                job_uid=context.job_uid,
-                pod_uid=context.pod_uid,
-                step="publish",
-                time=timestamp(now()),
-                activity=activity[:128],
-            )
-        )
+        records.progress(context.progress("publish", now(), activity))
 
     workspace, job = context.workspace, _trained_job(context)
     destination = _destination(context, context.spec.output.destination, workspace.adapter)

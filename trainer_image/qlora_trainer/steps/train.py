@@ -9,14 +9,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from qlora_api.contract import ProgressRecord
 from qlora_trainer.core.completion import Comparison, PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StopRequest, bad_configuration, unreachable
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256
-from qlora_trainer.core.records import RecordWriter, timestamp
+from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save_adapter
 from qlora_trainer.model.base import load_base
@@ -187,18 +186,9 @@ def _own_threads(rank_info: RankInfo) -> int:
 
 def _say_loading(context: StepContext, records: RecordWriter, now: Clock, step: int, total_steps: int) -> None:
     """What takes minutes, with the step from which the run will go on."""
-    records.progress(
-        ProgressRecord(
-            job_uid=context.job_uid,
-            pod_uid=context.pod_uid,
-            step="train",
-            time=timestamp(now()),
-            activity="loading the base model in 4 bit",
-            training_step=step,
-            total_steps=total_steps,
-        ),
-        force=True,
-    )
+    activity = "loading the base model in 4 bit"
+    loading = context.progress("train", now(), activity, training_step=step, total_steps=total_steps)
+    records.progress(loading, force=True)
 
 
 def _load_base(job: _Job, sharded: bool) -> Any:

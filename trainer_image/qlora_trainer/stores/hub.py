@@ -1,40 +1,30 @@
 """Reads and writes repositories of the Hugging Face Hub."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from time import sleep
 from typing import Any, Literal, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset, model_unavailable, unreachable
-from qlora_trainer.core.filesystem import is_full
+from qlora_trainer.core.failures import StepFailure, unreachable
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.endpoints import server_address
+from qlora_trainer.stores.hub_errors import HubRequest
+from qlora_trainer.stores.retry import is_retryable, retry
 
 RepositoryKind = Literal["model", "dataset"]
 _TIMEOUT_SECONDS = 30.0
-# 409 and 412: somebody else has committed meanwhile.
-_TRY_AGAIN_LATER = frozenset({408, 409, 412, 425, 429})
 _BLOCK_BYTES = 2**20
 _WAITS = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each further try, of what the client tries once; a longer trouble is for the step's next attempt."""
+"""Seconds before each further try of what the hub's own client tries only once."""
 _Answer = TypeVar("_Answer")
 
 
@@ -59,8 +49,12 @@ class Listing:
     files: dict[str, HubFile]
 
 
+def _ignore(_bytes: int) -> None:
+    """For a download that nobody watches."""
+
+
 class Hub:
-    """A hub and what it lets us read. Methods raise StepFailure, and OSError only for a full disk.
+    """A hub, with the token that opens it. Methods raise StepFailure, and OSError only for a full disk.
 
     A repository that is missing, gated or forbidden is MODEL_UNAVAILABLE (a data set: BAD_DATASET) when it is read and
     BAD_CONFIGURATION when it is written; an unreachable hub is UNREACHABLE.
@@ -76,7 +70,7 @@ class Hub:
     ) -> None:
         """`endpoint`: address of the hub; HF_ENDPOINT, or the public one, if None. `token` is sent to it only.
 
-        `field` names, for messages, what the token comes from; `writes` says what it is for.
+        For messages: `field` is the field of the spec that the token comes from, `writes` what it is for.
         """
         self._token = token
         self._field = field
@@ -85,24 +79,24 @@ class Hub:
 
     def list(self, kind: RepositoryKind, repository: str, revision: str | None) -> Listing:
         """The files of the repository at the commit that `revision` (None: the default branch) stands for now."""
+        ask = self._api.model_info if kind == "model" else self._api.dataset_info
         with self._errors(kind, repository, revision):
-            ask = self._api.model_info if kind == "model" else self._api.dataset_info
-            info = _outlast(lambda: ask(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS))
+            info = _retry(lambda: ask(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS))
         files = {
             entry.rfilename: HubFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None)
             for entry in info.siblings or ()
-            # A name that leads out of the folder it is downloaded to does not exist for us.
-            if not entry.rfilename.startswith("/") and ".." not in entry.rfilename.split("/")
+            if _stays_in_its_folder(entry.rfilename)
         }
         return Listing(kind, repository, info.sha, files)
 
-    def fetch(self, listing: Listing, file: HubFile, folder: Path, on_bytes: Callable[[int], None]) -> Path:
-        """Download one file into `folder`, going on where an earlier attempt stopped; returns its path.
+    def fetch(self, listing: Listing, file: HubFile, folder: Path, on_bytes: Callable[[int], None] = _ignore) -> Path:
+        """Download one file into `folder`, from where an earlier attempt stopped; returns its path.
 
-        `on_bytes` is called with the bytes of this file that have arrived so far.
+        `on_bytes` is called with the bytes of this file that have arrived so far. Raises StepFailure UNREACHABLE, and
+        removes the file, unless its size and SHA-256 are those that the hub lists.
         """
         with self._errors(listing.kind, listing.repository, listing.commit):
-            path = _outlast(
+            downloaded = _retry(
                 lambda: hf_hub_download(
                     listing.repository,
                     file.name,
@@ -114,10 +108,15 @@ class Hub:
                     tqdm_class=_byte_counter(on_bytes),
                 )
             )
-        return Path(path)
+        path = Path(downloaded)
+        wrong = _difference(path, file)
+        if wrong is not None:
+            path.unlink()
+            raise unreachable(f"hf://{listing.repository}/{file.name} arrived with {wrong}: it is downloaded again")
+        return path
 
     def digest(self, listing: Listing, file: HubFile) -> str:
-        """SHA-256 of the file's content as it is read back now, of which a block at a time is held, in hexadecimal."""
+        """SHA-256, in hexadecimal, of the file's content as the hub sends it now; it is not written anywhere."""
         address = hf_hub_url(
             listing.repository,
             file.name,
@@ -142,24 +141,25 @@ class Hub:
         try:
             return self.list("model", repository, None)
         except StepFailure as failure:
-            # A gated repository, whose error is of a class below this one, exists.
+            # A gated repository exists; the class of its error is below this one.
             if type(failure.__cause__) is RepositoryNotFoundError:
                 return None
             raise
 
     def make(self, repository: str) -> Listing:
-        """Make a model's repository, a private one, unless there is one; returns its files."""
+        """Create a private model repository unless it exists; returns its files."""
         with self._errors("model", repository, None):
             self._api.create_repo(repository, private=True, exist_ok=True)
         return self.list("model", repository, None)
 
     def commit(self, repository: str, files: Contents, message: str, *, parent: str) -> str:
-        """Commit all these files at once to a model's repository; returns the commit.
+        """Commit all these files at once to a model repository; returns the commit.
 
-        `parent` is the commit that they were decided upon, so that nobody else's is overwritten.
+        `parent` is the commit that the caller has looked at. If another one has come since, the hub rejects this one,
+        so that nobody else's files are overwritten.
         """
         with self._errors("model", repository, None), ExitStack() as opened:
-            # Given as open files they go over Git LFS, which every hub speaks; by path the client insists on Xet.
+            # As open files they go over Git LFS, which every hub supports; given by path the client insists on Xet.
             streams = {
                 name: BytesIO(content) if isinstance(content, bytes) else opened.enter_context(content.open("rb"))
                 for name, content in files.items()
@@ -168,63 +168,23 @@ class Hub:
             made = self._api.create_commit(repository, operations, commit_message=message, parent_commit=parent)
         return str(made.oid)
 
-    @contextmanager
-    def _errors(self, kind: RepositoryKind, repository: str, revision: str | None) -> Iterator[None]:
-        """Translate what the client raises."""
-        try:
-            yield
-        except HFValidationError as error:
-            raise bad_configuration(f"hf://{repository}: {error}") from error
-        except OfflineModeIsEnabled as error:
-            raise bad_configuration(
-                f"hf://{repository} cannot be read because HF_HUB_OFFLINE is set: unset it, or use a pvc:// source"
-            ) from error
-        except HTTPError as error:
-            raise self._http_failure(error, kind, repository, revision) from error
-        except OSError as error:
-            if is_full(error):
-                raise
-            # The client wraps the answer to its first request for a file.
-            if isinstance(error.__cause__, HTTPError):
-                raise self._http_failure(error.__cause__, kind, repository, revision) from error
-            raise unreachable(f"the transfer of hf://{repository} was cut off: {error}") from error
-        except (RuntimeError, ValueError) as error:
-            # What the accelerated transfer raises, and what an answer that is not JSON leads to.
-            raise unreachable(f"{self._api.endpoint} did not answer as a hub: {str(error)[:200]}") from error
-
-    def _http_failure(
-        self, error: HTTPError, kind: RepositoryKind, repository: str, revision: str | None
-    ) -> StepFailure:
-        refuse = bad_configuration if self._writes else model_unavailable if kind == "model" else bad_dataset
-        name = f"{kind} hf://{repository}"
-        done = "written" if self._writes else "read"
-        token = f"the token of {self._field}" if self._token else f"no token ({self._field})"
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if isinstance(error, GatedRepoError):
-            return refuse(
-                f"{name} is gated and was asked for with {token}: accept its terms at "
-                f"{self._api.endpoint}/{repository} and set {self._field} to a read token of that account"
-            )
-        if isinstance(error, RevisionNotFoundError):
-            return refuse(f"{name} has no revision {revision!r}: name a branch, tag or commit that exists")
-        if isinstance(error, DisabledRepoError):
-            return refuse(f"{name} has been disabled by the hub: use another one")
-        if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
-            return refuse(
-                f"{name} does not exist, or may not be {done} with {token} (HTTP {status}): check the name, and set "
-                f"{self._field} to a token with which it may be {done}"
-            )
-        if status is not None and status < 500 and status not in _TRY_AGAIN_LATER:
-            return refuse(f"{name} was refused by {self._api.endpoint} with HTTP {status}: check its name")
-        found = f"answered HTTP {status}" if status else f"cannot be reached ({type(error).__name__}: {error})"
-        return unreachable(f"{self._api.endpoint} {found} for {name}")
+    def _errors(self, kind: RepositoryKind, repository: str, revision: str | None) -> AbstractContextManager[None]:
+        return HubRequest(
+            endpoint=self._api.endpoint,
+            kind=kind,
+            repository=repository,
+            revision=revision,
+            field=self._field,
+            has_token=bool(self._token),
+            writes=self._writes,
+        ).errors()
 
 
 def hub_token(token_file: Path, secret: str | None) -> str | None:
-    """The read token: mounted from a Secret, else the one of the user who is logged in here, else None.
+    """The read token: mounted from a Secret, else that of the user who is logged in on this machine, else None.
 
-    `secret` names the Secret and key that the job refers to; it may be created after the job, so its absence is
-    UNREACHABLE.
+    `secret` names the Secret and key that the job refers to. Raises StepFailure UNREACHABLE if neither is there: the
+    Secret may be created after the job.
     """
     if token_file.is_file():
         return token_file.read_text().strip()
@@ -234,20 +194,32 @@ def hub_token(token_file: Path, secret: str | None) -> str | None:
     return token
 
 
-def _outlast(ask: Callable[[], _Answer]) -> _Answer:
-    """The answer to a request that only reads, asked for again while the hub is in trouble or wants less to do."""
-    for wait in _WAITS:
-        try:
-            return ask()
-        except HfHubHTTPError as error:
-            if error.response.status_code < 500 and error.response.status_code not in _TRY_AGAIN_LATER:
-                raise
-        sleep(wait)
-    return ask()
+def _stays_in_its_folder(name: str) -> bool:
+    """Whether the file is written inside the folder it is downloaded to. One that is not does not exist for us."""
+    return not name.startswith("/") and ".." not in name.split("/")
+
+
+def _difference(path: Path, file: HubFile) -> str | None:
+    """How the downloaded file differs from the listed one; None if it does not."""
+    size = path.stat().st_size
+    if size != file.size:
+        return f"{size} bytes, but the hub lists {file.size}"
+    if file.sha256 is not None and file_sha256(path) != file.sha256:
+        return "another SHA-256 than the hub lists"
+    return None
+
+
+def _retry(ask: Callable[[], _Answer]) -> _Answer:
+    """The answer to a request that only reads, sent again while the hub is overloaded or failing."""
+    return retry(ask, waits=_WAITS, retryable=_is_retryable)
+
+
+def _is_retryable(error: Exception) -> bool:
+    return isinstance(error, HfHubHTTPError) and is_retryable(error.response.status_code, conflicts=True)
 
 
 def _byte_counter(on_bytes: Callable[[int], None]) -> type[Any]:
-    """A progress bar, as the client wants it, that calls `on_bytes`. It may open two for a file; the larger counts."""
+    """A class of progress bars for the client, which calls `on_bytes`. Of two bars for one file the larger counts."""
     largest = 0
 
     class ByteCounter:

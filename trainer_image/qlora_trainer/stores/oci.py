@@ -6,38 +6,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
-from urllib.parse import urljoin, urlsplit
+from typing import Any, Literal
+from urllib.parse import urljoin
 
 import requests
-from oras.auth.utils import parse_auth_header
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable, unsafe_artifact
+from qlora_trainer.core.failures import StepFailure, unreachable, unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256, partial_path
-from qlora_trainer.stores.oci_auth import docker_login, parse_token
+from qlora_trainer.stores.oci_auth import RegistrySession
+from qlora_trainer.stores.retry import is_retryable
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 MAX_MANIFEST_BYTES = 2**22
-"""What the distribution specification asks of a registry to take."""
-_PLAIN = "http://"
-_TIMEOUTS = (10, 60)
-# What is lost of a transfer that is cut off.
+"""The size of a manifest that the distribution specification asks every registry to accept."""
+# So much of a transfer is lost when it is cut off.
 _BLOCK_BYTES = 2**16
-_TRY_AGAIN_LATER = frozenset({408, 425, 429})
-_RETRY = Retry(
-    total=4,
-    backoff_factor=0.5,
-    backoff_max=8,
-    # A registry may ask for hours; then the step is tried again instead.
-    retry_after_max=30,
-    status_forcelist=(408, 429, 500, 502, 503, 504),
-    allowed_methods=("GET", "HEAD"),
-    raise_on_status=False,
-)
 
 
 @dataclass(frozen=True)
@@ -61,9 +46,8 @@ class Artifact:
 class Registry:
     """One repository of a registry that the administrator allows. Methods raise StepFailure.
 
-    What is missing or may not be read or written ends as `refuse` says; a registry in trouble is UNREACHABLE.
-    Credentials, and the tokens that are got for them, are sent to the allowed registries only, with TLS unless the
-    administrator says otherwise, and never after a redirect.
+    What is missing or may not be read or written ends as `refuse` says; a registry in trouble is UNREACHABLE. For where
+    credentials are sent, see RegistrySession.
     """
 
     def __init__(
@@ -78,21 +62,13 @@ class Registry:
         self.source = source
         self._secret = secret
         self._refuse = refuse
-        scheme, places = ("http" if require_allowed(source, allowed) else "https"), frozenset(map(_place, allowed))
-        self._base = f"{scheme}://{source.registry}/v2"
-        self._repository = f"{self._base}/{source.repository}"
-        self._session = requests.Session()
-        # No .netrc and no proxies of the environment: they would have credentials and hosts of their own.
-        self._session.trust_env = False
-        self._session.mount("https://", _Guard(places, secret.field))
-        self._session.mount("http://", _Guard(places, secret.field))
-        self._login = docker_login(secret, source.registry)
-        self._authorization: dict[str, str] = {}
+        self._session = RegistrySession(source, secret, allowed)
+        self._repository = f"{self._session.base}/{source.repository}"
 
     def manifest(self, reference: str) -> Artifact | None:
-        """The manifest of a tag or digest; None if there is none. Its digest is checked."""
-        place, headers, content = f"{self._repository}/manifests/{reference}", {"Accept": MANIFEST_TYPE}, b""
-        with self._errors(), self._ask("GET", place, headers=headers, stream=True) as answer:
+        """The manifest of a tag or digest; None if there is none. That of a digest is checked against it."""
+        url, headers, content = self._manifest_url(reference), {"Accept": MANIFEST_TYPE}, b""
+        with self._errors(), self._session.ask("GET", url, headers=headers, stream=True) as answer:
             if answer.status_code == 404:
                 return None
             self._require(answer, "read")
@@ -105,20 +81,20 @@ class Registry:
             raise unsafe_artifact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
         manifest = parse_layers(content)
         if manifest is None:
-            raise self._refuse(f"{self.source} is no artifact with layers ({MANIFEST_TYPE})")
+            raise self._refuse(f"{self.source} is not an artifact with layers ({MANIFEST_TYPE})")
         return Artifact(digest, manifest)
 
     def has_blob(self, blob: Blob) -> bool:
         """Whether the registry has the blob with this size."""
         with self._errors():
-            answer = self._ask("HEAD", f"{self._repository}/blobs/{blob.digest}")
+            answer = self._session.ask("HEAD", self._blob_url(blob))
             if answer.status_code == 404:
                 return False
             self._require(answer, "read")
         return answer.headers.get("Content-Length") == str(blob.size)
 
     def digest(self, blob: Blob) -> str:
-        """The digest of the blob's content as it is read back now, of which a block at a time is held."""
+        """The digest of the blob's content as the registry sends it now; it is not written anywhere."""
         found = sha256()
         for block in self._blocks(blob, 0):
             found.update(block)
@@ -132,12 +108,13 @@ class Registry:
         return content
 
     def download(self, blob: Blob, path: Path, on_bytes: Callable[[int], None]) -> None:
-        """Download to `path`, which is there with this digest or not at all; goes on where an earlier attempt stopped.
+        """Download to `path`, which then has this digest or is not there, from where an earlier attempt stopped.
 
         `on_bytes` is called with the bytes of this blob that have arrived. Raises OSError for a full disk.
         """
         if path.is_file() and path.stat().st_size == blob.size:
             return
+        # The digest is in the name, so that parts of two versions are never joined.
         partial = partial_path(path.with_name(f"{path.name}.{blob.digest[-16:]}"))
         with partial.open("ab") as file:
             for block in self._blocks(blob, file.tell()):
@@ -148,33 +125,33 @@ class Registry:
             raise unreachable(f"{self.source} broke off after {size} of {blob.size} bytes of {path.name}")
         if f"sha256:{file_sha256(partial)}" != blob.digest:
             partial.unlink()
-            raise unreachable(f"{self.source}: {path.name} has another SHA-256 than its digest: it is loaded again")
+            raise unreachable(f"{self.source}: {path.name} has another SHA-256 than its digest: it is downloaded again")
         partial.replace(path)
 
     def upload(self, blob: Blob, content: Path | bytes) -> None:
-        """Upload a blob unless it is there. The registry takes it only if its content has its digest."""
+        """Upload a blob unless the registry has it, which accepts it only if its content has its digest."""
         if self.has_blob(blob):
             return
         with self._errors():
-            begun = self._ask("POST", f"{self._repository}/blobs/uploads/")
-            self._require(begun, "written")
-            location = self._location(begun)
-            place = f"{location}{'&' if '?' in location else '?'}digest={blob.digest}"
+            started = self._session.ask("POST", f"{self._repository}/blobs/uploads/")
+            self._require(started, "written")
+            location = self._upload_location(started)
+            url = f"{location}{'&' if '?' in location else '?'}digest={blob.digest}"
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)}
             if isinstance(content, bytes):
-                answer = self._ask("PUT", place, headers=headers, data=content)
+                answer = self._session.ask("PUT", url, headers=headers, data=content)
             else:
                 with content.open("rb") as file:
-                    answer = self._ask("PUT", place, headers=headers, data=file)
+                    answer = self._session.ask("PUT", url, headers=headers, data=file)
             if answer.status_code == 400:
                 raise unreachable(f"{self.source}: {blob.digest} did not arrive as it was sent: it is sent again")
             self._require(answer, "written")
 
-    def _location(self, begun: requests.Response) -> str:
-        """Where the registry wants an upload to go on."""
-        given = begun.headers.get("Location", "")
+    def _upload_location(self, started: requests.Response) -> str:
+        """The address to which the registry wants the content of an upload."""
+        given = started.headers.get("Location", "")
         try:
-            return urljoin(begun.url, given)
+            return urljoin(started.url, given)
         except ValueError as error:
             raise unreachable(
                 f"{self.source.registry} wants an upload to go on at {given[:100]!r}, which is no address: it is tried "
@@ -185,88 +162,50 @@ class Registry:
         """Upload a manifest under a tag, replacing one that is there."""
         with self._errors():
             headers = {"Content-Type": MANIFEST_TYPE}
-            place = f"{self._repository}/manifests/{reference}"
-            self._require(self._ask("PUT", place, headers=headers, data=content), "written")
+            self._require(
+                self._session.ask("PUT", self._manifest_url(reference), headers=headers, data=content), "written"
+            )
 
     def _blocks(self, blob: Blob, offset: int) -> Iterator[bytes]:
+        """The blob's content from `offset` on. Raises StepFailure UNSAFE_ARTIFACT if too many bytes arrive."""
         if offset >= blob.size:
             return
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        with self._errors():
-            place = f"{self._repository}/blobs/{blob.digest}"
-            with self._ask("GET", place, headers=headers, stream=True) as answer:
-                self._require(answer, "read")
-                received = 0 if offset and answer.status_code != 206 else offset
-                for block in answer.iter_content(_BLOCK_BYTES):
-                    # A server that knows no ranges sends again what is there.
-                    fresh = block[max(offset - received, 0) :]
-                    received += len(block)
-                    if received > blob.size:
-                        raise unsafe_artifact(f"{self.source}: {blob.digest} has more than {blob.size} bytes")
-                    yield fresh
+        with (
+            self._errors(),
+            self._session.ask("GET", self._blob_url(blob), headers=headers, stream=True) as answer,
+        ):
+            self._require(answer, "read")
+            received = 0 if offset and answer.status_code != 206 else offset
+            for block in answer.iter_content(_BLOCK_BYTES):
+                # A server that does not support ranges sends everything from the start.
+                fresh = block[max(offset - received, 0) :]
+                received += len(block)
+                if received > blob.size:
+                    raise unsafe_artifact(f"{self.source}: {blob.digest} has more than {blob.size} bytes")
+                yield fresh
 
-    def _ask(self, method: str, url: str, **options: Any) -> requests.Response:
-        """Send a request, and again with what the registry asks for if it wants to know who we are."""
-        headers = options.pop("headers", {})
-        answer = self._send(method, url, headers, options)
-        if answer.status_code != 401 or not self._authenticate(answer):
-            return answer
-        answer.close()
-        if hasattr(options.get("data"), "seek"):
-            options["data"].seek(0)
-        return self._send(method, url, headers, options)
+    def _manifest_url(self, reference: str) -> str:
+        return f"{self._repository}/manifests/{reference}"
 
-    def _send(self, method: str, url: str, headers: dict[str, str], options: dict[str, Any]) -> requests.Response:
-        return self._session.request(
-            method, url, headers={**headers, **self._authorization}, timeout=_TIMEOUTS, **options
-        )
+    def _blob_url(self, blob: Blob) -> str:
+        return f"{self._repository}/blobs/{blob.digest}"
 
-    def _authenticate(self, challenge: requests.Response) -> bool:
-        """Whether there is an answer to the challenge that was not given yet: credentials, or a token got for them."""
-        before = self._authorization
-        if challenge.headers.get("WWW-Authenticate", "").lower().startswith("basic"):
-            self._authorization = {"Authorization": f"Basic {self._login}"} if self._login else {}
-        else:
-            token = self._token(challenge.headers.get("WWW-Authenticate", ""))
-            self._authorization = {"Authorization": f"Bearer {token}"} if token else {}
-        return self._authorization not in ({}, before)
-
-    def _token(self, challenge: str) -> str | None:
-        """What the server that the challenge names gives for our credentials, or without any; None if it gives nothing.
-
-        Not by the library, which takes a server in trouble for one that refuses, and waits for one that is silent.
-        """
-        wanted = parse_auth_header(challenge)
-        if not (wanted.realm or "").startswith(("https://", _PLAIN)):
-            return None
-        parameters = {"service": wanted.service, "scope": wanted.scope}
-        headers = {"Authorization": f"Basic {self._login}"} if self._login else {}
-        answer = self._session.get(wanted.realm, params=parameters, headers=headers, timeout=_TIMEOUTS)
-        if answer.status_code >= 500 or answer.status_code in _TRY_AGAIN_LATER:
-            raise unreachable(f"{urlsplit(wanted.realm).netloc} answered HTTP {answer.status_code} for a token")
-        if answer.status_code != 200:
-            return None
-        given = parse_token(answer.content)
-        if given is None:
-            raise unreachable(
-                f"{urlsplit(wanted.realm).netloc} answered HTTP 200 for a token of {self.source.registry}, but with "
-                "something else than a JSON object that holds one"
-            )
-        return given
-
-    def _require(self, answer: requests.Response, wanted: str) -> None:
+    def _require(self, answer: requests.Response, done: Literal["read", "written"]) -> None:
+        """Raise the StepFailure of an answer that is not a success. `done` is what was asked for."""
         status = answer.status_code
         if status < 300:
             return
-        if status >= 500 or status in _TRY_AGAIN_LATER:
+        if is_retryable(status):
             raise unreachable(f"{self.source.registry} answered HTTP {status} for {self.source}")
         raise self._refuse(
-            f"{self.source} does not exist, or may not be {wanted} with {self._secret} (HTTP {status}): check the "
+            f"{self.source} does not exist, or may not be {done} with {self._secret} (HTTP {status}): check the "
             f"address, and set {self._secret.field} to a Secret whose credentials may"
         )
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        """Raise StepFailure UNREACHABLE where requests raises. Not the cause, which may quote a signed address."""
         try:
             yield
         except requests.RequestException as error:
@@ -283,45 +222,6 @@ def parse_layers(content: bytes) -> Mapping[str, Any] | None:
         return None
     layers = manifest.get("layers") if isinstance(manifest, dict) else None
     return manifest if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else None
-
-
-class _Guard(HTTPAdapter):
-    """Sends requests, those with credentials to some places only. The session takes them off before a redirect."""
-
-    def __init__(self, places: frozenset[str], field: str) -> None:
-        """`places`: scheme and host, as in https://ghcr.io."""
-        super().__init__(max_retries=_RETRY)
-        self._places = places
-        self._field = field
-
-    def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
-        address = urlsplit(request.url or "")
-        place = f"{address.scheme}://{address.netloc}"
-        if "Authorization" in request.headers and place not in self._places:
-            raise bad_configuration(
-                f"the registry sends us to {place}, where the credentials of {self._field} are not sent: ask the "
-                "administrator to add it to the profile's registries"
-            )
-        return super().send(request, *args, **options)
-
-
-def require_allowed(source: RegistrySource, allowed: tuple[str, ...]) -> bool:
-    """Raise StepFailure BAD_CONFIGURATION unless the registry is among those allowed; whether it is without TLS."""
-    for entry in allowed:
-        if _host(entry) == source.registry:
-            return entry.startswith(_PLAIN)
-    raise bad_configuration(
-        f"{source}: the registry {source.registry} is not among those that the profile allows "
-        f"({', '.join(map(_host, allowed)) or 'none'}): use one of them, or ask the administrator for it"
-    )
-
-
-def _host(entry: str) -> str:
-    return entry.removeprefix(_PLAIN)
-
-
-def _place(entry: str) -> str:
-    return entry if entry.startswith(_PLAIN) else f"https://{entry}"
 
 
 def digest_of(content: bytes) -> str:

@@ -1,19 +1,155 @@
-"""Reads what lets a client into a registry, in Docker's formats: its configuration and a token server's answer."""
+"""Opens a registry for a client: which registries may be used, logins, challenges, tokens, and where none may go."""
 
 import json
+from typing import Any
+from urllib.parse import urlsplit
 
-from oras.auth.utils import get_basic_auth, load_configs
+import requests
+from oras.auth.utils import get_basic_auth, load_configs, parse_auth_header
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
+from qlora_api.sources import RegistrySource
 from qlora_trainer.core.credentials import Secret
-from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.failures import bad_configuration, unreachable
+from qlora_trainer.stores.retry import RETRYABLE_STATUS, is_retryable
 
 _DOCKER_CONFIG = ".dockerconfigjson"
+_PLAIN = "http://"
+_TIMEOUTS = (10, 60)
+"""Seconds, for a connection and for each piece of an answer."""
+_RETRY = Retry(
+    total=4,
+    backoff_factor=0.5,
+    backoff_max=8,
+    # A registry may ask for hours; then the step is tried again instead.
+    retry_after_max=30,
+    status_forcelist=(*RETRYABLE_STATUS, 500, 502, 503, 504),
+    allowed_methods=("GET", "HEAD"),
+    raise_on_status=False,
+)
+
+
+class RegistrySession(requests.Session):
+    """A session with one registry that the administrator allows, which answers the registry's challenges.
+
+    Credentials, and the tokens that are got for them, are sent to the allowed registries only, with TLS unless the
+    administrator says otherwise, and never after a redirect.
+    """
+
+    def __init__(self, source: RegistrySource, secret: Secret, allowed: tuple[str, ...]) -> None:
+        """`allowed`: HOST or HOST:PORT, with http:// before it where there is no TLS. Raises StepFailure."""
+        super().__init__()
+        scheme = "http" if require_allowed(source, allowed) else "https"
+        self.base = f"{scheme}://{source.registry}/v2"
+        """Address of the registry's API."""
+        # No .netrc and no proxies of the environment: they would bring credentials and hosts of their own.
+        self.trust_env = False
+        origins = frozenset(map(_origin, allowed))
+        self.mount("https://", _Guard(origins, secret.field))
+        self.mount("http://", _Guard(origins, secret.field))
+        self._registry = source.registry
+        self._login = docker_login(secret, source.registry)
+        self._authorization: dict[str, str] = {}
+
+    def ask(self, method: str, url: str, **options: Any) -> requests.Response:
+        """Send a request, and once more with credentials or a token if the registry asks for them.
+
+        `options` are those of requests. Raises StepFailure, or RequestException if there is no answer.
+        """
+        answer = self._send(method, url, options)
+        if answer.status_code != 401 or not self._authenticate(answer):
+            return answer
+        answer.close()
+        body = options.get("data")
+        if body is not None and hasattr(body, "seek"):
+            body.seek(0)
+        return self._send(method, url, options)
+
+    def _send(self, method: str, url: str, options: dict[str, Any]) -> requests.Response:
+        headers = {**options.get("headers", {}), **self._authorization}
+        return self.request(method, url, **{**options, "headers": headers, "timeout": _TIMEOUTS})
+
+    def _authenticate(self, challenge: requests.Response) -> bool:
+        """Whether there is an answer to the challenge that was not given yet: credentials, or a token got for them."""
+        before, wanted = self._authorization, challenge.headers.get("WWW-Authenticate", "")
+        if wanted.lower().startswith("basic"):
+            self._authorization = self._basic()
+        else:
+            token = self._token(wanted)
+            self._authorization = {"Authorization": f"Bearer {token}"} if token else {}
+        return self._authorization not in ({}, before)
+
+    def _basic(self) -> dict[str, str]:
+        return {"Authorization": f"Basic {self._login}"} if self._login else {}
+
+    def _token(self, challenge: str) -> str | None:
+        """The token from the server that the challenge names, for our credentials or without any; None if it denies.
+
+        Not through oras, which takes a failing token server for one that denies, and waits for one that is silent.
+        """
+        wanted = parse_auth_header(challenge)
+        if not (wanted.realm or "").startswith(("https://", _PLAIN)):
+            return None
+        parameters = {"service": wanted.service, "scope": wanted.scope}
+        answer = self.get(wanted.realm, params=parameters, headers=self._basic(), timeout=_TIMEOUTS)
+        server = urlsplit(wanted.realm).netloc
+        if is_retryable(answer.status_code):
+            raise unreachable(f"{server} answered HTTP {answer.status_code} for a token")
+        if answer.status_code != 200:
+            return None
+        token = parse_token(answer.content)
+        if token is None:
+            raise unreachable(
+                f"{server} answered HTTP 200 for a token of {self._registry}, but with something else than a JSON "
+                "object that holds one"
+            )
+        return token
+
+
+class _Guard(HTTPAdapter):
+    """Sends requests, but those with credentials to some origins only. Before a redirect the session removes them."""
+
+    def __init__(self, origins: frozenset[str], field: str) -> None:
+        """`origins`: scheme and host, as in https://ghcr.io. `field` names the credentials, for the message."""
+        super().__init__(max_retries=_RETRY)
+        self._origins = origins
+        self._field = field
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
+        address = urlsplit(request.url or "")
+        origin = f"{address.scheme}://{address.netloc}"
+        if "Authorization" in request.headers and origin not in self._origins:
+            raise bad_configuration(
+                f"the registry sends us to {origin}, where the credentials of {self._field} are not sent: ask the "
+                "administrator to add it to the profile's registries"
+            )
+        return super().send(request, *args, **options)
+
+
+def require_allowed(source: RegistrySource, allowed: tuple[str, ...]) -> bool:
+    """Raise StepFailure BAD_CONFIGURATION unless the registry is allowed. Returns whether it is without TLS."""
+    for entry in allowed:
+        if _host(entry) == source.registry:
+            return entry.startswith(_PLAIN)
+    raise bad_configuration(
+        f"{source}: the registry {source.registry} is not among those that the profile allows "
+        f"({', '.join(map(_host, allowed)) or 'none'}): use one of them, or ask the administrator for it"
+    )
+
+
+def _host(entry: str) -> str:
+    return entry.removeprefix(_PLAIN)
+
+
+def _origin(entry: str) -> str:
+    return entry if entry.startswith(_PLAIN) else f"https://{entry}"
 
 
 def docker_login(secret: Secret, registry: str) -> str | None:
-    """User and password for the registry in base64: the Secret's, else those of this user's Docker configuration.
+    """User and password for the registry in base64: from the Secret, else from this user's Docker configuration.
 
-    Raises StepFailure BAD_CONFIGURATION if there is no login for it in the Secret.
+    None if neither is there. Raises StepFailure BAD_CONFIGURATION if the Secret has no login for the registry.
     """
     own = load_configs()
     values = secret.require(_DOCKER_CONFIG, has_own=registry in own["auths"])
@@ -23,7 +159,7 @@ def docker_login(secret: Secret, registry: str) -> str | None:
         login = entry.get("auth") or (get_basic_auth(entry["username"], entry["password"]) if entry else None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise bad_configuration(
-            f"{secret.field}: {_DOCKER_CONFIG} is not a Docker configuration with auths: make the Secret with "
+            f"{secret.field}: {_DOCKER_CONFIG} is not a Docker configuration with auths: create the Secret with "
             "`kubectl create secret docker-registry`"
         ) from None
     if values is not None and login is None:
@@ -32,7 +168,7 @@ def docker_login(secret: Secret, registry: str) -> str | None:
 
 
 def parse_token(content: bytes) -> str | None:
-    """The token in what a token server has sent; None if there is none in it."""
+    """The token in a token server's answer; None if there is none in it."""
     try:
         answer = json.loads(content)
     except (ValueError, RecursionError):

@@ -1,22 +1,52 @@
-"""Reads back what was published, a file at a time: a connection that breaks off costs that file and not the step."""
+"""Decides which answers of a server may change soon, and asks again: the one policy of all clients in `stores`."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from time import sleep
+from typing import TypeVar
 
 from qlora_api.contract import ExitCode
+from qlora_api.printable import one_line
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.records import redact
 
-_TRIES = 3
+RETRYABLE_STATUS = frozenset({408, 425, 429})
+"""HTTP statuses below 500 that are about the moment and not about the request: timeout, too early, too many."""
+CONFLICT_STATUS = frozenset({409, 412})
+"""Somebody else has written meanwhile. Of hubs and buckets only: a registry has them for a tag that may not change."""
+_READ_BACK_WAITS = (0.0, 0.0)
+_Answer = TypeVar("_Answer")
 logger = logging.getLogger(__name__)
 
 
-def read_back(digest: Callable[[], str]) -> str:
-    """What `digest` finds, asked again while its server is in trouble. Raises its StepFailure after the third time."""
-    for _ in range(_TRIES - 1):
+def is_retryable(status: int, *, conflicts: bool = False) -> bool:
+    """Whether the same request may succeed later. `conflicts`: also where another writer has been faster."""
+    return status >= 500 or status in RETRYABLE_STATUS or (conflicts and status in CONFLICT_STATUS)
+
+
+def retry(ask: Callable[[], _Answer], *, waits: Sequence[float], retryable: Callable[[Exception], bool]) -> _Answer:
+    """The answer of `ask`, called again after each of `waits`, in seconds, while it raises what is `retryable`.
+
+    `ask` must be safe to repeat. Raises what its last call raises: a longer outage is for the step's next attempt.
+    """
+    for wait in waits:
         try:
-            return digest()
-        except StepFailure as failure:
-            if failure.exit_code is not ExitCode.UNREACHABLE:
+            return ask()
+        except Exception as error:
+            if not retryable(error):
                 raise
-            logger.warning("reading back broke off, the file is read again: %s", failure.message)
-    return digest()
+            logger.warning("trying again in %g s: %s", wait, redact(one_line(str(error))))
+        sleep(wait)
+    return ask()
+
+
+def read_back(digest: Callable[[], str]) -> str:
+    """The digest of a published file, read up to three times, because a lost connection must not cost the step.
+
+    Raises the StepFailure of `digest`: at once if it is permanent, else that of the third time.
+    """
+    return retry(digest, waits=_READ_BACK_WAITS, retryable=_is_unreachable)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    return isinstance(error, StepFailure) and error.exit_code is ExitCode.UNREACHABLE

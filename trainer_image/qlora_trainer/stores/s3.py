@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.filesystem import partial_path
 from qlora_trainer.stores.endpoints import server_address
+from qlora_trainer.stores.retry import is_retryable
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -42,7 +43,6 @@ _PLAIN_ETAG = re.compile(r'"?([0-9a-f]{32})"?', re.IGNORECASE)
 _STATUS = re.compile(r"status code: (\d{3})")
 _MOVED = "redirect without LOCATION"
 _ERROR_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
-_TRY_AGAIN_LATER = frozenset({408, 409, 412, 425, 429})
 _RETRY: "RetryConfig" = {
     "max_retries": 4,
     "retry_timeout": timedelta(minutes=2),
@@ -60,6 +60,12 @@ class StoredObject:
     """Bytes."""
     etag: str
     """Changes with the content. It is no digest of it: that of a multipart upload depends on the parts."""
+
+
+def version_of(objects: Mapping[str, StoredObject]) -> str:
+    """A name, in hexadecimal, that differs once the name, size or ETag of any of these objects does."""
+    lines = (f"{found.etag} {found.size} {name}\n" for name, found in sorted(objects.items()))
+    return sha256("".join(lines).encode()).hexdigest()
 
 
 class ObjectFolder:
@@ -128,14 +134,14 @@ class ObjectFolder:
             file.flush()
             os.fsync(file.fileno())
             received = file.tell()
+        wrong = None
         if received != found.size:
+            wrong = f"{received} bytes instead of {found.size}"
+        elif not self._is_as_stored(found, partial):
+            wrong = "another MD5 than its ETag"
+        if wrong is not None:
             partial.unlink()
-            raise unreachable(
-                f"{self._named(found.name)} arrived with {received} bytes instead of {found.size}: it is loaded again"
-            )
-        if not self._is_as_stored(found, partial):
-            partial.unlink()
-            raise unreachable(f"{self._named(found.name)} arrived with another MD5 than its ETag: it is loaded again")
+            raise unreachable(f"{self._named(found.name)} arrived with {wrong}: it is downloaded again")
         partial.replace(path)
 
     def digest(self, name: str) -> str:
@@ -200,7 +206,7 @@ class ObjectFolder:
                     yield bytes(block)
             except PreconditionError as error:
                 raise unreachable(
-                    f"{self._named(found.name)} was replaced while it was read: it is loaded again"
+                    f"{self._named(found.name)} was replaced while it was read: it is downloaded again"
                 ) from error
 
     def _key(self, name: str) -> str:
@@ -238,7 +244,7 @@ class ObjectFolder:
                 f"{self._endpoint} cannot do what is asked of it for {self.uri} ({answer}): it must know conditional "
                 "writes (If-None-Match); use a newer version of the server, or another store"
             )
-        if status >= 500 or status in _TRY_AGAIN_LATER:
+        if is_retryable(status, conflicts=True):
             return unreachable(f"{self._endpoint} answered {answer} for {self.uri}")
         return self._refuse(
             f"{self.uri} does not exist, or may not be {wanted} with {self._secret} ({answer} from {self._endpoint}): "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
+from qlora_api.printable import first_line
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.model.base import COMPUTE_DTYPE
@@ -112,5 +113,5 @@ def leave_samples(
             samples = write_answers(model, tokenizer_folder, choose_prompts(data, count), stopped, device)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
             logger.exception("no samples for the report")
-            samples = Samples(missing=f"the model could not generate: {str(error)[:200]}")
+            samples = Samples(missing=f"the model could not generate: {first_line(error)}")
     write_atomically(path, json.dumps(samples.dump(), indent=2, ensure_ascii=False).encode() + b"\n")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.core.failures import Interrupted, StepFailure
+from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_memory
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_tensors
@@ -20,7 +20,6 @@ from qlora_trainer.training.checkpoint import save_checkpoint
 from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.divergence import Stability, cleared, has_diverged
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
-from qlora_trainer.training.out_of_memory import is_shortage
 from qlora_trainer.training.state import Run, RunState, report
 
 logger = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
             summed += loss.detach()
             report(run, state, "training")
     except RuntimeError as error:
-        if not (is_shortage(error) and _may_halve(run)):
+        if not (is_out_of_gpu_memory(error) and _may_halve(run)):
             raise
         logger.warning("step %d ran out of memory and is done again", state.step + 1, exc_info=True)
         short = True
@@ -290,7 +289,7 @@ def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | 
                 with torch.no_grad():
                     summed += _loss(run, batch) * float(counts)
             except RuntimeError as error:
-                if not (is_shortage(error) and _may_halve(run)):
+                if not (is_out_of_gpu_memory(error) and _may_halve(run)):
                     raise
                 short = True
             targets += batch.target_count if counts else 0

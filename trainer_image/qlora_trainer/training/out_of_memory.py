@@ -5,14 +5,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import GIB, MemoryEstimate, estimate
 from qlora_api.training import TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Device
-from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
 from qlora_trainer.model.memory_fit import read_shape, training_shape
 from qlora_trainer.training.device import peak_memory_bytes
 
@@ -25,14 +23,6 @@ _SHARES = {
     "logits": ("logits",),
     "CUDA": ("context",),
 }
-# What cuBLAS and the driver say when PyTorch's allocator has left them nothing; no type of its own tells it.
-_SAID_BY_LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether the GPU is out of memory, whoever asked for it."""
-    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID_BY_LIBRARIES)
-    return said or isinstance(error, torch.OutOfMemoryError)
 
 
 @contextmanager
@@ -51,7 +41,7 @@ def explained_shortage(
     try:
         yield
     except RuntimeError as error:
-        if not is_shortage(error):
+        if not is_out_of_gpu_memory(error):
             raise
         size = micro_batch_size()
         training = _as_run(spec.training, size)

@@ -25,6 +25,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from qlora_api.contract import ExitCode
+from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
 from qlora_trainer.core.outcome import classify
@@ -180,10 +181,9 @@ class _Endings:
             except RuntimeError:
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        first_line = str(error).strip().partition("\n")[0][:200]
         return unreachable(
             f"rank {self._own.rank} of {self._own.size} lost another process of this run "
-            f"({first_line}); the step is tried again"
+            f"({first_line(error)}); the step is tried again"
         )
 
     def require_none(self) -> None:

@@ -9,11 +9,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from qlora_api.contract import ProgressRecord
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
-from qlora_trainer.core.records import RecordWriter, timestamp
+from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.quantized import Storage
@@ -113,12 +112,10 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
     pace, total = run.pace, run.schedule.total_steps
     remaining = pace.remaining_seconds(total - state.step, _evaluations_left(run, state))
     run.runtime.records.progress(
-        ProgressRecord(
-            job_uid=run.context.job_uid,
-            pod_uid=run.context.pod_uid,
-            step="train",
-            time=timestamp(run.runtime.now()),
-            activity=_with_smaller_micro_batches(state) if activity == "training" else activity,
+        run.context.progress(
+            "train",
+            run.runtime.now(),
+            _with_smaller_micro_batches(state) if activity == "training" else activity,
             training_step=state.step,
             total_steps=total,
             epoch=round(run.schedule.epoch(state.step), 4),

@@ -1,0 +1,86 @@
+"""What an error means for the job: its exit code, decided without loading a library."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.failures import Interrupted, bad_dataset, is_out_of_gpu_memory
+from qlora_trainer.core.outcome import Terminated, classify
+
+SHORTAGES = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+]
+OTHERS = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    ValueError("CUDA error: out of memory"),
+    MemoryError("out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=("PyTorch", "cuBLAS", "driver"))
+def test_the_gpu_is_out_of_memory_whoever_has_asked_for_it(error: RuntimeError) -> None:
+    """Training halves its micro batch by the same judgment by which the step ends with this exit code."""
+    assert is_out_of_gpu_memory(error)
+    ending = classify(error)
+    assert ending.exit_code is ExitCode.GPU_OUT_OF_MEMORY
+    assert "spec.training.microBatchSize" in ending.message
+    assert "\n" not in ending.message
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=("PyTorch", "cuBLAS", "driver"))
+def test_a_shortage_is_found_behind_the_error_that_it_led_to(error: RuntimeError) -> None:
+    outer = KeyError("state")
+    outer.__context__ = error
+    assert classify(outer).exit_code is ExitCode.GPU_OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
+def test_another_error_is_no_shortage_of_gpu_memory(error: Exception) -> None:
+    assert not is_out_of_gpu_memory(error)
+    assert classify(error).exit_code is ExitCode.INTERNAL_ERROR
+
+
+JUDGED_ALONE = """
+import sys
+from qlora_trainer.core.outcome import classify
+print(*(int(classify(error).exit_code) for error in (RuntimeError("CUDA error: out of memory"), OSError())))
+assert not {"torch", "huggingface_hub"} & set(sys.modules)
+"""
+
+
+def test_an_error_is_judged_without_loading_torch_or_the_hubs_client() -> None:
+    command, environment = [sys.executable, "-c", JUDGED_ALONE], {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["13", "203"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (bad_dataset("line 3 is no object"), ExitCode.BAD_DATASET),
+        (Interrupted(3, 6, 3), ExitCode.INTERRUPTED),
+        (Terminated(), ExitCode.INTERRUPTED),
+        (OSError(errno.ENOSPC, "No space left on device"), ExitCode.STORAGE_FULL),
+        (OSError(errno.EACCES, "Permission denied"), ExitCode.INTERNAL_ERROR),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), ExitCode.UNREACHABLE),
+        (TimeoutError("timed out"), ExitCode.UNREACHABLE),
+        (KeyError("loss"), ExitCode.INTERNAL_ERROR),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: ExitCode) -> None:
+    ending = classify(error)
+    assert ending.exit_code is code
+    assert ending.unexpected == (code is ExitCode.INTERNAL_ERROR)
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    assert classify(AssertionError()).message.startswith("unexpected AssertionError: no message;")

@@ -1,0 +1,79 @@
+"""Which answers of a server are worth another request, and how often it is sent."""
+
+from collections.abc import Callable
+
+import pytest
+
+from qlora_trainer.core.failures import bad_dataset, unreachable
+from qlora_trainer.stores import retry as retry_module
+from qlora_trainer.stores.retry import is_retryable, read_back, retry
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of each wait, none of which happens."""
+    seconds: list[float] = []
+    monkeypatch.setattr(retry_module, "sleep", seconds.append)
+    return seconds
+
+
+def failing(*errors: Exception) -> Callable[[], str]:
+    """Raises these, one for each call, and then answers."""
+    left = iter(errors)
+
+    def ask() -> str:
+        error = next(left, None)
+        if error is not None:
+            raise error
+        return "answer"
+
+    return ask
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 501, 502, 503, 504])
+def test_a_server_in_trouble_may_answer_later(status: int) -> None:
+    assert is_retryable(status)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 416, 451])
+def test_a_refusal_is_final(status: int) -> None:
+    assert not is_retryable(status, conflicts=True)
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_conflict_may_pass_only_where_others_write_too(status: int) -> None:
+    assert is_retryable(status, conflicts=True)
+    assert not is_retryable(status)
+
+
+def test_an_answer_is_asked_for_again_after_each_wait(waited: list[float]) -> None:
+    answer = retry(failing(OSError(), OSError()), waits=(1, 2, 4), retryable=lambda error: isinstance(error, OSError))
+    assert answer == "answer"
+    assert waited == [1, 2]
+
+
+def test_the_last_error_is_raised(waited: list[float]) -> None:
+    with pytest.raises(OSError, match="second"):
+        retry(failing(OSError("first"), OSError("second")), waits=(1,), retryable=lambda _: True)
+    assert waited == [1]
+
+
+def test_an_error_that_will_not_pass_is_raised_at_once(waited: list[float]) -> None:
+    with pytest.raises(OSError, match="final"):
+        retry(failing(OSError("final")), waits=(1, 2), retryable=lambda _: False)
+    assert waited == []
+
+
+def test_a_credential_that_an_error_quotes_is_not_logged(waited: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    error = OSError("503 for https://cdn.example.org/x?X-Amz-Signature=canary&x=1")
+    retry(failing(error), waits=(1,), retryable=lambda _: True)
+    assert "503 for https://cdn.example.org" in caplog.text
+    assert "canary" not in caplog.text
+
+
+def test_reading_back_survives_two_lost_connections_and_no_third(waited: list[float]) -> None:
+    assert read_back(failing(unreachable("one"), unreachable("two"))) == "answer"
+    with pytest.raises(Exception, match="three"):
+        read_back(failing(*map(unreachable, ("one", "two", "three"))))
+    with pytest.raises(Exception, match="permanent"):
+        read_back(failing(bad_dataset("permanent")))
