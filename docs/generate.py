@@ -17,6 +17,8 @@ from qlora_operator.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
+# Objects whose fields another page has.
+ELSEWHERE = {"status.resolved.profile": "chart.md#a-profile"}
 VALUES = ROOT / "helm" / "qlora-operator" / "values.yaml"
 
 Schema = Mapping[str, Any]
@@ -65,15 +67,15 @@ def _chart() -> str:
         "`helm show values helm/qlora-operator` prints the same defaults. A value that the chart does not know is an "
         "error, found when the chart is installed or upgraded.",
         "## Values",
-        _table(("Value", "Default", "Meaning"), _values()),
+        _table(("Value", "Meaning"), _values()),
         "## A profile",
         "Each entry of `profiles` is a profile. What it leaves out is taken from `profiles.default`, field by field.",
         *_objects(_inline(schemas["Profile"], schemas), "profiles.NAME", level=3),
     )
 
 
-def _values() -> Iterator[tuple[str, str, str]]:
-    """Each value that a `# --` comment explains: its path, its default and the comment."""
+def _values() -> Iterator[tuple[str, str]]:
+    """Each value that a `# --` comment explains: its path with its default, and the comment."""
     values = yaml.safe_load(VALUES.read_text())
     path: list[str] = []
     comment: list[str] = []
@@ -86,7 +88,7 @@ def _values() -> Iterator[tuple[str, str, str]]:
         elif match := re.match(r"( *)(\w+):", line):
             path = [*path[: len(match[1]) // 2], match[2]]
             if comment:
-                yield f"`{'.'.join(path)}`", _code(_at(values, path)), " ".join(comment)
+                yield _lines(f"`{'.'.join(path)}`", _default_of(_at(values, path))), " ".join(comment)
             comment = []
 
 
@@ -110,8 +112,8 @@ def _command_line() -> str:
     return _page(
         "Command line",
         "`cli/qlora_cli`",
-        "`pip install '.[cli,trainer]'` in a checkout installs `qlora`; `qlora plan` alone needs `.[cli]` and, for "
-        "models of the Hub, nothing more. Exit codes are [those of the steps](exit-codes.md).",
+        "`pip install '.[cli,trainer]'` in a checkout installs `qlora`. Exit codes are "
+        "[those of the steps](exit-codes.md).",
         *sections,
     )
 
@@ -120,7 +122,8 @@ def _option(option: click.Option, context: click.Context) -> tuple[str, str]:
     record = option.get_help_record(context)
     if record is None:
         return "", ""
-    return f"`{record[0]}`", record[1]
+    usage, meaning = record
+    return f"`{usage.replace('|', ' or ')}`", meaning.replace("<", "&lt;")
 
 
 def _metrics() -> str:
@@ -128,16 +131,15 @@ def _metrics() -> str:
     for family in Metrics().registry.collect():
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        rows.append(
-            (f"`{name}`", family.type, ", ".join(f"`{label}`" for label in labels) or "none", family.documentation)
-        )
+        labelled = f"{family.type}, label {', '.join(f'`{label}`' for label in labels)}" if labels else family.type
+        rows.append((_lines(f"`{name}`", labelled), family.documentation))
     return _page(
         "Metrics",
         "`operator/qlora_operator/metrics.py`",
         "The operator serves them in Prometheus' format on `/metrics`, port 9090 of its pod. `metrics.service` and "
         "`metrics.serviceMonitor` in the [chart's values](chart.md) make them reachable. No metric has the name of a "
         "job as a label, so the number of series does not grow with the number of jobs.",
-        _table(("Metric", "Type", "Labels", "Meaning"), rows),
+        _table(("Metric", "Meaning"), rows),
     )
 
 
@@ -175,19 +177,19 @@ def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = No
         yield description
     rows = [
         (
-            f"`{name}`",
-            _type(field, f"{path}.{name}"),
-            _requirement(field, name in required),
+            _lines(f"`{name}`", _type(field, f"{path}.{name}"), _default(field, name in required)),
             field.get("description", ""),
         )
         for name, field in fields.items()
     ]
-    yield _table(("Field", "Type", "Default", "Meaning"), rows)
+    yield _table(("Field", "Meaning"), rows)
     messages = [rule["message"] for rule in schema.get("x-kubernetes-validations", ())]
     if rules := [message for message in messages if "cannot be changed once the job exists" not in message]:
         yield "Rules:"
         yield "\n".join(f"- {message}" for message in rules)
     for name, field in fields.items():
+        if f"{path}.{name}" in ELSEWHERE:
+            continue
         if "properties" in field:
             yield from _objects(field, f"{path}.{name}", min(level + 1, 4), field["default"])
         elif "properties" in field.get("items", ()):
@@ -198,7 +200,7 @@ def _type(field: Schema, path: str) -> str:
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "properties" in field:
-        return f"[object](#{_anchor(path)})"
+        return f"[object]({ELSEWHERE.get(path, f'#{_anchor(path)}')})"
     kind = str(field["type"])
     if kind == "array":
         return f"list of {_type(field['items'], path)}"
@@ -217,10 +219,19 @@ def _range(field: Schema) -> str:
     return f", {low} to {high}" if not isinstance(low, bool) and low is not None else f", up to {high}"
 
 
-def _requirement(field: Schema, required: bool) -> str:
+def _default(field: Schema, required: bool) -> str:
     if required:
         return "**required**"
-    return "" if "properties" in field else _code(field["default"])
+    return "" if "properties" in field else _default_of(field["default"])
+
+
+def _default_of(value: Any) -> str:
+    return "" if value in ("", None) else f"default {_code(value)}"
+
+
+def _lines(*parts: str) -> str:
+    """The parts that are not empty, below each other in one cell: a phone has room for two columns."""
+    return "<br>".join(part for part in parts if part)
 
 
 def _inline(node: Any, schemas: Mapping[str, Any]) -> Any:
@@ -250,12 +261,10 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _code(value: Any) -> str:
-    if value == "" or value is None:
-        return ""
     text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=999)
     return f"`{text.strip().removesuffix('...').strip()}`"
 

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 IMAGES = Path(__file__).parent / "images"
-_REPORT_SIZE = (1100, 1250)
-_TERMINAL_WIDTH = 760
+_REPORT_SIZE = (1100, 1075)
+_CHARACTER_WIDTH = 8.43
 _LINE_HEIGHT = 22
 # More lines of one phase tell nobody anything.
 _LINES_PER_PHASE = 3
@@ -85,8 +85,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             page = Path(folder, "watch.html")
             page.write_text(terminal_page(lines))
-            height = (len(lines) + 1) * _LINE_HEIGHT + 36
-            photograph(page, IMAGES / "watch.png", (_TERMINAL_WIDTH, height))
+            width = round(max(map(len, lines)) * _CHARACTER_WIDTH) + 44
+            photograph(page, IMAGES / "watch.png", (width, (len(lines) + 1) * _LINE_HEIGHT + 36))
 
 
 if __name__ == "__main__":
