@@ -128,7 +128,7 @@ def _delete_job(kubectl: Kubectl) -> None:
 
 def _follow(kubectl: Kubectl) -> dict[str, object]:
     """Show what a user sees until the job has ended; the finished resource. Raises ClusterError if it failed."""
-    base = [
+    base: list[str | Path] = [
         kubectl.program,
         "--kubeconfig",
         kubectl.kubeconfig,
@@ -176,9 +176,9 @@ def _fetch(kubectl: Kubectl, image: str, job: dict[str, object], output: Path) -
 
 def _evaluate(model: Path, output: Path) -> int:
     scores = output / "scores.json"
-    evaluate = [sys.executable, HERE / "evaluate.py", "--model", model, "--adapter", output / "adapter"]
+    evaluate: list[str | Path] = [sys.executable, HERE / "evaluate.py", "--model", model]
     subprocess.run(
-        [*evaluate, "--held-out", HERE / "held-out.jsonl", "--json", scores],
+        [*evaluate, "--adapter", output / "adapter", "--held-out", HERE / "held-out.jsonl", "--json", scores],
         check=True,
         env={**os.environ, "TQDM_DISABLE": "1"},
     )

@@ -84,7 +84,7 @@ class Api:
 
     async def send(self, method: str, path: str, body: Object | None = None) -> dict[str, Any]:
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        return json.loads(await self._cluster._request(method, path, body=body, content_type=kind))  # type: ignore[no-any-return]
+        return json.loads(await self._cluster._request(method, path, body=body, content_type=kind))
 
     async def create(self, path: str, body: Object) -> dict[str, Any]:
         return await self.send("POST", path, body)

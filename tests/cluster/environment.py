@@ -90,9 +90,9 @@ class Tenant:
     def wait(self, name: str, probe: Callable[[Object], object], *, seconds: float = 180, what: str = "") -> Object:
         """The status as soon as `probe` holds for it. Fails with the whole status if it does not, or the job ends."""
 
-        def holds() -> Object | None:
+        def holds() -> Object:
             status = self.status(name)
-            return status if probe(status) else None
+            return status if probe(status) else {}
 
         try:
             return eventually(holds, seconds=seconds, what=what)

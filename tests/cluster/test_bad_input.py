@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ CASES = {
 
 @pytest.mark.parametrize(("spec", "reason", "said"), CASES.values(), ids=CASES)
 def test_bad_input_fails_before_a_gpu_is_asked_for(
-    bad: Tenant, spec: dict[str, object], reason: str, said: str, request: pytest.FixtureRequest
+    bad: Tenant, spec: dict[str, Any], reason: str, said: str, request: pytest.FixtureRequest
 ) -> None:
     name = bad.apply(tiny_job(f"bad-{request.node.callspec.id}", **spec))
     status = bad.wait_for_end(name, seconds=120)

@@ -29,7 +29,8 @@ class Finished:
 def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     output = tmp_path_factory.mktemp("watch") / "lines"
     kubectl = tenant.cluster.kubectl
-    get = [kubectl.program, "--kubeconfig", kubectl.kubeconfig, f"--namespace={tenant.namespace}", "get", "qlorajobs"]
+    namespace = f"--namespace={tenant.namespace}"
+    get: list[str | Path] = [kubectl.program, "--kubeconfig", kubectl.kubeconfig, namespace, "get", "qlorajobs"]
     tenant.kubectl("create", "secret", "generic", "hub", "--from-literal=token=unused")
     model = {"source": f"pvc://{INPUTS}/model", "tokenSecretRef": {"name": "hub"}}
     tenant.apply(tiny_job(NAME, steps=WATCHED, model=model))

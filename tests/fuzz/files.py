@@ -204,7 +204,8 @@ _STATE = b'{"formatVersion": 1, "step": 2, "loss": 1.5}'
 
 def _completions(content: bytes, folder: Path) -> None:
     path = _written(content, folder / "prepare.json")
-    for kind in (PrepareRecord, TrainRecord, PublishRecord):
+    kinds: tuple[Any, ...] = (PrepareRecord, TrainRecord, PublishRecord)
+    for kind in kinds:
         record = read_completion(path, kind)
         if record is not None:
             try:

@@ -33,7 +33,7 @@ class Target:
         assert refusal is None or len(str(refusal)) <= LONGEST_MESSAGE, "the refusal has no end"
 
     def _refusal(self, content: bytes, folder: Path) -> Exception | None:
-        allowed = (*self.refusals, StepFailure) if self.exit_codes else self.refusals
+        allowed: tuple[type[Exception], ...] = (*self.refusals, StepFailure) if self.exit_codes else self.refusals
         try:
             self.parse(content, folder)
         except allowed as refusal:

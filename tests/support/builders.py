@@ -218,7 +218,8 @@ def seen(*bodies: dict[str, Any]) -> Observed:
 
 def facts(job: QLoRAJob, *bodies: dict[str, Any], now: datetime = NOW, **fields: Any) -> Facts:
     """Everything that a status depends on."""
-    return Facts(**({"job": job, "observed": seen(*bodies), "profiles": PROFILES, "now": now} | fields))
+    default: dict[str, Any] = {"job": job, "observed": seen(*bodies), "profiles": PROFILES, "now": now}
+    return Facts(**(default | fields))
 
 
 def follow(job: QLoRAJob, *bodies: dict[str, Any], **fields: Any) -> QLoRAJobStatus:

@@ -35,7 +35,16 @@ def s3_server(folder: Path) -> Iterator[str]:
     (folder / "buckets" / BUCKET).mkdir(parents=True)
     (folder / "metadata").mkdir()
     address = _free_address()
-    command = [program, "--port", address, "--quiet", "posix", "--sidecar", folder / "metadata", folder / "buckets"]
+    command: list[str | Path] = [
+        program,
+        "--port",
+        address,
+        "--quiet",
+        "posix",
+        "--sidecar",
+        folder / "metadata",
+        folder / "buckets",
+    ]
     environment = {**os.environ, "ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
     with _running(command, environment, address):
         yield address
@@ -84,8 +93,12 @@ def _free_address() -> str:
 
 @contextmanager
 def _running(command: list[str | Path], environment: dict[str, str], address: str) -> Iterator[None]:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], env=environment, **quiet)
+    process = subprocess.Popen(
+        ["setpriv", "--pdeathsig", "TERM", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         eventually(lambda: _listens(address), seconds=30, every=0.02, what=f"{command[0]} on {address}")
         assert process.poll() is None, f"{command[0]} ended; another program answers on {address}"

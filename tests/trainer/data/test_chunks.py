@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class StopAfter(Recorded):
 
 
 @pytest.fixture
-def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets the number of worker processes."""
     return lambda count: monkeypatch.setattr(build, "available_cpus", lambda: count)
 
@@ -124,7 +125,7 @@ def test_what_another_version_of_the_trainer_tokenized_is_tokenized_again(
     with pytest.raises(Stop):
         prepare(make_context(), StopAfter(70))
     made.clear()
-    installed = environment.version
+    installed = version
     monkeypatch.setattr(environment, "version", lambda name: "0.0.1" if name == "qlora-operator" else installed(name))
     prepare(make_context(), Recorded())
     assert made == [10] * 12

@@ -1,5 +1,6 @@
 """Packing: no row is lost, none is cut, little room is wasted, and rows that share a sequence are not alike."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -48,14 +49,14 @@ def test_another_seed_puts_other_rows_together() -> None:
 def mixed(count: int, kind: str) -> Any:
     """Lengths in tokens as data sets have them."""
     chance = numpy.random.default_rng(7)
-    lengths = {
+    draws: dict[str, Callable[[], Any]] = {
         "chat": lambda: chance.lognormal(5.5, 0.8, count),
         "even": lambda: chance.uniform(1, 1024, count),
         "two kinds": lambda: numpy.where(
             chance.random(count) < 0.5, chance.normal(60, 10, count), chance.normal(300, 50, count)
         ),
-    }[kind]()
-    return numpy.clip(lengths, 8, 1024).astype(numpy.int32)
+    }
+    return numpy.clip(draws[kind](), 8, 1024).astype(numpy.int32)
 
 
 @pytest.mark.parametrize("capacity", [1024, 2048, 4096])

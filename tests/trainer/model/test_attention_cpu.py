@@ -25,7 +25,8 @@ def test_attention_and_its_gradients_are_those_of_explicit_scores(
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
     expected = explicit(exact[0], exact[1], exact[2], 0.7, window)
     rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
-    output, _ = rows_attention(MODULE, *inputs, None, scaling=0.7, sliding_window=window, rows=rows)
+    query, key, value = inputs
+    output, _ = rows_attention(MODULE, query, key, value, None, scaling=0.7, sliding_window=window, rows=rows)
 
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     wanted = torch.autograd.grad((expected * weights.double()).sum(), exact)
@@ -41,7 +42,7 @@ def test_other_types_are_computed_in_that_of_autocast() -> None:
     rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed, _ = rows_attention(MODULE, query, key, value.bfloat16(), None, rows=rows)
-    narrow, _ = rows_attention(MODULE, *(tensor.bfloat16() for tensor in (query, key, value)), None, rows=rows)
+    narrow, _ = rows_attention(MODULE, query.bfloat16(), key.bfloat16(), value.bfloat16(), None, rows=rows)
     assert mixed.dtype == torch.bfloat16
     assert torch.equal(mixed, narrow)
 

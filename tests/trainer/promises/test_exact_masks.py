@@ -130,7 +130,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def learnt_by(folder: Path, template: str, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+def learnt_by(folder: Path, template: str, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
     """The trainer's tokens of a conversation, and which of them are targets."""
     (folder / "chat_template.jinja").write_text(template)
     tokenizer = TrainersTokenizer(folder)
@@ -139,7 +139,7 @@ def learnt_by(folder: Path, template: str, messages: list[dict[str, str]]) -> tu
     return list(row.input_ids), list(row.is_target)
 
 
-def generated(folder: Path, template: str, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+def generated(folder: Path, template: str, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and which of them the marks in the template call generated: transformers' word."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     encoded = tokenizer.apply_chat_template(

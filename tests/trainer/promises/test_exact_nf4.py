@@ -1,6 +1,7 @@
 """NF4 as the paper and bitsandbytes have it: the values, the weights that training sees, and the bytes they take."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_every_weight_that_is_loaded_is_what_bitsandbytes_makes_of_the_file(
 ) -> None:
     original = load_file(tiny_qwen2 / "model.safetensors")
     model = load_base(tiny_qwen2, spec, "cpu")
-    identity = {}
+    identity: dict[Any, Any] = {}
 
     layers = layers_of(model)
     assert len(layers) == 14

@@ -4,11 +4,13 @@ import dataclasses
 import math
 import types
 import typing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qlora_api.contract import ExitCode
@@ -23,7 +25,7 @@ from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import StopAtStep, adapter_bytes, job, prepared, run
 from tests.trainer.conftest import MakeContext
 
-SECTIONS = {"quantization": QuantizationSpec, "lora": LoraSpec, "training": TrainingSpec}
+SECTIONS: dict[str, type[BaseModel]] = {"quantization": QuantizationSpec, "lora": LoraSpec, "training": TrainingSpec}
 # These decide when to save, to draw and to give up, and nothing of what is computed.
 WITHOUT_EFFECT = {
     "training.save_every_steps": 1,
@@ -57,7 +59,7 @@ def _another(kind: Any, constraints: list[Any], current: Any) -> Any:
         return not current
     if kind is str:
         return "q_proj"
-    low = next((getattr(c, "ge", getattr(c, "gt", None)) for c in constraints if isinstance(c, Ge | Gt)), 0)
+    low: Any = next((getattr(c, "ge", getattr(c, "gt", None)) for c in constraints if isinstance(c, Ge | Gt)), 0)
     high = next((getattr(c, "le", getattr(c, "lt", None)) for c in constraints if isinstance(c, Le | Lt)), math.inf)
     if kind is int:
         return current + 1 if current is not None and current < high else max(1, low)
@@ -147,7 +149,7 @@ def test_another_model_and_other_data_are_refused(change: dict[str, Any], named:
 
 def other_version(package: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let version 0.0.1 of the package be installed. Returns the version that is."""
-    installed = environment.version
+    installed = version
     for module in (environment, fingerprint):
         monkeypatch.setattr(module, "version", lambda name: "0.0.1" if name == package else installed(name))
     return installed(package)

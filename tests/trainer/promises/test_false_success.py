@@ -180,7 +180,7 @@ def verdict(done: Done) -> QLoRAJobStatus:
     job = make_job(status_in("publish"))
     kind = "Complete" if done.exit_code == 0 else "Failed"
     message = done.termination.replace(JOB_UID, job.uid)
-    return follow(job, child("publish", **{kind: ""}), ended(body, done.exit_code, message))
+    return follow(job, child("publish", **dict[str, Any]({kind: ""})), ended(body, done.exit_code, message))
 
 
 def test_the_whole_chain_says_success_when_it_is_one(trained: Files) -> None:
@@ -225,7 +225,7 @@ def with_perfect_record(code: int, reason: str) -> QLoRAJobStatus:
     body = pod("publish")
     message = result(body, "publish", **FACTS["publish"])
     kind = "Failed" if code else "Complete"
-    bodies = (child("publish", **{kind: ""}), ended(body, code, message, reason=reason))
+    bodies = (child("publish", **dict[str, Any]({kind: ""})), ended(body, code, message, reason=reason))
     return follow(make_job(status_in("publish")), *bodies)
 
 

@@ -20,7 +20,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.sampling import hold_out
-from qlora_trainer.model.support import Family
+from qlora_trainer.model.support import Family, inspect_family
 from qlora_trainer.steps import prepare as step
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
@@ -171,7 +171,7 @@ def test_without_packing_each_row_is_a_sequence(
 def test_a_family_whose_rows_see_each_other_is_not_packed(
     make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inspect = step.inspect_family
+    inspect = inspect_family
 
     def leaking(folder: Path, lora: LoraSpec) -> Family:
         return replace(inspect(folder, lora), packing_isolated=False)

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import ObjectStoreSource
-from qlora_trainer.core import filesystem as disk
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_dataset
@@ -281,7 +280,7 @@ def test_data_that_are_partly_there_need_room_for_the_rest_only(
     refusal(context, records, ExitCode.UNREACHABLE)
     store.rule = lambda _request: None
     # As on a volume that the two files fill.
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _path: SimpleNamespace(free=size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=size))
     downloaded = find_stored(context)
     assert [file.path.read_bytes() for file in downloaded.files] == [(tmp_path / "rows.jsonl").read_bytes()] * 2
 

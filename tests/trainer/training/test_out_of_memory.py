@@ -13,6 +13,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.training import held_out, loop
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
@@ -36,7 +37,7 @@ class Card:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, error: RuntimeError | None = None) -> None:
         self.sizes: list[int] = []
         self._error = error or torch.OutOfMemoryError("CUDA out of memory")
-        self._rows, self._loss = rows, loop.batch_loss
+        self._rows, self._loss = rows, batch_loss
         monkeypatch.setattr(loop, "batch_loss", self._batch_loss)
 
     def _batch_loss(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -166,7 +167,7 @@ def test_a_step_that_is_done_again_forgets_the_gradients_of_its_first_micro_batc
     halved = workspace("halved", spec, packed=False)
     small_throughout = workspace("small", merged(spec, small), packed=False)
     run(small_throughout)
-    passes, batch_loss = count(1), loop.batch_loss
+    passes = count(1)
 
     def runs_out_once(model: Any, batch: Batch) -> torch.Tensor:
         if next(passes) == at:

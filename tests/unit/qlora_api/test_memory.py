@@ -313,7 +313,7 @@ def test_an_attention_wider_than_the_hidden_size_widens_the_working_set() -> Non
 def test_capped_attention_scores_take_26_bytes_each_for_256_queries_at_a_time() -> None:
     """Half the head size and twice the heads: the same widths, and twice the scores."""
     sequence, heads = 8192, 64
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 1000}
+    sizes: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 1000}
 
     def working_set(heads: int, head_dim: int, cap: float | None) -> int:
         model = ModelShape(

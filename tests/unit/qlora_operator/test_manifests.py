@@ -27,11 +27,11 @@ def build(step: StepName, /, profile: dict[str, Any] | None = None, **spec: Any)
 
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:
-    return job["spec"]["template"]["spec"]  # type: ignore[no-any-return]
+    return job["spec"]["template"]["spec"]
 
 
 def container_of(job: dict[str, Any]) -> dict[str, Any]:
-    return pod_of(job)["containers"][0]  # type: ignore[no-any-return]
+    return pod_of(job)["containers"][0]
 
 
 def environment_of(job: dict[str, Any]) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """What the operator sees in Jobs and pods, and what it does not let itself be told."""
 
+from typing import Any
+
 import pytest
 
 from qlora_operator.decisions.blockers import blocking_reason
@@ -54,7 +56,7 @@ def test_a_condition_that_does_not_hold_ends_no_job(status: str) -> None:
     ],
 )
 def test_a_jobs_end_is_read_from_its_conditions(
-    conditions: dict[str, str], complete: bool, failure: str | None
+    conditions: dict[str, Any], complete: bool, failure: str | None
 ) -> None:
     job = seen(child("train", **conditions)).children[0]
     assert (job.complete, job.failure.word if job.failure else None) == (complete, failure)

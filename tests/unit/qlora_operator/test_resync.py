@@ -1,6 +1,7 @@
 """Whether a watch is alive, judged by what lists show and it does not; and the Events of a change of phase."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ class Lists:
 
     def __init__(self) -> None:
         self.failure: ClusterError | None = None
-        self.jobs = [{"metadata": {"namespace": "team", "name": "a", "resourceVersion": "1"}}]
+        self.jobs: list[dict[str, object]] = [{"metadata": {"namespace": "team", "name": "a", "resourceVersion": "1"}}]
 
     async def list_metadata(self, kind: str, namespace: str | None) -> list[dict[str, object]]:
         await self.check_list(kind, namespace)
@@ -103,7 +104,8 @@ def test_lost_rights_are_noticed_soon_and_a_lost_server_is_waited_for(
     failure: ClusterError | None, after_a_minute_and_a_half: str | None, after_an_hour: str | None
 ) -> None:
     loop = VirtualLoop()
-    lists, asked = Lists(), []
+    lists = Lists()
+    asked: list[Any] = []
     resync = Resync(lists, (), asked.append, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
 
     def says(words: str | None) -> bool:

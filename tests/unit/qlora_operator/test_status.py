@@ -455,7 +455,8 @@ def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> No
 
 
 def test_a_merged_model_that_was_asked_for_is_told_and_without_it_there_is_no_success() -> None:
-    body, output = pod("publish"), {"merged": {}}
+    body = pod("publish")
+    output: dict[str, Any] = {"merged": {}}
 
     def told(**found: Any) -> QLoRAJobStatus:
         end = ended(body, 0, result(body, "publish", adapter=ADAPTER, **found))
