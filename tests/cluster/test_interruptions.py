@@ -46,7 +46,15 @@ def test_suspension_frees_the_gpu_and_resumption_ends_in_the_same_bytes(tenant: 
     assert status["adapter"]["sha256"] == undisturbed["adapter"]["sha256"]
 
 
-@pytest.mark.parametrize("phase", ["Preparing", "Training", "Publishing"])
+# An operator that dies at any write is swept by tests/api/test_reconcile.py.
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param("Preparing", marks=pytest.mark.slow),
+        "Training",
+        pytest.param("Publishing", marks=pytest.mark.slow),
+    ],
+)
 def test_killing_the_operator_changes_nothing_but_time(tenant: Tenant, phase: str, undisturbed: Object) -> None:
     name = tenant.apply(tiny_job(f"killed-{phase.lower()}", steps=LONG))
     tenant.wait_for_phase(name, phase)
@@ -58,6 +66,7 @@ def test_killing_the_operator_changes_nothing_but_time(tenant: Tenant, phase: st
     ]
 
 
+@pytest.mark.slow
 def test_a_pod_over_its_memory_is_named_as_such_with_what_to_do(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("hungry", resources={"cpu": "500m", "memory": "128Mi"}))
     status = tenant.wait_for_end(name)

@@ -1,4 +1,7 @@
-"""Deadline, clean-up, deletion, and a namesake that is created at once."""
+"""Deadline, clean-up, deletion, and a namesake that is created at once.
+
+Most are slow: what is decided is in tests/unit/qlora_operator, what the API server makes of it in tests/api.
+"""
 
 import pytest
 
@@ -6,6 +9,7 @@ from tests.cluster.environment import LONG, Tenant, tiny_job
 from tests.support.waiting import eventually
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_the_job_and_its_pods(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("late", steps=1_000_000, activeDeadlineSeconds=30))
     status = tenant.wait_for_end(name)
@@ -16,6 +20,7 @@ def test_a_deadline_ends_the_job_and_its_pods(tenant: Tenant) -> None:
     eventually(lambda: tenant.running_pod(name, "train") is None, seconds=60)
 
 
+@pytest.mark.slow
 def test_clean_up_deletes_pods_and_scratch_but_neither_job_nor_adapter(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("tidy", cleanupAfterSeconds=0))
     tenant.succeed(name)
@@ -29,6 +34,7 @@ def test_clean_up_deletes_pods_and_scratch_but_neither_job_nor_adapter(tenant: T
     assert set(left) == {"adapter", "records", "report"}
 
 
+@pytest.mark.slow
 def test_a_deleted_job_takes_its_pods_along_and_leaves_the_adapter(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("gone"))
     status = tenant.succeed(name)
@@ -37,6 +43,7 @@ def test_a_deleted_job_takes_its_pods_along_and_leaves_the_adapter(tenant: Tenan
     assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
 
 
+@pytest.mark.slow
 def test_a_namesake_created_at_once_starts_anew(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("again", steps=LONG))
     first = tenant.wait_for_phase(name, "Training")
@@ -49,6 +56,7 @@ def test_a_namesake_created_at_once_starts_anew(tenant: Tenant) -> None:
     assert owners == {tenant.job(name)["metadata"]["uid"]}
 
 
+@pytest.mark.slow
 def test_a_job_suspended_from_the_start_makes_nothing(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("later", suspend=True))
     tenant.wait_for_phase(name, "Suspended")
@@ -57,6 +65,7 @@ def test_a_job_suspended_from_the_start_makes_nothing(tenant: Tenant) -> None:
     tenant.succeed(name)
 
 
+@pytest.mark.slow
 def test_a_destination_on_another_claim_outlives_the_workspace(tenant: Tenant) -> None:
     name = tenant.apply(
         tiny_job(

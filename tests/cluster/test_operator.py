@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.environment import Cluster, Object, Tenant, tiny_job
 from tests.support.waiting import eventually
@@ -20,6 +22,8 @@ def writes(audit_log: Path, since: int) -> list[Object]:
     return [entry for entry in entries if entry["user"]["username"] == ACCOUNT and entry["verb"] in changing]
 
 
+# In tests/api/test_reconcile.py nothing is written for a job that has ended, either.
+@pytest.mark.slow
 def test_a_restart_with_fifty_finished_jobs_writes_nothing(tenant: Tenant) -> None:
     name = tenant.apply(tiny_job("template"))
     tenant.succeed(name)
@@ -49,15 +53,16 @@ def test_its_account_can_do_what_it_needs_and_no_more(installed: Cluster) -> Non
     assert not [line for line in table.splitlines() if "[*]" in line or line.startswith("*")]
 
 
-def test_everything_runs_in_restricted_namespaces(installed: Cluster) -> None:
-    namespaces = installed.kubectl.get("namespaces", "--selector=pod-security.kubernetes.io/enforce=restricted")[
-        "items"
-    ]
+def test_everything_runs_in_restricted_namespaces(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("restricted"))
+    eventually(lambda: tenant.children(name, "pods"), seconds=60, what="a pod of the job")
+    kubectl = tenant.cluster.kubectl
+    namespaces = kubectl.get("namespaces", "--selector=pod-security.kubernetes.io/enforce=restricted")["items"]
     names = {item["metadata"]["name"] for item in namespaces}
-    pods = installed.kubectl.get("pods", "--all-namespaces", "--selector=app.kubernetes.io/name")["items"]
+    pods = kubectl.get("pods", "--all-namespaces", "--selector=app.kubernetes.io/name")["items"]
     ours = [pod for pod in pods if pod["metadata"]["labels"]["app.kubernetes.io/name"].startswith("qlora")]
-    assert ours
-    assert {pod["metadata"]["namespace"] for pod in ours} <= names
+    assert {OPERATOR_NAMESPACE, tenant.namespace} <= {pod["metadata"]["namespace"] for pod in ours} <= names
+    tenant.kubectl("delete", "qlorajob", name)
 
 
 def test_metrics_count_jobs_by_phase(tenant: Tenant) -> None:
@@ -86,6 +91,8 @@ def test_logs_are_structured_and_name_the_job(tenant: Tenant) -> None:
     assert eventually(entries, seconds=30)
 
 
+# When the probe fails is in tests/unit/qlora_operator/test_resync.py.
+@pytest.mark.slow
 def test_an_operator_that_cannot_watch_fails_its_liveness_probe_and_is_restarted(tenant: Tenant) -> None:
     cluster, kubectl = tenant.cluster, tenant.cluster.kubectl
     binding = kubectl.get("clusterrolebinding", "qlora-operator")

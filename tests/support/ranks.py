@@ -1,7 +1,6 @@
 """Jobs whose train step has two processes, and what starts and watches these, for their tests."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from devcluster.addresses import free_port
 from qlora_api.contract import ProgressRecord, decode_record
 from qlora_trainer.core.context import StepContext
 from tests.support.command import Done, Files
@@ -71,10 +71,8 @@ def runs(pid: int) -> bool:
 
 def two_nodes() -> list[tuple[str, ...]]:
     """What starts the step on each of two nodes, which here are two agents of torchrun on one machine."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--no-python", "--nnodes", "2", "--nproc-per-node", "1")
-    store = ("--master-addr", "127.0.0.1", "--master-port", str(port))
+    store = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
     return [(*torchrun, *store, "--node-rank", str(node)) for node in range(2)]
 
 

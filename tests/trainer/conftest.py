@@ -3,10 +3,13 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import file_download
+from huggingface_hub.utils import _http
 from transformers import LlamaConfig, Qwen2Config
 
 from qlora_api.contract import WorkspaceLayout
@@ -17,6 +20,13 @@ from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, merged, save_model, write_rows
 
 MakeContext = Callable[..., StepContext]
+
+
+@pytest.fixture(autouse=True)
+def _the_hubs_client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits one second, two, four, … between its own tries; here they follow each other at once."""
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _seconds: None))
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_every_family_of_the_estimate_has_a_configuration_here() -> None:
     assert CONFIGS.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("size", LLAMAS)
+@pytest.mark.parametrize("size", ["7B", *(pytest.param(size, marks=pytest.mark.slow) for size in list(LLAMAS)[1:])])
 def test_the_estimate_of_a_llama_at_rank_64_is_confirmed_within_a_percent(size: str) -> None:
     config = hf.LlamaConfig(vocab_size=32000, **LLAMAS[size])
     assert abs(error(config, LoraSpec(rank=64), TrainingSpec(), TrainingShape(rank=64))) < 0.01

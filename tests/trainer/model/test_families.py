@@ -28,6 +28,9 @@ from tests.support.families import FAMILIES
 from tests.support.sequences import CPU, rows_of
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
 
+# One of each make: gated, with sliding windows and caps, with fused layers, with another MLP. A checkpoint holds the
+# adapter, whatever the family.
+RESUMED_ALWAYS = ("llama", "gemma2", "phi3", "gpt_neox")
 SPEC: dict[str, Any] = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
 
 
@@ -82,6 +85,11 @@ def test_every_linear_layer_of_every_block_is_quantized_and_learns(trained: Trai
     assert trained.record.eval_loss < 0.98 * trained.record.initial_eval_loss
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [pytest.param(name, marks=() if name in RESUMED_ALWAYS else pytest.mark.slow) for name in FAMILIES],
+    indirect=True,
+)
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
     context = prepared(tmp_path, trained.model, SPEC)
     stop = StopRequest()

@@ -26,9 +26,9 @@ from tests.support.bad_disk import BadDisk, bad_disk
 from tests.support.checkpoints import FILES, in_child, newest_step, save
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
-KILLS = 200
+KILLS = [60, pytest.param(200, marks=pytest.mark.slow)]
 LONGEST_DELAY_S = 0.02
-FULL_DISKS = 12
+FULL_DISKS = [4, pytest.param(12, marks=pytest.mark.slow)]
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -51,10 +51,11 @@ def save_for_ever(folder: Path, saved: Any) -> None:
         saved.send(step)
 
 
-def test_no_kill_at_any_instant_costs_more_than_the_step_that_was_being_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", KILLS)
+def test_no_kill_at_any_instant_costs_more_than_the_step_that_was_being_saved(kills: int, tmp_path: Path) -> None:
     context, random = multiprocessing.get_context("fork"), Random(0)
     reached, awaited = 0, 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         receive, send = context.Pipe(duplex=False)
         process = context.Process(target=save_for_ever, args=(tmp_path, send))
         process.start()
@@ -79,7 +80,7 @@ def test_no_kill_at_any_instant_costs_more_than_the_step_that_was_being_saved(tm
         reached = found or 0
         assert not list(tmp_path.glob("*.corrupt"))
         assert not list(tmp_path.glob(".*"))
-    assert reached >= awaited > KILLS / 2
+    assert reached >= awaited > kills / 2
 
 
 @pytest.fixture
@@ -182,15 +183,16 @@ def full_from(failing: int, workspace: Path) -> AbstractContextManager[BadDisk]:
     return bad_disk(workspace, failing, errno.ENOSPC, stays_full=True)
 
 
+@pytest.mark.parametrize("full_disks", FULL_DISKS)
 def test_a_run_whose_volume_is_full_from_any_write_on_ends_so_and_then_goes_on_to_the_same_bytes(
-    tmp_path: Path, tiny_llama: Path
+    full_disks: int, tmp_path: Path, tiny_llama: Path
 ) -> None:
     """The whole train step, with the volume full from the first write on, from some of the others, from the last."""
     undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SHORT_RUN)
     with full_from(sys.maxsize, undisturbed.workspace.root) as disk:
         run(undisturbed)
     assert disk.operations > 50
-    some = Random(0).sample(range(2, disk.operations), FULL_DISKS - 2)
+    some = Random(0).sample(range(2, disk.operations), full_disks - 2)
 
     for failing in (1, *some, disk.operations):
         context = prepared(tmp_path / str(failing), tiny_llama, SHORT_RUN)

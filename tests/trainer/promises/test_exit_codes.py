@@ -18,6 +18,10 @@ from qlora_api.contract import ExitCode, ProgressRecord, decode_record
 from tests.support.command import Done, Files, new_files
 from tests.support.tiny import JOB_UID, POD_UID
 
+# What ends the step so is tested without a process of its own, by the tests of the step; that the command line reports
+# such an end as it should is shown by the other tests here.
+in_process_too = pytest.mark.slow
+
 
 @pytest.fixture
 def files(tmp_path: Path, tiny_llama: Path) -> Files:
@@ -53,6 +57,7 @@ def failed(done: Done, code: ExitCode, *words: str) -> None:
     assert done.stderr == ""
 
 
+@in_process_too
 def test_10_a_layer_that_the_model_does_not_have(files: Files) -> None:
     done = files.with_spec({"lora": {"targetModules": ["q_prj"]}}).run("prepare")
     failed(done, ExitCode.BAD_CONFIGURATION, "spec.lora.targetModules", "q_prj", "q_proj")
@@ -63,6 +68,7 @@ def test_10_a_document_that_no_api_server_would_have_admitted(files: Files) -> N
     failed(done, ExitCode.BAD_CONFIGURATION, "spec.lora.rank", "greater than or equal to 1")
 
 
+@in_process_too
 def test_10_a_password_in_the_hubs_address_is_refused_and_not_told(files: Files) -> None:
     """A profile, in which it would stand, is read by every tenant."""
     done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
@@ -77,6 +83,7 @@ def test_10_a_workspace_that_cannot_be_written(files: Files) -> None:
     failed(files.run("prepare"), ExitCode.BAD_CONFIGURATION, str(files.workspace), "cannot be written")
 
 
+@in_process_too
 def test_11_a_row_that_is_cut_in_the_middle(files: Files) -> None:
     with (files.data / "train.jsonl").open("a") as file:
         file.write('{"messages": [{"role": "user", "cont')
@@ -89,6 +96,7 @@ def test_11_a_file_whose_name_is_no_text_beside_the_data(files: Files) -> None:
     failed(done, ExitCode.BAD_DATASET, "other.jsonl does not exist", "caf\\udce9.jsonl")
 
 
+@in_process_too
 def test_12_a_folder_without_a_model(files: Files) -> None:
     done = files.with_spec({"model": {"source": "pvc://data/nothing"}}).run("prepare")
     failed(done, ExitCode.MODEL_UNAVAILABLE, "pvc://data/nothing")
@@ -116,6 +124,7 @@ def test_13_the_gpu_runs_out_of_memory(prepared: Files) -> None:
     failed(done, ExitCode.GPU_OUT_OF_MEMORY, "out of memory", "spec.training.maxSequenceLength")
 
 
+@in_process_too
 def test_14_weights_that_are_no_numbers(prepared: Files, tiny_llama: Path) -> None:
     files, model = copied_model(prepared, tiny_llama)
     tensors = load_file(model / "model.safetensors")
@@ -126,6 +135,7 @@ def test_14_weights_that_are_no_numbers(prepared: Files, tiny_llama: Path) -> No
     failed(files.run("train"), ExitCode.DIVERGED, "diverged", "nan")
 
 
+@in_process_too
 def test_15_a_model_that_brings_its_own_code(files: Files, tiny_llama: Path) -> None:
     files, model = copied_model(files, tiny_llama)
     config = json.loads((model / "config.json").read_text())
@@ -133,6 +143,7 @@ def test_15_a_model_that_brings_its_own_code(files: Files, tiny_llama: Path) -> 
     failed(files.run("prepare"), ExitCode.UNSAFE_ARTIFACT, "auto_map")
 
 
+@in_process_too
 def test_15_an_adapter_that_was_changed_after_training(tmp_path: Path, finished: Files) -> None:
     files = finished.copied(tmp_path / "job")
     (files.workspace / "records" / "publish.json").unlink()

@@ -67,8 +67,12 @@ def saves(log: str, step: int) -> int:
 
 @pytest.mark.parametrize(
     ("sharding", "signalled"),
-    [("none", {"main"}), ("none", {"child"}), ("none", {"main", "child"}), ("full", {"child"})],
-    ids=["main", "child", "both", "sharded"],
+    [
+        pytest.param("none", {"main"}, id="main", marks=pytest.mark.slow),
+        pytest.param("none", {"child"}, id="child"),
+        pytest.param("none", {"main", "child"}, id="both", marks=pytest.mark.slow),
+        pytest.param("full", {"child"}, id="sharded"),
+    ],
 )
 def test_sigterm_on_any_process_saves_once_and_ends_both_and_the_resume_is_exact(
     tmp_path: Path,
@@ -105,6 +109,8 @@ def test_sigterm_on_any_process_saves_once_and_ends_both_and_the_resume_is_exact
 STATUS_KEPT = 'trap : TERM; "$@"; status=$?; echo $status > "$0.$RANK"; exit $status'
 
 
+# A signal to one of two processes is above, two nodes are in test_ranks.py.
+@pytest.mark.slow
 def test_sigterm_on_one_node_saves_once_and_ends_both_and_the_resume_is_exact(
     tmp_path: Path, long_job: tuple[Files, StepContext], undisturbed: Callable[[str], StepContext]
 ) -> None:

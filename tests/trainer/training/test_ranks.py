@@ -34,6 +34,8 @@ def test_two_processes_compute_what_one_does(
     assert record.ranks == 2
 
 
+# The next test has torchrun start them as well, on two nodes.
+@pytest.mark.slow
 def test_torchrun_starts_the_processes_too(
     tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
 ) -> None:

@@ -56,7 +56,7 @@ def test_a_spread_base_gives_the_same_losses_from_half_of_its_bytes(
         ("llama", {"useDora": True}),
         ("llama", {"initialization": "loftq"}),
         ("llama", {"modulesToSave": ["embed_tokens", "lm_head"]}),
-        ("gemma2", {}),
+        pytest.param("gemma2", {}, marks=pytest.mark.slow),
         ("phi3", {}),
     ],
     ids=["dora", "loftq", "whole-modules", "gemma2", "phi3"],
