@@ -27,7 +27,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=("PyTorch", "cuBLAS", "driver"))
 def test_the_gpu_is_out_of_memory_whoever_has_asked_for_it(error: RuntimeError) -> None:
-    """Training halves its micro batch by the same judgment by which the step ends with this exit code."""
+    """Training halves its micro batch for the same errors that end the step with this exit code."""
     assert is_out_of_gpu_memory(error)
     ending = classify(error)
     assert ending.exit_code is ExitCode.GPU_OUT_OF_MEMORY

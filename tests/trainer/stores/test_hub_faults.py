@@ -24,7 +24,7 @@ TOKEN = "hf_canarytokenthatreads"
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the model acme/tiny, of which tries follow each other at once; one row of data lies on the volume."""
+    """A hub with the model acme/tiny, whose requests are retried at once; one row of data is on the volume."""
     repository = tmp_path / "hub" / "tiny"
     shutil.copytree(tiny_llama, repository)
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])

@@ -175,7 +175,7 @@ def test_a_blob_that_arrives_changed_is_refused_by_the_registry(
 def test_what_does_not_read_back_is_never_called_published(
     publish: Publish, proxy: FaultProxy, contents: Contents, name: str
 ) -> None:
-    """The registry has taken it, and says that it has it."""
+    """The registry has accepted it, and reports that it has it."""
     digest = describe_files(contents)[name].sha256
     proxy.rule = lambda request: Fault(corrupt=request.method == "GET" and request.path.endswith(digest))
     assert f"{name} does not read back as it was written" in refused(publish, ExitCode.UNREACHABLE)
@@ -253,7 +253,7 @@ def test_a_secret_without_this_registry_says_so(publish: Publish, tmp_path: Path
 
 
 def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) -> None:
-    """A token server, an upload's place and a redirect that lead elsewhere."""
+    """A token server, an upload's location and a redirect that lead elsewhere."""
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(404))) as elsewhere:
         there = f"http://{elsewhere.address}/place"
         challenge = {"WWW-Authenticate": f'Bearer realm="{there}",service="team",scope="push"'}
@@ -276,7 +276,7 @@ def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) ->
 
 
 def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
-    """Registries behind a proxy that ends TLS tell clients to go on without it."""
+    """Registries behind a proxy that terminates TLS redirect clients to plain HTTP."""
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(401))) as plain:
         source = parse_source(f"oci://{plain.address}/team/tiny:v1")
         assert isinstance(source, RegistrySource)
@@ -316,7 +316,7 @@ def test_a_token_server_that_answers_nonsense_is_named(publish: Publish, proxy: 
 
 def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, proxy: FaultProxy) -> None:
     proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
-    said = f"{proxy.address} wants an upload to go on at 'http://[', which is no address"
+    said = f"{proxy.address} wants an upload to continue at 'http://[', which is not an address"
     assert said in refused(publish, ExitCode.UNREACHABLE)
 
 
@@ -369,7 +369,7 @@ def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path:
         with pytest.raises(StepFailure) as failure:
             opened(proxy, tmp_path).read(blob)
     assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
-    assert f"{blob.digest} has another content than its digest says" in failure.value.message
+    assert f"{blob.digest} does not have the content of its digest" in failure.value.message
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["a server with ranges", "a server without"])

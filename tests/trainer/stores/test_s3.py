@@ -174,7 +174,7 @@ def answering(status: int, code: str, **headers: str) -> Fault:
         (answering(403, "AccessDenied"), ExitCode.MODEL_UNAVAILABLE, "HTTP 403 (AccessDenied)"),
         (answering(404, "NoSuchBucket"), ExitCode.MODEL_UNAVAILABLE, "HTTP 404 (NoSuchBucket)"),
         (answering(400, "ExpiredToken"), ExitCode.MODEL_UNAVAILABLE, "HTTP 400 (ExpiredToken)"),
-        (answering(301, "PermanentRedirect"), ExitCode.BAD_CONFIGURATION, "lies elsewhere than"),
+        (answering(301, "PermanentRedirect"), ExitCode.BAD_CONFIGURATION, "is not at http"),
         (answering(429, "SlowDown", **{"Retry-After": "0"}), ExitCode.UNREACHABLE, "HTTP 429 (SlowDown)"),
         (answering(500, "InternalError"), ExitCode.UNREACHABLE, "HTTP 500 (InternalError)"),
         (answering(503, "SlowDown"), ExitCode.UNREACHABLE, "HTTP 503 (SlowDown)"),

@@ -1,4 +1,4 @@
-"""No message, record or traceback tells a credential that a library has quoted."""
+"""No message, record or traceback shows a credential that a library has quoted."""
 
 import pytest
 

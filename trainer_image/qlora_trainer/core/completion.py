@@ -27,11 +27,11 @@ class PrepareRecord(ObservedModel):
 
 
 class Comparison(ObservedModel):
-    """The adapter's loss on some held-out rows, to compare a merged model with."""
+    """The adapter's loss on some held-out rows, for a comparison with a merged model."""
 
-    sequences: int = Field(description="The first held-out sequences, so many of them.")
+    sequences: int = Field(description="How many held-out sequences, from the first on.")
     targets: int = Field(description="Target tokens in them.")
-    loss: float = Field(description="Mean loss on these, of the adapter on the base in 4 bit.")
+    loss: float = Field(description="Mean loss on these, of the adapter on the 4-bit base.")
 
 
 class QuantizedLayers(ObservedModel):
@@ -44,7 +44,7 @@ class QuantizedLayers(ObservedModel):
 
     @property
     def bits_per_parameter(self) -> float:
-        """Bits for one weight."""
+        """Bits per weight."""
         return 8 * self.bytes_each / prod(self.shape)
 
 
@@ -63,11 +63,11 @@ class TrainRecord(ObservedModel):
     micro_batch_size: int | None = Field(
         None, description="What it was lowered to when the GPU ran out of memory; not set if it never was."
     )
-    quantized_parameters: int | None = Field(None, description="Weights of the base that are held in 4 bit.")
+    quantized_parameters: int | None = Field(None, description="Weights of the base that are stored in 4-bit.")
     bits_per_parameter: float | None = Field(None, description="Bits that one of them takes, constants included.")
     quantized_layers: tuple[QuantizedLayers, ...] = Field((), description="The layers that hold them, by kind.")
     quantized_sha256: str = Field("", description="SHA-256 of them, over name, type, shape and bytes of each tensor.")
-    compared: Comparison | None = Field(None, description="By what a merged model is judged; not set without one.")
+    compared: Comparison | None = Field(None, description="What a merged model is compared with; not set without one.")
 
 
 class PublishRecord(ObservedModel):
@@ -82,7 +82,7 @@ _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord, PublishRecord)
 
 
 def read_completion(path: Path, kind: type[_Completion]) -> _Completion | None:
-    """The completion record at `path`; None if there is none that can be read, so that the step is done (again)."""
+    """The completion record at `path`; None if there is none that can be read: the step is then done (again)."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -90,5 +90,5 @@ def read_completion(path: Path, kind: type[_Completion]) -> _Completion | None:
 
 
 def write_completion(path: Path, record: PrepareRecord | TrainRecord | PublishRecord) -> None:
-    """Write the record so that it is there whole, on disk, or not at all."""
+    """Write the record: afterwards it is complete and durable or, if that fails, as it was."""
     write_atomically(path, json.dumps(record.dump(), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n")

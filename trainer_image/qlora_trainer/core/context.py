@@ -22,16 +22,16 @@ Device = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Mounts:
-    """Where claims, ConfigMaps and Secrets appear in this process's file system."""
+    """Where claims, ConfigMaps and Secrets are mounted in this process's file system."""
 
     volumes: Path = Path(contract.VOLUMES_MOUNT)
     config_maps: Path = Path(contract.CONFIG_MAPS_MOUNT)
     token_file: Path = Path(contract.TOKEN_FILE)
     credentials: Path = Path(contract.CREDENTIALS_MOUNT)
     claims: Mapping[str, Path] = field(default_factory=dict)
-    """Claims that lie elsewhere, as a laptop's `--volume CLAIM=DIR` says."""
+    """Claims that are elsewhere: on a laptop, from `--volume CLAIM=DIR`."""
     config_map_folders: Mapping[str, Path] = field(default_factory=dict)
-    """ConfigMaps that lie elsewhere, as a laptop's `--config-map NAME=DIR` says: a folder with one file a key."""
+    """ConfigMaps that are elsewhere, from `--config-map NAME=DIR`: folders with one file per key."""
 
     def volume(self, source: VolumeSource) -> Path:
         """The file or folder that a pvc:// address names. Raises StepFailure (retryable) if it is not mounted."""
@@ -52,7 +52,7 @@ class Mounts:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Everything that a step may depend on besides the clock and its own files."""
+    """Everything that a step depends on besides the clock and its own files."""
 
     document: QLoRAJobDocument
     workspace: WorkspaceLayout

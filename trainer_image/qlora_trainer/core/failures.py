@@ -8,8 +8,8 @@ from qlora_api.contract import ExitCode
 _OUT_OF_GPU_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
-class StepFailure(Exception):  # noqa: N818 - a step fails; the exception is how it says so
-    """Ends the step with `exit_code`. The message says what was found, what is allowed and what to do."""
+class StepFailure(Exception):  # noqa: N818 - the step is what fails
+    """Ends the step with `exit_code`. The message names what was found, what is allowed and what to do."""
 
     def __init__(self, exit_code: ExitCode, message: str) -> None:
         super().__init__(message)
@@ -17,7 +17,7 @@ class StepFailure(Exception):  # noqa: N818 - a step fails; the exception is how
         self.message = message
 
     def __reduce__(self) -> tuple[type["StepFailure"], tuple[ExitCode, str]]:
-        """So that a worker process can hand it over."""
+        """How to pickle it: a worker process sends it to its parent."""
         return type(self), (self.exit_code, self.message)
 
 
@@ -55,7 +55,7 @@ def is_out_of_gpu_memory(error: BaseException) -> bool:
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to stop and has saved its state
-    """The step stopped on request; the next attempt goes on from the checkpoint of `saved_step` (exit 143)."""
+    """The step stopped on request; the next attempt resumes from the checkpoint of `saved_step` (exit 143)."""
 
     def __init__(self, training_step: int, total_steps: int, saved_step: int) -> None:
         kept = f"the checkpoint of step {saved_step} is saved" if saved_step else "there was nothing to save yet"
@@ -67,17 +67,17 @@ class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to st
 
 
 class StopRequest:
-    """Set once, by a signal handler, and asked for between pieces of work. Importing it loads nothing heavy."""
+    """Set by a signal handler, and looked at between pieces of work. Importing it loads nothing heavy."""
 
     def __init__(self) -> None:
-        # No threading.Event: its lock would stop a handler for ever that interrupts itself.
+        # Not a threading.Event: a handler that interrupts itself would wait for its lock for ever.
         self._requested = False
 
     def set(self) -> None:
-        """Ask the step to save what it has and to stop. Safe in a signal handler; may be called again."""
+        """Ask the step to save its state and stop. Safe in a signal handler; may be called again."""
         self._requested = True
 
     @property
     def requested(self) -> bool:
-        """Whether somebody has asked."""
+        """Whether the step has been asked to stop."""
         return self._requested

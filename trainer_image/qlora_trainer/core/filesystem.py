@@ -19,12 +19,12 @@ PARTIAL = ".partial"
 """Ends the name of every file and folder that is not complete yet."""
 _BLOCK_BYTES = 2**22
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# safetensors writes in Rust and only quotes the operating system's number.
+# safetensors writes in Rust, and only its message has the operating system's error number.
 _QUOTED_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the error says that the disk, the quota on it, or the largest size of a file is used up."""
+    """Whether the disk is full, its quota used up, or the file at its largest allowed size."""
     if isinstance(error, SafetensorError):
         quoted = _QUOTED_NUMBER.search(str(error))
         return quoted is not None and int(quoted[1]) in _FULL
@@ -32,7 +32,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def sizes(*counts: int) -> str:
-    """Bytes for people, in the unit that suits the last of them: "1.2/13.5 GiB"."""
+    """Byte counts for people, in the unit that suits the last of them: "1.2/13.5 GiB"."""
     unit, name = (GIB, "GiB") if counts[-1] >= GIB else (2**20, "MiB")
     return "/".join(f"{count / unit:.1f}" for count in counts) + f" {name}"
 

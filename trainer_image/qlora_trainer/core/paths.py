@@ -10,7 +10,7 @@ _LISTED_NAMES = 12
 
 
 def require_regular(path: Path, folder: Path, name: str) -> None:
-    """Raise StepFailure UNSAFE_ARTIFACT unless `path` is a regular file that really lies inside `folder`."""
+    """Raise StepFailure UNSAFE_ARTIFACT unless `path` is a regular file inside `folder`, with links resolved."""
     if leads_to_itself(path):
         raise unsafe_artifact(f"{name} is a link that leads to itself: put the file itself there")
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -20,7 +20,7 @@ def require_regular(path: Path, folder: Path, name: str) -> None:
 
 
 def leads_to_itself(path: Path) -> bool:
-    """Whether the path goes round in symbolic links. It must not be resolved then: some versions of Python raise."""
+    """Whether the path is a loop of symbolic links. Do not resolve it then: some versions of Python raise."""
     try:
         path.stat()
     except OSError as error:
@@ -29,7 +29,7 @@ def leads_to_itself(path: Path) -> bool:
 
 
 def some_names(names: Iterable[str]) -> str:
-    """The first names, for a message."""
+    """The first names in alphabetical order, and how many more there are, for a message."""
     ordered = sorted(names)
     more = len(ordered) - _LISTED_NAMES
     return (", ".join(ordered[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"

@@ -16,14 +16,14 @@ from qlora_trainer.core import cpu
 
 @dataclass(frozen=True)
 class Streams:
-    """The process's own standard output and error, out of reach of libraries that print."""
+    """The process's own standard output and error, which libraries that print cannot reach."""
 
     records: TextIO
     errors: TextIO
 
 
 def claim_streams() -> Streams:
-    """Keep standard output and error for the step itself, and send what anybody else prints to nowhere for now."""
+    """Keep standard output and error for the step itself, and discard what anything else prints, until `log_to`."""
     streams = Streams(
         records=os.fdopen(os.dup(1), "w", encoding="utf-8"),
         errors=os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace"),
@@ -38,7 +38,7 @@ def log_to(path: Path, heading: str) -> None:
     Raises OSError if the file cannot be written: then nothing else in the workspace can be either.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A link to nowhere too, which would be followed.
+    # Also a dangling link, which would be followed.
     if os.path.lexists(path):
         path.replace(path.with_name(path.name + ".1"))
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
@@ -47,7 +47,7 @@ def log_to(path: Path, heading: str) -> None:
     _send_output_to(log)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
-    # They would write the signed addresses of downloads, with which anybody can read them.
+    # They would log the signed addresses of downloads, with which anybody can download.
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
 
@@ -60,7 +60,7 @@ def _send_output_to(descriptor: int) -> None:
 
 
 def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool = False) -> None:
-    """Switch off telemetry everywhere and the hub where no network is needed; give libraries a folder to write in.
+    """Switch off telemetry everywhere and the hub where no network is needed; give libraries a folder to write to.
 
     The root file system of a pod is read-only and its user often has no entry in the password file: libraries that
     keep caches below the home directory, or ask for the user's name, are given both.
@@ -93,6 +93,6 @@ def on_termination(action: Callable[[], None]) -> None:
 
 
 def ignore_termination() -> None:
-    """The step is over: a signal must not cut its result record."""
+    """Ignore signals from now on: the step is over, and its result record must not be cut off."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The files of a folder to publish, with their sizes and digests."""
+"""Describes the files of a folder to publish: sizes and digests."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Checks the addresses of servers that the environment names."""
+"""Checks the addresses of servers in environment variables."""
 
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from qlora_trainer.core.failures import bad_configuration
 
-# Besides the addresses of one link, as 169.254.169.254, where clouds answer with the credentials of the node.
+# Besides link-local addresses such as 169.254.169.254, at which clouds hand out the credentials of the node.
 _METADATA = frozenset(map(ip_address, ("fd00:ec2::254", "fd00:ec2::23", "100.100.100.200")))
 _METADATA_NAMES = frozenset({"metadata", "metadata.google.internal"})
 
@@ -16,8 +16,8 @@ def server_address(environment: Mapping[str, str], variable: str) -> str | None:
     """The address in the variable; None if it is not set.
 
     Raises StepFailure BAD_CONFIGURATION unless it is http:// or https:// with a host, without credentials, since the
-    profile it stands in is no secret, and not that of a cloud's metadata service, which would get a job's credentials
-    and give the node's.
+    profile that sets it is not a secret, and not a cloud's metadata service, which would receive the job's credentials
+    and hand out the node's.
     """
     address = environment.get(variable)
     if not address:

@@ -1,4 +1,4 @@
-"""Knows the CNCF's ModelPack format: files as the layers of an artifact (github.com/modelpack/model-spec, v1)."""
+"""Writes and reads the CNCF's ModelPack format, files as layers of an artifact (github.com/modelpack/model-spec v1)."""
 
 import json
 import re
@@ -16,13 +16,13 @@ _WEIGHT_CONFIG = "application/vnd.cncf.model.weight.config.v1.raw"
 _DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
 _NO_MODEL = tuple(f"application/vnd.cncf.model.{part}." for part in ("doc", "code", "dataset"))
 _FILE_PATH = "org.cncf.model.filepath"
-# By which `oras pull` names the file.
+# The name that `oras pull` gives the file.
 _TITLE = "org.opencontainers.image.title"
 _DOCUMENTS = frozenset({"README.md", "manifest.json"})
 
 
 def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
-    """Configuration and manifest of the artifact that holds these files, each as it is in a layer of its own.
+    """Configuration and manifest of the artifact of these files, each of which is a layer as it is.
 
     The same files give the same bytes.
     """
@@ -54,15 +54,15 @@ def pack(name: str, files: Mapping[str, PublishedFile]) -> tuple[bytes, bytes]:
 
 
 def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
-    """The files of an artifact by their names: layers that are a file each. Others, archives for example, are left out.
+    """The files of an artifact by their names: layers that are one file. Others, such as archives, are left out.
 
-    Raises ValueError if two layers have one name, or one has no annotations, digest or size as they must be.
+    Raises ValueError if two layers have the same name, or one has a wrong type of annotations, digest or size.
     """
     files: dict[str, Blob] = {}
     for layer in manifest["layers"]:
         annotations = layer.get("annotations") or {}
         if not isinstance(annotations, Mapping):
-            raise ValueError("the annotations of a layer are no object")  # noqa: TRY004 - of what the registry sent
+            raise ValueError("the annotations of a layer are not an object")  # noqa: TRY004 - of what the registry sent
         name = annotations.get(_FILE_PATH) or annotations.get(_TITLE)
         if not isinstance(name, str) or _is_archive(layer):
             continue
@@ -78,9 +78,9 @@ def unpack(manifest: Mapping[str, Any]) -> dict[str, Blob]:
 
 
 def archives(manifest: Mapping[str, Any]) -> list[str]:
-    """The layers, of an artifact that `unpack` takes, that may hold files of a model in an archive, by their names.
+    """Names of the layers that are archives and may have files of a model. `manifest` is one that `unpack` accepts.
 
-    Of documentation, code and data, which the format tells apart, a model needs nothing.
+    Layers of documentation, code and data are left out: the format has types for them, and a model needs none.
     """
     packed = [layer for layer in manifest["layers"] if _is_archive(layer)]
     return [
@@ -92,7 +92,7 @@ def archives(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _is_archive(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer is an archive, compressed or encrypted: anything but a file as it is."""
+    """Whether a layer is an archive, compressed or encrypted, and so not simply a file."""
     return "+" in str(layer.get("mediaType")) or ".tar" in str(layer.get("mediaType"))
 
 

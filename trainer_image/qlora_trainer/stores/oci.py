@@ -104,7 +104,7 @@ class Registry:
         """The content of a small blob, its digest checked."""
         content = b"".join(self._blocks(blob, 0))
         if digest_of(content) != blob.digest:
-            raise unsafe_artifact(f"{self.source}: {blob.digest} has another content than its digest says")
+            raise unsafe_artifact(f"{self.source}: {blob.digest} does not have the content of its digest")
         return content
 
     def download(self, blob: Blob, path: Path, on_bytes: Callable[[int], None]) -> None:
@@ -154,8 +154,8 @@ class Registry:
             return urljoin(started.url, given)
         except ValueError as error:
             raise unreachable(
-                f"{self.source.registry} wants an upload to go on at {given[:100]!r}, which is no address: it is tried "
-                "again, and if that stays so the registry is at fault"
+                f"{self.source.registry} wants an upload to continue at {given[:100]!r}, which is not an address: "
+                "it is tried again; if this does not change, the registry is at fault"
             ) from error
 
     def tag(self, content: bytes, reference: str) -> None:
@@ -225,5 +225,5 @@ def parse_layers(content: bytes) -> Mapping[str, Any] | None:
 
 
 def digest_of(content: bytes) -> str:
-    """The digest by which a registry knows the content."""
+    """The content's digest as registries write it, sha256: and the hexadecimal digits."""
     return f"sha256:{sha256(content).hexdigest()}"

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config
 
 _ACCESS_KEY, _SECRET_KEY, _SESSION_TOKEN = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
-# What obstore takes from the environment by itself. Never the address of an instance's metadata: the credentials of
-# the node that a pod runs on are not the tenant's.
+# Credentials that obstore may read from the environment. Never those of an instance's metadata service: they belong to
+# the node that the pod runs on, not to the tenant.
 _FROM_ENVIRONMENT = (_ACCESS_KEY, "AWS_WEB_IDENTITY_TOKEN_FILE")
 _DEFAULT_REGION = "us-east-1"
 # Nothing can listen on port 0. The client follows redirects and takes AWS_SESSION_TOKEN with it to any host; requests
 # to all hosts but the endpoint go to this proxy, that is, nowhere.
 _NOWHERE = "127.0.0.1:0"
 _STALLED = timedelta(seconds=30)
-"""How long nothing may arrive before a transfer is given up."""
+"""A transfer is given up when nothing has arrived for so long."""
 _PART_BYTES = 2**23
 _BLOCK_BYTES = 2**20
-# The ETag of an object that was uploaded in one part. That of a multipart upload ends in the number of parts.
+# The ETag of an object that was uploaded in one part: its MD5. That of a multipart upload ends in the number of parts.
 _PLAIN_ETAG = re.compile(r'"?([0-9a-f]{32})"?', re.IGNORECASE)
 _STATUS = re.compile(r"status code: (\d{3})")
 _MOVED = "redirect without LOCATION"
@@ -59,7 +59,7 @@ class StoredObject:
     size: int
     """Bytes."""
     etag: str
-    """Changes with the content. It is no digest of it: that of a multipart upload depends on the parts."""
+    """Differs if the content does. Not a digest of it: that of a multipart upload depends on the parts."""
 
 
 def version_of(objects: Mapping[str, StoredObject]) -> str:
@@ -75,7 +75,7 @@ class ObjectFolder:
     """
 
     def __init__(self, source: ObjectStoreSource, secret: Secret, *, refuse: Callable[[str], StepFailure]) -> None:
-        """Endpoint and region are those of AWS_ENDPOINT_URL and AWS_REGION, which the administrator's profile sets."""
+        """Endpoint and region come from AWS_ENDPOINT_URL and AWS_REGION, which the administrator's profile sets."""
         self.uri = str(source)
         self._prefix = source.path
         self._secret = secret
@@ -115,16 +115,16 @@ class ObjectFolder:
         return StoredObject(name, entry["size"], entry["e_tag"] or "")
 
     def download(self, found: StoredObject, path: Path, on_bytes: Callable[[int], None]) -> None:
-        """Download to `path`, which is complete or not there, going on where an earlier attempt was cut off.
+        """Download to `path`, which is then complete or not there, from where an earlier attempt was cut off.
 
         `on_bytes` is called with the bytes of this object that have arrived. Raises OSError for a full disk.
 
         The content is compared with the ETag if the object was uploaded in one part. Of one uploaded in several parts
-        only the length is: its ETag depends on the parts, and the client shows none of the checksums that S3 may keep.
+        only the size is: its ETag depends on the parts, and the client gives no access to other checksums of S3.
         """
         if path.is_file() and path.stat().st_size == found.size:
             return
-        # The version is in the name, so that two of them are never put together.
+        # The ETag is in the name, so that parts of two versions are never joined.
         partial = partial_path(path.with_name(f"{path.name}.{sha256(found.etag.encode()).hexdigest()[:16]}"))
         with partial.open("ab") as file:
             if file.tell() < found.size:
@@ -145,11 +145,11 @@ class ObjectFolder:
         partial.replace(path)
 
     def digest(self, name: str) -> str:
-        """SHA-256 of the object's content, as it is read back now, in hexadecimal."""
+        """SHA-256, in hexadecimal, of the object's content as the store sends it now; it is not written anywhere."""
         return self._digest(self.stat(name), "sha256")
 
     def read(self, name: str, *, most: int) -> bytes | None:
-        """The content of an object; None if there is none, or one of more than `most` bytes, which is not read."""
+        """The content of an object; None if there is none, or it has more than `most` bytes, which are not read."""
         with self._errors("read"):
             try:
                 found = obstore.get(self._store, self._key(name))
@@ -158,7 +158,7 @@ class ObjectFolder:
             return bytes(found.bytes()) if found.meta["size"] <= most else None
 
     def write(self, name: str, content: Path | bytes) -> None:
-        """Upload an object, replacing one of this name. It is there whole or not at all."""
+        """Upload an object, replacing one of this name. It becomes visible complete or not at all."""
         with self._errors("written"):
             obstore.put(self._store, self._key(name), content, chunk_size=_PART_BYTES, max_concurrency=2)
 
@@ -179,8 +179,8 @@ class ObjectFolder:
     def _is_as_stored(self, found: StoredObject, path: Path) -> bool:
         """Whether the file is the object, as far as its ETag can tell.
 
-        A store that encrypts with keys of its own (SSE-KMS) gives ETags that look like an MD5 and are none. So what
-        differs is read a second time: content that arrives twice the same is what the store has.
+        A store that encrypts with its own keys (SSE-KMS) has ETags that look like an MD5 but are not. So if they
+        differ, the object is read a second time: content that arrives the same twice is what the store has.
         """
         expected = _PLAIN_ETAG.fullmatch(found.etag)
         if expected is None:
@@ -190,7 +190,7 @@ class ObjectFolder:
         return arrived == expected[1].lower() or arrived == self._digest(found, "md5")
 
     def _digest(self, found: StoredObject, algorithm: str) -> str:
-        # Against accidents, so that a machine on which MD5 must keep no secrets has it too.
+        # Against accidents only; a machine on which MD5 is forbidden for security allows this.
         digest = new(algorithm, usedforsecurity=False)
         for block in self._blocks(found, 0):
             digest.update(block)
@@ -217,7 +217,7 @@ class ObjectFolder:
 
     @contextmanager
     def _errors(self, wanted: str) -> Iterator[None]:
-        """Translate what the client raises. Its messages quote the server's answer, which may quote credentials."""
+        """Translate what the client raises. Its messages quote the server's answer, which may contain credentials."""
         try:
             yield
         except (BaseError, FileNotFoundError) as error:
@@ -234,15 +234,15 @@ class ObjectFolder:
             )
         if _MOVED in text or (status is not None and status < 400):
             return bad_configuration(
-                f"the bucket of {self.uri} lies elsewhere than {self._endpoint} says: ask the administrator to set "
+                f"the bucket of {self.uri} is not at {self._endpoint}: ask the administrator to set "
                 "objectStore.endpoint and objectStore.region of the profile"
             )
         if status is None:
             return unreachable(f"{self._endpoint} cannot be reached, or broke off, for {self.uri}")
         if status == 501:
             return bad_configuration(
-                f"{self._endpoint} cannot do what is asked of it for {self.uri} ({answer}): it must know conditional "
-                "writes (If-None-Match); use a newer version of the server, or another store"
+                f"{self._endpoint} cannot do what is asked of it for {self.uri} ({answer}): it must support "
+                "conditional writes (If-None-Match); use a newer version of the server, or another store"
             )
         if is_retryable(status, conflicts=True):
             return unreachable(f"{self._endpoint} answered {answer} for {self.uri}")
@@ -253,7 +253,7 @@ class ObjectFolder:
 
 
 def _credentials(secret: Secret) -> "S3Config":
-    """Those of the Secret, else those of the environment, else none: then requests are not signed."""
+    """From the Secret, else from the environment; without any, requests are not signed."""
     values = secret.require(_ACCESS_KEY, _SECRET_KEY, has_own=_ACCESS_KEY in os.environ)
     if values is None:
         return {} if any(os.environ.get(name) for name in _FROM_ENVIRONMENT) else {"skip_signature": True}
@@ -268,7 +268,7 @@ def _client_options(endpoint: str, region: str) -> "ClientConfig":
     return {
         "allow_http": endpoint.startswith("http://"),
         "connect_timeout": timedelta(seconds=10),
-        # The other one bounds a whole request, and a weights' file takes as long as it takes.
+        # `timeout` bounds a whole request, and the download of a weights' file takes as long as it takes.
         "read_timeout": _STALLED,
         "timeout": timedelta(hours=24),
         "proxy_url": f"http://{_NOWHERE}",
