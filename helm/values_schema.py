@@ -7,7 +7,7 @@ from typing import Any
 from qlora_operator.settings import Settings
 
 SCHEMA = Path(__file__).parent / "qlora-operator" / "values.schema.json"
-# What the chart decides itself: two values of their own, and the ports that the Deployment names.
+# What the chart sets itself: two values of their own, and the ports that the Deployment names.
 _NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort"})
 # What the chart fills in where a profile leaves it out.
 _NOT_REQUIRED_OF_PROFILES = frozenset({"image"})

@@ -26,19 +26,21 @@ BAD_SETTINGS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until a signal. Returns the exit status: 0 after a signal, 1 without a cluster, 2 for bad settings."""
+    """Run until a signal. Returns the exit status: 0 after a signal, 1 without a usable cluster, 2 for bad settings."""
     parser = argparse.ArgumentParser(prog="qlora-operator", description="Runs QLoRAJobs on Kubernetes.")
-    parser.add_argument("--settings", type=Path, help=f"settings in YAML; else the file that {ENV_SETTINGS} names")
+    parser.add_argument(
+        "--settings", type=Path, help=f"file with the settings, in YAML; by default the one that {ENV_SETTINGS} names"
+    )
     try:
         settings = load_settings(find_settings(parser.parse_args(arguments).settings))
     except SettingsError as error:
-        print(f"qlora-operator: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
+        print(f"qlora-operator: {error}", file=sys.stderr)  # noqa: T201 - the log is not configured yet
         return BAD_SETTINGS
     configure_logging(settings.log_level)
     try:
         asyncio.run(_connect_and_run(settings))
     except NotFoundError as error:
-        logger.critical("QLoRAJob is unknown to the cluster, install its CustomResourceDefinition: %s", error)
+        logger.critical("the cluster does not know QLoRAJob, install its CustomResourceDefinition: %s", error)
         return CLUSTER_UNUSABLE
     except ClusterError as error:
         logger.critical("the cluster cannot be used: %s", error)

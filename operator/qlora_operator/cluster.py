@@ -1,6 +1,6 @@
-"""Talks to the API server: the only importer of the Kubernetes client. Plain objects in, plain objects out.
+"""Calls the API server: the only importer of the Kubernetes client. Plain objects in, plain objects out.
 
-Every call has a timeout and raises a ClusterError that says what to do about it.
+Every call has a timeout and raises a ClusterError whose class says what to do: wait, read again or report.
 """
 
 import json
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FIELD_MANAGER = "qlora-operator"
 _TIMEOUT = aiohttp.ClientTimeout(total=15, connect=5)
-# A log comes from a node, by way of the API server: one that is slow is not worth waiting for.
+# A log comes from a node through the API server: a slow one is not worth waiting for.
 _LOG_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
 _PAGE = "500"
 _TAIL_LINES = 40
@@ -34,12 +34,11 @@ _JOBS = "/apis/batch/v1"
 _CORE = "/api/v1"
 _QLORA = f"/apis/{GROUP}/{VERSION}"
 
-
 Query = list[tuple[str, str]]
 
 
 class ClusterError(Exception):
-    """The API server could not be asked, or could not answer: try again later."""
+    """The API server was not reached, or could not answer: try again later."""
 
 
 class NotFoundError(ClusterError):
@@ -47,33 +46,33 @@ class NotFoundError(ClusterError):
 
 
 class ConflictError(ClusterError):
-    """The object exists already, or has changed meanwhile, or is another one (UID) of the same name."""
+    """The object exists already, has changed since it was read, or is another one (UID) of the same name."""
 
 
-class RefusedError(ClusterError):
-    """The API server refuses the request as it is; the message is the server's own."""
+class RejectedError(ClusterError):
+    """The API server rejects the request as it is; the message is the server's own."""
 
 
 class Cluster:
-    """The calls that the operator makes, and no others."""
+    """The calls that the operator makes, and no others. All raise ClusterError."""
 
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
-        """The QLoRAJob as it is stored now; None if there is none."""
+        """The QLoRAJob as stored now; None if it does not exist."""
         try:
             return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}")
         except NotFoundError:
             return None
 
     async def list_jobs(self, namespace: str, job_uid: str) -> list[Object]:
-        """The Jobs that carry the label of this QLoRAJob."""
+        """The Jobs that have the label of this QLoRAJob."""
         selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
         return await self._list(f"{_JOBS}/namespaces/{namespace}/jobs", selector)
 
     async def list_pods(self, namespace: str, job_uid: str) -> list[Object]:
-        """The pods that carry the label of this QLoRAJob."""
+        """The pods that have the label of this QLoRAJob."""
         selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
         return await self._list(f"{_CORE}/namespaces/{namespace}/pods", selector)
 
@@ -83,12 +82,12 @@ class Cluster:
         return await self._list(path, selector, accept=_METADATA_ONLY)
 
     async def check_list(self, kind: str, namespace: str | None) -> None:
-        """Ask for one object of the kind, as a sign of life. Raises RefusedError if that is not allowed any more."""
+        """List one object of the kind, to check the connection. Raises RejectedError if that is no longer allowed."""
         path, selector = _listed(kind, namespace)
         await self._json("GET", path, query=[("limit", "1"), *selector], accept=_METADATA_ONLY)
 
     async def create_job(self, namespace: str, manifest: Object) -> Object:
-        """Create a Job. Raises ConflictError if one of that name exists, RefusedError with the server's reason."""
+        """Create a Job. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
         return await self._json("POST", f"{_JOBS}/namespaces/{namespace}/jobs", body=manifest)
 
     async def get_job(self, namespace: str, name: str) -> Object:
@@ -96,7 +95,7 @@ class Cluster:
         return await self._json("GET", f"{_JOBS}/namespaces/{namespace}/jobs/{name}")
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
-        """Delete this very Job and, in the background, its pods: the default for Jobs would leave the pods running."""
+        """Delete this very Job and, in the background, its pods: the default for Jobs would orphan the pods."""
         options = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -106,10 +105,10 @@ class Cluster:
         try:
             await self._json("DELETE", f"{_JOBS}/namespaces/{namespace}/jobs/{name}", body=options)
         except (NotFoundError, ConflictError):
-            logger.debug("Job %s is gone already", name, extra={"key": (namespace, name)})
+            logger.debug("Job %s is already gone", name, extra={"key": (namespace, name)})
 
     async def create_claim(self, namespace: str, manifest: Object) -> None:
-        """Create a PersistentVolumeClaim. Raises ConflictError if one of that name exists."""
+        """Create a PersistentVolumeClaim. Raises ConflictError if the name is taken."""
         await self._json("POST", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims", body=manifest)
 
     async def get_claim(self, namespace: str, name: str) -> Object:
@@ -117,7 +116,7 @@ class Cluster:
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
-        """Create an Event. Raises ConflictError if it was posted before."""
+        """Create an Event. Raises ConflictError if it exists already."""
         await self._json("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)
 
     async def apply_status(self, job: QLoRAJob, status: Object) -> None:
@@ -140,8 +139,8 @@ class Cluster:
         )
 
     async def read_log(self, namespace: str, pod: str) -> str | None:
-        """The end of the trainer's log, at most some lines and bytes; None if it cannot be read now."""
-        # Without the container's name the server refuses, should something have put a sidecar into the pod.
+        """The end of the trainer's log, at most 40 lines and 64 KiB; None if it cannot be read now."""
+        # Without the container's name the server rejects the request if a sidecar was injected into the pod.
         query = [("container", TRAINER_CONTAINER), ("tailLines", str(_TAIL_LINES)), ("limitBytes", str(_TAIL_BYTES))]
         try:
             path = f"{_CORE}/namespaces/{namespace}/pods/{pod}/log"
@@ -175,7 +174,7 @@ class Cluster:
         body: Mapping[str, Any] | None = None,
         accept: str = "application/json",
         content_type: str = "application/json",
-        timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - handed on to the HTTP client
+        timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - passed on to the HTTP client
     ) -> bytes:
         headers = {"Accept": accept, "Content-Type": content_type}
         try:
@@ -192,7 +191,7 @@ class Cluster:
 
 
 def _listed(kind: str, namespace: str | None) -> tuple[str, Query]:
-    """Path and selector of the objects that the operator looks at: all QLoRAJobs, but only its own Jobs and pods."""
+    """Path and selector of the objects that the operator watches: all QLoRAJobs, but only its own Jobs and pods."""
     prefix = {"qlorajobs": _QLORA, "jobs": _JOBS, "pods": _CORE}[kind]
     where = f"/namespaces/{namespace}" if namespace else ""
     return f"{prefix}{where}/{kind}", [] if kind == "qlorajobs" else [("labelSelector", JOB_UID_LABEL)]
@@ -209,13 +208,13 @@ def _error(status: int, request: str, data: bytes) -> ClusterError:
     if status == 409:
         return ConflictError(f"{request}: {text}")
     if status in (400, 401, 403, 422):
-        return RefusedError(text)
+        return RejectedError(text)
     return ClusterError(f"{request}: status {status}: {text}")
 
 
 @asynccontextmanager
 async def connect() -> AsyncIterator[Cluster]:
-    """The cluster that the pod runs in, or that the kubeconfig names. Raises ClusterError if there is neither."""
+    """The cluster that the pod runs in, or else that of the kubeconfig. Raises ClusterError without either."""
     configuration = client.Configuration()
     try:
         if os.path.exists(_SERVICE_ACCOUNT_TOKEN) and "KUBECONFIG" not in os.environ:  # noqa: ASYNC240 - once, at start

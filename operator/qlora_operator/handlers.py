@@ -1,4 +1,4 @@
-"""Watches through kopf, the only importer of it: an event puts the key of a job on the queue, and does nothing else."""
+"""Watches through kopf, the only importer of it: each event only puts the key of its job on the queue."""
 
 import os
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Hooks:
 
 
 async def watch(settings: Settings, hooks: Hooks) -> None:
-    """Watch until a signal ends the process. Raises whatever makes watching impossible."""
+    """Watch until a signal ends the process. Raises what kopf raises if it cannot watch."""
     registry = kopf.OperatorRegistry()
     _register_login(registry)
     _register_events(registry, hooks)
@@ -48,15 +48,15 @@ async def watch(settings: Settings, hooks: Hooks) -> None:
 def _configure() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
-    # Only discovery is asked which kinds exist: no right to list namespaces or definitions is needed.
+    # Kinds come from discovery alone: no right to list namespaces or CustomResourceDefinitions is needed.
     settings.scanning.disabled = True
-    # A stream is renewed by the server; the client gives up a little later, and on silence much sooner (bookmarks).
+    # The server ends a stream; the client does a little later, and on silence much sooner (bookmarks).
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = 75
     settings.watching.chunk_size = 500
-    # Others' Jobs and pods are not even sent.
+    # The server does not send other Jobs and pods.
     settings.watching.label_selectors["batch", "v1", "jobs"] = JOB_UID_LABEL
     settings.watching.label_selectors["v1", "pods"] = JOB_UID_LABEL
     return settings
@@ -68,7 +68,7 @@ def _register_login(registry: kopf.OperatorRegistry) -> None:
         token = _SERVICE_ACCOUNT / "token"
         if not token.exists() or "KUBECONFIG" in os.environ:
             return kopf.login_with_kubeconfig(**arguments)
-        # By address rather than by name: watching must not depend on the cluster's DNS.
+        # By address, not by name: watching must not depend on the cluster's DNS.
         host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
         return kopf.ConnectionInfo(
             server=f"https://{f'[{host}]' if ':' in host else host}:{port}",

@@ -1,4 +1,4 @@
-"""Writes the operator's log: one JSON object per line, with the job that a line is about."""
+"""Writes the operator's log: one JSON object per line, with the job that it is about."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message, and namespace and job where they are known."""
+    """Fields: time, level, logger, message, and namespace and job if known."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line of JSON."""
@@ -34,5 +34,5 @@ def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
     if level != "debug":
         for name in ("kopf", "aiohttp", "kubernetes", "asyncio"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # A red probe is said once, in a line of our own, and not as a traceback at every request.
+        # A failing probe is logged once, by the operator, and not as a traceback at every request.
         logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

@@ -12,7 +12,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Metrics:
-    """What an administrator watches. No metric has a job's name as a label: there would be too many series."""
+    """The operator's metrics. None has a job's name as a label: there would be too many series."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -20,7 +20,7 @@ class Metrics:
             "qlora_operator_reconcile_duration_seconds", "Duration of one reconcile.", registry=self.registry
         )
         self.reconcile_errors = Counter(
-            "qlora_operator_reconcile_errors", "Reconciles that failed and are tried again.", registry=self.registry
+            "qlora_operator_reconcile_errors", "Reconciles that failed and are retried.", registry=self.registry
         )
         self.status_writes = Counter("qlora_operator_status_writes", "Status writes.", registry=self.registry)
         self._depth = Gauge("qlora_operator_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
@@ -30,7 +30,7 @@ class Metrics:
             self._jobs.labels(phase)
 
     def job_is_in(self, key: Key, phase: Phase | None) -> None:
-        """Count the job under `phase`; under none if it is gone."""
+        """Count the job in `phase`, or in none if it is gone."""
         if old := self._phases.pop(key, None):
             self._jobs.labels(old).dec()
         if phase is not None:
@@ -38,6 +38,6 @@ class Metrics:
             self._jobs.labels(phase).inc()
 
     def serve(self, port: int, depth: Callable[[], int]) -> None:
-        """Serve /metrics on `port` from a thread of its own. `depth` is asked on each scrape."""
+        """Serve /metrics on `port` from a thread of its own. `depth` is called on each scrape."""
         self._depth.set_function(depth)
         start_http_server(port, registry=self.registry)

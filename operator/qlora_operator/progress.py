@@ -1,4 +1,4 @@
-"""Reads progress records from the logs of running pods, within a budget of requests over all jobs."""
+"""Reads progress records from the logs of running pods, within a limit of requests for all jobs."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -22,9 +22,9 @@ ReadLog = Callable[[str, str], Awaitable[str | None]]
 
 @dataclass
 class ReadSchedule:
-    """Spreads the reads of all jobs over time: each job at most every 10 seconds, all together at most 20 a second.
+    """Spreads the reads of all jobs over time: each job at most every 10 seconds, all together at most 20 per second.
 
-    With so many running jobs that both cannot be kept, each job is read less often.
+    With more than 200 running jobs, each is read less often.
     """
 
     _due: dict[Key, float] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class ReadSchedule:
         return self._due[key] - now
 
     def forget(self, key: Key) -> None:
-        """Drop a job that does not run any more."""
+        """Drop a job that no longer runs."""
         self._due.pop(key, None)
 
     def _reserve(self, earliest: float) -> float:
@@ -54,7 +54,7 @@ class ReadSchedule:
 class ProgressReader:
     """Reads the progress of one job when it is due. A failure to read is never a failure of the job.
 
-    At most `concurrent` logs are read at a time: a node that does not answer must not hold up all workers.
+    At most `concurrent` logs are read at a time: a node that does not answer must not block all workers.
     """
 
     def __init__(self, read_log: ReadLog, monotonic: Callable[[], float], concurrent: int) -> None:
@@ -94,13 +94,13 @@ def latest_record(log: str, job_uid: str, pod: Pod, step: StepName) -> ProgressR
     """The last line of the log that is a progress record of this job, pod and step, and that a status can hold."""
     for line in reversed(log.splitlines()):
         record = decode_record(line, job_uid=job_uid, pod_uid=pod.uid)
-        if isinstance(record, ProgressRecord) and record.step == step and _presentable(record):
+        if isinstance(record, ProgressRecord) and record.step == step and _storable(record):
             return record
     return None
 
 
-def _presentable(record: ProgressRecord) -> bool:
-    """Whether the API server would take the record's figures: one bad line must not block every later status."""
+def _storable(record: ProgressRecord) -> bool:
+    """Whether the API server would accept the record's figures: one bad line must not block every later status."""
     try:
         QLoRAJobStatus.model_validate(with_progress(QLoRAJobStatus(), record).dump())
     except (ValueError, OverflowError):

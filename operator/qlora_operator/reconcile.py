@@ -1,4 +1,4 @@
-"""Brings one job forward: gather, decide by pure functions, act, write the status once."""
+"""Reconciles one job: gather, decide by pure functions, act, write the status once."""
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -8,7 +8,7 @@ from datetime import datetime
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
-from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RefusedError
+from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.conditions import is_true
 from qlora_operator.decisions.events import phase_event, unreadable_event
 from qlora_operator.decisions.manifests import build_claim, build_job
@@ -22,19 +22,19 @@ from qlora_operator.decisions.observe import (
     parse_job,
 )
 from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
-from qlora_operator.decisions.status import Facts, cleanup_at, next_status, with_child, with_refusal
+from qlora_operator.decisions.status import Facts, cleanup_at, next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import ProgressReader
 from qlora_operator.workqueue import Key, RetryError
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_AFTER_REFUSAL = 30.0
+_SECONDS_AFTER_REJECTION = 30.0
 _SECONDS_AFTER_NAME_TAKEN = 5.0
 
 
-class _ObstacleError(Exception):
-    """What the plan wants cannot be had now; `reason` says why, for the status."""
+class _BlockedError(Exception):
+    """An action cannot be done now; `reason` says why, for the status. `again`: seconds until the next try."""
 
     def __init__(self, reason: Reason, again: float) -> None:
         super().__init__(reason.sentence)
@@ -53,7 +53,7 @@ class Reconciler:
     clock: Callable[[], datetime]
 
     async def reconcile(self, key: Key) -> float | None:
-        """Seconds until the job wants to be looked at again; None if an event will tell. Raises RetryError."""
+        """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
         with self.metrics.reconcile_duration.time():
             try:
                 return await self._reconcile(key)
@@ -89,14 +89,14 @@ class Reconciler:
         try:
             return parse_job(body)
         except UnreadableJobError as error:
-            logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message says it all
+            logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
             await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
             return None
 
     async def _act(
         self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]
     ) -> tuple[QLoRAJobStatus, float | None]:
-        """The status after the actions, and seconds until another try if one of them met an obstacle."""
+        """The status after the actions, and seconds until the next try if one of them is blocked."""
         job, resolved = facts.job, status.resolved
         for action in actions:
             try:
@@ -108,30 +108,30 @@ class Reconciler:
                         await self._create_claim(job, resolved)
                     case CreateJob() if resolved is not None:
                         status = with_child(status, facts, await self._create_job(job, resolved, action))
-            except _ObstacleError as obstacle:
-                logger.warning("%s", obstacle, extra={"key": (job.namespace, job.name)})
-                return with_refusal(status, facts, obstacle.reason), obstacle.again
+            except _BlockedError as blocked:
+                logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
+                return with_rejection(status, facts, blocked.reason), blocked.again
         return status, None
 
     async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> str:
-        """UID of the step's Job, made now or by a pass that was cut short. Raises _ObstacleError."""
+        """UID of the step's Job, created now or by a pass that was interrupted. Raises _BlockedError."""
         manifest = build_job(job, resolved, action.step, action.attempt)
         name = manifest["metadata"]["name"]
         try:
             created = await self.cluster.create_job(job.namespace, manifest)
             logger.info("created Job %s", name, extra={"key": (job.namespace, job.name)})
-        except RefusedError as error:
-            raise _ObstacleError(
-                Reason("JobRefused", f"the API server refuses Job {name}: {error}"), _SECONDS_AFTER_REFUSAL
+        except RejectedError as error:
+            raise _BlockedError(
+                Reason("JobRefused", f"the API server rejects Job {name}: {error}"), _SECONDS_AFTER_REJECTION
             ) from error
         except ConflictError as error:
             created = await self._existing(self.cluster.get_job(job.namespace, name))
             if controller_uid(created) != job.uid:
                 sentence = (
-                    f"a Job {name} of another owner exists, perhaps of a QLoRAJob of the same name that was deleted: "
-                    "this one starts when it is gone"
+                    f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
+                    "this job starts when that Job is gone"
                 )
-                raise _ObstacleError(Reason("NameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+                raise _BlockedError(Reason("NameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
         return str(created["metadata"]["uid"])
 
     async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> None:
@@ -139,25 +139,25 @@ class Reconciler:
         try:
             await self.cluster.create_claim(job.namespace, build_claim(job, resolved))
             logger.info("created PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
-        except RefusedError as error:
-            raise _ObstacleError(
-                Reason("ClaimRefused", f"the API server refuses PersistentVolumeClaim {name}: {error}"),
-                _SECONDS_AFTER_REFUSAL,
+        except RejectedError as error:
+            raise _BlockedError(
+                Reason("ClaimRefused", f"the API server rejects PersistentVolumeClaim {name}: {error}"),
+                _SECONDS_AFTER_REJECTION,
             ) from error
         except ConflictError as error:
             existing = await self._existing(self.cluster.get_claim(job.namespace, name))
             if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
-                sentence = f"a PersistentVolumeClaim {name} exists that was not made for this job: delete it"
-                raise _ObstacleError(Reason("ClaimNameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+                sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
+                raise _BlockedError(Reason("ClaimNameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:
             return await get
         except NotFoundError as error:
-            raise RetryError("what was in the way has just been deleted") from error
+            raise RetryError("the object of the same name has just been deleted") from error
 
     async def _write(self, facts: Facts, status: QLoRAJobStatus) -> None:
-        """Store the status if it differs from what is stored, and tell a change of phase."""
+        """Store the status if it differs from the stored one, and post an Event if the phase changes."""
         job, content = facts.job, status.dump()
         key = (job.namespace, job.name)
         if content == job.status.dump():
@@ -173,9 +173,9 @@ class Reconciler:
         try:
             await self.cluster.create_event(key[0], event)
         except ConflictError:
-            logger.debug("this Event was posted before", extra={"key": key})
+            logger.debug("this Event exists already", extra={"key": key})
         except ClusterError as error:
-            logger.warning("an Event could not be posted: %s", error, extra={"key": key})
+            logger.warning("an Event cannot be posted: %s", error, extra={"key": key})
 
     def _forget(self, key: Key) -> None:
         if self.progress is not None:
@@ -183,7 +183,7 @@ class Reconciler:
 
 
 def _is_settled(job: QLoRAJob) -> bool:
-    """Whether nothing can be left to do, so that the children need not be looked at."""
+    """Whether nothing is left to do, so that the children need not be listed."""
     status = job.status
     done = is_true(status, "Succeeded") and status.observed_generation == job.generation
     return done and not is_true(status, "CleanedUp") and cleanup_at(job, status) is None

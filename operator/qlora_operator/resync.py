@@ -1,4 +1,4 @@
-"""Looks at every job now and then, so that a lost event is a delay only, and notices when events are lost for good."""
+"""Lists every job at an interval, so that a lost event only delays a job, and notices when a watch is dead."""
 
 import asyncio
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qlora_operator.cluster import Cluster, ClusterError, RefusedError
+from qlora_operator.cluster import Cluster, ClusterError, RejectedError
 from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -16,17 +16,17 @@ Kind = Literal["qlorajobs", "jobs", "pods"]
 KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 _MISSED_INTERVALS = 3
 _BEAT_SECONDS = 20.0
-_REFUSED_BEATS = 3
+_REJECTED_BEATS = 3
 
 Identity = tuple[Kind, str, str]
 
 
 @dataclass
 class WatchMonitor:
-    """Compares what lists show with what the watches have shown.
+    """Compares lists with what the watches have shown.
 
-    An object whose version in one list is still newer than what its watch has shown by a list `patience` seconds later
-    means that the watch is dead, although its connection may look alive.
+    If a list has a newer version of an object than its watch has shown, and the watch has still not shown it at a list
+    `patience` seconds later, the watch is dead, although its connection may look alive.
     """
 
     patience: float
@@ -67,7 +67,7 @@ class WatchMonitor:
 
 
 class Resync:
-    """Lists every job at an interval, asks for each of them to be looked at, and knows whether all is well."""
+    """Lists every job at an interval, enqueues each of them, and knows whether the operator can do its work."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class Resync:
         self._interval = interval
         self._monotonic = monotonic
         self._listed_at = monotonic()
-        self._refused_beats = 0
+        self._rejected_beats = 0
 
     async def run(self) -> None:
-        """Resync until canceled, first after one interval. In between a small request shows that all is well."""
+        """Resync until canceled, first after one interval. Small requests in between check connection and rights."""
         due = self._next()
         while True:
             await asyncio.sleep(min(_BEAT_SECONDS, max(0.0, due - self._monotonic())))
@@ -98,14 +98,14 @@ class Resync:
                     due = self._next()
                 else:
                     await self._beat()
-                self._refused_beats = 0
+                self._rejected_beats = 0
             except ClusterError as error:
-                self._refused_beats += isinstance(error, RefusedError)
-                logger.warning("looking at all jobs failed: %s", error)
+                self._rejected_beats += isinstance(error, RejectedError)
+                logger.warning("listing all jobs failed: %s", error)
                 due = self._monotonic() + min(_BEAT_SECONDS, self._interval)
 
     def _next(self) -> float:
-        return self._monotonic() + self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load only
+        return self._monotonic() + self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - only spreads load
 
     async def _beat(self) -> None:
         for kind in KINDS:
@@ -130,8 +130,8 @@ class Resync:
         """Why the operator should be restarted; None if it should not."""
         if dead := self.monitor.dead:
             return f"the watch of {', '.join(dead)} is dead"
-        if self._refused_beats >= _REFUSED_BEATS:
-            return "the API server refuses to list what the operator watches"
+        if self._rejected_beats >= _REJECTED_BEATS:
+            return "the API server denies the operator to list what it watches"
         silence = self._monotonic() - self._listed_at
         if silence > _MISSED_INTERVALS * self._interval:
             return f"no list has succeeded for {silence:.0f} s"

@@ -17,38 +17,42 @@ ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
 
-
-# What the YAML library raises for a value that is not of the type that its tag says, or for bytes that are no text.
+# What the YAML library raises for a value that does not match its tag, or for bytes that are not text.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 class SettingsError(Exception):
-    """The settings cannot be used; the message names the field, what was found and what is allowed."""
+    """The settings are invalid; the message names the field, what was found and what is allowed."""
 
 
 class ProgressSettings(ApiModel):
     """Progress from the logs of running pods."""
 
-    enabled: bool = Field(True, description="Read pod logs. Without, a job's progress is shown only at its end.")
+    enabled: bool = Field(
+        True, description="Read the logs of pods. If not, figures of training are shown only at its end."
+    )
 
 
 class Settings(ApiModel):
-    """What the administrator decides for the operator itself and, in profiles, for the jobs."""
+    """What the administrator sets for the operator itself and, in profiles, for the jobs."""
 
     namespaces: tuple[Name, ...] = Field((), description="Namespaces to serve; all if empty.")
     profiles: dict[Name, Profile] = Field(min_length=1, description="Classes of jobs, by the name that jobs use.")
     progress: ProgressSettings = Field(ProgressSettings(), description="Progress of running jobs.")
     resync_seconds: float = Field(
-        300, ge=1, le=86_400, description="Seconds between two looks at every job, in case an event was lost."
+        300,
+        ge=1,
+        le=86_400,
+        description="Seconds after which every job is reconciled again, in case an event was lost.",
     )
-    workers: int = Field(8, ge=1, le=64, description="Jobs that are worked on at the same time.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of the log.")
+    workers: int = Field(8, ge=1, le=64, description="Jobs that are reconciled at the same time.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     probe_port: Port = Field(8080, description="Port of /healthz.")
     metrics_port: Port = Field(9090, description="Port of /metrics.")
 
 
 def find_settings(argument: Path | None, environ: Mapping[str, str] = os.environ) -> Path:
-    """The settings file: from the command line, else from the environment. Raises SettingsError for neither."""
+    """The settings file: from the command line, else from the environment. Raises SettingsError without either."""
     if argument is not None:
         return argument
     if path := environ.get(ENV_SETTINGS):

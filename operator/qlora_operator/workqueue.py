@@ -1,4 +1,4 @@
-"""A queue of keys: each is worked on by one worker at a time, many wishes for the same key become one."""
+"""A queue of keys: a key is worked on by one worker at a time, and repeated requests for a key become one."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ MAX_BACKOFF_SECONDS = 300.0
 
 
 class RetryError(Exception):
-    """Expected trouble: the key is worked on again after a growing pause."""
+    """An expected failure: the key is worked on again after a growing pause."""
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Schedule:
     _due: dict[Key, float] = field(default_factory=dict)
     _heap: list[tuple[float, Key]] = field(default_factory=list)
     _working: set[Key] = field(default_factory=set)
-    _wishes: dict[Key, float] = field(default_factory=dict)
+    _requests: dict[Key, float] = field(default_factory=dict)
     _failures: dict[Key, int] = field(default_factory=dict)
 
     def add(self, key: Key, due: float) -> None:
-        """Wish for `key` at `due`; an earlier wish stays. While the key is worked on, the wish waits for the end."""
+        """Request `key` at `due`; an earlier request stays. While the key is worked on, the request waits."""
         if key in self._working:
-            self._wishes[key] = min(due, self._wishes.get(key, due))
+            self._requests[key] = min(due, self._requests.get(key, due))
         elif due < self._due.get(key, float("inf")):
             self._due[key] = due
             heapq.heappush(self._heap, (due, key))
@@ -49,10 +49,10 @@ class Schedule:
         return key
 
     def done(self, key: Key, again: float | None) -> None:
-        """The work on `key` has ended well; `again`: when it is to be looked at without being asked."""
+        """The work on `key` has succeeded; `again`: when it is due without a request."""
         self._failures.pop(key, None)
         self._working.discard(key)
-        for due in (again, self._wishes.pop(key, None)):
+        for due in (again, self._requests.pop(key, None)):
             if due is not None:
                 self.add(key, due)
 
@@ -62,14 +62,14 @@ class Schedule:
         self._failures[key] = count + 1
         pause: float = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** min(count, 16))
         self._working.discard(key)
-        self._wishes.pop(key, None)
+        self._requests.pop(key, None)
         self.add(key, now + pause)
         return pause
 
     def next_due(self) -> float | None:
         """When the next key is due; keys that are worked on do not count."""
         while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)  # an earlier wish has replaced this one
+            heapq.heappop(self._heap)  # an earlier request has replaced this one
         return self._heap[0][0] if self._heap else None
 
     def depth(self, now: float) -> int:
@@ -78,7 +78,7 @@ class Schedule:
 
 
 class WorkQueue:
-    """Runs `work(key)` for every key that is due. `work` returns seconds until it wants the key again, or None.
+    """Runs `work(key)` for every key that is due. `work` returns seconds until the key is due again, or None.
 
     RetryError and every other exception bring the key back after a growing pause; the latter is logged with its
     traceback and reported to `on_error`.
@@ -100,13 +100,13 @@ class WorkQueue:
         self._changed = asyncio.Event()
 
     def add(self, key: Key, after: float = 0.0) -> None:
-        """Wish for `key`, `after` seconds from now."""
+        """Request `key`, `after` seconds from now."""
         self._schedule.add(key, self._now() + after)
         self._changed.set()
 
     @property
     def depth(self) -> int:
-        """How many keys wait for a worker; may be asked from another thread."""
+        """How many keys wait for a worker; may be called from another thread."""
         return self._schedule.depth(self._now())
 
     async def run(self) -> None:

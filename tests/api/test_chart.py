@@ -216,10 +216,10 @@ def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
         ({"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}}, "needs metrics.service"),
     ],
 )
-def test_wrong_values_are_refused_by_name(helm: Helm, values: Object, complaint: str) -> None:
-    with pytest.raises(ClusterError) as refused:
+def test_wrong_values_are_rejected_by_name(helm: Helm, values: Object, complaint: str) -> None:
+    with pytest.raises(ClusterError) as rejected:
         helm.template(values)
-    assert complaint in str(refused.value)
+    assert complaint in str(rejected.value)
 
 
 @pytest.fixture(scope="module")

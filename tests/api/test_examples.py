@@ -1,4 +1,4 @@
-"""Every example is a manifest that the API server takes and the models read."""
+"""Every example is a manifest that the API server admits and the models read."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_is_taken(plane: ControlPlane, path: Path) -> None:
+def test_an_example_is_admitted(plane: ControlPlane, path: Path) -> None:
     manifest = path.read_text().replace("namespace: demo", "namespace: default")
     assert "created" in plane.kubectl("apply", "--dry-run=server", "--filename=-", input_text=manifest)
 

@@ -5,7 +5,7 @@
 {{- default $release .Values.fullnameOverride | trunc 52 | trimSuffix "-" -}}
 {{- end }}
 
-{{/* Labels by which the operator's pod is found; they never change. */}}
+{{/* Labels that select the operator's pod; they never change. */}}
 {{- define "qlora-operator.selectorLabels" -}}
 app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
 app.kubernetes.io/instance: {{ .Release.Name }}

@@ -1,4 +1,4 @@
-{{/* Everything that the operator may do. No secrets, no wildcard, nothing on anybody's object but a QLoRAJob's status. */}}
+{{/* All rights of the operator: no secrets, no wildcard, and of a QLoRAJob only the status may be written. */}}
 {{- define "qlora-operator.rules" -}}
 - apiGroups: [qlora.dev]
   resources: [qlorajobs]

@@ -1,7 +1,7 @@
-"""Accounts for attempts: seconds run, failures, interruptions and what the latest failure was; pure.
+"""Counts attempts: seconds run, failures, interruptions, and the latest failure; pure.
 
-Pods of one job run one after the other. `status.step.countedPod` is the latest of them that was counted and
-`status.activeUntil` is until when, so that an attempt is counted once, however often it is seen and whenever it goes.
+The pods of a job run one after the other. `status.step.countedPod` is the latest of them that has been counted, and
+`status.activeUntil` the time up to which, so that an attempt is counted once, however often it is observed.
 """
 
 import itertools
@@ -17,22 +17,22 @@ _EXIT_CODES = {int(code): code for code in ExitCode}
 
 
 def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
-    """The status with every attempt of the present step counted that has ended, or is being deleted, since."""
+    """The status with every attempt of the current step counted that has ended, or is being deleted, since."""
     step = status.step
     if step is None or not step.job_uid:
         return status
     child = observed.child(step.job_name)
-    # Pods that end because the operator deleted their Job were not disturbed by anybody else.
+    # A pod that ends because the operator deleted its Job is no disruption.
     ours = child is None or child.deleting or job.spec.suspend
     for pod in _not_counted(status, step, observed.pods_of(step.job_uid)):
         if pod.decisive and child is not None and not child.finished:
-            continue  # counted together with the end of its Job, which follows at once
+            continue  # counted with the end of its Job, which follows at once
         status = _count(status, job, pod, step.name, ours=ours)
     return status
 
 
 def active_seconds(status: QLoRAJobStatus, observed: Observed, now: datetime) -> int:
-    """Seconds that the steps have run in all, with the pod that runs now."""
+    """Seconds that the steps have run in total, including the pod that runs now."""
     running = sum(
         _seconds(status, pod.running_since, now)
         for pod in observed.pods
@@ -42,7 +42,7 @@ def active_seconds(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
 
 
 def describe_failure(pod: Pod, job: QLoRAJob, step: StepName) -> FailureStatus:
-    """Why the attempt failed: from its own record if it left one, else from what the kubelet says."""
+    """Why the attempt failed: from its own record if it left one, else from what the kubelet reports."""
     termination = pod.termination
     exit_code = termination.exit_code if termination and 0 <= termination.exit_code <= 255 else None
     reason, message = _explain(pod, job, step, exit_code)
@@ -82,11 +82,11 @@ def _out_of_memory(job: QLoRAJob, step: StepName) -> str:
         if step == "train"
         else f"ask the administrator to raise resources.{step}.memory of the profile"
     )
-    return f"the {step} pod was killed because it needed more than its memory limit of {limit}: {remedy}"
+    return f"the {step} pod was killed because it exceeded its memory limit of {limit}: {remedy}"
 
 
 def _not_counted(status: QLoRAJobStatus, step: StepStatus, pods: tuple[Pod, ...]) -> tuple[Pod, ...]:
-    """The pods from the latest counted one on: that one may have run on after it was counted."""
+    """The pods from the latest counted one on, which may have run on after it was counted."""
     if not step.counted_pod or status.active_until is None:
         return pods
     if any(pod.uid == step.counted_pod for pod in pods):
@@ -125,7 +125,7 @@ def _start(pod: Pod) -> datetime | None:
 
 
 def _end(pod: Pod) -> datetime | None:
-    """When the attempt ended; for one that is being deleted when that was asked for."""
+    """When the attempt ended; for a pod that is being deleted, when the deletion was requested."""
     if pod.termination is not None:
         return pod.termination.finished
     return pod.deletion_requested or (pod.created if pod.ended else None)

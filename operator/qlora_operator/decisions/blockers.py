@@ -1,4 +1,4 @@
-"""Says in one sentence why a step's Job does not get on, and what to do; pure."""
+"""Finds the reason that blocks a step's Job, with what to do about it; pure."""
 
 from datetime import datetime, timedelta
 
@@ -6,20 +6,20 @@ from qlora_operator.decisions.observe import ChildJob, Observed, Pod, Reason
 
 NO_POD_AFTER = timedelta(seconds=60)
 STUCK_AFTER = timedelta(seconds=60)
-# What the kubelet reports while a container cannot start, and the remedy.
+# The kubelet's reasons for a container that cannot start, and what to do.
 _REMEDIES = {
     "ImagePullBackOff": "check the image and the pull secrets of the profile",
     "ErrImagePull": "check the image and the pull secrets of the profile",
     "ErrImageNeverPull": "load the image on the node, or change imagePullPolicy in the profile",
-    "InvalidImageName": "correct the image in the profile",
-    "CreateContainerConfigError": "create what is missing; the kubelet tries again by itself",
+    "InvalidImageName": "correct the image's name in the profile",
+    "CreateContainerConfigError": "create the missing object; the kubelet retries by itself",
     "CreateContainerError": "see `kubectl describe pod`",
     "RunContainerError": "see `kubectl describe pod`",
 }
 
 
 def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -> Reason | None:
-    """What keeps the step's Job from running at `now`; None if nothing is known to."""
+    """What blocks the step's Job at `now`; None if nothing is known to."""
     for pod in observed.live_pods:
         if reason := _stuck(pod, now):
             return reason
@@ -33,13 +33,13 @@ def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -
         return Reason(
             "NoPod",
             f"Job {child.name} has had no pod for more than a minute: a quota or the Pod Security level of the "
-            f"namespace may refuse it; see `kubectl describe job {child.name}`",
+            f"namespace may reject it; see `kubectl describe job {child.name}`",
         )
     return None
 
 
 def no_pod_at(child: ChildJob) -> datetime:
-    """When a Job that has no pod is reported."""
+    """When a Job without a pod is reported."""
     return child.created + NO_POD_AFTER
 
 
@@ -54,8 +54,8 @@ def _stuck(pod: Pod, now: datetime) -> Reason | None:
         return None
     return Reason(
         "PodStuckTerminating",
-        f"pod {pod.name} should have ended and has not: its node may be lost. No other pod is started, because both "
-        "would write to the workspace; if the node is really gone, delete the Node object",
+        f"pod {pod.name} has not ended in its grace period: its node may be lost. No other pod is started, because "
+        "both would write to the workspace; if the node is gone, delete its Node object",
     )
 
 
@@ -63,7 +63,7 @@ def _not_starting(pod: Pod) -> Reason | None:
     if pod.unschedulable:
         return Reason("Unschedulable", f"no node can run pod {pod.name}: {pod.unschedulable}")
     if pod.waiting is not None and pod.waiting.word in _REMEDIES:
-        # The kubelet alternates between pulling and pausing; one word for both keeps the status still.
+        # The kubelet alternates between both reasons; one word for both keeps the status unchanged.
         word = "ImagePullBackOff" if pod.waiting.word == "ErrImagePull" else pod.waiting.word
         detail = "" if word == "ImagePullBackOff" else f" ({pod.waiting.sentence})"
         return Reason(word, f"pod {pod.name} cannot start: {word}{detail}; {_REMEDIES[word]}")

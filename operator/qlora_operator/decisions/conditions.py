@@ -14,7 +14,7 @@ Value = Literal["True", "False", "Unknown"]
 
 
 def truncate(text: str, limit: int = MAX_MESSAGE_LENGTH) -> str:
-    """The text in one line, without what steers a terminal, cut to what the schema holds."""
+    """The text in one line, without control characters, cut to what the schema allows."""
     text = one_line(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -25,20 +25,20 @@ def condition(status: QLoRAJobStatus, kind: ConditionType) -> Condition | None:
 
 
 def is_true(status: QLoRAJobStatus, kind: ConditionType) -> bool:
-    """Whether the condition is there and holds."""
+    """Whether the condition exists and is True."""
     found = condition(status, kind)
     return found is not None and found.status == "True"
 
 
 def is_finished(status: QLoRAJobStatus) -> bool:
-    """Whether the job has ended, for good."""
+    """Whether the job has ended."""
     return is_true(status, "Succeeded") or is_true(status, "Failed")
 
 
 def with_condition(
     status: QLoRAJobStatus, kind: ConditionType, value: Value, reason: Reason, *, generation: int, now: datetime
 ) -> QLoRAJobStatus:
-    """The status with this condition set. The transition time moves only when the value flips."""
+    """The status with this condition set. The transition time changes only when the value does."""
     old = condition(status, kind)
     new = Condition(
         type=kind,
@@ -55,7 +55,7 @@ def with_condition(
 
 
 def phase_of(status: QLoRAJobStatus, *, running: bool) -> Phase:
-    """The one-word summary of the conditions. `running`: whether a pod of the present step runs."""
+    """The one-word summary of the conditions. `running`: whether a pod of the current step runs."""
     for kind in ("Succeeded", "Failed", "Suspended"):
         if is_true(status, kind):
             return kind
@@ -66,7 +66,7 @@ def phase_of(status: QLoRAJobStatus, *, running: bool) -> Phase:
         return "Preparing"
     if step.name == "train":
         if not step.job_uid:
-            # Until the train Job exists the job stands where it stood.
+            # Until the first train Job exists, the phase stays that of the step before.
             return "Preparing" if step.attempt == 1 else "Queued"
         return "Training" if running else "Queued"
     return "Publishing"

@@ -1,4 +1,4 @@
-"""Builds the Events that tell a job's changes of phase; pure."""
+"""Builds the Events of a job's changes of phase; pure."""
 
 import hashlib
 from datetime import datetime
@@ -15,7 +15,7 @@ _COMPONENT = "qlora-operator"
 def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
     """The Event of the change from the stored phase to that of `status`; None if the phase stays.
 
-    Its name derives from the change itself, so that an operator that was killed in between posts it once.
+    Its name derives from the change, so that an operator that was killed before it stored the status posts it once.
     """
     if status.phase is None or status.phase == job.status.phase:
         return None
@@ -26,7 +26,7 @@ def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[st
 
 
 def unreadable_event(body: dict[str, Any], message: str, now: datetime) -> dict[str, Any]:
-    """The Event of a job that this version of the operator cannot read: it has no status to say so."""
+    """The Event of a job that this version of the operator cannot read, and whose status it cannot write."""
     metadata = body["metadata"]
     identity = f"unreadable {metadata['uid']} {metadata.get('generation')}"
     return _build(metadata, "InvalidSpec", message, now, warning=True, identity=identity)

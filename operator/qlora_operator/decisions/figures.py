@@ -8,7 +8,7 @@ LOSS_DIGITS = 4
 
 
 def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobStatus:
-    """The status with the latest progress; what the record does not know is kept."""
+    """The status with the latest progress; what the record does not have is kept."""
     if record.step != "train":
         if record.step != "prepare" or not record.activity:
             return status
@@ -38,7 +38,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
 
 
 def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with what a step has found out about memory, data and model; a failed step may know that too."""
+    """The status with what a step reports about memory, data and model, as a failed step may do too."""
     changes: dict[str, object] = {}
     if record.memory is not None:
         changes["memory"] = record.memory
@@ -50,7 +50,7 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
 
 
 def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with the final figures of training, which the last log line that was read may not have."""
+    """The status with the final figures of training, which may not have been read from the log."""
     old = status.progress or ProgressStatus()
     known = {
         "loss": _rounded(record.loss),
@@ -69,7 +69,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
 
 
 def with_saved_step(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with the checkpoint that train saves before it says that it is done, or was interrupted."""
+    """The status with the checkpoint that train saves before it reports that it succeeded or was interrupted."""
     step = record.training_step
     if record.step != "train" or record.outcome == "failed" or not step:
         return status
@@ -79,7 +79,7 @@ def with_saved_step(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSta
 
 
 def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """The status of a job that does not run: no time is left to tell."""
+    """The status without the remaining time, for a job that does not run."""
     if status.progress is None or not status.progress.remaining:
         return status
     return status.model_copy(update={"progress": status.progress.model_copy(update={"remaining": ""})})

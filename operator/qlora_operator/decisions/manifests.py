@@ -16,7 +16,7 @@ from qlora_operator.decisions.volumes import mounts_and_volumes
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
 _UNDISTURBED = {
-    # A running step is not moved for the sake of packing nodes better, and no proxy keeps its pod alive.
+    # No autoscaler moves a running step to consolidate nodes, and no service mesh adds a proxy that outlives the step.
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
     "karpenter.sh/do-not-disrupt": "true",
     "sidecar.istio.io/inject": "false",
@@ -25,7 +25,7 @@ _UNDISTURBED = {
 
 
 def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
-    """The batch/v1 Job of one step. It depends on the spec and on what was resolved, and on nothing else."""
+    """The batch/v1 Job of one step. It depends on the spec and on what was resolved only."""
     labels = _labels(job, step)
     return {
         "apiVersion": "batch/v1",
@@ -69,7 +69,7 @@ def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
 
 
 def document(job: QLoRAJob) -> str:
-    """The manifest as the trainer reads it: the one document of the job, as JSON."""
+    """The QLoRAJob's manifest in JSON, as the trainer reads it."""
     content = {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -130,7 +130,7 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Man
         "runtimeClassName": profile.runtime_class_name if step == "train" else None,
     }
     if step == "train" or profile.workspace.topology != "shared":
-        # All steps mount the volume, which may exist in one zone or on one node only.
+        # All steps mount the workspace volume, which may exist in one zone or on one node only.
         optional["nodeSelector"] = {**(job.spec.scheduling.node_selector or {}), **profile.node_selector}
         optional["tolerations"] = _tolerations(job, profile)
     return pod | {key: value for key, value in optional.items() if value}
@@ -158,7 +158,7 @@ def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) 
 
 def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manifest]:
     values = {
-        "HOME": "/tmp",  # noqa: S108 - the one folder outside the workspace that a pod can write
+        "HOME": "/tmp",  # noqa: S108 - the one folder outside the workspace that a pod can write to
         contract.ENV_ATTEMPT: str(attempt),
         contract.ENV_DEVICE: resolved.profile.device,
         contract.ENV_OUTPUT_CLAIM: resolved.claim_name,
@@ -168,13 +168,13 @@ def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manif
     if step == "train" and resolved.profile.device == "cpu":
         values["LD_PRELOAD"] = contract.CPU_ALLOCATOR
     pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
-    # As many threads as the pod has asked for: libraries would start one for each core of the node. Rounded up.
+    # As many threads as the pod requests CPUs, rounded up: libraries would start one per core of the node.
     threads = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}}
     return [pod_uid, threads, *({"name": name, "value": value} for name, value in values.items())]
 
 
 def _servers(profile: Profile) -> dict[str, str]:
-    """Where the addresses of jobs lead, as the administrator says: no tenant can send a pod's credentials elsewhere."""
+    """Servers of the jobs' addresses, set by the administrator: no tenant can send a pod's credentials elsewhere."""
     values = {
         "HF_ENDPOINT": profile.hub_endpoint,
         "AWS_ENDPOINT_URL": profile.object_store.endpoint,
@@ -209,6 +209,6 @@ def _pod_security(profile: Profile) -> Manifest:
 def _tolerations(job: QLoRAJob, profile: Profile) -> list[Manifest]:
     tolerations: list[Toleration] = [*profile.tolerations, *(job.spec.scheduling.tolerations or ())]
     if profile.gpu_resource:
-        # GPU nodes carry this taint by convention, and not every cluster adds the toleration by itself.
+        # GPU nodes have this taint by convention, and not every cluster adds the toleration by itself.
         tolerations.append(Toleration(key=profile.gpu_resource, operator="Exists", effect="NoSchedule"))
     return [toleration.dump() for toleration in dict.fromkeys(tolerations)]

@@ -1,4 +1,4 @@
-"""Parses what the API server holds, once: the QLoRAJob, its child Jobs and their pods, as typed frozen values."""
+"""Parses objects of the API server once: the QLoRAJob, its child Jobs and their pods, as typed frozen values."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _INTERRUPTED = 143
 
 
 class UnreadableJobError(ValueError):
-    """A QLoRAJob that another version of the schema admitted and this operator cannot read."""
+    """A QLoRAJob that another version of the schema admitted and that this operator cannot read."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class QLoRAJob:
-    """The job as it is stored."""
+    """The job as stored."""
 
     namespace: str
     name: str
@@ -73,7 +73,7 @@ class Pod:
 
     @property
     def ended(self) -> bool:
-        """Whether no container of it can run any more."""
+        """Whether none of its containers can run again."""
         return self.phase in ("Succeeded", "Failed")
 
     @property
@@ -83,7 +83,7 @@ class Pod:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the kernel ended it for its memory limit. The exit code of that varies, the reason does not."""
+        """Whether the kernel killed it for its memory limit. The exit code of that varies, the reason does not."""
         return self.termination is not None and self.termination.reason == "OOMKilled" and not self.exited_well
 
     @property
@@ -98,7 +98,7 @@ class Pod:
 
     @property
     def interrupted(self) -> bool:
-        """Whether it was stopped from outside, rather than by its own doing."""
+        """Whether it was stopped from outside: by a signal, an eviction, a preemption or a deletion."""
         asked = self.termination is not None and self.termination.exit_code == _INTERRUPTED
         return asked or self.disruption is not None or (self.deletion_requested is not None and not self.ended)
 
@@ -123,7 +123,7 @@ class ChildJob:
 
     @property
     def finished(self) -> bool:
-        """Whether it makes no further pods."""
+        """Whether it creates no further pods."""
         return self.complete or self.failure is not None
 
 
@@ -143,13 +143,13 @@ class Observed:
         return tuple(pod for pod in self.pods if pod.owner_uid == job_uid)
 
     def is_running(self, job_uid: str) -> bool:
-        """Whether one of the child Job's pods runs, or has just decided how the Job ends."""
+        """Whether one of the child Job's pods runs, or the last one has decided how the Job ends."""
         pods = self.pods_of(job_uid)
         return any(pod.running for pod in pods) or (bool(pods) and pods[-1].decisive)
 
     @property
     def live_pods(self) -> tuple[Pod, ...]:
-        """Pods that may still write to the workspace, also those whose Job is gone."""
+        """Pods that may still write to the workspace, including those whose Job is gone."""
         return tuple(pod for pod in self.pods if not pod.ended)
 
 
@@ -165,7 +165,7 @@ def parse_job(body: Object) -> QLoRAJob:
             resource_version=metadata.get("resourceVersion", ""),
             deleting="deletionTimestamp" in metadata,
             spec=QLoRAJobSpec.model_validate(body["spec"]),
-            # After a downgrade the stored profile may hold what this version does not know: the job must go on.
+            # After a downgrade the stored profile may have fields that this version does not know: the job continues.
             status=QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore"),
         )
     except ValidationError as error:
@@ -177,9 +177,9 @@ def parse_job(body: Object) -> QLoRAJob:
 
 
 def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:
-    """The children among `jobs` and `pods`, which carry the job's label.
+    """The children among `jobs` and `pods`, which have the job's label.
 
-    A Job counts only if the QLoRAJob is its controller: a label can be copied, a UID is never used twice.
+    A Job counts only if the QLoRAJob is its controller: anyone can set a label, but a UID is never used twice.
     """
     children = (_parse_child(body) for body in jobs if controller_uid(body) == job_uid)
     return Observed(

@@ -14,12 +14,12 @@ from qlora_operator.decisions.status import clean_job_name, cleanup_at
 
 @dataclass(frozen=True)
 class CreateClaim:
-    """Make the workspace's PersistentVolumeClaim, unless it is there."""
+    """Create the workspace's PersistentVolumeClaim, unless it exists."""
 
 
 @dataclass(frozen=True)
 class CreateJob:
-    """Make the Job of a step, unless it is there."""
+    """Create the Job of a step, unless it exists."""
 
     step: StepName
     attempt: int
@@ -38,21 +38,21 @@ Action = CreateClaim | CreateJob | DeleteJob
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do now, and when to look again without being asked."""
+    """What to do now, and when to reconcile again without an event."""
 
     actions: tuple[Action, ...] = ()
     look_again: datetime | None = None
 
 
 def plan(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Plan:
-    """What follows for the job, whose stored status is in `job.status` and whose next one is `status`."""
+    """The plan for the job, whose stored status is `job.status` and whose next one is `status`."""
     if is_finished(status):
-        # The verdict is stored before anything is deleted that shows how it came about.
+        # The result is stored before anything is deleted that it was derived from.
         if not is_finished(job.status):
             return Plan(look_again=now)
         return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
     if job.status.resolved is None:
-        # What was resolved is stored before the first Job exists, so that nothing can change it later.
+        # What was resolved is stored before the first Job exists, so that it cannot change later.
         return Plan(look_again=now if status.resolved is not None else None)
     return Plan(tuple(_on_the_way(job, status, observed)), _earliest(_times(job, status, observed, now), now))
 
@@ -108,5 +108,5 @@ def _times_after(job: QLoRAJob, status: QLoRAJobStatus) -> Iterator[datetime]:
 
 
 def _earliest(times: Iterator[datetime], now: datetime) -> datetime | None:
-    """The first moment that is still to come; at one that has passed there was something to see, and it was seen."""
+    """The first time after `now`; what was due at an earlier one has been observed."""
     return min((moment for moment in times if moment > now), default=None)

@@ -1,4 +1,4 @@
-"""Computes a job's next status from what is stored and what is seen: small functions, composed; pure."""
+"""Computes a job's next status from the stored one and what is observed: small functions, composed; pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ _ON_FAILURE: tuple[tuple[ConditionType, Value], ...] = (
 _DOING = {
     "Pending": "the first Job is about to be created",
     "Preparing": "model and data are being prepared",
-    "Queued": "the train Job waits for its pod to run",
+    "Queued": "the train Job waits for its pod to start",
     "Training": "the adapter is being trained",
     "Publishing": "the adapter is being checked and published",
 }
@@ -52,7 +52,7 @@ _DOING = {
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a status depends on."""
+    """All inputs of a status."""
 
     job: QLoRAJob
     observed: Observed
@@ -62,7 +62,7 @@ class Facts:
 
 
 def next_status(facts: Facts) -> QLoRAJobStatus:
-    """The status that follows from the facts. Equal to the stored one when nothing has changed."""
+    """The status that follows from the facts; equal to the stored one if nothing has changed."""
     status = facts.job.status
     if is_finished(status):
         return _follow_cleanup(status.model_copy(update={"observed_generation": facts.job.generation}), facts)
@@ -72,22 +72,22 @@ def next_status(facts: Facts) -> QLoRAJobStatus:
 
 
 def with_child(status: QLoRAJobStatus, facts: Facts, job_uid: str) -> QLoRAJobStatus:
-    """The status after the present step's Job has been created."""
+    """The status after the Job of the current step has been created."""
     if status.step is None or is_finished(status):
         return status
     step = status.step.model_copy(update={"job_uid": job_uid})
     return summarize(status.model_copy(update={"step": step}), facts)
 
 
-def with_refusal(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoRAJobStatus:
-    """The status after the API server has refused what the plan wanted."""
+def with_rejection(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoRAJobStatus:
+    """The status after an action of the plan was blocked, for example rejected by the API server."""
     if is_finished(status):
         return _set(status, facts, "CleanedUp", "False", reason)
     return _set(status, facts, "Succeeded", "Unknown", reason)
 
 
 def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
-    """When Jobs and scratch are to be deleted; None if never, or if it is done."""
+    """When Jobs and scratch data are to be deleted; None if never, or if they are."""
     seconds = job.spec.cleanup_after_seconds
     if seconds is None or status.completion_time is None or is_true(status, "CleanedUp"):
         return None
@@ -95,12 +95,12 @@ def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
 
 
 def clean_job_name(job: QLoRAJob) -> str:
-    """Name of the one Job that deletes scratch."""
+    """Name of the one Job that deletes scratch data."""
     return child_job_name(job.name, "clean", 1)
 
 
 def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status with all conditions and the phase brought in line with the rest of it."""
+    """The status with all conditions and the phase derived from the rest of it."""
     status = status.model_copy(update={"observed_generation": facts.job.generation})
     if not is_finished(status):
         status = _summarize_suspension(status, facts)
@@ -135,27 +135,27 @@ def _resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _objection(facts: Facts) -> Reason | None:
-    """Why the administrator's settings do not let the job begin; None if they do."""
+    """Why the administrator's settings do not let the job start; None if they do."""
     scheduling = facts.job.spec.scheduling
     profile = facts.profiles.get(scheduling.profile)
     if profile is None:
         known = ", ".join(sorted(facts.profiles)) or "none"
         return Reason(
             "ProfileNotFound",
-            f"spec.scheduling.profile {scheduling.profile!r} does not exist; the administrator has: {known}",
+            f"spec.scheduling.profile {scheduling.profile!r} does not exist; the profiles are: {known}",
         )
-    wishes = {
+    fields = {
         "priorityClassName": scheduling.priority_class_name,
         "nodeSelector": scheduling.node_selector,
         "tolerations": scheduling.tolerations,
     }
-    refused = ", ".join(field for field, wish in wishes.items() if wish)
-    if profile.allow_job_scheduling or not refused:
+    denied = ", ".join(field for field, value in fields.items() if value)
+    if profile.allow_job_scheduling or not denied:
         return None
     return Reason(
         "SchedulingNotAllowed",
-        f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{refused}: create the job again "
-        "without, or with another profile",
+        f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{denied}: create the job again "
+        "without it, or with another profile",
     )
 
 
@@ -170,7 +170,7 @@ def _step(job: QLoRAJob, name: StepName, attempt: int, unverified: int = 0) -> S
 
 
 def _advance(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """Follow the steps as far as their Jobs have come: several at once, if the operator was away."""
+    """Advance to the first step whose Job has not ended: over several steps, if the operator was down."""
     while not is_finished(status):
         before, status = status, _advance_once(status, facts)
         if status is before:
@@ -186,7 +186,7 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if child is None:
         if not step.job_uid or job.spec.suspend:
             return status
-        # Its Job was deleted, by somebody or by a suspension: go on under the next number.
+        # Its Job was deleted, by a user or a suspension: continue with the next number.
         return status.model_copy(update={"step": _step(job, step.name, step.attempt + 1, step.unverified)})
     if child.uid != step.job_uid:
         return _count(status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})}), facts)
@@ -215,7 +215,7 @@ def _verified(child: ChildJob, facts: Facts, step: StepName) -> ResultRecord | N
 
 
 def _names_all(record: ResultRecord, output: OutputSpec) -> bool:
-    """Whether a result of publish tells of everything that the job asks for."""
+    """Whether a result of publish reports everything that the job asks for."""
     return record.adapter is not None and (output.merged is None or record.merged is not None)
 
 
@@ -228,7 +228,7 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
         status = with_known_facts(status, record).model_copy(update={"progress": None})
     else:
         status = with_training_facts(status, record)
-    status = _set(status, facts, _DONE[step], "True", Reason("Done", f"the {step} step has ended well"))
+    status = _set(status, facts, _DONE[step], "True", Reason("Done", f"the {step} step has succeeded"))
     return status.model_copy(update={"step": _step(facts.job, _NEXT[step], 1)})
 
 
@@ -236,14 +236,14 @@ def _complete_unverified(status: QLoRAJobStatus, facts: Facts, step: StepStatus)
     if step.unverified == 0:
         return status.model_copy(update={"step": _step(facts.job, step.name, step.attempt + 1, 1)})
     message = (
-        f"Job {step.job_name} completed twice without a readable result: was its pod deleted, or does the profile's "
-        "image not hold the trainer of this operator's version?"
+        f"the {step.name} step completed twice without a readable result: see that nothing deletes its pods, and that "
+        "the profile's image is the trainer of this operator's version"
     )
     return _fail(status, facts, _failure(step.name, "ResultUnreadable", message, facts))
 
 
 def _without_pod(failure: Reason, step: StepStatus, facts: Facts) -> FailureStatus:
-    """Why a Job failed whose pods are gone: what was last seen of them, else what the Job says."""
+    """Why a Job failed whose pods are gone: the last failure that was observed, else what the Job reports."""
     last = facts.job.status.last_failure
     if last is not None and last.step == step.name:
         return last
@@ -264,7 +264,7 @@ def _succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJobStatus:
-    """The end, with both summary conditions decided, so that no wait for either of them hangs."""
+    """The end of the job, with both summary conditions decided, so that no `kubectl wait` for either hangs."""
     reason = Reason(failure.reason, failure.message)
     if failure.step in _DONE:
         status = _set(status, facts, _DONE[failure.step], "False", reason)
@@ -275,14 +275,14 @@ def _fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRA
 
 
 def _enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """End a job whose step is interrupted again and again: the Job itself ignores interruptions without a bound."""
+    """Fail a job that is interrupted too often: its Jobs ignore interruptions without a limit."""
     limit, step = facts.job.spec.retry.max_disruptions, status.step
-    # A step that has lost no pod yet gets its chance, however often an earlier one was interrupted unseen.
+    # A step that has lost no pod yet may run, even if interruptions of the one before were counted late.
     if is_finished(status) or step is None or not step.counted_pod or status.disruptions <= limit:
         return status
     message = (
         f"the pods were interrupted {status.disruptions} times, and spec.retry.maxDisruptions allows {limit}: see "
-        "`kubectl get events` for what evicts or deletes them, and create the job again"
+        "`kubectl get events` for what evicts or deletes them, then create the job again"
     )
     return _fail(status, facts, _failure(step.name, ExitCode.RETRIES_EXHAUSTED.reason, message, facts))
 
@@ -313,32 +313,34 @@ def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatu
         return _set(status, facts, "Suspended", "False", Reason("NotSuspended", ""))
     observed = facts.observed
     if observed.live_pods or any(not child.finished for child in observed.children):
-        stopping = Reason("Suspending", "the running step is stopped; a checkpoint is saved first")
+        stopping = Reason("Suspending", "the running step saves a checkpoint and stops")
         return _set(status, facts, "Suspended", "False", blocking_reason(None, observed, facts.now) or stopping)
-    status = _set(status, facts, "Suspended", "True", Reason("Suspended", "spec.suspend is true; false goes on"))
+    status = _set(
+        status, facts, "Suspended", "True", Reason("Suspended", "spec.suspend is true; false resumes the job")
+    )
     return without_remaining(status)
 
 
 def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    standing = _standing(status, facts)
+    reason = _reason(status, facts)
     step = status.step
     suspended = is_true(status, "Suspended")
     started = step is not None and (bool(step.job_uid) or step.attempt > 1 or step.name != "prepare")
     for kind in _DONE.values():
         if not is_true(status, kind):
-            status = _set(status, facts, kind, "Unknown", standing)
+            status = _set(status, facts, kind, "Unknown", reason)
     accepted = started or suspended
     ready = Reason("Suspended", "spec.suspend is true") if suspended else Reason("Started", "the job has been started")
-    waiting = Reason("Pending", standing.sentence)
-    status = _set(status, facts, "Succeeded", "Unknown", standing)
+    waiting = Reason("Pending", reason.sentence)
+    status = _set(status, facts, "Succeeded", "Unknown", reason)
     status = _set(status, facts, "Failed", "False", Reason("NotFailed", ""))
     status = _set(status, facts, "Reconciling", "False" if accepted else "True", ready if accepted else waiting)
     status = _set(status, facts, "Ready", "True" if accepted else "False", ready if accepted else waiting)
     return _set(status, facts, "Stalled", "False", Reason("NotStalled", ""))
 
 
-def _standing(status: QLoRAJobStatus, facts: Facts) -> Reason:
-    """Why an unfinished job stands where it stands."""
+def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
+    """Why an unfinished job is in its phase, or what blocks it."""
     job, observed, step = facts.job, facts.observed, status.step
     suspension = condition(status, "Suspended")
     if job.spec.suspend and suspension is not None:
@@ -349,11 +351,11 @@ def _standing(status: QLoRAJobStatus, facts: Facts) -> Reason:
     if reason := blocking_reason(child, observed, facts.now):
         return reason
     if not step.job_uid and observed.live_pods:
-        return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} has to end before the next Job is created")
+        return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} must end before the next Job is created")
     running = observed.is_running(step.job_uid)
     last = status.last_failure
     if last is not None and last.step == step.name and step.job_uid and not running:
-        return Reason("Retrying", f"the latest attempt failed and is tried again: {last.reason}: {last.message}")
+        return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
     phase = phase_of(status, running=running)
     return Reason(phase, _DOING.get(phase, ""))
 
@@ -365,7 +367,7 @@ def _follow_cleanup(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     observed = facts.observed
     cleaning = observed.child(clean_job_name(facts.job))
     value: Value = "False"
-    reason = Reason("Scheduled", f"pods and scratch are deleted at {format_time(due)}")
+    reason = Reason("Scheduled", f"pods, checkpoints and prepared data are deleted at {format_time(due)}")
     if cleaning is not None and cleaning.complete and observed.children == (cleaning,):
         value = "True"
         reason = Reason("CleanedUp", "pods, checkpoints and prepared data are deleted; the adapter stays")

@@ -12,10 +12,10 @@ from qlora_operator.decisions.observe import QLoRAJob
 Manifest = dict[str, Any]
 _WORKSPACE = "workspace"
 _TEMPORARY_SIZE = "4Gi"
-# Processes on several GPUs exchange data through it (NCCL), and runtimes give a container 64 MiB. Counts as memory.
+# Processes on several GPUs exchange data through it (NCCL); runtimes give a container 64 MiB. Counts as memory.
 _SHARED_MEMORY_SIZE = "1Gi"
 _SECRET_MODE = 0o440
-# The keys that a step finds as files, by the scheme of the address that they open.
+# The keys of a Secret that are mounted as files, by scheme of the address that they are for.
 _SECRET_KEYS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     "oci": (".dockerconfigjson",),
@@ -26,9 +26,9 @@ _SECRET_KEYS = {
 def mounts_and_volumes(job: QLoRAJob, workspace_claim: str, step: StepName) -> tuple[list[Manifest], list[Manifest]]:
     """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
-    Every step sees the workspace, its document and a small folder for temporary files. Beyond that, prepare reads the
-    model, the data and their secrets, and looks at the destination; train reads the model; publish reads the model,
-    writes the destination and has its secret.
+    Every step mounts the workspace, the job's manifest and a small folder for temporary files. Besides these, prepare
+    reads the model, the data and their secrets, and checks the destination; train reads the model; publish reads the
+    model, writes to the destination and reads its secret.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -86,7 +86,7 @@ def _add_config_maps(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[M
     for number, name in enumerate(names):
         volume = f"config-map-{number}"
         mounts.append(_mount(volume, str(contract.CONFIG_MAPS_MOUNT / name), read_only=True))
-        # Optional, because GitOps may create it later: the step says which name is missing and is tried again.
+        # Optional, because GitOps may create it later: the step reports the missing name and is retried.
         volumes.append({"name": volume, "configMap": {"name": name, "optional": True}})
 
 
@@ -116,7 +116,7 @@ def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest],
 
 
 def _secret(volume: str, name: str, files: dict[str, str]) -> Manifest:
-    """The volume with these keys of a Secret as files. Optional: a step whose Secret is late says so and waits."""
+    """The volume with these keys of a Secret as files. Optional: a step reports a missing Secret and is retried."""
     secret = {
         "secretName": name,
         "items": [{"key": key, "path": path} for key, path in files.items()],

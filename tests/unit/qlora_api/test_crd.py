@@ -100,7 +100,7 @@ def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
 RULES = "x-kubernetes-validations"
 
 
-def test_a_union_of_two_types_is_refused() -> None:
+def test_a_union_of_two_types_is_rejected() -> None:
     class Ambiguous(ApiModel):
         value: int | str
 

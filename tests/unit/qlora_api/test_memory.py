@@ -159,7 +159,7 @@ def test_missing_head_fields_follow_from_the_others() -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_model_that_cannot_be_described_is_refused_by_field(change: dict[str, Any], named: tuple[str, ...]) -> None:
+def test_a_model_that_cannot_be_described_is_rejected_by_field(change: dict[str, Any], named: tuple[str, ...]) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         ModelShape.from_config(LLAMA_2_7B | change)
     message = str(caught.value)
@@ -167,7 +167,7 @@ def test_a_model_that_cannot_be_described_is_refused_by_field(change: dict[str, 
     assert len(message) < 400
 
 
-def test_a_missing_model_type_is_refused() -> None:
+def test_a_missing_model_type_is_rejected() -> None:
     with pytest.raises(UnsupportedModelError, match="model_type is missing"):
         ModelShape.from_config({})
 
@@ -187,7 +187,7 @@ def test_a_missing_model_type_is_refused() -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_an_impossible_setting_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+def test_an_impossible_setting_is_rejected_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TrainingShape(), **change)
 
@@ -479,7 +479,7 @@ def test_what_is_trained_besides_the_adapter_is_counted() -> None:
     assert dora.adapters - plain.adapters == 32 * outputs * 4
 
 
-def test_a_target_that_the_family_does_not_have_is_refused_with_those_that_it_has() -> None:
+def test_a_target_that_the_family_does_not_have_is_rejected_with_those_that_it_has() -> None:
     phi = replace(LLAMA_2_7B_SHAPE, model_type="phi3")
     with pytest.raises(ValueError, match=r"target_modules is q_proj: must be for a phi3 .* qkv_proj"):
         estimate(phi, TrainingShape(target_modules=frozenset({"q_proj"})))

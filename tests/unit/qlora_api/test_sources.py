@@ -1,4 +1,4 @@
-"""Addresses: what the schema admits parses, and what could lead elsewhere is refused."""
+"""Addresses: what the schema admits parses, and what could lead elsewhere is rejected."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("uri", ESCAPES)
-def test_anything_else_is_refused_with_what_is_allowed(uri: str) -> None:
+def test_anything_else_is_rejected_with_what_is_allowed(uri: str) -> None:
     with pytest.raises(ValueError, match="allowed are"):
         parse_source(uri)
     for address in (ModelAddress, DatasetAddress, FolderAddress):
@@ -103,6 +103,6 @@ def test_anything_else_is_refused_with_what_is_allowed(uri: str) -> None:
         (FolderAddress, f"oci://ghcr.io/acme/tiny:v1@{DIGEST}"),
     ],
 )
-def test_a_scheme_that_a_field_cannot_use_is_refused(address: Any, uri: str) -> None:
+def test_a_scheme_that_a_field_cannot_use_is_rejected(address: Any, uri: str) -> None:
     with pytest.raises(ValidationError, match="must be"):
         TypeAdapter(address).validate_python(uri)

@@ -1,4 +1,4 @@
-"""What the operator sees in Jobs and pods, and what it does not let itself be told."""
+"""What the operator reads from Jobs and pods, and what it does not believe."""
 
 from typing import Any
 
@@ -164,9 +164,7 @@ def _unschedulable() -> dict[str, object]:
         ([deleted(running(pod("train")), -180)], "PodStuckTerminating", "node may be lost"),
     ],
 )
-def test_what_keeps_a_job_from_running_is_one_sentence(
-    bodies: list[dict[str, object]], reason: str | None, words: str
-) -> None:
+def test_what_blocks_a_job_is_one_sentence(bodies: list[dict[str, object]], reason: str | None, words: str) -> None:
     observed = seen(*bodies)
     found = blocking_reason(observed.child(f"{NAME}-train-1"), observed, NOW)
     assert (found.word if found else None) == reason
@@ -186,7 +184,7 @@ def test_a_finished_deletion_is_not_stuck() -> None:
     assert blocking_reason(observed.children[0], observed, after(1000)) is None
 
 
-def test_a_job_of_another_schema_is_refused_with_the_field() -> None:
+def test_a_job_of_another_schema_is_rejected_with_the_field() -> None:
     with pytest.raises(UnreadableJobError, match=r"lora\.rank"):
         parse_job(job_body(lora={"rank": "many"}))
 

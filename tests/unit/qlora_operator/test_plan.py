@@ -34,18 +34,18 @@ def delete(step: str, attempt: int = 1) -> DeleteJob:
     return DeleteJob(name, f"uid-{name}")
 
 
-def test_nothing_is_made_before_what_was_resolved_is_stored() -> None:
+def test_nothing_is_created_before_what_was_resolved_is_stored() -> None:
     assert decide(make_job()) == Plan((), after(0))
     assert decide(make_job(follow(make_job()))).actions == (CreateClaim(), CreateJob("prepare", 1))
 
 
-def test_a_claim_of_the_users_is_not_made() -> None:
+def test_a_claim_of_the_user_is_not_created() -> None:
     job = make_job(workspace={"claimName": "shared"})
     stored = make_job(follow(job), workspace={"claimName": "shared"})
     assert decide(stored).actions == (CreateJob("prepare", 1),)
 
 
-def test_an_unknown_profile_makes_nothing() -> None:
+def test_an_unknown_profile_creates_nothing() -> None:
     job = make_job(scheduling={"profile": "h100"})
     assert decide(make_job(follow(job), scheduling={"profile": "h100"})) == Plan()
 
@@ -77,18 +77,18 @@ def test_one_step_at_a_time_and_the_next_only_after_a_verified_result(
     assert decide(make_job(status_in(step)), *bodies).actions == tuple(actions)
 
 
-def test_prepare_that_is_done_again_finds_or_makes_its_claim() -> None:
+def test_prepare_that_is_repeated_finds_or_creates_its_claim() -> None:
     assert decide(make_job(status_in("prepare"))).actions == (CreateClaim(), CreateJob("prepare", 2))
 
 
-def test_a_suspension_deletes_the_running_step_and_makes_nothing() -> None:
+def test_a_suspension_deletes_the_running_step_and_creates_nothing() -> None:
     job = make_job(status_in("train"), suspend=True)
     assert decide(job, child("train"), running(pod("train"))).actions == (delete("train"),)
     assert decide(job, deleted(running(pod("train")), -5)).actions == ()
     assert decide(job).actions == ()
 
 
-def test_a_suspension_before_the_start_makes_nothing() -> None:
+def test_a_suspension_before_the_start_creates_nothing() -> None:
     job = make_job(suspend=True)
     assert decide(make_job(follow(job), suspend=True)) == Plan()
 
@@ -98,7 +98,7 @@ def test_a_suspended_step_that_ended_meanwhile_is_kept() -> None:
     assert decide(job, child("train", Complete=""), succeeded("train")).actions == ()
 
 
-def test_resuming_makes_the_next_number() -> None:
+def test_resuming_creates_the_next_number() -> None:
     suspended = follow(make_job(status_in("train"), suspend=True))
     assert decide(make_job(suspended)).actions == (CreateJob("train", 2),)
 
@@ -117,7 +117,7 @@ def test_a_missed_deadline_is_recorded_first_and_the_step_deleted_then() -> None
     assert decide(make_job(follow(job, *bodies), activeDeadlineSeconds=100), *bodies).actions == (delete("train"),)
 
 
-def test_a_deletion_is_asked_for_once() -> None:
+def test_a_deletion_is_requested_once() -> None:
     def going(step: Any, **true: str) -> dict[str, Any]:
         body = child(step, **true)  # type: ignore[arg-type]
         body["metadata"]["deletionTimestamp"] = "2026-01-02T11:59:00Z"
@@ -194,7 +194,7 @@ def test_it_looks_again_when_a_pod_should_have_ended() -> None:
     assert decide(job, child("train"), deleted(running(pod("train")), -20)).look_again == after(160)
 
 
-def test_a_job_whose_make_was_cut_short_keeps_its_number() -> None:
+def test_a_job_whose_creation_was_interrupted_keeps_its_number() -> None:
     job = make_job(status_in("train", step=step_status("train", 2, jobUid="").dump()))
     assert decide(job).actions == (CreateJob("train", 2),)
     assert decide(job, child("train", 2)).actions == ()

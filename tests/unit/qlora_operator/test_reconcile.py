@@ -7,7 +7,7 @@ import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.cluster import ConflictError, NotFoundError, RefusedError
+from qlora_operator.cluster import ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.observe import Object, QLoRAJob
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
@@ -52,7 +52,7 @@ class MemoryCluster:
     def _write(self, kind: str) -> None:
         self.writes.append(kind)
         if kind in self._rejected:
-            raise RefusedError("exceeded quota: team")
+            raise RejectedError("exceeded quota: team")
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object:
         return self.job

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.cluster import ClusterError, RefusedError
+from qlora_operator.cluster import ClusterError, RejectedError
 from qlora_operator.decisions.events import phase_event
 from qlora_operator.resync import Identity, Resync, WatchMonitor
 from tests.support.builders import (
@@ -95,12 +95,12 @@ class Lists:
     ("failure", "after_a_minute_and_a_half", "after_an_hour"),
     [
         (None, None, None),
-        (RefusedError("forbidden"), "refuses", "refuses"),
+        (RejectedError("forbidden"), "denies", "denies"),
         (ClusterError("connection refused"), None, "no list has succeeded"),
     ],
-    ids=["well", "refused", "unreachable"],
+    ids=["well", "denied", "unreachable"],
 )
-def test_lost_rights_are_noticed_soon_and_a_lost_server_is_waited_for(
+def test_lost_rights_are_reported_soon_and_a_lost_server_only_later(
     failure: ClusterError | None, after_a_minute_and_a_half: str | None, after_an_hour: str | None
 ) -> None:
     loop = VirtualLoop()

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.status import MergedStatus, QLoRAJobStatus
 from qlora_operator.decisions.observe import Reason
-from qlora_operator.decisions.status import cleanup_at, next_status, with_child, with_refusal
+from qlora_operator.decisions.status import cleanup_at, next_status, with_child, with_rejection
 from tests.support.builders import (
     ADAPTER,
     FOUND,
@@ -59,7 +59,7 @@ def test_a_claim_of_the_user_is_used_and_not_made() -> None:
     assert (status.resolved.claim_name, status.resolved.claim_created) == ("shared", False)
 
 
-def test_an_unknown_profile_waits_and_says_which_there_are() -> None:
+def test_a_job_of_an_unknown_profile_waits_and_names_the_profiles_that_exist() -> None:
     status = follow(make_job(scheduling={"profile": "h100"}))
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "ProfileNotFound")
     assert "'h100'" in message_of(status)
@@ -110,7 +110,7 @@ def test_a_profile_that_changes_later_does_not_change_the_job() -> None:
         ("train", [child("train"), waiting(pod("train"), "ImagePullBackOff")], "Queued", "ImagePullBackOff"),
     ],
 )
-def test_phase_and_reason_tell_where_a_job_stands(step: Any, bodies: Any, phase: str, reason: str) -> None:
+def test_phase_and_reason_show_what_a_job_does(step: Any, bodies: Any, phase: str, reason: str) -> None:
     status = follow(make_job(status_in(step)), *bodies)
     assert (status.phase, reason_of(status)) == (phase, reason)
     assert conditions_of(status)["Ready"] == "True"
@@ -204,7 +204,9 @@ def test_the_end_decides_both_summary_conditions() -> None:
         ("prepare", [child("prepare"), ended(pod("prepare"), 1, reason="OOMKilled")], "HostOutOfMemory", "4Gi"),
     ],
 )
-def test_a_failure_is_told_in_the_words_of_who_knows_it_best(step: Any, bodies: Any, reason: str, words: str) -> None:
+def test_a_failure_is_reported_in_the_words_of_who_knows_it_best(
+    step: Any, bodies: Any, reason: str, words: str
+) -> None:
     status = follow(make_job(status_in(step)), *bodies)
     assert status.phase == "Failed"
     assert {"Succeeded": "False", "Failed": "True", "Stalled": "True", "Ready": "False"}.items() <= (
@@ -259,7 +261,7 @@ def test_what_a_failed_step_has_found_out_is_shown() -> None:
     assert (status.phase, status.memory, status.dataset) == ("Failed", exceeds, None)
 
 
-def test_the_checkpoint_that_an_attempt_left_is_shown_although_no_log_line_told_it() -> None:
+def test_the_checkpoint_that_an_attempt_left_is_shown_although_no_log_line_reported_it() -> None:
     body = pod("train")
     stored = status_in("train", checkpoint={"step": 5, "savedAt": time(-40)})
     saved = ended(body, 143, result(body, "train", 143, training_step=7, total_steps=10))
@@ -428,7 +430,7 @@ def test_a_record_counts_only_with_exit_code_0() -> None:
 
 
 @pytest.mark.parametrize("code", [0, 11])
-def test_the_end_of_a_pod_alone_is_no_news_its_jobs_end_is(code: int) -> None:
+def test_the_end_of_a_pod_changes_nothing_until_its_job_has_ended(code: int) -> None:
     stored = follow(make_job(status_in("train")), child("train"), running(pod("train")))
     assert follow(make_job(stored), child("train"), ended(pod("train"), code)) == stored
 
@@ -454,17 +456,17 @@ def test_a_published_adapter_that_the_record_does_not_name_is_no_success() -> No
     assert status.step == step_status("publish", 2, jobUid="", unverified=1)
 
 
-def test_a_merged_model_that_was_asked_for_is_told_and_without_it_there_is_no_success() -> None:
+def test_a_merged_model_that_was_asked_for_is_reported_and_without_it_there_is_no_success() -> None:
     body = pod("publish")
     output: dict[str, Any] = {"merged": {}}
 
-    def told(**found: Any) -> QLoRAJobStatus:
+    def reported(**found: Any) -> QLoRAJobStatus:
         end = ended(body, 0, result(body, "publish", adapter=ADAPTER, **found))
         return follow(make_job(status_in("publish"), output=output), child("publish", Complete=""), end)
 
     merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
-    assert (told(merged=merged).phase, told(merged=merged).merged) == ("Succeeded", merged)
-    assert told().step == step_status("publish", 2, jobUid="", unverified=1)
+    assert (reported(merged=merged).phase, reported(merged=merged).merged) == ("Succeeded", merged)
+    assert reported().step == step_status("publish", 2, jobUid="", unverified=1)
 
 
 def test_a_suspension_is_over_when_no_pod_is_left() -> None:
@@ -489,7 +491,7 @@ def test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod() -> None:
     assert (conditions_of(status)["Suspended"], reason_of(status, "Suspended")) == ("False", "Suspending")
 
 
-def test_a_suspension_that_a_lost_node_holds_up_says_so() -> None:
+def test_a_suspension_that_a_lost_node_blocks_reports_that() -> None:
     status = follow(make_job(status_in("train"), suspend=True), deleted(running(pod("train")), -180))
     assert reason_of(status, "Suspended") == reason_of(status) == "PodStuckTerminating"
     assert "node may be lost" in message_of(status)
@@ -620,16 +622,16 @@ def test_a_clean_up_that_fails_says_so_and_the_job_stays_what_it_was() -> None:
     assert (status.phase, reason_of(status, "CleanedUp")) == ("Succeeded", "CleanupFailed")
 
 
-def test_a_refusal_of_the_api_server_is_shown_and_the_phase_stays() -> None:
+def test_a_rejection_by_the_api_server_is_shown_and_the_phase_stays() -> None:
     found = facts(make_job(follow(make_job())))
-    status = with_refusal(next_status(found), found, Reason("JobRefused", "exceeded quota"))
+    status = with_rejection(next_status(found), found, Reason("JobRefused", "exceeded quota"))
     assert (status.phase, reason_of(status), message_of(status)) == ("Pending", "JobRefused", "exceeded quota")
     again = facts(make_job(status), now=after(30))
-    assert with_refusal(next_status(again), again, Reason("JobRefused", "exceeded quota")).dump() == status.dump()
+    assert with_rejection(next_status(again), again, Reason("JobRefused", "exceeded quota")).dump() == status.dump()
 
 
 def test_a_message_of_any_length_fits_the_schema() -> None:
     found = facts(make_job(follow(make_job())))
-    status = with_refusal(next_status(found), found, Reason("JobRefused", "x" * 5000))
+    status = with_rejection(next_status(found), found, Reason("JobRefused", "x" * 5000))
     assert len(message_of(status)) == 1024
     assert QLoRAJobStatus.model_validate(status.dump()) == status

@@ -1,4 +1,4 @@
-"""The queue: one worker a key, many wishes one reconcile, a growing pause after trouble. Time is virtual."""
+"""The queue: one worker per key, one reconcile for many requests, a growing pause after failures. Time is virtual."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ def test_keys_come_in_the_order_in_which_they_are_due() -> None:
     assert [schedule.take(0.5), schedule.take(5), schedule.take(5), schedule.take(5)] == [None, A, B, None]
 
 
-def test_many_wishes_for_a_key_are_one_and_the_earliest_counts() -> None:
+def test_many_requests_for_a_key_are_one_and_the_earliest_counts() -> None:
     schedule = Schedule()
     for due in (5, 3, 9):
         schedule.add(A, due)
@@ -37,7 +37,7 @@ def test_a_key_that_is_worked_on_is_not_given_to_another_worker() -> None:
     assert schedule.take(10) == A
 
 
-def test_after_the_work_the_earlier_of_wish_and_plan_counts() -> None:
+def test_after_the_work_the_earlier_of_request_and_plan_counts() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
     assert schedule.take(0) == A
@@ -74,7 +74,7 @@ def test_an_event_ends_the_pause_after_a_failure() -> None:
     assert schedule.take(0.5) == A
 
 
-def test_a_wish_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more() -> None:
+def test_a_request_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
     schedule.take(0)
@@ -136,7 +136,7 @@ def test_a_key_runs_alone_while_another_runs_beside_it() -> None:
     assert len(together) == 4
 
 
-def test_the_work_decides_when_it_wants_the_key_again() -> None:
+def test_the_work_decides_when_the_key_is_due_again() -> None:
     seen: list[float] = []
 
     async def work(key: Key) -> float | None:
@@ -151,7 +151,7 @@ def test_the_work_decides_when_it_wants_the_key_again() -> None:
     assert seen == pytest.approx([0, 3600, 7200, 10_800])
 
 
-def test_trouble_with_one_key_does_not_hold_up_another() -> None:
+def test_failures_of_one_key_do_not_delay_another() -> None:
     seen: list[tuple[Key, float]] = []
     errors: list[None] = []
 
@@ -173,7 +173,7 @@ def test_trouble_with_one_key_does_not_hold_up_another() -> None:
     assert len(errors) == 4
 
 
-def test_expected_trouble_is_tried_again_without_an_error() -> None:
+def test_an_expected_failure_is_retried_without_an_error() -> None:
     seen: list[float] = []
     errors: list[None] = []
 
@@ -191,7 +191,7 @@ def test_expected_trouble_is_tried_again_without_an_error() -> None:
     assert errors == []
 
 
-def test_a_delayed_wish_waits_its_time() -> None:
+def test_a_delayed_request_waits_its_time() -> None:
     seen: list[float] = []
 
     async def work(key: Key) -> None:
