@@ -21,7 +21,7 @@ _GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
 _COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
 _MEANING = {
     "fits": "the run fits",
-    "tight": "the run may fit, too close to the limit to be sure",
+    "tight": "the run may fit, or may run out of memory,",
     "exceeds": "the run cannot fit",
 }
 
@@ -148,7 +148,7 @@ def _show_verdict(plan: MemoryPlan, gpu_gib: int, console: Console) -> None:
     if steps:
         _show_advice(steps, memory.expected, console)
     if not steps or steps[-1].verdict != "fits":
-        console.print("To be sure, use a larger GPU or a smaller model in any case.")
+        console.print("Even with all of this, only a larger GPU or a smaller model is sure to fit.")
 
 
 def _show_first_change(plan: MemoryPlan, gpu_gib: int, expected: int, console: Console) -> None:

@@ -132,7 +132,7 @@ class DatasetSpec(ApiModel):
     split: ColumnName | None = Field(None, description="Split of an hf:// data set that has several; train if not set.")
     eval: EvalSpec | None = Field(None, description="Rows held out for evaluation; none if not set.")
     max_samples: int | None = Field(
-        None, ge=1, le=2**31 - 1, description="Number of rows to use, the first ones; all if not set."
+        None, ge=1, le=2**31 - 1, description="Use only this many rows, the first ones; all if not set."
     )
     shuffle: bool = Field(
         False, description="Choose the maxSamples rows at random, by training.seed, instead of using the first ones."

@@ -42,7 +42,7 @@ class LoraSpec(ApiModel):
     )
     use_dora: bool = Field(
         False,
-        description="DoRA: train magnitude and direction apart (arXiv 2402.09353). Slower; vLLM cannot serve it.",
+        description="DoRA: train magnitude and direction separately (arXiv 2402.09353). Slower; not served by vLLM.",
     )
     initialization: Literal["default", "loftq"] = Field(
         "default",

@@ -51,7 +51,7 @@ class WorkspaceSpec(ApiModel):
     )
     retain: bool = Field(
         True,
-        description="Keep the claim, and the adapter on it, when the job is deleted. False deletes it with the job.",
+        description="Keep the claim, and the adapter on it, when the job is deleted; false deletes it with the job.",
     )
 
     @model_validator(mode="after")

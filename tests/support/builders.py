@@ -211,7 +211,7 @@ def progress(**fields: Any) -> ProgressRecord:
 
 
 def seen(*bodies: dict[str, Any]) -> Observed:
-    """Jobs and pods, told apart by whether the QLoRAJob controls them."""
+    """Jobs, which the QLoRAJob controls, and pods, which it does not."""
     jobs = [body for body in bodies if body["metadata"]["ownerReferences"][0]["kind"] == "QLoRAJob"]
     return observe(UID, jobs, [body for body in bodies if body not in jobs])
 

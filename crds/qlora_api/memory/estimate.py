@@ -216,7 +216,7 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
         checkpoints           2·T·L·h, one input per layer; 4·T·L·h with upcast; 0 without gradient checkpointing
         layer_working_set     T·x for the one layer being recomputed and differentiated, or T·y and its largest linear
                               layer dequantized; without gradient checkpointing T·y more for each of the other layers
-        logits                12·V bytes per token: log-probabilities in 32 bit and two gradients; at most a chunk's;
+        logits                12·V bytes per token: log-probabilities in 32-bit and two gradients; at most a chunk's;
                               plus what the final norm keeps, 6·T·h, 9·T·h with upcast, 10·T·h with a chunked loss
 
         peak = context + base_weights + gathered_blocks + unquantized_weights + adapters + optimizer
@@ -337,7 +337,7 @@ def _capped_scores(model: ModelShape, training: TrainingShape) -> int:
 def _loss_working_set(model: ModelShape, training: TrainingShape) -> int:
     """Bytes of the logits of a chunk, or of all tokens, and of the hidden states that are kept for the final norm."""
     tokens_at_once = min(training.tokens, training.loss_chunk_tokens or training.tokens)
-    # The cap keeps what its hyperbolic tangent gave, in 16 bit.
+    # The cap keeps the output of its hyperbolic tangent, in 16-bit.
     per_logit = training.loss_bytes_per_logit + (0 if model.final_logit_softcapping is None else 2)
     kept = 9 if training.upcast else 6
     whole = (per_logit * model.vocab_size + kept * model.hidden_size) * training.tokens

@@ -76,7 +76,7 @@ def test_one_kinds_list_says_nothing_about_another() -> None:
 
 
 class Lists:
-    """Answers the lists of an otherwise empty cluster, or fails as told."""
+    """Answers the lists of an otherwise empty cluster, or raises `failure`."""
 
     def __init__(self) -> None:
         self.failure: ClusterError | None = None
