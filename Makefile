@@ -100,7 +100,7 @@ docs: $(VENV)/.synced-docs ## Build the documentation into site/; fails on a bro
 generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema, the reference
 	@$(PYTHON) crds/generate.py
 	@$(PYTHON) helm/values_schema.py
-	@$(PYTHON) docs/generate.py
+	@$(PYTHON) -m docs.generate
 
 .PHONY: images
 images: $(VENV)/.synced ## Build the operator's and the trainer's image
