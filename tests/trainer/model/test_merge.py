@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,8 @@ def test_any_server_can_load_it_and_both_losses_are_told(merged: tuple[StepConte
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     status = json.loads(context.workspace.completion("publish").read_text())["merged"]
 
+    # safetensors writes files that only their owner may read; a server may run as another user.
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
     assert not report["missing_keys"]
@@ -209,6 +211,22 @@ def test_without_room_nothing_is_merged_and_the_adapter_is_there(
     assert caught.value.exit_code is ExitCode.STORAGE_FULL
     assert (trained.workspace.adapter / "adapter_model.safetensors").is_file()
     assert not list(trained.workspace.root.glob(".*"))
+
+
+def test_without_room_for_the_4_bit_weights_nothing_is_trained(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merge could not be done after the training, which may take days."""
+    context = prepared(tmp_path / "job", tiny_llama, {"output": {"merged": {}}})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+
+    with pytest.raises(StepFailure, match=r"4-bit weights for the merge needs \d\.\d MiB, .* has 0\.0 MiB") as caught:
+        run(context)
+
+    assert caught.value.exit_code is ExitCode.STORAGE_FULL
+    assert not list(context.workspace.root.glob("*quantized*"))
+    assert not context.workspace.trained.exists()
 
 
 def test_a_training_that_kept_no_weights_trains_no_further_but_keeps_them(tmp_path: Path, tiny_llama: Path) -> None:
@@ -306,6 +324,20 @@ def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
     return TrainedJob("tiny", JOB_UID, context.spec, "tiny", packed, trained), context.workspace
 
 
+@pytest.fixture
+def freed_at_once() -> Iterator[None]:
+    """An allocator that returns pieces of a MiB and more to the kernel as soon as they are freed.
+
+    By default glibc maps only ever larger pieces, up to 32 MiB, and keeps the smaller ones for later: what a process
+    holds is then up to twice what it uses. Source: M_MMAP_THRESHOLD in mallopt(3).
+    """
+    allocator, mmap_threshold = ctypes.CDLL(None), -3
+    assert allocator.mallopt(mmap_threshold, 2**20) == 1
+    yield
+    allocator.mallopt(mmap_threshold, 2**25)
+
+
+@pytest.mark.usefixtures("freed_at_once")
 def test_a_merge_holds_one_file_and_one_layer_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it writes the model and while it tries it out."""
     shape = {**SHAPE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
@@ -320,9 +352,10 @@ def test_a_merge_holds_one_file_and_one_layer_in_memory(tmp_path: Path, monkeypa
 
     peak = peak_while(lambda: merge(*job, folder))
 
-    # The allocator keeps what is freed in pieces of less than 32 MiB, as these layers are.
-    kept = 96 * 2**20
-    assert peak - before <= shard + BYTES_PER_ENTRY * layer + kept < 0.7 * merged_bytes(merged_model(folder))
+    # Everything small: imports, headers, the allocator's own. Measured: 7 MiB.
+    rest = 12 * 2**20
+    assert rest < shard
+    assert peak - before <= shard + BYTES_PER_ENTRY * layer + rest < 0.3 * merged_bytes(merged_model(folder))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 8

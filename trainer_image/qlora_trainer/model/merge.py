@@ -125,8 +125,6 @@ def write_merged(model: Any, source: MergeSource, folder: Path, shard_bytes: int
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
         save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
-        # safetensors lets nobody but the owner read it; a server may run as another user of the same group.
-        (folder / file).chmod(0o644)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
