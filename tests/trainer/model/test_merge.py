@@ -114,7 +114,7 @@ def test_each_weight_is_the_dequantized_one_and_the_adapters_part_rounded_once(
     assert found.keys() | {f"{name}.weight" for name in held} == set(original)
 
 
-def test_any_server_can_load_it_and_both_losses_are_told(merged: tuple[StepContext, Path]) -> None:
+def test_any_server_can_load_it_and_both_losses_are_reported(merged: tuple[StepContext, Path]) -> None:
     context, _ = merged
     folder = context.workspace.merged
     config = json.loads((folder / "config.json").read_text())
@@ -136,27 +136,27 @@ def test_any_server_can_load_it_and_both_losses_are_told(merged: tuple[StepConte
         json.loads(context.workspace.completion("train").read_text())["evalLoss"], rel=1e-5
     )
     assert status["evalTokens"] == 26
-    card = (folder / "README.md").read_text()
-    assert f"{status['evalLoss']:.4f} merged" in card
-    assert "Do not quantize this model to 4 bit again" in card
+    model_card = (folder / "README.md").read_text()
+    assert f"{status['evalLoss']:.4f} merged" in model_card
+    assert "Do not quantize this model to 4-bit without measuring the result" in model_card
 
 
-def test_the_card_and_the_page_say_what_vllm_refuses_and_the_page_compares_the_losses(
+def test_model_card_and_page_state_what_vllm_does_not_serve_and_the_page_compares_the_losses(
     merged: tuple[StepContext, Path],
 ) -> None:
     context, _ = merged
     status = json.loads(context.workspace.completion("publish").read_text())
-    card = " ".join((context.workspace.adapter / "README.md").read_text().split())
+    model_card = " ".join((context.workspace.adapter / "README.md").read_text().split())
     page = Page((context.workspace.report / "report.html").read_text()).words
     lora, told = context.spec.lora, status["merged"]
 
     refused = "vLLM cannot serve this adapter: "
     if lora.use_dora:
-        refused += "it does not know DoRA (spec.lora.useDora)."
+        refused += "it does not support DoRA (spec.lora.useDora)."
     elif lora.modules_to_save:
-        refused += "it takes no modules that were trained whole (spec.lora.modulesToSave)."
+        refused += "it does not load fully trained modules (spec.lora.modulesToSave)."
     served = not (lora.use_dora or lora.modules_to_save)
-    for text in (card, page):
+    for text in (model_card, page):
         assert (refused in text) != served
         assert ("vllm serve" in text) == served
     assert status["adapter"].get("servedRank") == (8 if served else None)

@@ -1,7 +1,7 @@
-"""Ways to look finished without being so. None may end as a success: not the step, and not the job.
+"""Jobs that look finished and are not: neither the step nor the job may succeed.
 
-Each case spoils a job that is trained, or stops it where it hurts, and then lets the trainer's own command line and the
-operator's own decision look at what is left.
+Each case damages a trained job, or stops it at a critical moment, and then runs the trainer's own command line and the
+operator's own decision on what is left.
 """
 
 import json
@@ -41,12 +41,12 @@ def record_of(files: Files) -> TrainRecord:
 
 
 def rewritten(files: Files, **changes: Any) -> None:
-    """The record of training with other contents."""
+    """Write the train record with other contents."""
     write_completion(files.workspace / "records" / "train.json", record_of(files).model_copy(update=changes))
 
 
 def with_tensors(change: Callable[[dict[str, Tensor]], None], *, forge_sum: bool = True) -> Spoil:
-    """Change the trained tensors; with `forge_sum` the record says that it must be so."""
+    """Change the trained tensors; with `forge_sum` the train record gets their SHA-256."""
 
     def spoil(files: Files) -> None:
         tensors = load_file(adapter_file(files))
@@ -158,7 +158,7 @@ SPOILED: dict[str, tuple[Spoil, ExitCode]] = {
     "killed in the last save": (killed_in_the_last_save, ExitCode.BAD_CONFIGURATION),
     "killed before the record": (killed_before_the_record, ExitCode.BAD_CONFIGURATION),
     "the adapter is a link out of the workspace": (elsewhere, ExitCode.UNSAFE_ARTIFACT),
-    "somebody else's files lie at the destination": (occupied, ExitCode.BAD_CONFIGURATION),
+    "somebody else's files are at the destination": (occupied, ExitCode.BAD_CONFIGURATION),
 }
 
 
@@ -183,13 +183,13 @@ def verdict(done: Done) -> QLoRAJobStatus:
     return follow(job, child("publish", **dict[str, Any]({kind: ""})), ended(body, done.exit_code, message))
 
 
-def test_the_whole_chain_says_success_when_it_is_one(trained: Files) -> None:
+def test_a_real_success_is_one_for_trainer_and_operator(trained: Files) -> None:
     done = trained.run("publish")
     assert done.exit_code == 0, done.stderr
     assert verdict(done).phase == "Succeeded"
 
 
-def test_a_refused_adapter_is_no_success_for_the_operator(trained: Files) -> None:
+def test_a_rejected_adapter_is_no_success_for_the_operator(trained: Files) -> None:
     with_tensors(nan)(trained)
     done = trained.run("publish")
     assert done.result.outcome == "failed"
@@ -197,7 +197,7 @@ def test_a_refused_adapter_is_no_success_for_the_operator(trained: Files) -> Non
 
 
 MESSAGES: dict[str, Callable[[Done], str]] = {
-    "exit 0 without a word": lambda _: "",
+    "exit 0 without a record": lambda _: "",
     "a cut record": lambda done: done.termination[:-20],
     "another pod's record": lambda done: done.termination.replace(POD_UID, "7d0c2f5e-0000-4000-8000-00000000000f"),
     "another job's record": lambda done: done.termination.replace(JOB_UID, "7d0c2f5e-0000-4000-8000-00000000000e"),
@@ -206,7 +206,9 @@ MESSAGES: dict[str, Callable[[Done], str]] = {
         {key: value for key, value in json.loads(done.termination).items() if key != "adapter"}
     ),
     "a record that says that it failed": lambda done: done.termination.replace('"succeeded"', '"failed"'),
-    "a sum that is none": lambda done: done.termination.replace(json.loads(done.termination)["adapter"]["sha256"], "0"),
+    "a SHA-256 that is not one": lambda done: done.termination.replace(
+        json.loads(done.termination)["adapter"]["sha256"], "0"
+    ),
 }
 
 
@@ -244,7 +246,9 @@ def test_exit_0_with_a_perfect_record_is_a_success_whatever_the_kubelet_calls_it
     assert with_perfect_record(0, reason).phase == "Succeeded"
 
 
-def test_asked_to_stop_in_the_last_step_it_does_not_say_that_it_is_done(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_run_that_is_stopped_in_its_last_step_does_not_report_that_it_is_done(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
     context = prepared(tmp_path, tiny_llama)
     stop = StopRequest()
     with pytest.raises(Interrupted):

@@ -156,8 +156,8 @@ def test_a_large_manifest_in_a_repository_is_not_fetched(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"[]", "is no JSON object"),
-        (b"1", "is no JSON object"),
+        (b"[]", "is not a JSON object"),
+        (b"1", "is not a JSON object"),
         (NESTED, "is not JSON"),
         (b'{"peft_type": ' + b"[" * 400 + b"]" * 400 + b"}", "has peft_type: [[["),
         (b'{"peft_type": "' + b"a" * 2**23 + b'"}', "is not JSON of less than"),
@@ -174,7 +174,7 @@ def test_an_adapters_configuration_that_is_none_is_a_failure_that_says_so(
 def test_an_adapters_configuration_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "adapter_config.json")
     with bounded():
-        assert "no regular file" in _refused_configuration(tmp_path / "adapter_config.json")
+        assert "not a regular file" in _refused_configuration(tmp_path / "adapter_config.json")
 
 
 def _refused_configuration(path: Path) -> str:

@@ -91,7 +91,7 @@ def stored(bucket: S3Store) -> dict[str, bytes]:
 
 
 def pulled(bucket: S3Store, path: str, folder: Path) -> Path:
-    """`folder`, with what lies under a path of the bucket."""
+    """`folder`, with the objects under a path of the bucket."""
     folder.mkdir()
     for name, content in stored(bucket).items():
         (folder / name.removeprefix(f"{path}/")).write_bytes(content)
@@ -107,14 +107,14 @@ def refused(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> 
 
 
 def written(store: FaultProxy) -> list[str]:
-    """Names of the objects that were begun to be written, in order."""
+    """Names of the objects whose upload has started, in order."""
     begun = [request for request in store.seen if request.method == "PUT" and "partNumber" not in request.path]
     begun += [request for request in store.seen if request.method == "POST" and "?uploads" in request.path]
     begun.sort(key=store.seen.index)
     return [request.path.partition("?")[0].removeprefix(f"/{BUCKET}/adapters/tiny/") for request in begun]
 
 
-def test_the_files_lie_under_their_names_and_the_manifest_comes_last(
+def test_the_files_are_stored_under_their_names_and_the_manifest_is_written_last(
     publish: Publish, store: FaultProxy, bucket: S3Store, contents: Contents
 ) -> None:
     assert publish() == "s3://team/adapters/tiny"
@@ -194,8 +194,8 @@ def test_the_adapter_of_another_job_is_never_replaced(
     assert stored(bucket) == before
 
 
-def test_two_jobs_that_begin_at_once_do_not_mix(publish: Publish, store: FaultProxy, bucket: S3Store) -> None:
-    """The other one's claim comes between our look and our claim."""
+def test_two_jobs_that_start_at_once_do_not_mix(publish: Publish, store: FaultProxy, bucket: S3Store) -> None:
+    """The other one creates its claim after this one has found the folder free, and before this one claims it."""
     other = MANIFEST.model_copy(update={"job_uid": "two"}).text()
 
     def rule(request: Request) -> Fault | None:
@@ -265,7 +265,7 @@ def test_the_step_publishes_with_the_credentials_of_its_secret(
         assert not any(canary in text for text in (*said, *left))
 
 
-def test_a_merged_model_loads_from_what_lies_in_the_store(
+def test_a_merged_model_loads_from_the_store(
     tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several files with an index, as larger ones are."""

@@ -94,7 +94,7 @@ def test_a_configuration_that_is_a_link_is_rejected_even_if_the_file_behind_it_i
     """Whoever can change that file afterwards would change what is published."""
     behind = path.rename(path.with_name("elsewhere.json"))
     path.symlink_to(behind)
-    rejected(path, "adapter_config.json is missing, or no regular file")
+    rejected(path, "adapter_config.json is missing or not a regular file")
 
 
 def test_tensors_that_are_gone_since_the_training_are_an_unsafe_artifact(tmp_path: Path) -> None:

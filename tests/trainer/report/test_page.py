@@ -37,21 +37,21 @@ def test_the_page_shows_the_run_and_needs_nothing_else(finished: Files) -> None:
         f"{metrics.evaluation.values[0]:.4f} before training",
         "41 read, 30 trained on, 10 held out",
         "Left out 1 longer than 64 tokens (spec.training.maxSequenceLength)",
-        "% filled",
-        "held in 4 bit",
+        "% without padding",
+        "stored in 4-bit",
         "--max-lora-rank 8",
         "PeftModel.from_pretrained",
         "learningRate 0.005",
-        "In the data",
+        "Answer in the data",
     ):
         assert shown in page.words, shown
 
 
-def test_the_page_says_on_which_base_and_with_which_rank_the_adapter_is_served(finished: Files) -> None:
+def test_the_page_states_on_which_base_and_with_which_rank_to_serve_the_adapter(finished: Files) -> None:
     words = Page(page_of(finished)).words
     trained_on = "The adapter was trained on the base model in nf4 with double quantization"
-    assert f"{trained_on}, and that is the base that its loss was measured on: load it on the same 4-bit base" in words
-    rank = "A server must allow rank 8 for this adapter of rank 4: vLLM accepts certain values only"
+    assert f"{trained_on}, and its loss was measured on that base: load it on the same 4-bit base" in words
+    rank = "This adapter of rank 4 needs a server that allows rank 8: vLLM accepts certain values only"
     assert f"{rank}, and its default is 16." in words
 
 
@@ -81,13 +81,13 @@ def test_the_page_shows_the_bytes_of_each_kind_of_layer(finished: Files) -> None
     }
     for name, (outputs, inputs) in shapes.items():
         weights = outputs * inputs
-        # Two to a byte; a byte for each 64; a mean and one scale for all of those; tables of 16 and of 256 values.
-        held = weights // 2 + weights // 64 + 4 + 4 + 16 * 4 + 256 * 4
-        row = f"{name} 2 {outputs} × {inputs} {held:,} {8 * held / weights:.3f}"
+        # Two weights per byte; a byte per 64 weights; a mean and a scale for all those; tables of 16 and 256 values.
+        stored = weights // 2 + weights // 64 + 4 + 4 + 16 * 4 + 256 * 4
+        row = f"{name} 2 {outputs} × {inputs} {stored:,} {8 * stored / weights:.3f}"
         assert row in words, row
 
 
-def test_the_samples_are_what_plain_peft_says(finished: Files) -> None:
+def test_the_samples_are_what_plain_peft_answers(finished: Files) -> None:
     samples = Samples.model_validate_json((finished.workspace / "report" / "samples.json").read_bytes())
     assert len(samples.samples) == 1
     sample = samples.samples[0]
@@ -130,10 +130,10 @@ def test_what_users_and_data_wrote_cannot_become_markup(trained: Files) -> None:
     assert page.words.count(attack) == 4
 
 
-def test_a_report_without_samples_says_why(trained: Files) -> None:
+def test_a_report_without_samples_states_why(trained: Files) -> None:
     (trained.workspace / "report" / "samples.json").unlink()
     published(trained)
-    assert "No samples: training left none." in Page(page_of(trained)).words
+    assert "No samples: training wrote none." in Page(page_of(trained)).words
 
 
 def history_of(**curves: Curve) -> MetricsHistory:

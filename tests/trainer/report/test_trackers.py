@@ -37,7 +37,7 @@ class MLflowGoesAway(Recorded):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, list[dict[str, float]]]:
-    """The report folder of a run that was lost in step 1, stopped after step 3 and went on, and its metrics."""
+    """The report folder of a run that was lost in step 1, stopped after step 3 and resumed, and its metrics."""
     spec: dict[str, Any] = {"training": {"reportTo": ["tensorboard", "mlflow", "wandb"]}}
     context = prepared(tmp_path_factory.mktemp("tracked"), tiny_llama, spec)
     stop = StopRequest()
@@ -137,7 +137,7 @@ def test_a_tool_that_is_not_installed_is_named_before_anything_is_done(
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_a_tool_that_fails_in_the_midst_gets_no_more_and_the_run_and_the_others_go_on(
+def test_a_tool_that_fails_in_the_middle_gets_no_more_metrics_and_the_run_and_the_others_continue(
     tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     context = prepared(tmp_path, tiny_llama, {"training": {"reportTo": ["mlflow", "tensorboard"]}})
@@ -148,10 +148,10 @@ def test_a_tool_that_fails_in_the_midst_gets_no_more_and_the_run_and_the_others_
     assert list(losses(history(context))) == [1, 2, 3, 4, 5, 6]
     events = EventAccumulator(str(context.workspace.report / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    assert warnings(caplog) == ["mlflow failed at step 4 and gets nothing more from this process"]
+    assert warnings(caplog) == ["mlflow failed at step 4 and gets no more metrics from this process"]
 
 
-def test_a_server_that_is_away_at_the_start_costs_no_run(
+def test_a_server_that_is_unreachable_at_the_start_does_not_fail_the_run(
     tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -161,7 +161,7 @@ def test_a_server_that_is_away_at_the_start_costs_no_run(
         context = prepared(tmp_path, tiny_llama, {"training": {"reportTo": ["mlflow"], "maxSteps": 1}})
         assert run(context).training_step == 1
 
-    assert warnings(caplog) == ["mlflow could not be opened and gets nothing more from this process"]
+    assert warnings(caplog) == ["mlflow could not be opened and gets no more metrics from this process"]
 
 
 def test_a_tool_that_cannot_be_closed_does_not_hide_that_the_run_was_stopped(
@@ -173,11 +173,11 @@ def test_a_tool_that_cannot_be_closed_does_not_hide_that_the_run_was_stopped(
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=MLflowGoesAway(context, lambda progress: progress.activity == "interrupted"))
 
-    assert warnings(caplog) == ["mlflow could not be closed and gets nothing more from this process"]
+    assert warnings(caplog) == ["mlflow could not be closed and gets no more metrics from this process"]
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was said of the tools, up to where it says what has the metrics."""
+    """The warnings about the tools, up to the name of the file that has the metrics."""
     return [
         record.message.partition(";")[0] for record in caplog.records if record.name == "qlora_trainer.report.trackers"
     ]

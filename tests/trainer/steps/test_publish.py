@@ -1,4 +1,4 @@
-"""What publish leaves, for people, for PEFT and for servers; what it refuses; and what clean deletes."""
+"""What publish leaves, for people, for PEFT and for servers; what it rejects; and what clean deletes."""
 
 import json
 import os
@@ -34,8 +34,8 @@ from tests.trainer.conftest import MakeContext
 OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
 
 
-def refused(files: Files, code: ExitCode, *words: str, uid: str = JOB_UID) -> None:
-    """Check that publish refuses, for a reason that has these words, and does not say that it has published."""
+def rejected(files: Files, code: ExitCode, *words: str, uid: str = JOB_UID) -> None:
+    """Check that publish fails, for a reason with these words, and leaves no record of a success."""
     with pytest.raises(StepFailure) as failure:
         published(files, uid=uid)
     assert failure.value.exit_code is code, failure.value
@@ -49,7 +49,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_command_reports_the_adapter_that_lies_there(finished: Files) -> None:
+def test_the_command_reports_the_adapter_that_is_there(finished: Files) -> None:
     *earlier, last = (finished.root / "publish.stdout").read_text().splitlines()
     for line in earlier:
         assert isinstance(decode_record(line, job_uid=JOB_UID, pod_uid=POD_UID), ProgressRecord)
@@ -120,27 +120,27 @@ def test_the_folder_describes_itself(finished: Files) -> None:
     }
     assert set(described) == {"adapter_model.safetensors", "adapter_config.json", "README.md", "loss.png"}
 
-    card = ModelCard.load(folder / "README.md")
-    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
-    assert "--max-lora-rank 8" in card.text
-    assert 'bnb_4bit_quant_type="nf4"' in card.text
-    assert "30 of 41 rows" in card.text
-    words = " ".join(card.text.split())
+    model_card = ModelCard.load(folder / "README.md")
+    assert (model_card.data.library_name, model_card.data.pipeline_tag) == ("peft", "text-generation")
+    assert "--max-lora-rank 8" in model_card.text
+    assert 'bnb_4bit_quant_type="nf4"' in model_card.text
+    assert "30 of 41 rows" in model_card.text
+    words = " ".join(model_card.text.split())
     assert "1 were left out because they are longer than 64 tokens." in words
-    base = "the base held in nf4 with double quantization, as loaded above: serve it so to get the same answers"
-    assert f"The losses above are those of the adapter on {base}" in words
-    assert "{{" not in card.text
-    assert str(finished.root) not in card.content
+    base = "the base in nf4 with double quantization, as loaded above: serve it on that base to get the same answers"
+    assert f"The losses above were measured with the adapter on {base}" in words
+    assert "{{" not in model_card.text
+    assert str(finished.root) not in model_card.content
 
 
-def test_the_card_of_a_model_from_the_hub_names_its_commit(trained: Files) -> None:
+def test_the_model_card_of_an_adapter_for_a_hub_model_names_its_commit(trained: Files) -> None:
     files = trained.with_spec({"model": {"source": "hf://acme/tiny"}})
     config = files.workspace / "trained" / "adapter_config.json"
     config.write_text(config.read_text().replace("pvc://models/model", "acme/tiny"))
     published(files)
-    card = ModelCard.load(files.workspace / "adapter" / "README.md")
-    assert card.data.base_model == "acme/tiny"
-    assert "vllm serve acme/tiny --revision sha256:" in card.text
+    model_card = ModelCard.load(files.workspace / "adapter" / "README.md")
+    assert model_card.data.base_model == "acme/tiny"
+    assert "vllm serve acme/tiny --revision sha256:" in model_card.text
 
 
 def test_the_report_shows_the_run(finished: Files) -> None:
@@ -170,7 +170,7 @@ def test_publishing_again_changes_nothing(trained: Files) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_a_damaged_or_half_written_publication_is_made_whole(trained: Files) -> None:
+def test_a_damaged_or_half_written_publication_is_repaired(trained: Files) -> None:
     published(trained)
     folder = trained.workspace / "adapter"
     whole = content(folder)
@@ -234,7 +234,7 @@ def _partly_untrained(tensors: Tensors) -> None:
         (_partly_untrained, ExitCode.INTERNAL_ERROR, "no gradient has reached 1 of 14 layers"),
     ],
 )
-def test_an_adapter_that_is_not_whole_finite_and_trained_is_refused(
+def test_an_adapter_that_is_not_complete_finite_and_trained_is_rejected(
     trained: Files, spoil: Callable[[Tensors], None], code: ExitCode, word: str
 ) -> None:
     path = trained.workspace / "trained" / "adapter_model.safetensors"
@@ -246,7 +246,7 @@ def test_an_adapter_that_is_not_whole_finite_and_trained_is_refused(
     assert record is not None
     digest = sha256(path.read_bytes()).hexdigest()
     write_completion(completion, record.model_copy(update={"adapter_sha256": digest}))
-    refused(trained, code, word)
+    rejected(trained, code, word)
     assert not (trained.workspace / "adapter").exists()
 
 
@@ -262,15 +262,15 @@ def test_an_adapter_that_is_not_whole_finite_and_trained_is_refused(
         ("auto_mapping", {"base_model_class": "Evil", "parent_library": "evil"}),
     ],
 )
-def test_a_configuration_that_does_not_describe_the_adapter_is_refused(trained: Files, key: str, value: Any) -> None:
+def test_a_configuration_that_does_not_describe_the_adapter_is_rejected(trained: Files, key: str, value: Any) -> None:
     path = trained.workspace / "trained" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    refused(trained, ExitCode.INTERNAL_ERROR, f"adapter_config.json has {key}")
+    rejected(trained, ExitCode.INTERNAL_ERROR, f"adapter_config.json has {key}")
 
 
 def test_the_steps_before_must_be_done(trained: Files) -> None:
     (trained.workspace / "records" / "train.json").unlink()
-    refused(trained, ExitCode.BAD_CONFIGURATION, "run the train step first")
+    rejected(trained, ExitCode.BAD_CONFIGURATION, "run the train step first")
 
 
 def to(files: Files, destination: str) -> Files:
@@ -293,7 +293,7 @@ def test_the_adapter_of_another_job_is_never_replaced(trained: Files) -> None:
     published(files, uid=OTHER_UID)
     (files.workspace / "records" / "publish.json").unlink()
     before = content(files.data / "adapter")
-    refused(files, ExitCode.BAD_CONFIGURATION, "holds another adapter, of job 'tiny'", OTHER_UID)
+    rejected(files, ExitCode.BAD_CONFIGURATION, "holds another adapter, of job 'tiny'", OTHER_UID)
     assert content(files.data / "adapter") == before
 
 
@@ -329,8 +329,8 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(tmp_path: Path) 
 def test_files_of_somebody_else_are_never_replaced(trained: Files) -> None:
     (trained.data / "precious").mkdir()
     (trained.data / "precious" / "thesis.tex").write_text("years of work")
-    refused(to(trained, "pvc://data/precious"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
-    refused(to(trained, "pvc://data/train.jsonl"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
+    rejected(to(trained, "pvc://data/precious"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
+    rejected(to(trained, "pvc://data/train.jsonl"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
     assert os.listdir(trained.data / "precious") == ["thesis.tex"]
 
 
@@ -351,15 +351,15 @@ def test_an_empty_folder_is_a_free_destination(trained: Files) -> None:
     assert (trained.data / "empty" / "adapter_model.safetensors").is_file()
 
 
-def test_a_link_that_leads_out_of_the_volume_is_refused(trained: Files, tmp_path: Path) -> None:
+def test_a_link_that_leads_out_of_the_volume_is_rejected(trained: Files, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (trained.data / "link").symlink_to(tmp_path / "outside")
-    refused(to(trained, "pvc://data/link/adapter"), ExitCode.UNSAFE_ARTIFACT, "outside of its volume")
+    rejected(to(trained, "pvc://data/link/adapter"), ExitCode.UNSAFE_ARTIFACT, "outside of its volume")
     assert list((tmp_path / "outside").iterdir()) == []
 
 
 def test_a_claim_that_is_not_mounted_is_no_destination(trained: Files) -> None:
-    refused(to(trained, "pvc://elsewhere/adapter"), ExitCode.UNREACHABLE, "'elsewhere' is not mounted")
+    rejected(to(trained, "pvc://elsewhere/adapter"), ExitCode.UNREACHABLE, "'elsewhere' is not mounted")
 
 
 def test_clean_deletes_scratch_only_and_publish_still_knows(trained: Files, tmp_path: Path) -> None:

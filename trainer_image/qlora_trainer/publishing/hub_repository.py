@@ -16,7 +16,7 @@ from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.hub import Hub, Listing
 from qlora_trainer.stores.retry import read_back
 
-# What the hub puts into a repository when it makes it.
+# The files that the hub itself creates in a new repository.
 _OF_THE_HUB = frozenset({".gitattributes"})
 
 
@@ -24,7 +24,7 @@ class HubDestination:
     """A model repository of the hub as a destination. See Destination."""
 
     def __init__(self, source: HubSource, secret: Secret) -> None:
-        """The token is that of the Secret; without one, that of the user who is logged in here."""
+        """Uses the token of the Secret; without one, that of the user who is logged in here."""
         self.uri = f"hf://{source.repository}"
         self._repository = source.repository
         own = get_token()
@@ -41,7 +41,7 @@ class HubDestination:
             return parse_manifest(self._hub.fetch(listing, file, Path(folder)).read_bytes())
 
     def holders(self) -> tuple[Manifest, ...]:
-        """See Destination. A commit is there whole or not at all."""
+        """See Destination. A commit is complete or absent."""
         manifest = self.published()
         return () if manifest is None else (manifest,)
 
@@ -51,7 +51,7 @@ class HubDestination:
         return listing is None or set(listing.files) <= _OF_THE_HUB
 
     def damaged(self, manifest: Manifest) -> str | None:
-        """See Destination. Every file is read: the digest that the hub lists is the one that a commit has stated."""
+        """See Destination. Reads every file: the digest that the hub lists is only what a commit has stated."""
         listing = self._listing()
         for name, described in manifest.files.items():
             file = None if listing is None else listing.files.get(name)

@@ -13,7 +13,7 @@ from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 
 MAX_MANIFEST_BYTES = 2**22
-"""Enough for tens of thousands of files. Whoever can write to a destination says how large the file there is."""
+"""Enough for tens of thousands of files. The size is limited since anybody may have written the file that is there."""
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
@@ -30,7 +30,7 @@ class Manifest(ObservedModel):
     files: dict[str, PublishedFile]
 
     def text(self) -> bytes:
-        """The manifest as its file holds it. The same run gives the same bytes."""
+        """The content of the manifest's file. The same run gives the same bytes."""
         return (json.dumps(self.dump(), indent=2, sort_keys=True) + "\n").encode()
 
     def same_run(self, other: "Manifest") -> bool:
@@ -54,7 +54,7 @@ def run_manifest(job: TrainedJob, contents: Contents) -> Manifest:
 
 
 def parse_manifest(content: bytes | None) -> Manifest | None:
-    """The manifest in a file's content; None if there is none in it, or more than MAX_MANIFEST_BYTES."""
+    """The manifest in a file's content; None if it holds none, or is larger than MAX_MANIFEST_BYTES."""
     if content is None or len(content) > MAX_MANIFEST_BYTES:
         return None
     try:
@@ -64,8 +64,8 @@ def parse_manifest(content: bytes | None) -> Manifest | None:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest in a file of a folder; None if there is none, as in a link, a pipe or a file that is too large."""
-    # A pipe would be waited for, and a link can lead to a device without an end.
+    """The manifest in a file of a folder; None if there is none, or a link, a pipe or a file that is too large."""
+    # Reading a pipe would block, and a link can lead to an endless device.
     if path.is_symlink() or not path.is_file():
         return None
     with path.open("rb") as file:

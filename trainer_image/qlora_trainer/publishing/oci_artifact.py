@@ -1,4 +1,4 @@
-"""Publishes as an artifact of an OCI registry, whose tag is set last."""
+"""Publishes an artifact to an OCI registry and sets its tag last."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ class RegistryDestination:
     def published(self) -> Manifest | None:
         """See Destination."""
         blob = self._files().get(PUBLISHED_MANIFEST)
-        # Whoever has published under this tag says how large the file is, and it is read into memory.
+        # The size is stated by whoever has published under this tag, and the file is read into memory.
         if blob is None or blob.size > MAX_MANIFEST_BYTES:
             return None
         return parse_manifest(self._registry.read(blob))
@@ -40,7 +40,7 @@ class RegistryDestination:
         return self._artifact() is None
 
     def damaged(self, manifest: Manifest) -> str | None:
-        """See Destination. A registry checks content when it takes it; what it gives back is asked of it here."""
+        """See Destination. A registry checks content when it receives it; this checks what it returns."""
         files = self._files()
         for name, described in manifest.files.items():
             blob = Blob(f"sha256:{described.sha256}", described.size)
@@ -64,7 +64,8 @@ class RegistryDestination:
         found, damaged = self._artifact(), self.damaged(manifest)
         if found is None or found.digest != digest_of(artifact) or damaged is not None:
             raise unreachable(
-                f"{self.uri}: {damaged or 'the tag'} does not read back as it was written: tried again later"
+                f"{self.uri}: {damaged or 'the tag'} does not read back as it was written: the next attempt writes it "
+                "again"
             )
 
     def location(self) -> str:

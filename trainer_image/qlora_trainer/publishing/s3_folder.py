@@ -1,4 +1,4 @@
-"""Publishes into a folder of an object store, whose objects appear one by one."""
+"""Publishes into a folder of an object store, where objects appear one by one."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.retry import read_back
 from qlora_trainer.stores.s3 import ObjectFolder
 
-# There while files are being written, so that the next attempt knows them for its own; the manifest takes its place.
+# Present while files are being written, so that the next attempt recognizes them as its own; the manifest replaces it.
 _CLAIM = ".manifest.partial.json"
 
 
@@ -47,7 +47,7 @@ class ObjectDestination:
         return None
 
     def write(self, contents: Contents, manifest: Manifest) -> None:
-        """See Destination. Files that an earlier attempt has written whole are not written again."""
+        """See Destination. Files that an earlier attempt has written completely are not written again."""
         self._claim(manifest)
         self._folder.delete(PUBLISHED_MANIFEST)
         stored = self._folder.list()
@@ -57,12 +57,10 @@ class ObjectDestination:
             if not (whole and self._folder.digest(name) == described.sha256):
                 self._folder.write(name, content)
                 if read_back(partial(self._folder.digest, name)) != described.sha256:
-                    raise unreachable(f"{self.uri}/{name} does not read back as it was written: it is written again")
+                    raise self._differs(name)
         self._folder.write(PUBLISHED_MANIFEST, manifest.text())
         if self.published() != manifest:
-            raise unreachable(
-                f"{self.uri}/{PUBLISHED_MANIFEST} does not read back as it was written: it is written again"
-            )
+            raise self._differs(PUBLISHED_MANIFEST)
         self._folder.delete(_CLAIM)
 
     def location(self) -> str:
@@ -71,6 +69,9 @@ class ObjectDestination:
 
     def _manifest(self, name: str) -> Manifest | None:
         return parse_manifest(self._folder.read(name, most=MAX_MANIFEST_BYTES))
+
+    def _differs(self, name: str) -> StepFailure:
+        return unreachable(f"{self.uri}/{name} does not read back as it was written: the next attempt writes it again")
 
     def _claim(self, manifest: Manifest) -> None:
         """Create the claim, unless an earlier attempt has. Raises StepFailure if the folder is another run's by now."""

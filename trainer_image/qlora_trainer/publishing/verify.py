@@ -1,4 +1,4 @@
-"""Checks a trained adapter before anybody may use it: the right file, every tensor, every number."""
+"""Verifies a trained adapter before it is published: the right files, every tensor, every number."""
 
 import json
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ from qlora_trainer.training.fingerprint import digest, run_fingerprint
 from qlora_trainer.training.schedule import Schedule
 
 _B_SUFFIX = ".lora_B.weight"
-# It names every trained layer: some 50 KB for the largest models.
+# It names every target module: about 50 KB for the largest models.
 _MAX_CONFIG_BYTES = 2**22
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor of a complete adapter is."""
+    """Shape and dtype of a tensor of a complete adapter."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,7 +50,7 @@ def verify_adapter(
     """Check both files of an adapter, `sha256` being what training recorded for its tensors.
 
     Raises StepFailure: UNSAFE_ARTIFACT if they are not what training wrote, DIVERGED if a number is not finite,
-    BAD_CONFIGURATION if nothing was learned, INTERNAL_ERROR if it is not the adapter that was asked for.
+    BAD_CONFIGURATION if training changed nothing, INTERNAL_ERROR if it is not the adapter that the spec describes.
     """
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
@@ -67,7 +67,7 @@ def verify_adapter(
 
 
 def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
-    """Each tensor that a complete adapter holds by its name, found by a model that has sizes but no weights.
+    """Each tensor that a complete adapter holds by its name, from a model that has shapes but no weights.
 
     A of a layer is [rank, inputs], B is [outputs, rank] and DoRA's magnitude [outputs]; the names are those of PEFT's
     adapter files.
@@ -102,7 +102,7 @@ def verify_tensors(path: Path, sha256: str, expected: Mapping[str, Expected], lo
                 name for name, wanted in expected.items() if not _checked(name, tensors.get_tensor(name), wanted, lora)
             ]
     except SafetensorError as error:
-        raise _wrong_adapter(f"{path.name} is no safetensors file: {error}") from error
+        raise _wrong_adapter(f"{path.name} is not a safetensors file: {error}") from error
     if lora.initialization == "default":
         _require_learned(unmoved, sum(name.endswith(_B_SUFFIX) for name in expected))
 
@@ -118,7 +118,7 @@ def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec
     if tuple(tensor.shape) != expected.shape:
         raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
     if tensor.dtype != expected.dtype:
-        why = f"spec.lora.dtype is {lora.dtype}" if ".lora_" in name else "what is trained whole keeps the base's type"
+        why = f"spec.lora.dtype is {lora.dtype}" if ".lora_" in name else "fully trained modules keep the base's dtype"
         raise _wrong_adapter(f"{name} is {tensor.dtype}, not {expected.dtype}: {why}")
     if not bool(torch.isfinite(tensor).all()):
         raise StepFailure(
@@ -174,14 +174,14 @@ def verify_config(
 
 def _read_config(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
-        raise _wrong_adapter(f"{path.name} is missing, or no regular file")
+        raise _wrong_adapter(f"{path.name} is missing or not a regular file")
     try:
         with path.open("rb") as file:
             config = json.loads(file.read(_MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         raise _wrong_adapter(f"{path.name} is not JSON of less than {_MAX_CONFIG_BYTES} bytes ({error})") from error
     if not isinstance(config, dict):
-        raise _wrong_adapter(f"{path.name} is no JSON object")
+        raise _wrong_adapter(f"{path.name} is not a JSON object")
     return config
 
 
@@ -189,32 +189,32 @@ def _brief(value: object) -> str:
     try:
         text = json.dumps(value)
     except RecursionError:
-        text = "a value that nests without end"
+        text = "a value that is nested too deeply"
     return shortened(text, 80)
 
 
 def _wrong_adapter(what: str) -> StepFailure:
     return StepFailure(
-        ExitCode.INTERNAL_ERROR, f"{what}: this is a defect of the trainer, please report it; nothing was published"
+        ExitCode.INTERNAL_ERROR, f"{what}: this is a bug in the trainer, please report it; nothing was published"
     )
 
 
 def require_own_training(
     prepared: PrepareRecord, trained: TrainRecord, spec: QLoRAJobSpec, workspace: WorkspaceLayout
 ) -> None:
-    """Raise StepFailure (UNSAFE_ARTIFACT) unless the record of training is of this spec, data and number of steps."""
+    """Raise StepFailure (UNSAFE_ARTIFACT) unless the train record is of this spec, data and number of steps."""
     path = workspace.completion("train")
-    # Publish runs without a GPU and need not know what training ran on.
+    # Publish runs without a GPU and does not know which device training ran on.
     fingerprints = {digest(run_fingerprint(spec, prepared, device, trained.ranks)) for device in get_args(Device)}
     if trained.fingerprint not in fingerprints:
         raise unsafe_artifact(
-            f"{path} is of another run: model, data, settings or versions differ from this job's, so its adapter "
-            "is not published; create the job again, with one version of the trainer from its start to its end"
+            f"{path} belongs to another run: model, data, settings or versions differ from this job's, so its adapter "
+            "is not published; create the job again, and keep one version of the trainer for all of its steps"
         )
     sequences = len(PreparedDataset.open(workspace.root / prepared.data_path, "train"))
     planned = Schedule.of(sequences, spec.training).total_steps
     if trained.training_step != planned:
         raise unsafe_artifact(
-            f"{path} says {trained.training_step} optimizer steps, but this job has {planned}: an adapter that is not "
-            "trained to the end is not published; delete the file and run the train step again"
+            f"{path} states {trained.training_step} optimizer steps, but this job has {planned}: an adapter that is "
+            "not fully trained is not published; delete the file and run the train step again"
         )

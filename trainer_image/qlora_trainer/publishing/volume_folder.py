@@ -1,4 +1,4 @@
-"""Publishes into a folder of a volume: whole or not at all, and read back."""
+"""Publishes into a folder of a volume: complete or not at all, and read back."""
 
 import glob
 import os
@@ -16,7 +16,7 @@ class VolumeFolder:
     """A folder of a volume as a destination. See Destination."""
 
     def __init__(self, folder: Path, uri: str, *, owner: str) -> None:
-        """`owner` tells this process from another one that may write there at the same time."""
+        """`owner` distinguishes this process from another one that may write there at the same time."""
         self.uri = uri
         self._folder = folder
         self._owner = owner
@@ -74,7 +74,7 @@ def _write(path: Path, content: Path | bytes) -> None:
 
 
 def _swap(stage: Path, folder: Path) -> None:
-    """Rename over an empty folder or none; a folder of the same run, which is damaged or older, makes room first."""
+    """Rename over an empty folder or none; a folder of the same run, damaged or older, is moved aside first."""
     if folder.exists() and any(folder.iterdir()):
         folder.rename(stage.with_suffix(f".replaced{PARTIAL}"))
     os.replace(stage, folder)
@@ -87,7 +87,7 @@ def _require_intact(folder: Path, manifest: Manifest) -> None:
 
 
 def _damaged_file(folder: Path, manifest: Manifest) -> str | None:
-    """The first file of the manifest that is missing in the folder or has another SHA-256; None if all is well."""
+    """The first file of the manifest that is missing in the folder or has another SHA-256; None if all are intact."""
     for name, described in manifest.files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file() or file_sha256(path) != described.sha256:

@@ -1,4 +1,4 @@
-"""Draws a run's curves: the picture of the loss for cards and mails, and the charts of the report."""
+"""Draws a run's curves: the picture of the loss for model cards and email, and the charts of the report."""
 
 from collections.abc import Mapping
 from io import BytesIO
@@ -12,12 +12,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from qlora_trainer.report.metrics_log import Curve, MetricsHistory
 
 _BLUE, _ORANGE, _GREY, _LIGHT = "#2563eb", "#d9480f", "#6b7280", "#e5e7eb"
-# The smoothed curve weighs about this share of the run at a time.
+# The smoothed curve averages over about this share of the run.
 _SMOOTHED_SHARE = 0.05
 
 
 def loss_picture(history: MetricsHistory, title: str, subtitle: str) -> bytes:
-    """A PNG of 1440 × 810 pixels: training loss of each step, its smoothed course, and the held-out rows' loss."""
+    """A PNG of 1440 × 810 pixels: training loss per step, the same smoothed, and held-out loss."""
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": _GREY}):
         figure, axes = _figure(9.6, 5.4)
         _plot_loss(axes, history)
@@ -39,7 +39,7 @@ def loss_chart(history: MetricsHistory) -> str:
 def chart(name: str, label: str, curve: Curve, *, logarithmic: bool = False, unit: str = "") -> str:
     """One quantity over optimizer steps as an SVG element; nothing for an empty curve.
 
-    `name` keeps the identifiers inside apart from those of other charts on the same page.
+    `name` makes the identifiers in it differ from those of other charts on the same page.
     """
 
     def plot(axes: Any) -> None:

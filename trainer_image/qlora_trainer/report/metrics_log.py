@@ -15,7 +15,7 @@ class MetricsLog:
     """`report/metrics.jsonl`: a line for each optimizer step and one for each evaluation."""
 
     def __init__(self, folder: Path, length: int, trackers: Sequence[Tracker] = ()) -> None:
-        """Open the file and cut it to `length` bytes: what a lost attempt wrote after its checkpoint happens again.
+        """Open the file and cut it to `length` bytes: steps that a lost attempt took after its checkpoint are repeated.
 
         Each line goes to the `trackers` too.
         """
@@ -25,7 +25,7 @@ class MetricsLog:
         self._file.truncate(min(length, self._file.tell()))
 
     def append(self, entry: Mapping[str, float]) -> None:
-        """Add a line. Raises ValueError for a number that JSON does not have."""
+        """Add a line. Raises ValueError for a number that JSON cannot express."""
         self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         self._file.flush()
         for tracker in self._trackers:
@@ -40,7 +40,7 @@ class MetricsLog:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        """No more lines from this process. The trackers write what they hold back; a failure leaves them unfinished."""
+        """Close the file. The trackers write what they have buffered; a failure leaves their runs unfinished."""
         try:
             self._file.close()
         finally:
@@ -73,24 +73,24 @@ class Curve:
 
     @property
     def median(self) -> float | None:
-        """The middle value; None of nothing."""
+        """The middle value; None for an empty curve."""
         return sorted(self.values)[len(self.values) // 2] if self.values else None
 
 
 @dataclass(frozen=True)
 class MetricsHistory:
-    """What `metrics.jsonl` says. A quantity that a run did not measure is an empty curve."""
+    """What `metrics.jsonl` holds. A quantity that a run did not measure is an empty curve."""
 
     loss: Curve
-    """Nats a target token, of each step."""
+    """Nats per target token, for each step."""
     evaluation: Curve
-    """The same on the held-out rows, of each evaluation."""
+    """The same on the held-out rows, for each evaluation."""
     learning_rate: Curve
     grad_norm: Curve
     """Before it is clipped."""
     tokens_per_second: Curve
     memory: Curve
-    """Bytes: the peak of the step on a GPU; on a CPU what the process held then."""
+    """Bytes: on a GPU the peak of the step; on a CPU the resident memory at its end."""
 
 
 def _entry(line: Any) -> tuple[int, dict[str, float]]:
@@ -99,7 +99,7 @@ def _entry(line: Any) -> tuple[int, dict[str, float]]:
 
 
 def read_history(metrics: Path) -> MetricsHistory:
-    """Read the metrics. Raises ValueError, naming file and line, for a line that is no metric."""
+    """Read the metrics. Raises ValueError, naming file and line, for a line that is not a metric."""
     entries: list[tuple[int, dict[str, float]]] = []
     for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
         try:

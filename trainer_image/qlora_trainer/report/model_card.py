@@ -25,7 +25,7 @@ def variant_label(lora: LoraSpec) -> str:
         "DoRA" if lora.use_dora else "",
         "LoftQ" if lora.initialization == "loftq" else "",
         f"blocks {', '.join(map(str, lora.layers_to_transform))}" if lora.layers_to_transform else "",
-        f"{' and '.join(lora.modules_to_save)} trained whole" if lora.modules_to_save else "",
+        f"{' and '.join(lora.modules_to_save)} fully trained" if lora.modules_to_save else "",
     ]
     return ", ".join(part for part in parts if part) or "LoRA"
 
@@ -73,14 +73,14 @@ def merged_model_card(job: TrainedJob, loss: float | None) -> str:
         )
     return f"""# {job.name}, merged
 
-The adapter of this job merged into `{job.base_name}` (`{job.prepared.model_revision}`), in bfloat16. It loads as any
-model does, and needs no adapter beside it.
+The adapter of this job merged into `{job.base_name}` (`{job.prepared.model_revision}`), in bfloat16. Load it like any
+other model, without an adapter.
 
 {comparison}
 
 The base's weights are those that the adapter was trained on: {quantization_label(job.spec.quantization)}, dequantized.
 They differ from the original weights by the error of that quantization, which the adapter was trained with.
 
-Do not quantize this model to 4 bit again without measuring it: rounding can take away as much as the adapter has added.
-To serve in 4 bit, load the original model in 4 bit and the adapter beside it.
+Do not quantize this model to 4-bit without measuring the result: the rounding error can be as large as what the adapter
+has added. To serve in 4-bit, load the original model in 4-bit, and the adapter on it.
 """

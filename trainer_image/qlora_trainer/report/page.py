@@ -27,7 +27,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Figure:
-    """A number on top of the page."""
+    """A number at the top of the page."""
 
     label: str
     value: str
@@ -68,7 +68,7 @@ def _page(
     samples: Samples,
     merged: MergedStatus | None,
 ) -> str:
-    # Names, prompts and answers come from users and data: everything is escaped but the charts, which are drawn here.
+    # Names, prompts and answers come from users and data: everything is escaped except the charts, which are our own.
     environment = Environment(
         loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -107,25 +107,23 @@ def _figures(
     figures.append(Figure("Training loss", f"{trained.loss:.4f}", "of the last step"))
     speed = history.tokens_per_second.median
     if speed is not None:
-        figures.append(Figure("Tokens a second", f"{speed:,.0f}", "median, without padding"))
+        figures.append(Figure("Tokens per second", f"{speed:,.0f}", "median, without padding"))
     if trained.bits_per_parameter is not None:
-        held = f"{trained.quantized_parameters or 0:,} held in 4 bit, constants included"
-        figures.append(Figure("Bits a weight", f"{trained.bits_per_parameter:.3f}", held))
+        stored = f"{trained.quantized_parameters or 0:,} stored in 4-bit, constants included"
+        figures.append(Figure("Bits per weight", f"{trained.bits_per_parameter:.3f}", stored))
     if trained.peak_memory_bytes is not None:
-        estimate = prepared.memory.estimate_bytes / _GIB
-        figures.append(
-            Figure("Peak memory", f"{trained.peak_memory_bytes / _GIB:.2f} GiB", f"estimated for a GPU: {estimate:.2f}")
-        )
+        peak, estimate = trained.peak_memory_bytes / _GIB, prepared.memory.estimate_bytes / _GIB
+        figures.append(Figure("Peak memory", f"{peak:.2f} GiB", f"estimate for a GPU: {estimate:.2f} GiB"))
     return figures
 
 
 def _charts(history: MetricsHistory, device: Device) -> list[str]:
-    memory = "GPU memory, peak of the step" if device == "cuda" else "Resident memory"
+    memory = "GPU memory, peak per step" if device == "cuda" else "Resident memory"
     drawn = (
         chart("rate", "Learning rate", history.learning_rate),
         chart("norm", "Gradient norm", history.grad_norm, logarithmic=True),
         chart("memory", memory, history.memory, unit="B"),
-        chart("speed", "Tokens a second", history.tokens_per_second),
+        chart("speed", "Tokens per second", history.tokens_per_second),
     )
     return [svg for svg in drawn if svg]
 
@@ -148,21 +146,21 @@ def _data(source: str, found: DatasetStatus, statistics: DataStatistics) -> Mapp
         "Format": found.format,
         "Rows": f"{found.rows:,} read, {found.used_rows:,} trained on, {found.eval_rows:,} held out",
         "Left out": "; ".join(dropped) or "none",
-        "Tokens in a row": f"{lengths.shortest:,} to {lengths.longest:,}, "
+        "Tokens per row": f"{lengths.shortest:,} to {lengths.longest:,}, "
         f"median {lengths.median:,}, mean {lengths.mean:,}",
-        "Tokens in an epoch": f"{train.tokens:,}, of which {train.target_tokens:,} count in the loss",
+        "Tokens per epoch": f"{train.tokens:,}, of which {train.target_tokens:,} count in the loss",
         "Sequences": f"{train.sequences:,} of at most {train.sequence_length:,} tokens, "
-        f"{train.packing_efficiency:.1%} filled{'' if train.packed else ' (one row each)'}",
+        f"{train.packing_efficiency:.1%} without padding{'' if train.packed else ' (one row each)'}",
     }
 
 
 def _lengths(statistics: DataStatistics) -> str:
     bars = statistics.sources[0].lengths.histogram
-    return histogram("lengths", "Tokens in a row, up to", {f"{bar.up_to:,}": bar.rows for bar in bars})
+    return histogram("lengths", "Tokens per row, at most", {f"{bar.up_to:,}": bar.rows for bar in bars})
 
 
 def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
-    """What a person or a program compares between runs. Sizes in bytes, losses in nats per target token."""
+    """What people and programs compare between runs. Sizes in bytes, losses in nats per target token."""
     spec, prepared, trained = job.spec, job.prepared, job.trained
     return {
         "job": {"name": job.name, "uid": job.uid},

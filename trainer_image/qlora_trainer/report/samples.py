@@ -1,4 +1,4 @@
-"""Sample answers without and with the adapter, as the report shows them."""
+"""Keeps sample answers without and with the adapter for the report."""
 
 import logging
 from pathlib import Path
@@ -30,9 +30,9 @@ class Samples(ObservedModel):
 
 
 def read_samples(path: Path) -> Samples:
-    """The samples that training left; none if it left none that can be read."""
+    """The samples that training wrote; none, with the reason, if they cannot be read."""
     try:
         return Samples.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError) as error:
         logger.warning("no samples for the report: %s", error)
-        return Samples(missing="training left none")
+        return Samples(missing="training wrote none")

@@ -1,4 +1,4 @@
-"""Knows how servers load an adapter: which rank they must allow, and the commands that start them."""
+"""Gives the commands that load an adapter in PEFT and vLLM, and the rank that vLLM must be started with."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ BASE_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL"
 
 
 def served_rank(lora: LoraSpec) -> int | None:
-    """The smallest --max-lora-rank of vLLM that admits an adapter of this kind; None if vLLM does not load it."""
+    """The smallest --max-lora-rank of vLLM that allows an adapter of this kind; None if vLLM does not load it."""
     if refused_by_vllm(lora) is not None:
         return None
     return next(allowed for allowed in _VLLM_RANKS if allowed >= lora.rank)
@@ -22,15 +22,15 @@ def served_rank(lora: LoraSpec) -> int | None:
 def refused_by_vllm(lora: LoraSpec) -> str | None:
     """Why vLLM does not load an adapter of this kind, as the end of a sentence; None if it does."""
     reasons = {
-        "it does not know DoRA (spec.lora.useDora)": lora.use_dora,
-        "it takes no modules that were trained whole (spec.lora.modulesToSave)": lora.modules_to_save is not None,
+        "it does not support DoRA (spec.lora.useDora)": lora.use_dora,
+        "it does not load fully trained modules (spec.lora.modulesToSave)": lora.modules_to_save is not None,
         f"its rank {lora.rank} is above the {max(_VLLM_RANKS)} that vLLM allows": lora.rank > max(_VLLM_RANKS),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:
-    """Commands and programs by the name of what runs them, ready to paste but for the adapter's path."""
+    """Commands and programs by the name of the tool that runs them, ready to paste except for the adapter's path."""
     hub = isinstance(parse_source(job.spec.model.source), HubSource)
     base, revision = (job.base_name, job.prepared.model_revision) if hub else (BASE_PLACEHOLDER, None)
     commands = {"PEFT": _peft(job.spec.quantization, base, revision)}

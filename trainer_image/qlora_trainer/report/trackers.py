@@ -1,7 +1,7 @@
 """Writes a run's metrics for the tools that teams compare runs with: TensorBoard, MLflow, Weights & Biases.
 
-Training has no network: each tool writes files below `report/` of the workspace, which its own server or command reads
-or uploads later. Outside a pod its own environment variables (MLFLOW_TRACKING_URI, WANDB_MODE) may name a server.
+Training has no network: each tool writes files below `report/` of the workspace, and its own server or command reads or
+uploads them later. Outside a pod the tool's environment variables (MLFLOW_TRACKING_URI, WANDB_MODE) may name a server.
 """
 
 import importlib.util
@@ -31,10 +31,10 @@ class Tracker(Protocol):
     """One tool's record of one run."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """What was measured after optimizer step `step`."""
+        """Record what was measured after optimizer step `step`."""
 
     def close(self, *, finished: bool) -> None:
-        """Nothing more follows in this process; unless the run is finished, a later one may go on."""
+        """Nothing more follows in this process; unless the run is finished, a later process may resume it."""
 
 
 def require_installed(names: Sequence[str]) -> None:
@@ -50,13 +50,13 @@ def require_installed(names: Sequence[str]) -> None:
 def open_trackers(
     names: Sequence[str], folder: Path, *, run_name: str, run_id: str, settings: Mapping[str, Any], from_step: int
 ) -> list[Tracker]:
-    """The tools' records of a run, which go on after `from_step` if an earlier process began them.
+    """The tools' records of a run; those that an earlier process has started are resumed after `from_step`.
 
     `run_id` is the same for each attempt of a run; `settings` are the run's hyperparameters. Raises StepFailure
-    (BAD_CONFIGURATION) for a tool that is not installed. Nothing else that a tool raises, now or later, gets out: it is
-    logged, and the tool gets nothing more from this process.
+    (BAD_CONFIGURATION) for a tool that is not installed. Nothing else that a tool raises, now or later, reaches the
+    caller: it is logged, and the tool gets no more metrics from this process.
     """
-    # None of them is to call home, nor to ask which repository of code this is.
+    # No telemetry, and no look at the git repository around the working directory.
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false", WANDB_DISABLE_GIT="true")
     makers: dict[str, Callable[..., Tracker]] = {
         "tensorboard": _TensorBoard,
@@ -75,7 +75,7 @@ def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class _SideOutput:
-    """A tool that the run can do without: after its first failure it is left alone."""
+    """A tool that the run does not depend on: after its first failure it gets no more metrics."""
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
         self._name = name
@@ -92,19 +92,19 @@ class _SideOutput:
 
     def close(self, *, finished: bool) -> None:
         if (tracker := self._tracker) is not None:
-            # Also one that has failed: what it holds back may get through now, and nobody takes it for running.
+            # Also one that has failed: what it has buffered may get through now, and its run is not shown as running.
             self._attempt("could not be closed", lambda: tracker.close(finished=finished and not self._failed))
 
     def _attempt(self, failed: str, action: Callable[[], None]) -> None:
         try:
             action()
-        # A server that is away, a full disk, a service that has died: MLflow has an exception for that, Weights
+        # An unreachable server, a full disk, a dead service: MLflow has its own exception for that, Weights
         # & Biases has several, TensorBoard lets the operating system's through. They have no narrower type in common.
         except Exception:
             level, self._failed = (logging.INFO if self._failed else logging.WARNING), True
             logger.log(
                 level,
-                "%s %s and gets nothing more from this process; %s has it all",
+                "%s %s and gets no more metrics from this process; %s has them all",
                 self._name,
                 failed,
                 HISTORY_FILE,
@@ -116,7 +116,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, _run_name: str, _run_id: str, settings: Mapping[str, Any], from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a lost attempt wrote after its checkpoint happens again; without one, the evaluation of step 0 does too.
+        # Steps that a lost attempt took after its checkpoint are repeated; without one, so is the evaluation of step 0.
         self._writer = SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else 0)
         if not from_step:
             self._writer.add_text("settings", "\n".join(f"    {key}: {value}" for key, value in settings.items()))
@@ -157,7 +157,7 @@ class _MLflow:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in grouped(metrics).items():
-            # What a lost attempt logged after its checkpoint happens again; MLflow deletes no point and shows both.
+            # Steps that a lost attempt logged after its checkpoint are repeated; MLflow would show both points.
             if step not in self._logged.get(name, ()):
                 self._client.log_metric(self._run_id, name, value, step=step)
 
