@@ -314,6 +314,41 @@ TRAINER = (
             "tests/unit/qlora_trainer/test_memory_fit.py::test_every_setting_that_decides_the_memory_reaches_the_estimate",
         ),
     ),
+    Mutant(
+        name="rslora-is-not-verified",
+        file=f"{_TRAINER}/publishing/verify.py",
+        old='"use_rslora": lora.use_rslora,',
+        new="",
+        tests=(
+            f"{_TRAINER_TESTS}/publishing/test_verify.py::test_a_configuration_of_another_adapter_is_rejected",
+            f"{_TRAINER_TESTS}/publishing/test_verify.py::test_a_configuration_that_leaves_something_out_is_rejected",
+        ),
+    ),
+    Mutant(
+        name="missing-tensors-are-a-crash",
+        file=f"{_TRAINER}/publishing/verify.py",
+        old="if not path.is_file():",
+        new="if False:",
+        tests=(
+            f"{_TRAINER_TESTS}/publishing/test_verify.py::test_tensors_that_are_gone_since_the_training_are_an_unsafe_artifact",
+        ),
+    ),
+    Mutant(
+        name="a-linked-configuration-is-published",
+        file=f"{_TRAINER}/publishing/verify.py",
+        old="path.is_symlink() or ",
+        new="",
+        tests=(
+            f"{_TRAINER_TESTS}/publishing/test_verify.py::test_a_configuration_that_is_a_link_is_rejected_even_if_the_file_behind_it_is_right",
+        ),
+    ),
+    Mutant(
+        name="a-merge-without-room-is-trained-for",
+        file=f"{_TRAINER}/model/merge.py",
+        old='require_space(workspace.root, storage_of(base).bytes, "keeping the 4-bit weights for the merge")',
+        new="pass",
+        tests=(f"{_TRAINER_TESTS}/model/test_merge.py::test_without_room_for_the_4_bit_weights_nothing_is_trained",),
+    ),
 )
 
 MUTANTS = (*API, *OPERATOR, *TRAINER)
