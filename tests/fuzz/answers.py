@@ -143,7 +143,7 @@ def _template(content: bytes, folder: Path) -> None:
             if failure.exit_code is not _DATASET or not failure.message.startswith("row 1"):
                 raise
         else:
-            assert all(0 <= start <= end <= len(rendered.text) for start, end in rendered.learnt)
+            assert all(0 <= start <= end <= len(rendered.text) for start, end in rendered.targets)
 
 
 _TOOLS_TEMPLATE = """\

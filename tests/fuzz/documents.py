@@ -12,9 +12,9 @@ from qlora_operator.decisions.figures import with_progress
 from qlora_operator.decisions.observe import Pod
 from qlora_operator.progress import latest_record
 from qlora_operator.settings import SettingsError, load_settings
-from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, choose_data_files, read_card
+from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, choose_data_files, read_dataset_card
 from qlora_trainer.model.memory_fit import read_shape
-from qlora_trainer.model.source import refuse_code, weight_files
+from qlora_trainer.model.source import reject_code, weight_files
 from qlora_trainer.publishing.manifest import parse_manifest
 from qlora_trainer.stores.model_pack import pack, unpack
 from qlora_trainer.stores.oci import parse_layers
@@ -196,7 +196,7 @@ def _artifact(content: bytes, _folder: Path) -> None:
 
 
 def _card(content: bytes, folder: Path) -> None:
-    card = read_card(_written(content, folder, "README.md"), "hf://a/b")
+    card = read_dataset_card(_written(content, folder, "README.md"), "hf://a/b")
     for wanted in (TRAINING, EVALUATION):
         assert set(choose_data_files(_DATA_NAMES, card, "", wanted, "hf://a/b")) <= set(_DATA_NAMES)
 
@@ -208,7 +208,7 @@ def _index(content: bytes, _folder: Path) -> None:
 
 def _tokenizer(content: bytes, folder: Path) -> None:
     _written(content, folder, "tokenizer_config.json")
-    refuse_code(folder)
+    reject_code(folder)
 
 
 def _packed() -> bytes:

@@ -27,7 +27,7 @@ from qlora_trainer.data.chunks import Chunk
 from qlora_trainer.data.files import DataFile
 from qlora_trainer.data.formats import RowReader, detect_format
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.data.reading import parse, read_rows
+from qlora_trainer.data.reading import read_rows
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.statistics import STATISTICS, DataStatistics
 from qlora_trainer.model.base_weights import BaseWeights
@@ -130,9 +130,9 @@ def _rows_of(name: str) -> Callable[[bytes, Path], None]:
 
     def read(content: bytes, folder: Path) -> None:
         count = 0
-        for raw in read_rows([DataFile(_written(content, folder / name), f"pvc://data/{name}")]):
+        for row in read_rows([DataFile(_written(content, folder / name), f"pvc://data/{name}")]):
             count += 1
-            _read_example(parse(raw))
+            _read_example(row)
         assert count
 
     return read
@@ -144,7 +144,7 @@ def _read_example(row: Row) -> None:
         reader = RowReader(*detect_format(row, None))
         reader.read(row)
     except StepFailure as failure:
-        if failure.exit_code is not _DATASET or not failure.message.startswith(row.place):
+        if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
             raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure
 
 

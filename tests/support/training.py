@@ -14,7 +14,7 @@ from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
-from qlora_trainer.data.chunks import Chunk, TokenizedRows
+from qlora_trainer.data.chunks import Chunk, TokenizedRow, TokenizedRows
 from qlora_trainer.data.packing import one_row_each, pack
 from qlora_trainer.data.prepared import split_file, write_split
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
@@ -64,9 +64,11 @@ def write_data(folder: Path, *, packed: bool) -> None:
         for number, length in enumerate(lengths):
             tokens = [3 + (number * 17 + position * 5) % 50 for position in range(length)]
             tokens[0] = RARE_TOKEN if length == max(ROW_LENGTHS) else tokens[0]
-            rows.append((tokens, [position >= length // 2 for position in range(length)]))
+            targets = numpy.arange(length) >= length // 2
+            rows.append(TokenizedRow(numpy.array(tokens, dtype=numpy.int32), targets))
         tokenized = TokenizedRows([Chunk.of(rows)])
-        sequences = pack(tokenized.lengths, 64, seed=0) if packed else one_row_each(len(rows))
+        used = numpy.arange(len(rows))
+        sequences = pack(used, tokenized.lengths, 64, seed=0) if packed else one_row_each(used)
         write_split(split_file(folder, "train" if split == "train" else "eval"), tokenized, sequences)
         statistics[split] = SplitStatistics.of(tokenized, sequences, 64, packed=packed)
     source = SourceStatistics(

@@ -1,4 +1,4 @@
-"""Data sets that people bring and that cannot be trained on, each with what they should be told."""
+"""Data sets that cannot be trained on, each with the message that a person should get."""
 
 from tests.support.bad_data.case import BadData
 from tests.support.bad_data.compressed import COMPRESSED

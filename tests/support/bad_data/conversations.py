@@ -1,4 +1,4 @@
-"""Rows that are JSON and no conversation, completion or text."""
+"""Rows that are JSON but not a conversation, completion or text."""
 
 import json
 from typing import Any
@@ -64,9 +64,9 @@ CONVERSATIONS = (
         "late system", chat("user", "system"), ": 'messages[1].role' is 'system' after 'user' where 'assistant'"
     ),
     second_line(
-        "no answer", chat("system", "user"), ": 'messages' has no assistant message: there is nothing to learn"
+        "no answer", chat("system", "user"), ": 'messages' has no assistant message: there is nothing to train on"
     ),
-    second_line("only system", chat("system"), ": 'messages' has no assistant message: there is nothing to learn"),
+    second_line("only system", chat("system"), ": 'messages' has no assistant message: there is nothing to train on"),
     second_line("number", chat("user", "assistant", content=3), ": 'messages[0].content' is a number: must be text"),
     second_line(
         "null content", chat("user", "assistant", content=None), ": 'messages[0].content' is null: must be text"
@@ -83,7 +83,7 @@ CONVERSATIONS = (
     second_line(
         "call without tools",
         talk(ASK, CALL, RESULT, ANSWER),
-        ": 'messages' calls tools, but 'tools' describes none: a model learns to call what it is shown; add the column",
+        ": 'messages' calls tools, but 'tools' describes none: a model learns to call the tools it is shown; add",
     ),
     second_line(
         "call without its result",
@@ -131,7 +131,7 @@ CONVERSATIONS = (
     second_line(
         "template without tools",
         talk(ASK, CALL, RESULT, ANSWER, tools=TOOLS),
-        ": the conversation uses tools, but the model's chat template leaves tools, calls or their results out",
+        ": the conversation uses tools, but the model's chat template leaves out tools, calls or their results",
     ),
     sharegpt(
         "unknown side",
@@ -157,7 +157,8 @@ CONVERSATIONS = (
         "no format",
         "train.jsonl",
         '{"question": "a", "answer": "b"}\n',
-        "pvc://data/train.jsonl line 1 fits no format; it has the columns 'question', 'answer'. Formats and what they",
+        "pvc://data/train.jsonl line 1 fits no format; it has the columns 'question', 'answer'. Formats and the "
+        "columns that they need are chat: messages; ",
     ),
     one_file(
         "two formats",
@@ -188,7 +189,8 @@ CONVERSATIONS = (
         "wrong column name",
         "train.jsonl",
         GOOD,
-        "pvc://data/train.jsonl line 1 fits no format; it has the columns 'messages'. Formats and what they need",
+        "pvc://data/train.jsonl line 1 fits no format; it has the columns 'messages'. Formats and the "
+        "columns that they need",
         columns={"messages": "turns"},
     ),
     one_file(

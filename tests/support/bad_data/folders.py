@@ -1,4 +1,4 @@
-"""Addresses that name no data file, or the wrong one."""
+"""Addresses without a data file, or with the wrong ones."""
 
 from tests.support.bad_data.case import GOOD, BadData
 
@@ -11,7 +11,7 @@ FOLDERS = (
     BadData(
         "another ending",
         {"train.txt": b"a"},
-        "pvc://data/train.txt does not end in .jsonl, .json or .csv, each also with .gz, .bz2, .xz or .zst behind it,",
+        "pvc://data/train.txt does not end in .jsonl, .json or .csv, each also with .gz, .bz2, .xz or .zst appended,",
     ),
     BadData(
         "a compressed Parquet", {"train.parquet.gz": b"a"}, "pvc://data/train.parquet.gz does not end in .jsonl, .json"
@@ -36,7 +36,8 @@ FOLDERS = (
     BadData(
         "other digest",
         ONE,
-        "but spec.dataset.sha256 is 0000000000000000000000000000000000000000000000000000000000000000: it has changed",
+        "but spec.dataset.sha256 is 0000000000000000000000000000000000000000000000000000000000000000: "
+        "the data has changed",
         dataset={"sha256": "0" * 64},
     ),
     BadData(

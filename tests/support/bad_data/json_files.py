@@ -1,4 +1,4 @@
-"""JSON that is none, or holds something else than rows."""
+"""Invalid JSON, and JSON whose content is not rows."""
 
 import json
 
@@ -69,14 +69,15 @@ JSON_FILES = (
         "object instead of a list",
         "train.json",
         json.dumps({"rows": [json.loads(GOOD)]}, indent=1),
-        "pvc://data/train.json is neither a list of objects, [{…}, …], nor has it one object a line (pvc://data/"
+        "pvc://data/train.json is neither a list of objects, [{…}, …], nor does it have one object per line (pvc://data/"
         "train.json line 1 column 3: not valid JSON",
     ),
     one_file(
         "object in one line",
         "train.json",
         json.dumps({"rows": [json.loads(GOOD)]}),
-        "pvc://data/train.json line 1 fits no format; it has the columns 'rows'. Formats and what they need are chat:",
+        "pvc://data/train.json line 1 fits no format; it has the columns 'rows'. Formats and the "
+        "columns that they need are chat:",
     ),
     one_file("empty list", "train.json", " [ ] ", "pvc://data/train.json has no rows (5 bytes)"),
     one_file("empty .json", "train.json", "", "pvc://data/train.json has no rows (0 bytes)"),
@@ -139,6 +140,6 @@ JSON_FILES = (
         "neither JSON nor lines",
         "train.json",
         "hello",
-        "pvc://data/train.json is neither a list of objects, [{…}, …], nor has it one object a line",
+        "pvc://data/train.json is neither a list of objects, [{…}, …], nor does it have one object per line",
     ),
 )

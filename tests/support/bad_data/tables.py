@@ -1,4 +1,4 @@
-"""CSV and Parquet that is none, or holds what is no row."""
+"""Invalid CSV and Parquet, and tables whose rows are not examples."""
 
 import io
 from typing import Any

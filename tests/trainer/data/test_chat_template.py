@@ -1,4 +1,4 @@
-"""What a model learns from a row: the text it sees and the tokens that count."""
+"""What a model is trained on in a row: its text, and the tokens that are targets."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ DIALOGUE = [
 ]
 
 
-class Learnt:
+class TokenizeRows:
     """What prepare makes of rows with a model's template."""
 
     def __init__(self, make_context: MakeContext, records: Recorded, tmp_path: Path, tiny_llama: Path) -> None:
@@ -92,13 +92,13 @@ class Learnt:
 
 
 @pytest.fixture
-def learnt(make_context: MakeContext, records: Recorded, tmp_path: Path, tiny_llama: Path) -> Learnt:
-    return Learnt(make_context, records, tmp_path, tiny_llama)
+def tokenize_rows(make_context: MakeContext, records: Recorded, tmp_path: Path, tiny_llama: Path) -> TokenizeRows:
+    return TokenizeRows(make_context, records, tmp_path, tiny_llama)
 
 
-def test_every_answer_and_its_end_mark_is_learnt_and_nothing_else(learnt: Learnt) -> None:
+def test_every_answer_and_its_end_mark_are_targets_and_nothing_else(tokenize_rows: TokenizeRows) -> None:
     """The padding token is the end mark here: a mask made by its id would lose the end of every answer."""
-    [(text, targets)] = learnt([{"messages": DIALOGUE}])
+    [(text, targets)] = tokenize_rows([{"messages": DIALOGUE}])
     assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n")
     assert targets == [
         "<think>hm</think>First answer.<|im_end|>",
@@ -106,132 +106,135 @@ def test_every_answer_and_its_end_mark_is_learnt_and_nothing_else(learnt: Learnt
     ]
 
 
-def test_everything_is_learnt_where_the_job_says_so(learnt: Learnt) -> None:
+def test_every_token_is_a_target_with_train_on_all(tokenize_rows: TokenizeRows) -> None:
     training = {"packing": False, "maxSequenceLength": 256, "trainOn": "all"}
-    [(text, targets)] = learnt([{"messages": DIALOGUE}], training=training)
+    [(text, targets)] = tokenize_rows([{"messages": DIALOGUE}], training=training)
     assert targets == [text.removeprefix("<|im_start|>")]
 
 
-def test_reasoning_that_a_template_leaves_out_is_not_learnt(learnt: Learnt) -> None:
-    [(text, targets)] = learnt([{"messages": DIALOGUE}], THINKING)
+def test_reasoning_that_a_template_leaves_out_is_not_a_target(tokenize_rows: TokenizeRows) -> None:
+    [(text, targets)] = tokenize_rows([{"messages": DIALOGUE}], THINKING)
     assert "hm" not in text
     assert targets == ["First answer.<|im_end|>", "<think>\nwell\n</think>\n\nSecond answer.<|im_end|>"]
 
 
-def test_a_template_without_generation_prompt_works(learnt: Learnt) -> None:
+def test_a_template_without_generation_prompt_works(tokenize_rows: TokenizeRows) -> None:
     row = {"messages": DIALOGUE[1:]}
-    [(text, targets)] = learnt([row], ALTERNATING)
+    [(text, targets)] = tokenize_rows([row], ALTERNATING)
     assert text.startswith("[INST] One? [/INST]<think>hm</think>First answer.<|im_end|>[INST] Two? [/INST]")
     assert targets[0] == "<think>hm</think>First answer.<|im_end|>"
 
 
-def test_an_answer_that_a_template_drops_is_refused(learnt: Learnt) -> None:
+def test_an_answer_that_a_template_drops_is_rejected(tokenize_rows: TokenizeRows) -> None:
     with pytest.raises(StepFailure, match="line 1: in the text that the model's chat template makes, message 2"):
-        learnt([{"messages": DIALOGUE}], FORGETFUL)
+        tokenize_rows([{"messages": DIALOGUE}], FORGETFUL)
 
 
-def test_what_a_template_refuses_is_told_with_its_place(learnt: Learnt) -> None:
+def test_a_conversation_that_a_template_rejects_is_reported_with_its_location(tokenize_rows: TokenizeRows) -> None:
     with pytest.raises(
         StepFailure, match=r"line 2: .* does not take this conversation: System role not supported"
     ) as e:
-        learnt([{"messages": DIALOGUE[1:]}, {"messages": DIALOGUE}], ALTERNATING)
+        tokenize_rows([{"messages": DIALOGUE[1:]}, {"messages": DIALOGUE}], ALTERNATING)
     assert e.value.exit_code is ExitCode.BAD_DATASET
 
 
-def test_a_template_that_does_not_compile_is_a_bad_configuration(learnt: Learnt) -> None:
+def test_a_template_that_does_not_compile_is_a_bad_configuration(tokenize_rows: TokenizeRows) -> None:
     with pytest.raises(StepFailure, match="chat template cannot be used") as e:
-        learnt([chat_row("a", "b")], "{% for %}")
+        tokenize_rows([chat_row("a", "b")], "{% for %}")
     assert e.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_the_date_in_a_template_is_frozen(learnt: Learnt) -> None:
-    [(text, _)] = learnt([chat_row("a", "b")], DATED)
+def test_the_date_in_a_template_is_frozen(tokenize_rows: TokenizeRows) -> None:
+    [(text, _)] = tokenize_rows([chat_row("a", "b")], DATED)
     assert "Today is 01 January 2025" in text
 
 
-def test_a_prompt_becomes_a_turn_where_the_model_chats(learnt: Learnt) -> None:
-    [(text, targets)] = learnt([{"prompt": "Which pods?", "completion": "All."}])
+def test_a_prompt_becomes_a_turn_of_a_chat_template(tokenize_rows: TokenizeRows) -> None:
+    [(text, targets)] = tokenize_rows([{"prompt": "Which pods?", "completion": "All."}])
     assert text == "<|im_start|>user\nWhich pods?<|im_end|>\n<|im_start|>assistant\nAll.<|im_end|>\n"
     assert targets == ["All.<|im_end|>"]
 
 
-def test_an_instruction_becomes_a_turn_with_its_input(learnt: Learnt) -> None:
+def test_an_instruction_becomes_a_turn_with_its_input(tokenize_rows: TokenizeRows) -> None:
     rows = [
         {"instruction": "Scale it.", "input": "the shop", "output": "Done."},
         {"instruction": "Scale it.", "input": "", "output": "Done."},
     ]
-    (with_input, targets), (without, _) = learnt(rows)
+    (with_input, targets), (without, _) = tokenize_rows(rows)
     assert with_input.startswith("<|im_start|>user\nScale it.\n\nthe shop<|im_end|>\n")
     assert without.startswith("<|im_start|>user\nScale it.<|im_end|>\n")
     assert targets == ["Done.<|im_end|>"]
 
 
-def test_without_a_template_prompt_and_completion_are_one_text_with_an_end(learnt: Learnt) -> None:
-    [(text, targets)] = learnt([{"prompt": "Which pods? ", "completion": "All."}], None)
+def test_without_a_template_prompt_and_completion_are_one_text_with_an_end(tokenize_rows: TokenizeRows) -> None:
+    [(text, targets)] = tokenize_rows([{"prompt": "Which pods? ", "completion": "All."}], None)
     assert (text, targets) == ("Which pods? All.<|im_end|>", ["All.<|im_end|>"])
 
 
-def test_the_first_token_of_an_answer_is_learnt_also_where_the_prompts_blank_belongs_to_it(learnt: Learnt) -> None:
-    [(text, targets)] = learnt([{"prompt": "kubectl get ", "completion": "pods"}], None)
+def test_the_first_token_of_an_answer_is_a_target_even_with_the_space_of_the_prompt_in_it(
+    tokenize_rows: TokenizeRows,
+) -> None:
+    [(text, targets)] = tokenize_rows([{"prompt": "kubectl get ", "completion": "pods"}], None)
     assert (text, targets) == ("kubectl get pods<|im_end|>", [" pods<|im_end|>"])
 
 
-def test_without_a_template_an_instruction_is_paragraphs(learnt: Learnt) -> None:
-    [(text, targets)] = learnt([{"instruction": "Scale it.", "input": "the shop", "output": "Done."}], None)
+def test_without_a_template_an_instruction_is_paragraphs(tokenize_rows: TokenizeRows) -> None:
+    [(text, targets)] = tokenize_rows([{"instruction": "Scale it.", "input": "the shop", "output": "Done."}], None)
     assert (text, targets) == ("Scale it.\n\nthe shop\n\nDone.<|im_end|>", ["Done.<|im_end|>"])
 
 
-def test_plain_text_is_learnt_whole_also_where_the_model_chats(learnt: Learnt) -> None:
-    [(text, targets)] = learnt([{"text": "kubectl get pods"}])
+def test_plain_text_is_a_target_as_a_whole_even_with_a_chat_template(tokenize_rows: TokenizeRows) -> None:
+    [(text, targets)] = tokenize_rows([{"text": "kubectl get pods"}])
     assert text == "kubectl get pods<|im_end|>"
     assert targets[-1].endswith("get pods<|im_end|>")
 
 
-def test_a_chat_needs_a_template(learnt: Learnt) -> None:
+def test_a_chat_needs_a_template(tokenize_rows: TokenizeRows) -> None:
     with pytest.raises(StepFailure, match="the model has no chat template: use an instruct model, or a data set") as e:
-        learnt([chat_row("a", "b")], None)
+        tokenize_rows([chat_row("a", "b")], None)
     assert e.value.exit_code is ExitCode.BAD_DATASET
 
 
-def test_columns_may_have_other_names(learnt: Learnt) -> None:
+def test_columns_may_have_other_names(tokenize_rows: TokenizeRows) -> None:
     columns = {"instruction": "question", "output": "answer"}
-    [(text, _)] = learnt([{"question": "Which?", "answer": "This.", "other": 3}], dataset={"columns": columns})
+    [(text, _)] = tokenize_rows([{"question": "Which?", "answer": "This.", "other": 3}], dataset={"columns": columns})
     assert text.startswith("<|im_start|>user\nWhich?<|im_end|>")
 
 
-def test_sharegpt_gives_the_tokens_of_the_same_chat(learnt: Learnt) -> None:
+def test_sharegpt_gives_the_tokens_of_the_same_chat(tokenize_rows: TokenizeRows) -> None:
     sides = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": sides[turn["role"]], "value": turn["content"]} for turn in DIALOGUE]
-    chat = learnt([{"messages": DIALOGUE}])
-    assert learnt([{"conversations": turns}]) == chat
-    assert learnt([{"conversations": turns[1:], "system": "Be short."}]) == chat
+    chat = tokenize_rows([{"messages": DIALOGUE}])
+    assert tokenize_rows([{"conversations": turns}]) == chat
+    assert tokenize_rows([{"conversations": turns[1:], "system": "Be short."}]) == chat
     assert (
-        learnt([{"dialogue": turns}], dataset={"format": "sharegpt", "columns": {"conversations": "dialogue"}}) == chat
+        tokenize_rows([{"dialogue": turns}], dataset={"format": "sharegpt", "columns": {"conversations": "dialogue"}})
+        == chat
     )
 
 
 @pytest.mark.parametrize(("column", "format_"), [("messages", "sharegpt"), ("conversations", "chat")])
-def test_the_notation_and_not_the_columns_name_decides_the_format(
-    learnt: Learnt, records: Recorded, column: str, format_: str
+def test_the_notation_decides_the_format_and_not_the_name_of_the_column(
+    tokenize_rows: TokenizeRows, records: Recorded, column: str, format_: str
 ) -> None:
     turns = DIALOGUE
     if format_ == "sharegpt":
         turns = [{"from": turn["role"], "value": turn["content"]} for turn in DIALOGUE]
-    [(_, targets)] = learnt([{column: turns}])
+    [(_, targets)] = tokenize_rows([{column: turns}])
     assert len(targets) == 2
     assert records.findings.dataset is not None
     assert records.findings.dataset.format == format_
 
 
-def test_an_instruction_may_have_a_system_message(learnt: Learnt) -> None:
+def test_an_instruction_may_have_a_system_message(tokenize_rows: TokenizeRows) -> None:
     row = {"instruction": "Scale it.", "output": "Done.", "system": "Be short."}
-    [(text, targets)] = learnt([row])
+    [(text, targets)] = tokenize_rows([row])
     assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nScale it.<|im_end|>\n")
     assert targets == ["Done.<|im_end|>"]
 
 
-def test_without_a_template_a_system_message_stands_first(learnt: Learnt) -> None:
-    [(text, _)] = learnt([{"instruction": "Scale it.", "output": "Done.", "system": "Be short."}], None)
+def test_without_a_template_a_system_message_comes_first(tokenize_rows: TokenizeRows) -> None:
+    [(text, _)] = tokenize_rows([{"instruction": "Scale it.", "output": "Done.", "system": "Be short."}], None)
     assert text == "Be short.\n\nScale it.\n\nDone.<|im_end|>"
 
 
@@ -270,35 +273,35 @@ def with_text_arguments() -> list[dict[str, Any]]:
     return list(calls)
 
 
-def test_calls_are_learnt_and_their_results_are_not(learnt: Learnt) -> None:
+def test_tool_calls_are_targets_and_their_results_are_not(tokenize_rows: TokenizeRows) -> None:
     """Whether tools and arguments are objects or texts."""
-    [(text, targets)] = learnt([{"messages": CALLS, "tools": TOOLS}], CALLING)
+    [(text, targets)] = tokenize_rows([{"messages": CALLS, "tools": TOOLS}], CALLING)
     assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "pods"')
     assert targets == LEARNT_CALLS
     texts = {"messages": with_text_arguments(), "tools": json.dumps(TOOLS)}
-    assert learnt([texts], CALLING) == [(text, targets)]
+    assert tokenize_rows([texts], CALLING) == [(text, targets)]
 
 
-def test_calls_in_sharegpt_are_learnt_too(learnt: Learnt) -> None:
+def test_tool_calls_in_sharegpt_are_targets_too(tokenize_rows: TokenizeRows) -> None:
     turns = [
         {"from": "human", "value": "Which?"},
         {"from": "function_call", "value": '{"name": "pods", "arguments": {"namespace": "wéb"}}'},
         {"from": "observation", "value": "shop"},
         {"from": "gpt", "value": "The shop."},
     ]
-    [(_, targets)] = learnt([{"conversations": turns, "tools": json.dumps(TOOLS)}], CALLING)
+    [(_, targets)] = tokenize_rows([{"conversations": turns, "tools": json.dumps(TOOLS)}], CALLING)
     assert targets == LEARNT_CALLS[:2]
 
 
 @pytest.mark.parametrize("leaves_out", ["{{ tool | tojson }}", "(call.function | tojson)", "message.content"])
-def test_a_template_that_leaves_part_of_a_call_out_is_refused(learnt: Learnt, leaves_out: str) -> None:
+def test_a_template_that_leaves_out_part_of_a_call_is_rejected(tokenize_rows: TokenizeRows, leaves_out: str) -> None:
     template = CALLING.replace(leaves_out, "''")
     with pytest.raises(StepFailure, match="line 1: the conversation uses tools, but the model's chat template leaves"):
-        learnt([{"messages": CALLS, "tools": TOOLS}], template)
+        tokenize_rows([{"messages": CALLS, "tools": TOOLS}], template)
 
 
-def test_characters_of_several_tokens_are_learnt_whole(learnt: Learnt) -> None:
-    [(text, targets)] = learnt([chat_row("日本語?", "はい、🎉 ünïcödé")])
+def test_all_tokens_of_one_character_are_targets(tokenize_rows: TokenizeRows) -> None:
+    [(text, targets)] = tokenize_rows([chat_row("日本語?", "はい、🎉 ünïcödé")])
     assert "日本語?" in text
     assert targets == ["はい、🎉 ünïcödé<|im_end|>"]
 
@@ -317,11 +320,11 @@ def test_the_span_of_an_answer(text: str, prompt: str, through: str, expected: s
     assert (None if span is None else text[slice(*span)]) == expected
 
 
-def test_a_tokenizer_of_another_model_is_refused(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_rejected(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     model = save_model(tmp_path / "models" / "model", LlamaConfig(**{**SHAPE, "vocab_size": 128}))
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
-    with pytest.raises(StepFailure, match=r"but the model knows only 128 \(vocab_size\)") as e:
+    with pytest.raises(StepFailure, match=r"but the model has only 128 tokens \(vocab_size\)") as e:
         prepare(make_context(model=model), records)
     assert e.value.exit_code is ExitCode.BAD_CONFIGURATION

@@ -1,4 +1,4 @@
-"""Tokenizing in chunks: the same bytes whoever makes them and however often it is interrupted."""
+"""Tokenizing in chunks: the same bytes whichever process makes them and however often it is interrupted."""
 
 import multiprocessing.connection
 import os
@@ -29,7 +29,7 @@ ROWS = [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(120)]
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of ten rows, of which workers make all."""
+    """Chunks of ten rows, all made by workers."""
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 10)
     monkeypatch.setattr(tokenize, "_CHUNKS_ALONE", 0)
 
@@ -41,11 +41,11 @@ def data_bytes(context: StepContext) -> dict[str, bytes]:
 
 
 class Stop(Exception):  # noqa: N818 - no error
-    """What ends prepare as a signal would."""
+    """Ends prepare as a signal would."""
 
 
 class StopAfter(Recorded):
-    """Records that end the step as soon as so many rows are tokenized."""
+    """Records that end the step as soon as `rows` rows are tokenized."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_is_tokenized_is_not_tokenized_again(
+def test_tokenized_chunks_are_reused_and_damaged_ones_made_again(
     make_context: MakeContext, tmp_path: Path, workers: Any, made: list[int]
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
@@ -117,7 +117,7 @@ def test_what_is_tokenized_is_not_tokenized_again(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_another_version_of_the_trainer_tokenized_is_tokenized_again(
+def test_chunks_of_another_trainer_version_are_made_again(
     make_context: MakeContext, tmp_path: Path, workers: Any, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
@@ -150,7 +150,7 @@ def test_chunks_of_other_data_or_settings_are_not_used(
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_first_wrong_row_is_told_whoever_finds_it(
+def test_the_first_invalid_row_is_reported_whichever_process_finds_it(
     make_context: MakeContext, tmp_path: Path, workers: Any, count: int
 ) -> None:
     """The last row of a chunk is wrong, a later chunk too, and the file's end cannot be read."""
@@ -183,7 +183,7 @@ def chunk_files(files: Files) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in files.workspace.glob("data/.rows.partial/train-*.safetensors")}
 
 
-def test_a_killed_prepare_goes_on_with_its_chunks_to_the_bytes_of_an_undisturbed_one(
+def test_a_killed_prepare_resumes_with_its_chunks_to_the_bytes_of_an_undisturbed_one(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     files = new_files(tmp_path, tiny_llama.parent)
@@ -211,7 +211,7 @@ def test_a_killed_prepare_goes_on_with_its_chunks_to_the_bytes_of_an_undisturbed
 
 
 def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:
-    """Nothing goes on reading a volume that another pod has mounted by then."""
+    """No worker keeps reading a volume that another pod has mounted by then."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import multiprocessing, sys, threading\n"

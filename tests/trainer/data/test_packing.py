@@ -16,7 +16,12 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=200)
 
 def packed(lengths: list[int], capacity: int = CAPACITY, seed: int = 0) -> list[list[int]]:
     """The sequences, each as the list of its rows."""
-    return as_lists(pack(numpy.array(lengths, dtype=numpy.int32), capacity, seed))
+    return as_lists(pack_all(numpy.array(lengths, dtype=numpy.int32), capacity, seed))
+
+
+def pack_all(lengths: Any, capacity: int, seed: int) -> Arrangement:
+    """The arrangement of rows that are all used."""
+    return pack(numpy.arange(len(lengths)), lengths, capacity, seed)
 
 
 def as_lists(arrangement: Arrangement) -> list[list[int]]:
@@ -63,14 +68,14 @@ def mixed(count: int, kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["chat", "even", "two kinds"])
 def test_little_room_is_wasted(kind: str, capacity: int) -> None:
     lengths = mixed(20_000, kind)
-    arrangement = pack(lengths, capacity, seed=0)
+    arrangement = pack_all(lengths, capacity, seed=0)
     assert lengths.sum() / (len(arrangement) * capacity) >= 0.97
 
 
-def test_rows_of_one_kind_do_not_lie_together() -> None:
-    """Half of the rows are short and stand first in the file: a sequence has both kinds, as a random draw would."""
+def test_sequences_mix_rows_of_different_kinds() -> None:
+    """Half of the rows are short and come first in the file: a sequence has both kinds, as a random draw would."""
     lengths = numpy.array([60] * 5000 + [300] * 5000, dtype=numpy.int32)
-    arrangement = pack(lengths, 2048, seed=0)
+    arrangement = pack_all(lengths, 2048, seed=0)
     shares = [float((arrangement.sequence(index) < 5000).mean()) for index in range(len(arrangement))]
     assert 0.4 < numpy.mean(shares) < 0.6
     assert numpy.mean([0 < share < 1 for share in shares]) > 0.95
@@ -83,16 +88,24 @@ def test_the_tightest_room_is_taken() -> None:
 
 def test_a_million_rows_are_packed() -> None:
     lengths = mixed(1_000_000, "chat")
-    arrangement = pack(lengths, 2048, seed=0)
+    arrangement = pack_all(lengths, 2048, seed=0)
     assert numpy.array_equal(numpy.sort(arrangement.rows), numpy.arange(1_000_000))
     assert lengths.sum(dtype=numpy.int64) / (len(arrangement) * 2048) >= 0.99
 
 
 @pytest.mark.parametrize("length", [0, 65])
-def test_a_row_that_fits_nowhere_is_refused(length: int) -> None:
+def test_a_row_that_fits_no_sequence_is_rejected(length: int) -> None:
     with pytest.raises(ValueError, match=f"row 1 has {length} tokens: must be from 1 to 64"):
         packed([3, length])
 
 
 def test_without_packing_each_row_is_a_sequence() -> None:
-    assert as_lists(one_row_each(3)) == [[0], [1], [2]]
+    assert as_lists(one_row_each(numpy.array([4, 1, 2]))) == [[4], [1], [2]]
+
+
+def test_only_the_used_rows_are_packed() -> None:
+    used = numpy.array([7, 2, 5])
+    assert sorted(map(sorted, as_lists(pack(used, numpy.array([40, 50, 10], dtype=numpy.int32), CAPACITY, 0)))) == [
+        [2, 5],
+        [7],
+    ]

@@ -1,4 +1,4 @@
-"""Parsers of data, models and what the steps leave for each other: each takes any file, or refuses it as documented."""
+"""Parsers of data, models and what the steps leave for each other: each takes any file, or rejects it as documented."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ SLOW = ("family", "template")
 @pytest.mark.parametrize("name", [name for name in FILES if name not in SLOW])
 @settings(BOUNDED, max_examples=100)
 @given(data=st.data())
-def test_a_file_is_read_or_refused_as_documented(name: str, data: st.DataObject) -> None:
+def test_a_file_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
     logging.disable()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +40,7 @@ def test_a_file_is_read_or_refused_as_documented(name: str, data: st.DataObject)
 @pytest.mark.parametrize("name", [name for name in ANSWERS if name not in SLOW])
 @settings(BOUNDED, max_examples=100)
 @given(data=st.data())
-def test_an_answer_is_read_or_refused_as_documented(name: str, data: st.DataObject) -> None:
+def test_an_answer_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ANSWERS[name].check(data.draw(inputs(ANSWERS[name].seeds)), Path(folder))
 
@@ -48,7 +48,7 @@ def test_an_answer_is_read_or_refused_as_documented(name: str, data: st.DataObje
 @pytest.mark.parametrize("name", SLOW)
 @settings(BOUNDED, max_examples=20)
 @given(data=st.data())
-def test_what_a_model_brings_is_read_or_refused_as_documented(name: str, data: st.DataObject) -> None:
+def test_what_a_model_brings_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
     target = (FILES | ANSWERS)[name]
     with tempfile.TemporaryDirectory() as folder:
         target.check(data.draw(inputs(target.seeds)), Path(folder))
@@ -62,13 +62,13 @@ def test_a_checkpoint_reads_no_file_but_its_own(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("line", [b"5", b'{"loss": 1}', b'{"step": [], "loss": 1}', b'{"step": 1e999}', b"[" * 9000])
-def test_a_metric_that_is_none_is_refused_with_its_line(tmp_path: Path, line: bytes) -> None:
+def test_an_invalid_metric_is_rejected_with_its_line(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2}\n' + line + b"\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
         read_history(tmp_path / "metrics.jsonl")
 
 
-def test_a_line_of_attempts_that_is_no_text_is_left_out(tmp_path: Path) -> None:
+def test_a_line_of_attempts_that_is_not_text_is_left_out(tmp_path: Path) -> None:
     (tmp_path / ATTEMPTS_FILE).write_bytes(
         b'\xff\xfe\n{"podUid": "a", "startedAt": "2026-01-02T12:00:00Z", "fromStep": 3}\n'
     )
@@ -84,7 +84,7 @@ def endless(tmp_path: Path) -> Path:
     return link
 
 
-def test_a_link_that_leads_to_itself_is_refused_wherever_it_is_followed(endless: Path) -> None:
+def test_a_link_that_leads_to_itself_is_rejected_wherever_it_is_followed(endless: Path) -> None:
     for follow in (
         lambda: require_regular(endless, endless.parent, "pvc://claim/train.jsonl"),
         lambda: confined(endless, endless.parent),

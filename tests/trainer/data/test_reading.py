@@ -1,4 +1,4 @@
-"""Data that can be trained on, in all its forms, and what becomes of it."""
+"""Data that can be trained on, of every file kind and source, and what is read from it."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
 
-def test_a_link_out_of_the_volume_is_refused(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+def test_a_link_out_of_the_volume_is_rejected(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "secret").write_text(GOOD)
     (tmp_path / "data" / "train.jsonl").symlink_to("../secret")
@@ -41,7 +41,7 @@ def test_a_link_out_of_the_volume_is_refused(make_context: MakeContext, records:
         ("configMap://rows/train.jsonl", "ConfigMap 'rows' with key 'train.jsonl' does not exist"),
     ],
 )
-def test_a_missing_volume_or_config_map_may_still_come(
+def test_a_missing_volume_or_config_map_is_retried(
     make_context: MakeContext, records: Recorded, source: str, message: str
 ) -> None:
     with pytest.raises(StepFailure, match=message) as failure:
@@ -130,7 +130,7 @@ def test_the_files_of_a_folder_are_one_data_set(make_context: MakeContext, recor
         prepare(parts, records)
 
 
-def test_a_file_that_somebody_writes_to_is_refused(
+def test_a_file_that_changes_while_it_is_read_is_rejected(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     """It shrinks after its digest was taken, before its rows are tokenized."""
@@ -141,12 +141,14 @@ def test_a_file_that_somebody_writes_to_is_refused(
             if record.activity.startswith("tokenizing"):
                 path.write_text(GOOD)
 
-    with pytest.raises(StepFailure, match=r"pvc://data/train.jsonl changed while it was read: start again") as failure:
+    with pytest.raises(
+        StepFailure, match=r"pvc://data/train.jsonl changed while it was read: start the job again"
+    ) as failure:
         prepare(make_context(), Shrinking())
     assert failure.value.exit_code is ExitCode.BAD_DATASET
 
 
-def test_the_statistics_tell_what_was_found_and_what_was_dropped(
+def test_the_statistics_report_what_was_read_and_what_was_dropped(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     rows = [{**chat_row(f"Which {n}?", "This."), "source": "web"} for n in range(30)]
@@ -169,9 +171,7 @@ def test_the_statistics_tell_what_was_found_and_what_was_dropped(
     assert 0 < found.train.target_tokens < found.train.tokens
 
 
-def test_chance_chooses_the_rows_where_the_job_says_so(
-    make_context: MakeContext, records: Recorded, tmp_path: Path
-) -> None:
+def test_the_seed_chooses_the_rows_with_shuffle(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     """Each seed chooses others; without shuffle they are the first ones."""
     write_rows(tmp_path / "data" / "train.jsonl", [{"text": "a " * (n + 1)} for n in range(40)])
 
@@ -186,7 +186,7 @@ def test_chance_chooses_the_rows_where_the_job_says_so(
 
 
 @pytest.mark.parametrize(("dataset", "told"), [({}, True), ({"maxSamples": 5}, False)])
-def test_a_shuffle_that_chooses_nothing_is_told(
+def test_a_shuffle_without_effect_is_logged(
     make_context: MakeContext,
     records: Recorded,
     tmp_path: Path,
@@ -196,7 +196,7 @@ def test_a_shuffle_that_chooses_nothing_is_told(
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
     prepare(make_context({"dataset": {"shuffle": True, **dataset}}), records)
-    assert ("spec.dataset.shuffle does nothing without spec.dataset.maxSamples" in caplog.text) is told
+    assert ("spec.dataset.shuffle has no effect without spec.dataset.maxSamples" in caplog.text) is told
 
 
 def test_rows_of_a_config_map_are_read(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_rows_of_a_config_map_are_read(make_context: MakeContext, records: Recor
     assert record.dataset.used_rows == 1
 
 
-def test_evaluation_rows_that_are_not_those_of_the_digest_are_refused(
+def test_evaluation_rows_with_another_digest_are_rejected(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", PAIRS)
@@ -282,7 +282,7 @@ def test_evaluation_rows_are_those_of_the_revision_configuration_and_split_that_
         ({"revision": "v9"}, "hf://acme/other has no revision 'v9'"),
     ],
 )
-def test_what_evaluation_rows_have_not_is_refused_by_its_field(
+def test_what_evaluation_rows_lack_is_rejected_with_its_field(
     make_context: MakeContext, records: Recorded, evaluation: dict[str, str], message: str
 ) -> None:
     dataset = {"source": "hf://acme/rows", "config": "small", "eval": {"source": "hf://acme/other", **evaluation}}

@@ -196,7 +196,7 @@ def a_list_of_layers_without_end(place: Place) -> None:
     place.config(layer_types=["full_attention"] * 500_000)
 
 
-@case(DATASET, "wants more memory than there is")
+@case(DATASET, "needs more memory than there is")
 def a_template_that_writes_without_end(place: Place) -> None:
     place.template("{{ 'a' * 10000000000 }}")
 
@@ -221,7 +221,7 @@ def a_template_of_more_loops_than_python_takes(place: Place) -> None:
     place.template("{% for m in messages %}" * 30 + "{{ m }}" + "{% endfor %}" * 30)
 
 
-@case(DATASET, "template does not take this conversation")
+@case(DATASET, "template rejects this conversation")
 def a_template_that_asks_a_number_for_its_items(place: Place) -> None:
     place.template("{{ 1 | dictsort }}")
 

@@ -1,4 +1,4 @@
-"""The step `prepare` on a volume: what it leaves, what it refuses, and that it can be run again."""
+"""The step `prepare` on a volume: what it leaves, what it rejects, and that it can be run again."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.sampling import hold_out
+from qlora_trainer.model import check
 from qlora_trainer.model.support import Family, inspect_family
-from qlora_trainer.steps import prepare as step
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
@@ -83,7 +83,7 @@ def test_the_same_job_gives_the_same_bytes(make_context: MakeContext, records: R
 
 
 @pytest.mark.usefixtures("rows")
-def test_a_finished_step_says_so_again_without_reading_the_data(
+def test_a_finished_step_succeeds_again_without_reading_the_data(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     record = prepare(make_context(), records)
@@ -111,7 +111,7 @@ def test_a_changed_job_is_prepared_again(make_context: MakeContext, records: Rec
     assert second.data_path != first.data_path
 
 
-def test_changed_data_are_prepared_again(
+def test_changed_data_is_prepared_again(
     make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "data" / "eval.jsonl", rows[:2])
@@ -127,7 +127,9 @@ def test_changed_data_are_prepared_again(
 
 
 @pytest.mark.usefixtures("rows")
-def test_what_the_data_do_not_depend_on_changes_the_estimate_only(make_context: MakeContext, records: Recorded) -> None:
+def test_a_setting_that_does_not_affect_the_data_changes_the_estimate_only(
+    make_context: MakeContext, records: Recorded
+) -> None:
     first = prepare(make_context(), records)
     second = prepare(make_context({"lora": {"rank": 64}, "resources": {"gpuMemory": 24}}), records)
     assert second.fingerprint == first.fingerprint
@@ -176,7 +178,7 @@ def test_a_family_whose_rows_see_each_other_is_not_packed(
     def leaking(folder: Path, lora: LoraSpec) -> Family:
         return replace(inspect(folder, lora), packing_isolated=False)
 
-    monkeypatch.setattr(step, "inspect_family", leaking)
+    monkeypatch.setattr(check, "inspect_family", leaking)
     context = make_context()
     record = prepare(context, records)
     assert not record.packed
@@ -202,7 +204,7 @@ def test_the_seed_alone_chooses_what_is_held_out() -> None:
 
 
 @pytest.mark.usefixtures("rows")
-def test_only_the_first_rows_are_read_where_the_job_says_so(make_context: MakeContext, records: Recorded) -> None:
+def test_only_the_first_rows_are_read_with_max_samples(make_context: MakeContext, records: Recorded) -> None:
     status = prepare(make_context({"dataset": {"maxSamples": 5}}), records).dataset
     assert (status.rows, status.used_rows) == (5, 5)
 
@@ -239,7 +241,7 @@ def refusal(context: StepContext, records: Recorded) -> tuple[ExitCode, str]:
         ("model.safetensors", "pvc://models/model has neither model.safetensors nor model.safetensors.index.json"),
     ],
 )
-def test_an_incomplete_model_is_refused(
+def test_an_incomplete_model_is_rejected(
     make_context: MakeContext, records: Recorded, own_model: Path, missing: str, message: str
 ) -> None:
     (own_model / missing).unlink()
@@ -249,7 +251,7 @@ def test_an_incomplete_model_is_refused(
 
 
 @pytest.mark.usefixtures("rows")
-def test_a_model_that_is_not_there_is_refused(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
+def test_a_missing_model_is_rejected(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     code, message = refusal(make_context(model=tmp_path / "own" / "none"), records)
     assert code is ExitCode.MODEL_UNAVAILABLE
@@ -257,7 +259,7 @@ def test_a_model_that_is_not_there_is_refused(make_context: MakeContext, records
 
 
 @pytest.mark.usefixtures("rows")
-def test_weights_that_were_cut_off_are_refused(make_context: MakeContext, records: Recorded, own_model: Path) -> None:
+def test_truncated_weights_are_rejected(make_context: MakeContext, records: Recorded, own_model: Path) -> None:
     weights = own_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     code, message = refusal(make_context(model=own_model), records)
@@ -267,7 +269,7 @@ def test_weights_that_were_cut_off_are_refused(make_context: MakeContext, record
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_links_that_lead_out_of_the_model_are_refused(
+def test_links_that_lead_out_of_the_model_are_rejected(
     make_context: MakeContext, records: Recorded, own_model: Path, name: str
 ) -> None:
     (own_model / name).rename(own_model.parent / name)
@@ -278,7 +280,7 @@ def test_links_that_lead_out_of_the_model_are_refused(
 
 
 @pytest.mark.usefixtures("rows")
-def test_an_adapter_in_the_models_folder_would_be_loaded_with_it_and_is_refused(
+def test_an_adapter_in_the_models_folder_would_be_loaded_with_it_and_is_rejected(
     make_context: MakeContext, records: Recorded, own_model: Path
 ) -> None:
     (own_model / "adapter_config.json").write_text("{}")
@@ -288,7 +290,7 @@ def test_an_adapter_in_the_models_folder_would_be_loaded_with_it_and_is_refused(
 
 
 @pytest.mark.usefixtures("rows")
-def test_a_model_folder_that_leads_out_of_its_volume_is_refused(
+def test_a_model_folder_that_leads_out_of_its_volume_is_rejected(
     make_context: MakeContext, records: Recorded, own_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "volume").mkdir()
@@ -299,7 +301,7 @@ def test_a_model_folder_that_leads_out_of_its_volume_is_refused(
 
 
 @pytest.mark.usefixtures("rows")
-def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(
+def test_a_pipe_in_place_of_weights_is_rejected_and_not_waited_for(
     make_context: MakeContext, records: Recorded, own_model: Path
 ) -> None:
     (own_model / "model.safetensors").unlink()
@@ -310,7 +312,7 @@ def test_a_pipe_in_place_of_weights_is_refused_and_not_waited_for(
 
 
 @pytest.mark.usefixtures("rows")
-def test_unfinished_work_of_a_killed_attempt_is_cleared_away(make_context: MakeContext, records: Recorded) -> None:
+def test_incomplete_folders_of_a_killed_attempt_are_deleted(make_context: MakeContext, records: Recorded) -> None:
     context = make_context()
     left = context.workspace.data / ".layout.partial"
     left.mkdir(parents=True)
@@ -341,13 +343,15 @@ def run(context: StepContext, tmp_path: Path, model: Path) -> tuple[int, dict[st
 
 
 @pytest.mark.usefixtures("rows")
-def test_the_command_line_says_what_was_prepared(make_context: MakeContext, tmp_path: Path, tiny_llama: Path) -> None:
+def test_the_command_line_reports_what_was_prepared(
+    make_context: MakeContext, tmp_path: Path, tiny_llama: Path
+) -> None:
     code, result = run(make_context(), tmp_path, tiny_llama)
     assert (code, result["outcome"], result["dataset"]["usedRows"]) == (0, "succeeded", 20)
     assert result["modelRevision"].startswith("sha256:")
 
 
-def test_the_command_line_says_why_data_are_refused(
+def test_the_command_line_reports_why_data_is_rejected(
     make_context: MakeContext, tmp_path: Path, tiny_llama: Path
 ) -> None:
     context = make_context()

@@ -1,4 +1,4 @@
-"""Models and data sets of a hub: what is downloaded, what is refused, and what is tried again."""
+"""Models and data sets of a hub: what is downloaded, what is rejected, and what is retried."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def test_a_model_is_downloaded_at_its_commit_without_code_and_pickles(
     assert any(activity.startswith("downloading model 0.") for activity in activities)
 
 
-def test_a_finished_step_says_so_again_without_the_hub(
+def test_a_finished_step_succeeds_again_without_the_hub(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     record = prepare(make_context(MODEL), records)
@@ -61,7 +61,7 @@ def test_a_finished_step_says_so_again_without_the_hub(
     assert len(hub.requests) == asked
 
 
-def test_a_model_that_exceeds_the_card_is_refused_before_its_weights(
+def test_a_model_that_exceeds_the_gpu_is_rejected_before_its_weights(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     spec = {"resources": {"gpuMemory": 8}, "training": {"maxSequenceLength": 512, "microBatchSize": 8}}
@@ -70,14 +70,14 @@ def test_a_model_that_exceeds_the_card_is_refused_before_its_weights(
     config.write_text(json.dumps({**json.loads(config.read_text()), **large, "head_dim": 128}))
     message = refusal(make_context, records, ExitCode.DOES_NOT_FIT, spec)
     assert "GiB of GPU memory" in message
-    assert "a card of 8 GiB (spec.resources.gpuMemory) has 7.8 to use: set spec.training.microBatchSize: 1" in message
-    assert "no setting is enough, so use a larger card or a smaller model" in message
+    assert "a GPU of 8 GiB (spec.resources.gpuMemory) has 7.8 to use: set spec.training.microBatchSize: 1" in message
+    assert "no setting is enough, so use a larger GPU or a smaller model" in message
     assert "model.safetensors" not in hub.fetched
     assert records.findings.memory is not None
     assert records.findings.memory.verdict == "exceeds"
 
 
-def test_a_model_that_fits_is_told_with_its_estimate(
+def test_the_estimate_of_a_model_that_fits_is_reported(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     memory = prepare(make_context({**MODEL, **LARGE_CARD}), records).memory
@@ -105,7 +105,7 @@ def test_a_model_that_fits_is_told_with_its_estimate(
         ({}, Refusal(410), "was rejected by http://127.0.0.1:"),
     ],
 )
-def test_a_model_that_may_not_be_read_is_refused(
+def test_a_model_without_permission_is_rejected(
     make_context: MakeContext,
     records: Recorded,
     hub: FakeHub,
@@ -118,7 +118,7 @@ def test_a_model_that_may_not_be_read_is_refused(
 
 
 @pytest.mark.parametrize("answer", [Refusal(403, "GatedRepo"), Refusal(404, "EntryNotFound")])
-def test_files_that_may_not_be_read_are_refused(
+def test_files_without_permission_are_rejected(
     make_context: MakeContext, records: Recorded, hub: FakeHub, answer: Refusal
 ) -> None:
     """The listing of a gated repository is open, its files are not."""
@@ -126,7 +126,7 @@ def test_files_that_may_not_be_read_are_refused(
     assert "model hf://acme/tiny " in refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE)
 
 
-def test_what_was_loaded_of_a_branch_that_has_moved_on_is_removed(
+def test_the_partial_download_of_an_older_commit_is_deleted(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     hub.corrupt = lambda name: name == "model.safetensors"
@@ -139,7 +139,7 @@ def test_what_was_loaded_of_a_branch_that_has_moved_on_is_removed(
     assert [path.name for path in models.iterdir()] == ["b" * 40]
 
 
-def test_only_pickles_are_refused(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
+def test_a_model_with_pickles_only_is_rejected(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
     (hub.repositories["models/acme/tiny"] / "model.safetensors").unlink()
     message = refusal(make_context, records, ExitCode.UNSAFE_ARTIFACT)
     assert message.startswith("hf://acme/tiny has its weights only as pytorch_model.bin, which can run code")
@@ -147,7 +147,7 @@ def test_only_pickles_are_refused(make_context: MakeContext, records: Recorded, 
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/model.safetensors", "code.py", 3, ""])
-def test_an_index_that_leads_elsewhere_is_refused(
+def test_an_index_that_leads_elsewhere_is_rejected(
     make_context: MakeContext, records: Recorded, hub: FakeHub, name: object
 ) -> None:
     repository = hub.repositories["models/acme/tiny"]
@@ -160,13 +160,13 @@ def test_an_index_that_leads_elsewhere_is_refused(
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ('{"weight_map": {"w": "model-1.safetensors"}}', "index.json names model-1.safetensors, which is not there"),
+        ('{"weight_map": {"w": "model-1.safetensors"}}', "index.json names model-1.safetensors, which is missing"),
         ('{"weight_map": {}}', "is incomplete"),
         ('{"weight_map": []}', "is not an object with a weight_map"),
         ("[", "is not an object with a weight_map"),
     ],
 )
-def test_a_broken_index_is_refused(
+def test_a_broken_index_is_rejected(
     make_context: MakeContext, records: Recorded, hub: FakeHub, index: str, message: str
 ) -> None:
     repository = hub.repositories["models/acme/tiny"]
@@ -196,7 +196,7 @@ def test_weights_in_several_files_are_those_of_the_index(
         ("config.json", {"model_type": "mixtral"}, ExitCode.BAD_CONFIGURATION, "mixtral"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused_before_the_weights(
+def test_unusable_settings_are_rejected_before_the_weights(
     make_context: MakeContext,
     records: Recorded,
     hub: FakeHub,
@@ -211,7 +211,7 @@ def test_settings_that_cannot_be_used_are_refused_before_the_weights(
     assert "model.safetensors" not in hub.fetched
 
 
-def test_a_bad_data_set_is_refused_before_the_weights(
+def test_a_bad_data_set_is_rejected_before_the_weights(
     make_context: MakeContext, records: Recorded, hub: FakeHub, tmp_path: Path
 ) -> None:
     (tmp_path / "data" / "train.jsonl").write_text("")
@@ -219,7 +219,7 @@ def test_a_bad_data_set_is_refused_before_the_weights(
     assert "model.safetensors" not in hub.fetched
 
 
-def test_a_download_that_cannot_fit_is_not_begun(
+def test_a_download_without_disk_space_is_not_started(
     make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
@@ -316,7 +316,7 @@ def test_a_revision_is_that_of_the_repository_that_it_is_named_for(
         ),
     ],
 )
-def test_a_data_set_of_the_hub_that_is_not_there_or_mixed_is_refused(
+def test_a_missing_or_mixed_data_set_of_the_hub_is_rejected(
     make_context: MakeContext, records: Recorded, hub: FakeHub, rows: Path, dataset: dict[str, Any], message: str
 ) -> None:
     many = rows.with_name("many")

@@ -18,9 +18,9 @@ from qlora_api.sources import ObjectStoreSource
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_dataset
-from qlora_trainer.data.build import wanted_part
 from qlora_trainer.data.files import DataFiles
-from qlora_trainer.data.locate import find_data
+from qlora_trainer.data.hub_splits import training_part
+from qlora_trainer.data.locate import DataAccess, find_data
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import s3 as s3_store
 from qlora_trainer.stores.s3 import ObjectFolder, StoredObject
@@ -303,12 +303,9 @@ def find_stored(context: StepContext) -> DataFiles:
     """The job's data, downloaded where prepare has them."""
     return find_data(
         context.spec.dataset.source,
-        wanted_part(context, "train"),
-        revision=None,
-        mounts=context.mounts,
-        hub=lambda: pytest.fail("no hub is needed"),
-        objects=lambda source: ObjectFolder(source, context.secret("dataset"), refuse=bad_dataset),
-        download=context.workspace.data / ".download-train.partial",
+        training_part(context.spec.dataset),
+        DataAccess(context.mounts, lambda: pytest.fail("no hub is needed"), context.secret("dataset")),
+        context.workspace.data / ".download-train.partial",
     )
 
 

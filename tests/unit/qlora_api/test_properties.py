@@ -12,7 +12,7 @@ from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_operator.settings import SettingsError, load_settings
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.hub_splits import TRAINING, choose_data_files, read_card
+from qlora_trainer.data.hub_splits import TRAINING, choose_data_files, read_dataset_card
 from qlora_trainer.stores.model_pack import unpack
 from tests.fuzz.documents import DOCUMENTS
 from tests.fuzz.inputs import BOUNDED, inputs
@@ -98,7 +98,7 @@ def test_a_layer_that_is_no_file_of_known_content_is_rejected(layer: dict[str, o
 def test_a_pattern_made_to_be_slow_is_matched_at_once() -> None:
     """A regular expression would try some 10^11 ways to share the name among the stars."""
     card = {"configs": [{"config_name": "a", "data_files": "*a" * 8 + "b"}]}
-    with pytest.raises(StepFailure, match="no data file fits"):
+    with pytest.raises(StepFailure, match="no data file matches"):
         choose_data_files(["a" * 200 + ".csv"], card, "", TRAINING, "hf://a/b")
 
 
@@ -106,5 +106,5 @@ def test_a_pattern_made_to_be_slow_is_matched_at_once() -> None:
 def test_a_dataset_card_that_yaml_cannot_construct_is_rejected(tmp_path: Path, value: str) -> None:
     (tmp_path / "README.md").write_text(f"---\nconfigs: {value}\n---\n")
     with pytest.raises(StepFailure, match="is not YAML") as failure:
-        read_card(tmp_path / "README.md", "hf://a/b")
+        read_dataset_card(tmp_path / "README.md", "hf://a/b")
     assert failure.value.exit_code is ExitCode.BAD_DATASET

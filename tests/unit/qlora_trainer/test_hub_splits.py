@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_card
+from qlora_trainer.data.hub_splits import EVALUATION, TRAINING, Wanted, choose_data_files, read_dataset_card
 
 SPLIT = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet")
 CONFIGS = ("en/train-0.jsonl", "en/dev.jsonl", "de/train-0.jsonl", "README.md")
@@ -102,9 +102,9 @@ def test_what_is_not_there_or_not_clear_is_refused_with_what_there_is(
 
 def test_a_card_is_the_yaml_at_its_top(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n---\n# Title\n")
-    assert read_card(tmp_path / "README.md", "hf://a/b") == {"configs": [{"config_name": "x"}]}
+    assert read_dataset_card(tmp_path / "README.md", "hf://a/b") == {"configs": [{"config_name": "x"}]}
     (tmp_path / "README.md").write_text("# Title\n")
-    assert read_card(tmp_path / "README.md", "hf://a/b") == {}
+    assert read_dataset_card(tmp_path / "README.md", "hf://a/b") == {}
     (tmp_path / "README.md").write_text("---\na: !!python/object/apply:os.system ['true']\n---\n")
-    with pytest.raises(StepFailure, match=r"hf://a/b/README.md: what stands between its --- lines is not YAML"):
-        read_card(tmp_path / "README.md", "hf://a/b")
+    with pytest.raises(StepFailure, match=r"hf://a/b/README.md: the text between its --- lines is not YAML"):
+        read_dataset_card(tmp_path / "README.md", "hf://a/b")

@@ -26,6 +26,11 @@ class PrepareRecord(ObservedModel):
     dataset: DatasetStatus
 
 
+def recorded_path(path: Path, root: Path) -> str:
+    """A path as a PrepareRecord has it: relative if it is in the workspace folder `root`, else absolute."""
+    return str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())
+
+
 class Comparison(ObservedModel):
     """The adapter's loss on some held-out rows, for a comparison with a merged model."""
 

@@ -1,9 +1,8 @@
-"""Turns examples into tokens and says which of them are targets.
+"""Renders examples with the model's chat template, tokenizes them, and marks the tokens that are targets.
 
-An example is rendered as one text in which the spans to learn are known by their offsets. The text is tokenized as a
-whole, and a token is a target if any of its characters lies inside such a span: the first token of an answer may begin
-with the blank that ends the prompt. No token is judged by its id: the padding id is often
-that of the end of text.
+An example is rendered as one text in which the spans to train on are known by their offsets. The text is tokenized as a
+whole, and a token is a target if any of its characters is in such a span: the first token of an answer may begin with
+the space that ends the prompt. Token ids decide nothing: the padding id is often that of the end of text.
 """
 
 from bisect import bisect_left
@@ -16,18 +15,18 @@ from typing import Any, Literal
 
 import numpy
 from jinja2 import TemplateError
-from numpy.typing import NDArray
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
+from qlora_trainer.data.chunks import TokenizedRow
 from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, PromptCompletion, ToolCall
 
-# What a template is told today's date is, so that the same data gives the same tokens on every day.
-FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a date on a page has no time zone
-# What Qwen3, DeepSeek-R1, SmolLM3 and others put between the reasoning and the answer proper.
+# What a template gets as today's date, so that the same data gives the same tokens on every day.
+FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time zone
+# What Qwen3, DeepSeek-R1, SmolLM3 and others put between the reasoning and the answer itself.
 _END_OF_REASONING = "</think>"
 _CLOSING_PROBE = Conversation((Message("user", "a"),))
-# A template's text is a program: it raises what its filters do, and what Python does when it compiles it.
+# A template is a program: its filters raise their errors, and compiling it raises Python's.
 _TEMPLATE_ERRORS = (
     TemplateError,
     TypeError,
@@ -39,7 +38,7 @@ _TEMPLATE_ERRORS = (
     RuntimeError,
     SyntaxError,
 )
-# Words that no template writes by itself. Mistral's wants ids of nine letters and digits.
+# Words that no template writes by itself. Mistral's template wants ids of nine letters and digits.
 _TOOL_PROBE_PARTS = ("probetool", "probecall", "probekey", "probevalue", "proberesult")
 _TOOL_PROBE = Conversation(
     (
@@ -63,29 +62,19 @@ _TOOL_PROBE = Conversation(
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of an example, and the half-open spans of characters in it that are to be learnt."""
+    """The text of an example, and the half-open spans of characters in it that are trained on."""
 
     text: str
-    learnt: tuple[tuple[int, int], ...]
+    targets: tuple[tuple[int, int], ...]
     ends_itself: bool
-    """Whether the text brings its own begin and end marks, as a chat template's does."""
-
-
-@dataclass(frozen=True)
-class TokenizedRow:
-    """The tokens of a row and, for each, whether it counts in the loss. The first never does: nothing predicts it."""
-
-    input_ids: NDArray[numpy.int32]
-    """int32 [tokens]"""
-    is_target: NDArray[numpy.bool_]
-    """bool [tokens]"""
+    """Whether the text has its own begin and end marks, as that of a chat template does."""
 
 
 class Tokenizer:
     """A model's tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
-        """Load it from the folder; runs no code of the model's. Raises StepFailure BAD_CONFIGURATION if that fails."""
+        """Load it from the folder; never runs model code. Raises StepFailure BAD_CONFIGURATION if that fails."""
         from transformers import AutoTokenizer
 
         self.folder = folder
@@ -95,7 +84,7 @@ class Tokenizer:
             raise bad_configuration(f"the model's tokenizer cannot be loaded: {first_line(error)}") from error
         if not self._tokenizer.is_fast:
             raise bad_configuration(
-                "the model's tokenizer tells no offsets: use a model with tokenizer.json (a fast tokenizer)"
+                "the model's tokenizer reports no offsets: use a model with tokenizer.json (a fast tokenizer)"
             )
         if self._tokenizer.eos_token_id is None:
             raise bad_configuration("the model's tokenizer has no end-of-text token (eos_token): use another model")
@@ -106,11 +95,11 @@ class Tokenizer:
         if self.has_chat_template:
             _freeze_date(self._tokenizer)
 
-    def render(self, example: Example, place: str) -> Rendered:
+    def render(self, example: Example, location: str) -> Rendered:
         """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
 
-        Raises StepFailure BAD_DATASET, beginning with `place`, if the template does not take the conversation, or if
-        the model has none and the example needs one.
+        Raises StepFailure BAD_DATASET, beginning with `location`, if the template rejects the conversation, or if the
+        model has no template and the example needs one.
         """
         if isinstance(example, PlainText):
             return Rendered(example.text, ((0, len(example.text)),), ends_itself=False)
@@ -121,45 +110,45 @@ class Tokenizer:
             return Rendered(text, ((len(prompt), len(text)),), ends_itself=False)
         if not self.has_chat_template:
             raise bad_dataset(
-                f"{place}: the data set is of format chat, but the model has no chat template: use an instruct "
+                f"{location}: the data set is of format chat, but the model has no chat template: use an instruct "
                 "model, or a data set of format prompt-completion or text"
             )
         conversation = example.as_conversation() if isinstance(example, PromptCompletion) else example
-        return self._render_conversation(conversation, place)
+        return self._render_conversation(conversation, location)
 
-    def _render_conversation(self, conversation: Conversation, place: str) -> Rendered:
+    def _render_conversation(self, conversation: Conversation, location: str) -> Rendered:
         if conversation.uses_tools:
-            self._require_tools(place)
+            self._require_tools(location)
         messages = conversation.messages
-        text = self._apply_template(conversation, len(messages), place)
+        text = self._apply_template(conversation, len(messages), location)
         spans = []
         for index, message in enumerate(messages):
             if message.role == "assistant":
-                prompt = self._apply_template(conversation, index, place, add_generation_prompt=True)
+                prompt = self._apply_template(conversation, index, location, add_generation_prompt=True)
                 last = index + 1 == len(messages)
-                through = text if last else self._apply_template(conversation, index + 1, place)
+                through = text if last else self._apply_template(conversation, index + 1, location)
                 through = through.removesuffix(self._closing)
                 answer = message.content if message.content.strip() else message.tool_calls[0].name
                 span = answer_span(text, prompt, through, answer)
                 if span is None:
                     raise bad_dataset(
-                        f"{place}: in the text that the model's chat template makes, message {index} of the "
-                        "conversation cannot be told from the rest: use a model whose template keeps every answer as "
-                        "it is, or rows with one answer"
+                        f"{location}: in the text that the model's chat template makes, message {index} of the "
+                        "conversation cannot be told apart from the rest: use a model whose template keeps every "
+                        "answer as it is, or rows with one answer"
                     )
                 spans.append(span)
         return Rendered(text, tuple(spans), ends_itself=True)
 
-    def _require_tools(self, place: str) -> None:
+    def _require_tools(self, location: str) -> None:
         if not self._takes_tools:
             raise bad_dataset(
-                f"{place}: the conversation uses tools, but the model's chat template leaves tools, calls or their "
-                "results out: use a model that was made for tools, or leave such rows out"
+                f"{location}: the conversation uses tools, but the model's chat template leaves out tools, calls or "
+                "their results: use a model that supports tools, or leave such rows out"
             )
 
     @cached_property
     def _takes_tools(self) -> bool:
-        """Whether everything that a conversation with tools has comes to stand in the text."""
+        """Whether the rendered text has all parts of a conversation with tools."""
         try:
             text = self._apply_template(_TOOL_PROBE, len(_TOOL_PROBE.messages), "a conversation with tools")
         except StepFailure:
@@ -168,9 +157,9 @@ class Tokenizer:
 
     @cached_property
     def _closing(self) -> str:
-        """The mark that the template puts behind a whole conversation (Phi's do), which is no part of its last turn.
+        """The mark that the template puts after a whole conversation (Phi's do), which is not part of its last turn.
 
-        It stands where no answer is asked for, and not where one is.
+        It is there without a generation prompt, and not with one.
         """
         try:
             closed, asking = (
@@ -185,7 +174,7 @@ class Tokenizer:
         return next((mark for mark in marks if asking.startswith(closed.removesuffix(mark))), "")
 
     def _apply_template(
-        self, conversation: Conversation, count: int, place: str, *, add_generation_prompt: bool = False
+        self, conversation: Conversation, count: int, location: str, *, add_generation_prompt: bool = False
     ) -> str:
         """The text of the first `count` messages."""
         try:
@@ -199,15 +188,15 @@ class Tokenizer:
             )
         except _TEMPLATE_ERRORS as error:
             raise bad_dataset(
-                f"{place}: the model's chat template does not take this conversation: {first_line(error)}"
+                f"{location}: the model's chat template rejects this conversation: {first_line(error)}"
             ) from error
         except MemoryError as error:
             raise bad_dataset(
-                f"{place}: the model's chat template wants more memory than there is: use another model"
+                f"{location}: the model's chat template needs more memory than there is: use another model"
             ) from error
 
     def tokenize(self, batch: Sequence[Rendered], train_on: Literal["completion", "all"]) -> Iterator[TokenizedRow]:
-        """The tokens of rendered examples. The end-of-text token that closes a plain text is a target too."""
+        """The tokens of rendered examples. The end-of-text token after a plain text is a target too."""
         encoded = self._tokenizer(
             [rendered.text for rendered in batch],
             add_special_tokens=False,
@@ -217,10 +206,10 @@ class Tokenizer:
             verbose=False,
         )
         for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            learnt = rendered.learnt if train_on == "completion" else ((0, len(rendered.text)),)
+            targets = rendered.targets if train_on == "completion" else ((0, len(rendered.text)),)
             first, past = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2).T
             is_target = numpy.zeros(len(ids), dtype=numpy.bool_)
-            for start, end in learnt:
+            for start, end in targets:
                 is_target |= (first < end) & (start < past)
             if not rendered.ends_itself:
                 ids = [*self._begin, *ids, self._tokenizer.eos_token_id]
@@ -230,7 +219,7 @@ class Tokenizer:
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    """The message as chat templates know it; a key that is not set is not there."""
+    """The message as a chat template gets it, without keys that are not set."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = [_call(call) for call in message.tool_calls]
@@ -247,15 +236,15 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int, int] | None:
-    """Where the model's answer stands in a rendered conversation: characters [start, end), its end mark included.
+    """The characters [start, end) of the model's answer in a rendered conversation, its end mark included.
 
     `text` is the whole conversation, `prompt` the part before the answer with the generation prompt, `through` the
-    part up to and with the answer, each rendered on its own. None if they do not fit together.
+    part up to and including the answer, each rendered on its own. None if they do not fit together.
 
-    Some templates leave the reasoning out of all answers but the last one. What is then in `text` is the end of what
-    follows the prompt in `through`: the longest such end is taken, and it must hold as much of the end of the answer
-    as `through` does, or all that follows its reasoning. Blanks after the end mark are not part of the answer: a model
-    has stopped before them.
+    Some templates leave the reasoning out of all answers but the last one. `text` then has only the end of what follows
+    the prompt in `through`: the longest such end is taken, and it must have as much of the end of the answer as
+    `through` does, or all that follows its reasoning. Whitespace after the end mark is not part of the answer: a model
+    stops before it.
     """
     if not (text.startswith(prompt) and through.startswith(prompt)):
         return None
@@ -288,7 +277,7 @@ def _freeze_date(tokenizer: Any) -> None:
         raise bad_configuration(f"the model's chat template cannot be used: {first_line(error)}") from error
     except MemoryError as error:
         raise bad_configuration(
-            "the model's chat template wants more memory than there is: use another model"
+            "the model's chat template needs more memory than there is: use another model"
         ) from error
     for template in templates:
         template.globals["strftime_now"] = FROZEN_DATE.strftime

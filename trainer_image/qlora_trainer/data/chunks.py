@@ -1,7 +1,7 @@
-"""Tokenized rows in chunks, each a file that is read as memory."""
+"""Tokenized rows in chunks, each a memory-mapped file, and all of them as one list of rows."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,20 +20,35 @@ _FACTS = "facts"
 
 
 @dataclass(frozen=True)
+class TokenizedRow:
+    """The tokens of a row and, for each, whether it counts in the loss. The first never does: nothing predicts it."""
+
+    input_ids: NDArray[numpy.int32]
+    """int32 [tokens]"""
+    is_target: NDArray[numpy.bool_]
+    """bool [tokens]"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the two differ in length."""
+        if len(self.input_ids) != len(self.is_target):
+            raise ValueError(f"{len(self.input_ids)} tokens but {len(self.is_target)} target flags")
+
+
+@dataclass(frozen=True)
 class Dropped:
     """Rows of a chunk that are not used."""
 
     unlabeled: int = 0
     """Rows of which no token counts in the loss."""
     first_unlabeled: str | None = None
-    """Place of the first of them."""
+    """Location of the first of them."""
     first_too_long: str | None = None
-    """Place of the first row that is longer than a sequence may be."""
+    """Location of the first row that is longer than a sequence may be."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows, one after the other."""
+    """Consecutive rows, tokenized and concatenated."""
 
     input_ids: Int32s
     """int32 [tokens]"""
@@ -48,22 +63,13 @@ class Chunk:
     dropped: Dropped = Dropped()
 
     @classmethod
-    def of(
-        cls,
-        rows: Iterable[tuple[Sequence[int] | Int32s, Sequence[bool] | NDArray[numpy.bool_]]],
-        too_long: Sequence[int] = (),
-        dropped: Dropped = Dropped(),
-    ) -> "Chunk":
-        """The chunk of rows given as token ids and target flags. Raises ValueError if the two differ in length."""
-        pairs = [(numpy.asarray(ids, numpy.int32), numpy.asarray(flags, numpy.uint8)) for ids, flags in rows]
-        for ids, flags in pairs:
-            if len(ids) != len(flags):
-                raise ValueError(f"{len(ids)} tokens but {len(flags)} target flags")
+    def of(cls, rows: Sequence[TokenizedRow], too_long: Sequence[int] = (), dropped: Dropped = Dropped()) -> "Chunk":
+        """The chunk of the used rows. `too_long`: tokens of each row that is left out because of its length."""
         return cls(
-            numpy.concatenate([numpy.empty(0, numpy.int32), *(ids for ids, _ in pairs)]),
-            numpy.concatenate([numpy.empty(0, numpy.uint8), *(flags for _, flags in pairs)]),
-            numpy.array([len(ids) for ids, _ in pairs], dtype=numpy.int32),
-            numpy.array([int(flags.sum()) for _, flags in pairs], dtype=numpy.int32),
+            numpy.concatenate([numpy.empty(0, numpy.int32), *(row.input_ids for row in rows)]),
+            numpy.concatenate([numpy.empty(0, numpy.uint8), *(row.is_target.astype(numpy.uint8) for row in rows)]),
+            numpy.array([len(row.input_ids) for row in rows], dtype=numpy.int32),
+            numpy.array([int(row.is_target.sum()) for row in rows], dtype=numpy.int32),
             numpy.array(too_long, dtype=numpy.int32),
             dropped,
         )
@@ -84,7 +90,7 @@ class Chunk:
 
     @classmethod
     def read(cls, path: Path) -> "Chunk | None":
-        """The chunk of a file, mapped into memory and read from disk as it is looked at; None if it is not whole."""
+        """The chunk of a file, memory-mapped: read from disk on access. None if the file is missing or not whole."""
         try:
             with cast("Any", safe_open(path, framework="pt")) as file:
                 tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -94,21 +100,31 @@ class Chunk:
 
 
 class TokenizedRows:
-    """All used rows of a source. In memory are 16 bytes a row; the tokens stay where the chunks are."""
+    """The rows of all chunks of a source. Takes 16 bytes per row in memory; the tokens stay in the chunks' files."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = tuple(chunks)
         none = numpy.empty(0, numpy.int32)
+        self.too_long: Int32s = numpy.concatenate([none, *(chunk.too_long for chunk in chunks)])
+        """int32 [rows left out because they are too long]: their tokens"""
+        self.dropped = tuple(chunk.dropped for chunk in chunks)
+        """Which rows each chunk leaves out."""
         self.lengths: Int32s = numpy.concatenate([none, *(chunk.lengths for chunk in chunks)])
         self.target_counts: Int32s = numpy.concatenate([none, *(chunk.target_counts for chunk in chunks)])
-        """int32 [rows]: tokens that count in the loss"""
+        """int32 [rows]: tokens of each row that count in the loss"""
         self._first = numpy.cumsum([0, *(len(chunk.lengths) for chunk in chunks)])
         ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
         before = numpy.concatenate(([0], ends))[self._first[:-1]]
         self._starts = ends - self.lengths - numpy.repeat(before, numpy.diff(self._first))
 
     def __len__(self) -> int:
+        """Used rows."""
         return len(self.lengths)
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that were read, used or not."""
+        return sum(chunk.rows_read for chunk in self._chunks)
 
     def input_ids(self, rows: RowIndices) -> Int32s:
         """int32 [tokens]: the token ids of the rows, in their order."""
@@ -122,5 +138,5 @@ class TokenizedRows:
         chunks = numpy.searchsorted(self._first, rows, side="right") - 1
         starts = self._starts[rows]
         ends = starts + self.lengths[rows]
-        places = zip(chunks.tolist(), starts.tolist(), ends.tolist(), strict=True)
-        return numpy.concatenate([arrays[chunk][start:end] for chunk, start, end in places])
+        slices = zip(chunks.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        return numpy.concatenate([arrays[chunk][start:end] for chunk, start, end in slices])

@@ -1,4 +1,4 @@
-"""Reads the turns of a conversation, of both notations, with tool calls."""
+"""Reads the turns of a conversation, in the notation of OpenAI or ShareGPT, with tool calls."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,13 +7,13 @@ from typing import cast, get_args
 
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples import Function, Message, Role, ToolCall
-from qlora_trainer.data.json_reader import parse_value
+from qlora_trainer.data.json_values import parse_json
 from qlora_trainer.data.rows import describe, listed
 from qlora_trainer.data.text import MAX_LINE_BYTES
 
 _ROLES = get_args(Role)
-# What the data sets of the hub call the sides, in the notation of ShareGPT.
-_SIDES: Mapping[str, Role] = {
+# What data sets on the hub call the roles in the notation of ShareGPT.
+_SHAREGPT_ROLES: Mapping[str, Role] = {
     "system": "system",
     "human": "user",
     "user": "user",
@@ -24,7 +24,7 @@ _SIDES: Mapping[str, Role] = {
     "tool": "tool",
     "observation": "tool",
 }
-_CALL_SIDE = "function_call"
+_CALL_ROLE = "function_call"
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Notation:
     content: str
     """Key of what is said."""
     roles: Mapping[str, Role]
-    """What may stand there, and what it means."""
+    """The names that `role` may have, and their roles."""
 
 
 CHAT = Notation("role", "content", {role: role for role in _ROLES})
-SHAREGPT = Notation("from", "value", _SIDES)
+SHAREGPT = Notation("from", "value", _SHAREGPT_ROLES)
 
 
 def checked_text(value: object, name: str) -> str:
-    """The value if it is text that can be learnt from. Raises StepFailure BAD_DATASET beginning with `name`."""
+    """The value if it is text to train on. Raises StepFailure BAD_DATASET beginning with `name`."""
     if not isinstance(value, str):
         raise bad_dataset(f"{name} is {describe(value)}: must be text")
     if not value.strip():
@@ -65,19 +65,19 @@ def require_unicode(value: str, name: str) -> None:
         ) from error
 
 
-def read_turns(value: object, notation: Notation, place: str, column: str, *, columnar: bool) -> tuple[Message, ...]:
-    """The messages in a list of turns. Raises StepFailure BAD_DATASET naming place and field.
+def read_turns(value: object, notation: Notation, location: str, column: str, *, columnar: bool) -> tuple[Message, ...]:
+    """The messages in a list of turns. Raises StepFailure BAD_DATASET naming location and field.
 
-    `columnar`: null stands where other rows have a value (see RawRow).
+    `columnar`: null may stand for a key that only other rows have (see Row).
     """
     keys = f"{{{notation.role}, {notation.content}}}"
     if not isinstance(value, list):
-        raise bad_dataset(f"{place}: {column!r} is {describe(value)}: must be a list of {keys}")
+        raise bad_dataset(f"{location}: {column!r} is {describe(value)}: must be a list of {keys}")
     if not value:
-        raise bad_dataset(f"{place}: {column!r} is empty: must have a user's message and an answer")
+        raise bad_dataset(f"{location}: {column!r} is empty: must have a user's message and an answer")
     messages = []
     for index, entry in enumerate(value):
-        reader = _TurnReader(notation, place, f"{column}[{index}]", columnar)
+        reader = _TurnReader(notation, location, f"{column}[{index}]", columnar)
         messages.append(reader.read(entry))
     return tuple(messages)
 
@@ -87,7 +87,7 @@ class _TurnReader:
     """Reads one turn."""
 
     notation: Notation
-    place: str
+    location: str
     name: str
     columnar: bool
 
@@ -95,21 +95,23 @@ class _TurnReader:
         notation = self.notation
         if not isinstance(value, dict):
             raise bad_dataset(
-                f"{self.place}: {self.name!r} is {describe(value)}: must be an object with {notation.role} and "
+                f"{self.location}: {self.name!r} is {describe(value)}: must be an object with {notation.role} and "
                 f"{notation.content}"
             )
         calls = () if value.get("tool_calls") is None else self._calls(value["tool_calls"])
         needed = (notation.role,) if calls else (notation.role, notation.content)
         missing = [field for field in needed if field not in value]
         if missing:
-            raise bad_dataset(f"{self.place}: {self.name!r} has no {' and no '.join(missing)}; it has {listed(value)}")
+            raise bad_dataset(
+                f"{self.location}: {self.name!r} has no {' and no '.join(missing)}; it has {listed(value)}"
+            )
         if value.get("function_call"):
             raise bad_dataset(f"{self._field('function_call')} is set: write it as a list of tool_calls")
         role = self._role(value[notation.role])
         if calls and role != "assistant":
             raise bad_dataset(f"{self._field('tool_calls')} is set in a {role} message: only an assistant calls tools")
         content = value.get(notation.content)
-        if value[notation.role] == _CALL_SIDE and notation is SHAREGPT:
+        if value[notation.role] == _CALL_ROLE and notation is SHAREGPT:
             return Message(role, "", self._calls(self._json(content, notation.content)))
         return Message(
             role,
@@ -129,7 +131,7 @@ class _TurnReader:
         return role
 
     def _content(self, role: Role, content: object, *, called: bool) -> str:
-        # An empty system message is a way to switch off a template's own; a call needs no words, a tool no output.
+        # An empty system message switches off the template's own; a call needs no words, a tool no output.
         if content == "" and (role in ("system", "tool") or called):
             return ""
         if content is None and called:
@@ -162,7 +164,7 @@ class _TurnReader:
 
     def _json(self, value: object, field: str) -> object:
         text = checked_text(value, self._field(field))
-        parsed = parse_value(text, self._field(field))
+        parsed = parse_json(text, self._field(field))
         require_plain(parsed, self._field(field), columnar=False)
         return parsed
 
@@ -171,7 +173,7 @@ class _TurnReader:
         return None if found is None else checked_text(found, self._field(field))
 
     def _field(self, field: str) -> str:
-        return f"{self.place}: '{self.name}.{field}'"
+        return f"{self.location}: '{self.name}.{field}'"
 
 
 def read_tools(value: object, name: str, *, columnar: bool) -> tuple[Function, ...]:
@@ -181,7 +183,7 @@ def read_tools(value: object, name: str, *, columnar: bool) -> tuple[Function, .
     """
     if value is None or value == "":
         return ()
-    tools = parse_value(checked_text(value, name), name) if isinstance(value, str) else value
+    tools = parse_json(checked_text(value, name), name) if isinstance(value, str) else value
     if not isinstance(tools, list):
         raise bad_dataset(f"{name} is {describe(tools)}: must be a list of tools, or its JSON as text")
     require_plain(tools, name, columnar=columnar and tools is value)
@@ -191,14 +193,14 @@ def read_tools(value: object, name: str, *, columnar: bool) -> tuple[Function, .
 def _tool(value: object, name: str) -> Function:
     function = value.get("function", value) if isinstance(value, dict) else value
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise bad_dataset(f"{name} is no function with a name: must be {{type: function, function: {{name, …}}}}")
+        raise bad_dataset(f"{name} is not a function with a name: must be {{type: function, function: {{name, …}}}}")
     return value if isinstance(value, dict) and "function" in value else {"type": "function", "function": function}
 
 
 def require_plain(value: object, name: str, *, columnar: bool) -> None:
     """Raise StepFailure BAD_DATASET beginning with `name` unless the value can be written as JSON.
 
-    Of a columnar file, null is refused: it may stand for a key that this row does not have.
+    In a columnar file null is rejected: it may stand for a key that this row does not have.
     """
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
@@ -207,7 +209,7 @@ def require_plain(value: object, name: str, *, columnar: bool) -> None:
     require_unicode(text, name)
     if columnar and _has_null(value):
         raise bad_dataset(
-            f"{name} has null, which Parquet also writes for what a row does not have: store it as JSON text"
+            f"{name} has null, which Parquet also writes for a key that a row does not have: store it as JSON text"
         )
 
 
@@ -217,20 +219,20 @@ def _has_null(value: object) -> bool:
     return any(map(_has_null, value)) if isinstance(value, list) else value is None
 
 
-def check_turns(messages: tuple[Message, ...], place: str, column: str) -> None:
-    """Raise StepFailure BAD_DATASET unless the roles follow each other as Conversation says."""
+def check_turns(messages: tuple[Message, ...], location: str, column: str) -> None:
+    """Raise StepFailure BAD_DATASET unless the roles follow each other as in a Conversation."""
     expected: tuple[Role, ...] = ("system", "user")
     for index, message in enumerate(messages):
         if message.role not in expected:
             after = f"after {messages[index - 1].role!r} " if index and messages[index - 1].role != "system" else ""
             needed = expected[-1] if "system" in expected else " or ".join(expected)
             raise bad_dataset(
-                f"{place}: '{column}[{index}].role' is {message.role!r} {after}where {needed!r} is expected: "
+                f"{location}: '{column}[{index}].role' is {message.role!r} {after}where {needed!r} is expected: "
                 "after an optional system message, user and assistant take turns; results of tools follow their call"
             )
         expected = _FOLLOWERS[message.role](message)
     if not any(message.role == "assistant" for message in messages):
-        raise bad_dataset(f"{place}: {column!r} has no assistant message: there is nothing to learn")
+        raise bad_dataset(f"{location}: {column!r} has no assistant message: there is nothing to train on")
 
 
 _FOLLOWERS: Mapping[Role, Callable[[Message], tuple[Role, ...]]] = {

@@ -1,4 +1,4 @@
-"""What there is to learn from a row: a conversation, a prompt with its completion, or plain text."""
+"""What a model is trained on in one row: a conversation, a prompt with its completion, or plain text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,13 +42,13 @@ class Conversation:
 
     @property
     def uses_tools(self) -> bool:
-        """Whether anything in it needs a template that knows tools."""
+        """Whether it needs a chat template that supports tools."""
         return bool(self.tools) or any(message.tool_calls or message.role == "tool" for message in self.messages)
 
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """A prompt and what follows it."""
+    """A prompt and its completion."""
 
     prompt: str
     completion: str
@@ -64,7 +64,7 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text to continue; all of it is learnt."""
+    """Text to continue; the model is trained on all of it."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""The files of a data set and their formats, known by their names."""
+"""The files of a data set; a file's name says how it is read."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from qlora_trainer.core.paths import some_names
 
 @dataclass(frozen=True)
 class DataFile:
-    """A data file that can be read now, and what to call it in messages."""
+    """A data file on this machine, and its name for messages."""
 
     path: Path
     name: str
@@ -41,18 +41,18 @@ class DataFiles:
         return sha256("".join(lines).encode()).hexdigest()
 
     def versions(self) -> tuple[tuple[int, int], ...]:
-        """Size and time of change of each file: they differ if somebody has written to it meanwhile."""
+        """Size in bytes and modification time in ns of each file: they change when somebody writes to it."""
         stats = [file.path.stat() for file in self.files]
         return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-DATA_ENDINGS = ".jsonl, .json or .csv, each also with .gz, .bz2, .xz or .zst behind it, or .parquet"
+DATA_ENDINGS = ".jsonl, .json or .csv, each also with .gz, .bz2, .xz or .zst appended, or .parquet"
 MAX_FILES = 10_000
 
 
 def data_kind(name: str) -> str | None:
-    """The ending that says how a file is read, without that of its compression; None if it is no data file."""
+    """The ending that says how a file is read, without that of its compression; None if it is not a data file."""
     if name.endswith(".parquet"):
         return ".parquet"
     plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
@@ -62,7 +62,7 @@ def data_kind(name: str) -> str | None:
 def require_one_kind(names: Collection[str], inside: Collection[str], uri: str) -> None:
     """Raise StepFailure BAD_DATASET unless the names are of one kind of data file, and not too many.
 
-    `inside`: all names there, for the message.
+    `inside`: all names in the folder, for the message.
     """
     if not names:
         raise bad_dataset(f"{uri} has no data file; it has {some_names(inside)}; allowed are {DATA_ENDINGS}")
@@ -73,4 +73,4 @@ def require_one_kind(names: Collection[str], inside: Collection[str], uri: str) 
             f"it has {some_names(names)}"
         )
     if len(names) > MAX_FILES:
-        raise bad_dataset(f"{uri} has {len(names)} data files, at most {MAX_FILES} are read: put them together")
+        raise bad_dataset(f"{uri} has {len(names)} data files, at most {MAX_FILES} are allowed: merge them")

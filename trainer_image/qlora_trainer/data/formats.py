@@ -1,4 +1,4 @@
-"""Turns a row into an example to learn from."""
+"""Turns a row into an example to train on. Each format is one entry of `_FORMATS`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,23 +12,11 @@ from qlora_trainer.data.rows import Row, listed
 
 Format = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text"]
 _PARAGRAPH = "\n\n"
-_REQUIRED: Mapping[Format, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "sharegpt": ("conversations",),
-    "instruction": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-_OPTIONAL: Mapping[Format, tuple[str, ...]] = {
-    "chat": ("tools",),
-    "sharegpt": ("system", "tools"),
-    "instruction": ("input", "system"),
-}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read: the format, and the columns that are and are not looked at."""
+    """How rows are read: the format, and the columns that it uses and ignores."""
 
     format: Format
     columns: tuple[str, ...]
@@ -36,96 +24,24 @@ class Reading:
 
 
 class RowReader:
-    """Reads the rows of one data set."""
+    """Reads the rows of one data set, whose format and column names are known."""
 
     def __init__(self, format_: Format, columns: Columns | None) -> None:
-        self.format = format_
-        self._columns = columns or Columns()
-        readers: Mapping[Format, Callable[[Row], Example]] = {
-            "chat": self._chat,
-            "sharegpt": self._sharegpt,
-            "instruction": self._instruction,
-            "prompt-completion": self._prompt_completion,
-            "text": lambda row: PlainText(self._text(row, "text")),
-        }
-        self._read = readers[format_]
+        self._format, self._columns = format_, columns or Columns()
 
     def read(self, row: Row) -> Example:
-        """The row's example. Raises StepFailure BAD_DATASET naming place and field."""
-        return self._read(row)
+        """The row's example. Raises StepFailure BAD_DATASET naming location and field."""
+        return _FORMATS[self._format].read(_Fields(row, row.values(), self._format, self._columns))
 
     def reading(self, row: Row) -> Reading:
-        """What is looked at in a row with these columns."""
-        fields = (*_REQUIRED[self.format], *_OPTIONAL.get(self.format, ()))
-        columns = tuple(_column(field, self._columns) for field in fields)
+        """Which of the row's columns are used."""
+        definition, values = _FORMATS[self._format], row.values()
+        columns = tuple(_column(field, self._columns) for field in (*definition.required, *definition.optional))
         return Reading(
-            self.format,
-            tuple(column for column in columns if column in row.values),
-            tuple(column for column in row.values if column not in columns),
+            self._format,
+            tuple(column for column in columns if column in values),
+            tuple(column for column in values if column not in columns),
         )
-
-    def _chat(self, row: Row) -> Conversation:
-        column, value = self._value(row, "messages")
-        messages = read_turns(value, CHAT, row.place, column, columnar=row.columnar)
-        return self._conversation(row, column, messages)
-
-    def _sharegpt(self, row: Row) -> Conversation:
-        column, value = self._value(row, "conversations")
-        messages = read_turns(value, SHAREGPT, row.place, column, columnar=row.columnar)
-        system = self._optional_text(row, "system")
-        if system and messages[0].role == "system":
-            raise bad_dataset(
-                f"{row.place}: both {_column('system', self._columns)!r} and '{column}[0]' are a system message: "
-                "keep one"
-            )
-        return self._conversation(row, column, (Message("system", system), *messages) if system else messages)
-
-    def _conversation(self, row: Row, column: str, messages: tuple[Message, ...]) -> Conversation:
-        check_turns(messages, row.place, column)
-        name = _column("tools", self._columns)
-        if self._columns.tools is not None:
-            self._value(row, "tools")
-        tools = read_tools(row.values.get(name), f"{row.place}: {name!r}", columnar=row.columnar)
-        if not tools and any(message.tool_calls for message in messages):
-            raise bad_dataset(
-                f"{row.place}: {column!r} calls tools, but {name!r} describes none: a model learns to call what it is "
-                "shown; add the column, or leave such rows out"
-            )
-        return Conversation(messages, tools)
-
-    def _instruction(self, row: Row) -> PromptCompletion:
-        instruction = self._text(row, "instruction")
-        further = self._optional_text(row, "input")
-        prompt = instruction + _PARAGRAPH + further if further.strip() else instruction
-        return PromptCompletion(
-            prompt, self._text(row, "output"), _PARAGRAPH, self._optional_text(row, "system") or None
-        )
-
-    def _prompt_completion(self, row: Row) -> PromptCompletion:
-        return PromptCompletion(self._text(row, "prompt"), self._text(row, "completion"))
-
-    def _value(self, row: Row, field: str) -> tuple[str, object]:
-        column = _column(field, self._columns)
-        if column not in row.values:
-            raise bad_dataset(
-                f"{row.place} has no column {column!r}, which format {self.format} needs; it has "
-                f"{listed(row.values)}: name it in spec.dataset.columns.{field} or choose another spec.dataset.format"
-            )
-        return column, row.values[column]
-
-    def _text(self, row: Row, field: str) -> str:
-        column, value = self._value(row, field)
-        return checked_text(value, f"{row.place}: {column!r}")
-
-    def _optional_text(self, row: Row, field: str) -> str:
-        column = _column(field, self._columns)
-        named = getattr(self._columns, field) is not None
-        if named:
-            self._value(row, field)
-        value = row.values.get(column)
-        if value is None or value == "":
-            return ""
-        return checked_text(value, f"{row.place}: {column!r}")
 
 
 def detect_format(row: Row, columns: Columns | None) -> tuple[Format, Columns]:
@@ -134,23 +50,24 @@ def detect_format(row: Row, columns: Columns | None) -> tuple[Format, Columns]:
     Data sets call their turns `messages` and `conversations` in either notation, so the turns themselves decide between
     chat and sharegpt. Raises StepFailure BAD_DATASET if it is not exactly one format.
     """
-    names = columns or Columns()
-    fitting = [
-        format_ for format_, fields in _REQUIRED.items() if all(_column(field, names) in row.values for field in fields)
-    ]
+    names, values = columns or Columns(), row.values()
+    needed = {
+        format_: [_column(field, names) for field in definition.required] for format_, definition in _FORMATS.items()
+    }
+    fitting = [format_ for format_, required in needed.items() if all(column in values for column in required)]
     if len(fitting) == 1:
-        return _by_notation(row, fitting[0], names)
-    needs = "; ".join(f"{name}: {', '.join(_column(f, names) for f in fields)}" for name, fields in _REQUIRED.items())
+        return _by_notation(values, fitting[0], names)
+    needs = "; ".join(f"{format_}: {', '.join(required)}" for format_, required in needed.items())
     found = "fits more than one format, " + " and ".join(fitting) if fitting else "fits no format"
     raise bad_dataset(
-        f"{row.place} {found}; it has the columns {listed(row.values)}. Formats and what they need are {needs}: "
-        "set spec.dataset.format, and spec.dataset.columns where names differ"
+        f"{row.location} {found}; it has the columns {listed(values)}. Formats and the columns that they need are "
+        f"{needs}: set spec.dataset.format, and spec.dataset.columns where names differ"
     )
 
 
-def _by_notation(row: Row, format_: Format, names: Columns) -> tuple[Format, Columns]:
-    column = _column(_REQUIRED[format_][0], names)
-    turns = row.values[column]
+def _by_notation(values: Mapping[str, object], format_: Format, names: Columns) -> tuple[Format, Columns]:
+    column = _column(_FORMATS[format_].required[0], names)
+    turns = values[column]
     keys = turns[0].keys() if isinstance(turns, list) and turns and isinstance(turns[0], dict) else ()
     if format_ == "sharegpt" and {CHAT.role, CHAT.content} <= set(keys):
         return "chat", names.model_copy(update={"messages": column})
@@ -162,3 +79,108 @@ def _by_notation(row: Row, format_: Format, names: Columns) -> tuple[Format, Col
 def _column(field: str, columns: Columns) -> str:
     renamed: str | None = getattr(columns, field)
     return renamed or field
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The values of one row, by the format's names for its columns. Methods raise StepFailure BAD_DATASET."""
+
+    row: Row
+    values: Mapping[str, object]
+    format: Format
+    columns: Columns
+
+    def column(self, field: str) -> str:
+        """The data set's name for the field."""
+        return _column(field, self.columns)
+
+    def value(self, field: str) -> object:
+        """The value of a field that must be there."""
+        column = self.column(field)
+        if column not in self.values:
+            raise bad_dataset(
+                f"{self.row.location} has no column {column!r}, which format {self.format} needs; it has "
+                f"{listed(self.values)}: name it in spec.dataset.columns.{field} or choose another spec.dataset.format"
+            )
+        return self.values[column]
+
+    def optional_value(self, field: str) -> object:
+        """The value, or None without it. A column that spec.dataset.columns names must be there."""
+        named = getattr(self.columns, field) is not None
+        return self.value(field) if named else self.values.get(field)
+
+    def text(self, field: str) -> str:
+        """The text of a field that must be there."""
+        return checked_text(self.value(field), self.where(field))
+
+    def optional_text(self, field: str) -> str:
+        """The text, or an empty one without it."""
+        value = self.optional_value(field)
+        return "" if value is None or value == "" else checked_text(value, self.where(field))
+
+    def where(self, field: str) -> str:
+        """Location and column, for a message."""
+        return f"{self.row.location}: {self.column(field)!r}"
+
+
+def _chat(fields: _Fields) -> Conversation:
+    value, row = fields.value("messages"), fields.row
+    messages = read_turns(value, CHAT, row.location, fields.column("messages"), columnar=row.columnar)
+    return _conversation(fields, "messages", messages)
+
+
+def _sharegpt(fields: _Fields) -> Conversation:
+    value, row, column = fields.value("conversations"), fields.row, fields.column("conversations")
+    messages = read_turns(value, SHAREGPT, row.location, column, columnar=row.columnar)
+    system = fields.optional_text("system")
+    if system and messages[0].role == "system":
+        raise bad_dataset(
+            f"{row.location}: both {fields.column('system')!r} and '{column}[0]' are a system message: keep one"
+        )
+    return _conversation(fields, "conversations", (Message("system", system), *messages) if system else messages)
+
+
+def _conversation(fields: _Fields, turns: str, messages: tuple[Message, ...]) -> Conversation:
+    row = fields.row
+    check_turns(messages, row.location, fields.column(turns))
+    tools = read_tools(fields.optional_value("tools"), fields.where("tools"), columnar=row.columnar)
+    if not tools and any(message.tool_calls for message in messages):
+        raise bad_dataset(
+            f"{fields.where(turns)} calls tools, but {fields.column('tools')!r} describes none: a model learns to call "
+            "the tools it is shown; add the column, or leave such rows out"
+        )
+    return Conversation(messages, tools)
+
+
+def _instruction(fields: _Fields) -> PromptCompletion:
+    instruction, further = fields.text("instruction"), fields.optional_text("input")
+    prompt = instruction + _PARAGRAPH + further if further.strip() else instruction
+    output, system = fields.text("output"), fields.optional_text("system")
+    return PromptCompletion(prompt, output, _PARAGRAPH, system or None)
+
+
+def _prompt_completion(fields: _Fields) -> PromptCompletion:
+    return PromptCompletion(fields.text("prompt"), fields.text("completion"))
+
+
+def _text(fields: _Fields) -> PlainText:
+    return PlainText(fields.text("text"))
+
+
+@dataclass(frozen=True)
+class _Definition:
+    """A format: the fields of `Columns` that it reads, and how they become an example."""
+
+    required: tuple[str, ...]
+    """A row that has all of these is of this format."""
+    optional: tuple[str, ...]
+    read: Callable[[_Fields], Example]
+
+
+_FORMATS: Mapping[Format, _Definition] = {
+    "chat": _Definition(("messages",), ("tools",), _chat),
+    "sharegpt": _Definition(("conversations",), ("system", "tools"), _sharegpt),
+    "instruction": _Definition(("instruction", "output"), ("input", "system"), _instruction),
+    "prompt-completion": _Definition(("prompt", "completion"), (), _prompt_completion),
+    "text": _Definition(("text",), (), _text),
+}

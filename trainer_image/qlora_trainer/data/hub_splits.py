@@ -1,18 +1,20 @@
-"""Chooses the files of a hub data set that are a configuration and split of it.
+"""Chooses the files of a hub data set that are its configuration and split.
 
-The layouts are those of https://huggingface.co/docs/hub/datasets-data-files-configuration: `configs` in the card
-(README.md), else file and folder names that say the split.
+The layouts are those of https://huggingface.co/docs/hub/datasets-data-files-configuration: `configs` in the data set
+card (README.md), else file and folder names that contain the split.
 """
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
+from qlora_api.dataset import DatasetSpec, EvalSpec
+from qlora_api.sources import HubSource, parse_source
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.data.files import data_kind, require_one_kind
@@ -24,31 +26,57 @@ _SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 _MOST_STARS = 8
 _GLOB = re.compile(r"(\*\*/|\*\*|\*|\?)")
-# What the YAML library raises for a value that is not of the type that its tag says.
+# What the YAML library raises for a value that is not of its tag's type.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which part of a data set is asked for."""
+    """Which part of a hub data set a job asks for."""
 
     splits: tuple[str, ...]
-    """The first of them that there is."""
+    """In order of preference: the first that exists is used."""
     config: str | None = None
+    revision: str | None = None
+    """Branch, tag or commit; main if None."""
     field: str = "spec.dataset"
-    """Where the job says so."""
+    """The job's field that asks for it, for messages."""
 
 
 TRAINING = Wanted(("train",))
 EVALUATION = Wanted(("validation", "test"), field="spec.dataset.eval")
 
 
-def read_card(path: Path, uri: str) -> Mapping[str, Any]:
-    """What a card says about its data set, as YAML at its top. Raises StepFailure BAD_DATASET if that is not YAML."""
+def training_part(spec: DatasetSpec) -> Wanted:
+    """The part that the job trains on."""
+    return replace(
+        TRAINING, splits=(spec.split,) if spec.split else TRAINING.splits, config=spec.config, revision=spec.revision
+    )
+
+
+def evaluation_part(spec: DatasetSpec, own: EvalSpec) -> Wanted:
+    """The part that the job evaluates with. From the same repository it inherits configuration and revision."""
+    same_repository = own.source is not None and _repository(own.source) == _repository(spec.source)
+    inherited = spec if same_repository else own
+    return replace(
+        EVALUATION,
+        splits=(own.split,) if own.split else EVALUATION.splits,
+        config=own.config or inherited.config,
+        revision=own.revision or inherited.revision,
+    )
+
+
+def _repository(uri: str) -> str | None:
+    source = parse_source(uri)
+    return source.repository if isinstance(source, HubSource) else None
+
+
+def read_dataset_card(path: Path, uri: str) -> Mapping[str, Any]:
+    """The metadata of a data set card, YAML at its top. Raises StepFailure BAD_DATASET if that is not YAML."""
     try:
         return metadata_load(path) or {}
     except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
-        raise bad_dataset(f"{uri}/README.md: what stands between its --- lines is not YAML ({error})"[:500]) from error
+        raise bad_dataset(f"{uri}/README.md: the text between its --- lines is not YAML ({error})"[:500]) from error
 
 
 def choose_data_files(
@@ -56,8 +84,8 @@ def choose_data_files(
 ) -> list[str]:
     """The data files, ascending, of the file or folder at `path`, or else of the repository's configuration and split.
 
-    If no file's name says a split, all are taken. Raises StepFailure BAD_DATASET, listing what there is, if there is no
-    such file, or if they are of several kinds.
+    If no file's name contains a split, all files are taken. Raises StepFailure BAD_DATASET, listing what there is, if
+    there is no such file, or if they are of several kinds.
     """
     candidates = sorted(name for name in names if data_kind(name) is not None)
     if path in candidates:
@@ -78,25 +106,25 @@ def choose_data_files(
 
 
 def _below(names: list[str], wanted: Wanted, uri: str) -> list[str]:
-    """The files in a folder of the configuration's name."""
+    """The files in a folder that has the configuration's name."""
     if wanted.config is None:
         return names
     below = [name for name in names if wanted.config in name.split("/")[:-1]]
     if not below:
         raise bad_dataset(
             f"{uri} has no configuration {wanted.config!r} ({wanted.field}.config): neither its README.md nor a folder "
-            f"is called so; it has {some_names(names)}"
+            f"has that name; it has {some_names(names)}"
         )
     return below
 
 
 def _of_split(names: list[str], wanted: Wanted, uri: str, start: int = 0) -> list[str]:
-    """The files whose name, from `start`, has a name of the split as a part of its own."""
+    """The files whose name, from `start`, has a name of the split as a separate word."""
     for split in wanted.splits:
-        found = [name for name in names if _says(name[start:], split)]
+        found = [name for name in names if _names_split(name[start:], split)]
         if found:
             return found
-    unnamed = not any(_says(name[start:], split) for name in names for split in _SPLIT_NAMES)
+    unnamed = not any(_names_split(name[start:], split) for name in names for split in _SPLIT_NAMES)
     if unnamed and wanted.splits in (TRAINING.splits, EVALUATION.splits):
         return names
     raise bad_dataset(
@@ -105,13 +133,13 @@ def _of_split(names: list[str], wanted: Wanted, uri: str, start: int = 0) -> lis
     )
 
 
-def _says(name: str, split: str) -> bool:
+def _names_split(name: str, split: str) -> bool:
     words = "|".join(map(re.escape, _SPLIT_NAMES.get(split, (split,))))
     return re.search(rf"(^|[/._-])({words})([/._-]|[0-9]|$)", name) is not None
 
 
 def _configs(card: Mapping[str, Any], uri: str) -> dict[str, Mapping[str, Any]]:
-    """The configurations that the card describes, by name, where it names their files."""
+    """The configurations whose files the card names, by name."""
     entries = card.get("configs") or []
     wrong = not isinstance(entries, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("config_name"), str) for entry in entries
@@ -131,11 +159,11 @@ def _of_config(names: list[str], configs: Mapping[str, Mapping[str, Any]], wante
     for split in wanted.splits:
         if split in patterns:
             globs = [_GLOB.split(pattern.removeprefix("./")) for pattern in patterns[split]]
-            found = [name for name in names if any(_fits(name, glob) for glob in globs)]
+            found = [name for name in names if any(_matches(name, glob) for glob in globs)]
             if not found:
                 raise bad_dataset(
                     f"{uri}: its README.md names {', '.join(patterns[split])[:200]} for the split {split!r}, but no "
-                    f"data file fits; it has {some_names(names)}"
+                    f"data file matches; it has {some_names(names)}"
                 )
             return found
     raise bad_dataset(
@@ -162,7 +190,7 @@ def _chosen_config(configs: Mapping[str, Mapping[str, Any]], wanted: Wanted, uri
 
 
 def _patterns(files: object, uri: str) -> dict[str, list[str]]:
-    """File patterns by split, from any of the forms that a card may have."""
+    """File patterns by split, from any of the forms of `data_files`."""
     if isinstance(files, str):
         files = [files]
     if isinstance(files, dict):
@@ -182,34 +210,34 @@ def _patterns(files: object, uri: str) -> dict[str, list[str]]:
     return patterns
 
 
-def _fits(name: str, glob: Sequence[str]) -> bool:
-    """Whether the name is what the parts of a glob pattern say: ** goes through folders, * and ? do not.
+def _matches(name: str, glob: Sequence[str]) -> bool:
+    """Whether the name matches the parts of a glob pattern: ** matches across folders, * and ? do not.
 
-    Each part moves all places that the parts before it can end at, so that the time grows with the length of the name
-    only: a regular expression would try all combinations.
+    Each part moves all positions that the parts before it can end at, so that the time grows with the length of the
+    name only: a regular expression would try all combinations.
     """
-    places = {0}
+    positions = {0}
     for part in glob:
         if part == "**/":
-            places |= {end for end in range(min(places) + 1, len(name) + 1) if name[end - 1] == "/"}
+            positions |= {end for end in range(min(positions) + 1, len(name) + 1) if name[end - 1] == "/"}
         elif part == "**":
-            places = set(range(min(places), len(name) + 1))
+            positions = set(range(min(positions), len(name) + 1))
         elif part == "*":
-            places = _in_folders(name, places)
+            positions = _in_folders(name, positions)
         elif part == "?":
-            places = {start + 1 for start in places if name[start : start + 1] not in ("", "/")}
+            positions = {start + 1 for start in positions if name[start : start + 1] not in ("", "/")}
         else:
-            places = {start + len(part) for start in places if name.startswith(part, start)}
-        if not places:
+            positions = {start + len(part) for start in positions if name.startswith(part, start)}
+        if not positions:
             return False
-    return len(name) in places
+    return len(name) in positions
 
 
-def _in_folders(name: str, places: set[int]) -> set[int]:
-    """The places, and those behind each up to the next /."""
+def _in_folders(name: str, positions: set[int]) -> set[int]:
+    """The positions, and those after each up to the next /."""
     reached: set[int] = set()
     past = 0
-    for start in sorted(places):
+    for start in sorted(positions):
         if start >= past:
             slash = name.find("/", start)
             past = (len(name) if slash < 0 else slash) + 1

@@ -1,33 +1,37 @@
-"""Finds a data set's files, wherever its address points."""
+"""Finds the files of a data set at its address, and downloads them from servers."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from qlora_api.sources import ConfigMapSource, HubSource, ObjectStoreSource, VolumeSource, parse_source
 from qlora_trainer.core.context import Mounts
+from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
 from qlora_trainer.core.filesystem import bytes_below, require_space
 from qlora_trainer.core.paths import require_regular, some_names
 from qlora_trainer.data.files import DATA_ENDINGS, DataFile, DataFiles, data_kind, require_one_kind
-from qlora_trainer.data.hub_splits import Wanted, choose_data_files, read_card
+from qlora_trainer.data.hub_splits import Wanted, choose_data_files, read_dataset_card
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.s3 import ObjectFolder, version_of
 
-_CARD = "README.md"
-_MAX_CARD_BYTES = 2**21
+_DATASET_CARD = "README.md"
+_MAX_DATASET_CARD_BYTES = 2**21
 
 
-def find_data(
-    uri: str,
-    wanted: Wanted,
-    *,
-    revision: str | None,
-    mounts: Mounts,
-    hub: Callable[[], Hub],
-    objects: Callable[[ObjectStoreSource], ObjectFolder],
-    download: Path,
-) -> DataFiles:
-    """The data files of an address: one file, or those of one kind that lie in a folder or make up a split.
+@dataclass(frozen=True)
+class DataAccess:
+    """What the data of a job can be read with."""
+
+    mounts: Mounts
+    hub: Callable[[], Hub]
+    """Opens the hub's client, only if an address needs it."""
+    secret: Secret
+    """Credentials of object stores."""
+
+
+def find_data(uri: str, wanted: Wanted, access: DataAccess, download: Path) -> DataFiles:
+    """The data files of an address: one file, or those of one kind that are in a folder or make up a split.
 
     Files of the hub and of an object store are downloaded below `download`. Raises StepFailure: BAD_DATASET if there is
     no such file, or files of several kinds, UNSAFE_ARTIFACT for a link that leads out of its volume, UNREACHABLE if a
@@ -35,16 +39,16 @@ def find_data(
     """
     source = parse_source(uri)
     if isinstance(source, HubSource):
-        return _hub_data(source, wanted, revision, hub(), download)
+        return _hub_data(source, wanted, access.hub(), download)
     if isinstance(source, ObjectStoreSource):
-        return _stored_data(source, objects(source), download)
+        return _stored_data(source, ObjectFolder(source, access.secret, refuse=bad_dataset), download)
     if isinstance(source, (VolumeSource, ConfigMapSource)):
-        return _mounted_data(uri, source, mounts)
-    raise bad_configuration(f"{uri} is no address of data: must be hf://, pvc://, s3:// or configMap://")
+        return _mounted_data(uri, source, access.mounts)
+    raise bad_configuration(f"{uri} is not an address of data: must be hf://, pvc://, s3:// or configMap://")
 
 
 def mounted_data(uri: str, mounts: Mounts) -> DataFiles | None:
-    """The files on a volume or in a ConfigMap that an address names; None for servers, and if there are none (now)."""
+    """The files on a volume or in a ConfigMap that an address names; None for a server, and for files that are gone."""
     source = parse_source(uri)
     if not isinstance(source, (VolumeSource, ConfigMapSource)):
         return None
@@ -63,7 +67,7 @@ def _mounted_data(uri: str, source: VolumeSource | ConfigMapSource, mounts: Moun
         if not path.resolve().is_relative_to(volume.resolve()):
             require_regular(path, volume, str(source))
         return _folder(path, volume, str(source))
-    # A link without an end does not exist either, but the address is right.
+    # A broken link does not exist either, but the address is right: require_regular reports it.
     if not path.exists() and not path.is_symlink():
         folder = path.parent
         inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
@@ -100,7 +104,7 @@ def _stored_data(source: ObjectStoreSource, objects: ObjectFolder, download: Pat
         folder, listed = str(source), objects.list()
         found = {name: listed[name] for name in sorted(listed) if "/" not in name and data_kind(name) is not None}
         require_one_kind(found, listed, str(source))
-    # A file of an earlier attempt is the present one only if the store has not got another since.
+    # A file of an earlier attempt is used only if the store still has that version of it.
     download /= version_of(found)
     _make_room(download, sum(entry.size for entry in found.values()), str(source))
     for name, entry in found.items():
@@ -108,21 +112,24 @@ def _stored_data(source: ObjectStoreSource, objects: ObjectFolder, download: Pat
     return _files(folder, ((download / name, name) for name in found))
 
 
-def _hub_data(source: HubSource, wanted: Wanted, revision: str | None, hub: Hub, download: Path) -> DataFiles:
-    listing = hub.list("dataset", source.repository, revision)
+def _hub_data(source: HubSource, wanted: Wanted, hub: Hub, download: Path) -> DataFiles:
+    listing = hub.list("dataset", source.repository, wanted.revision)
     uri = f"hf://{source.repository}"
-    card = listing.files.get(_CARD)
+    dataset_card = listing.files.get(_DATASET_CARD)
     about = None
-    if card is not None and not source.path:
-        if card.size > _MAX_CARD_BYTES:
-            raise bad_dataset(f"{uri}/{_CARD} has {card.size} bytes, at most {_MAX_CARD_BYTES} are read: name a file")
-        about = read_card(hub.fetch(listing, card, download), uri)
+    if dataset_card is not None and not source.path:
+        if dataset_card.size > _MAX_DATASET_CARD_BYTES:
+            raise bad_dataset(
+                f"{uri}/{_DATASET_CARD} has {dataset_card.size} bytes, at most {_MAX_DATASET_CARD_BYTES} are read: "
+                "name a file"
+            )
+        about = read_dataset_card(hub.fetch(listing, dataset_card, download), uri)
     names = choose_data_files(tuple(listing.files), about, source.path, wanted, uri)
     _make_room(download, sum(listing.files[name].size for name in names), uri)
     return _files(uri, [(hub.fetch(listing, listing.files[name], download), name) for name in names])
 
 
 def _make_room(folder: Path, total: int, uri: str) -> None:
-    """Make the folder. Raises StepFailure if what an earlier attempt has not loaded of `total` bytes has no room."""
+    """Make the folder. Raises StepFailure if there is no space for what earlier attempts left of `total` bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     require_space(folder, total - bytes_below(folder), f"the download of {uri}")

@@ -1,7 +1,7 @@
-"""The prepared data on disk: how token sequences are written once and read many times.
+"""The prepared data on disk: packed sequences, written once and read many times.
 
-A data folder holds `train.safetensors`, `eval.safetensors` where rows are held out, `statistics.json`, and
-`manifest.json`, which is written last. A split's file has the tensors
+A data folder has `train.safetensors`, `eval.safetensors` if rows are held out, `statistics.json`, and `manifest.json`,
+which is written last. A split's file has the tensors
 
     token_offsets    int64 [sequences + 1]   where a sequence begins in `input_ids`
     segment_offsets  int64 [sequences + 1]   where a sequence begins in `segment_lengths`
@@ -40,12 +40,12 @@ def split_file(folder: Path, split: Split) -> Path:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One packed sequence: its rows stand one after the other and must not see each other."""
+    """One packed sequence: its rows are concatenated and must not see each other."""
 
     input_ids: Tensor
     """int64 [tokens]"""
     labels: Tensor
-    """int64 [tokens], aligned with `input_ids`; -100 where the token is no target, as the first of every row."""
+    """int64 [tokens], aligned with `input_ids`; -100 where the token is not a target, as the first of every row."""
     row_lengths: tuple[int, ...]
     """Tokens of each row in it; position ids restart at each."""
 
@@ -53,7 +53,7 @@ class PackedSequence:
 def write_split(path: Path, rows: TokenizedRows, arrangement: Arrangement) -> None:
     """Write the file of a split: the sequences of the arrangement, whose rows are indices into `rows`.
 
-    Tokens are copied some rows at a time. Raises OSError if the disk is full. The caller makes it durable and renames.
+    Copies the tokens of some rows at a time. Raises OSError if the disk is full. The caller syncs the file to disk.
     """
     order = arrangement.rows
     lengths = rows.lengths[order]
@@ -85,7 +85,7 @@ def write_split(path: Path, rows: TokenizedRows, arrangement: Arrangement) -> No
 def _header(shapes: dict[str, tuple[str, int]], facts: dict[str, int]) -> bytes:
     """The header of a safetensors file with these one-dimensional tensors, in this order.
 
-    The format is https://github.com/huggingface/safetensors#format. Its library writes tensors that are in memory only.
+    The format is https://github.com/huggingface/safetensors#format. Its library writes only what is in memory.
     """
     bytes_each = {"I64": 8, "I32": 4, "U8": 1}
     entries: dict[str, Any] = {"__metadata__": {_FACTS: json.dumps(facts, sort_keys=True)}}
@@ -100,7 +100,7 @@ def _header(shapes: dict[str, tuple[str, int]], facts: dict[str, int]) -> bytes:
 
 
 class PreparedDataset:
-    """The sequences of one split, read from the memory-mapped file as they are asked for: opening it reads nothing."""
+    """The sequences of one split, read from the memory-mapped file on access: opening it reads nothing."""
 
     def __init__(self, path: Path) -> None:
         """Open the file of a split. Raises FileNotFoundError, or ValueError if it is damaged or of another version."""

@@ -1,31 +1,34 @@
-"""What a row of a data file is, and how its values are named in messages."""
+"""A row of a data file as it was read, and how its values are named in messages."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.data.json_values import ONE_OBJECT_PER_LINE, parse_json
+
 
 @dataclass(frozen=True)
-class RawRow:
-    """One row as it was read. Cheap to make and to send to another process, which parses it."""
+class Row:
+    """One row, unparsed: cheap to make, and cheap to send to the process that parses it."""
 
-    place: str
+    location: str
     """File and line (JSON), or file and row from 1 (CSV, Parquet), for messages."""
     content: str | Mapping[str, object]
     """The text of a JSON object, or the values by column."""
     size: int
     """About how many bytes the content takes."""
     columnar: bool = False
-    """Whether the file has columns of one type: an object has all keys of all rows, null where a row has none."""
+    """Whether the file has typed columns: every object then has the keys of all rows, null where a row has none."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row: its values by column."""
-
-    place: str
-    values: Mapping[str, object]
-    columnar: bool = False
+    def values(self) -> Mapping[str, object]:
+        """The values by column, parsed at each call. Raises StepFailure BAD_DATASET if they are not a JSON object."""
+        if not isinstance(self.content, str):
+            return self.content
+        value = parse_json(self.content, self.location, ONE_OBJECT_PER_LINE)
+        if not isinstance(value, dict):
+            raise bad_dataset(f"{self.location} is {describe(value)}: must be a JSON object, {{…}}")
+        return value
 
 
 def describe(value: object) -> str:

@@ -1,7 +1,7 @@
-"""Draws rows by chance from a seed: their order, which are held out, which are used.
+"""Draws rows at random from a seed: their order, which are held out, which are used.
 
-Chance is the raw output of Philox (Salmon et al. 2011), which numpy promises never to change, unlike what its
-generators make of it.
+Randomness is the raw output of Philox (Salmon et al. 2011), which numpy promises never to change, unlike what its
+generators derive from it.
 """
 
 from enum import IntEnum
@@ -16,7 +16,7 @@ RowIndices = NDArray[numpy.int64]
 
 
 class Purpose(IntEnum):
-    """What a permutation is for; each purpose has chance of its own. The orders of the epochs have the keys below."""
+    """What a permutation is for: each purpose has a random stream of its own. Smaller keys are the epochs' orders."""
 
     USED = 2**32
     HELD_OUT = 2**32 + 1
@@ -24,18 +24,18 @@ class Purpose(IntEnum):
 
 
 def permutation(count: int, seed: int, purpose: Purpose) -> RowIndices:
-    """The numbers from 0 to `count` - 1 in an order that depends on the arguments only."""
+    """The numbers from 0 to `count` - 1 in an order that the arguments alone decide."""
     drawn = numpy.random.Philox(key=numpy.array([seed, purpose], dtype=numpy.uint64)).random_raw(count)
     return numpy.argsort(drawn, kind="stable")
 
 
 def used_rows(count: int, limit: int, seed: int) -> RowIndices:
-    """Which `limit` of `count` rows are used if chance chooses them, ascending; all if there are not more."""
+    """The `limit` of `count` rows that `seed` chooses, ascending; all rows if there are no more than `limit`."""
     return numpy.sort(permutation(count, seed, Purpose.USED)[:limit])
 
 
 def hold_out(count: int, fraction: float, seed: int, name: str) -> tuple[RowIndices, RowIndices]:
-    """Indices, ascending, of the rows that are kept and of those held out: the nearest number to `fraction` of `count`.
+    """Indices, ascending, of the rows that are kept and of those held out: `fraction` of `count`, rounded.
 
     At least one of each. Raises StepFailure BAD_DATASET if there are fewer than two rows.
     """

@@ -1,7 +1,6 @@
-"""What a data set turned out to be, in figures, for the report: a file beside the prepared data."""
+"""The statistics of a data set, for the report: a file beside the prepared data."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -10,7 +9,7 @@ from pydantic import Field
 
 from qlora_api.schema import ObservedModel
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.data.chunks import Chunk, TokenizedRows
+from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.packing import Arrangement
 
 STATISTICS = "statistics.json"
@@ -19,12 +18,12 @@ STATISTICS = "statistics.json"
 class LengthCount(ObservedModel):
     """One bar of a histogram."""
 
-    up_to: int = Field(description="Tokens of the longest rows that belong to it.")
+    up_to: int = Field(description="Tokens of the longest rows that the bar counts.")
     rows: int
 
 
 class Lengths(ObservedModel):
-    """How long the rows are, in tokens, those left out included."""
+    """How long the rows are, in tokens, rows that are left out included."""
 
     shortest: int
     mean: float
@@ -32,11 +31,11 @@ class Lengths(ObservedModel):
     p90: int
     p99: int
     longest: int
-    histogram: tuple[LengthCount, ...] = Field(description="Bars whose upper ends are powers of two; none is left out.")
+    histogram: tuple[LengthCount, ...] = Field(description="Bars whose upper ends are consecutive powers of two.")
 
     @classmethod
     def of(cls, lengths: NDArray[numpy.int32]) -> "Lengths":
-        """Those of one row or more."""
+        """The statistics of at least one row's length. `lengths`: int32 [rows]."""
         ordered = numpy.sort(lengths)
         top = max(int(ordered[-1]) - 1, 0).bit_length()
         bottom = max(int(ordered[0]) - 1, 0).bit_length()
@@ -54,11 +53,11 @@ class Lengths(ObservedModel):
 
 
 class DroppedRows(ObservedModel):
-    """Rows that were read and are not used, for one reason."""
+    """Rows that were read but not used, for one reason."""
 
     reason: str
     rows: int
-    first: str = Field(description="Place of the first of them.")
+    first: str = Field(description="Location of the first of them.")
 
 
 class SplitStatistics(ObservedModel):
@@ -70,11 +69,11 @@ class SplitStatistics(ObservedModel):
     sequences: int
     sequence_length: int = Field(description="Tokens that a sequence may hold.")
     packed: bool
-    packing_efficiency: float = Field(description="Tokens by the tokens that the sequences could hold, from 0 to 1.")
+    packing_efficiency: float = Field(description="Tokens, as a fraction of what the sequences could hold.")
 
     @classmethod
     def of(cls, rows: TokenizedRows, arrangement: Arrangement, capacity: int, *, packed: bool) -> "SplitStatistics":
-        """Those of an arrangement of `rows` in sequences of at most `capacity` tokens."""
+        """The statistics of an arrangement of `rows` in sequences of at most `capacity` tokens."""
         tokens = int(rows.lengths[arrangement.rows].sum(dtype=numpy.int64))
         return cls(
             rows=len(arrangement.rows),
@@ -91,11 +90,11 @@ class SourceStatistics(ObservedModel):
     """What was read from one address."""
 
     uri: str
-    files: tuple[str, ...] = Field(description="The first hundred files' names.")
+    files: tuple[str, ...] = Field(description="Names of the first hundred files.")
     file_count: int
     sha256: str
     format: str
-    columns: tuple[str, ...] = Field(description="Columns that are looked at.")
+    columns: tuple[str, ...] = Field(description="Columns that are used.")
     ignored_columns: tuple[str, ...]
     rows_read: int
     dropped: tuple[DroppedRows, ...] = ()
@@ -116,18 +115,21 @@ class DataStatistics(ObservedModel):
 
     @classmethod
     def read(cls, folder: Path) -> "DataStatistics":
-        """That of a data folder. Raises FileNotFoundError or ValidationError."""
+        """Read it from a data folder. Raises FileNotFoundError or ValidationError."""
         return cls.model_validate_json((folder / STATISTICS).read_bytes())
 
 
-def dropped_rows(chunks: Sequence[Chunk], longest_allowed: int) -> tuple[DroppedRows, ...]:
-    """The rows of the chunks that are not used, by reason."""
-    too_long = sum(len(chunk.too_long) for chunk in chunks)
-    unlabeled = sum(chunk.dropped.unlabeled for chunk in chunks)
-    long_places = (chunk.dropped.first_too_long for chunk in chunks if chunk.dropped.first_too_long)
-    bare_places = (chunk.dropped.first_unlabeled for chunk in chunks if chunk.dropped.first_unlabeled)
+def dropped_rows(rows: TokenizedRows, longest_allowed: int) -> tuple[DroppedRows, ...]:
+    """The rows that are not used, by reason."""
+    unlabeled = sum(dropped.unlabeled for dropped in rows.dropped)
+    first_too_long = next((dropped.first_too_long for dropped in rows.dropped if dropped.first_too_long), "")
+    first_unlabeled = next((dropped.first_unlabeled for dropped in rows.dropped if dropped.first_unlabeled), "")
     reasons = (
-        (f"longer than {longest_allowed} tokens (spec.training.maxSequenceLength)", too_long, next(long_places, "")),
-        ("no token to learn", unlabeled, next(bare_places, "")),
+        (
+            f"longer than {longest_allowed} tokens (spec.training.maxSequenceLength)",
+            len(rows.too_long),
+            first_too_long,
+        ),
+        ("no token to train on", unlabeled, first_unlabeled),
     )
     return tuple(DroppedRows(reason=reason, rows=rows, first=first) for reason, rows, first in reasons if rows)

@@ -1,4 +1,4 @@
-"""Reads rows from CSV and Parquet, naming the place of everything that is wrong."""
+"""Reads rows from CSV and Parquet."""
 
 import csv
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from qlora_api.printable import first_line
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.files import DataFile
 from qlora_trainer.data.parquet_pages import RowGroupSizes, row_group_sizes
-from qlora_trainer.data.rows import RawRow
+from qlora_trainer.data.rows import Row
 from qlora_trainer.data.text import MAX_LINE_BYTES, Inflation, lines
 
 _PARQUET_BATCH_ROWS = 64
 _PARQUET_BATCH_BYTES = 2**26
 
 
-def read_csv(file: DataFile) -> Iterator[RawRow]:
+def read_csv(file: DataFile) -> Iterator[Row]:
     """The rows below the header; all values are text."""
-    # The limit is the interpreter's; its default of 128 KiB is less than one document.
+    # The limit holds for the whole interpreter; its default of 128 KiB is less than one document.
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in lines(file)), strict=True)
     header: list[str] | None = None
@@ -28,13 +28,13 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
             header = _header(cells, file)
         elif cells:
             number += 1
-            place = f"{file.name} row {number} (ends in line {reader.line_num})"
+            location = f"{file.name} row {number} (ends in line {reader.line_num})"
             if len(cells) != len(header):
                 raise bad_dataset(
-                    f"{place} has {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}): "
+                    f"{location} has {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}): "
                     "put cells with commas or line breaks in double quotes"
                 )
-            yield RawRow(place, dict(zip(header, cells, strict=True)), sum(map(len, cells)))
+            yield Row(location, dict(zip(header, cells, strict=True)), sum(map(len, cells)))
 
 
 def _next_record(reader: Any, file: DataFile, rows_read: int) -> list[str] | None:
@@ -56,10 +56,10 @@ def _header(cells: list[str], file: DataFile) -> list[str]:
     return names
 
 
-def read_parquet(file: DataFile) -> Iterator[RawRow]:
-    """The rows of all row groups. Memory: a row group's compressed columns, and 64 rows.
+def read_parquet(file: DataFile) -> Iterator[Row]:
+    """The rows of all row groups. Memory: one row group's compressed columns, and 64 rows.
 
-    Of columns whose dictionaries have large values, fewer rows, since each gets a copy of a value.
+    Fewer rows where dictionaries have large values, since each row gets a copy of its value.
     """
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -68,26 +68,26 @@ def read_parquet(file: DataFile) -> Iterator[RawRow]:
     try:
         with ParquetFile(file.path) as table:
             groups = row_group_sizes(file.path, table.metadata)
-            # Before a page is decompressed, which happens to all of it at once.
+            # Checked before any page is decompressed, since a page is decompressed whole.
             Inflation(file).add(sum(group.pages for group in groups))
             for batch in chain.from_iterable(_batches(table, index, group) for index, group in enumerate(groups)):
                 inflation.add(batch.nbytes)
                 size = batch.nbytes // max(1, batch.num_rows)
                 for values in batch.to_pylist():
                     number += 1
-                    yield RawRow(f"{file.name} row {number}", values, size, columnar=True)
+                    yield Row(f"{file.name} row {number}", values, size, columnar=True)
     except (ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         where = f"after row {number}" if number else "at its start or end"
         raise bad_dataset(
             f"{file.name} cannot be read as Parquet ({where}: {first_line(error)}): "
-            "write it again, without columns that the data set does not need"
+            "write it again, without the columns that training does not need"
         ) from error
 
 
 def _batches(table: Any, index: int, sizes: RowGroupSizes) -> Iterator[Any]:
     """The rows of one row group, as many at a time as fit even if each has the largest value of every column.
 
-    Nothing bounds one row whose list names a value again and again: the pod's memory does.
+    A single row whose list repeats one value many times is bounded by the pod's memory only.
     """
     rows = _PARQUET_BATCH_BYTES // max(1, sizes.dictionaries)
     batches: Iterator[Any] = table.iter_batches(batch_size=max(1, min(rows, _PARQUET_BATCH_ROWS)), row_groups=[index])

@@ -14,17 +14,17 @@ from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.files import DataFile
 
 MAX_LINE_BYTES = 2**24
-"""The longest row, as text."""
+"""Of the longest row, as text."""
 INFLATION_FREE_BYTES = 2**26
 MAX_INFLATION = 200
-"""Text shrinks 3 to 20 times, logs that repeat themselves up to 100 times; what grows more is made to fill disks."""
+"""Text compresses 3 to 20 times, repetitive logs up to 100 times; a file beyond that is made to fill memory."""
 _BLOCK_BYTES = 2**20
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Inflation:
-    """Counts what comes out of a compressed file, to stop where it is out of proportion to the file's size."""
+    """Counts the bytes that come out of a compressed file, to stop when they are out of proportion to its size."""
 
     def __init__(self, file: DataFile) -> None:
         self._file = file
@@ -37,7 +37,7 @@ class Inflation:
         if self._bytes > self._limit:
             raise bad_dataset(
                 f"{self._file.name} has more than {self._limit} bytes when it is decompressed, over {MAX_INFLATION} "
-                "times its size, as no text has: decompress it yourself if it is meant to be so"
+                "times its size, which no text has: decompress it yourself if that is intended"
             )
 
 
@@ -54,12 +54,12 @@ _DECOMPRESSORS: Mapping[str, Callable[[str], Any]] = {
     ".xz": lzma.open,
     ".zst": _zstandard,
 }
-# A file says itself how much memory a decompressor needs.
+# MemoryError: the file itself states how much memory its decompressor needs.
 _DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError)
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file; raises StepFailure for whatever is wrong with it."""
+    """The content of a compressed file; raises StepFailure BAD_DATASET if it cannot be decompressed."""
 
     def __init__(self, file: DataFile) -> None:
         self._file, self._inflation = file, Inflation(file)
@@ -73,8 +73,8 @@ class _Decompressed(io.RawIOBase):
             block = self._content.read(len(buffer))
         except _DECOMPRESSION_ERRORS as error:
             raise bad_dataset(
-                f"{self._file.name} cannot be decompressed ({error}): it is cut off, damaged, or compressed in another "
-                f"way than its ending {self._file.path.suffix} says; copy it again"
+                f"{self._file.name} cannot be decompressed ({error}): it is cut off, damaged, or not compressed as "
+                f"its ending {self._file.path.suffix} says: copy it again"
             ) from error
         self._inflation.add(len(block))
         buffer[: len(block)] = block
@@ -100,7 +100,7 @@ def open_data(file: DataFile) -> Iterator[IO[bytes]]:
 
 
 def lines(file: DataFile) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers from 1, each with its line end, decoded from UTF-8. Raises StepFailure."""
+    """The lines with their numbers from 1, with line ends, decoded from UTF-8. Raises StepFailure BAD_DATASET."""
     offset = 0
     with open_data(file) as stream:
         number = 0
@@ -109,7 +109,7 @@ def lines(file: DataFile) -> Iterator[tuple[int, str]]:
             if len(line) > MAX_LINE_BYTES:
                 raise bad_dataset(
                     f"{file.name} line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB: "
-                    "split the row, or check that there is one row a line"
+                    "split the row, or check that there is one row per line"
                 )
             text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
             try:
@@ -121,7 +121,7 @@ def lines(file: DataFile) -> Iterator[tuple[int, str]]:
 
 
 def text_blocks(file: DataFile) -> Iterator[str]:
-    """The content in blocks of about a megabyte, decoded from UTF-8. Raises StepFailure."""
+    """The content in blocks of about a megabyte, decoded from UTF-8. Raises StepFailure BAD_DATASET."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open_data(file) as stream:
         offset, line = 0, 1

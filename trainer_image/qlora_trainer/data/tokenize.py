@@ -1,7 +1,7 @@
-"""Turns rows into chunks of tokens with all cores, and goes on where an interrupted attempt stopped.
+"""Turns rows into chunks of tokens on all cores, and resumes where an interrupted attempt stopped.
 
-Rows are put into chunks by their number and size alone, so that a chunk holds the same whoever makes it, and when. A
-chunk that is on disk is not made again.
+The number and size of the rows alone decide which chunk they are in, so a chunk has the same content whichever process
+makes it, and when. A chunk that is on disk is not made again.
 """
 
 import multiprocessing
@@ -18,30 +18,29 @@ from typing import Literal
 
 from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.data.chat_template import TokenizedRow, Tokenizer
-from qlora_trainer.data.chunks import Chunk, Dropped
+from qlora_trainer.data.chat_template import Tokenizer
+from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
 from qlora_trainer.data.formats import Format, RowReader
-from qlora_trainer.data.reading import parse
-from qlora_trainer.data.rows import RawRow
+from qlora_trainer.data.rows import Row
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**24
-"""A chunk ends at so many rows or bytes of text, whichever comes first."""
+"""A chunk ends at this many rows or bytes of text, whichever comes first."""
 MAX_WORKERS = 8
-"""Reading keeps up with about so many."""
-# What is tokenized in one call: a token takes some 200 bytes until it is put away.
+"""About as many as the one reading process can keep busy."""
+# What is tokenized in one call: a token takes some 200 bytes until its row is in a numpy array.
 _BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
-# Workers load the tokenizer's libraries for some seconds, in which this process makes so many chunks.
+# Workers need some seconds to load the tokenizer's libraries, in which this process makes this many chunks.
 _CHUNKS_ALONE = 4
-_WAITING_CHUNKS_A_WORKER = 2
+_PENDING_CHUNKS_PER_WORKER = 2
 OnRows = Callable[[int], None]
 """Called with the rows tokenized so far."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides which tokens a row becomes."""
+    """Everything that decides which tokens a row becomes: what a worker process gets."""
 
     tokenizer: Path
     """Folder of the tokenizer's files."""
@@ -55,54 +54,52 @@ class Recipe:
 
 
 class ChunkMaker:
-    """Makes chunks by a recipe."""
+    """Makes chunks from rows."""
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
-        """`tokenizer`: that of the recipe, where it is loaded already."""
-        self._recipe = recipe
+        """`tokenizer`: the recipe's, if it is loaded already."""
+        self.recipe = recipe
         self._tokenizer = tokenizer or Tokenizer(recipe.tokenizer)
         self._reader = RowReader(recipe.format, recipe.columns)
 
-    def make(self, rows: Sequence[RawRow]) -> Chunk:
-        """The chunk of these rows. Raises StepFailure for the first one that is wrong."""
+    def make(self, rows: Sequence[Row]) -> Chunk:
+        """The chunk of these rows. Raises StepFailure for the first invalid one."""
         used: list[TokenizedRow] = []
         too_long: list[int] = []
         unlabeled: list[str] = []
         first_too_long: str | None = None
         for row, tokens in self._tokenized(rows):
             count = len(tokens.input_ids)
-            if count > self._recipe.longest_allowed:
+            if count > self.recipe.longest_allowed:
                 too_long.append(count)
-                first_too_long = first_too_long or row.place
+                first_too_long = first_too_long or row.location
             elif not tokens.is_target.any():
-                unlabeled.append(row.place)
+                unlabeled.append(row.location)
             else:
                 self._require_known(int(tokens.input_ids.max()))
                 used.append(tokens)
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
-        return Chunk.of(((tokens.input_ids, tokens.is_target) for tokens in used), too_long, dropped)
+        return Chunk.of(used, too_long, dropped)
 
-    def _tokenized(self, rows: Sequence[RawRow]) -> Iterator[tuple[RawRow, TokenizedRow]]:
+    def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [self._tokenizer.render(self._reader.read(parse(row)), row.place) for row in batch]
-            yield from zip(batch, self._tokenizer.tokenize(rendered, self._recipe.train_on), strict=True)
+            rendered = [self._tokenizer.render(self._reader.read(row), row.location) for row in batch]
+            yield from zip(batch, self._tokenizer.tokenize(rendered, self.recipe.train_on), strict=True)
 
     def _require_known(self, largest: int) -> None:
-        if largest >= self._recipe.vocabulary:
+        if largest >= self.recipe.vocabulary:
             raise bad_configuration(
-                f"the tokenizer makes token {largest}, but the model knows only {self._recipe.vocabulary} "
-                "(vocab_size): the tokenizer belongs to another model"
+                f"the tokenizer makes token {largest}, but the model has only {self.recipe.vocabulary} tokens "
+                "(vocab_size): the tokenizer is of another model; use the tokenizer that the model was trained with"
             )
 
 
-def tokenize(
-    rows: Iterator[RawRow], maker: ChunkMaker, recipe: Recipe, prefix: Path, workers: int, on_rows: OnRows
-) -> list[Chunk]:
-    """The chunks of all rows, in order, kept in files whose paths begin with `prefix`.
+def tokenize(rows: Iterator[Row], maker: ChunkMaker, prefix: Path, workers: int, on_rows: OnRows) -> list[Chunk]:
+    """The chunks of all rows, in order, in files whose paths begin with `prefix`.
 
-    Memory: a few chunks of text for each of `workers` processes. Raises StepFailure for the first row that is wrong.
+    Memory: a few chunks of text for each of `workers` processes. Raises StepFailure for the first invalid row.
     """
-    crew = _Crew(maker, recipe, min(workers, MAX_WORKERS))
+    writer = _ChunkWriter(maker, min(workers, MAX_WORKERS))
     batches = _batches(rows, CHUNK_ROWS, CHUNK_BYTES)
     pending: deque[tuple[Path, Future[None] | None]] = deque()
     finished: list[Chunk] = []
@@ -121,21 +118,21 @@ def tokenize(
             try:
                 batch = next(batches, None)
             except StepFailure:
-                finish(0)  # a wrong row among those that were read goes before the place where reading ends
+                finish(0)  # an invalid row among those that were read is reported before the failure to read on
                 raise
             if batch is None:
                 finish(0)
                 return finished
             path = Path(f"{prefix}-{len(finished) + len(pending):06}.safetensors")
-            pending.append((path, crew.start(batch, path)))
-            finish(crew.waiting)
+            pending.append((path, writer.start(batch, path)))
+            finish(writer.waiting)
     finally:
-        crew.close()
+        writer.close()
 
 
-def _batches(rows: Iterator[RawRow], most: int, bytes_: int) -> Iterator[list[RawRow]]:
-    """Rows in lists that end at `most` rows or so many bytes. A failure to read comes after the rows before it."""
-    batch: list[RawRow] = []
+def _batches(rows: Iterator[Row], most: int, bytes_: int) -> Iterator[list[Row]]:
+    """Rows in lists that end at `most` rows or `bytes_`. A failure to read is raised after the rows before it."""
+    batch: list[Row] = []
     size = 0
     failure: StepFailure | None = None
     try:
@@ -160,21 +157,21 @@ def _read_back(path: Path) -> Chunk:
     return chunk
 
 
-class _Crew:
-    """Makes chunk files: here at first, and in worker processes as soon as there are many."""
+class _ChunkWriter:
+    """Makes chunk files: in this process at first, and in worker processes once there are many."""
 
-    def __init__(self, maker: ChunkMaker, recipe: Recipe, workers: int) -> None:
-        self._maker, self._recipe, self._workers = maker, recipe, workers
+    def __init__(self, maker: ChunkMaker, workers: int) -> None:
+        self._maker, self._workers = maker, workers
         self._made = 0
         self._pool: ProcessPoolExecutor | None = None
 
     @property
     def waiting(self) -> int:
-        """How many chunks may be pending before the next is read."""
-        return 0 if self._pool is None else self._workers * _WAITING_CHUNKS_A_WORKER
+        """How many chunks may be pending while the next one is read."""
+        return 0 if self._pool is None else self._workers * _PENDING_CHUNKS_PER_WORKER
 
-    def start(self, batch: list[RawRow], path: Path) -> "Future[None] | None":
-        """Make the file unless it is there whole: None if that is done, else what to wait for."""
+    def start(self, batch: list[Row], path: Path) -> "Future[None] | None":
+        """Make the file unless it is there and whole: None if it is done, else the future to wait for."""
         if Chunk.read(path) is not None:
             return None
         self._made += 1
@@ -182,24 +179,24 @@ class _Crew:
             self._maker.make(batch).write(path)
             return None
         if self._pool is None:
-            # Processes that are started anew share no locks and threads of the libraries in this one.
+            # Spawned, not forked: the libraries' locks and threads in this process must not be copied.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, _start_worker, (self._recipe,))
+            self._pool = ProcessPoolExecutor(self._workers, context, _start_worker, (self._maker.recipe,))
         return self._pool.submit(_make_file, batch, path)
 
     def close(self) -> None:
-        """End the workers; chunks that are not begun are not made."""
+        """End the workers; chunks that none has started are not made."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 
 _maker: ChunkMaker | None = None
-"""What a worker process makes chunks with."""
+"""What makes the chunks in a worker process."""
 
 
 def _start_worker(recipe: Recipe) -> None:
     global _maker
-    # Ctrl-C goes to all processes of a terminal: the first one ends the others.
+    # Ctrl-C goes to all processes of a terminal: this process's parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -213,7 +210,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _make_file(batch: list[RawRow], path: Path) -> None:
+def _make_file(batch: list[Row], path: Path) -> None:
     if _maker is None:
         raise RuntimeError("the worker has no recipe")
     _maker.make(batch).write(path)

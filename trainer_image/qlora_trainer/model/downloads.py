@@ -1,4 +1,4 @@
-"""Base models on servers, all in the same shape."""
+"""Opens the base model at its address: the hub, an object store, a registry or a volume."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -8,7 +8,6 @@ from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Sour
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artifact
-from qlora_trainer.core.filesystem import partial_path
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.source import DownloadedModel, ModelSource, RemoteModel, VolumeModel, content_digest
 from qlora_trainer.stores.hub import Hub
@@ -41,8 +40,8 @@ class HubModel:
 class ObjectStoreModel:
     """A model in a folder of an object store. See RemoteModel.
 
-    The store tells no digest that is the same in every store and however the object was uploaded (an ETag is none), so
-    that the revision is that of what has arrived. What `ObjectFolder.download` can compare, it compares.
+    A store reports no digest that is the same in every store and for every kind of upload (an ETag is not one), so the
+    revision is the digest of what has arrived. `ObjectFolder.download` compares what it can.
     """
 
     def __init__(self, source: ObjectStoreSource, secret: Secret) -> None:
@@ -85,8 +84,7 @@ class RegistryModel:
         if (packed := archives(found.manifest)) and not _has_model(self._files):
             raise model_unavailable(
                 f"{self.uri} has {some_names(packed)} in archives (.tar, the default of modctl), which are not "
-                "unpacked; a model is read from layers that are a file each: push it again so, as "
-                "`modctl build --raw` does"
+                "unpacked: push it with one layer for each file, as `modctl build --raw` does"
             )
         self.sizes = {name: blob.size for name, blob in self._files.items()}
 
@@ -100,17 +98,11 @@ class RegistryModel:
 
 
 def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
-    """The job's base model, wherever its address points. Raises StepFailure for an address that is none of a model."""
+    """The job's base model. Raises StepFailure BAD_CONFIGURATION for an address that a model cannot have."""
     source = parse_source(context.spec.model.source)
     if isinstance(source, VolumeSource):
         return VolumeModel(context.mounts, source)
-    models = context.workspace.models
-
-    def folder_of(version: str) -> Path:
-        finished = models / version
-        return finished if finished.is_dir() else partial_path(finished)
-
-    return DownloadedModel(_remote_model(source, context, hub), folder_of)
+    return DownloadedModel(_remote_model(source, context, hub), context.workspace.models)
 
 
 def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) -> RemoteModel:

@@ -1,7 +1,8 @@
-"""Judges before any weight is fetched whether a job fits its card."""
+"""Judges whether a job fits its GPU, before any weight is fetched."""
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_api.contract import ExitCode
@@ -14,7 +15,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 
 
 def read_shape(config: Path) -> ModelShape:
-    """The sizes in a model's config.json. Raises StepFailure BAD_CONFIGURATION for a model that is not supported."""
+    """The sizes in a model's config.json. Raises StepFailure BAD_CONFIGURATION for an unsupported model."""
     try:
         return ModelShape.from_config(json.loads(config.read_bytes()))
     except UnsupportedModelError as error:
@@ -24,7 +25,11 @@ def read_shape(config: Path) -> ModelShape:
 
 
 def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> TrainingShape:
-    """What of a job decides its memory. `target_modules`: names of the adapted layers, exact or their last part."""
+    """The settings of a job that decide its memory.
+
+    `target_modules`: names of the adapted layers, exact or their last part. Raises StepFailure BAD_CONFIGURATION for a
+    name that the estimate does not know.
+    """
     try:
         return TrainingShape(
             rank=spec.lora.rank,
@@ -47,39 +52,53 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
         raise bad_configuration(f"spec.lora.targetModules: {error}") from error
 
 
-def memory_status(shape: ModelShape, training: TrainingShape, card_gib: int | None) -> MemoryStatus:
-    """The estimate for a status; its verdict is `unknown` without the card's size."""
-    memory = estimate(shape, training)
-    return MemoryStatus(
-        estimate_bytes=memory.expected,
-        low_bytes=memory.low,
-        high_bytes=memory.high,
-        budget_bytes=None if card_gib is None else budget(card_gib),
-        verdict="unknown" if card_gib is None else verdict(memory, card_gib),
-    )
+@dataclass(frozen=True)
+class MemoryFit:
+    """Whether a job fits its GPU."""
 
+    status: MemoryStatus
+    """The estimate; its verdict is `unknown` if the job does not state the GPU's size."""
+    objection: str | None
+    """Why the job cannot run, with the first advice; None if it can, or if that is unknown."""
 
-def require_fit(status: MemoryStatus, shape: ModelShape, training: TrainingShape, card_gib: int | None) -> None:
-    """Raise StepFailure DOES_NOT_FIT, with the first advice, if even the low estimate exceeds the card."""
-    if status.verdict != "exceeds" or card_gib is None or status.budget_bytes is None:
-        return
-    steps = advice(shape, training, card_gib)
-    raise StepFailure(
-        ExitCode.DOES_NOT_FIT,
-        f"training needs about {status.estimate_bytes / GIB:.1f} GiB of GPU memory (at least "
-        f"{status.low_bytes / GIB:.1f}), but a card of {card_gib} GiB (spec.resources.gpuMemory) has "
-        f"{status.budget_bytes / GIB:.1f} to use: {_remedy(steps)}",
-    )
+    @classmethod
+    def of(cls, shape: ModelShape, spec: QLoRAJobSpec, target_modules: Iterable[str]) -> "MemoryFit":
+        """Judge a job. It cannot run if even the low estimate exceeds the GPU.
+
+        Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
+        """
+        training, gpu_gib = training_shape(spec, target_modules), spec.resources.gpu_memory
+        memory = estimate(shape, training)
+        status = MemoryStatus(
+            estimate_bytes=memory.expected,
+            low_bytes=memory.low,
+            high_bytes=memory.high,
+            budget_bytes=None if gpu_gib is None else budget(gpu_gib),
+            verdict="unknown" if gpu_gib is None else verdict(memory, gpu_gib),
+        )
+        if gpu_gib is None or status.verdict != "exceeds":
+            return cls(status, None)
+        return cls(
+            status,
+            f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
+            f"but a GPU of {gpu_gib} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to use: "
+            f"{_remedy(advice(shape, training, gpu_gib))}",
+        )
+
+    def require(self) -> None:
+        """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
+        if self.objection is not None:
+            raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
 
 
 def _remedy(steps: tuple[Advice, ...]) -> str:
     if not steps:
-        return "use a larger card or a smaller model"
+        return "use a larger GPU or a smaller model"
     first = steps[0]
     changes = " and ".join(f"spec.{change.setting}: {change.proposed}" for change in first.changes)
     remedy = f"set {changes}, which makes it {first.expected / GIB:.1f} GiB"
     if first.verdict == "fits":
         return remedy
     if steps[-1].verdict != "exceeds":
-        return f"{remedy}, and more (`qlora plan` lists all), or use a larger card"
-    return f"{remedy}; no setting is enough, so use a larger card or a smaller model"
+        return f"{remedy}, and more (`qlora plan` lists all), or use a larger GPU"
+    return f"{remedy}; no setting is enough, so use a larger GPU or a smaller model"

@@ -1,4 +1,4 @@
-"""Has a base model's files in one folder, complete and harmless."""
+"""Gets the files of a base model into one folder, complete and safe to load."""
 
 import json
 import re
@@ -13,7 +13,14 @@ from qlora_api.sources import VolumeSource
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import model_unavailable, unsafe_artifact
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE
-from qlora_trainer.core.filesystem import bytes_below, file_sha256, require_space
+from qlora_trainer.core.filesystem import (
+    bytes_below,
+    complete_folder,
+    file_sha256,
+    partial_path,
+    remove_partials,
+    require_space,
+)
 from qlora_trainer.core.paths import require_regular, some_names
 
 CONFIG = "config.json"
@@ -34,24 +41,30 @@ TOKENIZER_FILES = frozenset(
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 OnBytes = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
+"""Called with the bytes done and the total."""
 
 
 class ModelSource(Protocol):
-    """Where the base model comes from: a server, or a volume. Methods raise StepFailure."""
+    """Where the base model comes from, a server or a volume. Call its methods in this order. They raise StepFailure."""
+
+    activity: str
+    """What `weights` does, for the progress record."""
 
     def settings(self) -> Path:
-        """A folder with config.json, generation_config.json and the tokenizer's files. Small, so it is read first."""
+        """The model's folder, with config.json, generation_config.json and the tokenizer's files: small, so first."""
 
     def check_weights(self) -> None:
-        """Make sure, without reading them, that the weights are all there, harmless, and have a place on the disk."""
+        """Check, without reading them, that the weights are complete and safe, and have disk space."""
 
     def weights(self, on_bytes: OnBytes) -> str:
-        """Have all weights in the same folder, complete; returns the revision: commit, or sha256:… of the content."""
+        """Get all weights into the same folder; returns the revision: commit, or sha256:… of the content."""
+
+    def complete(self) -> Path:
+        """The model's folder under its final name."""
 
 
 def choose_settings(names: Collection[str], source: str) -> list[str]:
-    """The small files of a model to use, config.json first, out of the names in its folder.
+    """The names of the small files to use, config.json first, out of the `names` in the model's folder.
 
     Code and pickles are never chosen. Raises StepFailure if the model cannot be used.
     """
@@ -70,7 +83,7 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
             f"{source} has no tokenizer ({', '.join(sorted(_VOCABULARIES))}); it has {some_names(names)}"
         )
     wanted = {"generation_config.json", *TOKENIZER_FILES}
-    # As the library that loads it does: a single file goes before an index.
+    # As transformers does: a single file takes precedence over an index.
     if WEIGHTS not in names:
         wanted.add(WEIGHTS_INDEX)
     return [CONFIG, *sorted(wanted & set(names))]
@@ -79,8 +92,8 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
 def weight_files(index: bytes | None, names: Collection[str], source: str) -> list[str]:
     """The names of the weights' files: those in the index's `weight_map`, or the single file if there is no index.
 
-    Raises StepFailure: UNSAFE_ARTIFACT for a name that is no plain *.safetensors name, MODEL_UNAVAILABLE for a broken
-    index or a missing file.
+    Raises StepFailure: UNSAFE_ARTIFACT for a name that is not a plain *.safetensors name, MODEL_UNAVAILABLE for a
+    broken index or a missing file.
     """
     if index is None:
         return [WEIGHTS]
@@ -96,45 +109,49 @@ def weight_files(index: bytes | None, names: Collection[str], source: str) -> li
     missing = sorted(entries - set(names))
     if missing or not entries:
         raise model_unavailable(
-            f"{source} is incomplete: {WEIGHTS_INDEX} names {some_names(missing)}, which is not there"
+            f"{source} is incomplete: {WEIGHTS_INDEX} names {some_names(missing)}, which is missing"
         )
     return sorted(entries)
 
 
 class RemoteModel(Protocol):
-    """The files of a model that lies on a server. Methods raise StepFailure."""
+    """The files of a model on a server. Methods raise StepFailure."""
 
     @property
     def uri(self) -> str:
-        """Its address, for messages."""
+        """The model's address, for messages."""
 
     @property
     def version(self) -> str:
-        """Names the content that the server has now, and can be a folder's name."""
+        """Identifies the content that the server has now; can be a folder's name."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of each file by its name."""
+        """Bytes of each file, by its name."""
 
     def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
-        """Have the file in `folder`, whole and as the server describes it; goes on where an earlier attempt stopped."""
+        """Download the file into `folder`, whole and as the server describes it; resumes an earlier attempt."""
 
     def revision(self, folder: Path, names: Collection[str]) -> str:
         """The revision of the model whose files `names` have been fetched: commit, or sha256:… of the content."""
 
 
 class DownloadedModel:
-    """A model on a server, downloaded into `folder`."""
+    """A model on a server, downloaded into a partial folder until it is complete."""
 
-    def __init__(self, remote: RemoteModel, folder_of: Callable[[str], Path]) -> None:
-        """Choose the files. `folder_of` gives the folder for a version."""
+    activity = "downloading"
+
+    def __init__(self, remote: RemoteModel, models: Path) -> None:
+        """Choose the files. `models`: folder of downloaded models, one folder for each version."""
         self._remote = remote
         self._settings = choose_settings(remote.sizes, remote.uri)
-        self.version = remote.version
-        self.folder = folder_of(remote.version)
+        self._target = models / remote.version
+        self.folder = self._target if self._target.is_dir() else partial_path(self._target)
 
     def settings(self) -> Path:
         """See ModelSource."""
+        # Of another version, from before a branch moved on: nothing will complete it, and it fills the volume.
+        remove_partials(self.folder.parent, but=self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in self._settings:
             self._remote.fetch(name, self.folder, lambda _done: None)
@@ -157,16 +174,25 @@ class DownloadedModel:
             on_bytes(finished, total)
         return self._remote.revision(self.folder, (*self._settings, *names))
 
+    def complete(self) -> Path:
+        """See ModelSource."""
+        if self.folder != self._target:
+            complete_folder(self.folder, self._target)
+            self.folder = self._target
+        return self.folder
+
     def _weight_files(self) -> list[str]:
         index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._settings else None
         return weight_files(index, self._remote.sizes, self._remote.uri)
 
 
 class VolumeModel:
-    """A model in a folder of a mounted volume: read where it lies, never copied."""
+    """A model in a folder of a mounted volume: read in place, never copied."""
+
+    activity = "reading"
 
     def __init__(self, mounts: Mounts, source: VolumeSource) -> None:
-        """List the files. A name that is no regular file inside the folder is refused before it is read."""
+        """List the files. Raises StepFailure UNSAFE_ARTIFACT for one that is not a regular file inside the folder."""
         self._uri = str(source)
         folder = mounts.volume(source)
         if not folder.is_dir():
@@ -198,13 +224,17 @@ class VolumeModel:
         """See ModelSource. The revision is a digest over names and contents of the used files."""
         return "sha256:" + content_digest(self.folder, (*self._settings, *self._weight_files()), on_bytes)
 
+    def complete(self) -> Path:
+        """See ModelSource."""
+        return self.folder
+
     def _weight_files(self) -> list[str]:
         index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._settings else None
         return weight_files(index, self._names, self._uri)
 
 
-def refuse_code(folder: Path) -> None:
-    """Raise StepFailure UNSAFE_ARTIFACT if the model's tokenizer asks for code of the model's own."""
+def reject_code(folder: Path) -> None:
+    """Raise StepFailure UNSAFE_ARTIFACT if the model's tokenizer has Python code of its own."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -214,8 +244,14 @@ def refuse_code(folder: Path) -> None:
         raise model_unavailable(f"the model's {path.name} is not JSON ({error})") from error
     if isinstance(settings, dict) and settings.get("auto_map"):
         raise unsafe_artifact(
-            f"the model's {path.name} has auto_map: its tokenizer brings its own Python code, which is never run here"
+            f"the model's {path.name} has auto_map: its tokenizer has Python code of its own, which is never run "
+            "here; use a model without it"
         )
+
+
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of the tokenizer's files in the model's folder, by name."""
+    return {name: file_sha256(folder / name) for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()}
 
 
 def content_digest(folder: Path, names: Iterable[str], on_bytes: OnBytes) -> str:

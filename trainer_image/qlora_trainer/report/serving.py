@@ -1,10 +1,14 @@
 """Gives the commands that load an adapter in PEFT and vLLM, and the rank that vLLM must be started with."""
 
+import logging
 from collections.abc import Mapping
 
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.report.trained_job import TrainedJob
+
+logger = logging.getLogger(__name__)
 
 # What vLLM's --max-lora-rank accepts; its default is 16.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,6 +31,13 @@ def refused_by_vllm(lora: LoraSpec) -> str | None:
         f"its rank {lora.rank} is above the {max(_VLLM_RANKS)} that vLLM allows": lora.rank > max(_VLLM_RANKS),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def warn_if_not_served(spec: QLoRAJobSpec) -> None:
+    """Log a warning if vLLM loads neither the adapter nor, because the job asks for none, a merged model."""
+    refused = refused_by_vllm(spec.lora)
+    if refused is not None and spec.output.merged is None:
+        logger.warning("vLLM will not serve the adapter: %s; spec.output.merged makes a model that it serves", refused)
 
 
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:
