@@ -189,12 +189,12 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
     ),
     Mutant(
-        name="a-failed-key-keeps-its-wish",
+        name="a-failed-key-keeps-its-request",
         file=f"{_OPERATOR}/workqueue.py",
-        old="self._wishes.pop(key, None)\n        self.add(",
+        old="self._requests.pop(key, None)\n        self.add(",
         new="self.add(",
         tests=(
-            f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_wish_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more",
+            f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_request_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more",
         ),
     ),
     Mutant(
@@ -225,8 +225,8 @@ OPERATOR = (
     Mutant(
         name="a-rejected-job-is-no-reason",
         file=f"{_OPERATOR}/reconcile.py",
-        old='except RefusedError as error:\n            raise _ObstacleError(\n                Reason("JobRefused"',
-        new='except ValueError as error:\n            raise _ObstacleError(\n                Reason("JobRefused"',
+        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("JobRefused"',
+        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("JobRefused"',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),
@@ -234,8 +234,8 @@ OPERATOR = (
     Mutant(
         name="a-rejected-claim-is-no-reason",
         file=f"{_OPERATOR}/reconcile.py",
-        old='except RefusedError as error:\n            raise _ObstacleError(\n                Reason("ClaimRefused"',
-        new='except ValueError as error:\n            raise _ObstacleError(\n                Reason("ClaimRefused"',
+        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("ClaimRefused"',
+        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("ClaimRefused"',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),
