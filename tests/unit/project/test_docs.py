@@ -122,16 +122,29 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert missing == []
 
 
-def test_links_to_files_of_the_repository_lead_somewhere() -> None:
-    """MkDocs checks the links of the site; these pages are read where the repository is."""
-    missing = []
-    for page in PAGES:
-        if DOCS in page.parents:
-            continue
-        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text()):
-            if not (page.parent / target).exists():
-                missing.append(f"{name_of(page)}: {target}")
-    assert missing == []
+def anchors(page: Path) -> set[str]:
+    """The anchors of the page's headings, as MkDocs and GitHub make them."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    """`make docs` checks the built site too; this covers the pages that are read where the repository is."""
+    broken = []
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            broken.append(f"{target}#{anchor}" if anchor else target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("diagram", sorted((DOCS / "images").glob("*.svg")), ids=name_of)
+def test_modules_that_a_diagram_names_exist(diagram: Path) -> None:
+    bases = (ROOT / "trainer_image" / "qlora_trainer", ROOT / "operator" / "qlora_operator")
+    names = re.findall(r"[\w/]+\.py\b", diagram.read_text())
+    assert [name for name in names if not any((base / name).exists() for base in bases)] == []
 
 
 def test_the_picture_of_the_watch_shows_each_phase_and_three_lines_of_it_at_most() -> None:
