@@ -38,7 +38,7 @@ test: suites ## Check, and run the tests but the slowest proofs: 25 minutes, the
 
 .PHONY: test-all
 test-all: SELECTION := --hypothesis-profile=explore
-test-all: suites fuzz mutants demo ## Run everything: every test, fuzzing, the mutants, the demo
+test-all: types suites fuzz mutants demo ## Run everything: all types, every test, fuzzing, the mutants, the demo
 
 # The programs and images that only the later suites need are built beside the earlier ones, which have precedence.
 .PHONY: suites
@@ -79,13 +79,17 @@ $(VENV)/bin/ruff format --check
 $(VENV)/bin/mypy
 $(VENV)/bin/lint-imports
 $(VENV)/bin/deptry crds cli operator trainer_image
-$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster examples helm tests
+$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples helm tests
 $(PYTHON) -m pytest -q -rs tests/unit
 endef
 
 .PHONY: check
 check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: seconds
 	@$(CHECKS)
+
+.PHONY: types
+types: $(VENV)/.synced ## Check the trainer against the types of PyTorch and transformers too: a minute
+	@$(VENV)/bin/mypy --config-file trainer_image/mypy-followed.toml
 
 .PHONY: benchmarks
 benchmarks: $(VENV)/.synced-benchmarks ## Compare the trainer with TRL and others: 40 minutes on an idle machine

@@ -30,7 +30,7 @@ def load_base(
     """
     register_attention()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             quantization_config=BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -52,6 +52,7 @@ def load_base(
             raise
         # transformers says so when config.json or the weights are not in the folder.
         raise model_unavailable(f"the base model in {folder} cannot be loaded: {error}") from error
+    model, report = loaded
     missing = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in report.get(kind) or ())
     if missing:
         raise model_unavailable(

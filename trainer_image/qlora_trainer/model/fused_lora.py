@@ -60,8 +60,9 @@ def fuse_lora(model: nn.Module, *, recomputed: bool) -> None:
     """Make every LoRA layer over a 4-bit layer a FusedLora; `recomputed` is its attribute, False on the meta device."""
     for module in model.modules():
         if type(module) is Linear4bit:
-            module.__class__ = FusedLora
-            module.recomputed = recomputed and module.get_base_layer().weight.device.type != "meta"
+            layer: Any = module
+            layer.__class__ = FusedLora
+            layer.recomputed = recomputed and layer.get_base_layer().weight.device.type != "meta"
 
 
 def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> None:

@@ -121,7 +121,7 @@ def layers_sha256(layers: Iterable[tuple[str, Layer]]) -> str:
     for name, tensors in layers:
         for key, tensor in tensors.items():
             digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
@@ -193,7 +193,7 @@ def _read_config(folder: Path) -> Any:
         raise bad_configuration(f"{path}: model_type {raw['model_type']!r} cannot be read: {error}") from error
 
 
-def quantized_fraction(model: nn.Module) -> float:
+def quantized_fraction(model: PreTrainedModel) -> float:
     """Of the parameters outside input embeddings and output head, those in exact `nn.Linear` modules."""
     outer = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     head = model.get_output_embeddings()

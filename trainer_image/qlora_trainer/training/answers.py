@@ -68,8 +68,9 @@ def write_answers(
         after = _answer(model, prompt, nullcontext(), stopped, device)
         if stopped():
             break
-        text = tokenizer.batch_decode([prompt.answer, before, after], skip_special_tokens=True)
-        samples.append(Sample(prompt=tokenizer.decode(prompt.tokens), reference=text[0], before=text[1], after=text[2]))
+        text = tokenizer.batch_decode([list(ids) for ids in (prompt.answer, before, after)], skip_special_tokens=True)
+        question = tokenizer.decode(list(prompt.tokens))
+        samples.append(Sample(prompt=question, reference=text[0], before=text[1], after=text[2]))
     return Samples(samples=tuple(samples), missing="" if samples else "the run was stopped")
 
 

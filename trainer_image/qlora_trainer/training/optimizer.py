@@ -93,7 +93,8 @@ def restore_optimizer(
                 for entry, value in saved.items()
             }
             continue
-        optimizer.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
+        paged: Any = optimizer
+        paged.init_state(optimizer.param_groups[0], parameter, 0, order[id(parameter)])
         state = optimizer.state[parameter]
         state[_STEP] = int(saved.pop(_STEP))
         for entry, value in saved.items():
