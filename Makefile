@@ -18,6 +18,8 @@ QUIETLY := $(if $(VERBOSE),,>> $(LOG) 2>&1 || { tail --lines=40 $(LOG); exit 1; 
 export VERBOSE
 
 export UV_PYTHON_DOWNLOADS := never
+# Once, at the installation: the tests start the trainer hundreds of times, also where Python may write no bytecode.
+export UV_COMPILE_BYTECODE := 1
 export QLORA_CACHE := $(CACHE)
 # As in the trainer (process.py): threads that wait must not keep the cores from the cluster for long.
 export GOMP_SPINCOUNT := 20000
