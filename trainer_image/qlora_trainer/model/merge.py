@@ -27,7 +27,8 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.filesystem import require_space
 from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.quantized import QuantizedWeights, is_kept, keep_quantized, storage_of
+from qlora_trainer.model.quantized import QuantizedWeights, is_kept, keep_quantized
+from qlora_trainer.model.storage import storage_of
 
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""

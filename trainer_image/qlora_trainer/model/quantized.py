@@ -1,105 +1,22 @@
-"""How many bytes the 4-bit weights of a loaded model take, held against what the format says they must take."""
+"""The 4-bit layers of a loaded model: their tensors, their SHA-256, and the folder that keeps them for a merge."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_trainer.core.completion import QuantizedLayers
-from qlora_trainer.core.failures import bad_configuration, unsafe_artifact
+from qlora_trainer.core.failures import unsafe_artifact
 from qlora_trainer.core.filesystem import atomic_folder, remove
 
-BLOCK = 64
-"""Weights that share one quantization constant (arXiv 2305.14314, section 3)."""
-OUTER_BLOCK = 256
-"""Constants that share one constant of the second level, where they are quantized too."""
-_FLOAT32_BYTES = 4
-_CODE_BYTES = 16 * _FLOAT32_BYTES
-_CONSTANTS_CODE_BYTES = 256 * _FLOAT32_BYTES
-
-
-@dataclass(frozen=True)
-class Storage:
-    """The 4-bit weights of a model."""
-
-    layers: tuple[QuantizedLayers, ...]
-    """By kind, in the order in which the model has the first of each."""
-
-    @property
-    def parameters(self) -> int:
-        """How many there are."""
-        return sum(kind.count * prod(kind.shape) for kind in self.layers)
-
-    @property
-    def bytes(self) -> int:
-        """Of the weights and of all that is needed to read them."""
-        return sum(kind.count * kind.bytes_each for kind in self.layers)
-
-    @property
-    def bits_per_parameter(self) -> float:
-        """Bits for one weight; 0 without weights."""
-        return 8 * self.bytes / self.parameters if self.parameters else 0.0
-
-
-def layer_bytes(parameters: int, *, double_quant: bool) -> int:
-    """Bytes of one layer of so many weights, from bitsandbytes' format.
-
-    Two weights to a byte, a constant for each block, and the table of the 16 values. Double quantization holds the
-    constants in 8 bit: with a float32 for each outer block of them, their mean, and the table of their 256 values.
-    """
-    blocks = -(-parameters // BLOCK)
-    weights = -(-parameters // 2) + _CODE_BYTES
-    if not double_quant:
-        return weights + blocks * _FLOAT32_BYTES
-    outer_blocks = -(-blocks // OUTER_BLOCK)
-    return weights + blocks + outer_blocks * _FLOAT32_BYTES + _FLOAT32_BYTES + _CONSTANTS_CODE_BYTES
-
-
-def storage_of(model: nn.Module) -> Storage:
-    """What the 4-bit weights of a loaded model take, each tensor counted once.
-
-    Raises StepFailure (BAD_CONFIGURATION) naming the first weight that takes other than the bytes of its format.
-    """
-    counts: Counter[tuple[str, tuple[int, ...], int]] = Counter()
-    for name, weight in model.named_parameters():
-        if not isinstance(weight, Params4bit):
-            continue
-        state: Any = weight.quant_state
-        found = sum(tensor.untyped_storage().nbytes() for tensor in (weight.data, *_tensors(state)))
-        expected = layer_bytes(state.shape.numel(), double_quant=state.nested)
-        if found != expected:
-            raise bad_configuration(
-                f"{name} takes {found} bytes and {expected} are what {state.shape.numel()} weights of type "
-                f"{state.quant_type} take: this bitsandbytes holds them in another format"
-            )
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        counts[kind, tuple(state.shape), found] += 1
-    return Storage(
-        tuple(
-            QuantizedLayers(name=kind, shape=shape, count=count, bytes_each=size)
-            for (kind, shape, size), count in counts.items()
-        )
-    )
-
-
-def _tensors(state: QuantState) -> list[Tensor]:
-    """The constants and tables of a layer."""
-    own = [state.absmax, state.code]
-    return [*own, state.offset, *_tensors(state.state2)] if state.nested else own
-
-
 FILE_BYTES = 2**30
-"""Size at which a file of the folder is complete; so much is held in memory."""
+"""Size at which a file of the folder is complete; this much is held in memory."""
 _SUM = "sha256"
 Layer = Mapping[str, Tensor]
 """Packed weights, constants and tables of a 4-bit layer in main memory, named as in a checkpoint of bitsandbytes."""
@@ -141,7 +58,7 @@ def keep_quantized(model: nn.Module, folder: Path, sha256: str, file_bytes: int 
 
 
 def is_kept(folder: Path, sha256: str) -> bool:
-    """Whether `keep_quantized` has ended for these weights. What the files hold now, `require_sha256` tells."""
+    """Whether `keep_quantized` has finished for these weights. `require_sha256` checks what the files hold now."""
     return _recorded(folder) == sha256
 
 
@@ -164,10 +81,10 @@ def _files(layers: Iterable[tuple[str, Layer]], file_bytes: int) -> Iterator[dic
 
 
 class QuantizedWeights:
-    """The layers in a folder of `keep_quantized`. Each is read when it is asked for."""
+    """The layers in a folder that `keep_quantized` wrote. Each is read when it is needed."""
 
     def __init__(self, folder: Path) -> None:
-        """Look at the files' headers. Raises StepFailure UNSAFE_ARTIFACT if a file is no safetensors file."""
+        """Read the files' headers. Raises StepFailure (UNSAFE_ARTIFACT) if one is not a safetensors file."""
         self._folder = folder
         self._layers: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -190,7 +107,7 @@ class QuantizedWeights:
         return {key: files[key].get_tensor(f"{layer}.{key}") for key in sorted(files)}
 
     def require_sha256(self, sha256: str) -> None:
-        """Raise StepFailure UNSAFE_ARTIFACT unless these are the weights with the sum that training recorded."""
+        """Raise StepFailure (UNSAFE_ARTIFACT) unless these weights have the sum that training recorded."""
         found = layers_sha256(self)
         if found != sha256:
             raise unsafe_artifact(
@@ -199,7 +116,7 @@ class QuantizedWeights:
             )
 
     def dequantized(self, layer: str) -> Tensor:
-        """The layer's weight [outputs, inputs] in 16 bit, as training multiplied with it. Raises KeyError."""
+        """The layer's weight [outputs, inputs] in 16 bit, the values that training used. Raises KeyError."""
         tensors = dict(self._read(layer))
         packed = tensors.pop("weight")
         state = {key.removeprefix("weight."): tensor for key, tensor in tensors.items()}

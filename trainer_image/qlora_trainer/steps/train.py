@@ -21,7 +21,8 @@ from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import keep_for_merge
-from qlora_trainer.model.quantized import is_kept, layers_sha256, quantized_layers, storage_of
+from qlora_trainer.model.quantized import is_kept, layers_sha256, quantized_layers
+from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers

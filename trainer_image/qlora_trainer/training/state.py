@@ -15,7 +15,7 @@ from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters
-from qlora_trainer.model.quantized import Storage
+from qlora_trainer.model.storage import Storage
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.training.divergence import Stability
 from qlora_trainer.training.fingerprint import Fingerprint
