@@ -349,6 +349,54 @@ TRAINER = (
         new="pass",
         tests=(f"{_TRAINER_TESTS}/model/test_merge.py::test_without_room_for_the_4_bit_weights_nothing_is_trained",),
     ),
+    Mutant(
+        name="a-checkpoint-is-not-read-back",
+        file=f"{_TRAINER}/training/checkpoint.py",
+        old="saved = read_checkpoint(final)",
+        new="saved = Checkpoint(final, step, state)",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/training/test_checkpoint.py"
+                "::test_a_checkpoint_that_does_not_read_back_replaces_no_earlier_one"
+            ),
+        ),
+    ),
+    Mutant(
+        name="a-creeping-loss-is-never-suspect",
+        file=f"{_TRAINER}/training/divergence.py",
+        old="loss > self.lowest_loss_level + LOSS_RISE_NATS",
+        new="loss > self.loss_level + LOSS_RISE_NATS",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/training/test_divergence.py"
+                "::test_a_loss_that_creeps_upward_is_judged_although_no_step_is_far_above_the_latest_level"
+            ),
+        ),
+    ),
+    Mutant(
+        name="gradient-norms-may-rise-ninefold-more",
+        file=f"{_TRAINER}/training/divergence.py",
+        old="NORM_RISE = 100.0",
+        new="NORM_RISE = 900.0",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/training/test_divergence.py"
+                "::test_a_gradient_norm_orders_of_magnitude_above_its_level_is_judged_too"
+            ),
+        ),
+    ),
+    Mutant(
+        name="large-logits-overflow",
+        file=f"{_TRAINER}/model/loss.py",
+        old="    values -= values.amax(dim=1, keepdim=True)\n",
+        new="",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/model/test_loss.py"
+                "::test_logits_whose_exponential_overflows_have_the_loss_and_gradient_of_cross_entropy"
+            ),
+        ),
+    ),
 )
 
 MUTANTS = (*API, *OPERATOR, *TRAINER)

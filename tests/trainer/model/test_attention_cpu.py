@@ -17,10 +17,16 @@ def explicit(query: Tensor, key: Tensor, value: Tensor, scale: float, window: in
 
 
 @pytest.mark.parametrize("window", [None, 1, 40, 300, 2000])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2**-18), (torch.bfloat16, 2**-7)])
 def test_attention_and_its_gradients_are_those_of_explicit_scores(
     window: int | None, dtype: torch.dtype, tolerance: float
 ) -> None:
+    """Up to rounding, as a share of the reference's norm.
+
+    In 16 bit four values are rounded on the way to a gradient, each by at most 2^-9 of itself: the output, the
+    gradients of the weights and of the scores, and the result. In 32 bit sums of up to 700 numbers are rounded, by
+    2^-24 each time.
+    """
     exact = [tensor.detach().to(dtype).double().requires_grad_() for tensor in tensors()]
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
     expected = explicit(exact[0], exact[1], exact[2], 0.7, window)
@@ -33,11 +39,12 @@ def test_attention_and_its_gradients_are_those_of_explicit_scores(
     gradients = torch.autograd.grad((output * weights).sum(), inputs)
     for found, reference in zip((output, *gradients), (expected, *wanted), strict=True):
         assert found.dtype == dtype
-        # Per element: a token that sees only itself has a gradient of 0 for its query.
-        assert (found.double() - reference).norm() <= tolerance * (reference.norm() + found.numel() ** 0.5)
+        # A token that sees only itself has a gradient of 0 for its query, but for the rounding of sums in 32 bit.
+        rounding_of_zeros = 1e-5 * found.numel() ** 0.5
+        assert (found.double() - reference).norm() <= tolerance * reference.norm() + rounding_of_zeros
 
 
-def test_other_types_are_computed_in_that_of_autocast() -> None:
+def test_inputs_of_other_types_are_computed_in_the_type_of_autocast() -> None:
     query, key, value = tensors()
     rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -47,6 +54,6 @@ def test_other_types_are_computed_in_that_of_autocast() -> None:
     assert torch.equal(mixed, narrow)
 
 
-def test_rows_that_are_not_all_tokens_are_refused() -> None:
+def test_rows_that_do_not_cover_all_tokens_are_rejected() -> None:
     with pytest.raises(ValueError, match="rows of 300 tokens, but 1005 tokens"):
         rows_attention(MODULE, *tensors(), None, rows=RowBoundaries.of((300,), torch.device("cpu")))

@@ -93,6 +93,26 @@ def test_chunks_give_the_loss_and_gradient_of_the_whole_but_never_the_whole_logi
     assert sum(head.positions) == (100 if frozen else 200)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_logits_whose_exponential_overflows_have_the_loss_and_gradient_of_cross_entropy(frozen: bool) -> None:
+    """The exponential of 89 is no float32. Logits of a hundred and more are common without a soft cap."""
+    torch.manual_seed(0)
+    head = CountingHead(16, 300).requires_grad_(not frozen)
+    nn.init.normal_(head.weight, std=50.0)
+    states = torch.randn(100, 16, requires_grad=True)
+    targets = torch.randint(0, 300, (100,))
+    logits = head(states)
+    assert logits.amax(dim=1).min() > 89
+    expected = cross_entropy(logits, targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, states)
+
+    loss = summed_loss(states, targets, head, LogitTransform())
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(states.grad, gradient, rtol=1e-5, atol=1e-4)
+
+
 def test_positions_without_a_target_are_never_given_to_the_head() -> None:
     register_attention()
     torch.manual_seed(0)
@@ -105,7 +125,7 @@ def test_positions_without_a_target_are_never_given_to_the_head() -> None:
     assert model.lm_head.positions == [int((sequence.labels != IGNORED_LABEL).sum())]
 
 
-def test_what_fills_a_long_batch_up_on_a_cpu_changes_no_loss_and_counts_nowhere() -> None:
+def test_the_padding_of_a_long_batch_on_a_cpu_changes_no_loss_and_counts_nowhere() -> None:
     register_attention()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPE | {"max_position_embeddings": 1024})

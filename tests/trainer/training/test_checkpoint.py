@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, whatever happens while it is written; the newest that verifies wins."""
+"""A checkpoint is on disk whole or not at all, whatever happens while it is written; the newest that verifies wins."""
 
 import os
 import resource
@@ -87,6 +87,29 @@ def test_a_file_that_cannot_grow_leaves_the_earlier_checkpoints_and_no_debris(tm
 
     assert os.waitstatus_to_exitcode(in_child(save_beyond_the_limit)) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
+    assert newest_step(tmp_path) == 2
+
+
+def test_a_checkpoint_that_does_not_read_back_replaces_no_earlier_one(tmp_path: Path) -> None:
+    """A disk that changes what it was given, without an error."""
+    save(tmp_path, 1, 2)
+
+    def save_on_a_bad_disk() -> None:
+        def damage(event: str, arguments: tuple[object, ...]) -> None:
+            if event == "os.rename" and str(arguments[1]).endswith("step-3"):
+                file = Path(str(arguments[0])) / "adapter.safetensors"
+                content = file.read_bytes()
+                file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+        sys.addaudithook(damage)
+        try:
+            save(tmp_path, 3)
+        except ValueError as error:
+            (tmp_path / "said").write_text(str(error))
+
+    assert in_child(save_on_a_bad_disk) == 0
+    assert "step-3 is damaged: ValueError('adapter.safetensors has sha256 " in (tmp_path / "said").read_text()
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-1", "step-2", "step-3"]
     assert newest_step(tmp_path) == 2
 
 

@@ -40,7 +40,16 @@ def test_a_loss_that_stays_far_above_its_level_is_judged_after_the_patience() ->
 
 def test_a_gradient_norm_orders_of_magnitude_above_its_level_is_judged_too() -> None:
     assert judgements([2.0] * 70, [0.5] * 50 + [500.0] * PATIENCE) == [70]
-    assert judgements([2.0] * 70, [0.5] * 50 + [20.0] * PATIENCE) == []
+    # A hundredfold norm is the limit: it suspects nothing that large rows or small batches do by themselves.
+    assert judgements([2.0] * 70, [0.5] * 50 + [55.0] * PATIENCE) == [70]
+    assert judgements([2.0] * 70, [0.5] * 50 + [45.0] * PATIENCE) == []
+
+
+def test_a_loss_that_creeps_upward_is_judged_although_no_step_is_far_above_the_latest_level() -> None:
+    # It passes the lowest level by 2 nats at step 91. The running mean stays half a nat behind it all the time.
+    creeping = [2.0] * 50 + [2.0 + 0.05 * step for step in range(1, 101)]
+
+    assert judgements(creeping) == [90 + PATIENCE]
 
 
 @pytest.mark.parametrize("seed", range(20))
