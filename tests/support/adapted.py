@@ -20,7 +20,7 @@ def adapted(
     original: BaseWeights | None = None,
     **lora: Any,
 ) -> Any:
-    """The model of a folder in 4 bit with an adapter."""
+    """The model of a folder in 4-bit with an adapter."""
     spec = LoraSpec(rank=4, alpha=8, dropout=dropout, **lora)
     return attach_adapter(
         load_base(model, NF4, "cpu"),

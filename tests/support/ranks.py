@@ -76,7 +76,7 @@ def two_nodes() -> list[tuple[str, ...]]:
     return [(*torchrun, *store, "--node-rank", str(node)) for node in range(2)]
 
 
-FULL_CARD = """
+FULL_GPU = """
 import os
 if os.environ.get("RANK") == "1":
     import torch
@@ -90,9 +90,9 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def second_card(folder: Path, rows: int) -> dict[str, str]:
+def second_gpu(folder: Path, rows: int) -> dict[str, str]:
     """The environment in which the second process has a GPU for so many rows: there is none to fill."""
-    return beginning_with(folder, FULL_CARD.format(rows=rows))
+    return beginning_with(folder, FULL_GPU.format(rows=rows))
 
 
 def beginning_with(folder: Path, code: str) -> dict[str, str]:

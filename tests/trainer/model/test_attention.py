@@ -1,4 +1,4 @@
-"""Attention with capped scores equals that of transformers in every block of a long row; the unknown is refused."""
+"""Attention with capped scores equals that of transformers in every block of a long row; the unknown is rejected."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ def test_capped_attention_and_its_gradients_are_those_of_transformers(window: in
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_of_capped_weights_is_the_same_when_they_are_computed_again() -> None:
+def test_dropout_of_capped_weights_is_the_same_when_they_are_recomputed() -> None:
     inputs = tensors()
     rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
     torch.manual_seed(2)
@@ -53,14 +53,14 @@ def test_dropout_of_capped_weights_is_the_same_when_they_are_computed_again() ->
         (MODULE, torch.zeros(1), {}, "no mask"),
     ],
 )
-def test_what_a_family_asks_for_and_is_not_computed_is_refused(
+def test_an_attention_setting_that_is_not_computed_is_rejected(
     module: Any, mask: Tensor | None, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         rows_attention(module, *tensors(), mask, **settings)
 
 
-def test_keys_from_a_cache_are_refused() -> None:
+def test_keys_from_a_cache_are_rejected() -> None:
     query, key, value = tensors()
     with pytest.raises(ValueError, match="no cache"):
         rows_attention(MODULE, query[:, :, -1:], key, value, None)

@@ -1,4 +1,4 @@
-"""The base model is held as the job says, only the adapter learns, and its files are what PEFT reads."""
+"""The base model is stored as the job specifies, only the adapter is trained, and PEFT reads its files."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def copied(model: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
-def test_every_inner_layer_is_4_bit_as_asked_and_everything_else_16_bit_and_frozen(
+def test_every_inner_layer_is_4_bit_as_specified_and_everything_else_16_bit_and_frozen(
     tiny_llama: Path, kind: Literal["nf4", "fp4"], double: bool
 ) -> None:
     model = load_base(tiny_llama, QuantizationSpec(type=kind, double_quant=double), "cpu")
@@ -148,7 +148,7 @@ def test_rows_of_the_quantized_model_do_not_see_each_other(tiny_llama: Path) -> 
     assert losses[0] == losses[1]
 
 
-def test_the_adapter_is_stored_in_the_type_asked_for(tiny_llama: Path) -> None:
+def test_the_adapter_is_stored_in_the_type_of_the_spec(tiny_llama: Path) -> None:
     assert {tensor.dtype for tensor in adapter_tensors(adapted(tiny_llama)).values()} == {torch.float32}
     narrow = adapted(tiny_llama, dtype="bfloat16")
     assert {tensor.dtype for tensor in adapter_tensors(narrow).values()} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""Each family is trained by the real step: resumed to the bit, its rows kept apart, and read by plain PEFT alike."""
+"""Each family is trained by the real step: it resumes to the last bit, keeps rows apart, and plain PEFT agrees."""
 
 import math
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(root / "model", frozenset(layers.split()), context, run(context))
 
 
-def test_no_family_is_admitted_without_being_trained_here() -> None:
+def test_every_supported_family_is_trained_here() -> None:
     assert set(SUPPORTED_MODEL_TYPES) <= {config.get_text_config().model_type for config, _ in FAMILIES.values()}
 
 

@@ -137,13 +137,13 @@ def test_a_recomputed_block_leaves_out_its_last_matmul_and_may_keep_weights_for_
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.5}, {"use_dora": True}], ids=["dropout", "dora"])
-def test_what_it_does_not_cover_is_pefts_to_the_last_bit(lora: dict[str, Any]) -> None:
+def test_variants_that_are_not_fused_are_pefts_to_the_last_bit(lora: dict[str, Any]) -> None:
     expected, found = results(adapted(**lora)), results(fused(**lora))
 
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_without_gradients_and_without_the_adapter_it_is_pefts_to_the_last_bit() -> None:
+def test_without_gradients_and_without_the_adapter_the_output_is_pefts_to_the_last_bit() -> None:
     plain, model, x = adapted(), fused(), torch.randn(1, 50, 64).bfloat16()
 
     with torch.autocast("cpu", dtype=torch.bfloat16):

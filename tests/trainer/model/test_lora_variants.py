@@ -1,4 +1,4 @@
-"""Every variant of LoRA learns, resumes to the last bit, passes the checks of publish and loads in plain PEFT."""
+"""Every variant of LoRA is trained, resumes to the last bit, passes the checks of publish and loads in plain PEFT."""
 
 import dataclasses
 import shutil
@@ -68,7 +68,9 @@ def check(context: StepContext, record: TrainRecord, model: Path) -> None:
     )
 
 
-def test_it_learns_and_resumes_bit_identically(trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path) -> None:
+def test_a_variant_lowers_the_loss_and_resumes_bit_identically(
+    trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
+) -> None:
     context, record, model = trained
     interrupted = prepared(tmp_path / "workspace", model, {"lora": context.spec.lora.dump()})
     stop = StopRequest()
@@ -129,7 +131,7 @@ def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Gemma 3's layers here are larger, and the adapter's rank is the same.
 @pytest.mark.parametrize(("family", "remaining"), [("tiny_llama", 0.9), ("tiny_gemma3", 0.95)])
-def test_loftq_makes_up_for_a_part_of_the_quantization_error_and_leaves_the_base(
+def test_loftq_corrects_a_part_of_the_quantization_error_and_leaves_the_base(
     request: pytest.FixtureRequest, family: str, remaining: float
 ) -> None:
     folder = request.getfixturevalue(family)
@@ -184,7 +186,7 @@ def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
         (LoraSpec(rank=1024), "rank 1024"),
     ],
 )
-def test_what_vllm_refuses_is_known_by_its_reason(lora: LoraSpec, word: str | None) -> None:
+def test_what_vllm_rejects_is_named_with_its_reason(lora: LoraSpec, word: str | None) -> None:
     reason = refused_by_vllm(lora)
     assert (reason is None) == (word is None)
     assert reason is None or str(word) in reason

@@ -116,7 +116,7 @@ def test_each_weight_is_the_dequantized_one_and_the_adapters_part_rounded_once(
     assert found.keys() | {f"{name}.weight" for name in held} == set(original)
 
 
-def test_any_server_can_load_it_and_both_losses_are_reported(merged: tuple[StepContext, Path]) -> None:
+def test_any_server_can_load_the_merged_model_and_both_losses_are_reported(merged: tuple[StepContext, Path]) -> None:
     context, _ = merged
     folder = context.workspace.merged
     config = json.loads((folder / "config.json").read_text())
@@ -143,7 +143,7 @@ def test_any_server_can_load_it_and_both_losses_are_reported(merged: tuple[StepC
     assert "Do not quantize this model to 4-bit without measuring the result" in model_card
 
 
-def test_model_card_and_page_state_what_vllm_does_not_serve_and_the_page_compares_the_losses(
+def test_model_card_and_page_name_what_vllm_rejects_and_the_page_compares_the_losses(
     merged: tuple[StepContext, Path],
 ) -> None:
     context, _ = merged
@@ -231,7 +231,9 @@ def test_without_room_for_the_4_bit_weights_nothing_is_trained(
     assert not context.workspace.trained.exists()
 
 
-def test_a_training_that_kept_no_weights_trains_no_further_but_keeps_them(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_finished_training_that_kept_no_weights_keeps_them_without_another_step(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
     without = prepared(tmp_path / "job", tiny_llama, {})
     record = run(without)
     document = without.document.model_validate(
@@ -246,7 +248,7 @@ def test_a_training_that_kept_no_weights_trains_no_further_but_keeps_them(tmp_pa
     assert published(context).merged is not None
 
 
-def test_weights_whose_names_are_not_those_of_the_model_are_refused_before_training(
+def test_weights_whose_names_differ_from_the_models_are_rejected_before_training(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     model = shutil.copytree(tiny_llama, tmp_path / "model")
@@ -366,7 +368,7 @@ def test_a_merge_holds_one_file_and_one_layer_in_memory(tmp_path: Path) -> None:
     assert set(index["weight_map"]) == set(names)
 
 
-def test_a_merged_model_that_keeps_rows_apart_is_read_once_to_try_it_out(
+def test_a_merged_model_that_keeps_rows_apart_is_read_once_to_compute_its_loss(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be larger than the memory: each pass reads it from the disk."""

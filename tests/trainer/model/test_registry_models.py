@@ -1,4 +1,4 @@
-"""Models in an OCI registry, over a real one: what is downloaded, what is refused, and what is tried again."""
+"""Models in an OCI registry, over a real one: what is downloaded, what is rejected, and what is retried."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def of_weights(proxy: FaultProxy, tiny_llama: Path) -> Callable[[Request], bool]
     return lambda request: request.method == "GET" and request.path.endswith(f"/blobs/sha256:{digest}")
 
 
-def test_a_download_goes_on_where_it_was_cut_off(
+def test_a_download_resumes_where_it_was_cut_off(
     make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
 ) -> None:
     wanted = of_weights(proxy, tiny_llama)
@@ -156,7 +156,7 @@ def test_a_layer_that_arrives_changed_is_loaded_again(
         (Fault(200, body=b'{"layers": []}'), ExitCode.MODEL_UNAVAILABLE, "has neither model.safetensors nor"),
     ],
 )
-def test_an_artifact_that_is_no_model_is_refused(
+def test_an_artifact_that_is_not_a_model_is_rejected(
     make_context: MakeContext,
     records: Recorded,
     proxy: FaultProxy,
@@ -179,7 +179,7 @@ def layer(part: str, name: str) -> dict[str, Any]:
     }
 
 
-def test_archives_that_hold_a_model_are_named_with_what_to_do(
+def test_an_archive_that_holds_a_model_is_rejected_with_what_to_do(
     make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
 ) -> None:
     layers = [
@@ -210,7 +210,7 @@ def test_documentation_in_an_archive_does_no_harm(
     assert record.model_revision == f"sha256:{sha256(body).hexdigest()}"
 
 
-def test_a_manifest_of_another_digest_is_refused(
+def test_a_manifest_of_another_digest_is_rejected(
     make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
 ) -> None:
     proxy.rule = lambda _request: Fault(200, body=b'{"layers": []}')

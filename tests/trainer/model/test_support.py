@@ -77,7 +77,7 @@ def test_named_targets_are_resolved_to_exact_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lm_head", "proj", "embed_tokens", "w1"])
-def test_a_target_that_is_no_layer_of_a_block_is_refused_with_those_that_are(name: str, tmp_path: Path) -> None:
+def test_a_target_that_is_not_a_layer_of_a_block_is_rejected_with_those_that_are(name: str, tmp_path: Path) -> None:
     folder = written(tmp_path, transformers.LlamaConfig(**SHAPE))
 
     failure = refusal(folder, LoraSpec(target_modules=("q_proj", name)))
@@ -97,7 +97,7 @@ def test_a_target_that_is_no_layer_of_a_block_is_refused_with_those_that_are(nam
     ],
     ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
 )
-def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_refused_by_name(
+def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_rejected_by_name(
     config: PretrainedConfig, reason: str, tmp_path: Path
 ) -> None:
     failure = refusal(written(tmp_path, config))
@@ -121,7 +121,7 @@ def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_refused_by
         ({"num_attention_heads": 0}, ExitCode.BAD_CONFIGURATION, "config.json"),
     ],
 )
-def test_a_configuration_that_must_not_or_cannot_be_used_is_refused(
+def test_an_unsafe_or_unusable_configuration_is_rejected(
     changes: dict[str, Any], code: ExitCode, found: str, tmp_path: Path
 ) -> None:
     failure = refusal(written(tmp_path, transformers.LlamaConfig(**SHAPE), **changes))
@@ -130,7 +130,7 @@ def test_a_configuration_that_must_not_or_cannot_be_used_is_refused(
     assert found in failure.message
 
 
-def test_a_folder_without_a_model_and_one_with_a_broken_configuration_are_told_apart(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_and_a_broken_configuration_have_different_errors(tmp_path: Path) -> None:
     assert refusal(tmp_path).exit_code is ExitCode.MODEL_UNAVAILABLE
     for broken in ("{", "[" * 100_000):
         (tmp_path / "config.json").write_text(broken)
@@ -196,7 +196,7 @@ def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (transformers.Olmo3Config(**(SHAPE | IDS), sliding_window=100), _window_off_by_one),
     ],
 )
-def test_attention_that_differs_from_the_familys_own_is_refused(
+def test_attention_that_differs_from_the_familys_own_is_rejected(
     config: PretrainedConfig, broken: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     AttentionInterface.register("broken", broken)
@@ -209,7 +209,7 @@ def test_attention_that_differs_from_the_familys_own_is_refused(
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
-def test_logits_that_are_scaled_or_capped_otherwise_are_refused(
+def test_logits_that_are_scaled_or_capped_otherwise_are_rejected(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {
@@ -233,7 +233,7 @@ def test_logits_that_are_scaled_or_capped_otherwise_are_refused(
         ({"rope_type": "dynamic", "factor": 4.0}, 512),
     ],
 )
-def test_rows_longer_than_the_models_positions_are_refused(
+def test_rows_longer_than_the_models_positions_are_rejected(
     rotation: dict[str, Any], longest: int, tmp_path: Path
 ) -> None:
     config = transformers.LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 1e4} | rotation)
@@ -247,7 +247,7 @@ def test_rows_longer_than_the_models_positions_are_refused(
     assert family.keeps_rows_apart(longest)
 
 
-def test_rows_beyond_the_length_where_longrope_changes_are_not_put_together(tmp_path: Path) -> None:
+def test_rows_beyond_the_length_where_longrope_changes_do_not_share_a_sequence(tmp_path: Path) -> None:
     rotation = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
     config = transformers.Phi3Config(
         **(SHAPE | IDS), original_max_position_embeddings=64, rope_parameters=rotation, initializer_range=0.2

@@ -1,4 +1,4 @@
-"""What cannot be trained is refused by prepare, from config.json alone, with a sentence that names it and says why."""
+"""prepare rejects what cannot be trained, from config.json alone, with a message that names it and the reason."""
 
 import json
 from pathlib import Path
@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_prepare_refuses_by_name_with_the_reason_and_the_way_out(
+def test_prepare_rejects_the_family_by_name_with_the_reason_and_what_to_do(
     name: str, make_context: MakeContext, tmp_path: Path
 ) -> None:
     config, reason, way_out = REFUSED[name]

@@ -1,4 +1,4 @@
-"""The train step from the outside: what it leaves, that it goes on exactly where it stopped, and when it refuses."""
+"""The train step from the outside: what it writes, that it resumes exactly where it stopped, and what it rejects."""
 
 import dataclasses
 import errno
@@ -52,7 +52,7 @@ def with_spec(context: StepContext, spec: dict[str, Any]) -> StepContext:
     return dataclasses.replace(context, document=job(spec))
 
 
-def test_training_lowers_both_losses_and_says_what_it_left(workspace: Prepare) -> None:
+def test_training_lowers_both_losses_and_records_its_results(workspace: Prepare) -> None:
     context, records = workspace(), Recorded()
 
     record = run(context, records=records)
@@ -67,7 +67,7 @@ def test_training_lowers_both_losses_and_says_what_it_left(workspace: Prepare) -
     assert (record.peak_memory_bytes or 0) > 2**20
     assert read_completion(context.workspace.completion("train"), TrainRecord) == record
     written = records.written
-    assert written[0]["activity"] == "loading the base model in 4 bit"
+    assert written[0]["activity"] == "loading the base model in 4-bit"
     assert written[0]["totalSteps"] == 6
     assert [entry["activity"] for entry in written].count(
         "paging needs a GPU: the optimizer state stays in main memory"
@@ -155,7 +155,7 @@ def test_a_stop_before_the_first_step_loses_nothing(workspace: Prepare) -> None:
     assert not context.workspace.checkpoints.exists()
 
 
-def test_a_finished_run_is_not_done_again_but_a_changed_adapter_is_restored(workspace: Prepare) -> None:
+def test_a_finished_run_is_not_repeated_but_a_changed_adapter_is_restored(workspace: Prepare) -> None:
     context = workspace()
     record, adapter = run(context), adapter_bytes(context)
 
@@ -179,7 +179,7 @@ def test_packing_and_micro_batches_do_not_change_the_loss(workspace: Prepare) ->
     assert losses[2] == pytest.approx(losses[1], rel=2e-4)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_reaches_the_weights(
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
     workspace: Prepare, tiny_llama: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "poisoned"
@@ -211,7 +211,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_reaches_the_weights(
         ({"quantization": {"type": "fp4"}}, 'quantization.type was "nf4", is "fp4"'),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
+def test_a_checkpoint_of_another_run_is_rejected_with_the_difference(
     change: dict[str, Any], named: str, workspace: Prepare
 ) -> None:
     context = workspace()
@@ -268,7 +268,7 @@ def test_a_resumed_run_uses_as_many_threads_as_the_first_attempt(workspace: Prep
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test must not find")
-def test_a_gpu_that_is_asked_for_and_missing_is_an_error_and_not_a_slow_run(workspace: Prepare) -> None:
+def test_a_missing_gpu_is_an_error_and_not_a_slow_run(workspace: Prepare) -> None:
     found = failure(dataclasses.replace(workspace(), device="cuda"))
 
     assert found.exit_code is ExitCode.BAD_CONFIGURATION
@@ -282,7 +282,7 @@ def test_without_prepare_nothing_is_trained(workspace: Prepare) -> None:
     assert "run the prepare step first" in failure(context).message
 
 
-def test_the_summary_says_when_the_adapter_does_worse_than_the_base(workspace: Prepare) -> None:
+def test_the_summary_reports_an_adapter_that_does_worse_than_the_base(workspace: Prepare) -> None:
     record = run(workspace("job"))
     worse = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 2.5})
     assert summary(worse, "train").endswith("the loss rose from 2.0000 to 2.5000")

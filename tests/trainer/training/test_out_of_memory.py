@@ -1,4 +1,4 @@
-"""A GPU that is out of memory: what the failure says, and a run that goes on in smaller micro batches."""
+"""A GPU that is out of memory: the message of the failure, and a run that continues in smaller micro batches."""
 
 import re
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Card:
         ({"autoMicroBatch": True}, "set spec.training.maxSequenceLength to 256"),
     ],
 )
-def test_running_out_of_gpu_memory_says_for_what_and_what_to_change(
+def test_running_out_of_gpu_memory_reports_what_used_it_and_what_to_change(
     training: dict[str, Any], advice: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Card(monkeypatch, rows=0)
@@ -77,7 +77,7 @@ def test_running_out_of_gpu_memory_says_for_what_and_what_to_change(
     "said",
     ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: out of memory"],
 )
-def test_memory_that_a_library_asked_for_in_vain_is_told_as_well(
+def test_memory_that_a_library_could_not_get_is_reported_too(
     said: str, workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Card(monkeypatch, rows=0, error=RuntimeError(said))
@@ -155,7 +155,7 @@ def in_backward(model: Any, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("runs_out", [in_forward, in_backward])
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_step_that_is_done_again_forgets_the_gradients_of_its_first_micro_batches(
+def test_a_repeated_step_drops_the_gradients_of_its_first_micro_batches(
     at: int,
     runs_out: Callable[[Any, Callable[[], torch.Tensor]], torch.Tensor],
     workspace: Prepare,
@@ -181,7 +181,7 @@ def test_a_step_that_is_done_again_forgets_the_gradients_of_its_first_micro_batc
     assert adapter_bytes(halved) == adapter_bytes(small_throughout)
 
 
-def test_memory_that_runs_out_after_the_last_step_is_told_as_well(
+def test_memory_that_runs_out_after_the_last_step_is_reported_too(
     workspace: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def runs_out(_model: Any, _batch: Batch) -> torch.Tensor:

@@ -15,13 +15,13 @@ from qlora_api.contract import ExitCode, ResultRecord
 from qlora_trainer.core.context import StepContext
 from tests.support.command import Files
 from tests.support.ranks import (
-    FULL_CARD,
+    FULL_GPU,
     SHARDED,
     TWO,
     beginning_with,
     other,
     runs,
-    second_card,
+    second_gpu,
     succeeded,
     two_nodes,
     until,
@@ -141,7 +141,7 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def test_a_process_that_crashes_after_the_save_changes_no_ending_and_is_told(
+def test_a_process_that_crashes_after_the_save_changes_no_ending_and_is_logged(
     tmp_path: Path, long_job: tuple[Files, StepContext]
 ) -> None:
     files, _ = long_job
@@ -186,7 +186,7 @@ def test_no_process_outlives_the_main_one(long_job: tuple[Files, StepContext]) -
 def test_a_failure_of_one_process_ends_both_with_its_exit_code(tmp_path: Path, tiny_llama: Path) -> None:
     files, _ = workspace(tmp_path / "job", tiny_llama, TWO)
 
-    done = files.run("train", **second_card(tmp_path / "card", 0))
+    done = files.run("train", **second_gpu(tmp_path / "card", 0))
 
     assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stderr
     assert "rank 1: the GPU is out of memory at a measured peak" in done.result.message
@@ -200,10 +200,10 @@ else:
 """
 
 
-def test_nobody_begins_a_sum_that_a_failed_process_will_never_join(tmp_path: Path, tiny_llama: Path) -> None:
+def test_no_process_starts_a_sum_that_a_failed_process_will_never_join(tmp_path: Path, tiny_llama: Path) -> None:
     """NCCL, other than gloo, would wait for half an hour."""
     files, _ = workspace(tmp_path / "job", tiny_llama, merged(TWO, {"dataset": {"eval": None}}))
 
-    done = files.run("train", **beginning_with(tmp_path / "card", FULL_CARD.format(rows=0) + SUM_WITHOUT_ANSWER))
+    done = files.run("train", **beginning_with(tmp_path / "card", FULL_GPU.format(rows=0) + SUM_WITHOUT_ANSWER))
 
     assert done.exit_code == ExitCode.GPU_OUT_OF_MEMORY, done.stderr

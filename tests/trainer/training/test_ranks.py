@@ -14,7 +14,7 @@ from qlora_trainer.core.failures import StepFailure, unreachable
 from qlora_trainer.training.launch import RankInfo
 from qlora_trainer.training.ranks import Ranks
 from tests.support.command import Files
-from tests.support.ranks import EXACT, TWO, same_numbers, second_card, succeeded, two_nodes, workspace
+from tests.support.ranks import EXACT, TWO, same_numbers, second_gpu, succeeded, two_nodes, workspace
 from tests.support.tiny import merged
 from tests.support.training import adapter_bytes, history
 
@@ -59,7 +59,7 @@ def test_two_nodes_compute_what_one_does(tmp_path: Path, tiny_llama: Path, toget
     assert history(apart) == history(by_itself)
 
 
-def test_another_number_of_processes_does_not_go_on_from_a_checkpoint(
+def test_another_number_of_processes_does_not_resume_a_checkpoint(
     tmp_path: Path, together: tuple[Files, StepContext]
 ) -> None:
     files = together[0].copied(tmp_path / "copy")
@@ -71,7 +71,7 @@ def test_another_number_of_processes_does_not_go_on_from_a_checkpoint(
     assert "ranks was 2, is 1" in done.result.message
 
 
-def test_a_loss_is_summed_only_when_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_is_summed_only_once_every_process_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(*_: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
@@ -99,7 +99,7 @@ def test_a_gpu_that_is_short_of_memory_makes_all_halve_their_micro_batches(tmp_p
     training = {"microBatchSize": 4, "gradientAccumulationSteps": 2, "autoMicroBatch": True}
     files, context = workspace(tmp_path / "job", tiny_llama, merged(TWO, {"training": training}), packed=False)
 
-    succeeded(files.run("train", **second_card(tmp_path / "card", 2)))
+    succeeded(files.run("train", **second_gpu(tmp_path / "card", 2)))
 
     record = read_completion(context.workspace.completion("train"), TrainRecord)
     assert record is not None
@@ -114,13 +114,13 @@ def test_a_gpu_that_is_short_of_memory_makes_all_halve_their_micro_batches(tmp_p
         ({"RANK": "first", "WORLD_SIZE": "2"}, "not to numbers"),
     ],
 )
-def test_variables_that_contradict_each_other_are_refused(variables: dict[str, str], named: str) -> None:
+def test_variables_that_contradict_each_other_are_rejected(variables: dict[str, str], named: str) -> None:
     with pytest.raises(StepFailure, match=named) as caught:
         RankInfo.of(variables)
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_a_place_is_read_back_from_its_own_variables() -> None:
+def test_a_rank_is_read_back_from_its_own_variables() -> None:
     place = RankInfo(rank=3, size=4, local_rank=1, local_size=2, address="node-0", port=29500)
 
     assert RankInfo.of(place.environment(), gpus=8) == place

@@ -1,4 +1,4 @@
-"""What a step sees and how fast it learns are functions of the step alone; so is whether another attempt may start."""
+"""The data and the learning rate of a step depend on the step alone; and whether another attempt may start."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.training.attempts import Attempt, read_attempts, refuse_if_spent, write_attempts
+from qlora_trainer.training.attempts import Attempt, read_attempts, reject_if_spent, write_attempts
 from qlora_trainer.training.optimizer import learning_rate
 from qlora_trainer.training.pace import Pace
 from qlora_trainer.training.schedule import Schedule
@@ -41,7 +41,7 @@ def test_the_order_comes_from_the_seed() -> None:
     assert schedule(50, seed=1).micro_batches(3) != schedule(50, seed=2).micro_batches(3)
 
 
-def test_max_steps_goes_on_into_further_epochs_and_stops_in_the_middle_of_one() -> None:
+def test_max_steps_continues_into_further_epochs_and_stops_in_the_middle_of_one() -> None:
     four = schedule(6, max_steps=5)
 
     assert four.total_steps == 5
@@ -90,14 +90,14 @@ def attempts(*ends: str | None, from_steps: tuple[int, ...] | None = None) -> li
 
 def refusal(before: list[Attempt], from_step: int, max_disruptions: int) -> str:
     with pytest.raises(StepFailure) as caught:
-        refuse_if_spent(before, from_step, max_disruptions)
+        reject_if_spent(before, from_step, max_disruptions)
     assert caught.value.exit_code is ExitCode.RETRIES_EXHAUSTED
     return caught.value.message
 
 
 def test_interrupted_and_killed_attempts_count_and_failed_ones_do_not() -> None:
-    refuse_if_spent([], 0, 0)
-    refuse_if_spent(attempts("interrupted", None, "failed", "failed"), 9, 2)
+    reject_if_spent([], 0, 0)
+    reject_if_spent(attempts("interrupted", None, "failed", "failed"), 9, 2)
 
     message = refusal(attempts("interrupted", None, "failed", "interrupted"), 9, 2)
     assert "interrupted 3 times and spec.retry.maxDisruptions allows 2" in message
@@ -107,13 +107,13 @@ def test_interrupted_and_killed_attempts_count_and_failed_ones_do_not() -> None:
 
 def test_five_attempts_in_a_row_without_a_new_checkpoint_are_enough() -> None:
     stuck = attempts("interrupted", *[None] * 5, from_steps=(0, 3, 3, 3, 3, 3))
-    refuse_if_spent(stuck[:-1], 3, 100)
-    refuse_if_spent(stuck, 4, 100)
+    reject_if_spent(stuck[:-1], 3, 100)
+    reject_if_spent(stuck, 4, 100)
 
     assert "5 attempts in a row ended before a checkpoint after step 3" in refusal(stuck, 3, 100)
 
 
-def test_attempts_are_read_back_and_a_line_that_is_none_is_left_out(tmp_path: Path) -> None:
+def test_attempts_are_read_back_without_lines_that_are_not_attempts(tmp_path: Path) -> None:
     assert read_attempts(tmp_path) == []
     before = attempts("interrupted", None)
     write_attempts(tmp_path, before)
@@ -135,6 +135,6 @@ def test_threads_keep_to_the_containers_limit(tmp_path: Path) -> None:
     assert available_cpus(quota, {}) == 1
 
 
-def test_threads_are_those_the_pod_has_asked_for(tmp_path: Path) -> None:
+def test_threads_are_those_of_the_pods_request(tmp_path: Path) -> None:
     assert available_cpus(tmp_path / "none", {"OMP_NUM_THREADS": "1"}) == 1
     assert available_cpus(tmp_path / "none", {"OMP_NUM_THREADS": "1000"}) == available_cpus(tmp_path / "none", {})

@@ -1,4 +1,4 @@
-"""A base that is spread over two processes: it must be in 4 bit before, and gives what a whole one gives."""
+"""A base that is sharded over two ranks: it must be 4-bit before, and gives the results of a whole one."""
 
 import re
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def holds_half(files: Files) -> None:
         assert int(held[1]) == pytest.approx(int(held[2]) / 2, rel=0.01)
 
 
-def test_a_spread_base_gives_the_same_losses_from_half_of_its_bytes(
+def test_a_sharded_base_gives_the_same_losses_from_half_of_its_bytes(
     tmp_path: Path, tiny_llama: Path, together: tuple[Files, StepContext]
 ) -> None:
     files, spread = workspace(tmp_path / "job", tiny_llama, merged(EXACT, SHARDED), packed=False)
@@ -61,7 +61,7 @@ def test_a_spread_base_gives_the_same_losses_from_half_of_its_bytes(
     ],
     ids=["dora", "loftq", "whole-modules", "gemma2", "phi3"],
 )
-def test_every_variant_and_family_trains_on_a_spread_base_as_one_process_does(
+def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
     tmp_path: Path, family: str, lora: dict[str, Any]
 ) -> None:
     model = save_model(tmp_path / "model", FAMILIES[family][0])
@@ -76,7 +76,7 @@ def test_every_variant_and_family_trains_on_a_spread_base_as_one_process_does(
     holds_half(files)
 
 
-def test_weights_of_another_type_are_refused_in_the_form_in_which_they_are_spread(
+def test_weights_of_another_type_are_rejected_in_the_storage_that_sharding_needs(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Afterwards they are pieces of memory, whose type nobody can tell."""
@@ -124,13 +124,13 @@ def with_a_wide_norm(block: Any) -> None:
 @pytest.mark.parametrize(
     ("broken", "named"),
     [
-        (never_quantized, r"block 0: mlp\.up_proj\.base_layer is not in 4 bit"),
-        (without_its_constants, r"block 0: mlp\.up_proj\.base_layer is not in 4 bit"),
-        (no_longer_packed, r"block 0: mlp\.up_proj\.base_layer is not in 4 bit"),
+        (never_quantized, r"block 0: mlp\.up_proj\.base_layer is not 4-bit"),
+        (without_its_constants, r"block 0: mlp\.up_proj\.base_layer is not 4-bit"),
+        (no_longer_packed, r"block 0: mlp\.up_proj\.base_layer is not 4-bit"),
         (with_a_wide_norm, r"block 0 holds tensors of torch\.bfloat16, torch\.float32 .*set spec\.training\.sharding"),
     ],
 )
-def test_a_block_that_is_not_in_4_bit_or_of_two_types_is_not_spread(tiny_llama: Path, broken: Any, named: str) -> None:
+def test_a_block_that_is_not_4_bit_or_of_two_types_is_not_sharded(tiny_llama: Path, broken: Any, named: str) -> None:
     lora = LoraSpec(rank=4, alpha=8)
     model = attach_adapter(
         load_base(tiny_llama, NF4, "cpu", STORAGE_DTYPE),

@@ -1,1 +1,1 @@
-"""The network: may it be trained, load, adapt, compute, merge."""
+"""The model: whether it can be trained, loading, adapting, computing and merging it."""

@@ -34,7 +34,7 @@ def attach_adapter(
     """The base with a LoRA adapter on `target_modules` (exact names), in training mode; only the adapter has gradients.
 
     A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss. With LoftQ
-    they are computed from the `original` weights; without these they are to be restored.
+    both are initialized from the `original` weights; without these they are to be restored.
     """
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -49,8 +49,8 @@ def attach_adapter(
         modules_to_save=list(whole_modules(base, lora)) or None,
     )
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    # PEFT puts the folder that the base was loaded from here, which means nothing elsewhere, and shortens long lists of
-    # targets to endings.
+    # PEFT sets the folder from which the base was loaded, which means nothing elsewhere, and shortens long lists of
+    # targets to suffixes.
     config.base_model_name_or_path = base_name
     config.target_modules = set(target_modules)
     if lora.initialization == "loftq" and original is not None:
@@ -65,19 +65,19 @@ def attach_adapter(
 
 
 def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:
-    """Paths in the model of what spec.lora.modulesToSave names, whatever the family calls it."""
+    """Paths in the model of the modules in spec.lora.modulesToSave, whatever the family calls them."""
     modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
     paths = {id(module): path for path, module in model.named_modules()}
     return tuple(sorted(paths[id(modules[kind])] for kind in lora.modules_to_save or ()))
 
 
 def tensor_dtype(name: str, lora: LoraSpec) -> torch.dtype:
-    """The type of a tensor of the adapter's file: what is trained whole keeps the base's 16 bit."""
+    """The type of a tensor of the adapter's file: modules that are trained whole keep the base's 16 bit."""
     return ADAPTER_DTYPES[lora.dtype] if ".lora_" in name else COMPUTE_DTYPE
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The trained parameters by the name that they have in the adapter's file, sorted."""
+    """The trained parameters by their names in the adapter's file, sorted."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     named = get_peft_model_state_dict(
         model, state_dict=trained, adapter_name=model.active_adapter, save_embedding_layers=False
@@ -86,7 +86,7 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors in main memory, as they go into its file."""
+    """The adapter's tensors in main memory, as its file holds them."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(model).items()}
 
 
@@ -109,7 +109,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for what PEFT keeps in its configuration; a set's order would depend on the hash seed."""
+    """JSON for the values in PEFT's configuration; a set's order would depend on the hash seed."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{type(value).__name__} cannot be written to {ADAPTER_CONFIG_FILE}")

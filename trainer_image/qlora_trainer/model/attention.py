@@ -1,8 +1,8 @@
 """Attention within the rows of a sequence, registered with transformers.
 
-Rows stand one after the other on a single batch row, without padding. Each token sees the tokens before it in its own
-row and nothing of the others, so a batch of several rows equals as many batches of one. No attention mask exists: with
-a mask transformers would decide by itself what a token sees.
+Rows follow one another on a single batch row, without padding. Each token sees the tokens before it in its own
+row and nothing of other rows, so a batch of several rows equals as many batches of one. No attention mask exists: with
+a mask transformers would decide itself what a token sees.
 """
 
 from dataclasses import dataclass
@@ -25,19 +25,19 @@ ATTENTION = "qlora_rows"
 _FIRST_CAPABILITY = 8
 _LARGEST_HEAD = 256
 _CAPPED_QUERIES = 256
-"""Tokens whose capped scores exist at the same time: heads x this x tokens of the row, in float32, a few times over."""
-# What transformers also hands to every attention, and which says nothing about what a token sees.
+"""Queries whose capped scores exist at once: heads x this x tokens of the row, in float32, a few times over."""
+# Arguments that transformers passes to every attention and that do not change what a token sees.
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache"})
 
 
 @dataclass(frozen=True)
 class RowBoundaries:
-    """Where the rows of a sequence begin and end."""
+    """Where the rows of a sequence start and end."""
 
     lengths: tuple[int, ...]
     """Tokens of each row."""
     offsets: Tensor
-    """int32 [rows + 1] on the model's device: where each row begins, and the end of the last."""
+    """int32 [rows + 1] on the model's device: where each row starts, and the end of the last."""
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":
@@ -46,13 +46,13 @@ class RowBoundaries:
         return cls(lengths, offsets.to(device, non_blocking=True))
 
     def position_ids(self) -> Tensor:
-        """int64 [1, tokens] in main memory: positions that begin at 0 in each row."""
+        """int64 [1, tokens] in main memory: positions, from 0 in each row."""
         return torch.cat([torch.arange(length) for length in self.lengths]).unsqueeze(0)
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """How scores are made of queries and keys, besides the rows."""
+    """How scores are computed from queries and keys, besides the rows."""
 
     scale: float | None
     """Factor of the scores; None is one over the square root of the head size."""
@@ -86,8 +86,8 @@ def rows_attention(
     sliding window a token sees itself and the `sliding_window - 1` tokens before it. With a soft cap the scores become
     `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). Returns [1, tokens, heads, head size].
 
-    Raises ValueError for what it does not compute: a mask, a batch of several rows, keys from a cache, attention to
-    later tokens, or anything else that a family asks for, such as attention sinks.
+    Raises ValueError for what it does not compute: a mask, several batch rows, keys from a cache, attention to later
+    tokens, or anything else that a family passes, such as attention sinks.
     """
     unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)
     if unknown:
@@ -137,7 +137,7 @@ def _all_rows_at_once(query: Tensor, key: Tensor, value: Tensor, rows: RowBounda
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, settings: _Settings) -> Tensor:
-    # Split, not sliced: the backward pass of each slice would fill a tensor of all rows.
+    # Split, not sliced: the backward pass of each slice would write a tensor of all rows.
     parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
     attend = _one_row if settings.softcap is None else _one_capped_row
     outputs = [
@@ -163,7 +163,7 @@ def _one_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> 
 
 
 def _one_capped_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:
-    """Attention with capped scores, a block of queries at a time; backward computes each block's scores again."""
+    """Attention with capped scores, a block of queries at a time; backward recomputes each block's scores."""
     tokens, outputs = query.shape[2], []
     for first in range(0, tokens, _CAPPED_QUERIES):
         block = range(first, min(first + _CAPPED_QUERIES, tokens))
@@ -185,7 +185,7 @@ def _one_capped_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settin
 
 def _capped_block(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, settings: _Settings) -> Tensor:
     heads, size = query.shape[1], query.shape[3]
-    # Heads that share a key stand in an axis of their own, so that no key is copied.
+    # Heads that share a key get an axis of their own, so that no key is copied.
     grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
     scale = size**-0.5 if settings.scale is None else settings.scale
     scores = _capped((grouped @ key.unsqueeze(2).transpose(3, 4)).float() * scale, settings.softcap)

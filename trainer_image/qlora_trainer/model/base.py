@@ -26,7 +26,7 @@ def load_base(
     `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that is to be
     sharded; it changes no value.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
-    loaded is not held as `quantization` says.
+    loaded is not stored as `quantization` specifies.
     """
     register_attention()
     try:
@@ -50,7 +50,7 @@ def load_base(
     except OSError as error:
         if error.errno is not None:
             raise
-        # transformers says so when config.json or the weights are not in the folder.
+        # An error without a number is transformers' own: config.json or the weights are not in the folder.
         raise model_unavailable(f"the base model in {folder} cannot be loaded: {error}") from error
     model, report = loaded
     missing = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in report.get(kind) or ())
@@ -75,7 +75,7 @@ def _quantized_layers(model: nn.Module) -> list[Linear4bit]:
 
 
 def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
-    """Raise StepFailure unless every 4-bit layer is of the type asked for and they are 98 % of the inner parameters."""
+    """Raise StepFailure unless every 4-bit layer has the specified type, and they hold 98 % of the inner parameters."""
     quantized = 0
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear4bit):

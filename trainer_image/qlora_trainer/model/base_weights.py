@@ -14,10 +14,10 @@ from qlora_trainer.model.source import WEIGHTS, WEIGHTS_INDEX, weight_files
 
 
 class BaseWeights:
-    """The tensors of `model.safetensors`, or of the files that its index names. Each is read when it is asked for."""
+    """The tensors of `model.safetensors`, or of the files that its index names. Each is read when it is needed."""
 
     def __init__(self, folder: Path, model: Any) -> None:
-        """Look at the files' headers. `model` is that of the folder as transformers has it, with weights or without.
+        """Read the files' headers. `model` is transformers' model for the folder, with weights or without.
 
         Raises StepFailure: MODEL_UNAVAILABLE if a file is missing or no safetensors file, UNSAFE_ARTIFACT if the index
         names a file elsewhere.
@@ -51,10 +51,10 @@ class BaseWeights:
 
 
 def _renaming(model: Any) -> Callable[[str], str | None]:
-    """Tells under which name the model has what a file calls by another; None for what is no weight as it is stored.
+    """A function from a tensor's name in a file to its name in the model; None for one that is not stored as a weight.
 
-    It is transformers' own way to find the weights when it loads: a checkpoint of the inner model lacks that one's
-    name, and a multimodal one has older names for its parts.
+    It renames as transformers does when it loads: a checkpoint of the inner model lacks the inner model's name, and a
+    multimodal one has older names for its parts.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

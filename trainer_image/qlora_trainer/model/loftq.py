@@ -1,4 +1,4 @@
-"""Starts an adapter from the error that quantization made, instead of from zero (LoftQ)."""
+"""Initializes an adapter with the error of quantization instead of with zero (LoftQ)."""
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -10,7 +10,7 @@ from qlora_trainer.model.base_weights import BaseWeights
 
 @torch.no_grad()
 def initialize_loftq(model: PeftModel, weights: BaseWeights) -> None:
-    """Give each adapted layer the A and B whose product is nearest to what its 4-bit weight lacks; the base stays.
+    """Set A and B of each adapted layer so that B A is nearest to the error of its 4-bit weight; the base stays.
 
     With W the original weight and Q the dequantized one, the singular value decomposition W - Q = U S V, cut after
     rank r, and the adapter's scaling s: A = sqrt(S / s) V and B = U sqrt(S / s), so that Q + s B A is as near to W as
@@ -21,15 +21,15 @@ def initialize_loftq(model: PeftModel, weights: BaseWeights) -> None:
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, Linear4bit):
             continue
-        held = layer.get_base_layer().weight
-        missing = weights[f"{name}.weight"].to(held.device, torch.float32)
-        missing -= dequantize_4bit(held.data, held.quant_state)
+        quantized = layer.get_base_layer().weight
+        missing = weights[f"{name}.weight"].to(quantized.device, torch.float32)
+        missing -= dequantize_4bit(quantized.data, quantized.quant_state)
         left, values, right = torch.linalg.svd(missing, full_matrices=False)
         rank, scaling = layer.r[adapter], layer.scaling[adapter]
         root = (values[:rank] / scaling).sqrt()
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         for factor in (a, b):
-            # PEFT makes them in the 16 bit of the products, which would round what is computed here.
+            # PEFT creates them in the 16 bit of the matmuls, which would round what is computed here.
             factor.data = torch.zeros_like(factor, dtype=torch.float32)
         # A layer smaller than the rank has no more values; the rest of A and B adds nothing.
         a[: len(root)] = root[:, None] * right[:rank]

@@ -58,8 +58,8 @@ def summed_loss(
 
     `hidden` is [targets, hidden size]: the decoder's last states at the positions that predict a target. `head` gives
     their logits, a chunk at a time, which are never kept. The gradient of a frozen head's input is computed while they
-    are there (Hsu et al. 2024, arXiv 2410.10989); for a head that is trained, backward computes each chunk's logits
-    again (Chen et al. 2016, arXiv 1604.06174). The caller divides by the number of targets of the whole optimizer step.
+    exist (Hsu et al. 2024, arXiv 2410.10989); for a head that is trained, backward recomputes each chunk's logits
+    (Chen et al. 2016, arXiv 1604.06174). The caller divides by the number of targets of the whole optimizer step.
     """
     if not len(targets):
         return hidden.sum().float() * 0.0
@@ -96,7 +96,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(needed):
                 part = hidden[chunk].detach().requires_grad_(needed)
                 logits = transform(head(part))
-            # No operation of a head or a transform keeps its result for backward; autograd would notice one that does.
+            # No operation of a head or a transform saves its result for backward; autograd would reject one that does.
             in_place = logits.detach()
             loss += _replace_by_gradient(in_place, targets[chunk])
             if gradient is not None:
@@ -112,17 +112,18 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _replace_by_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy. Its gradient takes the place of the logits: softmax less one at the target.
+    """Summed cross-entropy. The logits are overwritten with its gradient: softmax, less one at the target.
 
-    Computed in float32 in the memory of a single copy of the logits.
+    Computed in float32, in the memory of a single copy of the logits. The largest logit is subtracted first: the
+    exponential of more than 88 is no float32.
     """
-    places = targets.unsqueeze(1)
+    columns = targets.unsqueeze(1)
     values = logits.to(torch.float32, copy=True)
     values -= values.amax(dim=1, keepdim=True)
-    of_targets = values.gather(1, places)
+    of_targets = values.gather(1, columns)
     totals = values.exp_().sum(dim=1, keepdim=True)
     loss = (totals.log() - of_targets).sum()
     values /= totals
-    values.scatter_add_(1, places, values.new_full((), -1.0).expand_as(places))
+    values.scatter_add_(1, columns, values.new_full((), -1.0).expand_as(columns))
     logits.copy_(values)
     return loss

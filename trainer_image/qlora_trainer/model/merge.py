@@ -1,12 +1,12 @@
 """Merges an adapter into the 4-bit weights that it was trained on: a plain model in bfloat16, one tensor at a time.
 
-Not into the original weights, from which the training was a whole quantization error away, and not to 4 bit again,
-which would round off most of what was learnt.
+Not into the original weights, from which the trained-on weights differ by the whole quantization error, and not to
+4-bit again, which would round off most of what was trained.
 
-Memory, besides what the process holds before: a file's tensors (`SHARD_BYTES`, or one tensor if that is larger) and
+Memory, besides what the process holds before: a file's tensors (`SHARD_BYTES`, or one tensor if that is larger),
 `BYTES_PER_ENTRY` bytes for each entry of the largest layer, and what the allocator keeps of freed pieces below 32 MiB.
-To try the model out takes less: its weights are mapped, and a layer at a time is copied. What is mapped the kernel can
-drop.
+Computing the merged model's loss takes less: its weights are mapped, which the kernel can drop, and copied one layer at
+a time.
 """
 
 import json
@@ -33,19 +33,19 @@ from qlora_trainer.model.storage import storage_of
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""
 BYTES_PER_ENTRY = 8
-"""Working memory of a merge for each entry of the layer in hand: its weight in 16 and 32 bit, and the result."""
+"""Working memory of a merge per entry of the current layer: its weight in 16 and 32 bit, and the result."""
 _MERGED_DTYPE = torch.bfloat16
 _INDEX = "model.safetensors.index.json"
 
 
-def merged_weight(held: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+def merged_weight(base: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
     """The weight [outputs, inputs] of a layer together with its adapter, in bfloat16.
 
-    With W the dequantized weight `held`, s the scaling, A [rank, inputs] and B [outputs, rank]: W + s B A, computed in
-    float32 and rounded once (LoRA, arXiv 2106.09685). With DoRA's magnitude m [outputs] each row of it is scaled to the
-    length m (arXiv 2402.09353, equation 5).
+    With W the dequantized weight `base`, s the scaling, A [rank, inputs] and B [outputs, rank]: W + s B A, computed in
+    float32 and rounded once (LoRA, arXiv 2106.09685). With DoRA's magnitude m [outputs] each of its rows is scaled to
+    the length m (arXiv 2402.09353, equation 5).
     """
-    merged = held.to(torch.float32).addmm_(b.to(torch.float32), a.to(torch.float32), alpha=scaling)
+    merged = base.to(torch.float32).addmm_(b.to(torch.float32), a.to(torch.float32), alpha=scaling)
     if magnitude is not None:
         merged *= (magnitude.to(torch.float32) / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
     return merged.to(_MERGED_DTYPE)
@@ -61,7 +61,7 @@ class MergeSource:
     """What a merged model is made of."""
 
     base: BaseWeights
-    """Embeddings, norms, biases: what was not quantized."""
+    """Embeddings, norms and biases, which were not quantized."""
     quantized: QuantizedWeights
     adapter_file: Path
     lora: LoraSpec
@@ -70,13 +70,13 @@ class MergeSource:
         """The tensor of this name of the merged model. Raises StepFailure if the base lacks it."""
         layer = name.removesuffix(".weight")
         with safe_open(self.adapter_file, framework="pt") as adapter:
-            learnt = set(adapter.keys())
+            trained = set(adapter.keys())
             prefix = f"base_model.model.{layer}"
-            if f"{prefix}.weight" in learnt:
+            if f"{prefix}.weight" in trained:
                 return adapter.get_tensor(f"{prefix}.weight").to(_MERGED_DTYPE)
             if not (name.endswith(".weight") and layer in self.quantized):
                 return self.base[name].to(_MERGED_DTYPE)
-            if f"{prefix}.lora_A.weight" not in learnt:
+            if f"{prefix}.lora_A.weight" not in trained:
                 return self.quantized.dequantized(layer).to(_MERGED_DTYPE)
             magnitude = f"{prefix}.lora_magnitude_vector"
             return merged_weight(
@@ -84,12 +84,12 @@ class MergeSource:
                 adapter.get_tensor(f"{prefix}.lora_A.weight"),
                 adapter.get_tensor(f"{prefix}.lora_B.weight"),
                 adapter_scaling(self.lora),
-                adapter.get_tensor(magnitude) if magnitude in learnt else None,
+                adapter.get_tensor(magnitude) if magnitude in trained else None,
             )
 
 
 def keep_for_merge(base: Any, model_folder: Path, workspace: WorkspaceLayout, sha256: str) -> None:
-    """Make sure, before the training, that its adapter can be merged, and keep the 4-bit weights (of this sum) for it.
+    """Check before training that its adapter can be merged, and keep the 4-bit weights, of this sum, for the merge.
 
     Raises StepFailure: MODEL_UNAVAILABLE unless everything else of the base is in its folder by the same name,
     STORAGE_FULL if the workspace has no room for the 4-bit weights.
@@ -104,14 +104,14 @@ def keep_for_merge(base: Any, model_folder: Path, workspace: WorkspaceLayout, sh
 
 
 def merged_model(model_folder: Path) -> Any:
-    """The model that a merge gives, with sizes and without weights, of the configuration in `model_folder`."""
+    """The merged model, with shapes and without weights, from the configuration in `model_folder`."""
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=_MERGED_DTYPE, trust_remote_code=False)
 
 
 def merged_bytes(model: Any) -> int:
-    """Bytes of the weights of a model of `merged_model`; what is tied counts once."""
+    """Bytes of the weights of a model of `merged_model`; tied weights count once."""
     return sum(parameter.numel() * _MERGED_DTYPE.itemsize for parameter in model.parameters())
 
 
@@ -121,7 +121,7 @@ def write_merged(model: Any, source: MergeSource, folder: Path, shard_bytes: int
     Holds at most a file's tensors (`shard_bytes`, or one tensor if that is larger) and `BYTES_PER_ENTRY` bytes for each
     entry of the largest layer; what is read is mapped, not held. Raises OSError or SafetensorError if the disk is full.
     """
-    # Of tied tensors named_parameters has the first; transformers ties the others again when it loads.
+    # named_parameters has the first of tied tensors; transformers ties the others again when it loads.
     tensors = dict(model.named_parameters())
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():

@@ -1,4 +1,4 @@
-"""Tries a family on a shrunken random model: is it computed as transformers does, and are packed rows kept apart?"""
+"""Probes a family with a shrunken random model: do we compute what transformers does, and keep packed rows apart?"""
 
 import copy
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ _NOISE = 0.2
 
 @dataclass(frozen=True)
 class Probe:
-    """What was seen."""
+    """The result of a probe."""
 
     exact: bool
     """A row's logits are those of transformers' own attention and head, alone and behind another row."""
     isolated: bool
-    """Another row before it changes not a bit of them."""
+    """Another row before it does not change a bit of them."""
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def probe(config: Any) -> Probe:
         model = AutoModelForCausalLM.from_config(shrunken(config), dtype=torch.float32, attn_implementation="eager")
         for parameter in model.eval().parameters():
             if parameter.ndim == 1:
-                # Biases begin at 0 and norms at 1, where one that is left out would not be missed.
+                # Biases are initialized with 0 and norms with 1: leaving one out would not change the logits.
                 parameter.add_(_NOISE * torch.randn_like(parameter))
         first, other, second = (torch.randint(_VOCABULARY, (1, tokens)) for tokens in (_ROWS[0], *_ROWS))
     expected = model(input_ids=second, use_cache=False).logits
@@ -96,14 +96,14 @@ def shrunken(config: Any) -> Any:
     for name, value in changes.items():
         if getattr(small, name, None) is not None:
             setattr(small, name, value)
-    # Ids beyond the small vocabulary would be refused by the embedding.
+    # The embedding rejects ids outside the small vocabulary.
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(small, name, None)
     return small
 
 
 def _lists_by_block(config: Any) -> dict[str, list[Any]]:
-    """What a configuration says of each block, such as `layer_types` and `no_rope_layers`."""
+    """The entries of a configuration that have a value for each block, such as `layer_types` and `no_rope_layers`."""
     blocks = config.num_hidden_layers
     return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == blocks}
 

@@ -59,7 +59,7 @@ def storage_of(model: nn.Module) -> Storage:
         if found != expected:
             raise bad_configuration(
                 f"{name} takes {found} bytes and {expected} are what {state.shape.numel()} weights of type "
-                f"{state.quant_type} take: this bitsandbytes holds them in another format"
+                f"{state.quant_type} take: this bitsandbytes stores them in another format"
             )
         kind = name.removesuffix(".weight").rpartition(".")[2]
         counts[kind, tuple(state.shape), found] += 1

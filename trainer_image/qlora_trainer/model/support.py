@@ -1,4 +1,4 @@
-"""Reads from a text decoder's configuration for how many tokens its positions hold, and from where they change."""
+"""Inspects a model's configuration: whether it can be trained, which layers get an adapter, how long rows may be."""
 
 import json
 from collections.abc import Iterator
@@ -16,52 +16,10 @@ from qlora_trainer.core.failures import bad_configuration, model_unavailable, un
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model
 
-
-def longest_row(config: Any) -> int | None:
-    """Tokens of the longest row that the model has positions for; None if the configuration does not say.
-
-    `max_position_embeddings`, or more where the rotation is stretched: `factor` times the original length with YaRN
-    (arXiv 2309.00071), `factor` times the length with linear interpolation (arXiv 2306.15595).
-    """
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return None
-    stretched = [positions]
-    for rotation in _rotations(config):
-        factor = rotation.get("factor") or 1.0
-        if rotation["rope_type"] == "yarn":
-            stretched.append(int(factor * (rotation.get("original_max_position_embeddings") or positions)))
-        elif rotation["rope_type"] == "linear":
-            stretched.append(int(factor * positions))
-    return max(stretched)
-
-
-def same_rotation_up_to(config: Any) -> int | None:
-    """Tokens up to which a row is rotated by the same angles whatever else is in its sequence; None if always.
-
-    LongRoPE (arXiv 2402.13753), as transformers computes it, takes its long factors for a whole sequence as soon as
-    one row in it is longer than the original length.
-    """
-    lengths = [
-        int(rotation["original_max_position_embeddings"])
-        for rotation in _rotations(config)
-        if rotation["rope_type"] == "longrope"
-    ]
-    return min(lengths, default=None)
-
-
-def _rotations(config: Any) -> Iterator[dict[str, Any]]:
-    """The rotary settings, one for each kind of layer where kinds differ."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rotation in (parameters, *parameters.values()):
-        if isinstance(rotation, dict) and "rope_type" in rotation:
-            yield rotation
-
-
 MIN_QUANTIZED_FRACTION = 0.98
 ALL_LINEAR = "all-linear"
 _MAX_CONFIG_BYTES = 2**24
-# transformers checks a value where it is first used: each of these is one that does not fit.
+# transformers checks a value where it is first used: it raises any of these for an unusable one.
 _UNUSABLE = (
     ValueError,
     TypeError,
@@ -92,7 +50,7 @@ class Family:
     """Tokens of a row beyond which the model turns every row of its sequence by other angles; None if it never does."""
 
     def keeps_rows_apart(self, row_tokens: int) -> bool:
-        """Whether rows of up to `row_tokens` tokens can stand in one sequence without any effect on each other."""
+        """Whether rows of up to `row_tokens` tokens can share a sequence without any effect on each other."""
         return self.packing_isolated and row_tokens <= (self.same_rotation_up_to or row_tokens)
 
     def require_rows_apart(self, row_tokens: int) -> None:
@@ -114,7 +72,7 @@ class Family:
 
 
 def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
-    """The family of the model whose config.json lies in `config_folder`. Reads no weights and runs none of its code.
+    """The family of the model whose config.json is in `config_folder`. Reads no weights and runs none of its code.
 
     Raises StepFailure: UNSAFE_ARTIFACT for a model that brings its own code; BAD_CONFIGURATION, naming the family,
     for one that QLoRA cannot train here (mixture of experts, already quantized, too few linear layers) and for a
@@ -123,24 +81,24 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     config = _read_config(config_folder)
     model_type = config.model_type
     try:
-        _refuse(model_type, reason_in_config(config))
+        _reject(model_type, reason_in_config(config))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        _refuse(model_type, reason_in_model(skeleton))
+        _reject(model_type, reason_in_model(skeleton))
         fraction = quantized_fraction(skeleton)
         if fraction < MIN_QUANTIZED_FRACTION:
-            _refuse(
+            _reject(
                 model_type,
                 f"only {fraction:.1%} of its parameters outside the embeddings are in plain linear layers, which is "
-                f"what is held in 4 bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
+                f"what is stored in 4-bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
             )
         targets = resolve_targets(lora.target_modules, block_linears(skeleton))
         targets = in_blocks(targets, lora.layers_to_transform)
-        _refuse_untying(model_type, skeleton, lora)
+        _reject_untying(model_type, skeleton, lora)
         text = config.get_text_config(decoder=True)
         probed = probe(text)
         if not probed.exact:
-            _refuse(model_type, "it computes attention or logits in a way that this trainer does not know")
+            _reject(model_type, "it computes attention or logits in a way that this trainer does not know")
         return Family(model_type, targets, fraction, probed.isolated, longest_row(text), same_rotation_up_to(text))
     except _UNUSABLE as error:
         raise bad_configuration(
@@ -149,7 +107,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
         ) from error
 
 
-def _refuse(model_type: str, reason: str | None) -> None:
+def _reject(model_type: str, reason: str | None) -> None:
     if reason is not None:
         raise bad_configuration(f"model_type {model_type!r} cannot be trained here: {reason}; {ALTERNATIVE}")
 
@@ -249,11 +207,52 @@ def in_blocks(targets: tuple[str, ...], blocks: tuple[int, ...] | None) -> tuple
     return tuple(target for target in targets if numbers[target] in blocks)
 
 
-def _refuse_untying(model_type: str, model: Any, lora: LoraSpec) -> None:
-    """Training a copy of one of two modules that are the same matrix would give another model than was asked for."""
+def _reject_untying(model_type: str, model: Any, lora: LoraSpec) -> None:
+    """Reject training a copy of one of two tied modules, which would give another model than the spec describes."""
     head = model.get_output_embeddings()
     if lora.modules_to_save and head.weight is model.get_input_embeddings().weight:
         raise bad_configuration(
             f"spec.lora.modulesToSave: in this model of type {model_type!r} embed_tokens and lm_head are one matrix, "
             "which cannot be trained as two: leave modulesToSave out, or choose a model that does not tie them"
         )
+
+
+def longest_row(config: Any) -> int | None:
+    """Tokens of the longest row that the model has positions for; None if the configuration does not say.
+
+    `max_position_embeddings`, or more where the rotation is stretched: `factor` times the original length with YaRN
+    (arXiv 2309.00071), `factor` times the length with linear interpolation (arXiv 2306.15595).
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    stretched = [positions]
+    for rotation in _rotations(config):
+        factor = rotation.get("factor") or 1.0
+        if rotation["rope_type"] == "yarn":
+            stretched.append(int(factor * (rotation.get("original_max_position_embeddings") or positions)))
+        elif rotation["rope_type"] == "linear":
+            stretched.append(int(factor * positions))
+    return max(stretched)
+
+
+def same_rotation_up_to(config: Any) -> int | None:
+    """Tokens up to which a row is rotated by the same angles whatever else is in its sequence; None if always.
+
+    LongRoPE (arXiv 2402.13753), as transformers computes it, takes its long factors for a whole sequence as soon as
+    one row in it is longer than the original length.
+    """
+    lengths = [
+        int(rotation["original_max_position_embeddings"])
+        for rotation in _rotations(config)
+        if rotation["rope_type"] == "longrope"
+    ]
+    return min(lengths, default=None)
+
+
+def _rotations(config: Any) -> Iterator[dict[str, Any]]:
+    """The rotary settings, one for each kind of layer where kinds differ."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rotation in (parameters, *parameters.values()):
+        if isinstance(rotation, dict) and "rope_type" in rotation:
+            yield rotation

@@ -1,4 +1,4 @@
-"""Says why models of a family cannot be trained, from what transformers tells about it."""
+"""Gives the reason why models of a family cannot be trained, from their configuration and their layers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from qlora_api.memory.model_shape import LARGEST_SIZES
 ALTERNATIVE = "choose a dense decoder, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo 2, SmolLM3 or Granite"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
-# Their text decoder is trained as if it stood alone; its names in files are those that servers expect.
+# Multimodal families of which the text decoder is trained, under the names in files that servers expect.
 _TRAINED_TEXT_PARTS = frozenset({"gemma3"})
 _EXPERTS = "whose experts bitsandbytes leaves in 16 bit: most of the model would not be quantized"
 _RECURRENT = "it carries a state from token to token, which would run on from one packed row into the next"
@@ -18,7 +18,7 @@ _RECURRENT = "it carries a state from token to token, which would run on from on
 
 def entries(value: Any) -> Iterator[tuple[str, Any]]:
     """Every key of nested JSON with its value, at any depth, each before those inside it."""
-    # Not by calling itself: JSON may nest deeper than calls may.
+    # Not recursive: JSON may nest deeper than calls may.
     begun = [_inside(value)]
     while begun:
         for key, inner in begun[-1]:
@@ -38,7 +38,7 @@ def _inside(value: Any) -> Iterator[tuple[str | None, Any]]:
 
 
 def reason_in_config(config: Any) -> str | None:
-    """Why a model of this configuration cannot be trained, as far as the configuration tells; None if it can."""
+    """Why a model of this configuration cannot be trained, as far as the configuration shows; None if it can."""
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, and only decoders are trained"
@@ -47,7 +47,7 @@ def reason_in_config(config: Any) -> str | None:
             return f"it is a mixture of experts ({name} {value}), {_EXPERTS}"
     blocks, most = getattr(text, "num_hidden_layers", None), LARGEST_SIZES["num_hidden_layers"]
     if isinstance(blocks, int) and blocks > most:
-        # Each block that is made takes memory even without its weights, and a failure in its midst has any type.
+        # Each block takes memory even without its weights, and a failure while it is created has any type.
         return f"it has {blocks} blocks (num_hidden_layers), at most {most} are allowed"
     if text is not config and config.model_type not in _TRAINED_TEXT_PARTS:
         return "it is a multimodal model, and only models of text are trained"
@@ -58,7 +58,7 @@ def reason_in_config(config: Any) -> str | None:
 
 
 def reason_in_model(model: Any) -> str | None:
-    """Why a model, of which no weights are needed, cannot be trained, as far as its layers tell; None if it can."""
+    """Why a model, with or without weights, cannot be trained, as far as its layers show; None if it can."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 2 and "expert" in name:
             return f"it is a mixture of experts ({name} has {parameter.ndim} axes), {_EXPERTS}"

@@ -186,8 +186,8 @@ def _own_threads(rank_info: RankInfo) -> int:
 
 
 def _say_loading(context: StepContext, records: RecordWriter, now: Clock, step: int, total_steps: int) -> None:
-    """What takes minutes, with the step from which the run will go on."""
-    activity = "loading the base model in 4 bit"
+    """Report what takes minutes, with the step from which the run resumes."""
+    activity = "loading the base model in 4-bit"
     loading = context.progress("train", now(), activity, training_step=step, total_steps=total_steps)
     records.progress(loading, force=True)
 

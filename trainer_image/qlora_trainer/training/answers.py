@@ -30,7 +30,7 @@ class Prompt:
 
 
 def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
-    """The prompts of `count` sequences that are spread evenly over `data`, of each the first row."""
+    """The prompts of `count` sequences at equal distances in `data`, each from the sequence's first row."""
     every = max(1, len(data) // max(1, count))
     prompts = (_first_prompt(data, index) for index in range(0, len(data), every))
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= _MAX_PROMPT_TOKENS]
@@ -43,7 +43,7 @@ def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
     tokens, is_target = sequence.input_ids[:length].tolist(), (sequence.labels[:length] != IGNORED_LABEL).tolist()
     first = is_target.index(True)
     if first <= 1:
-        # A plain text is learnt from its second token on: its first half is the prompt.
+        # Plain text is trained on from its second token on: its first half is the prompt.
         first = max(1, length // 2)
     end = next((position for position in range(first, length) if not is_target[position]), length)
     return Prompt(tuple(tokens[:first]), tuple(tokens[first:end]))
@@ -54,8 +54,8 @@ def write_answers(
 ) -> Samples:
     """The samples of a trained PEFT model: greedy, so that the same model gives the same words.
 
-    Attention is transformers' own from here on, because answers are generated one token at a time: the model is not
-    to be trained any further. A sample that is being written when `stopped` turns true is given up, with those after.
+    The model must not be trained any further: its attention is transformers' own from here on, because answers are
+    generated one token at a time. A sample in progress when `stopped` turns true is dropped, with those after it.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
     base = model.get_base_model()
@@ -105,7 +105,7 @@ def leave_samples(
 ) -> None:
     """Write the samples of a trained model to `path`, or why there are none.
 
-    The adapter is finished by then: a model that cannot generate must not cost the run, so the cause is written down.
+    The adapter is finished by then: a model that cannot generate must not fail the run, so the cause is recorded.
     """
     if not count:
         samples = Samples(missing="spec.training.samples is 0, or spec.training.sharding is full")

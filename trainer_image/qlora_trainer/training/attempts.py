@@ -1,6 +1,6 @@
-"""The train step's attempts: at most one at a time, and no more of them than the job's budget allows.
+"""Counts the train step's attempts: at most one at a time, and no more of them than the job's budget allows.
 
-Kubernetes restarts an evicted or deleted pod without counting, so the count is kept here, in the workspace.
+Kubernetes restarts an evicted or deleted pod without counting, so the count is kept in the workspace.
 """
 
 import fcntl
@@ -33,17 +33,17 @@ class Attempt(ObservedModel):
     pod_uid: str
     started_at: Timestamp
     from_step: int
-    """Step of the checkpoint that it went on from; 0 without one."""
+    """Step of the checkpoint from which it resumed; 0 without one."""
     ended: Literal["succeeded", "interrupted", "failed"] | None = None
-    """None if it was killed before it could say."""
+    """None if it was killed before it could record its end."""
 
     @property
     def disrupted(self) -> bool:
-        """Whether it ended by something outside: asked to stop, or killed."""
+        """Whether something outside ended it: it was asked to stop, or killed."""
         return self.ended in (None, "interrupted")
 
 
-def refuse_if_spent(attempts: Sequence[Attempt], from_step: int, max_disruptions: int) -> None:
+def reject_if_spent(attempts: Sequence[Attempt], from_step: int, max_disruptions: int) -> None:
     """Raise StepFailure (RETRIES_EXHAUSTED) if no further attempt may start, from a checkpoint of `from_step`."""
     disruptions = sum(attempt.disrupted for attempt in attempts)
     if disruptions > max_disruptions:
@@ -67,13 +67,13 @@ def refuse_if_spent(attempts: Sequence[Attempt], from_step: int, max_disruptions
 def counted_attempt(
     records: Path, from_step: int, max_disruptions: int, pod_uid: str, now: Callable[[], datetime]
 ) -> Iterator[None]:
-    """Run the body as one more attempt, which is on record before it starts, with how it ends.
+    """Run the body as one more attempt, which is recorded before it starts and again when it ends.
 
-    Raises StepFailure (RETRIES_EXHAUSTED) instead if no attempt is left, and OSError if the record cannot be written;
-    but what the body raises comes first.
+    Raises StepFailure (RETRIES_EXHAUSTED) instead if no attempt is left, and OSError if the record cannot be written.
+    An exception of the body takes precedence.
     """
     earlier = read_attempts(records)
-    refuse_if_spent(earlier, from_step, max_disruptions)
+    reject_if_spent(earlier, from_step, max_disruptions)
     attempt = Attempt(pod_uid=pod_uid, started_at=timestamp(now()), from_step=from_step)
     write_attempts(records, [*earlier, attempt])
 
@@ -86,8 +86,8 @@ def counted_attempt(
         try:
             note_end("interrupted" if isinstance(error, Interrupted) else "failed")
         except OSError:
-            # Why the attempt ended decides the exit code. Without a word on its end it counts as a disruption.
-            logger.exception("%s cannot take how this attempt ended", ATTEMPTS_FILE)
+            # The body's exception decides the exit code. An attempt without a recorded end counts as a disruption.
+            logger.exception("the end of this attempt cannot be recorded in %s", ATTEMPTS_FILE)
         raise
     note_end("succeeded")
 
@@ -108,7 +108,7 @@ def read_attempts(records: Path) -> list[Attempt]:
 
 
 def write_attempts(records: Path, attempts: Sequence[Attempt]) -> None:
-    """Replace the file by `attempts`, one line each."""
+    """Replace the file with `attempts`, one line each."""
     lines = [json.dumps(attempt.dump(), sort_keys=True) + "\n" for attempt in attempts]
     write_atomically(records / ATTEMPTS_FILE, "".join(lines).encode())
 
@@ -117,7 +117,7 @@ def write_attempts(records: Path, attempts: Sequence[Attempt]) -> None:
 def only_attempt(records: Path) -> Iterator[None]:
     """Hold the workspace's lock. Raises StepFailure (retryable) while another process trains in it.
 
-    Kubernetes may start the same pod twice, and a pod on a lost node may still run. The lock goes with its process.
+    Kubernetes may start the same pod twice, and a pod on a lost node may still run. The lock ends with its process.
     """
     records.mkdir(parents=True, exist_ok=True)
     with (records / LOCK_FILE).open("w") as file:

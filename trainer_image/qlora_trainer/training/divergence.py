@@ -1,20 +1,20 @@
-"""Decides when a run is suspected of divergence, and when it has diverged; pure, so that a resumed run judges alike.
+"""Decides when a run is suspect, and when it has diverged; pure, so that a resumed run decides the same.
 
 A jump of the loss alone proves nothing: a curriculum has one wherever harder rows begin, and small batches have many.
-What is certain is the comparison that an adapter allows: the base model without it, on the same rows. So a cheap test
-at every step raises the suspicion, and when it has lasted for the job's patience, that comparison decides; and so it
-does after a last step that is suspect, or raises the loss of its own rows, which no later step would show.
+Proof is a comparison with the base model without the adapter, on the same rows. So a cheap test at every step finds
+suspect steps, and when they have lasted for the job's patience, that comparison decides. It also decides after a last
+step that is suspect, or that raises the loss of its own rows, which no later step would show.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 LOSS_RISE_NATS = 2.0
-"""A loss so far above its lowest level is suspect: each target has become seven times less likely."""
+"""A loss this far above its lowest level is suspect: each target has become seven times less likely."""
 NORM_RISE = 100.0
-"""So is a gradient norm that is so many times its own level."""
+"""A gradient norm of this many times its own level is suspect too."""
 WORSE_THAN_BASE_NATS = 1.0
-"""A run whose loss is so far above that of the base model alone, on the same rows, has diverged."""
+"""A run whose loss is this far above that of the base model alone, on the same rows, has diverged."""
 # Weight of the newest step in the levels: about the last twenty steps count.
 _NEWEST = 0.1
 _SMALLEST_NORM = 1e-12
@@ -22,7 +22,7 @@ _SMALLEST_NORM = 1e-12
 
 @dataclass(frozen=True)
 class Stability:
-    """The levels of loss and gradient norm over the unsuspected steps so far, and since when a run is suspect."""
+    """The levels of loss and gradient norm over the steps so far that were not suspect, and since when the run is."""
 
     loss_level: float | None = None
     """Running mean of the loss, in nats per target; None before the first step."""
@@ -30,7 +30,7 @@ class Stability:
     norm_level: float | None = None
     """Running geometric mean of the gradient norm before clipping."""
     suspect_since: int | None = None
-    """First of the suspect steps in a row, counted from 1."""
+    """First of the latest suspect steps in a row, counted from 1; None if the latest step was not suspect."""
 
     @property
     def suspect(self) -> bool:
@@ -57,13 +57,13 @@ class Stability:
 
 
 def cleared(loss: float, grad_norm: float) -> Stability:
-    """The state of a run that is not suspect, or no longer, with its levels where it stands now."""
+    """The state of a run that is not suspect, or no longer, with the latest loss and norm as its levels."""
     return Stability(loss, loss, max(grad_norm, _SMALLEST_NORM))
 
 
 def has_diverged(loss: float, base_loss: float) -> bool:
     """Whether the adapter does harm: `loss` is with it, `base_loss` without, in nats per target of the same rows.
 
-    The same margin tells whether a step does: `base_loss` is then that before it.
+    The same margin decides whether a step did harm: `base_loss` is then the loss before it.
     """
     return not (math.isfinite(base_loss) and loss <= base_loss + WORSE_THAN_BASE_NATS)

@@ -1,4 +1,4 @@
-"""Everything that decides an adapter, and the refusal of another run's checkpoint."""
+"""The fingerprint of a run: everything that decides its adapter. Rejects the checkpoint of another run."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def digest(fingerprint: Fingerprint) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
-def refuse_other_run(found: Fingerprint, wanted: Fingerprint, checkpoint: Path) -> None:
+def reject_other_run(found: Fingerprint, wanted: Fingerprint, checkpoint: Path) -> None:
     """Raise StepFailure naming what differs, if a checkpoint is of another run than this one."""
     before, now = _flat(found), _flat(wanted)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))

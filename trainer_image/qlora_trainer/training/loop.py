@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, evaluations and checkpoints, from wherever the run stands to its end."""
+"""The training loop: optimizer steps, evaluations and checkpoints, from the run's current step to its last."""
 
 import logging
 from collections.abc import Sequence
@@ -29,27 +29,27 @@ def run_to_end(run: Run, state: RunState) -> RunState:
     """Train to the last step, evaluate and save on the way. Returns the final state.
 
     Raises Interrupted when a stop is requested, with the latest step saved unless it is suspect; StepFailure (DIVERGED)
-    for a loss or gradient that is no number, before it can reach the weights, and for a run that has diverged.
+    for a loss or gradient that is not finite, before it can reach the weights, and for a run that has diverged.
     """
     while True:
         if run.eval_data is not None and _evaluation_due(run, state) and not run.stopping():
             state = _evaluate(run, state, run.eval_data)
-        # Asked once: a stop that comes between saving and leaving would lose the steps since the last checkpoint.
+        # Asked once: a stop between saving and raising would lose the steps since the last checkpoint.
         stopping = run.stopping()
         if _save_due(run, state, stopping):
             _save(run, state)
         if state.step == run.schedule.total_steps and not _evaluation_due(run, state):
             return state
         if stopping:
-            _say_what_is_kept(run, state)
-            # Whoever started the processes may end the others when the first one has ended.
+            _report_interruption(run, state)
+            # What started the ranks may end the others when the first one has ended.
             run.ranks.wait()
             raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
         state = _optimizer_step(run, state)
 
 
-def _say_what_is_kept(run: Run, state: RunState) -> None:
-    """Where the next attempt begins is where the run stands: earlier than now if its last steps are suspect."""
+def _report_interruption(run: Run, state: RunState) -> None:
+    """Report the step from which the next attempt resumes: earlier than now if the last steps are suspect."""
     report(run, replace(state, step=run.checkpoint_step or 0), "interrupted")
 
 
@@ -61,7 +61,7 @@ def _evaluation_due(run: Run, state: RunState) -> bool:
 
 
 def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
-    """Whether to save now. A suspect run is not saved before its end, but as soon as it is found to be sound."""
+    """Whether to save now. A suspect run is not saved before its end, or until a step is not suspect."""
     if state.step == 0 or state.step == run.checkpoint_step:
         return False
     if state.step == run.schedule.total_steps:
@@ -74,7 +74,7 @@ def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
 def _optimizer_step(run: Run, state: RunState) -> RunState:
     """One step: gradients of all micro batches, clipped, checked, applied. Waits for the GPU once.
 
-    Every process has the same gradients and so comes to the same weights and decisions.
+    Every rank has the same gradients, and so the same weights and decisions.
     """
     training = run.training
     started = run.runtime.monotonic()
@@ -113,28 +113,28 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
 
 @dataclass(frozen=True)
 class _Gradient:
-    """What a step's backward passes have left, besides the gradients of the parameters."""
+    """The results of a step's backward passes, besides the gradients of the parameters."""
 
     loss: Tensor
     """Mean over the targets of the step, a scalar on the device."""
     targets: int
     tokens: int
-    """Of all processes."""
+    """Without padding, of all ranks."""
     batches: Sequence[tuple[Batch, bool]]
-    """This process's share, each with whether it counts."""
+    """This rank's share, each with whether it counts."""
 
 
 def _gradient(run: Run, state: RunState) -> _Gradient | None:
-    """The gradients of the next step, in the parameters. None, without any, if memory ran out and the job lets halve.
+    """Compute the gradients of the next step. None, with no gradients, if memory ran out and the job allows halving.
 
-    Dropout is drawn anew from the step's own seed, so a step that is done again sees the same numbers.
+    Dropout is drawn from the step's own seed, so a step that is repeated draws the same numbers.
     """
     seed_step(run.schedule.seed, state.step, run.ranks.rank_info.rank)
     batches = _share(run, run.data, run.schedule.micro_batches(state.step))
     # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
     counted = [batch for batch, counts in batches if counts]
-    everybody = run.ranks.gather(sum(batch.target_count for batch in counted), sum(batch.tokens for batch in counted))
-    targets, tokens = max(1, sum(there[0] for there in everybody)), sum(there[1] for there in everybody)
+    of_ranks = run.ranks.gather(sum(batch.target_count for batch in counted), sum(batch.tokens for batch in counted))
+    targets, tokens = max(1, sum(counts[0] for counts in of_ranks)), sum(counts[1] for counts in of_ranks)
     summed, short = torch.zeros((), device=run.device), False
     try:
         for batch, counts in batches:
@@ -145,9 +145,9 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
     except RuntimeError as error:
         if not (is_out_of_gpu_memory(error) and _may_halve(run)):
             raise
-        logger.warning("step %d ran out of memory and is done again", state.step + 1, exc_info=True)
+        logger.warning("step %d ran out of memory and is repeated", state.step + 1, exc_info=True)
         short = True
-    # Also where nobody may halve: a process that is lost is noticed here at once, and by NCCL's sum after half an hour.
+    # Also where no rank may halve: a lost rank is noticed here at once, and by NCCL's sum after half an hour.
     if run.ranks.any(short):
         return None
     run.ranks.sum_gradients(run.parameters.values(), summed)
@@ -155,18 +155,18 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
 
 
 def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch]) -> list[tuple[Batch, bool]]:
-    """This process's batches, with whether they count: one that does not lets the others gather a sharded base."""
+    """This rank's batches, with whether they count: one that does not lets the other ranks gather a sharded base."""
     rounds = run.ranks.rounds(micro_batches)
     return [(read_batch(data, item, run.device), counts) for item, counts in rounds if counts or run.ranks.sharded]
 
 
 def _may_halve(run: Run) -> bool:
-    """Whether a lack of memory is met with smaller micro batches. With a sharded base, the others wait in its midst."""
+    """Whether smaller micro batches are allowed. Not with a sharded base, in whose blocks the other ranks wait."""
     return run.training.auto_micro_batch and run.schedule.micro_batch_size > 1 and not run.ranks.sharded
 
 
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
-    """The same step in micro batches of half the size and twice the number. Nothing of it has reached the weights."""
+    """Prepare the same step in twice as many micro batches of half the size. Nothing of it has reached the weights."""
     run.optimizer.zero_grad(set_to_none=True)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -177,8 +177,8 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
 
 
 def _loss(run: Run, batch: Batch) -> Tensor:
-    """Summed loss of a batch. Products are computed in 16 bit; adapter weights keep their own type."""
-    # Without the cache, which would hold a 16-bit copy of every adapter until the loss is done: 1.6 GB at 65B, rank 64.
+    """Summed loss of a batch. Matmuls are computed in 16 bit; adapter weights keep their own type."""
+    # Without the cache, which would hold a 16-bit copy of the adapter until the loss is done: 1.6 GB at 65B, rank 64.
     with torch.autocast(run.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
         return batch_loss(run.model.get_base_model(), batch)
 
@@ -205,7 +205,7 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
 
 
 def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: _Gradient) -> None:
-    """Look at what the last step did, on its own rows, since no later step would show it."""
+    """Check what the last step did to the loss of its own rows, since no later step would show it."""
     if run.training.divergence_patience == 0:
         return
     loss = _loss_without_gradient(run, gradient)
@@ -228,7 +228,7 @@ def _base_loss(run: Run, gradient: _Gradient) -> float:
 
 
 def _loss_without_gradient(run: Run, gradient: _Gradient) -> float:
-    """Mean loss of the step's targets, of all processes. Draws no random number, leaves the gradients alone."""
+    """Mean loss of the step's targets, of all ranks. Draws no random number, leaves the gradients alone."""
     run.model.eval()
     try:
         with torch.no_grad():
@@ -274,9 +274,9 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
 
 
 def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | None:
-    """The loss in nats per target. None if a stop was requested, or if memory ran out and the job lets halve.
+    """The loss in nats per target. None if a stop was requested, or if memory ran out and micro batches may be halved.
 
-    Each process takes its share of the batches, in rounds, between which all agree to go on.
+    Each rank takes its share of the batches, in rounds, between which all ranks agree to continue.
     """
     summed, targets = torch.zeros((), dtype=torch.float64, device=run.device), 0
     size = run.schedule.micro_batch_size
@@ -296,12 +296,12 @@ def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | 
         if run.ranks.any(short or run.runtime.stop.requested):
             return None
         report(run, state, "evaluating")
-    all_targets = sum(there for (there,) in run.ranks.gather(targets))
+    all_targets = sum(count for (count,) in run.ranks.gather(targets))
     return float(run.ranks.sum(summed)) / max(1, all_targets)
 
 
 def _save(run: Run, state: RunState) -> None:
-    """Save the run. Only the main process writes; the others go on."""
+    """Save the run. Only the main process writes; the other ranks continue."""
     report(run, state, "saving a checkpoint")
     saved_at = timestamp(run.runtime.now())
     if run.history is not None:

@@ -24,7 +24,7 @@ _STEP = "step"
 def make_optimizer(parameters: Iterable[nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
     """AdamW as `training.optimizer` names it, with β 0.9 and 0.999 (arXiv 2305.14314).
 
-    Paged state lies in memory that the driver moves between GPU and host. On a CPU nothing is paged; this is logged.
+    Paged state is in memory that the driver moves between GPU and host. On a CPU nothing is paged; this is logged.
     """
     settings: dict[str, Any] = {
         "lr": training.learning_rate,
@@ -45,8 +45,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], training: TrainingSpec) -
 def learning_rate(step: int, total_steps: int, training: TrainingSpec) -> float:
     """The rate of the optimizer step that is number `step`, counted from 0.
 
-    It rises linearly over `warmupSteps`, so that the first step already moves, and then stays (constant) or falls to 0
-    at `total_steps`, along a line or half a cosine.
+    It rises linearly over `warmupSteps`, starting above 0, and then stays (constant) or falls to 0 at `total_steps`,
+    along a line or half a cosine.
     """
     peak, warmup = training.learning_rate, training.warmup_steps
     if step < warmup:
@@ -79,7 +79,7 @@ def restore_optimizer(
     """Put saved state back, exactly.
 
     bitsandbytes' own loading would put paged state into ordinary GPU memory, so a run that fits only by paging would
-    die after a resume: its buffers are made anew, paged, and filled.
+    fail after a resume. Instead new paged buffers are created, and the saved state is copied into them.
     """
     order = {id(parameter): index for index, parameter in enumerate(optimizer.param_groups[0]["params"])}
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""Says what a GPU that is out of memory was used for, and what to change first."""
+"""Explains a GPU that is out of memory: what used the memory, and what to change first."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
 from qlora_trainer.model.memory_fit import read_shape, training_shape
 from qlora_trainer.training.device import peak_memory_bytes
 
-# What a user can tell apart, and the estimate's components in each.
+# The shares that the message lists, and the estimate's components in each.
 _SHARES = {
     "base model": ("base_weights", "unquantized_weights"),
     "adapter and its gradients": ("adapters", "gradients"),
@@ -35,7 +35,7 @@ def explained_shortage(
 ) -> Iterator[None]:
     """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY).
 
-    Its sentence has the measured peak, the estimate by component, and what to change first. `micro_batch_size` is asked
+    The message has the measured peak, the estimate by share, and what to change first. `micro_batch_size` is called
     when it happens: the run may have lowered it.
     """
     try:
@@ -59,7 +59,7 @@ def explained_shortage(
 
 
 def _as_run(training: TrainingSpec, micro_batch_size: int) -> TrainingSpec:
-    """The settings as they were when it happened: the same sequences a step, in micro batches of this size."""
+    """The settings when it happened: the same sequences per step, in micro batches of this size."""
     sequences = training.micro_batch_size * training.gradient_accumulation_steps
     steps = -(-sequences // micro_batch_size)
     return training.model_copy(update={"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": steps})
@@ -73,7 +73,7 @@ def _by_share(memory: MemoryEstimate) -> str:
 
 
 def smaller(training: TrainingSpec) -> str:
-    """What to change first, the mildest first: the batch's parts, recomputation, and only then the sequences."""
+    """What to change first: micro batches, then gradient checkpointing, and only then the sequences."""
     if training.micro_batch_size > 1:
         half, twice = training.micro_batch_size // 2, training.gradient_accumulation_steps * 2
         automatic = "" if training.auto_micro_batch else ", or spec.training.autoMicroBatch to true"
@@ -81,4 +81,4 @@ def smaller(training: TrainingSpec) -> str:
     if not training.gradient_checkpointing:
         return "set spec.training.gradientCheckpointing to true"
     shorter = max(16, training.max_sequence_length // 2)
-    return f"set spec.training.maxSequenceLength to {shorter}, or use a card with more memory"
+    return f"set spec.training.maxSequenceLength to {shorter}, or use a GPU with more memory"

@@ -12,7 +12,7 @@ from qlora_trainer.model.adapter import restore_adapter
 from qlora_trainer.training.attempts import counted_attempt, only_attempt
 from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from qlora_trainer.training.device import processor
-from qlora_trainer.training.fingerprint import Fingerprint, refuse_other_run
+from qlora_trainer.training.fingerprint import Fingerprint, reject_other_run
 from qlora_trainer.training.optimizer import restore_optimizer
 from qlora_trainer.training.ranks import Ranks
 from qlora_trainer.training.state import Run, RunState
@@ -36,7 +36,7 @@ def resumed_attempt(
     with only_attempt(workspace.records):
         checkpoint = newest_checkpoint(workspace.checkpoints)
         if checkpoint is not None:
-            refuse_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
+            reject_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
         from_step = 0 if checkpoint is None else checkpoint.step
         with counted_attempt(workspace.records, from_step, max_disruptions, pod_uid, now):
             yield checkpoint

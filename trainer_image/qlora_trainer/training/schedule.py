@@ -1,4 +1,4 @@
-"""Which sequences each optimizer step sees, drawn from the seed."""
+"""Schedules which sequences each optimizer step trains on, drawn from the seed."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,18 +13,18 @@ from qlora_trainer.model.batch import MicroBatch
 
 @dataclass(frozen=True)
 class Schedule:
-    """The run as a function of the step: no state, so a resumed run sees what an undisturbed one would have seen."""
+    """The run's data as a function of the step: no state, so a resumed run sees the same data as an undisturbed one."""
 
     sequences: int
     micro_batch_size: int
     sequences_per_step: int
-    """Of every step but an epoch's last."""
+    """Sequences in every step but an epoch's last."""
     total_steps: int
     seed: int
 
     @classmethod
     def of(cls, sequences: int, training: TrainingSpec) -> "Schedule":
-        """The plan for `sequences` sequences. An epoch ends with a smaller step if they do not divide."""
+        """The schedule for `sequences` sequences. An epoch ends with a smaller step if they do not divide."""
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
         steps_per_epoch = ceil(sequences / sequences_per_step)
         total = training.max_steps or (training.epochs or 1) * steps_per_epoch
@@ -50,7 +50,7 @@ class Schedule:
         return whole + min(rest * self.sequences_per_step, self.sequences) / self.sequences
 
     def position(self, step: int) -> tuple[int, int]:
-        """Epoch, and sequences of it already seen, before the step that is number `step`, counted from 0."""
+        """Epoch, and sequences of it already trained on, before the step that is number `step`, counted from 0."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         return epoch, in_epoch * self.sequences_per_step
 
@@ -64,6 +64,6 @@ class Schedule:
 
 @lru_cache(maxsize=2)
 def _order(sequences: int, seed: int, epoch: int) -> NDArray[numpy.int64]:
-    """The epoch's order: a permutation drawn from seed and epoch (Philox, Salmon et al. 2011), another one in each."""
+    """The epoch's order: a permutation drawn from seed and epoch (Philox, Salmon et al. 2011), different in each."""
     generator = numpy.random.Generator(numpy.random.Philox(key=(seed, epoch)))
     return generator.permutation(sequences)

@@ -1,7 +1,7 @@
-"""Spreads the 4-bit base over the processes of a run (FSDP2), for models that no single card holds.
+"""Shards the 4-bit base over the ranks of a run (FSDP2), for models that do not fit on one GPU.
 
-Each process keeps a part of every decoder block and gathers a block's whole weights while it computes with them. Only
-frozen weights are spread: the adapter stays whole in each process, because bitsandbytes' optimizers take no sharded
+Each rank keeps a part of every decoder block and gathers a block's whole weights while it computes with them. Only
+frozen weights are sharded: the adapter stays whole in each rank, because bitsandbytes' optimizers take no sharded
 tensors, and its gradients are summed as without sharding. The embeddings and the output layer stay whole too.
 """
 
@@ -20,16 +20,16 @@ from qlora_trainer.core.failures import bad_configuration
 
 logger = logging.getLogger(__name__)
 STORAGE_DTYPE = torch.bfloat16
-"""How packed weights must be stored: FSDP gathers a block as one buffer, so they need the type of its norms."""
+"""The type in which packed weights must be stored: FSDP gathers a block as one buffer, which has the norms' type."""
 
 
 def shard_base(model: Any, device: torch.device, processes: int) -> None:
-    """Spread the decoder blocks of a model of `attach_adapter` over the processes, and move the model to `device`.
+    """Shard the decoder blocks of a model of `attach_adapter` over the ranks, and move the model to `device`.
 
-    The base must be in main memory and asserted to be NF4 or FP4: afterwards its tensors are plain pieces of memory,
-    whose type nobody can tell. Block by block the pieces go to the device, so the whole base is never there. Every
-    process must from then on run the same number of forward and backward passes. Raises StepFailure
-    (BAD_CONFIGURATION) for a block that FSDP cannot gather as it is stored.
+    The base must be in main memory and asserted to be NF4 or FP4: its shards are plain memory, whose type cannot be
+    checked afterwards. The shards move to the device block by block, so the device never holds the whole base. From
+    then on every rank must run the same number of forward and backward passes. Raises StepFailure (BAD_CONFIGURATION)
+    for a block that FSDP cannot gather as it is stored.
     """
     mesh = init_device_mesh(device.type, (processes,))
     blocks = model.get_base_model().get_decoder().layers
@@ -42,7 +42,7 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
     own = sum(_bytes(parameter.to_local()) for parameter in blocks.parameters() if isinstance(parameter, DTensor))
-    logger.info("this process holds %d of %d bytes of the decoder blocks", own, whole)
+    logger.info("this rank holds %d of %d bytes of the decoder blocks", own, whole)
 
 
 def _require_one_dtype(number: int, block: torch.nn.Module) -> None:
@@ -50,11 +50,11 @@ def _require_one_dtype(number: int, block: torch.nn.Module) -> None:
         if isinstance(module, Linear4bit) and not (
             isinstance(module.weight, Params4bit) and module.weight.quant_state is not None
         ):
-            raise bad_configuration(f"block {number}: {name} is not in 4 bit and cannot be spread as such")
+            raise bad_configuration(f"block {number}: {name} is not 4-bit and cannot be sharded")
     found = {str(parameter.dtype) for parameter in block.parameters() if not parameter.requires_grad}
     if found != {str(STORAGE_DTYPE)}:
         raise bad_configuration(
-            f"block {number} holds tensors of {', '.join(sorted(found))} and can only be spread in {STORAGE_DTYPE}: "
+            f"block {number} holds tensors of {', '.join(sorted(found))} and can only be sharded in {STORAGE_DTYPE}: "
             "set spec.training.sharding to none"
         )
 
