@@ -234,7 +234,7 @@ def test_objects_of_somebody_else_are_never_replaced(publish: Publish, bucket: S
 
 def test_a_store_that_cannot_write_on_a_condition_is_a_permanent_failure(publish: Publish, store: FaultProxy) -> None:
     store.rule = lambda request: Fault(501 if "if-none-match" in map(str.lower, request.headers) else None)
-    assert "it must know conditional writes" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "it must support conditional writes (If-None-Match)" in refused(publish, ExitCode.BAD_CONFIGURATION)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
