@@ -66,3 +66,13 @@ def test_the_build_context_has_what_the_wheel_is_made_of_and_nothing_else() -> N
 def test_images_and_makefile_install_the_same_uv() -> None:
     makefile = re.findall(r"^UV_VERSION := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert [re.findall(r"uv==(\S+)", file.read_text()) for file in DOCKERFILES] == [makefile, makefile]
+
+
+def test_the_documents_name_the_oldest_kubernetes_that_the_chart_admits() -> None:
+    """1.31 is the first with selectableFields by default: an older API server drops them without a word."""
+    oldest = re.fullmatch(r">=(1\.\d+)\.0-0", yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"])
+    assert oldest is not None
+    documents = [ROOT / "README.md", CHART / "README.md", ROOT / "docs" / "how-to" / "install.md"]
+    stated = {str(path): set(re.findall(r"Kubernetes (1\.\d+)", path.read_text())) for path in documents}
+    assert stated == {str(path): {oldest[1]} for path in documents}
+    assert "selectableFields" in (ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text()

@@ -1,0 +1,143 @@
+"""What a tenant writes into a job leads the operator nowhere: no file, no host, no program, no other namespace."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import kopf
+import pytest
+
+from qlora_operator.cluster import Cluster
+from qlora_operator.handlers import Hooks, watch
+from qlora_operator.metrics import Metrics
+from qlora_operator.reconcile import Reconciler
+from qlora_operator.resync import Resync, WatchMonitor
+from qlora_operator.settings import Settings
+from tests.support.builders import NAME, NOW, PROFILES, job_body, time
+
+CANARY = "canary"
+_recorded: list[tuple[str, tuple[Any, ...]]] | None = None
+
+
+def _record(event: str, arguments: tuple[Any, ...]) -> None:
+    """Note what the interpreter opens, asks and starts, while a test wants to know. A hook stays for good."""
+    if _recorded is not None and event.partition(".")[0] in ("open", "os", "socket", "subprocess", "urllib", "shutil"):
+        _recorded.append((event, arguments))
+
+
+sys.addaudithook(_record)
+
+
+@pytest.fixture
+def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """What is opened, asked and started from now on."""
+    global _recorded
+    _recorded = []
+    yield _recorded
+    _recorded = None
+
+
+class RecordingCluster(Cluster):
+    """Answers every request as an API server that holds one job would, and keeps what was asked."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__(None)
+        self.body = body
+        self.jobs: list[dict[str, Any]] = []
+        self.requests: list[tuple[str, str]] = []
+
+    async def _request(self, method: str, path: str, **request: Any) -> bytes:
+        self.requests.append((method, path))
+        return json.dumps(self._answer(method, path, request.get("body"))).encode()
+
+    def _answer(self, method: str, path: str, body: Any) -> Any:
+        if method == "PATCH":
+            self.body = self.body | {"status": body["status"]}
+            return self.body
+        if method == "POST" and path.endswith("/jobs"):
+            made = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": time()}
+            self.jobs.append(body | {"metadata": body["metadata"] | made})
+            return self.jobs[-1]
+        if method == "POST":
+            return body
+        if path.endswith(f"/qlorajobs/{NAME}"):
+            return self.body
+        return {"metadata": {}, "items": self.jobs if path.endswith("/jobs") else []}
+
+
+HOSTILE = [
+    {
+        "model": {"source": "s3://canary-bucket/model", "secretRef": {"name": "canary-secret"}},
+        "dataset": {"source": "s3://canary-bucket/rows.jsonl", "secretRef": {"name": "canary-secret"}},
+        "output": {"destination": "s3://canary-bucket/adapter", "secretRef": {"name": "canary-secret"}},
+    },
+    {
+        "model": {"source": "hf://canary/model", "tokenSecretRef": {"name": "canary-token"}},
+        "dataset": {"source": "configMap://canary/train.jsonl"},
+        "output": {"destination": "oci://canary.example.org/team/tiny:v1", "secretRef": {"name": "canary-secret"}},
+    },
+    {
+        "model": {"source": "pvc://canary/etc"},
+        "dataset": {"source": "pvc://canary/etc/passwd"},
+        "workspace": {"claimName": "canary"},
+        "scheduling": {"nodeSelector": {"canary": "canary"}, "priorityClassName": "canary"},
+    },
+]
+
+
+def reconciled(body: dict[str, Any]) -> RecordingCluster:
+    """The cluster after the operator has done what it can about the job."""
+    cluster = RecordingCluster(body)
+    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW + timedelta(seconds=1))
+    for _ in range(5):
+        asyncio.run(reconciler.reconcile(("team", NAME)))
+    return cluster
+
+
+@pytest.mark.parametrize("spec", HOSTILE, ids=["s3", "hf, oci and configMap", "pvc"])
+def test_no_address_or_name_of_a_job_is_opened_asked_or_started(spec: dict[str, Any], recorded: list[Any]) -> None:
+    cluster = reconciled(job_body(**spec))
+    assert cluster.jobs, "the operator has not come as far as a pod"
+    assert CANARY in json.dumps(cluster.jobs), "the job's pods are to use what it names"
+    assert [event for event in recorded if CANARY in repr(event)] == []
+    assert {path for _, path in cluster.requests if CANARY in path} == set()
+    own = re.compile(r"/(apis/qlora\.dev/v1alpha1|apis/batch/v1|api/v1)/namespaces/team/[a-z]+(/.*)?")
+    assert [path for _, path in cluster.requests if not own.fullmatch(path)] == []
+
+
+def test_the_recorder_sees_files_hosts_and_programs(recorded: list[Any]) -> None:
+    with pytest.raises(OSError, match=CANARY):
+        Path(f"/{CANARY}").read_bytes()
+    with pytest.raises(OSError, match=CANARY):
+        subprocess.run([f"/{CANARY}"], check=False)
+    assert {event for event, arguments in recorded if CANARY in repr(arguments)} >= {"open", "subprocess.Popen"}
+
+
+def test_an_operator_of_some_namespaces_asks_for_nothing_in_others_or_in_the_whole_cluster() -> None:
+    cluster = RecordingCluster(job_body())
+    resync = Resync(cluster, ("team-a", "team-b"), lambda _key: None, interval=300, monotonic=lambda: 0.0)
+    asyncio.run(resync.once())
+    asyncio.run(resync._beat())
+    found = {path.partition("/namespaces/")[2] for _, path in cluster.requests}
+    assert found == {f"team-{name}/{kind}" for name in "ab" for kind in ("qlorajobs", "jobs", "pods")}
+
+
+@pytest.mark.parametrize("namespaces", [("team-a", "team-b"), ()])
+def test_it_watches_those_namespaces_only_and_the_cluster_only_without_any(
+    namespaces: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    async def operator(**arguments: Any) -> None:
+        given.update(arguments)
+
+    monkeypatch.setattr(kopf, "operator", operator)
+    hooks = Hooks(lambda _key: None, WatchMonitor(150), lambda _key, _phase: None, lambda: None)
+    asyncio.run(watch(Settings(profiles=PROFILES, namespaces=namespaces), hooks))
+    assert (given["clusterwide"], tuple(given["namespaces"])) == (not namespaces, namespaces)
