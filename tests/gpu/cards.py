@@ -1,4 +1,4 @@
-"""Tells whether a machine's GPUs are enough for a test, and what is lacking."""
+"""Decides whether a machine's GPUs are enough for a test, and what it lacks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The paper's claim on a real card: one step of a 65B model at rank 64 and 512 tokens fits 48 GB (arXiv 2305.14314)."""
+"""The paper's claim on a real GPU: one step of a 65B model at rank 64 and 512 tokens fits 48 GB (arXiv 2305.14314)."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import Ballast
 
 CARD_BYTES = budget(48)
-"""What a card of 48 GB offers a process."""
+"""What a GPU of 48 GB offers a process."""
 MICRO_BATCHES = 2
 """Of a step: from the second one on, gradients lie beside the activations, as in any accumulation."""
 LLAMA_65B = LlamaConfig(
@@ -108,7 +108,7 @@ def two_steps(config: LlamaConfig, device: str) -> int:
 @pytest.mark.gpu(gib=44)
 def test_65b_at_rank_64_fits_48_gb_and_the_estimate_knows_it() -> None:
     free, total = torch.cuda.mem_get_info()
-    # What is not free belongs to CUDA's context, on the smaller card too.
+    # What is not free belongs to CUDA's context, on the smaller GPU too.
     with Ballast(free=CARD_BYTES - (total - free)) as ballast:
         torch.cuda.reset_peak_memory_stats()
         paged = two_steps(LLAMA_65B, "cuda")

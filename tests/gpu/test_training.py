@@ -22,7 +22,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> F
     return on_gpu(new_files(tmp_path_factory.mktemp("gpu") / "job", tiny_llama.parent), "prepare", "train", "publish")
 
 
-def test_a_run_learns_and_is_published(undisturbed: Files) -> None:
+def test_a_run_lowers_the_held_out_loss_and_is_published(undisturbed: Files) -> None:
     summary = json.loads((undisturbed.workspace / "report" / "summary.json").read_text())
     assert summary["loss"]["heldOutAfter"] < 0.9 * summary["loss"]["heldOutBefore"]
     assert summary["memory"]["measuredOn"] == "cuda"
@@ -34,13 +34,13 @@ def test_a_run_is_close_to_the_same_on_a_cpu(undisturbed: Files, tmp_path: Path)
     there = new_files(tmp_path / "job", undisturbed.models)
     for step in ("prepare", "train"):
         assert there.run(step, QLORA_DEVICE="cpu").exit_code == 0
-    expected, found = losses(there), losses(undisturbed)
-    assert found[0] == pytest.approx(expected[0], rel=1e-2)
-    assert found[-1] == pytest.approx(expected[-1], rel=0.1)
+    # On a CPU, float32 instead of bfloat16 moves no loss of these 30 steps by more than 1e-3 of itself; other kernels,
+    # which sum in another order, change less than another type.
+    assert losses(undisturbed) == pytest.approx(losses(there), rel=1e-2)
 
 
 def until(process: "subprocess.Popen[str]", reached: Callable[[ProgressRecord], bool]) -> str:
-    """What the process says until it has reached something."""
+    """What the process prints until it has reached something."""
     read = ""
     for line in process.stdout or ():
         read += line
@@ -65,7 +65,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, tm
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_nearly_the_same_losses(
+def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_nearly_the_same_losses(
     undisturbed: Files, tmp_path: Path
 ) -> None:
     spec = {"training": {"saveEverySteps": 5}}
@@ -76,7 +76,8 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_nearly_the_same_l
     assert files.finish(process, read).exit_code == -signal.SIGKILL
     on_gpu(files, "train")
     assert [entry["step"] for entry in metrics(files) if "loss" in entry] == list(range(1, 31))
-    assert losses(files) == pytest.approx(losses(undisturbed), rel=5e-2)
+    # The same kernels, whose sums come in another order.
+    assert losses(files) == pytest.approx(losses(undisturbed), rel=1e-2)
 
 
 @pytest.mark.gpu(gib=10)

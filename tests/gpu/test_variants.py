@@ -53,8 +53,8 @@ def test_another_family_trains_close_to_the_same_on_a_cpu(family: str, tmp_path:
     there = new_files(tmp_path / "there", models)
     for step in ("prepare", "train"):
         assert there.run(step, QLORA_DEVICE="cpu").exit_code == 0
-    assert losses(here)[0] == pytest.approx(losses(there)[0], rel=1e-2)
-    assert losses(here)[-1] == pytest.approx(losses(there)[-1], rel=0.1)
+    # As for the Llama in test_training.py: ten times what another type moves on a CPU.
+    assert losses(here) == pytest.approx(losses(there), rel=1e-2)
 
 
 def test_an_adapter_that_a_gpu_trained_is_merged_into_the_weights_of_that_gpu(tmp_path: Path, tiny_llama: Path) -> None:
