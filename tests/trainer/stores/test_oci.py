@@ -82,7 +82,7 @@ def publish(tmp_path: Path, proxy: FaultProxy, contents: Contents) -> Publish:
     return run
 
 
-def refused(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
+def rejected(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
     with pytest.raises(StepFailure) as failure:
         publish(manifest)
     assert failure.value.exit_code is code, failure.value.message
@@ -157,18 +157,18 @@ def test_an_interrupted_upload_is_finished_and_layers_are_not_sent_again(
         return Fault(503) if request.method == "PUT" and len(proxy.lines("PUT")) > place else None
 
     proxy.rule = rule
-    refused(publish, ExitCode.UNREACHABLE)
+    rejected(publish, ExitCode.UNREACHABLE)
     proxy.rule = lambda _request: None
     proxy.seen.clear()
     publish()
     assert len(proxy.lines("PUT")) == 6 - place
 
 
-def test_a_blob_that_arrives_changed_is_refused_by_the_registry(
+def test_a_blob_that_arrives_changed_is_rejected_by_the_registry(
     publish: Publish, proxy: FaultProxy, contents: Contents
 ) -> None:
     proxy.rule = lambda request: Fault(corrupt_request=request.method == "PUT" and "/blobs/" in request.path)
-    assert "did not arrive as it was sent" in refused(publish, ExitCode.UNREACHABLE)
+    assert "did not arrive as it was sent" in rejected(publish, ExitCode.UNREACHABLE)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md"])
@@ -178,7 +178,7 @@ def test_what_does_not_read_back_is_never_called_published(
     """The registry has accepted it, and reports that it has it."""
     digest = describe_files(contents)[name].sha256
     proxy.rule = lambda request: Fault(corrupt=request.method == "GET" and request.path.endswith(digest))
-    assert f"{name} does not read back as it was written" in refused(publish, ExitCode.UNREACHABLE)
+    assert f"{name} does not read back as it was written" in rejected(publish, ExitCode.UNREACHABLE)
 
 
 def test_peft_loads_the_folder_that_is_pulled(trained: Files, proxy: FaultProxy, real: str, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_peft_loads_the_folder_that_is_pulled(trained: Files, proxy: FaultProxy,
 
 def test_the_adapter_of_another_job_is_never_replaced(publish: Publish) -> None:
     first = publish()
-    message = refused(publish, ExitCode.BAD_CONFIGURATION, MANIFEST.model_copy(update={"job_uid": "two"}))
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION, MANIFEST.model_copy(update={"job_uid": "two"}))
     assert "holds another adapter, of job 'tiny' (UID one" in message
     assert publish() == first
 
@@ -215,7 +215,7 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
 
     proxy.rule = rule
     slow = MANIFEST.model_copy(update={"job_uid": "slow"})
-    message = refused(publish, ExitCode.BAD_CONFIGURATION, slow)
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION, slow)
     assert message.startswith("the destination oci://")
     assert "holds another adapter, of job 'tiny' (UID one" in message
     assert publish() == published[0]
@@ -231,25 +231,25 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
         (503, ExitCode.UNREACHABLE),
     ],
 )
-def test_a_refusal_is_permanent_and_trouble_is_not(
+def test_a_rejection_is_permanent_and_trouble_is_not(
     publish: Publish, proxy: FaultProxy, status: int, code: ExitCode
 ) -> None:
     proxy.rule = lambda request: Fault(status) if request.method == "POST" else None
-    message = refused(publish, code)
+    message = rejected(publish, code)
     if code is ExitCode.BAD_CONFIGURATION:
         assert f"may not be written with the credentials of spec.output.secretRef (HTTP {status})" in message
 
 
-def test_a_wrong_password_is_refused_by_the_real_registry(publish: Publish, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_wrong_password_is_rejected_by_the_real_registry(publish: Publish, proxy: FaultProxy, tmp_path: Path) -> None:
     wrong = base64.b64encode(b"team:wrong").decode()
     give_login(tmp_path / "credentials" / "output", proxy.address, wrong)
     # The login is read when the destination is opened.
-    assert "(HTTP 401)" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "(HTTP 401)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
 def test_a_secret_without_this_registry_says_so(publish: Publish, tmp_path: Path) -> None:
     give_login(tmp_path / "credentials" / "output", "ghcr.io", LOGIN)
-    assert "has no entry for 127.0.0.1:" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "has no entry for 127.0.0.1:" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
 def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) -> None:
@@ -258,11 +258,11 @@ def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) ->
         there = f"http://{elsewhere.address}/place"
         challenge = {"WWW-Authenticate": f'Bearer realm="{there}",service="team",scope="push"'}
         proxy.rule = lambda _request: Fault(401, challenge)
-        assert f"sends us to http://{elsewhere.address}, where the credentials" in refused(
+        assert f"sends us to http://{elsewhere.address}, where the credentials" in rejected(
             publish, ExitCode.BAD_CONFIGURATION
         )
         proxy.rule = lambda request: Fault(202, {"Location": there}) if request.method == "POST" else None
-        assert f"sends us to http://{elsewhere.address}, where the credentials" in refused(
+        assert f"sends us to http://{elsewhere.address}, where the credentials" in rejected(
             publish, ExitCode.BAD_CONFIGURATION
         )
         assert elsewhere.seen == []
@@ -298,7 +298,7 @@ def test_a_token_server_in_trouble_is_tried_again(publish: Publish, proxy: Fault
     proxy.rule = lambda request: (
         Fault(status) if request.path.startswith("/token") else Fault(401, {"WWW-Authenticate": realm})
     )
-    refused(publish, ExitCode(code))
+    rejected(publish, ExitCode(code))
 
 
 @pytest.mark.parametrize("answer", ["[]", "[" * 10**5, "busy", "{}", '{"token": {}}'], ids=range(5))
@@ -309,7 +309,7 @@ def test_a_token_server_that_answers_nonsense_is_named(publish: Publish, proxy: 
         if request.path.startswith("/token")
         else Fault(401, {"WWW-Authenticate": realm})
     )
-    message = refused(publish, ExitCode.UNREACHABLE)
+    message = rejected(publish, ExitCode.UNREACHABLE)
     assert message.startswith(f"{proxy.address} answered HTTP 200 for a token")
     assert "but with something else than a JSON object that holds one" in message
 
@@ -317,7 +317,7 @@ def test_a_token_server_that_answers_nonsense_is_named(publish: Publish, proxy: 
 def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, proxy: FaultProxy) -> None:
     proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
     said = f"{proxy.address} wants an upload to continue at 'http://[', which is not an address"
-    assert said in refused(publish, ExitCode.UNREACHABLE)
+    assert said in rejected(publish, ExitCode.UNREACHABLE)
 
 
 def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish: Publish, proxy: FaultProxy) -> None:
@@ -341,13 +341,13 @@ def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish
 def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, proxy: FaultProxy) -> None:
     # What is behind the first megabytes never arrives, and nobody waits for it.
     proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
-    assert "has more than 4194304 bytes" in refused(publish, ExitCode.UNSAFE_ARTIFACT)
+    assert "has more than 4194304 bytes" in rejected(publish, ExitCode.UNSAFE_ARTIFACT)
 
 
 def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, proxy: FaultProxy) -> None:
     layer = {"digest": f"sha256:{'0' * 64}", "size": 2**40, "annotations": {"org.cncf.model.filepath": "manifest.json"}}
     proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
-    assert "holds something that no QLoRAJob has published" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "holds something that no QLoRAJob has published" in rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert not any("/blobs/" in path for path in proxy.lines("GET"))
 
 
