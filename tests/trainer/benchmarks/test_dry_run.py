@@ -1,14 +1,20 @@
 """A training step without weights: it confirms the memory estimate for large models, and for each family."""
 
+from typing import Any
+
 import pytest
+import torch
 import transformers as hf
 from transformers import PretrainedConfig
 
 from benchmarks.dry_run import DryRun, dry_run
-from qlora_api.memory.estimate import TrainingShape, estimate
+from qlora_api.memory.estimate import estimate
 from qlora_api.memory.families import FAMILIES
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.model.memory_fit import training_shape
+from qlora_trainer.model.support import block_linears, resolve_targets
 
 LLAMAS = {
     "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
@@ -64,10 +70,18 @@ def run(config: PretrainedConfig, lora: LoraSpec, training: TrainingSpec) -> Dry
     return dry_run(config, lora, training, QuantizationSpec())
 
 
-def error(config: PretrainedConfig, lora: LoraSpec, training: TrainingSpec, shape: TrainingShape) -> float:
-    """Of the estimate without the CUDA context, relative to the live bytes."""
+def job(lora: dict[str, Any], training: dict[str, Any]) -> QLoRAJobSpec:
+    sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
+    return QLoRAJobSpec.model_validate({**sources, "lora": lora, "training": training})
+
+
+def error(config: PretrainedConfig, spec: QLoRAJobSpec) -> float:
+    """Of the estimate that prepare makes for the job, without the CUDA context, relative to the live bytes."""
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(config)
+    shape = training_shape(spec, resolve_targets(spec.lora.target_modules, block_linears(model)))
     memory = estimate(ModelShape.from_config(config.to_dict()), shape)
-    return (memory.expected - memory.context) / run(config, lora, training).peak - 1
+    return (memory.expected - memory.context) / run(config, spec.lora, spec.training).peak - 1
 
 
 def test_every_family_of_the_estimate_has_a_configuration_here() -> None:
@@ -77,42 +91,31 @@ def test_every_family_of_the_estimate_has_a_configuration_here() -> None:
 @pytest.mark.parametrize("size", ["7B", *(pytest.param(size, marks=pytest.mark.slow) for size in list(LLAMAS)[1:])])
 def test_the_estimate_of_a_llama_at_rank_64_is_confirmed_within_a_percent(size: str) -> None:
     config = hf.LlamaConfig(vocab_size=32000, **LLAMAS[size])
-    assert abs(error(config, LoraSpec(rank=64), TrainingSpec(), TrainingShape(rank=64))) < 0.01
+    assert abs(error(config, job({"rank": 64}, {}))) < 0.01
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_the_estimate_of_each_family_is_confirmed_within_four_percent(model_type: str) -> None:
-    training, shape = TrainingSpec(max_sequence_length=1024), TrainingShape(rank=16, sequence_length=1024)
-    assert abs(error(configuration(model_type), LoraSpec(rank=16), training, shape)) < 0.04
+    assert abs(error(configuration(model_type), job({"rank": 16}, {"maxSequenceLength": 1024}))) < 0.04
 
 
 @pytest.mark.parametrize(
-    ("lora", "training", "shape", "tolerance"),
+    ("lora", "training", "tolerance"),
     [
-        ({"dropout": 0.1}, {}, {"dropout": 0.1}, 0.03),
-        ({"target_modules": ("q_proj", "v_proj")}, {}, {"target_modules": frozenset({"q_proj", "v_proj"})}, 0.1),
-        ({"dtype": "bfloat16"}, {"optimizer": "adamw"}, {"adapter_bytes": 2, "optimizer": "adamw"}, 0.03),
-        ({}, {"gradient_accumulation_steps": 1}, {"gradient_accumulation_steps": 1}, 0.03),
-        ({}, {"gradient_checkpointing": False}, {"gradient_checkpointing": False}, 0.05),
-        (
-            {"modules_to_save": ("embed_tokens", "lm_head")},
-            {},
-            {"whole_modules": frozenset({"embed_tokens", "lm_head"})},
-            0.05,
-        ),
+        ({"dropout": 0.1}, {}, 0.03),
+        ({"targetModules": ["q_proj", "v_proj"]}, {}, 0.1),
+        ({"dtype": "bfloat16"}, {"optimizer": "adamw"}, 0.03),
+        ({}, {"gradientAccumulationSteps": 1}, 0.03),
+        ({}, {"gradientCheckpointing": False}, 0.05),
+        ({"modulesToSave": ["embed_tokens", "lm_head"]}, {}, 0.05),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
 def test_the_estimate_of_each_setting_is_confirmed(
-    lora: dict[str, object], training: dict[str, object], shape: dict[str, object], tolerance: float
+    lora: dict[str, Any], training: dict[str, Any], tolerance: float
 ) -> None:
-    found = error(
-        LLAMA,
-        LoraSpec(rank=16).model_copy(update=lora),
-        TrainingSpec(max_sequence_length=2048).model_copy(update=training),
-        TrainingShape(rank=16, sequence_length=2048, **shape),  # type: ignore[arg-type]
-    )
-    assert abs(found) < tolerance
+    spec = job({"rank": 16, **lora}, {"maxSequenceLength": 2048, **training})
+    assert abs(error(LLAMA, spec)) < tolerance
 
 
 def test_a_step_without_weights_leaves_no_setting_behind() -> None:
