@@ -127,7 +127,9 @@ CONVERSATIONS = (
     second_line(
         "tools as a number", talk(ASK, ANSWER, tools=3), ": 'tools' is a number: must be a list of tools, or its"
     ),
-    second_line("tool without a name", talk(ASK, ANSWER, tools=[{}]), ": 'tools', tool 0 is no function with a name"),
+    second_line(
+        "tool without a name", talk(ASK, ANSWER, tools=[{}]), ": 'tools', tool 0 is not a function with a name"
+    ),
     second_line(
         "template without tools",
         talk(ASK, CALL, RESULT, ANSWER, tools=TOOLS),

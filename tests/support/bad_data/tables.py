@@ -77,6 +77,7 @@ TABLES = (
     columns(
         "arguments in Parquet's columns",
         parquet({"messages": [TALK], "tools": ['[{"name": "f"}]']}),
-        "row 1: 'messages[1].tool_calls[0].arguments' has null, which Parquet also writes for what a row does not have",
+        "row 1: 'messages[1].tool_calls[0].arguments' has null, which Parquet also writes for a key that "
+        "a row does not have",
     ),
 )

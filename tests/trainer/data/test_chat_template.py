@@ -131,9 +131,7 @@ def test_an_answer_that_a_template_drops_is_rejected(tokenize_rows: TokenizeRows
 
 
 def test_a_conversation_that_a_template_rejects_is_reported_with_its_location(tokenize_rows: TokenizeRows) -> None:
-    with pytest.raises(
-        StepFailure, match=r"line 2: .* does not take this conversation: System role not supported"
-    ) as e:
+    with pytest.raises(StepFailure, match=r"line 2: .* rejects this conversation: System role not supported") as e:
         tokenize_rows([{"messages": DIALOGUE[1:]}, {"messages": DIALOGUE}], ALTERNATING)
     assert e.value.exit_code is ExitCode.BAD_DATASET
 
