@@ -9,6 +9,7 @@ from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import DatasetAddress
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
+RowFormat = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text"]
 
 
 class Columns(ApiModel):
@@ -125,7 +126,7 @@ class DatasetSpec(ApiModel):
     secret_ref: SecretRef | None = Field(
         None, description="Credentials for reading s3:// data. Only the prepare step mounts them."
     )
-    format: Literal["auto", "chat", "sharegpt", "instruction", "prompt-completion", "text"] = Field(
+    format: Literal["auto", RowFormat] = Field(
         "auto", description="Format of the rows. auto detects it by the columns and reports it in status.dataset."
     )
     columns: Columns | None = Field(None, description="Names of the columns, if they differ from those of the format.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy
 
-from qlora_api.dataset import Columns, DatasetSpec, EvalSpec
+from qlora_api.dataset import Columns, DatasetSpec, EvalSpec, RowFormat
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import bad_dataset
@@ -19,7 +19,7 @@ from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.dataset import Dataset, TokenizedSource
 from qlora_trainer.data.files import DataFiles
 from qlora_trainer.data.fingerprint import library_versions
-from qlora_trainer.data.formats import Format, RowReader, detect_format
+from qlora_trainer.data.formats import RowReader, detect_format
 from qlora_trainer.data.hub_splits import Wanted, evaluation_part, training_part
 from qlora_trainer.data.locate import DataAccess, find_data
 from qlora_trainer.data.prepared import Split
@@ -107,12 +107,12 @@ class DatasetBuilder:
         _require_usable(source, recipe.longest_allowed)
         return source
 
-    def _format_of(self, first: Row) -> tuple[Format, Columns]:
+    def _format_of(self, first: Row) -> tuple[RowFormat, Columns]:
         if self.spec.format == "auto":
             return detect_format(first, self.spec.columns)
         return self.spec.format, self.spec.columns or Columns()
 
-    def _recipe(self, format_: Format, columns: Columns) -> Recipe:
+    def _recipe(self, format_: RowFormat, columns: Columns) -> Recipe:
         return Recipe(
             tokenizer=self.tokenizer.folder,
             vocabulary=self.vocabulary,

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from qlora_api.dataset import Columns
+from qlora_api.dataset import Columns, RowFormat
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
 from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, PromptCompletion
 from qlora_trainer.data.rows import Row, listed
 
-Format = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text"]
 _PARAGRAPH = "\n\n"
 
 
@@ -18,7 +16,7 @@ _PARAGRAPH = "\n\n"
 class Reading:
     """How rows are read: the format, and the columns that it uses and ignores."""
 
-    format: Format
+    format: RowFormat
     columns: tuple[str, ...]
     ignored: tuple[str, ...]
 
@@ -26,7 +24,7 @@ class Reading:
 class RowReader:
     """Reads the rows of one data set, whose format and column names are known."""
 
-    def __init__(self, format_: Format, columns: Columns | None) -> None:
+    def __init__(self, format_: RowFormat, columns: Columns | None) -> None:
         self._format, self._columns = format_, columns or Columns()
 
     def read(self, row: Row) -> Example:
@@ -44,7 +42,7 @@ class RowReader:
         )
 
 
-def detect_format(row: Row, columns: Columns | None) -> tuple[Format, Columns]:
+def detect_format(row: Row, columns: Columns | None) -> tuple[RowFormat, Columns]:
     """The format whose columns the row has, and the columns' names.
 
     Data sets call their turns `messages` and `conversations` in either notation, so the turns themselves decide between
@@ -65,7 +63,7 @@ def detect_format(row: Row, columns: Columns | None) -> tuple[Format, Columns]:
     )
 
 
-def _by_notation(values: Mapping[str, object], format_: Format, names: Columns) -> tuple[Format, Columns]:
+def _by_notation(values: Mapping[str, object], format_: RowFormat, names: Columns) -> tuple[RowFormat, Columns]:
     column = _column(_FORMATS[format_].required[0], names)
     turns = values[column]
     keys = turns[0].keys() if isinstance(turns, list) and turns and isinstance(turns[0], dict) else ()
@@ -87,7 +85,7 @@ class _Fields:
 
     row: Row
     values: Mapping[str, object]
-    format: Format
+    format: RowFormat
     columns: Columns
 
     def column(self, field: str) -> str:
@@ -177,7 +175,7 @@ class _Definition:
     read: Callable[[_Fields], Example]
 
 
-_FORMATS: Mapping[Format, _Definition] = {
+_FORMATS: Mapping[RowFormat, _Definition] = {
     "chat": _Definition(("messages",), ("tools",), _chat),
     "sharegpt": _Definition(("conversations",), ("system", "tools"), _sharegpt),
     "instruction": _Definition(("instruction", "output"), ("input", "system"), _instruction),

@@ -16,11 +16,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
 
-from qlora_api.dataset import Columns
+from qlora_api.dataset import Columns, RowFormat
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
-from qlora_trainer.data.formats import Format, RowReader
+from qlora_trainer.data.formats import RowReader
 from qlora_trainer.data.rows import Row
 
 CHUNK_ROWS = 4096
@@ -46,7 +46,7 @@ class Recipe:
     """Folder of the tokenizer's files."""
     vocabulary: int
     """Tokens that the model knows."""
-    format: Format
+    format: RowFormat
     columns: Columns
     train_on: Literal["completion", "all"]
     longest_allowed: int
