@@ -193,7 +193,7 @@ def test_an_archive_that_holds_a_model_is_rejected_with_what_to_do(
     message = unusable(with_model(make_context, proxy, model), records, ExitCode.MODEL_UNAVAILABLE)
     named = "application/vnd.oci.image.layer.v1.tar+gzip, model.safetensors, tokenizer.json"
     assert message.startswith(f"{model} has {named} in archives (.tar, the default of modctl)")
-    assert "push it again so, as `modctl build --raw` does" in message
+    assert "push it with one layer for each file, as `modctl build --raw` does" in message
 
 
 def test_documentation_in_an_archive_does_no_harm(
