@@ -49,12 +49,16 @@ suites: $(VENV)/.synced
 	nice --adjustment=10 $(DEVCLUSTER) prepare > $(CACHE)/prepare.log 2>&1 &
 	prepare=$$!
 	trap 'kill $$prepare 2> /dev/null || true' EXIT
+	# After Ctrl-C pytest reports and exits, which the shell takes for a failure, and would start the next suite.
+	trap 'exit 130' INT
 	$(CHECKS)
 	$(DEVCLUSTER) build versitygw > $(CACHE)/versitygw.log
 	failed=0
 	$(PYTEST) $(SELECTION) tests/devcluster tests/trainer tests/gpu || failed=1
 	if kill -0 $$prepare 2> /dev/null; then echo "Waiting for programs and images; see $(CACHE)/prepare.log"; fi
 	wait $$prepare || { tail --lines=40 $(CACHE)/prepare.log; exit 1; }
+	# It has ended, and its number may become that of another process.
+	trap - EXIT
 	$(PYTEST) $(SELECTION) tests/api || failed=1
 	$(PYTEST) $(SELECTION) tests/cluster || failed=1
 	exit $$failed
