@@ -142,7 +142,7 @@ $(VENV)/.synced: $(UV) pyproject.toml uv.lock
 	touch $@
 
 $(VENV)/.synced-benchmarks: $(VENV)/.synced
-	@ldconfig -p | grep -q libtcmalloc_minimal || { apt-get update -q && apt-get install -q -y libtcmalloc-minimal4; } $(QUIETLY)
+	@ldconfig -p | grep libtcmalloc_minimal > /dev/null || { apt-get update -q && apt-get install -q -y libtcmalloc-minimal4; } $(QUIETLY)
 	$(UV) sync --locked --inexact --extra dev --extra benchmarks --python '>=3.11,<3.14' $(QUIETLY)
 	touch $@
 
