@@ -1,10 +1,10 @@
 """The demo: a real Kubernetes fine-tunes a real model through a QLoRAJob; answers before and after are scored."""
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -100,16 +100,16 @@ def _cluster(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[K
 
 
 def model_folder() -> Path:
-    """The demo's model folder, made once and kept in the cache."""
+    """The demo's model folder, made once and kept in the cache. One process makes it, while others wait for it."""
+    where = layout.from_environment()
     maker = HERE / "model.py"
     key = hashlib.sha256(maker.read_bytes()).hexdigest()[:12]
-    folder = layout.from_environment().cache / f"demo-model-{key}"
-    if not folder.exists():
-        unfinished = folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        environment = {**os.environ, "TQDM_DISABLE": "1"}
-        console.run_noisy(layout.from_environment(), [sys.executable, maker, unfinished], env=environment)
-        unfinished.rename(folder)
+    folder = where.cache / f"demo-model-{key}"
+    where.cache.mkdir(parents=True, exist_ok=True)
+    with (where.cache / "demo-model.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            console.run_noisy(where, [sys.executable, maker, folder], env={**os.environ, "TQDM_DISABLE": "1"})
     return folder
 
 
