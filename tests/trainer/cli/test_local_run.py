@@ -285,11 +285,15 @@ def test_a_run_needs_a_manifest_or_an_earlier_run(tmp_path: Path) -> None:
 def test_a_run_that_nobody_reads_any_more_saves_and_ends(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "job", tiny_llama.parent)
     command = arguments(files, manifest(files, {**SPEC, "training": {**SPEC["training"], "maxSteps": 100_000}}))
-    with subprocess.Popen([sys.executable, "-m", "qlora_cli", *command], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "qlora_cli", *command]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert any("train: training" in line for line in process.stdout)
         process.stdout.close()
-    assert process.returncode != 0
+        # As click ends a command whose output nobody reads: without a word.
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
     [attempt] = (files.workspace / "records" / "attempts.jsonl").read_text().splitlines()
     assert json.loads(attempt)["ended"] == "interrupted"
 
