@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from mkdocs.exceptions import PluginError
-
 _LOADING = {"img": "src", "script": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
 
 
@@ -66,6 +64,9 @@ def _broken(address: str, file: Path, pages: dict[Path, _Page]) -> str | None:
 
 def on_post_build(config: Any) -> None:
     """Fail the build with every problem that was found."""
+    # Not at the top: the tests of `problems` run where MkDocs is not installed.
+    from mkdocs.exceptions import PluginError
+
     found = list(problems(Path(config["site_dir"])))
     if found:
         raise PluginError("\n".join(["The built site has broken links:", *found]))
