@@ -90,7 +90,7 @@ $(PYTHON) -m pytest -q -rs tests/unit
 endef
 
 .PHONY: check
-check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: seconds
+check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: a minute or two
 	@$(CHECKS)
 
 .PHONY: types

@@ -127,8 +127,9 @@ def held_out_loss(model: torch.nn.Module, folder: Path) -> float:
 
 @pytest.mark.usefixtures("finished")
 def test_only_prepare_has_the_secret_and_only_train_asks_for_a_gpu(tenant: Tenant) -> None:
-    for pod in tenant.children(NAME, "pods"):
-        step = pod["metadata"]["labels"]["qlora.dev/step"]
+    pods = {pod["metadata"]["labels"]["qlora.dev/step"]: pod for pod in tenant.children(NAME, "pods")}
+    assert set(pods) == {"prepare", "train", "publish"}
+    for step, pod in pods.items():
         (container,) = pod["spec"]["containers"]
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (step == "train")
         assert any("secret" in volume for volume in pod["spec"]["volumes"]) == (step == "prepare")
