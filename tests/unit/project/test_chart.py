@@ -23,6 +23,12 @@ def test_chart_and_images_carry_the_version_of_the_project() -> None:
     assert (chart["appVersion"], chart["version"], labels) == (version, version, [[version], [version]])
 
 
+def test_the_documents_build_images_with_the_tag_that_the_chart_pulls() -> None:
+    version = PROJECT["project"]["version"]
+    for file in (ROOT / "docs" / "how-to" / "install.md", CHART / "README.md", *DOCKERFILES):
+        assert set(re.findall(r"REGISTRY/qlora-\w+:(\S+)", file.read_text())) == {version}, file
+
+
 def test_values_schema_describes_the_profile_of_the_models() -> None:
     assert SCHEMA.read_text() == render(), "run `make generate`"
 
