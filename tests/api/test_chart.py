@@ -1,6 +1,7 @@
 """The chart with real Helm: what it renders, what it refuses, and what it does to a real API server."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,3 +322,47 @@ def test_uninstalling_keeps_the_jobs_and_installing_again_finds_them(installed: 
         plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)
     installed("upgrade", "--install", RELEASE, str(CHART), "--namespace", NAMESPACE)
     assert plane.kubectl.get("qlorajobs")["items"][0]["metadata"]["name"] == "support-assistant"
+
+
+def test_upgrade_and_rollback_change_the_definition_and_no_job(
+    installed: Helm, plane: ControlPlane, tmp_path: Path
+) -> None:
+    """The older release has the chart of today without one field."""
+    older = shutil.copytree(CHART, tmp_path / "older")
+    file = older / "files" / "qlorajobs.qlora.dev.yaml"
+    definition = yaml.safe_load(file.read_text())
+    fields = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    del fields["training"]["properties"]["samples"]
+    file.write_text(yaml.safe_dump(definition))
+    manifest = yaml.safe_load((ROOT / "examples" / "instructions.yaml").read_text())
+
+    def apply(name: str, training: Object) -> str:
+        metadata = {"name": name, "namespace": "default"}
+        job = {**manifest, "metadata": metadata, "spec": {**manifest["spec"], "training": training}}
+        return plane.kubectl("apply", "--validate=strict", "--filename=-", input_text=json.dumps(job))
+
+    def upgrade(chart: Path) -> None:
+        installed("upgrade", "--install", RELEASE, str(chart), "--namespace", NAMESPACE)
+
+    def training(name: str) -> Object:
+        return dict(plane.kubectl.get("qlorajob", name, "--namespace=default")["spec"]["training"])
+
+    apply("before", {"maxSteps": 7})
+    upgrade(older)
+    eventually(lambda: "samples" not in training("before"), seconds=60, what="the older definition")
+    before = plane.kubectl.get("qlorajob", "before", "--namespace=default")
+
+    upgrade(CHART)
+    assert eventually(lambda: apply("after", {"samples": 5}), seconds=60, what="the newer definition")
+    assert training("after")["samples"] == 5
+    upgraded = plane.kubectl.get("qlorajob", "before", "--namespace=default")
+    assert upgraded["metadata"] == before["metadata"]
+    assert upgraded["spec"]["training"].pop("samples") == 3
+    assert upgraded["spec"] == before["spec"]
+
+    installed("rollback", RELEASE, "--namespace", NAMESPACE)
+    eventually(lambda: "samples" not in training("after"), seconds=60, what="the older definition")
+    assert plane.kubectl.get("qlorajob", "before", "--namespace=default") == before
+
+    upgrade(CHART)
+    eventually(lambda: training("after").get("samples") == 5, seconds=60, what="what was set before")
