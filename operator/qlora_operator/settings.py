@@ -29,7 +29,7 @@ class ProgressSettings(ApiModel):
     """Progress from the logs of running pods."""
 
     enabled: bool = Field(
-        True, description="Read the logs of pods. If not, figures of training are shown only at its end."
+        True, description="Read progress from the logs of pods. If false, progress is shown only when training ends."
     )
 
 
@@ -43,10 +43,10 @@ class Settings(ApiModel):
         300,
         ge=1,
         le=86_400,
-        description="Seconds after which every job is reconciled again, in case an event was lost.",
+        description="Seconds between full resyncs, which reconcile every job in case an event was lost.",
     )
-    workers: int = Field(8, ge=1, le=64, description="Jobs that are reconciled at the same time.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
+    workers: int = Field(8, ge=1, le=64, description="Number of jobs that are reconciled at the same time.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
     probe_port: Port = Field(8080, description="Port of /healthz.")
     metrics_port: Port = Field(9090, description="Port of /metrics.")
 
