@@ -12,7 +12,7 @@ _REMEDIES = {
     "ErrImagePull": "check the image and the pull secrets of the profile",
     "ErrImageNeverPull": "load the image on the node, or change imagePullPolicy in the profile",
     "InvalidImageName": "correct the image's name in the profile",
-    "CreateContainerConfigError": "create the missing object; the kubelet retries by itself",
+    "CreateContainerConfigError": "if its image runs as root, set runAs in the profile; see `kubectl describe pod`",
     "CreateContainerError": "see `kubectl describe pod`",
     "RunContainerError": "see `kubectl describe pod`",
 }

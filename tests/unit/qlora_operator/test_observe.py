@@ -152,9 +152,9 @@ def _unschedulable() -> dict[str, object]:
         ([child("train"), waiting(pod("train"), "ImagePullBackOff", "Back-off")], "ImagePullBackOff", "the profile"),
         ([child("train"), waiting(pod("train"), "InvalidImageName", "bad")], "InvalidImageName", "in the profile"),
         (
-            [child("train"), waiting(pod("train"), "CreateContainerConfigError", 'secret "x" not found')],
+            [child("train"), waiting(pod("train"), "CreateContainerConfigError", "image will run as root")],
             "CreateContainerConfigError",
-            'secret "x" not found',
+            "(image will run as root); if its image runs as root, set runAs in the profile",
         ),
         ([child("train", created=-59)], None, ""),
         ([child("train", created=-60)], "NoPod", "kubectl describe job tune-train-1"),
