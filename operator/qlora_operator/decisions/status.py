@@ -264,7 +264,7 @@ def _succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJobStatus:
-    """The end of the job, with both summary conditions decided, so that no `kubectl wait` for either hangs."""
+    """The end of the job, with both summary conditions decided: neither stays Unknown."""
     reason = Reason(failure.reason, failure.message)
     if failure.step in _DONE:
         status = _set(status, facts, _DONE[failure.step], "False", reason)
