@@ -36,7 +36,7 @@ demo: $(VENV)/.synced ## Fine-tune a real model on a real Kubernetes (CLUSTER=cu
 
 .PHONY: test
 test: SELECTION := -m 'not slow'
-test: suites ## Check, and run the tests but the slowest proofs: 25 minutes, the first time 45 (two cores)
+test: suites ## Check, and run all but the slowest tests: 25 minutes, the first time 45 (two cores)
 
 .PHONY: test-all
 test-all: SELECTION := --hypothesis-profile=explore
@@ -68,15 +68,15 @@ test-tools: $(VENV)/.synced ## Install and build what the tests need, which inst
 	@$(DEVCLUSTER) prepare
 
 .PHONY: test-gpu
-test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one each says why it is skipped
+test-gpu: $(VENV)/.synced ## Run the tests that need a GPU; without one they are skipped, with the reason
 	@$(PYTEST) tests/gpu
 
 .PHONY: fuzz
-fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; what breaks one is kept in fuzz-crashes/
+fuzz: $(VENV)/.synced ## Fuzz every parser for SECONDS (10) each; inputs that break one are kept in fuzz-crashes/
 	@$(PYTHON) -m tests.fuzz $(TARGETS) --seconds $(or $(SECONDS),10)
 
 .PHONY: mutants
-mutants: $(VENV)/.synced ## Break the code in known ways: each time a test must fail
+mutants: $(VENV)/.synced ## Put known defects back into the code: each must fail a test
 	@$(PYTHON) -m tests.mutants
 
 define CHECKS
@@ -121,11 +121,11 @@ cluster-up: $(VENV)/.synced ## Start the embedded Kubernetes
 	@$(DEVCLUSTER) up
 
 .PHONY: cluster-down
-cluster-down: $(VENV)/.synced ## Stop it and leave nothing behind
+cluster-down: $(VENV)/.synced ## Stop the embedded Kubernetes and remove everything that it made
 	@$(DEVCLUSTER) down
 
 .PHONY: kubeconfig
-kubeconfig: $(VENV)/.synced ## Print the path of its kubeconfig
+kubeconfig: $(VENV)/.synced ## Print the path of the embedded Kubernetes' kubeconfig
 	@$(DEVCLUSTER) kubeconfig
 
 $(UV):
