@@ -29,7 +29,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "dequantization": ("bitsandbytes::dequantize", "bitsandbytes::gemm"),
     "optimizer": ("bitsandbytes::optimizer",),
     "attention": ("attention",),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "matmuls": ("aten::mm", "aten::addmm", "aten::bmm"),
     "softmax of the loss": ("log_softmax", "nll_loss"),
     "copies and casts": ("aten::copy_", "aten::clone", "aten::cat", "aten::fill_"),
 }
@@ -164,7 +164,7 @@ def kinds(operations: Sequence[Operation]) -> dict[str, float]:
 
 def _text(machine: dict[str, Any], phases: Phases, operations: Sequence[Operation]) -> str:
     setting = (
-        f"One packed sequence of {MAX_LENGTH} tokens a step, SmolLM2-135M, rank {RANK}, every token a target. "
+        f"One packed sequence of {MAX_LENGTH} tokens per step, SmolLM2-135M, rank {RANK}, every token a target. "
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['libraries']['torch']}, "
         f"commit {machine['commit']}{' with changed files' if machine['changed'] else ''}. "
         "Written by `python -m benchmarks.profile`."
@@ -175,7 +175,7 @@ def _text(machine: dict[str, Any], phases: Phases, operations: Sequence[Operatio
         "",
         setting,
         "",
-        "## By phase (processor seconds a step)",
+        "## By phase (processor seconds per step)",
         "",
         *_shares({name: seconds / phases.steps for name, seconds in by_phase.items()}),
         "",
