@@ -64,12 +64,12 @@ def _chart() -> str:
     return _page(
         "Chart values",
         "`helm/qlora-operator/values.yaml` and the model of a profile",
-        "`helm show values helm/qlora-operator` prints the same defaults. A value that the chart does not know is an "
-        "error, found when the chart is installed or upgraded.",
+        "`helm show values helm/qlora-operator` prints the same defaults. Installing or upgrading the chart fails if a "
+        "value is unknown.",
         "## Values",
         _table(("Value", "Meaning"), _values()),
         "## A profile",
-        "Each entry of `profiles` is a profile. What it leaves out is taken from `profiles.default`, field by field.",
+        "Each entry of `profiles` is a profile. A field that it does not set is taken from `profiles.default`.",
         *_objects(_inline(schemas["Profile"], schemas), "profiles.NAME", level=3),
     )
 
@@ -148,17 +148,17 @@ def _exit_codes() -> str:
         if code is ExitCode.DONE:
             return "not needed"
         if code is ExitCode.INTERRUPTED:
-            return "always, up to `retry.maxDisruptions`"
+            return "up to `retry.maxDisruptions` times"
         return "never" if code.permanent else "up to `retry.maxFailures` times"
 
     rows = [(str(int(code)), f"`{code.reason}`", retried(code)) for code in ExitCode]
     return _page(
         "Exit codes",
         "`crds/qlora_api/contract.py`",
-        "A step's process ends with one of these, in a pod and with `qlora run`. The reason is that of the job's "
-        "conditions and Events; [Troubleshooting](../how-to/troubleshooting.md) says what to do about each.",
+        "A step exits with one of these codes, in a pod and with `qlora run`. The job's conditions and Events have the "
+        "reason; [Troubleshooting](../how-to/troubleshooting.md) has the remedy for each.",
         _table(("Code", "Reason", "Retried"), rows),
-        "`qlora run` ends with 128 + the signal's number if you stop it, as a shell does: 130 after Ctrl-C.",
+        "If you stop `qlora run`, it exits with 128 + the signal's number: 130 after Ctrl-C.",
     )
 
 

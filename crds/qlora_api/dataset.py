@@ -30,7 +30,7 @@ class Columns(ApiModel):
 Sha256 = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]
 
 _NO_REPOSITORY = (
-    "revision, config and split are for an hf:// data set; of any other source name the file or folder, and set sha256"
+    "revision, config and split are for an hf:// data set: for another source, name the file or folder, and set sha256"
 )
 _NO_OWN_SOURCE = "sha256, revision, config and split are for the evaluation's own source: set source, or remove them"
 

@@ -95,7 +95,7 @@ Tolerations = Annotated[tuple[Toleration, ...], Field(max_length=16)]
 class StepResources(ApiModel):
     """CPU and memory of one step's pod."""
 
-    cpu: Quantity = Field("2", description="CPU cores, request only: a limit would throttle tokenization.")
+    cpu: Quantity = Field("2", description="CPU cores, request only: a limit would throttle the step.")
     memory: Quantity = Field("4Gi", description="Memory, request and limit.")
 
 
@@ -167,7 +167,7 @@ class Profile(ApiModel):
     allow_job_scheduling: bool = Field(
         True,
         description="Whether a job may set nodeSelector, tolerations and priorityClassName in spec.scheduling. "
-        "If not, one that does waits with the reason SchedulingNotAllowed.",
+        "If false, a job that sets one of them waits with the reason SchedulingNotAllowed.",
     )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
     resources: Resources = Field(Resources(), description="CPU and memory of each step.")

@@ -186,7 +186,7 @@ class QLoRAJobStatus(ObservedModel):
         description="Observations by type; `kubectl wait --for=condition=Succeeded` works.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    resolved: Resolved | None = Field(None, description="What was fixed before the first pod.")
+    resolved: Resolved | None = Field(None, description="Settings that were fixed before the first pod was created.")
     step: StepStatus | None = Field(None, description="The step that runs, or ran last.")
     progress: ProgressStatus | None = Field(None, description="Progress of training.")
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
@@ -194,8 +194,8 @@ class QLoRAJobStatus(ObservedModel):
     checkpoint: CheckpointStatus | None = Field(None, description="The latest checkpoint.")
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
     merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")
-    failures: Count = Field(0, description="Failed attempts so far.")
-    disruptions: Count = Field(0, description="Interrupted attempts so far.")
+    failures: Count = Field(0, description="Attempts so far that ended with an error.")
+    disruptions: Count = Field(0, description="Attempts so far whose pod was evicted, preempted or deleted.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
     active_until: Timestamp | None = Field(None, description="Time up to which activeSeconds has been counted.")
     last_failure: FailureStatus | None = Field(None, description="The latest failure.")

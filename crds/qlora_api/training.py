@@ -50,7 +50,7 @@ class LoraSpec(ApiModel):
         "error (arXiv 2310.08659).",
     )
     layers_to_transform: Annotated[tuple[BlockNumber, ...], Field(min_length=1, max_length=256)] | None = Field(
-        None, description="Numbers of the decoder blocks that get an adapter, from 0; all if not set."
+        None, description="Indices of the decoder blocks that get an adapter, from 0; all if not set."
     )
     modules_to_save: (
         Annotated[tuple[Literal["embed_tokens", "lm_head"], ...], Field(min_length=1, max_length=2)] | None
@@ -109,7 +109,7 @@ class TrainingSpec(ApiModel):
     sharding: Literal["none", "full"] = Field(
         "none",
         description="With several GPUs: each holds the whole base (none), or a part of it (full, FSDP2), which is "
-        "slower and needs less memory. full has no merged output, no samples and no autoMicroBatch.",
+        "slower and needs less memory. full does not support merged output, samples or autoMicroBatch.",
     )
     report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(max_length=3)] = Field(
         (), description="Trackers that the curves are also written for, as files in report/ of the workspace."
@@ -156,8 +156,8 @@ class ResourcesSpec(ApiModel):
         1,
         ge=1,
         le=16,
-        description="GPUs of the train pod. With several, each trains on its share of every step's micro batches, with "
-        "the result of one GPU. Make gradientAccumulationSteps a multiple of gpus.",
+        description="GPUs of the train pod. With several, each trains on its share of every step's micro batches; the "
+        "result is that of one GPU, up to rounding. Make gradientAccumulationSteps a multiple of gpus.",
     )
     gpu_memory: int | None = Field(
         None,

@@ -100,9 +100,11 @@ class SchedulingSpec(ApiModel):
 class RetrySpec(ApiModel):
     """How often a step is retried after failures and resumed after interruptions."""
 
-    max_failures: int = Field(3, ge=0, le=20, description="Failures of a step that are retried, with a growing pause.")
+    max_failures: int = Field(
+        3, ge=0, le=20, description="How often a failed step is retried, with exponential back-off."
+    )
     max_disruptions: int = Field(
-        20, ge=0, le=1000, description="Interruptions (eviction, preemption, deletion) that the job resumes from."
+        20, ge=0, le=1000, description="How often the job resumes after its pod was evicted, preempted or deleted."
     )
 
 
@@ -158,7 +160,8 @@ class QLoRAJobSpec(ApiModel):
         None,
         ge=1,
         le=2**31 - 1,
-        description="Seconds that the steps may run in total, without waiting and suspension; no limit if not set.",
+        description="Seconds that the steps may run in total, not counting time in queues and suspension; no limit if "
+        "not set.",
     )
     cleanup_after_seconds: int | None = Field(
         None,
