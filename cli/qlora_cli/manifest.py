@@ -67,7 +67,7 @@ def _json(document: CommentedMap, path: Path) -> str:
         field = ".".join(map(str, error.location))
         raise ManifestError(f"{path}:{_line(document, error.location)}: {field}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: a number too long or a nesting too deep for JSON: {error}") from error
+        raise ManifestError(f"{path}: a number is too long, or the nesting too deep, for JSON: {error}") from error
 
 
 def _size(value: Any, known: dict[int, float]) -> float:

@@ -222,7 +222,7 @@ async def connect() -> AsyncIterator[Cluster]:
         else:
             await config.load_kube_config(client_configuration=configuration)
     except config.ConfigException as error:
-        raise ClusterError(f"no cluster: {error}") from error
+        raise ClusterError(f"no cluster is reachable: {error}") from error
     async with client.ApiClient(configuration) as api:
         api.user_agent = FIELD_MANAGER
         yield Cluster(api)

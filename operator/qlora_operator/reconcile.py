@@ -58,7 +58,7 @@ class Reconciler:
             try:
                 return await self._reconcile(key)
             except (ConflictError, NotFoundError) as error:
-                raise RetryError(f"changed or gone meanwhile: {error}") from error
+                raise RetryError(f"changed or deleted in the meantime: {error}") from error
             except ClusterError as error:
                 self.metrics.reconcile_errors.inc()
                 raise RetryError(str(error)) from error

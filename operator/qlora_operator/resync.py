@@ -131,7 +131,7 @@ class Resync:
         if dead := self.monitor.dead:
             return f"the watch of {', '.join(dead)} is dead"
         if self._rejected_beats >= _REJECTED_BEATS:
-            return "the API server denies the operator the right to list what it watches"
+            return "the API server denies the operator permission to list what it watches"
         silence = self._monotonic() - self._listed_at
         if silence > _MISSED_INTERVALS * self._interval:
             return f"no list has succeeded for {silence:.0f} s"

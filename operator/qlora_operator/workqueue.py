@@ -128,10 +128,10 @@ class WorkQueue:
             after = await self._work(key)
         except RetryError as reason:
             pause = self._schedule.failed(key, self._now())
-            logger.info("again in %.0f s: %s", pause, reason, extra={"key": key})
+            logger.info("retried in %.0f s: %s", pause, reason, extra={"key": key})
         except Exception:
             pause = self._schedule.failed(key, self._now())
-            logger.exception("reconcile failed, again in %.0f s", pause, extra={"key": key})
+            logger.exception("reconcile failed, retried in %.0f s", pause, extra={"key": key})
             self._on_error()
         else:
             self._schedule.done(key, None if after is None else self._now() + after)

@@ -268,7 +268,7 @@ def test_what_changed_since_it_was_read_is_read_again_and_not_overwritten(namesp
     async def scenario() -> None:
         async with connected(namespace) as api:
             await api.apply("late")
-            with pytest.raises(RetryError, match="changed or gone meanwhile"):
+            with pytest.raises(RetryError, match="changed or deleted in the meantime"):
                 await operator(Suspended(api.client)).reconcile((NAMESPACE, "late"))
             await settle(operator(Cluster(api.client)), (NAMESPACE, "late"))
             status = (await api.job("late"))["status"]

@@ -345,7 +345,7 @@ TRAINER = (
     Mutant(
         name="a-merge-without-room-is-trained-for",
         file=f"{_TRAINER}/model/merge.py",
-        old='require_space(workspace.root, storage_of(base).bytes, "keeping the 4-bit weights for the merge")',
+        old='require_space(workspace.root, storage_of(base).bytes, "saving the 4-bit weights for the merge")',
         new="pass",
         tests=(f"{_TRAINER_TESTS}/model/test_merge.py::test_without_room_for_the_4_bit_weights_nothing_is_trained",),
     ),

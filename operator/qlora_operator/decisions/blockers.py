@@ -54,7 +54,7 @@ def _stuck(pod: Pod, now: datetime) -> Reason | None:
         return None
     return Reason(
         "PodStuckTerminating",
-        f"pod {pod.name} has not ended in its grace period: its node may be lost. No other pod is started, because "
+        f"pod {pod.name} has not ended within its grace period: its node may be lost. No other pod is started, because "
         "both would write to the workspace; if the node is gone, delete its Node object",
     )
 

@@ -76,9 +76,9 @@ CONVERSATIONS = (
         "empty content", chat("user", "assistant", content=" "), ": 'messages[0].content' is empty: must be text"
     ),
     second_line(
-        "half a surrogate pair",
+        "an unpaired surrogate",
         chat("user", "assistant", content="\ud800"),
-        ": 'messages[0].content' has half of a surrogate pair at character 0: not valid Unicode",
+        ": 'messages[0].content' has an unpaired surrogate at character 0: not valid Unicode",
     ),
     second_line(
         "call without tools",

@@ -57,7 +57,7 @@ def test_what_a_model_brings_is_read_or_rejected_as_documented(name: str, data: 
 @pytest.mark.parametrize("name", ["/dev/zero", "../state.json", "pipe\x00", "x" * 5000])
 def test_a_checkpoint_reads_no_file_but_its_own(tmp_path: Path, name: str) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"sha256": {name: "0" * 64}}))
-    with pytest.raises(ValueError, match="is no file in it"):
+    with pytest.raises(ValueError, match="is not a file in it"):
         read_checkpoint(tmp_path)
 
 

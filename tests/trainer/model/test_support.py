@@ -92,7 +92,7 @@ def test_a_target_that_is_not_a_layer_of_a_block_is_rejected_with_those_that_are
     [
         (transformers.MixtralConfig(**SHAPE), "mixture of experts"),
         (transformers.Qwen3MoeConfig(**SHAPE, head_dim=16), "mixture of experts"),
-        (transformers.FalconConfig(vocab_size=64, hidden_size=64, num_attention_heads=4), "code of its own"),
+        (transformers.FalconConfig(vocab_size=64, hidden_size=64, num_attention_heads=4), "implemented separately"),
         (transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2), "only 0.0% of its parameters"),
     ],
     ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",

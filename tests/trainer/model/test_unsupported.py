@@ -14,7 +14,7 @@ from tests.trainer.conftest import MakeContext
 
 EXPERTS = "is a mixture of experts"
 STATE = "carries a state from token to token"
-OWN_CODE = "its attention is code of its own"
+OWN_CODE = "its attention is implemented separately"
 MULTIMODAL = "is a multimodal model"
 QUANTIZED = "already quantized"
 DENSE = "choose a dense decoder, such as Llama"

@@ -105,7 +105,7 @@ def a_line_without_end(place: Place) -> None:
         file.truncate(2**32)
 
 
-@case(DATASET, "a nesting is too long")
+@case(DATASET, "the nesting too deep")
 def rows_that_nest_without_end(place: Place) -> None:
     place.rows(b'{"text": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}\n")
 
@@ -150,7 +150,7 @@ def data_in_no_encoding(place: Place) -> None:
     place.rows(b'{"text": "\xc3\x28"}\n')
 
 
-@case(DATASET, "has half of a surrogate pair")
+@case(DATASET, "has an unpaired surrogate")
 def half_of_a_character(place: Place) -> None:
     place.rows(b'{"text": "\\ud800"}\n')
 

@@ -126,7 +126,7 @@ def test_only_the_server_that_is_named_is_asked_and_no_login_but_the_secrets_is_
         (f"http://{PASSWORD}@127.0.0.1:1", "has credentials in it"),
         ("file:///etc", "begins with 'file'"),
         ("127.0.0.1:1", "begins with '127.0.0.1'"),
-        ("http://127.0.0.1:port", "is no address"),
+        ("http://127.0.0.1:port", "is not an address"),
         ("http://", "has no host"),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_repository_of_somebody_else_is_never_written_to(publish: Publish, hub
     hub.repositories[KEY] = tmp_path / "theirs"
     hub.repositories[KEY].mkdir()
     (hub.repositories[KEY] / "thesis.tex").write_text("years of work")
-    assert "holds something that no QLoRAJob has published" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "has files that no QLoRAJob published" in refused(publish, ExitCode.BAD_CONFIGURATION)
     assert commits(hub) == []
 
 

@@ -228,7 +228,7 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(
 
 def test_objects_of_somebody_else_are_never_replaced(publish: Publish, bucket: S3Store) -> None:
     obstore.put(bucket, "adapters/tiny/thesis.tex", b"years of work")
-    assert "holds something that no QLoRAJob has published" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "has files that no QLoRAJob published" in refused(publish, ExitCode.BAD_CONFIGURATION)
     assert stored(bucket) == {"adapters/tiny/thesis.tex": b"years of work"}
 
 

@@ -329,8 +329,8 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(tmp_path: Path) 
 def test_files_of_somebody_else_are_never_replaced(trained: Files) -> None:
     (trained.data / "precious").mkdir()
     (trained.data / "precious" / "thesis.tex").write_text("years of work")
-    rejected(to(trained, "pvc://data/precious"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
-    rejected(to(trained, "pvc://data/train.jsonl"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob has published")
+    rejected(to(trained, "pvc://data/precious"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob published")
+    rejected(to(trained, "pvc://data/train.jsonl"), ExitCode.BAD_CONFIGURATION, "no QLoRAJob published")
     assert os.listdir(trained.data / "precious") == ["thesis.tex"]
 
 
@@ -340,7 +340,7 @@ def test_a_folder_of_somebody_else_is_noticed_before_anything_is_trained(
     (tmp_path / "data" / "precious").mkdir(parents=True)
     (tmp_path / "data" / "precious" / "thesis.tex").write_text("years of work")
     for output in ({"destination": "pvc://data/precious"}, {"merged": {"destination": "pvc://data/precious"}}):
-        with pytest.raises(StepFailure, match="pvc://data/precious holds something that no QLoRAJob has") as failure:
+        with pytest.raises(StepFailure, match="pvc://data/precious has files that no QLoRAJob published") as failure:
             prepare(make_context({"output": output}), Recorded())
         assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 

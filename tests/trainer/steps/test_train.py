@@ -250,7 +250,7 @@ def test_only_one_attempt_trains_in_a_workspace(workspace: Prepare) -> None:
         found = failure(context)
 
     assert found.exit_code is ExitCode.UNREACHABLE
-    assert "another attempt still trains" in found.message
+    assert "another attempt is still training" in found.message
     assert run(context).training_step == 6
 
 

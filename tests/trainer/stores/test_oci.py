@@ -168,7 +168,7 @@ def test_a_blob_that_arrives_changed_is_rejected_by_the_registry(
     publish: Publish, proxy: FaultProxy, contents: Contents
 ) -> None:
     proxy.rule = lambda request: Fault(corrupt_request=request.method == "PUT" and "/blobs/" in request.path)
-    assert "did not arrive as it was sent" in rejected(publish, ExitCode.UNREACHABLE)
+    assert "did not arrive intact" in rejected(publish, ExitCode.UNREACHABLE)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md"])
@@ -258,11 +258,11 @@ def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) ->
         there = f"http://{elsewhere.address}/place"
         challenge = {"WWW-Authenticate": f'Bearer realm="{there}",service="team",scope="push"'}
         proxy.rule = lambda _request: Fault(401, challenge)
-        assert f"sends us to http://{elsewhere.address}, where the credentials" in rejected(
+        assert f"redirects to http://{elsewhere.address}, where the credentials" in rejected(
             publish, ExitCode.BAD_CONFIGURATION
         )
         proxy.rule = lambda request: Fault(202, {"Location": there}) if request.method == "POST" else None
-        assert f"sends us to http://{elsewhere.address}, where the credentials" in rejected(
+        assert f"redirects to http://{elsewhere.address}, where the credentials" in rejected(
             publish, ExitCode.BAD_CONFIGURATION
         )
         assert elsewhere.seen == []
@@ -287,7 +287,7 @@ def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
             allowed=(plain.address,),
             refuse=bad_configuration,
         )
-        with pytest.raises(StepFailure, match=f"sends us to http://{plain.address}, where the credentials"):
+        with pytest.raises(StepFailure, match=f"redirects to http://{plain.address}, where the credentials"):
             opened._session.get(f"http://{plain.address}/v2/", headers={"Authorization": f"Basic {LOGIN}"})
         assert plain.seen == []
 
@@ -311,7 +311,7 @@ def test_a_token_server_that_answers_nonsense_is_named(publish: Publish, proxy: 
     )
     message = rejected(publish, ExitCode.UNREACHABLE)
     assert message.startswith(f"{proxy.address} answered HTTP 200 for a token")
-    assert "but with something else than a JSON object that holds one" in message
+    assert "but not with a JSON object that has one" in message
 
 
 def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, proxy: FaultProxy) -> None:
@@ -347,7 +347,7 @@ def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, proxy: FaultPr
 def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, proxy: FaultProxy) -> None:
     layer = {"digest": f"sha256:{'0' * 64}", "size": 2**40, "annotations": {"org.cncf.model.filepath": "manifest.json"}}
     proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
-    assert "holds something that no QLoRAJob has published" in rejected(publish, ExitCode.BAD_CONFIGURATION)
+    assert "has files that no QLoRAJob published" in rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert not any("/blobs/" in path for path in proxy.lines("GET"))
 
 
@@ -369,7 +369,7 @@ def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path:
         with pytest.raises(StepFailure) as failure:
             opened(proxy, tmp_path).read(blob)
     assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
-    assert f"{blob.digest} does not have the content of its digest" in failure.value.message
+    assert f"{blob.digest} has content that does not match its digest" in failure.value.message
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["a server with ranges", "a server without"])

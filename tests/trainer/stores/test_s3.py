@@ -239,7 +239,7 @@ def test_a_second_address_of_the_store_is_not_passed_over_in_silence(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     message = refusal(make_context(MODEL), records, ExitCode.BAD_CONFIGURATION)
     assert message.startswith(f"AWS_ENDPOINT_URL_S3 is set, but not to http://{store.address}")
-    assert "set AWS_ENDPOINT_URL, and leave the other out" in message
+    assert "set AWS_ENDPOINT_URL, and unset the other" in message
 
 
 def test_a_burst_of_errors_is_outlasted(

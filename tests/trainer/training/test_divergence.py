@@ -162,7 +162,7 @@ def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_t
     # Whether a step did harm shows in the loss of the next one: the checkpoint before is what is surely sound.
     sound = good[-1] if good[-1] < suspect - 1 else good[-2]
     assert float(history(undisturbed)[sound]["loss"]) < 1.0
-    assert ("that step may itself have done the harm" in expected) == (good[-1] == suspect - 1)
+    assert ("that step may already have diverged" in expected) == (good[-1] == suspect - 1)
 
     stop = StopRequest()
     with pytest.raises(Interrupted, match=f"the checkpoint of step {good[-1]} is saved; the steps since then"):

@@ -84,7 +84,7 @@ def _gpu_memory(error: BaseException) -> Ending | None:
 def _network(error: BaseException) -> Ending | None:
     if not isinstance(error, (ConnectionError, TimeoutError)):
         return None
-    return Ending(ExitCode.UNREACHABLE, f"the network failed ({first_line(error)}); the step is tried again")
+    return Ending(ExitCode.UNREACHABLE, f"the network failed ({first_line(error)}); the step is retried")
 
 
 def _internal(error: BaseException) -> Ending:

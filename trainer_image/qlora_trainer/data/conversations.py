@@ -60,9 +60,7 @@ def require_unicode(value: str, name: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise bad_dataset(
-            f"{name} has half of a surrogate pair at character {error.start}: not valid Unicode"
-        ) from error
+        raise bad_dataset(f"{name} has an unpaired surrogate at character {error.start}: not valid Unicode") from error
 
 
 def read_turns(value: object, notation: Notation, location: str, column: str, *, columnar: bool) -> tuple[Message, ...]:

@@ -39,4 +39,4 @@ def invalid_json(location: str, message: str, advice: str, *, cut: bool) -> Step
 
 def oversized_json(location: str, error: Exception) -> StepFailure:
     """BAD_DATASET for JSON beyond the parser's limits: digits of a number, depth of nesting."""
-    return bad_dataset(f"{location}: not valid JSON ({error}): a number or a nesting is too long")
+    return bad_dataset(f"{location}: not valid JSON ({error}): a number is too long or the nesting too deep")

@@ -44,7 +44,7 @@ def find_data(uri: str, wanted: Wanted, access: DataAccess, download: Path) -> D
         return _stored_data(source, ObjectFolder(source, access.secret, refuse=bad_dataset), download)
     if isinstance(source, (VolumeSource, ConfigMapSource)):
         return _mounted_data(uri, source, access.mounts)
-    raise bad_configuration(f"{uri} is not an address of data: must be hf://, pvc://, s3:// or configMap://")
+    raise bad_configuration(f"{uri} is not the address of a data set: must be hf://, pvc://, s3:// or configMap://")
 
 
 def mounted_data(uri: str, mounts: Mounts) -> DataFiles | None:

@@ -90,7 +90,7 @@ class ChunkMaker:
         if largest >= self.recipe.vocabulary:
             raise bad_configuration(
                 f"the tokenizer makes token {largest}, but the model has only {self.recipe.vocabulary} tokens "
-                "(vocab_size): the tokenizer is of another model; use the tokenizer that the model was trained with"
+                "(vocab_size): the tokenizer belongs to another model; use the one that the model was trained with"
             )
 
 

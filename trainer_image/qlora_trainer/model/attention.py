@@ -91,9 +91,9 @@ def rows_attention(
     """
     unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)
     if unknown:
-        raise ValueError(f"its attention takes {', '.join(unknown)}, which is not computed here")
+        raise ValueError(f"its attention takes {', '.join(unknown)}, which this trainer does not support")
     if not getattr(module, "is_causal", True):
-        raise ValueError("its tokens attend to later ones, which is not computed here")
+        raise ValueError("its tokens attend to later ones, which this trainer does not support")
     if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError("attention within rows takes a single batch row, no mask and no cache")
     if rows is None:

@@ -24,7 +24,7 @@ class HubModel:
         self._hub = hub
         self._listing = hub.list("model", source.repository, revision)
         if not fullmatch(r"[0-9a-f]{40}", self._listing.commit):
-            raise unreachable(f"{self.uri}: the hub gave no commit for its revision, but {self._listing.commit!r}")
+            raise unreachable(f"{self.uri}: the hub returned no commit for its revision, but {self._listing.commit!r}")
         self.version = self._listing.commit
         self.sizes = {name: file.size for name, file in self._listing.files.items()}
 

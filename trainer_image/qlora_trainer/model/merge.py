@@ -99,7 +99,7 @@ def keep_for_merge(base: Any, model_folder: Path, workspace: WorkspaceLayout, sh
         if not isinstance(parameter, Params4bit):
             weights.require(name)
     if not is_kept(workspace.quantized, sha256):
-        require_space(workspace.root, storage_of(base).bytes, "keeping the 4-bit weights for the merge")
+        require_space(workspace.root, storage_of(base).bytes, "saving the 4-bit weights for the merge")
         keep_quantized(base, workspace.quantized, sha256)
 
 

@@ -204,7 +204,7 @@ class VolumeModel:
         if ADAPTER_CONFIG_FILE in self._names:
             raise unsafe_artifact(
                 f"{self._uri} has {ADAPTER_CONFIG_FILE}: transformers would load that adapter into the base model "
-                "unasked; move the adapter's files out of the folder"
+                "too; move the adapter's files out of the folder"
             )
         self._settings = choose_settings(self._names, self._uri)
         for name in self._settings:
@@ -244,7 +244,7 @@ def reject_code(folder: Path) -> None:
         raise model_unavailable(f"the model's {path.name} is not JSON ({error})") from error
     if isinstance(settings, dict) and settings.get("auto_map"):
         raise unsafe_artifact(
-            f"the model's {path.name} has auto_map: its tokenizer has Python code of its own, which is never run "
+            f"the model's {path.name} has auto_map: its tokenizer brings its own Python code, which is never run "
             "here; use a model without it"
         )
 

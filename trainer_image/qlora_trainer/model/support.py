@@ -98,7 +98,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
         text = config.get_text_config(decoder=True)
         probed = probe(text)
         if not probed.exact:
-            _reject(model_type, "it computes attention or logits in a way that this trainer does not know")
+            _reject(model_type, "it computes attention or logits in a way that this trainer does not support")
         return Family(model_type, targets, fraction, probed.isolated, longest_row(text), same_rotation_up_to(text))
     except _UNUSABLE as error:
         raise bad_configuration(

@@ -13,7 +13,7 @@ _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
 # Multimodal families of which the text decoder is trained, under the names in files that servers expect.
 _TRAINED_TEXT_PARTS = frozenset({"gemma3"})
 _EXPERTS = "whose experts bitsandbytes leaves in 16 bit: most of the model would not be quantized"
-_RECURRENT = "it carries a state from token to token, which would run on from one packed row into the next"
+_RECURRENT = "it carries a state from token to token, which would leak from one packed row into the next"
 
 
 def entries(value: Any) -> Iterator[tuple[str, Any]]:
@@ -66,5 +66,5 @@ def reason_in_model(model: Any) -> str | None:
     if model._is_stateful:
         return _RECURRENT
     if not model.is_backend_compatible():
-        return "its attention is code of its own in transformers (as with ALiBi biases), which mixes packed rows"
+        return "its attention is implemented separately in transformers (as with ALiBi biases), which mixes packed rows"
     return None

@@ -36,7 +36,7 @@ def open_destination(
         return HubDestination(source, secret)
     if isinstance(source, RegistrySource):
         return RegistryDestination(source, secret, allowed=registries)
-    raise TypeError(f"the schema admits no destination like {address}")
+    raise TypeError(f"the schema allows no destination like {address}")
 
 
 def check_destination(address: str, *, mounts: Mounts, registries: tuple[str, ...], job_uid: str) -> None:

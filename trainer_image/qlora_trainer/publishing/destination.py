@@ -47,7 +47,7 @@ def reject_occupied(destination: Destination, is_own: Callable[[Manifest], bool]
     holders = destination.holders()
     if not holders:
         raise bad_configuration(
-            f"the destination {destination.uri} holds something that no QLoRAJob has published: choose another one"
+            f"the destination {destination.uri} has files that no QLoRAJob published: choose another one"
         )
     for holder in holders:
         if not is_own(holder):

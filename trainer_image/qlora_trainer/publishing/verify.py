@@ -134,8 +134,8 @@ def _require_learned(unmoved: list[str], layers: int) -> None:
     if len(unmoved) == layers:
         # Only settings can do this: gradients that are zero everywhere would have no loss to come from.
         raise bad_configuration(
-            "the trained adapter is still zero, so the model would answer as before: training took no step with a "
-            "learning rate above 0; set spec.training.warmupSteps below the number of steps, or raise learningRate"
+            "the trained adapter is still zero, so it does not change the model's answers: training took no step with "
+            "a learning rate above 0; set spec.training.warmupSteps below the number of steps, or raise learningRate"
         )
     if unmoved:
         raise _wrong_adapter(f"no gradient has reached {len(unmoved)} of {layers} layers, first {unmoved[0]}")

@@ -46,7 +46,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
         return done
     say("verifying the adapter")
     folder = _verify(job, context)
-    say("drawing the report")
+    say("writing the report")
     picture = write_report(job, workspace, device=context.device)
     say(f"writing to {destination.uri}")
     adapter = _write(job, folder, picture, destination)

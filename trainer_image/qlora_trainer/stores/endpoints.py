@@ -26,7 +26,7 @@ def server_address(environment: Mapping[str, str], variable: str) -> str | None:
         parts = urlsplit(address)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise _wrong(variable, "is no address") from None
+        raise _wrong(variable, "is not an address") from None
     if parts.scheme not in ("http", "https") or not host:
         raise _wrong(variable, f"begins with {address.partition(':')[0][:20]!r} or has no host")
     if parts.username is not None or parts.password is not None:

@@ -104,7 +104,7 @@ class Registry:
         """The content of a small blob, its digest checked."""
         content = b"".join(self._blocks(blob, 0))
         if digest_of(content) != blob.digest:
-            raise unsafe_artifact(f"{self.source}: {blob.digest} does not have the content of its digest")
+            raise unsafe_artifact(f"{self.source}: {blob.digest} has content that does not match its digest")
         return content
 
     def download(self, blob: Blob, path: Path, on_bytes: Callable[[int], None]) -> None:
@@ -144,7 +144,7 @@ class Registry:
                 with content.open("rb") as file:
                     answer = self._session.ask("PUT", url, headers=headers, data=file)
             if answer.status_code == 400:
-                raise unreachable(f"{self.source}: {blob.digest} did not arrive as it was sent: it is sent again")
+                raise unreachable(f"{self.source}: {blob.digest} did not arrive intact: it is sent again")
             self._require(answer, "written")
 
     def _upload_location(self, started: requests.Response) -> str:
@@ -155,7 +155,7 @@ class Registry:
         except ValueError as error:
             raise unreachable(
                 f"{self.source.registry} wants an upload to continue at {given[:100]!r}, which is not an address: "
-                "it is tried again; if this does not change, the registry is at fault"
+                "the step is retried; if this happens again, the registry is at fault"
             ) from error
 
     def tag(self, content: bytes, reference: str) -> None:

@@ -101,8 +101,7 @@ class RegistrySession(requests.Session):
         token = parse_token(answer.content)
         if token is None:
             raise unreachable(
-                f"{server} answered HTTP 200 for a token of {self._registry}, but with something else than a JSON "
-                "object that holds one"
+                f"{server} answered HTTP 200 for a token of {self._registry}, but not with a JSON object that has one"
             )
         return token
 
@@ -121,7 +120,7 @@ class _Guard(HTTPAdapter):
         origin = f"{address.scheme}://{address.netloc}"
         if "Authorization" in request.headers and origin not in self._origins:
             raise bad_configuration(
-                f"the registry sends us to {origin}, where the credentials of {self._field} are not sent: ask the "
+                f"the registry redirects to {origin}, where the credentials of {self._field} are not sent: ask the "
                 "administrator to add it to the profile's registries"
             )
         return super().send(request, *args, **options)

@@ -35,7 +35,7 @@ def retry(ask: Callable[[], _Answer], *, waits: Sequence[float], retryable: Call
         except Exception as error:
             if not retryable(error):
                 raise
-            logger.warning("trying again in %g s: %s", wait, redact(one_line(str(error))))
+            logger.warning("retrying in %g s: %s", wait, redact(one_line(str(error))))
         sleep(wait)
     return ask()
 

@@ -86,7 +86,7 @@ class ObjectFolder:
         if own and own != self._endpoint:
             raise bad_configuration(
                 f"AWS_ENDPOINT_URL_S3 is set, but not to {self._endpoint}, the address that AWS_ENDPOINT_URL and "
-                "AWS_REGION name: set AWS_ENDPOINT_URL, and leave the other out"
+                "AWS_REGION name: set AWS_ENDPOINT_URL, and unset the other"
             )
         self._store = S3Store(
             source.bucket,
@@ -241,7 +241,7 @@ class ObjectFolder:
             return unreachable(f"{self._endpoint} cannot be reached, or broke off, for {self.uri}")
         if status == 501:
             return bad_configuration(
-                f"{self._endpoint} cannot do what is asked of it for {self.uri} ({answer}): it must support "
+                f"{self._endpoint} does not support a request for {self.uri} ({answer}): it must support "
                 "conditional writes (If-None-Match); use a newer version of the server, or another store"
             )
         if is_retryable(status, conflicts=True):

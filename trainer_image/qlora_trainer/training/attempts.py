@@ -50,8 +50,8 @@ def reject_if_spent(attempts: Sequence[Attempt], from_step: int, max_disruptions
         raise StepFailure(
             ExitCode.RETRIES_EXHAUSTED,
             f"training was interrupted {disruptions} times and spec.retry.maxDisruptions allows {max_disruptions}; "
-            f"it had reached the checkpoint of step {from_step}: create the job again with a larger number, or where "
-            "pods live longer",
+            f"it had reached the checkpoint of step {from_step}: create the job again with a larger number, or on "
+            "nodes where pods are interrupted less often",
         )
     recent = attempts[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
     stuck = [attempt for attempt in recent if attempt.disrupted and attempt.from_step == from_step]
@@ -103,7 +103,7 @@ def read_attempts(records: Path) -> list[Attempt]:
         try:
             attempts.append(Attempt.model_validate_json(line))
         except ValidationError as error:
-            logger.warning("%s:%d is no attempt and is left out: %s", ATTEMPTS_FILE, number, error)
+            logger.warning("%s:%d is not a record of an attempt and is ignored: %s", ATTEMPTS_FILE, number, error)
     return attempts
 
 
@@ -125,6 +125,6 @@ def only_attempt(records: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as held:
             raise unreachable(
-                "another attempt still trains in this workspace; this one stops so that they do not both write"
+                "another attempt is still training in this workspace; this one stops, so that only one of them writes"
             ) from held
         yield

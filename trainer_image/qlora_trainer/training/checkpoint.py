@@ -86,7 +86,7 @@ def _verified(path: Path) -> Checkpoint:
     present = {entry.name for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()}
     for name, expected in sums.items():
         if name not in present:
-            raise ValueError(f"{name[:80]!r} is no file in it")
+            raise ValueError(f"{name[:80]!r} is not a file in it")
         found = file_sha256(path / name)
         if found != expected:
             raise ValueError(f"{name} has sha256 {found}, not {expected}")

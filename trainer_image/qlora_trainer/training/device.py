@@ -36,7 +36,7 @@ def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
 def no_gpu() -> StepFailure:
     """The failure of a step that needs a GPU and sees none."""
     return bad_configuration(
-        "no CUDA GPU is visible in this container: check that the profile asks for nvidia.com/gpu and that the node's "
+        "no CUDA GPU is visible in this container: check that the profile requests nvidia.com/gpu and that the node's "
         "driver is not older than this image's CUDA"
     )
 

@@ -98,7 +98,7 @@ class ChildRanks:
         for rank, process in enumerate(self._processes, start=1):
             status = process.poll()
             if status:
-                raise unreachable(f"{self._ending(rank, status)}. The step is tried again")
+                raise unreachable(f"{self._ending(rank, status)}. The step is retried")
 
     def end(self, deadline: float, expected: ExitCode | None = None) -> None:
         """Wait until all have ended; kill those that still run at `deadline` (a time of time.monotonic).

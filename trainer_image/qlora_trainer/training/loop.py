@@ -242,7 +242,7 @@ def _loss_without_gradient(run: Run, gradient: _Gradient) -> float:
 def _diverged(run: Run, state: RunState, what: str) -> StepFailure:
     kept = f"the checkpoint of step {run.checkpoint_step} is kept" if run.checkpoint_step else "nothing was saved yet"
     if run.checkpoint_step and run.checkpoint_step + 1 == state.stability.suspect_since:
-        kept += " (that step may itself have done the harm; a checkpoint before it has not)"
+        kept += " (that step may already have diverged; the checkpoint before it has not)"
     return StepFailure(
         ExitCode.DIVERGED,
         f"training diverged at step {state.step}: {what}; {kept}. Lower spec.training.learningRate or set warmupSteps, "

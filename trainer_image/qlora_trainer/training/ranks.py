@@ -183,7 +183,7 @@ class _Endings:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return unreachable(
             f"rank {self._own.rank} of {self._own.size} lost another process of this run "
-            f"({first_line(error)}); the step is tried again"
+            f"({first_line(error)}); the step is retried"
         )
 
     def require_none(self) -> None:
@@ -256,7 +256,5 @@ def _wait_for_all(store: Any, rank_info: RankInfo, endings: _Endings) -> None:
     while (joined_ranks := store.add(_JOINED, 0)) < rank_info.size:
         endings.require_none()
         if time.monotonic() > deadline:
-            raise unreachable(
-                f"{joined_ranks} of {rank_info.size} ranks joined within {TIMEOUT}; the step is tried again"
-            )
+            raise unreachable(f"{joined_ranks} of {rank_info.size} ranks joined within {TIMEOUT}; the step is retried")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
