@@ -88,7 +88,7 @@ def test_the_index_of_the_decisions_has_each_record_with_its_title_date_and_stat
         head = re.match(r"# (\d+)\. (.+)\n\nDate: (\d{4}-\d\d-\d\d) · Status: (.+)\n\n## Context\n", text)
         assert head is not None, f"{record.name} must begin with number, title, date and status"
         assert "## Decision\n" in text
-        assert "## Price\n" in text
+        assert "## Consequences\n" in text
         assert record.name.startswith(f"{int(head[1]):04}-")
         rows.append(f"| {head[1]} | [{head[2]}]({record.name}) | {head[3]} | {head[4]} |")
     index = (DOCS / "decisions" / "index.md").read_text()
