@@ -1,4 +1,4 @@
-"""Runs every benchmark, one after the other, on a machine that does nothing else; the results lie in `results/`."""
+"""Runs every benchmark, one after the other, on a machine that does nothing else; the results are in `results/`."""
 
 import argparse
 import subprocess

@@ -1,4 +1,4 @@
-"""Writes the data of the benchmarks: conversations whose lengths are spread as those of real chat, from a fixed seed.
+"""Writes the data of the benchmarks: conversations whose lengths are distributed as in real chat, from a fixed seed.
 
 Real chat is mostly short with a long tail; a log-normal distribution is its usual model. The text is a small grammar
 about machines and what is wrong with them: a model can learn it, so the loss falls, and no text has to be shipped.

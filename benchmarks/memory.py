@@ -16,7 +16,7 @@ def anonymous_bytes(process: int | str = "self") -> int:
 
 
 def shared_bytes(process: int | str = "self") -> int:
-    """The part of it that lies in shared memory or on a file system in memory; it cannot be dropped either."""
+    """The part of it that is in shared memory or on a file system in memory; it cannot be dropped either."""
     return _status(process, "RssShmem")
 
 

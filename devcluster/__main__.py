@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"devcluster: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("devcluster: interrupted; the next `up` starts afresh, `down` removes what there is", file=sys.stderr)
+        print(
+            "devcluster: interrupted; the next `up` starts from scratch, `down` removes what is left", file=sys.stderr
+        )
         return 130
 
 
@@ -103,21 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="devcluster", description="A real single-node Kubernetes, without Docker.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("packages", help="install the Debian packages that the cluster and the tests need")
-    commands.add_parser("prepare", help="install packages and build programs and images: all that tests and demo need")
+    commands.add_parser(
+        "prepare", help="install packages and build programs and images: all that the tests and the demo need"
+    )
     build = commands.add_parser("build", help="build the programs that the cache lacks and print their paths")
     build.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(toolchain.TOOLS)} (default: all)")
-    path = commands.add_parser("path", help="print the path of one program, built if need be")
+    path = commands.add_parser("path", help="build a program if needed, and print its path")
     path.add_argument("name", metavar="NAME")
-    up = commands.add_parser("up", help="start the cluster, or leave a healthy one alone; prints the kubeconfig's path")
-    up.add_argument("--gpus", type=_count, default=cluster.DEFAULT_GPUS, help="GPUs that the node claims (default: 2)")
-    commands.add_parser("down", help="stop the cluster and take everything it made off the machine, except caches")
-    commands.add_parser("leftovers", help="print what a cluster has on this machine; exit status 1 if anything")
+    up = commands.add_parser("up", help="start the cluster, or keep a healthy one; prints the kubeconfig's path")
+    up.add_argument("--gpus", type=_count, default=cluster.DEFAULT_GPUS, help="simulated GPUs of the node (default: 2)")
+    commands.add_parser("down", help="stop the cluster and remove everything that it made, except caches")
+    commands.add_parser("leftovers", help="print what a cluster has left on this machine; exit status 1 if anything")
     commands.add_parser(
         "status", help="print the programs, their logs and the node's state; exit status 1 if unhealthy"
     )
     commands.add_parser("kubeconfig", help="print the path of the administrator's kubeconfig")
     commands.add_parser("audit-log", help="print the path of the API server's audit log (one JSON line per request)")
-    load = commands.add_parser("load", help="make images of buildah's storage startable by pods")
+    load = commands.add_parser("load", help="load images from buildah's storage into the node")
     load.add_argument("images", nargs="+", metavar="IMAGE")
     commands.add_parser("images", help="build the operator's and the trainer's image and print their names")
     commands.add_parser("base-image", help="make the Debian base image and print its name")

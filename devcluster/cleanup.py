@@ -1,4 +1,4 @@
-"""Takes the cluster off the machine again, however it ended, and tells what is left."""
+"""Removes the cluster from the machine, however it ended, and reports what is left."""
 
 import contextlib
 import os
@@ -132,7 +132,7 @@ def _is_ours(layout: Layout, mount: str) -> bool:
 
 
 def _unmount(layout: Layout) -> None:
-    """Newest first, since later mounts lie on or below earlier ones; a busy one is detached."""
+    """Newest first, since later mounts may be on or below earlier ones; a busy one is detached."""
     for path in reversed([path for path in machine.mounts() if _is_ours(layout, path)]):
         try:
             run(["umount", path])
@@ -198,7 +198,7 @@ def _remove_empty(folder: Path) -> None:
     try:
         os.rmdir(folder)
     except OSError:
-        return  # not there, or somebody else uses it; `leftovers` tells which
+        return  # not there, or somebody else uses it; `leftovers` reports which
 
 
 def _restore_sysctls(before: Machine) -> None:

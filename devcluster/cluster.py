@@ -1,4 +1,4 @@
-"""Brings the cluster up in order, and tells how it is."""
+"""Starts the cluster's components in order, and reports their state."""
 
 import datetime
 import fcntl

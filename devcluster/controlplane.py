@@ -212,7 +212,7 @@ def is_ready(settings: Settings) -> bool:
 def running(*, controller_manager: bool = False, layout: Layout | None = None) -> Iterator[ControlPlane]:
     """Etcd and an API server on loopback, for tests that need the real API and no pods; no root needed.
 
-    Everything lies in a temporary folder and ends with the block, or with the calling process.
+    Everything is in a temporary folder and ends with the block, or with the calling process.
     `controller_manager` adds the controllers: garbage collection, Jobs (whose pods stay pending), ServiceAccounts.
     Raises ClusterError where a program has not been built before: a test builds nothing.
     """

@@ -164,7 +164,7 @@ def pip_configuration(environ: Mapping[str, str], files: Sequence[Path]) -> str:
     lines: list[str] = []
     for section in parser.sections():
         lines.append(f"[{section}]")
-        # A value of several lines, such as a list of indexes, goes on in indented ones.
+        # A value of several lines, such as a list of indexes, continues in indented ones.
         lines += [f"{key} = {value}".replace("\n", "\n  ") for key, value in parser.items(section)]
     return "\n".join([*lines, ""])
 

@@ -163,7 +163,7 @@ def refuse_conflicts() -> None:
         if rules := our_rules(saved):
             raise ClusterError(
                 f"{family} already has rules of a Kubernetes node, such as `{rules[0]}`: stop that node first, "
-                "or use a machine that is none"
+                "or use another machine"
             )
     ours = [ipaddress.ip_network(addresses.POD_SUBNET), ipaddress.ip_network(addresses.SERVICE_SUBNET)]
     for route in json.loads(run(["ip", "-json", "-4", "route", "show"]) or "[]"):

@@ -140,7 +140,7 @@ def until(
 ) -> None:
     """Wait for a condition; give up when it takes too long or a process in `needs` has died.
 
-    Raises ClusterError with the last lines of the log that tells why.
+    Raises ClusterError with the last lines of the log that shows why.
     """
     deadline = time.monotonic() + seconds
     while not condition():

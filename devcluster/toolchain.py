@@ -54,7 +54,7 @@ TOOLS = {
 
 
 def binary(layout: Layout, name: str) -> Path:
-    """Where a program lies in the cache, built or not.
+    """Where a program is in the cache, built or not.
 
     Raises ClusterError for a name that is not in TOOLS.
     """
@@ -141,7 +141,7 @@ def _build_one(layout: Layout, go: Path, name: str, position: str) -> None:
             while (status := _wait(builder)) is None:
                 console.mention(layout, f"{position} {name}: still building, {_elapsed(began)}")
         if status != 0:
-            raise ClusterError(f"building {name} failed; {log} says:\n{log.read_text(errors='replace')[-4000:]}")
+            raise ClusterError(f"building {name} failed; {log}:\n{log.read_text(errors='replace')[-4000:]}")
         unfinished.replace(target)
         log.unlink()
         console.say(f"{position} built {name} in {_elapsed(began)}")

@@ -1,6 +1,6 @@
 """Evaluates adapters of every system on the same held-out rows in the same way, in a process of its own.
 
-python -m benchmarks.speed.evaluate MODEL HELD_OUT < SNAPSHOTS, one object of `system` and `snapshots` (paths) a line
+python -m benchmarks.speed.evaluate MODEL HELD_OUT < SNAPSHOTS, one object of `system` and `snapshots` (paths) per line
 """
 
 import argparse

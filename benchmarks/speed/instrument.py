@@ -1,4 +1,4 @@
-"""Measures a training from outside, in the same way whatever runs it: PyTorch itself tells when a step is done."""
+"""Measures a training run from outside, the same way for every system: PyTorch itself reports when a step is done."""
 
 import ctypes
 import time

@@ -2,7 +2,7 @@
 
 As artidoro/qlora: PEFT's preparation for k-bit training, then LoRA weights and embeddings back to bf16 and norms in 32
 bit, rows sorted by length, one row padded to the longest of its batch, 16 accumulated, paged 32-bit AdamW, a constant
-rate and transformers' Trainer. Every token is learnt, as by the others.
+rate and transformers' Trainer. Every token is trained on, as in the others.
 """
 
 from typing import Any

@@ -26,7 +26,7 @@ def train(inputs: Inputs, instrument: Instrument) -> tuple[list[int], list[int]]
         "maxSequenceLength": MAX_LENGTH,
         "learningRate": LEARNING_RATE,
         "maxGradNorm": MAX_GRAD_NORM,
-        # As the others: every token is learnt, and no sample generated.
+        # As the others: every token is trained on, and no sample generated.
         "trainOn": "all",
         "samples": 0,
         "seed": SEED,

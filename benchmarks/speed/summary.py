@@ -47,7 +47,7 @@ def figures(repetitions: Sequence[Measured], base_loss: float, target_loss: floa
 
 
 def tokens_per_second(measured: Measured) -> float:
-    """Useful tokens a second of wall time, after the warm-up."""
+    """Useful tokens per second of wall time, after the warm-up."""
     warm_up, *_, last = measured["steps"][WARM_UP_STEPS - 1 :]
     tokens = sum(step["tokens"] for step in measured["steps"][WARM_UP_STEPS:])
     return float(tokens / (last["seconds"] - warm_up["seconds"]))

@@ -55,10 +55,10 @@ def _run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     say("kubectl get qlorajob demo --output wide")
     print(kubectl("get", "qlorajob", JOB, f"--namespace={NAMESPACE}", "--output=wide"), end="")
     output = _fetch(kubectl, images.trainer, job, options.output)
-    say("Asking the base model and the tuned model what neither has seen")
+    say("Comparing the base model and the tuned model on held-out requests")
     code = _evaluate(model, output)
     if not console.verbose():
-        print(f"What installers and image builders printed is in {layout.from_environment().build_log}")
+        print(f"The output of installers and image builders is in {layout.from_environment().build_log}")
     return code
 
 
@@ -87,11 +87,11 @@ def _cluster(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[K
         images = Images(options.operator_image, options.trainer_image)
         values = product.ANY_MACHINE if not options.gpu else {}
     else:
-        say("Starting the embedded Kubernetes (the first time its programs are built, about ten minutes)")
+        say("Starting the embedded Kubernetes (the first start builds its programs: about ten minutes)")
         with cluster.locked(where):
             cluster.up(where, cluster.DEFAULT_GPUS)
         kubeconfig = where.kubeconfig
-        say("Building the images (the first time with PyTorch, some minutes)")
+        say("Building the images (the first build installs PyTorch: some minutes)")
         images = product.build_images(where)
         product.load_images(where, images)
     say("helm upgrade --install qlora-operator")
@@ -186,7 +186,7 @@ def _evaluate(model: Path, output: Path) -> int:
     better = (
         measured["tuned"]["score"] > measured["base"]["score"] and measured["tuned"]["loss"] < measured["base"]["loss"]
     )
-    print("\nThe cluster goes on running: `export KUBECONFIG=$(make kubeconfig)`, or `make cluster-down` to stop it.")
+    print("\nThe cluster keeps running: `export KUBECONFIG=$(make kubeconfig)`, or `make cluster-down` to stop it.")
     return 0 if better else 1
 
 

@@ -1,6 +1,6 @@
 """Compares the base model with the tuned one on the held-out requests: answers side by side, score and loss.
 
-The base is held in 4 bit as it was in training, the adapter is loaded by plain PEFT, and answers are greedy, so the
+The base is stored in 4-bit as it was in training, the adapter is loaded by plain PEFT, and answers are greedy, so the
 numbers repeat.
 
     python examples/demo/evaluate.py --model DIR --adapter DIR --held-out FILE [--limit N] [--show N] [--json FILE]
@@ -157,7 +157,7 @@ def mark(answer: str, expected: str) -> str:
 
 
 def summary(base: Outcome, tuned: Outcome) -> str:
-    """Scores and losses of both, one measure a line."""
+    """Scores and losses of both, one measure per line."""
 
     def right(outcome: Outcome) -> str:
         return f"{outcome.score.exact} of {outcome.score.total} ({outcome.score.share:.0%})"

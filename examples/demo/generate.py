@@ -2,7 +2,7 @@
 
 Writes ``train.jsonl`` and ``held-out.jsonl`` beside this file, the same bytes on every machine. The two sets share the
 operations and nothing else: no workload, namespace, node or phrasing of a held-out request comes in training. A model
-that answers held-out requests has learnt the task and not the rows.
+that answers held-out requests has learned the task and not the rows.
 
     python examples/demo/generate.py            # write both files
     python examples/demo/generate.py --check    # exit 1 when a file differs from what would be written
@@ -110,7 +110,7 @@ def held_out_rows() -> list[Row]:
 
 
 def as_jsonl(examples: Iterable[Row]) -> str:
-    """Chat format, one JSON object a line."""
+    """Chat format, one JSON object per line."""
     return "".join(
         json.dumps(
             {
@@ -130,13 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check both files; returns the exit code."""
     parser = argparse.ArgumentParser(description="Generate the demo's data set.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is out of date")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files lie (default: beside this script)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the files (default: beside this script)")
     options = parser.parse_args(arguments)
     files = {"train.jsonl": as_jsonl(train_rows()), "held-out.jsonl": as_jsonl(held_out_rows())}
     if options.check:
         stale = [name for name, text in files.items() if read(options.folder / name) != text]
         for name in stale:
-            print(f"{options.folder / name} is not what generate.py makes; run generate.py again", file=sys.stderr)
+            print(f"{options.folder / name} is out of date; run generate.py again", file=sys.stderr)
         return 1 if stale else 0
     for name, text in files.items():
         (options.folder / name).write_text(text, encoding="utf-8", newline="\n")

@@ -16,7 +16,7 @@ from qlora_trainer.core.failures import unsafe_artifact
 from qlora_trainer.core.filesystem import atomic_folder, remove
 
 FILE_BYTES = 2**30
-"""Size at which a file of the folder is complete; this much is held in memory."""
+"""Size at which a file of the folder is complete; this much is in memory at a time."""
 _SUM = "sha256"
 Layer = Mapping[str, Tensor]
 """Packed weights, constants and tables of a 4-bit layer in main memory, named as in a checkpoint of bitsandbytes."""
