@@ -51,7 +51,7 @@ def test_the_page_states_on_which_base_and_with_which_rank_to_serve_the_adapter(
     words = Page(page_of(finished)).words
     trained_on = "The adapter was trained on the base model in nf4 with double quantization"
     assert f"{trained_on}, and its loss was measured on that base: load it on the same 4-bit base" in words
-    rank = "This adapter of rank 4 needs a server that allows rank 8: vLLM accepts certain values only"
+    rank = "This adapter has rank 4, so --max-lora-rank must be at least 8: vLLM accepts only certain values"
     assert f"{rank}, and its default is 16." in words
 
 
@@ -133,7 +133,7 @@ def test_what_users_and_data_wrote_cannot_become_markup(trained: Files) -> None:
 def test_a_report_without_samples_states_why(trained: Files) -> None:
     (trained.workspace / "report" / "samples.json").unlink()
     published(trained)
-    assert "No samples: training wrote none." in Page(page_of(trained)).words
+    assert "No samples: training did not write any." in Page(page_of(trained)).words
 
 
 def history_of(**curves: Curve) -> MetricsHistory:

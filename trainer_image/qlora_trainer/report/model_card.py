@@ -78,9 +78,9 @@ other model, without an adapter.
 
 {comparison}
 
-The base's weights are those that the adapter was trained on: {quantization_label(job.spec.quantization)}, dequantized.
-They differ from the original weights by the error of that quantization, which the adapter was trained with.
+The base weights in this model are those that the adapter was trained on, dequantized from
+{quantization_label(job.spec.quantization)}. They differ from the original weights by the quantization error.
 
-Do not quantize this model to 4-bit without measuring the result: the rounding error can be as large as what the adapter
-has added. To serve in 4-bit, load the original model in 4-bit, and the adapter on it.
+Do not quantize this model to 4-bit without measuring the result: the rounding error can be as large as the adapter's
+effect. To serve in 4-bit, load the original model in 4-bit and the adapter on top of it.
 """

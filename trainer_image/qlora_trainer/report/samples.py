@@ -35,4 +35,4 @@ def read_samples(path: Path) -> Samples:
         return Samples.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError) as error:
         logger.warning("no samples for the report: %s", error)
-        return Samples(missing="training wrote none")
+        return Samples(missing="training did not write any")
