@@ -18,6 +18,11 @@ def parquet(columns: dict[str, Any]) -> bytes:
 
 TEXTS = parquet({"text": ["some text"] * 300})
 
+# A footer in which a column cannot be null (the schema's element says so in field 3), and which counts nulls in it.
+CONTRADICTION = parquet({"messages": [[{"role": "user", "content": "q"}]]}).replace(
+    b"\x35\x02\x18\x08messages", b"\x34\x02\x18\x08messages"
+)
+
 TALK = [
     {"role": "user", "content": "a", "tool_calls": None},
     {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1, "y": None}}]},
@@ -67,6 +72,7 @@ TABLES = (
     columns("Parquet that is cut off", TEXTS[:-20], "cannot be read as Parquet (at its start or end"),
     columns("JSON called Parquet", b'{"text": "a"}\n', "cannot be read as Parquet (at its start or end"),
     columns("damaged Parquet", TEXTS[:4] + b"\xff" * 40 + TEXTS[44:], "cannot be read as Parquet"),
+    columns("contradiction in a Parquet footer", CONTRADICTION, "cannot be read as Parquet (at its start or end: "),
     columns("Parquet without rows", parquet({"text": pa.array([], pa.string())}), "has no rows"),
     columns("null in Parquet", parquet({"text": ["a", "b", None]}), "row 3: 'text' is null: must be text"),
     columns("numbers in Parquet", parquet({"text": [1.0, float("nan")]}), "row 1: 'text' is a number: must be text"),

@@ -1,24 +1,31 @@
 """Bounds the memory that a Parquet file takes: how large its pages get when they are decompressed.
 
-The footer's `total_uncompressed_size` (pyarrow's metadata) cannot serve as the bound. pyarrow allocates what the header
-of a page states, and nothing makes the footer agree with it: in tests/trainer/promises/test_hostile_data.py a footer
-states 844 bytes, and a page of the same file 2 GiB. Nor does the footer state the size of a dictionary alone, whose
-values pyarrow copies for every row that has them. So the headers themselves are read here; they are structures of
-Thrift's compact protocol
-(https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md).
+The footer's `total_uncompressed_size` cannot serve as the bound. pyarrow allocates what the header of a page states,
+and nothing makes the footer agree with it: in tests/trainer/promises/test_hostile_data.py a footer states 844 bytes,
+and a page of the same file 2 GiB. Nor does the footer state the size of a dictionary alone, whose values pyarrow copies
+for every row that has them. So the headers themselves are read here.
+
+So is the footer, in which a column's pages are found. pyarrow has it as `ParquetFile.metadata`, but its binding lets no
+exception through there: a damaged footer would abort the process. Its readers of rows do raise.
+
+Fields are numbered in https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from qlora_trainer.data.thrift import I32, I64, LIST, STRUCT, Structure, read_structure
+
+_ROW_GROUPS, _COLUMNS, _COLUMN_METADATA = (4, LIST), (1, LIST), (3, STRUCT)
+_VALUES, _CHUNK_SIZE, _FIRST_DATA_PAGE, _DICTIONARY_PAGE = (1, I32), (7, I64), (9, I64), (11, I64)
+_PAGE, _UNCOMPRESSED, _COMPRESSED = (1, I32), (2, I32), (3, I32)
+_BYTE_ARRAYS = frozenset({6, 7})
+"""Values of variable and of fixed length."""
 _DICTIONARY = 2
-_TYPE, _UNCOMPRESSED, _COMPRESSED = 1, 2, 3
-_BYTES = frozenset({"BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"})
-# Types of Thrift's compact protocol. Page headers have no lists and no maps.
-_BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, 12
-_DEEPEST = 4
-_LONGEST_NUMBER = 10
+_TRAILER_BYTES = 8
+"""The size of the footer, in four bytes, and PAR1."""
 
 
 @dataclass(frozen=True)
@@ -31,75 +38,45 @@ class RowGroupSizes:
     """Those of them that hold values of text or bytes: no single value is larger."""
 
 
-def row_group_sizes(path: Path, metadata: Any) -> list[RowGroupSizes]:
-    """The sizes in each row group of the file with this FileMetaData. No page is read, only their headers.
+def row_group_sizes(path: Path) -> list[RowGroupSizes]:
+    """The sizes in each row group of a file. No page is read, only their headers.
 
-    Raises ValueError for what is not a page, and OverflowError for an offset that no file has.
+    Raises ValueError for what is not a footer or a page, and OverflowError for an offset that no file has.
     """
     with path.open("rb") as file:
-        return [_row_group(file, metadata.row_group(number)) for number in range(metadata.num_row_groups)]
+        return [_row_group(file, group) for group in _listed(_footer(file), _ROW_GROUPS)]
 
 
-def _row_group(file: IO[bytes], group: Any) -> RowGroupSizes:
+def _footer(file: IO[bytes]) -> Structure:
+    end = file.seek(-_TRAILER_BYTES, os.SEEK_END)
+    file.seek(end - int.from_bytes(file.read(4), "little"))
+    return read_structure(file)
+
+
+def _listed(structure: Structure, field: tuple[int, int]) -> list[Structure]:
+    found: list[Structure] | None = structure.get(field)
+    if found is None:
+        raise ValueError("the footer does not list the row groups and their columns")
+    return found
+
+
+def _row_group(file: IO[bytes], group: Structure) -> RowGroupSizes:
     pages = dictionaries = 0
-    for column in map(group.column, range(group.num_columns)):
-        offsets = [offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset]
+    for column in _listed(group, _COLUMNS):
+        chunk: Structure = column.get(_COLUMN_METADATA, {})
+        offsets = [offset for field in (_DICTIONARY_PAGE, _FIRST_DATA_PAGE) if (offset := chunk.get(field))]
         if not offsets:
             # A column without rows.
             continue
         first = min(offsets)
         file.seek(first)
-        while file.tell() < first + column.total_compressed_size:
-            header = _fields(file)
+        while file.tell() < first + chunk.get(_CHUNK_SIZE, 0):
+            header = read_structure(file)
             size, compressed = header.get(_UNCOMPRESSED, -1), header.get(_COMPRESSED, -1)
             if size < 0 or compressed < 0:
                 raise ValueError(f"a page at byte {file.tell()} states no size")
             pages += size
-            if header.get(_TYPE) == _DICTIONARY and column.physical_type in _BYTES:
+            if header.get(_PAGE) == _DICTIONARY and chunk.get(_VALUES) in _BYTE_ARRAYS:
                 dictionaries += size
             file.seek(compressed, 1)
     return RowGroupSizes(pages, dictionaries)
-
-
-def _fields(file: IO[bytes], depth: int = 0) -> dict[int, int]:
-    """The integers of a structure, by field; the rest of it is skipped."""
-    if depth > _DEEPEST:
-        raise ValueError(f"the header of a page at byte {file.tell()} nests without end")
-    found: dict[int, int] = {}
-    number = 0
-    while lead := _byte(file):
-        step, kind = lead >> 4, lead & 15
-        number = number + step if step else _signed(file)
-        if kind in _INTEGERS:
-            found[number] = _signed(file)
-        elif kind in (_BYTE, _DOUBLE):
-            file.seek(1 if kind == _BYTE else 8, 1)
-        elif kind == _BINARY:
-            file.seek(_unsigned(file), 1)
-        elif kind == _STRUCT:
-            _fields(file, depth + 1)
-        elif kind not in _BOOLEANS:
-            raise ValueError(f"there is no page at byte {file.tell()}")
-    return found
-
-
-def _signed(file: IO[bytes]) -> int:
-    value = _unsigned(file)
-    return value >> 1 ^ -(value & 1)
-
-
-def _unsigned(file: IO[bytes]) -> int:
-    value = 0
-    for index in range(_LONGEST_NUMBER):
-        byte = _byte(file)
-        value |= (byte & 0x7F) << 7 * index
-        if byte < 0x80:
-            return value
-    raise ValueError(f"a number at byte {file.tell()} has no end")
-
-
-def _byte(file: IO[bytes]) -> int:
-    byte = file.read(1)
-    if not byte:
-        raise ValueError("a page begins after the end of the file")
-    return byte[0]

@@ -67,10 +67,11 @@ def read_parquet(file: DataFile) -> Iterator[Row]:
     number, inflation = 0, Inflation(file)
     try:
         with ParquetFile(file.path) as table:
-            groups = row_group_sizes(file.path, table.metadata)
+            groups = row_group_sizes(file.path)
             # Checked before any page is decompressed, since a page is decompressed whole.
             Inflation(file).add(sum(group.pages for group in groups))
-            for batch in chain.from_iterable(_batches(table, index, group) for index, group in enumerate(groups)):
+            numbered = zip(range(table.num_row_groups), groups, strict=True)
+            for batch in chain.from_iterable(_batches(table, index, group) for index, group in numbered):
                 inflation.add(batch.nbytes)
                 size = batch.nbytes // max(1, batch.num_rows)
                 for values in batch.to_pylist():
