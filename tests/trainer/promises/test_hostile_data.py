@@ -134,6 +134,22 @@ def a_parquet_page_that_says_it_is_huge(place: Place) -> None:
 @case(DATASET, "bytes when it is decompressed")
 def a_parquet_value_that_every_row_has(place: Place) -> None:
     """A thousand rows with the same 60 MB in two columns, which are stored once."""
+    write_repeated_values(place)
+
+
+@case(DATASET, "bytes when it is decompressed")
+def a_parquet_value_that_every_row_has_in_a_column_called_int32(place: Place) -> None:
+    """The same, but the footer gives each column's pages another type, which pyarrow ignores for that of the schema."""
+    write_repeated_values(place)
+    path = place.data / "train.parquet"
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    text, number = b"\x15\x0c\x19", b"\x15\x02\x19"
+    assert content.count(text, footer) == 3
+    path.write_bytes(content[:footer] + content[footer:].replace(text, number))
+
+
+def write_repeated_values(place: Place) -> None:
     value = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), ["a" * 30_000_000])
     table = pyarrow.table({"text": ["word"] * 1000, "one": value, "two": value})
     (place.data / "train.jsonl").unlink()

@@ -19,10 +19,8 @@ from typing import IO
 from qlora_trainer.data.thrift import I32, I64, LIST, STRUCT, Structure, read_structure
 
 _ROW_GROUPS, _COLUMNS, _COLUMN_METADATA = (4, LIST), (1, LIST), (3, STRUCT)
-_VALUES, _CHUNK_SIZE, _FIRST_DATA_PAGE, _DICTIONARY_PAGE = (1, I32), (7, I64), (9, I64), (11, I64)
+_CHUNK_SIZE, _FIRST_DATA_PAGE, _DICTIONARY_PAGE = (7, I64), (9, I64), (11, I64)
 _PAGE, _UNCOMPRESSED, _COMPRESSED = (1, I32), (2, I32), (3, I32)
-_BYTE_ARRAYS = frozenset({6, 7})
-"""Values of variable and of fixed length."""
 _DICTIONARY = 2
 _TRAILER_BYTES = 8
 """The size of the footer, in four bytes, and PAR1."""
@@ -35,7 +33,7 @@ class RowGroupSizes:
     pages: int
     """All pages, decompressed."""
     dictionaries: int
-    """Those of them that hold values of text or bytes: no single value is larger."""
+    """Those of them that are dictionaries: no value of a column that has one is larger."""
 
 
 def row_group_sizes(path: Path) -> list[RowGroupSizes]:
@@ -76,7 +74,8 @@ def _row_group(file: IO[bytes], group: Structure) -> RowGroupSizes:
             if size < 0 or compressed < 0:
                 raise ValueError(f"a page at byte {file.tell()} states no size")
             pages += size
-            if header.get(_PAGE) == _DICTIONARY and chunk.get(_VALUES) in _BYTE_ARRAYS:
+            # Of any type: that of the chunk is not the one by which pyarrow reads it, which is the schema's.
+            if header.get(_PAGE) == _DICTIONARY:
                 dictionaries += size
             file.seek(compressed, 1)
     return RowGroupSizes(pages, dictionaries)
