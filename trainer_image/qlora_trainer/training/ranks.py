@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qlora_api.contract import ExitCode
 from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device
-from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
+from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_memory, unreachable
 from qlora_trainer.core.outcome import classify
 from qlora_trainer.training.launch import ChildRanks, RankInfo
 
@@ -138,10 +138,10 @@ class Ranks:
     def _exchange(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            raise (error if self.lost is None else self.lost(error)) from error
+            if self.lost is None or is_out_of_gpu_memory(error):
+                raise
+            raise self.lost(error) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
