@@ -16,7 +16,13 @@ SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA driver error: out of memory"),
+    torch.distributed.DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    ),
 ]
+REPORTERS = ("PyTorch", "cuBLAS", "CUDA", "driver", "NCCL")
 OTHERS = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
@@ -25,7 +31,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("error", SHORTAGES, ids=("PyTorch", "cuBLAS", "driver"))
+@pytest.mark.parametrize("error", SHORTAGES, ids=REPORTERS)
 def test_the_gpu_is_out_of_memory_whoever_has_asked_for_it(error: RuntimeError) -> None:
     """Training halves its micro batch for the same errors that end the step with this exit code."""
     assert is_out_of_gpu_memory(error)
@@ -35,7 +41,7 @@ def test_the_gpu_is_out_of_memory_whoever_has_asked_for_it(error: RuntimeError) 
     assert "\n" not in ending.message
 
 
-@pytest.mark.parametrize("error", SHORTAGES, ids=("PyTorch", "cuBLAS", "driver"))
+@pytest.mark.parametrize("error", SHORTAGES, ids=REPORTERS)
 def test_a_shortage_is_found_behind_the_error_that_it_led_to(error: RuntimeError) -> None:
     outer = KeyError("state")
     outer.__context__ = error

@@ -1,11 +1,15 @@
 """Why a step stops: a failure with its exit code and the sentence for the user, or a request from outside."""
 
+import re
 import sys
 
 from qlora_api.contract import ExitCode
 
-# What cuBLAS and the CUDA driver report when PyTorch's allocator has left them nothing. Their errors have no own type.
-_OUT_OF_GPU_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+# What cuBLAS, CUDA, its driver and NCCL report when PyTorch's allocator has left them nothing. Their errors have no own
+# type.
+_OUT_OF_GPU_MEMORY = re.compile(
+    r"CUBLAS_STATUS_ALLOC_FAILED|CUDA (driver )?error: out of memory|Cuda failure (\d+ )?'out of memory'"
+)
 
 
 class StepFailure(Exception):  # noqa: N818 - the step is what fails
@@ -47,11 +51,11 @@ def unreachable(message: str) -> StepFailure:
 
 
 def is_out_of_gpu_memory(error: BaseException) -> bool:
-    """Whether the GPU is out of memory, whether PyTorch, cuBLAS or the driver has asked for it. Does not load torch."""
+    """Whether the GPU is out of memory, whether PyTorch or a library below it has asked for it. Does not load torch."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_GPU_MEMORY)
+    return isinstance(error, RuntimeError) and _OUT_OF_GPU_MEMORY.search(str(error)) is not None
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the step was asked to stop and has saved its state
