@@ -410,6 +410,17 @@ def test_clean_deletes_what_a_killed_step_has_left_incomplete(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", "merged", "records", "report"]
 
 
+def test_clean_deletes_nothing_behind_a_link(tmp_path: Path) -> None:
+    layout, outside = WorkspaceLayout(tmp_path / "job"), tmp_path / "outside"
+    layout.root.mkdir()
+    outside.mkdir()
+    (outside / ".theirs.partial").touch()
+    for folder in (layout.records, layout.report, layout.models):
+        folder.symlink_to(outside)
+    clean(layout)
+    assert [path.name for path in outside.iterdir()] == [".theirs.partial"]
+
+
 def test_the_clean_command_writes_nothing_into_the_workspace(trained: Files) -> None:
     (trained.workspace / "records" / "clean.log").mkdir()
     done = trained.run("clean")

@@ -16,4 +16,6 @@ def clean(workspace: WorkspaceLayout) -> None:
     for folder in (workspace.models, workspace.data, workspace.checkpoints, workspace.trained, workspace.quantized):
         remove(folder)
     for folder in (workspace.root, workspace.records, workspace.report):
-        remove_partials(folder)
+        # What a link leads to is outside. The root itself may be reached by one.
+        if folder == workspace.root or not folder.is_symlink():
+            remove_partials(folder)
