@@ -91,6 +91,32 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
     assert path.read_bytes() == b"old"
 
 
+def test_two_processes_that_write_a_file_at_once_both_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one, which may have the same process id in its own container, writes while this one syncs."""
+    path, fsync = tmp_path / "prepare.json", os.fsync
+
+    def sync_while_another_writes(number: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomically(path, b"its record")
+        assert path.read_bytes() == b"its record"
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", sync_while_another_writes)
+    write_atomically(path, b"this record")
+    assert path.read_bytes() == b"this record"
+    assert os.listdir(tmp_path) == ["prepare.json"]
+
+
+def test_every_new_folder_above_a_file_is_synced_into_the_one_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    write_atomically(tmp_path / "team" / "job" / "record.json", b"{}")
+    assert synced[:2] == [str(tmp_path), str(tmp_path / "team")]
+    assert synced[-1] == str(tmp_path / "team" / "job")
+
+
 def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
     outside, linked, dangling = tmp_path / "outside", tmp_path / "link", tmp_path / "dangling"
     outside.mkdir()

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 
 from safetensors import SafetensorError
 
@@ -91,8 +92,8 @@ def remove(path: Path) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace the file at `path` in one step; it is durable afterwards. Raises OSError and then leaves it as it was."""
     _make_folder(path.parent)
-    # Processes that train together may write the same file.
-    partial = partial_path(path.with_name(f"{path.name}.{os.getpid()}"))
+    # A pod on a lost node may still write the same file, and processes of two containers often have the same id.
+    partial = partial_path(path.with_name(f"{path.name}.{token_hex(8)}"))
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -156,7 +157,8 @@ def remove_partials(folder: Path, *, but: Path | None = None) -> None:
 
 
 def _make_folder(path: Path) -> None:
-    """Make the folder durable too: after a power failure, what was synced into it must have a name."""
+    """Make the folder durable, with all above it: after a power failure, what was synced into it must have a name."""
     if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
         sync(path.parent)
