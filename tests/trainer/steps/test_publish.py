@@ -27,6 +27,7 @@ from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores.contents import describe_files
 from tests.support.command import ROWS, Files
+from tests.support.publication import MANIFEST
 from tests.support.published import published
 from tests.support.tiny import JOB_UID, POD_UID, Recorded
 from tests.trainer.conftest import MakeContext
@@ -323,6 +324,19 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(tmp_path: Path) 
         slow.write(Overtaken({"README.md": b"slow"}), manifests[0])
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert (tmp_path / "adapter" / "README.md").read_bytes() == b"fast"
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_a_folder_is_replaced_after_an_attempt_was_killed_at_its_end(tmp_path: Path) -> None:
+    contents = {"README.md": b"# Tiny\n"}
+    manifest = MANIFEST.model_copy(update={"files": describe_files(contents)})
+    destination = VolumeFolder(tmp_path / "adapter", "pvc://data/adapter", owner="local")
+    destination.write(contents, manifest)
+    left = tmp_path / f".adapter.{manifest.job_uid}.local.replaced.partial"
+    shutil.copytree(tmp_path / "adapter", left)
+    (tmp_path / "adapter" / "README.md").write_bytes(b"damaged")
+    destination.write(contents, manifest)
+    assert destination.damaged(manifest) is None
     assert os.listdir(tmp_path) == ["adapter"]
 
 

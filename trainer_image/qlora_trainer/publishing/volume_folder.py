@@ -76,7 +76,10 @@ def _write(path: Path, content: Path | bytes) -> None:
 def _swap(stage: Path, folder: Path) -> None:
     """Rename over an empty folder or none; a folder of the same run, damaged or older, is moved aside first."""
     if folder.exists() and any(folder.iterdir()):
-        folder.rename(stage.with_suffix(f".replaced{PARTIAL}"))
+        aside = stage.with_suffix(f".replaced{PARTIAL}")
+        # What was here before the last time, if its attempt was killed after the swap: on a laptop all are one owner.
+        remove(aside)
+        folder.rename(aside)
     os.replace(stage, folder)
 
 
