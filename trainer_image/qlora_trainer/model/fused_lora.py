@@ -26,7 +26,7 @@ class FusedLora(Linear4bit):
     """Whether backward comes right after a second forward pass: gradient checkpointing recomputes the block."""
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """X Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in autocast's type."""
+        """The output x Wᵀ + bias + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685), in autocast's type."""
         if arguments or keywords or not self._is_plain(x):
             return cast("Tensor", super().forward(x, *arguments, **keywords))
         base, name = self.get_base_layer(), self.active_adapters[0]
