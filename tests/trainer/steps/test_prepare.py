@@ -149,6 +149,17 @@ def test_what_is_lost_is_made_again(make_context: MakeContext, records: Recorded
 
 
 @pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("resolved", [None, {"model": "a", "tokenizer": None, "data": "b", "evalData": None}])
+def test_data_with_a_damaged_manifest_are_made_again(
+    make_context: MakeContext, records: Recorded, resolved: dict[str, Any] | None
+) -> None:
+    context = make_context()
+    record = prepare(context, records)
+    (context.workspace.root / record.data_path / "manifest.json").write_text(json.dumps({"resolved": resolved}))
+    assert prepare(context, records) == record
+
+
+@pytest.mark.usefixtures("rows")
 def test_rows_that_are_too_long_are_left_out_and_counted(
     make_context: MakeContext, records: Recorded, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

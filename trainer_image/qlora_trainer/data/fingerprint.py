@@ -70,7 +70,7 @@ class ResolvedInputs:
         """The inputs of a data folder by its manifest; None if that is missing or damaged."""
         try:
             found = json.loads((folder / PREPARED_MANIFEST).read_bytes())["resolved"]
-            return cls(found["model"], found["tokenizer"], found["data"], found["evalData"])
+            return cls(found["model"], dict(found["tokenizer"]), found["data"], found["evalData"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
