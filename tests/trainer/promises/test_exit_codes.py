@@ -256,5 +256,5 @@ def test_203_an_error_that_nobody_foresaw(tmp_path: Path, finished: Files) -> No
     assert (done.exit_code, done.result.reason) == (203, "InternalError")
     assert "could not convert string to float: '[redacted]'" in done.result.message
     assert done.stderr.startswith("Traceback ")
-    assert "report.py" in done.stderr
+    assert "metrics_log.py" in done.stderr
     assert "hf_abcdefghijklmnop" not in done.stderr
