@@ -61,7 +61,7 @@ def up(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
             console.say(f"removing a cluster that is broken: {reasons[0]}")
             cleanup.down(layout)
         binaries = toolchain.build(layout, _PROGRAMS)
-        machine.refuse_conflicts()
+        machine.reject_conflicts()
         # From here on `down` knows what to go back to, at whatever point this is cut short.
         machine.observe().save(layout.before)
         _Start(layout, binaries).everything()

@@ -157,7 +157,7 @@ def _has(program: str) -> bool:
     return shutil.which(program, path=environment()["PATH"]) is not None
 
 
-def refuse_conflicts() -> None:
+def reject_conflicts() -> None:
     """Raise ClusterError when the machine is a Kubernetes node already or uses our addresses."""
     for family, saved in firewall().items():
         if rules := our_rules(saved):

@@ -122,7 +122,7 @@ class Reconciler:
             logger.info("created Job %s", name, extra={"key": (job.namespace, job.name)})
         except RejectedError as error:
             raise _BlockedError(
-                Reason("JobRefused", f"the API server rejects Job {name}: {error}"), _SECONDS_AFTER_REJECTION
+                Reason("JobRejected", f"the API server rejects Job {name}: {error}"), _SECONDS_AFTER_REJECTION
             ) from error
         except ConflictError as error:
             created = await self._existing(self.cluster.get_job(job.namespace, name))
@@ -141,7 +141,7 @@ class Reconciler:
             logger.info("created PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
         except RejectedError as error:
             raise _BlockedError(
-                Reason("ClaimRefused", f"the API server rejects PersistentVolumeClaim {name}: {error}"),
+                Reason("ClaimRejected", f"the API server rejects PersistentVolumeClaim {name}: {error}"),
                 _SECONDS_AFTER_REJECTION,
             ) from error
         except ConflictError as error:

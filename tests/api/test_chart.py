@@ -1,4 +1,4 @@
-"""The chart with real Helm: what it renders, what it refuses, and what it does to a real API server."""
+"""The chart with real Helm: what it renders, what it rejects, and what it does to a real API server."""
 
 import json
 import shutil
@@ -228,7 +228,7 @@ def test_a_kubernetes_of_the_documented_version_or_newer_is_taken(helm: Helm, ve
     assert "kind: Deployment" in helm("template", RELEASE, str(CHART), "--kube-version", version)
 
 
-def test_an_older_kubernetes_is_refused_with_both_versions(helm: Helm) -> None:
+def test_an_older_kubernetes_is_rejected_with_both_versions(helm: Helm) -> None:
     with pytest.raises(ClusterError, match=r"requires kubeVersion: >=1\.31\.0-0 .*1\.30\.9"):
         helm("template", RELEASE, str(CHART), "--kube-version", "1.30.9")
 

@@ -22,7 +22,7 @@ def test_an_image_is_named_as_the_kubelet_names_it(given: str, expected: str) ->
     assert images.qualified(given) == expected
 
 
-def test_a_digest_is_refused() -> None:
+def test_a_digest_is_rejected() -> None:
     with pytest.raises(ClusterError, match="give a tag, not a digest"):
         images.qualified("trainer@sha256:00")
 

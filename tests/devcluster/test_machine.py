@@ -64,6 +64,6 @@ def test_a_snapshot_survives_being_written(tmp_path: Path) -> None:
     assert machine.load(tmp_path / "none.json") is None
 
 
-def test_a_cache_folder_too_deep_for_sockets_is_refused() -> None:
+def test_a_cache_folder_too_deep_for_sockets_is_rejected() -> None:
     with pytest.raises(ClusterError, match="at most 60: set QLORA_CACHE to a shorter path"):
         layout.from_environment({"QLORA_CACHE": "/" + "x" * 60})

@@ -62,7 +62,7 @@ def _pull(challenge: str, token: bytes, secret: Secret) -> None:
             answer.headers["WWW-Authenticate"] = challenge
         return answer
 
-    registry = Registry(_SOURCE, secret, allowed=(_HOST,), refuse=model_unavailable)
+    registry = Registry(_SOURCE, secret, allowed=(_HOST,), reject=model_unavailable)
     with mock.patch.object(HTTPAdapter, "send", send):
         assert registry.manifest("v1") is None
 
@@ -83,7 +83,7 @@ def _docker_login(content: bytes, folder: Path) -> None:
 
 @cache
 def _objects() -> ObjectFolder:
-    return ObjectFolder(ObjectStoreSource("team", "folder"), _NO_SECRET, refuse=bad_configuration)
+    return ObjectFolder(ObjectStoreSource("team", "folder"), _NO_SECRET, reject=bad_configuration)
 
 
 def _store_error(content: bytes, _folder: Path) -> None:

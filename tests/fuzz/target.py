@@ -14,30 +14,30 @@ LONGEST_MESSAGE = 20_000
 
 @dataclass(frozen=True)
 class Target:
-    """A parser. Whatever the input is, it returns, or refuses it in one of the ways that are documented."""
+    """A parser. Whatever the input is, it returns, or rejects it in one of the ways that are documented."""
 
     parse: Callable[[bytes, Path], object]
     """Gets the input, and a folder where it may write files. What it gives back besides is looked at here, too."""
     seeds: tuple[bytes, ...]
     """Inputs that are taken, to begin with."""
-    refusals: tuple[type[Exception], ...] = ()
+    rejections: tuple[type[Exception], ...] = ()
     exit_codes: tuple[ExitCode, ...] = ()
     """How it may end the step."""
 
     def check(self, content: bytes, folder: Path) -> None:
         """Parse the content. Raises whatever the parser should not have raised, and AssertionError for bad words."""
-        refusal = self._refusal(content, folder)
-        if isinstance(refusal, StepFailure):
-            assert refusal.exit_code in self.exit_codes, f"ends with {refusal.exit_code!r}: {refusal.message}"
-            assert _record(refusal).message.isprintable()
-        assert refusal is None or len(str(refusal)) <= LONGEST_MESSAGE, "the refusal has no end"
+        rejection = self._rejection(content, folder)
+        if isinstance(rejection, StepFailure):
+            assert rejection.exit_code in self.exit_codes, f"ends with {rejection.exit_code!r}: {rejection.message}"
+            assert _record(rejection).message.isprintable()
+        assert rejection is None or len(str(rejection)) <= LONGEST_MESSAGE, "the rejection has no end"
 
-    def _refusal(self, content: bytes, folder: Path) -> Exception | None:
-        allowed: tuple[type[Exception], ...] = (*self.refusals, StepFailure) if self.exit_codes else self.refusals
+    def _rejection(self, content: bytes, folder: Path) -> Exception | None:
+        allowed: tuple[type[Exception], ...] = (*self.rejections, StepFailure) if self.exit_codes else self.rejections
         try:
             self.parse(content, folder)
-        except allowed as refusal:
-            return refusal
+        except allowed as rejection:
+            return rejection
         return None
 
 

@@ -225,8 +225,8 @@ OPERATOR = (
     Mutant(
         name="a-rejected-job-is-no-reason",
         file=f"{_OPERATOR}/reconcile.py",
-        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("JobRefused"',
-        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("JobRefused"',
+        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("JobRejected"',
+        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("JobRejected"',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),
@@ -234,8 +234,8 @@ OPERATOR = (
     Mutant(
         name="a-rejected-claim-is-no-reason",
         file=f"{_OPERATOR}/reconcile.py",
-        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("ClaimRefused"',
-        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("ClaimRefused"',
+        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("ClaimRejected"',
+        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("ClaimRejected"',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),

@@ -20,7 +20,7 @@ OTHER_COMMIT = "deadbeef" * 5
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejection:
     """An answer instead of the file or listing: a status, and the code by which the hub says why."""
 
     status: int
@@ -37,7 +37,7 @@ class FakeHub:
     token: str | None = None
     """If set, what the Authorization header must hold."""
     commit: str = COMMIT
-    refuse: Callable[[str, str], Refusal | None] = lambda _method, _path: None
+    reject: Callable[[str, str], Rejection | None] = lambda _method, _path: None
     """Called with each request's method and path."""
     truncate: Callable[[str], int | None] = lambda _path: None
     """How many bytes of a file to send before the connection ends."""
@@ -106,13 +106,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         self.hub.tokens.add(self._token())
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        refusal = self.hub.refuse(self.command, path)
-        if refusal is None and self.hub.token not in (None, self._token()) and not path.startswith("/large/"):
-            refusal = Refusal(401)
-        if refusal is not None:
-            headers = {"X-Error-Code": refusal.error_code} if refusal.error_code else {}
-            headers |= {"Location": refusal.location} if refusal.location else {}
-            self._send(refusal.status, json.dumps({"error": "refused"}).encode(), headers)
+        rejection = self.hub.reject(self.command, path)
+        if rejection is None and self.hub.token not in (None, self._token()) and not path.startswith("/large/"):
+            rejection = Rejection(401)
+        if rejection is not None:
+            headers = {"X-Error-Code": rejection.error_code} if rejection.error_code else {}
+            headers |= {"Location": rejection.location} if rejection.location else {}
+            self._send(rejection.status, json.dumps({"error": "rejected"}).encode(), headers)
         elif self.command in ("POST", "PUT"):
             self._write(path, content)
         elif match := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/revision/([^/]+))?", path):

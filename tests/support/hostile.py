@@ -92,12 +92,12 @@ class Payload:
 
 @dataclass(frozen=True)
 class Case:
-    """Something that was made to do harm, and how it is refused."""
+    """Something that was made to do harm, and how it is rejected."""
 
     attack: Callable[[Place], None]
     code: ExitCode
     says: str
-    """Part of the message, which tells the guard that has refused it from any other."""
+    """Part of the message, which tells the guard that has rejected it from any other."""
 
 
 def collector(cases: dict[str, Case]) -> Callable[[ExitCode, str], Callable[[Callable[[Place], None]], None]]:
@@ -119,7 +119,7 @@ class Trial:
     place: Place
     context: MakeContext
 
-    def require_refusal(self, case: Case) -> None:
+    def require_rejection(self, case: Case) -> None:
         """It ends as the case says, no code has run, and nothing but the workspace is another than before."""
         case.attack(self.place)
         source = next((path.name for path in self.place.data.iterdir() if path.name.startswith("train.")), "")
@@ -166,7 +166,7 @@ def bounded() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
 
     def too_long(_signal: int, _frame: object) -> None:
-        pytest.fail(f"not refused within {SECONDS} s")
+        pytest.fail(f"not rejected within {SECONDS} s")
 
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, before[1]))
     handler = signal.signal(signal.SIGALRM, too_long)

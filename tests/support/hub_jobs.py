@@ -1,4 +1,4 @@
-"""Jobs over the fake hub and how they are refused."""
+"""Jobs over the fake hub and how they are rejected."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.trainer.conftest import MakeContext
 MODEL: dict[str, Any] = {"model": {"source": "hf://acme/tiny"}}
 
 
-def refusal(make_context: MakeContext, records: Recorded, code: ExitCode, spec: dict[str, Any] | None = None) -> str:
+def rejection(make_context: MakeContext, records: Recorded, code: ExitCode, spec: dict[str, Any] | None = None) -> str:
     """The message with which prepare ends with `code`; what cannot be mended leaves nothing behind."""
     context = make_context({**MODEL, **(spec or {})})
     with pytest.raises(StepFailure) as failure:

@@ -27,7 +27,7 @@ from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.quantized import quantized_layers
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.publishing.verify import verify_adapter
-from qlora_trainer.report.serving import refused_by_vllm, served_rank
+from qlora_trainer.report.serving import rejected_by_vllm, served_rank
 from tests.support.adapted import adapted
 from tests.support.families import FAMILIES
 from tests.support.sequences import CPU
@@ -187,7 +187,7 @@ def test_tied_modules_are_not_trained_apart(tiny_qwen2: Path) -> None:
     ],
 )
 def test_what_vllm_rejects_is_named_with_its_reason(lora: LoraSpec, word: str | None) -> None:
-    reason = refused_by_vllm(lora)
+    reason = rejected_by_vllm(lora)
     assert (reason is None) == (word is None)
     assert reason is None or str(word) in reason
     assert (served_rank(lora) is None) == (word is not None)

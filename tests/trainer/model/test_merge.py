@@ -152,14 +152,14 @@ def test_model_card_and_page_name_what_vllm_rejects_and_the_page_compares_the_lo
     page = Page((context.workspace.report / "report.html").read_text()).words
     lora, told = context.spec.lora, status["merged"]
 
-    refused = "vLLM cannot serve this adapter: "
+    rejected = "vLLM cannot serve this adapter: "
     if lora.use_dora:
-        refused += "it does not support DoRA (spec.lora.useDora)."
+        rejected += "it does not support DoRA (spec.lora.useDora)."
     elif lora.modules_to_save:
-        refused += "it does not load fully trained modules (spec.lora.modulesToSave)."
+        rejected += "it does not load fully trained modules (spec.lora.modulesToSave)."
     served = not (lora.use_dora or lora.modules_to_save)
     for text in (model_card, page):
-        assert (refused in text) != served
+        assert (rejected in text) != served
         assert ("vllm serve" in text) == served
     assert status["adapter"].get("servedRank") == (8 if served else None)
     compared = f"the adapter has {told['adapterEvalLoss']:.4f} on the same {told['evalTokens']} tokens"
@@ -336,9 +336,9 @@ _MMAP_THRESHOLD = -3
 def merge_of_a_larger_model(root: Path) -> int:
     """Merge into `root/merged`, and return the bytes that it has held in memory. In a process of its own."""
     allocator = ctypes.CDLL(None)
-    # Pieces of 64 KiB and more go back to the kernel when they are freed. By default glibc keeps those below 32 MiB, and
-    # a process that has freed some before serves the merge from them. Source: M_MMAP_THRESHOLD in mallopt(3). A layer's
-    # dequantized constants have 256 KiB: kept, they split the heap, in some runs by 11 MiB and in others by none.
+    # Pieces of 64 KiB and more go back to the kernel when they are freed. By default glibc keeps those below 32 MiB,
+    # and a process that has freed some before serves the merge from them. Source: M_MMAP_THRESHOLD in mallopt(3). A
+    # layer's dequantized constants have 256 KiB: kept, they split the heap, in some runs by 11 MiB, in others by none.
     assert allocator.mallopt(_MMAP_THRESHOLD, 2**16) == 1
     shape = {**SHAPE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     job = mergeable(root / "job", save_model(root / "model", LlamaConfig(**shape)))

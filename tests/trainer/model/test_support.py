@@ -43,7 +43,7 @@ def written(folder: Path, config: PretrainedConfig, **changes: Any) -> Path:
     return folder
 
 
-def refusal(folder: Path, lora: LoraSpec | None = None) -> StepFailure:
+def rejection(folder: Path, lora: LoraSpec | None = None) -> StepFailure:
     with pytest.raises(StepFailure) as caught:
         inspect_family(folder, lora or LoraSpec())
     return caught.value
@@ -80,7 +80,7 @@ def test_named_targets_are_resolved_to_exact_names(tmp_path: Path) -> None:
 def test_a_target_that_is_not_a_layer_of_a_block_is_rejected_with_those_that_are(name: str, tmp_path: Path) -> None:
     folder = written(tmp_path, transformers.LlamaConfig(**SHAPE))
 
-    failure = refusal(folder, LoraSpec(target_modules=("q_proj", name)))
+    failure = rejection(folder, LoraSpec(target_modules=("q_proj", name)))
 
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
     assert f"spec.lora.targetModules names {name!r}" in failure.message
@@ -100,7 +100,7 @@ def test_a_target_that_is_not_a_layer_of_a_block_is_rejected_with_those_that_are
 def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_rejected_by_name(
     config: PretrainedConfig, reason: str, tmp_path: Path
 ) -> None:
-    failure = refusal(written(tmp_path, config))
+    failure = rejection(written(tmp_path, config))
 
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
     assert reason in failure.message
@@ -124,17 +124,17 @@ def test_a_family_that_does_not_become_4_bit_or_computes_otherwise_is_rejected_b
 def test_an_unsafe_or_unusable_configuration_is_rejected(
     changes: dict[str, Any], code: ExitCode, found: str, tmp_path: Path
 ) -> None:
-    failure = refusal(written(tmp_path, transformers.LlamaConfig(**SHAPE), **changes))
+    failure = rejection(written(tmp_path, transformers.LlamaConfig(**SHAPE), **changes))
 
     assert failure.exit_code is code
     assert found in failure.message
 
 
 def test_a_folder_without_a_model_and_a_broken_configuration_have_different_errors(tmp_path: Path) -> None:
-    assert refusal(tmp_path).exit_code is ExitCode.MODEL_UNAVAILABLE
+    assert rejection(tmp_path).exit_code is ExitCode.MODEL_UNAVAILABLE
     for broken in ("{", "[" * 100_000):
         (tmp_path / "config.json").write_text(broken)
-        assert refusal(tmp_path).exit_code is ExitCode.BAD_CONFIGURATION
+        assert rejection(tmp_path).exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_the_shrunken_model_has_a_block_of_each_kind_and_caps_that_matter() -> None:
@@ -202,7 +202,7 @@ def test_attention_that_differs_from_the_familys_own_is_rejected(
     AttentionInterface.register("broken", broken)
     monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "broken")
 
-    failure = refusal(written(tmp_path, config))
+    failure = rejection(written(tmp_path, config))
 
     assert failure.exit_code is ExitCode.BAD_CONFIGURATION
     assert f"'{config.model_type}' cannot be trained here: it computes attention or logits in a way" in failure.message
@@ -220,7 +220,7 @@ def test_logits_that_are_scaled_or_capped_otherwise_are_rejected(
     assert inspect_family(written(tmp_path, config), LoraSpec()).packing_isolated
     monkeypatch.setattr(LogitTransform, "__call__", lambda _transform, logits: logits)
 
-    assert "it computes attention or logits in a way" in refusal(tmp_path).message
+    assert "it computes attention or logits in a way" in rejection(tmp_path).message
 
 
 @pytest.mark.parametrize(

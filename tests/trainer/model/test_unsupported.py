@@ -20,7 +20,7 @@ QUANTIZED = "already quantized"
 DENSE = "choose a dense decoder, such as Llama"
 ORIGINAL = "name the original 16-bit model"
 
-# config.json, why it is refused, and what to do instead.
+# config.json, why it is rejected, and what to do instead.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     **{
         name: ({"model_type": name}, EXPERTS, DENSE)

@@ -1,4 +1,4 @@
-"""Parsers of data files under arbitrary bytes: rows, or a refusal that says why; nothing else, and nothing lost."""
+"""Parsers of data files under arbitrary bytes: rows, or a rejection that says why; nothing else, and nothing lost."""
 
 import gzip
 import json
@@ -49,25 +49,25 @@ COLUMNS = st.sampled_from(
 Result = TypeVar("Result")
 
 
-def refused_or(action: Callable[[], Result], beginning: str = "pvc://data/") -> Result | None:
-    """What the action returns; None if it refuses the data set in words for people."""
-    refusal: StepFailure | None = None
+def rejected_or(action: Callable[[], Result], beginning: str = "pvc://data/") -> Result | None:
+    """What the action returns; None if it rejects the data set in words for people."""
+    rejection: StepFailure | None = None
     try:
         return action()
     except StepFailure as failure:
-        refusal = failure
-    assert refusal.exit_code is ExitCode.BAD_DATASET
-    assert refusal.message.startswith(beginning)
-    assert len(refusal.message) < 1000
+        rejection = failure
+    assert rejection.exit_code is ExitCode.BAD_DATASET
+    assert rejection.message.startswith(beginning)
+    assert len(rejection.message) < 1000
     return None
 
 
 def read(name: str, content: bytes) -> list[Mapping[str, object]] | None:
-    """The rows of a file with this name and content; None if it is refused."""
+    """The rows of a file with this name and content; None if it is rejected."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)
-        return refused_or(lambda: [row.values() for row in read_rows([DataFile(path, f"pvc://data/{name}")])])
+        return rejected_or(lambda: [row.values() for row in read_rows([DataFile(path, f"pvc://data/{name}")])])
 
 
 NAMES = ("a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.jsonl.bz2", "a.json.xz", "a.csv.zst")
@@ -76,7 +76,7 @@ NAMES = ("a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.jsonl.bz2",
 @pytest.mark.parametrize("name", NAMES)
 @UNTIMED
 @given(content=st.binary(max_size=300))
-def test_any_bytes_are_rows_or_refused(name: str, content: bytes) -> None:
+def test_any_bytes_are_rows_or_rejected(name: str, content: bytes) -> None:
     rows = read(name, content)
     assert rows is None or rows
 
@@ -85,7 +85,7 @@ def test_any_bytes_are_rows_or_refused(name: str, content: bytes) -> None:
 @UNTIMED
 @given(content=st.text(alphabet='[]{}",:\\ \n\r\t\ufeffab01.-eu\u2028\ud83d\ude00é', max_size=60))
 @example(content='[{"a":1},\n\n{"a":"\u2028"}]')
-def test_any_text_of_jsons_characters_is_rows_or_refused(name: str, content: str) -> None:
+def test_any_text_of_jsons_characters_is_rows_or_rejected(name: str, content: str) -> None:
     rows = read(name, content.encode(errors="surrogatepass"))
     assert rows is None or rows
 
@@ -107,7 +107,7 @@ def test_what_is_written_as_json_is_read_back(rows: list[dict[str, Any]], indent
 
 @settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 10**6), byte=st.integers(0, 255))
-def test_a_damaged_parquet_file_is_rows_or_refused(position: int, byte: int) -> None:
+def test_a_damaged_parquet_file_is_rows_or_rejected(position: int, byte: int) -> None:
     content = bytearray(PARQUET)
     content[position % len(content)] = byte
     rows = read("a.parquet", bytes(content))
@@ -125,12 +125,12 @@ PARQUET = _parquet()
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(COLUMNS, TURNS, min_size=1, max_size=3), st.booleans())
-def test_any_row_is_an_example_or_refused(values: dict[str, Any], columnar: bool) -> None:
+def test_any_row_is_an_example_or_rejected(values: dict[str, Any], columnar: bool) -> None:
     row = Row("pvc://data/a.jsonl line 1", values, 1, columnar)
-    detected = refused_or(lambda: detect_format(row, None))
+    detected = rejected_or(lambda: detect_format(row, None))
     if detected is not None:
         reader = RowReader(*detected)
-        read_example = refused_or(lambda: reader.read(row))
+        read_example = rejected_or(lambda: reader.read(row))
         assert read_example is None or reader.reading(row).columns
 
 
@@ -160,20 +160,20 @@ FILES = st.lists(
     st.sampled_from(("", "data", "test.jsonl")),
     st.sampled_from((TRAINING, EVALUATION, Wanted(("x",), "en"))),
 )
-def test_any_card_leads_to_files_that_are_there_or_is_refused(
+def test_any_card_leads_to_files_that_are_there_or_is_rejected(
     names: list[str], card: dict[str, Any], path: str, wanted: Wanted
 ) -> None:
-    chosen = refused_or(lambda: choose_data_files(names, card, path, wanted, "hf://a/b"), "hf://a/b")
+    chosen = rejected_or(lambda: choose_data_files(names, card, path, wanted, "hf://a/b"), "hf://a/b")
     assert chosen is None or (chosen and set(chosen) <= set(names))
 
 
 @UNTIMED
 @given(st.binary(max_size=200))
-def test_any_card_is_read_or_refused(content: bytes) -> None:
+def test_any_card_is_read_or_rejected(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "README.md")
         path.write_bytes(b"---\n" + content + b"\n---\n")
-        refused_or(lambda: read_dataset_card(path, "hf://a/b"), "hf://a/b")
+        rejected_or(lambda: read_dataset_card(path, "hf://a/b"), "hf://a/b")
 
 
 ROWS = st.lists(

@@ -133,7 +133,7 @@ def test_all_layers_of_a_model_are_counted_and_nothing_else(tiny_llama: Path) ->
     assert storage_of(torch.nn.Linear(4, 4)).bits_per_parameter == 0.0
 
 
-def test_a_layer_held_in_another_way_is_refused_by_name(tiny_llama: Path) -> None:
+def test_a_layer_held_in_another_way_is_rejected_by_name(tiny_llama: Path) -> None:
     model = load_base(tiny_llama, QuantizationSpec(), "cpu")
     state = layers_of(model)["model.layers.1.mlp.up_proj"].weight.quant_state
     state.absmax = state.absmax.float()

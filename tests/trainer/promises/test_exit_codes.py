@@ -69,7 +69,7 @@ def test_10_a_document_that_no_api_server_would_have_admitted(files: Files) -> N
 
 
 @in_process_too
-def test_10_a_password_in_the_hubs_address_is_refused_and_not_told(files: Files) -> None:
+def test_10_a_password_in_the_hubs_address_is_rejected_and_not_told(files: Files) -> None:
     """A profile, in which it would stand, is read by every tenant."""
     done = files.with_spec({"model": {"source": "hf://acme/tiny"}}).run(
         "prepare", HF_ENDPOINT="http://reader:s3cret@127.0.0.1:9"

@@ -1,4 +1,4 @@
-"""Data sets that were made to do harm: each is refused by the right guard, and nothing is written elsewhere.
+"""Data sets that were made to do harm: each is rejected by the right guard, and nothing is written elsewhere.
 
 As for models, in the `prepare` step and under a limit of memory and of time.
 """
@@ -172,7 +172,7 @@ def half_of_a_character(place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_hostile_data_set_is_refused_and_does_nothing(
+def test_a_hostile_data_set_is_rejected_and_does_nothing(
     make_context: MakeContext, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    new_trial(tmp_path, tiny_llama, make_context, monkeypatch).require_refusal(CASES[name])
+    new_trial(tmp_path, tiny_llama, make_context, monkeypatch).require_rejection(CASES[name])

@@ -130,7 +130,7 @@ def test_only_the_server_that_is_named_is_asked_and_no_login_but_the_secrets_is_
         ("http://", "has no host"),
     ],
 )
-def test_an_address_that_is_no_servers_is_refused_before_anything_is_sent(
+def test_an_address_that_is_no_servers_is_rejected_before_anything_is_sent(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, source: str, variable: str, address: str, says: str
 ) -> None:
     monkeypatch.setenv(variable, address)

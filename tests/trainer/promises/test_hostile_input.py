@@ -1,4 +1,4 @@
-"""Addresses and files of jobs that were made to do harm: what leads elsewhere is refused, what has no end is not read.
+"""Addresses and files of jobs that were made to do harm: what leads elsewhere is rejected, what has no end is not read.
 
 Models and data sets of that kind have tests of their own, and so has the environment.
 """
@@ -71,7 +71,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("field", ["model", "dataset", "destination"])
-def test_an_address_that_means_another_place_is_refused_by_the_schema(field: str, address: str) -> None:
+def test_an_address_that_means_another_place_is_rejected_by_the_schema(field: str, address: str) -> None:
     spec: dict[str, Any] = {"model": {"source": "hf://org/name"}, "dataset": {"source": "hf://org/rows"}}
     if field == "destination":
         spec["output"] = {"destination": address}
@@ -167,17 +167,17 @@ def test_an_adapters_configuration_that_is_none_is_a_failure_that_says_so(
     tmp_path: Path, content: bytes, says: str
 ) -> None:
     (tmp_path / "adapter_config.json").write_bytes(content)
-    assert f"adapter_config.json {says}" in _refused_configuration(tmp_path / "adapter_config.json")
+    assert f"adapter_config.json {says}" in _rejected_configuration(tmp_path / "adapter_config.json")
 
 
 @pytest.mark.parametrize("make", [_endless, os.mkfifo, Path.mkdir])
 def test_an_adapters_configuration_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "adapter_config.json")
     with bounded():
-        assert "not a regular file" in _refused_configuration(tmp_path / "adapter_config.json")
+        assert "not a regular file" in _rejected_configuration(tmp_path / "adapter_config.json")
 
 
-def _refused_configuration(path: Path) -> str:
+def _rejected_configuration(path: Path) -> str:
     with pytest.raises(StepFailure) as failure:
         verify_config(path, LoraSpec(), target_modules=(), whole_modules=(), base_name="hf://a/b", base_revision="c0")
     assert failure.value.exit_code is ExitCode.INTERNAL_ERROR

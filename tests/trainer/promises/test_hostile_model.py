@@ -1,4 +1,4 @@
-"""Models that were made to do harm: each is refused by the right guard, none of its code runs, nothing else is written.
+"""Models that were made to do harm: each is rejected by the right guard, runs no code and writes nothing outside.
 
 The cases run in the `prepare` step, which alone reads what tenants bring, under a limit of memory and of time: a bomb
 that goes off, or a wait for ever, is a failure of the test and not of the machine.
@@ -264,7 +264,7 @@ def a_tokenizer_that_is_no_tokenizer(place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_hostile_model_is_refused_and_does_nothing(
+def test_a_hostile_model_is_rejected_and_does_nothing(
     make_context: MakeContext, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    new_trial(tmp_path, tiny_llama, make_context, monkeypatch).require_refusal(CASES[name])
+    new_trial(tmp_path, tiny_llama, make_context, monkeypatch).require_rejection(CASES[name])

@@ -23,7 +23,7 @@ from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import hub as hub_module
 from qlora_trainer.stores.contents import Contents, describe_files
 from tests.support.command import TIMEOUT_S, Files
-from tests.support.fake_hub import FakeHub, Refusal, serve
+from tests.support.fake_hub import FakeHub, Rejection, serve
 from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
 from tests.support.publication import MANIFEST
 from tests.support.published import context
@@ -62,7 +62,7 @@ def publish(tmp_path: Path, hub: FakeHub, contents: Contents) -> Publish:
     return run
 
 
-def refused(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
+def rejected(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
     with pytest.raises(StepFailure) as failure:
         publish(manifest)
     assert failure.value.exit_code is code, failure.value.message
@@ -95,10 +95,10 @@ def test_publishing_again_commits_nothing(publish: Publish, hub: FakeHub) -> Non
 
 
 def test_an_interrupted_upload_is_finished_and_large_files_are_not_sent_again(publish: Publish, hub: FakeHub) -> None:
-    hub.refuse = lambda _method, path: Refusal(500) if "/commit/" in path else None
-    refused(publish, ExitCode.UNREACHABLE)
+    hub.reject = lambda _method, path: Rejection(500) if "/commit/" in path else None
+    rejected(publish, ExitCode.UNREACHABLE)
     assert repository(hub) == {}
-    hub.refuse = lambda _method, _path: None
+    hub.reject = lambda _method, _path: None
     hub.requests.clear()
     publish()
     assert "manifest.json" in repository(hub)
@@ -117,13 +117,13 @@ def test_a_damaged_file_is_noticed_and_replaced(publish: Publish, hub: FakeHub, 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md", "manifest.json"])
 def test_what_does_not_read_back_is_never_called_published(publish: Publish, hub: FakeHub, name: str) -> None:
     hub.lose = lambda path: path == name
-    assert f"hf://acme/tuned/{name} of commit" in refused(publish, ExitCode.UNREACHABLE)
+    assert f"hf://acme/tuned/{name} of commit" in rejected(publish, ExitCode.UNREACHABLE)
 
 
 def test_the_adapter_of_another_job_is_never_replaced(publish: Publish, hub: FakeHub) -> None:
     publish()
     before = repository(hub)
-    message = refused(publish, ExitCode.BAD_CONFIGURATION, MANIFEST.model_copy(update={"job_uid": "two"}))
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION, MANIFEST.model_copy(update={"job_uid": "two"}))
     assert "the destination hf://acme/tuned holds another adapter, of job 'tiny' (UID one" in message
     assert repository(hub) == before
 
@@ -132,7 +132,7 @@ def test_a_repository_of_somebody_else_is_never_written_to(publish: Publish, hub
     hub.repositories[KEY] = tmp_path / "theirs"
     hub.repositories[KEY].mkdir()
     (hub.repositories[KEY] / "thesis.tex").write_text("years of work")
-    assert "has files that no QLoRAJob published" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "has files that no QLoRAJob published" in rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert commits(hub) == []
 
 
@@ -142,12 +142,12 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
 
     def overtake(_method: str, path: str) -> None:
         if path == "/api/repos/create" and not fast:
-            hub.refuse = lambda _method, _path: None
+            hub.reject = lambda _method, _path: None
             fast.append(publish())
 
-    hub.refuse = overtake
+    hub.reject = overtake
     slow = MANIFEST.model_copy(update={"job_uid": "slow"})
-    message = refused(publish, ExitCode.BAD_CONFIGURATION, slow)
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION, slow)
     assert "the destination hf://acme/tuned holds another adapter, of job 'tiny' (UID one" in message
     assert publish() == fast[0]
 
@@ -156,12 +156,12 @@ def test_a_commit_that_comes_between_is_not_overwritten(publish: Publish, hub: F
     publish()
     (hub.repositories[KEY] / "README.md").write_text("# Tinu\n")
 
-    def refuse(_method: str, path: str) -> None:
+    def reject(_method: str, path: str) -> None:
         if "/preupload/" in path:
             hub.commits[KEY] = "0" * 40
 
-    hub.refuse = refuse
-    refused(publish, ExitCode.UNREACHABLE)
+    hub.reject = reject
+    rejected(publish, ExitCode.UNREACHABLE)
     assert repository(hub)["README.md"] == b"# Tinu\n"
 
 
@@ -196,20 +196,20 @@ def test_peft_loads_the_adapter_by_the_name_of_its_repository(trained: Files, hu
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_token_that_may_not_write_is_a_permanent_failure(publish: Publish, hub: FakeHub, status: int) -> None:
-    hub.refuse = lambda method, _path: Refusal(status) if method == "POST" else None
-    message = refused(publish, ExitCode.BAD_CONFIGURATION)
+    hub.reject = lambda method, _path: Rejection(status) if method == "POST" else None
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert f"may not be written with the token of spec.output.secretRef (HTTP {status})" in message
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_hub_in_trouble_is_tried_again(publish: Publish, hub: FakeHub, status: int) -> None:
-    hub.refuse = lambda _method, path: Refusal(status) if "/commit/" in path or "/api/models/" in path else None
-    refused(publish, ExitCode.UNREACHABLE)
+    hub.reject = lambda _method, path: Rejection(status) if "/commit/" in path or "/api/models/" in path else None
+    rejected(publish, ExitCode.UNREACHABLE)
 
 
 def test_no_token_follows_a_redirect(publish: Publish, hub: FakeHub) -> None:
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(404, body=b"{}"))) as elsewhere:
-        hub.refuse = lambda _method, path: Refusal(307, location=f"http://{elsewhere.address}{path}")
+        hub.reject = lambda _method, path: Rejection(307, location=f"http://{elsewhere.address}{path}")
         with pytest.raises(StepFailure):
             publish()
     assert elsewhere.seen

@@ -98,7 +98,7 @@ def pulled(bucket: S3Store, path: str, folder: Path) -> Path:
     return folder
 
 
-def refused(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
+def rejected(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) -> str:
     with pytest.raises(StepFailure) as failure:
         publish(manifest)
     assert failure.value.exit_code is code, failure.value.message
@@ -148,7 +148,7 @@ def test_an_interrupted_upload_is_finished_and_what_is_there_is_not_sent_again(
         return Fault(503) if request.method in ("PUT", "POST") and ends in failing else None
 
     store.rule = rule
-    refused(publish, ExitCode.UNREACHABLE)
+    rejected(publish, ExitCode.UNREACHABLE)
     assert "adapters/tiny/manifest.json" not in stored(bucket)
     store.rule = lambda _request: None
     store.seen.clear()
@@ -173,7 +173,7 @@ def test_what_does_not_read_back_is_never_called_published(
 ) -> None:
     """Size and ETag are right; a byte is not."""
     store.rule = lambda request: Fault(corrupt=request.method == "GET" and request.path.endswith("README.md"))
-    message = refused(publish, ExitCode.UNREACHABLE)
+    message = rejected(publish, ExitCode.UNREACHABLE)
     assert "s3://team/adapters/tiny/README.md does not read back as it was written" in message
     assert "adapters/tiny/manifest.json" not in stored(bucket)
 
@@ -184,12 +184,12 @@ def test_the_adapter_of_another_job_is_never_replaced(
 ) -> None:
     if not finished:
         store.rule = lambda request: Fault(503 if request.path.endswith("README.md") else None)
-        refused(publish, ExitCode.UNREACHABLE)
+        rejected(publish, ExitCode.UNREACHABLE)
         store.rule = lambda _request: None
     else:
         publish()
     before = stored(bucket)
-    message = refused(publish, ExitCode.BAD_CONFIGURATION, MANIFEST.model_copy(update={"job_uid": "two"}))
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION, MANIFEST.model_copy(update={"job_uid": "two"}))
     assert "the destination s3://team/adapters/tiny holds another adapter, of job 'tiny' (UID one" in message
     assert stored(bucket) == before
 
@@ -204,7 +204,7 @@ def test_two_jobs_that_start_at_once_do_not_mix(publish: Publish, store: FaultPr
         return None
 
     store.rule = rule
-    message = refused(publish, ExitCode.BAD_CONFIGURATION)
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert "the destination s3://team/adapters/tiny holds another adapter, of job 'tiny' (UID two" in message
     assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
 
@@ -221,20 +221,20 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(
         return None
 
     store.rule = rule
-    message = refused(publish, ExitCode.BAD_CONFIGURATION)
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert "the destination s3://team/adapters/tiny holds another adapter, of job 'tiny' (UID two" in message
     assert stored(bucket) == {"adapters/tiny/manifest.json": other}
 
 
 def test_objects_of_somebody_else_are_never_replaced(publish: Publish, bucket: S3Store) -> None:
     obstore.put(bucket, "adapters/tiny/thesis.tex", b"years of work")
-    assert "has files that no QLoRAJob published" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "has files that no QLoRAJob published" in rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert stored(bucket) == {"adapters/tiny/thesis.tex": b"years of work"}
 
 
 def test_a_store_that_cannot_write_on_a_condition_is_a_permanent_failure(publish: Publish, store: FaultProxy) -> None:
     store.rule = lambda request: Fault(501 if "if-none-match" in map(str.lower, request.headers) else None)
-    assert "it must support conditional writes (If-None-Match)" in refused(publish, ExitCode.BAD_CONFIGURATION)
+    assert "it must support conditional writes (If-None-Match)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -242,7 +242,7 @@ def test_a_bucket_that_may_not_be_written_is_a_permanent_failure(
     publish: Publish, store: FaultProxy, status: int
 ) -> None:
     store.rule = lambda request: Fault(status if request.method == "PUT" else None)
-    message = refused(publish, ExitCode.BAD_CONFIGURATION)
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert "may not be written with the credentials of spec.output.secretRef" in message
 
 
@@ -298,4 +298,4 @@ def test_a_folder_of_objects_is_listed_without_its_neighbors(
     for key, value in (("AWS_ACCESS_KEY_ID", ACCESS_KEY), ("AWS_SECRET_ACCESS_KEY", SECRET_KEY)):
         (tmp_path / key).write_text(value)
     secret = Secret(tmp_path, "spec.dataset.secretRef", "store")
-    assert list(ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, refuse=bad_configuration).list()) == ["a.jsonl"]
+    assert list(ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, reject=bad_configuration).list()) == ["a.jsonl"]

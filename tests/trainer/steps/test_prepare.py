@@ -235,7 +235,7 @@ def test_the_revision_of_a_model_on_a_volume_is_its_content(
     assert prepare(make_context(model=own_model), records).model_revision != first
 
 
-def refusal(context: StepContext, records: Recorded) -> tuple[ExitCode, str]:
+def rejection(context: StepContext, records: Recorded) -> tuple[ExitCode, str]:
     """How prepare ends, leaving nothing behind."""
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)
@@ -256,7 +256,7 @@ def test_an_incomplete_model_is_rejected(
     make_context: MakeContext, records: Recorded, own_model: Path, missing: str, message: str
 ) -> None:
     (own_model / missing).unlink()
-    code, found = refusal(make_context(model=own_model), records)
+    code, found = rejection(make_context(model=own_model), records)
     assert code is ExitCode.MODEL_UNAVAILABLE
     assert message in found
 
@@ -264,7 +264,7 @@ def test_an_incomplete_model_is_rejected(
 @pytest.mark.usefixtures("rows")
 def test_a_missing_model_is_rejected(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
-    code, message = refusal(make_context(model=tmp_path / "own" / "none"), records)
+    code, message = rejection(make_context(model=tmp_path / "own" / "none"), records)
     assert code is ExitCode.MODEL_UNAVAILABLE
     assert message == "pvc://models/none is not a folder on the volume: check the path"
 
@@ -273,7 +273,7 @@ def test_a_missing_model_is_rejected(make_context: MakeContext, records: Recorde
 def test_truncated_weights_are_rejected(make_context: MakeContext, records: Recorded, own_model: Path) -> None:
     weights = own_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    code, message = refusal(make_context(model=own_model), records)
+    code, message = rejection(make_context(model=own_model), records)
     assert code is ExitCode.MODEL_UNAVAILABLE
     assert message.startswith("pvc://models/model/model.safetensors is not a whole safetensors file")
 
@@ -285,7 +285,7 @@ def test_links_that_lead_out_of_the_model_are_rejected(
 ) -> None:
     (own_model / name).rename(own_model.parent / name)
     (own_model / name).symlink_to(own_model.parent / name)
-    code, message = refusal(make_context(model=own_model), records)
+    code, message = rejection(make_context(model=own_model), records)
     assert code is ExitCode.UNSAFE_ARTIFACT
     assert message.startswith(f"pvc://models/model/{name} is a link that leads out of its folder")
 
@@ -295,7 +295,7 @@ def test_an_adapter_in_the_models_folder_would_be_loaded_with_it_and_is_rejected
     make_context: MakeContext, records: Recorded, own_model: Path
 ) -> None:
     (own_model / "adapter_config.json").write_text("{}")
-    code, message = refusal(make_context(model=own_model), records)
+    code, message = rejection(make_context(model=own_model), records)
     assert code is ExitCode.UNSAFE_ARTIFACT
     assert message.startswith("pvc://models/model has adapter_config.json: transformers would load that adapter")
 
@@ -306,7 +306,7 @@ def test_a_model_folder_that_leads_out_of_its_volume_is_rejected(
 ) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "volume" / "model").symlink_to(own_model)
-    code, message = refusal(make_context(model=tmp_path / "volume" / "model"), records)
+    code, message = rejection(make_context(model=tmp_path / "volume" / "model"), records)
     assert code is ExitCode.UNSAFE_ARTIFACT
     assert message.startswith("pvc://models/model is a link that leads out of its volume")
 
@@ -317,7 +317,7 @@ def test_a_pipe_in_place_of_weights_is_rejected_and_not_waited_for(
 ) -> None:
     (own_model / "model.safetensors").unlink()
     os.mkfifo(own_model / "model.safetensors")
-    code, message = refusal(make_context(model=own_model), records)
+    code, message = rejection(make_context(model=own_model), records)
     assert code is ExitCode.UNSAFE_ARTIFACT
     assert message.startswith("pvc://models/model/model.safetensors is not a regular file")
 

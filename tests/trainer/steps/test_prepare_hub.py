@@ -11,8 +11,8 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import new_files
-from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Refusal, serve
-from tests.support.hub_jobs import MODEL, refusal
+from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Rejection, serve
+from tests.support.hub_jobs import MODEL, rejection
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
@@ -68,7 +68,7 @@ def test_a_model_that_exceeds_the_gpu_is_rejected_before_its_weights(
     config = hub.repositories["models/acme/tiny"] / "config.json"
     large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     config.write_text(json.dumps({**json.loads(config.read_text()), **large, "head_dim": 128}))
-    message = refusal(make_context, records, ExitCode.DOES_NOT_FIT, spec)
+    message = rejection(make_context, records, ExitCode.DOES_NOT_FIT, spec)
     assert "GiB of GPU memory" in message
     assert "a GPU of 8 GiB (spec.resources.gpuMemory) has 7.8 to use: set spec.training.microBatchSize: 1" in message
     assert "no setting is enough, so use a larger GPU or a smaller model" in message
@@ -97,12 +97,12 @@ def test_the_estimate_of_a_model_that_fits_is_reported(
         ({"model": {"source": "hf://acme/tiny", "revision": "v9"}}, None, "model hf://acme/tiny has no revision 'v9'"),
         (
             {},
-            Refusal(401),
+            Rejection(401),
             "does not exist, or may not be read with no token (spec.model.tokenSecretRef)",
         ),
-        ({}, Refusal(403, "GatedRepo"), "model hf://acme/tiny is gated and was asked for with no token"),
-        ({}, Refusal(403), "may not be read with no token (spec.model.tokenSecretRef) (HTTP 403): check the name"),
-        ({}, Refusal(410), "was rejected by http://127.0.0.1:"),
+        ({}, Rejection(403, "GatedRepo"), "model hf://acme/tiny is gated and was asked for with no token"),
+        ({}, Rejection(403), "may not be read with no token (spec.model.tokenSecretRef) (HTTP 403): check the name"),
+        ({}, Rejection(410), "was rejected by http://127.0.0.1:"),
     ],
 )
 def test_a_model_without_permission_is_rejected(
@@ -110,27 +110,27 @@ def test_a_model_without_permission_is_rejected(
     records: Recorded,
     hub: FakeHub,
     spec: dict[str, Any],
-    answer: Refusal | None,
+    answer: Rejection | None,
     message: str,
 ) -> None:
-    hub.refuse = lambda _method, _path: answer
-    assert message in refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE, spec)
+    hub.reject = lambda _method, _path: answer
+    assert message in rejection(make_context, records, ExitCode.MODEL_UNAVAILABLE, spec)
 
 
-@pytest.mark.parametrize("answer", [Refusal(403, "GatedRepo"), Refusal(404, "EntryNotFound")])
+@pytest.mark.parametrize("answer", [Rejection(403, "GatedRepo"), Rejection(404, "EntryNotFound")])
 def test_files_without_permission_are_rejected(
-    make_context: MakeContext, records: Recorded, hub: FakeHub, answer: Refusal
+    make_context: MakeContext, records: Recorded, hub: FakeHub, answer: Rejection
 ) -> None:
     """The listing of a gated repository is open, its files are not."""
-    hub.refuse = lambda _method, path: answer if "/resolve/" in path else None
-    assert "model hf://acme/tiny " in refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE)
+    hub.reject = lambda _method, path: answer if "/resolve/" in path else None
+    assert "model hf://acme/tiny " in rejection(make_context, records, ExitCode.MODEL_UNAVAILABLE)
 
 
 def test_the_partial_download_of_an_older_commit_is_deleted(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     hub.corrupt = lambda name: name == "model.safetensors"
-    refusal(make_context, records, ExitCode.UNREACHABLE)
+    rejection(make_context, records, ExitCode.UNREACHABLE)
     hub.corrupt, hub.commits["models/acme/tiny"] = lambda _name: False, "b" * 40
     context = make_context(MODEL)
     models = context.workspace.models
@@ -141,7 +141,7 @@ def test_the_partial_download_of_an_older_commit_is_deleted(
 
 def test_a_model_with_pickles_only_is_rejected(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
     (hub.repositories["models/acme/tiny"] / "model.safetensors").unlink()
-    message = refusal(make_context, records, ExitCode.UNSAFE_ARTIFACT)
+    message = rejection(make_context, records, ExitCode.UNSAFE_ARTIFACT)
     assert message.startswith("hf://acme/tiny has its weights only as pytorch_model.bin, which can run code")
     assert not hub.fetched
 
@@ -153,7 +153,7 @@ def test_an_index_that_leads_elsewhere_is_rejected(
     repository = hub.repositories["models/acme/tiny"]
     (repository / "model.safetensors").unlink()
     (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    message = refusal(make_context, records, ExitCode.UNSAFE_ARTIFACT)
+    message = rejection(make_context, records, ExitCode.UNSAFE_ARTIFACT)
     assert f"model.safetensors.index.json names {str(name)!r}; allowed are plain names" in message
 
 
@@ -172,7 +172,7 @@ def test_a_broken_index_is_rejected(
     repository = hub.repositories["models/acme/tiny"]
     (repository / "model.safetensors").unlink()
     (repository / "model.safetensors.index.json").write_text(index)
-    assert message in refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE)
+    assert message in rejection(make_context, records, ExitCode.MODEL_UNAVAILABLE)
 
 
 def test_weights_in_several_files_are_those_of_the_index(
@@ -207,7 +207,7 @@ def test_unusable_settings_are_rejected_before_the_weights(
 ) -> None:
     path = hub.repositories["models/acme/tiny"] / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
-    assert message in refusal(make_context, records, code)
+    assert message in rejection(make_context, records, code)
     assert "model.safetensors" not in hub.fetched
 
 
@@ -215,7 +215,7 @@ def test_a_bad_data_set_is_rejected_before_the_weights(
     make_context: MakeContext, records: Recorded, hub: FakeHub, tmp_path: Path
 ) -> None:
     (tmp_path / "data" / "train.jsonl").write_text("")
-    refusal(make_context, records, ExitCode.BAD_DATASET)
+    rejection(make_context, records, ExitCode.BAD_DATASET)
     assert "model.safetensors" not in hub.fetched
 
 
@@ -224,7 +224,7 @@ def test_a_download_without_disk_space_is_not_started(
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    message = refusal(make_context, records, ExitCode.STORAGE_FULL)
+    message = rejection(make_context, records, ExitCode.STORAGE_FULL)
     assert "the download of hf://acme/tiny needs 0.3 MiB, but the workspace volume has 0.0 MiB free" in message
     assert "model.safetensors" not in hub.fetched
 
@@ -234,11 +234,11 @@ def test_the_token_is_read_from_its_file(
 ) -> None:
     hub.token = "hf_abcdefghijklmnop"
     spec = {"model": {"source": "hf://acme/tiny", "tokenSecretRef": {"name": "hub"}}}
-    missing = refusal(make_context, records, ExitCode.UNREACHABLE, spec)
+    missing = rejection(make_context, records, ExitCode.UNREACHABLE, spec)
     assert missing.startswith("Secret 'hub' with key 'token' (spec.model.tokenSecretRef) does not exist")
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "token").write_text("hf_wrong\n")
-    wrong = refusal(make_context, records, ExitCode.MODEL_UNAVAILABLE, spec)
+    wrong = rejection(make_context, records, ExitCode.MODEL_UNAVAILABLE, spec)
     assert "may not be read with the token of spec.model.tokenSecretRef (HTTP 401)" in wrong
     (tmp_path / "secrets" / "token").write_text(f"{hub.token}\n")
     assert prepare(make_context(spec), records).model_revision == COMMIT
@@ -323,7 +323,7 @@ def test_a_missing_or_mixed_data_set_of_the_hub_is_rejected(
     for name in ("train-0.jsonl", "train-1.csv"):
         write_rows(many / name, [chat_row("a", "b")])
     hub.repositories["datasets/acme/many"] = many
-    assert message in refusal(make_context, records, ExitCode.BAD_DATASET, {"dataset": dataset})
+    assert message in rejection(make_context, records, ExitCode.BAD_DATASET, {"dataset": dataset})
 
 
 def test_neither_the_token_nor_a_signed_address_is_left_anywhere(hub: FakeHub, tmp_path: Path) -> None:
@@ -331,11 +331,11 @@ def test_neither_the_token_nor_a_signed_address_is_left_anywhere(hub: FakeHub, t
     hub.token = "hf_canarytokenthatreads"
     signed = iter([f"{hub.endpoint}/acme/tiny/resolve/{COMMIT}/model.safetensors?X-Amz-Signature=canary"])
 
-    def refuse(method: str, path: str) -> Refusal | None:
+    def reject(method: str, path: str) -> Rejection | None:
         location = next(signed, None) if method == "GET" and path.endswith("model.safetensors") else None
-        return None if location is None else Refusal(302, location=location)
+        return None if location is None else Rejection(302, location=location)
 
-    hub.refuse = refuse
+    hub.reject = reject
     files = new_files(tmp_path / "job", tmp_path, MODEL)
     done = files.run("prepare", HF_TOKEN=hub.token)
     assert done.exit_code == 0, done.stdout + done.stderr

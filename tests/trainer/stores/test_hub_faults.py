@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from qlora_api.contract import ExitCode
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import hub as hub_module
-from tests.support.fake_hub import COMMIT, FakeHub, Refusal, serve
+from tests.support.fake_hub import COMMIT, FakeHub, Rejection, serve
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
-from tests.support.hub_jobs import MODEL, refusal
+from tests.support.hub_jobs import MODEL, rejection
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
@@ -57,8 +57,8 @@ def of_weights(request: Request) -> bool:
 def test_a_hub_in_trouble_is_tried_again(
     make_context: MakeContext, records: Recorded, hub: FakeHub, status: int
 ) -> None:
-    hub.refuse = lambda _method, _path: Refusal(status)
-    message = refusal(make_context, records, ExitCode.UNREACHABLE)
+    hub.reject = lambda _method, _path: Rejection(status)
+    message = rejection(make_context, records, ExitCode.UNREACHABLE)
     assert message == f"{hub.endpoint} answered HTTP {status} for model hf://acme/tiny"
 
 
@@ -66,7 +66,7 @@ def test_a_hub_that_does_not_answer_is_tried_again(
     make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    message = refusal(make_context, records, ExitCode.UNREACHABLE)
+    message = rejection(make_context, records, ExitCode.UNREACHABLE)
     assert message.startswith("http://127.0.0.1:9 cannot be reached (ConnectError")
 
 
@@ -83,15 +83,15 @@ def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, reco
 def test_a_second_attempt_keeps_what_the_first_has_loaded(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
-    refuse_weights = True
+    reject_weights = True
 
-    def refuse(method: str, path: str) -> Refusal | None:
+    def reject(method: str, path: str) -> Rejection | None:
         # Answering the client's first question about the file makes it fail at once, without its own retries.
-        return Refusal(500) if refuse_weights and method == "GET" and path.endswith("model.safetensors") else None
+        return Rejection(500) if reject_weights and method == "GET" and path.endswith("model.safetensors") else None
 
-    hub.refuse = refuse
-    refusal(make_context, records, ExitCode.UNREACHABLE)
-    refuse_weights = False
+    hub.reject = reject
+    rejection(make_context, records, ExitCode.UNREACHABLE)
+    reject_weights = False
     hub.requests.clear()
     record = prepare(make_context(MODEL), records)
     assert hub.fetched == ["model.safetensors"]
@@ -102,7 +102,7 @@ def test_a_file_that_arrives_changed_is_loaded_again(
     make_context: MakeContext, records: Recorded, hub: FakeHub
 ) -> None:
     hub.corrupt = lambda name: name == "model.safetensors"
-    message = refusal(make_context, records, ExitCode.UNREACHABLE)
+    message = rejection(make_context, records, ExitCode.UNREACHABLE)
     assert "model.safetensors arrived with another SHA-256 than the hub lists" in message
     hub.corrupt = lambda _name: False
     assert prepare(make_context(MODEL), records).model_revision == COMMIT
@@ -110,8 +110,8 @@ def test_a_file_that_arrives_changed_is_loaded_again(
 
 @pytest.mark.parametrize("part", ["/api/models/", "/resolve/"])
 def test_a_burst_of_errors_is_outlasted(make_context: MakeContext, records: Recorded, hub: FakeHub, part: str) -> None:
-    burst = iter([Refusal(503)] * 3)
-    hub.refuse = lambda method, path: next(burst, None) if method == "GET" and part in path else None
+    burst = iter([Rejection(503)] * 3)
+    hub.reject = lambda method, path: next(burst, None) if method == "GET" and part in path else None
     assert prepare(make_context(MODEL), records).model_revision == COMMIT
     assert next(burst, None) is None
 
@@ -130,8 +130,8 @@ def test_no_token_follows_a_download_to_another_host(
         if at == "HEAD":
             hub.elsewhere = lambda name: address if name == "model.safetensors" else None
         else:
-            hub.refuse = lambda method, path: (
-                Refusal(302, location=address) if method == "GET" and path.endswith("/model.safetensors") else None
+            hub.reject = lambda method, path: (
+                Rejection(302, location=address) if method == "GET" and path.endswith("/model.safetensors") else None
             )
         context = make_context({"model": {"source": "hf://acme/tiny", "tokenSecretRef": {"name": "hub"}}})
         record = prepare(context, records)
@@ -160,7 +160,7 @@ def test_a_file_of_another_size_than_listed_is_loaded_again(
 ) -> None:
     size = weights(hub).stat().st_size
     hub.pointers[weights(hub)] = {"sha256": "0" * 64, "size": size + more}
-    message = refusal(make_context, records, ExitCode.UNREACHABLE)
+    message = rejection(make_context, records, ExitCode.UNREACHABLE)
     assert (
         f"model.safetensors arrived with {size} bytes, but the hub lists {size + more}: it is downloaded again"
         in message
@@ -176,6 +176,6 @@ def test_a_file_of_another_size_than_announced_is_loaded_again(
     content = weights(hub).read_bytes()
     sent = (content + b" " * 10)[: len(content) + more]
     proxy.rule = lambda request: Fault(200, body=sent) if of_weights(request) else None
-    refusal(make_context, records, ExitCode.UNREACHABLE)
+    rejection(make_context, records, ExitCode.UNREACHABLE)
     proxy.rule = lambda _request: None
     assert prepare(make_context(MODEL), records).model_revision == COMMIT

@@ -285,7 +285,7 @@ def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
             source,
             Secret(tmp_path, "spec.output.secretRef", "push"),
             allowed=(plain.address,),
-            refuse=bad_configuration,
+            reject=bad_configuration,
         )
         with pytest.raises(StepFailure, match=f"redirects to http://{plain.address}, where the credentials"):
             opened._session.get(f"http://{plain.address}/v2/", headers={"Authorization": f"Basic {LOGIN}"})
@@ -356,7 +356,7 @@ def opened(proxy: FaultProxy, folder: Path) -> Registry:
     source = parse_source(f"oci://{proxy.address}/team/tiny:v1")
     assert isinstance(source, RegistrySource)
     secret = Secret(folder, "spec.model.secretRef", None)
-    return Registry(source, secret, allowed=(f"http://{proxy.address}",), refuse=bad_configuration)
+    return Registry(source, secret, allowed=(f"http://{proxy.address}",), reject=bad_configuration)
 
 
 def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path: Path) -> None:

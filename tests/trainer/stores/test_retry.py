@@ -36,7 +36,7 @@ def test_a_server_in_trouble_may_answer_later(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 416, 451])
-def test_a_refusal_is_final(status: int) -> None:
+def test_a_rejection_is_final(status: int) -> None:
     assert not is_retryable(status, conflicts=True)
 
 

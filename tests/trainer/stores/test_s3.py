@@ -86,7 +86,7 @@ def clear(bucket: S3Store, prefix: str) -> None:
         obstore.delete(bucket, [entry["path"] for entry in page])
 
 
-def refusal(context: StepContext, records: Recorded, code: ExitCode) -> str:
+def rejection(context: StepContext, records: Recorded, code: ExitCode) -> str:
     """The message with which prepare ends with `code`, without a credential in it."""
     with pytest.raises(StepFailure) as failure:
         prepare(context, records)
@@ -146,9 +146,9 @@ def test_data_for_training_and_evaluation_are_read(
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (3, 3)
     require_no_canary(context.workspace.root, records.stream.getvalue())
     wrong = {"dataset": {**dataset, "sha256": "0" * 64}}
-    assert "but spec.dataset.sha256 is 000" in refusal(make_context(wrong), records, ExitCode.BAD_DATASET)
+    assert "but spec.dataset.sha256 is 000" in rejection(make_context(wrong), records, ExitCode.BAD_DATASET)
     missing = {"dataset": {**dataset, "source": f"s3://{BUCKET}/rows/none.jsonl"}}
-    assert "rows/none.jsonl does not exist, or may not be read" in refusal(
+    assert "rows/none.jsonl does not exist, or may not be read" in rejection(
         make_context(missing), records, ExitCode.BAD_DATASET
     )
 
@@ -161,7 +161,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answering(status: int, code: str, **headers: str) -> Fault:
-    """What S3 answers when it refuses, quoting what it was sent."""
+    """What S3 answers when it rejects, quoting what it was sent."""
     canaries = f"{ACCESS_KEY} {SECRET_KEY} {SESSION_TOKEN}"
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{canaries}</Message></Error>"
     return Fault(status, {"Content-Type": "application/xml", **headers}, body.encode())
@@ -181,7 +181,7 @@ def answering(status: int, code: str, **headers: str) -> Fault:
         (Fault(200, body=b"busy"), ExitCode.UNREACHABLE, "cannot be reached, or broke off"),
     ],
 )
-def test_a_refusal_is_permanent_and_trouble_is_not(
+def test_a_rejection_is_permanent_and_trouble_is_not(
     make_context: MakeContext,
     records: Recorded,
     store: FaultProxy,
@@ -192,18 +192,18 @@ def test_a_refusal_is_permanent_and_trouble_is_not(
 ) -> None:
     give_secret(tmp_path, "model", {**SECRET, "AWS_SESSION_TOKEN": SESSION_TOKEN})
     store.rule = lambda _request: fault
-    message = refusal(make_context(MODEL), records, code)
+    message = rejection(make_context(MODEL), records, code)
     assert words in message
     if code is ExitCode.MODEL_UNAVAILABLE:
         assert "may not be listed with the credentials of spec.model.secretRef" in message
 
 
 @pytest.mark.usefixtures("store", "model")
-def test_a_wrong_key_is_refused_by_the_real_server(
+def test_a_wrong_key_is_rejected_by_the_real_server(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     give_secret(tmp_path, "model", {**SECRET, "AWS_SECRET_ACCESS_KEY": "wrong"})
-    message = refusal(make_context(MODEL), records, ExitCode.MODEL_UNAVAILABLE)
+    message = rejection(make_context(MODEL), records, ExitCode.MODEL_UNAVAILABLE)
     assert "HTTP 403 (SignatureDoesNotMatch)" in message
 
 
@@ -212,7 +212,7 @@ def test_a_secret_that_is_not_there_yet_is_waited_for(
     make_context: MakeContext, records: Recorded, tmp_path: Path
 ) -> None:
     give_secret(tmp_path, "model", {"AWS_ACCESS_KEY_ID": ACCESS_KEY})
-    message = refusal(make_context(MODEL), records, ExitCode.UNREACHABLE)
+    message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
     assert message.startswith("Secret 'store' with AWS_SECRET_ACCESS_KEY (spec.model.secretRef) does not exist")
 
 
@@ -220,7 +220,7 @@ def test_without_a_secret_nothing_is_signed_and_no_metadata_service_is_asked(
     make_context: MakeContext, records: Recorded, store: FaultProxy, model: str
 ) -> None:
     spec = {"model": {"source": f"s3://{BUCKET}/{model}"}}
-    message = refusal(make_context(spec), records, ExitCode.MODEL_UNAVAILABLE)
+    message = rejection(make_context(spec), records, ExitCode.MODEL_UNAVAILABLE)
     assert "with no credentials (spec.model.secretRef)" in message
     assert not any("Authorization" in request.headers for request in store.seen)
 
@@ -229,7 +229,7 @@ def test_a_store_that_does_not_answer_is_tried_again(
     make_context: MakeContext, records: Recorded, store: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    message = refusal(make_context(MODEL), records, ExitCode.UNREACHABLE)
+    message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
     assert message.startswith("http://127.0.0.1:9 cannot be reached")
 
 
@@ -237,7 +237,7 @@ def test_a_second_address_of_the_store_is_not_passed_over_in_silence(
     make_context: MakeContext, records: Recorded, store: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    message = refusal(make_context(MODEL), records, ExitCode.BAD_CONFIGURATION)
+    message = rejection(make_context(MODEL), records, ExitCode.BAD_CONFIGURATION)
     assert message.startswith(f"AWS_ENDPOINT_URL_S3 is set, but not to http://{store.address}")
     assert "set AWS_ENDPOINT_URL, and unset the other" in message
 
@@ -257,7 +257,7 @@ def test_no_credential_follows_a_redirect(
     with serve_proxy(FaultProxy("", host="127.0.0.2", rule=lambda _request: Fault(200))) as elsewhere:
         redirect = Fault(307, {"Location": f"http://{elsewhere.address}/{BUCKET}"})
         store.rule = lambda _request: redirect
-        message = refusal(make_context(MODEL), records, ExitCode.BAD_CONFIGURATION)
+        message = rejection(make_context(MODEL), records, ExitCode.BAD_CONFIGURATION)
     assert "redirects s3://team/models/tiny to another host, where credentials are never sent" in message
     assert elsewhere.seen == []
     assert {request.headers["x-amz-security-token"] for request in store.seen} == {SESSION_TOKEN}
@@ -277,7 +277,7 @@ def test_data_that_are_partly_there_need_room_for_the_rest_only(
     size = (tmp_path / "rows.jsonl").stat().st_size
     context = make_context({"dataset": {"source": f"s3://{BUCKET}/many", "secretRef": {"name": "store"}}})
     store.rule = lambda request: answering(503, "SlowDown") if "many/b.jsonl" in request.path else None
-    refusal(context, records, ExitCode.UNREACHABLE)
+    rejection(context, records, ExitCode.UNREACHABLE)
     store.rule = lambda _request: None
     # As on a volume that the two files fill.
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=size))
@@ -292,7 +292,7 @@ def test_data_that_were_replaced_between_two_attempts_are_read_as_they_are_now(
     obstore.put(bucket, "many/b.jsonl", tmp_path / "rows.jsonl")
     context = make_context({"dataset": {"source": f"s3://{BUCKET}/many", "secretRef": {"name": "store"}}})
     store.rule = lambda request: answering(503, "SlowDown") if "many/b.jsonl" in request.path else None
-    refusal(context, records, ExitCode.UNREACHABLE)
+    rejection(context, records, ExitCode.UNREACHABLE)
     store.rule = lambda _request: None
     corrected = (tmp_path / "rows.jsonl").read_bytes().swapcase()
     obstore.put(bucket, "many/a.jsonl", corrected)
@@ -328,7 +328,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
     cuts = iter([Fault(cut=9 * 10**6), Fault(cut=2 * 10**6)])
     store.rule = lambda request: next(cuts, answering(503, "SlowDown")) if of_weights(request) else None
     context = make_context(MODEL)
-    refusal(context, records, ExitCode.UNREACHABLE)
+    rejection(context, records, ExitCode.UNREACHABLE)
     (partial,) = context.workspace.models.glob("*.partial/*.partial")
     kept = partial.stat().st_size
     assert 8 * 10**6 < kept <= 11 * 10**6
@@ -358,7 +358,7 @@ def test_parts_of_two_versions_are_never_put_together(
 ) -> None:
     cuts = iter([Fault(cut=9 * 10**6)])
     store.rule = lambda request: next(cuts, answering(503, "SlowDown")) if of_weights(request) else None
-    refusal(make_context(MODEL), records, ExitCode.UNREACHABLE)
+    rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
     store.rule = lambda _request: None
     replaced = large[:-1] + bytes([large[-1] ^ 1])
     obstore.put(bucket, f"{model}/model.safetensors", replaced)
@@ -376,7 +376,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_loaded_again(
         return None
 
     store.rule = replace
-    message = refusal(make_context(MODEL), records, ExitCode.UNREACHABLE)
+    message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
     assert "model.safetensors was replaced while it was read: it is downloaded again" in message
 
 
@@ -387,27 +387,27 @@ def test_a_file_that_arrives_changed_is_loaded_again(
     faults = iter([Fault(corrupt=True)])
     store.rule = lambda request: next(faults, None) if of_weights(request) else None
     context = make_context(MODEL)
-    message = refusal(context, records, ExitCode.UNREACHABLE)
+    message = rejection(context, records, ExitCode.UNREACHABLE)
     assert f"{model}/model.safetensors arrived with another MD5 than its ETag: it is downloaded again" in message
     record = prepare(context, records)
     found = context.workspace.root / record.model_path / "model.safetensors"
     assert found.read_bytes() == (tiny_llama / "model.safetensors").read_bytes()
 
 
-def test_an_etag_that_is_no_digest_is_no_reason_to_refuse(store: FaultProxy, tmp_path: Path) -> None:
+def test_an_etag_that_is_no_digest_is_no_reason_to_reject(store: FaultProxy, tmp_path: Path) -> None:
     """A store that encrypts with keys of its own gives such ETags."""
     headers = {"ETag": f'"{"0" * 32}"', "Last-Modified": "Wed, 01 Jul 2026 00:00:00 GMT"}
     store.rule = lambda _request: Fault(200, headers, b"{}")
     secret = Secret(tmp_path / "credentials" / "dataset", "spec.dataset.secretRef", "store")
-    folder = ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, refuse=bad_dataset)
+    folder = ObjectFolder(ObjectStoreSource(BUCKET, "rows"), secret, reject=bad_dataset)
     folder.download(StoredObject("a.jsonl", 2, headers["ETag"]), tmp_path / "a.jsonl", lambda _done: None)
     assert (tmp_path / "a.jsonl").read_bytes() == b"{}"
 
 
-def test_a_file_of_another_size_than_listed_is_refused(
+def test_a_file_of_another_size_than_listed_is_rejected(
     make_context: MakeContext, records: Recorded, store: FaultProxy, large: bytes
 ) -> None:
     whole = {"ETag": '"e"', "Last-Modified": "Wed, 01 Jul 2026 00:00:00 GMT"}
     store.rule = lambda request: Fault(200, whole, large[:-10]) if of_weights(request) else None
-    message = refusal(make_context(MODEL), records, ExitCode.UNREACHABLE)
+    message = rejection(make_context(MODEL), records, ExitCode.UNREACHABLE)
     assert f"arrived with {len(large) - 10} bytes instead of {len(large)}" in message

@@ -88,7 +88,7 @@ def attempts(*ends: str | None, from_steps: tuple[int, ...] | None = None) -> li
     ]
 
 
-def refusal(before: list[Attempt], from_step: int, max_disruptions: int) -> str:
+def rejection(before: list[Attempt], from_step: int, max_disruptions: int) -> str:
     with pytest.raises(StepFailure) as caught:
         reject_if_spent(before, from_step, max_disruptions)
     assert caught.value.exit_code is ExitCode.RETRIES_EXHAUSTED
@@ -99,10 +99,10 @@ def test_interrupted_and_killed_attempts_count_and_failed_ones_do_not() -> None:
     reject_if_spent([], 0, 0)
     reject_if_spent(attempts("interrupted", None, "failed", "failed"), 9, 2)
 
-    message = refusal(attempts("interrupted", None, "failed", "interrupted"), 9, 2)
+    message = rejection(attempts("interrupted", None, "failed", "interrupted"), 9, 2)
     assert "interrupted 3 times and spec.retry.maxDisruptions allows 2" in message
     assert "checkpoint of step 9" in message
-    refusal(attempts("interrupted"), 9, 0)
+    rejection(attempts("interrupted"), 9, 0)
 
 
 def test_five_attempts_in_a_row_without_a_new_checkpoint_are_enough() -> None:
@@ -110,7 +110,7 @@ def test_five_attempts_in_a_row_without_a_new_checkpoint_are_enough() -> None:
     reject_if_spent(stuck[:-1], 3, 100)
     reject_if_spent(stuck, 4, 100)
 
-    assert "5 attempts in a row ended before a checkpoint after step 3" in refusal(stuck, 3, 100)
+    assert "5 attempts in a row ended before a checkpoint after step 3" in rejection(stuck, 3, 100)
 
 
 def test_attempts_are_read_back_without_lines_that_are_not_attempts(tmp_path: Path) -> None:

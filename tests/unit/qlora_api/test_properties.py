@@ -1,4 +1,4 @@
-"""Parsers of addresses, manifests, settings, records and logs: each takes any input, or refuses it as documented."""
+"""Parsers of addresses, manifests, settings, records and logs: each takes any input, or rejects it as documented."""
 
 import tempfile
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.fuzz.inputs import BOUNDED, inputs
 @pytest.mark.parametrize("name", DOCUMENTS)
 @BOUNDED
 @given(data=st.data())
-def test_a_document_is_read_or_refused_as_documented(name: str, data: st.DataObject) -> None:
+def test_a_document_is_read_or_rejected_as_documented(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         DOCUMENTS[name].check(data.draw(inputs(DOCUMENTS[name].seeds)), Path(folder))
 

@@ -121,7 +121,7 @@ def test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_j
         assert CLAIM in message_of(cluster.status)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRefused"), ("PersistentVolumeClaim", "ClaimRefused")])
+@pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
 def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again(kind: str, reason: str) -> None:
     cluster = MemoryCluster(job_body(), rejected=(kind,))
     assert reconcile(cluster) == 30

@@ -624,14 +624,14 @@ def test_a_clean_up_that_fails_says_so_and_the_job_stays_what_it_was() -> None:
 
 def test_a_rejection_by_the_api_server_is_shown_and_the_phase_stays() -> None:
     found = facts(make_job(follow(make_job())))
-    status = with_rejection(next_status(found), found, Reason("JobRefused", "exceeded quota"))
-    assert (status.phase, reason_of(status), message_of(status)) == ("Pending", "JobRefused", "exceeded quota")
+    status = with_rejection(next_status(found), found, Reason("JobRejected", "exceeded quota"))
+    assert (status.phase, reason_of(status), message_of(status)) == ("Pending", "JobRejected", "exceeded quota")
     again = facts(make_job(status), now=after(30))
-    assert with_rejection(next_status(again), again, Reason("JobRefused", "exceeded quota")).dump() == status.dump()
+    assert with_rejection(next_status(again), again, Reason("JobRejected", "exceeded quota")).dump() == status.dump()
 
 
 def test_a_message_of_any_length_fits_the_schema() -> None:
     found = facts(make_job(follow(make_job())))
-    status = with_rejection(next_status(found), found, Reason("JobRefused", "x" * 5000))
+    status = with_rejection(next_status(found), found, Reason("JobRejected", "x" * 5000))
     assert len(message_of(status)) == 1024
     assert QLoRAJobStatus.model_validate(status.dump()) == status

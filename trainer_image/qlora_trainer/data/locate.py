@@ -41,7 +41,7 @@ def find_data(uri: str, wanted: Wanted, access: DataAccess, download: Path) -> D
     if isinstance(source, HubSource):
         return _hub_data(source, wanted, access.hub(), download)
     if isinstance(source, ObjectStoreSource):
-        return _stored_data(source, ObjectFolder(source, access.secret, refuse=bad_dataset), download)
+        return _stored_data(source, ObjectFolder(source, access.secret, reject=bad_dataset), download)
     if isinstance(source, (VolumeSource, ConfigMapSource)):
         return _mounted_data(uri, source, access.mounts)
     raise bad_configuration(f"{uri} is not the address of a data set: must be hf://, pvc://, s3:// or configMap://")

@@ -64,6 +64,9 @@ def _list(file: IO[bytes], depth: int) -> list[Structure] | None:
     # Not every writer gives the elements' type of an empty list.
     if kind == STRUCT or not length:
         return [read_structure(file, depth) for _ in range(length)]
+    if kind in _SIZES:
+        file.seek(length * _SIZES[kind], 1)
+        return None
     for _ in range(length):
         _value(file, kind, depth)
     return None

@@ -46,7 +46,7 @@ class ObjectStoreModel:
 
     def __init__(self, source: ObjectStoreSource, secret: Secret) -> None:
         self.uri = str(source)
-        self._folder = ObjectFolder(source, secret, refuse=model_unavailable)
+        self._folder = ObjectFolder(source, secret, reject=model_unavailable)
         self._objects = {name: found for name, found in self._folder.list().items() if "/" not in name}
         if not self._objects:
             raise model_unavailable(f"{self.uri} has no objects: check bucket and path")
@@ -71,7 +71,7 @@ class RegistryModel:
 
     def __init__(self, source: RegistrySource, secret: Secret, *, allowed: tuple[str, ...]) -> None:
         self.uri = str(source)
-        self._registry = Registry(source, secret, allowed=allowed, refuse=model_unavailable)
+        self._registry = Registry(source, secret, allowed=allowed, reject=model_unavailable)
         found = self._registry.manifest(source.reference)
         if found is None:
             raise model_unavailable(f"{self.uri} does not exist: check repository and tag")

@@ -20,7 +20,7 @@ class RegistryDestination:
     def __init__(self, source: RegistrySource, secret: Secret, *, allowed: tuple[str, ...]) -> None:
         self.uri = str(source)
         self._source = source
-        self._registry = Registry(source, secret, allowed=allowed, refuse=bad_configuration)
+        self._registry = Registry(source, secret, allowed=allowed, reject=bad_configuration)
 
     def published(self) -> Manifest | None:
         """See Destination."""

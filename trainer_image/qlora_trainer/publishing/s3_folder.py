@@ -21,7 +21,7 @@ class ObjectDestination:
 
     def __init__(self, source: ObjectStoreSource, secret: Secret) -> None:
         self.uri = str(source)
-        self._folder = ObjectFolder(source, secret, refuse=bad_configuration)
+        self._folder = ObjectFolder(source, secret, reject=bad_configuration)
 
     def published(self) -> Manifest | None:
         """See Destination."""

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
-from qlora_trainer.report.serving import refused_by_vllm, served_rank
+from qlora_trainer.report.serving import rejected_by_vllm, served_rank
 from qlora_trainer.report.trained_job import TrainedJob
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -55,7 +55,7 @@ def adapter_model_card(job: TrainedJob) -> str:
         modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),
         batch=spec.training.micro_batch_size * spec.training.gradient_accumulation_steps,
         served_rank=served_rank(spec.lora),
-        refused_by_vllm=refused_by_vllm(spec.lora),
+        rejected_by_vllm=rejected_by_vllm(spec.lora),
         variant=variant_label(spec.lora),
         loss=lambda value: "–" if value is None else f"{value:.4f}",
     )

@@ -19,7 +19,7 @@ from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_pictu
 from qlora_trainer.report.metrics_log import MetricsHistory, read_history
 from qlora_trainer.report.model_card import quantization_label
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Samples, read_samples
-from qlora_trainer.report.serving import refused_by_vllm, served_rank, serving_commands
+from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_commands
 from qlora_trainer.report.trained_job import TrainedJob
 
 _GIB = 2**30
@@ -89,7 +89,7 @@ def _page(
         max_new_tokens=MAX_NEW_TOKENS,
         commands=serving_commands(job),
         served_rank=served_rank(job.spec.lora),
-        refused_by_vllm=refused_by_vllm(job.spec.lora),
+        rejected_by_vllm=rejected_by_vllm(job.spec.lora),
         merged=merged,
     )
 

@@ -18,12 +18,12 @@ BASE_PLACEHOLDER = "PATH/OF/THE/BASE/MODEL"
 
 def served_rank(lora: LoraSpec) -> int | None:
     """The smallest --max-lora-rank of vLLM that allows an adapter of this kind; None if vLLM does not load it."""
-    if refused_by_vllm(lora) is not None:
+    if rejected_by_vllm(lora) is not None:
         return None
     return next(allowed for allowed in _VLLM_RANKS if allowed >= lora.rank)
 
 
-def refused_by_vllm(lora: LoraSpec) -> str | None:
+def rejected_by_vllm(lora: LoraSpec) -> str | None:
     """Why vLLM does not load an adapter of this kind, as the end of a sentence; None if it does."""
     reasons = {
         "it does not support DoRA (spec.lora.useDora)": lora.use_dora,
@@ -35,9 +35,9 @@ def refused_by_vllm(lora: LoraSpec) -> str | None:
 
 def warn_if_not_served(spec: QLoRAJobSpec) -> None:
     """Log a warning if vLLM loads neither the adapter nor, because the job asks for none, a merged model."""
-    refused = refused_by_vllm(spec.lora)
-    if refused is not None and spec.output.merged is None:
-        logger.warning("vLLM will not serve the adapter: %s; spec.output.merged makes a model that it serves", refused)
+    rejected = rejected_by_vllm(spec.lora)
+    if rejected is not None and spec.output.merged is None:
+        logger.warning("vLLM will not serve the adapter: %s; spec.output.merged makes a model that it serves", rejected)
 
 
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:

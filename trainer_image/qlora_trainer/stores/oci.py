@@ -46,7 +46,7 @@ class Artifact:
 class Registry:
     """One repository of a registry that the administrator allows. Methods raise StepFailure.
 
-    What is missing or may not be read or written ends as `refuse` says; a registry in trouble is UNREACHABLE. For where
+    What is missing or may not be read or written ends as `reject` says; a registry in trouble is UNREACHABLE. For where
     credentials are sent, see RegistrySession.
     """
 
@@ -56,12 +56,12 @@ class Registry:
         secret: Secret,
         *,
         allowed: tuple[str, ...],
-        refuse: Callable[[str], StepFailure],
+        reject: Callable[[str], StepFailure],
     ) -> None:
         """`allowed`: HOST or HOST:PORT, with http:// before it where there is no TLS."""
         self.source = source
         self._secret = secret
-        self._refuse = refuse
+        self._reject = reject
         self._session = RegistrySession(source, secret, allowed)
         self._repository = f"{self._session.base}/{source.repository}"
 
@@ -81,7 +81,7 @@ class Registry:
             raise unsafe_artifact(f"{self.source}: the registry answered {digest} with {len(content)} bytes")
         manifest = parse_layers(content)
         if manifest is None:
-            raise self._refuse(f"{self.source} is not an artifact with layers ({MANIFEST_TYPE})")
+            raise self._reject(f"{self.source} is not an artifact with layers ({MANIFEST_TYPE})")
         return Artifact(digest, manifest)
 
     def has_blob(self, blob: Blob) -> bool:
@@ -198,7 +198,7 @@ class Registry:
             return
         if is_retryable(status):
             raise unreachable(f"{self.source.registry} answered HTTP {status} for {self.source}")
-        raise self._refuse(
+        raise self._reject(
             f"{self.source} does not exist, or may not be {done} with {self._secret} (HTTP {status}): check the "
             f"address, and set {self._secret.field} to a Secret whose credentials may"
         )

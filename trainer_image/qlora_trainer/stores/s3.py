@@ -71,15 +71,15 @@ def version_of(objects: Mapping[str, StoredObject]) -> str:
 class ObjectFolder:
     """An object, or the objects below a prefix, of one bucket. Methods raise StepFailure.
 
-    What is missing or may not be read or written ends as `refuse` says; a store in trouble is UNREACHABLE.
+    What is missing or may not be read or written ends as `reject` says; a store in trouble is UNREACHABLE.
     """
 
-    def __init__(self, source: ObjectStoreSource, secret: Secret, *, refuse: Callable[[str], StepFailure]) -> None:
+    def __init__(self, source: ObjectStoreSource, secret: Secret, *, reject: Callable[[str], StepFailure]) -> None:
         """Endpoint and region come from AWS_ENDPOINT_URL and AWS_REGION, which the administrator's profile sets."""
         self.uri = str(source)
         self._prefix = source.path
         self._secret = secret
-        self._refuse = refuse
+        self._reject = reject
         region = os.environ.get("AWS_REGION") or _DEFAULT_REGION
         self._endpoint = server_address(os.environ, "AWS_ENDPOINT_URL") or f"https://s3.{region}.amazonaws.com"
         own = os.environ.get("AWS_ENDPOINT_URL_S3")
@@ -246,7 +246,7 @@ class ObjectFolder:
             )
         if is_retryable(status, conflicts=True):
             return unreachable(f"{self._endpoint} answered {answer} for {self.uri}")
-        return self._refuse(
+        return self._reject(
             f"{self.uri} does not exist, or may not be {wanted} with {self._secret} ({answer} from {self._endpoint}): "
             f"check bucket and path, and set {self._secret.field} to a Secret whose credentials may"
         )

@@ -1,4 +1,4 @@
-"""A checkpoint of another run is refused with the difference named: a setting, data, model, library or trainer."""
+"""A checkpoint of another run is rejected with the difference named: a setting, data, model, library or trainer."""
 
 import dataclasses
 import math
@@ -88,14 +88,14 @@ def camel(field: str) -> str:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> StepContext:
-    """A workspace with a checkpoint of its first step. What is refused leaves it as it is."""
+    """A workspace with a checkpoint of its first step. What is rejected leaves it as it is."""
     context, stop = prepared(tmp_path_factory.mktemp("interrupted") / "workspace", tiny_llama), StopRequest()
     with pytest.raises(Interrupted):
         run(context, stop=stop, records=StopAtStep(1, stop))
     return context
 
 
-def refusal(context: StepContext) -> str:
+def rejection(context: StepContext) -> str:
     """Why the train step does not go on."""
     with pytest.raises(StepFailure, match="step-1 belongs to another run: ") as caught:
         run(context)
@@ -104,7 +104,7 @@ def refusal(context: StepContext) -> str:
 
 
 @pytest.mark.parametrize("field", DECIDING)
-def test_another_value_of_any_field_that_decides_the_result_is_refused_by_name(
+def test_another_value_of_any_field_that_decides_the_result_is_rejected_by_name(
     field: str, interrupted: StepContext
 ) -> None:
     section, name = field.split(".")
@@ -112,7 +112,7 @@ def test_another_value_of_any_field_that_decides_the_result_is_refused_by_name(
     other = another_value(SECTIONS[section].model_fields[name], current)
     assert other != current
 
-    assert f"{camel(field)} was " in refusal(with_value(interrupted, field, other))
+    assert f"{camel(field)} was " in rejection(with_value(interrupted, field, other))
 
 
 @pytest.mark.parametrize("field", WITHOUT_EFFECT)
@@ -136,13 +136,15 @@ def test_a_field_that_may_change_between_attempts_changes_no_byte(field: str, ti
         ({"target_modules": ("q_proj",)}, "model.targetModules was "),
     ],
 )
-def test_another_model_and_other_data_are_refused(change: dict[str, Any], named: str, interrupted: StepContext) -> None:
+def test_another_model_and_other_data_are_rejected(
+    change: dict[str, Any], named: str, interrupted: StepContext
+) -> None:
     path = interrupted.workspace.completion("prepare")
     record = read_completion(path, PrepareRecord)
     assert record is not None
     write_completion(path, record.model_copy(update=change))
     try:
-        assert named in refusal(interrupted)
+        assert named in rejection(interrupted)
     finally:
         write_completion(path, record)
 
@@ -162,12 +164,12 @@ def other_version(package: str, monkeypatch: pytest.MonkeyPatch) -> str:
         ("qlora-operator", "trainer"),
     ],
 )
-def test_another_version_of_a_library_or_of_the_trainer_is_refused(
+def test_another_version_of_a_library_or_of_the_trainer_is_rejected(
     package: str, named: str, interrupted: StepContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = other_version(package, monkeypatch)
 
-    assert f'{named} was "{installed}", is "0.0.1"' in refusal(interrupted)
+    assert f'{named} was "{installed}", is "0.0.1"' in rejection(interrupted)
 
 
 def test_a_changed_row_reaches_the_train_step_as_other_data(make_context: MakeContext, tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_a_changed_row_reaches_the_train_step_as_other_data(make_context: MakeCo
     write_rows(tmp_path / "data" / "train.jsonl", [*rows[:-1], chat_row("Which pods? 7", "kubectl get pods 8")])
     prepare(context, Recorded())
 
-    assert "data.fingerprint was " in refusal(context)
+    assert "data.fingerprint was " in rejection(context)
 
 
 def test_data_that_another_version_of_the_trainer_prepared_are_prepared_again(
@@ -195,6 +197,6 @@ def test_data_that_another_version_of_the_trainer_prepared_are_prepared_again(
     after = prepare(context, Recorded())
 
     assert after.fingerprint != before.fingerprint
-    message = refusal(context)
+    message = rejection(context)
     assert "data.fingerprint was " in message
     assert "trainer was " in message
