@@ -10,7 +10,7 @@ UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 DEVCLUSTER := $(PYTHON) -m devcluster
-PYTEST := $(PYTHON) -m pytest -rs --durations=15
+PYTEST := $(PYTHON) -m pytest -rfEs --durations=15
 
 # What installers print goes to the log file that devcluster uses too (console.py), and is shown when they fail.
 LOG := $(CACHE)/build.log
@@ -86,7 +86,7 @@ $(VENV)/bin/mypy
 $(VENV)/bin/lint-imports
 $(VENV)/bin/deptry crds cli operator trainer_image
 $(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples helm tests
-$(PYTHON) -m pytest -q -rs tests/unit
+$(PYTHON) -m pytest -q -rfEs tests/unit
 endef
 
 .PHONY: check
