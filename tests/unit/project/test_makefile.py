@@ -56,7 +56,7 @@ class Checkout:
     def suites(self) -> list[str]:
         """The folders of the suites that ran, in order."""
         calls = self.calls.read_text().splitlines()
-        return [call[call.index("tests/") :] for call in calls if "pytest -rs" in call]
+        return [call[call.index("tests/") :] for call in calls if "pytest -rfEs" in call]
 
 
 def test_it_runs_each_suite_and_leaves_slow_proofs_out(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_it_fails_if_one_suite_does_and_runs_the_others(tmp_path: Path, suite: s
     assert checkout.suites() == SUITES
 
 
-@pytest.mark.parametrize("check", ["format --check", "-m pytest -q -rs tests/unit"])
+@pytest.mark.parametrize("check", ["format --check", "-m pytest -q -rfEs tests/unit"])
 def test_it_ends_with_a_check_that_fails(tmp_path: Path, check: str) -> None:
     checkout = Checkout(tmp_path, f'  "{check}") exit 1;;')
     assert checkout.make().returncode != 0
