@@ -66,7 +66,9 @@ def photograph(page: Path, target: Path, size: tuple[int, int]) -> None:
     if browser is None:
         sys.exit("docs/screenshots.py needs Chromium: apt-get install chromium")
     width, height = size
+    # Without the last one, parts of the page may be missing that are not painted yet.
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000"]
+    options += ["--run-all-compositor-stages-before-draw"]
     command = [browser, *options, f"--window-size={width},{height}", f"--screenshot={target}", page.resolve().as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
 
