@@ -59,6 +59,16 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
 LLAMA = hf.LlamaConfig(**BLOCKS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def autograd_without_a_gpu() -> None:
+    """Starts autograd before a fake mode does.
+
+    A fake mode pretends that there is a GPU. Autograd, if it starts then, starts a thread for it, and after that no
+    fork of this process can train, as other tests need.
+    """
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 def configuration(model_type: str) -> PretrainedConfig:
     # GPT-NeoX has no groups of queries, Ministral no head size of its own.
     left_out = {"num_key_value_heads"} if model_type == "gpt_neox" else set()
