@@ -15,6 +15,7 @@ from qlora_trainer.core.records import redact
         "bearer canary",
         "https://reader:canary@hub.example.org/api",
         "504 for url: https://cdn.example.org/x?X-Amz-Algorithm=AWS4&X-Amz-Signature=canary&X-Amz-Expires=60",
+        "https://storage.example.org/x?X-Goog-Algorithm=GOOG4&X-Goog-Credential=canary&X-Goog-Signature=canary",
         "https://cdn.example.org/x?Policy=canary&Signature=canary~&Key-Pair-Id=canary'",
         "https://account.blob.example.org/x?sv=2024&sig=canary%3D",
     ],

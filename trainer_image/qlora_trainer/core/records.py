@@ -16,7 +16,7 @@ _SECRET = re.compile(
     r"""hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+(?=@)
     |(?i:authorization)["']?\s*[:=]\s*["']?(?:(?i:basic|bearer)\s+)?[^\s"']+
     |(?i:bearer|authorization)\s+\S+
-    |(?<=[?&])(?i:x-amz-(?:credential|signature|security-token)|signature|policy|key-pair-id|sig)=[^\s&"']+""",
+    |(?<=[?&])(?i:x-(?:amz|goog)-(?:credential|signature|security-token)|signature|policy|key-pair-id|sig)=[^\s&"']+""",
     re.VERBOSE,
 )
 
