@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_api.contract import ExitCode
+from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.chunks import Chunk, TokenizedRow, TokenizedRows
 from qlora_trainer.data.files import DataFile
@@ -41,9 +42,7 @@ TURNS = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=16,
 )
-COLUMNS = st.sampled_from(
-    ("messages", "conversations", "tools", "system", "instruction", "input", "output", "prompt", "completion", "text")
-)
+COLUMNS = st.sampled_from(sorted(Columns.model_fields))
 
 
 Result = TypeVar("Result")

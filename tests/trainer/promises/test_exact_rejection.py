@@ -64,7 +64,8 @@ def _another(kind: Any, constraints: list[Any], current: Any) -> Any:
     if kind is int:
         return current + 1 if current is not None and current < high else max(1, low)
     assert kind is float, f"this test does not know fields of type {kind}"
-    return (current + min(high, current + 1)) / 2
+    start = low if current is None else current
+    return (start + min(high, start + 1)) / 2
 
 
 def _flat(metadata: list[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ This is the way of a row, from top to bottom; each arrow is one call, and nothin
 
 `build.DatasetBuilder` walks down to the rows of a `dataset.Dataset`; `Dataset.write` does the rest.
 
-To add a data format, add an entry to `formats._FORMATS` and its name to `qlora_api.dataset.RowFormat`; to add a file
-kind, an entry to `reading._READERS` and its ending to `files.data_kind`. Whoever reads raises BAD_DATASET with the
-row's location, as the cases in `tests/support/bad_data` expect.
+To add a data format, add an entry to `formats._FORMATS`, and its name and columns to `RowFormat` and `Columns` of
+`qlora_api.dataset`; to add a file kind, an entry to `reading._READERS` and its ending to `files.data_kind`. Whoever
+reads raises BAD_DATASET with the row's location, as the cases in `tests/support/bad_data` expect.
 """
