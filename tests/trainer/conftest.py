@@ -1,4 +1,4 @@
-"""Tiny models made once a session, and the context of a step over them."""
+"""Tiny models made once a session, the context of a step over them, and a registry."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,12 +11,16 @@ import torch
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 from transformers import LlamaConfig, Qwen2Config
+from urllib3.util import Retry
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.stores import oci_auth
 from tests.support.command import ROWS, Files, new_files
+from tests.support.fault_proxy import FaultProxy, serve_proxy
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
+from tests.support.servers import HTPASSWD, give_login, registry
 from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, merged, save_model, write_rows
 
 MakeContext = Callable[..., StepContext]
@@ -124,6 +128,27 @@ def make_context(tmp_path: Path, tiny_llama: Path) -> MakeContext:
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def real_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry that wants a password."""
+    folder = tmp_path_factory.mktemp("registry")
+    (folder / "htpasswd").write_text(HTPASSWD)
+    with registry(folder, passwords=folder / "htpasswd") as address:
+        yield address
+
+
+@pytest.fixture
+def registry_proxy(real_registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
+    monkeypatch.setattr(oci_auth, "_RETRY", Retry(total=0))
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
+    with serve_proxy(FaultProxy(real_registry)) as served:
+        for part in ("model", "output"):
+            (tmp_path / "credentials" / part).mkdir(parents=True)
+            give_login(tmp_path / "credentials" / part, served.address)
+        yield served
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +11,6 @@ from uuid import uuid4
 
 import pytest
 import requests
-from urllib3.util import Retry
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
@@ -24,50 +23,29 @@ from qlora_trainer.stores import oci_auth
 from qlora_trainer.stores.contents import describe_files
 from qlora_trainer.stores.oci import MANIFEST_TYPE
 from tests.support.command import qlora
-from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.fault_proxy import Fault, FaultProxy, Request
 from tests.support.publication import MANIFEST
-from tests.support.servers import HTPASSWD, LOGIN, PASSWORD, USER, give_login, registry
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.servers import LOGIN, PASSWORD, USER
+from tests.support.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry that wants a password."""
-    folder = tmp_path_factory.mktemp("registry")
-    (folder / "htpasswd").write_text(HTPASSWD)
-    with registry(folder, passwords=folder / "htpasswd") as address:
-        yield address
-
-
 @pytest.fixture
-def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
-    monkeypatch.setattr(oci_auth, "_RETRY", Retry(total=0))
-    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
-    with serve_proxy(FaultProxy(real)) as served:
-        for part in ("model", "output"):
-            (tmp_path / "credentials" / part).mkdir(parents=True)
-            give_login(tmp_path / "credentials" / part, served.address)
-        yield served
-
-
-@pytest.fixture
-def model(proxy: FaultProxy, tiny_llama: Path, tmp_path: Path) -> str:
+def model(registry_proxy: FaultProxy, tiny_llama: Path, tmp_path: Path) -> str:
     """Address of a model in the registry, by tag."""
-    source = parse_source(f"oci://{proxy.address}/models/{uuid4().hex}:v1")
+    source = parse_source(f"oci://{registry_proxy.address}/models/{uuid4().hex}:v1")
     assert isinstance(source, RegistrySource)
     secret = Secret(tmp_path / "credentials" / "model", "spec.output.secretRef", "push")
     files = {path.name: path for path in tiny_llama.iterdir()}
-    destination = RegistryDestination(source, secret, allowed=(f"http://{proxy.address}",))
+    destination = RegistryDestination(source, secret, allowed=(f"http://{registry_proxy.address}",))
     destination.write(files, MANIFEST.model_copy(update={"files": describe_files(files)}))
-    proxy.seen.clear()
+    registry_proxy.seen.clear()
     return str(source)
 
 
-def with_model(make_context: MakeContext, proxy: FaultProxy, source: str) -> StepContext:
+def with_model(make_context: MakeContext, registry_proxy: FaultProxy, source: str) -> StepContext:
     context = make_context({"model": {"source": source, "secretRef": {"name": "pull"}}})
-    return replace(context, registries=(f"http://{proxy.address}",))
+    return replace(context, registries=(f"http://{registry_proxy.address}",))
 
 
 def unusable(context: StepContext, records: Recorded, code: ExitCode) -> str:
@@ -82,37 +60,37 @@ def unusable(context: StepContext, records: Recorded, code: ExitCode) -> str:
 
 
 def test_a_model_is_downloaded_and_its_revision_is_the_digest(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
+    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str, tiny_llama: Path
 ) -> None:
-    context = with_model(make_context, proxy, model)
+    context = with_model(make_context, registry_proxy, model)
     record = prepare(context, records)
     folder = context.workspace.root / record.model_path
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (folder / name).read_bytes() == (tiny_llama / name).read_bytes()
     assert not (folder / "manifest.json").exists()
     shutil.rmtree(context.workspace.root)
-    pinned = with_model(make_context, proxy, f"{model.removesuffix(':v1')}@{record.model_revision}")
+    pinned = with_model(make_context, registry_proxy, f"{model.removesuffix(':v1')}@{record.model_revision}")
     assert prepare(pinned, records).model_revision == record.model_revision
 
 
-def of_weights(proxy: FaultProxy, tiny_llama: Path) -> Callable[[Request], bool]:
+def of_weights(registry_proxy: FaultProxy, tiny_llama: Path) -> Callable[[Request], bool]:
     digest = describe_files({"w": tiny_llama / "model.safetensors"})["w"].sha256
     return lambda request: request.method == "GET" and request.path.endswith(f"/blobs/sha256:{digest}")
 
 
 def test_a_download_resumes_where_it_was_cut_off(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
+    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str, tiny_llama: Path
 ) -> None:
-    wanted = of_weights(proxy, tiny_llama)
-    proxy.rule = lambda request: Fault(cut=100_000) if wanted(request) else None
-    context = with_model(make_context, proxy, model)
+    wanted = of_weights(registry_proxy, tiny_llama)
+    registry_proxy.rule = lambda request: Fault(cut=100_000) if wanted(request) else None
+    context = with_model(make_context, registry_proxy, model)
     unusable(context, records, ExitCode.UNREACHABLE)
     (partial,) = context.workspace.models.glob("*.partial/*.partial")
     kept = partial.stat().st_size
-    proxy.rule = lambda _request: None
-    proxy.seen.clear()
+    registry_proxy.rule = lambda _request: None
+    registry_proxy.seen.clear()
     record = prepare(context, records)
-    asked = [request.headers.get("Range") for request in proxy.seen if wanted(request)]
+    asked = [request.headers.get("Range") for request in registry_proxy.seen if wanted(request)]
     assert asked[-1] == f"bytes={kept}-"
     assert 0 < kept <= 100_000
     found = context.workspace.root / record.model_path / "model.safetensors"
@@ -122,26 +100,26 @@ def test_a_download_resumes_where_it_was_cut_off(
 def test_a_transfer_that_stalls_is_given_up(
     make_context: MakeContext,
     records: Recorded,
-    proxy: FaultProxy,
+    registry_proxy: FaultProxy,
     model: str,
     tiny_llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(oci_auth, "_TIMEOUTS", (1, 0.2))
-    wanted = of_weights(proxy, tiny_llama)
-    proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
-    message = unusable(with_model(make_context, proxy, model), records, ExitCode.UNREACHABLE)
+    wanted = of_weights(registry_proxy, tiny_llama)
+    registry_proxy.rule = lambda request: Fault(cut=100_000, stall=True) if wanted(request) else None
+    message = unusable(with_model(make_context, registry_proxy, model), records, ExitCode.UNREACHABLE)
     assert "cannot be reached, or broke off" in message
 
 
 def test_a_layer_that_arrives_changed_is_loaded_again(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str, tiny_llama: Path
+    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str, tiny_llama: Path
 ) -> None:
-    wanted = of_weights(proxy, tiny_llama)
-    proxy.rule = lambda request: Fault(corrupt=wanted(request))
-    context = with_model(make_context, proxy, model)
+    wanted = of_weights(registry_proxy, tiny_llama)
+    registry_proxy.rule = lambda request: Fault(corrupt=wanted(request))
+    context = with_model(make_context, registry_proxy, model)
     assert "model.safetensors has another SHA-256 than its digest" in unusable(context, records, ExitCode.UNREACHABLE)
-    proxy.rule = lambda _request: None
+    registry_proxy.rule = lambda _request: None
     assert prepare(context, records).model_revision.startswith("sha256:")
 
 
@@ -159,14 +137,14 @@ def test_a_layer_that_arrives_changed_is_loaded_again(
 def test_an_artifact_that_is_not_a_model_is_rejected(
     make_context: MakeContext,
     records: Recorded,
-    proxy: FaultProxy,
+    registry_proxy: FaultProxy,
     model: str,
     answer: Fault,
     code: ExitCode,
     words: str,
 ) -> None:
-    proxy.rule = lambda _request: answer
-    assert words in unusable(with_model(make_context, proxy, model), records, code)
+    registry_proxy.rule = lambda _request: answer
+    assert words in unusable(with_model(make_context, registry_proxy, model), records, code)
 
 
 def layer(part: str, name: str) -> dict[str, Any]:
@@ -180,7 +158,7 @@ def layer(part: str, name: str) -> dict[str, Any]:
 
 
 def test_an_archive_that_holds_a_model_is_rejected_with_what_to_do(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
+    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
 ) -> None:
     layers = [
         layer("weight.config.v1.raw", "config.json"),
@@ -189,52 +167,52 @@ def test_an_archive_that_holds_a_model_is_rejected_with_what_to_do(
         layer("doc.v1.tar", "README.md"),
         {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"},
     ]
-    proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": layers}).encode())
-    message = unusable(with_model(make_context, proxy, model), records, ExitCode.MODEL_UNAVAILABLE)
+    registry_proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": layers}).encode())
+    message = unusable(with_model(make_context, registry_proxy, model), records, ExitCode.MODEL_UNAVAILABLE)
     named = "application/vnd.oci.image.layer.v1.tar+gzip, model.safetensors, tokenizer.json"
     assert message.startswith(f"{model} has {named} in archives (.tar, the default of modctl)")
     assert "push it with one layer for each file, as `modctl build --raw` does" in message
 
 
 def test_documentation_in_an_archive_does_no_harm(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
+    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
 ) -> None:
     place = model.removeprefix("oci://").partition("/")[2].replace(":", "/manifests/")
-    address, accept = f"http://{proxy.address}/v2/{place}", {"Accept": MANIFEST_TYPE}
+    address, accept = f"http://{registry_proxy.address}/v2/{place}", {"Accept": MANIFEST_TYPE}
     found = requests.get(address, auth=(USER, PASSWORD), headers=accept, timeout=10).json()
     docs = {**layer("doc.v1.tar", "docs"), "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"}
     found["layers"] += [layer("doc.v1.tar", "README.md"), docs]
     body = json.dumps(found).encode()
-    proxy.rule = lambda request: Fault(200, body=body) if "/manifests/" in request.path else None
-    record = prepare(with_model(make_context, proxy, model), records)
+    registry_proxy.rule = lambda request: Fault(200, body=body) if "/manifests/" in request.path else None
+    record = prepare(with_model(make_context, registry_proxy, model), records)
     assert record.model_revision == f"sha256:{sha256(body).hexdigest()}"
 
 
 def test_a_manifest_of_another_digest_is_rejected(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
+    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
 ) -> None:
-    proxy.rule = lambda _request: Fault(200, body=b'{"layers": []}')
+    registry_proxy.rule = lambda _request: Fault(200, body=b'{"layers": []}')
     pinned = f"{model.removesuffix(':v1')}@sha256:{'0' * 64}"
-    unusable(with_model(make_context, proxy, pinned), records, ExitCode.UNSAFE_ARTIFACT)
+    unusable(with_model(make_context, registry_proxy, pinned), records, ExitCode.UNSAFE_ARTIFACT)
 
 
 def test_a_registry_that_the_administrator_does_not_allow_is_never_asked(
-    make_context: MakeContext, records: Recorded, proxy: FaultProxy, model: str
+    make_context: MakeContext, records: Recorded, registry_proxy: FaultProxy, model: str
 ) -> None:
-    context = replace(with_model(make_context, proxy, model), registries=("ghcr.io",))
+    context = replace(with_model(make_context, registry_proxy, model), registries=("ghcr.io",))
     message = unusable(context, records, ExitCode.BAD_CONFIGURATION)
     assert "is not among those that the profile allows (ghcr.io)" in message
     destination = {"output": {"destination": "oci://registry.example.org/team/tuned:v1"}}
     assert "oci://registry.example.org/team/tuned:v1" in unusable(
         make_context(destination), records, ExitCode.BAD_CONFIGURATION
     )
-    assert proxy.seen == []
+    assert registry_proxy.seen == []
 
 
-def test_a_laptop_allows_the_registries_that_its_job_names(proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_laptop_allows_the_registries_that_its_job_names(registry_proxy: FaultProxy, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     spec = {
-        "model": {"source": f"oci://{proxy.address}/models/tiny:v1"},
+        "model": {"source": f"oci://{registry_proxy.address}/models/tiny:v1"},
         "dataset": {"source": "pvc://data/train.jsonl"},
     }
     document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}, "spec": spec}
@@ -243,4 +221,4 @@ def test_a_laptop_allows_the_registries_that_its_job_names(proxy: FaultProxy, tm
     done = qlora("run", str(job), *options, HOME=str(tmp_path))
     assert done.returncode == ExitCode.MODEL_UNAVAILABLE
     assert "may not be read with no credentials (spec.model.secretRef) (HTTP 401)" in " ".join(done.stdout.split())
-    assert proxy.seen
+    assert registry_proxy.seen

@@ -3,7 +3,7 @@
 import base64
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,6 @@ from oras.client import OrasClient
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from urllib3.util import Retry
 
 from qlora_api.contract import ExitCode
 from qlora_api.sources import RegistrySource, parse_source
@@ -26,39 +25,17 @@ from qlora_trainer.publishing.destination import publish_folder
 from qlora_trainer.publishing.manifest import Manifest
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.steps.publish import publish as publish_step
-from qlora_trainer.stores import oci_auth
 from qlora_trainer.stores.contents import Contents, describe_files
 from qlora_trainer.stores.oci import Blob, Registry, digest_of
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
 from tests.support.publication import MANIFEST
 from tests.support.published import context
-from tests.support.servers import HTPASSWD, LOGIN, PASSWORD, USER, give_login, registry
-from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.servers import LOGIN, PASSWORD, USER, give_login
+from tests.support.tiny import Recorded
 
 TOKEN = "canary-registry-token"
 Publish = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry that wants a password."""
-    folder = tmp_path_factory.mktemp("registry")
-    (folder / "htpasswd").write_text(HTPASSWD)
-    with registry(folder, passwords=folder / "htpasswd") as address:
-        yield address
-
-
-@pytest.fixture
-def proxy(real: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The registry that the profile allows, behind a proxy. The Secrets of model and output open it."""
-    monkeypatch.setattr(oci_auth, "_RETRY", Retry(total=0))
-    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
-    with serve_proxy(FaultProxy(real)) as served:
-        for part in ("model", "output"):
-            (tmp_path / "credentials" / part).mkdir(parents=True)
-            give_login(tmp_path / "credentials" / part, served.address)
-        yield served
 
 
 @pytest.fixture
@@ -69,14 +46,14 @@ def contents(tmp_path: Path) -> Contents:
 
 
 @pytest.fixture
-def publish(tmp_path: Path, proxy: FaultProxy, contents: Contents) -> Publish:
+def publish(tmp_path: Path, registry_proxy: FaultProxy, contents: Contents) -> Publish:
     """Publishes the adapter to a tag of a repository of the test's own."""
-    source = parse_source(f"oci://{proxy.address}/team/{uuid4().hex}:v1")
+    source = parse_source(f"oci://{registry_proxy.address}/team/{uuid4().hex}:v1")
     assert isinstance(source, RegistrySource)
     secret = Secret(tmp_path / "credentials" / "output", "spec.output.secretRef", "push")
 
     def run(manifest: Manifest = MANIFEST) -> str:
-        destination = RegistryDestination(source, secret, allowed=(f"http://{proxy.address}",))
+        destination = RegistryDestination(source, secret, allowed=(f"http://{registry_proxy.address}",))
         return publish_folder(destination, contents, manifest.model_copy(update={"files": describe_files(contents)}))
 
     return run
@@ -90,40 +67,40 @@ def rejected(publish: Publish, code: ExitCode, manifest: Manifest = MANIFEST) ->
     return failure.value.message
 
 
-def pulled(uri: str, real: str, folder: Path) -> dict[str, bytes]:
+def pulled(uri: str, real_registry: str, folder: Path) -> dict[str, bytes]:
     """What `oras pull` leaves of the artifact, from the registry itself."""
-    give_login(folder, real)
-    reference = f"{real}/{uri.removeprefix('oci://').partition('/')[2]}"
+    give_login(folder, real_registry)
+    reference = f"{real_registry}/{uri.removeprefix('oci://').partition('/')[2]}"
     client = OrasClient(insecure=True, auth_backend="basic")
     client.pull(reference, config_path=str(folder / ".dockerconfigjson"), outdir=str(folder / "pulled"))
     return {path.name: path.read_bytes() for path in (folder / "pulled").iterdir()}
 
 
-def uploads(proxy: FaultProxy) -> int:
+def uploads(registry_proxy: FaultProxy) -> int:
     """Blobs that were begun to be sent."""
-    return len(proxy.lines("POST"))
+    return len(registry_proxy.lines("POST"))
 
 
 def test_oras_pull_gives_the_folder(
-    publish: Publish, proxy: FaultProxy, contents: Contents, real: str, tmp_path: Path
+    publish: Publish, registry_proxy: FaultProxy, contents: Contents, real_registry: str, tmp_path: Path
 ) -> None:
     uri = publish()
-    found = pulled(uri, real, tmp_path)
+    found = pulled(uri, real_registry, tmp_path)
     assert b'"jobUid": "one"' in found.pop("manifest.json")
     assert found == {
         name: content if isinstance(content, bytes) else content.read_bytes() for name, content in contents.items()
     }
-    assert proxy.lines("PUT")[-1].rpartition("/")[2] == "v1"
+    assert registry_proxy.lines("PUT")[-1].rpartition("/")[2] == "v1"
     (artifact,) = {uri.rpartition("@")[2]}
     assert artifact.startswith("sha256:")
-    assert not any(canary in request.path for request in proxy.seen for canary in (PASSWORD, LOGIN))
+    assert not any(canary in request.path for request in registry_proxy.seen for canary in (PASSWORD, LOGIN))
 
 
-def test_the_artifact_is_a_model_pack(publish: Publish, real: str) -> None:
+def test_the_artifact_is_a_model_pack(publish: Publish, real_registry: str) -> None:
     reference = publish().removeprefix("oci://").partition("/")[2]
     repository, _, digest = reference.replace(":v1", "").partition("@")
     answer = requests.get(
-        f"http://{real}/v2/{repository}/manifests/{digest}",
+        f"http://{real_registry}/v2/{repository}/manifests/{digest}",
         auth=(USER, PASSWORD),
         headers={"Accept": "application/vnd.oci.image.manifest.v1+json"},
         timeout=10,
@@ -140,55 +117,57 @@ def test_the_artifact_is_a_model_pack(publish: Publish, real: str) -> None:
     }
 
 
-def test_publishing_again_uploads_nothing(publish: Publish, proxy: FaultProxy) -> None:
+def test_publishing_again_uploads_nothing(publish: Publish, registry_proxy: FaultProxy) -> None:
     first = publish()
-    proxy.seen.clear()
+    registry_proxy.seen.clear()
     assert publish() == first
-    assert proxy.lines("POST") == proxy.lines("PUT") == []
+    assert registry_proxy.lines("POST") == registry_proxy.lines("PUT") == []
 
 
 @pytest.mark.parametrize("place", range(6))
 def test_an_interrupted_upload_is_finished_and_layers_are_not_sent_again(
-    publish: Publish, proxy: FaultProxy, contents: Contents, place: int
+    publish: Publish, registry_proxy: FaultProxy, contents: Contents, place: int
 ) -> None:
     """The registry fails from the `place`-th upload on: three files, the manifest, the configuration, the tag."""
 
     def rule(request: Request) -> Fault | None:
-        return Fault(503) if request.method == "PUT" and len(proxy.lines("PUT")) > place else None
+        return Fault(503) if request.method == "PUT" and len(registry_proxy.lines("PUT")) > place else None
 
-    proxy.rule = rule
+    registry_proxy.rule = rule
     rejected(publish, ExitCode.UNREACHABLE)
-    proxy.rule = lambda _request: None
-    proxy.seen.clear()
+    registry_proxy.rule = lambda _request: None
+    registry_proxy.seen.clear()
     publish()
-    assert len(proxy.lines("PUT")) == 6 - place
+    assert len(registry_proxy.lines("PUT")) == 6 - place
 
 
 def test_a_blob_that_arrives_changed_is_rejected_by_the_registry(
-    publish: Publish, proxy: FaultProxy, contents: Contents
+    publish: Publish, registry_proxy: FaultProxy, contents: Contents
 ) -> None:
-    proxy.rule = lambda request: Fault(corrupt_request=request.method == "PUT" and "/blobs/" in request.path)
+    registry_proxy.rule = lambda request: Fault(corrupt_request=request.method == "PUT" and "/blobs/" in request.path)
     assert "did not arrive intact" in rejected(publish, ExitCode.UNREACHABLE)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md"])
 def test_what_does_not_read_back_is_never_called_published(
-    publish: Publish, proxy: FaultProxy, contents: Contents, name: str
+    publish: Publish, registry_proxy: FaultProxy, contents: Contents, name: str
 ) -> None:
     """The registry has accepted it, and reports that it has it."""
     digest = describe_files(contents)[name].sha256
-    proxy.rule = lambda request: Fault(corrupt=request.method == "GET" and request.path.endswith(digest))
+    registry_proxy.rule = lambda request: Fault(corrupt=request.method == "GET" and request.path.endswith(digest))
     assert f"{name} does not read back as it was written" in rejected(publish, ExitCode.UNREACHABLE)
 
 
-def test_peft_loads_the_folder_that_is_pulled(trained: Files, proxy: FaultProxy, real: str, tmp_path: Path) -> None:
-    address = f"oci://{proxy.address}/team/{uuid4().hex}:v1"
+def test_peft_loads_the_folder_that_is_pulled(
+    trained: Files, registry_proxy: FaultProxy, real_registry: str, tmp_path: Path
+) -> None:
+    address = f"oci://{registry_proxy.address}/team/{uuid4().hex}:v1"
     files = trained.with_spec({"output": {"destination": address, "secretRef": {"name": "push"}}})
     step = context(files)
     mounts = replace(step.mounts, credentials=tmp_path / "credentials")
-    step = replace(step, mounts=mounts, registries=(f"http://{proxy.address}",))
+    step = replace(step, mounts=mounts, registries=(f"http://{registry_proxy.address}",))
     record = publish_step(step, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
-    pulled(record.adapter.uri, real, tmp_path)
+    pulled(record.adapter.uri, real_registry, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(files.models / "model")
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, tmp_path / "pulled"))
     expected = load_file(files.workspace / "trained" / "adapter_model.safetensors")
@@ -203,17 +182,17 @@ def test_the_adapter_of_another_job_is_never_replaced(publish: Publish) -> None:
     assert publish() == first
 
 
-def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish, proxy: FaultProxy) -> None:
+def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish, registry_proxy: FaultProxy) -> None:
     """Both jobs found the tag free; the other one ends while this one uploads."""
     published: list[str] = []
 
     def rule(request: Request) -> Fault | None:
         if request.method == "POST" and not published:
-            proxy.rule = lambda _request: None
+            registry_proxy.rule = lambda _request: None
             published.append(publish())
         return None
 
-    proxy.rule = rule
+    registry_proxy.rule = rule
     slow = MANIFEST.model_copy(update={"job_uid": "slow"})
     message = rejected(publish, ExitCode.BAD_CONFIGURATION, slow)
     assert message.startswith("the destination oci://")
@@ -232,17 +211,19 @@ def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(publish: Publish
     ],
 )
 def test_a_rejection_is_permanent_and_trouble_is_not(
-    publish: Publish, proxy: FaultProxy, status: int, code: ExitCode
+    publish: Publish, registry_proxy: FaultProxy, status: int, code: ExitCode
 ) -> None:
-    proxy.rule = lambda request: Fault(status) if request.method == "POST" else None
+    registry_proxy.rule = lambda request: Fault(status) if request.method == "POST" else None
     message = rejected(publish, code)
     if code is ExitCode.BAD_CONFIGURATION:
         assert f"may not be written with the credentials of spec.output.secretRef (HTTP {status})" in message
 
 
-def test_a_wrong_password_is_rejected_by_the_real_registry(publish: Publish, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_wrong_password_is_rejected_by_the_real_registry(
+    publish: Publish, registry_proxy: FaultProxy, tmp_path: Path
+) -> None:
     wrong = base64.b64encode(b"team:wrong").decode()
-    give_login(tmp_path / "credentials" / "output", proxy.address, wrong)
+    give_login(tmp_path / "credentials" / "output", registry_proxy.address, wrong)
     # The login is read when the destination is opened.
     assert "(HTTP 401)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
@@ -252,21 +233,21 @@ def test_a_secret_without_this_registry_says_so(publish: Publish, tmp_path: Path
     assert "has no entry for 127.0.0.1:" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
-def test_credentials_go_to_no_other_host(publish: Publish, proxy: FaultProxy) -> None:
+def test_credentials_go_to_no_other_host(publish: Publish, registry_proxy: FaultProxy) -> None:
     """A token server, an upload's location and a redirect that lead elsewhere."""
     with serve_proxy(FaultProxy("", rule=lambda _request: Fault(404))) as elsewhere:
         there = f"http://{elsewhere.address}/place"
         challenge = {"WWW-Authenticate": f'Bearer realm="{there}",service="team",scope="push"'}
-        proxy.rule = lambda _request: Fault(401, challenge)
+        registry_proxy.rule = lambda _request: Fault(401, challenge)
         assert f"redirects to http://{elsewhere.address}, where the credentials" in rejected(
             publish, ExitCode.BAD_CONFIGURATION
         )
-        proxy.rule = lambda request: Fault(202, {"Location": there}) if request.method == "POST" else None
+        registry_proxy.rule = lambda request: Fault(202, {"Location": there}) if request.method == "POST" else None
         assert f"redirects to http://{elsewhere.address}, where the credentials" in rejected(
             publish, ExitCode.BAD_CONFIGURATION
         )
         assert elsewhere.seen == []
-        proxy.rule = lambda request: (
+        registry_proxy.rule = lambda request: (
             Fault(307, {"Location": there}) if "Authorization" in request.headers and request.method != "POST" else None
         )
         with pytest.raises(StepFailure):
@@ -293,34 +274,40 @@ def test_credentials_do_not_leave_tls_for_the_same_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 10), (403, 10), (429, 200), (503, 200)])
-def test_a_token_server_in_trouble_is_tried_again(publish: Publish, proxy: FaultProxy, status: int, code: int) -> None:
-    realm = f'Bearer realm="http://{proxy.address}/token",service="team",scope="push"'
-    proxy.rule = lambda request: (
+def test_a_token_server_in_trouble_is_tried_again(
+    publish: Publish, registry_proxy: FaultProxy, status: int, code: int
+) -> None:
+    realm = f'Bearer realm="http://{registry_proxy.address}/token",service="team",scope="push"'
+    registry_proxy.rule = lambda request: (
         Fault(status) if request.path.startswith("/token") else Fault(401, {"WWW-Authenticate": realm})
     )
     rejected(publish, ExitCode(code))
 
 
 @pytest.mark.parametrize("answer", ["[]", "[" * 10**5, "busy", "{}", '{"token": {}}'], ids=range(5))
-def test_a_token_server_that_answers_nonsense_is_named(publish: Publish, proxy: FaultProxy, answer: str) -> None:
-    realm = f'Bearer realm="http://{proxy.address}/token",service="team",scope="push"'
-    proxy.rule = lambda request: (
+def test_a_token_server_that_answers_nonsense_is_named(
+    publish: Publish, registry_proxy: FaultProxy, answer: str
+) -> None:
+    realm = f'Bearer realm="http://{registry_proxy.address}/token",service="team",scope="push"'
+    registry_proxy.rule = lambda request: (
         Fault(200, body=answer.encode())
         if request.path.startswith("/token")
         else Fault(401, {"WWW-Authenticate": realm})
     )
     message = rejected(publish, ExitCode.UNREACHABLE)
-    assert message.startswith(f"{proxy.address} answered HTTP 200 for a token")
+    assert message.startswith(f"{registry_proxy.address} answered HTTP 200 for a token")
     assert "but not with a JSON object that has one" in message
 
 
-def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, proxy: FaultProxy) -> None:
-    proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
-    said = f"{proxy.address} wants an upload to continue at 'http://[', which is not an address"
+def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, registry_proxy: FaultProxy) -> None:
+    registry_proxy.rule = lambda request: Fault(202, {"Location": "http://["}) if request.method == "POST" else None
+    said = f"{registry_proxy.address} wants an upload to continue at 'http://[', which is not an address"
     assert said in rejected(publish, ExitCode.UNREACHABLE)
 
 
-def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish: Publish, proxy: FaultProxy) -> None:
+def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(
+    publish: Publish, registry_proxy: FaultProxy
+) -> None:
     """The token service of a registry, in front of the real one."""
 
     def rule(request: Request) -> Fault | None:
@@ -330,44 +317,44 @@ def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(publish
             return Fault(200, body=body) if given == f"Basic {LOGIN}" else Fault(401)
         if given == f"Bearer {TOKEN}":
             return Fault(replace={"Authorization": f"Basic {LOGIN}"})
-        realm = f'Bearer realm="http://{proxy.address}/token",service="team",scope="repository:x:pull,push"'
+        realm = f'Bearer realm="http://{registry_proxy.address}/token",service="team",scope="repository:x:pull,push"'
         return Fault(401, {"WWW-Authenticate": realm})
 
-    proxy.rule = rule
+    registry_proxy.rule = rule
     assert "@sha256:" in publish()
-    assert not any(TOKEN in request.path for request in proxy.seen)
+    assert not any(TOKEN in request.path for request in registry_proxy.seen)
 
 
-def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, proxy: FaultProxy) -> None:
+def test_a_huge_manifest_is_not_read_to_its_end(publish: Publish, registry_proxy: FaultProxy) -> None:
     # What is behind the first megabytes never arrives, and nobody waits for it.
-    proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
+    registry_proxy.rule = lambda _request: Fault(200, body=b" " * 2**23, cut=2**23 - 1, stall=True)
     assert "has more than 4194304 bytes" in rejected(publish, ExitCode.UNSAFE_ARTIFACT)
 
 
-def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, proxy: FaultProxy) -> None:
+def test_a_huge_file_of_somebody_else_is_not_read_into_memory(publish: Publish, registry_proxy: FaultProxy) -> None:
     layer = {"digest": f"sha256:{'0' * 64}", "size": 2**40, "annotations": {"org.cncf.model.filepath": "manifest.json"}}
-    proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
+    registry_proxy.rule = lambda _request: Fault(200, body=json.dumps({"layers": [layer]}).encode())
     assert "has files that no QLoRAJob published" in rejected(publish, ExitCode.BAD_CONFIGURATION)
-    assert not any("/blobs/" in path for path in proxy.lines("GET"))
+    assert not any("/blobs/" in path for path in registry_proxy.lines("GET"))
 
 
-def opened(proxy: FaultProxy, folder: Path) -> Registry:
+def opened(registry_proxy: FaultProxy, folder: Path) -> Registry:
     """A repository of the registry that the proxy plays."""
-    source = parse_source(f"oci://{proxy.address}/team/tiny:v1")
+    source = parse_source(f"oci://{registry_proxy.address}/team/tiny:v1")
     assert isinstance(source, RegistrySource)
     secret = Secret(folder, "spec.model.secretRef", None)
-    return Registry(source, secret, allowed=(f"http://{proxy.address}",), reject=bad_configuration)
+    return Registry(source, secret, allowed=(f"http://{registry_proxy.address}",), reject=bad_configuration)
 
 
 def test_a_small_blob_with_another_content_than_its_digest_is_rejected(tmp_path: Path) -> None:
     """A registry, or what is in front of it, that answers with a file of the same size."""
     expected = b'{"rank": 4}'
     blob = Blob(digest_of(expected), len(expected))
-    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=expected))) as proxy:
-        assert opened(proxy, tmp_path).read(blob) == expected
-        proxy.rule = lambda _request: Fault(200, body=b'{"rank": 8}')
+    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=expected))) as registry_proxy:
+        assert opened(registry_proxy, tmp_path).read(blob) == expected
+        registry_proxy.rule = lambda _request: Fault(200, body=b'{"rank": 8}')
         with pytest.raises(StepFailure) as failure:
-            opened(proxy, tmp_path).read(blob)
+            opened(registry_proxy, tmp_path).read(blob)
     assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
     assert f"{blob.digest} has content that does not match its digest" in failure.value.message
 
@@ -386,17 +373,17 @@ def test_a_download_resumes_with_the_same_bytes_whether_the_server_knows_ranges_
             return Fault(200, body=content)
         return Fault(206, body=content[int(wanted.removeprefix("bytes=").rstrip("-")) :])
 
-    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=content, cut=200_000))) as proxy:
+    with serve_proxy(FaultProxy("", rule=lambda _request: Fault(200, body=content, cut=200_000))) as registry_proxy:
         with pytest.raises(StepFailure) as failure:
-            opened(proxy, tmp_path).download(blob, path, arrived.append)
+            opened(registry_proxy, tmp_path).download(blob, path, arrived.append)
         assert failure.value.exit_code is ExitCode.UNREACHABLE
         assert not path.exists()
         kept = arrived[-1]
-        proxy.seen.clear()
-        proxy.rule = serve
-        opened(proxy, tmp_path).download(blob, path, arrived.append)
+        registry_proxy.seen.clear()
+        registry_proxy.rule = serve
+        opened(registry_proxy, tmp_path).download(blob, path, arrived.append)
     assert 0 < kept < 200_000
-    assert [request.headers.get("Range") for request in proxy.seen] == [f"bytes={kept}-"]
+    assert [request.headers.get("Range") for request in registry_proxy.seen] == [f"bytes={kept}-"]
     assert path.read_bytes() == content
     assert arrived == sorted(arrived)
     assert arrived[-1] == len(content)
