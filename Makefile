@@ -36,7 +36,7 @@ demo: $(VENV)/.synced ## Fine-tune a real model on a real Kubernetes (CLUSTER=cu
 
 .PHONY: test
 test: SELECTION := -m 'not slow'
-test: suites ## Check, and run all but the slowest tests: 25 minutes, the first time 45 (two cores)
+test: suites ## Check, and run all but the slowest tests: 26 minutes, the first time 40 (two cores)
 
 .PHONY: test-all
 test-all: SELECTION := --hypothesis-profile=explore
@@ -90,7 +90,7 @@ $(PYTHON) -m pytest -q -rfEs tests/unit
 endef
 
 .PHONY: check
-check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: a minute or two
+check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: half a minute
 	@$(CHECKS)
 
 .PHONY: types
