@@ -11,7 +11,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from qlora_api.schema import ObservedModel
 from qlora_api.status import AdapterStatus, Bytes, Count, DatasetStatus, MemoryStatus, MergedStatus, StepName, Timestamp
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
+"""Raised by a release whose operator and trainer expect something new of each other.
+
+1: the trainer ends a job that was interrupted too often. 2: the operator does, because only it can tell a suspension.
+"""
 
 TRAINER_CONTAINER = "trainer"
 
@@ -26,6 +30,7 @@ CREDENTIALS_MOUNT = PurePosixPath("/credentials")
 
 ENV_POD_UID = "QLORA_POD_UID"
 ENV_ATTEMPT = "QLORA_ATTEMPT"
+ENV_CONTRACT_VERSION = "QLORA_CONTRACT_VERSION"
 ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
@@ -52,6 +57,7 @@ class ExitCode(IntEnum):
     STORAGE_FULL = 16
     DOES_NOT_FIT = 17
     RETRIES_EXHAUSTED = 18
+    UNSUPPORTED_CONTRACT = 19
     INTERRUPTED = 143
     UNREACHABLE = 200
     INTERNAL_ERROR = 203
@@ -64,7 +70,7 @@ class ExitCode(IntEnum):
     @property
     def permanent(self) -> bool:
         """Whether another attempt would end in the same way, so that the step is not retried."""
-        return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.RETRIES_EXHAUSTED
+        return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.UNSUPPORTED_CONTRACT
 
 
 PERMANENT_EXIT_CODES = tuple(int(code) for code in ExitCode if code.permanent)

@@ -11,6 +11,9 @@ JOB_UID_LABEL = "qlora.dev/job-uid"
 STEP_LABEL = "qlora.dev/step"
 # Annotation of a step's pod: the manifest that the pod reads as a file (contract.JOB_FILE), by the downward API.
 SPEC_ANNOTATION = "qlora.dev/spec"
+# Kueue's labels of a Job that waits in a queue; on a QLoRAJob they say the same as spec.scheduling.
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
 
 def short_uid(uid: str) -> str:

@@ -181,6 +181,13 @@ class Profile(ApiModel):
         description="OCI registries that jobs may name in oci://, as HOST or HOST:PORT; with http:// before one "
         "without TLS. Their token servers must be listed too: credentials are sent to no other host.",
     )
+    finished_job_seconds: int = Field(
+        86_400,
+        ge=0,
+        le=2**31 - 1,
+        description="Seconds after which a step's finished Job is deleted with its pods and their logs. The status of "
+        "the QLoRAJob and the workspace stay.",
+    )
     termination_grace_period_seconds: int = Field(
         120,
         ge=30,

@@ -30,19 +30,27 @@ def rule(expression: str, message: str) -> dict[str, str]:
     return {"rule": expression, "message": message}
 
 
-def rules(*entries: dict[str, str]) -> dict[str, Any]:
+def rule_at_creation(expression: str, message: str) -> dict[str, Any]:
+    """A rule for new objects only: those that an earlier release has admitted can still be changed and read."""
+    return {**rule(f"oldSelf.hasValue() || {expression}", message), "optionalOldSelf": True}
+
+
+def rules(*entries: dict[str, Any]) -> dict[str, Any]:
     """CEL rules as `json_schema_extra`, of a model or of a field."""
     return {VALIDATIONS: list(entries)}
 
 
-def immutable(model: type[BaseModel], *, except_for: frozenset[str], remedy: str) -> list[dict[str, str]]:
+def immutable(
+    model: type[BaseModel], *, except_for: frozenset[str], remedy: str, path: str = ""
+) -> list[dict[str, str]]:
     """Transition rules that reject a changed, added or removed field of `model`; one rule and message per field.
 
     They are on the parent because a rule on the field itself is not evaluated when an optional field appears or goes.
+    `path`: where the model is, from the spec on, with a dot at its end.
     """
 
     def transition(name: str, field: FieldInfo) -> dict[str, str]:
-        key = field.alias or name
+        key = f"{path}{field.alias or name}"
         same = f"self.{key} == oldSelf.{key}"
         if not field.is_required():
             same = f"has(self.{key}) == has(oldSelf.{key}) && (!has(self.{key}) || {same})"

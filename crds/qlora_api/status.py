@@ -10,6 +10,7 @@ from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
 
 MAX_MESSAGE_LENGTH = 1024
+MAX_DOCUMENT_LENGTH = 65_536
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 StepName = Literal["prepare", "train", "publish", "clean"]
@@ -34,8 +35,8 @@ Uri = Annotated[str, Field(max_length=1024)]
 class Condition(ObservedModel):
     """One observation, as metav1.Condition.
 
-    Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Reconciling, Ready, Stalled (for tools
-    that wait), CleanedUp.
+    Types: Prepared, Trained, Succeeded, Failed, Suspended (the life of the job), Progressing (whether the running step
+    makes progress), Reconciling, Ready, Stalled (for tools that wait), CleanedUp.
     """
 
     type: str = Field(max_length=64, description="What is observed.")
@@ -54,6 +55,14 @@ class Resolved(ObservedModel):
     claim_name: str = Field(max_length=253, description="The workspace's PersistentVolumeClaim.")
     claim_created: bool = Field(description="Whether the operator creates that claim.")
     workspace_path: str = Field(max_length=256, description="The job's own folder on the claim.")
+    document: str | None = Field(
+        None,
+        max_length=MAX_DOCUMENT_LENGTH,
+        description="What the pods read, as JSON: the part of the spec that the steps need. Not set if an earlier "
+        "release has started the job.",
+    )
+    queue_name: ShortText | None = Field(None, description="Kueue's LocalQueue of the train step.")
+    queue_priority: ShortText | None = Field(None, description="Kueue's WorkloadPriorityClass of the train step.")
     model_revision: ShortText | None = Field(
         None, description="Commit (hf://), or digest of the artifact (oci://) or the content, of the base model."
     )
@@ -69,6 +78,15 @@ class StepStatus(ObservedModel):
     counted_pod: str = Field(
         "", max_length=64, description="UID of its latest pod that failures, disruptions and activeSeconds include."
     )
+    failures: int = Field(
+        0, ge=0, le=100_000, description="Failures in earlier Jobs of this step, which retry.maxFailures includes."
+    )
+    running_pod: str = Field("", max_length=64, description="UID of the latest pod that was seen running.")
+    running_since: Timestamp | None = Field(None, description="When that pod's trainer started.")
+    progressed_at: Timestamp | None = Field(
+        None, description="When the operator last saw that pod start or make progress, by the operator's clock."
+    )
+    reported_at: Timestamp | None = Field(None, description="When that progress was made, by the trainer's clock.")
     unverified: int = Field(0, ge=0, le=100, description="How many of its Jobs completed without a readable result.")
 
 
@@ -195,7 +213,11 @@ class QLoRAJobStatus(ObservedModel):
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
     merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")
     failures: Count = Field(0, description="Attempts so far that ended with an error.")
-    disruptions: Count = Field(0, description="Attempts so far whose pod was evicted, preempted or deleted.")
+    disruptions: Count = Field(
+        0,
+        description="Attempts so far whose pod was evicted, preempted by a pod, or deleted. Suspensions do not count.",
+    )
+    retry_request: Count | None = Field(None, description="The latest retry.request that has been seen.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
     active_until: Timestamp | None = Field(None, description="Time up to which activeSeconds has been counted.")
     last_failure: FailureStatus | None = Field(None, description="The latest failure.")

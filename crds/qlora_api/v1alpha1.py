@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from qlora_api.dataset import DatasetSpec
 from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
-from qlora_api.schema import ApiModel, immutable, rule, rules
+from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
 from qlora_api.training import LoraSpec, QuantizationSpec, ResourcesSpec, TrainingSpec
 
 GROUP = "qlora.dev"
@@ -89,6 +89,16 @@ class SchedulingSpec(ApiModel):
     priority_class_name: ObjectName | None = Field(None, description="PriorityClass of the pods.")
     node_selector: NodeSelector | None = Field(None, description="Additional labels that the nodes must have.")
     tolerations: Tolerations | None = Field(None, description="Additional taints that the pods tolerate.")
+    queue_name: ObjectName | None = Field(
+        None,
+        description="LocalQueue of Kueue in which train waits for its GPUs; that of the QLoRAJob's label "
+        "kueue.x-k8s.io/queue-name if not set, else none. Prepare and publish need no GPU and do not wait.",
+    )
+    queue_priority: ObjectName | None = Field(
+        None,
+        description="WorkloadPriorityClass of Kueue; that of the QLoRAJob's label kueue.x-k8s.io/priority-class if not "
+        "set.",
+    )
 
     @model_validator(mode="after")
     def _not_a_system_class(self) -> Self:
@@ -104,15 +114,39 @@ class RetrySpec(ApiModel):
         3, ge=0, le=20, description="How often a failed step is retried, with exponential back-off."
     )
     max_disruptions: int = Field(
-        20, ge=0, le=1000, description="How often the job resumes after its pod was evicted, preempted or deleted."
+        20,
+        ge=0,
+        le=1000,
+        description="How often the job resumes after its pod was evicted, preempted or deleted. Suspensions, also by a "
+        "queue, do not count.",
+    )
+    on_no_progress: Literal["report", "restart"] | None = Field(
+        None,
+        description="What to do about a step that makes no progress for progressDeadlineSeconds: report it in the "
+        "condition Progressing, or also restart it from its checkpoint, which counts as a failure; report if not set.",
+    )
+    request: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="Raise it to take up a failed job: at the step that failed, from the last checkpoint, with fresh "
+        "counts and the profile and the mutable fields as they are then. Without effect on a job that has not failed.",
     )
 
 
-MUTABLE_FIELDS = frozenset({"suspend", "active_deadline_seconds", "cleanup_after_seconds"})
-"""What may change once a job exists: nothing that decides the adapter."""
+MUTABLE_FIELDS = frozenset(
+    {"suspend", "active_deadline_seconds", "cleanup_after_seconds", "progress_deadline_seconds", "retry"}
+)
+"""What may change once a job exists: nothing that decides the adapter. Of `resources`, `memory` may."""
+STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources")
+"""The parts of the spec that the pods read; the others are for the operator only."""
 _REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
 _RETAIN_MESSAGE = (
     "workspace.retain: false would delete the adapter together with the job: set output.destination, or retain: true"
+)
+_RETAIN_MERGED_MESSAGE = (
+    "workspace.retain: false would delete the merged model together with the job: set output.merged.destination, or "
+    "retain: true"
 )
 _SHARDED_ALONE = (
     "training.sharding: full shards the base over several GPUs: set resources.gpus to 2 or more, or remove sharding"
@@ -130,16 +164,24 @@ def _spec_rules(schema: dict[str, Any]) -> None:
     schema.update(
         rules(
             rule("self.workspace.retain || has(self.output.destination)", _RETAIN_MESSAGE),
+            rule_at_creation(
+                "self.workspace.retain || !has(self.output.merged) || has(self.output.merged.destination)",
+                _RETAIN_MERGED_MESSAGE,
+            ),
             rule("self.training.sharding != 'full' || self.resources.gpus > 1", _SHARDED_ALONE),
             rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
             rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
-            *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS, remedy=_REMEDY),
+            *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
+            *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )
     )
 
 
 class QLoRAJobSpec(ApiModel):
-    """One fine-tuning run. Immutable, except suspend, activeDeadlineSeconds and cleanupAfterSeconds."""
+    """One fine-tuning run. Immutable, except what does not decide the adapter.
+
+    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, retry and resources.memory.
+    """
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
 
@@ -162,6 +204,13 @@ class QLoRAJobSpec(ApiModel):
         le=2**31 - 1,
         description="Seconds that the steps may run in total, not counting time in queues and suspension; no limit if "
         "not set.",
+    )
+    progress_deadline_seconds: int | None = Field(
+        None,
+        ge=60,
+        le=2**31 - 1,
+        description="Seconds without any progress of a running step after which the condition Progressing becomes "
+        "False; 3600 if not set. What happens then, retry.onNoProgress says.",
     )
     cleanup_after_seconds: int | None = Field(
         None,

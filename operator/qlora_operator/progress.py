@@ -51,6 +51,17 @@ class ReadSchedule:
         return slot
 
 
+@dataclass(frozen=True)
+class LogReading:
+    """What one pass has learned from the log of a job."""
+
+    record: ProgressRecord | None = None
+    again: float | None = None
+    """Seconds until the next reading; None if the job does not run."""
+    done: bool = False
+    """Whether the log could be read, so that it means something if there is no record in it."""
+
+
 class ProgressReader:
     """Reads the progress of one job when it is due. A failure to read is never a failure of the job.
 
@@ -64,26 +75,27 @@ class ProgressReader:
         self._monotonic = monotonic
         self._schedule = ReadSchedule()
 
-    async def read(self, key: Key, job: QLoRAJob, observed: Observed) -> tuple[ProgressRecord | None, float | None]:
-        """The latest record, if one was due and there is one; and seconds until the next read, if the job runs."""
+    async def read(self, key: Key, job: QLoRAJob, observed: Observed) -> LogReading:
+        """The latest record of the job's running pod, if it is time to look for one."""
         step = job.status.step
         pod = next((pod for pod in observed.pods_of(step.job_uid) if pod.running), None) if step else None
         if pod is None or step is None:
             self._schedule.forget(key)
-            return None, None
+            return LogReading()
         wait = self._schedule.seconds_until_due(key, self._monotonic())
         if wait > 0:
-            return None, wait
+            return LogReading(again=wait)
         if self._reading >= self._concurrent:
-            return None, self._schedule.done(key, self._monotonic(), pause=1.0)
+            return LogReading(again=self._schedule.done(key, self._monotonic(), pause=1.0))
         self._reading += 1
         try:
             text = await self._read_log(job.namespace, pod.name)
         finally:
             self._reading -= 1
         if text is None:
-            return None, self._schedule.done(key, self._monotonic(), pause=SECONDS_AFTER_FAILURE)
-        return latest_record(text, job.uid, pod, step.name), self._schedule.done(key, self._monotonic())
+            return LogReading(again=self._schedule.done(key, self._monotonic(), pause=SECONDS_AFTER_FAILURE))
+        record = latest_record(text, job.uid, pod, step.name)
+        return LogReading(record, self._schedule.done(key, self._monotonic()), done=True)
 
     def forget(self, key: Key) -> None:
         """Drop a job that is gone."""

@@ -9,8 +9,10 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.conditions import is_true
-from qlora_operator.decisions.events import phase_event, unreadable_event
+from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
+from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job
 from qlora_operator.decisions.observe import (
     Object,
@@ -22,9 +24,9 @@ from qlora_operator.decisions.observe import (
     parse_job,
 )
 from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
-from qlora_operator.decisions.status import Facts, cleanup_at, next_status, with_child, with_rejection
+from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
-from qlora_operator.progress import ProgressReader
+from qlora_operator.progress import LogReading, ProgressReader
 from qlora_operator.workqueue import Key, RetryError
 
 logger = logging.getLogger(__name__)
@@ -73,14 +75,14 @@ class Reconciler:
             await self.cluster.list_jobs(job.namespace, job.uid),
             await self.cluster.list_pods(job.namespace, job.uid),
         )
-        record, wait = await self.progress.read(key, job, observed) if self.progress else (None, None)
-        facts = Facts(job, observed, self.profiles, self.clock(), record)
+        log = await self.progress.read(key, job, observed) if self.progress else LogReading()
+        facts = Facts(job, observed, self.profiles, self.clock(), log.record, log_read=log.done)
         status = next_status(facts)
         planned = plan(job, status, observed, facts.now)
         status, again = await self._act(facts, status, planned.actions)
         await self._write(facts, status)
         look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
-        return min((seconds for seconds in (look_again, wait, again) if seconds is not None), default=None)
+        return min((seconds for seconds in (look_again, log.again, again) if seconds is not None), default=None)
 
     async def _gather_job(self, key: Key) -> QLoRAJob | None:
         body = await self.cluster.get_qlora_job(*key)
@@ -115,7 +117,7 @@ class Reconciler:
 
     async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> str:
         """UID of the step's Job, created now or by a pass that was interrupted. Raises _BlockedError."""
-        manifest = build_job(job, resolved, action.step, action.attempt)
+        manifest = build_job(job, resolved, action.step, action.attempt, action.failures)
         name = manifest["metadata"]["name"]
         try:
             created = await self.cluster.create_job(job.namespace, manifest)
@@ -164,6 +166,9 @@ class Reconciler:
             return
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
+            await self._post(key, event)
+        if event := progress_event(job, status, facts.now):
+            logger.warning("%s", event["message"], extra={"key": key})
             await self._post(key, event)
         await self.cluster.apply_status(job, content)
         self.metrics.status_writes.inc()

@@ -250,7 +250,8 @@ CHANGES = {
     "workspace": with_value(FULL, "spec.workspace.size", "200Gi"),
     "resources": without(FULL, "spec.resources.gpuMemory"),
     "scheduling": with_value(FULL, "spec.scheduling.profile", "small"),
-    "retry": with_value(FULL, "spec.retry.maxFailures", 2),
+    "cpu": with_value(FULL, "spec.resources.cpu", "3"),
+    "queue": with_value(FULL, "spec.scheduling.queueName", "gpus"),
     "optional field added": with_value(FULL, "spec.dataset.columns.system", "role"),
 }
 
@@ -263,7 +264,7 @@ def created(plane: ControlPlane) -> None:
 @pytest.mark.usefixtures("created")
 @pytest.mark.parametrize("manifest", CHANGES.values(), ids=CHANGES)
 def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPlane, manifest: Manifest) -> None:
-    with pytest.raises(ClusterError, match=r"spec\.\w+ cannot be changed once the job exists: delete the QLoRAJob"):
+    with pytest.raises(ClusterError, match=r"spec\.[\w.]+ cannot be changed once the job exists: delete the QLoRAJob"):
         apply(plane, manifest)
 
 
@@ -275,14 +276,41 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
         with_value(FULL, "spec.activeDeadlineSeconds", 60),
         without(FULL, "spec.activeDeadlineSeconds"),
         with_value(FULL, "spec.cleanupAfterSeconds", 60),
+        with_value(FULL, "spec.progressDeadlineSeconds", 60),
+        with_value(FULL, "spec.retry.request", 1),
+        with_value(FULL, "spec.retry.maxFailures", 2),
+        with_value(FULL, "spec.resources.memory", "99Gi"),
+        without(FULL, "spec.retry"),
         with_value(FULL, "metadata.labels", {"team": "a"}),
     ],
-    ids=["suspend", "deadline", "deadline removed", "cleanup", "labels"],
+    ids=[
+        "suspend",
+        "deadline",
+        "deadline removed",
+        "cleanup",
+        "progress deadline",
+        "request",
+        "retries",
+        "memory",
+        "retry removed",
+        "labels",
+    ],
 )
 def test_what_may_change_may_change(plane: ControlPlane, manifest: Manifest) -> None:
     changed = apply(plane, manifest)
-    for field in ("suspend", "activeDeadlineSeconds", "cleanupAfterSeconds"):
+    for field in ("suspend", "activeDeadlineSeconds", "cleanupAfterSeconds", "progressDeadlineSeconds"):
         assert changed["spec"].get(field) == manifest["spec"].get(field)
+    assert (manifest["spec"].get("retry") or {}).items() <= changed["spec"]["retry"].items()
+    assert changed["spec"]["resources"]["memory"] == manifest["spec"]["resources"]["memory"]
+
+
+def test_a_merged_model_that_would_be_deleted_with_its_job_is_rejected(plane: ControlPlane) -> None:
+    lost = with_value(FULL, "metadata.name", "lost")
+    lost["spec"] |= {"workspace": {"retain": False}, "output": {"destination": "hf://org/adapter", "merged": {}}}
+    with pytest.raises(ClusterError, match=r"set output\.merged\.destination, or retain: true"):
+        apply(plane, lost)
+    kept = with_value(lost, "spec.output.merged.destination", "hf://org/merged")
+    apply(plane, kept)
 
 
 @pytest.mark.usefixtures("created")

@@ -46,14 +46,14 @@ OPERATOR = (
     ),
     Mutant(
         name="suspended-while-a-job-may-create-a-pod",
-        file=f"{_DECISIONS}/status.py",
+        file=f"{_DECISIONS}/summary.py",
         old=" or any(not child.finished for child in observed.children)",
         new="",
         tests=(f"{_OPERATOR_TESTS}/test_status.py::test_a_suspension_is_not_over_while_a_job_may_still_create_a_pod",),
     ),
     Mutant(
         name="last-failure-is-forgotten",
-        file=f"{_DECISIONS}/status.py",
+        file=f"{_DECISIONS}/advance.py",
         old="if last is not None and last.step == step.name:",
         new="if False:",
         tests=(
@@ -69,23 +69,23 @@ OPERATOR = (
     ),
     Mutant(
         name="waiting-for-a-pod-is-not-reported",
-        file=f"{_DECISIONS}/status.py",
+        file=f"{_DECISIONS}/summary.py",
         old="if not step.job_uid and observed.live_pods:",
         new="if False:",
         tests=(f"{_OPERATOR_TESTS}/test_status.py::test_a_step_waits_for_the_last_pod_of_the_attempt_before",),
     ),
     Mutant(
         name="attempts-of-a-found-job-are-not-counted",
-        file=f"{_DECISIONS}/status.py",
-        old='return _count(status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})}), facts)',
-        new='return status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})})',
+        file=f"{_DECISIONS}/advance.py",
+        old="        return count_attempts(status, job, facts.observed, facts.now)",
+        new="        return status",
         tests=(
             f"{_OPERATOR_TESTS}/test_status.py::test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted",
         ),
     ),
     Mutant(
         name="any-pods-result-counts",
-        file=f"{_DECISIONS}/status.py",
+        file=f"{_DECISIONS}/advance.py",
         old="in reversed(facts.observed.pods_of(child.uid)):",
         new="in reversed(facts.observed.pods):",
         tests=(
@@ -139,7 +139,7 @@ OPERATOR = (
         old="if pod.termination is None:",
         new="if False:",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_job_that_fails_before_its_container_starts_reports_what_the_kubelet_says",
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
         ),
     ),
     Mutant(
@@ -148,7 +148,7 @@ OPERATOR = (
         old="return pod.running_since or (pod.created if pod.ended else None)",
         new="return pod.running_since",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_fails_before_its_container_starts_is_a_failed_attempt_of_no_length",
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
         ),
     ),
     Mutant(
@@ -157,7 +157,90 @@ OPERATOR = (
         old="return pod.deletion_requested or (pod.created if pod.ended else None)",
         new="return pod.deletion_requested",
         tests=(
-            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_fails_before_its_container_starts_is_a_failed_attempt_of_no_length",
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
+        ),
+    ),
+    Mutant(
+        name="suspensions-count-as-disruptions",
+        file=f"{_DECISIONS}/attempts.py",
+        old="if child is None or child.deleting or child.suspended or job.spec.suspend:",
+        new="if child is None or child.deleting or job.spec.suspend:",
+        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
+    ),
+    Mutant(
+        name="a-late-look-counts-a-suspension",
+        file=f"{_DECISIONS}/attempts.py",
+        old="return child.resumed is not None and created is not None and created < child.resumed",
+        new="return False",
+        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
+    ),
+    Mutant(
+        name="a-vanished-pod-costs-nothing",
+        file=f"{_DECISIONS}/attempts.py",
+        old="return _count_vanished(status, job, child, pods, now)",
+        new="return status",
+        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_deadline_is_not_evaded_by_deleting_pods_by_force",),
+    ),
+    Mutant(
+        name="a-deleted-job-is-replaced-at-once",
+        file=f"{_DECISIONS}/advance.py",
+        old="return status  # its pods are about to be deleted, and what they ran counts",
+        new="pass",
+        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_deleted_job_is_not_replaced_before_its_pods_count",),
+    ),
+    Mutant(
+        name="an-unread-log-looks-like-a-hang",
+        file=f"{_DECISIONS}/limits.py",
+        old="known = facts.log_read or _is_stalled(facts.job.status, step)",
+        new="known = True",
+        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_log_that_cannot_be_read_says_nothing",),
+    ),
+    Mutant(
+        name="the-trainers-clock-decides",
+        file=f"{_DECISIONS}/status.py",
+        old='"progressed_at": format_time(facts.now)',
+        new='"progressed_at": record.time',
+        tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_trainers_clock_does_not_matter",),
+    ),
+    Mutant(
+        name="a-request-is-not-spent",
+        file=f"{_DECISIONS}/status.py",
+        old="    _note_request,\n",
+        new="",
+        tests=(f"{_OPERATOR_TESTS}/test_taking_up.py::test_a_request_that_was_made_before_the_failure_is_spent",),
+    ),
+    Mutant(
+        name="an-old-profile-is-kept",
+        file=f"{_DECISIONS}/taking_up.py",
+        old='"resolved": with_profile_of_today(status.resolved, facts),',
+        new='"resolved": status.resolved,',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_taking_up.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
+        ),
+    ),
+    Mutant(
+        name="the-document-changes-with-the-operator",
+        file=f"{_DECISIONS}/manifests.py",
+        old="if resolved.document is not None:",
+        new="if False:",
+        tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_the_document_is_what_was_fixed_when_the_job_started",),
+    ),
+    Mutant(
+        name="an-unsupported-trainer-fails-the-job",
+        file=f"{_DECISIONS}/advance.py",
+        old="if ended[-1].unsupported:",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_taking_up.py::test_a_trainer_of_another_release_is_waited_for_and_costs_no_failure",
+        ),
+    ),
+    Mutant(
+        name="rejected-pods-fail-the-job",
+        file=f"{_DECISIONS}/advance.py",
+        old="if any(pod.rejected for pod in ended)",
+        new="if False and any(pod.rejected for pod in ended)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_another",
         ),
     ),
     Mutant(

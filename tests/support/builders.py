@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from qlora_api.contract import ProgressRecord, ResultRecord, encode_record
+from qlora_api.contract import CONTRACT_VERSION, ProgressRecord, ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_claim_name, workspace_folder
 from qlora_api.profile import Profile
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
+from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe, parse_job
-from qlora_operator.decisions.status import Facts, next_status
+from qlora_operator.decisions.status import next_status
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 NAME = "tune"
@@ -74,7 +75,7 @@ def make_job(status: QLoRAJobStatus | None = None, /, generation: int = 1, **spe
 def resolved(profile: Profile = PROFILE) -> Resolved:
     """What is fixed before the first pod."""
     return Resolved(
-        contract_version=1,
+        contract_version=CONTRACT_VERSION,
         profile=profile,
         claim_name=workspace_claim_name(NAME, UID),
         claim_created=True,

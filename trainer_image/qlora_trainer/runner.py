@@ -19,7 +19,7 @@ from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core import process
 from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
-from qlora_trainer.core.failures import StopRequest
+from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.outcome import (
     CompletionRecord,
     Ending,
@@ -93,6 +93,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
     # `clean` must work on a full volume, and loads no library that prints.
     if invocation.step != "clean":
         _open_log(invocation, workspace)
+    require_known_contract(os.environ.get(contract.ENV_CONTRACT_VERSION, "1"))
     document = load_document(invocation.job)
     process.set_environment(invocation.step, workspace.root, publishes_to_hub=_publishes_to_hub(document.spec))
     context = StepContext(
@@ -106,6 +107,16 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
     )
     return _STEPS[invocation.step](context, records, stop)
+
+
+def require_known_contract(version: str) -> None:
+    """Raise StepFailure (UNSUPPORTED_CONTRACT) if the operator expects what only a newer trainer can do."""
+    if not version.isdigit() or int(version) > contract.CONTRACT_VERSION:
+        raise StepFailure(
+            ExitCode.UNSUPPORTED_CONTRACT,
+            f"this trainer knows the contract up to version {contract.CONTRACT_VERSION}, and the operator works with "
+            f"version {version}: set the profile's image to the trainer of the operator's release",
+        )
 
 
 def _open_log(invocation: Invocation, workspace: WorkspaceLayout) -> None:

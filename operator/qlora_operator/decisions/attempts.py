@@ -11,24 +11,74 @@ from qlora_api.contract import ExitCode
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.conditions import truncate
 from qlora_operator.decisions.figures import with_saved_step
-from qlora_operator.decisions.observe import Observed, Pod, QLoRAJob, format_time, parse_time
+from qlora_operator.decisions.observe import ChildJob, Observed, Pod, QLoRAJob, format_time, parse_time
 
 _EXIT_CODES = {int(code): code for code in ExitCode}
 
 
-def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
-    """The status with every attempt of the current step counted that has ended, or is being deleted, since."""
+def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
+    """The status with every attempt of the current step counted that has ended, vanished or is being deleted, since."""
     step = status.step
     if step is None or not step.job_uid:
         return status
     child = observed.child(step.job_name)
-    # A pod that ends because the operator deleted its Job is no disruption.
-    ours = child is None or child.deleting or job.spec.suspend
-    for pod in _not_counted(status, step, observed.pods_of(step.job_uid)):
+    pods = observed.pods_of(step.job_uid)
+    for pod in _not_counted(status, step, pods):
         if pod.decisive and child is not None and not child.finished:
             continue  # counted with the end of its Job, which follows at once
-        status = _count(status, job, pod, step.name, ours=ours)
-    return status
+        status = _count(status, job, pod, step.name, on_purpose=_stopped_on_purpose(pod.created, child, job))
+    return _count_vanished(status, job, child, pods, now)
+
+
+def watch_pod(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoRAJobStatus:
+    """The status with the pod that runs now, from whose start time and progress are measured even if it vanishes."""
+    step = status.step
+    pod = next((pod for pod in observed.pods_of(step.job_uid) if pod.running), None) if step else None
+    if step is None or pod is None or pod.running_since is None or pod.uid == step.running_pod:
+        return status
+    since, seen = format_time(pod.running_since), format_time(now)
+    changes = {"running_pod": pod.uid, "running_since": since, "progressed_at": seen}
+    return status.model_copy(update={"step": step.model_copy(update=changes)})
+
+
+def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoRAJobStatus:
+    """The status with the seconds that the pods have run until now counted, before their step gets another Job."""
+    total = active_seconds(status, observed, now)
+    return status.model_copy(update={"active_seconds": total, "active_until": format_time(now)})
+
+
+def step_failures(step: StepStatus, observed: Observed) -> int:
+    """How many attempts of the step have failed by themselves, in all its Jobs."""
+    return step.failures + sum(pod.failed for pod in observed.pods_of(step.job_uid))
+
+
+def _stopped_on_purpose(created: datetime | None, child: ChildJob | None, job: QLoRAJob) -> bool:
+    """Whether a pod of that creation time ended because its Job was deleted or suspended: that is no disruption."""
+    if child is None or child.deleting or child.suspended or job.spec.suspend:
+        return True
+    # A queue had suspended the Job, which has been resumed since.
+    return child.resumed is not None and created is not None and created < child.resumed
+
+
+def _count_vanished(
+    status: QLoRAJobStatus, job: QLoRAJob, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime
+) -> QLoRAJobStatus:
+    """The status with the pod counted that was seen running and is gone: deleted by force, or with its node."""
+    step = status.step
+    if step is None or not step.running_pod or step.running_since is None or step.running_pod == step.counted_pod:
+        return status
+    if any(pod.uid == step.running_pod for pod in pods):
+        return status
+    start, end = parse_time(step.running_since), child.ended if child and child.ended else now
+    until = parse_time(status.active_until) if status.active_until else end
+    return status.model_copy(
+        update={
+            "active_seconds": status.active_seconds + _seconds(status, start, end),
+            "active_until": format_time(max(end, until)),
+            "disruptions": status.disruptions + (0 if _stopped_on_purpose(start, child, job) else 1),
+            "step": step.model_copy(update={"counted_pod": step.running_pod}),
+        }
+    )
 
 
 def active_seconds(status: QLoRAJobStatus, observed: Observed, now: datetime) -> int:
@@ -61,6 +111,8 @@ def _explain(pod: Pod, job: QLoRAJob, step: StepName, exit_code: int | None) -> 
     record = pod.result(job.uid, step)
     if record is not None and record.outcome == "failed":
         return record.reason, record.message
+    if pod.reason == "Evicted":
+        return "Evicted", f"the kubelet evicted pod {pod.name}: {pod.message or 'no message'}"
     if pod.termination is None:
         return pod.reason or "PodFailed", f"pod {pod.name} failed before the trainer ran: {pod.message or 'no message'}"
     known = _EXIT_CODES.get(exit_code if exit_code is not None else -1, ExitCode.INTERNAL_ERROR)
@@ -78,9 +130,9 @@ def _out_of_memory(job: QLoRAJob, step: StepName) -> str:
         resources = job.status.resolved.profile.resources
         limit = {"prepare": resources.prepare, "train": resources.train}.get(step, resources.publish).memory
     remedy = (
-        "create the job again with a larger spec.resources.memory"
+        "raise spec.resources.memory, and spec.retry.request to take up the job"
         if step == "train"
-        else f"ask the administrator to raise resources.{step}.memory of the profile"
+        else f"ask the administrator to raise resources.{step}.memory of the profile, then raise spec.retry.request"
     )
     return f"the {step} pod was killed because it exceeded its memory limit of {limit}: {remedy}"
 
@@ -95,7 +147,7 @@ def _not_counted(status: QLoRAJobStatus, step: StepStatus, pods: tuple[Pod, ...]
     return tuple(pod for pod in pods if (end := _end(pod)) is not None and end > until)
 
 
-def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, ours: bool) -> QLoRAJobStatus:
+def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, on_purpose: bool) -> QLoRAJobStatus:
     start, end = _start(pod), _end(pod)
     if start is None or end is None or status.step is None:
         return status
@@ -107,9 +159,10 @@ def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, o
     if pod.uid != status.step.counted_pod:
         changes["step"] = status.step.model_copy(update={"counted_pod": pod.uid})
         if pod.interrupted:
-            changes["disruptions"] = status.disruptions + (0 if ours else 1)
+            changes["disruptions"] = status.disruptions + (0 if on_purpose else 1)
         elif not pod.exited_well:
-            changes["failures"] = status.failures + 1
+            # A pod that the kubelet rejects, for example, is tried again without a limit, and says why.
+            changes["failures"] = status.failures + int(pod.failed)
             changes["last_failure"] = describe_failure(pod, job, step)
     elif end <= until:
         return status

@@ -6,6 +6,8 @@ from qlora_operator.decisions.observe import ChildJob, Observed, Pod, Reason
 
 NO_POD_AFTER = timedelta(seconds=60)
 STUCK_AFTER = timedelta(seconds=60)
+# An image of several gigabytes takes a while; the kubelet tries a volume again after at most two minutes.
+VOLUMES_AFTER = timedelta(seconds=120)
 # The kubelet's reasons for a container that cannot start, and what to do.
 _REMEDIES = {
     "ImagePullBackOff": "check the image and the pull secrets of the profile",
@@ -28,8 +30,8 @@ def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -
     pods = observed.pods_of(child.uid)
     live = [pod for pod in pods if not pod.ended]
     if live:
-        return _not_starting(live[-1])
-    if not pods and not child.deleting and now >= no_pod_at(child):
+        return _not_starting(live[-1], now)
+    if not pods and not child.deleting and not child.suspended and now >= no_pod_at(child):
         return Reason(
             "NoPod",
             f"Job {child.name} has had no pod for more than a minute: a quota or the Pod Security level of the "
@@ -39,8 +41,15 @@ def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -
 
 
 def no_pod_at(child: ChildJob) -> datetime:
-    """When a Job without a pod is reported."""
-    return child.created + NO_POD_AFTER
+    """When a Job without a pod is reported: not before it could have had one since it was created or resumed."""
+    return max(child.created, child.resumed or child.created) + NO_POD_AFTER
+
+
+def volumes_at(pod: Pod) -> datetime | None:
+    """When a pod whose containers are not created yet is reported; None if they are, or no node has been found."""
+    if pod.scheduled is None or pod.waiting is None or pod.waiting.word != "ContainerCreating":
+        return None
+    return pod.scheduled + VOLUMES_AFTER
 
 
 def stuck_at(pod: Pod) -> datetime | None:
@@ -59,7 +68,7 @@ def _stuck(pod: Pod, now: datetime) -> Reason | None:
     )
 
 
-def _not_starting(pod: Pod) -> Reason | None:
+def _not_starting(pod: Pod, now: datetime) -> Reason | None:
     if pod.unschedulable:
         return Reason("Unschedulable", f"no node can run pod {pod.name}: {pod.unschedulable}")
     if pod.waiting is not None and pod.waiting.word in _REMEDIES:
@@ -67,4 +76,12 @@ def _not_starting(pod: Pod) -> Reason | None:
         word = "ImagePullBackOff" if pod.waiting.word == "ErrImagePull" else pod.waiting.word
         detail = "" if word == "ImagePullBackOff" else f" ({pod.waiting.sentence})"
         return Reason(word, f"pod {pod.name} cannot start: {word}{detail}; {_REMEDIES[word]}")
+    due = volumes_at(pod)
+    if due is not None and now >= due:
+        needed = f": it needs {', '.join(pod.objects)}" if pod.objects else ""
+        return Reason(
+            "WaitingForVolumes",
+            f"pod {pod.name} has waited for its image or a volume for more than two minutes{needed}; a Secret, "
+            f"ConfigMap or key that comes late is waited for; see `kubectl describe pod {pod.name}`",
+        )
     return None

@@ -8,7 +8,16 @@ from qlora_api.status import MAX_MESSAGE_LENGTH, Condition, Phase, QLoRAJobStatu
 from qlora_operator.decisions.observe import Reason, format_time
 
 ConditionType = Literal[
-    "Prepared", "Trained", "Succeeded", "Failed", "Suspended", "Reconciling", "Ready", "Stalled", "CleanedUp"
+    "Prepared",
+    "Trained",
+    "Succeeded",
+    "Failed",
+    "Suspended",
+    "Progressing",
+    "Reconciling",
+    "Ready",
+    "Stalled",
+    "CleanedUp",
 ]
 Value = Literal["True", "False", "Unknown"]
 
@@ -54,14 +63,19 @@ def with_condition(
     return status.model_copy(update={"conditions": conditions})
 
 
-def phase_of(status: QLoRAJobStatus, *, running: bool) -> Phase:
-    """The one-word summary of the conditions. `running`: whether a pod of the current step runs."""
+def phase_of(status: QLoRAJobStatus, *, running: bool, queued: bool = False) -> Phase:
+    """The one-word summary of the conditions.
+
+    `running`: whether a pod of the current step runs. `queued`: whether a queue holds the step's Job.
+    """
     for kind in ("Succeeded", "Failed", "Suspended"):
         if is_true(status, kind):
             return kind
     step = status.step
     if step is None or (step.name == "prepare" and not step.job_uid):
         return "Pending"
+    if queued:
+        return "Queued"
     if step.name == "prepare":
         return "Preparing"
     if step.name == "train":

@@ -25,6 +25,16 @@ def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[st
     return _event(job, reason, message, now, warning=status.phase == "Failed", identity=_identity(job, status))
 
 
+def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
+    """The Event of a step that has stopped making progress since the stored status; None otherwise."""
+    found, before = condition(status, "Progressing"), condition(job.status, "Progressing")
+    if found is None or found.status != "False" or (before is not None and before.status == "False"):
+        return None
+    since = status.step.progressed_at if status.step else None
+    identity = f"{job.uid} no progress since {since}"
+    return _event(job, found.reason, found.message, now, warning=True, identity=identity)
+
+
 def unreadable_event(body: dict[str, Any], message: str, now: datetime) -> dict[str, Any]:
     """The Event of a job that this version of the operator cannot read, and whose status it cannot write."""
     metadata = body["metadata"]

@@ -6,10 +6,18 @@ from typing import Any
 
 from qlora_api import contract
 from qlora_api.contract import PERMANENT_EXIT_CODES, TRAINER_CONTAINER, ExitCode
-from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, SPEC_ANNOTATION, STEP_LABEL, child_job_name
+from qlora_api.naming import (
+    JOB_LABEL,
+    JOB_UID_LABEL,
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
+    SPEC_ANNOTATION,
+    STEP_LABEL,
+    child_job_name,
+)
 from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.status import Resolved, StepName
-from qlora_api.v1alpha1 import API_VERSION, KIND
+from qlora_api.v1alpha1 import API_VERSION, KIND, STEP_FIELDS
 from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.decisions.volumes import mounts_and_volumes
 
@@ -24,28 +32,35 @@ _UNDISTURBED = {
 }
 
 
-def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
-    """The batch/v1 Job of one step. It depends on the spec and on what was resolved only."""
+def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, failures: int = 0) -> Manifest:
+    """The batch/v1 Job of one step. `failures`: how often the step has failed in earlier Jobs.
+
+    It depends on the spec and on what was resolved only.
+    """
     labels = _labels(job, step)
+    queue = _queue(resolved) if step == "train" else {}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
             "name": child_job_name(job.name, step, attempt),
             "namespace": job.namespace,
-            "labels": labels,
+            "labels": labels | queue,
             "ownerReferences": [_owner(job, controller=True)],
         },
         "spec": {
+            # The queue alone resumes the Job, and suspends it again.
+            **({"suspend": True} if queue else {}),
             "completions": 1,
             "parallelism": 1,
-            "backoffLimit": job.spec.retry.max_failures,
+            "backoffLimit": max(0, job.spec.retry.max_failures - failures),
+            "ttlSecondsAfterFinished": resolved.profile.finished_job_seconds,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": _failure_rules()},
             "template": {
                 "metadata": {
                     "labels": labels | {"sidecar.istio.io/inject": "false"},
-                    "annotations": _UNDISTURBED | {SPEC_ANNOTATION: document(job)},
+                    "annotations": _UNDISTURBED | {SPEC_ANNOTATION: _document(job, resolved)},
                 },
                 "spec": _pod(job, resolved, step, attempt),
             },
@@ -68,15 +83,35 @@ def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 
 
-def document(job: QLoRAJob) -> str:
-    """The QLoRAJob's manifest in JSON, as the trainer reads it."""
+def document(job: QLoRAJob, **more: Any) -> str:
+    """The part of the QLoRAJob's manifest that the steps need, in JSON, as the trainer reads it.
+
+    Fields that are for the operator only are left out, so that a trainer of another release need not know them.
+    """
+    spec = job.spec.dump()
     content = {
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
-        "spec": job.spec.dump(),
+        "spec": {field: spec[field] for field in STEP_FIELDS} | more,
     }
     return json.dumps(content, separators=(",", ":"), sort_keys=True)
+
+
+def _document(job: QLoRAJob, resolved: Resolved) -> str:
+    """What was fixed when the job started; for a job that an earlier release has started, what its trainer can read."""
+    if resolved.document is not None:
+        return resolved.document
+    # The trainer of the first contract also counts suspensions: only the operator judges.
+    return document(job, **({"retry": {"maxDisruptions": 1000}} if resolved.contract_version == 1 else {}))
+
+
+def _queue(resolved: Resolved) -> dict[str, str]:
+    """Kueue's labels, for the Job only: on a pod they would make a second workload of it."""
+    if not resolved.queue_name:
+        return {}
+    priority = {QUEUE_PRIORITY_LABEL: resolved.queue_priority} if resolved.queue_priority else {}
+    return {QUEUE_LABEL: resolved.queue_name} | priority
 
 
 def _labels(job: QLoRAJob, step: StepName | None = None) -> dict[str, str]:
@@ -160,6 +195,7 @@ def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manif
     values = {
         "HOME": "/tmp",  # noqa: S108 - the one folder outside the workspace that a pod can write to
         contract.ENV_ATTEMPT: str(attempt),
+        contract.ENV_CONTRACT_VERSION: str(resolved.contract_version),
         contract.ENV_DEVICE: resolved.profile.device,
         contract.ENV_OUTPUT_CLAIM: resolved.claim_name,
     }

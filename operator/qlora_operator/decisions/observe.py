@@ -1,18 +1,30 @@
 """Parses objects of the API server once: the QLoRAJob, its child Jobs and their pods, as typed frozen values."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from qlora_api.contract import PERMANENT_EXIT_CODES, TRAINER_CONTAINER, ResultRecord, decode_record
-from qlora_api.status import QLoRAJobStatus, StepName
+from qlora_api.contract import (
+    CONTRACT_VERSION,
+    PERMANENT_EXIT_CODES,
+    TRAINER_CONTAINER,
+    ExitCode,
+    ResultRecord,
+    decode_record,
+)
+from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
+from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec
+
+logger = logging.getLogger(__name__)
 
 Object = Mapping[str, Any]
 _INTERRUPTED = 143
+_OBJECT_VOLUMES = {"secret": "Secret", "configMap": "ConfigMap"}
 
 
 class UnreadableJobError(ValueError):
@@ -39,6 +51,12 @@ class QLoRAJob:
     deleting: bool
     spec: QLoRAJobSpec
     status: QLoRAJobStatus
+    queue_name: str | None = None
+    """Kueue's LocalQueue: of the spec, else of the label."""
+    queue_priority: str | None = None
+    """Kueue's WorkloadPriorityClass: of the spec, else of the label."""
+    problem: str = ""
+    """Why this operator must not go on with the job, which it only stops when that is asked for; empty if it can."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +84,11 @@ class Pod:
     running_since: datetime | None = None
     termination: Termination | None = None
     waiting: Reason | None = None
+    objects: tuple[str, ...] = ()
+    """The Secrets and ConfigMaps that it mounts, with their keys, for people."""
     unschedulable: str = ""
     disruption: Reason | None = None
+    scheduled: datetime | None = None
     deletion_requested: datetime | None = None
     deletion_due: datetime | None = None
 
@@ -100,7 +121,25 @@ class Pod:
     def interrupted(self) -> bool:
         """Whether it was stopped from outside: by a signal, an eviction, a preemption or a deletion."""
         asked = self.termination is not None and self.termination.exit_code == _INTERRUPTED
+        if self.reason == "Evicted" and self.disruption is None:
+            return False  # for what it did itself: its temporary files exceed their limit
         return asked or self.disruption is not None or (self.deletion_requested is not None and not self.ended)
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the kubelet rejected it, for example because a device is not there, before any container ran."""
+        return self.phase == "Failed" and self.termination is None and not self.interrupted
+
+    @property
+    def unsupported(self) -> bool:
+        """Whether its trainer is too old for this operator, which costs the step nothing."""
+        return self.termination is not None and self.termination.exit_code == ExitCode.UNSUPPORTED_CONTRACT
+
+    @property
+    def failed(self) -> bool:
+        """Whether its trainer ran and failed by itself."""
+        no_failure = self.exited_well or self.interrupted or self.rejected or self.unsupported
+        return self.ended and not no_failure
 
     def result(self, job_uid: str, step: StepName) -> ResultRecord | None:
         """The record that the step left as its termination message, if it is there and this job's, pod's and step's."""
@@ -120,6 +159,11 @@ class ChildJob:
     deleting: bool = False
     complete: bool = False
     failure: Reason | None = None
+    ended: datetime | None = None
+    suspended: bool = False
+    """Whether it has no pods because its `suspend` is true, which only a queue sets."""
+    resumed: datetime | None = None
+    """When it was last resumed after a suspension; None if it has never been suspended, or is."""
 
     @property
     def finished(self) -> bool:
@@ -145,7 +189,7 @@ class Observed:
     def is_running(self, job_uid: str) -> bool:
         """Whether one of the child Job's pods runs, or the last one has decided how the Job ends."""
         pods = self.pods_of(job_uid)
-        return any(pod.running for pod in pods) or (bool(pods) and pods[-1].decisive)
+        return any(pod.running for pod in pods) or (bool(pods) and pods[-1].decisive and not pods[-1].unsupported)
 
     @property
     def live_pods(self) -> tuple[Pod, ...]:
@@ -154,26 +198,74 @@ class Observed:
 
 
 def parse_job(body: Object) -> QLoRAJob:
-    """The stored QLoRAJob. Raises UnreadableJobError with the fields that this version cannot read."""
-    metadata = body["metadata"]
+    """The stored QLoRAJob. Raises UnreadableJobError if its status cannot be read.
+
+    A spec that another release has admitted is read as far as possible, so that a running job can still be stopped.
+    """
+    metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
     try:
-        return QLoRAJob(
-            namespace=metadata["namespace"],
-            name=metadata["name"],
-            uid=metadata["uid"],
-            generation=metadata.get("generation", 0),
-            resource_version=metadata.get("resourceVersion", ""),
-            deleting="deletionTimestamp" in metadata,
-            spec=QLoRAJobSpec.model_validate(body["spec"]),
-            # After a downgrade the stored profile may have fields that this version does not know: the job continues.
-            status=QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore"),
-        )
+        # After a downgrade the stored profile may have fields that this version does not know: the job continues.
+        status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-            for problem in error.errors(include_url=False)[:3]
-        )
-        raise UnreadableJobError(f"this version of the operator cannot read the job: {problems}") from error
+        raise UnreadableJobError(f"this version of the operator cannot read the status: {_problems(error)}") from error
+    spec, problem = _parse_spec(body["spec"], status.resolved)
+    return QLoRAJob(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 0),
+        resource_version=metadata.get("resourceVersion", ""),
+        deleting="deletionTimestamp" in metadata,
+        spec=spec,
+        status=status,
+        queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
+        queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
+        problem=problem or _unknown_contract(status.resolved),
+    )
+
+
+def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:
+    """The spec, and why the job must not go on; empty if it can."""
+    try:
+        return QLoRAJobSpec.model_validate(content), ""
+    except ValidationError as error:
+        problem = f"this version of the operator cannot read the spec: {_problems(error)}"
+    if resolved is not None and resolved.document is not None:
+        try:
+            # What the pods read was fixed by an operator that knew these fields.
+            return QLoRAJobSpec.model_validate(content, extra="ignore"), ""
+        except ValidationError:
+            logger.debug("not even without its unknown fields", exc_info=True)
+    return QLoRAJobSpec.model_construct(**_readable_fields(content)), problem
+
+
+def _readable_fields(content: Object) -> dict[str, Any]:
+    """Those fields of the spec that this version can read, by name; defaults for the others that have one."""
+    found: dict[str, Any] = {}
+    for name, field in QLoRAJobSpec.model_fields.items():
+        reader: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
+        try:
+            found[name] = reader.validate_python(content[field.alias or name], extra="ignore")
+        except (ValidationError, KeyError):
+            if not field.is_required():
+                found[name] = field.get_default(call_default_factory=True)
+    return found
+
+
+def _unknown_contract(resolved: Resolved | None) -> str:
+    if resolved is None or resolved.contract_version <= CONTRACT_VERSION:
+        return ""
+    return (
+        f"a newer operator has started the job (contract version {resolved.contract_version}, this one knows "
+        f"{CONTRACT_VERSION}): what runs goes on; upgrade the operator for the next step"
+    )
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        for problem in error.errors(include_url=False)[:3]
+    )
 
 
 def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:
@@ -212,7 +304,8 @@ def _optional_time(text: str | None) -> datetime | None:
 def _parse_child(body: Object) -> ChildJob:
     metadata = body["metadata"]
     conditions = _true_conditions(body)
-    failed = conditions.get("Failed")
+    failed, ended = conditions.get("Failed"), conditions.get("Failed") or conditions.get("Complete")
+    suspended = bool((body.get("spec") or {}).get("suspend"))
     return ChildJob(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -220,7 +313,17 @@ def _parse_child(body: Object) -> ChildJob:
         deleting="deletionTimestamp" in metadata,
         complete="Complete" in conditions,
         failure=Reason(failed.get("reason", ""), failed.get("message", "")) if failed else None,
+        ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
+        suspended=suspended,
+        resumed=None if suspended else _resumed(body.get("status") or {}),
     )
+
+
+def _resumed(status: Object) -> datetime | None:
+    """`startTime`, which the Job controller sets anew at each resumption, if there was one."""
+    if not any(condition["type"] == "Suspended" for condition in status.get("conditions") or ()):
+        return None
+    return _optional_time(status.get("startTime"))
 
 
 def _parse_pod(body: Object) -> Pod:
@@ -241,7 +344,9 @@ def _parse_pod(body: Object) -> Pod:
         running_since=_optional_time(running.get("startedAt")) if running else None,
         termination=_parse_termination(terminated) if terminated else None,
         waiting=Reason(waiting.get("reason", ""), waiting.get("message", "")) if waiting else None,
+        objects=_mounted_objects(body),
         unschedulable=_unschedulable(status),
+        scheduled=_scheduled(body),
         disruption=Reason(disruption.get("reason", ""), disruption.get("message", "")) if disruption else None,
         deletion_requested=due - grace if due else None,
         deletion_due=due,
@@ -267,6 +372,32 @@ def _parse_termination(terminated: Object) -> Termination:
 def _true_conditions(body: Object) -> dict[str, Object]:
     conditions = (body.get("status") or {}).get("conditions") or ()
     return {condition["type"]: condition for condition in conditions if condition["status"] == "True"}
+
+
+def _mounted_objects(body: Object) -> tuple[str, ...]:
+    volumes = (body.get("spec") or {}).get("volumes") or ()
+    sources = (
+        *((kind, volume[key]) for volume in volumes for key, kind in _OBJECT_VOLUMES.items() if key in volume),
+        *(
+            (kind, source[key])
+            for volume in volumes
+            for source in (volume.get("projected") or {}).get("sources") or ()
+            for key, kind in _OBJECT_VOLUMES.items()
+            if key in source
+        ),
+    )
+    return tuple(dict.fromkeys(_name_with_keys(kind, source) for kind, source in sources if not source.get("optional")))
+
+
+def _name_with_keys(kind: str, source: Object) -> str:
+    name = source.get("secretName") or source.get("name") or ""
+    keys = ", ".join(item["key"] for item in source.get("items") or ())
+    return f"{kind} {name!r}{f' with {keys}' if keys else ''}"
+
+
+def _scheduled(body: Object) -> datetime | None:
+    found = _true_conditions(body).get("PodScheduled")
+    return _optional_time(found.get("lastTransitionTime")) if found else None
 
 
 def _unschedulable(status: Object) -> str:

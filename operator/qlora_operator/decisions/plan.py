@@ -6,10 +6,13 @@ from datetime import datetime, timedelta
 
 from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.attempts import active_seconds
-from qlora_operator.decisions.blockers import no_pod_at, stuck_at
+from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
+from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
-from qlora_operator.decisions.status import clean_job_name, cleanup_at
+
+PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60)
+QUEUE_INTERVAL = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class CreateJob:
 
     step: StepName
     attempt: int
+    failures: int = 0
+    """How often the step has failed in earlier Jobs."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,27 @@ def plan(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetim
     if job.status.resolved is None:
         # What was resolved is stored before the first Job exists, so that it cannot change later.
         return Plan(look_again=now if status.resolved is not None else None)
-    return Plan(tuple(_on_the_way(job, status, observed)), _earliest(_times(job, status, observed, now), now))
+    return Plan(tuple(_on_the_way(job, status, observed, now)), _earliest(_times(job, status, observed, now), now))
 
 
-def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[Action]:
+def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:
     step = status.step
     wanted = None if step is None or job.spec.suspend else step.job_name
+    if job.problem and not job.spec.suspend:
+        return
     yield from (_delete(child) for child in _running(observed) if child.name != wanted)
     if step is None or wanted is None or step.job_uid or observed.child(wanted) is not None or observed.live_pods:
         return
+    if any(now < due for due in _after_rejections(observed)):
+        return
     if step.name == "prepare" and status.resolved is not None and status.resolved.claim_created:
         yield CreateClaim()
-    yield CreateJob(step.name, step.attempt)
+    yield CreateJob(step.name, step.attempt, step.failures)
+
+
+def _after_rejections(observed: Observed) -> Iterator[datetime]:
+    """When a Job may be created after a pod that the kubelet has rejected: a node needs a moment to recover."""
+    return (pod.created + PAUSE_AFTER_REJECTED_POD for pod in observed.pods if pod.rejected)
 
 
 def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:
@@ -99,6 +113,9 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
         yield now + timedelta(seconds=max(1, limit - active_seconds(status, observed, now)))
     yield from (due for pod in observed.live_pods if (due := stuck_at(pod)) is not None)
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
+    yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)
+    yield from _after_rejections(observed)
+    yield from (now + QUEUE_INTERVAL for child in _running(observed) if child.suspended)
 
 
 def _times_after(job: QLoRAJob, status: QLoRAJobStatus) -> Iterator[datetime]:

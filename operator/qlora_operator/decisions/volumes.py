@@ -1,5 +1,6 @@
 """Decides which volumes a step's pod mounts, where, and whether it may write to them; pure."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_api import contract
@@ -17,18 +18,20 @@ _SHARED_MEMORY_SIZE = "1Gi"
 _SECRET_MODE = 0o440
 # The keys of a Secret that are mounted as files, by scheme of the address that they are for.
 _SECRET_KEYS = {
-    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
     "oci": (".dockerconfigjson",),
     "hf": ("token",),
 }
+_OPTIONAL_SECRET_KEYS = {"s3": ("AWS_SESSION_TOKEN",)}
 
 
 def mounts_and_volumes(job: QLoRAJob, workspace_claim: str, step: StepName) -> tuple[list[Manifest], list[Manifest]]:
     """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
     Every step mounts the workspace, the job's manifest and a small folder for temporary files. Besides these, prepare
-    reads the model, the data and their secrets, and checks the destination; train reads the model; publish reads the
-    model, writes to the destination and reads its secret.
+    reads the model, the data and their secrets, and checks the destination with its secret; train reads the model;
+    publish reads the model, writes to the destination and reads its secret. A Secret or ConfigMap that does not exist
+    yet keeps the pod waiting, which costs no retry.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -82,12 +85,11 @@ def _datasets(spec: QLoRAJobSpec) -> list[str]:
 
 def _add_config_maps(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
     sources = (parse_source(uri) for uri in _datasets(spec))
-    names = sorted({source.name for source in sources if isinstance(source, ConfigMapSource)})
-    for number, name in enumerate(names):
-        volume = f"config-map-{number}"
+    wanted = sorted({(source.name, source.key) for source in sources if isinstance(source, ConfigMapSource)})
+    for number, name in enumerate(dict.fromkeys(name for name, _ in wanted)):
+        volume, items = f"config-map-{number}", [{"key": key, "path": key} for owner, key in wanted if owner == name]
         mounts.append(_mount(volume, str(contract.CONFIG_MAPS_MOUNT / name), read_only=True))
-        # Optional, because GitOps may create it later: the step reports the missing name and is retried.
-        volumes.append({"name": volume, "configMap": {"name": name, "optional": True}})
+        volumes.append({"name": volume, "configMap": {"name": name, "items": items}})
 
 
 def _add_token(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
@@ -95,35 +97,40 @@ def _add_token(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifes
     if reference is None:
         return
     mounts.append(_mount("token", str(contract.TOKEN_FILE.parent), read_only=True))
-    volumes.append(_secret("token", reference.name, {reference.key: contract.TOKEN_FILE.name}))
+    items = [{"key": reference.key, "path": contract.TOKEN_FILE.name}]
+    secret = {"secretName": reference.name, "items": items, "defaultMode": _SECRET_MODE}
+    volumes.append({"name": "token", "secret": secret})
 
 
 def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest], volumes: list[Manifest]) -> None:
+    output = {"output": (spec.output.secret_ref, _destinations(spec))}
     wanted = {
         "prepare": {
             "model": (spec.model.secret_ref, [spec.model.source]),
             "dataset": (spec.dataset.secret_ref, _datasets(spec)),
+            **output,
         },
-        "publish": {"output": (spec.output.secret_ref, _destinations(spec))},
+        "publish": output,
     }
     for part, (reference, addresses) in wanted.get(step, {}).items():
         if reference is not None:
             volume = f"{part}-credentials"
-            schemes = {uri.partition("://")[0] for uri in addresses}
-            keys = sorted(key for scheme in schemes for key in _SECRET_KEYS.get(scheme, ()))
             mounts.append(_mount(volume, str(contract.CREDENTIALS_MOUNT / part), read_only=True))
-            volumes.append(_secret(volume, reference.name, {key: key for key in keys}))
+            volumes.append(_credentials(volume, reference.name, {uri.partition("://")[0] for uri in addresses}))
 
 
-def _secret(volume: str, name: str, files: dict[str, str]) -> Manifest:
-    """The volume with these keys of a Secret as files. Optional: a step reports a missing Secret and is retried."""
-    secret = {
-        "secretName": name,
-        "items": [{"key": key, "path": path} for key, path in files.items()],
-        "defaultMode": _SECRET_MODE,
-        "optional": True,
-    }
-    return {"name": volume, "secret": secret}
+def _credentials(volume: str, name: str, schemes: set[str]) -> Manifest:
+    """The volume with the keys of a Secret that addresses of these schemes need, and those that they may need."""
+
+    def source(keys: Mapping[str, tuple[str, ...]]) -> Manifest:
+        names = sorted({key for scheme in schemes for key in keys.get(scheme, ())})
+        return {"name": name, "items": [{"key": key, "path": key} for key in names]}
+
+    needed, possible = source(_SECRET_KEYS), source(_OPTIONAL_SECRET_KEYS)
+    sources: list[Manifest] = [{"secret": needed}]
+    if possible["items"]:
+        sources.append({"secret": possible | {"optional": True}})
+    return {"name": volume, "projected": {"defaultMode": _SECRET_MODE, "sources": sources}}
 
 
 def _document_file() -> Manifest:

@@ -181,15 +181,17 @@ def test_17_a_run_that_cannot_fit_the_card(files: Files) -> None:
     assert not (files.workspace / "data").exists()
 
 
-def test_18_more_interruptions_than_the_job_allows(prepared: Files) -> None:
-    files = prepared.with_spec({"retry": {"maxDisruptions": 0}})
-    killed = files.start("train")
-    assert killed.stdout is not None
-    assert killed.stdout.readline()
-    killed.kill()
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    failed(files.run("train"), ExitCode.RETRIES_EXHAUSTED, "spec.retry.maxDisruptions")
+def test_18_attempts_that_are_killed_without_a_new_checkpoint(prepared: Files) -> None:
+    records = prepared.workspace / "records"
+    killed = {"podUid": "gone", "jobAttempt": 1, "startedAt": "2026-01-02T03:04:05Z", "fromStep": 0}
+    (records / "attempts.jsonl").write_text((json.dumps(killed) + "\n") * 4)
+    process = prepared.start("train")
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    failed(prepared.run("train"), ExitCode.RETRIES_EXHAUSTED, "5 attempts in a row", "spec.retry.request")
 
 
 def test_143_training_is_interrupted_and_goes_on_to_the_same_adapter(prepared: Files, finished: Files) -> None:

@@ -394,6 +394,16 @@ def test_clean_deletes_scratch_only_and_publish_still_knows(trained: Files, tmp_
     assert published(trained) == record
 
 
+def test_clean_keeps_what_has_not_been_published(trained: Files) -> None:
+    layout = WorkspaceLayout(trained.workspace)
+    layout.quantized.mkdir(exist_ok=True)
+    kept = content(layout.trained)
+    clean(layout)
+    assert content(layout.trained) == kept
+    assert layout.quantized.is_dir()
+    assert not layout.checkpoints.exists()
+
+
 KILLED_WRITES = """
 import os, sys
 from pathlib import Path

@@ -9,7 +9,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.training.attempts import Attempt, read_attempts, reject_if_spent, write_attempts
+from qlora_trainer.training.attempts import Attempt, read_attempts, reject_if_stuck, write_attempts
 from qlora_trainer.training.optimizer import learning_rate
 from qlora_trainer.training.pace import Pace
 from qlora_trainer.training.schedule import Schedule
@@ -77,40 +77,35 @@ def test_time_left_counts_steps_and_evaluations_at_their_own_pace() -> None:
     assert 2.0 < (pace.after_step(4.0, 400).seconds_per_step or 0.0) < 4.0
 
 
+TIME = "2026-01-02T03:04:05Z"
+
+
 def attempts(*ends: str | None, from_steps: tuple[int, ...] | None = None) -> list[Attempt]:
     """Attempts that ended so, each from a later checkpoint if nothing else is said."""
     steps = from_steps or tuple(range(len(ends)))
     return [
         Attempt.model_validate(
-            {"pod_uid": f"pod-{n}", "started_at": "2026-01-02T03:04:05Z", "from_step": step, "ended": end}
+            {"pod_uid": f"pod-{n}", "job_attempt": 1, "started_at": TIME, "from_step": step, "ended": end}
         )
         for n, (end, step) in enumerate(zip(ends, steps, strict=True))
     ]
 
 
-def rejection(before: list[Attempt], from_step: int, max_disruptions: int) -> str:
-    with pytest.raises(StepFailure) as caught:
-        reject_if_spent(before, from_step, max_disruptions)
-    assert caught.value.exit_code is ExitCode.RETRIES_EXHAUSTED
-    return caught.value.message
-
-
-def test_interrupted_and_killed_attempts_count_and_failed_ones_do_not() -> None:
-    reject_if_spent([], 0, 0)
-    reject_if_spent(attempts("interrupted", None, "failed", "failed"), 9, 2)
-
-    message = rejection(attempts("interrupted", None, "failed", "interrupted"), 9, 2)
-    assert "interrupted 3 times and spec.retry.maxDisruptions allows 2" in message
-    assert "checkpoint of step 9" in message
-    rejection(attempts("interrupted"), 9, 0)
-
-
-def test_five_attempts_in_a_row_without_a_new_checkpoint_are_enough() -> None:
+def test_five_attempts_in_a_row_that_were_killed_at_one_checkpoint_are_enough() -> None:
     stuck = attempts("interrupted", *[None] * 5, from_steps=(0, 3, 3, 3, 3, 3))
-    reject_if_spent(stuck[:-1], 3, 100)
-    reject_if_spent(stuck, 4, 100)
+    reject_if_stuck(stuck[:-1], 3, 1)
+    reject_if_stuck(stuck, 4, 1)
 
-    assert "5 attempts in a row ended before a checkpoint after step 3" in rejection(stuck, 3, 100)
+    with pytest.raises(StepFailure) as caught:
+        reject_if_stuck(stuck, 3, 1)
+
+    assert caught.value.exit_code is ExitCode.RETRIES_EXHAUSTED
+    assert "5 attempts in a row were killed before a checkpoint after step 3" in caught.value.message
+
+
+def test_attempts_that_were_asked_to_stop_or_belong_to_an_earlier_job_do_not_count() -> None:
+    reject_if_stuck(attempts(*["interrupted"] * 50, from_steps=(0,) * 50), 0, 1)
+    reject_if_stuck(attempts(*[None] * 5, from_steps=(3,) * 5), 3, 2)
 
 
 def test_attempts_are_read_back_without_lines_that_are_not_attempts(tmp_path: Path) -> None:

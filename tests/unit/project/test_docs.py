@@ -66,14 +66,15 @@ def test_every_yaml_block_is_a_valid_job_a_part_of_one_or_profiles(block: str, t
 def reasons_of_the_operator() -> set[str]:
     """Each reason that the operator gives a job that waits or fails, as its source has them."""
     sources = "\n".join(file.read_text() for file in (ROOT / "operator" / "qlora_operator").rglob("*.py"))
-    given = r"return |Reason\(|_failure\(|\.reason or|\.word or"
+    given = r"return |Reason\(|failure_of\(|\.reason or|\.word or"
     found = set(re.findall(rf'(?:{given})\s*(?:[\w.]*step\.name, )?"([A-Z]\w+)"', sources))
     assert {"NoPod", "NameTaken", "ResultUnreadable", "ProfileNotFound", "PodFailed", "JobFailed"} <= found
     assert {"HostOutOfMemory", "DeadlineExceeded"} <= found
     # A state, not a trouble: `docs/concepts/life-of-a-job.md` has those.
     return found - {
-        "CleanedUp", "Done", "NotFailed", "NotStalled", "NotSuspended", "Pending", "Preparing", "Publishing",
-        "Scheduled", "Started", "Succeeded", "Suspended", "Suspending", "Training",
+        "CleanedUp", "Done", "NotFailed", "NotRunning", "NotScheduled", "NotStalled", "NotSuspended", "Pending",
+        "Preparing", "Progressing", "Publishing", "Scheduled", "Started", "Succeeded", "Suspended", "Suspending",
+        "TakenUp", "Training", "Queued", "True", "False", "Unknown",
     }  # fmt: skip
 
 

@@ -94,7 +94,11 @@ def test_exclusive_bounds_take_the_boolean_form() -> None:
 def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
     spec = SCHEMA["properties"]["spec"]
     guarded = {name for name in spec["properties"] if any(f"self.{name} ==" in r["rule"] for r in spec[RULES])}
-    assert set(spec["properties"]) - guarded == {"suspend", "activeDeadlineSeconds", "cleanupAfterSeconds"}
+    mutable = {"suspend", "activeDeadlineSeconds", "progressDeadlineSeconds", "cleanupAfterSeconds", "retry"}
+    assert set(spec["properties"]) - guarded == mutable | {"resources"}
+    resources = spec["properties"]["resources"]["properties"]
+    guarded = {name for name in resources if any(f"self.resources.{name} ==" in r["rule"] for r in spec[RULES])}
+    assert set(resources) - guarded == {"memory"}
 
 
 RULES = "x-kubernetes-validations"

@@ -154,13 +154,14 @@ def test_train_has_no_secret_and_nothing_that_leads_to_the_network() -> None:
     assert set(environment_of(job)) == {
         "QLORA_POD_UID",
         "QLORA_ATTEMPT",
+        "QLORA_CONTRACT_VERSION",
         "QLORA_DEVICE",
         "QLORA_WORKSPACE_CLAIM",
         "HOME",
         "OMP_NUM_THREADS",
     }
     assert "hub.example.org" not in to_json(job)
-    assert not any("secret" in volume or "configMap" in volume for volume in pod_of(job)["volumes"])
+    assert not {"secret", "configMap", "projected"} & {kind for volume in pod_of(job)["volumes"] for kind in volume}
 
 
 def test_the_steps_with_a_network_know_the_servers_of_the_profile_and_the_others_none() -> None:
@@ -196,6 +197,8 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
             {
                 "/credentials/model": ("pull", {".dockerconfigjson"}),
                 "/credentials/dataset": ("read", S3_KEYS),
+                # The destination is tried before the training, not after.
+                "/credentials/output": ("write", S3_KEYS),
             },
         ),
         ("train", {}),
@@ -205,14 +208,19 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 )
 def test_credentials_are_files_of_the_step_that_needs_them(step: StepName, expected: dict[str, Any]) -> None:
     job = build(step, **OBJECTS)
-    secrets = {volume["name"]: volume["secret"] for volume in pod_of(job)["volumes"] if "secret" in volume}
+    secrets = {volume["name"]: volume["projected"] for volume in pod_of(job)["volumes"] if "projected" in volume}
     found = {}
     for mount in container_of(job)["volumeMounts"]:
         if secret := secrets.get(mount["name"]):
             assert mount["readOnly"]
-            assert (secret["optional"], secret["defaultMode"]) == (True, 0o440)
-            assert all(item["key"] == item["path"] for item in secret["items"])
-            found[mount["mountPath"]] = (secret["secretName"], {item["key"] for item in secret["items"]})
+            assert secret["defaultMode"] == 0o440
+            sources = [source["secret"] for source in secret["sources"]]
+            items = [item for source in sources for item in source["items"]]
+            assert all(item["key"] == item["path"] for item in items)
+            # Only a key that need not exist is optional: for the others the pod waits.
+            optional = {item["key"] for source in sources if source.get("optional") for item in source["items"]}
+            assert optional <= {"AWS_SESSION_TOKEN"}
+            found[mount["mountPath"]] = (sources[0]["name"], {item["key"] for item in items})
     assert found == expected
     assert not any("valueFrom" in entry and "secretKeyRef" in entry["valueFrom"] for entry in container_of(job)["env"])
 
@@ -220,18 +228,18 @@ def test_credentials_are_files_of_the_step_that_needs_them(step: StepName, expec
 def test_a_merged_model_brings_the_keys_of_its_own_scheme() -> None:
     output = {"destination": "hf://acme/adapter", "merged": {"destination": "oci://ghcr.io/acme/merged:v1"}}
     job = build("publish", output=output | {"secretRef": {"name": "write"}})
-    (secret,) = [volume["secret"] for volume in pod_of(job)["volumes"] if "secret" in volume]
-    assert [item["key"] for item in secret["items"]] == [".dockerconfigjson", "token"]
+    (secret,) = [volume["projected"] for volume in pod_of(job)["volumes"] if "projected" in volume]
+    assert [item["key"] for item in secret["sources"][0]["secret"]["items"]] == [".dockerconfigjson", "token"]
 
 
-def test_objects_that_may_come_later_are_optional_and_the_token_is_a_file_of_its_own() -> None:
+def test_a_pod_waits_for_objects_that_come_later_and_the_token_is_a_file_of_its_own() -> None:
     volumes = {volume["name"]: volume for volume in pod_of(build("prepare", **EVERYTHING))["volumes"]}
-    assert volumes["config-map-0"]["configMap"] == {"name": "rows", "optional": True}
+    items = [{"key": "a.jsonl", "path": "a.jsonl"}]
+    assert volumes["config-map-0"]["configMap"] == {"name": "rows", "items": items}
     assert volumes["token"]["secret"] == {
         "secretName": "hub",
         "items": [{"key": "read", "path": "token"}],
         "defaultMode": 0o440,
-        "optional": True,
     }
 
 
@@ -284,6 +292,56 @@ def test_the_trainer_is_given_the_document_and_its_own_folder() -> None:
     assert items == [{"path": "job.json", "fieldRef": {"fieldPath": "metadata.annotations['qlora.dev/spec']"}}]
     assert environment_of(job)["QLORA_ATTEMPT"] == "2"
     assert environment_of(job)["QLORA_WORKSPACE_CLAIM"] == WORKSPACE
+
+
+def document_of(job: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(job["spec"]["template"]["metadata"]["annotations"]["qlora.dev/spec"])
+
+
+def test_the_document_is_what_was_fixed_when_the_job_started() -> None:
+    fixed = resolved().model_copy(update={"document": '{"spec":{"fixed":true}}'})
+    assert document_of(build_job(make_job(), fixed, "publish", 1)) == {"spec": {"fixed": True}}
+
+
+def test_the_document_has_no_field_that_is_for_the_operator_only() -> None:
+    spec: dict[str, Any] = {
+        "scheduling": {"queueName": "gpus"},
+        "retry": {"request": 1, "onNoProgress": "restart"},
+        "progressDeadlineSeconds": 600,
+        "suspend": False,
+    }
+    assert document_of(build("train", **spec)) == document_of(build("train"))
+    assert not {"scheduling", "retry", "suspend", "workspace"} & document_of(build("train"))["spec"].keys()
+
+
+def test_a_trainer_that_counts_suspensions_is_told_not_to() -> None:
+    begun = resolved().model_copy(update={"contract_version": 1})
+    job = build_job(make_job(retry={"maxDisruptions": 3}), begun, "train", 1)
+    assert document_of(job)["spec"]["retry"] == {"maxDisruptions": 1000}
+    assert environment_of(job)["QLORA_CONTRACT_VERSION"] == "1"
+
+
+def test_only_train_waits_in_the_queue_and_only_the_job_has_its_labels() -> None:
+    queued = resolved().model_copy(update={"queue_name": "gpus", "queue_priority": "high"})
+    labels = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "high"}
+    for step in STEPS:
+        job = build_job(make_job(), queued, step, 1)
+        wanted = labels if step == "train" else {}
+        assert {key: value for key, value in job["metadata"]["labels"].items() if "kueue" in key} == wanted
+        assert job["spec"].get("suspend") == (True if step == "train" else None)
+        assert not any("kueue" in key for key in job["spec"]["template"]["metadata"]["labels"])
+    assert "suspend" not in build("train")["spec"]
+
+
+def test_failures_in_earlier_jobs_of_a_step_are_not_granted_again() -> None:
+    job = make_job(retry={"maxFailures": 3})
+    assert build_job(job, resolved(), "train", 2, failures=2)["spec"]["backoffLimit"] == 1
+    assert build_job(job, resolved(), "train", 2, failures=9)["spec"]["backoffLimit"] == 0
+
+
+def test_a_finished_job_and_its_pods_go_after_a_day() -> None:
+    assert build("prepare")["spec"]["ttlSecondsAfterFinished"] == 86_400
+    assert build("prepare", {"finishedJobSeconds": 60})["spec"]["ttlSecondsAfterFinished"] == 60
 
 
 @pytest.mark.parametrize("step", STEPS)

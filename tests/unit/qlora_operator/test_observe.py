@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from qlora_api.contract import CONTRACT_VERSION
 from qlora_operator.decisions.blockers import blocking_reason
 from qlora_operator.decisions.observe import UnreadableJobError, observe, parse_job
 from tests.support.builders import (
@@ -184,9 +185,44 @@ def test_a_finished_deletion_is_not_stuck() -> None:
     assert blocking_reason(observed.children[0], observed, after(1000)) is None
 
 
-def test_a_job_of_another_schema_is_rejected_with_the_field() -> None:
-    with pytest.raises(UnreadableJobError, match=r"lora\.rank"):
-        parse_job(job_body(lora={"rank": "many"}))
+def test_a_spec_that_another_release_has_admitted_can_still_be_stopped() -> None:
+    body = job_body(lora={"rank": "many"}, dataset={"source": "hf://a/b", "fromTheFuture": 1}, suspend=True)
+    body["spec"] |= {"activeDeadlineSeconds": 60, "retry": {"maxFailures": 1, "fromTheFuture": 1}}
+
+    job = parse_job(body)
+
+    assert "lora.rank" in job.problem
+    assert (job.spec.suspend, job.spec.active_deadline_seconds, job.spec.retry.max_failures) == (True, 60, 1)
+
+
+def test_a_new_field_stops_no_job_whose_document_is_fixed() -> None:
+    status = status_in("train").dump()
+    body = job_body(status, training={"maxSteps": 5, "fromTheFuture": 1})
+    assert "fromTheFuture" in parse_job(body).problem
+    status["resolved"]["document"] = "{}"
+
+    job = parse_job(body)
+
+    assert (job.problem, job.spec.training.max_steps) == ("", 5)
+
+
+def test_a_job_of_a_newer_contract_is_left_to_its_operator() -> None:
+    status = status_in("train").dump()
+    status["resolved"]["contractVersion"] = CONTRACT_VERSION + 1
+    assert f"contract version {CONTRACT_VERSION + 1}" in parse_job(job_body(status)).problem
+
+
+def test_a_status_that_cannot_be_read_is_rejected_with_the_field() -> None:
+    with pytest.raises(UnreadableJobError, match=r"failures"):
+        parse_job(job_body({"failures": "many"}))
+
+
+def test_the_queue_of_the_spec_comes_before_that_of_the_label() -> None:
+    body = job_body()
+    body["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "a", "kueue.x-k8s.io/priority-class": "low"}
+    assert (parse_job(body).queue_name, parse_job(body).queue_priority) == ("a", "low")
+    body["spec"]["scheduling"] = {"queueName": "b"}
+    assert (parse_job(body).queue_name, parse_job(body).queue_priority) == ("b", "low")
 
 
 def test_a_job_that_a_newer_operator_began_can_be_read() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_api.contract import ProgressRecord, encode_record
 from qlora_operator.decisions.observe import Pod
-from qlora_operator.progress import READS_PER_SECOND, ProgressReader, ReadSchedule, latest_record
+from qlora_operator.progress import READS_PER_SECOND, LogReading, ProgressReader, ReadSchedule, latest_record
 from tests.support.builders import NAME, NOW, UID, child, make_job, pod, progress, running, seen, status_in
 
 POD = Pod(name="pod", uid=f"uid-{NAME}-train-1-pod1", owner_uid="", created=NOW, phase="Running")
@@ -106,13 +106,15 @@ def test_a_reader_reads_when_it_is_due_and_only_a_running_pod() -> None:
         job = make_job(status_in("train"))
         key = (job.namespace, job.name)
         pending, active = seen(child("train"), pod("train")), seen(child("train"), running(pod("train")))
-        assert await reader.read(key, job, pending) == (None, None)
-        record, wait = await reader.read(key, job, active)
+        assert await reader.read(key, job, pending) == LogReading()
+        reading = await reader.read(key, job, active)
+        record, wait = reading.record, reading.again
+        assert reading.done
         assert (record and record.training_step, wait) == (1, pytest.approx(10))
         clock.now = 4.0
-        assert await reader.read(key, job, active) == (None, pytest.approx(6))
+        assert (await reader.read(key, job, active)).again == pytest.approx(6)
         clock.now = 10.0
-        record, _ = await reader.read(key, job, active)
+        record = (await reader.read(key, job, active)).record
         assert record is not None
         assert record.training_step == 2
 
@@ -128,7 +130,7 @@ def test_a_log_that_cannot_be_read_is_no_trouble_and_is_left_alone_for_a_minute(
         reader = ProgressReader(read_log, Clock(), concurrent=2)
         job = make_job(status_in("train"))
         active = seen(child("train"), running(pod("train")))
-        assert await reader.read((job.namespace, job.name), job, active) == (None, pytest.approx(60))
+        assert (await reader.read((job.namespace, job.name), job, active)).again == pytest.approx(60)
 
     asyncio.run(scenario())
 
@@ -152,7 +154,7 @@ def test_a_node_that_does_not_answer_holds_up_some_readers_only() -> None:
             stuck.append(asyncio.create_task(reader.read(("team", name), job, active)))
             await asyncio.sleep(0)
             clock.now += 1
-        assert await reader.read(("team", "third"), job, active) == (None, pytest.approx(1))
+        assert (await reader.read(("team", "third"), job, active)).again == pytest.approx(1)
         assert len(asked) == 2
         answer.set()
         await asyncio.gather(*stuck)

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from qlora_api.status import MergedStatus, QLoRAJobStatus
+from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.observe import Reason
-from qlora_operator.decisions.status import cleanup_at, next_status, with_child, with_rejection
+from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from tests.support.builders import (
     ADAPTER,
     FOUND,
@@ -43,6 +44,7 @@ def test_the_first_visit_sets_every_condition_and_resolves_before_any_job_exists
     assert conditions_of(status) == LIVE | {
         "Prepared": "Unknown",
         "Trained": "Unknown",
+        "Progressing": "Unknown",
         "Reconciling": "True",
         "Ready": "False",
     }
@@ -166,6 +168,7 @@ def test_the_end_decides_both_summary_conditions() -> None:
         "Succeeded": "True",
         "Failed": "False",
         "Suspended": "False",
+        "Progressing": "Unknown",
         "Reconciling": "False",
         "Ready": "True",
         "Stalled": "False",
@@ -238,18 +241,28 @@ def rejected_by_the_kubelet(step: Any) -> dict[str, Any]:
     return pod(step, phase="Failed", reason="UnexpectedAdmissionError", message="no healthy devices present")
 
 
-def test_a_pod_that_fails_before_its_container_starts_is_a_failed_attempt_of_no_length() -> None:
+def test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry() -> None:
     status = follow(make_job(status_in("train")), child("train"), rejected_by_the_kubelet("train"))
-    assert (status.failures, status.disruptions, status.active_seconds) == (1, 0, 0)
+    assert (status.failures, status.disruptions, status.active_seconds) == (0, 0, 0)
     assert status.last_failure is not None
     assert (status.last_failure.reason, status.last_failure.exit_code) == ("UnexpectedAdmissionError", None)
+    sentence = f"pod {NAME}-train-1-pod1 failed before the trainer ran: no healthy devices present"
+    assert (reason_of(status), status.last_failure.message) == ("Retrying", sentence)
 
 
-def test_a_job_that_fails_before_its_container_starts_reports_what_the_kubelet_says() -> None:
-    bodies = [child("train", Failed="BackoffLimitExceeded"), rejected_by_the_kubelet("train")]
-    status = follow(make_job(status_in("train")), *bodies)
-    assert (status.phase, reason_of(status)) == ("Failed", "UnexpectedAdmissionError")
-    assert message_of(status) == (f"pod {NAME}-train-1-pod1 failed before the trainer ran: no healthy devices present")
+def test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_another() -> None:
+    own = failed("train", 203, "InternalError", "no luck", number=2)
+    rejected = pod("train", number=3, phase="Failed", reason="OutOfcpu")
+    bodies = [child("train", Failed="BackoffLimitExceeded"), rejected_by_the_kubelet("train"), own, rejected]
+
+    status = follow(make_job(status_in("train"), retry={"maxFailures": 2}), *bodies)
+
+    assert (status.phase, status.failures) == ("Queued", 1)
+    assert status.step is not None
+    assert (status.step.job_name, status.step.failures) == (f"{NAME}-train-2", 1)
+    # Failures of the step itself count as before.
+    status = follow(make_job(status_in("train"), retry={"maxFailures": 0}), *bodies)
+    assert status.phase == "Failed"
 
 
 def test_what_a_failed_step_has_found_out_is_shown() -> None:

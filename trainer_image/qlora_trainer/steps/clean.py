@@ -1,11 +1,15 @@
-"""The step `clean`: deletes what only the job's own steps needed; the adapter, the report and the records stay."""
+"""The step `clean`: deletes what no step will need again; the adapter, the report and the records stay."""
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_trainer.core.completion import PublishRecord, read_completion
 from qlora_trainer.core.filesystem import remove, remove_partials
 
 
 def clean(workspace: WorkspaceLayout) -> None:
-    """Delete `model/`, `data/`, `checkpoints/`, `trained/` and `quantized/` of one job's folder, and all `*.partial`.
+    """Delete `model/`, `data/` and `checkpoints/` of one job's folder, and all `*.partial`.
+
+    Once the adapter has been published, `trained/` and `quantized/` go too. Until then they hold its only copy, with
+    which a job whose publication failed can be taken up.
 
     The latter are what a killed step has left of its writes: of the adapter, the merged model, the 4-bit weights, a
     record or a part of the report. May be called again.
@@ -13,7 +17,9 @@ def clean(workspace: WorkspaceLayout) -> None:
     A symbolic link is deleted and its target is not: nothing outside the folder is touched. Raises OSError if something
     cannot be deleted.
     """
-    for folder in (workspace.models, workspace.data, workspace.checkpoints, workspace.trained, workspace.quantized):
+    published = read_completion(workspace.completion("publish"), PublishRecord) is not None
+    only_copy = (workspace.trained, workspace.quantized) if published else ()
+    for folder in (workspace.models, workspace.data, workspace.checkpoints, *only_copy):
         remove(folder)
     for folder in (workspace.root, workspace.records, workspace.report):
         # What a link leads to is outside. The root itself may be reached by one.

@@ -27,6 +27,7 @@ from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.answers import leave_samples
+from qlora_trainer.training.attempts import PodOfJob
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import use_device
 from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
@@ -133,8 +134,8 @@ def _written_by_main(context: StepContext, fingerprint: str) -> TrainRecord:
 
 def _attempt(job: _Job, now: Clock) -> AbstractContextManager[Checkpoint | None]:
     context = job.context
-    max_disruptions = context.spec.retry.max_disruptions
-    return resumed_attempt(context.workspace, job.fingerprint, max_disruptions, context.pod_uid, now)
+    pod = PodOfJob(context.pod_uid, context.attempt)
+    return resumed_attempt(context.workspace, job.fingerprint, pod, now)
 
 
 def _load(job: _Job, runtime: Runtime, ranks: Ranks, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:

@@ -1,6 +1,6 @@
-"""Counts the train step's attempts: at most one at a time, and no more of them than the job's budget allows.
+"""Records the train step's attempts: at most one runs at a time, none after too many without a checkpoint.
 
-Kubernetes restarts an evicted or deleted pod without counting, so the count is kept in the workspace.
+How often a job may be interrupted is not judged here: a pod cannot tell an eviction from a suspension.
 """
 
 import fcntl
@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,15 @@ MAX_ATTEMPTS_WITHOUT_PROGRESS = 5
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PodOfJob:
+    """The pod that runs an attempt."""
+
+    uid: str
+    job_attempt: int
+    """Number of the step's Job, counted from 1."""
+
+
 class Attempt(ObservedModel):
     """One start of the train step."""
 
@@ -34,47 +44,40 @@ class Attempt(ObservedModel):
     started_at: Timestamp
     from_step: int
     """Step of the checkpoint from which it resumed; 0 without one."""
+    job_attempt: int = 0
+    """Number of the step's Job that it belongs to; 0 if an earlier release has recorded it."""
     ended: Literal["succeeded", "interrupted", "failed"] | None = None
     """None if it was killed before it could record its end."""
 
-    @property
-    def disrupted(self) -> bool:
-        """Whether something outside ended it: it was asked to stop, or killed."""
-        return self.ended in (None, "interrupted")
 
+def reject_if_stuck(attempts: Sequence[Attempt], from_step: int, job_attempt: int) -> None:
+    """Raise StepFailure (RETRIES_EXHAUSTED) if the latest attempts of this Job were all killed at the same checkpoint.
 
-def reject_if_spent(attempts: Sequence[Attempt], from_step: int, max_disruptions: int) -> None:
-    """Raise StepFailure (RETRIES_EXHAUSTED) if no further attempt may start, from a checkpoint of `from_step`."""
-    disruptions = sum(attempt.disrupted for attempt in attempts)
-    if disruptions > max_disruptions:
-        raise StepFailure(
-            ExitCode.RETRIES_EXHAUSTED,
-            f"training was interrupted {disruptions} times and spec.retry.maxDisruptions allows {max_disruptions}; "
-            f"it had reached the checkpoint of step {from_step}: create the job again with a larger number, or on "
-            "nodes where pods are interrupted less often",
-        )
-    recent = attempts[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
-    stuck = [attempt for attempt in recent if attempt.disrupted and attempt.from_step == from_step]
+    `from_step`: step of the checkpoint that the next attempt would resume from. An attempt that was asked to stop has
+    saved a checkpoint and does not count, nor does one of an earlier Job: a job that is taken up again starts afresh.
+    """
+    recent = [attempt for attempt in attempts if attempt.job_attempt == job_attempt][-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
+    stuck = [attempt for attempt in recent if attempt.ended is None and attempt.from_step == from_step]
     if len(stuck) == MAX_ATTEMPTS_WITHOUT_PROGRESS:
         raise StepFailure(
             ExitCode.RETRIES_EXHAUSTED,
-            f"{len(stuck)} attempts in a row ended before a checkpoint after step {from_step}: set "
-            "spec.training.saveEverySteps lower than what one attempt reaches, or give the pod more memory or time",
+            f"{len(stuck)} attempts in a row were killed before a checkpoint after step {from_step}: give the pod more "
+            "memory or time to stop, and raise spec.retry.request; or create the job again with a lower "
+            "spec.training.saveEverySteps",
         )
 
 
 @contextmanager
-def counted_attempt(
-    records: Path, from_step: int, max_disruptions: int, pod_uid: str, now: Callable[[], datetime]
-) -> Iterator[None]:
+def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable[[], datetime]) -> Iterator[None]:
     """Run the body as one more attempt, which is recorded before it starts and again when it ends.
 
-    Raises StepFailure (RETRIES_EXHAUSTED) instead if no attempt is left, and OSError if the record cannot be written.
+    Raises StepFailure (RETRIES_EXHAUSTED) instead if it would be stuck too, OSError if the record cannot be written.
     An exception of the body takes precedence.
     """
     earlier = read_attempts(records)
-    reject_if_spent(earlier, from_step, max_disruptions)
-    attempt = Attempt(pod_uid=pod_uid, started_at=timestamp(now()), from_step=from_step)
+    reject_if_stuck(earlier, from_step, pod.job_attempt)
+    started = timestamp(now())
+    attempt = Attempt(pod_uid=pod.uid, job_attempt=pod.job_attempt, started_at=started, from_step=from_step)
     write_attempts(records, [*earlier, attempt])
 
     def note_end(ended: Literal["succeeded", "interrupted", "failed"]) -> None:
@@ -86,7 +89,7 @@ def counted_attempt(
         try:
             note_end("interrupted" if isinstance(error, Interrupted) else "failed")
         except OSError:
-            # The body's exception decides the exit code. An attempt without a recorded end counts as a disruption.
+            # The body's exception decides the exit code. An attempt without a recorded end counts as killed.
             logger.exception("the end of this attempt cannot be recorded in %s", ATTEMPTS_FILE)
         raise
     note_end("succeeded")

@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.adapter import restore_adapter
-from qlora_trainer.training.attempts import counted_attempt, only_attempt
+from qlora_trainer.training.attempts import PodOfJob, only_attempt, recorded_attempt
 from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from qlora_trainer.training.device import processor
 from qlora_trainer.training.fingerprint import Fingerprint, reject_other_run
@@ -24,21 +24,20 @@ logger = logging.getLogger(__name__)
 def resumed_attempt(
     workspace: WorkspaceLayout,
     fingerprint: Fingerprint,
-    max_disruptions: int,
-    pod_uid: str,
+    pod: PodOfJob,
     now: Callable[[], datetime],
 ) -> Iterator[Checkpoint | None]:
     """Run the body as the workspace's only attempt, with the checkpoint from which it resumes; None without one.
 
     Raises StepFailure: UNREACHABLE while another attempt runs, BAD_CONFIGURATION if the checkpoint is of another run,
-    RETRIES_EXHAUSTED if no attempt is left.
+    RETRIES_EXHAUSTED after too many attempts that were killed at this checkpoint.
     """
     with only_attempt(workspace.records):
         checkpoint = newest_checkpoint(workspace.checkpoints)
         if checkpoint is not None:
             reject_other_run(checkpoint.state["fingerprint"], fingerprint, checkpoint.path)
         from_step = 0 if checkpoint is None else checkpoint.step
-        with counted_attempt(workspace.records, from_step, max_disruptions, pod_uid, now):
+        with recorded_attempt(workspace.records, from_step, pod, now):
             yield checkpoint
 
 

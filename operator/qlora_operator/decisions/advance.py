@@ -1,0 +1,118 @@
+"""Advances a job over its steps by what their Jobs and pods have come to; pure."""
+
+from qlora_api.contract import ResultRecord
+from qlora_api.model_and_output import OutputSpec
+from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
+from qlora_operator.decisions.attempts import count_attempts, describe_failure, step_failures
+from qlora_operator.decisions.conditions import is_finished
+from qlora_operator.decisions.endings import DONE, fail, failure_of, succeed
+from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_condition
+from qlora_operator.decisions.figures import with_known_facts, with_training_facts
+from qlora_operator.decisions.observe import ChildJob, Reason
+from qlora_operator.decisions.resolution import with_profile_of_today
+
+_NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
+
+
+def advance(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """Advance to the first step whose Job has not ended: over several steps, if the operator was down."""
+    while not is_finished(status):
+        before, status = status, _advance_once(status, facts)
+        if status is before:
+            break
+    return status
+
+
+def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    step, job = status.step, facts.job
+    if step is None:
+        return status
+    child = facts.observed.child(step.job_name)
+    if child is None:
+        if not step.job_uid or job.spec.suspend:
+            return status
+        if any(not pod.ended and pod.deletion_requested is None for pod in facts.observed.pods_of(step.job_uid)):
+            return status  # its pods are about to be deleted, and what they ran counts
+        # Its Job was deleted, by a user or a suspension: continue with the next number.
+        return status.model_copy(update={"step": next_attempt(step, facts)})
+    if child.uid != step.job_uid:
+        status = status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})})
+        return count_attempts(status, job, facts.observed, facts.now)
+    pods = facts.observed.pods_of(child.uid)
+    if child.complete:
+        record = _verified(child, facts, step.name)
+        return _complete(status, facts, record) if record else _complete_unverified(status, facts, step)
+    if killed := next((pod for pod in pods if pod.ended and pod.out_of_memory), None):
+        return fail(status, facts, describe_failure(killed, job, step.name))
+    if child.failure is not None:
+        return _follow_failure(status, facts, step, child.failure)
+    return status
+
+
+def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, failure: Reason) -> QLoRAJobStatus:
+    """The status after the step's Job has failed: the end, unless what failed it is no failure of the step."""
+    pods = facts.observed.pods_of(step.job_uid)
+    ended = [pod for pod in pods if pod.ended and not pod.exited_well]
+    if not ended:
+        return fail(status, facts, _without_pod(failure, step, facts))
+    failures = step_failures(step, facts.observed)
+    if ended[-1].unsupported:
+        return _after_unsupported(status, facts, step)
+    if any(pod.rejected for pod in ended) and failures <= facts.job.spec.retry.max_failures and not ended[-1].decisive:
+        # The Job counts pods that the kubelet rejects as failures, and has no policy that could ignore them.
+        return status.model_copy(update={"step": next_attempt(step, facts, failures=failures)})
+    record = ended[-1].result(facts.job.uid, step.name)
+    status = with_known_facts(status, record) if record else status
+    return fail(status, facts, describe_failure(ended[-1], facts.job, step.name))
+
+
+def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:
+    """A trainer of another release costs no failure: the step waits until the profile names another image."""
+    today = with_profile_of_today(status.resolved, facts)
+    if today is None or status.resolved is None or today.profile.image == status.resolved.profile.image:
+        return status
+    return status.model_copy(update={"resolved": today, "step": next_attempt(step, facts)})
+
+
+def _verified(child: ChildJob, facts: Facts, step: StepName) -> ResultRecord | None:
+    for pod in reversed(facts.observed.pods_of(child.uid)):
+        record = pod.result(facts.job.uid, step)
+        if pod.exited_well and record is not None and (record.outcome, record.exit_code) == ("succeeded", 0):
+            return record if step != "publish" or _names_all(record, facts.job.spec.output) else None
+    return None
+
+
+def _names_all(record: ResultRecord, output: OutputSpec) -> bool:
+    """Whether a result of publish reports everything that the job asks for."""
+    return record.adapter is not None and (output.merged is None or record.merged is not None)
+
+
+def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus:
+    step = record.step
+    if step == "publish":
+        status = status.model_copy(update={"adapter": record.adapter, "merged": record.merged})
+        return succeed(status, facts)
+    if step == "prepare":
+        status = with_known_facts(status, record).model_copy(update={"progress": None})
+    else:
+        status = with_training_facts(status, record)
+    status = set_condition(status, facts, DONE[step], "True", Reason("Done", f"the {step} step has succeeded"))
+    return status.model_copy(update={"step": new_step(facts.job, _NEXT[step], 1)})
+
+
+def _complete_unverified(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:
+    if step.unverified == 0:
+        return status.model_copy(update={"step": next_attempt(step, facts, unverified=1)})
+    message = (
+        f"the {step.name} step completed twice without a readable result: see that nothing deletes its pods, and that "
+        "the profile's image is the trainer of this operator's version"
+    )
+    return fail(status, facts, failure_of(step.name, "ResultUnreadable", message, facts))
+
+
+def _without_pod(failure: Reason, step: StepStatus, facts: Facts) -> FailureStatus:
+    """Why a Job failed whose pods are gone: the last failure that was observed, else what the Job reports."""
+    last = facts.job.status.last_failure
+    if last is not None and last.step == step.name:
+        return last
+    return failure_of(step.name, failure.word or "JobFailed", f"Job {step.job_name}: {failure.sentence}", facts)

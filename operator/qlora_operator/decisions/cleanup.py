@@ -1,0 +1,53 @@
+"""Follows the clean-up after the end of a job; pure."""
+
+from datetime import datetime, timedelta
+
+from qlora_api.naming import child_job_name
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decisions.blockers import blocking_reason
+from qlora_operator.decisions.conditions import Value, condition, is_true
+from qlora_operator.decisions.facts import Facts, set_condition
+from qlora_operator.decisions.observe import QLoRAJob, Reason, format_time, parse_time
+
+
+def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
+    """When Jobs and scratch data are to be deleted; None if never, or if they are."""
+    seconds = job.spec.cleanup_after_seconds
+    if seconds is None or status.completion_time is None or is_true(status, "CleanedUp"):
+        return None
+    if is_true(status, "Failed") and (status.resolved is None or status.resolved.contract_version == 1):
+        return None  # the trainer of that release would delete an adapter that has not been published
+    return parse_time(status.completion_time) + timedelta(seconds=seconds)
+
+
+def clean_job_name(job: QLoRAJob) -> str:
+    """Name of the one Job that deletes scratch data."""
+    return child_job_name(job.name, "clean", 1)
+
+
+def follow_cleanup(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status of a finished job with the state of its clean-up."""
+    due = cleanup_at(facts.job, status)
+    if due is None:
+        scheduled = condition(status, "CleanedUp")
+        if scheduled is None or scheduled.status == "True" or scheduled.reason == "NotScheduled":
+            return status
+        return set_condition(
+            status, facts, "CleanedUp", "False", Reason("NotScheduled", "spec.cleanupAfterSeconds is not set")
+        )
+    observed = facts.observed
+    cleaning = observed.child(clean_job_name(facts.job))
+    value: Value = "False"
+    reason = Reason("Scheduled", f"pods, checkpoints and prepared data are deleted at {format_time(due)}")
+    if cleaning is not None and cleaning.complete and observed.children == (cleaning,):
+        value = "True"
+        reason = Reason("CleanedUp", "pods, checkpoints and prepared data are deleted; the adapter stays")
+    elif cleaning is not None and cleaning.failure is not None:
+        sentence = (
+            f"Job {cleaning.name}: {cleaning.failure.sentence}; see `kubectl logs job/{cleaning.name}`, and delete "
+            "that Job to try again"
+        )
+        reason = Reason("CleanupFailed", sentence)
+    elif cleaning is not None:
+        reason = blocking_reason(cleaning, observed, facts.now) or reason
+    return set_condition(status, facts, "CleanedUp", value, reason)

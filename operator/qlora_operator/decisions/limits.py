@@ -1,0 +1,91 @@
+"""Enforces what a job may take: interruptions, time, and time without progress; pure."""
+
+from qlora_api.contract import ExitCode
+from qlora_api.duration import format_duration
+from qlora_api.status import QLoRAJobStatus, StepStatus
+from qlora_operator.decisions.attempts import active_seconds, charge_running, step_failures
+from qlora_operator.decisions.conditions import condition, is_finished
+from qlora_operator.decisions.endings import fail, failure_of
+from qlora_operator.decisions.facts import Facts, next_attempt
+from qlora_operator.decisions.observe import parse_time
+
+DEFAULT_PROGRESS_DEADLINE_SECONDS = 3600
+
+
+def enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """Fail a job that is interrupted too often: its Jobs ignore interruptions without a limit."""
+    limit, step = facts.job.spec.retry.max_disruptions, status.step
+    # A step that has lost no pod yet may run, even if interruptions of the one before were counted late.
+    if is_finished(status) or step is None or not step.counted_pod or status.disruptions <= limit:
+        return status
+    message = (
+        f"the pods were interrupted {status.disruptions} times, and spec.retry.maxDisruptions allows {limit}: see "
+        "`kubectl get events` for what evicts or deletes them, then raise spec.retry.request"
+    )
+    return fail(status, facts, failure_of(step.name, ExitCode.RETRIES_EXHAUSTED.reason, message, facts))
+
+
+def enforce_failures(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """Fail a job whose step fails too often in a way that its Jobs do not count, such as an eviction that it caused."""
+    step, limit = status.step, facts.job.spec.retry.max_failures
+    if is_finished(status) or step is None or status.last_failure is None:
+        return status
+    return status if step_failures(step, facts.observed) <= limit else fail(status, facts, status.last_failure)
+
+
+def enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """Fail a job whose steps have run for longer than it allows."""
+    limit = facts.job.spec.active_deadline_seconds
+    if is_finished(status) or limit is None or status.step is None:
+        return status
+    ran = active_seconds(status, facts.observed, facts.now)
+    if ran < limit:
+        return status
+    message = (
+        f"the steps have run for {ran} seconds, and spec.activeDeadlineSeconds allows {limit}: raise it, and "
+        "spec.retry.request to take up the job"
+    )
+    return fail(status, facts, failure_of(status.step.name, "DeadlineExceeded", message, facts))
+
+
+def enforce_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """Restart a step that makes no progress, if the job asks for that, as often as it may fail."""
+    job, step = facts.job, status.step
+    idle = idle_seconds(status, facts)
+    if is_finished(status) or step is None or idle is None or job.spec.retry.on_no_progress != "restart":
+        return status
+    failure = failure_of(step.name, "ProgressDeadlineExceeded", no_progress(step, idle), facts)
+    failures = step_failures(step, facts.observed) + 1
+    status = charge_running(status, facts.observed, facts.now)
+    status = status.model_copy(update={"failures": status.failures + 1, "last_failure": failure})
+    if failures > job.spec.retry.max_failures:
+        return fail(status, facts, failure)
+    return status.model_copy(update={"step": next_attempt(step, facts, failures=failures)})
+
+
+def idle_seconds(status: QLoRAJobStatus, facts: Facts) -> int | None:
+    """For how long the running step has made no progress, once that is longer than the job allows; else None."""
+    step = status.step
+    if step is None or step.progressed_at is None or facts.job.spec.suspend:
+        return None
+    if not any(pod.running and pod.uid == step.running_pod for pod in facts.observed.pods_of(step.job_uid)):
+        return None
+    # A log that cannot be read says nothing, but does not take back what an earlier one has said.
+    known = facts.log_read or _is_stalled(facts.job.status, step)
+    idle = int((facts.now - parse_time(step.progressed_at)).total_seconds())
+    limit = facts.job.spec.progress_deadline_seconds or DEFAULT_PROGRESS_DEADLINE_SECONDS
+    return idle if known and idle >= limit else None
+
+
+def _is_stalled(stored: QLoRAJobStatus, step: StepStatus) -> bool:
+    found = condition(stored, "Progressing")
+    same = stored.step is not None and stored.step.progressed_at == step.progressed_at
+    return same and found is not None and found.status == "False"
+
+
+def no_progress(step: StepStatus, idle: int) -> str:
+    """The sentence about a step that has made no progress for `idle` seconds."""
+    return (
+        f"pod of Job {step.job_name} runs and has reported no progress for {format_duration(idle)}: see "
+        f"`kubectl logs job/{step.job_name}`; suspend and resume the job to restart it from its checkpoint"
+    )

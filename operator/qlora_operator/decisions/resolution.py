@@ -1,0 +1,60 @@
+"""Fixes what a job's steps depend on before the first of them, and says what keeps it from starting; pure."""
+
+from qlora_api.contract import CONTRACT_VERSION
+from qlora_api.naming import workspace_claim_name, workspace_folder
+from qlora_api.status import QLoRAJobStatus, Resolved
+from qlora_operator.decisions.facts import Facts, new_step
+from qlora_operator.decisions.manifests import document
+from qlora_operator.decisions.observe import Reason
+
+
+def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status with everything fixed that the pods depend on, as soon as the job may start."""
+    job = facts.job
+    if status.resolved is not None or job.spec.suspend or objection(facts) is not None:
+        return status
+    own_claim = job.spec.workspace.claim_name
+    resolved = Resolved(
+        contract_version=CONTRACT_VERSION,
+        document=document(job),
+        queue_name=job.queue_name,
+        queue_priority=job.queue_priority,
+        profile=facts.profiles[job.spec.scheduling.profile],
+        claim_name=own_claim or workspace_claim_name(job.name, job.uid),
+        claim_created=own_claim is None,
+        workspace_path=workspace_folder(job.name, job.uid),
+    )
+    return status.model_copy(update={"resolved": resolved, "step": new_step(job, "prepare", 1)})
+
+
+def objection(facts: Facts) -> Reason | None:
+    """Why the administrator's settings do not let the job start; None if they do."""
+    scheduling = facts.job.spec.scheduling
+    profile = facts.profiles.get(scheduling.profile)
+    if profile is None:
+        known = ", ".join(sorted(facts.profiles)) or "none"
+        return Reason(
+            "ProfileNotFound",
+            f"spec.scheduling.profile {scheduling.profile!r} does not exist; the profiles are: {known}",
+        )
+    fields = {
+        "priorityClassName": scheduling.priority_class_name,
+        "nodeSelector": scheduling.node_selector,
+        "tolerations": scheduling.tolerations,
+    }
+    denied = ", ".join(field for field, value in fields.items() if value)
+    if profile.allow_job_scheduling or not denied:
+        return None
+    return Reason(
+        "SchedulingNotAllowed",
+        f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{denied}: create the job again "
+        "without it, or with another profile",
+    )
+
+
+def with_profile_of_today(resolved: Resolved | None, facts: Facts) -> Resolved | None:
+    """What was resolved with the administrator's profile as it is now, if there still is one of that name."""
+    profile = facts.profiles.get(facts.job.spec.scheduling.profile)
+    if resolved is None or profile is None:
+        return resolved
+    return resolved.model_copy(update={"profile": profile, "contract_version": CONTRACT_VERSION})

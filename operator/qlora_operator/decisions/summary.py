@@ -1,0 +1,121 @@
+"""Derives conditions and phase from the rest of a status; pure."""
+
+from qlora_api.status import Phase, QLoRAJobStatus
+from qlora_operator.decisions.blockers import blocking_reason
+from qlora_operator.decisions.conditions import Value, condition, is_finished, is_true, phase_of
+from qlora_operator.decisions.endings import DONE
+from qlora_operator.decisions.facts import Facts, set_condition
+from qlora_operator.decisions.figures import without_remaining
+from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
+from qlora_operator.decisions.observe import ChildJob, Reason
+from qlora_operator.decisions.resolution import objection
+
+_DOING = {
+    "Pending": "the first Job is about to be created",
+    "Preparing": "model and data are being prepared",
+    "Queued": "the train Job waits for its pod to start",
+    "Training": "the adapter is being trained",
+    "Publishing": "the adapter is being checked and published",
+}
+
+
+def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status with all conditions and the phase derived from the rest of it."""
+    status = status.model_copy(update={"observed_generation": facts.job.generation})
+    if not is_finished(status):
+        status = _summarize_suspension(status, facts)
+        status = _summarize_running(status, facts)
+    return status.model_copy(update={"phase": _phase(status, facts)})
+
+
+def _phase(status: QLoRAJobStatus, facts: Facts) -> Phase:
+    step = status.step
+    child = facts.observed.child(step.job_name) if step else None
+    return phase_of(
+        status,
+        running=step is not None and facts.observed.is_running(step.job_uid),
+        queued=child is not None and child.suspended,
+    )
+
+
+def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    if not facts.job.spec.suspend:
+        return set_condition(status, facts, "Suspended", "False", Reason("NotSuspended", ""))
+    observed = facts.observed
+    if observed.live_pods or any(not child.finished for child in observed.children):
+        stopping = Reason("Suspending", "the running step saves a checkpoint and stops")
+        return set_condition(
+            status, facts, "Suspended", "False", blocking_reason(None, observed, facts.now) or stopping
+        )
+    status = set_condition(
+        status, facts, "Suspended", "True", Reason("Suspended", "spec.suspend is true; false resumes the job")
+    )
+    return without_remaining(status)
+
+
+def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    reason = _reason(status, facts)
+    step = status.step
+    suspended = is_true(status, "Suspended")
+    started = step is not None and (bool(step.job_uid) or step.attempt > 1 or step.name != "prepare")
+    for kind in DONE.values():
+        if not is_true(status, kind):
+            status = set_condition(status, facts, kind, "Unknown", reason)
+    accepted = started or suspended
+    ready = Reason("Suspended", "spec.suspend is true") if suspended else Reason("Started", "the job has been started")
+    waiting = Reason("Pending", reason.sentence)
+    status = set_condition(status, facts, "Succeeded", "Unknown", reason)
+    status = set_condition(status, facts, "Failed", "False", Reason("NotFailed", ""))
+    status = set_condition(status, facts, "Progressing", *_progressing(status, facts))
+    status = set_condition(
+        status, facts, "Reconciling", "False" if accepted else "True", ready if accepted else waiting
+    )
+    status = set_condition(status, facts, "Ready", "True" if accepted else "False", ready if accepted else waiting)
+    return set_condition(status, facts, "Stalled", "False", Reason("NotStalled", ""))
+
+
+def _progressing(status: QLoRAJobStatus, facts: Facts) -> tuple[Value, Reason]:
+    step = status.step
+    if step is None or not facts.observed.is_running(step.job_uid):
+        return "Unknown", Reason("NotRunning", "")
+    idle = idle_seconds(status, facts)
+    if idle is not None:
+        # Said once, with the limit and not with the time, which would be another sentence in each pass.
+        limit = facts.job.spec.progress_deadline_seconds or DEFAULT_PROGRESS_DEADLINE_SECONDS
+        return "False", Reason("ProgressDeadlineExceeded", no_progress(step, limit))
+    return "True", Reason("Progressing", "")
+
+
+def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
+    """Why an unfinished job is in its phase, or what blocks it."""
+    job, observed, step = facts.job, facts.observed, status.step
+    suspension = condition(status, "Suspended")
+    if job.spec.suspend and suspension is not None:
+        return Reason(suspension.reason, suspension.message)
+    if job.problem:
+        return Reason("InvalidSpec", job.problem)
+    if status.resolved is None or step is None:
+        return objection(facts) or Reason("Pending", _DOING["Pending"])
+    child = observed.child(step.job_name)
+    if child is not None and child.suspended:
+        return facts.queue or _held(child)
+    if reason := blocking_reason(child, observed, facts.now):
+        return reason
+    if child is not None and child.failure is not None and status.last_failure is not None:
+        return Reason(status.last_failure.reason, status.last_failure.message)
+    if not step.job_uid and observed.live_pods:
+        return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} must end before the next Job is created")
+    running = observed.is_running(step.job_uid)
+    last = status.last_failure
+    if last is not None and last.step == step.name and step.job_uid and not running:
+        return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
+    phase = phase_of(status, running=running)
+    return Reason(phase, _DOING.get(phase, ""))
+
+
+def _held(child: ChildJob) -> Reason:
+    return Reason(
+        "WaitingForQueue",
+        f"Job {child.name} is suspended until a queue admits it: see `kubectl get workloads`, and that Kueue runs and "
+        "has the LocalQueue",
+    )

@@ -1,0 +1,41 @@
+"""Takes up a failed job when its user asks for it; pure."""
+
+from qlora_api.status import QLoRAJobStatus, StepName
+from qlora_operator.decisions.cleanup import clean_job_name
+from qlora_operator.decisions.conditions import is_true
+from qlora_operator.decisions.endings import DONE
+from qlora_operator.decisions.facts import Facts, new_step, set_condition
+from qlora_operator.decisions.observe import Reason
+from qlora_operator.decisions.resolution import with_profile_of_today
+
+
+def is_to_be_taken_up(facts: Facts) -> bool:
+    """Whether the user has raised retry.request of a failed job."""
+    status, request = facts.job.status, facts.job.spec.retry.request
+    failed = is_true(status, "Failed") and status.step is not None and not facts.job.problem
+    return failed and request is not None and request > (status.retry_request or 0)
+
+
+def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status of a failed job that goes on at the step that failed, with the profile as it is now.
+
+    After a clean-up, or in the middle of one, it goes on at prepare, which fetches again what is missing; a step whose
+    result is still there reports it again.
+    """
+    job, step = facts.job, status.step
+    if step is None:
+        return status
+    cleaned = is_true(status, "CleanedUp") or facts.observed.child(clean_job_name(job)) is not None
+    name: StepName = "prepare" if cleaned else step.name
+    forgotten = {"CleanedUp", *(DONE.values() if cleaned else ()), *([DONE[name]] if name in DONE else ())}
+    conditions = tuple(entry for entry in status.conditions if entry.type not in forgotten)
+    changes = {
+        "conditions": conditions,
+        "completion_time": None,
+        "failures": 0,
+        "disruptions": 0,
+        "step": new_step(job, name, step.attempt + 1),
+        "resolved": with_profile_of_today(status.resolved, facts),
+    }
+    reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
+    return set_condition(status.model_copy(update=changes), facts, "Failed", "False", reason)

@@ -1,0 +1,200 @@
+"""What a job may take: time without progress, pods that vanish, and waiting that counts for nothing."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decisions.events import progress_event
+from qlora_operator.decisions.plan import DeleteJob, plan
+from tests.support.builders import (
+    NAME,
+    NOW,
+    after,
+    child,
+    conditions_of,
+    deleted,
+    ended,
+    follow,
+    make_job,
+    message_of,
+    pod,
+    progress,
+    reason_of,
+    running,
+    seen,
+    status_in,
+    time,
+)
+
+RUNNING = (child("train"), running(pod("train"), since=-60))
+
+
+def watched(**spec: Any) -> QLoRAJobStatus:
+    """The stored status of a job whose training pod has been seen running, and has reported progress, at NOW."""
+    job = make_job(status_in("train"), **spec)
+    return follow(make_job(follow(job, *RUNNING), **spec), *RUNNING, progress=progress(training_step=3), log_read=True)
+
+
+def look(stored: QLoRAJobStatus, seconds: float, /, *bodies: Any, **more: Any) -> QLoRAJobStatus:
+    fields = {key: more.pop(key) for key in ("progress", "log_read") if key in more}
+    return follow(make_job(stored, **more), *(bodies or RUNNING), now=after(seconds), **fields)
+
+
+def test_no_progress_for_too_long_is_a_condition_and_one_event() -> None:
+    stored = watched()
+    assert conditions_of(stored)["Progressing"] == "True"
+    assert conditions_of(look(stored, 3599, log_read=True))["Progressing"] == "True"
+
+    status = look(stored, 3600, log_read=True)
+
+    assert (conditions_of(status)["Progressing"], status.phase) == ("False", "Training")
+    assert reason_of(status, "Progressing") == "ProgressDeadlineExceeded"
+    assert "no progress for 1h" in message_of(status, "Progressing")
+    event = progress_event(make_job(stored), status, after(3600))
+    assert event is not None
+    assert (event["type"], event["reason"]) == ("Warning", "ProgressDeadlineExceeded")
+    # Nothing changes while it goes on, whether the log is read or not, and nothing is said twice.
+    for log_read in (True, False):
+        assert look(status, 7200, log_read=log_read) == status
+    assert progress_event(make_job(status), look(status, 7200, log_read=True), after(7200)) is None
+
+
+def test_the_job_sets_the_limit_and_any_new_record_is_progress() -> None:
+    limit: dict[str, Any] = {"progressDeadlineSeconds": 120}
+    stored = watched(**limit)
+    assert conditions_of(look(stored, 120, log_read=True, **limit))["Progressing"] == "False"
+    later = look(stored, 100, log_read=True, progress=progress(training_step=3, time=time(99)), **limit)
+    assert conditions_of(look(later, 219, log_read=True, **limit))["Progressing"] == "True"
+    assert conditions_of(look(later, 220, log_read=True, **limit))["Progressing"] == "False"
+
+
+def test_a_log_that_cannot_be_read_says_nothing() -> None:
+    assert conditions_of(look(watched(), 99_999, log_read=False))["Progressing"] == "True"
+
+
+def test_a_trainers_clock_does_not_matter() -> None:
+    ahead = look(watched(), 10, log_read=True, progress=progress(training_step=4, time=time(7200)))
+    assert conditions_of(look(ahead, 3609, log_read=True))["Progressing"] == "True"
+    assert conditions_of(look(ahead, 3610, log_read=True))["Progressing"] == "False"
+
+
+def test_progress_that_comes_back_makes_the_condition_true_again() -> None:
+    stalled = look(watched(), 3600, log_read=True)
+    status = look(stalled, 3700, log_read=True, progress=progress(training_step=4, time=time(3650)))
+    assert conditions_of(status)["Progressing"] == "True"
+
+
+def test_the_job_may_ask_for_a_restart_which_counts_as_a_failure() -> None:
+    spec: dict[str, Any] = {"retry": {"onNoProgress": "restart", "maxFailures": 1}}
+    stored = watched(**spec)
+
+    status = look(stored, 3600, log_read=True, **spec)
+
+    assert status.step is not None
+    assert (status.step.job_name, status.step.failures, status.failures) == (f"{NAME}-train-2", 1, 1)
+    assert status.last_failure is not None
+    assert status.last_failure.reason == "ProgressDeadlineExceeded"
+    assert status.active_seconds == 3660
+    actions = plan(make_job(stored, **spec), status, seen(*RUNNING), after(3600)).actions
+    assert actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
+    # It is restarted as often as it may fail.
+    again = status.model_copy(
+        update={"step": status.step.model_copy(update={"job_uid": f"uid-{NAME}-train-2"}), "active_until": time()}
+    )
+    second = (child("train", 2), running(pod("train", 2), since=0))
+    again = look(again, 10, *second, log_read=True, **spec)
+    status = look(again, 4000, *second, log_read=True, **spec)
+    assert (status.phase, reason_of(status)) == ("Failed", "ProgressDeadlineExceeded")
+
+
+def test_a_deleted_job_is_not_replaced_before_its_pods_count() -> None:
+    stored = watched(activeDeadlineSeconds=100)
+    # The Job is gone, its pod is not yet marked.
+    status = look(stored, 30, RUNNING[1], activeDeadlineSeconds=100)
+    assert status.step == stored.step
+    assert look(stored, 41, RUNNING[1], activeDeadlineSeconds=100).phase == "Failed"
+    status = look(stored, 30, deleted(RUNNING[1], 30), activeDeadlineSeconds=100)
+    assert status.step is not None
+    assert (status.step.attempt, status.active_seconds) == (2, 90)
+
+
+@pytest.mark.parametrize(("bodies", "disruptions"), [((), 0), ((child("train"),), 1)], ids=["with its Job", "alone"])
+def test_a_pod_that_vanished_counts_for_what_it_ran(bodies: tuple[Any, ...], disruptions: int) -> None:
+    stored = watched()
+    job = make_job(stored)
+    status = follow(job, *bodies, now=after(40))
+    assert (status.active_seconds, status.disruptions) == (100, disruptions)
+    assert follow(make_job(status), *bodies, now=after(90)).active_seconds == 100
+
+
+def test_a_deadline_is_not_evaded_by_deleting_pods_by_force() -> None:
+    status = follow(make_job(watched(), activeDeadlineSeconds=100), now=after(41))
+    assert (status.phase, reason_of(status)) == ("Failed", "DeadlineExceeded")
+
+
+def test_a_suspension_by_a_queue_is_no_disruption() -> None:
+    suspended = child("train")
+    suspended["spec"] = {"suspend": True}
+    stopped = deleted(RUNNING[1], 0)
+    status = look(watched(), 1, suspended, stopped)
+    assert (status.disruptions, status.phase, reason_of(status)) == (0, "Queued", "WaitingForQueue")
+    # Nor is one that the operator sees only after the queue has resumed the Job.
+    resumed = child("train")
+    resumed["status"] = {"startTime": time(20), "conditions": [{"type": "Suspended", "status": "False"}]}
+    assert look(watched(), 30, resumed, ended(pod("train"), 143, end=10)).disruptions == 0
+    never = child("train")
+    never["status"] = {"startTime": time(20)}
+    assert look(watched(), 30, never, ended(pod("train"), 143, end=10)).disruptions == 1
+
+
+def test_a_job_that_a_queue_holds_has_no_pod_and_that_is_no_fault() -> None:
+    suspended = child("prepare", created=-600)
+    suspended["spec"] = {"suspend": True}
+    status = follow(make_job(status_in("prepare")), suspended)
+    assert (status.phase, reason_of(status)) == ("Queued", "WaitingForQueue")
+    # The minute after which a missing pod is reported begins when the Job is resumed.
+    resumed = child("prepare", created=-600)
+    resumed["status"] = {"startTime": time(), "conditions": [{"type": "Suspended", "status": "False"}]}
+    for seconds, reason in ((59, "Preparing"), (60, "NoPod")):
+        assert reason_of(follow(make_job(status_in("prepare")), resumed, now=after(seconds))) == reason
+    assert plan(make_job(status_in("prepare")), status, seen(resumed), NOW).look_again == after(60)
+
+
+def test_objects_that_come_late_are_named_and_cost_nothing() -> None:
+    body = pod("prepare")
+    body["spec"] = {
+        "volumes": [
+            {"name": "token", "secret": {"secretName": "hub", "items": [{"key": "read", "path": "token"}]}},
+            {"name": "rows", "configMap": {"name": "rows"}},
+            {"name": "output", "projected": {"sources": [{"secret": {"name": "write", "optional": True}}]}},
+        ]
+    }
+    body["status"] |= {
+        "conditions": [{"type": "PodScheduled", "status": "True", "lastTransitionTime": time()}],
+        "containerStatuses": [{"name": "trainer", "state": {"waiting": {"reason": "ContainerCreating"}}}],
+    }
+    job = make_job(status_in("prepare"))
+    assert reason_of(follow(job, child("prepare"), body, now=after(119))) == "Preparing"
+
+    status = follow(job, child("prepare"), body, now=after(120))
+
+    assert (reason_of(status), status.failures) == ("WaitingForVolumes", 0)
+    assert "Secret 'hub' with read, ConfigMap 'rows'" in message_of(status)
+    assert "write" not in message_of(status)
+    assert plan(job, status, seen(child("prepare"), body), NOW).look_again == after(120)
+
+
+def test_an_eviction_that_the_pod_caused_itself_is_a_failure_with_the_kubelets_words() -> None:
+    sentence = 'Usage of EmptyDir volume "tmp" exceeds the limit "4Gi".'
+    body = ended(pod("train"), 143)
+    body["status"] |= {"reason": "Evicted", "message": sentence}
+
+    status = look(watched(), 30, child("train"), body)
+
+    assert (status.failures, status.disruptions) == (1, 0)
+    assert status.last_failure is not None
+    assert (status.last_failure.reason, sentence in status.last_failure.message) == ("Evicted", True)
+    # Its Job ignores exit code 143 without a limit.
+    status = look(watched(), 30, child("train"), body, retry={"maxFailures": 0})
+    assert (status.phase, reason_of(status)) == ("Failed", "Evicted")

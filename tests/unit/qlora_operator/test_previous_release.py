@@ -1,0 +1,85 @@
+"""This release beside the one before it: neither may reject what the other has begun.
+
+`tests/support/previous_release` has its CustomResourceDefinition, and the schema of the document that its trainer
+reads.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from qlora_api.contract import ExitCode
+from qlora_api.crd import custom_resource_definition
+from qlora_operator.decisions.manifests import build_job
+from qlora_operator.decisions.observe import parse_job
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.runner import require_known_contract
+from tests.support.builders import job_body, make_job, resolved, status_in
+
+PREVIOUS = Path(__file__).parents[2] / "support" / "previous_release"
+NEW_FIELDS: dict[str, Any] = {
+    "scheduling": {"queueName": "gpus", "queuePriority": "high"},
+    "retry": {"request": 1, "onNoProgress": "restart"},
+    "progressDeadlineSeconds": 600,
+}
+
+
+def document_for_the_previous_trainer(contract_version: int, **spec: Any) -> Any:
+    begun = resolved().model_copy(update={"contract_version": contract_version})
+    job = build_job(make_job(**spec), begun, "train", 1)
+    return json.loads(job["spec"]["template"]["metadata"]["annotations"]["qlora.dev/spec"])
+
+
+@pytest.mark.parametrize("contract_version", [1, 2], ids=["begun before the upgrade", "an older image in the profile"])
+def test_the_previous_trainer_reads_what_this_operator_writes(contract_version: int) -> None:
+    schema = json.loads((PREVIOUS / "job-document.schema.json").read_text())
+    for spec in ({}, NEW_FIELDS):
+        jsonschema.validate(document_for_the_previous_trainer(contract_version, **spec), schema)
+
+
+def spec_of(crd: dict[str, Any]) -> dict[str, Any]:
+    schema: dict[str, Any] = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    return schema
+
+
+def added(new: dict[str, Any], old: dict[str, Any], path: str = "spec") -> dict[str, dict[str, Any]]:
+    """The schemas of the fields that are new, by path. Fails if one is gone, or has become required."""
+    found: dict[str, dict[str, Any]] = {}
+    before, after = old.get("properties", {}), new.get("properties", {})
+    assert before.keys() <= after.keys(), f"{path} has lost {before.keys() - after.keys()}"
+    assert set(new.get("required", ())) <= set(old.get("required", ())), f"{path} requires more than before"
+    for name, schema in after.items():
+        if name in before:
+            found |= added(schema, before[name], f"{path}.{name}")
+        else:
+            found[f"{path}.{name}"] = schema
+    return found
+
+
+def test_a_new_field_has_no_default_so_that_the_previous_operator_reads_every_job_without_it() -> None:
+    previous = yaml.safe_load((PREVIOUS / "qlorajobs.qlora.dev.yaml").read_text())
+    fields = added(spec_of(custom_resource_definition()), spec_of(previous))
+    assert "spec.retry.request" in fields
+    assert [path for path, schema in fields.items() if "default" in schema] == []
+
+
+def test_a_job_that_the_previous_operator_began_goes_on() -> None:
+    status = status_in("train").dump()
+    status["resolved"]["contractVersion"] = 1
+    job = parse_job(job_body(status))
+    assert (job.problem, job.status.resolved is not None) == ("", True)
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_this_trainer_serves_the_previous_and_this_operator(version: str) -> None:
+    require_known_contract(version)
+
+
+def test_a_trainer_says_in_a_sentence_that_it_is_too_old() -> None:
+    with pytest.raises(StepFailure, match="set the profile's image") as caught:
+        require_known_contract("3")
+    assert caught.value.exit_code is ExitCode.UNSUPPORTED_CONTRACT
