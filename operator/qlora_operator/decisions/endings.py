@@ -6,24 +6,11 @@ from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import without_remaining
 from qlora_operator.decisions.observe import Reason, format_time
 
-_ON_SUCCESS: tuple[tuple[ConditionType, Value], ...] = (
-    ("Succeeded", "True"),
-    ("Failed", "False"),
-    ("Suspended", "False"),
-    ("Progressing", "Unknown"),
-    ("Reconciling", "False"),
-    ("Ready", "True"),
-    ("Stalled", "False"),
-)
-_ON_FAILURE: tuple[tuple[ConditionType, Value], ...] = (
-    ("Succeeded", "False"),
-    ("Failed", "True"),
-    ("Suspended", "False"),
-    ("Progressing", "Unknown"),
-    ("Reconciling", "False"),
-    ("Ready", "False"),
-    ("Stalled", "True"),
-)
+# The summary of an end stands in the conditions that tools read; the others have a reason of their own.
+NOT_FAILED = Reason("NotFailed", "")
+NOT_STALLED = Reason("NotStalled", "")
+NOT_SUSPENDED = Reason("NotSuspended", "")
+_FINISHED = Reason("Finished", "the job has ended")
 DONE: dict[StepName, ConditionType] = {"prepare": "Prepared", "train": "Trained"}
 
 
@@ -32,8 +19,17 @@ def succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     uri = status.adapter.uri if status.adapter else ""
     merged = f", the merged model at {status.merged.uri}" if status.merged else ""
     done = Reason("Succeeded", f"the adapter is at {uri}{merged}")
-    for kind, value in _ON_SUCCESS:
-        status = set_condition(status, facts, kind, value, done)
+    ends: tuple[tuple[ConditionType, Value, Reason], ...] = (
+        ("Succeeded", "True", done),
+        ("Failed", "False", NOT_FAILED),
+        ("Suspended", "False", NOT_SUSPENDED),
+        ("Progressing", "Unknown", _FINISHED),
+        ("Reconciling", "False", _FINISHED),
+        ("Ready", "True", done),
+        ("Stalled", "False", NOT_STALLED),
+    )
+    for kind, value, why in ends:
+        status = set_condition(status, facts, kind, value, why)
     return without_remaining(status.model_copy(update={"completion_time": format_time(facts.now)}))
 
 
@@ -41,9 +37,19 @@ def fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJ
     """The end of the job, with both summary conditions decided: neither stays Unknown."""
     reason = Reason(failure.reason, failure.message)
     if failure.step in DONE:
-        status = set_condition(status, facts, DONE[failure.step], "False", reason)
-    for kind, value in _ON_FAILURE:
-        status = set_condition(status, facts, kind, value, reason)
+        brief = Reason(failure.reason, f"the {failure.step} step has failed")
+        status = set_condition(status, facts, DONE[failure.step], "False", brief)
+    ends: tuple[tuple[ConditionType, Value, Reason], ...] = (
+        ("Succeeded", "False", reason),
+        ("Failed", "True", reason),
+        ("Suspended", "False", NOT_SUSPENDED),
+        ("Progressing", "Unknown", _FINISHED),
+        ("Reconciling", "False", _FINISHED),
+        ("Ready", "False", Reason(failure.reason, "the job has failed: the condition Failed reports why")),
+        ("Stalled", "True", reason),
+    )
+    for kind, value, why in ends:
+        status = set_condition(status, facts, kind, value, why)
     changes = {"last_failure": failure, "completion_time": format_time(facts.now)}
     return without_remaining(status.model_copy(update=changes))
 

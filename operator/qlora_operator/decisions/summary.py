@@ -1,9 +1,9 @@
 """Derives conditions and phase from the rest of a status; pure."""
 
-from qlora_api.status import Phase, QLoRAJobStatus
+from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.blockers import blocking_reason
 from qlora_operator.decisions.conditions import Value, condition, is_finished, is_true, phase_of
-from qlora_operator.decisions.endings import DONE
+from qlora_operator.decisions.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import without_remaining
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
@@ -40,7 +40,7 @@ def _phase(status: QLoRAJobStatus, facts: Facts) -> Phase:
 
 def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if not facts.job.spec.suspend:
-        return set_condition(status, facts, "Suspended", "False", Reason("NotSuspended", ""))
+        return set_condition(status, facts, "Suspended", "False", NOT_SUSPENDED)
     observed = facts.observed
     if observed.live_pods or any(not child.finished for child in observed.children):
         stopping = Reason("Suspending", "the running step saves a checkpoint and stops")
@@ -58,20 +58,27 @@ def _summarize_running(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     step = status.step
     suspended = is_true(status, "Suspended")
     started = step is not None and (bool(step.job_uid) or step.attempt > 1 or step.name != "prepare")
-    for kind in DONE.values():
+    for name, kind in DONE.items():
         if not is_true(status, kind):
-            status = set_condition(status, facts, kind, "Unknown", reason)
+            status = set_condition(status, facts, kind, "Unknown", _unmet(name, step))
     accepted = started or suspended
     ready = Reason("Suspended", "spec.suspend is true") if suspended else Reason("Started", "the job has been started")
     waiting = Reason("Pending", reason.sentence)
     status = set_condition(status, facts, "Succeeded", "Unknown", reason)
-    status = set_condition(status, facts, "Failed", "False", Reason("NotFailed", ""))
+    status = set_condition(status, facts, "Failed", "False", NOT_FAILED)
     status = set_condition(status, facts, "Progressing", *_progressing(status, facts))
     status = set_condition(
         status, facts, "Reconciling", "False" if accepted else "True", ready if accepted else waiting
     )
     status = set_condition(status, facts, "Ready", "True" if accepted else "False", ready if accepted else waiting)
-    return set_condition(status, facts, "Stalled", "False", Reason("NotStalled", ""))
+    return set_condition(status, facts, "Stalled", "False", NOT_STALLED)
+
+
+def _unmet(name: StepName, current: StepStatus | None) -> Reason:
+    """Why the step has not succeeded in an unfinished job; what blocks it is in the condition Succeeded."""
+    if current is not None and current.name == name:
+        return Reason("NotEnded", f"the {name} step has not ended")
+    return Reason("NotReached", f"the {name} step has not been reached")
 
 
 def _progressing(status: QLoRAJobStatus, facts: Facts) -> tuple[Value, Reason]:

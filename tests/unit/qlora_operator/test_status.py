@@ -223,6 +223,39 @@ def test_a_failure_is_reported_in_the_words_of_who_knows_it_best(
     assert status.completion_time == time()
 
 
+def test_only_the_conditions_that_tools_read_have_the_sentence_of_a_failure() -> None:
+    sentence = "row 3 is cut" * 80
+    bodies = [child("prepare", Failed="PodFailurePolicy"), failed("prepare", 11, "BadDataset", sentence)]
+    running_job = follow(make_job(status_in("prepare")), child("prepare"), running(pod("prepare")))
+    status = follow(make_job(running_job), *bodies)
+    found = {entry.type: (entry.status, entry.reason) for entry in status.conditions}
+    assert {entry.type for entry in status.conditions if sentence in entry.message} == {
+        "Succeeded",
+        "Failed",
+        "Stalled",
+    }
+    assert {kind: found[kind] for kind in ("Prepared", "Trained", "Suspended", "Reconciling", "Ready")} == {
+        "Prepared": ("False", "BadDataset"),
+        "Trained": ("Unknown", "NotReached"),
+        "Suspended": ("False", "NotSuspended"),
+        "Reconciling": ("False", "Finished"),
+        "Ready": ("False", "BadDataset"),
+    }
+
+
+def test_conditions_that_do_not_apply_to_a_success_do_not_repeat_its_sentence() -> None:
+    status = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
+    assert {entry.type for entry in status.conditions if ADAPTER.uri in entry.message} == {"Succeeded", "Ready"}
+    assert (reason_of(status, "Failed"), reason_of(status, "Stalled")) == ("NotFailed", "NotStalled")
+
+
+def test_an_attempt_that_is_retried_is_explained_once() -> None:
+    job = make_job(status_in("prepare"))
+    status = follow(job, child("prepare"), failed("prepare", 200, "Unreachable", "secret hub is missing"))
+    assert [entry.type for entry in status.conditions if "secret hub" in entry.message] == ["Succeeded"]
+    assert (reason_of(status, "Prepared"), reason_of(status, "Trained")) == ("NotEnded", "NotReached")
+
+
 def test_a_failure_whose_pods_are_gone_is_reported_as_it_was_last_seen() -> None:
     def last_failure(step: str) -> dict[str, Any]:
         return {"step": step, "reason": "InternalError", "message": "no luck", "time": time(-90), "exitCode": 203}
