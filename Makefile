@@ -40,13 +40,14 @@ test: suites ## Check, and run all but the slowest tests: 26 minutes, the first 
 
 .PHONY: test-all
 test-all: SELECTION := --hypothesis-profile=explore
+test-all: PREPARE := prepare --slow
 test-all: types suites fuzz mutants demo ## Run everything: all types, every test, fuzzing, the mutants, the demo
 
 # The programs and images that only the later suites need are built beside the earlier ones, which have precedence.
 .PHONY: suites
 suites: $(VENV)/.synced
 	@$(DEVCLUSTER) packages
-	nice --adjustment=10 $(DEVCLUSTER) prepare > $(CACHE)/prepare.log 2>&1 &
+	nice --adjustment=10 $(DEVCLUSTER) $(or $(PREPARE),prepare) > $(CACHE)/prepare.log 2>&1 &
 	prepare=$$!
 	trap 'kill $$prepare 2> /dev/null || true' EXIT
 	# After Ctrl-C pytest reports and exits, which the shell takes for a failure, and would start the next suite.
@@ -85,7 +86,7 @@ $(VENV)/bin/ruff format --check
 $(VENV)/bin/mypy
 $(VENV)/bin/lint-imports
 $(VENV)/bin/deptry crds cli operator trainer_image
-$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples helm tests
+$(VENV)/bin/deptry --ignore DEP002,DEP004 benchmarks devcluster docs examples gitops helm tests
 $(PYTHON) -m pytest -q -rfEs tests/unit
 endef
 
@@ -107,9 +108,10 @@ docs: $(VENV)/.synced-docs ## Build the documentation into site/; fails on a bro
 	@echo "site/index.html"
 
 .PHONY: generate
-generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema, the reference
+generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefinition, the chart's schema, Argo CD's settings, the reference
 	@$(PYTHON) crds/generate.py
 	@$(PYTHON) helm/values_schema.py
+	@$(PYTHON) gitops/generate.py
 	@$(PYTHON) -m docs.generate
 
 .PHONY: images

@@ -8,6 +8,8 @@ from devcluster import cleanup, cluster, images, packages, product, toolchain
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout, from_environment
 
+_NAMES = f"one of {', '.join(toolchain.ALL_TOOLS)} (default: all but {' and '.join(toolchain.SLOW_TOOLS)})"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when it did what was asked, 1 with a message on standard error when not."""
@@ -30,7 +32,7 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
             packages.ensure(layout, packages.ALL)
         case "prepare":
             packages.ensure(layout, packages.ALL)
-            toolchain.build(layout)
+            toolchain.build(layout, tuple(toolchain.ALL_TOOLS if options.slow else toolchain.TOOLS))
             product.build_images(layout)
         case "build":
             for path in toolchain.build(layout, options.names or tuple(toolchain.TOOLS)).values():
@@ -105,11 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="devcluster", description="A real single-node Kubernetes, without Docker.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("packages", help="install the Debian packages that the cluster and the tests need")
-    commands.add_parser(
+    prepare = commands.add_parser(
         "prepare", help="install packages and build programs and images: all that the tests and the demo need"
     )
+    prepare.add_argument("--slow", action="store_true", help="build what only the slow tests need too")
     build = commands.add_parser("build", help="build the programs that the cache lacks and print their paths")
-    build.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(toolchain.TOOLS)} (default: all)")
+    build.add_argument("names", nargs="*", metavar="NAME", help=_NAMES)
     path = commands.add_parser("path", help="build a program if needed, and print its path")
     path.add_argument("name", metavar="NAME")
     up = commands.add_parser("up", help="start the cluster, or keep a healthy one; prints the kubeconfig's path")

@@ -1,0 +1,146 @@
+"""A QLoRAJob in every phase, with the status that the operator's decisions give it, and what Argo CD is to show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_api.status import QLoRAJobStatus
+from qlora_api.v1alpha1 import API_VERSION, KIND
+from tests.support.builders import (
+    ADAPTER,
+    child,
+    failed,
+    follow,
+    job_body,
+    make_job,
+    pod,
+    progress,
+    running,
+    status_in,
+    succeeded,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An object, its health and the start of the message in Argo CD, and which action is offered, if any."""
+
+    name: str
+    body: dict[str, Any]
+    health: str
+    message: str
+    action: str | None
+
+
+def _stored(status: QLoRAJobStatus | None, /, generation: int = 1, **spec: Any) -> dict[str, Any]:
+    body = job_body(status.dump() if status else None, generation=generation, **spec)
+    return {"apiVersion": API_VERSION, "kind": KIND, **body}
+
+
+def _training() -> QLoRAJobStatus:
+    record = progress(training_step=6, total_steps=12, loss=1.66971, remaining_seconds=36.0)
+    return follow(make_job(status_in("train")), child("train"), running(pod("train")), progress=record)
+
+
+def _preparing() -> QLoRAJobStatus:
+    record = progress(step="prepare", activity="downloading 40%")
+    return follow(make_job(status_in("prepare")), child("prepare"), running(pod("prepare")), progress=record)
+
+
+def cases() -> Sequence[Case]:
+    """Every phase, and what can be in its way."""
+    unknown = {"profile": "h100"}
+    ended = follow(
+        make_job(status_in("prepare")),
+        child("prepare", Failed="PodFailurePolicy"),
+        failed("prepare", 11, "BadDataset", "row 3 is cut"),
+    )
+    retried = failed("train", 200, "Unreachable", "no route to the hub")
+    published = [child("publish", Complete=""), succeeded("publish")]
+    stopping = follow(make_job(_training(), suspend=True), child("train"), running(pod("train")))
+    return [
+        Case("new", _stored(None), "Progressing", "the operator has not seen the job yet", "suspend"),
+        Case("pending", _stored(follow(make_job())), "Progressing", "the first Job is about to be created", "suspend"),
+        Case(
+            "without a profile",
+            _stored(follow(make_job(scheduling=unknown)), scheduling=unknown),
+            "Progressing",
+            "spec.scheduling.profile 'h100' does not exist",
+            "suspend",
+        ),
+        Case("preparing", _stored(_preparing()), "Progressing", "downloading 40%", "suspend"),
+        Case(
+            "queued",
+            _stored(follow(make_job(status_in("train")), child("train"), pod("train"))),
+            "Progressing",
+            "the train Job waits for its pod to start",
+            "suspend",
+        ),
+        Case(
+            "without a pod",
+            _stored(follow(make_job(status_in("train")), child("train"))),
+            "Progressing",
+            "Job tune-train-1 has had no pod for more than a minute",
+            "suspend",
+        ),
+        Case("training", _stored(_training()), "Progressing", "50% 6/12, loss 1.6697, 36s left", "suspend"),
+        Case(
+            "retrying",
+            _stored(follow(make_job(_training()), child("train"), retried)),
+            "Progressing",
+            "the latest attempt failed and is retried: Unreachable: no route to the hub",
+            "suspend",
+        ),
+        Case(
+            "publishing",
+            _stored(follow(make_job(status_in("publish")), child("publish"), running(pod("publish")))),
+            "Progressing",
+            "the adapter is being checked and published",
+            "suspend",
+        ),
+        Case(
+            "suspending",
+            _stored(stopping, suspend=True),
+            "Progressing",
+            "the running step saves a checkpoint and stops",
+            "resume",
+        ),
+        Case(
+            "suspended",
+            _stored(follow(make_job(stopping, suspend=True)), suspend=True),
+            "Suspended",
+            "spec.suspend is true; false resumes the job",
+            "resume",
+        ),
+        Case(
+            "resumed a moment ago",
+            _stored(follow(make_job(stopping, suspend=True)), generation=2, suspend=False),
+            "Progressing",
+            "the operator has not seen the latest change yet",
+            "suspend",
+        ),
+        Case(
+            "succeeded",
+            _stored(follow(make_job(status_in("publish")), *published)),
+            "Healthy",
+            f"the adapter is at {ADAPTER.uri}",
+            None,
+        ),
+        Case("failed", _stored(ended, retry={"maxFailures": 0}), "Degraded", "BadDataset: row 3 is cut", "retry"),
+        Case(
+            "retried a moment ago",
+            _stored(ended, generation=2, retry={"request": 1}),
+            "Progressing",
+            "the operator has not seen the latest change yet",
+            "retry",
+        ),
+    ]
+
+
+def changed_spec(body: dict[str, Any], action: str) -> dict[str, Any]:
+    """The spec after the action: nothing else of the object may change."""
+    spec = dict(body["spec"])
+    if action == "retry":
+        before = spec.get("retry", {})
+        return spec | {"retry": before | {"request": before.get("request", 0) + 1}}
+    return spec | {"suspend": action == "suspend"}

@@ -1,0 +1,74 @@
+"""What Argo CD shows of a job in every phase, and what its actions change.
+
+The Lua runs in a Lua 5.1 with the libraries that Argo CD's has; `tests/api/test_argo_cd.py` runs Argo CD's own.
+"""
+
+from typing import Any
+
+import pytest
+import yaml
+from lupa.lua51 import LuaRuntime, lua_type
+
+from gitops import generate
+from tests.support.phases import Case, cases, changed_spec
+
+SETTINGS = yaml.safe_load(generate.VALUES.read_text())["configs"]["cm"]
+HEALTH = SETTINGS["resource.customizations.health.qlora.dev_QLoRAJob"]
+ACTIONS = yaml.safe_load(SETTINGS["resource.customizations.actions.qlora.dev_QLoRAJob"])
+# Strings have no methods in Argo CD either.
+ONLY_ARGO_CDS_LIBRARIES = """
+debug.setmetatable("", nil)
+string, math, io, coroutine, debug, python = nil
+"""
+
+
+def evaluate(script: str, body: dict[str, Any]) -> Any:
+    """What the script returns for the object."""
+    lua = LuaRuntime(unpack_returned_tuples=True)
+    lua.execute(ONLY_ARGO_CDS_LIBRARIES)
+    lua.globals().obj = lua.table_from(body, recursive=True)
+    return to_python(lua.execute(script))
+
+
+def to_python(value: Any) -> Any:
+    if lua_type(value) != "table":
+        return value
+    return {key: to_python(entry) for key, entry in value.items()}
+
+
+def with_tables(value: Any) -> Any:
+    """As Lua sees it: a list is a table with numbers from 1."""
+    if isinstance(value, list):
+        value = dict(enumerate(value, start=1))
+    return {key: with_tables(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def test_the_values_are_those_of_the_lua_files() -> None:
+    assert generate.VALUES.read_text() == generate.render(), "run `make generate`"
+    folder = generate.ARGO_CD
+    assert (folder / "health.lua").read_text() == HEALTH
+    assert (folder / "actions" / "discovery.lua").read_text() == ACTIONS["discovery.lua"]
+    files = {file.stem: file.read_text() for file in (folder / "actions").glob("*.lua") if file.stem != "discovery"}
+    assert {entry["name"]: entry["action.lua"] for entry in ACTIONS["definitions"]} == files
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_argo_cd_shows_the_health_of_every_phase_in_the_operators_words(case: Case) -> None:
+    health = evaluate(HEALTH, case.body)
+    assert health["status"] == case.health
+    assert health["message"].startswith(case.message)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_only_the_action_that_fits_is_offered_and_it_changes_one_field(case: Case) -> None:
+    assert list(evaluate(ACTIONS["discovery.lua"], case.body)) == [case.action] * (case.action is not None)
+    if case.action is None:
+        return
+    (script,) = [entry["action.lua"] for entry in ACTIONS["definitions"] if entry["name"] == case.action]
+    assert evaluate(script, case.body) == with_tables(case.body | {"spec": changed_spec(case.body, case.action)})
+
+
+def test_an_object_without_a_status_is_waited_for() -> None:
+    body = {key: value for key, value in cases()[0].body.items() if key != "status"}
+    assert evaluate(HEALTH, body)["status"] == "Progressing"
+    assert list(evaluate(ACTIONS["discovery.lua"], body)) == ["suspend"]
