@@ -4,12 +4,14 @@ import hashlib
 from datetime import datetime
 from typing import Any
 
-from qlora_api.status import QLoRAJobStatus
+from qlora_api.status import Phase, QLoRAJobStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
 from qlora_operator.decisions.conditions import condition, truncate
 from qlora_operator.decisions.observe import QLoRAJob, format_time
 
 _COMPONENT = "qlora-operator"
+# kubectl shows the Events of one second in the order of their names.
+_ORDER: tuple[Phase, ...] = ("Pending", "Preparing", "Queued", "Training", "Publishing")
 
 
 def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
@@ -22,7 +24,9 @@ def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[st
     succeeded = condition(status, "Succeeded")
     message = succeeded.message if succeeded else ""
     reason = succeeded.reason if succeeded and status.phase == "Failed" else status.phase
-    return _event(job, reason, message, now, warning=status.phase == "Failed", identity=_identity(job, status))
+    name = f"{_place(status.phase)}{_digest(_identity(job, status))}"
+    metadata = {"namespace": job.namespace, "name": job.name, "uid": job.uid, "resourceVersion": job.resource_version}
+    return _build(metadata, reason, message, now, warning=status.phase == "Failed", name=name)
 
 
 def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
@@ -39,7 +43,7 @@ def unreadable_event(body: dict[str, Any], message: str, now: datetime) -> dict[
     """The Event of a job that this version of the operator cannot read, and whose status it cannot write."""
     metadata = body["metadata"]
     identity = f"unreadable {metadata['uid']} {metadata.get('generation')}"
-    return _build(metadata, "InvalidSpec", message, now, warning=True, identity=identity)
+    return _build(metadata, "InvalidSpec", message, now, warning=True, name=_digest(identity))
 
 
 def _identity(job: QLoRAJob, status: QLoRAJobStatus) -> str:
@@ -49,20 +53,23 @@ def _identity(job: QLoRAJob, status: QLoRAJobStatus) -> str:
     return f"{job.uid} {job.status.phase} {status.phase} {where} {counts}"
 
 
-def _event(job: QLoRAJob, reason: str, message: str, now: datetime, *, warning: bool, identity: str) -> dict[str, Any]:
-    metadata = {"namespace": job.namespace, "name": job.name, "uid": job.uid, "resourceVersion": job.resource_version}
-    return _build(metadata, reason, message, now, warning=warning, identity=identity)
+def _place(phase: Phase) -> int:
+    """How late in the life of a job the phase is; ends and suspensions come last."""
+    return _ORDER.index(phase) if phase in _ORDER else len(_ORDER)
+
+
+def _digest(identity: str) -> str:
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def _build(
-    metadata: dict[str, Any], reason: str, message: str, now: datetime, *, warning: bool, identity: str
+    metadata: dict[str, Any], reason: str, message: str, now: datetime, *, warning: bool, name: str
 ) -> dict[str, Any]:
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     time = format_time(now)
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{metadata['name']}.{digest}", "namespace": metadata["namespace"]},
+        "metadata": {"name": f"{metadata['name']}.{name}", "namespace": metadata["namespace"]},
         "involvedObject": {
             "apiVersion": API_VERSION,
             "kind": KIND,
