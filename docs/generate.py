@@ -10,7 +10,7 @@ import yaml
 
 from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
-from qlora_api.crd import custom_resource_definition
+from qlora_api.crd import custom_resource_definition, default_sentence
 from qlora_api.v1alpha1 import API_VERSION, MUTABLE_FIELDS
 from qlora_cli.__main__ import main as qlora
 from qlora_operator.metrics import Metrics
@@ -178,7 +178,7 @@ def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = No
     rows = [
         (
             _lines(f"`{name}`", _type(field, f"{path}.{name}"), _default(field, name in required)),
-            field.get("description", ""),
+            field.get("description", "").removesuffix(default_sentence(field["default"])),
         )
         for name, field in fields.items()
     ]

@@ -1,5 +1,7 @@
 """The CustomResourceDefinition, generated from the models: a structural schema with CEL rules, columns and defaults."""
 
+import json
+import re
 from typing import Any
 
 from pydantic import BaseModel
@@ -113,6 +115,8 @@ def _structural(node: Schema, definitions: dict[str, Schema], *, defaults: bool)
             result[key] = {name: _structural(child, definitions, defaults=defaults) for name, child in value.items()}
         elif key in ("items", "additionalProperties"):
             result[key] = _structural(value, definitions, defaults=defaults)
+        elif key == "description":
+            result[key] = _one_line_per_paragraph(value) + (default_sentence(node.get("default")) if defaults else "")
         elif key == "const":
             result["enum"] = [value]
         elif key in ("exclusiveMinimum", "exclusiveMaximum"):
@@ -124,6 +128,18 @@ def _structural(node: Schema, definitions: dict[str, Schema], *, defaults: bool)
         number_format = {"integer": "int64", "number": "double"}.get(result["type"])
         result |= {"format": number_format} if number_format else {}
     return result
+
+
+def default_sentence(default: object) -> str:
+    """The end of a description that has the default, which `kubectl explain` does not show; empty without one."""
+    if default in (None, "", [], {}) or isinstance(default, dict):
+        return ""
+    return f" Default: {default if isinstance(default, str) else json.dumps(default)}."
+
+
+def _one_line_per_paragraph(text: str) -> str:
+    """A docstring without the line breaks of its source, which `kubectl explain` would show."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", text)
 
 
 def _resolve(node: Schema, definitions: dict[str, Schema]) -> Schema:

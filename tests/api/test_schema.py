@@ -330,3 +330,12 @@ def test_kubectl_explain_reads_like_documentation(plane: ControlPlane) -> None:
     assert "gradientAccumulationSteps\t<integer>" in section
     assert "Micro batches in one optimizer step. Costs no memory." in section
     assert "1e-4 is advised above 13B" in plane.kubectl("explain", "qlorajob.spec.training.learningRate")
+
+
+def test_kubectl_explain_has_the_defaults_and_no_line_breaks_of_the_source(plane: ControlPlane) -> None:
+    assert "Default: 0.0002." in plane.kubectl("explain", "qlorajob.spec.training.learningRate")
+    assert "Default" not in plane.kubectl("explain", "qlorajob.spec.training.epochs")
+    described = plane.kubectl("explain", "qlorajob.status.conditions").partition("FIELDS:")[0]
+    paragraph = described.partition("Types: ")[2].strip()
+    assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp.")
+    assert len(paragraph.splitlines()) == 2, paragraph
