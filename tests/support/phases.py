@@ -126,6 +126,13 @@ def cases() -> Sequence[Case]:
             f"the adapter is at {ADAPTER.uri}",
             None,
         ),
+        Case(
+            "suspended after its end",
+            _stored(follow(make_job(status_in("publish")), *published), suspend=True),
+            "Healthy",
+            f"the adapter is at {ADAPTER.uri}",
+            None,
+        ),
         Case("failed", _stored(ended, retry={"maxFailures": 0}), "Degraded", "BadDataset: row 3 is cut", "retry"),
         Case(
             "retried a moment ago",
