@@ -1,4 +1,4 @@
-"""A real API server with the CustomResourceDefinition, and nothing else: no operator, no webhook."""
+"""A real API server with the CustomResourceDefinition: on its own, or with the operator and without a node."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from devcluster.controlplane import ControlPlane, running
+from tests.support.nodeless import Nodeless, nodeless
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -13,7 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def plane() -> Iterator[ControlPlane]:
+    """Nothing else: no operator, no controllers, no webhook."""
     with running() as plane:
         plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
         eventually(lambda: plane.kubectl("get", "qlorajobs") or True, seconds=60, what="the new kind")
         yield plane
+
+
+@pytest.fixture(scope="session")
+def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodeless]:
+    """With the controllers and the operator: tests write what a kubelet would."""
+    with nodeless(tmp_path_factory.mktemp("nodeless")) as cluster:
+        yield cluster

@@ -1,0 +1,159 @@
+"""A real API server with the real controllers and the real operator, and no node: tests write what a kubelet would."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from devcluster.addresses import free_ports
+from devcluster.controlplane import ControlPlane, running
+from devcluster.kubectl import Kubectl
+from qlora_api.contract import ResultRecord, encode_record
+from qlora_api.naming import JOB_LABEL, STEP_LABEL
+from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
+NAMESPACE = "team"
+STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
+ENDED = "2026-01-02T03:04:05Z"
+URI = "pvc://a/b"
+_FOUND: dict[StepName, dict[str, Any]] = {
+    "prepare": {
+        "model_revision": "c0ffee",
+        "memory": MemoryStatus(estimate_bytes=10, low_bytes=9, high_bytes=11, verdict="unknown"),
+        "dataset": DatasetStatus(format="chat", rows=12, used_rows=10),
+    },
+    "train": {"training_step": 10, "total_steps": 10, "loss": 1.25},
+    "publish": {
+        "adapter": AdapterStatus(
+            uri=URI,
+            sha256="a" * 64,
+            size_bytes=7,
+            base_model="hf://org/model",
+            base_revision="c0ffee",
+            rank=64,
+            quantization="nf4",
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class Nodeless:
+    """The cluster, as its users and its nodes use it; jobs are in the namespace `team`."""
+
+    plane: ControlPlane
+
+    @property
+    def kubectl(self) -> Kubectl:
+        return self.plane.kubectl
+
+    def job(self, name: str) -> dict[str, Any]:
+        return self.kubectl.get("qlorajob", name, f"--namespace={NAMESPACE}")
+
+    def wait_for_phase(self, name: str, phase: str) -> dict[str, Any]:
+        """The job, once it is in the phase."""
+
+        def reached() -> dict[str, Any] | None:
+            job = self.job(name)
+            return job if job["status"].get("phase") == phase else None
+
+        return eventually(lambda: reached(), seconds=60, every=0.2, what=f"{name} in {phase}") or {}
+
+    def children(self, name: str, kind: str = "jobs") -> list[str]:
+        """The names of the Jobs or pods of the job."""
+        listed = self.kubectl.get(kind, f"--namespace={NAMESPACE}", f"--selector={JOB_LABEL}={name}")
+        return [item["metadata"]["name"] for item in listed["items"]]
+
+    def run(self, name: str, step: StepName) -> None:
+        """The pod of the step starts."""
+        self._report(self._pod(name, step), "Running", {"running": {"startedAt": ENDED}})
+
+    def succeed(self, name: str, *steps: StepName) -> None:
+        """The steps end well, one after the other; all of them by default."""
+        for step in steps or STEPS:
+            self._end(name, step, 0, "Done", _FOUND[step])
+
+    def fail(self, name: str, step: StepName, code: int, reason: str, message: str) -> None:
+        """The step ends with that exit code and record."""
+        self._end(name, step, code, reason, {"message": message})
+
+    def _end(self, name: str, step: StepName, code: int, reason: str, fields: dict[str, Any]) -> None:
+        pod = self._pod(name, step)
+        record = ResultRecord(
+            job_uid=self.job(name)["metadata"]["uid"],
+            pod_uid=pod["metadata"]["uid"],
+            step=step,
+            time=ENDED,
+            outcome="failed" if code else "succeeded",
+            exit_code=code,
+            reason=reason,
+            **fields,
+        )
+        terminated = {
+            "exitCode": code,
+            "reason": "Error" if code else "Completed",
+            "message": encode_record(record),
+            "startedAt": ENDED,
+            "finishedAt": ENDED,
+        }
+        self._report(pod, "Failed" if code else "Succeeded", {"terminated": terminated})
+
+    def _pod(self, name: str, step: StepName) -> dict[str, Any]:
+        def started() -> list[dict[str, Any]]:
+            selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
+            pods: list[dict[str, Any]] = self.kubectl.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
+            return [pod for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
+
+        return eventually(started, seconds=60, every=0.2, what=f"a pod of the {step} step of {name}")[-1]
+
+    def _report(self, pod: dict[str, Any], phase: str, state: dict[str, Any]) -> None:
+        container = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0, "state": state}
+        status = {"phase": phase, "startTime": ENDED, "containerStatuses": [container]}
+        self.kubectl(
+            "patch",
+            "pod",
+            pod["metadata"]["name"],
+            f"--namespace={NAMESPACE}",
+            "--subresource=status",
+            "--type=merge",
+            f"--patch={json.dumps({'status': status})}",
+        )
+
+
+@contextmanager
+def nodeless(folder: Path) -> Iterator[Nodeless]:
+    """The cluster with the namespace; `folder` gets the operator's settings and its log."""
+    with running(controller_manager=True) as plane:
+        plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
+        eventually(lambda: plane.kubectl("get", "qlorajobs") or True, seconds=60, what="the new kind")
+        plane.kubectl("create", "namespace", NAMESPACE)
+        ports = free_ports()
+        settings = {
+            "profiles": {"default": {"image": "example.org/qlora-trainer:none", "device": "cpu"}},
+            # Without a kubelet there are no logs.
+            "progress": {"enabled": False},
+            "probePort": ports.etcd_client,
+            "metricsPort": ports.etcd_peer,
+        }
+        (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+        with (folder / "operator.log").open("w") as log:
+            operator = subprocess.Popen(
+                [sys.executable, "-m", "qlora_operator", "--settings", folder / "settings.yaml"],
+                env={**os.environ, "KUBECONFIG": str(plane.kubeconfig), "PYTHONPATH": os.pathsep.join(sys.path)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            yield Nodeless(plane)
+        finally:
+            operator.terminate()
+            operator.wait(timeout=30)
