@@ -28,6 +28,8 @@ class Tool:
     module: str
     package: str
     version_variables: tuple[str, ...] = ()
+    # A folder of its module's source that is kept too: the definitions of the kinds that it watches.
+    manifests: str = ""
 
 
 _KUBERNETES_VERSION = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
@@ -54,7 +56,9 @@ TOOLS = {
 # What only tests marked slow start, so that nobody else waits minutes for their builds.
 SLOW_TOOLS = {
     "argo-cd-lua": Tool("argo-cd-lua", "."),
-    "kustomize-controller": Tool("kustomize-controller", "github.com/fluxcd/kustomize-controller"),
+    "kustomize-controller": Tool(
+        "kustomize-controller", "github.com/fluxcd/kustomize-controller", manifests="config/crd/bases"
+    ),
 }
 ALL_TOOLS = {**TOOLS, **SLOW_TOOLS}
 
@@ -70,6 +74,11 @@ def binary(layout: Layout, name: str) -> Path:
     sources = (module / "go.mod", module / "go.sum", *sorted(module.glob("*.go")))
     key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     return layout.bin / key / name
+
+
+def manifests(layout: Layout, name: str) -> Path:
+    """The folder of manifests that is kept beside the program."""
+    return binary(layout, name).with_name(f"{name}-manifests")
 
 
 def built(layout: Layout, names: Sequence[str] = tuple(TOOLS)) -> dict[str, Path]:
@@ -151,9 +160,20 @@ def _build_one(layout: Layout, go: Path, name: str, position: str) -> None:
                 console.mention(layout, f"{position} {name}: still building, {_elapsed(began)}")
         if status != 0:
             raise ClusterError(f"building {name} failed; {log}:\n{log.read_text(errors='replace')[-4000:]}")
+        if tool.manifests:
+            _copy_manifests(go, tool, manifests(layout, name))
         unfinished.replace(target)
         log.unlink()
         console.say(f"{position} built {name} in {_elapsed(began)}")
+
+
+def _copy_manifests(go: Path, tool: Tool, target: Path) -> None:
+    command: list[str | Path] = [go, "list", "-mod=readonly", "-f", "{{.Module.Dir}}", tool.package]
+    source = subprocess.run(command, cwd=MODULES / tool.module, capture_output=True, text=True, check=True).stdout
+    shutil.rmtree(target, ignore_errors=True)
+    # Files of the module cache may not be written to: their modes are not copied.
+    shutil.copytree(Path(source.strip()) / tool.manifests, target, copy_function=shutil.copyfile)
+    target.chmod(0o755)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:
