@@ -55,7 +55,7 @@ TOOLS = {
 }
 # What only tests marked slow start, so that nobody else waits minutes for their builds.
 SLOW_TOOLS = {
-    "argo-cd-lua": Tool("argo-cd-lua", "."),
+    "argo-cd": Tool("argo-cd", "."),
     "kustomize-controller": Tool(
         "kustomize-controller", "github.com/fluxcd/kustomize-controller", manifests="config/crd/bases"
     ),
