@@ -169,8 +169,10 @@ def test_a_suspension_by_hand_is_undone_and_one_of_another_manager_or_of_the_sou
     assert operated.job(name)["spec"]["suspend"] is True
     patch(False, "--field-manager=operations")
     operated.wait_for_phase(name, "Preparing")
-    flux.publish(name, [with_value(named(name), "spec.suspend", True)])
+    revision = flux.publish(name, [with_value(named(name), "spec.suspend", True)])
     operated.wait_for_phase(name, "Suspended")
+    flux.wait_for_revision(name, revision)
+    flux.wait_for_ready(name, "True", "ReconciliationSucceeded")
 
 
 @pytest.mark.slow
@@ -181,10 +183,13 @@ def test_a_change_of_what_cannot_be_changed_is_reported_and_force_runs_the_job_a
     started(flux, operated, name)
     before = operated.job(name)
     changed = with_value(named(name), "spec.training.seed", 9)
-    flux.publish(name, [changed])
+    other = named("flux-beside")
+    flux.publish(name, [changed, other])
     message = flux.wait_for_ready(name, "False", "ReconciliationFailed")
     assert "spec.training cannot be changed once the job exists: delete the QLoRAJob and create it again" in message
     assert operated.job(name) == before
+    names = [job["metadata"]["name"] for job in operated.kubectl.get("qlorajobs", IN_NAMESPACE)["items"]]
+    assert other["metadata"]["name"] not in names, "nothing of the revision is applied"
     forced = {"kustomize.toolkit.fluxcd.io/force": "enabled"}
     flux.wait_for_revision(name, flux.publish(name, [with_value(changed, "metadata.annotations", forced)]))
     after = operated.wait_for_phase(name, "Preparing")
