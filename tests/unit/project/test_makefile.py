@@ -66,7 +66,14 @@ def test_it_runs_each_suite_and_leaves_slow_proofs_out(tmp_path: Path) -> None:
     assert checkout.suites() == SUITES
     calls = checkout.calls.read_text()
     assert calls.count("-m not slow tests/") == len(SUITES)
-    assert PREPARE in calls
+    assert f"{PREPARE}\n" in calls
+
+
+def test_only_all_tests_build_what_only_slow_ones_need(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path, "")
+    done = checkout.make("test-all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{PREPARE} --slow\n" in checkout.calls.read_text()
 
 
 @pytest.mark.parametrize("suite", SUITES)
