@@ -1,5 +1,6 @@
 """What people and tools see through kubectl: several managers of one job, diffs, watches, waits and Events."""
 
+import itertools
 import json
 import subprocess
 from collections.abc import Iterator
@@ -136,12 +137,13 @@ def lives(operated: Nodeless, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [line.split() for line in output.read_text().splitlines()]
 
 
-def test_a_watch_shows_each_phase_once_and_the_end_with_its_address_or_reason(lives: list[list[str]]) -> None:
+def test_a_watch_shows_each_phase_in_order_and_the_end_with_its_address_or_reason(lives: list[list[str]]) -> None:
     header, *rows = lives
     assert header == ["NAME", "PHASE", "PROGRESS", "LOSS", "REMAINING", "MODEL", "ADAPTER", "REASON", "AGE"]
     good = [row[1:-1] for row in rows if row[0] == "good"]
     model = "hf://org/model"
-    assert [row[0] for row in good if row != [model]] == [
+    # Until the operator has seen it, a job has no phase; a phase has another row when something else changes.
+    assert [phase for phase, _ in itertools.groupby(row[0] for row in good if row != [model])] == [
         "Pending",
         "Preparing",
         "Queued",
