@@ -1,4 +1,4 @@
-"""Builds the Events of a job's changes of phase; pure."""
+"""Builds the Events of a job; pure."""
 
 import hashlib
 from datetime import datetime
@@ -25,8 +25,7 @@ def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[st
     message = succeeded.message if succeeded else ""
     reason = succeeded.reason if succeeded and status.phase == "Failed" else status.phase
     name = f"{_place(status.phase)}{_digest(_identity(job, status))}"
-    metadata = {"namespace": job.namespace, "name": job.name, "uid": job.uid, "resourceVersion": job.resource_version}
-    return _build(metadata, reason, message, now, warning=status.phase == "Failed", name=name)
+    return _build(_metadata(job), reason, message, now, warning=status.phase == "Failed", name=name)
 
 
 def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
@@ -35,8 +34,8 @@ def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
     if found is None or found.status != "False" or (before is not None and before.status == "False"):
         return None
     since = status.step.progressed_at if status.step else None
-    identity = f"{job.uid} no progress since {since}"
-    return _event(job, found.reason, found.message, now, warning=True, identity=identity)
+    name = _digest(f"{job.uid} no progress since {since}")
+    return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
 
 
 def unreadable_event(body: dict[str, Any], message: str, now: datetime) -> dict[str, Any]:
@@ -51,6 +50,10 @@ def _identity(job: QLoRAJob, status: QLoRAJobStatus) -> str:
     where = f"{step.name} {step.attempt}" if step else ""
     counts = f"{status.failures} {status.disruptions} {job.generation}"
     return f"{job.uid} {job.status.phase} {status.phase} {where} {counts}"
+
+
+def _metadata(job: QLoRAJob) -> dict[str, Any]:
+    return {"namespace": job.namespace, "name": job.name, "uid": job.uid, "resourceVersion": job.resource_version}
 
 
 def _place(phase: Phase) -> int:
