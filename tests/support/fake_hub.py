@@ -37,6 +37,8 @@ class FakeHub:
     token: str | None = None
     """If set, what the Authorization header must hold."""
     commit: str = COMMIT
+    role: str = "write"
+    """What the token is for, as the hub describes it."""
     reject: Callable[[str, str], Rejection | None] = lambda _method, _path: None
     """Called with each request's method and path."""
     truncate: Callable[[str], int | None] = lambda _path: None
@@ -115,6 +117,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(rejection.status, json.dumps({"error": "rejected"}).encode(), headers)
         elif self.command in ("POST", "PUT"):
             self._write(path, content)
+        elif path == "/api/whoami-v2":
+            self._reply({"name": "somebody", "auth": {"type": "access_token", "accessToken": {"role": self.hub.role}}})
+        elif match := re.fullmatch(r"/api/(models/[^/]+/[^/]+)/auth-check/write", path):
+            self._auth_check(match[1])
         elif match := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._listing(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -143,6 +149,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit(f"models/{match[1]}", [json.loads(line) for line in content.splitlines()])
         else:
             self._send(404, b"{}", {})
+
+    def _auth_check(self, key: str) -> None:
+        if key not in self.hub.repositories:
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        else:
+            self._send(200 if self.hub.role != "read" else 403, b"{}", {})
 
     def _create(self, wanted: dict[str, Any]) -> None:
         key = f"models/{wanted['organization']}/{wanted['name']}"

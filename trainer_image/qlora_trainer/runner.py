@@ -93,7 +93,9 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
     # `clean` must work on a full volume, and loads no library that prints.
     if invocation.step != "clean":
         _open_log(invocation, workspace)
-    require_known_contract(os.environ.get(contract.ENV_CONTRACT_VERSION, "1"))
+    # The first operators did not state it. On a laptop there is no operator, and no claim.
+    version = os.environ.get(contract.ENV_CONTRACT_VERSION, "1" if invocation.claim else str(contract.CONTRACT_VERSION))
+    require_known_contract(version)
     document = load_document(invocation.job)
     process.set_environment(invocation.step, workspace.root, publishes_to_hub=_publishes_to_hub(document.spec))
     context = StepContext(
@@ -104,6 +106,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         pod_uid=invocation.pod_uid,
         attempt=invocation.attempt,
         workspace_uri=_workspace_uri(workspace.root, invocation.claim, document),
+        contract_version=int(version),
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
     )
     return _STEPS[invocation.step](context, records, stop)

@@ -89,6 +89,23 @@ def test_a_private_repository_gets_everything_in_one_commit(publish: Publish, hu
     assert not any(TOKEN in request for request in hub.requests)
 
 
+def test_a_token_that_may_not_write_is_noticed_before_anything_is_published(hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    destination = HubDestination(HubSource("acme/tuned"), Secret(tmp_path, "spec.output.secretRef", "write"))
+    destination.require_writable()
+    hub.role = "read"
+    with pytest.raises(StepFailure, match="one for reading only") as failure:
+        destination.require_writable()
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    hub.repositories[KEY] = tmp_path
+    with pytest.raises(StepFailure) as failure:
+        destination.require_writable()
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    hub.role = "fineGrained"
+    destination.require_writable()
+    assert commits(hub) == []
+
+
 def test_publishing_again_commits_nothing(publish: Publish, hub: FakeHub) -> None:
     assert publish() == publish()
     assert len(commits(hub)) == 1

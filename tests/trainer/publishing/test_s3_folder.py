@@ -114,6 +114,22 @@ def written(store: FaultProxy) -> list[str]:
     return [request.path.partition("?")[0].removeprefix(f"/{BUCKET}/adapters/tiny/") for request in begun]
 
 
+def test_credentials_that_may_not_write_are_noticed_and_nothing_is_left(
+    publish: Publish, store: FaultProxy, bucket: S3Store, tmp_path: Path
+) -> None:
+    secret = Secret(tmp_path / "credentials", "spec.output.secretRef", "store")
+    destination = ObjectDestination(ObjectStoreSource(BUCKET, "adapters/tiny"), secret)
+    destination.require_writable()
+    assert stored(bucket) == {}
+    store.rule = lambda request: Fault(403) if request.method == "PUT" else None
+    with pytest.raises(StepFailure) as failure:
+        destination.require_writable()
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    # A check that was killed half way occupies nothing.
+    obstore.put(bucket, "adapters/tiny/.write-check", b"")
+    assert destination.is_free()
+
+
 def test_the_files_are_stored_under_their_names_and_the_manifest_is_written_last(
     publish: Publish, store: FaultProxy, bucket: S3Store, contents: Contents
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,17 @@ def test_a_bad_data_set_is_rejected_before_the_weights(
     (tmp_path / "data" / "train.jsonl").write_text("")
     rejection(make_context, records, ExitCode.BAD_DATASET)
     assert "model.safetensors" not in hub.fetched
+
+
+def test_a_destination_that_may_not_be_written_is_rejected_before_anything_is_read(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    output = {"output": {"destination": "hf://acme/tuned"}}
+    message = rejection(make_context, records, ExitCode.BAD_CONFIGURATION, output)
+    assert "set spec.output.secretRef to a Secret whose token may write" in message
+    assert hub.fetched == []
+    # An operator of the first contract gives this step no credentials for it.
+    prepare(replace(make_context({**MODEL, **output}), contract_version=1), records)
 
 
 def test_a_download_without_disk_space_is_not_started(

@@ -228,6 +228,21 @@ def test_a_wrong_password_is_rejected_by_the_real_registry(
     assert "(HTTP 401)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
+def test_credentials_that_may_not_write_are_noticed_and_no_upload_is_left(
+    tmp_path: Path, registry_proxy: FaultProxy
+) -> None:
+    source = RegistrySource(registry_proxy.address, f"team/{uuid4().hex}", "v1", None)
+    secret = Secret(tmp_path / "credentials" / "output", "spec.output.secretRef", "push")
+    destination = RegistryDestination(source, secret, allowed=(f"http://{registry_proxy.address}",))
+    destination.require_writable()
+    begun, [canceled] = registry_proxy.lines("POST"), registry_proxy.lines("DELETE")
+    assert canceled.startswith(begun[-1])
+    registry_proxy.rule = lambda request: Fault(403) if request.method == "POST" else None
+    with pytest.raises(StepFailure, match="may not be written") as failure:
+        destination.require_writable()
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
 def test_a_secret_without_this_registry_says_so(publish: Publish, tmp_path: Path) -> None:
     give_login(tmp_path / "credentials" / "output", "ghcr.io", LOGIN)
     assert "has no entry for 127.0.0.1:" in rejected(publish, ExitCode.BAD_CONFIGURATION)

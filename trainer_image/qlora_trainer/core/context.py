@@ -64,6 +64,8 @@ class StepContext:
     """Address of the workspace folder for people and servers: pvc://CLAIM/FOLDER, or a path on a laptop."""
     registries: tuple[str, ...] = ()
     """OCI registries that may be used, as a profile lists them."""
+    contract_version: int = contract.CONTRACT_VERSION
+    """Version of the contract with the operator."""
 
     @property
     def spec(self) -> QLoRAJobSpec:

@@ -39,17 +39,26 @@ def open_destination(
     raise TypeError(f"the schema allows no destination like {address}")
 
 
-def check_destination(address: str, *, mounts: Mounts, registries: tuple[str, ...], job_uid: str) -> None:
-    """Raise StepFailure if a folder of a volume holds what is not this job's, or a registry is not allowed.
+def check_destination(
+    address: str, *, mounts: Mounts, secret: Secret | None, registries: tuple[str, ...], job_uid: str
+) -> None:
+    """Raise StepFailure if the job could not publish there: not allowed, occupied, or no right to write.
 
-    For the prepare step, before a GPU is used. It has no credentials for the other destinations, so that it cannot
-    read what they hold; and it does not know the run's fingerprint yet, so that any run of the job counts as its own.
+    For the prepare step, before a GPU is used. It does not know the run's fingerprint yet, so that any run of the job
+    counts as its own. `secret` is None where the step is not given the credentials, by an operator of the first
+    contract; then only what needs none is checked.
     """
     source = parse_source(address)
     if isinstance(source, RegistrySource):
         require_allowed(source, registries)
     if isinstance(source, VolumeSource):
-        reject_occupied(_volume_folder(source, mounts, job_uid), lambda holder: holder.job_uid == job_uid)
+        destination: Destination = _volume_folder(source, mounts, job_uid)
+    elif secret is None:
+        return
+    else:
+        destination = open_destination(address, mounts=mounts, secret=secret, registries=registries, owner=job_uid)
+    reject_occupied(destination, lambda holder: holder.job_uid == job_uid)
+    destination.require_writable()
 
 
 def _volume_folder(source: VolumeSource, mounts: Mounts, owner: str) -> VolumeFolder:

@@ -24,6 +24,9 @@ class Destination(Protocol):
     def is_free(self) -> bool:
         """Whether nothing is there."""
 
+    def require_writable(self) -> None:
+        """Raise StepFailure if the credentials do not allow writing there, as far as that shows without a trace."""
+
     def damaged(self, manifest: Manifest) -> str | None:
         """The first file of the manifest that is missing there or has another SHA-256; None if all are intact."""
 

@@ -50,6 +50,10 @@ class HubDestination:
         listing = self._listing()
         return listing is None or set(listing.files) <= _OF_THE_HUB
 
+    def require_writable(self) -> None:
+        """See Destination."""
+        self._hub.require_writable(self._repository)
+
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination. Reads every file: the digest that the hub lists is only what a commit has stated."""
         listing = self._listing()

@@ -39,6 +39,10 @@ class RegistryDestination:
         """See Destination."""
         return self._artifact() is None
 
+    def require_writable(self) -> None:
+        """See Destination."""
+        self._registry.require_writable()
+
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination. A registry checks content when it receives it; this checks what it returns."""
         files = self._files()

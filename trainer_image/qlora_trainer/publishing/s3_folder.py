@@ -14,6 +14,8 @@ from qlora_trainer.stores.s3 import ObjectFolder
 
 # Present while files are being written, so that the next attempt recognizes them as its own; the manifest replaces it.
 _CLAIM = ".manifest.partial.json"
+# Written and deleted again to see whether that is allowed. It belongs to nobody.
+_PROBE = ".write-check"
 
 
 class ObjectDestination:
@@ -34,7 +36,12 @@ class ObjectDestination:
 
     def is_free(self) -> bool:
         """See Destination."""
-        return not self._folder.list()
+        return set(self._folder.list()) <= {_PROBE}
+
+    def require_writable(self) -> None:
+        """See Destination. Publish deletes objects too."""
+        self._folder.write(_PROBE, b"")
+        self._folder.delete(_PROBE)
 
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination."""

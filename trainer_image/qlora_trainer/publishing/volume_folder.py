@@ -34,6 +34,9 @@ class VolumeFolder:
         """See Destination."""
         return not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir()))
 
+    def require_writable(self) -> None:
+        """See Destination. Volumes have no credentials, and only publish mounts them so that it can write."""
+
     def damaged(self, manifest: Manifest) -> str | None:
         """See Destination."""
         return _damaged_file(self._folder, manifest)

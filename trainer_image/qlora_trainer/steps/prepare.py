@@ -66,7 +66,13 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
     spec, workspace = context.spec, context.workspace
     training, hub = spec.training, cache(lambda: _open_hub(context))
     for address in published_addresses(spec):
-        check_destination(address, mounts=context.mounts, registries=context.registries, job_uid=context.job_uid)
+        check_destination(
+            address,
+            mounts=context.mounts,
+            secret=context.secret("output") if context.contract_version > 1 else None,
+            registries=context.registries,
+            job_uid=context.job_uid,
+        )
 
     say("reading the model's configuration")
     source = open_model_source(context, hub)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from qlora_trainer.core.failures import StepFailure, unreachable
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.stores.endpoints import server_address
@@ -151,6 +151,30 @@ class Hub:
         with self._errors("model", repository, None):
             self._api.create_repo(repository, private=True, exist_ok=True)
         return self.list("model", repository, None)
+
+    def require_writable(self, repository: str) -> None:
+        """Raise StepFailure if the token may not write to the model repository, or is for reading only.
+
+        Whether a token with fine-grained rights may make a repository shows only when it does.
+        """
+        with self._errors("model", repository, None):
+            try:
+                _retry(lambda: self._api.auth_check(repository, write=True))
+            except GatedRepoError:
+                raise
+            except RepositoryNotFoundError:
+                if self._role() in (None, "read"):
+                    raise bad_configuration(
+                        f"hf://{repository} does not exist and no token, or one for reading only, is to make it: set "
+                        f"{self._field} to a Secret whose token may write"
+                    ) from None
+
+    def _role(self) -> str | None:
+        """What the token is for: read, write or fineGrained; None without a token."""
+        if not self._token:
+            return None
+        found = _retry(self._api.whoami)
+        return str(found.get("auth", {}).get("accessToken", {}).get("role", ""))
 
     def commit(self, repository: str, files: Contents, message: str, *, parent: str) -> str:
         """Commit all these files at once to a model repository; returns the commit.

@@ -147,6 +147,14 @@ class Registry:
                 raise unreachable(f"{self.source}: {blob.digest} did not arrive intact: it is sent again")
             self._require(answer, "written")
 
+    def require_writable(self) -> None:
+        """Begin an upload and cancel it. Raises StepFailure if the credentials do not allow one."""
+        with self._errors():
+            started = self._session.ask("POST", f"{self._repository}/blobs/uploads/")
+            self._require(started, "written")
+            # A registry that cannot cancel forgets an upload without content by itself.
+            self._session.ask("DELETE", self._upload_location(started))
+
     def _upload_location(self, started: requests.Response) -> str:
         """The address to which the registry wants the content of an upload."""
         given = started.headers.get("Location", "")
