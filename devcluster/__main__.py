@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from devcluster import cleanup, cluster, images, packages, product, toolchain
+from devcluster import cleanup, cluster, images, packages, previous, product, toolchain
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout, from_environment
 
@@ -34,6 +34,8 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
             packages.ensure(layout, packages.ALL)
             toolchain.build(layout, tuple(toolchain.ALL_TOOLS if options.slow else toolchain.TOOLS))
             product.build_images(layout)
+            if options.slow:
+                previous.build(layout)
         case "build":
             for path in toolchain.build(layout, options.names or tuple(toolchain.TOOLS)).values():
                 print(path)

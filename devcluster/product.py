@@ -90,18 +90,32 @@ def load_images(layout: Layout, product: Images) -> None:
             images.load(layout, cluster.ports_of(layout), image)
 
 
-def install(layout: Layout, kubeconfig: Path, product: Images, values: Mapping[str, Any] = SMALL_MACHINE) -> None:
+def install(
+    layout: Layout,
+    kubeconfig: Path,
+    product: Images,
+    values: Mapping[str, Any] = SMALL_MACHINE,
+    *,
+    chart: Path = CHART,
+) -> None:
     """Install or upgrade the chart and wait until the operator is ready. Raises ClusterError with Helm's words."""
     helm = toolchain.build(layout, ["helm"])["helm"]
     kubectl = Kubectl(toolchain.build(layout, ["kubectl"])["kubectl"], kubeconfig)
     kubectl("apply", "--filename=-", input_text=json.dumps(restricted_namespace(NAMESPACE)))
-    arguments = ["upgrade", RELEASE, str(CHART), "--install", "--namespace", NAMESPACE, "--values", "-"]
+    arguments = ["upgrade", RELEASE, str(chart), "--install", "--namespace", NAMESPACE, "--values", "-"]
     chosen = _merge(_image_values(product), values)
     run(
         [helm, "--kubeconfig", kubeconfig, *arguments, "--wait", "--timeout", "5m"],
         input_text=json.dumps(chosen),
         seconds=360,
     )
+
+
+def roll_back(layout: Layout, kubeconfig: Path) -> None:
+    """Return to the revision of the chart that was installed before. Raises ClusterError with Helm's words."""
+    helm = toolchain.build(layout, ["helm"])["helm"]
+    where = ["--kubeconfig", kubeconfig, "--namespace", NAMESPACE]
+    run([helm, "rollback", RELEASE, *where, "--wait", "--timeout", "5m"], seconds=360)
 
 
 def _image_values(product: Images) -> dict[str, Any]:

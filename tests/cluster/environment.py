@@ -1,6 +1,8 @@
 """What the cluster tests do over and over: apply a job, wait for it, look at its pods and its volume."""
 
 import json
+import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +54,21 @@ class Cluster:
     def operator_log(self) -> str:
         """What the operator has logged."""
         return self.kubectl("logs", f"--namespace={OPERATOR_NAMESPACE}", "deployment/qlora-operator", "--tail=-1")
+
+
+def stop_processes_of(pod: Object) -> None:
+    """Stop the processes of a trainer's pod, as if they hung: they know their pod's UID."""
+    marker = f"QLORA_POD_UID={pod['metadata']['uid']}".encode()
+    stopped = 0
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found = marker in environment.read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended, or is a thread of the kernel
+        if found:
+            os.kill(int(environment.parent.name), signal.SIGSTOP)
+            stopped += 1
+    assert stopped, "the pod has no process"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""What comes late is waited for, and a failed job goes on where it failed."""
+
+import json
+
+import pytest
+
+from tests.cluster.environment import LONG, Tenant, stop_processes_of, tiny_job
+from tests.support.waiting import eventually
+
+
+def patch(tenant: Tenant, name: str, spec: object) -> None:
+    tenant.kubectl("patch", "qlorajob", name, "--type=merge", f"--patch={json.dumps({'spec': spec})}")
+
+
+def test_a_failed_job_goes_on_from_its_checkpoint_with_what_was_mended(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("taken-up", steps=LONG))
+    tenant.wait(name, lambda status: status.get("checkpoint", {}).get("step", 0) > 0)
+    patch(tenant, name, {"activeDeadlineSeconds": 1})
+    failed = tenant.wait_for_end(name)
+    assert (failed["phase"], failed["lastFailure"]["reason"]) == ("Failed", "DeadlineExceeded")
+    eventually(lambda: tenant.running_pod(name, "train") is None, seconds=60)
+
+    patch(tenant, name, {"activeDeadlineSeconds": None, "retry": {"request": 1}})
+
+    status = tenant.succeed(name)
+    assert f"{name}-train-2" in [job["metadata"]["name"] for job in tenant.children(name)]
+    resolved = status["resolved"]
+    with tenant.volume(resolved["claimName"]) as files:
+        lines = files.run("cat", f"/volume/{resolved['workspacePath']}/records/attempts.jsonl").splitlines()
+    assert json.loads(lines[-1])["fromStep"] > 0
+    assert (tenant.condition(name, "Failed")["status"], tenant.condition(name, "Stalled")["status"]) == (
+        "False",
+        "False",
+    )
+
+
+def test_data_that_comes_late_is_waited_for_and_uses_up_no_retry(tenant: Tenant) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": f"a {number}"}]}
+        for number in range(8)
+    ]
+    name = tenant.apply(
+        tiny_job("late-data", dataset={"source": "configMap://late/rows.jsonl"}, retry={"maxFailures": 0})
+    )
+
+    def waits() -> bool:
+        pods = {pod["metadata"]["name"] for pod in tenant.children(name, "pods")}
+        events = tenant.get("events")["items"]
+        return any("late" in event["message"] for event in events if event["involvedObject"]["name"] in pods)
+
+    eventually(waits, seconds=60, what="the kubelet's Event of the missing ConfigMap")
+    content = "".join(f"{json.dumps(row)}\n" for row in rows)
+    late = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "late"}, "data": {"rows.jsonl": content}}
+    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(late))
+    assert tenant.succeed(name).get("failures", 0) == 0
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_is_reported_and_restarted_from_its_checkpoint(tenant: Tenant) -> None:
+    retry = {"onNoProgress": "restart", "maxFailures": 1}
+    name = tenant.apply(tiny_job("hangs", steps=LONG, progressDeadlineSeconds=60, retry=retry))
+    tenant.wait(name, lambda status: status.get("checkpoint", {}).get("step", 0) > 0)
+    pod = tenant.running_pod(name, "train")
+    assert pod is not None
+    stop_processes_of(pod)
+
+    status = tenant.wait(name, lambda status: status.get("failures", 0) == 1, seconds=240)
+
+    assert status["lastFailure"]["reason"] == "ProgressDeadlineExceeded"
+    status = tenant.succeed(name)
+    assert status["disruptions"] == 0
