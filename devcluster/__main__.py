@@ -31,11 +31,7 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case "packages":
             packages.ensure(layout, packages.ALL)
         case "prepare":
-            packages.ensure(layout, packages.ALL)
-            toolchain.build(layout, tuple(toolchain.ALL_TOOLS if options.slow else toolchain.TOOLS))
-            product.build_images(layout)
-            if options.slow:
-                previous.build(layout)
+            _prepare(layout, slow=options.slow)
         case "build":
             for path in toolchain.build(layout, options.names or tuple(toolchain.TOOLS)).values():
                 print(path)
@@ -60,6 +56,14 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case _:
             return _run_image_command(options, layout)
     return 0
+
+
+def _prepare(layout: Layout, *, slow: bool) -> None:
+    packages.ensure(layout, packages.ALL)
+    toolchain.build(layout, tuple(toolchain.ALL_TOOLS if slow else toolchain.TOOLS))
+    product.build_images(layout)
+    if slow:
+        previous.build(layout)
 
 
 def _run_image_command(options: argparse.Namespace, layout: Layout) -> int:

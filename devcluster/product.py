@@ -114,8 +114,8 @@ def install(
 def roll_back(layout: Layout, kubeconfig: Path) -> None:
     """Return to the revision of the chart that was installed before. Raises ClusterError with Helm's words."""
     helm = toolchain.build(layout, ["helm"])["helm"]
-    where = ["--kubeconfig", kubeconfig, "--namespace", NAMESPACE]
-    run([helm, "rollback", RELEASE, *where, "--wait", "--timeout", "5m"], seconds=360)
+    arguments = ["rollback", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "5m"]
+    run([helm, "--kubeconfig", kubeconfig, *arguments], seconds=360)
 
 
 def _image_values(product: Images) -> dict[str, Any]:
