@@ -17,8 +17,12 @@ KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 _MISSED_INTERVALS = 3
 _BEAT_SECONDS = 20.0
 _REJECTED_BEATS = 3
+_KEYS_PER_SECOND = 100.0
 
 Identity = tuple[Kind, str, str]
+
+Enqueue = Callable[[Key, float], None]
+"""Requests a job, so many seconds from now."""
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Resync:
         self,
         cluster: Cluster,
         namespaces: Sequence[str],
-        enqueue: Callable[[Key], None],
+        enqueue: Enqueue,
         *,
         interval: float,
         monotonic: Callable[[], float],
@@ -116,15 +120,20 @@ class Resync:
         """List everything once. Raises ClusterError."""
         for kind in KINDS:
             listed: dict[Identity, str] = {}
-            for namespace in self._namespaces:
-                for body in await self._cluster.list_metadata(kind, namespace):
+            for where in self._namespaces:
+                for body in await self._cluster.list_metadata(kind, where):
                     metadata = body["metadata"]
                     listed[kind, metadata["namespace"], metadata["name"]] = metadata["resourceVersion"]
             self.monitor.compare(kind, listed, self._monotonic())
             if kind == "qlorajobs":
-                for _, namespace_name, name in listed:
-                    self._enqueue((namespace_name, name))
+                self._enqueue_all([(namespace, name) for _, namespace, name in listed])
         self._listed_at = self._monotonic()
+
+    def _enqueue_all(self, keys: list[Key]) -> None:
+        """Request all keys, spread over time: thousands at once would delay what the watches show by seconds."""
+        apart = min(1 / _KEYS_PER_SECOND, self._interval / (2 * max(1, len(keys))))
+        for number, key in enumerate(keys):
+            self._enqueue(key, number * apart)
 
     def problem(self) -> str | None:
         """Why the operator should be restarted; None if it should not."""

@@ -14,67 +14,118 @@ Key = tuple[str, str]
 
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 300.0
+_TURNS_PER_REST = 4
+_FEW_ENTRIES = 64
 
 
 class RetryError(Exception):
     """An expected failure: the key is worked on again after a growing pause."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    due: float
+    first: bool
+
+    def joined(self, other: "_Request | None") -> "_Request":
+        """One request for both: as early as the earlier, and first if either is."""
+        return self if other is None else _Request(min(self.due, other.due), self.first or other.first)
+
+
 @dataclass
 class Schedule:
-    """When each key is due. Holds no clock and no task: `now` is always given, in seconds."""
+    """When each key is due. Holds no clock and no task: `now` is always given, in seconds.
 
-    _due: dict[Key, float] = field(default_factory=dict)
-    _heap: list[tuple[float, Key]] = field(default_factory=list)
-    _working: set[Key] = field(default_factory=set)
-    _requests: dict[Key, float] = field(default_factory=dict)
+    A key whose request is `first` goes before the rest; but every fourth key that is taken comes from the rest if one
+    of those is due, so that many new jobs do not stop the others.
+    """
+
+    _pending: dict[Key, _Request] = field(default_factory=dict)
+    _heaps: dict[bool, list[tuple[float, Key]]] = field(default_factory=lambda: {True: [], False: []})
+    _working: dict[Key, _Request] = field(default_factory=dict)
+    _requests: dict[Key, _Request] = field(default_factory=dict)
     _failures: dict[Key, int] = field(default_factory=dict)
+    _turn: int = 0
 
-    def add(self, key: Key, due: float) -> None:
+    def add(self, key: Key, due: float, *, first: bool = False) -> None:
         """Request `key` at `due`; an earlier request stays. While the key is worked on, the request waits."""
+        request = _Request(due, first)
         if key in self._working:
-            self._requests[key] = min(due, self._requests.get(key, due))
-        elif due < self._due.get(key, float("inf")):
-            self._due[key] = due
-            heapq.heappush(self._heap, (due, key))
+            self._requests[key] = request.joined(self._requests.get(key))
+        else:
+            self._put(key, request)
 
     def take(self, now: float) -> Key | None:
-        """The key that has been due for longest, to be worked on until it is `done`; None if none is due."""
-        due = self.next_due()
-        if due is None or due > now:
+        """The key that has been due for longest in its class, to be worked on until it is `done`; None if none is due.
+
+        A key is in the class of its request: first, or the rest.
+        """
+        due = [first for first in (True, False) if (moment := self._next_due(first)) is not None and moment <= now]
+        if not due:
             return None
-        _, key = heapq.heappop(self._heap)
-        del self._due[key]
-        self._working.add(key)
+        self._turn += 1
+        first = due[-1] if self._turn % _TURNS_PER_REST == 0 else due[0]
+        _, key = heapq.heappop(self._heaps[first])
+        self._working[key] = self._pending.pop(key)
         return key
 
     def done(self, key: Key, again: float | None) -> None:
         """The work on `key` has succeeded; `again`: when it is due without a request."""
         self._failures.pop(key, None)
-        self._working.discard(key)
-        for due in (again, self._requests.pop(key, None)):
-            if due is not None:
-                self.add(key, due)
+        del self._working[key]
+        if (request := self._requests.pop(key, None)) is not None:
+            self._put(key, request)
+        if again is not None:
+            self.add(key, again)
 
     def failed(self, key: Key, now: float) -> float:
-        """The work on `key` has failed: it is due after a pause that doubles each time. Returns the pause."""
+        """The work on `key` has failed: it is due after a pause that doubles each time. Returns the pause.
+
+        Somebody who has requested it meanwhile knows something new: for that it pauses as after the first failure.
+        """
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
         pause: float = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** min(count, 16))
-        self._working.discard(key)
-        self._requests.pop(key, None)
-        self.add(key, now + pause)
+        first = self._working.pop(key).first
+        if (request := self._requests.pop(key, None)) is not None:
+            pause = min(pause, max(BACKOFF_SECONDS, request.due - now))
+        self._put(key, _Request(now + pause, first or (request is not None and request.first)))
         return pause
 
     def next_due(self) -> float | None:
         """When the next key is due; keys that are worked on do not count."""
-        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)  # an earlier request has replaced this one
-        return self._heap[0][0] if self._heap else None
+        return min((due for first in (True, False) if (due := self._next_due(first)) is not None), default=None)
 
     def depth(self, now: float) -> int:
         """How many keys are due and wait for a worker."""
-        return sum(due <= now for due in list(self._due.values()))
+        return sum(request.due <= now for request in list(self._pending.values()))
+
+    @property
+    def entries(self) -> int:
+        """How many entries are kept for the keys that wait: at most about two for each."""
+        return sum(len(heap) for heap in self._heaps.values())
+
+    def _put(self, key: Key, request: _Request) -> None:
+        before = self._pending.get(key)
+        request = request.joined(before)
+        if request == before:
+            return
+        self._pending[key] = request
+        heapq.heappush(self._heaps[request.first], (request.due, key))
+        if self.entries > _FEW_ENTRIES + 2 * len(self._pending):
+            self._drop_replaced()
+
+    def _drop_replaced(self) -> None:
+        """Forget the entries that an earlier request has replaced: those due in hours would be kept that long."""
+        for first, heap in self._heaps.items():
+            heap[:] = [(entry.due, key) for key, entry in self._pending.items() if entry.first == first]
+            heapq.heapify(heap)
+
+    def _next_due(self, first: bool) -> float | None:
+        heap = self._heaps[first]
+        while heap and self._pending.get(heap[0][1]) != _Request(heap[0][0], first):
+            heapq.heappop(heap)  # an earlier request has replaced this one
+        return heap[0][0] if heap else None
 
 
 class WorkQueue:
@@ -99,9 +150,9 @@ class WorkQueue:
         self._schedule = Schedule()
         self._changed = asyncio.Event()
 
-    def add(self, key: Key, after: float = 0.0) -> None:
-        """Request `key`, `after` seconds from now."""
-        self._schedule.add(key, self._now() + after)
+    def add(self, key: Key, after: float = 0.0, *, first: bool = False) -> None:
+        """Request `key`, `after` seconds from now. `first`: before the keys that are not."""
+        self._schedule.add(key, self._now() + after, first=first)
         self._changed.set()
 
     @property

@@ -274,11 +274,27 @@ OPERATOR = (
     Mutant(
         name="a-failed-key-keeps-its-request",
         file=f"{_OPERATOR}/workqueue.py",
-        old="self._requests.pop(key, None)\n        self.add(",
-        new="self.add(",
+        old="if (request := self._requests.pop(key, None)) is not None:\n            pause",
+        new="if (request := self._requests.get(key)) is not None:\n            pause",
         tests=(
             f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_request_made_during_an_attempt_that_fails_is_served_by_the_retry_and_not_once_more",
         ),
+    ),
+    Mutant(
+        name="a-request-during-a-failure-is-dropped",
+        file=f"{_OPERATOR}/workqueue.py",
+        old="pause = min(pause, max(BACKOFF_SECONDS, request.due - now))",
+        new="pass",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_request_made_during_an_attempt_that_fails_shortens_a_long_pause",
+        ),
+    ),
+    Mutant(
+        name="new-jobs-stop-the-others",
+        file=f"{_OPERATOR}/workqueue.py",
+        old="due[-1] if self._turn % _TURNS_PER_REST == 0 else due[0]",
+        new="due[0]",
+        tests=(f"{_OPERATOR_TESTS}/test_workqueue.py::test_new_jobs_come_first_and_every_fourth_turn_is_for_the_rest",),
     ),
     Mutant(
         name="a-foreign-claim-is-adopted",

@@ -121,7 +121,7 @@ def test_the_recorder_sees_files_hosts_and_programs(recorded: list[Any]) -> None
 
 def test_an_operator_of_some_namespaces_asks_for_nothing_in_others_or_in_the_whole_cluster() -> None:
     cluster = RecordingCluster(job_body())
-    resync = Resync(cluster, ("team-a", "team-b"), lambda _key: None, interval=300, monotonic=lambda: 0.0)
+    resync = Resync(cluster, ("team-a", "team-b"), lambda _key, _after: None, interval=300, monotonic=lambda: 0.0)
     asyncio.run(resync.once())
     asyncio.run(resync._beat())
     found = {path.partition("/namespaces/")[2] for _, path in cluster.requests}

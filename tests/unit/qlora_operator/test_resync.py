@@ -106,7 +106,7 @@ def test_lost_rights_are_reported_soon_and_a_lost_server_only_later(
     loop = VirtualLoop()
     lists = Lists()
     asked: list[Any] = []
-    resync = Resync(lists, (), asked.append, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+    resync = Resync(lists, (), lambda key, after: asked.append(key), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
 
     def says(words: str | None) -> bool:
         problem = resync.problem()
@@ -133,7 +133,7 @@ def test_lost_rights_are_reported_soon_and_a_lost_server_only_later(
 
 def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
     loop = VirtualLoop()
-    resync = Resync(Lists(), (), lambda _key: None, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+    resync = Resync(Lists(), (), lambda _key, _after: None, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
 
     async def scenario() -> None:
         task = asyncio.create_task(resync.run())
@@ -148,6 +148,20 @@ def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
 
     loop.run_until_complete(scenario())
     loop.close()
+
+
+@pytest.mark.parametrize(("jobs", "last"), [(2, 0.01), (5000, 49.99), (50_000, 149.997)])
+def test_a_resync_of_many_jobs_is_spread_over_at_most_half_of_its_interval(jobs: int, last: float) -> None:
+    lists = Lists()
+    lists.jobs = [
+        {"metadata": {"namespace": "team", "name": f"job-{n}", "uid": f"u{n}", "resourceVersion": "1"}}
+        for n in range(jobs)
+    ]
+    asked: list[float] = []
+    resync = Resync(lists, (), lambda key, after: asked.append(after), interval=300, monotonic=lambda: 0.0)  # type: ignore[arg-type]
+    asyncio.run(resync.once())
+    assert (len(asked), asked[0]) == (jobs, 0.0)
+    assert max(asked) == pytest.approx(last)
 
 
 def test_a_change_of_phase_is_an_event_whose_name_is_the_same_after_a_restart() -> None:

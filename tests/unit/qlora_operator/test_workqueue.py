@@ -85,6 +85,55 @@ def test_a_request_made_during_an_attempt_that_fails_is_served_by_the_retry_and_
     assert schedule.next_due() is None
 
 
+def test_a_request_made_during_an_attempt_that_fails_shortens_a_long_pause() -> None:
+    schedule = Schedule()
+    now = 0.0
+    for _ in range(9):
+        schedule.add(A, now)
+        schedule.take(now)
+        now += schedule.failed(A, now)
+    assert schedule.take(now) == A
+    schedule.add(A, now)
+    assert schedule.failed(A, now) == 1
+    assert schedule.take(now + 1) == A
+    assert schedule.failed(A, now + 1) == 300
+
+
+def test_new_jobs_come_first_and_every_fourth_turn_is_for_the_rest() -> None:
+    schedule = Schedule()
+    rest, new = [("team", f"old-{n}") for n in range(3)], [("team", f"new-{n}") for n in range(8)]
+    for key in rest:
+        schedule.add(key, 0)
+    for key in new:
+        schedule.add(key, 1, first=True)
+    assert [schedule.take(1) for _ in range(12)] == [*new[:3], rest[0], *new[3:6], rest[1], *new[6:], rest[2], None]
+
+
+def test_the_rest_is_worked_on_when_there_is_no_new_job() -> None:
+    schedule = Schedule()
+    schedule.add(A, 0)
+    schedule.add(B, 0)
+    assert [schedule.take(0), schedule.take(0)] == [A, B]
+
+
+def test_a_key_that_waits_among_the_rest_goes_first_once_it_is_asked_for_so_and_once_only() -> None:
+    schedule = Schedule()
+    schedule.add(A, 0)
+    schedule.add(B, 0)
+    schedule.add(B, 0, first=True)
+    assert [schedule.take(0), schedule.take(0), schedule.take(0)] == [B, A, None]
+
+
+def test_requests_that_were_replaced_are_not_kept() -> None:
+    schedule = Schedule()
+    keys = [("team", f"job-{n}") for n in range(100)]
+    for round_ in range(100):
+        for key in keys:
+            schedule.add(key, 100_000 - round_)
+    assert schedule.entries <= 300
+    assert [schedule.take(99_901) for _ in range(101)] == [*sorted(keys), None]
+
+
 def test_depth_counts_what_is_due_and_waits() -> None:
     schedule = Schedule()
     schedule.add(A, 0)
