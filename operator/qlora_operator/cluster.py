@@ -6,22 +6,24 @@ Every call has a timeout and raises a ClusterError whose class says what to do: 
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from kubernetes.aio import client, config
+from kubernetes.aio.client import rest
 
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.transport import Endpoint, Query, Transport, open_transport
 
 logger = logging.getLogger(__name__)
 
 FIELD_MANAGER = "qlora-operator"
-_TIMEOUT = aiohttp.ClientTimeout(total=15, connect=5)
 # A log comes from a node through the API server: a slow one is not worth waiting for.
 _LOG_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
 _PAGE = "500"
@@ -33,8 +35,6 @@ _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=
 _JOBS = "/apis/batch/v1"
 _CORE = "/api/v1"
 _QLORA = f"/apis/{GROUP}/{VERSION}"
-
-Query = list[tuple[str, str]]
 
 
 class ClusterError(Exception):
@@ -56,8 +56,8 @@ class RejectedError(ClusterError):
 class Cluster:
     """The calls that the operator makes, and no others. All raise ClusterError."""
 
-    def __init__(self, api: client.ApiClient) -> None:
-        self._api = api
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
         """The QLoRAJob as stored now; None if it does not exist."""
@@ -170,23 +170,17 @@ class Cluster:
         method: str,
         path: str,
         *,
-        query: Query | None = None,
-        body: Mapping[str, Any] | None = None,
         accept: str = "application/json",
         content_type: str = "application/json",
-        timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - passed on to the HTTP client
+        **request: Any,
     ) -> bytes:
         headers = {"Accept": accept, "Content-Type": content_type}
         try:
-            method, url, headers, content, _ = await self._api.param_serialize(
-                method, path, query_params=query, header_params=headers, body=body, auth_settings=["BearerToken"]
-            )
-            response = await self._api.call_api(method, url, headers, content, _request_timeout=timeout)
-            data: bytes = await response.read()
+            status, data = await self._transport.send(method, path, headers=headers, **request)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error
-        if response.status >= 400:
-            raise _error(response.status, f"{method} {path}", data)
+        if status >= 400:
+            raise _error(status, f"{method} {path}", data)
         return data
 
 
@@ -213,16 +207,46 @@ def _error(status: int, request: str, data: bytes) -> ClusterError:
 
 
 @asynccontextmanager
-async def connect() -> AsyncIterator[Cluster]:
-    """The cluster that the pod runs in, or else that of the kubeconfig. Raises ClusterError without either."""
+async def connect(kubeconfig: Path | None = None) -> AsyncIterator[Cluster]:
+    """The cluster of `kubeconfig`; without one, that which the pod runs in, or else that of the environment.
+
+    Raises ClusterError without any of them.
+    """
+    async with open_transport(await _endpoint(kubeconfig), FIELD_MANAGER) as transport:
+        yield Cluster(transport)
+
+
+async def _endpoint(kubeconfig: Path | None) -> Endpoint:
+    """The API server and the credentials for it, as the Kubernetes client finds and renews them."""
     configuration = client.Configuration()
-    try:
-        if os.path.exists(_SERVICE_ACCOUNT_TOKEN) and "KUBECONFIG" not in os.environ:  # noqa: ASYNC240 - once, at start
-            config.load_incluster_config(client_configuration=configuration)
-        else:
-            await config.load_kube_config(client_configuration=configuration)
-    except config.ConfigException as error:
-        raise ClusterError(f"no cluster is reachable: {error}") from error
-    async with client.ApiClient(configuration) as api:
-        api.user_agent = FIELD_MANAGER
-        yield Cluster(api)
+
+    async def load() -> None:
+        try:
+            await _load_configuration(configuration, kubeconfig)
+        except config.ConfigException as error:
+            raise ClusterError(f"no cluster is reachable: {error}") from error
+
+    async def authorization() -> str | None:
+        # Reads the file of a pod's token again once it is a minute old.
+        return await configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+
+    await load()
+    pool = rest.RESTClientObject(configuration)
+    return Endpoint(
+        server=configuration.host,
+        tls=pool.ssl_context,
+        authorization=authorization,
+        renew=load,
+        server_hostname=configuration.tls_server_name or None,
+        proxy=configuration.proxy or None,
+        proxy_headers=configuration.proxy_headers,
+    )
+
+
+async def _load_configuration(configuration: client.Configuration, kubeconfig: Path | None) -> None:
+    if kubeconfig is not None:
+        await config.load_kube_config(config_file=str(kubeconfig), client_configuration=configuration)
+    elif os.path.exists(_SERVICE_ACCOUNT_TOKEN) and "KUBECONFIG" not in os.environ:  # noqa: ASYNC240 - a local file
+        config.load_incluster_config(client_configuration=configuration)
+    else:
+        await config.load_kube_config(client_configuration=configuration)

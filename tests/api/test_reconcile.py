@@ -13,15 +13,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from kubernetes.aio import client, config
 
 from devcluster.controlplane import ControlPlane
 from qlora_api.contract import ResultRecord, encode_record
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
-from qlora_operator.cluster import Cluster
+from qlora_operator.cluster import Cluster, connect
 from qlora_operator.decisions.observe import Object
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.transport import Transport
 from qlora_operator.workqueue import Key, RetryError
 from tests.support.builders import PROFILES
 
@@ -57,7 +57,7 @@ class KilledError(Exception):
 class MortalCluster(Cluster):
     """Dies before or after its n-th call that changes something, as a process can."""
 
-    def __init__(self, api: client.ApiClient, dies_at: float = float("inf"), *, after: bool = False) -> None:
+    def __init__(self, api: Transport, dies_at: float = float("inf"), *, after: bool = False) -> None:
         super().__init__(api)
         self.changes = 0
         self._dies_at = dies_at
@@ -78,9 +78,9 @@ class MortalCluster(Cluster):
 class Api:
     """The API server as its administrator and its other clients use it."""
 
-    def __init__(self, api: client.ApiClient) -> None:
-        self.client = api
-        self._cluster = Cluster(api)
+    def __init__(self, cluster: Cluster) -> None:
+        self.client = cluster._transport
+        self._cluster = cluster
 
     async def send(self, method: str, path: str, body: Object | None = None) -> dict[str, Any]:
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
@@ -143,10 +143,8 @@ class Api:
 
 @asynccontextmanager
 async def connected(plane: ControlPlane) -> AsyncIterator[Api]:
-    configuration = client.Configuration()
-    await config.load_kube_config(config_file=str(plane.kubeconfig), client_configuration=configuration)
-    async with client.ApiClient(configuration) as api:
-        yield Api(api)
+    async with connect(plane.kubeconfig) as cluster:
+        yield Api(cluster)
 
 
 def operator(cluster: Cluster) -> Reconciler:
@@ -262,7 +260,7 @@ def test_what_changed_since_it_was_read_is_read_again_and_not_overwritten(namesp
 
         async def apply_status(self, job: Any, status: Object) -> None:
             path = f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs/{job.name}"
-            await Api(self._api).send("PATCH", path, {"spec": {"suspend": True}})
+            await Api(self).send("PATCH", path, {"spec": {"suspend": True}})
             await super().apply_status(job, status)
 
     async def scenario() -> None:

@@ -12,7 +12,7 @@ class Pages(Cluster):
     """A cluster whose lists take three pages."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__(None)  # type: ignore[arg-type]
         self.asked: list[dict[str, str]] = []
 
     async def _request(self, method: str, path: str, **request: Any) -> bytes:

@@ -47,7 +47,7 @@ class RecordingCluster(Cluster):
     """Answers every request as an API server that holds one job would, and keeps what was asked."""
 
     def __init__(self, body: dict[str, Any]) -> None:
-        super().__init__(None)
+        super().__init__(None)  # type: ignore[arg-type]
         self.body = body
         self.jobs: list[dict[str, Any]] = []
         self.requests: list[tuple[str, str]] = []

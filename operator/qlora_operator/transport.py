@@ -1,0 +1,112 @@
+"""Sends HTTP requests to the API server: what every pass of the operator costs, so it does no more than it must.
+
+The Kubernetes client's own path turns each body into plain objects once more and looks up proxies and passwords in the
+environment and in files for each request: together as expensive as the rest of a pass.
+"""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import aiohttp
+
+Query = list[tuple[str, str]]
+_TIMEOUT = aiohttp.ClientTimeout(total=15, connect=5)
+# Shorter than the 90 seconds after which the API server closes a connection that is not used.
+_KEEPALIVE_SECONDS = 60.0
+_CONNECTIONS = 100
+_UNAUTHORIZED = 401
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the API server is, and how to connect to it."""
+
+    server: str
+    tls: ssl.SSLContext
+    authorization: Callable[[], Awaitable[str | None]]
+    """The header's value, asked for with each request, because a token is replaced while it is used."""
+    renew: Callable[[], Awaitable[None]]
+    """Gets the credentials anew, after the server has rejected those that there are."""
+    server_hostname: str | None = None
+    """Name in the server's certificate, if it is not that of its address."""
+    proxy: str | None = None
+    """Only what the configuration names: the environment's proxies are for other servers."""
+    proxy_headers: Mapping[str, str] | None = None
+
+
+class Transport:
+    """One session with kept connections."""
+
+    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
+        self._endpoint = endpoint
+        self._session = session
+        self._renewing = asyncio.Lock()
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str],
+        timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - passed on to the HTTP client
+    ) -> tuple[int, bytes]:
+        """Status and content of the answer. Raises aiohttp.ClientError, TimeoutError or OSError without one."""
+        url = f"{self._endpoint.server}{path}{'?' + urlencode(query) if query else ''}"
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        authorization = await self._endpoint.authorization()
+        answer = await self._send(method, url, data, headers, authorization, timeout)
+        if answer[0] != _UNAUTHORIZED:
+            return answer
+        renewed = await self._renewed(authorization)
+        return answer if renewed == authorization else await self._send(method, url, data, headers, renewed, timeout)
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        data: bytes | None,
+        headers: Mapping[str, str],
+        authorization: str | None,
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - passed on to the HTTP client
+    ) -> tuple[int, bytes]:
+        endpoint = self._endpoint
+        async with self._session.request(
+            method,
+            url,
+            data=data,
+            headers={**headers, **({"Authorization": authorization} if authorization else {})},
+            timeout=timeout,
+            allow_redirects=False,
+            server_hostname=endpoint.server_hostname,
+            proxy=endpoint.proxy,
+            proxy_headers=endpoint.proxy_headers,
+        ) as response:
+            return response.status, await response.read()
+
+    async def _renewed(self, rejected: str | None) -> str | None:
+        """The credentials after those that were rejected: renewed once, however many requests were rejected."""
+        async with self._renewing:
+            if await self._endpoint.authorization() == rejected:
+                await self._endpoint.renew()
+            return await self._endpoint.authorization()
+
+
+@asynccontextmanager
+async def open_transport(endpoint: Endpoint, user_agent: str) -> AsyncIterator[Transport]:
+    """A transport whose connections end with the block."""
+    connector = aiohttp.TCPConnector(ssl=endpoint.tls, limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_SECONDS)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        trust_env=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": user_agent},
+    ) as session:
+        yield Transport(endpoint, session)

@@ -1,0 +1,133 @@
+"""Requests to a server on this machine: which credentials they carry, and which way they go."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from qlora_operator.cluster import Cluster, ClusterError, RejectedError, connect
+from tests.support.builders import job_body
+
+PLUGIN = """
+import json, pathlib, sys
+count = pathlib.Path(sys.argv[1])
+number = int(count.read_text()) + 1 if count.exists() else 1
+count.write_text(str(number))
+status = {"token": f"token-{number}", "expirationTimestamp": "2020-01-01T00:00:00Z"}
+print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": status}))
+"""
+
+
+class Server:
+    """Answers every request with one QLoRAJob and keeps what it was sent. `expired`: a token that it rejects."""
+
+    def __init__(self) -> None:
+        self.expired = ""
+        self.requests: list[tuple[str, str, str]] = []
+        self.connections: set[Any] = set()
+        self.bodies: list[Any] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.requests.append((request.method, request.path_qs, request.headers.get("Authorization", "")))
+        self.connections.add(request.transport)
+        self.bodies.append(await request.text())
+        if self.expired and self.expired in self.requests[-1][2]:
+            return web.json_response({"message": "Unauthorized"}, status=401)
+        return web.json_response(job_body())
+
+
+def against(
+    work: Callable[[Server, Cluster], Awaitable[None]], folder: Path, user: dict[str, Any], **cluster: Any
+) -> None:
+    """Run `work` against a server that a kubeconfig names."""
+
+    async def scenario() -> None:
+        server = Server()
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", server.answer)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        address = runner.addresses[0]
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "c", "cluster": {"server": f"http://{address[0]}:{address[1]}"} | cluster}],
+            "users": [{"name": "u", "user": user}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "x",
+        }
+        (folder / "kubeconfig").write_text(json.dumps(config))
+        try:
+            async with connect(folder / "kubeconfig") as connected:
+                await work(server, connected)
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(scenario())
+
+
+def test_a_token_that_has_expired_is_replaced_without_a_restart(tmp_path: Path) -> None:
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    arguments = [str(tmp_path / "plugin.py"), str(tmp_path / "count")]
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": sys.executable, "args": arguments}
+
+    async def work(server: Server, cluster: Cluster) -> None:
+        assert await cluster.get_qlora_job("team", "tune") == job_body()
+        server.expired = "token-1"
+        both = await asyncio.gather(*(cluster.get_qlora_job("team", "tune") for _ in range(2)))
+        assert both == [job_body(), job_body()]
+        sent = [authorization for _, _, authorization in server.requests]
+        assert sent == ["Bearer token-1"] * 3 + ["Bearer token-2"] * 2
+
+    against(work, tmp_path, {"exec": plugin | {"interactiveMode": "Never"}})
+
+
+def test_a_token_that_stays_rejected_is_an_error_and_not_asked_for_for_ever(tmp_path: Path) -> None:
+    async def work(server: Server, cluster: Cluster) -> None:
+        server.expired = "t"
+        with pytest.raises(RejectedError, match="Unauthorized"):
+            await cluster.get_qlora_job("team", "tune")
+        assert len(server.requests) == 1
+
+    against(work, tmp_path, {"token": "t"})
+
+
+def test_neither_the_environments_proxy_nor_a_netrc_has_a_part_in_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+
+    async def work(server: Server, cluster: Cluster) -> None:
+        await cluster.get_qlora_job("team", "tune")
+        assert server.requests == [("GET", "/apis/qlora.dev/v1alpha1/namespaces/team/qlorajobs/tune", "Bearer t")]
+
+    against(work, tmp_path, {"token": "t"})
+
+
+def test_the_proxy_that_the_configuration_names_is_used(tmp_path: Path) -> None:
+    async def work(server: Server, cluster: Cluster) -> None:
+        with pytest.raises(ClusterError, match="Cannot connect"):
+            await cluster.get_qlora_job("team", "tune")
+        assert server.requests == []
+
+    against(work, tmp_path, {"token": "t"}, **{"proxy-url": "http://127.0.0.1:1"})
+
+
+def test_requests_share_a_connection_and_a_selector_arrives_as_it_was_meant(tmp_path: Path) -> None:
+    async def work(server: Server, cluster: Cluster) -> None:
+        for _ in range(3):
+            await cluster.list_pods("team", "a+b/c=d")
+        assert len(server.connections) == 1
+        assert "labelSelector=qlora.dev/job-uid%3Da%2Bb/c%3Dd" in server.requests[0][1].replace("%2F", "/")
+
+    against(work, tmp_path, {"token": "t"})
