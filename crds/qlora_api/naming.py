@@ -14,6 +14,8 @@ SPEC_ANNOTATION = "qlora.dev/spec"
 # Kueue's labels of a Job that waits in a queue; on a QLoRAJob they say the same as spec.scheduling.
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+# Annotation of the first Job: status.resolved as JSON, which is stored only after that Job exists.
+RESOLVED_ANNOTATION = "qlora.dev/resolved"
 
 
 def short_uid(uid: str) -> str:

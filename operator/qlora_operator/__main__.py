@@ -17,6 +17,7 @@ from qlora_operator.progress import ProgressReader
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync
 from qlora_operator.settings import ENV_SETTINGS, Settings, SettingsError, find_settings, load_settings
+from qlora_operator.store import Store
 from qlora_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("qlora_operator")
@@ -61,12 +62,14 @@ def _progress_reader(settings: Settings, cluster: Cluster) -> ProgressReader | N
 
 async def _run(settings: Settings, cluster: Cluster) -> None:
     metrics = Metrics()
+    store = Store()
     reconciler = Reconciler(
         cluster=cluster,
         profiles=settings.profiles,
         progress=_progress_reader(settings, cluster),
         metrics=metrics,
         clock=lambda: datetime.now(UTC),
+        store=store,
     )
     queue = WorkQueue(
         reconciler.reconcile,
@@ -74,10 +77,17 @@ async def _run(settings: Settings, cluster: Cluster) -> None:
         workers=settings.workers,
         on_error=metrics.reconcile_errors.inc,
     )
-    resync = Resync(cluster, settings.namespaces, queue.add, interval=settings.resync_seconds, monotonic=time.monotonic)
-    await resync.once()
+    resync = Resync(
+        cluster,
+        settings.namespaces,
+        queue.add,
+        store=store,
+        interval=settings.resync_seconds,
+        monotonic=time.monotonic,
+    )
+    await resync.fill()
     metrics.serve(settings.metrics_port, lambda: queue.depth)
-    hooks = Hooks(queue.add, resync.monitor, metrics.job_is_in, resync.problem)
+    hooks = Hooks(queue.add, resync.monitor, metrics.job_is_in, resync.problem, store)
     where = ", ".join(settings.namespaces) or "all namespaces"
     logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
     async with asyncio.TaskGroup() as group:

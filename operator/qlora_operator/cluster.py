@@ -6,7 +6,7 @@ Every call has a timeout and raises a ClusterError whose class says what to do: 
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.listing import Kind, Listed, Listing, listed
 from qlora_operator.transport import Endpoint, Query, Transport, open_transport
 
 logger = logging.getLogger(__name__)
@@ -66,22 +67,32 @@ class Cluster:
         except NotFoundError:
             return None
 
-    async def list_jobs(self, namespace: str, job_uid: str) -> list[Object]:
+    async def list_jobs(self, namespace: str, job_uid: str) -> Listing:
         """The Jobs that have the label of this QLoRAJob."""
         selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
         return await self._list(f"{_JOBS}/namespaces/{namespace}/jobs", selector)
 
-    async def list_pods(self, namespace: str, job_uid: str) -> list[Object]:
+    async def list_pods(self, namespace: str, job_uid: str) -> Listing:
         """The pods that have the label of this QLoRAJob."""
         selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
         return await self._list(f"{_CORE}/namespaces/{namespace}/pods", selector)
 
-    async def list_metadata(self, kind: str, namespace: str | None) -> list[Object]:
-        """Metadata of all QLoRAJobs, or of all our Jobs or pods, in one namespace or in all (None)."""
-        path, selector = _listed(kind, namespace)
-        return await self._list(path, selector, accept=_METADATA_ONLY)
+    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
+        """All QLoRAJobs, or all our Jobs or pods, in one namespace or in all (None), and the version of the list."""
+        found: list[Listed] = []
+        version = ""
+        async for page in self._pages(*_listed(kind, namespace), accept=_METADATA_ONLY):
+            # Only these few words of each object are kept: all pages together are tens of MiB.
+            found += (listed(kind, body) for body in page.items)
+            version = version or page.version
+        return found, version
 
-    async def check_list(self, kind: str, namespace: str | None) -> None:
+    async def pages(self, kind: Kind, namespace: str | None) -> AsyncIterator[Sequence[Object]]:
+        """The same objects in full, page by page."""
+        async for page in self._pages(*_listed(kind, namespace)):
+            yield page.items
+
+    async def check_list(self, kind: Kind, namespace: str | None) -> None:
         """List one object of the kind, to check the connection. Raises RejectedError if that is no longer allowed."""
         path, selector = _listed(kind, namespace)
         await self._json("GET", path, query=[("limit", "1"), *selector], accept=_METADATA_ONLY)
@@ -119,8 +130,8 @@ class Cluster:
         """Create an Event. Raises ConflictError if it exists already."""
         await self._json("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)
 
-    async def apply_status(self, job: QLoRAJob, status: Object) -> None:
-        """Replace the job's status, which nobody else writes, by server-side apply.
+    async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
+        """Replace the job's status, which nobody else writes, by server-side apply. Returns the job as it is then.
 
         Raises ConflictError if the job has changed since it was read, or is another one of the same name.
         """
@@ -130,7 +141,7 @@ class Cluster:
             "metadata": {"name": job.name, "uid": job.uid, "resourceVersion": job.resource_version},
             "status": status,
         }
-        await self._json(
+        return await self._json(
             "PATCH",
             f"{_QLORA}/namespaces/{job.namespace}/{PLURAL}/{job.name}/status",
             query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
@@ -150,16 +161,19 @@ class Cluster:
             return None
         return data.decode(errors="replace")
 
-    async def _list(self, path: str, selector: Query, accept: str = "application/json") -> list[Object]:
-        items: list[Object] = []
+    async def _list(self, path: str, selector: Query) -> Listing:
+        pages = [page async for page in self._pages(path, selector)]
+        return Listing([item for page in pages for item in page.items], pages[0].version)
+
+    async def _pages(self, path: str, selector: Query, accept: str = "application/json") -> AsyncIterator[Listing]:
         token = ""
         while True:
             query = [("limit", _PAGE), *selector, *([("continue", token)] if token else [])]
             page = await self._json("GET", path, query=query, accept=accept)
-            items += page.get("items") or ()
+            yield Listing(page.get("items") or (), page["metadata"].get("resourceVersion", ""))
             token = page["metadata"].get("continue") or ""
             if not token:
-                return items
+                return
 
     async def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         answer = json.loads(await self._request(method, path, **request))
@@ -184,7 +198,7 @@ class Cluster:
         return data
 
 
-def _listed(kind: str, namespace: str | None) -> tuple[str, Query]:
+def _listed(kind: Kind, namespace: str | None) -> tuple[str, Query]:
     """Path and selector of the objects that the operator watches: all QLoRAJobs, but only its own Jobs and pods."""
     prefix = {"qlorajobs": _QLORA, "jobs": _JOBS, "pods": _CORE}[kind]
     where = f"/namespaces/{namespace}" if namespace else ""

@@ -4,29 +4,39 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import kopf
 
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL
 from qlora_api.status import Phase
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
+from qlora_operator.listing import Kind
 from qlora_operator.metrics import PHASES
-from qlora_operator.resync import Kind, WatchMonitor
+from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
+from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+
+class Enqueue(Protocol):
+    """Requests a job. `first`: before the jobs that have been started."""
+
+    def __call__(self, key: Key, *, first: bool = False) -> None:
+        """Request it."""
 
 
 @dataclass(frozen=True)
 class Hooks:
     """What the watches and the probe call."""
 
-    enqueue: Callable[[Key], None]
+    enqueue: Enqueue
     monitor: WatchMonitor
     phase_of_job: Callable[[Key, Phase | None], None]
     problem: Callable[[], str | None]
+    store: Store
 
 
 async def watch(settings: Settings, hooks: Hooks) -> None:
@@ -59,7 +69,36 @@ def _configure() -> kopf.OperatorSettings:
     # The server does not send other Jobs and pods.
     settings.watching.label_selectors["batch", "v1", "jobs"] = JOB_UID_LABEL
     settings.watching.label_selectors["v1", "pods"] = JOB_UID_LABEL
+    # kopf keeps an object, and a task for it, until nothing has been shown of it for so long.
+    settings.queueing.idle_timeout = 0.05
+    # No handler here asks for differences or stores its progress: without this, every object is copied for them.
+    settings.persistence.diffbase_storage = _NoDifferences()
+    settings.persistence.progress_storage = _NoProgress()
     return settings
+
+
+class _NoDifferences(kopf.DiffBaseStorage):
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None: ...
+
+
+class _NoProgress(kopf.ProgressStorage):
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None: ...
+
+    def purge(self, **_: Any) -> None: ...
+
+    def touch(self, **_: Any) -> None: ...
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        return essence
 
 
 def _register_login(registry: kopf.OperatorRegistry) -> None:
@@ -87,7 +126,8 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         phase = body.get("status", {}).get("phase")
         hooks.phase_of_job(key, None if deleted or phase not in PHASES else phase)
         _show(hooks, "qlorajobs", event)
-        hooks.enqueue(key)
+        if hooks.store.job_changed(body, deleted=deleted, created=event["type"] == "ADDED"):
+            hooks.enqueue(key, first=not deleted and "startTime" not in body.get("status", {}))
 
     @kopf.on.event("batch", "v1", "jobs", labels={JOB_UID_LABEL: kopf.PRESENT}, registry=registry)
     async def child_changed(event: kopf.RawEvent, **_: Any) -> None:
@@ -100,7 +140,8 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
     def _child_changed(kind: Kind, event: kopf.RawEvent) -> None:
         metadata = event["object"]["metadata"]
         _show(hooks, kind, event)
-        if name := metadata.get("labels", {}).get(JOB_LABEL):
+        news = hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED")
+        if news and (name := metadata.get("labels", {}).get(JOB_LABEL)):
             hooks.enqueue((metadata["namespace"], name))
 
 

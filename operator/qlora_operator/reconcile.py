@@ -1,32 +1,44 @@
-"""Reconciles one job: gather, decide by pure functions, act, write the status once."""
+"""Reconciles one job: look, decide by pure functions, act, write the status once.
+
+A pass decides from what the watches have shown. What cannot be undone is decided once more, from what is read then.
+"""
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
-from qlora_operator.decisions.cleanup import cleanup_at
-from qlora_operator.decisions.conditions import is_true
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job
 from qlora_operator.decisions.observe import (
     Object,
+    Observed,
     QLoRAJob,
     Reason,
     UnreadableJobError,
     controller_uid,
-    observe,
     parse_job,
 )
-from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
+from qlora_operator.decisions.plan import (
+    Action,
+    CreateClaim,
+    CreateJob,
+    DeleteJob,
+    Plan,
+    cannot_be_undone,
+    is_first_job,
+    is_settled,
+    plan,
+)
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import LogReading, ProgressReader
+from qlora_operator.store import Store
 from qlora_operator.workqueue import Key, RetryError
 
 logger = logging.getLogger(__name__)
@@ -45,14 +57,32 @@ class _BlockedError(Exception):
 
 
 @dataclass(frozen=True)
+class _View:
+    """A job and its children: read live, or as the watches have shown them."""
+
+    job: QLoRAJob
+    observed: Observed
+    live: bool
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class _Decision:
+    facts: Facts
+    status: QLoRAJobStatus
+    plan: Plan
+
+
+@dataclass(frozen=True)
 class Reconciler:
-    """One pass over one job. Keeps nothing between passes: all state is in the API."""
+    """One pass over one job. Keeps nothing between passes that is not in the API: the store may be empty."""
 
     cluster: Cluster
     profiles: Mapping[str, Profile]
     progress: ProgressReader | None
     metrics: Metrics
     clock: Callable[[], datetime]
+    store: Store = field(default_factory=Store)
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
@@ -60,40 +90,89 @@ class Reconciler:
             try:
                 return await self._reconcile(key)
             except (ConflictError, NotFoundError) as error:
+                self.store.distrust(key)
                 raise RetryError(f"changed or deleted in the meantime: {error}") from error
             except ClusterError as error:
+                # Perhaps it was carried out all the same.
+                self.store.distrust(key)
                 self.metrics.reconcile_errors.inc()
                 raise RetryError(str(error)) from error
 
     async def _reconcile(self, key: Key) -> float | None:
-        job = await self._gather_job(key)
-        if job is None or job.deleting or _is_settled(job):
-            self._forget(key)
+        view = await self._look(key)
+        if view is None:
             return None
-        observed = observe(
-            job.uid,
-            await self.cluster.list_jobs(job.namespace, job.uid),
-            await self.cluster.list_pods(job.namespace, job.uid),
-        )
-        log = await self.progress.read(key, job, observed) if self.progress else LogReading()
-        facts = Facts(job, observed, self.profiles, self.clock(), log.record, log_read=log.done)
-        status = next_status(facts)
-        planned = plan(job, status, observed, facts.now)
-        status, again = await self._act(facts, status, planned.actions)
-        await self._write(facts, status)
-        look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
-        return min((seconds for seconds in (look_again, log.again, again) if seconds is not None), default=None)
+        log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
+        decision = self._decide(view, log)
+        if not view.live and _must_be_confirmed(view, decision):
+            view = await self._read(key)
+            if view is None:
+                return None
+            decision = self._decide(view, log)
+        return _earliest(await self._carry_out(decision), log.again)
 
-    async def _gather_job(self, key: Key) -> QLoRAJob | None:
+    async def _look(self, key: Key) -> "_View | None":
+        """The job, from what the watches have shown if that is there; None if there is nothing to do for it."""
+        held = self.store.held(key)
+        if held is None:
+            return await self._read(key)
+        job = await self._parse(key, held.body)
+        if job is None:
+            return None
+        view = _View(job, held.observed, live=False, fresh=held.fresh)
+        return None if self._is_settled(key, view) else view
+
+    async def _read(self, key: Key) -> "_View | None":
+        """The job as it is now, with its children; None if there is nothing to do for it."""
         body = await self.cluster.get_qlora_job(*key)
         if body is None:
+            self.store.gone(key)
+            self._forget(key)
+            self.metrics.job_is_in(key, None)
             return None
+        job = await self._parse(key, body)
+        if job is None:
+            return None
+        jobs = await self.cluster.list_jobs(job.namespace, job.uid)
+        pods = await self.cluster.list_pods(job.namespace, job.uid)
+        view = _View(job, self.store.read(body, jobs, pods), live=True, fresh=False)
+        return None if self._is_settled(key, view) else view
+
+    async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
+        """The job; None if it is being deleted, or if this version of the operator cannot read it."""
         try:
-            return parse_job(body)
+            job = parse_job(body)
         except UnreadableJobError as error:
             logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
             await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
+            job = None
+        if job is None or job.deleting:
+            self._forget(key)
             return None
+        return job
+
+    def _is_settled(self, key: Key, view: "_View") -> bool:
+        settled = is_settled(view.job, view.observed)
+        self.store.settle(key, settled)
+        if settled:
+            self._forget(key)
+        return settled
+
+    def _decide(self, view: "_View", log: LogReading) -> "_Decision":
+        facts = Facts(view.job, view.observed, self.profiles, self.clock(), log.record, log_read=log.done)
+        status = next_status(facts)
+        return _Decision(facts, status, plan(view.job, status, view.observed, facts.now))
+
+    async def _carry_out(self, decision: "_Decision") -> float | None:
+        """Act and store the status; seconds until the job is to be looked at again."""
+        facts, planned = decision.facts, decision.plan
+        status, again = await self._act(facts, decision.status, planned.actions)
+        if again is None and any(is_first_job(action) for action in planned.actions):
+            # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
+            return 0.0
+        await self._write(facts, status)
+        look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
+        return _earliest(look_again, again)
 
     async def _act(
         self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]
@@ -134,6 +213,7 @@ class Reconciler:
                     "this job starts when that Job is gone"
                 )
                 raise _BlockedError(Reason("NameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+        self.store.child_changed("jobs", created)
         return str(created["metadata"]["uid"])
 
     async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> None:
@@ -164,15 +244,15 @@ class Reconciler:
         key = (job.namespace, job.name)
         if content == job.status.dump():
             return
+        self.store.job_changed(await self.cluster.apply_status(job, content))
+        self.metrics.status_writes.inc()
+        self.metrics.job_is_in(key, status.phase)
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
             await self._post(key, event)
         if event := progress_event(job, status, facts.now):
             logger.warning("%s", event["message"], extra={"key": key})
             await self._post(key, event)
-        await self.cluster.apply_status(job, content)
-        self.metrics.status_writes.inc()
-        self.metrics.job_is_in(key, status.phase)
 
     async def _post(self, key: Key, event: Object) -> None:
         try:
@@ -187,8 +267,13 @@ class Reconciler:
             self.progress.forget(key)
 
 
-def _is_settled(job: QLoRAJob) -> bool:
-    """Whether nothing is left to do, so that the children need not be listed."""
-    status = job.status
-    done = is_true(status, "Succeeded") and status.observed_generation == job.generation
-    return done and not is_true(status, "CleanedUp") and cleanup_at(job, status) is None
+def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
+    actions = decision.plan.actions
+    if cannot_be_undone(view.job, decision.status, actions):
+        return True
+    # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
+    return not view.fresh and any(is_first_job(action) for action in actions)
+
+
+def _earliest(*moments: float | None) -> float | None:
+    return min((seconds for seconds in moments if seconds is not None), default=None)

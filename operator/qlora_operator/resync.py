@@ -5,19 +5,21 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from qlora_operator.cluster import Cluster, ClusterError, RejectedError
+from qlora_operator.decisions.observe import Object
+from qlora_operator.listing import KINDS, Kind, Listed, listed
+from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["qlorajobs", "jobs", "pods"]
-KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 _MISSED_INTERVALS = 3
 _BEAT_SECONDS = 20.0
 _REJECTED_BEATS = 3
 _KEYS_PER_SECOND = 100.0
+# What a list shows and its watch has not, the watch is usually about to show.
+_SECONDS_FOR_THE_WATCH = 1.0
 
 Identity = tuple[Kind, str, str]
 
@@ -46,8 +48,15 @@ class WatchMonitor:
         elif version.isdigit():
             self._shown[identity] = max(int(version), self._shown.get(identity, 0))
 
-    def compare(self, kind: Kind, listed: dict[Identity, str], now: float) -> None:
-        """Note a complete list of one kind, taken at `now` (seconds)."""
+    def compare(self, kind: Kind, listed: dict[Identity, str], now: float, version: str = "") -> None:
+        """Note a complete list of one kind, taken at `now` (seconds). `version`: that of the list.
+
+        What is not in it and not newer has been deleted, even if its watch has not shown that.
+        """
+        if version.isdigit():
+            gone = [each for each, shown in self._shown.items() if each[0] == kind and shown <= int(version)]
+            for identity in set(gone) - listed.keys():
+                del self._shown[identity]
         still_behind = {
             identity: (version, since)
             for identity, (version, since) in self._behind.items()
@@ -79,6 +88,7 @@ class Resync:
         namespaces: Sequence[str],
         enqueue: Enqueue,
         *,
+        store: Store,
         interval: float,
         monotonic: Callable[[], float],
     ) -> None:
@@ -86,6 +96,7 @@ class Resync:
         self._cluster = cluster
         self._namespaces: Sequence[str | None] = tuple(namespaces) or (None,)
         self._enqueue = enqueue
+        self._store = store
         self._interval = interval
         self._monotonic = monotonic
         self._listed_at = monotonic()
@@ -116,17 +127,50 @@ class Resync:
             for namespace in self._namespaces:
                 await self._cluster.check_list(kind, namespace)
 
+    async def fill(self) -> None:
+        """Show everything that exists to the store, before there is a worker, and request it. Raises ClusterError."""
+        finished: list[Key] = []
+        for kind in KINDS:
+            found: list[Listed] = []
+            for where in self._namespaces:
+                async for page in self._cluster.pages(kind, where):
+                    for body in page:
+                        found.append(listed(kind, body))
+                        self._show(kind, body)
+                        if kind == "qlorajobs" and _is_finished(body):
+                            finished.append(found[-1].key)
+            self.monitor.compare(kind, _versions(kind, found), self._monotonic())
+            if kind == "qlorajobs":
+                keys = [each.key for each in found]
+        for key in set(keys) - set(finished):
+            self._enqueue(key, 0.0)
+        self._enqueue_all(finished)
+        self._listed_at = self._monotonic()
+
+    def _show(self, kind: Kind, body: Object) -> None:
+        if kind == "qlorajobs":
+            self._store.job_changed(body)
+        else:
+            self._store.child_changed(kind, body)
+
     async def once(self) -> None:
         """List everything once. Raises ClusterError."""
+        changed: set[Key] = set()
         for kind in KINDS:
-            listed: dict[Identity, str] = {}
+            found: list[Listed] = []
+            versions: list[str] = []
             for where in self._namespaces:
-                for body in await self._cluster.list_metadata(kind, where):
-                    metadata = body["metadata"]
-                    listed[kind, metadata["namespace"], metadata["name"]] = metadata["resourceVersion"]
-            self.monitor.compare(kind, listed, self._monotonic())
+                part, version = await self._cluster.list_versions(kind, where)
+                changed |= self._store.compare(kind, where, part, version)
+                found += part
+                versions.append(version)
+            self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=_number))
             if kind == "qlorajobs":
-                self._enqueue_all([(namespace, name) for _, namespace, name in listed])
+                keys = [each.key for each in found]
+        # Only now: no pass is to decide from what the lists have shown to be gone.
+        for key in changed:
+            self._enqueue(key, _SECONDS_FOR_THE_WATCH)
+        self._enqueue_all([key for key in keys if key not in changed and not self._store.is_settled(key)])
         self._listed_at = self._monotonic()
 
     def _enqueue_all(self, keys: list[Key]) -> None:
@@ -145,3 +189,15 @@ class Resync:
         if silence > _MISSED_INTERVALS * self._interval:
             return f"no list has succeeded for {silence:.0f} s"
         return None
+
+
+def _versions(kind: Kind, found: list[Listed]) -> dict[Identity, str]:
+    return {(kind, each.namespace, each.name): each.version for each in found}
+
+
+def _number(version: str) -> int:
+    return int(version) if version.isdigit() else -1
+
+
+def _is_finished(body: Object) -> bool:
+    return (body.get("status") or {}).get("phase") in ("Succeeded", "Failed")

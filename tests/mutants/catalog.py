@@ -314,12 +314,53 @@ OPERATOR = (
     ),
     Mutant(
         name="a-clean-up-to-come-is-forgotten",
-        file=f"{_OPERATOR}/reconcile.py",
-        old=' and not is_true(status, "CleanedUp") and cleanup_at(job, status) is None',
-        new="",
+        file=f"{_DECISIONS}/plan.py",
+        old=" or cleanup_at(job, status) is not None:",
+        new=":",
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due",
         ),
+    ),
+    Mutant(
+        name="an-older-view-replaces-a-newer-one",
+        file=f"{_OPERATOR}/store.py",
+        old="if version <= entry.version and self._ordered:",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_store.py::test_an_older_event_after_the_answer_of_an_own_write_changes_nothing",
+        ),
+    ),
+    Mutant(
+        name="a-deletion-is-forgotten-at-once",
+        file=f"{_OPERATOR}/store.py",
+        old="return uid in self._buried and version <= self._buried[uid]",
+        new="return False",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_store.py::test_a_deletion_that_overtakes_the_answer_of_the_creation_is_not_undone",
+        ),
+    ),
+    Mutant(
+        name="a-dead-watch-hides-what-it-does-not-show",
+        file=f"{_OPERATOR}/store.py",
+        old="                entry.wanted[each.uid] = number\n",
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_store.py::test_what_a_dead_watch_has_not_shown_is_read_live_until_it_is_known",
+        ),
+    ),
+    Mutant(
+        name="what-cannot-be-undone-is-not-confirmed",
+        file=f"{_OPERATOR}/reconcile.py",
+        old="if not view.live and _must_be_confirmed(view, decision):",
+        new="if False:",
+        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_the_store_has_missed_is_not_created_again",),
+    ),
+    Mutant(
+        name="an-attempt-is-counted-without-a-look",
+        file=f"{_DECISIONS}/plan.py",
+        old="step.attempt, step.counted_pod)",
+        new="step.attempt)",
+        tests=(f"{_OPERATOR_TESTS}/test_plan.py::test_what_cannot_be_undone_is_told_from_what_can",),
     ),
     Mutant(
         name="a-rejected-job-is-no-reason",

@@ -8,7 +8,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from qlora_api.contract import CONTRACT_VERSION, ProgressRecord, ResultRecord, encode_record
-from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_claim_name, workspace_folder
+from qlora_api.naming import (
+    JOB_LABEL,
+    JOB_UID_LABEL,
+    RESOLVED_ANNOTATION,
+    STEP_LABEL,
+    workspace_claim_name,
+    workspace_folder,
+)
 from qlora_api.profile import Profile
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
 from qlora_operator.decisions.facts import Facts
@@ -120,6 +127,7 @@ def child(step: StepName, attempt: int = 1, *, owner: str = UID, created: float 
             "name": name,
             "namespace": "team",
             "uid": f"uid-{name}",
+            "resourceVersion": "5",
             "creationTimestamp": time(created),
             "labels": {JOB_LABEL: NAME, JOB_UID_LABEL: UID, STEP_LABEL: step},
             "ownerReferences": [{"kind": "QLoRAJob", "name": NAME, "uid": owner, "controller": True}],
@@ -128,12 +136,21 @@ def child(step: StepName, attempt: int = 1, *, owner: str = UID, created: float 
     }
 
 
+def with_resolved(body: dict[str, Any], **profile: Any) -> dict[str, Any]:
+    """The first Job with what was resolved; keywords are fields of the profile that differ."""
+    stored = resolved(PROFILE.model_copy(update=profile)).dump()
+    return body | {"metadata": body["metadata"] | {"annotations": {RESOLVED_ANNOTATION: to_json(stored)}}}
+
+
 def pod(step: StepName, attempt: int = 1, number: int = 1, **status: Any) -> dict[str, Any]:
     """A pod of that Job, pending unless `status` says otherwise."""
     owner = f"{NAME}-{step}-{attempt}"
     return {
         "metadata": {
             "name": f"{owner}-pod{number}",
+            "namespace": "team",
+            "labels": {JOB_LABEL: NAME, JOB_UID_LABEL: UID, STEP_LABEL: step},
+            "resourceVersion": "6",
             "uid": f"uid-{owner}-pod{number}",
             "creationTimestamp": time(-600 + number),
             "ownerReferences": [{"kind": "Job", "name": owner, "uid": f"uid-{owner}", "controller": True}],

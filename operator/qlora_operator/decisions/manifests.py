@@ -11,6 +11,7 @@ from qlora_api.naming import (
     JOB_UID_LABEL,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
+    RESOLVED_ANNOTATION,
     SPEC_ANNOTATION,
     STEP_LABEL,
     child_job_name,
@@ -39,15 +40,18 @@ def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, f
     """
     labels = _labels(job, step)
     queue = _queue(resolved) if step == "train" else {}
+    metadata: Manifest = {
+        "name": child_job_name(job.name, step, attempt),
+        "namespace": job.namespace,
+        "labels": labels | queue,
+        "ownerReferences": [_owner(job, controller=True)],
+    }
+    if (step, attempt) == ("prepare", 1):
+        metadata["annotations"] = {RESOLVED_ANNOTATION: json.dumps(resolved.dump(), separators=(",", ":"))}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {
-            "name": child_job_name(job.name, step, attempt),
-            "namespace": job.namespace,
-            "labels": labels | queue,
-            "ownerReferences": [_owner(job, controller=True)],
-        },
+        "metadata": metadata,
         "spec": {
             # The queue alone resumes the Job, and suspends it again.
             **({"suspend": True} if queue else {}),

@@ -16,7 +16,7 @@ from qlora_api.contract import (
     ResultRecord,
     decode_record,
 )
-from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
+from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RESOLVED_ANNOTATION
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec
 
@@ -31,7 +31,7 @@ class UnreadableJobError(ValueError):
     """A QLoRAJob that another version of the schema admitted and that this operator cannot read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reason:
     """One word for programs and one sentence for people."""
 
@@ -59,7 +59,7 @@ class QLoRAJob:
     """Why this operator must not go on with the job, which it only stops when that is asked for; empty if it can."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Termination:
     """How the trainer's container ended."""
 
@@ -70,7 +70,7 @@ class Termination:
     finished: datetime | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pod:
     """One attempt: a pod of a child Job."""
 
@@ -149,7 +149,7 @@ class Pod:
         return record if isinstance(record, ResultRecord) and record.step == step else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ChildJob:
     """A batch/v1 Job whose controller is the QLoRAJob."""
 
@@ -164,6 +164,8 @@ class ChildJob:
     """Whether it has no pods because its `suspend` is true, which only a queue sets."""
     resumed: datetime | None = None
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
+    resolved: str = ""
+    """What was resolved for the job, as JSON; only on the first Job, which exists before the status is stored."""
 
     @property
     def finished(self) -> bool:
@@ -171,12 +173,14 @@ class ChildJob:
         return self.complete or self.failure is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Observed:
     """The children of one QLoRAJob."""
 
     children: tuple[ChildJob, ...] = ()
     pods: tuple[Pod, ...] = ()
+    lost: ChildJob | None = None
+    """The first Job, if it was deleted before the status has been stored."""
 
     def child(self, name: str) -> ChildJob | None:
         """The child Job of that name."""
@@ -273,10 +277,16 @@ def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Obs
 
     A Job counts only if the QLoRAJob is its controller: anyone can set a label, but a UID is never used twice.
     """
-    children = (_parse_child(body) for body in jobs if controller_uid(body) == job_uid)
+    children = (parse_child(body) for body in jobs if controller_uid(body) == job_uid)
+    return collect(children, map(parse_pod, pods))
+
+
+def collect(children: Iterable[ChildJob], pods: Iterable[Pod], lost: ChildJob | None = None) -> Observed:
+    """The children in the order of their creation."""
     return Observed(
         children=tuple(sorted(children, key=lambda child: (child.created, child.name))),
-        pods=tuple(sorted((_parse_pod(body) for body in pods), key=lambda pod: (pod.created, pod.name))),
+        pods=tuple(sorted(pods, key=lambda pod: (pod.created, pod.name))),
+        lost=lost,
     )
 
 
@@ -301,7 +311,8 @@ def _optional_time(text: str | None) -> datetime | None:
     return parse_time(text) if text else None
 
 
-def _parse_child(body: Object) -> ChildJob:
+def parse_child(body: Object) -> ChildJob:
+    """A Job of the job."""
     metadata = body["metadata"]
     conditions = _true_conditions(body)
     failed, ended = conditions.get("Failed"), conditions.get("Failed") or conditions.get("Complete")
@@ -316,6 +327,7 @@ def _parse_child(body: Object) -> ChildJob:
         ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
         suspended=suspended,
         resumed=None if suspended else _resumed(body.get("status") or {}),
+        resolved=(metadata.get("annotations") or {}).get(RESOLVED_ANNOTATION, ""),
     )
 
 
@@ -326,7 +338,8 @@ def _resumed(status: Object) -> datetime | None:
     return _optional_time(status.get("startTime"))
 
 
-def _parse_pod(body: Object) -> Pod:
+def parse_pod(body: Object) -> Pod:
+    """A pod of one of its Jobs."""
     metadata, status = body["metadata"], body.get("status") or {}
     state = _trainer_state(status)
     waiting, running, terminated = state.get("waiting"), state.get("running"), state.get("terminated")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from qlora_api.status import QLoRAJobStatus, StepName
+from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
@@ -56,10 +56,45 @@ def plan(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetim
         if not is_finished(job.status):
             return Plan(look_again=now)
         return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
-    if job.status.resolved is None:
-        # What was resolved is stored before the first Job exists, so that it cannot change later.
-        return Plan(look_again=now if status.resolved is not None else None)
     return Plan(tuple(_on_the_way(job, status, observed, now)), _earliest(_times(job, status, observed, now), now))
+
+
+def is_settled(job: QLoRAJob, observed: Observed) -> bool:
+    """Whether nothing is left to do for the job, unless something is shown about it."""
+    status = job.status
+    if not is_finished(status) or status.observed_generation != job.generation or cleanup_at(job, status) is not None:
+        return False
+    # The clean-up's own Job goes after the clean-up is stored.
+    cleaning = observed.child(clean_job_name(job)) if is_true(status, "CleanedUp") else None
+    return cleaning is None and not any(_running(observed))
+
+
+def is_first_job(action: Action) -> bool:
+    """Whether it creates the first Job of a job, which keeps what was resolved until the status has it."""
+    return action == CreateJob("prepare", 1)
+
+
+def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> bool:
+    """Whether this must not be decided by what the watches have shown, which may be late.
+
+    That is: to delete, to create any Job but the first, to leave a step or an attempt, to count one, to end the job.
+    """
+    if any(
+        isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not is_first_job(action))
+        for action in actions
+    ):
+        return True
+    if _verdicts(status) != _verdicts(job.status):
+        return True
+    return status.step is not None and _place(status.step) != _place(job.status.step)
+
+
+def _verdicts(status: QLoRAJobStatus) -> tuple[bool, ...]:
+    return is_finished(status), is_true(status, "CleanedUp")
+
+
+def _place(step: StepStatus | None) -> tuple[object, ...]:
+    return (step.name, step.attempt, step.counted_pod) if step else ("prepare", 1, "")
 
 
 def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:

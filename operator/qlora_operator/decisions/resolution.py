@@ -1,17 +1,25 @@
 """Fixes what a job's steps depend on before the first of them, and says what keeps it from starting; pure."""
 
+from pydantic import ValidationError
+
 from qlora_api.contract import CONTRACT_VERSION
-from qlora_api.naming import workspace_claim_name, workspace_folder
+from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.decisions.facts import Facts, new_step
 from qlora_operator.decisions.manifests import document
-from qlora_operator.decisions.observe import Reason
+from qlora_operator.decisions.observe import ChildJob, Reason
 
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status with everything fixed that the pods depend on, as soon as the job may start."""
     job = facts.job
-    if status.resolved is not None or job.spec.suspend or objection(facts) is not None:
+    if status.resolved is not None:
+        return status
+    if (first := _first_job(facts)) and (resolved := _resolved_by(first)):
+        # The operator was stopped, or has had more urgent work, since it created the first Job.
+        step = new_step(job, "prepare", 1).model_copy(update={"job_uid": first.uid})
+        return status.model_copy(update={"resolved": resolved, "step": step})
+    if job.spec.suspend or objection(facts) is not None:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
@@ -25,6 +33,18 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         workspace_path=workspace_folder(job.name, job.uid),
     )
     return status.model_copy(update={"resolved": resolved, "step": new_step(job, "prepare", 1)})
+
+
+def _first_job(facts: Facts) -> ChildJob | None:
+    return facts.observed.child(child_job_name(facts.job.name, "prepare", 1)) or facts.observed.lost
+
+
+def _resolved_by(first: ChildJob) -> Resolved | None:
+    try:
+        # As in the status, a field that another version of the operator has written is no reason to start anew.
+        return Resolved.model_validate_json(first.resolved, extra="ignore")
+    except ValidationError:
+        return None
 
 
 def objection(facts: Facts) -> Reason | None:

@@ -19,14 +19,15 @@ class Pages(Cluster):
         query = dict(request["query"])
         self.asked.append(query)
         number = int(query.get("continue", "page-1").removeprefix("page-"))
-        metadata = {"continue": f"page-{number + 1}"} if number < 3 else {}
+        metadata = {"resourceVersion": "5"} | ({"continue": f"page-{number + 1}"} if number < 3 else {})
         return json.dumps({"metadata": metadata, "items": [{"metadata": {"name": f"pod-{number}"}}]}).encode()
 
 
 def test_a_list_is_read_to_its_last_page() -> None:
     cluster = Pages()
     pods = asyncio.run(cluster.list_pods("team", "uid"))
-    assert [pod["metadata"]["name"] for pod in pods] == ["pod-1", "pod-2", "pod-3"]
+    assert pods.version == "5"
+    assert [pod["metadata"]["name"] for pod in pods.items] == ["pod-1", "pod-2", "pod-3"]
     assert [query.get("continue") for query in cluster.asked] == [None, "page-2", "page-3"]
     assert {query["labelSelector"] for query in cluster.asked} == {f"{JOB_UID_LABEL}=uid"}
     assert {query["limit"] for query in cluster.asked} == {"500"}

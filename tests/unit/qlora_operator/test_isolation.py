@@ -19,6 +19,7 @@ from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync, WatchMonitor
 from qlora_operator.settings import Settings
+from qlora_operator.store import Store
 from tests.support.builders import NAME, NOW, PROFILES, job_body, time
 
 CANARY = "canary"
@@ -61,14 +62,14 @@ class RecordingCluster(Cluster):
             self.body = self.body | {"status": body["status"]}
             return self.body
         if method == "POST" and path.endswith("/jobs"):
-            made = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": time()}
+            made = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": time(), "resourceVersion": "8"}
             self.jobs.append(body | {"metadata": body["metadata"] | made})
             return self.jobs[-1]
         if method == "POST":
             return body
         if path.endswith(f"/qlorajobs/{NAME}"):
             return self.body
-        return {"metadata": {}, "items": self.jobs if path.endswith("/jobs") else []}
+        return {"metadata": {"resourceVersion": "9"}, "items": self.jobs if path.endswith("/jobs") else []}
 
 
 HOSTILE = [
@@ -121,7 +122,10 @@ def test_the_recorder_sees_files_hosts_and_programs(recorded: list[Any]) -> None
 
 def test_an_operator_of_some_namespaces_asks_for_nothing_in_others_or_in_the_whole_cluster() -> None:
     cluster = RecordingCluster(job_body())
-    resync = Resync(cluster, ("team-a", "team-b"), lambda _key, _after: None, interval=300, monotonic=lambda: 0.0)
+    resync = Resync(
+        cluster, ("team-a", "team-b"), lambda _key, _after: None, store=Store(), interval=300, monotonic=lambda: 0.0
+    )
+    asyncio.run(resync.fill())
     asyncio.run(resync.once())
     asyncio.run(resync._beat())
     found = {path.partition("/namespaces/")[2] for _, path in cluster.requests}
@@ -138,6 +142,6 @@ def test_it_watches_those_namespaces_only_and_the_cluster_only_without_any(
         given.update(arguments)
 
     monkeypatch.setattr(kopf, "operator", operator)
-    hooks = Hooks(lambda _key: None, WatchMonitor(150), lambda _key, _phase: None, lambda: None)
+    hooks = Hooks(lambda key, first=False: None, WatchMonitor(150), lambda _key, _phase: None, lambda: None, Store())
     asyncio.run(watch(Settings(profiles=PROFILES, namespaces=namespaces), hooks))
     assert (given["clusterwide"], tuple(given["namespaces"])) == (not namespaces, namespaces)

@@ -4,7 +4,19 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, Plan, plan
+from qlora_api.naming import RESOLVED_ANNOTATION
+from qlora_operator.decisions.manifests import document
+from qlora_operator.decisions.observe import Observed, parse_child
+from qlora_operator.decisions.plan import (
+    Action,
+    CreateClaim,
+    CreateJob,
+    DeleteJob,
+    Plan,
+    cannot_be_undone,
+    is_settled,
+    plan,
+)
 from qlora_operator.decisions.status import next_status
 from tests.support.builders import (
     NAME,
@@ -17,10 +29,13 @@ from tests.support.builders import (
     follow,
     make_job,
     pod,
+    resolved,
     running,
+    seen,
     status_in,
     step_status,
     succeeded,
+    with_resolved,
 )
 
 
@@ -34,9 +49,84 @@ def delete(step: str, attempt: int = 1) -> DeleteJob:
     return DeleteJob(name, f"uid-{name}")
 
 
-def test_nothing_is_created_before_what_was_resolved_is_stored() -> None:
-    assert decide(make_job()) == Plan((), after(0))
+def test_a_new_job_gets_its_claim_and_its_first_job_at_once() -> None:
+    assert decide(make_job()).actions == (CreateClaim(), CreateJob("prepare", 1))
     assert decide(make_job(follow(make_job()))).actions == (CreateClaim(), CreateJob("prepare", 1))
+
+
+def test_what_was_resolved_is_taken_from_the_first_job_and_never_resolved_anew() -> None:
+    first = with_resolved(child("prepare"), image="example.org/old")
+    for spec in ({}, {"suspend": True}, {"scheduling": {"profile": "gone"}}):
+        status = follow(make_job(**spec), first)
+        assert status.resolved is not None
+        assert status.resolved.profile.image == "example.org/old"
+        assert status.step == step_status("prepare")
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1]"])
+def test_a_first_job_that_does_not_say_what_was_resolved_is_used_all_the_same(text: str) -> None:
+    first = child("prepare")
+    first["metadata"]["annotations"] = {RESOLVED_ANNOTATION: text}
+    status = follow(make_job(), first)
+    fixed = resolved().model_copy(update={"document": document(make_job())})
+    assert (status.resolved, status.step) == (fixed, step_status("prepare"))
+    assert decide(make_job(), first).actions == ()
+
+
+def test_a_first_job_that_was_deleted_before_the_status_was_stored_is_followed_by_the_second() -> None:
+    lost = parse_child(with_resolved(child("prepare"), image="example.org/old"))
+    found = facts(make_job(), observed=Observed(lost=lost))
+    status = next_status(found)
+    assert status.resolved is not None
+    assert status.resolved.profile.image == "example.org/old"
+    assert plan(found.job, status, found.observed, found.now).actions == (CreateClaim(), CreateJob("prepare", 2))
+
+
+@pytest.mark.parametrize(
+    ("job", "bodies", "careful"),
+    [
+        (make_job(), [], False),
+        (make_job(), [child("prepare")], False),
+        (make_job(), [child("prepare"), failed("prepare", 203, "InternalError", "")], True),
+        (make_job(status_in("prepare")), [child("prepare"), running(pod("prepare"))], False),
+        (make_job(status_in("prepare")), [], True),
+        (make_job(status_in("train")), [running(pod("train"))], False),
+        (make_job(status_in("train")), [deleted(running(pod("train")), -5)], True),
+        (make_job(status_in("train")), [child("train"), ended(pod("train"), 203)], True),
+        (make_job(status_in("train"), suspend=True), [child("train")], True),
+        (make_job(status_in("train"), suspend=True), [child("train", Failed="x")], True),
+        (make_job(status_in("prepare")), [child("prepare", Complete=""), succeeded("prepare")], True),
+        (make_job(status_in("publish")), [child("publish", Complete=""), succeeded("publish")], True),
+    ],
+)
+def test_what_cannot_be_undone_is_told_from_what_can(job: Any, bodies: Any, careful: bool) -> None:
+    found = facts(job, *bodies)
+    status = next_status(found)
+    actions = plan(job, status, found.observed, found.now).actions
+    assert cannot_be_undone(job, status, actions) == careful
+
+
+@pytest.mark.parametrize(
+    ("status", "bodies", "spec", "settled"),
+    [
+        ("failed", [], {}, True),
+        ("failed", [child("prepare", Failed="x")], {}, True),
+        ("failed", [child("prepare")], {}, False),
+        ("succeeded", [child("publish", Complete="")], {}, True),
+        ("succeeded", [], {"cleanupAfterSeconds": 100}, False),
+        ("cleaned", [], {"cleanupAfterSeconds": 100}, True),
+        ("cleaned", [child("clean", Complete="")], {"cleanupAfterSeconds": 100}, False),
+        ("running", [], {}, False),
+    ],
+)
+def test_a_job_is_settled_once_nothing_is_left_to_do_for_it(
+    status: str, bodies: Any, spec: dict[str, Any], settled: bool
+) -> None:
+    cleaned = follow(make_job(FINISHED, cleanupAfterSeconds=100), child("clean", Complete=""), now=after(130))
+    bad = follow(make_job(status_in("prepare")), child("prepare", Failed="x"), failed("prepare", 11, "BadDataset", ""))
+    statuses = {"failed": bad, "succeeded": FINISHED, "cleaned": cleaned, "running": status_in("train")}
+    assert is_settled(make_job(statuses[status], **spec), seen(*bodies)) == settled
+    assert not is_settled(make_job(statuses[status], generation=2, **spec), seen(*bodies))
 
 
 def test_a_claim_of_the_user_is_not_created() -> None:

@@ -1,6 +1,7 @@
 """One pass over a job, against a cluster in memory: what is written, what is left alone, and when it looks again."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,14 +10,18 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.cluster import ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.store import Store
+from qlora_operator.workqueue import RetryError
 from tests.support.builders import (
     NAME,
     NOW,
     PROFILES,
     UID,
     child,
+    failed,
     follow,
     job_body,
     make_job,
@@ -25,8 +30,10 @@ from tests.support.builders import (
     reason_of,
     running,
     status_in,
+    step_status,
     succeeded,
     time,
+    with_resolved,
 )
 
 KEY = ("team", NAME)
@@ -42,7 +49,11 @@ class MemoryCluster:
         self.pods: list[Object] = []
         self.claims: dict[str, Object] = {}
         self.writes: list[str] = []
-        self.lists = 0
+        self.reads = 0
+        self.conflicts = 0
+        self.existing: Object | None = None
+        self.after_create: Callable[[], None] | None = None
+        self.version = 100
         self._rejected = rejected
 
     @property
@@ -54,24 +65,33 @@ class MemoryCluster:
         if kind in self._rejected:
             raise RejectedError("exceeded quota: team")
 
-    async def get_qlora_job(self, namespace: str, name: str) -> Object:
-        return self.job
+    async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
+        self.reads += 1
+        return self.job or None
 
-    async def list_jobs(self, namespace: str, job_uid: str) -> list[Object]:
-        self.lists += 1
-        return self.jobs
+    async def list_jobs(self, namespace: str, job_uid: str) -> Listing:
+        self.reads += 1
+        return Listing(list(self.jobs), str(self.version))
 
-    async def list_pods(self, namespace: str, job_uid: str) -> list[Object]:
-        return self.pods
+    async def list_pods(self, namespace: str, job_uid: str) -> Listing:
+        self.reads += 1
+        return Listing(list(self.pods), str(self.version))
 
     async def create_job(self, namespace: str, manifest: dict[str, Any]) -> Object:
         self._write("Job")
-        made = {"uid": f"uid-{manifest['metadata']['name']}", "creationTimestamp": time()}
+        if self.existing is not None:
+            raise ConflictError("already exists")
+        made = {"uid": f"uid-{manifest['metadata']['name']}", "creationTimestamp": time(), **self._next()}
         self.jobs.append(manifest | {"metadata": manifest["metadata"] | made})
-        return self.jobs[-1]
+        created = self.jobs[-1]
+        if self.after_create is not None:
+            self.after_create()
+        return created
 
     async def get_job(self, namespace: str, name: str) -> Object:
-        raise NotFoundError(name)
+        if self.existing is None:
+            raise NotFoundError(name)
+        return self.existing
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         self._write(f"deletion of {name}")
@@ -88,18 +108,41 @@ class MemoryCluster:
     async def create_event(self, namespace: str, manifest: Object) -> None:
         self._write("Event")
 
-    async def apply_status(self, job: QLoRAJob, status: Object) -> None:
+    async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
+        if self.conflicts:
+            self.conflicts -= 1
+            raise ConflictError("the object has been modified")
         self._write("status")
-        self.job = self.job | {"status": status}
+        self.job = self.job | {"status": status, "metadata": self.job["metadata"] | self._next()}
+        return self.job
+
+    def _next(self) -> dict[str, str]:
+        self.version += 1
+        return {"resourceVersion": str(self.version)}
 
 
-def reconcile(cluster: MemoryCluster) -> float | None:
+def reconcile(cluster: MemoryCluster, store: Store | None = None) -> float | None:
     """Seconds until the operator looks again, as soon as it waits."""
-    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW)  # type: ignore[arg-type]
+    reconciler = operator(cluster, store or Store())
     for _ in range(10):
         if (again := asyncio.run(reconciler.reconcile(KEY))) != 0:
             return again
     raise AssertionError("the operator does not come to rest")
+
+
+def operator(cluster: MemoryCluster, store: Store) -> Reconciler:
+    return Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, store)  # type: ignore[arg-type]
+
+
+def shown(cluster: MemoryCluster, *, created: bool = False) -> Store:
+    """What the watches have shown, if that is all that there is."""
+    store = Store()
+    store.job_changed(cluster.job, created=created)
+    for body in cluster.jobs:
+        store.child_changed("jobs", body)
+    for body in cluster.pods:
+        store.child_changed("pods", body)
+    return store
 
 
 def stored(status: QLoRAJobStatus, **spec: Any) -> MemoryCluster:
@@ -135,7 +178,7 @@ def test_a_job_that_is_being_deleted_is_left_alone() -> None:
     cluster.job["metadata"]["deletionTimestamp"] = time()
     cluster.pods = [running(pod("train"))]
     assert reconcile(cluster) is None
-    assert (cluster.writes, cluster.lists) == ([], 0)
+    assert (cluster.writes, cluster.reads) == ([], 1)
 
 
 FINISHED = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
@@ -147,7 +190,126 @@ def test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due() 
     assert reason_of(cluster.status, "CleanedUp") == "Scheduled"
 
 
-def test_a_finished_job_without_clean_up_is_not_looked_at_any_more() -> None:
-    cluster = stored(FINISHED)
-    assert reconcile(cluster) is None
-    assert (cluster.writes, cluster.lists) == ([], 0)
+FAILED = follow(make_job(status_in("prepare")), child("prepare", Failed="x"), failed("prepare", 11, "BadDataset", ""))
+
+
+@pytest.mark.parametrize("status", [FINISHED, FAILED], ids=["succeeded", "failed"])
+def test_a_finished_job_without_clean_up_is_not_looked_at_any_more(status: QLoRAJobStatus) -> None:
+    cluster = stored(status)
+    store = shown(cluster)
+    assert reconcile(cluster, store) is None
+    assert (cluster.writes, cluster.reads) == ([], 0)
+    assert store.is_settled(KEY)
+
+
+def test_a_failed_job_whose_step_still_runs_is_looked_at_and_the_step_deleted() -> None:
+    cluster = stored(FAILED)
+    cluster.jobs = [child("train")]
+    store = shown(cluster)
+    assert reconcile(cluster, store) is None
+    assert cluster.writes == [f"deletion of {NAME}-train-1"]
+    assert not store.is_settled(KEY)
+
+
+def test_a_new_job_takes_four_calls_and_its_event_tells_what_is_stored() -> None:
+    cluster = MemoryCluster(job_body())
+    assert reconcile(cluster, shown(cluster, created=True)) == 60
+    assert (cluster.writes, cluster.reads) == (["PersistentVolumeClaim", "Job", "status", "Event"], 0)
+    assert (cluster.status.phase, cluster.status.step) == ("Preparing", step_status("prepare"))
+
+
+def test_the_first_job_of_a_job_that_is_older_than_the_watch_is_created_after_a_look() -> None:
+    cluster = MemoryCluster(job_body())
+    store = shown(cluster)
+    cluster.jobs = [with_resolved(child("prepare"), image="example.org/old")]
+    reconcile(cluster, store)
+    assert (cluster.writes, cluster.reads) == (["status", "Event"], 3)
+    assert cluster.status.resolved is not None
+    assert cluster.status.resolved.profile.image == "example.org/old"
+
+
+def test_the_first_job_of_another_operator_says_what_was_resolved() -> None:
+    cluster = MemoryCluster(job_body())
+    store = shown(cluster, created=True)
+    cluster.existing = with_resolved(child("prepare"), image="example.org/other")
+    reconcile(cluster, store)
+    assert cluster.status.resolved is not None
+    assert cluster.status.resolved.profile.image == "example.org/other"
+
+
+@pytest.mark.parametrize("before_the_answer", [False, True])
+def test_a_first_job_that_is_deleted_before_the_status_is_stored_is_remembered(before_the_answer: bool) -> None:
+    cluster = MemoryCluster(job_body())
+    store = shown(cluster, created=True)
+    reconciler = operator(cluster, store)
+
+    def delete() -> None:
+        store.child_changed("jobs", {**cluster.jobs.pop(), "status": {}}, deleted=True)
+
+    cluster.after_create = delete if before_the_answer else None
+    assert asyncio.run(reconciler.reconcile(KEY)) == 0
+    cluster.after_create = None
+    if not before_the_answer:
+        delete()
+    reconcile(cluster, store)
+    assert cluster.status.step == step_status("prepare", 2)
+
+
+def test_a_job_that_the_store_has_missed_is_not_created_again() -> None:
+    cluster = stored(status_in("train"))
+    store = shown(cluster)
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    reconcile(cluster, store)
+    assert "Job" not in cluster.writes
+    assert cluster.status.step is not None
+    assert (cluster.status.step.job_name, cluster.reads) == (step_status("train").job_name, 3)
+
+
+def test_an_end_that_the_watch_has_shown_is_read_again_before_it_is_stored() -> None:
+    cluster = stored(status_in("publish"))
+    cluster.jobs, cluster.pods = [child("publish", Complete="")], [succeeded("publish")]
+    reconcile(cluster, shown(cluster))
+    assert (cluster.status.phase, cluster.reads) == ("Succeeded", 3)
+
+
+def test_a_suspension_that_was_taken_back_deletes_nothing() -> None:
+    cluster = stored(status_in("train"), suspend=True)
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    store = shown(cluster)
+    del cluster.job["spec"]["suspend"]
+    reconcile(cluster, store)
+    assert [write for write in cluster.writes if write.startswith("deletion")] == []
+
+
+def test_after_a_conflict_the_job_is_read_live() -> None:
+    cluster = stored(status_in("train"))
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    store = shown(cluster)
+    cluster.conflicts = 1
+    with pytest.raises(RetryError, match="changed or deleted in the meantime"):
+        asyncio.run(operator(cluster, store).reconcile(KEY))
+    assert cluster.reads == 0
+    reconcile(cluster, store)
+    assert (cluster.status.phase, cluster.reads) == ("Training", 3)
+
+
+def test_a_pass_that_changes_nothing_asks_the_api_server_for_nothing() -> None:
+    cluster = stored(status_in("train"))
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    store = shown(cluster)
+    reconcile(cluster, store)
+    writes = list(cluster.writes)
+    reconcile(cluster, store)
+    assert (cluster.writes, cluster.reads, writes) == (writes, 0, ["status", "Event"])
+
+
+def test_a_job_that_is_gone_is_forgotten() -> None:
+    cluster = MemoryCluster(job_body())
+    store = shown(cluster)
+    store.distrust(KEY)
+    cluster.job = {}
+    reconciler = operator(cluster, store)
+    reconciler.metrics.job_is_in(KEY, "Training")
+    assert asyncio.run(reconciler.reconcile(KEY)) is None
+    assert store.held(KEY) is None
+    assert reconciler.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 0

@@ -7,7 +7,9 @@ import pytest
 
 from qlora_operator.cluster import ClusterError, RejectedError
 from qlora_operator.decisions.events import phase_event
+from qlora_operator.listing import Kind, Listed, listed
 from qlora_operator.resync import Identity, Resync, WatchMonitor
+from qlora_operator.store import Store
 from tests.support.builders import (
     NOW,
     UID,
@@ -75,16 +77,27 @@ def test_one_kinds_list_says_nothing_about_another() -> None:
     assert watch.dead == ()
 
 
+def test_an_object_that_a_list_no_longer_has_is_not_remembered_unless_it_is_newer() -> None:
+    watch = monitor()
+    watch.show(JOB, "5", deleted=False)
+    watch.show(("qlorajobs", "team", "b"), "12", deleted=False)
+    watch.show(POD, "5", deleted=False)
+    watch.compare("qlorajobs", {}, now=0, version="9")
+    assert set(watch._shown) == {("qlorajobs", "team", "b"), POD}
+
+
 class Lists:
     """Answers the lists of an otherwise empty cluster, or raises `failure`."""
 
     def __init__(self) -> None:
         self.failure: ClusterError | None = None
-        self.jobs: list[dict[str, object]] = [{"metadata": {"namespace": "team", "name": "a", "resourceVersion": "1"}}]
+        self.jobs: list[dict[str, object]] = [
+            {"metadata": {"namespace": "team", "name": "a", "uid": "u", "resourceVersion": "1"}}
+        ]
 
-    async def list_metadata(self, kind: str, namespace: str | None) -> list[dict[str, object]]:
+    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
         await self.check_list(kind, namespace)
-        return list(self.jobs) if kind == "qlorajobs" else []
+        return [listed(kind, body) for body in self.jobs] if kind == "qlorajobs" else [], "9"
 
     async def check_list(self, kind: str, namespace: str | None) -> None:
         if self.failure is not None:
@@ -106,7 +119,7 @@ def test_lost_rights_are_reported_soon_and_a_lost_server_only_later(
     loop = VirtualLoop()
     lists = Lists()
     asked: list[Any] = []
-    resync = Resync(lists, (), lambda key, after: asked.append(key), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+    resync = Resync(lists, (), lambda key, after: asked.append(key), store=Store(), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
 
     def says(words: str | None) -> bool:
         problem = resync.problem()
@@ -133,7 +146,7 @@ def test_lost_rights_are_reported_soon_and_a_lost_server_only_later(
 
 def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:
     loop = VirtualLoop()
-    resync = Resync(Lists(), (), lambda _key, _after: None, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+    resync = Resync(Lists(), (), lambda _key, _after: None, store=Store(), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
 
     async def scenario() -> None:
         task = asyncio.create_task(resync.run())
@@ -158,7 +171,10 @@ def test_a_resync_of_many_jobs_is_spread_over_at_most_half_of_its_interval(jobs:
         for n in range(jobs)
     ]
     asked: list[float] = []
-    resync = Resync(lists, (), lambda key, after: asked.append(after), interval=300, monotonic=lambda: 0.0)  # type: ignore[arg-type]
+    store = Store()
+    for body in lists.jobs:
+        store.job_changed(body)
+    resync = Resync(lists, (), lambda key, after: asked.append(after), store=store, interval=300, monotonic=lambda: 0.0)  # type: ignore[arg-type]
     asyncio.run(resync.once())
     assert (len(asked), asked[0]) == (jobs, 0.0)
     assert max(asked) == pytest.approx(last)

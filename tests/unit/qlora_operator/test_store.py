@@ -1,0 +1,243 @@
+"""What the store holds, in whatever order watches, lists and the answers of the operator's own writes arrive."""
+
+from typing import Any
+
+import pytest
+
+from qlora_operator.decisions.observe import Object
+from qlora_operator.listing import Listed, Listing, listed
+from qlora_operator.store import Store
+from tests.support.builders import NAME, UID, child, ended, job_body, pod, running, status_in, with_resolved
+
+KEY = ("team", NAME)
+OTHER = "ffffffff-0000-4000-8000-000000000000"
+
+
+def at(version: int | str, body: dict[str, Any], **metadata: Any) -> dict[str, Any]:
+    """The object in that version."""
+    return body | {"metadata": body["metadata"] | {"resourceVersion": str(version)} | metadata}
+
+
+def store_with(*children: tuple[Any, dict[str, Any]], job: dict[str, Any] | None = None) -> Store:
+    store = Store()
+    store.job_changed(at(10, job or job_body()))
+    for kind, body in children:
+        store.child_changed(kind, body)
+    return store
+
+
+def names(store: Store) -> tuple[list[str], list[str]]:
+    held = store.held(KEY)
+    assert held is not None
+    return [each.name for each in held.observed.children], [each.name for each in held.observed.pods]
+
+
+def status(store: Store) -> Any:
+    held = store.held(KEY)
+    assert held is not None
+    return held.body["status"]
+
+
+def rows(kind: Any, *bodies: Object) -> list[Listed]:
+    return [listed(kind, body) for body in bodies]
+
+
+def test_a_job_is_held_with_its_children() -> None:
+    store = store_with(("jobs", child("train")), ("pods", pod("train")))
+    assert names(store) == ([f"{NAME}-train-1"], [f"{NAME}-train-1-pod1"])
+
+
+def test_an_older_event_after_the_answer_of_an_own_write_changes_nothing() -> None:
+    store = store_with()
+    written = status_in("train").dump()
+    assert not store.job_changed(at(12, job_body(written)))
+    assert not store.job_changed(at(11, job_body()))
+    assert status(store) == written
+
+
+def test_the_echo_of_a_status_write_is_no_news_and_a_change_of_the_spec_is() -> None:
+    store = store_with()
+    assert not store.job_changed(at(12, job_body(status_in("train").dump())))
+    assert store.job_changed(at(13, job_body(suspend=True, generation=2)))
+    assert store.job_changed(at(14, job_body(generation=2), deletionTimestamp="2026-01-02T12:00:00Z"))
+
+
+def test_a_pod_whose_change_no_decision_depends_on_is_no_news() -> None:
+    store = store_with(("pods", at(5, pod("train"))))
+    assert not store.child_changed("pods", at(6, pod("train", podIP="10.0.0.1")))
+    assert store.child_changed("pods", at(7, running(pod("train"))))
+    assert not store.child_changed("pods", at(6, ended(pod("train"), 1)))
+
+
+def test_a_deletion_that_overtakes_the_answer_of_the_creation_is_not_undone() -> None:
+    store = store_with()
+    store.child_changed("jobs", at(12, child("train")), deleted=True)
+    assert not store.child_changed("jobs", at(11, child("train")))
+    assert names(store) == ([], [])
+
+
+def test_an_object_that_gets_its_label_back_is_held_again() -> None:
+    store = store_with(("pods", at(11, pod("train"))))
+    store.child_changed("pods", at(12, pod("train")), deleted=True)
+    assert store.child_changed("pods", at(13, pod("train")))
+    assert len(names(store)[1]) == 1
+
+
+@pytest.mark.parametrize("deletion_first", [True, False])
+def test_a_job_of_the_same_name_is_another_job(deletion_first: bool) -> None:
+    store = store_with(("jobs", child("train")))
+    new = at(30, job_body(), uid=OTHER)
+    if deletion_first:
+        store.job_changed(at(20, job_body()), deleted=True)
+        assert store.held(KEY) is None
+    assert store.job_changed(new, created=True)
+    if not deletion_first:
+        store.job_changed(at(20, job_body()), deleted=True)
+    held = store.held(KEY)
+    assert held is not None
+    assert (held.body["metadata"]["uid"], held.fresh, names(store)) == (OTHER, True, ([], []))
+    assert not store.job_changed(at(19, job_body()))
+    assert store.held(KEY) is not None
+
+
+def test_a_late_event_of_a_deleted_job_does_not_take_the_name_of_the_new_one() -> None:
+    store = Store()
+    store.job_changed(at(30, job_body(), uid=OTHER))
+    store.job_changed(at(10, job_body()))
+    held = store.held(KEY)
+    assert held is not None
+    assert held.body["metadata"]["uid"] == OTHER
+
+
+def test_children_that_are_shown_before_their_job_are_there_with_it() -> None:
+    store = Store()
+    store.child_changed("jobs", child("prepare"))
+    assert store.held(KEY) is None
+    store.job_changed(at(10, job_body()), created=True)
+    held = store.held(KEY)
+    assert held is not None
+    assert (names(store)[0], held.fresh) == ([f"{NAME}-prepare-1"], False)
+
+
+@pytest.mark.parametrize(("created", "fresh"), [(True, True), (False, False)])
+def test_only_a_job_whose_creation_a_watch_has_shown_is_fresh(created: bool, fresh: bool) -> None:
+    store = Store()
+    store.job_changed(at(10, job_body()), created=created)
+    store.job_changed(at(11, job_body(suspend=True)), created=True)
+    held = store.held(KEY)
+    assert held is not None
+    assert held.fresh == fresh
+
+
+def test_a_label_in_another_namespace_or_without_control_makes_no_child() -> None:
+    elsewhere = pod("train")
+    elsewhere["metadata"]["namespace"] = "another-team"
+    store = store_with(("pods", elsewhere), ("jobs", child("train", owner="somebody-else")))
+    assert names(store) == ([], [])
+
+
+def test_what_a_watch_has_missed_to_delete_is_pruned_by_the_list_and_what_is_newer_stays() -> None:
+    old, new = at(20, pod("train")), at(50, pod("train", number=2))
+    store = store_with(("pods", old), ("pods", new))
+    assert store.compare("pods", None, [], "40") == {KEY}
+    assert names(store)[1] == [f"{NAME}-train-1-pod2"]
+    assert store.compare("pods", "another-team", [], "60") == set()
+    assert not store.child_changed("pods", at(30, pod("train")))
+
+
+def test_a_job_whose_deletion_was_missed_is_pruned_by_the_list() -> None:
+    store = store_with()
+    assert store.compare("qlorajobs", "team", [], "40") == {KEY}
+    assert store.held(KEY) is None
+
+
+@pytest.mark.parametrize("kind", ["qlorajobs", "jobs", "pods"])
+def test_what_a_dead_watch_has_not_shown_is_read_live_until_it_is_known(kind: Any) -> None:
+    bodies: dict[Any, dict[str, Any]] = {"qlorajobs": job_body(), "jobs": child("train"), "pods": pod("train")}
+    store = store_with(("jobs", at(11, child("train"))), ("pods", at(11, pod("train"))))
+    newer = at(20, bodies[kind])
+    assert store.compare(kind, None, rows(kind, newer), "25") == {KEY}
+    assert store.held(KEY) is None
+    if kind == "qlorajobs":
+        store.job_changed(newer)
+    else:
+        store.child_changed(kind, newer)
+    assert store.held(KEY) is not None
+    assert store.compare(kind, None, rows(kind, newer), "25") == set()
+
+
+def test_after_a_live_read_the_job_is_held_as_it_was_read() -> None:
+    store = store_with(("jobs", at(11, child("prepare"))), ("pods", at(11, pod("prepare"))))
+    store.distrust(KEY)
+    assert store.held(KEY) is None
+    lists = (Listing([at(21, child("train"))], "30"), Listing([], "30"))
+    observed = store.read(at(22, job_body()), *lists)
+    assert [each.name for each in observed.children] == [f"{NAME}-train-1"]
+    assert names(store) == ([f"{NAME}-train-1"], [])
+
+
+def test_a_job_that_the_watch_does_not_know_is_looked_at() -> None:
+    body = at(20, job_body())
+    assert Store().compare("qlorajobs", None, rows("qlorajobs", body), "25") == {KEY}
+
+
+@pytest.mark.parametrize("kind", ["qlorajobs", "jobs"])
+def test_versions_that_are_no_numbers_make_every_read_live(kind: Any) -> None:
+    store = Store()
+    store.job_changed(at("a7" if kind == "qlorajobs" else 7, job_body()))
+    store.child_changed("jobs", at("b8" if kind == "jobs" else 8, child("train")))
+    assert store.held(KEY) is None
+    lists = (Listing([at("b9", child("train"))], "c"), Listing([], "c"))
+    assert len(store.read(at("a8", job_body()), *lists).children) == 1
+    assert store.held(KEY) is None
+
+
+def test_a_first_job_that_is_gone_is_remembered_until_the_status_says_what_was_resolved() -> None:
+    first = with_resolved(child("prepare"))
+    store = store_with(("jobs", at(11, first)))
+    store.child_changed("jobs", at(12, first), deleted=True)
+    held = store.held(KEY)
+    assert held is not None
+    assert held.observed.lost is not None
+    lists = (Listing([], "30"), Listing([], "30"))
+    assert store.read(at(13, job_body()), *lists).lost == held.observed.lost
+    store.job_changed(at(14, job_body(status_in("prepare").dump())))
+    held = store.held(KEY)
+    assert held is not None
+    assert held.observed.lost is None
+
+
+def test_a_job_is_settled_until_something_is_shown_about_it() -> None:
+    store = store_with(("pods", at(11, pod("train"))))
+    for show in (
+        lambda: store.job_changed(at(12, job_body(suspend=True, generation=2))),
+        lambda: store.child_changed("pods", at(13, running(pod("train")))),
+        lambda: store.compare("pods", None, rows("pods", at(14, pod("train"))), "14"),
+        lambda: store.child_changed("pods", at(15, pod("train")), deleted=True),
+    ):
+        store.settle(KEY, True)
+        assert store.is_settled(KEY)
+        show()
+        assert not store.is_settled(KEY)
+
+
+def test_nothing_is_kept_of_what_is_gone() -> None:
+    store = store_with(("jobs", child("train")), ("pods", pod("train")))
+    store.job_changed(at(20, job_body()), deleted=True)
+    store.child_changed("jobs", at(21, child("train")), deleted=True)
+    store.child_changed("pods", at(22, pod("train")), deleted=True)
+    assert (store._entries, store._places) == ({}, {})
+    for number in range(10_000):
+        store.child_changed("pods", at(number, pod("train"), uid=f"uid-{number}"), deleted=True)
+    assert len(store._buried) < 5000
+
+
+def test_what_nobody_reads_of_a_job_is_not_kept() -> None:
+    noise = {"kubectl.kubernetes.io/last-applied-configuration": "{}"}
+    store = store_with(
+        job=job_body() | {"metadata": job_body()["metadata"] | {"managedFields": [{}], "annotations": noise}}
+    )
+    held = store.held(KEY)
+    assert held is not None
+    assert (held.body["metadata"]["annotations"], "managedFields" in held.body["metadata"]) == ({}, False)
+    assert held.body["metadata"]["uid"] == UID
