@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,8 +49,8 @@ class Machine:
     """Whether a tracked file differs from that commit, results apart; None outside of a checkout."""
 
 
-def describe_machine() -> dict[str, Any]:
-    """This machine, now."""
+def describe_machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
+    """This machine, now, and the versions of these libraries."""
     lines = dict(_pairs(Path("/proc/cpuinfo").read_text()))
     flags = lines.get("flags", "").split()
     model = f"family {lines.get('cpu family')} model {lines.get('model')}"
@@ -62,7 +63,7 @@ def describe_machine() -> dict[str, Any]:
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             kernel=platform.release().partition("-")[0],
             python=platform.python_version(),
-            libraries={name: _version(name) for name in LIBRARIES},
+            libraries={name: _version(name) for name in libraries},
             environment=describe_environment(),
             load=os.getloadavg(),
             commit=commit,

@@ -226,11 +226,11 @@ async def connect(kubeconfig: Path | None = None) -> AsyncIterator[Cluster]:
 
     Raises ClusterError without any of them.
     """
-    async with open_transport(await _endpoint(kubeconfig), FIELD_MANAGER) as transport:
+    async with open_transport(await endpoint_of(kubeconfig), FIELD_MANAGER) as transport:
         yield Cluster(transport)
 
 
-async def _endpoint(kubeconfig: Path | None) -> Endpoint:
+async def endpoint_of(kubeconfig: Path | None) -> Endpoint:
     """The API server and the credentials for it, as the Kubernetes client finds and renews them."""
     configuration = client.Configuration()
 

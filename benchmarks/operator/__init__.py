@@ -1,0 +1,1 @@
+"""How many new jobs a second the operator starts, and what that costs."""

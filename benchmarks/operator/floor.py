@@ -1,0 +1,46 @@
+"""The least that anybody can do for a new job: a script that creates its claim and its first Job, and nothing else.
+
+It watches QLoRAJobs and creates the same objects as the operator, over the same connection, without a queue, a status,
+an Event, a restart or an error in mind. What the operator takes longer is what these cost.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from benchmarks.operator.objects import PROFILE
+from benchmarks.operator.watching import watch
+from qlora_api.contract import CONTRACT_VERSION
+from qlora_api.naming import workspace_claim_name, workspace_folder
+from qlora_api.status import Resolved
+from qlora_operator.cluster import Cluster, connect
+from qlora_operator.decisions.manifests import build_claim, build_job
+from qlora_operator.decisions.observe import QLoRAJob, parse_job
+
+_AT_A_TIME = 16
+
+
+async def main(kubeconfig: Path) -> None:
+    """Serve until the process is ended."""
+    gate = asyncio.Semaphore(_AT_A_TIME)
+    async with connect(kubeconfig) as cluster, asyncio.TaskGroup() as group:
+        async for event in watch(kubeconfig, "qlorajobs", metadata_only=False):
+            if event.kind == "ADDED":
+                group.create_task(_serve(cluster, parse_job(event.body), gate))
+
+
+async def _serve(cluster: Cluster, job: QLoRAJob, gate: asyncio.Semaphore) -> None:
+    resolved = Resolved(
+        contract_version=CONTRACT_VERSION,
+        profile=PROFILE,
+        claim_name=workspace_claim_name(job.name, job.uid),
+        claim_created=True,
+        workspace_path=workspace_folder(job.name, job.uid),
+    )
+    async with gate:
+        await cluster.create_claim(job.namespace, build_claim(job, resolved))
+        await cluster.create_job(job.namespace, build_job(job, resolved, "prepare", 1))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1])))
