@@ -50,6 +50,8 @@ def custom_resource_definition() -> Schema:
     status = structural_schema(QLoRAJobStatus, defaults=False)
     # Until the operator has seen a job, tools that follow kstatus must read it as "in progress".
     status["default"] = {"observedGeneration": -1}
+    # One writer owns all of it: the API server then keeps no note of the owner of each field, nor computes one.
+    status["x-kubernetes-map-type"] = "atomic"
     root: Schema = {
         "type": "object",
         "description": "QLoRAJob fine-tunes a language model: a frozen 4-bit base, a trained adapter (QLoRA).",

@@ -212,6 +212,9 @@ def test_a_job_lives_and_ends_and_then_nothing_is_written(namespace: ControlPlan
             cluster = await live(api, "whole", MortalCluster(api.client))
             await check_end(api, "whole")
             before = cluster.changes
+            managed = (await api.job("whole"))["metadata"]["managedFields"]
+            owned = [entry["fieldsV1"] for entry in managed if entry.get("subresource") == "status"]
+            assert owned == [{"f:status": {}}], "each write would compute and store the owner of each field"
             assert await settle(operator(cluster), (NAMESPACE, "whole")) is None
             assert cluster.changes == before
 
