@@ -10,6 +10,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from time import monotonic as time
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from qlora_operator.cluster import Cluster, connect
 from qlora_operator.decisions.observe import Object
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.resync import Resync
+from qlora_operator.store import Store
 from qlora_operator.transport import Transport
 from qlora_operator.workqueue import Key, RetryError
 from tests.support.builders import PROFILES
@@ -147,9 +150,14 @@ async def connected(plane: ControlPlane) -> AsyncIterator[Api]:
         yield Api(cluster)
 
 
-def operator(cluster: Cluster) -> Reconciler:
+def operator(cluster: Cluster, store: Store | None = None) -> Reconciler:
     return Reconciler(
-        cluster=cluster, profiles=PROFILES, progress=None, metrics=Metrics(), clock=lambda: datetime.now(UTC)
+        cluster=cluster,
+        profiles=PROFILES,
+        progress=None,
+        metrics=Metrics(),
+        clock=lambda: datetime.now(UTC),
+        store=store or Store(),
     )
 
 
@@ -279,5 +287,73 @@ def test_what_changed_since_it_was_read_is_read_again_and_not_overwritten(namesp
             status = (await api.job("late"))["status"]
             assert (status["phase"], status["observedGeneration"]) == ("Suspended", 2)
             assert await api.children("late") == []
+
+    asyncio.run(scenario())
+
+
+def test_an_operator_whose_watches_show_nothing_is_late_and_never_wrong(namespace: ControlPlane) -> None:
+    async def scenario() -> None:
+        async with connected(namespace) as api:
+            cluster, store = Cluster(api.client), Store()
+            asked: dict[Key, None] = {}
+            resync = Resync(
+                cluster, (NAMESPACE,), lambda key, _: asked.setdefault(key), store=store, interval=300, monotonic=time
+            )
+            reconciler = operator(cluster, store)
+
+            async def follow_the_lists() -> None:
+                """List, and work on what that asks for, until nothing changes any more."""
+                for _ in range(3):
+                    asked.clear()
+                    await resync.once()
+                    for key in asked:
+                        await settle(reconciler, key)
+
+            await resync.fill()
+            await api.apply("unseen")
+            uid = (await api.job("unseen"))["metadata"]["uid"]
+            for step in STEPS:
+                await follow_the_lists()
+                (job,) = [
+                    job for job in await api.children("unseen") if job["metadata"]["labels"]["qlora.dev/step"] == step
+                ]
+                await api.end(job, uid)
+            await follow_the_lists()
+            await check_end(api, "unseen")
+            asked.clear()
+            await resync.once()
+            assert (NAMESPACE, "unseen") not in asked, "a settled job is worked on at every resync"
+            await api.send("DELETE", f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs/unseen")
+            await follow_the_lists()
+            assert store.held((NAMESPACE, "unseen")) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_second_operator_with_an_old_view_starts_nothing_twice(namespace: ControlPlane) -> None:
+    async def scenario() -> None:
+        async with connected(namespace) as api:
+            await api.apply("shared")
+            key, body = (NAMESPACE, "shared"), await api.job("shared")
+            stores = [Store(), Store()]
+            for store in stores:
+                store.job_changed(body, created=True)
+            first, second = (operator(Cluster(api.client), store) for store in stores)
+            await settle(first, key)
+            # The second one's watches are so late that it still sees a new job.
+            assert await second.reconcile(key) == 0
+            with pytest.raises(RetryError, match="changed or deleted in the meantime"):
+                await second.reconcile(key)
+            await settle(second, key)
+            job = await api.job("shared")
+            assert (job["status"]["phase"], job["status"]["step"]["attempt"]) == ("Preparing", 1)
+            assert len(await api.children("shared")) == 1
+            (prepare,) = await api.children("shared")
+            await api.end(prepare, job["metadata"]["uid"])
+            for child in await api.children("shared"):
+                stores[0].child_changed("jobs", child)
+            await settle(first, key)
+            await settle(second, key)
+            assert len(await api.children("shared")) == 2
 
     asyncio.run(scenario())

@@ -1,0 +1,80 @@
+"""Which events of the watches lead to a pass, and which jobs go first."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import kopf
+import pytest
+
+from qlora_operator.handlers import Hooks, _configure, _register_events
+from qlora_operator.metrics import Metrics
+from qlora_operator.resync import WatchMonitor
+from qlora_operator.store import Store
+from qlora_operator.workqueue import Key
+from tests.support.builders import NAME, child, job_body, pod, running, status_in
+
+KEY = ("team", NAME)
+
+
+class Watches:
+    """Shows events to the handlers as kopf does, and keeps what they ask for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[Key, bool]] = []
+        self.metrics = Metrics()
+        handlers: dict[str, Callable[..., Any]] = {}
+
+        def register(*resource: str, **_: Any) -> Callable[[Callable[..., Any]], Any]:
+            return lambda handler: handlers.setdefault(resource[-1], handler)
+
+        monkeypatch.setattr(kopf.on, "event", register)
+        hooks = Hooks(self._ask, WatchMonitor(150), self.metrics.job_is_in, lambda: None, Store())
+        _register_events(kopf.OperatorRegistry(), hooks)
+        self._handlers = handlers
+
+    def _ask(self, key: Key, *, first: bool = False) -> None:
+        self.asked.append((key, first))
+
+    def show(self, kind: str, type_: str | None, version: int, body: dict[str, Any]) -> list[tuple[Key, bool]]:
+        """What is asked for after this event."""
+        self.asked.clear()
+        body = body | {"metadata": body["metadata"] | {"resourceVersion": str(version)}}
+        asyncio.run(self._handlers[kind](event={"type": type_, "object": body}))
+        return list(self.asked)
+
+
+@pytest.fixture
+def watches(monkeypatch: pytest.MonkeyPatch) -> Watches:
+    return Watches(monkeypatch)
+
+
+def test_a_new_job_goes_first_and_a_started_one_does_not(watches: Watches) -> None:
+    assert watches.show("qlorajobs", "ADDED", 10, job_body()) == [(KEY, True)]
+    assert watches.show("qlorajobs", "MODIFIED", 11, job_body(generation=2)) == [(KEY, True)]
+    started = status_in("train").dump()
+    assert watches.show("qlorajobs", "MODIFIED", 12, job_body(started, generation=3)) == [(KEY, False)]
+    assert watches.show("qlorajobs", "DELETED", 13, job_body(generation=3)) == [(KEY, False)]
+
+
+def test_a_write_of_the_status_leads_to_no_pass_and_is_counted(watches: Watches) -> None:
+    watches.show("qlorajobs", None, 10, job_body())
+    written = status_in("train", phase="Training").dump()
+    assert watches.show("qlorajobs", "MODIFIED", 11, job_body(written)) == []
+    assert watches.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 1
+
+
+def test_a_child_leads_to_a_pass_of_its_job_when_something_about_it_matters(watches: Watches) -> None:
+    assert watches.show("jobs", "ADDED", 10, child("train")) == [(KEY, False)]
+    assert watches.show("pods", "ADDED", 11, pod("train")) == [(KEY, False)]
+    assert watches.show("pods", "MODIFIED", 12, pod("train", hostIP="10.0.0.1")) == []
+    assert watches.show("pods", "MODIFIED", 13, running(pod("train"))) == [(KEY, False)]
+    assert watches.show("pods", "DELETED", 14, running(pod("train"))) == [(KEY, False)]
+
+
+def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:
+    settings = _configure()
+    assert settings.queueing.idle_timeout < 1
+    body: Any = {"spec": {"a": 1}}
+    assert settings.persistence.diffbase_storage.build(body=body) == {}
+    assert settings.persistence.diffbase_storage.fetch(body=body) is None
