@@ -23,7 +23,7 @@ from benchmarks.operator.watching import watch
 from devcluster import processes
 from devcluster.addresses import free_port
 from devcluster.controlplane import ControlPlane, running
-from qlora_operator.cluster import connect
+from qlora_operator.cluster import Cluster, connect
 
 ROOT = Path(__file__).parents[2]
 Subject = Literal["operator", "floor"]
@@ -31,6 +31,7 @@ _CREATED_AT_A_TIME = 32
 _START_SECONDS = 60
 _MOST_SECONDS = 300
 _MIB = 2**20
+_PROTOBUF = "application/vnd.kubernetes.protobuf"
 _TICKS = os.sysconf("SC_CLK_TCK")
 # The agent of the operator's own requests, and that of kopf's watches.
 _AGENTS = ("qlora-operator", "kopf")
@@ -134,6 +135,7 @@ async def _measure(subject: Subject, jobs: int, plane: ControlPlane, pid: int) -
         settled = Usage.of(pid), Usage.of(api_server)
         del seen.created["job-0"], seen.first_job["job-0"]
         calls = _calls(plane.audit_log, audit_from)
+        sizes = await _stored_bytes(cluster, "job-1", operated=subject == "operator")
     figures = {
         "jobs": jobs,
         "loadAverage": [round(value, 2) for value in load],
@@ -154,6 +156,7 @@ async def _measure(subject: Subject, jobs: int, plane: ControlPlane, pid: int) -
         },
         "callsPerJob": {call: round(count / jobs, 3) for call, count in sorted(calls.items())},
         "allCallsPerJob": round(sum(calls.values()) / jobs, 2),
+        "storedBytes": sizes,
     }
     if subject == "operator":
         lags = [seen.status[name] - seen.first_job[name] for name in seen.created]
@@ -174,7 +177,7 @@ async def _observed(plane: ControlPlane, seen: Seen) -> AsyncIterator[None]:
 
     async def see_statuses() -> None:
         async for event in watch(plane.kubeconfig, "qlorajobs"):
-            if event.kind == "MODIFIED":  # nobody but the operator changes these jobs, and that only their status
+            if any(entry.get("subresource") == "status" for entry in event.body["metadata"]["managedFields"]):
                 seen.status.setdefault(event.body["metadata"]["name"], event.seconds)
                 seen.changed.set()
 
@@ -201,6 +204,22 @@ def _calls(audit_log: Path, since: int) -> Counter[str]:
             subresource = f"/{reference['subresource']}" if "subresource" in reference else ""
             calls[f"{entry['verb']} {reference.get('resource', entry['requestURI'])}{subresource}"] += 1
     return calls
+
+
+async def _stored_bytes(cluster: Cluster, name: str, *, operated: bool) -> dict[str, int]:
+    """Size of each object of one job as etcd holds it: JSON for the QLoRAJob, protobuf for what Kubernetes defines."""
+    job = await cluster._request("GET", f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs/{name}")
+    sizes = {"QLoRAJob": len(job)}
+    selector = [("labelSelector", f"qlora.dev/job={name}")]
+    paths = {"Job": "/apis/batch/v1", "Pod": "/api/v1", "PersistentVolumeClaim": "/api/v1"}
+    for kind, path in paths.items():
+        plural = f"{path}/namespaces/{NAMESPACE}/{kind.lower()}s"
+        sizes[kind] = len(await cluster._request("GET", plural, query=selector, accept=_PROTOBUF))
+    if operated:
+        selector = [("fieldSelector", f"involvedObject.uid={json.loads(job)['metadata']['uid']}")]
+        events = f"/api/v1/namespaces/{NAMESPACE}/events"
+        sizes["Event"] = len(await cluster._request("GET", events, query=selector, accept=_PROTOBUF))
+    return sizes
 
 
 def _spread(values: list[float]) -> dict[str, float]:

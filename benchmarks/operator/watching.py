@@ -30,7 +30,7 @@ class Event:
 async def watch(
     kubeconfig: Path, objects: Literal["qlorajobs", "jobs"], *, metadata_only: bool = True
 ) -> AsyncIterator[Event]:
-    """All events from the first object on, until the caller stops."""
+    """All events from the first object on, until the caller stops; after a lost connection once more from the first."""
     endpoint = await endpoint_of(kubeconfig)
     headers = {"Accept": _METADATA if metadata_only else "application/json"}
     if authorization := await endpoint.authorization():
@@ -49,4 +49,3 @@ async def watch(
                 async for line in response.content:
                     event = json.loads(line)
                     yield Event(event["type"], event["object"], time.monotonic())
-                raise ConnectionError(f"the API server has ended the watch of {objects}")

@@ -176,11 +176,12 @@ class Store:
             number = self._number(each.version)
             if self._is_buried(each.uid, number):
                 continue
-            if entry is None or entry.key is None:
-                changed.add(each.key)
-            elif entry.version_of(each.uid) < number:
-                entry.wanted[each.uid] = number
-                entry.settled = False
+            if entry is not None and entry.key is not None:
+                if entry.version_of(each.uid) < number:
+                    entry.wanted[each.uid] = number
+                    entry.settled = False
+                    changed.add(entry.key)
+            elif each.job_name:
                 changed.add(each.key)
         return changed | self._prune(kind, namespace, {each.uid for each in found}, self._number(version))
 

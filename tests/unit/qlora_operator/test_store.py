@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from qlora_api.naming import JOB_UID_LABEL
 from qlora_operator.decisions.observe import Object
 from qlora_operator.listing import Listed, Listing, listed
 from qlora_operator.store import Store
@@ -164,6 +165,11 @@ def test_what_a_dead_watch_has_not_shown_is_read_live_until_it_is_known(kind: An
         store.child_changed(kind, newer)
     assert store.held(KEY) is not None
     assert store.compare(kind, None, rows(kind, newer), "25") == set()
+
+
+def test_a_label_without_a_name_leads_to_no_look_at_a_job_without_one() -> None:
+    nameless = at(20, pod("train"), labels={JOB_UID_LABEL: "nobody"})
+    assert Store().compare("pods", None, rows("pods", nameless), "25") == set()
 
 
 def test_after_a_live_read_the_job_is_held_as_it_was_read() -> None:
