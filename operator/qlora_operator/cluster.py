@@ -120,7 +120,7 @@ class Cluster:
 
     async def create_claim(self, namespace: str, manifest: Object) -> None:
         """Create a PersistentVolumeClaim. Raises ConflictError if the name is taken."""
-        await self._json("POST", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims", body=manifest)
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims", body=manifest)
 
     async def get_claim(self, namespace: str, name: str) -> Object:
         """One PersistentVolumeClaim. Raises NotFoundError."""
@@ -128,7 +128,7 @@ class Cluster:
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
         """Create an Event. Raises ConflictError if it exists already."""
-        await self._json("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)
 
     async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
         """Replace the job's status, which nobody else writes, by server-side apply. Returns the job as it is then.

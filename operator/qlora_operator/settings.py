@@ -45,7 +45,7 @@ class Settings(ApiModel):
         le=86_400,
         description="Seconds between full resyncs, which reconcile every job in case an event was lost.",
     )
-    workers: int = Field(8, ge=1, le=64, description="Number of jobs that are reconciled at the same time.")
+    workers: int = Field(16, ge=1, le=64, description="Number of jobs that are reconciled at the same time.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
     probe_port: Port = Field(8080, description="Port of /healthz.")
     metrics_port: Port = Field(9090, description="Port of /metrics.")

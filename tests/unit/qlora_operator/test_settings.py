@@ -33,7 +33,7 @@ def write(folder: Path, text: str) -> Path:
 def test_good_settings_are_read_and_the_rest_has_defaults(tmp_path: Path) -> None:
     settings = load_settings(write(tmp_path, GOOD))
     assert settings.namespaces == ("team-a", "team-b")
-    assert (settings.resync_seconds, settings.progress.enabled, settings.workers) == (60, False, 8)
+    assert (settings.resync_seconds, settings.progress.enabled, settings.workers) == (60, False, 16)
     assert settings.profiles["big"].workspace.topology == "node-local"
     assert settings.profiles["default"].gpu_resource is None
 
