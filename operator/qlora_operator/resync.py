@@ -103,14 +103,20 @@ class Resync:
         self._rejected_beats = 0
 
     async def run(self) -> None:
-        """Resync until canceled, first after one interval. Small requests in between check connection and rights."""
-        due = self._next()
+        """Resync until canceled, first after one interval. Small requests in between check connection and rights.
+
+        What was deleted before the watches began, and after `fill`, nobody shows: one list soon after the start does.
+        """
+        due, watched_from_the_start = self._next(), False
         while True:
             await asyncio.sleep(min(_BEAT_SECONDS, max(0.0, due - self._monotonic())))
             try:
                 if self._monotonic() >= due:
                     await self.once()
                     due = self._next()
+                elif not watched_from_the_start:
+                    await self.once(judge=False)
+                    watched_from_the_start = True
                 else:
                     await self._beat()
                 self._rejected_beats = 0
@@ -153,8 +159,8 @@ class Resync:
         else:
             self._store.child_changed(kind, body)
 
-    async def once(self) -> None:
-        """List everything once. Raises ClusterError."""
+    async def once(self, *, judge: bool = True) -> None:
+        """List everything once, and judge by it whether the watches are alive. Raises ClusterError."""
         changed: set[Key] = set()
         for kind in KINDS:
             found: list[Listed] = []
@@ -164,20 +170,20 @@ class Resync:
                 changed |= self._store.compare(kind, where, part, version)
                 found += part
                 versions.append(version)
-            self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=_number))
+            if judge:
+                self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=_number))
             if kind == "qlorajobs":
                 keys = [each.key for each in found]
         # Only now: no pass is to decide from what the lists have shown to be gone.
-        for key in changed:
-            self._enqueue(key, _SECONDS_FOR_THE_WATCH)
-        self._enqueue_all([key for key in keys if key not in changed and not self._store.is_settled(key)])
+        rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
+        self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
         self._listed_at = self._monotonic()
 
-    def _enqueue_all(self, keys: list[Key]) -> None:
+    def _enqueue_all(self, keys: list[Key], after: float = 0.0) -> None:
         """Request all keys, spread over time: thousands at once would delay what the watches show by seconds."""
         apart = min(1 / _KEYS_PER_SECOND, self._interval / (2 * max(1, len(keys))))
         for number, key in enumerate(keys):
-            self._enqueue(key, number * apart)
+            self._enqueue(key, after + number * apart)
 
     def problem(self) -> str | None:
         """Why the operator should be restarted; None if it should not."""

@@ -161,7 +161,11 @@ class Store:
         entry = self._entries.get(place)
         if entry is not None:
             entry.distrusted = False
-            entry.wanted.clear()
+            # A list may have shown more since these were taken.
+            taken = min(_number(jobs.version), _number(pods.version))
+            entry.wanted = {
+                uid: version for uid, version in entry.wanted.items() if uid == entry.uid or version > taken
+            }
         return replace(observe(place[1], jobs.items, pods.items), lost=entry.lost if entry else None)
 
     def compare(self, kind: Kind, namespace: str | None, found: list[Listed], version: str) -> set[Key]:

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.loop import Alternation, Pair, Span, overhead
 from benchmarks.machine import describe_checkout
+from benchmarks.operator import table
 from benchmarks.speed.summary import figures, seconds_to
 
 
@@ -114,3 +115,41 @@ def test_a_result_names_its_commit_and_whether_the_code_was_changed_and_not_whet
     code.write_text("2\n")
     assert describe_checkout(tmp_path) == (commit, True)
     assert describe_checkout(result.parent) == (None, None)
+
+
+def operator_run(subject: str, rate: float, jobs: int = 500) -> dict[str, Any]:
+    """A run of many jobs in which all figures follow from the rate."""
+    return {
+        "subject": subject,
+        "jobs": jobs,
+        "loadAverage": [0.1, 0.1, 0.1],
+        "firstJobsPerSecond": rate,
+        "secondsToAllFirstJobs": jobs / rate,
+        "secondsToFirstJob": {"p50": 1.0, "p99": rate},
+        "secondsFromFirstJobToStatus": {"p50": 2.0, "p99": 3.0},
+        "allCallsPerJob": 4.01,
+        "processorMillisecondsPerJob": {"operator": {"untilQuiet": 5.0}, "apiServer": {"untilQuiet": 20.0}},
+        "residentMiB": {"idle": 80.0, "peak": 90.0},
+        "storedBytes": {"QLoRAJob": 1024, "Job": 2048},
+    }
+
+
+def test_the_table_of_many_jobs_shows_the_run_with_the_median_rate() -> None:
+    runs = [operator_run("operator", rate) for rate in (50.0, 70.0, 60.0)]
+    runs += [operator_run("floor", rate) for rate in (100.0, 90.0, 80.0)]
+    shown = table.figures({"runs": [*runs, operator_run("operator", 40.0, 1000), operator_run("floor", 95.0, 1000)]})
+    assert "| First Jobs per second | 60 | 40 |" in shown
+    assert "| of a script that does nothing else | 90 | 95 |" in shown
+    assert "| Seconds until one has it, median / 99th percentile | 1.0 / 60.0 | 1.0 / 40.0 |" in shown
+    assert "| all of them | 3.0 |" in shown
+
+
+def test_the_tables_are_put_where_the_page_has_a_place_for_them(tmp_path: Path) -> None:
+    page = tmp_path / "scale.md"
+    page.write_text(f"before\n\n{table._BEGIN}old\n{table._END}\n\nafter\n")
+    for rate in (50.0, 70.0):
+        table.write({"runs": [operator_run("operator", rate)]}, page)
+    text = page.read_text()
+    assert (text.count("First Jobs per second | 70"), "| 50 |" in text, "old" in text) == (1, False, False)
+    assert text.startswith("before\n\n<!--")
+    assert text.endswith("-->\n\nafter\n")

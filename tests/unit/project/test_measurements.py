@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.operator.table import figures
+
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "trainer" / "measurements.md").read_text()
 MIB = 2**20
@@ -103,3 +105,8 @@ def test_the_speed_of_prepare_is_that_measured() -> None:
     memory = row("Memory of all its processes")
     assert f"anonymous: constant at {figures['peakAnonymousMiB']:,.0f} MiB" in memory
     assert f"at most {figures['peakMiB']:,.0f} MiB" in memory
+
+
+def test_the_figures_of_many_jobs_are_those_measured() -> None:
+    page = (ROOT / "docs" / "concepts" / "scale.md").read_text()
+    assert figures(result("operator")) in page

@@ -182,6 +182,16 @@ def test_after_a_live_read_the_job_is_held_as_it_was_read() -> None:
     assert names(store) == ([f"{NAME}-train-1"], [])
 
 
+def test_what_a_list_shows_while_a_job_is_read_live_is_not_forgotten() -> None:
+    store = store_with()
+    newer = at(40, pod("train"))
+    store.compare("pods", None, rows("pods", newer), "45")
+    store.read(at(10, job_body()), Listing([], "30"), Listing([], "30"))
+    assert store.held(KEY) is None
+    store.read(at(10, job_body()), Listing([], "50"), Listing([], "50"))
+    assert store.held(KEY) is not None
+
+
 def test_a_job_that_the_watch_does_not_know_is_looked_at() -> None:
     body = at(20, job_body())
     assert Store().compare("qlorajobs", None, rows("qlorajobs", body), "25") == {KEY}
