@@ -14,7 +14,7 @@ Key = tuple[str, str]
 
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 300.0
-_TURNS_PER_REST = 4
+_WORKERS_PER_RESERVED = 4
 _FEW_ENTRIES = 64
 
 
@@ -36,16 +36,18 @@ class _Request:
 class Schedule:
     """When each key is due. Holds no clock and no task: `now` is always given, in seconds.
 
-    A key whose request is `first` goes before the rest; but every fourth key that is taken comes from the rest if one
-    of those is due, so that many new jobs do not stop the others.
+    A key whose request is `first` goes before the rest; but `reserved` keys of the rest are worked on at any time, if
+    so many are due, so that many new jobs do not stop the others. That divides the workers' time, not their turns: a
+    turn of the rest takes several times as long.
     """
 
+    reserved: int = 1
     _pending: dict[Key, _Request] = field(default_factory=dict)
     _heaps: dict[bool, list[tuple[float, Key]]] = field(default_factory=lambda: {True: [], False: []})
     _working: dict[Key, _Request] = field(default_factory=dict)
+    _working_of_the_rest: int = 0
     _requests: dict[Key, _Request] = field(default_factory=dict)
     _failures: dict[Key, int] = field(default_factory=dict)
-    _turn: int = 0
 
     def add(self, key: Key, due: float, *, first: bool = False) -> None:
         """Request `key` at `due`; an earlier request stays. While the key is worked on, the request waits."""
@@ -63,16 +65,16 @@ class Schedule:
         due = [first for first in (True, False) if (moment := self._next_due(first)) is not None and moment <= now]
         if not due:
             return None
-        self._turn += 1
-        first = due[-1] if self._turn % _TURNS_PER_REST == 0 else due[0]
+        first = due[0] if self._working_of_the_rest >= self.reserved else due[-1]
         _, key = heapq.heappop(self._heaps[first])
         self._working[key] = self._pending.pop(key)
+        self._working_of_the_rest += not first
         return key
 
     def done(self, key: Key, again: float | None) -> None:
         """The work on `key` has succeeded; `again`: when it is due without a request."""
         self._failures.pop(key, None)
-        del self._working[key]
+        self._release(key)
         if (request := self._requests.pop(key, None)) is not None:
             self._put(key, request)
         if again is not None:
@@ -86,7 +88,7 @@ class Schedule:
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
         pause: float = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** min(count, 16))
-        first = self._working.pop(key).first
+        first = self._release(key)
         if (request := self._requests.pop(key, None)) is not None:
             pause = min(pause, max(BACKOFF_SECONDS, request.due - now))
         self._put(key, _Request(now + pause, first or (request is not None and request.first)))
@@ -104,6 +106,12 @@ class Schedule:
     def entries(self) -> int:
         """How many entries are kept for the keys that wait: at most about two for each."""
         return sum(len(heap) for heap in self._heaps.values())
+
+    def _release(self, key: Key) -> bool:
+        """Note that nobody works on the key any more. Whether it was first."""
+        first = self._working.pop(key).first
+        self._working_of_the_rest -= not first
+        return first
 
     def _put(self, key: Key, request: _Request) -> None:
         before = self._pending.get(key)
@@ -147,7 +155,7 @@ class WorkQueue:
         self._now = monotonic
         self._workers = workers
         self._on_error = on_error
-        self._schedule = Schedule()
+        self._schedule = Schedule(reserved=max(1, workers // _WORKERS_PER_RESERVED))
         self._changed = asyncio.Event()
 
     def add(self, key: Key, after: float = 0.0, *, first: bool = False) -> None:

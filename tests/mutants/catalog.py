@@ -292,9 +292,11 @@ OPERATOR = (
     Mutant(
         name="new-jobs-stop-the-others",
         file=f"{_OPERATOR}/workqueue.py",
-        old="due[-1] if self._turn % _TURNS_PER_REST == 0 else due[0]",
+        old="due[0] if self._working_of_the_rest >= self.reserved else due[-1]",
         new="due[0]",
-        tests=(f"{_OPERATOR_TESTS}/test_workqueue.py::test_new_jobs_come_first_and_every_fourth_turn_is_for_the_rest",),
+        tests=(
+            f"{_OPERATOR_TESTS}/test_workqueue.py::test_new_jobs_come_first_and_some_workers_are_kept_for_the_rest",
+        ),
     ),
     Mutant(
         name="a-foreign-claim-is-adopted",

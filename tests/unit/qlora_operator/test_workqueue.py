@@ -99,14 +99,18 @@ def test_a_request_made_during_an_attempt_that_fails_shortens_a_long_pause() -> 
     assert schedule.failed(A, now + 1) == 300
 
 
-def test_new_jobs_come_first_and_every_fourth_turn_is_for_the_rest() -> None:
-    schedule = Schedule()
+def test_new_jobs_come_first_and_some_workers_are_kept_for_the_rest() -> None:
+    schedule = Schedule(reserved=1)
     rest, new = [("team", f"old-{n}") for n in range(3)], [("team", f"new-{n}") for n in range(8)]
     for key in rest:
         schedule.add(key, 0)
     for key in new:
         schedule.add(key, 1, first=True)
-    assert [schedule.take(1) for _ in range(12)] == [*new[:3], rest[0], *new[3:6], rest[1], *new[6:], rest[2], None]
+    assert [schedule.take(1) for _ in range(4)] == [rest[0], *new[:3]]
+    schedule.done(rest[0], None)
+    schedule.failed(new[0], 1)
+    assert [schedule.take(1) for _ in range(3)] == [rest[1], *new[3:5]]
+    assert [schedule.take(1) for _ in range(5)] == [*new[5:], rest[2], None]
 
 
 def test_the_rest_is_worked_on_when_there_is_no_new_job() -> None:
@@ -117,7 +121,7 @@ def test_the_rest_is_worked_on_when_there_is_no_new_job() -> None:
 
 
 def test_a_key_that_waits_among_the_rest_goes_first_once_it_is_asked_for_so_and_once_only() -> None:
-    schedule = Schedule()
+    schedule = Schedule(reserved=0)
     schedule.add(A, 0)
     schedule.add(B, 0)
     schedule.add(B, 0, first=True)
