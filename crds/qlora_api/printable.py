@@ -7,6 +7,8 @@ def printable(text: str) -> str:
     Line ends would forge lines of a log, escape sequences control a terminal, bidirectional marks reorder what is
     read, and an unpaired surrogate cannot be encoded.
     """
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
