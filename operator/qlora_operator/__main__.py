@@ -3,16 +3,19 @@
 import argparse
 import asyncio
 import logging
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, connect
+from qlora_operator.cluster import Cluster, ClusterError, connect
 from qlora_operator.handlers import Hooks, watch
 from qlora_operator.logs import configure_logging
 from qlora_operator.metrics import Metrics
+from qlora_operator.probes import Answer, Health, PortError, serving
 from qlora_operator.progress import ProgressReader
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync
@@ -21,12 +24,15 @@ from qlora_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("qlora_operator")
 
-CLUSTER_UNUSABLE = 1
+FAILED = 1
 BAD_SETTINGS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until a signal. Returns the exit status: 0 after a signal, 1 without a usable cluster, 2 for bad settings."""
+    """Run until a signal. Returns the exit status: 0 after a signal, 1 after an error, 2 for bad settings.
+
+    An API server that is absent, or denies everything, is waited for.
+    """
     parser = argparse.ArgumentParser(prog="qlora-operator", description="Runs QLoRAJobs on Kubernetes.")
     parser.add_argument(
         "--settings", type=Path, help=f"file with the settings, in YAML; by default the one that {ENV_SETTINGS} names"
@@ -39,52 +45,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(settings.log_level)
     try:
         asyncio.run(_connect_and_run(settings))
-    except NotFoundError as error:
-        logger.critical("the cluster does not know QLoRAJob, install its CustomResourceDefinition: %s", error)
-        return CLUSTER_UNUSABLE
     except ClusterError as error:
         logger.critical("the cluster cannot be used: %s", error)
-        return CLUSTER_UNUSABLE
+        return FAILED
+    except PortError as error:
+        logger.critical("%s", error)
+        return FAILED
+    except Exception:
+        logger.critical("the operator has failed", exc_info=True)
+        return FAILED
     return 0
 
 
 async def _connect_and_run(settings: Settings) -> None:
-    async with connect() as cluster:
-        await _run(settings, cluster)
+    signals = Signals()
+    signals.take()
+    metrics, health = Metrics(), Health()
+    ports: dict[int, dict[str, Callable[[], Answer]]] = {
+        settings.probe_port: {"/healthz": health.liveness, "/readyz": health.readiness},
+    }
+    ports.setdefault(settings.metrics_port, {})["/metrics"] = lambda: Answer(*metrics.page())
+    async with connect() as cluster, serving(ports):
+        operator = Operator(settings, cluster, metrics, health, signals)
+        await signals.run(operator.run())
 
 
-def _progress_reader(settings: Settings, cluster: Cluster) -> ProgressReader | None:
-    if not settings.progress.enabled:
-        return None
-    return ProgressReader(cluster.read_log, time.monotonic, concurrent=max(1, settings.workers // 2))
+class Signals:
+    """Ends the process on SIGTERM and SIGINT, after its work has stopped."""
 
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
 
-async def _run(settings: Settings, cluster: Cluster) -> None:
-    metrics = Metrics()
-    reconciler = Reconciler(
-        cluster=cluster,
-        profiles=settings.profiles,
-        progress=_progress_reader(settings, cluster),
-        metrics=metrics,
-        clock=lambda: datetime.now(UTC),
-    )
-    queue = WorkQueue(
-        reconciler.reconcile,
-        monotonic=time.monotonic,
-        workers=settings.workers,
-        on_error=metrics.reconcile_errors.inc,
-    )
-    resync = Resync(cluster, settings.namespaces, queue.add, interval=settings.resync_seconds, monotonic=time.monotonic)
-    await resync.once()
-    metrics.serve(settings.metrics_port, lambda: queue.depth)
-    hooks = Hooks(queue.add, resync.monitor, metrics.job_is_in, resync.problem)
-    where = ", ".join(settings.namespaces) or "all namespaces"
-    logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
-    async with asyncio.TaskGroup() as group:
-        background = [group.create_task(queue.run()), group.create_task(resync.run())]
-        await watch(settings, hooks)
-        for task in background:
+    def take(self) -> None:
+        """Handle both signals from now on, whoever handled them before."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work until a signal. Raises what it raises."""
+        working, stopping = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (working, stopping):
             task.cancel()
+        await asyncio.wait({working, stopping})
+        if not working.cancelled():
+            working.result()
+
+
+class Operator:
+    """The order of things: list everything, then work."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        cluster: Cluster,
+        metrics: Metrics,
+        health: Health,
+        signals: Signals,
+    ) -> None:
+        self._settings = settings
+        self._cluster = cluster
+        self._metrics = metrics
+        self._health = health
+        self._signals = signals
+
+    async def run(self) -> None:
+        """Run until canceled."""
+        await self._work()
+
+    async def _work(self) -> None:
+        settings, metrics, health = self._settings, self._metrics, self._health
+        queue = WorkQueue(
+            self._reconciler().reconcile,
+            monotonic=time.monotonic,
+            workers=settings.workers,
+            on_error=metrics.reconcile_errors.inc,
+        )
+        resync = Resync(
+            self._cluster,
+            settings.namespaces,
+            queue.add,
+            interval=settings.resync_seconds,
+            monotonic=time.monotonic,
+            on_access=metrics.namespace_is_denied,
+        )
+        hooks = Hooks(queue.add, resync.monitor, metrics.job_is_in, self._signals.take)
+        candidate = dict(health.ready)
+        health.ready, health.note = {"resync": lambda: resync.problem() or resync.starting()}, resync.note
+        metrics.works(lambda: queue.depth)
+        try:
+            await resync.first()
+            where = ", ".join(settings.namespaces) or "all namespaces"
+            logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(queue.run())
+                group.create_task(resync.run())
+                group.create_task(watch(settings, hooks))
+        finally:
+            metrics.works(None)
+            health.ready, health.note = candidate, lambda: None
+
+    def _reconciler(self) -> Reconciler:
+        settings, cluster = self._settings, self._cluster
+        progress = None
+        if settings.progress.enabled:
+            progress = ProgressReader(cluster.read_log, time.monotonic, concurrent=max(1, settings.workers // 2))
+        return Reconciler(
+            cluster=cluster,
+            profiles=settings.profiles,
+            progress=progress,
+            metrics=self._metrics,
+            clock=lambda: datetime.now(UTC),
+        )
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ class Cluster:
             response = await self._api.call_api(method, url, headers, content, _request_timeout=timeout)
             data: bytes = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error
+            raise ClusterError(f"{method} {path}: {str(error) or type(error).__name__}") from error
         if response.status >= 400:
             raise _error(response.status, f"{method} {path}", data)
         return data

@@ -45,9 +45,16 @@ class Settings(ApiModel):
         le=86_400,
         description="Seconds between full resyncs, which reconcile every job in case an event was lost.",
     )
+    watch_silence_seconds: float = Field(
+        75,
+        ge=5,
+        le=300,
+        description="Seconds of silence after which a watch is connected again. The API server sends something every "
+        "minute, so that only a broken connection is silent for longer.",
+    )
     workers: int = Field(8, ge=1, le=64, description="Number of jobs that are reconciled at the same time.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
-    probe_port: Port = Field(8080, description="Port of /healthz.")
+    probe_port: Port = Field(8080, description="Port of /healthz and /readyz.")
     metrics_port: Port = Field(9090, description="Port of /metrics.")
 
 

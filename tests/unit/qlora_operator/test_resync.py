@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.cluster import ClusterError, RejectedError
+from qlora_operator.cluster import ClusterError, NotFoundError, RejectedError
 from qlora_operator.decisions.events import phase_event
 from qlora_operator.resync import Identity, Resync, WatchMonitor
 from tests.support.builders import (
@@ -91,16 +91,38 @@ class Lists:
             raise self.failure
 
 
+def test_a_definition_that_was_gone_and_is_back_needs_a_new_watch() -> None:
+    loop = VirtualLoop()
+    lists = Lists()
+    resync = Resync(lists, (), lambda _key: None, interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        task = asyncio.create_task(resync.run())
+        lists.failure = NotFoundError("none")
+        await asyncio.sleep(90)
+        assert "CustomResourceDefinition" in (resync.problem() or "")
+        assert resync.monitor.dead == ()
+        lists.failure = None
+        await asyncio.sleep(30)
+        assert resync.monitor.dead == ("qlorajobs",)
+        resync.monitor.start_again()
+        assert resync.problem() is None
+        task.cancel()
+
+    loop.run_until_complete(scenario())
+    loop.close()
+
+
 @pytest.mark.parametrize(
     ("failure", "after_a_minute_and_a_half", "after_an_hour"),
     [
         (None, None, None),
         (RejectedError("forbidden"), "denies", "denies"),
-        (ClusterError("connection refused"), None, "no list has succeeded"),
+        (ClusterError("connection refused"), "no list has succeeded", "no list has succeeded"),
     ],
     ids=["well", "denied", "unreachable"],
 )
-def test_lost_rights_are_reported_soon_and_a_lost_server_only_later(
+def test_lost_rights_and_a_lost_server_are_reported_as_what_they_are(
     failure: ClusterError | None, after_a_minute_and_a_half: str | None, after_an_hour: str | None
 ) -> None:
     loop = VirtualLoop()

@@ -1,0 +1,52 @@
+"""The log: JSON, line by line, and one line for each problem."""
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from qlora_operator.logs import FrameworkFilter, configure_logging
+
+
+@pytest.fixture
+def written() -> Iterator[io.StringIO]:
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    stream = io.StringIO()
+    yield stream
+    root.handlers[:], root.level = before
+    logging.captureWarnings(False)
+
+
+def test_every_line_is_json_whatever_is_logged(written: io.StringIO) -> None:
+    configure_logging("info", written)
+    logging.getLogger("qlora_operator").info("two\nlines", extra={"key": ("team", "a")})
+    several = ExceptionGroup("several", [ValueError("one"), ValueError("two")])
+    logging.getLogger("qlora_operator").error("failed", exc_info=several)
+    warnings.warn("old", DeprecationWarning, stacklevel=1)
+    entries = [json.loads(line) for line in written.getvalue().splitlines()]
+    assert [entry["level"] for entry in entries][:2] == ["info", "error"]
+    assert (entries[0]["message"], entries[0]["namespace"], entries[0]["job"]) == ("two\nlines", "team", "a")
+
+
+def test_the_framework_says_a_problem_once_and_after_ten_minutes_again() -> None:
+    now = [0.0]
+    judge = FrameworkFilter(lambda: now[0])
+
+    def passes(text: str, name: str = "kopf._cogs.clients.watching", *, trace: bool = False) -> bool:
+        trouble = (ValueError, ValueError("x"), None) if trace else None
+        return judge.filter(logging.LogRecord(name, logging.ERROR, "", 0, text, (), trouble))
+
+    assert passes("Request attempt #1 failed; will retry: GET /jobs?resourceVersion=7")
+    assert not passes("Request attempt #2 failed; will retry: GET /jobs?resourceVersion=8")
+    assert passes("Request attempt #2 failed; will retry: GET /pods?resourceVersion=8")
+    assert not passes("Watcher for pods has failed", trace=True)
+    assert passes("reconcile failed", "qlora_operator.workqueue", trace=True)
+    assert passes("reconcile failed", "qlora_operator.workqueue", trace=True)
+    assert not passes("Exception in callback stream at /usr/lib/kopf/_cogs/clients/api.py:237", "asyncio", trace=True)
+    assert passes("Unclosed connector", "asyncio")
+    now[0] = 600
+    assert passes("Request attempt #40 failed; will retry: GET /jobs?resourceVersion=8")
