@@ -19,6 +19,7 @@ from qlora_operator.probes import Answer, Health, PortError, serving
 from qlora_operator.progress import ProgressReader
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync
+from qlora_operator.schema_check import SchemaCheck
 from qlora_operator.settings import ENV_SETTINGS, Settings, SettingsError, find_settings, load_settings
 from qlora_operator.workqueue import WorkQueue
 
@@ -93,7 +94,7 @@ class Signals:
 
 
 class Operator:
-    """The order of things: list everything, then work."""
+    """The order of things: wait until this release can work here, list everything, work."""
 
     def __init__(
         self,
@@ -111,6 +112,9 @@ class Operator:
 
     async def run(self) -> None:
         """Run until canceled."""
+        check = SchemaCheck(self._cluster)
+        self._health.ready = {"schema": lambda: check.problem}
+        await check.run()
         await self._work()
 
     async def _work(self) -> None:

@@ -150,6 +150,10 @@ class Cluster:
             return None
         return data.decode(errors="replace")
 
+    async def get_schema(self) -> Object:
+        """The OpenAPI document of the resource's version. Raises NotFoundError if the API server does not serve it."""
+        return await self._json("GET", f"/openapi/v3{_QLORA}")
+
     async def _list(self, path: str, selector: Query, accept: str = "application/json") -> list[Object]:
         items: list[Object] = []
         token = ""

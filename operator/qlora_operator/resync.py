@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError
+from qlora_operator.schema_check import NO_DEFINITION
 from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -17,8 +18,6 @@ KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 _BEAT_SECONDS = 20.0
 _FAILED_BEATS = 3
 _FIRST_PAUSE_SECONDS = 10.0
-
-NO_DEFINITION = "the cluster does not know QLoRAJob: apply the CustomResourceDefinition of this release"
 
 Identity = tuple[Kind, str, str]
 

@@ -21,6 +21,7 @@ from tests.support.api_proxy import ApiProxy, Reply, Weather, fair, serve_api
 from tests.support.operator_process import OperatorProcess, running_operator
 from tests.support.waiting import eventually
 
+ROOT = Path(__file__).parents[2]
 OWN = "weather-system"
 """The namespace of the operators' account."""
 QUICK = {"resyncSeconds": 5, "watchSilenceSeconds": 5, "progress": {"enabled": False}}
@@ -261,7 +262,7 @@ def test_it_starts_while_the_api_server_is_away(site: Site) -> None:
     with site.operator() as operator:
         eventually(lambda: operator.get("/readyz")[0] == 503, seconds=60, every=0.1)
         assert operator.get("/healthz")[0] == 200
-        eventually(lambda: operator.says("cannot be listed"), seconds=60, every=0.1)
+        eventually(lambda: operator.says("cannot be read"), seconds=60, every=0.1)
         site.proxy.rise()
         operator.wait_until_ready()
         site.tenant.create("a")
@@ -317,6 +318,25 @@ def test_an_operator_that_may_do_nothing_is_alive_not_ready_and_recovers(site: S
         operator.wait_until_ready()
         site.tenant.create("a")
         site.tenant.wait_for_phase("a", "Preparing")
+
+
+def test_it_waits_for_the_definition_of_its_release(site: Site) -> None:
+    path = ROOT / "crds" / "qlorajobs.qlora.dev.yaml"
+    older = yaml.safe_load(path.read_text())
+    properties = older["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    del properties["status"]["properties"]["disruptions"]
+    try:
+        site.plane.kubectl("apply", "--filename=-", input_text=json.dumps(older))
+        with site.operator() as operator:
+            eventually(lambda: "status.disruptions" in operator.get("/readyz")[1], seconds=60, every=0.2)
+            assert operator.get("/readyz")[0] == 503
+            site.tenant.create("a")
+            site.plane.kubectl("apply", f"--filename={path}")
+            operator.wait_until_ready(seconds=90)
+            site.tenant.wait_for_phase("a", "Preparing")
+            assert sum("status.disruptions" in line for line in problems(operator)) == 1
+    finally:
+        site.plane.kubectl("apply", f"--filename={path}")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
