@@ -4,8 +4,10 @@ import argparse
 import asyncio
 import logging
 import signal
+import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 from qlora_operator.cluster import Cluster, ClusterError, connect
 from qlora_operator.handlers import Hooks, watch
+from qlora_operator.leadership import Election, Place
 from qlora_operator.logs import configure_logging
 from qlora_operator.metrics import Metrics
 from qlora_operator.probes import Answer, Health, PortError, serving
@@ -28,6 +31,8 @@ logger = logging.getLogger("qlora_operator")
 FAILED = 1
 BAD_SETTINGS = 2
 
+_NAMESPACE_OF_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until a signal. Returns the exit status: 0 after a signal, 1 after an error, 2 for bad settings.
@@ -40,12 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         settings = load_settings(find_settings(parser.parse_args(arguments).settings))
+        place = _place(settings)
     except SettingsError as error:
         print(f"qlora-operator: {error}", file=sys.stderr)  # noqa: T201 - the log is not configured yet
         return BAD_SETTINGS
     configure_logging(settings.log_level)
     try:
-        asyncio.run(_connect_and_run(settings))
+        asyncio.run(_connect_and_run(settings, place))
     except ClusterError as error:
         logger.critical("the cluster cannot be used: %s", error)
         return FAILED
@@ -58,7 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _connect_and_run(settings: Settings) -> None:
+def _place(settings: Settings) -> Place | None:
+    """The Lease to compete for; None if nothing is competed for. Raises SettingsError."""
+    election = settings.leader_election
+    in_pod = _NAMESPACE_OF_POD.exists()
+    if not (in_pod if election.enabled is None else election.enabled):
+        return None
+    if election.namespace is None and not in_pod:
+        raise SettingsError("leaderElection.namespace: not set; outside a pod, name the namespace of the Lease")
+    namespace = election.namespace or _NAMESPACE_OF_POD.read_text().strip()
+    return Place(namespace, election.lease_name, election.lease_duration_seconds)
+
+
+async def _connect_and_run(settings: Settings, place: Place | None) -> None:
     signals = Signals()
     signals.take()
     metrics, health = Metrics(), Health()
@@ -67,7 +85,7 @@ async def _connect_and_run(settings: Settings) -> None:
     }
     ports.setdefault(settings.metrics_port, {})["/metrics"] = lambda: Answer(*metrics.page())
     async with connect() as cluster, serving(ports):
-        operator = Operator(settings, cluster, metrics, health, signals)
+        operator = Operator(settings, place, cluster, metrics, health, signals)
         await signals.run(operator.run())
 
 
@@ -94,17 +112,19 @@ class Signals:
 
 
 class Operator:
-    """The order of things: wait until this release can work here, list everything, work."""
+    """The order of things: wait until this release can work here, be elected, list everything, work."""
 
     def __init__(
         self,
         settings: Settings,
+        place: Place | None,
         cluster: Cluster,
         metrics: Metrics,
         health: Health,
         signals: Signals,
     ) -> None:
         self._settings = settings
+        self._place = place
         self._cluster = cluster
         self._metrics = metrics
         self._health = health
@@ -115,7 +135,16 @@ class Operator:
         check = SchemaCheck(self._cluster)
         self._health.ready = {"schema": lambda: check.problem}
         await check.run()
-        await self._work()
+        if self._place is None:
+            await self._work()
+            return
+        identity = f"{socket.gethostname()}_{uuid.uuid4()}"
+        election = Election(
+            self._cluster, self._place, identity, monotonic=time.monotonic, clock=lambda: datetime.now(UTC)
+        )
+        self._health.live = {"election": election.stuck}
+        self._health.ready = {"election": election.problem}
+        await election.run(self._work)
 
     async def _work(self) -> None:
         settings, metrics, health = self._settings, self._metrics, self._health

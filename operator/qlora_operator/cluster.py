@@ -32,6 +32,7 @@ _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=
 
 _JOBS = "/apis/batch/v1"
 _CORE = "/api/v1"
+_LEASES = "/apis/coordination.k8s.io/v1"
 _QLORA = f"/apis/{GROUP}/{VERSION}"
 
 Query = list[tuple[str, str]]
@@ -153,6 +154,21 @@ class Cluster:
     async def get_schema(self) -> Object:
         """The OpenAPI document of the resource's version. Raises NotFoundError if the API server does not serve it."""
         return await self._json("GET", f"/openapi/v3{_QLORA}")
+
+    async def get_lease(self, namespace: str, name: str) -> Object | None:
+        """The Lease; None if it does not exist."""
+        try:
+            return await self._json("GET", f"{_LEASES}/namespaces/{namespace}/leases/{name}")
+        except NotFoundError:
+            return None
+
+    async def create_lease(self, namespace: str, manifest: Object) -> Object:
+        """Create a Lease. Raises ConflictError if the name is taken."""
+        return await self._json("POST", f"{_LEASES}/namespaces/{namespace}/leases", body=manifest)
+
+    async def replace_lease(self, namespace: str, name: str, manifest: Object) -> Object:
+        """Replace a Lease. Raises ConflictError if it has changed since `manifest` was read."""
+        return await self._json("PUT", f"{_LEASES}/namespaces/{namespace}/leases/{name}", body=manifest)
 
     async def _list(self, path: str, selector: Query, accept: str = "application/json") -> list[Object]:
         items: list[Object] = []

@@ -23,6 +23,9 @@ class Metrics:
             "qlora_operator_reconcile_errors", "Reconciles that failed and are retried.", registry=self.registry
         )
         self.status_writes = Counter("qlora_operator_status_writes", "Status writes.", registry=self.registry)
+        self.leads = Gauge(
+            "qlora_operator_leads", "1 if this operator works, 0 if it stands by.", registry=self.registry
+        )
         self._denied = Gauge(
             "qlora_operator_namespace_denied",
             "1 if the API server denies the operator permission to list the namespace's jobs, else 0.",
@@ -48,7 +51,8 @@ class Metrics:
         self._denied.labels(namespace or "").set(denied)
 
     def works(self, depth: Callable[[], int] | None) -> None:
-        """Note that the operator works with a queue, or not (None) and knows nothing of the jobs."""
+        """Note that the operator works with a queue, or stands by (None) and knows nothing of the jobs."""
+        self.leads.set(depth is not None)
         self._depth.set_function(depth or (lambda: 0))
         if depth is None:
             for key in tuple(self._phases):

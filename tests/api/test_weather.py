@@ -7,6 +7,7 @@ in the status. No time is asserted; a wait ends with the condition that it waits
 import contextlib
 import itertools
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 OWN = "weather-system"
-"""The namespace of the operators' account."""
+"""The namespace of the operators' account and of their Lease."""
 QUICK = {"resyncSeconds": 5, "watchSilenceSeconds": 5, "progress": {"enabled": False}}
 RULES = [
     {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["get", "list", "watch"]},
@@ -33,8 +34,13 @@ RULES = [
     {"apiGroups": [""], "resources": ["persistentvolumeclaims"], "verbs": ["get", "create"]},
     {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
 ]
+LEASES = [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]}]
 
 Object = dict[str, Any]
+
+
+def election(name: str) -> Object:
+    return {"enabled": True, "namespace": OWN, "leaseName": name, "leaseDurationSeconds": 3}
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,10 @@ class Tenant:
 
 @pytest.fixture(scope="module")
 def account(plane: ControlPlane) -> str:
-    """The token of an account."""
+    """The token of an account that may write Leases in its own namespace, and nothing else yet."""
     plane.kubectl("create", "namespace", OWN)
     plane.kubectl("create", "serviceaccount", "operator", f"--namespace={OWN}")
+    Tenant(plane, OWN).grant(rules=LEASES)
     return plane.kubectl("create", "token", "operator", f"--namespace={OWN}", "--duration=1h").strip()
 
 
@@ -349,6 +356,51 @@ def test_probes_metrics_and_the_api_server_are_reached_over_both_families(site: 
         site.tenant.create("a")
         site.tenant.wait_for_phase("a", "Preparing")
         assert proxy.count("GET", "watch=true") >= 3
+
+
+def leads(operator: OperatorProcess) -> bool:
+    return operator.metric("qlora_operator_leads") == 1
+
+
+def test_one_of_two_works_and_the_other_takes_over(site: Site) -> None:
+    """When the first is killed, when it is told to end, and when it is cut off."""
+    settings: Object = {"leaderElection": election(site.tenant.namespace)}
+
+    def starts(name: str) -> None:
+        site.tenant.create(name)
+        site.tenant.wait_for_phase(name, "Preparing")
+        assert len(site.tenant.jobs(name)) == 1
+
+    with serve_api(proxy_of(site.plane)) as road, contextlib.ExitStack() as running:
+        first = running.enter_context(site.operator("first", **settings))
+        first.wait_until_ready()
+        eventually(lambda: leads(first), seconds=60, every=0.1)
+        second = running.enter_context(site.operator("second", proxy=road, **settings))
+        second.wait_until_ready()
+        starts("both")
+        assert (leads(first), leads(second)) == (True, False)
+        assert road.count("POST", "/jobs") == 0
+
+        first.send(signal.SIGKILL)
+        first.process.wait()
+        eventually(lambda: leads(second), seconds=20, every=0.1, what="the second to take over from a killed one")
+        starts("killed")
+
+        third = running.enter_context(site.operator("third", **settings))
+        third.wait_until_ready()
+        road.fall()
+        eventually(lambda: leads(third), seconds=20, every=0.1, what="the third to take over from one that is cut off")
+        assert second.alive
+        assert not leads(second)
+        starts("cut-off")
+        road.rise()
+        second.wait_until_ready()
+        assert (leads(second), leads(third)) == (False, True)
+
+        assert third.stop() == 0
+        eventually(lambda: leads(second), seconds=20, every=0.1, what="the second to take over from one that has ended")
+        starts("ended")
+        assert second.get("/healthz")[0] == 200
 
 
 def test_two_that_both_work_make_nothing_twice(site: Site) -> None:

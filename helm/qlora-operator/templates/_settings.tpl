@@ -9,5 +9,6 @@
 {{- $_ := set $profiles $name $full -}}
 {{- end -}}
 {{- $decided := dict "namespaces" .Values.namespaces "profiles" $profiles "probePort" 8080 "metricsPort" 9090 -}}
-{{- toYaml (merge $decided .Values.settings) -}}
+{{- $_ := set $decided "leaderElection" (dict "leaseName" (include "qlora-operator.fullname" .)) -}}
+{{- toYaml (merge $decided (deepCopy .Values.settings)) -}}
 {{- end }}
