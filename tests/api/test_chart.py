@@ -15,6 +15,7 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
+from devcluster.product import ANY_MACHINE, SMALL_MACHINE
 from qlora_operator.settings import Settings, load_settings
 from tests.support.waiting import eventually
 
@@ -157,10 +158,12 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
         "image": f"registry.example/trainer@sha256:{'0' * 64}",
         "device": "cuda",
         "gpuResource": "nvidia.com/gpu",
+        "nodeSelector": NVIDIA_LABEL,
         "runAs": {"user": 10001, "group": 10001, "fsGroup": 10001},
         "workspace": {"size": "80Gi"},
     }
-    assert profiles["laptop"] == profiles["default"] | values["profiles"]["laptop"]
+    inherited = {key: value for key, value in profiles["default"].items() if key != "nodeSelector"}
+    assert profiles["laptop"] == inherited | values["profiles"]["laptop"], "without GPUs it needs no label of GPU nodes"
 
 
 def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(helm: Helm, tmp_path: Path) -> None:
@@ -237,6 +240,46 @@ def test_on_openshift_the_platform_chooses_the_identity(helm: Helm) -> None:
     objects = helm.template({"runAs": None, "profiles": {"default": {"runAs": None}}})
     assert "runAsUser" not in only(objects, "Deployment")["spec"]["template"]["spec"]["securityContext"]
     assert "runAs" not in settings_of(objects)["profiles"]["default"]
+
+
+OTHER_GPU = {"gpuResource": "example.com/gpu"}
+NVIDIA_LABEL = {"nvidia.com/gpu.present": "true"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "selector"),
+    [
+        ({}, NVIDIA_LABEL),
+        ({"workspace": {"topology": "node-local"}}, NVIDIA_LABEL),
+        ({"nodeSelector": {"pool": "gpu"}}, {"pool": "gpu"}),
+        ({"workspace": {"topology": "shared"}}, None),
+        ({"gpuResource": None}, None),
+        ({**OTHER_GPU, "nodeSelector": {"pool": "gpu"}}, {"pool": "gpu"}),
+        ({**OTHER_GPU, "workspace": {"topology": "shared"}}, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["default", "big"])
+def test_a_profile_with_gpus_keeps_to_the_nodes_that_have_them(
+    helm: Helm, name: str, profile: Object, selector: Object | None
+) -> None:
+    assert settings_of(helm.template({"profiles": {name: profile}}))["profiles"][name].get("nodeSelector") == selector
+
+
+@pytest.mark.parametrize(
+    "profile", [{"nodeSelector": {}}, OTHER_GPU, {**OTHER_GPU, "workspace": {"topology": "zonal"}}]
+)
+@pytest.mark.parametrize("name", ["default", "big"])
+def test_a_profile_with_gpus_on_unknown_nodes_is_rejected_with_what_to_do(
+    helm: Helm, name: str, profile: Object
+) -> None:
+    with pytest.raises(ClusterError, match=rf"profiles\.{name}: gpuResource is set.* Set nodeSelector to labels"):
+        helm.template({"profiles": {name: profile}})
+
+
+@pytest.mark.parametrize("values", [SMALL_MACHINE, ANY_MACHINE])
+def test_the_embedded_clusters_values_ask_for_no_label_of_a_gpu_node(helm: Helm, values: Object) -> None:
+    selector = settings_of(helm.template(values))["profiles"]["default"]["nodeSelector"]
+    assert selector == {"kubernetes.io/os": "linux"}
 
 
 def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
