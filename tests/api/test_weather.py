@@ -211,10 +211,20 @@ def problems(operator: OperatorProcess) -> list[str]:
     return [entry["message"] for entry in entries if entry["level"] in ("warning", "error", "critical")]
 
 
-@pytest.mark.parametrize("kind", ["errors", "refused"])
-def test_an_outage_ends_nothing_and_loses_nothing(site: Site, kind: str) -> None:
-    with site.operator() as operator:
-        live_through(site, operator, kind, lambda: operator.says("cannot be listed"), seconds=60)
+OUTAGES = [("errors", False), ("refused", True)]
+"""Each with an operator that works alone, or that has to be elected and loses its Lease meanwhile."""
+
+
+def settings_of(site: Site, elected: bool) -> Object:
+    return {"leaderElection": election(site.tenant.namespace)} if elected else {}
+
+
+@pytest.mark.parametrize(("kind", "elected"), OUTAGES)
+def test_an_outage_ends_nothing_and_loses_nothing(site: Site, kind: str, elected: bool) -> None:
+    with site.operator(**settings_of(site, elected)) as operator:
+        noticed = "leads no longer" if elected else "cannot be listed"
+        live_through(site, operator, kind, lambda: operator.says(noticed), seconds=60)
+        assert operator.says("leads no longer") is elected
         said = problems(operator)
         # At most one for the lists and, as the errors say so too, one for the rights.
         assert sum("cannot be listed" in line for line in said) <= 2, said
@@ -222,10 +232,10 @@ def test_an_outage_ends_nothing_and_loses_nothing(site: Site, kind: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["errors", "refused", "silence"])
+@pytest.mark.parametrize(("kind", "elected"), [*OUTAGES, ("silence", False), ("silence", True)])
 @pytest.mark.timeout(1200)
-def test_ten_minutes_of_outage_end_nothing_and_lose_nothing(site: Site, kind: str) -> None:
-    with site.operator(resyncSeconds=300, watchSilenceSeconds=75) as operator:
+def test_ten_minutes_of_outage_end_nothing_and_lose_nothing(site: Site, kind: str, elected: bool) -> None:
+    with site.operator(resyncSeconds=300, watchSilenceSeconds=75, **settings_of(site, elected)) as operator:
         end = time.monotonic() + 600
         live_through(site, operator, kind, lambda: time.monotonic() >= end, seconds=700)
         assert len(problems(operator)) < 40

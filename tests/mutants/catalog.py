@@ -175,11 +175,41 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_manifests.py::test_libraries_start_as_many_threads_as_the_pod_requests_cpus",),
     ),
     Mutant(
-        name="liveness-ignores-a-dead-watch",
+        name="readiness-ignores-a-dead-watch",
         file=f"{_OPERATOR}/resync.py",
         old="if dead := self.monitor.dead:",
         new="if dead := ():",
         tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
+    ),
+    Mutant(
+        name="a-leader-that-is-cut-off-works-on",
+        file=f"{_OPERATOR}/leadership.py",
+        old="_STOP_AFTER = 2 / 3",
+        new="_STOP_AFTER = 5 / 3",
+        tests=(f"{_OPERATOR_TESTS}/test_leadership.py::test_who_is_cut_off_stops_before_another_begins",),
+    ),
+    Mutant(
+        name="a-leader-that-ends-keeps-the-lease",
+        file=f"{_OPERATOR}/leadership.py",
+        old='"holderIdentity": "", "leaseDurationSeconds": 1',
+        new='"leaseDurationSeconds": self._place.duration',
+        tests=(f"{_OPERATOR_TESTS}/test_leadership.py::test_who_ends_hands_over_at_once",),
+    ),
+    Mutant(
+        name="fields-of-list-items-are-not-compared",
+        file=f"{_OPERATOR}/schema_check.py",
+        old='("items", "additionalProperties")',
+        new='("additionalProperties",)',
+        tests=(f"{_OPERATOR_TESTS}/test_schema_check.py::test_fields_that_this_release_has_and_the_cluster_has_not",),
+    ),
+    Mutant(
+        name="a-task-that-goes-on-is-canceled-once",
+        file=f"{_OPERATOR}/task_scope.py",
+        old="_ROUNDS = 100",
+        new="_ROUNDS = 1",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_task_scope.py::test_a_task_that_ignores_its_cancellation_a_few_times_ends_too",
+        ),
     ),
     Mutant(
         name="a-watch-is-never-overdue",
