@@ -54,8 +54,8 @@ class FrameworkFilter(logging.Filter):
             return False
         now = self._now()
         self._said = {text: said for text, said in self._said.items() if now - said < _REPEATED_AFTER_SECONDS}
-        # Tries, versions and ports are counted in what is otherwise the same line.
-        text = re.sub(r"[0-9]+", "", record.getMessage())
+        # Each kind and each namespace has a watch of its own, and tries are counted, in what is otherwise the same line.
+        text = re.sub(r"https?://\S+|[0-9]+", "", record.getMessage())
         if text in self._said:
             return False
         self._said[text] = now

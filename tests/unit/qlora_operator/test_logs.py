@@ -40,13 +40,19 @@ def test_the_framework_says_a_problem_once_and_after_ten_minutes_again() -> None
         trouble = (ValueError, ValueError("x"), None) if trace else None
         return judge.filter(logging.LogRecord(name, logging.ERROR, "", 0, text, (), trouble))
 
-    assert passes("Request attempt #1 failed; will retry: GET /jobs?resourceVersion=7")
-    assert not passes("Request attempt #2 failed; will retry: GET /jobs?resourceVersion=8")
-    assert passes("Request attempt #2 failed; will retry: GET /pods?resourceVersion=8")
+    def trial(number: int, kind: str, error: str) -> str:
+        return (
+            f"Request attempt #{number} failed; will retry: GET https://host/{kind}?resourceVersion={number} -> {error}"
+        )
+
+    assert passes(trial(1, "jobs", "refused"))
+    assert not passes(trial(2, "jobs", "refused"))
+    assert not passes(trial(2, "pods", "refused"))
+    assert passes(trial(3, "pods", "forbidden"))
     assert not passes("Watcher for pods has failed", trace=True)
     assert passes("reconcile failed", "qlora_operator.workqueue", trace=True)
     assert passes("reconcile failed", "qlora_operator.workqueue", trace=True)
     assert not passes("Exception in callback stream at /usr/lib/kopf/_cogs/clients/api.py:237", "asyncio", trace=True)
     assert passes("Unclosed connector", "asyncio")
     now[0] = 600
-    assert passes("Request attempt #40 failed; will retry: GET /jobs?resourceVersion=8")
+    assert passes(trial(40, "jobs", "refused"))
