@@ -54,7 +54,7 @@ class FrameworkFilter(logging.Filter):
             return False
         now = self._now()
         self._said = {text: said for text, said in self._said.items() if now - said < _REPEATED_AFTER_SECONDS}
-        # Each kind and each namespace has a watch of its own, and tries are counted, in what is otherwise the same line.
+        # Each kind and each namespace has its own watch, and tries are counted, in what is otherwise the same line.
         text = re.sub(r"https?://\S+|[0-9]+", "", record.getMessage())
         if text in self._said:
             return False
