@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
-
-# Seconds between requests that fail: kopf's own list ends, and it ends with it.
+# Seconds between requests that fail. kopf's own list of them has an end, and kopf ends with it.
 _GROWING = (1, 1, 2, 3, 5, 8)
 _LONGEST_PAUSE = 10
 # A watch that has worked for so long has not failed at once.
@@ -84,7 +83,10 @@ async def _watch_once(settings: Settings, hooks: Hooks) -> None:
         while not hooks.monitor.dead:
             ended, _ = await asyncio.wait(roots, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
-                task.result()
+                if not task.cancelled():
+                    task.result()
+            if ended:
+                raise RuntimeError("kopf has ended without an error")
     finally:
         await end_all(roots, inside, _STOP_SECONDS)
 

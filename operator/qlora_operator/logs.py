@@ -50,7 +50,7 @@ class FrameworkFilter(logging.Filter):
             return "kopf" not in record.getMessage()
         if not record.name.startswith("kopf"):
             return True
-        if record.exc_info:
+        if record.exc_info and record.name.startswith("kopf._core.reactor"):
             return False
         now = self._now()
         self._said = {text: said for text, said in self._said.items() if now - said < _REPEATED_AFTER_SECONDS}
