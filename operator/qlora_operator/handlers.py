@@ -53,20 +53,28 @@ class _Pauses(Iterable[float]):
 async def watch(settings: Settings, hooks: Hooks) -> None:
     """Watch until canceled. Whatever ends the watches, they start again after a pause of at most ten seconds."""
     loop = asyncio.get_running_loop()
-    pauses = iter(_Pauses())
+    pauses, said = iter(_Pauses()), set[str]()
     while True:
         began = loop.time()
         try:
             await _watch_once(settings, hooks)
             reason = "a watch is dead"
         except Exception as error:  # noqa: BLE001 - kopf's errors have no common class, and none may end the process
-            reason = f"{type(error).__name__}: {error}"
+            reason = _explain(error)
         if loop.time() - began > _STEADY_SECONDS:
-            pauses = iter(_Pauses())
-        pause = next(pauses)
-        logger.warning("the watches have ended and start again in %.0f s: %s", pause, reason)
+            pauses, said = iter(_Pauses()), set()
+        if reason not in said:
+            logger.warning("the watches have ended and start again: %s", reason)
+            said.add(reason)
         hooks.monitor.start_again()
-        await asyncio.sleep(pause)
+        await asyncio.sleep(next(pauses))
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, kopf.LoginError):
+        return "the API server rejects the operator's credentials"
+    # kopf's errors of the API server have the server's sentence, and then its whole answer.
+    return f"{type(error).__name__}: {error.args[0] if error.args else ''}"
 
 
 async def _watch_once(settings: Settings, hooks: Hooks) -> None:

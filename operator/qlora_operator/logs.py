@@ -72,3 +72,7 @@ def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
         handler.addFilter(FrameworkFilter())
         for name in ("kopf", "aiohttp", "kubernetes", "asyncio"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # That its log-in is canceled when the watches end.
+        logging.getLogger("kopf.activities").setLevel(logging.ERROR)
+        # What somebody sends to a port that is not HTTP.
+        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
