@@ -182,6 +182,13 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_watch_that_shows_nothing_is_reported_at_the_second_list",),
     ),
     Mutant(
+        name="a-denied-namespace-stops-all",
+        file=f"{_OPERATOR}/resync.py",
+        old="if len(rejected) == len(self._namespaces):",
+        new="if rejected:",
+        tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_denied_namespace_leaves_the_others_alone_and_comes_back",),
+    ),
+    Mutant(
         name="a-leader-that-is-cut-off-works-on",
         file=f"{_OPERATOR}/leadership.py",
         old="_STOP_AFTER = 2 / 3",

@@ -91,6 +91,56 @@ class Lists:
             raise self.failure
 
 
+def test_a_denied_namespace_leaves_the_others_alone_and_comes_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class TwoNamespaces(Lists):
+        denied = False
+
+        async def list_metadata(self, kind: str, namespace: str | None) -> list[dict[str, object]]:
+            await self.check_list(kind, namespace)
+            body: dict[str, object] = {"metadata": {"namespace": namespace, "name": "a", "resourceVersion": "1"}}
+            return [body] if kind == "qlorajobs" else []
+
+        async def check_list(self, kind: str, namespace: str | None) -> None:
+            if self.denied and namespace == "lost":
+                raise RejectedError("forbidden")
+
+    loop = VirtualLoop()
+    lists = TwoNamespaces()
+    asked: list[Any] = []
+    changes: list[tuple[str | None, bool]] = []
+    resync = Resync(
+        lists,  # type: ignore[arg-type]
+        ("kept", "lost"),
+        asked.append,
+        interval=300,
+        monotonic=loop.time,
+        on_access=lambda namespace, denied: changes.append((namespace, denied)),
+    )
+
+    async def scenario() -> None:
+        task = asyncio.create_task(resync.run())
+        for namespace in ("kept", "lost"):
+            resync.monitor.show(("qlorajobs", namespace, "a"), "1", deleted=False)
+        lists.denied = True
+        await asyncio.sleep(700)
+        assert ("kept", "a") in asked
+        assert ("lost", "a") not in asked
+        assert "lost" in (resync.note() or "")
+        assert changes[-2:] == [("kept", False), ("lost", True)]
+        assert resync.problem() is None
+        lists.denied = False
+        await asyncio.sleep(41)
+        assert ("lost", "a") in asked
+        assert resync.note() is None
+        task.cancel()
+
+    loop.run_until_complete(scenario())
+    loop.close()
+    assert sum("namespace lost cannot be listed" in record.message for record in caplog.records) == 1
+
+
 def test_a_definition_that_was_gone_and_is_back_needs_a_new_watch() -> None:
     loop = VirtualLoop()
     lists = Lists()
