@@ -31,6 +31,8 @@ SMALL_MACHINE: dict[str, Any] = {
     "profiles": {
         "default": {
             "device": "cpu",
+            # The only node has no label of a GPU node.
+            "nodeSelector": {"kubernetes.io/os": "linux"},
             "workspace": {"size": "2Gi"},
             "resources": {"prepare": _SMALL, "train": {"cpu": "1500m", "memory": "6Gi"}, "publish": _SMALL},
         }

@@ -9,6 +9,8 @@ from qlora_operator.settings import Settings
 SCHEMA = Path(__file__).parent / "qlora-operator" / "values.schema.json"
 # What the chart sets itself: two values of their own, and the ports that the Deployment names.
 _NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort"})
+# The Lease is in the release's namespace, where the operator has the right to write it, and has the release's name.
+_NOT_IN_LEADER_ELECTION = frozenset({"namespace", "leaseName"})
 # What the chart fills in where a profile leaves it out.
 _NOT_REQUIRED_OF_PROFILES = frozenset({"image"})
 
@@ -17,10 +19,10 @@ def definitions() -> dict[str, Any]:
     """The `$defs` of the schema: Settings, Profile and their parts, without what only Kubernetes understands."""
     settings: dict[str, Any] = _plain(Settings.model_json_schema(by_alias=True))
     parts = settings.pop("$defs")
-    properties = {name: part for name, part in settings["properties"].items() if name not in _NOT_IN_SETTINGS}
     return {
         **parts,
-        "Settings": _require(settings | {"properties": properties}, leave_out=_NOT_IN_SETTINGS),
+        "LeaderElectionSettings": _leave_out(parts["LeaderElectionSettings"], _NOT_IN_LEADER_ELECTION),
+        "Settings": _require(_leave_out(settings, _NOT_IN_SETTINGS), leave_out=_NOT_IN_SETTINGS),
         "Profile": _require(parts["Profile"], leave_out=_NOT_REQUIRED_OF_PROFILES),
     }
 
@@ -29,6 +31,10 @@ def render() -> str:
     """The schema file with current definitions; everything else in it is written by hand."""
     schema = json.loads(SCHEMA.read_text())
     return json.dumps({**schema, "$defs": definitions()}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _leave_out(schema: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return schema | {"properties": {name: part for name, part in schema["properties"].items() if name not in names}}
 
 
 def _require(schema: dict[str, Any], *, leave_out: frozenset[str]) -> dict[str, Any]:

@@ -3,98 +3,197 @@
 import argparse
 import asyncio
 import logging
+import signal
+import socket
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, connect
+from qlora_operator.cluster import Cluster, ClusterError, connect
 from qlora_operator.handlers import Hooks, watch
+from qlora_operator.leadership import Election, Place
 from qlora_operator.logs import configure_logging
 from qlora_operator.metrics import Metrics
+from qlora_operator.probes import Answer, Health, PortError, serving
 from qlora_operator.progress import ProgressReader
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync
+from qlora_operator.schema_check import SchemaCheck
 from qlora_operator.settings import ENV_SETTINGS, Settings, SettingsError, find_settings, load_settings
 from qlora_operator.store import Store
 from qlora_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("qlora_operator")
 
-CLUSTER_UNUSABLE = 1
+FAILED = 1
 BAD_SETTINGS = 2
+
+_NAMESPACE_OF_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until a signal. Returns the exit status: 0 after a signal, 1 without a usable cluster, 2 for bad settings."""
+    """Run until a signal. Returns the exit status: 0 after a signal, 1 after an error, 2 for bad settings.
+
+    An API server that is absent, or denies everything, is waited for.
+    """
     parser = argparse.ArgumentParser(prog="qlora-operator", description="Runs QLoRAJobs on Kubernetes.")
     parser.add_argument(
         "--settings", type=Path, help=f"file with the settings, in YAML; by default the one that {ENV_SETTINGS} names"
     )
     try:
         settings = load_settings(find_settings(parser.parse_args(arguments).settings))
+        place = _place(settings)
     except SettingsError as error:
         print(f"qlora-operator: {error}", file=sys.stderr)  # noqa: T201 - the log is not configured yet
         return BAD_SETTINGS
     configure_logging(settings.log_level)
     try:
-        asyncio.run(_connect_and_run(settings))
-    except NotFoundError as error:
-        logger.critical("the cluster does not know QLoRAJob, install its CustomResourceDefinition: %s", error)
-        return CLUSTER_UNUSABLE
+        asyncio.run(_connect_and_run(settings, place))
     except ClusterError as error:
         logger.critical("the cluster cannot be used: %s", error)
-        return CLUSTER_UNUSABLE
+        return FAILED
+    except PortError as error:
+        logger.critical("%s", error)
+        return FAILED
+    except Exception:
+        logger.critical("the operator has failed", exc_info=True)
+        return FAILED
     return 0
 
 
-async def _connect_and_run(settings: Settings) -> None:
-    async with connect() as cluster:
-        await _run(settings, cluster)
-
-
-def _progress_reader(settings: Settings, cluster: Cluster) -> ProgressReader | None:
-    if not settings.progress.enabled:
+def _place(settings: Settings) -> Place | None:
+    """The Lease to compete for; None if nothing is competed for. Raises SettingsError."""
+    election = settings.leader_election
+    in_pod = _NAMESPACE_OF_POD.exists()
+    if not (in_pod if election.enabled is None else election.enabled):
         return None
-    return ProgressReader(cluster.read_log, time.monotonic, concurrent=max(1, settings.workers // 2))
+    if election.namespace is None and not in_pod:
+        raise SettingsError("leaderElection.namespace: not set; outside a pod, name the namespace of the Lease")
+    namespace = election.namespace or _NAMESPACE_OF_POD.read_text().strip()
+    return Place(namespace, election.lease_name, election.lease_duration_seconds)
 
 
-async def _run(settings: Settings, cluster: Cluster) -> None:
-    metrics = Metrics()
-    store = Store()
-    reconciler = Reconciler(
-        cluster=cluster,
-        profiles=settings.profiles,
-        progress=_progress_reader(settings, cluster),
-        metrics=metrics,
-        clock=lambda: datetime.now(UTC),
-        store=store,
-    )
-    queue = WorkQueue(
-        reconciler.reconcile,
-        monotonic=time.monotonic,
-        workers=settings.workers,
-        on_error=metrics.reconcile_errors.inc,
-    )
-    resync = Resync(
-        cluster,
-        settings.namespaces,
-        queue.add,
-        store=store,
-        interval=settings.resync_seconds,
-        monotonic=time.monotonic,
-    )
-    await resync.fill()
-    metrics.serve(settings.metrics_port, lambda: queue.depth)
-    hooks = Hooks(queue.add, resync.monitor, metrics.job_is_in, resync.problem, store)
-    where = ", ".join(settings.namespaces) or "all namespaces"
-    logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
-    async with asyncio.TaskGroup() as group:
-        background = [group.create_task(queue.run()), group.create_task(resync.run())]
-        await watch(settings, hooks)
-        for task in background:
+async def _connect_and_run(settings: Settings, place: Place | None) -> None:
+    signals = Signals()
+    signals.take()
+    metrics, health = Metrics(), Health()
+    ports: dict[int, dict[str, Callable[[], Answer]]] = {
+        settings.probe_port: {"/healthz": health.liveness, "/readyz": health.readiness},
+    }
+    ports.setdefault(settings.metrics_port, {})["/metrics"] = lambda: Answer(*metrics.page())
+    async with connect() as cluster, serving(ports):
+        operator = Operator(settings, place, cluster, metrics, health, signals)
+        await signals.run(operator.run())
+
+
+class Signals:
+    """Ends the process on SIGTERM and SIGINT, after its work has stopped."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+
+    def take(self) -> None:
+        """Handle both signals from now on, whoever handled them before."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
+
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work until a signal. Raises what it raises."""
+        working, stopping = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (working, stopping):
             task.cancel()
+        await asyncio.wait({working, stopping})
+        if not working.cancelled():
+            working.result()
+
+
+class Operator:
+    """The order of things: wait until this release can work here, be elected, list everything, work."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        place: Place | None,
+        cluster: Cluster,
+        metrics: Metrics,
+        health: Health,
+        signals: Signals,
+    ) -> None:
+        self._settings = settings
+        self._place = place
+        self._cluster = cluster
+        self._metrics = metrics
+        self._health = health
+        self._signals = signals
+
+    async def run(self) -> None:
+        """Run until canceled."""
+        check = SchemaCheck(self._cluster)
+        self._health.ready = {"schema": lambda: check.problem}
+        await check.run()
+        if self._place is None:
+            await self._work()
+            return
+        identity = f"{socket.gethostname()}_{uuid.uuid4()}"
+        election = Election(
+            self._cluster, self._place, identity, monotonic=time.monotonic, clock=lambda: datetime.now(UTC)
+        )
+        self._health.live = {"election": election.stuck}
+        self._health.ready = {"election": election.problem}
+        await election.run(self._work)
+
+    async def _work(self) -> None:
+        settings, metrics, health = self._settings, self._metrics, self._health
+        store = Store()
+        queue = WorkQueue(
+            self._reconciler(store).reconcile,
+            monotonic=time.monotonic,
+            workers=settings.workers,
+            on_error=metrics.reconcile_errors.inc,
+        )
+        resync = Resync(
+            self._cluster,
+            settings.namespaces,
+            queue.add,
+            store=store,
+            interval=settings.resync_seconds,
+            monotonic=time.monotonic,
+            on_access=metrics.namespace_is_denied,
+        )
+        hooks = Hooks(queue.add, resync.monitor, metrics.job_is_in, self._signals.take, store)
+        candidate = dict(health.ready)
+        health.ready, health.note = {"resync": lambda: resync.problem() or resync.starting()}, resync.note
+        metrics.works(lambda: queue.depth)
+        try:
+            await resync.first()
+            where = ", ".join(settings.namespaces) or "all namespaces"
+            logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(queue.run())
+                group.create_task(resync.run())
+                group.create_task(watch(settings, hooks))
+        finally:
+            metrics.works(None)
+            health.ready, health.note = candidate, lambda: None
+
+    def _reconciler(self, store: Store) -> Reconciler:
+        settings, cluster = self._settings, self._cluster
+        progress = None
+        if settings.progress.enabled:
+            progress = ProgressReader(cluster.read_log, time.monotonic, concurrent=max(1, settings.workers // 2))
+        return Reconciler(
+            cluster=cluster,
+            profiles=settings.profiles,
+            progress=progress,
+            metrics=self._metrics,
+            clock=lambda: datetime.now(UTC),
+            store=store,
+        )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=
 
 _JOBS = "/apis/batch/v1"
 _CORE = "/api/v1"
+_LEASES = "/apis/coordination.k8s.io/v1"
 _QLORA = f"/apis/{GROUP}/{VERSION}"
 
 
@@ -161,6 +162,25 @@ class Cluster:
             return None
         return data.decode(errors="replace")
 
+    async def get_schema(self) -> Object:
+        """The OpenAPI document of the resource's version. Raises NotFoundError if the API server does not serve it."""
+        return await self._json("GET", f"/openapi/v3{_QLORA}")
+
+    async def get_lease(self, namespace: str, name: str) -> Object | None:
+        """The Lease; None if it does not exist."""
+        try:
+            return await self._json("GET", f"{_LEASES}/namespaces/{namespace}/leases/{name}")
+        except NotFoundError:
+            return None
+
+    async def create_lease(self, namespace: str, manifest: Object) -> Object:
+        """Create a Lease. Raises ConflictError if the name is taken."""
+        return await self._json("POST", f"{_LEASES}/namespaces/{namespace}/leases", body=manifest)
+
+    async def replace_lease(self, namespace: str, name: str, manifest: Object) -> Object:
+        """Replace a Lease. Raises ConflictError if it has changed since `manifest` was read."""
+        return await self._json("PUT", f"{_LEASES}/namespaces/{namespace}/leases/{name}", body=manifest)
+
     async def _list(self, path: str, selector: Query) -> Listing:
         pages = [page async for page in self._pages(path, selector)]
         return Listing([item for page in pages for item in page.items], pages[0].version)
@@ -192,7 +212,7 @@ class Cluster:
         try:
             status, data = await self._transport.send(method, path, headers=headers, **request)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ClusterError(f"{method} {path}: {error or type(error).__name__}") from error
+            raise ClusterError(f"{method} {path}: {str(error) or type(error).__name__}") from error
         if status >= 400:
             raise _error(status, f"{method} {path}", data)
         return data

@@ -1,7 +1,10 @@
 """Watches through kopf, the only importer of it: each event only puts the key of its job on the queue."""
 
+import asyncio
+import itertools
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +19,20 @@ from qlora_operator.metrics import PHASES
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
 from qlora_operator.store import Store
+from qlora_operator.task_scope import Task, end_all, task_scope
 from qlora_operator.workqueue import Key
 
+logger = logging.getLogger(__name__)
+
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+# Seconds between requests that fail. kopf's own list of them has an end, and kopf ends with it.
+_GROWING = (1, 1, 2, 3, 5, 8)
+_LONGEST_PAUSE = 10
+# A watch that has worked for so long has not failed at once.
+_STEADY_SECONDS = 60.0
+_LOOK_SECONDS = 5.0
+_STOP_SECONDS = 3.0
 
 
 class Enqueue(Protocol):
@@ -30,32 +44,85 @@ class Enqueue(Protocol):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the watches and the probe call."""
+    """What the watches call, and `take_signals`: kopf takes the process's signals whenever it starts."""
 
     enqueue: Enqueue
     monitor: WatchMonitor
     phase_of_job: Callable[[Key, Phase | None], None]
-    problem: Callable[[], str | None]
+    take_signals: Callable[[], None]
     store: Store
 
 
+class _Pauses(Iterable[float]):
+    """Pauses that grow to a limit and never end. Without a length, so that kopf does not count its tries."""
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain(_GROWING, itertools.repeat(_LONGEST_PAUSE))
+
+
 async def watch(settings: Settings, hooks: Hooks) -> None:
-    """Watch until a signal ends the process. Raises what kopf raises if it cannot watch."""
+    """Watch until canceled. Whatever ends the watches, they start again after a pause of at most ten seconds."""
+    loop = asyncio.get_running_loop()
+    pauses, said = iter(_Pauses()), set[str]()
+    while True:
+        began = loop.time()
+        try:
+            await _watch_once(settings, hooks)
+            reason = "a watch is dead"
+        except Exception as error:  # noqa: BLE001 - kopf's errors have no common class, and none may end the process
+            reason = _explain(error)
+        if loop.time() - began > _STEADY_SECONDS:
+            pauses, said = iter(_Pauses()), set()
+        if reason not in said:
+            logger.warning("the watches have ended and start again: %s", reason)
+            said.add(reason)
+        hooks.monitor.start_again()
+        await asyncio.sleep(next(pauses))
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, kopf.LoginError):
+        return "the API server rejects the operator's credentials"
+    # kopf's errors of the API server have the server's sentence, and then its whole answer.
+    return f"{type(error).__name__}: {error.args[0] if error.args else ''}"
+
+
+async def _watch_once(settings: Settings, hooks: Hooks) -> None:
+    """Watch until a watch is found dead. Raises what ends kopf.
+
+    kopf is not asked to end itself: it waits without a limit for tasks that may wait for a session that it has closed.
+    """
+    roots: Collection[Task] = ()
+    with task_scope() as inside:
+        starting = asyncio.create_task(_start_kopf(settings, hooks))
+    try:
+        roots = await starting
+        hooks.take_signals()
+        while not hooks.monitor.dead:
+            ended, _ = await asyncio.wait(roots, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                if not task.cancelled():
+                    task.result()
+            if ended:
+                raise RuntimeError("kopf has ended without an error")
+    finally:
+        await end_all(roots, inside, _STOP_SECONDS)
+
+
+async def _start_kopf(settings: Settings, hooks: Hooks) -> Collection[Task]:
     registry = kopf.OperatorRegistry()
     _register_login(registry)
     _register_events(registry, hooks)
-    _register_probe(registry, hooks)
-    await kopf.operator(
+    return await kopf.spawn_tasks(
         registry=registry,
-        settings=_configure(),
+        settings=_configure(settings.watch_silence_seconds),
         standalone=True,
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,
-        liveness_endpoint=f"http://0.0.0.0:{settings.probe_port}/healthz",
     )
 
 
-def _configure() -> kopf.OperatorSettings:
+def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     # Kinds come from discovery alone: no right to list namespaces or CustomResourceDefinitions is needed.
@@ -64,8 +131,15 @@ def _configure() -> kopf.OperatorSettings:
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
-    settings.watching.inactivity_timeout = 75
+    settings.watching.inactivity_timeout = silence_seconds
     settings.watching.chunk_size = 500
+    # The API server's absence and lost rights end nothing: requests are tried until they succeed.
+    settings.networking.error_backoffs = _Pauses()
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 10
+    settings.queueing.exit_timeout = 0.5
+    # The process decides itself how long it may take to stop.
+    settings.process.ultimate_exiting_timeout = None
     # The server does not send other Jobs and pods.
     settings.watching.label_selectors["batch", "v1", "jobs"] = JOB_UID_LABEL
     settings.watching.label_selectors["v1", "pods"] = JOB_UID_LABEL
@@ -149,11 +223,3 @@ def _show(hooks: Hooks, kind: Kind, event: kopf.RawEvent) -> None:
     metadata = event["object"]["metadata"]
     identity = (kind, metadata["namespace"], metadata["name"])
     hooks.monitor.show(identity, metadata["resourceVersion"], deleted=event["type"] == "DELETED")
-
-
-def _register_probe(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
-    @kopf.on.probe(id="watching", registry=registry, errors=kopf.ErrorsMode.PERMANENT)
-    async def watching(**_: Any) -> str:
-        if problem := hooks.problem():
-            raise kopf.PermanentError(problem)
-        return "ok"

@@ -2,9 +2,14 @@
 
 import json
 import logging
+import re
 import sys
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TextIO
+
+_REPEATED_AFTER_SECONDS = 600.0
 
 
 class JsonFormatter(logging.Formatter):
@@ -26,13 +31,48 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
+class FrameworkFilter(logging.Filter):
+    """Lets the framework report each problem in one line, and the same problem again only after ten minutes.
+
+    It writes a line for every request that it tries again, and a traceback for each of its tasks that ends with an
+    error, which `handlers` reports and cures.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._now = monotonic
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
+        if record.name == "asyncio":
+            # Of its callbacks, when its tasks are ended.
+            return "kopf" not in record.getMessage()
+        if not record.name.startswith("kopf"):
+            return True
+        if record.exc_info and record.name.startswith("kopf._core.reactor"):
+            return False
+        now = self._now()
+        self._said = {text: said for text, said in self._said.items() if now - said < _REPEATED_AFTER_SECONDS}
+        # Each kind and each namespace has its own watch, and tries are counted, in what is otherwise the same line.
+        text = re.sub(r"https?://\S+|[0-9]+", "", record.getMessage())
+        if text in self._said:
+            return False
+        self._said[text] = now
+        return True
+
+
 def configure_logging(level: str, stream: TextIO = sys.stderr) -> None:
     """Send every logger's records to `stream` as JSON. The framework's own are kept to warnings, unless debugging."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
     if level != "debug":
+        handler.addFilter(FrameworkFilter())
         for name in ("kopf", "aiohttp", "kubernetes", "asyncio"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # A failing probe is logged once, by the operator, and not as a traceback at every request.
+        # That its log-in is canceled when the watches end.
+        logging.getLogger("kopf.activities").setLevel(logging.ERROR)
+        # What somebody sends to a port that is not HTTP.
         logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

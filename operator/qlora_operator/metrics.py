@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from qlora_api.status import Phase
 from qlora_operator.workqueue import Key
@@ -23,6 +23,15 @@ class Metrics:
             "qlora_operator_reconcile_errors", "Reconciles that failed and are retried.", registry=self.registry
         )
         self.status_writes = Counter("qlora_operator_status_writes", "Status writes.", registry=self.registry)
+        self.leads = Gauge(
+            "qlora_operator_leads", "1 if this operator works, 0 if it stands by.", registry=self.registry
+        )
+        self._denied = Gauge(
+            "qlora_operator_namespace_denied",
+            "1 if the API server denies the operator permission to list the namespace's jobs, else 0.",
+            ["namespace"],
+            registry=self.registry,
+        )
         self._depth = Gauge("qlora_operator_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
         self._jobs = Gauge("qlora_jobs", "QLoRAJobs by phase.", ["phase"], registry=self.registry)
         self._phases: dict[Key, Phase] = {}
@@ -37,7 +46,18 @@ class Metrics:
             self._phases[key] = phase
             self._jobs.labels(phase).inc()
 
-    def serve(self, port: int, depth: Callable[[], int]) -> None:
-        """Serve /metrics on `port` from a thread of its own. `depth` is called on each scrape."""
-        self._depth.set_function(depth)
-        start_http_server(port, registry=self.registry)
+    def namespace_is_denied(self, namespace: str | None, denied: bool) -> None:
+        """Note whether the namespace, or the cluster (None), can be listed."""
+        self._denied.labels(namespace or "").set(denied)
+
+    def works(self, depth: Callable[[], int] | None) -> None:
+        """Note that the operator works with a queue, or stands by (None) and knows nothing of the jobs."""
+        self.leads.set(depth is not None)
+        self._depth.set_function(depth or (lambda: 0))
+        if depth is None:
+            for key in tuple(self._phases):
+                self.job_is_in(key, None)
+
+    def page(self) -> tuple[bytes, str]:
+        """The answer to a scrape, and its content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST

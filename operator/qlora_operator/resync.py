@@ -3,20 +3,21 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from qlora_operator.cluster import Cluster, ClusterError, RejectedError
+from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError
 from qlora_operator.decisions.observe import Object
 from qlora_operator.listing import KINDS, Kind, Listed, listed
+from qlora_operator.schema_check import NO_DEFINITION
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
 
-_MISSED_INTERVALS = 3
 _BEAT_SECONDS = 20.0
-_REJECTED_BEATS = 3
+_FAILED_BEATS = 3
+_FIRST_PAUSE_SECONDS = 10.0
 _KEYS_PER_SECOND = 100.0
 # What a list shows and its watch has not, the watch is usually about to show.
 _SECONDS_FOR_THE_WATCH = 1.0
@@ -39,6 +40,8 @@ class WatchMonitor:
     _shown: dict[Identity, int] = field(default_factory=dict)
     _behind: dict[Identity, tuple[int, float]] = field(default_factory=dict)
     _dead: set[Kind] = field(default_factory=set)
+    starts: int = 1
+    """How often the watches have started."""
 
     def show(self, identity: Identity, version: str, *, deleted: bool) -> None:
         """Note an event of a watch. `version`: the object's resourceVersion."""
@@ -73,10 +76,46 @@ class WatchMonitor:
             if version.isdigit() and self._shown.get(identity, 0) < int(version):
                 self._behind[identity] = still_behind.get(identity, (int(version), now))
 
+    def doubt(self, kind: Kind) -> None:
+        """Take the watch of this kind for dead: it cannot know that its kind was gone and is there again."""
+        self._dead.add(kind)
+
+    def start_again(self) -> None:
+        """The watches start again: what they have not shown before says nothing about them."""
+        self._behind.clear()
+        self._dead.clear()
+        self.starts += 1
+
     @property
     def dead(self) -> tuple[Kind, ...]:
         """The kinds whose watch is dead."""
         return tuple(sorted(self._dead))
+
+
+@dataclass
+class Access:
+    """What the API server lets the operator list, judged for each namespace on its own (None: for the cluster)."""
+
+    on_change: Callable[[str | None, bool], None] = lambda _namespace, _denied: None
+    _denied: set[str | None] = field(default_factory=set)
+
+    def judge(self, namespace: str | None, error: RejectedError | None) -> bool:
+        """Note whether the namespace could be listed, and say so if that is new. Returns whether it is back."""
+        where = f"namespace {namespace}" if namespace else "the cluster"
+        back = error is None and namespace in self._denied
+        if back:
+            logger.info("%s can be listed again", where)
+            self._denied.discard(namespace)
+        elif error is not None and namespace not in self._denied:
+            logger.error("%s cannot be listed, its jobs wait until the right is granted again: %s", where, error)
+            self._denied.add(namespace)
+        self.on_change(namespace, error is not None)
+        return back
+
+    @property
+    def denied(self) -> tuple[str, ...]:
+        """The namespaces that cannot be listed; "" is the cluster."""
+        return tuple(sorted(namespace or "" for namespace in self._denied))
 
 
 class Resync:
@@ -91,7 +130,9 @@ class Resync:
         store: Store,
         interval: float,
         monotonic: Callable[[], float],
+        on_access: Callable[[str | None, bool], None] = lambda _namespace, _denied: None,
     ) -> None:
+        self.access = Access(on_access)
         self.monitor = WatchMonitor(patience=interval / 2)
         self._cluster = cluster
         self._namespaces: Sequence[str | None] = tuple(namespaces) or (None,)
@@ -99,85 +140,144 @@ class Resync:
         self._store = store
         self._interval = interval
         self._monotonic = monotonic
-        self._listed_at = monotonic()
-        self._rejected_beats = 0
+        self._listed = False
+        self._failures = 0
+        self._failing_since = monotonic()
+        self._unknown = False
+        self._due = monotonic()
+
+    async def first(self) -> None:
+        """`fill`, however long the API server cannot answer: with a pause of at most ten seconds."""
+        pause = 1.0
+        while True:
+            try:
+                await self.fill()
+            except ClusterError as error:
+                self._failed(error)
+            else:
+                self._succeeded()
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _FIRST_PAUSE_SECONDS)
 
     async def run(self) -> None:
         """Resync until canceled, first after one interval. Small requests in between check connection and rights.
 
-        What was deleted before the watches began, and after `fill`, nobody shows: one list soon after the start does.
+        What was deleted before the watches began, after `fill` or between two of their starts, nobody shows: one list
+        soon after each start does.
         """
-        due, watched_from_the_start = self._next(), False
+        self._due, starts = self._next(), 0
         while True:
-            await asyncio.sleep(min(_BEAT_SECONDS, max(0.0, due - self._monotonic())))
+            await asyncio.sleep(min(_BEAT_SECONDS, max(0.0, self._due - self._monotonic())))
+            started = self.monitor.starts
             try:
-                if self._monotonic() >= due:
+                if self._monotonic() >= self._due:
+                    self._due = self._next()
                     await self.once()
-                    due = self._next()
-                elif not watched_from_the_start:
+                elif started != starts:
                     await self.once(judge=False)
-                    watched_from_the_start = True
+                    starts = started
                 else:
                     await self._beat()
-                self._rejected_beats = 0
             except ClusterError as error:
-                self._rejected_beats += isinstance(error, RejectedError)
-                logger.warning("listing all jobs failed: %s", error)
-                due = self._monotonic() + min(_BEAT_SECONDS, self._interval)
+                self._failed(error)
+                self._due = self._monotonic() + min(_BEAT_SECONDS, self._interval)
+            else:
+                self._succeeded()
+
+    def _failed(self, error: ClusterError) -> None:
+        self._failures += 1
+        self._unknown = isinstance(error, NotFoundError)
+        if self._failures == 1:
+            self._failing_since = self._monotonic()
+        if self._failures == 1 and not isinstance(error, RejectedError):
+            reason = NO_DEFINITION if self._unknown else error
+            logger.warning("the jobs cannot be listed, tried again: %s", reason)
+
+    def _succeeded(self) -> None:
+        self._listed = True
+        if self._failures:
+            silence = self._monotonic() - self._failing_since
+            logger.info("the jobs can be listed again, after %.0f s", silence)
+            if self._unknown:
+                self.monitor.doubt("qlorajobs")
+            self._failures, self._unknown = 0, False
 
     def _next(self) -> float:
         return self._monotonic() + self._interval * random.uniform(0.9, 1.1)  # noqa: S311 - only spreads load
 
     async def _beat(self) -> None:
+        rejected: dict[str | None, RejectedError] = {}
         for kind in KINDS:
             for namespace in self._namespaces:
-                await self._cluster.check_list(kind, namespace)
+                try:
+                    await self._cluster.check_list(kind, namespace)
+                except RejectedError as error:
+                    rejected.setdefault(namespace, error)
+        self._judge(rejected)
 
     async def fill(self) -> None:
-        """Show everything that exists to the store, before there is a worker, and request it. Raises ClusterError."""
+        """Show everything that exists to the store, before there is a worker, and request it. Raises ClusterError.
+
+        A namespace that is denied is left out, unless there is no other.
+        """
+        rejected: dict[str | None, RejectedError] = {}
+        jobs: list[Key] = []
         finished: list[Key] = []
         for kind in KINDS:
             found: list[Listed] = []
             for where in self._namespaces:
-                async for page in self._cluster.pages(kind, where):
-                    for body in page:
+                try:
+                    async for body in self._bodies(kind, where):
                         found.append(listed(kind, body))
-                        self._show(kind, body)
-                        if kind == "qlorajobs" and _is_finished(body):
-                            finished.append(found[-1].key)
+                        if kind == "qlorajobs":
+                            (finished if _is_finished(body) else jobs).append(found[-1].key)
+                except RejectedError as error:
+                    rejected.setdefault(where, error)
             self.monitor.compare(kind, _versions(kind, found), self._monotonic())
-            if kind == "qlorajobs":
-                keys = [each.key for each in found]
-        for key in set(keys) - set(finished):
+        self._judge(rejected)
+        for key in jobs:
             self._enqueue(key, 0.0)
         self._enqueue_all(finished)
-        self._listed_at = self._monotonic()
 
-    def _show(self, kind: Kind, body: Object) -> None:
-        if kind == "qlorajobs":
-            self._store.job_changed(body)
-        else:
-            self._store.child_changed(kind, body)
+    async def _bodies(self, kind: Kind, where: str | None) -> AsyncIterator[Object]:
+        """Everything of the kind there, shown to the store."""
+        async for page in self._cluster.pages(kind, where):
+            for body in page:
+                if kind == "qlorajobs":
+                    self._store.job_changed(body)
+                else:
+                    self._store.child_changed(kind, body)
+                yield body
 
     async def once(self, *, judge: bool = True) -> None:
-        """List everything once, and judge by it whether the watches are alive. Raises ClusterError."""
+        """List everything once, and judge by it whether the watches are alive.
+
+        Raises ClusterError, but not for one denied namespace of several.
+        """
+        rejected: dict[str | None, RejectedError] = {}
         changed: set[Key] = set()
+        keys: list[Key] = []
         for kind in KINDS:
             found: list[Listed] = []
             versions: list[str] = []
             for where in self._namespaces:
-                part, version = await self._cluster.list_versions(kind, where)
+                try:
+                    part, version = await self._cluster.list_versions(kind, where)
+                except RejectedError as error:
+                    rejected.setdefault(where, error)
+                    continue
                 changed |= self._store.compare(kind, where, part, version)
                 found += part
                 versions.append(version)
-            if judge:
+            if judge and versions:
                 self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=_number))
             if kind == "qlorajobs":
                 keys = [each.key for each in found]
         # Only now: no pass is to decide from what the lists have shown to be gone.
         rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
         self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
-        self._listed_at = self._monotonic()
+        self._judge(rejected)
 
     def _enqueue_all(self, keys: list[Key], after: float = 0.0) -> None:
         """Request all keys, spread over time: thousands at once would delay what the watches show by seconds."""
@@ -185,15 +285,35 @@ class Resync:
         for number, key in enumerate(keys):
             self._enqueue(key, after + number * apart)
 
+    def _judge(self, rejected: dict[str | None, RejectedError]) -> None:
+        """Each namespace on its own. Raises RejectedError if there is none that can be listed."""
+        back = [namespace for namespace in self._namespaces if self.access.judge(namespace, rejected.get(namespace))]
+        if back:
+            # Its jobs have waited for longer and longer: they are not to wait for the next regular list too.
+            self._due = self._monotonic()
+        if len(rejected) == len(self._namespaces):
+            raise next(iter(rejected.values()))
+
+    def starting(self) -> str | None:
+        """That nothing has been listed yet; None from the first list on."""
+        return None if self._listed else "the jobs have not been listed yet"
+
+    def note(self) -> str | None:
+        """What is wrong with a part of the namespaces only; None if nothing is."""
+        if denied := self.access.denied:
+            return f"not served, as the API server denies permission to list: {', '.join(denied)}"
+        return None
+
     def problem(self) -> str | None:
-        """Why the operator should be restarted; None if it should not."""
+        """Why the operator cannot do its work; None if it can."""
         if dead := self.monitor.dead:
             return f"the watch of {', '.join(dead)} is dead"
-        if self._rejected_beats >= _REJECTED_BEATS:
-            return "the API server denies the operator permission to list what it watches"
-        silence = self._monotonic() - self._listed_at
-        if silence > _MISSED_INTERVALS * self._interval:
-            return f"no list has succeeded for {silence:.0f} s"
+        if self._failures >= _FAILED_BEATS:
+            if len(self.access.denied) == len(self._namespaces):
+                return "the API server denies the operator permission to list what it watches"
+            if self._unknown:
+                return NO_DEFINITION
+            return f"no list has succeeded for {self._monotonic() - self._failing_since:.0f} s"
         return None
 
 

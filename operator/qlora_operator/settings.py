@@ -33,6 +33,23 @@ class ProgressSettings(ApiModel):
     )
 
 
+class LeaderElectionSettings(ApiModel):
+    """Which of several operators works: the one that holds a Lease."""
+
+    enabled: bool | None = Field(
+        None, description="Work only while this operator holds the Lease. If not set: in a pod, and nowhere else."
+    )
+    namespace: Name | None = Field(None, description="Namespace of the Lease; that of the operator's pod if not set.")
+    lease_name: Name = Field("qlora-operator", description="Name of the Lease.")
+    lease_duration_seconds: int = Field(
+        12,
+        ge=3,
+        le=300,
+        description="Seconds after which another operator takes over from one that has ended without giving up the "
+        "Lease. The leader stops its work after two thirds of it without a renewal.",
+    )
+
+
 class Settings(ApiModel):
     """What the administrator sets for the operator itself and, in profiles, for the jobs."""
 
@@ -45,9 +62,19 @@ class Settings(ApiModel):
         le=86_400,
         description="Seconds between full resyncs, which reconcile every job in case an event was lost.",
     )
+    watch_silence_seconds: float = Field(
+        75,
+        ge=5,
+        le=300,
+        description="Seconds of silence after which a watch is connected again. The API server sends something every "
+        "minute, so that only a broken connection is silent for longer.",
+    )
+    leader_election: LeaderElectionSettings = Field(
+        LeaderElectionSettings(), description="Election of the operator that works, if several run."
+    )
     workers: int = Field(16, ge=1, le=64, description="Number of jobs that are reconciled at the same time.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
-    probe_port: Port = Field(8080, description="Port of /healthz.")
+    probe_port: Port = Field(8080, description="Port of /healthz and /readyz.")
     metrics_port: Port = Field(9090, description="Port of /metrics.")
 
 

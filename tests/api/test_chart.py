@@ -15,6 +15,7 @@ from devcluster.controlplane import ControlPlane, running
 from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
+from devcluster.product import ANY_MACHINE, SMALL_MACHINE
 from qlora_operator.settings import Settings, load_settings
 from tests.support.waiting import eventually
 
@@ -34,6 +35,7 @@ EVERYTHING_OPTIONAL = {
     "nodeSelector": {"kubernetes.io/os": "linux"},
     "tolerations": [{"key": "control-plane", "operator": "Exists"}],
     "affinity": {"nodeAffinity": {}},
+    "replicas": 3,
     "podLabels": {"team": "platform"},
     "podAnnotations": {"example.com/note": "kept"},
     "serviceAccount": {"annotations": {"example.com/note": "kept"}},
@@ -49,6 +51,8 @@ RIGHTS = {
     "persistentvolumeclaims": {"get", "create"},
     "events": {"create"},
 }
+# What it may do in its own namespace too.
+OWN_RIGHTS = {"leases.coordination.k8s.io": {"get", "create", "update"}}
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,11 @@ def test_namespaced_installation_has_a_role_in_each_namespace_and_nothing_in_the
     assert all(document["metadata"]["namespace"] for document in objects)
     for kind in ("Role", "RoleBinding"):
         found = [document["metadata"]["namespace"] for document in objects if document["kind"] == kind]
-        assert found == ["team-a", "team-b"]
+        assert sorted(found) == [NAMESPACE, "team-a", "team-b"]
     for role in objects:
         if role["kind"] == "Role":
-            assert rights_of(role["rules"]) == RIGHTS
+            expected = OWN_RIGHTS if role["metadata"]["namespace"] == NAMESPACE else RIGHTS
+            assert rights_of(role["rules"]) == expected
     assert settings_of(objects)["namespaces"] == ["team-a", "team-b"]
 
 
@@ -153,10 +158,12 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
         "image": f"registry.example/trainer@sha256:{'0' * 64}",
         "device": "cuda",
         "gpuResource": "nvidia.com/gpu",
+        "nodeSelector": NVIDIA_LABEL,
         "runAs": {"user": 10001, "group": 10001, "fsGroup": 10001},
         "workspace": {"size": "80Gi"},
     }
-    assert profiles["laptop"] == profiles["default"] | values["profiles"]["laptop"]
+    inherited = {key: value for key, value in profiles["default"].items() if key != "nodeSelector"}
+    assert profiles["laptop"] == inherited | values["profiles"]["laptop"], "without GPUs it needs no label of GPU nodes"
 
 
 def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(helm: Helm, tmp_path: Path) -> None:
@@ -169,7 +176,8 @@ def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(h
     default, container = settings({})
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"probes": default.probe_port, "metrics": default.metrics_port}
-    assert default == Settings(profiles=default.profiles), "the chart's defaults are the operator's"
+    chosen = Settings.model_validate({"profiles": default.profiles, "leaderElection": {"enabled": True}})
+    assert default == chosen, "the chart's defaults are the operator's"
 
     # An OpenShift identity, which a template could turn into 1.00071e+09.
     changed, _ = settings(
@@ -189,10 +197,89 @@ def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(h
     assert (identity.user, identity.fs_group) == (1000710000, 10001)
 
 
+def test_one_operator_is_replaced_without_a_gap_and_several_are_kept_apart(helm: Helm) -> None:
+    objects = helm.template()
+    deployment = only(objects, "Deployment")["spec"]
+    assert deployment["replicas"] == 1
+    assert deployment["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    assert "affinity" not in deployment["template"]["spec"]
+    # It would block every drain of the only operator's node.
+    assert "PodDisruptionBudget" not in {document["kind"] for document in objects}
+
+    objects = helm.template({"replicas": 2})
+    deployment = only(objects, "Deployment")["spec"]
+    assert deployment["replicas"] == 2
+    terms = deployment["template"]["spec"]["affinity"]["podAntiAffinity"]
+    selected = deployment["selector"]["matchLabels"]
+    for term in terms["preferredDuringSchedulingIgnoredDuringExecution"]:
+        assert term["podAffinityTerm"]["labelSelector"]["matchLabels"] == selected
+    budget = only(objects, "PodDisruptionBudget")["spec"]
+    assert (budget["maxUnavailable"], budget["selector"]["matchLabels"]) == (1, selected)
+
+
+def test_without_an_election_there_is_one_operator_and_never_two(helm: Helm) -> None:
+    alone = {"settings": {"leaderElection": {"enabled": False}}}
+    objects = helm.template(alone)
+    assert only(objects, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+    assert "Role" not in {document["kind"] for document in objects}
+    with pytest.raises(ClusterError, match=r"needs settings\.leaderElection\.enabled"):
+        helm.template({**alone, "replicas": 2})
+
+
+def test_the_operator_competes_for_the_lease_that_it_may_write(helm: Helm) -> None:
+    for name in ({}, {"fullnameOverride": "other"}):
+        objects = helm.template(name)
+        lease = settings_of(objects)["leaderElection"]
+        role = only(objects, "Role")
+        assert role["metadata"]["namespace"] == NAMESPACE
+        assert role["rules"][0]["resourceNames"] == [lease["leaseName"]]
+        assert "namespace" not in lease, "the operator takes its pod's"
+
+
 def test_on_openshift_the_platform_chooses_the_identity(helm: Helm) -> None:
     objects = helm.template({"runAs": None, "profiles": {"default": {"runAs": None}}})
     assert "runAsUser" not in only(objects, "Deployment")["spec"]["template"]["spec"]["securityContext"]
     assert "runAs" not in settings_of(objects)["profiles"]["default"]
+
+
+OTHER_GPU = {"gpuResource": "example.com/gpu"}
+NVIDIA_LABEL = {"nvidia.com/gpu.present": "true"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "selector"),
+    [
+        ({}, NVIDIA_LABEL),
+        ({"workspace": {"topology": "node-local"}}, NVIDIA_LABEL),
+        ({"nodeSelector": {"pool": "gpu"}}, {"pool": "gpu"}),
+        ({"workspace": {"topology": "shared"}}, None),
+        ({"gpuResource": None}, None),
+        ({**OTHER_GPU, "nodeSelector": {"pool": "gpu"}}, {"pool": "gpu"}),
+        ({**OTHER_GPU, "workspace": {"topology": "shared"}}, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["default", "big"])
+def test_a_profile_with_gpus_keeps_to_the_nodes_that_have_them(
+    helm: Helm, name: str, profile: Object, selector: Object | None
+) -> None:
+    assert settings_of(helm.template({"profiles": {name: profile}}))["profiles"][name].get("nodeSelector") == selector
+
+
+@pytest.mark.parametrize(
+    "profile", [{"nodeSelector": {}}, OTHER_GPU, {**OTHER_GPU, "workspace": {"topology": "zonal"}}]
+)
+@pytest.mark.parametrize("name", ["default", "big"])
+def test_a_profile_with_gpus_on_unknown_nodes_is_rejected_with_what_to_do(
+    helm: Helm, name: str, profile: Object
+) -> None:
+    with pytest.raises(ClusterError, match=rf"profiles\.{name}: gpuResource is set.* Set nodeSelector to labels"):
+        helm.template({"profiles": {name: profile}})
+
+
+@pytest.mark.parametrize("values", [SMALL_MACHINE, ANY_MACHINE])
+def test_the_embedded_clusters_values_ask_for_no_label_of_a_gpu_node(helm: Helm, values: Object) -> None:
+    selector = settings_of(helm.template(values))["profiles"]["default"]["nodeSelector"]
+    assert selector == {"kubernetes.io/os": "linux"}
 
 
 def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
@@ -283,11 +370,11 @@ def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPl
 
 
 def test_the_operators_account_can_do_what_it_needs_and_nothing_else(installed: Helm, plane: ControlPlane) -> None:
-    def rules(account: str) -> list[Object]:
+    def rules(account: str, namespace: str = "default") -> list[Object]:
         review = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectRulesReview",
-            "spec": {"namespace": "default"},
+            "spec": {"namespace": namespace},
         }
         arguments = ("create", f"--as={account}", "--validate=false", "--output=json", "--filename=-")
         return list(json.loads(plane.kubectl(*arguments, input_text=json.dumps(review)))["status"]["resourceRules"])
@@ -295,6 +382,8 @@ def test_the_operators_account_can_do_what_it_needs_and_nothing_else(installed: 
     what_everybody_may = rules(f"system:serviceaccount:{NAMESPACE}:nobody")
     granted = [rule for rule in rules(SERVICE_ACCOUNT) if rule not in what_everybody_may]
     assert rights_of(granted) == RIGHTS
+    in_its_own = [rule for rule in rules(SERVICE_ACCOUNT, NAMESPACE) if rule not in what_everybody_may]
+    assert rights_of(in_its_own) == RIGHTS | OWN_RIGHTS
 
 
 def test_whoever_may_edit_a_namespace_may_edit_its_jobs(installed: Helm, plane: ControlPlane) -> None:

@@ -73,7 +73,7 @@ def test_a_child_leads_to_a_pass_of_its_job_when_something_about_it_matters(watc
 
 
 def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:
-    settings = _configure()
+    settings = _configure(75)
     assert settings.queueing.idle_timeout < 1
     body: Any = {"spec": {"a": 1}}
     assert settings.persistence.diffbase_storage.build(body=body) == {}

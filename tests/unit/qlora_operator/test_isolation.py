@@ -138,10 +138,12 @@ def test_it_watches_those_namespaces_only_and_the_cluster_only_without_any(
 ) -> None:
     given: dict[str, Any] = {}
 
-    async def operator(**arguments: Any) -> None:
+    async def spawn_tasks(**arguments: Any) -> None:
         given.update(arguments)
+        raise asyncio.CancelledError
 
-    monkeypatch.setattr(kopf, "operator", operator)
+    monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
     hooks = Hooks(lambda key, first=False: None, WatchMonitor(150), lambda _key, _phase: None, lambda: None, Store())
-    asyncio.run(watch(Settings(profiles=PROFILES, namespaces=namespaces), hooks))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(watch(Settings(profiles=PROFILES, namespaces=namespaces), hooks))
     assert (given["clusterwide"], tuple(given["namespaces"])) == (not namespaces, namespaces)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.cluster import ClusterError, RejectedError
+from qlora_operator.cluster import ClusterError, NotFoundError, RejectedError
 from qlora_operator.decisions.events import phase_event
 from qlora_operator.listing import Kind, Listed, listed
 from qlora_operator.resync import Identity, Resync, WatchMonitor
@@ -110,16 +110,89 @@ class Lists:
             raise self.failure
 
 
+def test_a_denied_namespace_leaves_the_others_alone_and_comes_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class TwoNamespaces(Lists):
+        denied = False
+
+        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
+            await self.check_list(kind, namespace)
+            body = {"metadata": {"namespace": namespace, "name": "a", "uid": f"u-{namespace}", "resourceVersion": "1"}}
+            return [listed(kind, body)] if kind == "qlorajobs" else [], "9"
+
+        async def check_list(self, kind: str, namespace: str | None) -> None:
+            if self.denied and namespace == "lost":
+                raise RejectedError("forbidden")
+
+    loop = VirtualLoop()
+    lists = TwoNamespaces()
+    asked: list[Any] = []
+    changes: list[tuple[str | None, bool]] = []
+    resync = Resync(
+        lists,  # type: ignore[arg-type]
+        ("kept", "lost"),
+        lambda key, after: asked.append(key),
+        store=Store(),
+        interval=300,
+        monotonic=loop.time,
+        on_access=lambda namespace, denied: changes.append((namespace, denied)),
+    )
+
+    async def scenario() -> None:
+        task = asyncio.create_task(resync.run())
+        for namespace in ("kept", "lost"):
+            resync.monitor.show(("qlorajobs", namespace, "a"), "1", deleted=False)
+        lists.denied = True
+        await asyncio.sleep(700)
+        assert ("kept", "a") in asked
+        assert ("lost", "a") not in asked
+        assert "lost" in (resync.note() or "")
+        assert changes[-2:] == [("kept", False), ("lost", True)]
+        assert resync.problem() is None
+        lists.denied = False
+        await asyncio.sleep(41)
+        assert ("lost", "a") in asked
+        assert resync.note() is None
+        task.cancel()
+
+    loop.run_until_complete(scenario())
+    loop.close()
+    assert sum("namespace lost cannot be listed" in record.message for record in caplog.records) == 1
+
+
+def test_a_definition_that_was_gone_and_is_back_needs_a_new_watch() -> None:
+    loop = VirtualLoop()
+    lists = Lists()
+    resync = Resync(lists, (), lambda _key, _after: None, store=Store(), interval=300, monotonic=loop.time)  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        task = asyncio.create_task(resync.run())
+        lists.failure = NotFoundError("none")
+        await asyncio.sleep(90)
+        assert "CustomResourceDefinition" in (resync.problem() or "")
+        assert resync.monitor.dead == ()
+        lists.failure = None
+        await asyncio.sleep(30)
+        assert resync.monitor.dead == ("qlorajobs",)
+        resync.monitor.start_again()
+        assert resync.problem() is None
+        task.cancel()
+
+    loop.run_until_complete(scenario())
+    loop.close()
+
+
 @pytest.mark.parametrize(
     ("failure", "after_a_minute_and_a_half", "after_an_hour"),
     [
         (None, None, None),
         (RejectedError("forbidden"), "denies", "denies"),
-        (ClusterError("connection refused"), None, "no list has succeeded"),
+        (ClusterError("connection refused"), "no list has succeeded", "no list has succeeded"),
     ],
     ids=["well", "denied", "unreachable"],
 )
-def test_lost_rights_are_reported_soon_and_a_lost_server_only_later(
+def test_lost_rights_and_a_lost_server_are_reported_as_what_they_are(
     failure: ClusterError | None, after_a_minute_and_a_half: str | None, after_an_hour: str | None
 ) -> None:
     loop = VirtualLoop()

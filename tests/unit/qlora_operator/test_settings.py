@@ -75,3 +75,10 @@ def test_the_command_line_wins_over_the_environment() -> None:
     assert find_settings(None, environ) == Path("/from/environment")
     with pytest.raises(SettingsError, match="--settings FILE"):
         find_settings(None, {})
+
+
+def test_an_election_outside_a_pod_needs_a_namespace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("profiles: {default: {image: trainer}}\nleaderElection: {enabled: true}\n")
+    assert main(["--settings", str(file)]) == 2
+    assert "leaderElection.namespace" in capsys.readouterr().err

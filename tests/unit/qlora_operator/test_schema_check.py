@@ -1,0 +1,82 @@
+"""What a CustomResourceDefinition of another release lacks, and how long the operator waits for it."""
+
+import asyncio
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qlora_api.crd import custom_resource_definition
+from qlora_operator.cluster import ClusterError, NotFoundError
+from qlora_operator.schema_check import SchemaCheck, missing_fields
+from tests.support.builders import VirtualLoop
+
+
+def document(change: Callable[[dict[str, Any]], object] = lambda _properties: None) -> dict[str, Any]:
+    """What the API server publishes for our definition, after a change of its properties."""
+    schema = copy.deepcopy(custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    change(schema["properties"])
+    schema["x-kubernetes-group-version-kind"] = [{"group": "qlora.dev", "kind": "QLoRAJob", "version": "v1alpha1"}]
+    listed = {"x-kubernetes-group-version-kind": [{"kind": "QLoRAJobList"}]}
+    return {
+        "components": {"schemas": {"dev.qlora.v1alpha1.QLoRAJobList": listed, "dev.qlora.v1alpha1.QLoRAJob": schema}}
+    }
+
+
+def without(*path: str) -> Callable[[dict[str, Any]], object]:
+    def change(properties: dict[str, Any]) -> None:
+        schema = {"properties": properties}
+        for name in path[:-1]:
+            schema = schema[name] if name in schema else schema["properties"][name]
+        del schema["properties"][path[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        (lambda _properties: None, []),
+        (lambda properties: properties["status"]["properties"].update(newer={"type": "string"}), []),
+        (without("status", "disruptions"), ["status.disruptions"]),
+        (without("spec", "training", "maxSteps"), ["spec.training.maxSteps"]),
+        (without("status", "conditions", "items", "reason"), ["status.conditions[].reason"]),
+        (lambda properties: properties.pop("status"), ["status"]),
+        (lambda properties: properties.update(status={"x-kubernetes-preserve-unknown-fields": True}), []),
+    ],
+    ids=["the same", "newer", "older status", "older spec", "in a list", "no status", "anything"],
+)
+def test_fields_that_this_release_has_and_the_cluster_has_not(
+    change: Callable[[dict[str, Any]], object], missing: list[str]
+) -> None:
+    assert missing_fields(document(change)) == missing
+
+
+def test_it_waits_says_why_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    answers: list[Any] = [ClusterError("refused"), NotFoundError("none"), document(without("status", "phase"))]
+
+    class Schemas:
+        async def get_schema(self) -> Any:
+            if isinstance(answers[0], Exception):
+                raise answers[0]
+            return answers[0]
+
+    loop = VirtualLoop()
+    check = SchemaCheck(Schemas())
+
+    async def scenario() -> None:
+        running = asyncio.create_task(check.run())
+        for words in ("refused", "CustomResourceDefinition", "status.phase"):
+            await asyncio.sleep(600)
+            assert words in (check.problem or "")
+            assert not running.done()
+            answers.pop(0)
+            answers.append(document())
+        await asyncio.sleep(31)
+        assert running.done()
+        assert check.problem is None
+
+    loop.run_until_complete(scenario())
+    loop.close()
+    assert len(caplog.records) == 3
