@@ -22,6 +22,7 @@ from qlora_operator.decisions.conditions import (
 )
 from qlora_operator.decisions.figures import with_known_facts, with_progress, with_training_facts, without_remaining
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob, Reason, format_time, parse_time
+from qlora_operator.decisions.volumes import reserved_claim
 
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
 _DONE: dict[StepName, ConditionType] = {"prepare": "Prepared", "train": "Trained"}
@@ -151,7 +152,7 @@ def _objection(facts: Facts) -> Reason | None:
     }
     denied = ", ".join(field for field, value in fields.items() if value)
     if profile.allow_job_scheduling or not denied:
-        return None
+        return reserved_claim(facts.job.spec, facts.profiles.values())
     return Reason(
         "SchedulingNotAllowed",
         f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{denied}: create the job again "
