@@ -146,6 +146,7 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
         "profiles": {
             "default": {"workspace": {"size": "80Gi"}},
             "laptop": {"device": "cpu", "gpuResource": None, "image": "registry.example/other:1"},
+            "shared": {"modelCache": {"claimName": "model-cache"}},
         },
     }
     profiles = settings_of(helm.template(values))["profiles"]
@@ -156,7 +157,8 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
         "runAs": {"user": 10001, "group": 10001, "fsGroup": 10001},
         "workspace": {"size": "80Gi"},
     }
-    assert profiles["laptop"] == profiles["default"] | values["profiles"]["laptop"]
+    for name in ("laptop", "shared"):
+        assert profiles[name] == profiles["default"] | values["profiles"][name]
 
 
 def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(helm: Helm, tmp_path: Path) -> None:
@@ -210,6 +212,8 @@ def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
         ({"settings": {"progres": {}}}, "'progres' not allowed"),
         ({"profiles": {"default": {"gpuResorce": "nvidia.com/gpu"}}}, "'gpuResorce' not allowed"),
         ({"profiles": {"default": {"device": "tpu"}}}, "/profiles/default/device"),
+        ({"profiles": {"default": {"modelCache": {}}}}, "missing property 'claimName'"),
+        ({"profiles": {"default": {"modelCache": {"claimName": "Models"}}}}, "/profiles/default/modelCache/claimName"),
         ({"profiles": {"default": None}}, "missing property 'default'"),
         ({"profiles": {"A_100": {}}}, "A_100"),
         ({"namespaces": "team-a"}, "/namespaces"),

@@ -236,6 +236,10 @@ def with_an_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
+def with_a_file_of_a_bad_name(folder: Path) -> None:
+    (folder / os.fsdecode(b"\xff\n\x1b[2J" + b"x" * 200)).write_text("")
+
+
 def with_a_link(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder.parent.parent / "elsewhere")
     (folder / WEIGHTS).symlink_to(folder.parent.parent / "elsewhere")
@@ -272,6 +276,7 @@ def write(path: Path, content: bytes) -> None:
         without_a_manifest,
         with_a_broken_manifest,
         with_an_adapter,
+        with_a_file_of_a_bad_name,
         with_a_link,
         with_a_pipe,
         a_link_itself,

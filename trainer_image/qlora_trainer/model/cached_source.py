@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from qlora_api.printable import shortened
+from qlora_api.printable import one_line, shortened
 from qlora_trainer.core.failures import StepFailure, unreachable
 from qlora_trainer.core.filesystem import bytes_below, remove, sizes
 from qlora_trainer.model.cache import CachedFolder, DamagedCacheError, ModelCache, Wanted, cache_key
@@ -77,9 +77,7 @@ class CachedDownload:
         except OSError as error:
             reason = _reason(error)
         self.activity = f"the model cache cannot be used ({reason}): {_DOWNLOADING}"
-        self.remark = shortened(
-            f"the model cache cannot be used ({reason}): the model was downloaded into the workspace", _MAX_REMARK
-        )
+        self.remark = _remark(f"the model cache cannot be used ({reason}): the model was downloaded into the workspace")
         self._download.check_weights()
         return self._download.weights(on_bytes)
 
@@ -119,10 +117,7 @@ class CachedDownload:
         try:
             digests = found.verified_digests(self._wanted(), on_bytes)
         except DamagedCacheError as damage:
-            self.remark = shortened(
-                f"the model in the cache was damaged ({damage}): what is wrong was downloaded again",
-                _MAX_REMARK,
-            )
+            self.remark = _remark(f"the model in the cache was damaged ({damage}): what is wrong was downloaded again")
             self._cache.set_aside(found, damage.sound)
             return None
         self._folder = found.path
@@ -165,3 +160,8 @@ class CachedDownload:
 
 def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
+
+
+def _remark(text: str) -> str:
+    """The text, which may quote the name of a file that anybody has put there, as a status can have it."""
+    return shortened(one_line(text), _MAX_REMARK)
