@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.contract import ExitCode, ModelCacheLayout, WorkspaceLayout
 from qlora_api.status import BaseStatus
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
@@ -24,10 +23,11 @@ from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.folder_lock import own
 from qlora_trainer.core.outcome import Terminated
 from qlora_trainer.model import cached_source, source
-from qlora_trainer.model.cache import CACHE_MANIFEST
+from qlora_trainer.model.cache import CACHE_MANIFEST, CacheManifest, ModelCache
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train import train
+from qlora_trainer.stores.contents import describe_files
 from tests.support.bad_disk import bad_disk
 from tests.support.command import Done, new_files
 from tests.support.fake_hub import FakeHub, Rejection, serve
@@ -198,21 +198,19 @@ def overwritten(folder: Path) -> None:
 def with_a_matching_manifest(folder: Path) -> None:
     """As somebody would who knows the format: what the server lists is what counts."""
     overwritten(folder)
-    manifest = json.loads((folder / CACHE_MANIFEST).read_text())
-    manifest["files"][WEIGHTS]["sha256"] = subprocess.run(
-        ["sha256sum", folder / WEIGHTS], capture_output=True, text=True, check=True
-    ).stdout.split()[0]
-    write(folder / CACHE_MANIFEST, json.dumps(manifest).encode())
+    in_manifest(folder, WEIGHTS)
 
 
 def with_another_template(folder: Path) -> None:
-    """A small file of which the hub lists no digest, and a manifest that fits it."""
-    write(folder / "chat_template.jinja", b"{{ messages }}")
+    """A small file, of which the hub lists no digest, and a manifest that fits it."""
+    content = (folder / "chat_template.jinja").read_bytes()
+    write(folder / "chat_template.jinja", content[::-1])
+    in_manifest(folder, "chat_template.jinja")
+
+
+def in_manifest(folder: Path, name: str) -> None:
     manifest = json.loads((folder / CACHE_MANIFEST).read_text())
-    manifest["files"]["chat_template.jinja"] = {
-        "size": 14,
-        "sha256": "3c1e8b5fb0a1f7cd1a3cfb90ea3d1a9cf3df2d2d1bdbd0eb2ac6ce3f3ab0a3d5",
-    }
+    manifest["files"][name] = describe_files({name: folder / name})[name].dump()
     write(folder / CACHE_MANIFEST, json.dumps(manifest).encode())
 
 
@@ -457,19 +455,35 @@ def test_a_folder_with_a_live_owner_is_never_taken_or_deleted(job: JobOf, hub: F
     assert partials(cache) == []
 
 
-def test_a_stale_folder_with_a_link_in_it_is_not_written_through(
+def test_a_stale_folder_with_a_link_in_it_is_deleted_and_not_written_through(
     job: JobOf, hub: FakeHub, cache: Path, tmp_path: Path
 ) -> None:
     partial = left_behind(job, hub, cache)
     (tmp_path / "precious").write_text("precious")
-    for name in ("model-00001-of-00002.safetensors", "config.json"):
-        (partial / name).unlink()
-        (partial / name).symlink_to(tmp_path / "precious")
+    (partial / "config.json").unlink()
+    (partial / "config.json").symlink_to(tmp_path / "precious")
     aged(partial, 10**4)
     record = prepare(job("second"), Recorded())
     assert (tmp_path / "precious").read_text() == "precious"
     assert base_of(record).origin == "downloaded"
+    assert len([name for name in hub.fetched if name.endswith(".safetensors")]) == 2
     assert not any(path.is_symlink() for path in cached(cache).iterdir())
+
+
+def test_a_damaged_folder_that_another_pod_has_replaced_meanwhile_is_not_set_aside(
+    job: JobOf, hub: FakeHub, cache: Path
+) -> None:
+    prepare(job("first"), Recorded())
+    one, other = (ModelCache(ModelCacheLayout(cache), name, "pod") for name in ("one", "other"))
+    found = one.find(cached(cache).name)
+    assert found is not None
+    manifest = CacheManifest.model_validate_json((found.path / CACHE_MANIFEST).read_bytes())
+    other.set_aside(found, manifest.files)
+    with other.claim(found.path.name) as partial:
+        assert partial is not None
+        assert other.complete(partial, found.path.name, manifest) == found.path
+    one.set_aside(found, [])
+    assert (cached(cache) / WEIGHTS).is_file()
 
 
 # A cache that cannot be used

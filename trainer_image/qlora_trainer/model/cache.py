@@ -44,9 +44,10 @@ _FILE_MODE, _FOLDER_MODE, _UMASK = 0o444, 0o775, 0o002
 
 
 class CacheManifest(ObservedModel):
-    """What a complete folder has, by name. `source` is for people."""
+    """What a complete folder has, by name. `source` and `version` are for people who look for a model."""
 
     source: str
+    version: str
     files: dict[str, PublishedFile]
 
 
@@ -73,7 +74,8 @@ class CachedFolder:
     """A complete folder, or whatever else has its name."""
 
     path: Path
-    inode: int
+    identity: tuple[int, int]
+    """Differs once the folder has been replaced, or filled again."""
 
     def verified_digests(self, wanted: Mapping[str, Wanted], on_bytes: Callable[[int, int], None]) -> dict[str, str]:
         """SHA-256 of each file, by name, after reading all of them. Raises DamagedCacheError unless they are `wanted`.
@@ -111,9 +113,10 @@ class ModelCache:
         self._require_no_link()
         path = self._models / key
         try:
-            return CachedFolder(path, path.lstat().st_ino)
+            found = path.lstat()
         except FileNotFoundError:
             return None
+        return CachedFolder(path, (found.st_ino, found.st_mtime_ns))
 
     def bytes_being_fetched(self, key: str) -> int | None:
         """Bytes in an incomplete folder of the model, of whichever pod; None if there is none."""
@@ -150,15 +153,14 @@ class ModelCache:
             os.umask(before)
             ownership.release()
 
-    def complete(self, partial: Path, key: str, source: str, files: Mapping[str, PublishedFile]) -> Path | None:
-        """Make a claimed folder with these files the model's; None, and it is removed, if another pod was faster."""
+    def complete(self, partial: Path, key: str, manifest: CacheManifest) -> Path | None:
+        """Make a claimed folder the model's; None, and it is removed, if another pod was faster."""
         target = self._models / key
         for path in partial.iterdir():
-            if path.name not in files and path.name != OWNER_FILE:
+            if path.name not in manifest.files and path.name != OWNER_FILE:
                 remove(path)
-        manifest = CacheManifest(source=source, files=dict(files))
         write_atomically(partial / CACHE_MANIFEST, json.dumps(manifest.dump(), indent=2, sort_keys=True).encode())
-        for name in (*files, CACHE_MANIFEST):
+        for name in (*manifest.files, CACHE_MANIFEST):
             _set_mode(partial / name, _FILE_MODE)
         _set_mode(partial, _FOLDER_MODE)
         sync_tree(partial)
@@ -176,8 +178,7 @@ class ModelCache:
     def set_aside(self, folder: CachedFolder, sound: Collection[str]) -> None:
         """Make a damaged folder an incomplete one of this pod's, with its `sound` files; nothing if it was replaced."""
         with exclusive(self._models / _LOCK_FILE):
-            found = self.find(folder.path.name)
-            if found is None or found.inode != folder.inode:
+            if self.find(folder.path.name) != folder:
                 return
             partial = self._own_partial(folder.path.name)
             remove(partial)

@@ -10,7 +10,7 @@ from typing import Literal
 from qlora_api.printable import one_line, shortened
 from qlora_trainer.core.failures import StepFailure, unreachable
 from qlora_trainer.core.filesystem import bytes_below, remove, sizes
-from qlora_trainer.model.cache import CachedFolder, DamagedCacheError, ModelCache, Wanted, cache_key
+from qlora_trainer.model.cache import CachedFolder, CacheManifest, DamagedCacheError, ModelCache, Wanted, cache_key
 from qlora_trainer.model.source import DownloadedModel, OnBytes, RemoteModel, file_digests
 from qlora_trainer.stores.contents import PublishedFile
 
@@ -147,7 +147,8 @@ class CachedDownload:
                 remove(partial / name)
                 raise unreachable(f"{self._remote.uri}/{name} arrived with another SHA-256: it is downloaded again")
         files = {name: PublishedFile(sha256=digests[name], size=file.size) for name, file in wanted.items()}
-        self._folder = self._cache.complete(partial, self._key, self._remote.uri, files)
+        manifest = CacheManifest(source=self._remote.uri, version=self._remote.version, files=files)
+        self._folder = self._cache.complete(partial, self._key, manifest)
         return None if self._folder is None else self._revision(digests)
 
     def _revision(self, digests: Mapping[str, str]) -> str:
