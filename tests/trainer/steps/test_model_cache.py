@@ -1,6 +1,7 @@
 """Base models that jobs share: fetched once, verified when read, and never in the way of a job."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +19,7 @@ import pytest
 
 from qlora_api.contract import ExitCode, ModelCacheLayout, WorkspaceLayout
 from qlora_api.status import BaseStatus
+from qlora_trainer.core import folder_lock
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest
@@ -486,6 +489,18 @@ def test_a_damaged_folder_that_another_pod_has_replaced_meanwhile_is_not_set_asi
     assert (cached(cache) / WEIGHTS).is_file()
 
 
+def test_a_volume_without_locks_holds_a_cache_too(
+    job: JobOf, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(folder_lock, "fcntl", SimpleNamespace(**{**vars(fcntl), "flock": flock}))
+    found = [base_of(prepare(job(name), Recorded())) for name in ("first", "second")]
+    assert [(base.origin, base.message) for base in found] == [("downloaded", ""), ("cache", "")]
+    cached(cache)
+
+
 # A cache that cannot be used
 
 
@@ -519,7 +534,15 @@ def broken(cache: Path, failing: int, number: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("failing", "number"),
-    [(1, errno.EROFS), (2, errno.EACCES), (4, errno.ENOSPC), (9, errno.EDQUOT), (14, errno.ENOSPC)],
+    [
+        (1, errno.EROFS),
+        (2, errno.EACCES),
+        (4, errno.ENOSPC),
+        (9, errno.EDQUOT),
+        (14, errno.ENOSPC),
+        (14, errno.EIO),
+        (16, errno.ENOLCK),
+    ],
 )
 def test_a_cache_that_cannot_be_written_costs_the_job_nothing(
     job: JobOf, hub: FakeHub, cache: Path, failing: int, number: int

@@ -3,7 +3,8 @@
 import errno
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,18 @@ from qlora_trainer.stores.contents import PublishedFile
 _DOWNLOADING = "downloading"
 _WAIT_SECONDS = 2.0
 _MAX_REMARK = 256
+_OF_A_VOLUME = frozenset(
+    {
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOENT,
+        errno.ENOLCK,
+        errno.EOPNOTSUPP,
+    }
+)
 
 
 class CachedDownload:
@@ -138,7 +151,8 @@ class CachedDownload:
         for name in self._download.small_files:
             remove(partial / name)
             shutil.copyfile(self._download.folder / name, partial / name)
-        self._download.fetch_weights(partial, on_bytes)
+        with _errors_of_the_volume():
+            self._download.fetch_weights(partial, on_bytes)
         self.activity = "checking the downloaded"
         wanted = self._wanted()
         digests = file_digests(partial, wanted, on_bytes)
@@ -157,6 +171,18 @@ class CachedDownload:
     def _no_room(self, present: int) -> str:
         needed = self._download.weight_bytes() - present
         return f"it has {sizes(self._cache.free_bytes())} free, and the model needs {sizes(needed)}"
+
+
+@contextmanager
+def _errors_of_the_volume() -> Iterator[None]:
+    """Raise the OSError of a volume that a client has reported as a transfer that was cut off."""
+    try:
+        yield
+    except StepFailure as failure:
+        cause = failure.__cause__
+        if isinstance(cause, OSError) and cause.errno in _OF_A_VOLUME:
+            raise cause from None
+        raise
 
 
 def _reason(error: OSError) -> str:
