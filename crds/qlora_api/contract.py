@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, Bytes, Count, DatasetStatus, MemoryStatus, MergedStatus, StepName, Timestamp
+from qlora_api.status import (
+    AdapterStatus,
+    BaseStatus,
+    Bytes,
+    Count,
+    DatasetStatus,
+    MemoryStatus,
+    MergedStatus,
+    StepName,
+    Timestamp,
+)
 
 CONTRACT_VERSION = 2
 """Raised by a release whose operator and trainer expect something new of each other.
@@ -24,6 +34,7 @@ TERMINATION_LOG = PurePosixPath("/dev/termination-log")
 WORKSPACE_MOUNT = PurePosixPath("/workspace")
 VOLUMES_MOUNT = PurePosixPath("/volumes")
 CONFIG_MAPS_MOUNT = PurePosixPath("/config-maps")
+MODEL_CACHE_MOUNT = PurePosixPath("/model-cache")
 TOKEN_FILE = PurePosixPath("/secrets/model/token")
 # In it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
 CREDENTIALS_MOUNT = PurePosixPath("/credentials")
@@ -34,6 +45,7 @@ ENV_CONTRACT_VERSION = "QLORA_CONTRACT_VERSION"
 ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
+ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
 
 CPU_ALLOCATOR = "libtcmalloc_minimal.so.4"
 """Preloaded (LD_PRELOAD) for training on a CPU: glibc's own allocator takes more time and more memory."""
@@ -120,6 +132,7 @@ class ResultRecord(_Record):
     model_revision: str | None = Field(None, max_length=256)
     memory: MemoryStatus | None = None
     dataset: DatasetStatus | None = None
+    base: BaseStatus | None = None
     training_step: Count | None = None
     total_steps: Count | None = None
     loss: Finite | None = None
@@ -208,3 +221,15 @@ class WorkspaceLayout:
     def completion(self, step: StepName) -> Path:
         """The step's completion record: if it exists and matches, the step is not repeated."""
         return self.records / f"{step}.json"
+
+
+@dataclass(frozen=True)
+class ModelCacheLayout:
+    """Paths on a claim that the jobs of a namespace share. Other kinds of files come beside `models/`."""
+
+    root: Path
+
+    @property
+    def models(self) -> Path:
+        """Downloaded base models: `models/<digest>/`, each complete or absent."""
+        return self.root / "models"

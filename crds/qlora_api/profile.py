@@ -143,6 +143,15 @@ class ObjectStoreSettings(ApiModel):
     )
 
 
+class ModelCache(ApiModel):
+    """A claim on which the jobs of a namespace share downloaded base models."""
+
+    claim_name: ObjectName = Field(
+        description="Name of a PersistentVolumeClaim that exists in each namespace with jobs: ReadWriteMany, or a "
+        "volume of one node. Only prepare writes to it. No job may name it as workspace, model, data or destination."
+    )
+
+
 class Profile(ApiModel):
     """A class of jobs, set up by the administrator. A job names it and can change nothing in it."""
 
@@ -170,6 +179,9 @@ class Profile(ApiModel):
         "If false, a job that sets one of them waits with the reason SchedulingNotAllowed.",
     )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
+    model_cache: ModelCache | None = Field(
+        None, description="Where downloaded base models are shared; each job downloads its own if not set."
+    )
     resources: Resources = Field(Resources(), description="CPU and memory of each step.")
     hub_endpoint: str | None = Field(
         None, max_length=512, description="URL of the Hugging Face Hub or of a mirror; huggingface.co if not set."

@@ -125,6 +125,22 @@ class MemoryStatus(ObservedModel):
     peak_bytes: Bytes | None = Field(None, description="Measured peak of the run, for comparison.")
 
 
+class BaseStatus(ObservedModel):
+    """How prepare got the files of the base model."""
+
+    origin: Literal["downloaded", "cache", "volume"] = Field(
+        description="Where the weights came from: downloaded by this job, found in the profile's modelCache, or read "
+        "in place from pvc://."
+    )
+    bytes_fetched: Bytes = Field(0, description="Bytes that this job's latest prepare has fetched from the server.")
+    seconds: Count = Field(
+        0, description="Seconds that it took to fetch them and to check them, and to wait for another job's download."
+    )
+    message: ShortText = Field(
+        "", description="Why the model is not in the cache, or what was wrong with it there; empty if all is well."
+    )
+
+
 class DatasetStatus(ObservedModel):
     """What prepare found in the data set."""
 
@@ -209,6 +225,7 @@ class QLoRAJobStatus(ObservedModel):
     progress: ProgressStatus | None = Field(None, description="Progress of training.")
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
     dataset: DatasetStatus | None = Field(None, description="What prepare found in the data set.")
+    base: BaseStatus | None = Field(None, description="How prepare got the base model.")
     checkpoint: CheckpointStatus | None = Field(None, description="The latest checkpoint.")
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
     merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")

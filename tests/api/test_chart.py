@@ -151,6 +151,7 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
         "profiles": {
             "default": {"workspace": {"size": "80Gi"}},
             "laptop": {"device": "cpu", "gpuResource": None, "image": "registry.example/other:1"},
+            "shared": {"modelCache": {"claimName": "model-cache"}},
         },
     }
     profiles = settings_of(helm.template(values))["profiles"]
@@ -164,6 +165,7 @@ def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm)
     }
     inherited = {key: value for key, value in profiles["default"].items() if key != "nodeSelector"}
     assert profiles["laptop"] == inherited | values["profiles"]["laptop"], "without GPUs it needs no label of GPU nodes"
+    assert profiles["shared"] == profiles["default"] | values["profiles"]["shared"]
 
 
 def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(helm: Helm, tmp_path: Path) -> None:
@@ -297,6 +299,8 @@ def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
         ({"settings": {"progres": {}}}, "'progres' not allowed"),
         ({"profiles": {"default": {"gpuResorce": "nvidia.com/gpu"}}}, "'gpuResorce' not allowed"),
         ({"profiles": {"default": {"device": "tpu"}}}, "/profiles/default/device"),
+        ({"profiles": {"default": {"modelCache": {}}}}, "missing property 'claimName'"),
+        ({"profiles": {"default": {"modelCache": {"claimName": "Models"}}}}, "/profiles/default/modelCache/claimName"),
         ({"profiles": {"default": None}}, "missing property 'default'"),
         ({"profiles": {"A_100": {}}}, "A_100"),
         ({"namespaces": "team-a"}, "/namespaces"),

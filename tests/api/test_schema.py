@@ -320,6 +320,21 @@ def test_a_job_that_no_operator_has_seen_reads_as_in_progress(plane: ControlPlan
 
 
 @pytest.mark.usefixtures("created")
+def test_the_server_keeps_what_a_status_says_about_the_base_and_its_cache(plane: ControlPlane) -> None:
+    profile = {"image": "trainer", "modelCache": {"claimName": "model-cache"}}
+    resolved = {"contractVersion": 1, "profile": profile, "claimName": "c", "claimCreated": True, "workspacePath": "w"}
+    base = {"origin": "cache", "bytesFetched": 17, "seconds": 3, "message": "the cache was damaged"}
+    for field, value in (("base", base), ("resolved", resolved)):
+        patch = json.dumps({"status": {field: value}})
+        flags = ("--subresource=status", "--type=merge", "--dry-run=server", "--output=json")
+        patched = json.loads(plane.kubectl("patch", "qlorajob", "full", *flags, f"--patch={patch}"))
+        assert patched["status"][field] == value
+    wrong = json.dumps({"status": {"base": base | {"origin": "elsewhere"}}})
+    with pytest.raises(ClusterError, match=r"status\.base\.origin: Unsupported value"):
+        plane.kubectl("patch", "qlorajob", "full", "--subresource=status", "--type=merge", f"--patch={wrong}")
+
+
+@pytest.mark.usefixtures("created")
 def test_jobs_can_be_selected_by_model(plane: ControlPlane) -> None:
     found = plane.kubectl.get("qlora", "--field-selector=spec.model.source=hf://org/model")
     assert [item["metadata"]["name"] for item in found["items"]] == ["full"]

@@ -31,6 +31,7 @@ from qlora_trainer.data.reading import read_rows
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.statistics import STATISTICS, DataStatistics
 from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.cache import CACHE_MANIFEST, DamagedCacheError, files_of
 from qlora_trainer.model.source import require_whole
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.metrics_log import read_history
@@ -184,6 +185,13 @@ def _indexed_weights(content: bytes, folder: Path) -> None:
     BaseWeights(_written(content, folder / "indexed" / "model.safetensors.index.json").parent, _model())
 
 
+def _cached_model(content: bytes, folder: Path) -> None:
+    place = folder / "cached"
+    _written(b"{}", place / "config.json")
+    _written(content, place / CACHE_MANIFEST)
+    assert files_of(place)["config.json"].size == 2
+
+
 def _checkpoint_of(name: str) -> Callable[[bytes, Path], None]:
     """Reads a checkpoint whose file of that name has the content, and whose digests are those of its files."""
 
@@ -298,6 +306,11 @@ FILES: dict[str, Target] = {
         _indexed_weights,
         (_json({"weight_map": {"a": "model-1.safetensors"}}),),
         exit_codes=(_UNAVAILABLE, _UNSAFE),
+    ),
+    "cached-model": Target(
+        _cached_model,
+        (_json({"source": "s", "version": "v", "files": {"config.json": {"sha256": "0", "size": 2}}}),),
+        (DamagedCacheError,),
     ),
     "checkpoint-manifest": Target(
         _checkpoint_of("manifest.json"),

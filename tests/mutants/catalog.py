@@ -458,6 +458,24 @@ TRAINER = (
         ),
     ),
     Mutant(
+        name="a-stale-cached-folder-with-a-link-is-filled",
+        file=f"{_TRAINER}/model/cache.py",
+        old=" and _is_plain(partial)]",
+        new="]",
+        tests=(
+            f"{_TRAINER_TESTS}/steps/test_model_cache.py::test_a_stale_folder_with_a_link_in_it_is_deleted_and_not_written_through",
+        ),
+    ),
+    Mutant(
+        name="a-cached-folder-that-was-filled-again-is-set-aside",
+        file=f"{_TRAINER}/model/cache.py",
+        old="(found.st_ino, found.st_mtime_ns)",
+        new="(found.st_ino, 0)",
+        tests=(
+            f"{_TRAINER_TESTS}/steps/test_model_cache.py::test_a_damaged_folder_that_another_pod_has_replaced_meanwhile_is_not_set_aside",
+        ),
+    ),
+    Mutant(
         name="memory-without-dora",
         file=f"{_TRAINER}/model/memory_fit.py",
         old="use_dora=spec.lora.use_dora,",

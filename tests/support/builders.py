@@ -17,7 +17,16 @@ from qlora_api.naming import (
     workspace_folder,
 )
 from qlora_api.profile import Profile
-from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, QLoRAJobStatus, Resolved, StepName, StepStatus
+from qlora_api.status import (
+    AdapterStatus,
+    BaseStatus,
+    DatasetStatus,
+    MemoryStatus,
+    QLoRAJobStatus,
+    Resolved,
+    StepName,
+    StepStatus,
+)
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe, parse_job
 from qlora_operator.decisions.status import next_status
@@ -32,6 +41,7 @@ MODEL = {"source": "hf://org/model"}
 DATASET = {"source": "hf://org/rows"}
 MEMORY = MemoryStatus(estimate_bytes=10, low_bytes=9, high_bytes=11, verdict="unknown")
 FOUND = DatasetStatus(format="chat", rows=12, used_rows=10)
+BASE = BaseStatus(origin="cache", bytes_fetched=17, seconds=3)
 ADAPTER = AdapterStatus(
     uri="pvc://tune-0a1b2c3d/tune-0a1b2c3d/adapter",
     sha256="a" * 64,
@@ -43,7 +53,7 @@ ADAPTER = AdapterStatus(
     quantization="nf4",
 )
 FACTS: dict[StepName, dict[str, Any]] = {
-    "prepare": {"model_revision": "c0ffee", "memory": MEMORY, "dataset": FOUND},
+    "prepare": {"model_revision": "c0ffee", "memory": MEMORY, "dataset": FOUND, "base": BASE},
     "train": {"training_step": 10, "total_steps": 10, "loss": 1.234567, "peak_memory_bytes": 99},
     "publish": {"adapter": ADAPTER},
 }

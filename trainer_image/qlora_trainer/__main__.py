@@ -41,6 +41,13 @@ _OPTIONS = (
     ),
     click.option("--config-map", multiple=True, metavar="NAME=DIR", callback=_folders, help="Folder of a ConfigMap."),
     click.option(
+        "--model-cache",
+        type=click.Path(path_type=Path),
+        envvar=contract.ENV_MODEL_CACHE,
+        show_envvar=True,
+        help="Folder in which downloaded base models are shared.",
+    ),
+    click.option(
         "--termination-log",
         type=click.Path(path_type=Path),
         default=_EXISTING_LOG,
@@ -72,8 +79,12 @@ def main() -> None:
 
 
 def _add_step(step: StepName, help_text: str) -> None:
-    def command(volume: dict[str, Path], config_map: dict[str, Path], **options: object) -> None:
-        run(Invocation(step=step, mounts=Mounts(claims=volume, config_map_folders=config_map), **options))  # type: ignore[arg-type]
+    def command(
+        volume: dict[str, Path], config_map: dict[str, Path], model_cache: Path | None, **options: object
+    ) -> None:
+        cache = model_cache and model_cache.absolute()
+        mounts = Mounts(claims=volume, config_map_folders=config_map, model_cache=cache)
+        run(Invocation(step=step, mounts=mounts, **options))  # type: ignore[arg-type]
 
     for option in reversed(_OPTIONS):
         command = option(command)

@@ -44,6 +44,8 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
         changes["memory"] = record.memory
     if record.dataset is not None:
         changes["dataset"] = record.dataset
+    if record.base is not None:
+        changes["base"] = record.base
     if status.resolved is not None and record.model_revision is not None:
         changes["resolved"] = status.resolved.model_copy(update={"model_revision": record.model_revision})
     return status.model_copy(update=changes)

@@ -20,7 +20,7 @@ from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.status import Resolved, StepName
 from qlora_api.v1alpha1 import API_VERSION, KIND, STEP_FIELDS
 from qlora_operator.decisions.observe import QLoRAJob
-from qlora_operator.decisions.volumes import mounts_and_volumes
+from qlora_operator.decisions.volumes import mounts_and_volumes, uses_cache
 
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
@@ -152,7 +152,7 @@ def _failure_rules() -> list[Manifest]:
 def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
     profile = resolved.profile
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
-    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, step)
+    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step)
     pod: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -183,7 +183,7 @@ def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) 
         "image": profile.image,
         "imagePullPolicy": profile.image_pull_policy,
         "args": [step, "--job", str(contract.JOB_FILE), "--workspace", str(workspace)],
-        "env": _environment(resolved, step, attempt),
+        "env": _environment(job, resolved, step, attempt),
         "resources": _resources(job, profile, step),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -195,7 +195,7 @@ def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) 
     }
 
 
-def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manifest]:
+def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> list[Manifest]:
     values = {
         "HOME": "/tmp",  # noqa: S108 - the one folder outside the workspace that a pod can write to
         contract.ENV_ATTEMPT: str(attempt),
@@ -205,6 +205,8 @@ def _environment(resolved: Resolved, step: StepName, attempt: int) -> list[Manif
     }
     if step in ("prepare", "publish"):
         values |= _servers(resolved.profile)
+    if resolved.profile.model_cache is not None and uses_cache(job.spec, step):
+        values[contract.ENV_MODEL_CACHE] = str(contract.MODEL_CACHE_MOUNT)
     if step == "train" and resolved.profile.device == "cpu":
         values["LD_PRELOAD"] = contract.CPU_ALLOCATOR
     pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}

@@ -8,6 +8,7 @@ from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.decisions.facts import Facts, new_step
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import ChildJob, Reason
+from qlora_operator.decisions.volumes import reserved_claim
 
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -64,7 +65,7 @@ def objection(facts: Facts) -> Reason | None:
     }
     denied = ", ".join(field for field, value in fields.items() if value)
     if profile.allow_job_scheduling or not denied:
-        return None
+        return reserved_claim(facts.job.spec, facts.profiles.values())
     return Reason(
         "SchedulingNotAllowed",
         f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{denied}: create the job again "

@@ -1,17 +1,19 @@
 """Decides which volumes a step's pod mounts, where, and whether it may write to them; pure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_api import contract
 from qlora_api.naming import SPEC_ANNOTATION
+from qlora_api.profile import ModelCache, Profile
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
 from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.observe import QLoRAJob, Reason
 
 Manifest = dict[str, Any]
 _WORKSPACE = "workspace"
+_MODEL_CACHE = "model-cache"
 _TEMPORARY_SIZE = "4Gi"
 # Processes on several GPUs exchange data through it (NCCL); runtimes give a container 64 MiB. Counts as memory.
 _SHARED_MEMORY_SIZE = "1Gi"
@@ -25,13 +27,15 @@ _SECRET_KEYS = {
 _OPTIONAL_SECRET_KEYS = {"s3": ("AWS_SESSION_TOKEN",)}
 
 
-def mounts_and_volumes(job: QLoRAJob, workspace_claim: str, step: StepName) -> tuple[list[Manifest], list[Manifest]]:
+def mounts_and_volumes(
+    job: QLoRAJob, workspace_claim: str, cache: ModelCache | None, step: StepName
+) -> tuple[list[Manifest], list[Manifest]]:
     """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
     Every step mounts the workspace, the job's manifest and a small folder for temporary files. Besides these, prepare
     reads the model, the data and their secrets, and checks the destination with its secret; train reads the model;
     publish reads the model, writes to the destination and reads its secret. A Secret or ConfigMap that does not exist
-    yet keeps the pod waiting, which costs no retry.
+    yet keeps the pod waiting, which costs no retry. Only prepare may write to the cache of models.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -51,11 +55,45 @@ def mounts_and_volumes(job: QLoRAJob, workspace_claim: str, step: StepName) -> t
         mounts.append(_mount(name, str(contract.VOLUMES_MOUNT / claim), read_only=not writable))
         if name != _WORKSPACE:
             volumes.append({"name": name, "persistentVolumeClaim": {"claimName": claim}})
+    if cache is not None and uses_cache(job.spec, step):
+        mounts.append(_mount(_MODEL_CACHE, str(contract.MODEL_CACHE_MOUNT), read_only=step != "prepare"))
+        volumes.append({"name": _MODEL_CACHE, "persistentVolumeClaim": {"claimName": cache.claim_name}})
     if step == "prepare":
         _add_config_maps(job.spec, mounts, volumes)
         _add_token(job.spec, mounts, volumes)
     _add_credentials(job.spec, step, mounts, volumes)
     return mounts, volumes
+
+
+def uses_cache(spec: QLoRAJobSpec, step: StepName) -> bool:
+    """Whether the step reads a base model that a cache can hold: not one that is read in place on a volume."""
+    return step != "clean" and not isinstance(parse_source(spec.model.source), VolumeSource)
+
+
+def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | None:
+    """Why the job must not start: it names the cache's claim of a profile, also of another than its own.
+
+    It could write there what other jobs load, or read a model that its own token does not open.
+    """
+    reserved = {profile.model_cache.claim_name for profile in profiles if profile.model_cache is not None}
+    named = {"spec.workspace.claimName": spec.workspace.claim_name}
+    for field, uri in {
+        "spec.model.source": spec.model.source,
+        "spec.dataset.source": spec.dataset.source,
+        "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
+        "spec.output.destination": spec.output.destination,
+        "spec.output.merged.destination": spec.output.merged.destination if spec.output.merged else None,
+    }.items():
+        source = parse_source(uri) if uri else None
+        named[field] = source.claim if isinstance(source, VolumeSource) else None
+    for field, claim in named.items():
+        if claim in reserved:
+            return Reason(
+                "ClaimNotAllowed",
+                f"{field} names the claim {claim!r}, on which a profile caches models (modelCache): create the job "
+                "again with another claim",
+            )
+    return None
 
 
 def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:

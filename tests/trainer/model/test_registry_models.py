@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 import requests
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.sources import RegistrySource, parse_source
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
@@ -25,7 +25,7 @@ from qlora_trainer.stores.oci import MANIFEST_TYPE
 from tests.support.command import qlora
 from tests.support.fault_proxy import Fault, FaultProxy, Request
 from tests.support.publication import MANIFEST
-from tests.support.servers import LOGIN, PASSWORD, USER
+from tests.support.servers import LOGIN, PASSWORD, USER, give_login
 from tests.support.tiny import Recorded
 from tests.trainer.conftest import MakeContext
 
@@ -95,6 +95,54 @@ def test_a_download_resumes_where_it_was_cut_off(
     assert 0 < kept <= 100_000
     found = context.workspace.root / record.model_path / "model.safetensors"
     assert found.read_bytes() == (tiny_llama / "model.safetensors").read_bytes()
+
+
+def in_cache(context: StepContext, root: Path, name: str) -> StepContext:
+    """The same job under another name, with a cache for models."""
+    (root / "cache").mkdir(exist_ok=True)
+    return replace(
+        context,
+        workspace=WorkspaceLayout(root / "workspaces" / name),
+        mounts=replace(context.mounts, model_cache=root / "cache"),
+        pod_uid=name,
+    )
+
+
+def test_jobs_that_share_a_cache_load_the_weights_once_and_each_with_its_own_login(
+    make_context: MakeContext,
+    records: Recorded,
+    registry_proxy: FaultProxy,
+    model: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    context, wanted = with_model(make_context, registry_proxy, model), of_weights(registry_proxy, tiny_llama)
+    registry_proxy.rule = lambda request: Fault(cut=100_000) if wanted(request) else None
+    unusable(in_cache(context, tmp_path, "first"), records, ExitCode.UNREACHABLE)
+    registry_proxy.rule = lambda _request: None
+    records_of = [prepare(in_cache(context, tmp_path, name), records) for name in ("again", "second")]
+    assert [record.base and record.base.origin for record in records_of] == ["downloaded", "cache"]
+    asked = [request.headers.get("Range") for request in registry_proxy.seen if wanted(request)]
+    assert asked == [None, "bytes=65536-"]
+    weights = tiny_llama / "model.safetensors"
+    assert (Path(records_of[1].model_path) / weights.name).read_bytes() == weights.read_bytes()
+    give_login(tmp_path / "credentials" / "model", registry_proxy.address, login="d3Jvbmc6bG9naW4=")
+    unusable(in_cache(context, tmp_path, "third"), records, ExitCode.MODEL_UNAVAILABLE)
+
+
+def test_a_layer_that_the_registry_no_longer_has_is_not_taken_from_the_cache(
+    make_context: MakeContext,
+    records: Recorded,
+    registry_proxy: FaultProxy,
+    model: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    context, wanted = with_model(make_context, registry_proxy, model), of_weights(registry_proxy, tiny_llama)
+    prepare(in_cache(context, tmp_path, "first"), records)
+    registry_proxy.rule = lambda request: Fault(404) if wanted(replace(request, method="GET")) else None
+    message = unusable(in_cache(context, tmp_path, "second"), records, ExitCode.MODEL_UNAVAILABLE)
+    assert "has no blob for model.safetensors" in message
 
 
 def test_a_transfer_that_stalls_is_given_up(

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import torch
 from obstore.store import S3Store
 from safetensors.torch import save_file
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.sources import ObjectStoreSource
+from qlora_api.status import BaseStatus
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_dataset
@@ -130,6 +132,70 @@ def test_the_revision_is_that_of_the_content(
     stored = prepare(make_context(MODEL), records)
     shutil.rmtree(make_context().workspace.root)
     assert prepare(make_context(), records).model_revision == stored.model_revision
+
+
+def in_cache(context: StepContext, root: Path, name: str) -> StepContext:
+    """The same job under another name, with a cache for models."""
+    (root / "cache").mkdir(exist_ok=True)
+    return replace(
+        context,
+        workspace=WorkspaceLayout(root / "workspaces" / name),
+        mounts=replace(context.mounts, model_cache=root / "cache"),
+        pod_uid=name,
+    )
+
+
+def weights_read(store: FaultProxy) -> int:
+    return sum(path.endswith("model.safetensors") for path in store.lines("GET"))
+
+
+@pytest.mark.usefixtures("model")
+def test_jobs_that_share_a_cache_read_the_weights_once(
+    make_context: MakeContext, records: Recorded, store: FaultProxy, tmp_path: Path
+) -> None:
+    first, second = (prepare(in_cache(make_context(MODEL), tmp_path, name), records) for name in ("first", "second"))
+    assert weights_read(store) == 1
+    assert first.model_path == second.model_path
+    assert first.model_revision == second.model_revision
+    assert second.base is not None
+    assert second.base.origin == "cache"
+    volume = prepare(make_context(), records)
+    assert volume.model_revision == first.model_revision
+    assert volume.base == BaseStatus(origin="volume", seconds=volume.base.seconds if volume.base else 0)
+
+
+@pytest.mark.usefixtures("model")
+def test_a_key_that_may_list_and_not_read_the_weights_gets_nothing_from_the_cache(
+    make_context: MakeContext, records: Recorded, store: FaultProxy, tmp_path: Path
+) -> None:
+    prepare(in_cache(make_context(MODEL), tmp_path, "first"), records)
+
+    def deny(request: Request) -> Fault | None:
+        return answering(403, "AccessDenied") if request.path.endswith("model.safetensors") else None
+
+    store.rule = deny
+    message = rejection(in_cache(make_context(MODEL), tmp_path, "second"), records, ExitCode.MODEL_UNAVAILABLE)
+    assert "may not be read" in message
+
+
+def test_objects_of_another_address_are_not_taken_for_those_of_the_cache(
+    make_context: MakeContext, records: Recorded, store: FaultProxy, bucket: S3Store, model: str, tmp_path: Path
+) -> None:
+    """Even if sizes and ETags are the same: a store need not make them from the content."""
+    prepare(in_cache(make_context(MODEL), tmp_path, "first"), records)
+    for name, found in (
+        ObjectFolder(
+            ObjectStoreSource(BUCKET, model), Secret(tmp_path / "credentials" / "model", "f", "s"), reject=bad_dataset
+        )
+        .list()
+        .items()
+    ):
+        obstore.put(bucket, f"models/copy/{name}", obstore.get(bucket, f"{model}/{found.name}").bytes())
+    copied = {"model": {**MODEL["model"], "source": f"s3://{BUCKET}/models/copy"}}
+    record = prepare(in_cache(make_context(copied), tmp_path, "second"), records)
+    assert record.base is not None
+    assert record.base.origin == "downloaded"
+    assert weights_read(store) == 2
 
 
 def test_data_for_training_and_evaluation_are_read(

@@ -258,6 +258,27 @@ def test_a_model_on_a_volume_is_mounted_read_only(step: StepName, expected: dict
     assert {path: mount for path, mount in mounts.items() if path.startswith("/volumes")} == expected
 
 
+CACHED = {"modelCache": {"claimName": "models"}}
+
+
+@pytest.mark.parametrize(
+    ("step", "writable"), [("prepare", True), ("train", False), ("publish", False), ("clean", None)]
+)
+@pytest.mark.parametrize("source", ["hf://org/model", "s3://bucket/model", "oci://ghcr.io/acme/tiny:v1"])
+def test_only_prepare_may_write_to_the_cache_of_models(source: str, step: StepName, writable: bool | None) -> None:
+    job = build(step, CACHED, model={"source": source})
+    expected = {} if writable is None else {"/model-cache": ("models", writable)}
+    assert {path: mount for path, mount in mounts_of(job).items() if mount[0] == "models"} == expected
+    assert environment_of(job).get("QLORA_MODEL_CACHE") == (None if writable is None else "/model-cache")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_model_that_is_read_in_place_needs_no_cache(step: StepName) -> None:
+    job = build(step, CACHED, model={"source": "pvc://base/m"})
+    assert "/model-cache" not in mounts_of(job)
+    assert "QLORA_MODEL_CACHE" not in environment_of(job)
+
+
 def test_one_claim_for_everything_is_one_volume_with_several_mounts() -> None:
     spec: dict[str, Any] = {
         "model": {"source": f"pvc://{WORKSPACE}/m"},

@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 
+from qlora_api.profile import Profile
 from qlora_api.status import MergedStatus, QLoRAJobStatus
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from tests.support.builders import (
     ADAPTER,
+    BASE,
+    DATASET,
     FOUND,
     MEMORY,
     NAME,
@@ -89,6 +92,26 @@ def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field
     assert follow(make_job(), profiles=strict).resolved is not None
 
 
+@pytest.mark.parametrize(
+    ("field", "spec"),
+    [
+        ("workspace.claimName", {"workspace": {"claimName": "models"}}),
+        ("model.source", {"model": {"source": "pvc://models/models/c0ffee"}}),
+        ("dataset.source", {"dataset": {"source": "pvc://models/rows.jsonl"}}),
+        ("dataset.eval.source", {"dataset": DATASET | {"eval": {"source": "pvc://models/rows.jsonl"}}}),
+        ("output.destination", {"output": {"destination": "pvc://models/models/c0ffee"}}),
+        ("output.merged.destination", {"output": {"merged": {"destination": "pvc://models/merged"}}}),
+    ],
+)
+def test_a_job_that_names_the_claim_of_a_cache_waits_whatever_its_own_profile(field: str, spec: dict[str, Any]) -> None:
+    assert follow(make_job(**spec)).resolved is not None
+    cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
+    status = follow(make_job(**spec), profiles={"default": PROFILE, "cached": cached})
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "ClaimNotAllowed")
+    assert message_of(status).startswith(f"spec.{field} names the claim 'models'")
+    assert follow(make_job(), profiles={"default": cached}).resolved is not None
+
+
 def test_a_profile_that_changes_later_does_not_change_the_job() -> None:
     changed = PROFILE.model_copy(update={"image": "other"})
     status = follow(make_job(status_in("train")), child("train"), profiles={"default": changed})
@@ -121,7 +144,7 @@ def test_phase_and_reason_show_what_a_job_does(step: Any, bodies: Any, phase: st
 
 def test_what_prepare_found_out_is_shown_and_train_is_next() -> None:
     status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), succeeded("prepare"))
-    assert (status.memory, status.dataset) == (MEMORY, FOUND)
+    assert (status.memory, status.dataset, status.base) == (MEMORY, FOUND, BASE)
     assert status.resolved is not None
     assert status.resolved.model_revision == "c0ffee"
     assert conditions_of(status)["Prepared"] == "True"

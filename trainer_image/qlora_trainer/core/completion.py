@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import Field, PositiveInt, ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, MergedStatus
+from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, MemoryStatus, MergedStatus
 from qlora_trainer.core.filesystem import write_atomically
 
 
@@ -24,6 +24,7 @@ class PrepareRecord(ObservedModel):
     model_type: str
     memory: MemoryStatus
     dataset: DatasetStatus
+    base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
 
 
 def recorded_path(path: Path, root: Path) -> str:

@@ -28,6 +28,8 @@ class Mounts:
     config_maps: Path = Path(contract.CONFIG_MAPS_MOUNT)
     token_file: Path = Path(contract.TOKEN_FILE)
     credentials: Path = Path(contract.CREDENTIALS_MOUNT)
+    model_cache: Path | None = None
+    """Where downloaded base models are shared; None if each job has its own."""
     claims: Mapping[str, Path] = field(default_factory=dict)
     """Claims that are elsewhere: on a laptop, from `--volume CLAIM=DIR`."""
     config_map_folders: Mapping[str, Path] = field(default_factory=dict)

@@ -154,6 +154,7 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
             "model_revision": completion.model_revision,
             "memory": completion.memory,
             "dataset": completion.dataset,
+            "base": completion.base,
         }
     known: dict[str, object] = {
         "model_revision": findings.model_revision,

@@ -1,15 +1,19 @@
 """Opens the base model at its address: the hub, an object store, a registry or a volume."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from re import fullmatch
 
+from qlora_api.contract import ModelCacheLayout
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artifact
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.model.source import DownloadedModel, ModelSource, RemoteModel, VolumeModel, content_digest
+from qlora_trainer.model.cache import ModelCache
+from qlora_trainer.model.cached_source import CachedDownload
+from qlora_trainer.model.source import DownloadedModel, ModelSource, RemoteModel, VolumeModel, content_revision
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.model_pack import archives, unpack
 from qlora_trainer.stores.oci import Registry
@@ -27,12 +31,18 @@ class HubModel:
             raise unreachable(f"{self.uri}: the hub returned no commit for its revision, but {self._listing.commit!r}")
         self.version = self._listing.commit
         self.sizes = {name: file.size for name, file in self._listing.files.items()}
+        self.digests = {name: file.sha256 for name, file in self._listing.files.items() if file.sha256 is not None}
 
     def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
         """See RemoteModel."""
         self._hub.fetch(self._listing, self._listing.files[name], folder, on_bytes)
 
-    def revision(self, _folder: Path, _names: Collection[str]) -> str:
+    def require_readable(self, names: Iterable[str]) -> None:
+        """See RemoteModel. The listing of a gated repository is open to everybody, its files are not."""
+        for name in names:
+            self._hub.require_readable(self._listing, self._listing.files[name])
+
+    def revision(self, _digests: Callable[[], Mapping[str, str]]) -> str:
         """See RemoteModel."""
         return self.version
 
@@ -51,15 +61,22 @@ class ObjectStoreModel:
         if not self._objects:
             raise model_unavailable(f"{self.uri} has no objects: check bucket and path")
         self.sizes = {name: found.size for name, found in self._objects.items()}
-        self.version = version_of(self._objects)
+        # Not every store makes its ETags from the content: they say nothing about objects of another address.
+        self.version = sha256(f"{self._folder.address} {version_of(self._objects)}".encode()).hexdigest()
+        self.digests: Mapping[str, str] = {}
 
     def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
         """See RemoteModel."""
         self._folder.download(self._objects[name], folder / name, on_bytes)
 
-    def revision(self, folder: Path, names: Collection[str]) -> str:
+    def require_readable(self, names: Iterable[str]) -> None:
+        """See RemoteModel. Whoever may list a folder need not be allowed to read what is in it."""
+        for name in names:
+            self._folder.stat(name)
+
+    def revision(self, digests: Callable[[], Mapping[str, str]]) -> str:
         """See RemoteModel."""
-        return f"sha256:{content_digest(folder, names, lambda _done, _total: None)}"
+        return content_revision(digests())
 
 
 def _has_model(names: Collection[str]) -> bool:
@@ -87,12 +104,19 @@ class RegistryModel:
                 "unpacked: push it with one layer for each file, as `modctl build --raw` does"
             )
         self.sizes = {name: blob.size for name, blob in self._files.items()}
+        self.digests = {name: blob.digest.removeprefix("sha256:") for name, blob in self._files.items()}
 
     def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
         """See RemoteModel."""
         self._registry.download(self._files[name], folder / name, on_bytes)
 
-    def revision(self, _folder: Path, _names: Collection[str]) -> str:
+    def require_readable(self, names: Iterable[str]) -> None:
+        """See RemoteModel."""
+        for name in names:
+            if not self._registry.has_blob(self._files[name]):
+                raise model_unavailable(f"{self.uri} has no blob for {name}, which its manifest names: push it again")
+
+    def revision(self, _digests: Callable[[], Mapping[str, str]]) -> str:
         """See RemoteModel."""
         return self._digest
 
@@ -102,7 +126,12 @@ def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> ModelSour
     source = parse_source(context.spec.model.source)
     if isinstance(source, VolumeSource):
         return VolumeModel(context.mounts, source)
-    return DownloadedModel(_remote_model(source, context, hub), context.workspace.models)
+    remote = _remote_model(source, context, hub)
+    download = DownloadedModel(remote, context.workspace.models)
+    folder = context.mounts.model_cache
+    if folder is None or download.is_complete:
+        return download
+    return CachedDownload(remote, download, ModelCache(ModelCacheLayout(folder), context.job_uid, context.pod_uid))
 
 
 def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) -> RemoteModel:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,6 +18,7 @@ from qlora_trainer.core.filesystem import (
     complete_folder,
     file_sha256,
     partial_path,
+    remove,
     remove_partials,
     require_space,
 )
@@ -49,6 +50,14 @@ class ModelSource(Protocol):
 
     activity: str
     """What `weights` does, for the progress record."""
+    origin: Literal["downloaded", "cache", "volume"]
+    """Where the weights came from, once `weights` has returned."""
+    remark: str
+    """What a user should know about a cache that could not be used; empty if there is nothing."""
+
+    @property
+    def bytes_fetched(self) -> int:
+        """What a server has sent so far."""
 
     def settings(self) -> Path:
         """The model's folder, with config.json, generation_config.json and the tokenizer's files: small, so first."""
@@ -129,67 +138,106 @@ class RemoteModel(Protocol):
     def sizes(self) -> Mapping[str, int]:
         """Bytes of each file, by its name."""
 
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """SHA-256 of each file of which the server knows it, by its name."""
+
     def fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
         """Download the file into `folder`, whole and as the server describes it; resumes an earlier attempt."""
 
-    def revision(self, folder: Path, names: Collection[str]) -> str:
-        """The revision of the model whose files `names` have been fetched: commit, or sha256:… of the content."""
+    def require_readable(self, names: Iterable[str]) -> None:
+        """Ask the server, without the content, whether the job's own credentials open these files."""
+
+    def revision(self, digests: Callable[[], Mapping[str, str]]) -> str:
+        """The model's revision: commit, or sha256:… of the content, whose digests are asked for only then."""
 
 
 class DownloadedModel:
     """A model on a server, downloaded into a partial folder until it is complete."""
 
     activity = "downloading"
+    origin: Literal["downloaded", "cache", "volume"] = "downloaded"
+    remark = ""
 
     def __init__(self, remote: RemoteModel, models: Path) -> None:
         """Choose the files. `models`: folder of downloaded models, one folder for each version."""
         self._remote = remote
-        self._settings = choose_settings(remote.sizes, remote.uri)
+        self.small_files = choose_settings(remote.sizes, remote.uri)
+        self.bytes_fetched = 0
         self._target = models / remote.version
         self.folder = self._target if self._target.is_dir() else partial_path(self._target)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier attempt has downloaded all of it."""
+        return self.folder == self._target
 
     def settings(self) -> Path:
         """See ModelSource."""
         # Of another version, from before a branch moved on: nothing will complete it, and it fills the volume.
         remove_partials(self.folder.parent, but=self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in self._settings:
-            self._remote.fetch(name, self.folder, lambda _done: None)
+        for name in self.small_files:
+            self._fetch(name, self.folder, lambda _done: None)
         return self.folder
 
     def check_weights(self) -> None:
         """See ModelSource."""
-        total = sum(self._remote.sizes[name] for name in self._weight_files())
-        require_space(self.folder, total - bytes_below(self.folder), f"the download of {self._remote.uri}")
+        missing = self.weight_bytes() - bytes_below(self.folder)
+        require_space(self.folder, missing, f"the download of {self._remote.uri}")
 
     def weights(self, on_bytes: OnBytes) -> str:
         """See ModelSource."""
-        names, sizes = self._weight_files(), self._remote.sizes
-        total, finished = sum(sizes[name] for name in names), 0
-        for name in names:
-            before = finished
-            self._remote.fetch(name, self.folder, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
-            require_whole(self.folder / name, f"{self._remote.uri}/{name}")
-            finished += sizes[name]
-            on_bytes(finished, total)
-        return self._remote.revision(self.folder, (*self._settings, *names))
+        self.fetch_weights(self.folder, on_bytes)
+        names = (*self.small_files, *self.weight_names())
+        return self._remote.revision(lambda: file_digests(self.folder, names, lambda _done, _total: None))
 
     def complete(self) -> Path:
         """See ModelSource."""
-        if self.folder != self._target:
+        if not self.is_complete:
             complete_folder(self.folder, self._target)
             self.folder = self._target
         return self.folder
 
-    def _weight_files(self) -> list[str]:
-        index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._settings else None
+    def weight_names(self) -> list[str]:
+        """The names of the weights' files, once the small files are there."""
+        index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self.small_files else None
         return weight_files(index, self._remote.sizes, self._remote.uri)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(self._remote.sizes[name] for name in self.weight_names())
+
+    def fetch_weights(self, folder: Path, on_bytes: OnBytes) -> None:
+        """Download them into a folder, each whole; what an earlier attempt has left there is used."""
+        sizes, total, finished = self._remote.sizes, self.weight_bytes(), 0
+        for name in self.weight_names():
+            before = finished
+            self._fetch(name, folder, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
+            require_whole(folder / name, f"{self._remote.uri}/{name}")
+            finished += sizes[name]
+            on_bytes(finished, total)
+
+    def discard(self) -> None:
+        """Delete what has been downloaded here: it is elsewhere."""
+        remove(self.folder)
+        if not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
+
+    def _fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        before = bytes_below(folder)
+        self._remote.fetch(name, folder, on_bytes)
+        # The hub's client leaves notes of its own beside the files.
+        self.bytes_fetched += min(max(bytes_below(folder) - before, 0), self._remote.sizes[name])
 
 
 class VolumeModel:
     """A model in a folder of a mounted volume: read in place, never copied."""
 
     activity = "reading"
+    origin: Literal["downloaded", "cache", "volume"] = "volume"
+    bytes_fetched = 0
+    remark = ""
 
     def __init__(self, mounts: Mounts, source: VolumeSource) -> None:
         """List the files. Raises StepFailure UNSAFE_ARTIFACT for one that is not a regular file inside the folder."""
@@ -222,7 +270,7 @@ class VolumeModel:
 
     def weights(self, on_bytes: OnBytes) -> str:
         """See ModelSource. The revision is a digest over names and contents of the used files."""
-        return "sha256:" + content_digest(self.folder, (*self._settings, *self._weight_files()), on_bytes)
+        return content_revision(file_digests(self.folder, (*self._settings, *self._weight_files()), on_bytes))
 
     def complete(self) -> Path:
         """See ModelSource."""
@@ -254,17 +302,22 @@ def tokenizer_digests(folder: Path) -> dict[str, str]:
     return {name: file_sha256(folder / name) for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()}
 
 
-def content_digest(folder: Path, names: Iterable[str], on_bytes: OnBytes) -> str:
-    """SHA-256 over the lines `<sha256>  <name>`, sorted by name, of the files' contents."""
+def file_digests(folder: Path, names: Iterable[str], on_bytes: OnBytes) -> dict[str, str]:
+    """SHA-256 of each file's content, by its name."""
     names = sorted(names)
     sizes = {name: (folder / name).stat().st_size for name in names}
-    total, finished, digest = sum(sizes.values()), 0, sha256()
+    total, finished, digests = sum(sizes.values()), 0, {}
     for name in names:
         before = finished
-        content = file_sha256(folder / name, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
-        digest.update(f"{content}  {name}\n".encode())
+        digests[name] = file_sha256(folder / name, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
         finished += sizes[name]
-    return digest.hexdigest()
+    return digests
+
+
+def content_revision(digests: Mapping[str, str]) -> str:
+    """sha256: and the SHA-256 over the lines `<sha256>  <name>`, sorted by name."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return f"sha256:{sha256(lines.encode()).hexdigest()}"
 
 
 def require_whole(path: Path, name: str) -> None:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.status import BaseStatus
 from qlora_trainer.core.completion import PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -28,6 +29,7 @@ from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.locate import DataAccess
+from qlora_trainer.model.cache import is_whole
 from qlora_trainer.model.check import check_model
 from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.memory_fit import MemoryFit, read_shape
@@ -55,14 +57,16 @@ def prepare(
     record = None if written is None else _still_valid(written, context, records)
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
-            record = _prepare(context, records, say)
+            record = _prepare(context, records, say, now)
     if record != written:
         write_completion(path, record)
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
     return record
 
 
-def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], None]) -> PrepareRecord:
+def _prepare(
+    context: StepContext, records: RecordWriter, say: Callable[[str], None], now: Callable[[], datetime]
+) -> PrepareRecord:
     spec, workspace = context.spec, context.workspace
     training, hub = spec.training, cache(lambda: _open_hub(context))
     for address in published_addresses(spec):
@@ -76,7 +80,9 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
 
     say("reading the model's configuration")
     source = open_model_source(context, hub)
+    started = now()
     folder = source.settings()
+    fetching = now() - started
     require_installed(training.report_to)
     model = check_model(folder, spec.lora, training)
     warn_if_not_served(spec)
@@ -101,7 +107,9 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
     layout = new_folder(partial_path(workspace.data / "layout"))
     dataset.write(layout, capacity=training.max_sequence_length, seed=training.seed, packed=packed)
 
+    started = now()
     revision = source.weights(lambda done, total: say(f"{source.activity} model {sizes(done, total)}"))
+    fetching += now() - started
     resolved = ResolvedInputs(revision, tokenizer_files, dataset.training.sha256, dataset.evaluation_sha256)
     fingerprint = resolved.fingerprint(spec)
     resolved.write(layout, fingerprint)
@@ -116,6 +124,12 @@ def _prepare(context: StepContext, records: RecordWriter, say: Callable[[str], N
         model_type=model.family.model_type,
         memory=memory.status,
         dataset=dataset.status(),
+        base=BaseStatus(
+            origin=source.origin,
+            bytes_fetched=source.bytes_fetched,
+            seconds=max(0, round(fetching.total_seconds())),
+            message=source.remark,
+        ),
     )
 
 
@@ -130,6 +144,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     spec, root = context.spec, context.workspace.root
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
     if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
+        return None
+    if not is_whole(folder, context.mounts.model_cache):
         return None
     if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
         return None

@@ -14,6 +14,7 @@ from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CURVE_FILE, MODEL_CARD_FILE
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
+from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
 from qlora_trainer.publishing.manifest import run_manifest
@@ -119,6 +120,7 @@ def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
 def _verify(job: TrainedJob, context: StepContext) -> Path:
     """The folder of the trained adapter, after every check. Raises StepFailure."""
     workspace, prepared, trained = context.workspace, job.prepared, job.trained
+    require_whole_in_cache(workspace.root / prepared.model_path, context.mounts.model_cache)
     require_own_training(prepared, trained, job.spec, workspace)
     folder = confined(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(

@@ -20,6 +20,7 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.model.merge import keep_for_merge
 from qlora_trainer.model.quantized import is_kept, layers_sha256, quantized_layers
 from qlora_trainer.model.storage import storage_of
@@ -61,6 +62,7 @@ def train(
     record matches. Raises StepFailure, or Interrupted after saving when `stop` was set.
     """
     prepared = _prepared(context)
+    require_whole_in_cache(context.workspace.root / prepared.model_path, context.mounts.model_cache)
     rank_info = RankInfo.of(os.environ, context.spec.resources.gpus)
     job = _Job(context, prepared, run_fingerprint(context.spec, prepared, context.device, rank_info.size))
     done = _already_trained(context, job.digest)

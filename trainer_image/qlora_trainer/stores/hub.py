@@ -9,7 +9,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+)
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
@@ -117,13 +124,7 @@ class Hub:
 
     def digest(self, listing: Listing, file: HubFile) -> str:
         """SHA-256, in hexadecimal, of the file's content as the hub sends it now; it is not written anywhere."""
-        address = hf_hub_url(
-            listing.repository,
-            file.name,
-            repo_type=listing.kind,
-            revision=listing.commit,
-            endpoint=self._api.endpoint,
-        )
+        address = self._address(listing, file)
         headers, found = build_hf_headers(token=self._token), sha256()
         with (
             self._errors(listing.kind, listing.repository, listing.commit),
@@ -135,6 +136,18 @@ class Hub:
             for block in answer.iter_bytes(_BLOCK_BYTES):
                 found.update(block)
         return found.hexdigest()
+
+    def require_readable(self, listing: Listing, file: HubFile) -> None:
+        """Ask for the file without its content, as the hub decides who may read it."""
+        with self._errors(listing.kind, listing.repository, listing.commit):
+            _retry(
+                lambda: get_hf_file_metadata(
+                    self._address(listing, file),
+                    token=self._token,
+                    timeout=_TIMEOUT_SECONDS,
+                    endpoint=self._api.endpoint,
+                )
+            )
 
     def find(self, repository: str) -> Listing | None:
         """The files of a model's repository on its default branch; None if there is none that the token may see."""
@@ -191,6 +204,15 @@ class Hub:
             operations = [CommitOperationAdd(name, stream) for name, stream in streams.items()]
             made = self._api.create_commit(repository, operations, commit_message=message, parent_commit=parent)
         return str(made.oid)
+
+    def _address(self, listing: Listing, file: HubFile) -> str:
+        return hf_hub_url(
+            listing.repository,
+            file.name,
+            repo_type=listing.kind,
+            revision=listing.commit,
+            endpoint=self._api.endpoint,
+        )
 
     def _errors(self, kind: RepositoryKind, repository: str, revision: str | None) -> AbstractContextManager[None]:
         return HubRequest(

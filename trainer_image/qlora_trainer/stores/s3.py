@@ -88,6 +88,7 @@ class ObjectFolder:
                 f"AWS_ENDPOINT_URL_S3 is set, but not to {self._endpoint}, the address that AWS_ENDPOINT_URL and "
                 "AWS_REGION name: set AWS_ENDPOINT_URL, and unset the other"
             )
+        self.address = f"{self._endpoint}/{source.bucket}/{source.path}"
         self._store = S3Store(
             source.bucket,
             config=_credentials(secret),

@@ -1,0 +1,620 @@
+"""Base models that jobs share: fetched once, verified when read, and never in the way of a job."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from qlora_api.contract import ExitCode, ModelCacheLayout, WorkspaceLayout
+from qlora_api.status import BaseStatus
+from qlora_trainer.core import folder_lock
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure, StopRequest
+from qlora_trainer.core.folder_lock import own
+from qlora_trainer.core.outcome import Terminated
+from qlora_trainer.model import cached_source, source
+from qlora_trainer.model.cache import CACHE_MANIFEST, CacheManifest, ModelCache
+from qlora_trainer.steps.clean import clean
+from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.steps.train import train
+from qlora_trainer.stores.contents import describe_files
+from tests.support.bad_disk import bad_disk
+from tests.support.command import Done, new_files
+from tests.support.fake_hub import FakeHub, Rejection, serve
+from tests.support.hub_jobs import MODEL
+from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.waiting import eventually
+from tests.trainer.conftest import MakeContext
+
+WEIGHTS = "model.safetensors"
+JobOf = Callable[..., StepContext]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with the model acme/tiny."""
+    shutil.copytree(tiny_llama, tmp_path / "hub" / "tiny")
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(cached_source, "_WAIT_SECONDS", 0.02)
+    with serve(FakeHub({"models/acme/tiny": tmp_path / "hub" / "tiny"})) as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        yield served
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """The cache's volume."""
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def job(make_context: MakeContext, tmp_path: Path, cache: Path) -> JobOf:
+    """Makes the context of a job of that name, in a pod of its own, over the cache."""
+
+    def make(name: str = "first", spec: dict[str, Any] | None = None, pod: str = "pod") -> StepContext:
+        context = make_context({**MODEL, **(spec or {})})
+        metadata = context.document.metadata.model_copy(update={"name": name, "uid": name})
+        return replace(
+            context,
+            document=context.document.model_copy(update={"metadata": metadata}),
+            workspace=WorkspaceLayout(tmp_path / "workspaces" / name),
+            mounts=replace(context.mounts, model_cache=cache),
+            pod_uid=f"{name}-{pod}",
+        )
+
+    return make
+
+
+def base_of(record: PrepareRecord) -> BaseStatus:
+    assert record.base is not None
+    return record.base
+
+
+def cached(cache: Path) -> Path:
+    """The one model in the cache, beside which nothing is left."""
+    (folder,) = (path for path in (cache / "models").iterdir() if path.name != ".lock")
+    assert not folder.name.startswith(".")
+    return folder
+
+
+def partials(cache: Path) -> list[Path]:
+    return sorted((cache / "models").glob("*.partial"))
+
+
+def test_ten_jobs_on_one_base_download_its_weights_once(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    contexts = [job(f"job-{number}") for number in range(10)]
+    outcomes = [prepare(context, Recorded()) for context in contexts]
+    assert hub.fetched.count(WEIGHTS) == 1
+    assert {record.model_path for record in outcomes} == {str(cached(cache))}
+    assert [base_of(record).origin for record in outcomes] == ["downloaded"] + ["cache"] * 9
+    repository = hub.repositories["models/acme/tiny"]
+    size = (repository / WEIGHTS).stat().st_size
+    assert base_of(outcomes[0]).bytes_fetched > size > base_of(outcomes[1]).bytes_fetched > 0
+    for path in cached(cache).iterdir():
+        if path.name != CACHE_MANIFEST:
+            assert path.read_bytes() == (repository / path.name).read_bytes()
+    for context in contexts:
+        assert not context.workspace.models.exists()
+
+
+def test_a_job_trains_and_publishes_from_the_cache_which_clean_leaves(
+    hub: FakeHub, cache: Path, tmp_path: Path
+) -> None:
+    """Each step as a process, and with a cache that loses the weights before the last."""
+    files = new_files(tmp_path / "job", tmp_path, MODEL | {"training": {"maxSteps": 8}, "output": {"merged": {}}})
+
+    def run(step: str) -> Done:
+        return files.run(step, QLORA_MODEL_CACHE=str(cache))
+
+    prepared = run("prepare").result
+    assert prepared.base is not None
+    assert (prepared.base.origin, prepared.base.message) == ("downloaded", "")
+    assert run("train").exit_code == 0
+    (cached(cache) / WEIGHTS).unlink()
+    unpublished = run("publish")
+    assert unpublished.exit_code == ExitCode.MODEL_UNAVAILABLE
+    assert "no longer whole in the model cache" in unpublished.result.message
+    for step in ("prepare", "publish", "clean"):
+        done = run(step)
+        assert done.exit_code == 0, done.stdout + done.stderr
+    assert (files.workspace / "merged" / WEIGHTS).is_file()
+    assert (cached(cache) / WEIGHTS).is_file()
+
+
+def test_training_does_not_start_on_a_model_that_has_changed_in_the_cache(
+    job: JobOf, hub: FakeHub, cache: Path
+) -> None:
+    context = job()
+    prepare(context, Recorded())
+    (cached(cache) / "adapter_config.json").write_text("{}")
+    with pytest.raises(StepFailure, match=r"its manifest and its files differ in adapter_config\.json") as failure:
+        train(context, Recorded(), stop=StopRequest(), now=lambda: datetime.now(UTC), monotonic=lambda: 0.0)
+    assert failure.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+
+
+# Permission
+
+
+def test_a_token_that_may_not_read_the_model_is_rejected_although_it_is_in_the_cache(
+    job: JobOf, hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.token = "hf_abcdefghijklmnop"
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "token").write_text(hub.token)
+    prepare(job("owner"), Recorded())
+    (tmp_path / "secrets" / "token").write_text("hf_ofanotheruser")
+    with pytest.raises(StepFailure) as failure:
+        prepare(job("other"), Recorded())
+    assert failure.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+    assert not job("other").workspace.completion("prepare").exists()
+
+
+@pytest.mark.parametrize("closed", [lambda path: True, lambda path: path.endswith(WEIGHTS)], ids=["all", "weights"])
+def test_files_of_a_gated_model_are_asked_for_with_the_jobs_own_token(
+    job: JobOf, hub: FakeHub, closed: Callable[[str], bool]
+) -> None:
+    """The listing of a gated repository is open to everybody, its files are not."""
+    prepare(job("owner"), Recorded())
+    hub.reject = lambda _method, path: Rejection(403, "GatedRepo") if "/resolve/" in path and closed(path) else None
+    with pytest.raises(StepFailure, match="is gated and was asked for with no token") as failure:
+        prepare(job("other"), Recorded())
+    assert failure.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+
+
+def test_a_branch_that_has_moved_is_downloaded_and_the_older_commit_stays(
+    job: JobOf, hub: FakeHub, cache: Path, tiny_qwen2: Path
+) -> None:
+    old = prepare(job("first"), Recorded())
+    shutil.copyfile(tiny_qwen2 / WEIGHTS, hub.repositories["models/acme/tiny"] / WEIGHTS)
+    shutil.copyfile(tiny_qwen2 / "config.json", hub.repositories["models/acme/tiny"] / "config.json")
+    hub.commits["models/acme/tiny"] = "b" * 40
+    new = prepare(job("second"), Recorded())
+    assert (new.model_revision, base_of(new).origin) == ("b" * 40, "downloaded")
+    assert (Path(new.model_path) / WEIGHTS).read_bytes() == (tiny_qwen2 / WEIGHTS).read_bytes()
+    assert {Path(old.model_path), Path(new.model_path)} == set((cache / "models").glob("[0-9a-f]*"))
+
+
+# Damage
+
+
+def overwritten(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    write(folder / WEIGHTS, content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def with_a_matching_manifest(folder: Path) -> None:
+    """As somebody would who knows the format: what the server lists is what counts."""
+    overwritten(folder)
+    in_manifest(folder, WEIGHTS)
+
+
+def with_another_template(folder: Path) -> None:
+    """A small file, of which the hub lists no digest, and a manifest that fits it."""
+    content = (folder / "chat_template.jinja").read_bytes()
+    write(folder / "chat_template.jinja", content[::-1])
+    in_manifest(folder, "chat_template.jinja")
+
+
+def in_manifest(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / CACHE_MANIFEST).read_text())
+    manifest["files"][name] = describe_files({name: folder / name})[name].dump()
+    write(folder / CACHE_MANIFEST, json.dumps(manifest).encode())
+
+
+def shortened(folder: Path) -> None:
+    write(folder / WEIGHTS, (folder / WEIGHTS).read_bytes()[:-1])
+
+
+def without_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def without_a_manifest(folder: Path) -> None:
+    (folder / CACHE_MANIFEST).unlink()
+
+
+def with_a_broken_manifest(folder: Path) -> None:
+    write(folder / CACHE_MANIFEST, b"{")
+
+
+def with_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def with_a_file_of_a_bad_name(folder: Path) -> None:
+    (folder / os.fsdecode(b"\xff\n\x1b[2J" + b"x" * 200)).write_text("")
+
+
+def with_a_link(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(folder.parent.parent / "elsewhere")
+
+
+def with_a_pipe(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+
+
+def a_link_itself(folder: Path) -> None:
+    folder.rename(folder.parent.parent / "elsewhere")
+    folder.symlink_to(folder.parent.parent / "elsewhere")
+
+
+def a_file_itself(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+
+
+def write(path: Path, content: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        overwritten,
+        with_a_matching_manifest,
+        with_another_template,
+        shortened,
+        without_weights,
+        without_a_manifest,
+        with_a_broken_manifest,
+        with_an_adapter,
+        with_a_file_of_a_bad_name,
+        with_a_link,
+        with_a_pipe,
+        a_link_itself,
+        a_file_itself,
+    ],
+)
+def test_a_cached_model_that_was_changed_is_replaced_from_the_server(
+    job: JobOf, hub: FakeHub, cache: Path, tiny_llama: Path, harm: Callable[[Path], None]
+) -> None:
+    prepare(job("first"), Recorded())
+    harm(cached(cache))
+    record = prepare(job("second"), Recorded())
+    assert base_of(record).origin == "downloaded"
+    assert base_of(record).message.startswith("the model in the cache was damaged (")
+    assert {path.name for path in cached(cache).iterdir()} >= {WEIGHTS, "config.json", CACHE_MANIFEST}
+    assert not (cached(cache) / "adapter_config.json").exists()
+    for name in (WEIGHTS, "config.json", "tokenizer.json"):
+        assert not (cached(cache) / name).is_symlink()
+        assert (cached(cache) / name).read_bytes() == (tiny_llama / name).read_bytes()
+
+
+def in_two_parts(hub: FakeHub) -> list[str]:
+    """Lay out the weights of the hub's model in two files; returns their names."""
+    repository = hub.repositories["models/acme/tiny"]
+    parts = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    shutil.copyfile(repository / WEIGHTS, repository / parts[0])
+    (repository / WEIGHTS).rename(repository / parts[1])
+    index = {"weight_map": {"a": parts[0], "b": parts[1]}}
+    (repository / "model.safetensors.index.json").write_text(json.dumps(index))
+    return parts
+
+
+def test_what_is_sound_in_a_damaged_model_is_not_downloaded_again(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    parts = in_two_parts(hub)
+    prepare(job("first"), Recorded())
+    write(cached(cache) / parts[1], (cached(cache) / parts[0]).read_bytes()[::-1])
+    assert parts[1] in base_of(prepare(job("second"), Recorded())).message
+    assert [name for name in hub.fetched if name in parts] == [*parts, parts[1]]
+
+
+# At once, and killed
+
+
+def test_jobs_that_start_at_once_wait_for_one_download(job: JobOf, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    """Three processes, the first of which is held up while it downloads."""
+    go_on, started = threading.Event(), threading.Event()
+
+    def hold(method: str, path: str) -> Rejection | None:
+        if method == "GET" and path.endswith(WEIGHTS):
+            started.set()
+            go_on.wait(60)
+        return None
+
+    hub.reject = hold
+    files = [new_files(tmp_path / f"job-{number}", tmp_path, MODEL) for number in range(3)]
+    running = [
+        file.start("prepare", QLORA_MODEL_CACHE=str(cache), QLORA_POD_UID=f"pod-{n}") for n, file in enumerate(files)
+    ]
+    assert started.wait(60)
+    logs = [file.workspace / "records" / "prepare.log" for file in files]
+    eventually(lambda: all(log.exists() for log in logs), seconds=60, every=0.05, what="three steps that run")
+    go_on.set()
+    for process in running:
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stdout + stderr
+    assert hub.fetched.count(WEIGHTS) == 1
+    assert (cached(cache) / WEIGHTS).is_file()
+
+
+def test_a_job_whose_model_another_one_has_completed_first_uses_that(
+    job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a volume without locks: both download, and the loser deletes its own."""
+    contexts = iter([job("second")])
+    records: list[PrepareRecord] = []
+    (cache / "models").mkdir()
+
+    def meanwhile(_method: str, path: str) -> Rejection | None:
+        context = next(contexts, None) if path.endswith(WEIGHTS) and _method == "GET" else None
+        if context is not None:
+            hidden = partials(cache)[0]
+            hidden.rename(cache / "hidden")
+            records.append(prepare(context, Recorded()))
+            (cache / "hidden").rename(hidden)
+        return None
+
+    hub.reject = meanwhile
+    first = prepare(job("first"), Recorded())
+    assert hub.fetched.count(WEIGHTS) == 2
+    assert first.model_path == records[0].model_path == str(cached(cache))
+    assert base_of(first).origin == "cache"
+
+
+def test_the_next_pod_of_a_killed_job_fetches_what_is_missing(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    parts = in_two_parts(hub)
+    go_on, stuck = threading.Event(), threading.Event()
+
+    def hold(method: str, path: str) -> Rejection | None:
+        if method == "GET" and path.endswith(parts[1]):
+            stuck.set()
+            go_on.wait(60)
+        return None
+
+    hub.reject = hold
+    files = new_files(tmp_path / "job", tmp_path, MODEL)
+    process = files.start("prepare", QLORA_MODEL_CACHE=str(cache), QLORA_POD_UID="killed")
+    assert stuck.wait(60), process.communicate()
+    process.kill()
+    process.communicate()
+    hub.reject = lambda _method, _path: None
+    go_on.set()
+    assert len(partials(cache)) == len([*(cache / "models").glob("[!.]*")]) + 1
+    done = files.run("prepare", QLORA_MODEL_CACHE=str(cache))
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert [name for name in hub.fetched if name in parts] == [*parts, parts[1]]
+    for name in parts:
+        assert (cached(cache) / name).read_bytes() == (hub.repositories["models/acme/tiny"] / name).read_bytes()
+
+
+def aged(partial: Path, seconds: float) -> None:
+    """As if nobody had touched the folder for so long."""
+    for path in (partial / ".owner", partial):
+        if path.exists():
+            at = path.stat().st_mtime - seconds
+            os.utime(path, (at, at))
+
+
+def left_behind(job: JobOf, hub: FakeHub, cache: Path) -> Path:
+    """What a job leaves that was stopped between the two files of the weights, and no longer holds a lock."""
+    parts = in_two_parts(hub)
+    hub.corrupt = lambda path: path.endswith(parts[1])
+    with pytest.raises(StepFailure):
+        prepare(job("stopped"), Recorded())
+    hub.corrupt = lambda _path: False
+    hub.requests.clear()
+    (partial,) = partials(cache)
+    return partial
+
+
+def test_what_a_stopped_job_has_left_is_used_by_another_once_it_is_stale(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    partial = left_behind(job, hub, cache)
+    waited: list[str] = []
+
+    class Told(Recorded):
+        def progress(self, record: Any, *, force: bool = False) -> None:
+            if record.activity.startswith("waiting for another job to download model 0.3/0.5 MiB"):
+                waited.append(record.activity)
+                aged(partial, 130)
+            super().progress(record, force=force)
+
+    record = prepare(job("second"), Told())
+    assert len(waited) == 1
+    assert [name for name in hub.fetched if name.endswith(".safetensors")] == ["model-00002-of-00002.safetensors"]
+    assert base_of(record).origin == "downloaded"
+    cached(cache)
+
+
+def test_a_folder_with_a_live_owner_is_never_taken_or_deleted(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    """Not even if it looks old: of the same model, and of another."""
+    partial = left_behind(job, hub, cache)
+    ownership = own(partial)
+    aged(partial, 10**6)
+
+    class Stop(Recorded):
+        def progress(self, record: Any, *, force: bool = False) -> None:
+            if record.activity.startswith("waiting for another job"):
+                raise Terminated
+            super().progress(record, force=force)
+
+    with pytest.raises(Terminated):
+        prepare(job("second"), Stop())
+    hub.commits["models/acme/tiny"] = "b" * 40
+    prepare(job("third"), Recorded())
+    assert partials(cache) == [partial]
+    ownership.release()
+    hub.commits["models/acme/tiny"] = "d" * 40
+    prepare(job("fourth"), Recorded())
+    assert partials(cache) == []
+
+
+def test_a_stale_folder_with_a_link_in_it_is_deleted_and_not_written_through(
+    job: JobOf, hub: FakeHub, cache: Path, tmp_path: Path
+) -> None:
+    partial = left_behind(job, hub, cache)
+    (tmp_path / "precious").write_text("precious")
+    (partial / "config.json").unlink()
+    (partial / "config.json").symlink_to(tmp_path / "precious")
+    aged(partial, 10**4)
+    record = prepare(job("second"), Recorded())
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert base_of(record).origin == "downloaded"
+    assert len([name for name in hub.fetched if name.endswith(".safetensors")]) == 2
+    assert not any(path.is_symlink() for path in cached(cache).iterdir())
+
+
+def test_a_damaged_folder_that_another_pod_has_replaced_meanwhile_is_not_set_aside(
+    job: JobOf, hub: FakeHub, cache: Path
+) -> None:
+    prepare(job("first"), Recorded())
+    one, other = (ModelCache(ModelCacheLayout(cache), name, "pod") for name in ("one", "other"))
+    found = one.find(cached(cache).name)
+    assert found is not None
+    manifest = CacheManifest.model_validate_json((found.path / CACHE_MANIFEST).read_bytes())
+    other.set_aside(found, manifest.files)
+    with other.claim(found.path.name) as partial:
+        assert partial is not None
+        assert other.complete(partial, found.path.name, manifest) == found.path
+    one.set_aside(found, [])
+    assert (cached(cache) / WEIGHTS).is_file()
+
+
+def test_a_volume_without_locks_holds_a_cache_too(
+    job: JobOf, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(folder_lock, "fcntl", SimpleNamespace(**{**vars(fcntl), "flock": flock}))
+    found = [base_of(prepare(job(name), Recorded())) for name in ("first", "second")]
+    assert [(base.origin, base.message) for base in found] == [("downloaded", ""), ("cache", "")]
+    cached(cache)
+
+
+# A cache that cannot be used
+
+
+def test_a_cache_without_room_is_said_and_the_model_goes_into_the_workspace(
+    job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: usage(path)._replace(free=1000) if cache in (path, *Path(path).parents) else usage(path),
+    )
+    records = Recorded()
+    record = prepare(job(), records)
+    assert record.model_path == f"model/{hub.commit}"
+    assert base_of(record).message == (
+        "the model cache cannot be used (it has 0.0 MiB free, and the model needs 0.3 MiB): the model was downloaded "
+        "into the workspace"
+    )
+    assert any("the model cache cannot be used (" in line["activity"] for line in records.written)
+    assert partials(cache) == []
+
+
+@contextmanager
+def broken(cache: Path, failing: int, number: int) -> Iterator[None]:
+    """Let every operation that changes the cache's volume fail, from number `failing` on; other volumes work."""
+    fsync = os.fsync
+    with bad_disk(cache, failing, number, stays_full=True), patch.object(os, "fsync", fsync):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("failing", "number"),
+    [
+        (1, errno.EROFS),
+        (2, errno.EACCES),
+        (4, errno.ENOSPC),
+        (9, errno.EDQUOT),
+        (14, errno.ENOSPC),
+        (14, errno.EIO),
+        (16, errno.ENOLCK),
+    ],
+)
+def test_a_cache_that_cannot_be_written_costs_the_job_nothing(
+    job: JobOf, hub: FakeHub, cache: Path, failing: int, number: int
+) -> None:
+    with broken(cache, failing, number):
+        record = prepare(job(), Recorded())
+    assert record.model_path == f"model/{hub.commit}"
+    assert f"the model cache cannot be used ({os.strerror(number)})" in base_of(record).message
+    assert partials(cache) == []
+
+
+def test_neither_room_in_the_cache_nor_in_the_workspace_ends_before_the_weights(
+    job: JobOf, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(
+        StepFailure, match=r"workspace volume has 0.0 MiB free.*; the model cache cannot be used: it has"
+    ) as failure:
+        prepare(job(), Recorded())
+    assert failure.value.exit_code is ExitCode.STORAGE_FULL
+    assert WEIGHTS not in hub.fetched
+
+
+def test_a_cache_that_can_only_be_read_is_read(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    prepare(job("first"), Recorded())
+    with broken(cache, 1, errno.EROFS):
+        assert base_of(prepare(job("second"), Recorded())).origin == "cache"
+
+
+def test_a_cache_whose_folder_is_a_link_is_not_used(job: JobOf, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (cache / "models").symlink_to(tmp_path / "outside")
+    assert "models is a symbolic link" in base_of(prepare(job(), Recorded())).message
+    assert [*(tmp_path / "outside").iterdir()] == []
+
+
+# Files
+
+
+def test_other_small_files_of_the_same_commit_are_another_folder(
+    job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another release of the trainer would choose them: what one job reads never changes for another."""
+    first = prepare(job("first"), Recorded())
+    names = sorted(path.name for path in Path(first.model_path).iterdir())
+
+    monkeypatch.setattr(source, "TOKENIZER_FILES", source.TOKENIZER_FILES - {"chat_template.jinja"})
+    config = hub.repositories["models/acme/tiny"] / "tokenizer_config.json"
+    template = (hub.repositories["models/acme/tiny"] / "chat_template.jinja").read_text()
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
+    second = prepare(job("second"), Recorded())
+    assert not (Path(second.model_path) / "chat_template.jinja").exists()
+    assert sorted(path.name for path in Path(first.model_path).iterdir()) == names
+
+
+def test_pods_of_another_user_with_the_same_group_can_read_and_replace(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    cache.chmod(0o2775)
+    before = os.umask(0o077)
+    try:
+        prepare(job("first"), Recorded())
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(cache / "models"): path.stat().st_mode & 0o7777 for path in cached(cache).iterdir()}
+    assert set(modes.values()) == {0o444}
+    assert (cache / "models").stat().st_mode & 0o7777 == cached(cache).stat().st_mode & 0o7777 == 0o2775
+    assert (cache / "models" / ".lock").stat().st_mode & 0o7777 == 0o664
+
+
+def test_clean_deletes_nothing_in_the_cache(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    context = job()
+    prepare(context, Recorded())
+    context.workspace.models.symlink_to(cache / "models")
+    clean(context.workspace)
+    assert (cached(cache) / WEIGHTS).is_file()
