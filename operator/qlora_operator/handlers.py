@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,13 +42,20 @@ class Enqueue(Protocol):
         """Request it."""
 
 
+class Count(Protocol):
+    """Counts a job for the metrics: in a phase, or in none if it is gone."""
+
+    def __call__(self, key: Key, phase: Phase | None, *, progresses: bool = True) -> None:
+        """Count it."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What the watches call, and `take_signals`: kopf takes the process's signals whenever it starts."""
 
     enqueue: Enqueue
     monitor: WatchMonitor
-    phase_of_job: Callable[[Key, Phase | None], None]
+    count: Count
     take_signals: Callable[[], None]
     store: Store
 
@@ -197,8 +204,9 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         deleted, body = event["type"] == "DELETED", event["object"]
         metadata = body["metadata"]
         key = (metadata["namespace"], metadata["name"])
-        phase = body.get("status", {}).get("phase")
-        hooks.phase_of_job(key, None if deleted or phase not in PHASES else phase)
+        status = body.get("status", {})
+        phase = None if deleted or status.get("phase") not in PHASES else status["phase"]
+        hooks.count(key, phase, progresses=not _is_stalled(status))
         _show(hooks, "qlorajobs", event)
         if hooks.store.job_changed(body, deleted=deleted, created=event["type"] == "ADDED"):
             hooks.enqueue(key, first=not deleted and "startTime" not in body.get("status", {}))
@@ -217,6 +225,11 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         news = hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED")
         if news and (name := metadata.get("labels", {}).get(JOB_LABEL)):
             hooks.enqueue((metadata["namespace"], name))
+
+
+def _is_stalled(status: Mapping[str, Any]) -> bool:
+    conditions = status.get("conditions") or ()
+    return any((entry["type"], entry["status"]) == ("Progressing", "False") for entry in conditions)
 
 
 def _show(hooks: Hooks, kind: Kind, event: kopf.RawEvent) -> None:

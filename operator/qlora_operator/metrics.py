@@ -34,17 +34,30 @@ class Metrics:
         )
         self._depth = Gauge("qlora_operator_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
         self._jobs = Gauge("qlora_jobs", "QLoRAJobs by phase.", ["phase"], registry=self.registry)
+        self._stalled = Gauge(
+            "qlora_jobs_without_progress",
+            "QLoRAJobs whose condition Progressing is False.",
+            registry=self.registry,
+        )
         self._phases: dict[Key, Phase] = {}
+        self._without_progress: set[Key] = set()
         for phase in PHASES:
             self._jobs.labels(phase)
 
-    def job_is_in(self, key: Key, phase: Phase | None) -> None:
-        """Count the job in `phase`, or in none if it is gone."""
+    def job_is_in(self, key: Key, phase: Phase | None, *, progresses: bool = True) -> None:
+        """Count the job in `phase`, or in none if it is gone.
+
+        `progresses`: unless its condition Progressing is False.
+        """
         if old := self._phases.pop(key, None):
             self._jobs.labels(old).dec()
         if phase is not None:
             self._phases[key] = phase
             self._jobs.labels(phase).inc()
+        self._without_progress.discard(key)
+        if phase is not None and not progresses:
+            self._without_progress.add(key)
+        self._stalled.set(len(self._without_progress))
 
     def namespace_is_denied(self, namespace: str | None, denied: bool) -> None:
         """Note whether the namespace, or the cluster (None), can be listed."""

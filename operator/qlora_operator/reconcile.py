@@ -12,6 +12,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_operator.decisions.conditions import is_false
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job
@@ -246,7 +247,7 @@ class Reconciler:
             return
         self.store.job_changed(await self.cluster.apply_status(job, content))
         self.metrics.status_writes.inc()
-        self.metrics.job_is_in(key, status.phase)
+        self.metrics.job_is_in(key, status.phase, progresses=not is_false(status, "Progressing"))
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
             await self._post(key, event)

@@ -39,6 +39,12 @@ def is_true(status: QLoRAJobStatus, kind: ConditionType) -> bool:
     return found is not None and found.status == "True"
 
 
+def is_false(status: QLoRAJobStatus, kind: ConditionType) -> bool:
+    """Whether the condition exists and is False."""
+    found = condition(status, kind)
+    return found is not None and found.status == "False"
+
+
 def is_finished(status: QLoRAJobStatus) -> bool:
     """Whether the job has ended."""
     return is_true(status, "Succeeded") or is_true(status, "Failed")

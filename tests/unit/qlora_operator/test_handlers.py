@@ -12,7 +12,7 @@ from qlora_operator.metrics import Metrics
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
-from tests.support.builders import NAME, child, job_body, pod, running, status_in
+from tests.support.builders import NAME, child, condition, job_body, pod, running, status_in
 
 KEY = ("team", NAME)
 
@@ -62,6 +62,21 @@ def test_a_write_of_the_status_leads_to_no_pass_and_is_counted(watches: Watches)
     written = status_in("train", phase="Training").dump()
     assert watches.show("qlorajobs", "MODIFIED", 11, job_body(written)) == []
     assert watches.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 1
+
+
+def test_jobs_without_progress_are_counted(watches: Watches) -> None:
+    def count() -> float | None:
+        return watches.metrics.registry.get_sample_value("qlora_jobs_without_progress")
+
+    stalled = status_in("train", phase="Training").dump()
+    stalled["conditions"] = [condition("Progressing", "False")]
+    watches.show("qlorajobs", "MODIFIED", 10, job_body(stalled))
+    assert count() == 1
+    watches.show("qlorajobs", "MODIFIED", 11, job_body(status_in("train", phase="Training").dump()))
+    assert count() == 0
+    watches.show("qlorajobs", "MODIFIED", 12, job_body(stalled))
+    watches.show("qlorajobs", "DELETED", 13, job_body(stalled))
+    assert count() == 0
 
 
 def test_a_child_leads_to_a_pass_of_its_job_when_something_about_it_matters(watches: Watches) -> None:

@@ -143,7 +143,13 @@ def test_it_watches_those_namespaces_only_and_the_cluster_only_without_any(
         raise asyncio.CancelledError
 
     monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
-    hooks = Hooks(lambda key, first=False: None, WatchMonitor(150), lambda _key, _phase: None, lambda: None, Store())
+    hooks = Hooks(
+        lambda key, first=False: None,
+        WatchMonitor(150),
+        lambda key, phase, progresses=True: None,
+        lambda: None,
+        Store(),
+    )
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(watch(Settings(profiles=PROFILES, namespaces=namespaces), hooks))
     assert (given["clusterwide"], tuple(given["namespaces"])) == (not namespaces, namespaces)
