@@ -155,7 +155,7 @@ class WorkQueue:
         self._now = monotonic
         self._workers = workers
         self._on_error = on_error
-        self._schedule = Schedule(reserved=max(1, workers // _WORKERS_PER_RESERVED))
+        self._schedule = Schedule(reserved=min(workers - 1, max(1, workers // _WORKERS_PER_RESERVED)))
         self._changed = asyncio.Event()
 
     def add(self, key: Key, after: float = 0.0, *, first: bool = False) -> None:

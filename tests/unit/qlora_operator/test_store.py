@@ -1,12 +1,15 @@
 """What the store holds, in whatever order watches, lists and the answers of the operator's own writes arrive."""
 
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_operator.decisions.observe import Object
-from qlora_operator.listing import Listed, Listing, listed
+from qlora_api.status import StepName
+from qlora_operator.decisions.observe import Object, observe
+from qlora_operator.listing import KINDS, Listed, Listing, listed
 from qlora_operator.store import Store
 from tests.support.builders import NAME, UID, child, ended, job_body, pod, running, status_in, with_resolved
 
@@ -257,3 +260,91 @@ def test_what_nobody_reads_of_a_job_is_not_kept() -> None:
     assert held is not None
     assert (held.body["metadata"]["annotations"], "managedFields" in held.body["metadata"]) == ({}, False)
     assert held.body["metadata"]["uid"] == UID
+
+
+STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
+
+
+class World:
+    """What happens in an API server: objects that are created, changed and deleted, each time in a new version."""
+
+    def __init__(self, random: Random) -> None:
+        self.version = 100
+        self.objects: dict[tuple[Any, str], dict[str, Any]] = {}
+        self.events: list[tuple[Any, str, dict[str, Any]]] = []
+        self._random = random
+
+    def happen(self) -> None:
+        kind = self._random.choice(("qlorajobs", "jobs", "pods"))
+        uid = {"qlorajobs": UID}.get(kind) or f"{kind}-{self._random.randrange(4)}-{self._random.randrange(3)}"
+        self.version += 1
+        known = self.objects.get((kind, uid))
+        # The job itself stays; a child that is deleted never returns under its UID.
+        if known is not None and kind != "qlorajobs" and self._random.random() < 0.3:
+            del self.objects[kind, uid]
+            self.events.append((kind, "DELETED", at(self.version, known)))
+        elif known is not None or all(event[2]["metadata"]["uid"] != uid for event in self.events):
+            body = {
+                "qlorajobs": lambda: job_body(generation=self._random.randrange(9)),
+                "jobs": lambda: child(self._random.choice(STEPS), **self._complete()),
+                "pods": lambda: self._random.choice((pod, lambda step: running(pod(step))))("train"),
+            }[kind]()
+            body = at(self.version, body, uid=uid, name=NAME if kind == "qlorajobs" else uid)
+            self.objects[kind, uid] = body
+            self.events.append((kind, "MODIFIED" if known else "ADDED", body))
+
+    def _complete(self) -> dict[str, Any]:
+        return {"Complete": "x"} if self._random.random() < 0.5 else {}
+
+    def listing(self, kind: Any) -> Listing:
+        return Listing([body for (each, _), body in self.objects.items() if each == kind], str(self.version))
+
+
+def show(store: Store, kind: Any, type_: str, body: dict[str, Any]) -> None:
+    if kind == "qlorajobs":
+        store.job_changed(body, deleted=type_ == "DELETED", created=type_ == "ADDED")
+    else:
+        store.child_changed(kind, body, deleted=type_ == "DELETED")
+
+
+def happened(seed: int) -> tuple[Random, World]:
+    random = Random(seed)
+    world = World(random)
+    while len(world.events) < 60 or ("qlorajobs", UID) not in world.objects:
+        world.happen()
+    return random, world
+
+
+def check_truth(store: Store, world: World) -> None:
+    held = store.held(KEY)
+    assert held is not None
+    truth = observe(UID, world.listing("jobs").items, world.listing("pods").items)
+    assert replace(held.observed, lost=None) == truth
+    assert held.body["metadata"] == world.objects["qlorajobs", UID]["metadata"]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_order_events_and_answers_arrive_in_it_holds_the_truth(seed: int) -> None:
+    random, world = happened(seed)
+    store = Store()
+    shown = world.events + random.sample(world.events, 20)
+    random.shuffle(shown)
+    for event in shown:
+        show(store, *event)
+    check_truth(store, world)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_events_are_lost_it_asks_for_what_it_does_not_hold(seed: int) -> None:
+    random, world = happened(seed)
+    store = Store()
+    lost = random.choice((1, 5, 30))
+    for event in random.sample(world.events, len(world.events) - lost):
+        show(store, *event)
+    lists = {kind: world.listing(kind) for kind in KINDS}
+    for kind in KINDS:
+        store.compare(kind, None, rows(kind, *lists[kind].items), lists[kind].version)
+    if store.held(KEY) is not None:
+        check_truth(store, world)
+    store.read(world.objects["qlorajobs", UID], lists["jobs"], lists["pods"])
+    check_truth(store, world)

@@ -150,12 +150,13 @@ def drive(
     during: Callable[[WorkQueue], Awaitable[None]],
     *,
     on_error: Callable[[], None] = lambda: None,
+    workers: int = 2,
 ) -> None:
-    """Run a queue with two workers on virtual time while `during` runs."""
+    """Run a queue on virtual time while `during` runs."""
     loop = VirtualLoop()
 
     async def scenario() -> None:
-        queue = WorkQueue(work, monotonic=loop.time, workers=2, on_error=on_error)
+        queue = WorkQueue(work, monotonic=loop.time, workers=workers, on_error=on_error)
         task = asyncio.create_task(queue.run())
         await during(queue)
         task.cancel()
@@ -202,6 +203,26 @@ def test_the_work_decides_when_the_key_is_due_again() -> None:
 
     drive(work, during)
     assert seen == pytest.approx([0, 3600, 7200, 10_800])
+
+
+@pytest.mark.parametrize(("workers", "both"), [(1, False), (2, True), (16, True)])
+def test_a_new_job_never_waits_for_all_others_and_a_single_worker_takes_it_first(workers: int, both: bool) -> None:
+    started: list[Key] = []
+
+    async def work(key: Key) -> None:
+        started.append(key)
+        await asyncio.sleep(1000)
+
+    async def during(queue: WorkQueue) -> None:
+        for number in range(20):
+            queue.add(("team", f"old-{number}"))
+            queue.add(("team", f"new-{number}"), first=True)
+        await asyncio.sleep(1)
+
+    drive(work, during, workers=workers)
+    kinds = {name.partition("-")[0] for _, name in started}
+    assert kinds == ({"old", "new"} if both else {"new"})
+    assert sum(name.startswith("new") for _, name in started) >= workers / 2
 
 
 def test_failures_of_one_key_do_not_delay_another() -> None:
