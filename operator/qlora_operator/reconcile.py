@@ -189,7 +189,9 @@ class Reconciler:
                     case CreateClaim() if resolved is not None:
                         await self._create_claim(job, resolved)
                     case CreateJob() if resolved is not None:
-                        status = with_child(status, facts, await self._create_job(job, resolved, action))
+                        job_uid = await self._create_job(job, resolved, action)
+                        # The status that tells of the first Job follows from what the next pass sees.
+                        status = status if is_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
                 return with_rejection(status, facts, blocked.reason), blocked.again
