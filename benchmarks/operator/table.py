@@ -1,6 +1,7 @@
 """The figures as the documentation shows them."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -12,8 +13,28 @@ Run = dict[str, Any]
 _KIB = 1024
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What was to be reached with so many jobs at once. The name has a place for the value."""
+
+    jobs: int
+    name: str
+    value: float
+    figure: Callable[[Run], float]
+    at_least: bool = False
+
+
+_TARGETS = (
+    _Target(500, "{} first Jobs per second", 63, lambda run: run["firstJobsPerSecond"], at_least=True),
+    _Target(500, "99 % have their first Job in {} s", 4, lambda run: run["secondsToFirstJob"]["p99"]),
+    _Target(500, "99 % have their status {} s later", 8, lambda run: run["secondsFromFirstJobToStatus"]["p99"]),
+    _Target(1000, "all have their first Job in {} s", 15, lambda run: run["secondsToAllFirstJobs"]),
+    _Target(1000, "memory of the operator {} MiB", 110, lambda run: run["residentMiB"]["peak"]),
+)
+
+
 def figures(result: dict[str, Any]) -> str:
-    """Two tables in Markdown: how fast new jobs start, and what one of them takes."""
+    """Tables in Markdown: how fast new jobs start, what was to be reached, and what one of them takes."""
     chosen = {
         (subject, jobs): _middle(run for run in result["runs"] if (run["subject"], run["jobs"]) == (subject, jobs))
         for subject in ("operator", "floor")
@@ -39,7 +60,7 @@ def figures(result: dict[str, Any]) -> str:
         _row("Memory of the operator, before / at most", ours, _memory),
         _row("Load average of the machine before", ours, lambda run: f"{run['loadAverage'][0]:.1f}"),
     ]
-    return "\n".join([*lines, "", *_sizes(ours[-1]), ""])
+    return "\n".join([*lines, "", *_targets(ours), "", *_sizes(ours[-1]), ""])
 
 
 def write(result: dict[str, Any], page: Path = PAGE) -> None:
@@ -73,6 +94,19 @@ def _processor(run: Run) -> str:
 
 def _memory(run: Run) -> str:
     return f"{run['residentMiB']['idle']:.0f} / {run['residentMiB']['peak']:.0f} MiB"
+
+
+def _targets(runs: list[Run]) -> list[str]:
+    lines = ["| Target | Measured | |", "| --- | --- | --- |"]
+    for target in _TARGETS:
+        for run in runs:
+            if run["jobs"] == target.jobs:
+                value = target.figure(run)
+                met = value >= target.value if target.at_least else value <= target.value
+                sign = "≥" if target.at_least else "≤"
+                name = target.name.format(f"{sign} {target.value:g}")
+                lines.append(f"| {target.jobs:,} jobs: {name} | {value:.1f} | {'met' if met else 'missed'} |")
+    return lines
 
 
 def _sizes(run: Run) -> list[str]:

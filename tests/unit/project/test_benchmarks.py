@@ -142,6 +142,9 @@ def test_the_table_of_many_jobs_shows_the_run_with_the_median_rate() -> None:
     assert "| of a script that does nothing else | 90 | 95 |" in shown
     assert "| Seconds until one has it, median / 99th percentile | 1.0 / 60.0 | 1.0 / 40.0 |" in shown
     assert "| all of them | 3.0 |" in shown
+    assert "| 500 jobs: ≥ 63 first Jobs per second | 60.0 | missed |" in shown
+    assert "| 500 jobs: 99 % have their status ≤ 8 s later | 3.0 | met |" in shown
+    assert "| 1,000 jobs: memory of the operator ≤ 110 MiB | 90.0 | met |" in shown
 
 
 def test_the_tables_are_put_where_the_page_has_a_place_for_them(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from kubernetes.aio.config import incluster_config
 
-from qlora_operator.cluster import Cluster, ClusterError, RejectedError, connect
+from devcluster.certificates import Authority
+from qlora_operator.cluster import Cluster, ClusterError, RejectedError, connect, endpoint_of
 from tests.support.builders import job_body
 
 PLUGIN = """
@@ -131,3 +134,27 @@ def test_requests_share_a_connection_and_a_selector_arrives_as_it_was_meant(tmp_
         assert "labelSelector=qlora.dev/job-uid%3Da%2Bb/c%3Dd" in server.requests[0][1].replace("%2F", "/")
 
     against(work, tmp_path, {"token": "t"})
+
+
+def test_the_token_of_a_pod_is_read_again_when_the_server_rejects_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, authority = tmp_path / "token", tmp_path / "ca.crt"
+    authority.write_bytes(Authority(datetime.now(UTC)).certificate)
+    token.write_text("first")
+    monkeypatch.setattr("qlora_operator.cluster._SERVICE_ACCOUNT_TOKEN", str(token))
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(authority))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+
+    async def work() -> None:
+        endpoint = await endpoint_of(None)
+        assert endpoint.server == "https://[fd00::1]:443"
+        assert await endpoint.authorization() == "bearer first"
+        token.write_text("second")
+        await endpoint.renew()
+        assert await endpoint.authorization() == "bearer second"
+
+    asyncio.run(work())
