@@ -23,10 +23,14 @@ _AT_A_TIME = 16
 async def main(kubeconfig: Path) -> None:
     """Serve until the process is ended."""
     gate = asyncio.Semaphore(_AT_A_TIME)
+    served: set[str] = set()
     async with connect(kubeconfig) as cluster, asyncio.TaskGroup() as group:
         async for event in watch(kubeconfig, "qlorajobs", metadata_only=False):
-            if event.kind == "ADDED":
-                group.create_task(_serve(cluster, parse_job(event.body), gate))
+            job = parse_job(event.body)
+            # A server that is busy ends watches, and the next one shows everything once more.
+            if job.uid not in served:
+                served.add(job.uid)
+                group.create_task(_serve(cluster, job, gate))
 
 
 async def _serve(cluster: Cluster, job: QLoRAJob, gate: asyncio.Semaphore) -> None:

@@ -1,6 +1,7 @@
 """One run: many jobs created at once on a control plane of its own, until each has its first Job and its status."""
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -41,6 +42,7 @@ _AGENTS = ("qlora-operator", "kopf")
 class Seen:
     """When what was shown about each job, by its name, in seconds of the monotonic clock."""
 
+    subject: subprocess.Popen[bytes]
     created: dict[str, float] = field(default_factory=dict)
     """The answer of the job's own creation."""
     first_job: dict[str, float] = field(default_factory=dict)
@@ -48,15 +50,17 @@ class Seen:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def until(self, found: dict[str, float], count: int, what: str) -> None:
-        """Wait until so many jobs have it. Raises TimeoutError."""
+        """Wait until so many jobs have it. Raises TimeoutError, or ChildProcessError if the subject has ended."""
         deadline = time.monotonic() + _MOST_SECONDS
         while len(found) < count:
             self.changed.clear()
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
+            if self.subject.poll() is not None:
+                raise ChildProcessError(f"{len(found)} of {count} jobs have {what}, and what serves them has ended")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
                     await self.changed.wait()
-            except TimeoutError:
-                raise TimeoutError(f"{len(found)} of {count} jobs have {what} after {_MOST_SECONDS} s") from None
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(found)} of {count} jobs have {what} after {_MOST_SECONDS} s")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def measure(subject: Subject, jobs: int, workers: int | None = None) -> dict[str
         plane.kubectl("create", "namespace", NAMESPACE)
         plane.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev")
         with _started(subject, plane, workers) as process:
-            return asyncio.run(_measure(subject, jobs, plane, process.pid))
+            return asyncio.run(_measure(subject, jobs, plane, process))
 
 
 @contextmanager
@@ -99,8 +103,10 @@ def _started(subject: Subject, plane: ControlPlane, workers: int | None) -> Iter
             process.wait(30)
 
 
-async def _measure(subject: Subject, jobs: int, plane: ControlPlane, pid: int) -> dict[str, Any]:
-    seen = Seen()
+async def _measure(
+    subject: Subject, jobs: int, plane: ControlPlane, process: subprocess.Popen[bytes]
+) -> dict[str, Any]:
+    seen, pid = Seen(process), process.pid
     api_server = next(
         record.pid for record in processes.records(plane.directory / "processes") if record.name == "kube-apiserver"
     )
