@@ -130,15 +130,15 @@ class Nodeless:
 
 
 @contextmanager
-def nodeless(folder: Path) -> Iterator[Nodeless]:
-    """The cluster with the namespace; `folder` gets the operator's settings and its log."""
+def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
+    """The cluster with the namespace; `folder` gets the operator's settings and its log. `profile`: its further keys."""
     with running(controller_manager=True) as plane:
         plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
         eventually(lambda: plane.kubectl("get", "qlorajobs") or True, seconds=60, what="the new kind")
         plane.kubectl("create", "namespace", NAMESPACE)
         ports = free_ports()
         settings = {
-            "profiles": {"default": {"image": "example.org/qlora-trainer:none", "device": "cpu"}},
+            "profiles": {"default": {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}},
             # Without a kubelet there are no logs.
             "progress": {"enabled": False},
             "probePort": ports.etcd_client,
