@@ -10,12 +10,13 @@ from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.cleanup import cleanup_at
-from qlora_operator.decisions.conditions import is_true
+from qlora_operator.decisions.conditions import condition, is_true
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job
 from qlora_operator.decisions.observe import (
     Object,
+    Observed,
     QLoRAJob,
     Reason,
     UnreadableJobError,
@@ -24,6 +25,7 @@ from qlora_operator.decisions.observe import (
     parse_job,
 )
 from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
+from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import LogReading, ProgressReader
@@ -76,7 +78,8 @@ class Reconciler:
             await self.cluster.list_pods(job.namespace, job.uid),
         )
         log = await self.progress.read(key, job, observed) if self.progress else LogReading()
-        facts = Facts(job, observed, self.profiles, self.clock(), log.record, log_read=log.done)
+        queue = await self._read_queue(job, observed)
+        facts = Facts(job, observed, self.profiles, self.clock(), log.record, log_read=log.done, queue=queue)
         status = next_status(facts)
         planned = plan(job, status, observed, facts.now)
         status, again = await self._act(facts, status, planned.actions)
@@ -94,6 +97,14 @@ class Reconciler:
             logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
             await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
             return None
+
+    async def _read_queue(self, job: QLoRAJob, observed: Observed) -> Reason | None:
+        """Why the current step's Job waits in a queue; None if it does not, or that cannot be read."""
+        child = observed.child(job.status.step.job_name) if job.status.step else None
+        if child is None or not child.suspended or child.finished:
+            return None
+        workloads = await self.cluster.list_workloads(job.namespace, child.uid)
+        return None if workloads is None else queue_reason(child, workloads, condition(job.status, "Succeeded"))
 
     async def _act(
         self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]

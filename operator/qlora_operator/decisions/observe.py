@@ -161,7 +161,9 @@ class ChildJob:
     failure: Reason | None = None
     ended: datetime | None = None
     suspended: bool = False
-    """Whether it has no pods because its `suspend` is true, which only a queue sets."""
+    """Whether it gets no pods because its `suspend` is true, which only others set, or was until just now."""
+    suspended_since: datetime | None = None
+    """When its pods were stopped; None if it is not suspended, or the Job controller has not seen that yet."""
     resumed: datetime | None = None
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
 
@@ -305,7 +307,9 @@ def _parse_child(body: Object) -> ChildJob:
     metadata = body["metadata"]
     conditions = _true_conditions(body)
     failed, ended = conditions.get("Failed"), conditions.get("Failed") or conditions.get("Complete")
-    suspended = bool((body.get("spec") or {}).get("suspend"))
+    stopped = conditions.get("Suspended")
+    # Until the Job controller has seen that the Job is resumed, its pods are those that the suspension has ended.
+    suspended = bool((body.get("spec") or {}).get("suspend")) or stopped is not None
     return ChildJob(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -315,6 +319,7 @@ def _parse_child(body: Object) -> ChildJob:
         failure=Reason(failed.get("reason", ""), failed.get("message", "")) if failed else None,
         ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
         suspended=suspended,
+        suspended_since=_optional_time(stopped.get("lastTransitionTime")) if stopped else None,
         resumed=None if suspended else _resumed(body.get("status") or {}),
     )
 
