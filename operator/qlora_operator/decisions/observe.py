@@ -23,7 +23,7 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 logger = logging.getLogger(__name__)
 
 Object = Mapping[str, Any]
-_INTERRUPTED = 143
+_INTERRUPTED, _KILLED = 143, 137
 _OBJECT_VOLUMES = {"secret": "Secret", "configMap": "ConfigMap"}
 
 
@@ -121,9 +121,16 @@ class Pod:
     def interrupted(self) -> bool:
         """Whether it was stopped from outside: by a signal, an eviction, a preemption or a deletion."""
         asked = self.termination is not None and self.termination.exit_code == _INTERRUPTED
+        # Deleted, and killed at the end of its grace period.
+        asked = asked or (self.deletion_requested is not None and self._killed)
         if self.reason == "Evicted" and self.disruption is None:
             return False  # for what it did itself: its temporary files exceed their limit
         return asked or self.disruption is not None or (self.deletion_requested is not None and not self.ended)
+
+    @property
+    def _killed(self) -> bool:
+        """Whether it ended by SIGKILL, and not for its memory."""
+        return self.termination is not None and self.termination.exit_code == _KILLED and not self.out_of_memory
 
     @property
     def rejected(self) -> bool:

@@ -20,7 +20,7 @@ def queue_reason(child: ChildJob, workloads: Iterable[Object], shown: Condition 
 
     A sentence that would only alternate with the one shown is not taken, so that the status stays as it is.
     """
-    sentence = next((_sentence(body) for body in workloads), None)
+    sentence = next((_sentence(child, body) for body in workloads), None)
     if sentence is None:
         return Reason(
             WAITING,
@@ -32,9 +32,14 @@ def queue_reason(child: ChildJob, workloads: Iterable[Object], shown: Condition 
     return Reason(WAITING, sentence)
 
 
-def _sentence(workload: Object) -> str:
+def _sentence(child: ChildJob, workload: Object) -> str:
     """Kueue's own: of the eviction, after one, else of the quota, whose other conditions follow from these."""
     status = workload.get("status") or {}
+    if not (workload.get("spec") or {}).get("queueName"):
+        return (
+            "Kueue holds Jobs without a queue too, as this step's: add a LocalQueue named default to the namespace, "
+            f"then delete Job {child.name}"
+        )
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     evicted, quota = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})
     if evicted.get("status") == "True":

@@ -124,6 +124,6 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
 def _held(child: ChildJob) -> Reason:
     return Reason(
         WAITING,
-        f"Job {child.name} is suspended until a queue admits it: see `kubectl get workloads`, and that Kueue runs and "
-        "has the LocalQueue",
+        f"Job {child.name} is suspended until a queue admits it: see `kubectl get workloads`, which the operator "
+        "may not read or which do not exist here; whoever else has suspended the Job must resume it",
     )
