@@ -48,7 +48,7 @@ class Kueue:
         self.kubectl("apply", "--server-side", "--filename=-", input_text=yaml.safe_dump_all(kept))
 
     def start(self, *, unlabeled: bool = False) -> None:
-        """Start the controller; with `unlabeled` it holds Jobs without a queue too. Returns when its webhooks answer."""
+        """Start the controller and wait for its webhooks. With `unlabeled` it holds Jobs without a queue too."""
         configuration = {
             "apiVersion": "config.kueue.x-k8s.io/v1beta2",
             "kind": "Configuration",
