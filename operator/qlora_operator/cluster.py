@@ -37,6 +37,8 @@ _JOBS = "/apis/batch/v1"
 _CORE = "/api/v1"
 _LEASES = "/apis/coordination.k8s.io/v1"
 _QLORA = f"/apis/{GROUP}/{VERSION}"
+_KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
+_WORKLOAD_JOB_UID = "kueue.x-k8s.io/job-uid"
 
 
 class ClusterError(Exception):
@@ -77,6 +79,15 @@ class Cluster:
         """The pods that have the label of this QLoRAJob."""
         selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
         return await self._list(f"{_CORE}/namespaces/{namespace}/pods", selector)
+
+    async def list_workloads(self, namespace: str, child_uid: str) -> list[Object] | None:
+        """Kueue's Workloads of the Job of that UID; None without Kueue, or without the right to read them."""
+        selector = [("labelSelector", f"{_WORKLOAD_JOB_UID}={child_uid}")]
+        try:
+            return list((await self._list(f"{_KUEUE}/namespaces/{namespace}/workloads", selector)).items)
+        except (NotFoundError, RejectedError) as error:
+            logger.debug("Workloads cannot be read: %s", error, extra={"key": (namespace, child_uid)})
+            return None
 
     async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
         """All QLoRAJobs, or all our Jobs or pods, in one namespace or in all (None), and the version of the list."""
@@ -235,7 +246,8 @@ def _error(status: int, request: str, data: bytes) -> ClusterError:
         return NotFoundError(f"{request}: {text}")
     if status == 409:
         return ConflictError(f"{request}: {text}")
-    if status in (400, 401, 403, 422):
+    # The server answers with 500 if a webhook of the kind cannot be reached.
+    if status in (400, 401, 403, 422) or (status == 500 and "failed calling webhook" in text):
         return RejectedError(text)
     return ClusterError(f"{request}: status {status}: {text}")
 

@@ -12,7 +12,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
-from qlora_operator.decisions.conditions import is_false
+from qlora_operator.decisions.conditions import condition, is_false
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job
@@ -36,6 +36,7 @@ from qlora_operator.decisions.plan import (
     is_settled,
     plan,
 )
+from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import LogReading, ProgressReader
@@ -104,12 +105,13 @@ class Reconciler:
         if view is None:
             return None
         log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
-        decision = self._decide(view, log)
+        queue = await self._read_queue(view)
+        decision = self._decide(view, log, queue)
         if not view.live and _must_be_confirmed(view, decision):
             view = await self._read(key)
             if view is None:
                 return None
-            decision = self._decide(view, log)
+            decision = self._decide(view, log, queue)
         return _earliest(await self._carry_out(decision), log.again)
 
     async def _look(self, key: Key) -> "_View | None":
@@ -159,8 +161,25 @@ class Reconciler:
             self._forget(key)
         return settled
 
-    def _decide(self, view: "_View", log: LogReading) -> "_Decision":
-        facts = Facts(view.job, view.observed, self.profiles, self.clock(), log.record, log_read=log.done)
+    async def _read_queue(self, view: "_View") -> Reason | None:
+        """Why the current step's Job waits in a queue; None if it does not, or that cannot be read."""
+        job = view.job
+        child = view.observed.child(job.status.step.job_name) if job.status.step else None
+        if child is None or not child.suspended or child.finished:
+            return None
+        workloads = await self.cluster.list_workloads(job.namespace, child.uid)
+        return None if workloads is None else queue_reason(child, workloads, condition(job.status, "Succeeded"))
+
+    def _decide(self, view: "_View", log: LogReading, queue: Reason | None) -> "_Decision":
+        facts = Facts(
+            job=view.job,
+            observed=view.observed,
+            profiles=self.profiles,
+            now=self.clock(),
+            progress=log.record,
+            log_read=log.done,
+            queue=queue,
+        )
         status = next_status(facts)
         return _Decision(facts, status, plan(view.job, status, view.observed, facts.now))
 

@@ -118,6 +118,8 @@ def test_the_definition_is_that_of_the_models_and_outlives_the_release(helm: Hel
 def test_cluster_wide_rights_are_exactly_those_that_the_operator_uses(helm: Helm) -> None:
     objects = helm.template({"tenantRoles": {"create": False}})
     assert rights_of(only(objects, "ClusterRole")["rules"]) == RIGHTS
+    with_kueue = only(helm.template({"tenantRoles": {"create": False}, "kueue": {"enabled": True}}), "ClusterRole")
+    assert rights_of(with_kueue["rules"]) == RIGHTS | {"workloads.kueue.x-k8s.io": {"get", "list", "watch"}}
     binding = only(objects, "ClusterRoleBinding")
     assert binding["roleRef"]["name"] == only(objects, "ClusterRole")["metadata"]["name"]
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": RELEASE, "namespace": NAMESPACE}]

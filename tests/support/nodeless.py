@@ -16,7 +16,7 @@ from devcluster.addresses import free_ports
 from devcluster.controlplane import ControlPlane, running
 from devcluster.kubectl import Kubectl
 from qlora_api.contract import ResultRecord, encode_record
-from qlora_api.naming import JOB_LABEL, STEP_LABEL
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
 from tests.support.waiting import eventually
 
@@ -86,25 +86,46 @@ class Nodeless:
         """The step ends with that exit code and record."""
         self._end(name, step, code, reason, {"message": message})
 
+    def pods(self) -> list[dict[str, Any]]:
+        """The pods of all jobs, oldest first."""
+        listed = self.kubectl.get("pods", f"--namespace={NAMESPACE}", f"--selector={STEP_LABEL}")["items"]
+        return sorted(listed, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+    def start_pod(self, pod: dict[str, Any]) -> None:
+        """The pod gets a node and starts; when it is deleted, it stays until it is ended and removed."""
+        name = pod["metadata"]["name"]
+        target = {"apiVersion": "v1", "kind": "Node", "name": "played"}
+        binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{name}/binding"
+        self.kubectl("create", "--raw", path, "--filename=-", input_text=json.dumps(binding))
+        self._report(pod, "Running", {"running": {"startedAt": ENDED}})
+
+    def succeed_pod(self, pod: dict[str, Any]) -> None:
+        """The pod's step ends well."""
+        self._end_pod(pod, 0, "Done", _FOUND[pod["metadata"]["labels"][STEP_LABEL]])
+
+    def stop_pod(self, pod: dict[str, Any], code: int) -> None:
+        """A pod that is being deleted ends with that exit code, and is removed."""
+        self._report(pod, "Failed", {"terminated": _terminated(code, "")})
+        name = pod["metadata"]["name"]
+        self.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", "--grace-period=0", "--force", "--wait=false")
+
     def _end(self, name: str, step: StepName, code: int, reason: str, fields: dict[str, Any]) -> None:
-        pod = self._pod(name, step)
+        self._end_pod(self._pod(name, step), code, reason, fields)
+
+    def _end_pod(self, pod: dict[str, Any], code: int, reason: str, fields: dict[str, Any]) -> None:
+        labels = pod["metadata"]["labels"]
         record = ResultRecord(
-            job_uid=self.job(name)["metadata"]["uid"],
+            job_uid=labels[JOB_UID_LABEL],
             pod_uid=pod["metadata"]["uid"],
-            step=step,
+            step=labels[STEP_LABEL],
             time=ENDED,
             outcome="failed" if code else "succeeded",
             exit_code=code,
             reason=reason,
             **fields,
         )
-        terminated = {
-            "exitCode": code,
-            "reason": "Error" if code else "Completed",
-            "message": encode_record(record),
-            "startedAt": ENDED,
-            "finishedAt": ENDED,
-        }
+        terminated = _terminated(code, encode_record(record))
         self._report(pod, "Failed" if code else "Succeeded", {"terminated": terminated})
 
     def _pod(self, name: str, step: StepName) -> dict[str, Any]:
@@ -129,16 +150,26 @@ class Nodeless:
         )
 
 
+def _terminated(code: int, message: str) -> dict[str, Any]:
+    return {
+        "exitCode": code,
+        "reason": "Error" if code else "Completed",
+        "message": message,
+        "startedAt": ENDED,
+        "finishedAt": ENDED,
+    }
+
+
 @contextmanager
-def nodeless(folder: Path) -> Iterator[Nodeless]:
-    """The cluster with the namespace; `folder` gets the operator's settings and its log."""
+def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
+    """The cluster with the namespace; `folder` gets the operator's settings and log. `profile`: more of its keys."""
     with running(controller_manager=True) as plane:
         plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
         eventually(lambda: plane.kubectl("get", "qlorajobs") or True, seconds=60, what="the new kind")
         plane.kubectl("create", "namespace", NAMESPACE)
         ports = free_ports()
         settings = {
-            "profiles": {"default": {"image": "example.org/qlora-trainer:none", "device": "cpu"}},
+            "profiles": {"default": {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}},
             # Without a kubelet there are no logs.
             "progress": {"enabled": False},
             "probePort": ports.etcd_client,

@@ -23,7 +23,7 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 logger = logging.getLogger(__name__)
 
 Object = Mapping[str, Any]
-_INTERRUPTED = 143
+_INTERRUPTED, _KILLED = 143, 137
 _OBJECT_VOLUMES = {"secret": "Secret", "configMap": "ConfigMap"}
 
 
@@ -121,9 +121,16 @@ class Pod:
     def interrupted(self) -> bool:
         """Whether it was stopped from outside: by a signal, an eviction, a preemption or a deletion."""
         asked = self.termination is not None and self.termination.exit_code == _INTERRUPTED
+        # Deleted, and killed at the end of its grace period.
+        asked = asked or (self.deletion_requested is not None and self._killed)
         if self.reason == "Evicted" and self.disruption is None:
             return False  # for what it did itself: its temporary files exceed their limit
         return asked or self.disruption is not None or (self.deletion_requested is not None and not self.ended)
+
+    @property
+    def _killed(self) -> bool:
+        """Whether it ended by SIGKILL, and not for its memory."""
+        return self.termination is not None and self.termination.exit_code == _KILLED and not self.out_of_memory
 
     @property
     def rejected(self) -> bool:
@@ -161,7 +168,9 @@ class ChildJob:
     failure: Reason | None = None
     ended: datetime | None = None
     suspended: bool = False
-    """Whether it has no pods because its `suspend` is true, which only a queue sets."""
+    """Whether it gets no pods because its `suspend` is true, which only others set, or was until just now."""
+    suspended_since: datetime | None = None
+    """When its pods were stopped; None if it is not suspended, or the Job controller has not seen that yet."""
     resumed: datetime | None = None
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
     resolved: str = ""
@@ -316,7 +325,9 @@ def parse_child(body: Object) -> ChildJob:
     metadata = body["metadata"]
     conditions = _true_conditions(body)
     failed, ended = conditions.get("Failed"), conditions.get("Failed") or conditions.get("Complete")
-    suspended = bool((body.get("spec") or {}).get("suspend"))
+    stopped = conditions.get("Suspended")
+    # Until the Job controller has seen that the Job is resumed, its pods are those that the suspension has ended.
+    suspended = bool((body.get("spec") or {}).get("suspend")) or stopped is not None
     return ChildJob(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -326,6 +337,7 @@ def parse_child(body: Object) -> ChildJob:
         failure=Reason(failed.get("reason", ""), failed.get("message", "")) if failed else None,
         ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
         suspended=suspended,
+        suspended_since=_optional_time(stopped.get("lastTransitionTime")) if stopped else None,
         resumed=None if suspended else _resumed(body.get("status") or {}),
         resolved=(metadata.get("annotations") or {}).get(RESOLVED_ANNOTATION, ""),
     )

@@ -12,7 +12,9 @@ from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
 
 PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60)
-QUEUE_INTERVAL = timedelta(seconds=60)
+# Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
+QUEUE_MOMENT = timedelta(seconds=30)
+QUEUE_INTERVAL, FIRST_QUEUE_INTERVAL = timedelta(seconds=60), timedelta(seconds=3)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,12 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
     yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)
     yield from _after_rejections(observed)
-    yield from (now + QUEUE_INTERVAL for child in _running(observed) if child.suspended)
+    yield from (_queue_at(child, now) for child in _running(observed) if child.suspended)
+
+
+def _queue_at(child: ChildJob, now: datetime) -> datetime:
+    fresh = now < (child.suspended_since or child.created) + QUEUE_MOMENT
+    return now + (FIRST_QUEUE_INTERVAL if fresh else QUEUE_INTERVAL)
 
 
 def _times_after(job: QLoRAJob, status: QLoRAJobStatus) -> Iterator[datetime]:

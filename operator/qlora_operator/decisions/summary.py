@@ -8,6 +8,7 @@ from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import without_remaining
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
 from qlora_operator.decisions.observe import ChildJob, Reason
+from qlora_operator.decisions.queue import WAITING
 from qlora_operator.decisions.resolution import objection
 
 _DOING = {
@@ -122,7 +123,7 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
 
 def _held(child: ChildJob) -> Reason:
     return Reason(
-        "WaitingForQueue",
-        f"Job {child.name} is suspended until a queue admits it: see `kubectl get workloads`, and that Kueue runs and "
-        "has the LocalQueue",
+        WAITING,
+        f"Job {child.name} is suspended until a queue admits it: see `kubectl get workloads`, which the operator "
+        "may not read or which do not exist here; whoever else has suspended the Job must resume it",
     )

@@ -1,0 +1,323 @@
+"""The operator with Kueue's own controller, Kubernetes' controllers and no node: tests write what a kubelet would.
+
+What Kueue states was recorded here; tests/unit/qlora_operator/test_queue.py has the same sentences without Kueue.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from qlora_api.naming import JOB_LABEL, STEP_LABEL
+from tests.support.kueue import GPU, Kueue, kueue
+from tests.support.manifests import MINIMAL
+from tests.support.nodeless import NAMESPACE, Nodeless, nodeless
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.slow
+IN_NAMESPACE = f"--namespace={NAMESPACE}"
+NO_QUOTA = f"insufficient unused quota for {GPU} in flavor any, 1 more needed"
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The cluster, with Kueue."""
+
+    cluster: Nodeless
+    kueue: Kueue
+
+    def apply(self, name: str, **scheduling: str) -> str:
+        manifest = {**MINIMAL, "metadata": {"name": name, "namespace": NAMESPACE}}
+        self.cluster.kubectl.apply(json.dumps(manifest | {"spec": {**MINIMAL["spec"], "scheduling": scheduling}}))
+        return name
+
+    def start(self, name: str, **scheduling: str) -> str:
+        """A job whose train step has been reached."""
+        self.apply(name, **scheduling)
+        self.cluster.succeed(name, "prepare")
+        return name
+
+    def train(self, name: str) -> str:
+        """The same, and its train pod runs."""
+        self.cluster.run(self.start(name, queueName=name), "train")
+        return name
+
+    def sentence(self, name: str) -> str:
+        """Why the job waits, or what it does."""
+        conditions = self.cluster.job(name)["status"].get("conditions", ())
+        return next((str(each["message"]) for each in conditions if each["type"] == "Succeeded"), "")
+
+    def wait_for(self, name: str, phase: str, part: str) -> None:
+        """Until the job is in the phase, and says why."""
+        self.cluster.wait_for_phase(name, phase)
+        eventually(lambda: part in self.sentence(name), seconds=90, every=0.2, what=f"{name}: {part}")
+
+    def wait_for_pod(self, name: str, step: str = "train") -> None:
+        eventually(lambda: self.pods(name, step), seconds=60, every=0.2, what=f"a pod of {name}")
+
+    def pods(self, name: str, step: str = "train") -> list[dict[str, Any]]:
+        """The pods of the step that have not ended."""
+        selector = f"--selector={JOB_LABEL}={name},{STEP_LABEL}={step}"
+        found = self.cluster.kubectl.get("pods", IN_NAMESPACE, selector)["items"]
+        return [pod for pod in found if pod["status"]["phase"] not in ("Succeeded", "Failed")]
+
+    def finish(self, name: str) -> None:
+        """The job ends well, and nothing of what happened to it counts."""
+        self.cluster.succeed(name, "train", "publish")
+        status = self.cluster.wait_for_phase(name, "Succeeded")["status"]
+        assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
+        assert f"{name}-train-2" not in self.cluster.children(name)
+
+
+@pytest.fixture(scope="module")
+def queued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queued]:
+    folder = tmp_path_factory.mktemp("kueue")
+    with nodeless(folder, gpuResource=GPU) as cluster, kueue(cluster.kubectl, folder, NAMESPACE) as controller:
+        for name, value in (("low", 10), ("middle", 100), ("high", 1000)):
+            controller.priority(name, value)
+        yield Queued(cluster, controller)
+
+
+def test_a_quota_of_one_runs_three_jobs_one_after_the_other(queued: Queued) -> None:
+    queued.kueue.queue("single", 1)
+    first, *others = [queued.start(f"single-{number}", queueName="single") for number in range(3)]
+    queued.wait_for_pod(first)
+    for name in others:
+        queued.wait_for(name, "Queued", f"Kueue: couldn't assign flavors to pod set main: {NO_QUOTA}")
+        assert not queued.pods(name)
+    queued.finish(first)
+    eventually(lambda: any(queued.pods(name) for name in others), seconds=60, every=0.2)
+    second, third = sorted(others, key=lambda name: not queued.pods(name))
+    assert not queued.pods(third)
+    queued.finish(second)
+    queued.finish(third)
+
+
+def test_a_preempted_job_waits_with_kueues_sentence_and_goes_on_in_the_same_job(queued: Queued) -> None:
+    queued.kueue.queue("preempting", 1)
+    low = queued.start("preempted", queueName="preempting", queuePriority="low")
+    queued.cluster.run(low, "train")
+    queued.cluster.wait_for_phase(low, "Training")
+    high = queued.start("preemptor", queueName="preempting", queuePriority="high")
+    queued.wait_for(low, "Queued", "due to prioritization in the ClusterQueue")
+    assert queued.sentence(low).startswith("Kueue: Preempted to accommodate a workload")
+    queued.wait_for_pod(high)
+    assert not queued.pods(low)
+    queued.finish(high)
+    queued.wait_for_pod(low)
+    queued.finish(low)
+
+
+def test_a_preempted_pod_that_is_killed_before_it_has_saved_is_no_failure(queued: Queued) -> None:
+    queued.kueue.queue("killing", 1)
+    low = queued.start("killed", queueName="killing", queuePriority="low")
+    queued.wait_for_pod(low)
+    queued.cluster.start_pod(queued.pods(low)[0])
+    queued.cluster.wait_for_phase(low, "Training")
+    high = queued.start("killer", queueName="killing", queuePriority="high")
+    eventually(lambda: "deletionTimestamp" in queued.pods(low)[0]["metadata"], seconds=60, every=0.2)
+    queued.cluster.stop_pod(queued.pods(low)[0], 137)
+    queued.finish(high)
+    queued.wait_for_pod(low)
+    queued.finish(low)
+
+
+def test_a_cohort_lends_its_quota_until_its_owner_needs_it(queued: Queued) -> None:
+    for name in ("owner", "borrower"):
+        queued.kueue.queue(name, 1, cohort="department")
+    borrowers = [queued.start(f"borrowing-{number}", queueName="borrower") for number in range(2)]
+    for name in borrowers:
+        queued.wait_for_pod(name)
+        queued.cluster.run(name, "train")
+    owner = queued.start("owning", queueName="owner")
+    queued.wait_for_pod(owner)
+    stopped = next(name for name in borrowers if not queued.pods(name))
+    queued.wait_for(stopped, "Queued", "due to reclamation within the cohort")
+    queued.finish(owner)
+    queued.wait_for_pod(stopped)
+    for name in borrowers:
+        queued.finish(name)
+
+
+def test_a_queue_that_comes_late_admits_the_job(queued: Queued) -> None:
+    name = queued.start("missing", queueName="late")
+    queued.wait_for(name, "Queued", "Kueue: LocalQueue late doesn't exist")
+    queued.kueue.local_queue("late", "later")
+    queued.wait_for(name, "Queued", "Kueue: ClusterQueue later doesn't exist")
+    queued.kueue.queue("later", 0)
+    # Kueue itself does not look at the Workload again before something else changes.
+    queued.wait_for(name, "Queued", "current podset request (1) > maximum capacity (0)")
+    queued.kueue.queue("later", 1)
+    queued.finish(name)
+
+
+def test_an_inactive_queue_and_a_deactivated_job_say_so(queued: Queued) -> None:
+    queued.kueue.queue("stopped", 1, stopPolicy="HoldAndDrain")
+    name = queued.start("held", queueName="stopped")
+    queued.wait_for(name, "Queued", "Kueue: ClusterQueue stopped is inactive")
+    (workload,) = [body for body in queued.kueue.workloads() if body["metadata"]["name"].startswith(f"job-{name}")]
+
+    def activate(active: bool) -> None:
+        change = json.dumps({"spec": {"active": active}})
+        workload_name = workload["metadata"]["name"]
+        queued.cluster.kubectl("patch", "workload", workload_name, IN_NAMESPACE, "--type=merge", f"--patch={change}")
+
+    activate(False)
+    queued.wait_for(name, "Queued", "Kueue: The workload is deactivated")
+    queued.kueue.queue("stopped", 1, stopPolicy="None")
+    activate(True)
+    queued.finish(name)
+
+
+def test_an_unknown_priority_means_no_workload_which_the_job_says(queued: Queued) -> None:
+    queued.kueue.queue("ordered", 1)
+    name = queued.start("unordered", queueName="ordered", queuePriority="nosuch")
+    queued.wait_for(name, "Queued", "has no Workload: Kueue must run, manage this namespace, and have the Workload")
+    queued.kueue.priority("nosuch", 5)
+    queued.finish(name)
+
+
+def test_with_kueue_away_no_job_is_created_which_the_status_says(queued: Queued) -> None:
+    queued.kueue.queue("away", 1)
+    queued.kueue.stop()
+    name = queued.apply("unreachable", queueName="away")
+    queued.wait_for(name, "Pending", "the API server rejects Job unreachable-prepare-1: Internal error occurred: ")
+    assert 'failed calling webhook "mjob.kb.io"' in queued.sentence(name)
+    assert queued.cluster.children(name) == []
+    queued.kueue.start()
+    queued.cluster.succeed(name, "prepare")
+    queued.finish(name)
+
+
+def test_a_local_queue_named_default_takes_every_step(queued: Queued) -> None:
+    queued.kueue.queue("default", 1, stopPolicy="Hold")
+    name = queued.apply("by-default")
+    try:
+        queued.wait_for(name, "Queued", "Kueue: ClusterQueue default is inactive")
+        assert not queued.pods(name, "prepare")
+        queued.kueue.queue("default", 1, stopPolicy="None")
+        queued.cluster.succeed(name, "prepare")
+        queued.finish(name)
+        owners = {body["metadata"]["ownerReferences"][0]["name"] for body in queued.kueue.workloads()}
+        assert {f"{name}-{step}-1" for step in ("prepare", "train", "publish")} <= owners
+    finally:
+        queued.cluster.kubectl("delete", "localqueue", "default", IN_NAMESPACE)
+
+
+def test_jobs_without_a_queue_that_kueue_holds_say_that(queued: Queued) -> None:
+    queued.kueue.stop()
+    queued.kueue.start(unlabeled=True)
+    try:
+        name = queued.apply("unnamed")
+        queued.wait_for(name, "Queued", "add a LocalQueue named default to the namespace")
+        assert not queued.pods(name, "prepare")
+        queued.kueue.queue("default", 1)
+        queued.cluster.kubectl("delete", "job", f"{name}-prepare-1", IN_NAMESPACE)
+        queued.cluster.succeed(name, "prepare")
+        queued.finish(name)
+    finally:
+        queued.cluster.kubectl("delete", "localqueue", "default", IN_NAMESPACE, "--ignore-not-found")
+        queued.kueue.stop()
+        queued.kueue.start()
+
+
+@dataclass
+class Count:
+    """How many train Jobs were admitted, and how many of their pods ran, at the same time."""
+
+    kind: str
+    lines: Path
+    most: int = 0
+    _active: dict[str, bool] = field(default_factory=dict)
+
+    def read(self) -> None:
+        """All events of the watch, in the order in which they happened."""
+        text, decoder, at = self.lines.read_text(), json.JSONDecoder(), 0
+        while at < len(text):
+            event, at = decoder.raw_decode(text, at)
+            at += len(text[at:]) - len(text[at:].lstrip())
+            body = event["object"]
+            self._active[body["metadata"]["uid"]] = event["type"] != "DELETED" and _is_active(self.kind, body)
+            self.most = max(self.most, sum(self._active.values()))
+
+
+def _is_active(kind: str, body: dict[str, Any]) -> bool:
+    status = body.get("status", {})
+    if kind == "pods":
+        return "deletionTimestamp" not in body["metadata"] and status.get("phase") not in ("Succeeded", "Failed")
+    ended = {each["type"] for each in status.get("conditions", ()) if each["status"] == "True"}
+    # The Job controller counts the pod that has decided its end as soon as it sees that.
+    return not body["spec"].get("suspend") and not ended & {"Complete", "Failed", "SuccessCriteriaMet"}
+
+
+@contextmanager
+def counting(cluster: Nodeless, kind: str, folder: Path) -> Iterator[Count]:
+    """Counts from a watch, which misses nothing."""
+    count = Count(kind, folder / f"{kind}.json")
+    command: list[str | Path] = [
+        cluster.kubectl.program,
+        f"--kubeconfig={cluster.kubectl.kubeconfig}",
+        "get",
+        kind,
+        IN_NAMESPACE,
+        f"--selector={STEP_LABEL}=train",
+        "--watch",
+        "--output-watch-events",
+        "--output=json",
+    ]
+    with count.lines.open("w") as lines:
+        watch = subprocess.Popen(command, stdout=lines)
+    try:
+        yield count
+    finally:
+        watch.terminate()
+        watch.wait(timeout=30)
+        count.read()
+
+
+def test_thirty_jobs_with_random_preemptions_never_exceed_the_quota(queued: Queued, tmp_path: Path) -> None:
+    random, cluster = Random(7), queued.cluster
+    queued.kueue.queue("crowded", 2)
+    names = [f"crowd-{number}" for number in range(30)]
+    waiting, stopped = list(names), 0
+    with counting(cluster, "jobs", tmp_path) as admitted, counting(cluster, "pods", tmp_path) as running:
+        while True:
+            # About as many jobs come as end, so that the queue is short and a job often finds a lower one running.
+            if waiting and random.random() < 0.4:
+                priority = random.choice(("low", "middle", "high"))
+                queued.apply(waiting.pop(0), queueName="crowded", queuePriority=priority)
+            for pod in cluster.pods():
+                stopped += _play(cluster, pod, random)
+            listed = cluster.kubectl.get("qlorajobs", IN_NAMESPACE)["items"]
+            crowd = [job for job in listed if job["metadata"]["name"] in names]
+            phases = [job.get("status", {}).get("phase") for job in crowd]
+            assert "Failed" not in phases
+            if phases.count("Succeeded") == len(names):
+                break
+    assert stopped >= 5, "too few preemptions to show anything"
+    assert (admitted.most, running.most) == (2, 2)
+    assert [job["status"].get("disruptions", 0) + job["status"].get("failures", 0) for job in crowd] == [0] * 30
+
+
+def _play(cluster: Nodeless, pod: dict[str, Any], random: Random) -> int:
+    """One look of a slow kubelet at the pod; 1 if it has ended a pod that was preempted."""
+    phase, step = pod["status"]["phase"], pod["metadata"]["labels"][STEP_LABEL]
+    if not pod["metadata"]["labels"][JOB_LABEL].startswith("crowd-") or phase in ("Succeeded", "Failed"):
+        return 0
+    if "deletionTimestamp" in pod["metadata"]:
+        if random.random() < 0.5:
+            cluster.stop_pod(pod, random.choice((143, 143, 137)))
+            return 1
+    elif step != "train":
+        cluster.succeed_pod(pod)
+    elif phase == "Pending":
+        cluster.start_pod(pod)
+    elif random.random() < 0.1:
+        cluster.succeed_pod(pod)
+    return 0

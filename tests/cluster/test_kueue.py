@@ -1,0 +1,71 @@
+"""Real jobs and Kueue's own controller: quota, preemption, and what a preemption does to the adapter.
+
+What Kueue states about jobs that it holds is in tests/api/test_kueue.py.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from devcluster import layout, product
+from tests.cluster.environment import LONG, Cluster, Tenant, tiny_job
+from tests.support.kueue import Kueue, kueue
+
+pytestmark = pytest.mark.slow
+QUEUE = "gpus"
+
+
+@pytest.fixture(scope="module")
+def queues(installed: Cluster, tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kueue]:
+    """Kueue for the tenant's Jobs, with one GPU in its queue, although the node has two."""
+    where = layout.from_environment()
+    values = {**product.SMALL_MACHINE, "kueue": {"enabled": True}}
+    product.install(where, where.kubeconfig, installed.images, values)
+    with kueue(installed.kubectl, tmp_path_factory.mktemp("kueue"), tenant.namespace) as controller:
+        try:
+            controller.queue(QUEUE, 1)
+            for name, value in (("low", 10), ("high", 1000)):
+                controller.priority(name, value)
+            yield controller
+        finally:
+            tenant.kubectl("delete", "qlorajobs", "--all", "--cascade=foreground")
+            controller.remove()
+            product.install(where, where.kubeconfig, installed.images)
+
+
+def queued_job(name: str, priority: str) -> dict[str, object]:
+    return tiny_job(name, steps=LONG, scheduling={"queueName": QUEUE, "queuePriority": priority})
+
+
+@pytest.mark.usefixtures("queues")
+def test_three_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(tenant: Tenant) -> None:
+    # The queue has one of the node's two GPUs, and this job does not use the queue.
+    undisturbed = tenant.apply(tiny_job("alone", steps=LONG))
+    low = tenant.apply(queued_job("low", "low"))
+    tenant.wait(low, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training", seconds=300)
+    preempted = tenant.running_pod(low, "train")
+    assert preempted is not None
+
+    also_low, high = (tenant.apply(queued_job(f"also-{priority}", priority)) for priority in ("low", "high"))
+
+    status = tenant.wait_for_phase(low, "Queued", seconds=300)
+    assert tenant.condition(low, "Succeeded")["reason"] == "WaitingForQueue"
+    assert "Kueue: Preempted to accommodate a workload" in tenant.condition(low, "Succeeded")["message"]
+    tenant.wait_for_phase(high, "Training", seconds=300)
+    for waiting in (low, also_low):
+        assert tenant.running_pod(waiting, "train") is None
+    tenant.wait(
+        also_low, lambda _: "insufficient unused quota" in tenant.condition(also_low, "Succeeded").get("message", "")
+    )
+    assert status["checkpoint"]["step"] > 0
+
+    statuses = {name: tenant.succeed(name, seconds=900) for name in (high, low, also_low, undisturbed)}
+
+    assert {name: status.get("disruptions", 0) for name, status in statuses.items()} == dict.fromkeys(statuses, 0)
+    train_pods = tenant.get("pods", f"--selector=qlora.dev/job={low},qlora.dev/step=train")["items"]
+    assert preempted["metadata"]["uid"] not in {pod["metadata"]["uid"] for pod in train_pods}
+    assert f"{low}-train-2" not in [job["metadata"]["name"] for job in tenant.children(low)]
+    with tenant.volume(statuses[low]["resolved"]["claimName"]) as files:
+        attempts = files.run("cat", f"/volume/{statuses[low]['resolved']['workspacePath']}/records/attempts.jsonl")
+    assert len(attempts.splitlines()) >= 2
+    assert tenant.adapter_sum(statuses[low]) == tenant.adapter_sum(statuses[undisturbed])

@@ -1,0 +1,144 @@
+"""What a job says while a queue holds it. Kueue's own sentences were recorded by tests/api/test_kueue.py."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.status import Condition, QLoRAJobStatus
+from qlora_operator.decisions.events import phase_event
+from qlora_operator.decisions.observe import Object, Reason, observe
+from qlora_operator.decisions.plan import plan
+from qlora_operator.decisions.queue import queue_reason
+from tests.support.builders import (
+    NOW,
+    UID,
+    after,
+    child,
+    condition,
+    deleted,
+    ended,
+    follow,
+    make_job,
+    pod,
+    reason_of,
+    running,
+    seen,
+    status_in,
+    time,
+)
+
+NO_QUOTA = (
+    "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu in flavor any, 1 more needed"
+)
+NEVER = (
+    "couldn't assign flavors to pod set main: insufficient quota for nvidia.com/gpu in flavor any, previously "
+    "considered podsets requests (0) + current podset request (1) > maximum capacity (0)"
+)
+PREEMPTED = (
+    "Preempted to accommodate a workload (UID: 1, JobUID: 2) due to prioritization in the ClusterQueue; preemptor "
+    "path: /one; preemptee path: /one"
+)
+RESERVED = "Quota reserved in ClusterQueue one"
+
+
+def workload(**conditions: tuple[str, str]) -> Object:
+    """A Workload; keywords are conditions with value and message."""
+    found = [{"type": kind, "status": value, "message": text} for kind, (value, text) in conditions.items()]
+    return {"spec": {"queueName": "gpus"}, "status": {"conditions": found}}
+
+
+def held() -> dict[str, Any]:
+    """A Job whose `suspend` is true."""
+    return child("train", Suspended="JobSuspended") | {"spec": {"suspend": True}}
+
+
+def said(*workloads: Object, shown: str | None = None, reason: str = "WaitingForQueue") -> str:
+    """The sentence of a job that has said `shown` until now."""
+    (job,) = observe(UID, [held()], []).children
+    before = condition("Succeeded", "Unknown", reason=reason) | {"message": shown}
+    found = queue_reason(job, workloads, Condition.model_validate(before) if shown is not None else None)
+    assert found.word == "WaitingForQueue"
+    return found.sentence
+
+
+@pytest.mark.parametrize(
+    ("conditions", "sentence"),
+    [
+        ({"QuotaReserved": ("False", NO_QUOTA)}, f"Kueue: {NO_QUOTA}"),
+        ({"QuotaReserved": ("False", "LocalQueue nosuch doesn't exist")}, "Kueue: LocalQueue nosuch doesn't exist"),
+        ({"QuotaReserved": ("False", NO_QUOTA), "Evicted": ("True", PREEMPTED)}, f"Kueue: {PREEMPTED}"),
+        (
+            {"QuotaReserved": ("False", NO_QUOTA), "Evicted": ("False", f"Previously: {PREEMPTED}")},
+            f"Kueue: {NO_QUOTA}",
+        ),
+        ({"QuotaReserved": ("True", RESERVED)}, f"Kueue: {RESERVED}; the queue's admission checks have not ended"),
+        ({"QuotaReserved": ("True", RESERVED), "Admitted": ("True", "")}, "Kueue has admitted the job"),
+        ({}, "Kueue is about to admit the job"),
+    ],
+)
+def test_a_held_job_says_what_its_workload_states(conditions: dict[str, tuple[str, str]], sentence: str) -> None:
+    assert said(workload(**conditions)) == sentence
+
+
+def test_a_step_without_a_queue_says_what_the_namespace_lacks() -> None:
+    stray = {"status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": "LocalQueue  doesn't"}]}}
+    assert "add a LocalQueue named default to the namespace, then delete Job tune-train-1" in said(stray)
+
+
+def test_a_job_without_a_workload_says_what_is_missing() -> None:
+    assert "has no Workload: Kueue must run" in said()
+
+
+def test_sentences_that_alternate_leave_the_status_as_it_is_and_others_do_not() -> None:
+    pending = f"{NO_QUOTA}. Pending the preemption of 1 workload(s)"
+    others = (
+        pending,
+        "Workload no longer fits after processing another workload",
+        NO_QUOTA.replace("1 more", "3 more"),
+    )
+    for sentence in others:
+        assert said(workload(QuotaReserved=("False", sentence)), shown=f"Kueue: {NO_QUOTA}") == f"Kueue: {NO_QUOTA}"
+    for sentence in (NEVER, "ClusterQueue one is inactive"):
+        assert said(workload(QuotaReserved=("False", sentence)), shown=f"Kueue: {NO_QUOTA}") == f"Kueue: {sentence}"
+        assert said(workload(QuotaReserved=("False", NO_QUOTA)), shown=f"Kueue: {sentence}") == f"Kueue: {NO_QUOTA}"
+    # What was shown for another reason is not kept.
+    assert said(workload(QuotaReserved=("False", NO_QUOTA)), shown=pending, reason="Queued") == f"Kueue: {NO_QUOTA}"
+
+
+def test_a_new_sentence_is_one_status_and_no_event() -> None:
+    stored = follow(make_job(status_in("train")), held(), queue=Reason("WaitingForQueue", "one"))
+    job = make_job(stored)
+    status = follow(job, held(), queue=Reason("WaitingForQueue", "another"))
+    assert (status.phase, reason_of(status)) == ("Queued", "WaitingForQueue")
+    assert phase_event(job, status, NOW) is None
+
+
+@pytest.mark.parametrize(("seconds", "pause"), [(5, 3), (31, 60)])
+def test_a_queue_is_asked_often_until_it_has_said_why_and_then_once_a_minute(seconds: float, pause: float) -> None:
+    job, observed = make_job(status_in("train")), held()
+    (observed["status"]["conditions"][0]) |= {"lastTransitionTime": time()}
+    status = follow(job, observed, now=after(seconds))
+    assert plan(job, status, seen(observed), after(seconds)).look_again == after(seconds + pause)
+
+
+def resumed_but_not_seen() -> dict[str, Any]:
+    """Resumed by the queue, which the Job controller has not noticed: it still has no start time."""
+    return child("train", Suspended="JobSuspended") | {"spec": {"suspend": False}}
+
+
+def test_a_job_resumed_so_fast_that_the_job_controller_has_not_seen_it_has_lost_no_pod() -> None:
+    running_job = follow(make_job(status_in("train")), child("train"), running(pod("train")))
+    status = follow(make_job(running_job), resumed_but_not_seen(), ended(pod("train"), 143), now=after(30))
+    assert (status.disruptions, status.phase, reason_of(status)) == (0, "Queued", "WaitingForQueue")
+    # Nor is the pod missing that it will get.
+    assert reason_of(follow(make_job(status), resumed_but_not_seen(), now=after(300))) == "WaitingForQueue"
+
+
+@pytest.mark.parametrize(("reason", "failures"), [("Error", 0), ("OOMKilled", 1)])
+def test_a_preempted_pod_that_is_killed_at_the_end_of_its_grace_period_is_no_failure(
+    reason: str, failures: int
+) -> None:
+    stored: QLoRAJobStatus = follow(make_job(status_in("train")), child("train"), running(pod("train")))
+    killed = deleted(ended(pod("train"), 137, reason=reason), -130)
+    status = follow(make_job(stored), held(), killed)
+    assert (status.failures, status.disruptions) == (failures, 0)
