@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -171,6 +172,10 @@ class Operator:
         metrics.works(lambda: queue.depth)
         try:
             await resync.first()
+            # What is there now stays: without it, looking for garbage is quick, and so comes before there is much.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
             where = ", ".join(settings.namespaces) or "all namespaces"
             logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
             async with asyncio.TaskGroup() as group:
