@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import JOB_LABEL, STEP_LABEL
-from tests.support.kueue import GPU, Kueue, kueue
+from tests.support.kueue import GPU, SHIPPED, Kueue, kueue
 from tests.support.manifests import MINIMAL
 from tests.support.nodeless import NAMESPACE, Nodeless, nodeless
 from tests.support.waiting import eventually
@@ -41,11 +41,6 @@ class Queued:
         """A job whose train step has been reached."""
         self.apply(name, **scheduling)
         self.cluster.succeed(name, "prepare")
-        return name
-
-    def train(self, name: str) -> str:
-        """The same, and its train pod runs."""
-        self.cluster.run(self.start(name, queueName=name), "train")
         return name
 
     def sentence(self, name: str) -> str:
@@ -82,6 +77,11 @@ def queued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queued]:
         for name, value in (("low", 10), ("middle", 100), ("high", 1000)):
             controller.priority(name, value)
         yield Queued(cluster, controller)
+
+
+def test_the_shipped_queue_admits_a_job(queued: Queued) -> None:
+    queued.cluster.kubectl.apply((SHIPPED / "queue.yaml").read_text())
+    queued.finish(queued.start("shipped", queueName="gpus"))
 
 
 def test_a_quota_of_one_runs_three_jobs_one_after_the_other(queued: Queued) -> None:

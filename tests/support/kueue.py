@@ -18,6 +18,7 @@ from devcluster.kubectl import Kubectl
 from devcluster.layout import from_environment
 from tests.support.waiting import eventually
 
+SHIPPED = Path(__file__).parents[2] / "gitops" / "kueue"
 NAMESPACE = "kueue-system"
 GPU = "nvidia.com/gpu"
 FLAVOR = "any"
@@ -50,8 +51,7 @@ class Kueue:
     def start(self, *, unlabeled: bool = False) -> None:
         """Start the controller and wait for its webhooks. With `unlabeled` it holds Jobs without a queue too."""
         configuration = {
-            "apiVersion": "config.kueue.x-k8s.io/v1beta2",
-            "kind": "Configuration",
+            **yaml.safe_load((SHIPPED / "configuration.yaml").read_text()),
             "namespace": NAMESPACE,
             "health": {"healthProbeBindAddress": f"{_HOST}:{self._health_port}"},
             "metrics": {"bindAddress": "0"},
@@ -60,9 +60,6 @@ class Kueue:
             "internalCertManagement": {"enable": True, "webhookServiceName": _SERVICE, "webhookSecretName": _SECRET},
             "manageJobsWithoutQueueName": unlabeled,
             "managedJobsNamespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.namespace}},
-            "integrations": {"frameworks": ["batch/job"]},
-            # As the page recommends: only what a ClusterQueue covers is counted.
-            "resources": {"excludeResourcePrefixes": ["cpu", "memory"]},
         }
         (self._folder / "kueue.yaml").write_text(yaml.safe_dump(configuration))
         with (self._folder / "kueue.log").open("ab") as log:
