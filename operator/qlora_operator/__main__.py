@@ -17,6 +17,7 @@ from qlora_operator.progress import ProgressReader
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync
 from qlora_operator.settings import ENV_SETTINGS, Settings, SettingsError, find_settings, load_settings
+from qlora_operator.starts import Starts
 from qlora_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("qlora_operator")
@@ -67,6 +68,7 @@ async def _run(settings: Settings, cluster: Cluster) -> None:
         progress=_progress_reader(settings, cluster),
         metrics=metrics,
         clock=lambda: datetime.now(UTC),
+        starts=Starts(cluster.list_qlora_jobs, lambda key: queue.add(key), time.monotonic),
     )
     queue = WorkQueue(
         reconciler.reconcile,

@@ -1,7 +1,8 @@
 """Reconciles one job: gather, decide by pure functions, act, write the status once."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -10,7 +11,7 @@ from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.cleanup import cleanup_at
-from qlora_operator.decisions.conditions import is_true
+from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job
@@ -24,9 +25,11 @@ from qlora_operator.decisions.observe import (
     parse_job,
 )
 from qlora_operator.decisions.plan import Action, CreateClaim, CreateJob, DeleteJob, plan
+from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import LogReading, ProgressReader
+from qlora_operator.starts import Starts
 from qlora_operator.workqueue import Key, RetryError
 
 logger = logging.getLogger(__name__)
@@ -46,13 +49,14 @@ class _BlockedError(Exception):
 
 @dataclass(frozen=True)
 class Reconciler:
-    """One pass over one job. Keeps nothing between passes: all state is in the API."""
+    """One pass over one job. Keeps nothing between passes that a restart may not lose: all state is in the API."""
 
     cluster: Cluster
     profiles: Mapping[str, Profile]
     progress: ProgressReader | None
     metrics: Metrics
     clock: Callable[[], datetime]
+    starts: Starts
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
@@ -69,20 +73,43 @@ class Reconciler:
         job = await self._gather_job(key)
         if job is None or job.deleting or _is_settled(job):
             self._forget(key)
+            if job is None:
+                self.starts.leave(key)
             return None
+        async with self._count_started(job) as others:
+            return await self._pass(key, job, others)
+
+    @asynccontextmanager
+    async def _count_started(self, job: QLoRAJob) -> AsyncIterator[int]:
+        limit = limit_of_jobs(job, self.profiles)
+        if limit is None:
+            yield 0
+            return
+        async with self.starts.count(job, limit) as others:
+            yield others
+
+    async def _pass(self, key: Key, job: QLoRAJob, others: int) -> float | None:
         observed = observe(
             job.uid,
             await self.cluster.list_jobs(job.namespace, job.uid),
             await self.cluster.list_pods(job.namespace, job.uid),
         )
         log = await self.progress.read(key, job, observed) if self.progress else LogReading()
-        facts = Facts(job, observed, self.profiles, self.clock(), log.record, log_read=log.done)
+        facts = Facts(job, observed, self.profiles, self.clock(), log.record, log.done, jobs_of_profile=others)
         status = next_status(facts)
         planned = plan(job, status, observed, facts.now)
         status, again = await self._act(facts, status, planned.actions)
         await self._write(facts, status)
+        self._follow_waiting(key, facts, status)
         look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
         return min((seconds for seconds in (look_again, log.again, again) if seconds is not None), default=None)
+
+    def _follow_waiting(self, key: Key, facts: Facts, status: QLoRAJobStatus) -> None:
+        """After the write: when a job has ended, or has started after it waited, the next one that waits is looked at."""
+        if waits_for_others(facts):
+            self.starts.wait(facts.job)
+        elif self.starts.waits(key) or (is_finished(status) and not is_finished(facts.job.status)):
+            self.starts.leave(key)
 
     async def _gather_job(self, key: Key) -> QLoRAJob | None:
         body = await self.cluster.get_qlora_job(*key)

@@ -7,6 +7,7 @@ import asyncio
 import copy
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from qlora_operator.cluster import Cluster
 from qlora_operator.decisions.observe import Object
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.starts import Starts
 from qlora_operator.workqueue import Key, RetryError
 from tests.support.builders import PROFILES
 
@@ -151,7 +153,12 @@ async def connected(plane: ControlPlane) -> AsyncIterator[Api]:
 
 def operator(cluster: Cluster) -> Reconciler:
     return Reconciler(
-        cluster=cluster, profiles=PROFILES, progress=None, metrics=Metrics(), clock=lambda: datetime.now(UTC)
+        cluster=cluster,
+        profiles=PROFILES,
+        progress=None,
+        metrics=Metrics(),
+        clock=lambda: datetime.now(UTC),
+        starts=Starts(cluster.list_qlora_jobs, lambda _key: None, time.monotonic),
     )
 
 

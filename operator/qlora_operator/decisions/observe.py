@@ -18,7 +18,7 @@ from qlora_api.contract import (
 )
 from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.v1alpha1 import DEFAULT_PROFILE, QLoRAJobSpec
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +278,13 @@ def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Obs
         children=tuple(sorted(children, key=lambda child: (child.created, child.name))),
         pods=tuple(sorted((_parse_pod(body) for body in pods), key=lambda pod: (pod.created, pod.name))),
     )
+
+
+def profile_in_use(body: Object) -> str | None:
+    """Name of the profile of a QLoRAJob that has started and not ended, of whatever version; None of any other."""
+    if not (body.get("status") or {}).get("resolved") or {"Succeeded", "Failed"} & _true_conditions(body).keys():
+        return None
+    return str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or DEFAULT_PROFILE)
 
 
 def controller_uid(body: Object) -> str:

@@ -24,6 +24,7 @@ from tests.support.builders import (
     pod,
     reason_of,
     running,
+    starts,
     status_in,
     succeeded,
     time,
@@ -95,7 +96,7 @@ class MemoryCluster:
 
 def reconcile(cluster: MemoryCluster) -> float | None:
     """Seconds until the operator looks again, as soon as it waits."""
-    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW)  # type: ignore[arg-type]
+    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts())  # type: ignore[arg-type]
     for _ in range(10):
         if (again := asyncio.run(reconciler.reconcile(KEY))) != 0:
             return again
