@@ -105,7 +105,7 @@ class Reconciler:
         return min((seconds for seconds in (look_again, log.again, again) if seconds is not None), default=None)
 
     def _follow_waiting(self, key: Key, facts: Facts, status: QLoRAJobStatus) -> None:
-        """After the write: when a job has ended, or has started after it waited, the next one that waits is looked at."""
+        """After the write: when a job has ended, or has started after it waited, the next in the row is looked at."""
         if waits_for_others(facts):
             self.starts.wait(facts.job)
         elif self.starts.waits(key) or (is_finished(status) and not is_finished(facts.job.status)):

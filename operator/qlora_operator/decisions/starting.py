@@ -10,7 +10,7 @@ from qlora_operator.decisions.taking_up import is_to_be_taken_up
 
 
 def limit_of_jobs(job: QLoRAJob, profiles: Mapping[str, Profile]) -> int | None:
-    """How many jobs of its profile may have started in its namespace, if the job wants to start and there is a limit."""
+    """How many jobs of its profile may have started in its namespace, if the job wants to start and that is limited."""
     profile = profiles.get(job.spec.scheduling.profile)
     if profile is None or profile.limits is None or not (_is_new(job) or is_to_be_taken_up(job)):
         return None
