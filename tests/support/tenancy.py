@@ -210,7 +210,9 @@ class Tenancy:
         """What there is in a namespace, by kind and name."""
         plurals = ("qlorajobs", "jobs", "pods", "persistentvolumeclaims", "secrets", "configmaps", "events")
         plurals += ("serviceaccounts", "roles", "rolebindings", "networkpolicies")
-        return {f"{kind}/{one['metadata']['name']}": one for kind in plurals for one in self.admin.list(namespace, kind)}
+        return {
+            f"{kind}/{one['metadata']['name']}": one for kind in plurals for one in self.admin.list(namespace, kind)
+        }
 
     def audited(self, since: int = 0) -> list[Object]:
         """The requests that the API server has answered since that byte of its audit log."""
