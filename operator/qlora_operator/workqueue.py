@@ -1,4 +1,7 @@
-"""A queue of keys: a key is worked on by one worker at a time, and repeated requests for a key become one."""
+"""A queue of keys: a key is worked on by one worker at a time, and repeated requests for a key become one.
+
+Namespaces take turns, so that one with thousands of keys delays the others by no more than the work at hand.
+"""
 
 import asyncio
 import contextlib
@@ -25,7 +28,11 @@ class Schedule:
     """When each key is due. Holds no clock and no task: `now` is always given, in seconds."""
 
     _due: dict[Key, float] = field(default_factory=dict)
-    _heap: list[tuple[float, Key]] = field(default_factory=list)
+    _heaps: dict[str, list[tuple[float, Key]]] = field(default_factory=dict)
+    """By namespace."""
+    _turns: dict[str, int] = field(default_factory=dict)
+    """When each namespace with keys had its last turn, or came, counted in turns."""
+    _turn: int = 0
     _working: set[Key] = field(default_factory=set)
     _requests: dict[Key, float] = field(default_factory=dict)
     _failures: dict[Key, int] = field(default_factory=dict)
@@ -36,14 +43,22 @@ class Schedule:
             self._requests[key] = min(due, self._requests.get(key, due))
         elif due < self._due.get(key, float("inf")):
             self._due[key] = due
-            heapq.heappush(self._heap, (due, key))
+            self._turns.setdefault(key[0], self._turn)
+            heapq.heappush(self._heaps.setdefault(key[0], []), (due, key))
 
     def take(self, now: float) -> Key | None:
-        """The key that has been due for longest, to be worked on until it is `done`; None if none is due."""
-        due = self.next_due()
-        if due is None or due > now:
+        """A key that is due, to be worked on until it is `done`; None if none is due.
+
+        Of the namespaces with such keys, the one whose last turn is longest ago; in it, the key due for longest.
+        """
+        self._prune()
+        due = [namespace for namespace, heap in self._heaps.items() if heap[0][0] <= now]
+        if not due:
             return None
-        _, key = heapq.heappop(self._heap)
+        namespace = min(due, key=lambda name: (self._turns[name], self._heaps[name][0][0]))
+        self._turn += 1
+        self._turns[namespace] = self._turn
+        _, key = heapq.heappop(self._heaps[namespace])
         del self._due[key]
         self._working.add(key)
         return key
@@ -68,9 +83,16 @@ class Schedule:
 
     def next_due(self) -> float | None:
         """When the next key is due; keys that are worked on do not count."""
-        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)  # an earlier request has replaced this one
-        return self._heap[0][0] if self._heap else None
+        self._prune()
+        return min((heap[0][0] for heap in self._heaps.values()), default=None)
+
+    def _prune(self) -> None:
+        """Drop what an earlier request has replaced from the head of each heap, and namespaces without keys."""
+        for namespace, heap in list(self._heaps.items()):
+            while heap and self._due.get(heap[0][1]) != heap[0][0]:
+                heapq.heappop(heap)
+            if not heap:
+                del self._heaps[namespace], self._turns[namespace]
 
     def depth(self, now: float) -> int:
         """How many keys are due and wait for a worker."""
