@@ -17,6 +17,7 @@ from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job
 from qlora_operator.decisions.observe import (
     Object,
+    Observed,
     QLoRAJob,
     Reason,
     UnreadableJobError,
@@ -89,11 +90,7 @@ class Reconciler:
             yield others
 
     async def _pass(self, key: Key, job: QLoRAJob, others: int) -> float | None:
-        observed = observe(
-            job.uid,
-            await self.cluster.list_jobs(job.namespace, job.uid),
-            await self.cluster.list_pods(job.namespace, job.uid),
-        )
+        observed = await self._observe(job)
         log = await self.progress.read(key, job, observed) if self.progress else LogReading()
         facts = Facts(job, observed, self.profiles, self.clock(), log.record, log.done, jobs_of_profile=others)
         status = next_status(facts)
@@ -103,6 +100,16 @@ class Reconciler:
         self._follow_waiting(key, facts, status)
         look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
         return min((seconds for seconds in (look_again, log.again, again) if seconds is not None), default=None)
+
+    async def _observe(self, job: QLoRAJob) -> Observed:
+        """The job's children. Before it has started it has none, whatever labels others give their own objects."""
+        if job.status.resolved is None:
+            return Observed()
+        return observe(
+            job.uid,
+            await self.cluster.list_jobs(job.namespace, job.uid),
+            await self.cluster.list_pods(job.namespace, job.uid),
+        )
 
     def _follow_waiting(self, key: Key, facts: Facts, status: QLoRAJobStatus) -> None:
         """After the write: when a job has ended, or has started after it waited, the next in the row is looked at."""
