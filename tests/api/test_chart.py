@@ -44,7 +44,7 @@ RIGHTS = {
     "qlorajobs.qlora.dev": {"get", "list", "watch"},
     "qlorajobs.qlora.dev/status": {"patch"},
     "jobs.batch": {"get", "list", "watch", "create", "delete"},
-    "pods": {"get", "list", "watch"},
+    "pods": {"list", "watch"},
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create"},
     "events": {"create"},
