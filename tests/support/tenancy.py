@@ -53,6 +53,10 @@ PATHS = {
     "rolebindings": "/apis/rbac.authorization.k8s.io/v1",
     "networkpolicies": "/apis/networking.k8s.io/v1",
 }
+_KINDS = (
+    *("qlorajobs", "jobs", "pods", "persistentvolumeclaims", "secrets", "configmaps", "events"),
+    *("serviceaccounts", "roles", "rolebindings", "networkpolicies"),
+)
 
 
 def path_of(namespace: str, plural: str, *rest: str) -> str:
@@ -208,11 +212,7 @@ class Tenancy:
 
     def everything(self, namespace: str) -> dict[str, Object]:
         """What there is in a namespace, by kind and name."""
-        plurals = ("qlorajobs", "jobs", "pods", "persistentvolumeclaims", "secrets", "configmaps", "events")
-        plurals += ("serviceaccounts", "roles", "rolebindings", "networkpolicies")
-        return {
-            f"{kind}/{one['metadata']['name']}": one for kind in plurals for one in self.admin.list(namespace, kind)
-        }
+        return {f"{kind}/{one['metadata']['name']}": one for kind in _KINDS for one in self.admin.list(namespace, kind)}
 
     def audited(self, since: int = 0) -> list[Object]:
         """The requests that the API server has answered since that byte of its audit log."""
@@ -261,8 +261,8 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
             plane.kubectl("create", "quota", "quota", f"--namespace={CAPPED}", f"--hard={_comma_separated(QUOTA)}")
             settings = next(one for one in objects if one["kind"] == "ConfigMap")["data"]["settings.yaml"]
             with _operator(plane, folder, yaml.safe_load(settings)) as process:
-                clients = [_client(plane, folder, user) for user in (TENANT_USER, VICTIM_USER)]
-                yield Tenancy(plane, admin, *clients, logs, process, folder / "operator.log")
+                tenant, victim = (_client(plane, folder, user) for user in (TENANT_USER, VICTIM_USER))
+                yield Tenancy(plane, admin, tenant, victim, logs, process, folder / "operator.log")
 
 
 @contextmanager
