@@ -228,7 +228,7 @@ def test_only_the_steps_that_need_servers_have_a_network_and_nobody_reaches_a_jo
         assert rules(step, "ingress") == []
     assert rules("train", "egress") == rules("clean", "egress") == []
     for step in ("prepare", "publish"):
-        dns, servers = rules(step, "egress") or ()
+        dns, servers = rules(step, "egress") or ({}, {})
         assert {(port["port"], port["protocol"]) for port in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
         assert {port["port"] for port in servers["ports"]} == {8080, 80, 443, 5000, 6000, 9}
         assert {block["ipBlock"]["cidr"] for block in servers["to"]} == {"0.0.0.0/0", "::/0"}
