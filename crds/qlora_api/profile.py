@@ -1,6 +1,7 @@
 """What the administrator decides for a class of jobs: images, node pools, security identity, limits."""
 
 import re
+from decimal import Decimal
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -17,10 +18,22 @@ LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 
 ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
 Quantity = Annotated[str, Field(max_length=32, pattern=QUANTITY)]
+NamespaceName = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
 LabelKey = Annotated[str, Field(max_length=317, pattern=LABEL_KEY)]
 LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE)]
 
 RegistryHost = Annotated[str, Field(max_length=260, pattern=rf"^(http://)?{REGISTRY}$")]
+
+_DECIMAL = {"": 0, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15}
+_BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50}
+
+
+def amount(quantity: str) -> Decimal:
+    """The number that a quantity stands for; of a size, its bytes."""
+    number = quantity.rstrip("mkMGTPi")
+    unit = quantity[len(number) :]
+    return Decimal(number) * (Decimal(2) ** _BINARY[unit] if unit in _BINARY else Decimal(10) ** _DECIMAL[unit])
+
 
 _KEY_MESSAGE = "a label key is NAME or PREFIX/NAME, as in a node's labels"
 
@@ -152,6 +165,30 @@ class ModelCache(ApiModel):
     )
 
 
+class Limits(ApiModel):
+    """What the jobs of one namespace may ask of the profile. They bind new starts, not jobs that have started."""
+
+    gpus: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="GPUs that one job may request; as the schema of jobs allows (16) if not set. A job that asks for "
+        "more waits with the reason LimitExceeded.",
+    )
+    workspace_size: Quantity | None = Field(
+        None,
+        description="Size of the claim that may be created for one job; any if not set. A job that asks for more waits "
+        "with the reason LimitExceeded. Claims that users create are a matter of ResourceQuotas.",
+    )
+    jobs: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Jobs of the profile in one namespace that may have started and not ended; any number if not set. "
+        "Suspended jobs count. The others wait with the reason JobLimitReached and start by themselves.",
+    )
+
+
 class Profile(ApiModel):
     """A class of jobs, set up by the administrator. A job names it and can change nothing in it."""
 
@@ -177,6 +214,14 @@ class Profile(ApiModel):
         True,
         description="Whether a job may set nodeSelector, tolerations and priorityClassName in spec.scheduling. "
         "If false, a job that sets one of them waits with the reason SchedulingNotAllowed.",
+    )
+    namespaces: Annotated[tuple[NamespaceName, ...], Field(min_length=1, max_length=1000)] | None = Field(
+        None,
+        description="Namespaces whose jobs may use the profile; all if not set. A job of another one waits with the "
+        "reason ProfileNotAllowed. Not copied into the status of jobs.",
+    )
+    limits: Limits | None = Field(
+        None, description="What the jobs of one namespace may ask of it; no limits if not set. Not copied either."
     )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
     model_cache: ModelCache | None = Field(

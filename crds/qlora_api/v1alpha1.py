@@ -16,6 +16,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "QLoRAJob"
 PLURAL = "qlorajobs"
 MAX_NAME_LENGTH = 45
+DEFAULT_PROFILE = "default"
 
 
 class WorkspaceSpec(ApiModel):
@@ -80,7 +81,7 @@ class SchedulingSpec(ApiModel):
     )
 
     profile: str = Field(
-        "default",
+        DEFAULT_PROFILE,
         min_length=1,
         max_length=63,
         pattern=DNS_LABEL,

@@ -25,8 +25,9 @@ from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync
 from qlora_operator.schema_check import SchemaCheck
 from qlora_operator.settings import ENV_SETTINGS, Settings, SettingsError, find_settings, load_settings
+from qlora_operator.starts import Starts
 from qlora_operator.store import Store
-from qlora_operator.workqueue import WorkQueue
+from qlora_operator.workqueue import Key, WorkQueue
 
 logger = logging.getLogger("qlora_operator")
 
@@ -152,7 +153,8 @@ class Operator:
         settings, metrics, health = self._settings, self._metrics, self._health
         store = Store()
         queue = WorkQueue(
-            self._reconciler(store).reconcile,
+            # It requests others, when one has ended that they wait for.
+            self._reconciler(store, lambda key: queue.add(key)).reconcile,
             monotonic=time.monotonic,
             workers=settings.workers,
             on_error=metrics.reconcile_errors.inc,
@@ -186,7 +188,7 @@ class Operator:
             metrics.works(None)
             health.ready, health.note = candidate, lambda: None
 
-    def _reconciler(self, store: Store) -> Reconciler:
+    def _reconciler(self, store: Store, enqueue: Callable[[Key], None]) -> Reconciler:
         settings, cluster = self._settings, self._cluster
         progress = None
         if settings.progress.enabled:
@@ -197,6 +199,7 @@ class Operator:
             progress=progress,
             metrics=self._metrics,
             clock=lambda: datetime.now(UTC),
+            starts=Starts(cluster.list_qlora_jobs, enqueue, time.monotonic),
             store=store,
         )
 

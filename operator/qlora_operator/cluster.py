@@ -70,6 +70,10 @@ class Cluster:
         except NotFoundError:
             return None
 
+    async def list_qlora_jobs(self, namespace: str) -> Sequence[Object]:
+        """All QLoRAJobs of the namespace as stored now."""
+        return (await self._list(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", [])).items
+
     async def list_jobs(self, namespace: str, job_uid: str) -> Listing:
         """The Jobs that have the label of this QLoRAJob."""
         selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]

@@ -12,7 +12,7 @@ from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
 
-READS_PER_SECOND = 20.0
+READS_PER_SECOND = 20
 SECONDS_BETWEEN_READS = 10.0
 SECONDS_AFTER_FAILURE = 60.0
 
@@ -24,31 +24,37 @@ ReadLog = Callable[[str, str], Awaitable[str | None]]
 class ReadSchedule:
     """Spreads the reads of all jobs over time: each job at most every 10 seconds, all together at most 20 per second.
 
-    With more than 200 running jobs, each is read less often.
+    With more than 200 running jobs, each is read less often. What is reserved for later keeps nobody from reading now.
     """
 
     _due: dict[Key, float] = field(default_factory=dict)
-    _next_slot: float = float("-inf")
+    _reserved: dict[int, int] = field(default_factory=dict)
+    """How many reads are to come in each second, counted from the clock's zero."""
 
     def seconds_until_due(self, key: Key, now: float) -> float:
         """Seconds from `now` until the job's log may be read; 0 when it is due. The first call reserves a slot."""
         if key not in self._due:
-            self._due[key] = self._reserve(now)
+            self._due[key] = self._reserve(now, now)
         return max(0.0, self._due[key] - now)
 
     def done(self, key: Key, now: float, pause: float = SECONDS_BETWEEN_READS) -> float:
         """Note that the log has been read; seconds until it is due again, at least `pause`."""
-        self._due[key] = self._reserve(now + pause)
+        self._due[key] = self._reserve(now + pause, now)
         return self._due[key] - now
 
     def forget(self, key: Key) -> None:
         """Drop a job that no longer runs."""
         self._due.pop(key, None)
 
-    def _reserve(self, earliest: float) -> float:
-        slot = max(earliest, self._next_slot)
-        self._next_slot = slot + 1 / READS_PER_SECOND
-        return slot
+    def _reserve(self, earliest: float, now: float) -> float:
+        """A time for a read, in the first second from `earliest` on that has not its share of reads yet."""
+        self._reserved = {second: count for second, count in self._reserved.items() if second >= int(now)}
+        second = int(earliest)
+        while self._reserved.get(second, 0) >= READS_PER_SECOND:
+            second += 1
+        before = self._reserved.get(second, 0)
+        self._reserved[second] = before + 1
+        return max(earliest, second + before / READS_PER_SECOND)
 
 
 @dataclass(frozen=True)

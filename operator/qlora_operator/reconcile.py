@@ -12,7 +12,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
-from qlora_operator.decisions.conditions import condition, is_false
+from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job
@@ -37,9 +37,11 @@ from qlora_operator.decisions.plan import (
     plan,
 )
 from qlora_operator.decisions.queue import queue_reason
+from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import LogReading, ProgressReader
+from qlora_operator.starts import Starts
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key, RetryError
 
@@ -77,13 +79,14 @@ class _Decision:
 
 @dataclass(frozen=True)
 class Reconciler:
-    """One pass over one job. Keeps nothing between passes that is not in the API: the store may be empty."""
+    """One pass over one job. Keeps nothing between passes that a restart may not lose: all state is in the API."""
 
     cluster: Cluster
     profiles: Mapping[str, Profile]
     progress: ProgressReader | None
     metrics: Metrics
     clock: Callable[[], datetime]
+    starts: Starts
     store: Store = field(default_factory=Store)
 
     async def reconcile(self, key: Key) -> float | None:
@@ -104,15 +107,34 @@ class Reconciler:
         view = await self._look(key)
         if view is None:
             return None
+        limit = limit_of_jobs(view.job, self.profiles)
+        if limit is None:
+            return await self._pass(key, view)
+        async with self.starts.count(view.job, limit) as others:
+            # The job counts once its status says that it has started: that must not wait for the next pass.
+            return await self._pass(key, view, others, at_once=True)
+
+    async def _pass(self, key: Key, view: "_View", others: int = 0, *, at_once: bool = False) -> float | None:
+        """Decide, confirm, act and write. `others`: how many jobs of the profile have started, if that is limited."""
         log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
         queue = await self._read_queue(view)
-        decision = self._decide(view, log, queue)
+        decision = self._decide(view, log, queue, others)
         if not view.live and _must_be_confirmed(view, decision):
-            view = await self._read(key)
-            if view is None:
+            confirmed = await self._read(key)
+            if confirmed is None:
                 return None
-            decision = self._decide(view, log, queue)
-        return _earliest(await self._carry_out(decision), log.again)
+            decision = self._decide(confirmed, log, queue, others)
+        again = await self._carry_out(decision, at_once=at_once)
+        self._follow_waiting(key, decision)
+        return _earliest(again, log.again)
+
+    def _follow_waiting(self, key: Key, decision: "_Decision") -> None:
+        """After the write: when a job has ended, or has started after it waited, the next in the row is looked at."""
+        job = decision.facts.job
+        if waits_for_others(decision.facts):
+            self.starts.wait(job)
+        elif self.starts.waits(key) or (is_finished(decision.status) and not is_finished(job.status)):
+            self.starts.leave(key)
 
     async def _look(self, key: Key) -> "_View | None":
         """The job, from what the watches have shown if that is there; None if there is nothing to do for it."""
@@ -130,6 +152,7 @@ class Reconciler:
         body = await self.cluster.get_qlora_job(*key)
         if body is None:
             self.store.gone(key)
+            self.starts.leave(key)
             self._forget(key)
             self.metrics.job_is_in(key, None)
             return None
@@ -170,7 +193,7 @@ class Reconciler:
         workloads = await self.cluster.list_workloads(job.namespace, child.uid)
         return None if workloads is None else queue_reason(child, workloads, condition(job.status, "Succeeded"))
 
-    def _decide(self, view: "_View", log: LogReading, queue: Reason | None) -> "_Decision":
+    def _decide(self, view: "_View", log: LogReading, queue: Reason | None, others: int) -> "_Decision":
         facts = Facts(
             job=view.job,
             observed=view.observed,
@@ -179,15 +202,19 @@ class Reconciler:
             progress=log.record,
             log_read=log.done,
             queue=queue,
+            jobs_of_profile=others,
         )
         status = next_status(facts)
         return _Decision(facts, status, plan(view.job, status, view.observed, facts.now))
 
-    async def _carry_out(self, decision: "_Decision") -> float | None:
-        """Act and store the status; seconds until the job is to be looked at again."""
+    async def _carry_out(self, decision: "_Decision", *, at_once: bool) -> float | None:
+        """Act and store the status; seconds until the job is to be looked at again.
+
+        `at_once`: store the status of a job that has just got its first Job, too.
+        """
         facts, planned = decision.facts, decision.plan
         status, again = await self._act(facts, decision.status, planned.actions)
-        if again is None and any(is_first_job(action) for action in planned.actions):
+        if again is None and not at_once and any(is_first_job(action) for action in planned.actions):
             # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
             return 0.0
         await self._write(facts, status)

@@ -1,10 +1,13 @@
-"""A queue of keys: a key is worked on by one worker at a time, and repeated requests for a key become one."""
+"""A queue of keys: a key is worked on by one worker at a time, and repeated requests for a key become one.
+
+Namespaces take turns, so that one with thousands of keys delays the others by no more than the work at hand.
+"""
 
 import asyncio
 import contextlib
 import heapq
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,47 @@ class _Request:
 
 
 @dataclass
+class _Line:
+    """Keys with when they are due. Of the namespaces with such keys, the one whose turn was longest ago is next.
+
+    An entry that a later request has replaced stays until it would be next, or until `rebuild`.
+    """
+
+    _heaps: dict[str, list[tuple[float, Key]]] = field(default_factory=dict)
+    _turns: dict[str, int] = field(default_factory=dict)
+    _turn: int = 0
+
+    def __len__(self) -> int:
+        return sum(len(heap) for heap in self._heaps.values())
+
+    def push(self, due: float, key: Key) -> None:
+        self._turns.setdefault(key[0], self._turn)
+        heapq.heappush(self._heaps.setdefault(key[0], []), (due, key))
+
+    def rebuild(self, entries: Iterable[tuple[float, Key]]) -> None:
+        self._heaps.clear()
+        for due, key in entries:
+            self.push(due, key)
+        self._turns = {namespace: turn for namespace, turn in self._turns.items() if namespace in self._heaps}
+
+    def next_due(self, is_current: Callable[[float, Key], bool]) -> float | None:
+        for namespace, heap in list(self._heaps.items()):
+            while heap and not is_current(*heap[0]):
+                heapq.heappop(heap)
+            if not heap:
+                del self._heaps[namespace], self._turns[namespace]
+        return min((heap[0][0] for heap in self._heaps.values()), default=None)
+
+    def pop(self, now: float) -> Key:
+        """The next key that is due; there is one, and `next_due` has just been called."""
+        due = (namespace for namespace, heap in self._heaps.items() if heap[0][0] <= now)
+        namespace = min(due, key=lambda name: (self._turns[name], self._heaps[name][0][0]))
+        self._turn += 1
+        self._turns[namespace] = self._turn
+        return heapq.heappop(self._heaps[namespace])[1]
+
+
+@dataclass
 class Schedule:
     """When each key is due. Holds no clock and no task: `now` is always given, in seconds.
 
@@ -43,7 +87,7 @@ class Schedule:
 
     reserved: int = 1
     _pending: dict[Key, _Request] = field(default_factory=dict)
-    _heaps: dict[bool, list[tuple[float, Key]]] = field(default_factory=lambda: {True: [], False: []})
+    _lines: dict[bool, _Line] = field(default_factory=lambda: {True: _Line(), False: _Line()})
     _working: dict[Key, _Request] = field(default_factory=dict)
     _working_of_the_rest: int = 0
     _requests: dict[Key, _Request] = field(default_factory=dict)
@@ -58,15 +102,16 @@ class Schedule:
             self._put(key, request)
 
     def take(self, now: float) -> Key | None:
-        """The key that has been due for longest in its class, to be worked on until it is `done`; None if none is due.
+        """A key that is due, to be worked on until it is `done`; None if none is due.
 
-        A key is in the class of its request: first, or the rest.
+        A key is in the class of its request: first, or the rest. In each, namespaces take turns; in a namespace, the
+        key that has been due for longest is next.
         """
         due = [first for first in (True, False) if (moment := self._next_due(first)) is not None and moment <= now]
         if not due:
             return None
         first = due[0] if self._working_of_the_rest >= self.reserved else due[-1]
-        _, key = heapq.heappop(self._heaps[first])
+        key = self._lines[first].pop(now)
         self._working[key] = self._pending.pop(key)
         self._working_of_the_rest += not first
         return key
@@ -105,7 +150,7 @@ class Schedule:
     @property
     def entries(self) -> int:
         """How many entries are kept for the keys that wait: at most about two for each."""
-        return sum(len(heap) for heap in self._heaps.values())
+        return sum(len(line) for line in self._lines.values())
 
     def _release(self, key: Key) -> bool:
         """Note that nobody works on the key any more. Whether it was first."""
@@ -119,21 +164,17 @@ class Schedule:
         if request == before:
             return
         self._pending[key] = request
-        heapq.heappush(self._heaps[request.first], (request.due, key))
+        self._lines[request.first].push(request.due, key)
         if self.entries > _FEW_ENTRIES + 2 * len(self._pending):
             self._drop_replaced()
 
     def _drop_replaced(self) -> None:
         """Forget the entries that an earlier request has replaced: those due in hours would be kept that long."""
-        for first, heap in self._heaps.items():
-            heap[:] = [(entry.due, key) for key, entry in self._pending.items() if entry.first == first]
-            heapq.heapify(heap)
+        for first, line in self._lines.items():
+            line.rebuild((entry.due, key) for key, entry in self._pending.items() if entry.first == first)
 
     def _next_due(self, first: bool) -> float | None:
-        heap = self._heaps[first]
-        while heap and self._pending.get(heap[0][1]) != _Request(heap[0][0], first):
-            heapq.heappop(heap)  # an earlier request has replaced this one
-        return heap[0][0] if heap else None
+        return self._lines[first].next_due(lambda due, key: self._pending.get(key) == _Request(due, first))
 
 
 class WorkQueue:

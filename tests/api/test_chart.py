@@ -16,6 +16,7 @@ from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from devcluster.processes import run
 from devcluster.product import ANY_MACHINE, SMALL_MACHINE
+from qlora_api.naming import JOB_LABEL, STEP_LABEL
 from qlora_operator.settings import Settings, load_settings
 from tests.support.waiting import eventually
 
@@ -30,6 +31,7 @@ Object = dict[str, Any]
 EVERYTHING_OPTIONAL = {
     "metrics": {"serviceMonitor": {"enabled": True, "interval": "30s", "labels": {"release": "prometheus"}}},
     "networkPolicy": {"enabled": True, "apiServerCIDRs": ["10.0.0.1/32"]},
+    "jobNetworkPolicies": {"enabled": True, "namespaces": [NAMESPACE], "ports": [3128]},
     "imagePullSecrets": ["registry"],
     "priorityClassName": "system-cluster-critical",
     "nodeSelector": {"kubernetes.io/os": "linux"},
@@ -46,7 +48,7 @@ RIGHTS = {
     "qlorajobs.qlora.dev": {"get", "list", "watch"},
     "qlorajobs.qlora.dev/status": {"patch"},
     "jobs.batch": {"get", "list", "watch", "create", "delete"},
-    "pods": {"get", "list", "watch"},
+    "pods": {"list", "watch"},
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create"},
     "events": {"create"},
@@ -286,6 +288,52 @@ def test_the_embedded_clusters_values_ask_for_no_label_of_a_gpu_node(helm: Helm,
     assert selector == {"kubernetes.io/os": "linux"}
 
 
+SERVERS: Object = {
+    "hubEndpoint": "http://hub.example.org:8080",
+    "objectStore": {"endpoint": "http://s3.example.org"},
+    "registries": ["registry.example.org", "http://registry.example.org:5000", "other.example.org:6000"],
+}
+
+
+def test_only_the_steps_that_need_servers_have_a_network_and_nobody_reaches_a_job(helm: Helm) -> None:
+    settings = {"jobNetworkPolicies": {"enabled": True, "namespaces": ["team-a", "team-b"]}}
+    objects = helm.template(settings | {"profiles": {"default": SERVERS, "other": {"hubEndpoint": "https://[::1]:9"}}})
+    policies = [document for document in objects if document["kind"] == "NetworkPolicy"]
+    assert [policy["metadata"]["namespace"] for policy in policies] == ["team-a", "team-a", "team-b", "team-b"]
+
+    def rules(step: str, direction: str) -> list[Object] | None:
+        """What a job's pod may do in team-a; None if no policy restricts it."""
+        selecting = [
+            policy["spec"]
+            for policy in policies[:2]
+            if direction.title() in policy["spec"]["policyTypes"]
+            and all(
+                (condition["key"], condition["operator"]) == (JOB_LABEL, "Exists")
+                or (condition["key"] == STEP_LABEL and step in condition["values"])
+                for condition in policy["spec"]["podSelector"]["matchExpressions"]
+            )
+        ]
+        return [rule for spec in selecting for rule in spec.get(direction, [])] if selecting else None
+
+    for step in ("prepare", "train", "publish", "clean"):
+        assert rules(step, "ingress") == []
+    assert rules("train", "egress") == rules("clean", "egress") == []
+    for step in ("prepare", "publish"):
+        dns, servers = rules(step, "egress") or ({}, {})
+        assert {(port["port"], port["protocol"]) for port in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
+        assert {port["port"] for port in servers["ports"]} == {8080, 80, 443, 5000, 6000, 9}
+        assert {block["ipBlock"]["cidr"] for block in servers["to"]} == {"0.0.0.0/0", "::/0"}
+        assert "169.254.0.0/16" in servers["to"][0]["ipBlock"]["except"]
+
+
+def test_the_jobs_of_a_namespaced_installation_get_their_policies_where_they_run(helm: Helm) -> None:
+    objects = helm.template({"namespaces": ["team-a"], "jobNetworkPolicies": {"enabled": True}})
+    policies = [document for document in objects if document["kind"] == "NetworkPolicy"]
+    assert {policy["metadata"]["namespace"] for policy in policies} == {"team-a"}
+    assert [port["port"] for port in policies[1]["spec"]["egress"][1]["ports"]] == [443]
+    assert "NetworkPolicy" not in {document["kind"] for document in helm.template()}
+
+
 def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
     def template(values: Mapping[str, Any]) -> Object:
         return dict(only(helm.template(values), "Deployment")["spec"]["template"])
@@ -307,6 +355,8 @@ def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
         ({"profiles": {"A_100": {}}}, "A_100"),
         ({"namespaces": "team-a"}, "/namespaces"),
         ({"image": {"digest": "latest"}}, "/image/digest"),
+        ({"jobNetworkPolicies": {"enabled": True}}, "needs jobNetworkPolicies.namespaces"),
+        ({"jobNetworkPolicies": {"servers": [{"cidr": "example.org"}]}}, "/jobNetworkPolicies/servers/0/cidr"),
         ({"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}}, "needs metrics.service"),
     ],
 )

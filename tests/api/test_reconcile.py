@@ -7,10 +7,10 @@ import asyncio
 import copy
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from time import monotonic as time
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from qlora_operator.decisions.observe import Object
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync
+from qlora_operator.starts import Starts
 from qlora_operator.store import Store
 from qlora_operator.transport import Transport
 from qlora_operator.workqueue import Key, RetryError
@@ -158,6 +159,7 @@ def operator(cluster: Cluster, store: Store | None = None) -> Reconciler:
         metrics=Metrics(),
         clock=lambda: datetime.now(UTC),
         store=store or Store(),
+        starts=Starts(cluster.list_qlora_jobs, lambda _key: None, time.monotonic),
     )
 
 
@@ -297,7 +299,12 @@ def test_an_operator_whose_watches_show_nothing_is_late_and_never_wrong(namespac
             cluster, store = Cluster(api.client), Store()
             asked: dict[Key, None] = {}
             resync = Resync(
-                cluster, (NAMESPACE,), lambda key, _: asked.setdefault(key), store=store, interval=300, monotonic=time
+                cluster,
+                (NAMESPACE,),
+                lambda key, _: asked.setdefault(key),
+                store=store,
+                interval=300,
+                monotonic=time.monotonic,
             )
             reconciler = operator(cluster, store)
 

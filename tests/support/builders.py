@@ -30,6 +30,7 @@ from qlora_api.status import (
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe, parse_job
 from qlora_operator.decisions.status import next_status
+from qlora_operator.starts import Starts
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 NAME = "tune"
@@ -273,6 +274,15 @@ def message_of(status: QLoRAJobStatus, kind: str = "Succeeded") -> str:
 def to_json(value: object) -> str:
     """JSON for a search in it."""
     return json.dumps(value)
+
+
+def starts(*bodies: dict[str, Any], woken: list[Any] | None = None) -> Starts:
+    """Counts these QLoRAJobs, whose clock stands still; `woken` gets the keys of those that are to be looked at."""
+
+    async def list_jobs(_namespace: str) -> list[dict[str, Any]]:
+        return list(bodies)
+
+    return Starts(list_jobs, ([] if woken is None else woken).append, lambda: 0.0)
 
 
 class _Jump(selectors.SelectSelector):

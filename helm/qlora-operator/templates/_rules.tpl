@@ -11,7 +11,7 @@
   verbs: [get, list, watch, create, delete]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 {{- if .Values.settings.progress.enabled }}
 - apiGroups: [""]
   resources: [pods/log]

@@ -20,3 +20,18 @@
 {{- $_ := set $decided "leaderElection" (dict "leaseName" (include "qlora-operator.fullname" .)) -}}
 {{- toYaml (merge $decided (deepCopy .Values.settings)) -}}
 {{- end }}
+
+{{/* Ports of the servers that the profiles name, as a JSON list: those of their URLs, or of the scheme. */}}
+{{- define "qlora-operator.serverPorts" -}}
+{{- $ports := list -}}
+{{- range (include "qlora-operator.settings" . | fromYaml).profiles -}}
+{{- $store := default dict .objectStore -}}
+{{- $servers := list (default "https://huggingface.co" .hubEndpoint) (default "https://s3.amazonaws.com" $store.endpoint) -}}
+{{- range .registries }}{{ $servers = append $servers (ternary . (printf "https://%s" .) (contains "://" .)) }}{{ end -}}
+{{- range $servers -}}
+{{- $port := regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" -}}
+{{- $ports = append $ports (int (default (ternary "80" "443" (hasPrefix "http://" .)) $port)) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson (uniq $ports) -}}
+{{- end }}

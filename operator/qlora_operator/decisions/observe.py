@@ -18,7 +18,7 @@ from qlora_api.contract import (
 )
 from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RESOLVED_ANNOTATION
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.v1alpha1 import DEFAULT_PROFILE, QLoRAJobSpec
 
 logger = logging.getLogger(__name__)
 
@@ -297,6 +297,13 @@ def collect(children: Iterable[ChildJob], pods: Iterable[Pod], lost: ChildJob | 
         pods=tuple(sorted(pods, key=lambda pod: (pod.created, pod.name))),
         lost=lost,
     )
+
+
+def profile_in_use(body: Object) -> str | None:
+    """Name of the profile of a QLoRAJob that has started and not ended, of whatever version; None of any other."""
+    if not (body.get("status") or {}).get("resolved") or {"Succeeded", "Failed"} & _true_conditions(body).keys():
+        return None
+    return str(((body.get("spec") or {}).get("scheduling") or {}).get("profile") or DEFAULT_PROFILE)
 
 
 def controller_uid(body: Object) -> str:

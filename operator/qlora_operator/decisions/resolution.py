@@ -4,11 +4,14 @@ from pydantic import ValidationError
 
 from qlora_api.contract import CONTRACT_VERSION
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
+from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.decisions.facts import Facts, new_step
 from qlora_operator.decisions.manifests import document
-from qlora_operator.decisions.observe import ChildJob, Reason
+from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
+
+JOB_LIMIT_REACHED = "JobLimitReached"
 
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -28,7 +31,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
-        profile=facts.profiles[job.spec.scheduling.profile],
+        profile=_as_copied(facts.profiles[job.spec.scheduling.profile]),
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
@@ -53,10 +56,10 @@ def objection(facts: Facts) -> Reason | None:
     scheduling = facts.job.spec.scheduling
     profile = facts.profiles.get(scheduling.profile)
     if profile is None:
-        known = ", ".join(sorted(facts.profiles)) or "none"
         return Reason(
             "ProfileNotFound",
-            f"spec.scheduling.profile {scheduling.profile!r} does not exist; the profiles are: {known}",
+            f"spec.scheduling.profile {scheduling.profile!r} does not exist; the profiles of namespace "
+            f"{facts.job.namespace!r} are: {_allowed_profiles(facts)}",
         )
     fields = {
         "priorityClassName": scheduling.priority_class_name,
@@ -64,13 +67,41 @@ def objection(facts: Facts) -> Reason | None:
         "tolerations": scheduling.tolerations,
     }
     denied = ", ".join(field for field, value in fields.items() if value)
-    if profile.allow_job_scheduling or not denied:
-        return reserved_claim(facts.job.spec, facts.profiles.values())
-    return Reason(
-        "SchedulingNotAllowed",
-        f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{denied}: create the job again "
-        "without it, or with another profile",
-    )
+    if denied and not profile.allow_job_scheduling:
+        return Reason(
+            "SchedulingNotAllowed",
+            f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{denied}: create the job again "
+            "without it, or with another profile",
+        )
+    return reserved_claim(facts.job.spec, facts.profiles.values()) or objection_of_limits(facts)
+
+
+def objection_of_limits(facts: Facts) -> Reason | None:
+    """Why the profile of today does not let the job start or be taken up in its namespace, now; None if it does."""
+    job, name = facts.job, facts.job.spec.scheduling.profile
+    profile = facts.profiles.get(name)
+    if profile is None:
+        return None
+    if profile.namespaces is not None and job.namespace not in profile.namespaces:
+        return Reason(
+            "ProfileNotAllowed",
+            f"spec.scheduling.profile {name!r} is not for namespace {job.namespace!r}, whose profiles are: "
+            f"{_allowed_profiles(facts)}; create the job again with one of them",
+        )
+    limits = profile.limits or Limits()
+    gpus = job.spec.resources.gpus
+    if limits.gpus is not None and gpus > limits.gpus:
+        return _too_much("resources.gpus", str(gpus), str(limits.gpus), name)
+    size = _size_to_create(job, profile)
+    if limits.workspace_size is not None and size is not None and amount(size) > amount(limits.workspace_size):
+        return _too_much("workspace.size", size, limits.workspace_size, name)
+    if limits.jobs is not None and facts.jobs_of_profile >= limits.jobs:
+        return Reason(
+            JOB_LIMIT_REACHED,
+            f"{facts.jobs_of_profile} jobs of profile {name!r} have started in namespace {job.namespace!r}, and the "
+            f"profile allows {limits.jobs} at a time: this one starts by itself when one of them has ended",
+        )
+    return None
 
 
 def with_profile_of_today(resolved: Resolved | None, facts: Facts) -> Resolved | None:
@@ -78,4 +109,28 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts) -> Resolved |
     profile = facts.profiles.get(facts.job.spec.scheduling.profile)
     if resolved is None or profile is None:
         return resolved
-    return resolved.model_copy(update={"profile": profile, "contract_version": CONTRACT_VERSION})
+    return resolved.model_copy(update={"profile": _as_copied(profile), "contract_version": CONTRACT_VERSION})
+
+
+def _as_copied(profile: Profile) -> Profile:
+    """The profile without what only decides whether a job starts, which would name other tenants' namespaces."""
+    return profile.model_copy(update={"namespaces": None, "limits": None})
+
+
+def _allowed_profiles(facts: Facts) -> str:
+    namespace = facts.job.namespace
+    allowed = (name for name, one in facts.profiles.items() if one.namespaces is None or namespace in one.namespaces)
+    return ", ".join(sorted(allowed)) or "none"
+
+
+def _size_to_create(job: QLoRAJob, profile: Profile) -> str | None:
+    workspace = job.spec.workspace
+    return None if workspace.claim_name is not None else workspace.size or profile.workspace.size
+
+
+def _too_much(field: str, found: str, allowed: str, profile: str) -> Reason:
+    return Reason(
+        "LimitExceeded",
+        f"spec.{field} is {found}, and profile {profile!r} allows {allowed}: create the job again with less, or with "
+        "another profile",
+    )

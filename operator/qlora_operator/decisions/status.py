@@ -11,7 +11,7 @@ from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import with_progress
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
 from qlora_operator.decisions.observe import Reason, format_time
-from qlora_operator.decisions.resolution import resolve
+from qlora_operator.decisions.resolution import objection_of_limits, resolve
 from qlora_operator.decisions.summary import summarize
 from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
 
@@ -20,8 +20,10 @@ def next_status(facts: Facts) -> QLoRAJobStatus:
     """The status that follows from the facts; equal to the stored one if nothing has changed."""
     status = facts.job.status
     if is_finished(status):
-        if not is_to_be_taken_up(facts):
-            return follow_cleanup(status.model_copy(update={"observed_generation": facts.job.generation}), facts)
+        if not is_to_be_taken_up(facts.job):
+            return _follow_end(status, facts)
+        if held_back := objection_of_limits(facts):
+            return _follow_end(set_condition(status, facts, "Ready", "False", held_back), facts)
         status = take_up(status, facts)
     for transition in _STOPPING if facts.job.problem else _TRANSITIONS:
         status = transition(status, facts)
@@ -41,6 +43,10 @@ def with_rejection(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoR
     if is_finished(status):
         return set_condition(status, facts, "CleanedUp", "False", reason)
     return set_condition(status, facts, "Succeeded", "Unknown", reason)
+
+
+def _follow_end(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    return follow_cleanup(status.model_copy(update={"observed_generation": facts.job.generation}), facts)
 
 
 def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:

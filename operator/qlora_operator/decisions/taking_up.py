@@ -5,14 +5,14 @@ from qlora_operator.decisions.cleanup import clean_job_name
 from qlora_operator.decisions.conditions import is_true
 from qlora_operator.decisions.endings import DONE
 from qlora_operator.decisions.facts import Facts, new_step, set_condition
-from qlora_operator.decisions.observe import Reason
+from qlora_operator.decisions.observe import QLoRAJob, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
 
 
-def is_to_be_taken_up(facts: Facts) -> bool:
+def is_to_be_taken_up(job: QLoRAJob) -> bool:
     """Whether the user has raised retry.request of a failed job."""
-    status, request = facts.job.status, facts.job.spec.retry.request
-    failed = is_true(status, "Failed") and status.step is not None and not facts.job.problem
+    status, request = job.status, job.spec.retry.request
+    failed = is_true(status, "Failed") and status.step is not None and not job.problem
     return failed and request is not None and request > (status.retry_request or 0)
 
 

@@ -20,7 +20,7 @@ from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync, WatchMonitor
 from qlora_operator.settings import Settings
 from qlora_operator.store import Store
-from tests.support.builders import NAME, NOW, PROFILES, job_body, time
+from tests.support.builders import NAME, NOW, PROFILES, job_body, starts, time
 
 CANARY = "canary"
 _recorded: list[tuple[str, tuple[Any, ...]]] | None = None
@@ -95,7 +95,7 @@ HOSTILE = [
 def reconciled(body: dict[str, Any]) -> RecordingCluster:
     """The cluster after the operator has done what it can about the job."""
     cluster = RecordingCluster(body)
-    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW + timedelta(seconds=1))
+    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW + timedelta(seconds=1), starts())
     for _ in range(5):
         asyncio.run(reconciler.reconcile(("team", NAME)))
     return cluster

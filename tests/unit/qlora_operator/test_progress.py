@@ -9,7 +9,14 @@ import pytest
 
 from qlora_api.contract import ProgressRecord, encode_record
 from qlora_operator.decisions.observe import Pod
-from qlora_operator.progress import READS_PER_SECOND, LogReading, ProgressReader, ReadSchedule, latest_record
+from qlora_operator.progress import (
+    READS_PER_SECOND,
+    SECONDS_AFTER_FAILURE,
+    LogReading,
+    ProgressReader,
+    ReadSchedule,
+    latest_record,
+)
 from tests.support.builders import NAME, NOW, UID, child, make_job, pod, progress, running, seen, status_in
 
 POD = Pod(name="pod", uid=f"uid-{NAME}-train-1-pod1", owner_uid="", created=NOW, phase="Running")
@@ -84,6 +91,15 @@ def test_a_thousand_jobs_together_stay_within_the_budget() -> None:
     per_second = Counter(int(moment) for moment in reads)
     assert max(per_second.values()) <= READS_PER_SECOND + 1
     assert reads[-1] < 3 * 1000 / READS_PER_SECOND + 15
+
+
+def test_logs_that_cannot_be_read_keep_no_other_job_waiting() -> None:
+    schedule = ReadSchedule()
+    for number in range(10):
+        schedule.seconds_until_due(("attacker", f"job{number}"), 0.0)
+        schedule.done(("attacker", f"job{number}"), 0.0, pause=SECONDS_AFTER_FAILURE)
+    assert schedule.seconds_until_due(("team", "a"), 0.0) < 1
+    assert schedule.done(("team", "a"), 1.0) == pytest.approx(10)
 
 
 class Clock:

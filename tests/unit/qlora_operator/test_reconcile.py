@@ -29,6 +29,7 @@ from tests.support.builders import (
     pod,
     reason_of,
     running,
+    starts,
     status_in,
     step_status,
     succeeded,
@@ -131,7 +132,7 @@ def reconcile(cluster: MemoryCluster, store: Store | None = None) -> float | Non
 
 
 def operator(cluster: MemoryCluster, store: Store) -> Reconciler:
-    return Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, store)  # type: ignore[arg-type]
+    return Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
 
 
 def shown(cluster: MemoryCluster, *, created: bool = False) -> Store:

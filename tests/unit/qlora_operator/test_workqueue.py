@@ -20,6 +20,32 @@ def test_keys_come_in_the_order_in_which_they_are_due() -> None:
     assert [schedule.take(0.5), schedule.take(5), schedule.take(5), schedule.take(5)] == [None, A, B, None]
 
 
+def test_a_namespace_with_thousands_of_keys_keeps_no_other_waiting() -> None:
+    schedule = Schedule()
+    for number in range(5000):
+        schedule.add(("flood", f"{number:04}"), 0)
+    assert [schedule.take(1), schedule.take(1)] == [("flood", "0000"), ("flood", "0001")]
+    for name in ("a", "b"):
+        schedule.add((name, "first"), 1)
+        schedule.add((name, "second"), 1)
+    taken = [schedule.take(1) for _ in range(9)]
+    assert [key[0] for key in taken if key] == ["flood", "a", "b", "flood", "a", "b", "flood", "flood", "flood"]
+
+
+def test_a_namespace_that_comes_again_and_again_gets_no_more_than_its_turns() -> None:
+    schedule = Schedule()
+    for number in range(10):
+        schedule.add(("patient", str(number)), 0)
+    served = []
+    for _ in range(10):
+        schedule.add(("eager", "one"), 0)
+        key = schedule.take(0)
+        assert key is not None
+        served.append(key[0])
+        schedule.done(key, None)
+    assert served.count("patient") == 5
+
+
 def test_many_requests_for_a_key_are_one_and_the_earliest_counts() -> None:
     schedule = Schedule()
     for due in (5, 3, 9):

@@ -1,0 +1,242 @@
+"""Tenants who attack: whatever they try is rejected, or has no effect on others.
+
+A tenant has the chart's role `edit`, which the cluster role `edit` of Kubernetes includes, in a namespace with the Pod
+Security level `restricted`. The operator runs with the rights that the chart gives it. `pytest -s` prints a table.
+"""
+
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from qlora_api.naming import JOB_LABEL, workspace_claim_name
+from tests.support.harmless_attempts import HARMLESS, batch_job, forged, submit
+from tests.support.manifests import MINIMAL
+from tests.support.rejected_attempts import REJECTED, pod
+from tests.support.tenancy import (
+    OPERATOR,
+    TENANT,
+    TENANT_USER,
+    VICTIM,
+    Object,
+    Tenancy,
+    path_of,
+    rendered,
+    tenancy,
+)
+from tests.support.waiting import eventually
+
+PROFILES: Object = {
+    "default": {"device": "cpu", "gpuResource": None, "registries": ["registry.example.org"]},
+    "small": {
+        "allowJobScheduling": False,
+        "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2},
+    },
+    "private": {"namespaces": [VICTIM]},
+}
+CANARY = "hf_canarycanarycanarycanarycanary1234"
+
+
+@dataclass
+class Attacked:
+    """The tenants, and what the victim's namespace was like before."""
+
+    tenants: Tenancy
+    before: dict[str, Object]
+    audit_start: int
+
+    def require_unharmed(self) -> None:
+        """Nothing of the victim's has changed, and the operator runs."""
+        assert _lasting(self.tenants.everything(VICTIM)) == self.before
+        assert self.tenants.operator.poll() is None, self.tenants.operator_log.read_text()[-3000:]
+
+
+def _lasting(objects: dict[str, Object]) -> dict[str, Object]:
+    """Without the Events of the controllers, which count how often they have seen that there is no storage class."""
+
+    def of_the_operator(one: Object) -> bool:
+        return bool(one["source"].get("component") == "qlora-operator")
+
+    return {name: one for name, one in objects.items() if not name.startswith("events/") or of_the_operator(one)}
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    with tenancy(tmp_path_factory.mktemp("tenancy"), PROFILES) as tenants:
+        victim = tenants.victim
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub"}, "stringData": {"token": CANARY}}
+        rows = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "rows"}, "data": {"train.jsonl": CANARY}}
+        spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+        claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data"}, "spec": spec}
+        for plural, body in (("secrets", secret), ("configmaps", rows), ("persistentvolumeclaims", claim)):
+            victim.create(VICTIM, plural, body)
+        victim.create(VICTIM, "qlorajobs", MINIMAL | {"metadata": {"name": "tune"}})
+        pod = tenants.wait_for_pod("tune", "prepare", VICTIM)
+        tenants.wait("tune", VICTIM, phase="Preparing")
+        still = eventually(lambda: _still(tenants), seconds=60, every=1, what="a victim at rest") or {}
+        assert pod["metadata"]["namespace"] == VICTIM
+        yield Attacked(tenants, still, tenants.audit_size())
+
+
+def _still(tenants: Tenancy) -> dict[str, Object] | None:
+    """What the victim has, once the controllers have written all that they write."""
+    before = _lasting(tenants.everything(VICTIM))
+    eventually(lambda: True, seconds=1)
+    claims = [one for name, one in before.items() if name.startswith("persistentvolumeclaims/")]
+    finalized = all(one["metadata"].get("finalizers") for one in claims)
+    return before if finalized and _lasting(tenants.everything(VICTIM)) == before else None
+
+
+def test_there_are_many_attempts() -> None:
+    rows = [f"{one.status}       {name}: {one.says}" for name, one in REJECTED.items()]
+    rows += [f"harmless  {name}" for name in HARMLESS]
+    sys.stdout.write("\n" + "\n".join(rows) + "\n")
+    assert len(rows) >= 150
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(attacked: Attacked, name: str) -> None:
+    attempt = REJECTED[name]
+    strict = {} if attempt.method in ("GET", "DELETE") or "?" in attempt.path else {"fieldValidation": "Strict"}
+    status, answer = attacked.tenants.tenant.send(
+        attempt.method, attempt.path, attempt.body, kind=attempt.kind, **strict
+    )
+    assert (status, attempt.says in str(answer.get("message"))) == (attempt.status, True), (status, answer)
+    assert CANARY not in str(answer)
+    attacked.require_unharmed()
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_a_tenant_may_do_harms_nobody_else(attacked: Attacked, name: str) -> None:
+    HARMLESS[name](attacked.tenants)
+    attacked.require_unharmed()
+
+
+def test_no_neighbor_waits_for_a_flood_of_jobs(attacked: Attacked) -> None:
+    require_turns(attacked, 100, "early")
+
+
+# Unlike the test above: as many as one tenant can be expected to submit in earnest.
+@pytest.mark.slow
+def test_no_neighbor_waits_for_a_thousand_jobs(attacked: Attacked) -> None:
+    require_turns(attacked, 1000, "late")
+
+
+def require_turns(attacked: Attacked, count: int, name: str) -> None:
+    """A flood and then a neighbor's job come while the operator stands still: it looks at few of the flood first."""
+    tenants = attacked.tenants
+    tenants.operator.send_signal(signal.SIGSTOP)
+    for number in range(count):
+        submit(tenants, f"{name}-flood-{number}", scheduling={"profile": "small"})
+    since = tenants.audit_size()
+    tenants.victim.create(VICTIM, "qlorajobs", MINIMAL | {"metadata": {"name": name}})
+    tenants.operator.send_signal(signal.SIGCONT)
+    tenants.wait_for_pod(name, "prepare", VICTIM)
+    statuses = 0
+    for entry in written_by_the_operator(tenants.audited(since)):
+        where, what = entry["objectRef"]["namespace"], entry["objectRef"]["resource"]
+        statuses += (where, what) == (TENANT, "qlorajobs")
+        if (where, what) == (VICTIM, "jobs"):
+            break
+    assert statuses <= count / 2, f"{statuses} of {count} jobs came first"
+    tenants.victim.delete(VICTIM, "qlorajobs", name)
+    eventually(lambda: not tenants.admin.list(VICTIM, "jobs", f"{JOB_LABEL}={name}"), seconds=60)
+    tenants.tenant.must("DELETE", path_of(TENANT, "qlorajobs"))
+    assert tenants.operator.poll() is None
+
+
+def test_a_flood_of_pods_and_events_that_say_they_are_a_jobs_stops_no_neighbor(attacked: Attacked) -> None:
+    tenants = attacked.tenants
+    job = submit(tenants, "crowded")
+    for number in range(100):
+        labeled = pod() | {"metadata": forged(f"crowd-{number}", job, "prepare")}
+        tenants.tenant.create(TENANT, "pods", labeled)
+        about = {"kind": "QLoRAJob", "namespace": TENANT, "name": "crowded"}
+        event = {"metadata": {"name": f"crowd.{number}"}, "involvedObject": about, "reason": "Succeeded"}
+        tenants.tenant.create(TENANT, "events", event)
+    tenants.victim.create(VICTIM, "qlorajobs", MINIMAL | {"metadata": {"name": "beside-a-crowd"}})
+    tenants.wait_for_pod("beside-a-crowd", "prepare", VICTIM)
+    assert tenants.operator.poll() is None
+
+
+def test_everything_that_was_done_to_the_victim_was_done_by_itself_and_for_its_own_jobs(attacked: Attacked) -> None:
+    """From the audit log of all the attempts above."""
+    requests = attacked.tenants.audited(attacked.audit_start)
+    of_the_tenant = [one for one in requests if one.get("impersonatedUser", {}).get("username") == TENANT_USER]
+    reached = [one for one in of_the_tenant if one["responseStatus"]["code"] < 300 and _namespace(one) != TENANT]
+    assert {(_namespace(one), one["verb"]) for one in reached} <= {("", "create"), ("capped", "create")}
+    own = ("early", "late", "beside-a-crowd")
+    written = [one for one in written_by_the_operator(requests) if _namespace(one) == VICTIM]
+    assert [one["requestURI"] for one in written if not one["objectRef"].get("name", own[0]).startswith(own)] == []
+    assert [one["requestURI"] for one in written if one["responseStatus"]["code"] == 403] == []
+
+
+def test_the_operators_rights_are_those_that_it_uses(attacked: Attacked) -> None:
+    """Over a job's life, its suspension and names that are taken, nothing is denied, and no right is left over."""
+    tenants = attacked.tenants
+    for name in ("exercise", "exercise-name"):
+        submit(tenants, name, suspend=True)
+    tenants.tenant.create(TENANT, "jobs", batch_job({"name": "exercise-name-prepare-1"}))
+    _take_claim(tenants, "exercise-claim")
+    for name in ("exercise", "exercise-name", "exercise-claim"):
+        tenants.tenant.patch(TENANT, "qlorajobs", name, {"spec": {"suspend": False}})
+    tenants.wait("exercise-name", reason="NameTaken")
+    tenants.wait("exercise-claim", reason="ClaimNameTaken")
+    pod = tenants.wait_for_pod("exercise", "prepare")
+    since = tenants.audit_size()
+    tenants.run(pod)
+    eventually(lambda: "pods/log" in used(tenants.audited(since)), seconds=60, what="a log that is read")
+    tenants.tenant.patch(TENANT, "qlorajobs", "exercise", {"spec": {"suspend": True}})
+    eventually(lambda: not tenants.admin.list(TENANT, "jobs", f"{JOB_LABEL}=exercise"), seconds=60, what="no Job")
+
+    granted: dict[str, set[str]] = {}
+    for rule in only_role(rendered({}))["rules"]:
+        for resource in rule["resources"]:
+            granted.setdefault(resource, set()).update(rule["verbs"])
+    everything = tenants.audited()
+    assert used(everything) == granted
+    denied = [one["requestURI"] for one in everything if by_the_operator(one) and _code(one) in (401, 403)]
+    assert [uri for uri in denied if "/namespaces/capped/" not in uri] == [], "a quota denies, in that namespace"
+
+
+def used(requests: list[Object]) -> dict[str, set[str]]:
+    """Verbs by resource of the operator's requests that were not denied."""
+    verbs: dict[str, set[str]] = {}
+    for entry in requests:
+        if by_the_operator(entry) and "objectRef" in entry:
+            where = entry["objectRef"]
+            name = where["resource"] + (f"/{where['subresource']}" if where.get("subresource") else "")
+            verbs.setdefault(name, set()).add(entry["verb"])
+    return verbs
+
+
+def only_role(objects: list[Object]) -> Object:
+    return next(one for one in objects if one["kind"] == "ClusterRole" and one["metadata"]["name"] == "qlora-operator")
+
+
+def by_the_operator(entry: Object) -> bool:
+    return bool(entry["user"]["username"] == OPERATOR)
+
+
+def written_by_the_operator(requests: list[Object]) -> list[Object]:
+    writes = ("create", "update", "patch", "delete", "deletecollection")
+    return [one for one in requests if by_the_operator(one) and one["verb"] in writes]
+
+
+def _namespace(entry: Object) -> str:
+    return str(entry.get("objectRef", {}).get("namespace", ""))
+
+
+def _code(entry: Object) -> int:
+    return int(entry.get("responseStatus", {}).get("code", 0))
+
+
+def _take_claim(tenants: Tenancy, name: str) -> None:
+    """A claim that has the name of the workspace of a suspended job."""
+    claim = workspace_claim_name(name, submit(tenants, name, suspend=True)["metadata"]["uid"])
+    spec: Any = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    body = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": claim}, "spec": spec}
+    tenants.tenant.create(TENANT, "persistentvolumeclaims", body)

@@ -1,0 +1,562 @@
+"""What a tenant tries and the API server admits: each shows that the operator does not believe or spread it.
+
+Some act as the node, because what a container logs and leaves as its last words is up to whoever wrote the model.
+That nothing of the victim's has changed is checked by the test, after each of them.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from qlora_api.contract import ENV_REGISTRIES, ResultRecord, encode_record
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_claim_name
+from qlora_api.status import MAX_MESSAGE_LENGTH, DatasetStatus, MemoryStatus, StepName
+from tests.support.manifests import MINIMAL
+from tests.support.rejected_attempts import pod
+from tests.support.tenancy import CAPPED, OPERATOR, TENANT, VICTIM, Object, Tenancy, path_of, summary
+from tests.support.waiting import eventually
+
+Attempt = Callable[[Tenancy], None]
+HARMLESS: dict[str, Attempt] = {}
+TIME = "2026-01-02T03:04:05Z"
+SPEC = MINIMAL["spec"]
+_PREPARED: dict[str, Any] = {
+    "model_revision": "c0ffee",
+    "memory": MemoryStatus(estimate_bytes=10, low_bytes=9, high_bytes=11, verdict="unknown"),
+    "dataset": DatasetStatus(format="chat", rows=12, used_rows=10),
+}
+
+
+def attempt(function: Attempt) -> Attempt:
+    """Collects it under its name, with blanks."""
+    HARMLESS[function.__name__.replace("_", " ")] = function
+    return function
+
+
+def submit(t: Tenancy, name: str, namespace: str = TENANT, metadata: Object | None = None, **spec: Any) -> Object:
+    """A job of the tenant."""
+    body = MINIMAL | {"metadata": {"name": name, **(metadata or {})}, "spec": SPEC | spec}
+    return t.tenant.create(namespace, "qlorajobs", body)
+
+
+def running(t: Tenancy, name: str, **spec: Any) -> tuple[Object, Object]:
+    """A job of the tenant, and its first pod."""
+    return submit(t, name, **spec), t.wait_for_pod(name, "prepare")
+
+
+def result(job: Object, pod: Object, **changes: Any) -> str:
+    """What the prepare step leaves when it has succeeded, apart from what is given."""
+    good: dict[str, Any] = {
+        "job_uid": job["metadata"]["uid"],
+        "pod_uid": pod["metadata"]["uid"],
+        "step": "prepare",
+        "time": TIME,
+        "outcome": "succeeded",
+        "exit_code": 0,
+        "reason": "Done",
+    }
+    return encode_record(ResultRecord.model_validate(good | _PREPARED | changes))
+
+
+def must_not_be_believed(t: Tenancy, name: str, forge: Callable[[Object, Object], str]) -> None:
+    """The step ends well and leaves that: it is done again, as if it had left nothing."""
+    job, pod = running(t, name)
+    t.end(pod, forge(job, pod))
+    again = eventually(lambda: (t.job(name)["status"].get("step") or {}).get("attempt") == 2, seconds=30, every=0.1)
+    assert again
+    status = t.job(name)["status"]
+    assert (status["step"]["name"], status["step"]["unverified"], status.get("dataset")) == ("prepare", 1, None)
+
+
+def must_not_be_shown(t: Tenancy, name: str, forge: Callable[[Object, Object], Object]) -> None:
+    """The pod logs that, after a good record: the good one is what the status shows."""
+    job, pod = running(t, name)
+    good = {
+        "kind": "progress",
+        "jobUid": job["metadata"]["uid"],
+        "podUid": pod["metadata"]["uid"],
+        "step": "prepare",
+        "time": TIME,
+        "activity": "reading",
+    }
+    lie = json.dumps(good | {"activity": "lie"} | forge(job, pod))
+    t.run(pod, f"{json.dumps(good)}\n{lie}\n")
+    shown = eventually(lambda: t.job(name)["status"].get("progress"), seconds=30, every=0.1, what="progress")
+    assert shown
+    assert (shown["summary"], shown["percent"]) == ("reading", 0)
+
+
+def forged(name: str, job: Object, step: StepName, **metadata: Any) -> Object:
+    """Labels of what the operator creates for a job, on something else."""
+    labels = {JOB_LABEL: job["metadata"]["name"], JOB_UID_LABEL: job["metadata"]["uid"], STEP_LABEL: step}
+    return {"name": name, "labels": labels, **metadata}
+
+
+def controller(owner: Object, api_version: str, kind: str) -> list[Object]:
+    """The reference of something to the object that it claims to be controlled by."""
+    metadata = owner["metadata"]
+    entry = {"apiVersion": api_version, "kind": kind, "name": metadata["name"], "uid": metadata["uid"]}
+    return [entry | {"controller": True}]
+
+
+def batch_job(metadata: Object) -> Object:
+    """A Job that the tenant makes."""
+    spec = {"template": {"spec": pod(restartPolicy="Never")["spec"]}}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def victims_job(t: Tenancy) -> Object:
+    return t.job("tune", VICTIM)
+
+
+def allowed(t: Tenancy, verb: str, resource: str, name: str, group: str = "") -> bool:
+    attributes = {"verb": verb, "resource": resource, "name": name, "group": group}
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": attributes},
+    }
+    answer = t.tenant.must("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
+    return bool(answer["status"]["allowed"])
+
+
+@attempt
+def act_as_the_operator(t: Tenancy) -> None:
+    assert not allowed(t, "impersonate", "users", OPERATOR)
+    assert not allowed(t, "impersonate", "groups", "system:masters")
+    assert not allowed(t, "escalate", "clusterroles", "qlora-operator", "rbac.authorization.k8s.io")
+
+
+@attempt
+def a_status_in_a_new_manifest(t: Tenancy) -> None:
+    status = {"phase": "Succeeded", "adapter": {"uri": "s3://mallory/adapter"}, "observedGeneration": 1}
+    t.tenant.create(TENANT, "qlorajobs", MINIMAL | {"metadata": {"name": "forged-status"}, "status": status})
+    assert "adapter" not in t.wait("forged-status", phase="Preparing")["status"]
+
+
+@attempt
+def a_status_in_a_changed_manifest(t: Tenancy) -> None:
+    running(t, "patched-status")
+    before = t.wait("patched-status", phase="Preparing")["status"]
+    t.tenant.patch(TENANT, "qlorajobs", "patched-status", {"status": {"phase": "Failed", "conditions": []}})
+    assert t.job("patched-status")["status"] == before
+
+
+@attempt
+def the_name_of_the_job_of_another(t: Tenancy) -> None:
+    job, own = running(t, "tune")
+    assert job["metadata"]["uid"] != victims_job(t)["metadata"]["uid"]
+    t.end(own, result(job, own))
+    t.wait_for_pod("tune", "train")
+
+
+@attempt
+def the_claim_of_another(t: Tenancy) -> None:
+    """A name means what has it in the tenant's namespace: here, nothing."""
+    _, own = running(t, "foreign-claim", dataset={"source": f"pvc://{VICTIM}/rows"}, workspace={"claimName": "data"})
+    claims = {v["persistentVolumeClaim"]["claimName"] for v in own["spec"]["volumes"] if "persistentVolumeClaim" in v}
+    assert (own["metadata"]["namespace"], claims) == (TENANT, {VICTIM, "data"})
+
+
+@attempt
+def the_secret_of_another(t: Tenancy) -> None:
+    model = SPEC["model"] | {"tokenSecretRef": {"name": "hub"}}
+    _, own = running(t, "foreign-secret", model=model)
+    assert own["metadata"]["namespace"] == TENANT
+    assert {s["secret"]["secretName"] for s in own["spec"]["volumes"] if "secret" in s} == {"hub"}
+
+
+@attempt
+def a_pod_with_the_claim_of_another(t: Tenancy) -> None:
+    """Nothing can have such a name, so that the pod waits for ever."""
+    volume = {"name": "data", "persistentVolumeClaim": {"claimName": f"{VICTIM}/data"}}
+    t.tenant.create(TENANT, "pods", pod(volumes=[volume]) | {"metadata": {"name": "foreign-claim"}})
+    assert t.tenant.send("GET", path_of(TENANT, "persistentvolumeclaims", f"{VICTIM}/data"))[0] in (403, 404)
+
+
+@attempt
+def a_registry_at_the_address_of_the_metadata_server(t: Tenancy) -> None:
+    """Its address is one; the trainer talks only to those of the profile, which the pod is told."""
+    output = {"destination": "oci://169.254.169.254:80/adapter:v1", "secretRef": {"name": "registry"}}
+    _, own = running(t, "metadata-server", output=output)
+    environment = {entry["name"]: entry.get("value") for entry in own["spec"]["containers"][0]["env"]}
+    assert environment[ENV_REGISTRIES] == "registry.example.org"
+
+
+@attempt
+def a_pod_with_the_labels_of_the_job_of_another(t: Tenancy) -> None:
+    body = pod() | {"metadata": forged("forged-labels", victims_job(t), "prepare")}
+    own = t.tenant.create(TENANT, "pods", body)
+    t.run(own)
+    t.end(own, result(victims_job(t), own), code=10)
+
+
+@attempt
+def a_job_that_the_job_of_another_controls(t: Tenancy) -> None:
+    """An owner is looked for in the same namespace; there is none, so that the garbage collector deletes it."""
+    owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
+    metadata = forged("tune-train-1", victims_job(t), "train", ownerReferences=owner)
+    t.tenant.create(TENANT, "jobs", batch_job(metadata | {"name": "tune-forged-1"}))
+
+    def gone() -> bool:
+        return not [one for one in t.admin.list(TENANT, "jobs") if one["metadata"]["name"] == "tune-forged-1"]
+
+    eventually(gone, seconds=30, what="the forged Job deleted")
+
+
+@attempt
+def a_job_that_the_job_of_another_owns(t: Tenancy) -> None:
+    owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
+    submit(t, "owned", metadata={"ownerReferences": owner}, suspend=True)
+    eventually(lambda: t.admin.send("GET", path_of(TENANT, "qlorajobs", "owned"))[0] == 404, seconds=30)
+
+
+@attempt
+def a_pod_that_says_it_did_the_work(t: Tenancy) -> None:
+    """Labels alone make no attempt of it: its Job is not that of the step."""
+    job, own = running(t, "forged-pod")
+    fake = t.tenant.create(TENANT, "pods", pod() | {"metadata": forged("forged-pod-1", job, "prepare")})
+    t.run(fake)
+    t.end(fake, result(job, fake))
+    t.end(own, "")
+    eventually(lambda: t.job("forged-pod")["status"]["step"]["attempt"] == 2, seconds=30, every=0.1)
+    status = t.job("forged-pod")["status"]
+    assert (status["step"]["name"], status.get("dataset")) == ("prepare", None)
+
+
+@attempt
+def a_pod_that_says_it_is_one_of_the_step(t: Tenancy) -> None:
+    """Such a pod counts as one of its own job, whose result the tenant may fake; the operator goes on."""
+    job, own = running(t, "forged-owner")
+    step = t.admin.get(TENANT, "jobs", "forged-owner-prepare-1")
+    metadata = forged("forged-owner-1", job, "prepare", ownerReferences=controller(step, "batch/v1", "Job"))
+    metadata["labels"] |= step["spec"]["selector"]["matchLabels"]
+    fake = t.tenant.create(TENANT, "pods", pod() | {"metadata": metadata})
+    other = victims_job(t)
+    t.end(own, result(other, fake))
+    submit(t, "after-the-forged-owner")
+    t.wait_for_pod("after-the-forged-owner", "prepare")
+
+
+@attempt
+def a_job_that_says_it_is_a_step(t: Tenancy) -> None:
+    """The operator stops it: it is not the Job that it has created."""
+    job, _ = running(t, "forged-step")
+    owner = controller(job, "qlora.dev/v1alpha1", "QLoRAJob")
+    t.tenant.create(TENANT, "jobs", batch_job(forged("forged-step-publish-1", job, "publish", ownerReferences=owner)))
+    eventually(lambda: len(t.admin.list(TENANT, "jobs", f"{JOB_LABEL}=forged-step")) == 1, seconds=30)
+    assert t.job("forged-step")["status"]["step"]["name"] == "prepare"
+
+
+@attempt
+def a_job_with_the_name_of_the_next_step(t: Tenancy) -> None:
+    other = t.tenant.create(TENANT, "jobs", batch_job({"name": "taken-prepare-1"}))
+    submit(t, "taken")
+    t.wait("taken", reason="NameTaken", phase="Pending")
+    kept = t.admin.get(TENANT, "jobs", "taken-prepare-1")
+    assert kept["metadata"]["uid"] == other["metadata"]["uid"]
+    assert JOB_LABEL not in kept["metadata"].get("labels", {})
+
+
+@attempt
+def a_claim_with_the_name_of_the_workspace(t: Tenancy) -> None:
+    job = submit(t, "taken-claim", suspend=True)
+    name = workspace_claim_name("taken-claim", job["metadata"]["uid"])
+    spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    body = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": spec}
+    t.tenant.create(TENANT, "persistentvolumeclaims", body)
+    t.tenant.patch(TENANT, "qlorajobs", "taken-claim", {"spec": {"suspend": False}})
+    t.wait("taken-claim", reason="ClaimNameTaken", phase="Pending")
+
+
+@attempt
+def an_end_with_the_identity_of_the_job_of_another(t: Tenancy) -> None:
+    other = victims_job(t)
+    must_not_be_believed(t, "end-of-another", lambda job, own: result(other, own))
+
+
+@attempt
+def an_end_with_the_identity_of_another_pod(t: Tenancy) -> None:
+    must_not_be_believed(t, "end-of-a-pod", lambda job, own: result(job, own, pod_uid="0"))
+
+
+@attempt
+def an_end_of_another_step(t: Tenancy) -> None:
+    must_not_be_believed(t, "end-of-a-step", lambda job, own: result(job, own, step="publish"))
+
+
+@attempt
+def an_end_with_a_loss_that_is_no_number(t: Tenancy) -> None:
+    must_not_be_believed(t, "end-nan", lambda job, own: result(job, own, loss=1.5).replace("1.5", "NaN"))
+
+
+@attempt
+def an_end_with_a_number_of_many_digits(t: Tenancy) -> None:
+    must_not_be_believed(t, "end-huge", lambda job, own: result(job, own).replace("12", "9" * 3000))
+
+
+@attempt
+def an_end_that_is_too_long(t: Tenancy) -> None:
+    must_not_be_believed(t, "end-long", lambda job, own: result(job, own)[:-1] + ', "more": "' + "x" * 5000 + '"}')
+
+
+@attempt
+def an_end_that_is_nested_deeply(t: Tenancy) -> None:
+    must_not_be_believed(t, "end-deep", lambda job, own: result(job, own)[:-1] + ', "more": ' + "[" * 1500)
+
+
+@attempt
+def an_end_that_is_no_record(t: Tenancy) -> None:
+    must_not_be_believed(t, "end-text", lambda job, own: "all is well \x1b]0;title\x07")
+
+
+@attempt
+def a_failure_with_control_characters(t: Tenancy) -> None:
+    job, own = running(t, "control-characters")
+    message = "\x1b[2J\x1b[31mgone\r\n2026-01-01 operator: all Secrets are public \u202ereversed"
+    t.end(own, result(job, own, outcome="failed", exit_code=10, reason="\x1b[31mOwned", message=message), code=10)
+    status = t.wait("control-characters", phase="Failed")["status"]
+    assert "gone" in status["lastFailure"]["message"]
+    shown = json.dumps(status["conditions"], ensure_ascii=False) + json.dumps(
+        [one["message"] for one in t.admin.list(TENANT, "events")], ensure_ascii=False
+    )
+    assert not [sign for sign in ("\\u001b", "\\r", "\\n", "\u202e") if sign in shown]
+
+
+@attempt
+def a_failure_with_a_message_without_end(t: Tenancy) -> None:
+    _, own = running(t, "endless-message", retry={"maxFailures": 0})
+    t.end(own, "x" * 100_000, code=203)
+    assert len(t.wait("endless-message", phase="Failed")["status"]["lastFailure"]["message"]) <= MAX_MESSAGE_LENGTH
+
+
+@attempt
+def progress_of_the_job_of_another(t: Tenancy) -> None:
+    other = victims_job(t)["metadata"]["uid"]
+    must_not_be_shown(t, "progress-of-another", lambda job, own: {"jobUid": other})
+
+
+@attempt
+def progress_of_another_pod(t: Tenancy) -> None:
+    must_not_be_shown(t, "progress-of-a-pod", lambda job, own: {"podUid": "0"})
+
+
+@attempt
+def progress_of_another_step(t: Tenancy) -> None:
+    lie = {"step": "train", "trainingStep": 100, "totalSteps": 100}
+    must_not_be_shown(t, "progress-of-a-step", lambda job, own: lie)
+
+
+@attempt
+def progress_that_is_no_number(t: Tenancy) -> None:
+    must_not_be_shown(t, "progress-nan", lambda job, own: {"loss": float("nan")})
+
+
+@attempt
+def progress_beyond_any_number(t: Tenancy) -> None:
+    must_not_be_shown(t, "progress-huge", lambda job, own: {"trainingStep": 10**300, "totalSteps": 1})
+
+
+@attempt
+def progress_from_the_end_of_time(t: Tenancy) -> None:
+    must_not_be_shown(t, "progress-time", lambda job, own: {"time": "9999999-01-01T00:00:00Z"})
+
+
+@attempt
+def progress_that_is_too_long(t: Tenancy) -> None:
+    must_not_be_shown(t, "progress-long", lambda job, own: {"more": "x" * 5000})
+
+
+@attempt
+def a_log_without_end(t: Tenancy) -> None:
+    _, own = running(t, "endless-log")
+    t.run(own, "x" * 5_000_000)
+    submit(t, "after-the-endless-log")
+    t.wait_for_pod("after-the-endless-log", "prepare")
+
+
+@attempt
+def the_deletion_of_what_the_operator_has_created(t: Tenancy) -> None:
+    running(t, "deleted-children")
+    for child in t.admin.list(TENANT, "jobs", f"{JOB_LABEL}=deleted-children"):
+        t.tenant.delete(TENANT, "jobs", child["metadata"]["name"])
+    eventually(lambda: t.job("deleted-children")["status"]["step"]["attempt"] == 2, seconds=30)
+
+
+@attempt
+def another_document_in_the_annotation_of_a_pod(t: Tenancy) -> None:
+    """What the pod reads changes; what the operator does and reports does not."""
+    job, own = running(t, "annotated")
+    document = json.dumps({"spec": {"output": {"destination": "s3://victim/adapter"}}})
+    change = {"metadata": {"annotations": {"qlora.dev/spec": document}}}
+    t.tenant.patch(TENANT, "pods", own["metadata"]["name"], change)
+    t.end(own, result(job, own))
+    train = t.wait_for_pod("annotated", "train")
+    assert "s3://victim" not in train["metadata"]["annotations"]["qlora.dev/spec"]
+
+
+@attempt
+def other_labels_on_what_the_operator_has_created(t: Tenancy) -> None:
+    _, own = running(t, "relabeled")
+    other = victims_job(t)["metadata"]
+    labels = {"labels": {JOB_LABEL: other["name"], JOB_UID_LABEL: other["uid"]}}
+    t.tenant.patch(TENANT, "pods", own["metadata"]["name"], {"metadata": labels})
+    t.end(own, "", code=203)
+
+
+@attempt
+def a_finalizer_that_never_goes(t: Tenancy) -> None:
+    running(t, "immortal")
+    t.tenant.patch(TENANT, "qlorajobs", "immortal", {"metadata": {"finalizers": ["example.org/never"]}})
+    t.tenant.delete(TENANT, "qlorajobs", "immortal")
+    submit(t, "after-the-immortal")
+    t.wait_for_pod("after-the-immortal", "prepare")
+
+
+@attempt
+def an_event_in_the_name_of_the_operator(t: Tenancy) -> None:
+    job, _ = running(t, "forged-event")
+    before = t.job("forged-event")["status"]
+    about = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "namespace": TENANT, "name": "forged-event"}
+    body = {
+        "metadata": {"name": "forged-event.0"},
+        "involvedObject": about | {"uid": job["metadata"]["uid"]},
+        "reason": "Succeeded",
+        "source": {"component": "qlora-operator"},
+        "reportingComponent": "qlora-operator",
+    }
+    t.tenant.create(TENANT, "events", body)
+    assert t.job("forged-event")["status"] == before
+
+
+@attempt
+def every_field_at_its_largest(t: Tenancy) -> None:
+    """What the operator copies into the status and into a pod's annotation still fits."""
+    column = "\U0001f600" * 128
+    names = ("messages", "instruction", "input", "output", "prompt", "completion", "conversations", "system", "tools")
+    path = "a" * 480
+    running(
+        t,
+        "largest-".ljust(45, "x"),
+        model={"source": f"pvc://data/{path}"},
+        dataset={
+            "source": f"hf://org/{path}",
+            "columns": dict.fromkeys((*names, "text"), column),
+            "config": column,
+            "split": column,
+            "eval": {"source": f"hf://org/{path}", "config": column, "split": column},
+        },
+        lora={"targetModules": [f"{number:03}" + "m" * 125 for number in range(32)]},
+        output={"destination": f"pvc://data/{path}", "merged": {"destination": f"pvc://data/b/{path[4:]}"}},
+        scheduling={
+            "nodeSelector": {f"{'a' * 200}.example/{number:063}": "v" * 63 for number in range(16)},
+            "tolerations": [{"key": f"k{number}", "operator": "Exists"} for number in range(16)],
+        },
+    )
+
+
+@attempt
+def control_characters_in_the_names_of_columns(t: Tenancy) -> None:
+    columns = {"text": "\x1b[2J\u202e\x07text"}
+    running(t, "control-columns", dataset=SPEC["dataset"] | {"columns": columns})
+    assert "\x1b" not in t.operator_log.read_text()
+
+
+@attempt
+def annotations_without_number(t: Tenancy) -> None:
+    running_metadata = {"annotations": {f"a{number}": "x" * 1000 for number in range(200)}}
+    submit(t, "annotations", metadata=running_metadata)
+    t.wait_for_pod("annotations", "prepare")
+
+
+@attempt
+def labels_of_a_queue_that_is_none(t: Tenancy) -> None:
+    submit(t, "queued", metadata={"labels": {"kueue.x-k8s.io/queue-name": "victims-queue"}})
+    t.wait_for_pod("queued", "prepare")
+
+
+@attempt
+def suspensions_without_number(t: Tenancy) -> None:
+    running(t, "flapping")
+    for number in range(20):
+        t.tenant.patch(TENANT, "qlorajobs", "flapping", {"spec": {"suspend": number % 2 == 0}})
+    eventually(lambda: summary(t.job("flapping"))["phase"] in ("Preparing", "Pending"), seconds=30)
+
+
+@attempt
+def a_retry_of_a_job_that_has_not_failed(t: Tenancy) -> None:
+    running(t, "untiring", retry={"request": 1_000_000})
+    assert t.job("untiring")["status"]["step"]["attempt"] == 1
+
+
+@attempt
+def a_profile_of_another(t: Tenancy) -> None:
+    submit(t, "foreign-profile", scheduling={"profile": "private"})
+    message = _message(t.wait("foreign-profile", reason="ProfileNotAllowed", phase="Pending"))
+    assert VICTIM not in message
+    assert t.admin.list(TENANT, "jobs", f"{JOB_LABEL}=foreign-profile") == []
+
+
+@attempt
+def a_profile_that_is_none(t: Tenancy) -> None:
+    submit(t, "no-profile", scheduling={"profile": "unlimited"})
+    assert "private" not in _message(t.wait("no-profile", reason="ProfileNotFound", phase="Pending"))
+
+
+@attempt
+def more_gpus_than_the_profile_allows(t: Tenancy) -> None:
+    submit(t, "many-gpus", scheduling={"profile": "small"}, resources={"gpus": 2})
+    t.wait("many-gpus", reason="LimitExceeded", phase="Pending")
+
+
+@attempt
+def a_larger_workspace_than_the_profile_allows(t: Tenancy) -> None:
+    submit(t, "large-workspace", scheduling={"profile": "small"}, workspace={"size": "1Ti"})
+    t.wait("large-workspace", reason="LimitExceeded", phase="Pending")
+    assert t.admin.list(TENANT, "persistentvolumeclaims", f"{JOB_LABEL}=large-workspace") == []
+
+
+@attempt
+def nodes_that_the_profile_does_not_let_it_choose(t: Tenancy) -> None:
+    scheduling = {"profile": "small", "tolerations": [{"operator": "Exists"}]}
+    submit(t, "chosen-nodes", scheduling=scheduling)
+    t.wait("chosen-nodes", reason="SchedulingNotAllowed", phase="Pending")
+
+
+@attempt
+def more_jobs_at_a_time_than_the_profile_allows(t: Tenancy) -> None:
+    names = [f"flood-{number}" for number in range(12)]
+    for name in names:
+        submit(t, name, scheduling={"profile": "small"})
+
+    def reasons() -> list[object]:
+        return [summary(t.job(name))["reason"] for name in names]
+
+    eventually(lambda: reasons().count("JobLimitReached") == 10, seconds=30, what="all but two wait")
+    started = [name for name in names if t.job(name)["status"].get("resolved")]
+    assert len(started) == 2
+    for name in started:
+        t.tenant.delete(TENANT, "qlorajobs", name)
+    rest = [name for name in names if name not in started]
+
+    def next_ones() -> bool:
+        return sum(bool(t.job(name)["status"].get("resolved")) for name in rest) == 2
+
+    eventually(next_ones, seconds=30, every=0.2, what="the next two")
+    t.tenant.must("DELETE", path_of(TENANT, "qlorajobs"))
+
+
+@attempt
+def more_than_the_quota_allows(t: Tenancy) -> None:
+    for number in range(5):
+        submit(t, f"capped-{number}", CAPPED)
+
+    def reasons() -> set[object]:
+        return {summary(t.job(f"capped-{number}", CAPPED))["reason"] for number in range(5)}
+
+    eventually(lambda: reasons() & {"ClaimRejected", "JobRejected"}, seconds=30, what="a quota that holds")
+    assert len(t.admin.list(CAPPED, "persistentvolumeclaims")) <= 3
+
+
+def _message(job: Object) -> str:
+    return next(str(entry["message"]) for entry in job["status"]["conditions"] if entry["type"] == "Succeeded")

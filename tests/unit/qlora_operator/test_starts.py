@@ -1,0 +1,211 @@
+"""What a profile allows a namespace: who may use it, how much a job may ask for, and how many run at a time."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from qlora_api.profile import Profile, amount
+from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
+from qlora_operator.listing import Listing
+from qlora_operator.metrics import Metrics
+from qlora_operator.reconcile import Reconciler
+from qlora_operator.starts import SECONDS_FULL, Starts
+from qlora_operator.store import Store
+from tests.support.builders import (
+    NOW,
+    PROFILE,
+    child,
+    facts,
+    failed,
+    follow,
+    job_body,
+    make_job,
+    message_of,
+    reason_of,
+    status_in,
+    time,
+)
+
+
+def limited(**fields: Any) -> dict[str, Profile]:
+    """The only profile, with these settings."""
+    return {"default": Profile.model_validate(PROFILE.dump() | fields)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "spec", "reason", "says"),
+    [
+        ({"namespaces": ["other"]}, {}, "ProfileNotAllowed", "is not for namespace 'team', whose profiles are: none"),
+        ({"limits": {"gpus": 2}}, {"resources": {"gpus": 3}}, "LimitExceeded", "spec.resources.gpus is 3, and profile"),
+        ({"limits": {"workspaceSize": "50Gi"}}, {"workspace": {"size": "54G"}}, "LimitExceeded", "allows 50Gi"),
+        ({"limits": {"workspaceSize": "10Gi"}}, {}, "LimitExceeded", "spec.workspace.size is 50Gi"),
+        ({"limits": {"jobs": 2}}, {}, "JobLimitReached", "2 jobs of profile 'default' have started"),
+    ],
+)
+def test_a_job_beyond_what_its_profile_allows_waits_and_says_why(
+    settings: dict[str, Any], spec: dict[str, Any], reason: str, says: str
+) -> None:
+    job = make_job(**spec)
+    assert follow(job, jobs_of_profile=2).resolved is not None
+    status = follow(job, profiles=limited(**settings), jobs_of_profile=2)
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, reason)
+    assert says in message_of(status)
+
+
+@pytest.mark.parametrize(
+    ("settings", "spec"),
+    [
+        ({"namespaces": ["other", "team"]}, {}),
+        ({"limits": {"gpus": 2}}, {"resources": {"gpus": 2}}),
+        ({"limits": {"workspaceSize": "50Gi"}}, {"workspace": {"size": "53G"}}),
+        ({"limits": {"workspaceSize": "10Gi"}}, {"workspace": {"claimName": "own"}}),
+        ({"limits": {"jobs": 3}}, {}),
+        ({"limits": {}}, {"resources": {"gpus": 16}}),
+    ],
+)
+def test_a_job_within_what_its_profile_allows_starts(settings: dict[str, Any], spec: dict[str, Any]) -> None:
+    profiles = limited(**settings)
+    status = follow(make_job(**spec), profiles=profiles, jobs_of_profile=2)
+    assert status.resolved is not None
+    # The names of other tenants' namespaces are not for this one, and an older release reads the status as before.
+    assert {"namespaces", "limits"}.isdisjoint(status.resolved.profile.dump())
+    # Who has started is not stopped by limits that come later.
+    later = follow(make_job(status_in("train")), profiles=limited(namespaces=["other"], limits={"jobs": 1}))
+    assert later.step is not None
+
+
+def test_a_namespace_learns_only_of_profiles_that_it_may_use() -> None:
+    profiles = limited() | {"secret": Profile.model_validate(PROFILE.dump() | {"namespaces": ["other"]})}
+    for asked in ("unknown", "secret"):
+        status = follow(make_job(scheduling={"profile": asked}), profiles=profiles)
+        assert message_of(status).split("are: ")[1].split(";")[0] == "default"
+
+
+def test_a_failed_job_is_taken_up_only_within_the_limits_of_today() -> None:
+    ends = (child("publish", Failed="PodFailurePolicy"), failed("publish", 12, "ModelUnavailable", "the key expired"))
+    stored, profiles = follow(make_job(status_in("publish")), *ends), limited(limits={"jobs": 1})
+    job = make_job(stored, retry={"request": 1})
+    assert limit_of_jobs(job, profiles) == 1
+    held = follow(job, profiles=profiles, jobs_of_profile=1)
+    assert (held.phase, reason_of(held, "Ready"), held.retry_request) == ("Failed", "JobLimitReached", None)
+    assert waits_for_others(facts(job, profiles=profiles, jobs_of_profile=1))
+    assert follow(make_job(held, retry={"request": 1}), profiles=profiles).phase == "Publishing"
+    assert follow(job, profiles=limited(namespaces=["other"])).phase == "Failed"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1", 1), ("1.5Gi", 3 * 2**29), ("50G", 50 * 10**9), ("2P", 2 * 10**15), ("500m", 0.5)]
+)
+def test_a_quantity_is_compared_by_what_it_stands_for(text: str, number: float) -> None:
+    assert amount(text) == number
+
+
+class Namespace:
+    """The QLoRAJobs of one namespace, in memory, and their operator. Nothing but the QLoRAJobs exists."""
+
+    def __init__(self, count: int, limit: int) -> None:
+        self.bodies = {f"job-{number}": self._body(f"job-{number}") for number in range(count)}
+        self.woken: list[Any] = []
+        self.counts = 0
+        self.now = 0.0
+        starts = Starts(self.list_qlora_jobs, self.woken.append, lambda: self.now)
+        profiles = limited(limits={"jobs": limit})
+        self._store = Store()
+        self._operator = Reconciler(self, profiles, None, Metrics(), lambda: NOW, starts, self._store)  # type: ignore[arg-type]
+
+    def delete(self, *names: str) -> None:
+        """Delete these QLoRAJobs, as a watch shows it."""
+        for name in names:
+            self._store.job_changed(self.bodies.pop(name), deleted=True)
+
+    @staticmethod
+    def _body(name: str) -> dict[str, Any]:
+        body = job_body()
+        return body | {"metadata": body["metadata"] | {"name": name, "uid": f"uid-{name}"}}
+
+    async def list_qlora_jobs(self, _namespace: str) -> list[dict[str, Any]]:
+        self.counts += 1
+        found = list(self.bodies.values())
+        await asyncio.sleep(0)
+        return found
+
+    async def get_qlora_job(self, _namespace: str, name: str) -> dict[str, Any] | None:
+        return self.bodies.get(name)
+
+    async def list_jobs(self, *_: Any) -> Listing:
+        await asyncio.sleep(0)
+        return Listing([], "9")
+
+    list_pods = list_jobs
+
+    async def create_event(self, *_: Any) -> None:
+        pass
+
+    async def create_claim(self, *_: Any) -> None:
+        pass
+
+    async def create_job(self, _namespace: str, manifest: dict[str, Any]) -> dict[str, Any]:
+        created = {"uid": f"uid-{manifest['metadata']['name']}", "resourceVersion": "8", "creationTimestamp": time()}
+        return manifest | {"metadata": manifest["metadata"] | created}
+
+    async def apply_status(self, job: Any, status: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        before = self.bodies[job.name]
+        newer = {"resourceVersion": str(int(before["metadata"]["resourceVersion"]) + 1)}
+        self.bodies[job.name] = before | {"status": status, "metadata": before["metadata"] | newer}
+        return self.bodies[job.name]
+
+    def started(self) -> list[str]:
+        return [name for name, body in self.bodies.items() if body["status"].get("resolved")]
+
+    def reconcile(self, *names: str) -> None:
+        """All of them at once."""
+
+        async def all_at_once() -> None:
+            await asyncio.gather(*(self._operator.reconcile(("team", name)) for name in names))
+
+        asyncio.run(all_at_once())
+
+    def serve(self) -> None:
+        """Whoever was woken, until nobody is."""
+        while self.woken:
+            self.reconcile(self.woken.pop(0)[1])
+
+
+def test_no_more_jobs_start_than_the_profile_allows_although_all_are_looked_at_at_once() -> None:
+    namespace = Namespace(count=50, limit=3)
+    namespace.reconcile(*namespace.bodies)
+    assert len(namespace.started()) == 3
+    # Three that found room, and one that found none.
+    assert namespace.counts == 4
+
+
+def test_whoever_waits_longest_starts_by_itself_when_a_job_ends_or_goes() -> None:
+    namespace = Namespace(count=5, limit=2)
+    for name in namespace.bodies:
+        namespace.reconcile(name)
+    assert namespace.started() == ["job-0", "job-1"]
+    namespace.delete("job-0")
+    namespace.reconcile("job-0")
+    namespace.serve()
+    assert namespace.started() == ["job-1", "job-2"]
+    # One that waits is deleted, and one that runs: the next in the row starts.
+    namespace.delete("job-3", "job-1")
+    namespace.reconcile("job-3", "job-1")
+    namespace.serve()
+    assert namespace.started() == ["job-2", "job-4"]
+
+
+def test_a_count_that_was_full_is_not_believed_for_long() -> None:
+    namespace = Namespace(count=2, limit=1)
+    namespace.reconcile("job-0")
+    namespace.reconcile("job-1")
+    finished = {"conditions": [{"type": "Failed", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}
+    first = namespace.bodies["job-0"]
+    namespace.bodies["job-0"] = first | {"status": first["status"] | finished}
+    namespace.reconcile("job-1")
+    assert namespace.started() == ["job-0"]
+    namespace.now = SECONDS_FULL
+    namespace.reconcile("job-1")
+    assert namespace.started() == ["job-0", "job-1"]
