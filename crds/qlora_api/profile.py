@@ -240,10 +240,11 @@ class Profile(ApiModel):
     )
     finished_job_seconds: int = Field(
         86_400,
-        ge=0,
+        ge=3600,
         le=2**31 - 1,
         description="Seconds after which a step's finished Job is deleted with its pods and their logs. The status of "
-        "the QLoRAJob and the workspace stay.",
+        "the QLoRAJob and the workspace stay. A step whose Job is deleted before the operator has seen its end "
+        "runs again, so it must not be away for as long.",
     )
     termination_grace_period_seconds: int = Field(
         120,

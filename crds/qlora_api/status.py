@@ -79,7 +79,7 @@ class StepStatus(ObservedModel):
         "", max_length=64, description="UID of its latest pod that failures, disruptions and activeSeconds include."
     )
     failures: int = Field(
-        0, ge=0, le=100_000, description="Failures in earlier Jobs of this step, which retry.maxFailures includes."
+        0, ge=0, le=100_000, description="Failures of this step so far, in all its Jobs, for retry.maxFailures."
     )
     running_pod: str = Field("", max_length=64, description="UID of the latest pod that was seen running.")
     running_since: Timestamp | None = Field(None, description="When that pod's trainer started.")
@@ -234,6 +234,10 @@ class QLoRAJobStatus(ObservedModel):
         0,
         description="Attempts so far whose pod was evicted, preempted by a pod, or deleted. Suspensions do not count.",
     )
+    first_attempt: int = Field(
+        1, ge=1, le=100_000, description="Number of each step's first Job; higher than any before once taken up."
+    )
+    highest_attempt: int = Field(0, ge=0, le=100_000, description="The highest number of a Job so far.")
     retry_request: Count | None = Field(None, description="The latest retry.request that has been seen.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
     active_until: Timestamp | None = Field(None, description="Time up to which activeSeconds has been counted.")

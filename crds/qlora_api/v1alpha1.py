@@ -131,7 +131,8 @@ class RetrySpec(ApiModel):
         ge=0,
         le=1_000_000,
         description="Raise it to take up a failed job: at the step that failed, from the last checkpoint, with fresh "
-        "counts and the profile and the mutable fields as they are then. Without effect on a job that has not failed.",
+        "counts and the profile and the mutable fields as they are then. It also takes today's profile for a "
+        "step whose pod could not start, for example for a wrong image. Without effect on any other job.",
     )
 
 

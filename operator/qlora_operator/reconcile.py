@@ -230,8 +230,7 @@ class Reconciler:
             try:
                 match action:
                     case DeleteJob(name, uid):
-                        logger.info("delete Job %s", name, extra={"key": (job.namespace, job.name)})
-                        await self.cluster.delete_job(job.namespace, name, uid)
+                        await self._delete_job(job, name, uid)
                     case CreateClaim() if resolved is not None:
                         await self._create_claim(job, resolved)
                     case CreateJob() if resolved is not None:
@@ -242,6 +241,17 @@ class Reconciler:
                 logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
                 return with_rejection(status, facts, blocked.reason), blocked.again
         return status, None
+
+    async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
+        """Delete this very Job. Raises _BlockedError if the API server does not allow it."""
+        try:
+            await self.cluster.delete_job(job.namespace, name, uid)
+            logger.info("deleted Job %s", name, extra={"key": (job.namespace, job.name)})
+        except RejectedError as error:
+            raise _BlockedError(
+                Reason("JobRejected", f"the API server rejects the deletion of Job {name}: {error}"),
+                _SECONDS_AFTER_REJECTION,
+            ) from error
 
     async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> str:
         """UID of the step's Job, created now or by a pass that was interrupted. Raises _BlockedError."""

@@ -163,8 +163,8 @@ OPERATOR = (
     Mutant(
         name="suspensions-count-as-disruptions",
         file=f"{_DECISIONS}/attempts.py",
-        old="if child is None or child.deleting or child.suspended or job.spec.suspend:",
-        new="if child is None or child.deleting or job.spec.suspend:",
+        old="if child is None or child.deleting or child.suspended or child.complete or job.spec.suspend:",
+        new="if child is None or child.deleting or child.complete or job.spec.suspend:",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
     Mutant(
@@ -212,7 +212,7 @@ OPERATOR = (
     Mutant(
         name="an-old-profile-is-kept",
         file=f"{_DECISIONS}/taking_up.py",
-        old='"resolved": with_profile_of_today(status.resolved, facts),',
+        old='"resolved": with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared")),',
         new='"resolved": status.resolved,',
         tests=(
             f"{_OPERATOR_TESTS}/test_taking_up.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
@@ -237,8 +237,8 @@ OPERATOR = (
     Mutant(
         name="rejected-pods-fail-the-job",
         file=f"{_DECISIONS}/advance.py",
-        old="if any(pod.rejected for pod in ended)",
-        new="if False and any(pod.rejected for pod in ended)",
+        old="if spared and step.failures <= allowed and not ended[-1].decisive:",
+        new="if False:",
         tests=(
             f"{_OPERATOR_TESTS}/test_status.py::test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_another",
         ),
@@ -404,8 +404,10 @@ OPERATOR = (
     Mutant(
         name="a-rejected-job-is-no-reason",
         file=f"{_OPERATOR}/reconcile.py",
-        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("JobRejected"',
-        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("JobRejected"',
+        old="except RejectedError as error:\n            raise _BlockedError(\n                "
+        'Reason("JobRejected", f"the API server rejects Job',
+        new="except ValueError as error:\n            raise _BlockedError(\n                "
+        'Reason("JobRejected", f"the API server rejects Job',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),

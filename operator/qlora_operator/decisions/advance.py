@@ -3,7 +3,7 @@
 from qlora_api.contract import ResultRecord
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
-from qlora_operator.decisions.attempts import count_attempts, describe_failure, step_failures
+from qlora_operator.decisions.attempts import count_attempts, describe_failure
 from qlora_operator.decisions.conditions import is_finished
 from qlora_operator.decisions.endings import DONE, fail, failure_of, succeed
 from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_condition
@@ -45,22 +45,23 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if killed := next((pod for pod in pods if pod.ended and pod.out_of_memory), None):
         return fail(status, facts, describe_failure(killed, job, step.name))
     if child.failure is not None:
-        return _follow_failure(status, facts, step, child.failure)
+        return _follow_failure(status, facts, step, child)
     return status
 
 
-def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, failure: Reason) -> QLoRAJobStatus:
+def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, child: ChildJob) -> QLoRAJobStatus:
     """The status after the step's Job has failed: the end, unless what failed it is no failure of the step."""
     pods = facts.observed.pods_of(step.job_uid)
     ended = [pod for pod in pods if pod.ended and not pod.exited_well]
     if not ended:
-        return fail(status, facts, _without_pod(failure, step, facts))
-    failures = step_failures(step, facts.observed)
+        return fail(status, facts, _without_pod(child.failure or Reason("", ""), step, facts))
+    allowed = facts.job.spec.retry.max_failures
+    # The Job counts pods that the kubelet rejects as failures, and knows of no limit that was raised later.
+    spared = any(pod.rejected for pod in ended) or (child.backoff_limit is not None and child.backoff_limit < allowed)
     if ended[-1].unsupported:
         return _after_unsupported(status, facts, step)
-    if any(pod.rejected for pod in ended) and failures <= facts.job.spec.retry.max_failures and not ended[-1].decisive:
-        # The Job counts pods that the kubelet rejects as failures, and has no policy that could ignore them.
-        return status.model_copy(update={"step": next_attempt(step, facts, failures=failures)})
+    if spared and step.failures <= allowed and not ended[-1].decisive:
+        return status.model_copy(update={"step": next_attempt(step, facts)})
     record = ended[-1].result(facts.job.uid, step.name)
     status = with_known_facts(status, record) if record else status
     return fail(status, facts, describe_failure(ended[-1], facts.job, step.name))
@@ -97,7 +98,7 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
     else:
         status = with_training_facts(status, record)
     status = set_condition(status, facts, DONE[step], "True", Reason("Done", f"the {step} step has succeeded"))
-    return status.model_copy(update={"step": new_step(facts.job, _NEXT[step], 1)})
+    return status.model_copy(update={"step": new_step(facts.job, _NEXT[step], status.first_attempt)})
 
 
 def _complete_unverified(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:

@@ -5,7 +5,7 @@ The pods of a job run one after the other. `status.step.countedPod` is the lates
 """
 
 import itertools
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
@@ -13,6 +13,8 @@ from qlora_operator.decisions.conditions import truncate
 from qlora_operator.decisions.figures import with_saved_step
 from qlora_operator.decisions.observe import ChildJob, Observed, Pod, QLoRAJob, format_time, parse_time
 
+LONGEST_WITHOUT_NEWS = timedelta(minutes=15)
+"""For how long after it was last heard of a pod is taken to have run that is gone without a trace."""
 _EXIT_CODES = {int(code): code for code in ExitCode}
 
 
@@ -47,14 +49,9 @@ def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
     return status.model_copy(update={"active_seconds": total, "active_until": format_time(now)})
 
 
-def step_failures(step: StepStatus, observed: Observed) -> int:
-    """How many attempts of the step have failed by themselves, in all its Jobs."""
-    return step.failures + sum(pod.failed for pod in observed.pods_of(step.job_uid))
-
-
 def _stopped_on_purpose(created: datetime | None, child: ChildJob | None, job: QLoRAJob) -> bool:
     """Whether a pod of that creation time ended because its Job was deleted or suspended: that is no disruption."""
-    if child is None or child.deleting or child.suspended or job.spec.suspend:
+    if child is None or child.deleting or child.suspended or child.complete or job.spec.suspend:
         return True
     # A queue had suspended the Job, which has been resumed since.
     return child.resumed is not None and created is not None and created < child.resumed
@@ -69,7 +66,7 @@ def _count_vanished(
         return status
     if any(pod.uid == step.running_pod for pod in pods):
         return status
-    start, end = parse_time(step.running_since), child.ended if child and child.ended else now
+    start, end = parse_time(step.running_since), _vanished_at(step, child, pods, now)
     until = parse_time(status.active_until) if status.active_until else end
     return status.model_copy(
         update={
@@ -79,6 +76,13 @@ def _count_vanished(
             "step": step.model_copy(update={"counted_pod": step.running_pod}),
         }
     )
+
+
+def _vanished_at(step: StepStatus, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime) -> datetime:
+    """When a pod that is gone has ended at the latest: an operator that was away for days must not charge for them."""
+    last_seen = parse_time(step.progressed_at or step.running_since or format_time(now))
+    known = [now, last_seen + LONGEST_WITHOUT_NEWS, *([child.ended] if child and child.ended else [])]
+    return min(known + [pod.created for pod in pods if pod.created > last_seen])
 
 
 def active_seconds(status: QLoRAJobStatus, observed: Observed, now: datetime) -> int:
@@ -157,7 +161,8 @@ def _count(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod, step: StepName, *, o
         "active_until": format_time(max(end, until)),
     }
     if pod.uid != status.step.counted_pod:
-        changes["step"] = status.step.model_copy(update={"counted_pod": pod.uid})
+        failures = status.step.failures + int(pod.failed)
+        changes["step"] = status.step.model_copy(update={"counted_pod": pod.uid, "failures": failures})
         if pod.interrupted:
             changes["disruptions"] = status.disruptions + (0 if on_purpose else 1)
         elif not pod.exited_well:

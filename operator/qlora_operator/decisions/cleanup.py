@@ -30,7 +30,8 @@ def follow_cleanup(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     due = cleanup_at(facts.job, status)
     if due is None:
         scheduled = condition(status, "CleanedUp")
-        if scheduled is None or scheduled.status == "True" or scheduled.reason == "NotScheduled":
+        asked = facts.job.spec.cleanup_after_seconds is not None
+        if asked or scheduled is None or scheduled.status == "True" or scheduled.reason == "NotScheduled":
             return status
         return set_condition(
             status, facts, "CleanedUp", "False", Reason("NotScheduled", "spec.cleanupAfterSeconds is not set")

@@ -2,14 +2,16 @@
 
 from qlora_api.contract import ExitCode
 from qlora_api.duration import format_duration
-from qlora_api.status import QLoRAJobStatus, StepStatus
-from qlora_operator.decisions.attempts import active_seconds, charge_running, step_failures
+from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
+from qlora_operator.decisions.attempts import active_seconds, charge_running
 from qlora_operator.decisions.conditions import condition, is_finished
 from qlora_operator.decisions.endings import fail, failure_of
 from qlora_operator.decisions.facts import Facts, next_attempt
 from qlora_operator.decisions.observe import parse_time
 
 DEFAULT_PROGRESS_DEADLINE_SECONDS = 3600
+_REPORTING: tuple[StepName, ...] = ("prepare", "train")
+"""The steps that report as they go. Publish says nothing while it merges or uploads a large model."""
 
 
 def enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -30,7 +32,7 @@ def enforce_failures(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     step, limit = status.step, facts.job.spec.retry.max_failures
     if is_finished(status) or step is None or status.last_failure is None:
         return status
-    return status if step_failures(step, facts.observed) <= limit else fail(status, facts, status.last_failure)
+    return status if step.failures <= limit else fail(status, facts, status.last_failure)
 
 
 def enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -55,7 +57,7 @@ def enforce_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if is_finished(status) or step is None or idle is None or job.spec.retry.on_no_progress != "restart":
         return status
     failure = failure_of(step.name, "ProgressDeadlineExceeded", no_progress(step, idle), facts)
-    failures = step_failures(step, facts.observed) + 1
+    failures = step.failures + 1
     status = charge_running(status, facts.observed, facts.now)
     status = status.model_copy(update={"failures": status.failures + 1, "last_failure": failure})
     if failures > job.spec.retry.max_failures:
@@ -66,7 +68,7 @@ def enforce_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 def idle_seconds(status: QLoRAJobStatus, facts: Facts) -> int | None:
     """For how long the running step has made no progress, once that is longer than the job allows; else None."""
     step = status.step
-    if step is None or step.progressed_at is None or facts.job.spec.suspend:
+    if step is None or step.name not in _REPORTING or step.progressed_at is None or facts.job.spec.suspend:
         return None
     if not any(pod.running and pod.uid == step.running_pod for pod in facts.observed.pods_of(step.job_uid)):
         return None

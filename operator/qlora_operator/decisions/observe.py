@@ -166,6 +166,8 @@ class ChildJob:
     deleting: bool = False
     complete: bool = False
     failure: Reason | None = None
+    backoff_limit: int | None = None
+    """How many failures of its pods it allows."""
     ended: datetime | None = None
     suspended: bool = False
     """Whether it gets no pods because its `suspend` is true, which only others set, or was until just now."""
@@ -342,6 +344,7 @@ def parse_child(body: Object) -> ChildJob:
         deleting="deletionTimestamp" in metadata,
         complete="Complete" in conditions,
         failure=Reason(failed.get("reason", ""), failed.get("message", "")) if failed else None,
+        backoff_limit=(body.get("spec") or {}).get("backoffLimit"),
         ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
         suspended=suspended,
         suspended_since=_optional_time(stopped.get("lastTransitionTime")) if stopped else None,

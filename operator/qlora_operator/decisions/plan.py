@@ -11,7 +11,7 @@ from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
 
-PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60)
+PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60), timedelta(minutes=30)
 # Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
 QUEUE_MOMENT = timedelta(seconds=30)
 QUEUE_INTERVAL, FIRST_QUEUE_INTERVAL = timedelta(seconds=60), timedelta(seconds=3)
@@ -58,6 +58,9 @@ def plan(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetim
         if not is_finished(job.status):
             return Plan(look_again=now)
         return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
+    if _is_restarted(job.status.step, status.step, observed):
+        # Why its Job is deleted is stored before: after a kill in between it would look like somebody else's work.
+        return Plan(look_again=now)
     return Plan(tuple(_on_the_way(job, status, observed, now)), _earliest(_times(job, status, observed, now), now))
 
 
@@ -99,12 +102,22 @@ def _place(step: StepStatus | None) -> tuple[object, ...]:
     return (step.name, step.attempt, step.counted_pod) if step else ("prepare", 1, "")
 
 
+def _is_restarted(stored: StepStatus | None, step: StepStatus | None, observed: Observed) -> bool:
+    """Whether the step gets another Job although the one that is stored still runs."""
+    if stored is None or step is None or stored.job_name == step.job_name:
+        return False
+    child = observed.child(stored.job_name)
+    return child is not None and child in tuple(_running(observed))
+
+
 def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:
     step = status.step
     wanted = None if step is None or job.spec.suspend else step.job_name
     if job.problem and not job.spec.suspend:
         return
     yield from (_delete(child) for child in _running(observed) if child.name != wanted)
+    if (cleaning := observed.child(clean_job_name(job))) is not None and cleaning.finished and not cleaning.deleting:
+        yield _delete(cleaning)  # of the end before: the next end has a clean-up of its own
     if step is None or wanted is None or step.job_uid or observed.child(wanted) is not None or observed.live_pods:
         return
     if any(now < due for due in _after_rejections(observed)):
@@ -115,8 +128,11 @@ def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: 
 
 
 def _after_rejections(observed: Observed) -> Iterator[datetime]:
-    """When a Job may be created after a pod that the kubelet has rejected: a node needs a moment to recover."""
-    return (pod.created + PAUSE_AFTER_REJECTED_POD for pod in observed.pods if pod.rejected)
+    """When a Job may be created after a pod that the kubelet has rejected: a node may need a moment, or help."""
+    rejected = [pod.created for pod in observed.pods if pod.rejected]
+    if rejected:
+        pause = PAUSE_AFTER_REJECTED_POD * 2 ** min(len(rejected) - 1, 10)
+        yield max(rejected) + min(pause, LONGEST_PAUSE_AFTER_REJECTED_POD)
 
 
 def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:

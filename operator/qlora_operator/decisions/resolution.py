@@ -12,12 +12,13 @@ from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
 
 JOB_LIMIT_REACHED = "JobLimitReached"
+_FIRST = ("prepare", 1)
 
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status with everything fixed that the pods depend on, as soon as the job may start."""
     job = facts.job
-    if status.resolved is not None:
+    if status.resolved is not None and not _may_still_change(status, facts):
         return status
     if (first := _first_job(facts)) and (resolved := _resolved_by(first)):
         # The operator was stopped, or has had more urgent work, since it created the first Job.
@@ -37,6 +38,14 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         workspace_path=workspace_folder(job.name, job.uid),
     )
     return status.model_copy(update={"resolved": resolved, "step": new_step(job, "prepare", 1)})
+
+
+def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
+    """Whether nothing was created yet, as a quota may reject it, and the profile has been mended since."""
+    step, today = status.step, facts.profiles.get(facts.job.spec.scheduling.profile)
+    if step is None or status.resolved is None or today is None or step.job_uid or (step.name, step.attempt) != _FIRST:
+        return False
+    return _first_job(facts) is None and status.resolved.profile != _as_copied(today)
 
 
 def _first_job(facts: Facts) -> ChildJob | None:
@@ -104,12 +113,18 @@ def objection_of_limits(facts: Facts) -> Reason | None:
     return None
 
 
-def with_profile_of_today(resolved: Resolved | None, facts: Facts) -> Resolved | None:
-    """What was resolved with the administrator's profile as it is now, if there still is one of that name."""
+def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_trainer: bool = False) -> Resolved | None:
+    """What was resolved with the administrator's profile as it is now, if there still is one of that name.
+
+    `same_trainer`: except for the image.
+    """
     profile = facts.profiles.get(facts.job.spec.scheduling.profile)
     if resolved is None or profile is None:
         return resolved
-    return resolved.model_copy(update={"profile": _as_copied(profile), "contract_version": CONTRACT_VERSION})
+    copied = _as_copied(profile)
+    if same_trainer:
+        return resolved.model_copy(update={"profile": copied.model_copy(update={"image": resolved.profile.image})})
+    return resolved.model_copy(update={"profile": copied, "contract_version": CONTRACT_VERSION})
 
 
 def _as_copied(profile: Profile) -> Profile:

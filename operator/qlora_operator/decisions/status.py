@@ -7,11 +7,11 @@ from qlora_operator.decisions.advance import advance
 from qlora_operator.decisions.attempts import count_attempts, watch_pod
 from qlora_operator.decisions.cleanup import follow_cleanup
 from qlora_operator.decisions.conditions import is_finished
-from qlora_operator.decisions.facts import Facts, set_condition
+from qlora_operator.decisions.facts import Facts, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_progress
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
 from qlora_operator.decisions.observe import Reason, format_time
-from qlora_operator.decisions.resolution import objection_of_limits, resolve
+from qlora_operator.decisions.resolution import objection_of_limits, resolve, with_profile_of_today
 from qlora_operator.decisions.summary import summarize
 from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
 
@@ -46,7 +46,9 @@ def with_rejection(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoR
 
 
 def _follow_end(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    return follow_cleanup(status.model_copy(update={"observed_generation": facts.job.generation}), facts)
+    # A request in a spec that cannot be read now is to be seen by the operator that can.
+    seen = status.observed_generation if facts.job.problem else facts.job.generation
+    return follow_cleanup(status.model_copy(update={"observed_generation": seen}), facts)
 
 
 def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -56,8 +58,21 @@ def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _note_request(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    request = facts.job.spec.retry.request
-    return status if request is None else status.model_copy(update={"retry_request": request})
+    """The status with the request seen; a step whose pods could not start gets a new Job with today's profile."""
+    request, step = facts.job.spec.retry.request, status.step
+    if request is None:
+        return status
+    raised, changes = request > (status.retry_request or 0), {"retry_request": request}
+    status = status.model_copy(update=changes)
+    if not raised or step is None or not step.job_uid or step.running_pod or step.counted_pod:
+        return status
+    resolved = with_profile_of_today(status.resolved, facts, same_trainer=step.name != "prepare")
+    return status.model_copy(update={"step": next_attempt(step, facts), "resolved": resolved})
+
+
+def _note_attempt(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    attempt = status.step.attempt if status.step else 0
+    return status if attempt <= status.highest_attempt else status.model_copy(update={"highest_attempt": attempt})
 
 
 def _count(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -82,6 +97,7 @@ Transition = Callable[[QLoRAJobStatus, Facts], QLoRAJobStatus]
 _STOPPING: tuple[Transition, ...] = (_start, _count, enforce_deadline)
 _TRANSITIONS: tuple[Transition, ...] = (
     _start,
+    _note_attempt,
     _note_request,
     resolve,
     _count,

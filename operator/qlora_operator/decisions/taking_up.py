@@ -1,5 +1,6 @@
 """Takes up a failed job when its user asks for it; pure."""
 
+from qlora_api.contract import ExitCode
 from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.cleanup import clean_job_name
 from qlora_operator.decisions.conditions import is_true
@@ -19,13 +20,15 @@ def is_to_be_taken_up(job: QLoRAJob) -> bool:
 def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status of a failed job that goes on at the step that failed, with the profile as it is now.
 
-    After a clean-up, or in the middle of one, it goes on at prepare, which fetches again what is missing; a step whose
-    result is still there reports it again.
+    After a clean-up, in the middle of one, or without its base model, it goes on at prepare, which fetches again what
+    is missing; a step whose result is still there reports it again.
     """
     job, step = facts.job, status.step
     if step is None:
         return status
     cleaned = is_true(status, "CleanedUp") or facts.observed.child(clean_job_name(job)) is not None
+    cleaned = cleaned or _has_lost_its_model(facts)
+    first_attempt = max(status.highest_attempt, step.attempt) + 1
     name: StepName = "prepare" if cleaned else step.name
     forgotten = {"CleanedUp", *(DONE.values() if cleaned else ()), *([DONE[name]] if name in DONE else ())}
     conditions = tuple(entry for entry in status.conditions if entry.type not in forgotten)
@@ -34,8 +37,19 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         "completion_time": None,
         "failures": 0,
         "disruptions": 0,
-        "step": new_step(job, name, step.attempt + 1),
-        "resolved": with_profile_of_today(status.resolved, facts),
+        "last_failure": None,
+        "first_attempt": first_attempt,
+        "step": new_step(job, name, first_attempt),
+        # Only the trainer that began a run goes on with it: its image stays, once there is something to go on with.
+        "resolved": with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared")),
     }
     reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
     return set_condition(status.model_copy(update=changes), facts, "Failed", "False", reason)
+
+
+def _has_lost_its_model(facts: Facts) -> bool:
+    """Whether the base model is no longer where prepare has left it: only prepare can fetch it again."""
+    status, today = facts.job.status, facts.profiles.get(facts.job.spec.scheduling.profile)
+    if status.last_failure is not None and status.last_failure.reason == ExitCode.MODEL_UNAVAILABLE.reason:
+        return True
+    return bool(status.resolved and today and status.resolved.profile.model_cache != today.model_cache)

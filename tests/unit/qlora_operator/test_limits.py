@@ -15,6 +15,7 @@ from tests.support.builders import (
     conditions_of,
     deleted,
     ended,
+    failed,
     follow,
     make_job,
     message_of,
@@ -24,6 +25,7 @@ from tests.support.builders import (
     running,
     seen,
     status_in,
+    step_status,
     time,
 )
 
@@ -96,7 +98,9 @@ def test_the_job_may_ask_for_a_restart_which_counts_as_a_failure() -> None:
     assert status.last_failure is not None
     assert status.last_failure.reason == "ProgressDeadlineExceeded"
     assert status.active_seconds == 3660
-    actions = plan(make_job(stored, **spec), status, seen(*RUNNING), after(3600)).actions
+    # Why is stored before the Job is deleted: a kill in between would hide that it was a failure.
+    assert plan(make_job(stored, **spec), status, seen(*RUNNING), after(3600)).actions == ()
+    actions = plan(make_job(status, **spec), status, seen(*RUNNING), after(3600)).actions
     assert actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
     # It is restarted as often as it may fail.
     again = status.model_copy(
@@ -126,6 +130,51 @@ def test_a_pod_that_vanished_counts_for_what_it_ran(bodies: tuple[Any, ...], dis
     status = follow(job, *bodies, now=after(40))
     assert (status.active_seconds, status.disruptions) == (100, disruptions)
     assert follow(make_job(status), *bodies, now=after(90)).active_seconds == 100
+
+
+def test_an_operator_that_was_away_for_days_charges_a_vanished_pod_for_minutes() -> None:
+    three_days = 3 * 86400
+    status = follow(make_job(watched()), now=after(three_days))
+    assert status.active_seconds == 60 + 15 * 60
+    successor = pod("train", number=2)
+    successor["metadata"]["creationTimestamp"] = time(30)
+    status = follow(make_job(watched()), child("train"), successor, now=after(three_days))
+    assert (status.active_seconds, status.disruptions) == (90, 1)
+    assert follow(make_job(watched()), child("train", Complete=""), now=after(30)).disruptions == 0
+
+
+def test_publish_may_be_silent_for_long() -> None:
+    bodies = (child("publish"), running(pod("publish"), since=-60))
+    spec: dict[str, Any] = {"retry": {"onNoProgress": "restart"}}
+    stored = follow(make_job(status_in("publish"), **spec), *bodies)
+    status = look(stored, 99_999, *bodies, log_read=True, **spec)
+    assert (conditions_of(status)["Progressing"], status.failures) == ("True", 0)
+
+
+def test_failures_are_remembered_when_their_job_is_gone_and_a_raised_limit_holds_at_once() -> None:
+    own = failed("train", 203, "InternalError", "no luck")
+    stored = look(watched(), 10, child("train"), own)
+    assert stored.step is not None
+    assert stored.step.failures == 1
+    gone = follow(make_job(stored), now=after(20))
+    assert gone.step is not None
+    assert (gone.step.job_name, gone.step.failures) == (f"{NAME}-train-2", 1)
+    ended_job = child("train", Failed="BackoffLimitExceeded")
+    ended_job["spec"] = {"backoffLimit": 0}
+    assert look(watched(), 10, ended_job, own, retry={"maxFailures": 0}).phase == "Failed"
+    status = look(watched(), 10, ended_job, own, retry={"maxFailures": 5})
+    assert status.step is not None
+    assert (status.phase, status.step.job_name, status.step.failures) == ("Queued", f"{NAME}-train-2", 1)
+
+
+def test_the_pause_after_rejected_pods_grows() -> None:
+    job = make_job(status_in("train", step=step_status("train", 9, jobUid="").dump()))
+    rejected = [pod("train", 8, number=n, phase="Failed", reason="OutOfcpu") for n in range(1, 5)]
+    for count, pause in ((1, 60), (3, 240)):
+        bodies = rejected[:count]
+        moment = -600 + count + pause
+        assert plan(job, follow(job, *bodies, now=after(moment - 1)), seen(*bodies), after(moment - 1)).actions == ()
+        assert plan(job, follow(job, *bodies, now=after(moment)), seen(*bodies), after(moment)).actions
 
 
 def test_a_deadline_is_not_evaded_by_deleting_pods_by_force() -> None:

@@ -362,7 +362,7 @@ def test_failures_in_earlier_jobs_of_a_step_are_not_granted_again() -> None:
 
 def test_a_finished_job_and_its_pods_go_after_a_day() -> None:
     assert build("prepare")["spec"]["ttlSecondsAfterFinished"] == 86_400
-    assert build("prepare", {"finishedJobSeconds": 60})["spec"]["ttlSecondsAfterFinished"] == 60
+    assert build("prepare", {"finishedJobSeconds": 7200})["spec"]["ttlSecondsAfterFinished"] == 7200
 
 
 @pytest.mark.parametrize("step", STEPS)

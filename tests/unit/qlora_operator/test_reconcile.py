@@ -273,6 +273,14 @@ def test_an_end_that_the_watch_has_shown_is_read_again_before_it_is_stored() -> 
     assert (cluster.status.phase, cluster.reads) == ("Succeeded", 3)
 
 
+def test_a_deletion_that_the_api_server_rejects_is_reported() -> None:
+    cluster = stored(status_in("train"), suspend=True)
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    cluster._rejected = (f"deletion of {NAME}-train-1",)
+    assert reconcile(cluster) == 30.0
+    assert reason_of(cluster.status) == "JobRejected"
+
+
 def test_a_suspension_that_was_taken_back_deletes_nothing() -> None:
     cluster = stored(status_in("train"), suspend=True)
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]

@@ -83,7 +83,7 @@ def test_a_namespace_learns_only_of_profiles_that_it_may_use() -> None:
 
 
 def test_a_failed_job_is_taken_up_only_within_the_limits_of_today() -> None:
-    ends = (child("publish", Failed="PodFailurePolicy"), failed("publish", 12, "ModelUnavailable", "the key expired"))
+    ends = (child("publish", Failed="PodFailurePolicy"), failed("publish", 10, "BadConfiguration", "the key expired"))
     stored, profiles = follow(make_job(status_in("publish")), *ends), limited(limits={"jobs": 1})
     job = make_job(stored, retry={"request": 1})
     assert limit_of_jobs(job, profiles) == 1

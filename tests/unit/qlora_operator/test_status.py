@@ -452,7 +452,7 @@ def test_a_job_that_was_made_just_before_the_operator_died_is_found() -> None:
 def test_attempts_of_a_job_that_was_created_just_before_the_operator_died_are_counted() -> None:
     stored = status_in("train", step=step_status("train", jobUid="").dump())
     status = follow(make_job(stored), child("train"), ended(pod("train"), 203))
-    assert status.step == step_status("train", countedPod=f"uid-{NAME}-train-1-pod1")
+    assert status.step == step_status("train", countedPod=f"uid-{NAME}-train-1-pod1", failures=1)
     assert (status.failures, status.active_seconds) == (1, 50)
 
 

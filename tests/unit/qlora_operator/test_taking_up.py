@@ -27,9 +27,11 @@ from tests.support.builders import (
     running,
     seen,
     status_in,
+    step_status,
+    succeeded,
 )
 
-FORBIDDEN = (child("publish", Failed="PodFailurePolicy"), failed("publish", 12, "ModelUnavailable", "the key expired"))
+FORBIDDEN = (child("publish", Failed="PodFailurePolicy"), failed("publish", 10, "BadConfiguration", "the key expired"))
 
 
 def failed_job(**spec: Any) -> QLoRAJobStatus:
@@ -66,9 +68,11 @@ def test_the_same_or_a_lower_request_takes_nothing_up() -> None:
 
 
 def test_a_request_that_was_made_before_the_failure_is_spent() -> None:
-    running = follow(make_job(status_in("publish"), retry={"request": 5}), child("publish"))
-    assert running.retry_request == 5
-    end = follow(make_job(running, retry={"request": 5}), *FORBIDDEN)
+    begun = make_job(status_in("publish"), retry={"request": 5})
+    stored = follow(make_job(status_in("publish")), child("publish"), running(pod("publish")))
+    stored = follow(make_job(stored, retry={"request": 5}), child("publish"), running(pod("publish")))
+    assert (stored.retry_request, stored.step and stored.step.attempt, begun.name) == (5, 1, NAME)
+    end = follow(make_job(stored, retry={"request": 5}), *FORBIDDEN)
     assert take_up(end, 5).phase == "Failed"
 
 
@@ -83,7 +87,8 @@ def test_a_job_that_succeeded_is_not_taken_up() -> None:
 
 
 def test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it() -> None:
-    mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended"})
+    mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended", "hubEndpoint": "https://hub"})
+    kept = mended.model_copy(update={"image": PROFILE.image})
     stored = failed_job()
     assert stored.resolved is not None
     old = stored.model_copy(update={"resolved": stored.resolved.model_copy(update={"contract_version": 1})})
@@ -91,10 +96,77 @@ def test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_
     status = take_up(old, profiles={"default": mended})
 
     assert status.resolved is not None
-    assert (status.resolved.profile, status.resolved.contract_version) == (mended, CONTRACT_VERSION)
+    # Except for the image: only the trainer that began a run goes on with it.
+    assert (status.resolved.profile, status.resolved.contract_version) == (kept, 1)
     without = take_up(old, profiles={"other": mended})
     assert without.resolved is not None
     assert without.resolved.profile == PROFILE
+
+
+def test_a_job_that_has_prepared_nothing_takes_the_image_of_today_too() -> None:
+    broken = (child("prepare", Failed="PodFailurePolicy"), failed("prepare", 10, "BadConfiguration", "old"))
+    newer = Profile.model_validate(PROFILE.dump() | {"image": "example.org/newer"})
+    stored = follow(make_job(status_in("prepare")), *broken)
+    status = take_up(stored, 1, *broken, profiles={"default": newer})
+    assert status.resolved is not None
+    assert (status.resolved.profile, status.resolved.contract_version) == (newer, CONTRACT_VERSION)
+
+
+def test_no_number_of_a_job_is_used_twice() -> None:
+    """Prepare had seven Jobs, and training failed in its first: no step may find an old Job under its new name."""
+    many = follow(make_job(status_in("prepare", 7)), child("prepare", 7, Complete=""), succeeded("prepare", 7))
+    assert many.highest_attempt == 7
+    training = many.model_copy(update={"step": step_status("train")})
+    broken = (child("train", Failed="PodFailurePolicy"), failed("train", 14, "Diverged", "the loss is not finite"))
+    stored = follow(make_job(training), *broken)
+    status = take_up(stored, 1, child("clean"), *broken)
+    assert status.step is not None
+    assert status.step.job_name == f"{NAME}-prepare-8"
+    begun = status.model_copy(update={"step": step_status("prepare", 8)})
+    again = (child("prepare", 8, Complete=""), succeeded("prepare", 8), *broken)
+    status = follow(make_job(begun, retry={"request": 1}), *again)
+    assert status.step is not None
+    assert (status.step.job_name, status.last_failure) == (f"{NAME}-train-8", None)
+
+
+def test_the_clean_up_of_the_end_before_is_no_clean_up_of_the_next() -> None:
+    cleaned = child("clean", Complete="")
+    job = make_job(take_up(failed_job(cleanupAfterSeconds=0), 1, cleaned), retry={"request": 1})
+    actions = plan(job, follow(job, cleaned), seen(cleaned), NOW).actions
+    assert DeleteJob(f"{NAME}-clean-1", cleaned["metadata"]["uid"]) in actions
+
+
+def test_a_job_whose_base_model_is_gone_goes_on_at_prepare() -> None:
+    gone = (child("train", Failed="PodFailurePolicy"), failed("train", 12, "ModelUnavailable", "no model"))
+    stored = follow(make_job(status_in("train")), *gone)
+    status = take_up(stored, 1, *gone)
+    assert status.step is not None
+    assert status.step.name == "prepare"
+    cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
+    status = take_up(failed_job(), profiles={"default": cached})
+    assert status.step is not None
+    assert status.step.name == "prepare"
+
+
+def test_a_step_that_could_not_start_takes_todays_profile_on_request() -> None:
+    mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended"})
+    stored = follow(make_job(status_in("prepare")), child("prepare"), pod("prepare"))
+    status = take_up(stored, 1, child("prepare"), pod("prepare"), profiles={"default": mended})
+    assert status.resolved is not None
+    assert status.step is not None
+    assert (status.resolved.profile, status.step.job_name) == (mended, f"{NAME}-prepare-2")
+
+
+def test_a_profile_is_not_fixed_before_anything_exists() -> None:
+    mended = Profile.model_validate(PROFILE.dump() | {"image": "example.org/mended"})
+    rejected = follow(make_job())
+    status = follow(make_job(rejected), profiles={"default": mended})
+    assert status.resolved is not None
+    assert status.resolved.profile == mended
+    # What exists says itself what it was made from.
+    status = follow(make_job(rejected), child("prepare"), profiles={"default": mended})
+    assert status.resolved is not None
+    assert status.resolved.profile == PROFILE
 
 
 @pytest.mark.parametrize("cleaning", [child("clean"), child("clean", Complete="")], ids=["cleaning", "cleaned"])
