@@ -74,7 +74,7 @@ class Reconciler:
         job = await self._gather_job(key)
         if job is None or job.deleting or _is_settled(job):
             self._forget(key)
-            if job is None:
+            if job is None or job.deleting:
                 self.starts.leave(key)
             return None
         async with self._count_started(job) as others:
