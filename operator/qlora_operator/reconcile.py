@@ -173,6 +173,7 @@ class Reconciler:
             await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
             job = None
         if job is None or job.deleting:
+            self.starts.leave(key)
             self._forget(key)
             return None
         return job

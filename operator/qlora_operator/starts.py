@@ -57,7 +57,7 @@ class Starts:
         return any(key in waiting for waiting in self._waiting.values())
 
     def leave(self, key: Key) -> None:
-        """The job has ended or is gone, or no longer waits: whoever waits longest is looked at."""
+        """The job has ended, goes or is gone, or no longer waits: whoever waits longest is looked at."""
         for group in [group for group in self._waiting if group[0] == key[0]]:
             waiting = self._waiting[group]
             waiting.pop(key, None)

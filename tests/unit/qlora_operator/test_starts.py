@@ -197,6 +197,18 @@ def test_whoever_waits_longest_starts_by_itself_when_a_job_ends_or_goes() -> Non
     assert namespace.started() == ["job-2", "job-4"]
 
 
+def test_a_job_that_is_deleted_and_does_not_go_keeps_no_other_waiting() -> None:
+    namespace = Namespace(count=4, limit=1)
+    for name in namespace.bodies:
+        namespace.reconcile(name)
+    stays = namespace.bodies["job-1"]
+    namespace.bodies["job-1"] = stays | {"metadata": stays["metadata"] | {"deletionTimestamp": time()}}
+    del namespace.bodies["job-0"]
+    namespace.reconcile("job-0")
+    namespace.serve()
+    assert namespace.started() == ["job-2"]
+
+
 def test_a_count_that_was_full_is_not_believed_for_long() -> None:
     namespace = Namespace(count=2, limit=1)
     namespace.reconcile("job-0")
