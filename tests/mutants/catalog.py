@@ -347,8 +347,8 @@ OPERATOR = (
     Mutant(
         name="a-deleted-job-is-worked-on",
         file=f"{_OPERATOR}/reconcile.py",
-        old=" or job.deleting or _is_settled",
-        new=" or _is_settled",
+        old=" or job.deleting",
+        new="",
         tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_being_deleted_is_left_alone",),
     ),
     Mutant(

@@ -114,6 +114,13 @@ class Namespace:
         self._store = Store()
         self._operator = Reconciler(self, profiles, None, Metrics(), lambda: NOW, starts, self._store)  # type: ignore[arg-type]
 
+    def show(self, name: str, **metadata: str) -> None:
+        """Change its metadata, as a watch shows it."""
+        body = self.bodies[name]
+        newer = {"resourceVersion": str(int(body["metadata"]["resourceVersion"]) + 1)}
+        self.bodies[name] = body | {"metadata": body["metadata"] | metadata | newer}
+        self._store.job_changed(self.bodies[name])
+
     def delete(self, *names: str) -> None:
         """Delete these QLoRAJobs, as a watch shows it."""
         for name in names:
@@ -201,9 +208,8 @@ def test_a_job_that_is_deleted_and_does_not_go_keeps_no_other_waiting() -> None:
     namespace = Namespace(count=4, limit=1)
     for name in namespace.bodies:
         namespace.reconcile(name)
-    stays = namespace.bodies["job-1"]
-    namespace.bodies["job-1"] = stays | {"metadata": stays["metadata"] | {"deletionTimestamp": time()}}
-    del namespace.bodies["job-0"]
+    namespace.show("job-1", deletionTimestamp=time())
+    namespace.delete("job-0")
     namespace.reconcile("job-0")
     namespace.serve()
     assert namespace.started() == ["job-2"]
