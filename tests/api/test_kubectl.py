@@ -144,7 +144,6 @@ def test_a_watch_shows_each_phase_in_order_and_the_end_with_its_address_or_reaso
     model = "hf://org/model"
     # Until the operator has seen it, a job has no phase; a phase has another row when something else changes.
     assert [phase for phase, _ in itertools.groupby(row[0] for row in good if row != [model])] == [
-        "Pending",
         "Preparing",
         "Queued",
         "Training",
@@ -171,8 +170,8 @@ def test_events_for_a_job_tell_its_life_in_order(operated: Nodeless) -> None:
         rows = operated.kubectl("events", f"--for=qlorajob/{name}", IN_NAMESPACE, "--no-headers").splitlines()
         return [(row.split()[1], row.split()[2]) for row in rows]
 
-    phases = ("Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded")
+    phases = ("Preparing", "Queued", "Training", "Publishing", "Succeeded")
     assert told("good") == [("Normal", phase) for phase in phases]
-    assert told("bad") == [("Normal", "Pending"), ("Normal", "Preparing"), ("Warning", "BadDataset")]
+    assert told("bad") == [("Normal", "Preparing"), ("Warning", "BadDataset")]
     rows = operated.kubectl("events", "--for=qlorajob/bad", IN_NAMESPACE, "--no-headers").splitlines()
     assert rows[-1].endswith("train.jsonl, row 3: no field 'messages'; add it")

@@ -353,4 +353,4 @@ def test_kubectl_explain_has_the_defaults_and_no_line_breaks_of_the_source(plane
     described = plane.kubectl("explain", "qlorajob.status.conditions").partition("FIELDS:")[0]
     paragraph = described.partition("Types: ")[2].strip()
     assert " ".join(paragraph.split()).endswith("Stalled (for tools that wait), CleanedUp.")
-    assert len(paragraph.splitlines()) == 2, paragraph
+    assert len(paragraph.splitlines()) == 3, paragraph

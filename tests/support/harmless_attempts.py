@@ -486,6 +486,7 @@ def suspensions_without_number(t: Tenancy) -> None:
 @attempt
 def a_retry_of_a_job_that_has_not_failed(t: Tenancy) -> None:
     running(t, "untiring", retry={"request": 1_000_000})
+    t.wait("untiring", phase="Preparing")
     assert t.job("untiring")["status"]["step"]["attempt"] == 1
 
 

@@ -249,7 +249,8 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
     """The chart's roles, an operator that has them, and three namespaces; `folder` gets its settings and its log."""
     with running(controller_manager=True) as plane:
         objects = rendered({"profiles": profiles})
-        wanted = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition")
+        roles = ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
+        wanted = ("ServiceAccount", "CustomResourceDefinition", *roles)
         plane.kubectl("create", "namespace", OPERATOR_NAMESPACE)
         plane.kubectl.apply(yaml.safe_dump_all([one for one in objects if one["kind"] in wanted]))
         admin = _client(plane, folder)
@@ -269,6 +270,8 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
 def _operator(plane: ControlPlane, folder: Path, settings: Object) -> Iterator[subprocess.Popen[bytes]]:
     ports = free_ports()
     settings |= {"probePort": ports.etcd_client, "metricsPort": ports.etcd_peer}
+    # In a pod it would know its own namespace.
+    settings["leaderElection"] |= {"namespace": OPERATOR_NAMESPACE}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     kubeconfig = yaml.safe_load(plane.kubeconfig.read_text())
     token = plane.kubectl("create", "token", "qlora-operator", f"--namespace={OPERATOR_NAMESPACE}").strip()
