@@ -41,6 +41,8 @@ class MemoryCluster:
         self.jobs: list[Object] = []
         self.pods: list[Object] = []
         self.claims: dict[str, Object] = {}
+        self.workloads: list[Object] | None = None
+        self.asked: list[str] = []
         self.writes: list[str] = []
         self.lists = 0
         self._rejected = rejected
@@ -63,6 +65,10 @@ class MemoryCluster:
 
     async def list_pods(self, namespace: str, job_uid: str) -> list[Object]:
         return self.pods
+
+    async def list_workloads(self, namespace: str, child_uid: str) -> list[Object] | None:
+        self.asked.append(child_uid)
+        return self.workloads
 
     async def create_job(self, namespace: str, manifest: dict[str, Any]) -> Object:
         self._write("Job")
@@ -151,3 +157,22 @@ def test_a_finished_job_without_clean_up_is_not_looked_at_any_more() -> None:
     cluster = stored(FINISHED)
     assert reconcile(cluster) is None
     assert (cluster.writes, cluster.lists) == ([], 0)
+
+
+def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
+    cluster = stored(status_in("train"))
+    train = child("train")
+    cluster.jobs, cluster.pods = [train], [running(pod("train"))]
+    reconcile(cluster)
+    assert cluster.asked == []
+    cluster.jobs, cluster.pods = [train | {"spec": {"suspend": True}}], []
+    reconcile(cluster)
+    assert "until a queue admits it" in message_of(cluster.status)
+    evicted = {"type": "Evicted", "status": "True", "message": "Preempted to accommodate a workload"}
+    cluster.workloads = [{"spec": {"queueName": "gpus"}, "status": {"conditions": [evicted]}}]
+    reconcile(cluster)
+    assert (reason_of(cluster.status), message_of(cluster.status)) == (
+        "WaitingForQueue",
+        "Kueue: Preempted to accommodate a workload",
+    )
+    assert set(cluster.asked) == {f"uid-{NAME}-train-1"}
