@@ -56,7 +56,11 @@ WEBHOOK = 'Internal error occurred: failed calling webhook "mjob.kb.io": failed 
 
 @pytest.mark.parametrize(
     ("status", "message", "error"),
-    [(500, WEBHOOK, RejectedError), (500, "etcdserver: request timed out", ClusterError), (404, "not found", NotFoundError)],
+    [
+        (500, WEBHOOK, RejectedError),
+        (500, "etcdserver: request timed out", ClusterError),
+        (404, "not found", NotFoundError),
+    ],
 )
 def test_a_webhook_that_does_not_answer_rejects_and_a_server_that_fails_does_not(
     status: int, message: str, error: type[ClusterError]
