@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from devcluster.errors import ClusterError
 from qlora_api.naming import JOB_LABEL, STEP_LABEL
 from tests.support.kueue import GPU, SHIPPED, Kueue, kueue
 from tests.support.manifests import MINIMAL
@@ -74,7 +75,7 @@ class Queued:
 def queued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queued]:
     folder = tmp_path_factory.mktemp("kueue")
     with nodeless(folder, gpuResource=GPU) as cluster, kueue(cluster.kubectl, folder, NAMESPACE) as controller:
-        for name, value in (("low", 10), ("middle", 100), ("high", 1000)):
+        for name, value in (("low", 10), ("high", 1000)):
             controller.priority(name, value)
         yield Queued(cluster, controller)
 
@@ -234,6 +235,8 @@ class Count:
     kind: str
     lines: Path
     most: int = 0
+    suspended: int = 0
+    """How often an admitted Job was suspended again."""
     _active: dict[str, bool] = field(default_factory=dict)
 
     def read(self) -> None:
@@ -242,8 +245,9 @@ class Count:
         while at < len(text):
             event, at = decoder.raw_decode(text, at)
             at += len(text[at:]) - len(text[at:].lstrip())
-            body = event["object"]
-            self._active[body["metadata"]["uid"]] = event["type"] != "DELETED" and _is_active(self.kind, body)
+            body, uid = event["object"], event["object"]["metadata"]["uid"]
+            self.suspended += bool(self._active.get(uid) and body["spec"].get("suspend"))
+            self._active[uid] = event["type"] != "DELETED" and _is_active(self.kind, body)
             self.most = max(self.most, sum(self._active.values()))
 
 
@@ -284,40 +288,50 @@ def counting(cluster: Nodeless, kind: str, folder: Path) -> Iterator[Count]:
 def test_thirty_jobs_with_random_preemptions_never_exceed_the_quota(queued: Queued, tmp_path: Path) -> None:
     random, cluster = Random(7), queued.cluster
     queued.kueue.queue("crowded", 2)
+    levels = [f"level-{value}" for value in range(10)]
+    for value, level in enumerate(levels):
+        queued.kueue.priority(level, value)
     names = [f"crowd-{number}" for number in range(30)]
-    waiting, stopped = list(names), 0
+    waiting = list(names)
     with counting(cluster, "jobs", tmp_path) as admitted, counting(cluster, "pods", tmp_path) as running:
         while True:
             # About as many jobs come as end, so that the queue is short and a job often finds a lower one running.
-            if waiting and random.random() < 0.4:
-                priority = random.choice(("low", "middle", "high"))
-                queued.apply(waiting.pop(0), queueName="crowded", queuePriority=priority)
+            if waiting and random.random() < 0.3:
+                queued.apply(waiting.pop(0), queueName="crowded", queuePriority=random.choice(levels))
             for pod in cluster.pods():
-                stopped += _play(cluster, pod, random)
+                _play_if_there(cluster, pod, random)
             listed = cluster.kubectl.get("qlorajobs", IN_NAMESPACE)["items"]
             crowd = [job for job in listed if job["metadata"]["name"] in names]
             phases = [job.get("status", {}).get("phase") for job in crowd]
             assert "Failed" not in phases
             if phases.count("Succeeded") == len(names):
                 break
-    assert stopped >= 5, "too few preemptions to show anything"
     assert (admitted.most, running.most) == (2, 2)
-    assert [job["status"].get("disruptions", 0) + job["status"].get("failures", 0) for job in crowd] == [0] * 30
+    assert admitted.suspended >= 5, "too few preemptions to show anything"
+    for kind in ("disruptions", "failures"):
+        assert {job["metadata"]["name"]: job["status"][kind] for job in crowd if job["status"].get(kind)} == {}, kind
 
 
-def _play(cluster: Nodeless, pod: dict[str, Any], random: Random) -> int:
-    """One look of a slow kubelet at the pod; 1 if it has ended a pod that was preempted."""
+def _play_if_there(cluster: Nodeless, pod: dict[str, Any], random: Random) -> None:
+    """As `_play`, for a pod that may have been deleted since it was listed."""
+    try:
+        _play(cluster, pod, random)
+    except ClusterError as error:
+        if "NotFound" not in str(error) and "Conflict" not in str(error):
+            raise
+
+
+def _play(cluster: Nodeless, pod: dict[str, Any], random: Random) -> None:
+    """One look of a slow kubelet at the pod."""
     phase, step = pod["status"]["phase"], pod["metadata"]["labels"][STEP_LABEL]
     if not pod["metadata"]["labels"][JOB_LABEL].startswith("crowd-") or phase in ("Succeeded", "Failed"):
-        return 0
+        return
     if "deletionTimestamp" in pod["metadata"]:
         if random.random() < 0.5:
             cluster.stop_pod(pod, random.choice((143, 143, 137)))
-            return 1
     elif step != "train":
         cluster.succeed_pod(pod)
     elif phase == "Pending":
         cluster.start_pod(pod)
     elif random.random() < 0.1:
         cluster.succeed_pod(pod)
-    return 0

@@ -10,9 +10,11 @@ import pytest
 from devcluster import layout, product
 from tests.cluster.environment import LONG, Cluster, Tenant, tiny_job
 from tests.support.kueue import Kueue, kueue
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
-QUEUE = "gpus"
+QUEUE, LATE = "gpus", "late"
+MISSING = f"Kueue: LocalQueue {LATE} doesn't exist"
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +35,38 @@ def queues(installed: Cluster, tenant: Tenant, tmp_path_factory: pytest.TempPath
             product.install(where, where.kubeconfig, installed.images)
 
 
-def queued_job(name: str, priority: str) -> dict[str, object]:
-    return tiny_job(name, steps=LONG, scheduling={"queueName": QUEUE, "queuePriority": priority})
+def queued_job(name: str, priority: str, queue: str) -> dict[str, object]:
+    return tiny_job(name, steps=LONG, scheduling={"queueName": queue, "queuePriority": priority})
 
 
-@pytest.mark.usefixtures("queues")
-def test_three_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(tenant: Tenant) -> None:
+def said(tenant: Tenant, name: str) -> str:
+    """Why the job waits, or what it does."""
+    return str(tenant.condition(name, "Succeeded").get("message", ""))
+
+
+def test_three_jobs_share_a_quota_of_one_and_the_preempted_one_ends_in_the_same_bytes(
+    tenant: Tenant, queues: Kueue
+) -> None:
+    # A queue that does not exist yet holds these two until the third trains.
+    also_low, high = (tenant.apply(queued_job(f"also-{priority}", priority, LATE)) for priority in ("low", "high"))
+    for waiting in (also_low, high):
+        eventually(lambda name=waiting: MISSING in said(tenant, name), seconds=300, what=waiting)  # type: ignore[misc]
     # The queue has one of the node's two GPUs, and this job does not use the queue.
     undisturbed = tenant.apply(tiny_job("alone", steps=LONG))
-    low = tenant.apply(queued_job("low", "low"))
+    low = tenant.apply(queued_job("low", "low", QUEUE))
     tenant.wait(low, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training", seconds=300)
     preempted = tenant.running_pod(low, "train")
     assert preempted is not None
 
-    also_low, high = (tenant.apply(queued_job(f"also-{priority}", priority)) for priority in ("low", "high"))
+    queues.local_queue(LATE, QUEUE)
 
     status = tenant.wait_for_phase(low, "Queued", seconds=300)
     assert tenant.condition(low, "Succeeded")["reason"] == "WaitingForQueue"
-    assert "Kueue: Preempted to accommodate a workload" in tenant.condition(low, "Succeeded")["message"]
+    tenant.wait(low, lambda _: "Kueue: Preempted to accommodate a workload" in said(tenant, low))
     tenant.wait_for_phase(high, "Training", seconds=300)
     for waiting in (low, also_low):
         assert tenant.running_pod(waiting, "train") is None
-    tenant.wait(
-        also_low, lambda _: "insufficient unused quota" in tenant.condition(also_low, "Succeeded").get("message", "")
-    )
+    tenant.wait(also_low, lambda _: "insufficient unused quota" in said(tenant, also_low))
     assert status["checkpoint"]["step"] > 0
 
     statuses = {name: tenant.succeed(name, seconds=900) for name in (high, low, also_low, undisturbed)}

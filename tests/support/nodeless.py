@@ -21,7 +21,7 @@ from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepNam
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
-NAMESPACE = "team"
+NAMESPACE, NODE = "team", "played"
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 ENDED = "2026-01-02T03:04:05Z"
 URI = "pvc://a/b"
@@ -94,7 +94,7 @@ class Nodeless:
     def start_pod(self, pod: dict[str, Any]) -> None:
         """The pod gets a node and starts; when it is deleted, it stays until it is ended and removed."""
         name = pod["metadata"]["name"]
-        target = {"apiVersion": "v1", "kind": "Node", "name": "played"}
+        target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
         binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
         path = f"/api/v1/namespaces/{NAMESPACE}/pods/{name}/binding"
         self.kubectl("create", "--raw", path, "--filename=-", input_text=json.dumps(binding))
@@ -167,6 +167,8 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
         plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
         eventually(lambda: plane.kubectl("get", "qlorajobs") or True, seconds=60, what="the new kind")
         plane.kubectl("create", "namespace", NAMESPACE)
+        # Pods of a node that does not exist are taken for disrupted after a while.
+        plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))
         ports = free_ports()
         settings = {
             "profiles": {"default": {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}},

@@ -28,6 +28,8 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
     for pod in _not_counted(status, step, pods):
         if pod.decisive and child is not None and not child.finished:
             continue  # counted with the end of its Job, which follows at once
+        if pod.stopping and child is not None and not child.deleting and not child.suspended:
+            continue  # counted with its end: that its Job was suspended before may be seen after the pod's deletion
         status = _count(status, job, pod, step.name, on_purpose=_stopped_on_purpose(pod.created, child, job))
     return _count_vanished(status, job, child, pods, now)
 

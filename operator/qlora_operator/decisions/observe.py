@@ -128,6 +128,11 @@ class Pod:
         return asked or self.disruption is not None or (self.deletion_requested is not None and not self.ended)
 
     @property
+    def stopping(self) -> bool:
+        """Whether it was deleted, by somebody or by the suspension of its Job, and has not ended."""
+        return self.deletion_requested is not None and not self.ended and self.disruption is None
+
+    @property
     def _killed(self) -> bool:
         """Whether it ended by SIGKILL, and not for its memory."""
         return self.termination is not None and self.termination.exit_code == _KILLED and not self.out_of_memory

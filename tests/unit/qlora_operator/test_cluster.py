@@ -4,8 +4,11 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
+
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_operator.cluster import Cluster
+from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError
+from qlora_operator.transport import Transport
 
 
 class Pages(Cluster):
@@ -31,3 +34,37 @@ def test_a_list_is_read_to_its_last_page() -> None:
     assert [query.get("continue") for query in cluster.asked] == [None, "page-2", "page-3"]
     assert {query["labelSelector"] for query in cluster.asked} == {f"{JOB_UID_LABEL}=uid"}
     assert {query["limit"] for query in cluster.asked} == {"500"}
+
+
+class Answering(Transport):
+    """Answers every request with one status and message."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self._status, self._message = status, message
+
+    async def send(self, method: str, path: str, **_: Any) -> tuple[int, bytes]:
+        return self._status, json.dumps({"message": self._message}).encode()
+
+
+WEBHOOK = 'Internal error occurred: failed calling webhook "mjob.kb.io": failed to call webhook: connection refused'
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "error"),
+    [
+        (500, WEBHOOK, RejectedError),
+        (500, "etcdserver: request timed out", ClusterError),
+        (404, "not found", NotFoundError),
+    ],
+)
+def test_a_webhook_that_does_not_answer_rejects_and_a_server_that_fails_does_not(
+    status: int, message: str, error: type[ClusterError]
+) -> None:
+    with pytest.raises(ClusterError, match=message) as raised:
+        asyncio.run(Cluster(Answering(status, message)).create_job("team", {}))
+    assert type(raised.value) is error
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_without_kueue_or_the_right_to_read_it_there_is_nothing_to_say(status: int) -> None:
+    assert asyncio.run(Cluster(Answering(status, "workloads.kueue.x-k8s.io")).list_workloads("team", "uid")) is None

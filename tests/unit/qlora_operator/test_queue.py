@@ -134,6 +134,13 @@ def test_a_job_resumed_so_fast_that_the_job_controller_has_not_seen_it_has_lost_
     assert reason_of(follow(make_job(status), resumed_but_not_seen(), now=after(300))) == "WaitingForQueue"
 
 
+def test_a_pod_whose_deletion_is_seen_before_the_suspension_of_its_job_was_not_disturbed() -> None:
+    stored = follow(make_job(status_in("train")), child("train"), running(pod("train")))
+    stored = follow(make_job(stored), child("train"), deleted(running(pod("train")), -20))
+    status = follow(make_job(stored), held(), deleted(ended(pod("train"), 143), -20))
+    assert (status.disruptions, status.active_seconds) == (0, 50)
+
+
 @pytest.mark.parametrize(("reason", "failures"), [("Error", 0), ("OOMKilled", 1)])
 def test_a_preempted_pod_that_is_killed_at_the_end_of_its_grace_period_is_no_failure(
     reason: str, failures: int

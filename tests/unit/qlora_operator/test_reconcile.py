@@ -49,6 +49,8 @@ class MemoryCluster:
         self.jobs: list[Object] = []
         self.pods: list[Object] = []
         self.claims: dict[str, Object] = {}
+        self.workloads: list[Object] | None = None
+        self.asked: list[str] = []
         self.writes: list[str] = []
         self.reads = 0
         self.conflicts = 0
@@ -77,6 +79,10 @@ class MemoryCluster:
     async def list_pods(self, namespace: str, job_uid: str) -> Listing:
         self.reads += 1
         return Listing(list(self.pods), str(self.version))
+
+    async def list_workloads(self, namespace: str, child_uid: str) -> list[Object] | None:
+        self.asked.append(child_uid)
+        return self.workloads
 
     async def create_job(self, namespace: str, manifest: dict[str, Any]) -> Object:
         self._write("Job")
@@ -322,3 +328,22 @@ def test_a_job_that_is_gone_is_forgotten() -> None:
     assert asyncio.run(reconciler.reconcile(KEY)) is None
     assert store.held(KEY) is None
     assert reconciler.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 0
+
+
+def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
+    cluster = stored(status_in("train"))
+    train = child("train")
+    cluster.jobs, cluster.pods = [train], [running(pod("train"))]
+    reconcile(cluster)
+    assert cluster.asked == []
+    cluster.jobs, cluster.pods = [train | {"spec": {"suspend": True}}], []
+    reconcile(cluster)
+    assert "until a queue admits it" in message_of(cluster.status)
+    evicted = {"type": "Evicted", "status": "True", "message": "Preempted to accommodate a workload"}
+    cluster.workloads = [{"spec": {"queueName": "gpus"}, "status": {"conditions": [evicted]}}]
+    reconcile(cluster)
+    assert (reason_of(cluster.status), message_of(cluster.status)) == (
+        "WaitingForQueue",
+        "Kueue: Preempted to accommodate a workload",
+    )
+    assert set(cluster.asked) == {f"uid-{NAME}-train-1"}

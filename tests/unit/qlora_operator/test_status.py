@@ -388,7 +388,7 @@ def test_attempts_are_counted_once_while_they_come_and_go() -> None:
     first = running(pod("train"), since=-60)
     steps = [
         ([first], (0, 0, 0)),
-        ([deleted(first, -20)], (0, 1, 40)),
+        ([deleted(first, -20)], (0, 0, 0)),
         ([deleted(ended(pod("train"), 143, start=-60, end=-10), -20)], (0, 1, 50)),
         ([], (0, 1, 50)),
         ([running(pod("train", number=2), since=-8)], (0, 1, 50)),
