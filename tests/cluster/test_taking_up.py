@@ -21,7 +21,9 @@ def test_a_failed_job_goes_on_from_its_checkpoint_with_what_was_mended(tenant: T
     eventually(lambda: tenant.running_pod(name, "train") is None, seconds=60)
 
     patch(tenant, name, {"activeDeadlineSeconds": None, "retry": {"request": 1}})
+    taken_up = tenant.wait(name, lambda status: status.get("retryRequest") == 1)
 
+    assert taken_up["activeSeconds"] >= failed["activeSeconds"] > 0
     status = tenant.succeed(name)
     assert f"{name}-train-2" in [job["metadata"]["name"] for job in tenant.children(name)]
     resolved = status["resolved"]

@@ -79,7 +79,8 @@ def test_no_job_notices_an_upgrade_or_a_rollback(tenant: Tenant, release: previo
     assert ended["Training"]["resolved"]["profile"]["image"] == release.images.trainer
     patch(tenant, begun_before["Failed"], '{"retry":{"request":1}}')
     tenant.wait(begun_before["Failed"], lambda status: status.get("retryRequest") == 1)
-    tenant.wait_for_phase(begun_before["Failed"], "Failed")
+    tenant.wait_for_end(begun_before["Failed"])
+    assert tenant.status(begun_before["Failed"])["phase"] == "Failed"
 
     begun_after = apply_one_of_each_phase(tenant, "after")
     product.roll_back(where, where.kubeconfig)

@@ -47,7 +47,9 @@ def enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         f"the steps have run for {ran} seconds, and spec.activeDeadlineSeconds allows {limit}: raise it, and "
         "spec.retry.request to take up the job"
     )
-    return fail(status, facts, failure_of(status.step.name, "DeadlineExceeded", message, facts))
+    failure = failure_of(status.step.name, "DeadlineExceeded", message, facts)
+    # What has run until now counts, should the job be taken up: its pods have not ended yet.
+    return fail(charge_running(status, facts.observed, facts.now), facts, failure)
 
 
 def enforce_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:

@@ -178,6 +178,8 @@ def test_the_pause_after_rejected_pods_grows() -> None:
 
 
 def test_a_deadline_is_not_evaded_by_deleting_pods_by_force() -> None:
+    running_on = look(watched(), 41, activeDeadlineSeconds=100)
+    assert (running_on.phase, running_on.active_seconds) == ("Failed", 101)
     status = follow(make_job(watched(), activeDeadlineSeconds=100), now=after(41))
     assert (status.phase, reason_of(status)) == ("Failed", "DeadlineExceeded")
 
