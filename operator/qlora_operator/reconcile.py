@@ -5,7 +5,7 @@ A pass decides from what the watches have shown. What cannot be undone is decide
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from qlora_api.naming import JOB_UID_LABEL
@@ -23,6 +23,7 @@ from qlora_operator.decisions.observe import (
     Reason,
     UnreadableJobError,
     controller_uid,
+    parse_child,
     parse_job,
 )
 from qlora_operator.decisions.plan import (
@@ -111,10 +112,10 @@ class Reconciler:
         if limit is None:
             return await self._pass(key, view)
         async with self.starts.count(view.job, limit) as others:
-            # The job counts once its status says that it has started: that must not wait for the next pass.
-            return await self._pass(key, view, others, at_once=True)
+            # The job counts once its status says that it has started, which a Job alone does not.
+            return await self._pass(key, view, others, first_stored=True)
 
-    async def _pass(self, key: Key, view: "_View", others: int = 0, *, at_once: bool = False) -> float | None:
+    async def _pass(self, key: Key, view: "_View", others: int = 0, *, first_stored: bool = False) -> float | None:
         """Decide, confirm, act and write. `others`: how many jobs of the profile have started, if that is limited."""
         log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
         queue = await self._read_queue(view)
@@ -124,17 +125,20 @@ class Reconciler:
             if confirmed is None:
                 return None
             decision = self._decide(confirmed, log, queue, others)
-        again = await self._carry_out(decision, at_once=at_once)
-        self._follow_waiting(key, decision)
-        return _earliest(again, log.again)
+        again = await self._carry_out(decision, first_stored=first_stored)
+        return _earliest(again, log.again, self._follow_waiting(key, decision))
 
-    def _follow_waiting(self, key: Key, decision: "_Decision") -> None:
-        """After the write: when a job has ended, or has started after it waited, the next in the row is looked at."""
+    def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
+        """After the write: when a job has ended, or has started after it waited, the next in the row is looked at.
+
+        Seconds until the job itself is to be looked at again: the first in the row relies on nobody to wake it.
+        """
         job = decision.facts.job
         if waits_for_others(decision.facts):
-            self.starts.wait(job)
-        elif self.starts.waits(key) or (is_finished(decision.status) and not is_finished(job.status)):
+            return self.starts.wait(job)
+        if self.starts.waits(key) or (is_finished(decision.status) and not is_finished(job.status)):
             self.starts.leave(key)
+        return None
 
     async def _look(self, key: Key) -> "_View | None":
         """The job, from what the watches have shown if that is there; None if there is nothing to do for it."""
@@ -161,8 +165,20 @@ class Reconciler:
             return None
         jobs = await self.cluster.list_jobs(job.namespace, job.uid)
         pods = await self.cluster.list_pods(job.namespace, job.uid)
-        view = _View(job, self.store.read(body, jobs, pods), live=True, fresh=False)
+        observed = await self._with_current_job(job, self.store.read(body, jobs, pods))
+        view = _View(job, observed, live=True, fresh=False)
         return None if self._is_settled(key, view) else view
+
+    async def _with_current_job(self, job: QLoRAJob, observed: Observed) -> Observed:
+        """With the Job of the current step although somebody has taken its label or its owner away: it still runs."""
+        step = job.status.step
+        if step is None or not step.job_uid or observed.child(step.job_name) is not None:
+            return observed
+        try:
+            found = parse_child(await self.cluster.get_job(job.namespace, step.job_name))
+        except NotFoundError:
+            return observed
+        return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
 
     async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
         """The job; None if it is being deleted, or if this version of the operator cannot read it."""
@@ -208,14 +224,17 @@ class Reconciler:
         status = next_status(facts)
         return _Decision(facts, status, plan(view.job, status, view.observed, facts.now))
 
-    async def _carry_out(self, decision: "_Decision", *, at_once: bool) -> float | None:
+    async def _carry_out(self, decision: "_Decision", *, first_stored: bool) -> float | None:
         """Act and store the status; seconds until the job is to be looked at again.
 
-        `at_once`: store the status of a job that has just got its first Job, too.
+        `first_stored`: store that the job starts before anything is created for it, which the next pass does.
         """
         facts, planned = decision.facts, decision.plan
+        if first_stored and planned.actions:
+            await self._write(facts, decision.status)
+            return 0.0
         status, again = await self._act(facts, decision.status, planned.actions)
-        if again is None and not at_once and any(is_first_job(action) for action in planned.actions):
+        if again is None and any(is_first_job(action) for action in planned.actions):
             # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
             return 0.0
         await self._write(facts, status)

@@ -10,6 +10,7 @@ from qlora_operator.decisions.observe import Object, QLoRAJob, profile_in_use
 from qlora_operator.workqueue import Key
 
 SECONDS_FULL = 5.0
+SECONDS_BETWEEN_LOOKS = 15.0
 
 Group = tuple[str, str]
 """Namespace and name of a profile."""
@@ -48,9 +49,14 @@ class Starts:
                     self._full[group] = (known, self.monotonic() + SECONDS_FULL)
             yield known
 
-    def wait(self, job: QLoRAJob) -> None:
-        """The job is to be looked at when another one of its group ends."""
-        self._waiting.setdefault(_group(job), {})[job.namespace, job.name] = None
+    def wait(self, job: QLoRAJob) -> float | None:
+        """The job is to be looked at when another one of its group ends; the first in the row also after these seconds.
+
+        A place may become free without a sign, as when a job is replaced by another one of its name.
+        """
+        waiting, key = self._waiting.setdefault(_group(job), {}), (job.namespace, job.name)
+        waiting[key] = None
+        return SECONDS_BETWEEN_LOOKS if next(iter(waiting)) == key else None
 
     def waits(self, key: Key) -> bool:
         """Whether the job was found to wait."""

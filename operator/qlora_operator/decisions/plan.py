@@ -10,6 +10,7 @@ from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
+from qlora_operator.decisions.taking_up import is_to_be_taken_up
 
 PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60), timedelta(minutes=30)
 # Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
@@ -69,6 +70,8 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
     status = job.status
     if not is_finished(status) or status.observed_generation != job.generation or cleanup_at(job, status) is not None:
         return False
+    if is_to_be_taken_up(job):
+        return False  # it waits for a place among the jobs of its profile
     # The clean-up's own Job goes after the clean-up is stored.
     cleaning = observed.child(clean_job_name(job)) if is_true(status, "CleanedUp") else None
     return cleaning is None and not any(_running(observed))

@@ -18,6 +18,9 @@ _FIRST = ("prepare", 1)
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status with everything fixed that the pods depend on, as soon as the job may start."""
     job = facts.job
+    if status.resolved is not None and status.step is None:
+        # Somebody has written to the status. Steps that are done report their results again.
+        return status.model_copy(update={"step": new_step(job, "prepare", status.highest_attempt + 1)})
     if status.resolved is not None and not _may_still_change(status, facts):
         return status
     if (first := _first_job(facts)) and (resolved := _resolved_by(first)):

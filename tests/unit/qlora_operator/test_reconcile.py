@@ -279,6 +279,15 @@ def test_an_end_that_the_watch_has_shown_is_read_again_before_it_is_stored() -> 
     assert (cluster.status.phase, cluster.reads) == ("Succeeded", 3)
 
 
+def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
+    cluster = stored(status_in("train"))
+    cluster.existing = child("train", owner="")
+    reconcile(cluster)
+    assert "Job" not in cluster.writes
+    assert cluster.status.step is not None
+    assert cluster.status.step.attempt == 1
+
+
 def test_a_deletion_that_the_api_server_rejects_is_reported() -> None:
     cluster = stored(status_in("train"), suspend=True)
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 
+from qlora_api.naming import JOB_LABEL
 from qlora_api.profile import Profile, amount
+from qlora_operator.decisions.observe import Observed, parse_job
+from qlora_operator.decisions.plan import is_settled
 from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
-from qlora_operator.starts import SECONDS_FULL, Starts
+from qlora_operator.starts import SECONDS_BETWEEN_LOOKS, SECONDS_FULL, Starts
 from qlora_operator.store import Store
 from tests.support.builders import (
     NOW,
@@ -23,6 +26,7 @@ from tests.support.builders import (
     make_job,
     message_of,
     reason_of,
+    starts,
     status_in,
     time,
 )
@@ -153,6 +157,8 @@ class Namespace:
         pass
 
     async def create_job(self, _namespace: str, manifest: dict[str, Any]) -> dict[str, Any]:
+        # Whoever has a Job counts, whatever happens to the next write of its status.
+        assert manifest["metadata"]["labels"][JOB_LABEL] in self.started()
         created = {"uid": f"uid-{manifest['metadata']['name']}", "resourceVersion": "8", "creationTimestamp": time()}
         return manifest | {"metadata": manifest["metadata"] | created}
 
@@ -213,6 +219,22 @@ def test_a_job_that_is_deleted_and_does_not_go_keeps_no_other_waiting() -> None:
     namespace.reconcile("job-0")
     namespace.serve()
     assert namespace.started() == ["job-2"]
+
+
+def test_the_first_in_the_row_looks_again_without_being_woken() -> None:
+    waiting = starts()
+    first, second = make_job(), parse_job(Namespace._body("second"))
+    assert waiting.wait(first) == SECONDS_BETWEEN_LOOKS
+    assert waiting.wait(second) is None
+    waiting.leave((first.namespace, first.name))
+    assert waiting.wait(second) == SECONDS_BETWEEN_LOOKS
+
+
+def test_a_job_that_waits_to_be_taken_up_is_not_settled() -> None:
+    ends = (child("publish", Failed="PodFailurePolicy"), failed("publish", 10, "BadConfiguration", "the key expired"))
+    stored = follow(make_job(status_in("publish")), *ends)
+    assert is_settled(make_job(stored), Observed())
+    assert not is_settled(make_job(stored, retry={"request": 1}), Observed())
 
 
 def test_a_count_that_was_full_is_not_believed_for_long() -> None:

@@ -222,6 +222,13 @@ def test_a_trainer_of_another_release_is_waited_for_and_costs_no_failure() -> No
     assert status.resolved.profile.image == "example.org/newer"
 
 
+def test_a_status_without_its_step_goes_on_at_prepare() -> None:
+    stored = status_in("train", highestAttempt=3).model_copy(update={"step": None})
+    status = follow(make_job(stored))
+    assert status.step is not None
+    assert (status.step.job_name, status.phase) == (f"{NAME}-prepare-4", "Pending")
+
+
 def test_a_clean_up_that_is_no_longer_asked_for_is_no_longer_announced() -> None:
     stored = follow(make_job(failed_job(), cleanupAfterSeconds=60), *FORBIDDEN)
     assert reason_of(stored, "CleanedUp") == "Scheduled"
