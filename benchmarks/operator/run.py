@@ -103,6 +103,13 @@ def _started(subject: Subject, plane: ControlPlane, workers: int | None) -> Iter
             process.wait(30)
 
 
+async def _until_there_is_a_pod(cluster: Cluster) -> None:
+    """Wait until the Job controller works: without its pods less is stored, watched and kept in memory."""
+    async with asyncio.timeout(_MOST_SECONDS):
+        while not (await cluster._json("GET", f"/api/v1/namespaces/{NAMESPACE}/pods"))["items"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
+
+
 async def _measure(
     subject: Subject, jobs: int, plane: ControlPlane, process: subprocess.Popen[bytes]
 ) -> dict[str, Any]:
@@ -120,6 +127,7 @@ async def _measure(
         # The first job waits for the subject to start; it is none of those that count.
         await create(0)
         await seen.until(seen.first_job, 1, "a first Job")
+        await _until_there_is_a_pod(cluster)
         if subject == "operator":
             await seen.until(seen.status, 1, "a status")
         audit_from = plane.audit_log.stat().st_size

@@ -47,7 +47,9 @@ def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, f
         "ownerReferences": [_owner(job, controller=True)],
     }
     if (step, attempt) == ("prepare", 1):
-        metadata["annotations"] = {RESOLVED_ANNOTATION: json.dumps(resolved.dump(), separators=(",", ":"))}
+        # Without the document: it stands in the pod template, and comes from the same spec a moment later.
+        kept = resolved.model_copy(update={"document": None}).dump()
+        metadata["annotations"] = {RESOLVED_ANNOTATION: json.dumps(kept, separators=(",", ":"))}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

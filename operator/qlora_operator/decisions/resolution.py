@@ -23,7 +23,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status.model_copy(update={"step": new_step(job, "prepare", status.highest_attempt + 1)})
     if status.resolved is not None and not _may_still_change(status, facts):
         return status
-    if (first := _first_job(facts)) and (resolved := _resolved_by(first)):
+    if (first := _first_job(facts)) and (resolved := _resolved_by(first, job)):
         # The operator was stopped, or has had more urgent work, since it created the first Job.
         step = new_step(job, "prepare", 1).model_copy(update={"job_uid": first.uid})
         return status.model_copy(update={"resolved": resolved, "step": step})
@@ -55,12 +55,13 @@ def _first_job(facts: Facts) -> ChildJob | None:
     return facts.observed.child(child_job_name(facts.job.name, "prepare", 1)) or facts.observed.lost
 
 
-def _resolved_by(first: ChildJob) -> Resolved | None:
+def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
     try:
         # As in the status, a field that another version of the operator has written is no reason to start anew.
-        return Resolved.model_validate_json(first.resolved, extra="ignore")
+        resolved = Resolved.model_validate_json(first.resolved, extra="ignore")
     except ValidationError:
         return None
+    return resolved.model_copy(update={"document": document(job)})
 
 
 def objection(facts: Facts) -> Reason | None:
