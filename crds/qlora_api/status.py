@@ -237,7 +237,7 @@ class QLoRAJobStatus(ObservedModel):
     first_attempt: int = Field(
         1, ge=1, le=100_000, description="Number of each step's first Job; higher than any before once taken up."
     )
-    highest_attempt: int = Field(0, ge=0, le=100_000, description="The highest number of a Job so far.")
+    highest_attempt: int = Field(0, ge=0, le=100_000, description="The highest number of a Job so far, if it is not 1.")
     retry_request: Count | None = Field(None, description="The latest retry.request that has been seen.")
     active_seconds: Count = Field(0, description="Seconds that finished attempts have run, for activeDeadlineSeconds.")
     active_until: Timestamp | None = Field(None, description="Time up to which activeSeconds has been counted.")

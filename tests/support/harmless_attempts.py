@@ -416,7 +416,7 @@ def a_finalizer_that_never_goes(t: Tenancy) -> None:
 @attempt
 def an_event_in_the_name_of_the_operator(t: Tenancy) -> None:
     job, _ = running(t, "forged-event")
-    before = t.job("forged-event")["status"]
+    before = t.wait("forged-event", phase="Preparing")["status"]
     about = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "namespace": TENANT, "name": "forged-event"}
     body = {
         "metadata": {"name": "forged-event.0"},
