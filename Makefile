@@ -91,7 +91,7 @@ $(PYTHON) -m pytest -q -rfEs tests/unit
 endef
 
 .PHONY: check
-check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: half a minute
+check: $(VENV)/.synced ## Lint, types, import rules, declared dependencies, generated files, unit tests: a minute
 	@$(CHECKS)
 
 .PHONY: types
