@@ -230,7 +230,7 @@ class Reconciler:
         `first_stored`: store that the job starts before anything is created for it, which the next pass does.
         """
         facts, planned = decision.facts, decision.plan
-        if first_stored and planned.actions:
+        if first_stored and planned.actions and not is_finished(decision.status):
             await self._write(facts, decision.status)
             return 0.0
         status, again = await self._act(facts, decision.status, planned.actions)

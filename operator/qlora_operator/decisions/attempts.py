@@ -68,6 +68,8 @@ def _count_vanished(
         return status
     if any(pod.uid == step.running_pod for pod in pods):
         return status
+    if status.active_until is not None and parse_time(status.active_until) > parse_time(step.running_since):
+        return status  # counted before it was gone: a later pod that never ran has been counted since
     start, end = parse_time(step.running_since), _vanished_at(step, child, pods, now)
     until = parse_time(status.active_until) if status.active_until else end
     return status.model_copy(

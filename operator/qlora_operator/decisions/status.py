@@ -73,9 +73,9 @@ def _note_request(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 def _note_attempt(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     # The first is not noted: it would be another write for every job.
     attempt = status.step.attempt if status.step else 0
-    return (
-        status if attempt <= max(1, status.highest_attempt) else status.model_copy(update={"highest_attempt": attempt})
-    )
+    if attempt <= max(1, status.highest_attempt):
+        return status
+    return status.model_copy(update={"highest_attempt": attempt})
 
 
 def _count(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:

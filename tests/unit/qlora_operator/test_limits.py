@@ -143,6 +143,16 @@ def test_an_operator_that_was_away_for_days_charges_a_vanished_pod_for_minutes()
     assert follow(make_job(watched()), child("train", Complete=""), now=after(30)).disruptions == 0
 
 
+def test_a_pod_that_was_counted_is_not_counted_again_when_it_is_gone() -> None:
+    killed = ended(pod("train"), 143, end=10)
+    stored = look(watched(), 20, child("train"), killed)
+    rejected = pod("train", number=2, phase="Failed", reason="OutOfcpu")
+    stored = look(stored, 30, child("train"), killed, rejected)
+    assert (stored.disruptions, stored.active_seconds) == (1, 70)
+    status = look(stored, 40, child("train"), rejected)
+    assert (status.disruptions, status.active_seconds) == (1, 70)
+
+
 def test_publish_may_be_silent_for_long() -> None:
     bodies = (child("publish"), running(pod("publish"), since=-60))
     spec: dict[str, Any] = {"retry": {"onNoProgress": "restart"}}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.cluster import ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.observe import Object, QLoRAJob
@@ -286,6 +287,16 @@ def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
     assert "Job" not in cluster.writes
     assert cluster.status.step is not None
     assert cluster.status.step.attempt == 1
+
+
+def test_a_failed_job_that_waits_for_a_place_is_cleaned_up_all_the_same() -> None:
+    limited = {"default": Profile.model_validate(PROFILES["default"].dump() | {"limits": {"jobs": 1}})}
+    cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0, retry={"request": 1}))
+    other = job_body(status_in("train").dump())
+    reconciler = Reconciler(cluster, limited, None, Metrics(), lambda: NOW, starts(other), Store())  # type: ignore[arg-type]
+    asyncio.run(reconciler.reconcile(KEY))
+    assert cluster.writes[0] == "Job"
+    assert cluster.status.phase == "Failed"
 
 
 def test_a_deletion_that_the_api_server_rejects_is_reported() -> None:
