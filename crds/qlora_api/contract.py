@@ -46,6 +46,15 @@ ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
+ENV_NODE = "QLORA_NODE"
+"""Which of the train pods this is, counted from 0; set if there are several."""
+ENV_RENDEZVOUS = "QLORA_RENDEZVOUS"
+"""HOST:PORT at which node 0 serves the store that all train pods share."""
+ENV_NODE_WAIT = "QLORA_NODE_WAIT_SECONDS"
+"""For how many seconds train pods wait for one another."""
+DEFAULT_NODE_WAIT_SECONDS = 900
+
+RENDEZVOUS_PORT = 29500
 
 CPU_ALLOCATOR = "libtcmalloc_minimal.so.4"
 """Preloaded (LD_PRELOAD) for training on a CPU: glibc's own allocator takes more time and more memory."""
@@ -72,6 +81,8 @@ class ExitCode(IntEnum):
     UNSUPPORTED_CONTRACT = 19
     INTERRUPTED = 143
     UNREACHABLE = 200
+    PEER_LOST = 201
+    PEERS_MISSING = 202
     INTERNAL_ERROR = 203
 
     @property

@@ -498,7 +498,7 @@ TRAINER = (
     Mutant(
         name="memory-of-one-gpu",
         file=f"{_TRAINER}/model/memory_fit.py",
-        old="gpus=spec.resources.gpus,",
+        old="gpus=spec.resources.gpu_count,",
         new="",
         tests=(
             "tests/unit/qlora_trainer/test_memory_fit.py::test_every_setting_that_decides_the_memory_reaches_the_estimate",
