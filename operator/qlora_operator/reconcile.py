@@ -15,7 +15,7 @@ from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoun
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.manifests import build_claim, build_job
+from qlora_operator.decisions.manifests import build_claim, build_job, build_peer_policy, build_peer_service
 from qlora_operator.decisions.observe import (
     Object,
     Observed,
@@ -28,6 +28,7 @@ from qlora_operator.decisions.observe import (
 )
 from qlora_operator.decisions.plan import (
     Action,
+    ConnectNodes,
     CreateClaim,
     CreateJob,
     DeleteJob,
@@ -253,6 +254,8 @@ class Reconciler:
                         await self._delete_job(job, name, uid)
                     case CreateClaim() if resolved is not None:
                         await self._create_claim(job, resolved)
+                    case ConnectNodes():
+                        await self._connect_nodes(job)
                     case CreateJob() if resolved is not None:
                         job_uid = await self._create_job(job, resolved, action)
                         # The status that tells of the first Job follows from what the next pass sees.
@@ -310,6 +313,25 @@ class Reconciler:
             if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
                 raise _BlockedError(Reason("ClaimNameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+
+    async def _connect_nodes(self, job: QLoRAJob) -> None:
+        """Create the Service and the NetworkPolicy of train pods on several nodes. Raises _BlockedError.
+
+        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so.
+        """
+        for kind, create, manifest in (
+            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job)),
+            ("Service", self.cluster.create_service, build_peer_service(job)),
+        ):
+            name = manifest["metadata"]["name"]
+            try:
+                await create(job.namespace, manifest)
+                logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
+            except RejectedError as error:
+                sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
+                raise _BlockedError(Reason("PeersRejected", sentence), _SECONDS_AFTER_REJECTION) from error
+            except ConflictError:
+                logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:

@@ -86,7 +86,7 @@ OPERATOR = (
     Mutant(
         name="any-pods-result-counts",
         file=f"{_DECISIONS}/advance.py",
-        old="in reversed(facts.observed.pods_of(child.uid)):",
+        old="in reversed([pod for pod in facts.observed.pods_of(child.uid) if pod.node == 0]):",
         new="in reversed(facts.observed.pods):",
         tests=(
             f"{_OPERATOR_TESTS}/test_status.py::test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result",

@@ -170,6 +170,14 @@ def pod(step: StepName, attempt: int = 1, number: int = 1, **status: Any) -> dic
     }
 
 
+def node(number: int, attempt: int = 1, *, created: float | None = None) -> dict[str, Any]:
+    """The train pod of that node."""
+    body = pod("train", attempt, number + 1)
+    index = {"annotations": {"batch.kubernetes.io/job-completion-index": str(number)}}
+    when = {} if created is None else {"creationTimestamp": time(created), "uid": f"{body['metadata']['uid']}-{created}"}
+    return body | {"metadata": body["metadata"] | index | when}
+
+
 def running(body: dict[str, Any], since: float = -60) -> dict[str, Any]:
     """The pod while its trainer runs."""
     return _with_state(body, "Running", {"running": {"startedAt": time(since)}})

@@ -130,11 +130,11 @@ def require_known_contract(version: str) -> None:
 def _open_log(invocation: Invocation, workspace: WorkspaceLayout) -> None:
     """Send what libraries print to a log in the workspace. Raises StepFailure if it cannot be written."""
     heading = f"{timestamp(_now())} {invocation.step}, attempt {invocation.attempt}, pod {invocation.pod_uid}"
-    name = invocation.step
+    name: str = invocation.step
     if invocation.rank:
-        name = f"{invocation.step}.rank-{invocation.rank}"
+        name += f".rank-{invocation.rank}"
     elif invocation.node:
-        name = f"{invocation.step}.node-{invocation.node}"
+        name += f".node-{invocation.node}"
     try:
         process.log_to(workspace.records / f"{name}.log", heading)
     except OSError as error:

@@ -10,6 +10,7 @@ from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, i
 from qlora_operator.decisions.observe import ChildJob, Reason
 from qlora_operator.decisions.queue import WAITING
 from qlora_operator.decisions.resolution import objection
+from qlora_operator.decisions.together import trains_together
 
 _DOING = {
     "Pending": "the first Job is about to be created",
@@ -24,9 +25,20 @@ def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status with all conditions and the phase derived from the rest of it."""
     status = status.model_copy(update={"observed_generation": facts.job.generation})
     if not is_finished(status):
+        status = _count_nodes(status, facts)
         status = _summarize_suspension(status, facts)
         status = _summarize_running(status, facts)
     return status.model_copy(update={"phase": _phase(status, facts)})
+
+
+def _count_nodes(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status with the number of pods that train together, and how many of them run."""
+    step = status.step
+    if step is None or not trains_together(facts.job, step.name):
+        return status
+    nodes = facts.job.spec.resources.node_count
+    running = sum(pod.running for pod in facts.observed.pods_of(step.job_uid)) if step.job_uid else 0
+    return status.model_copy(update={"step": step.model_copy(update={"nodes": nodes, "running_nodes": running})})
 
 
 def _phase(status: QLoRAJobStatus, facts: Facts) -> Phase:

@@ -75,9 +75,7 @@ def test_two_pods_with_two_processes_each_train_the_adapter_of_four_in_one(tmp_p
     assert adapter_bytes(apart) == adapter_bytes(whole)
 
 
-@pytest.mark.parametrize(
-    "killed", [pytest.param(0, id="node 0", marks=pytest.mark.slow), pytest.param(1, id="node 1")]
-)
+@pytest.mark.parametrize("killed", [pytest.param(0, id="node 0", marks=pytest.mark.slow), pytest.param(1, id="node 1")])
 def test_the_pod_whose_peer_is_killed_ends_by_itself_and_the_resume_is_exact(
     tmp_path: Path, tiny_llama: Path, long_job: tuple[Pods, StepContext], killed: int
 ) -> None:
@@ -137,9 +135,7 @@ def test_the_failure_of_one_pod_is_what_both_report(tmp_path: Path, tiny_llama: 
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_a_pod_that_waits_for_the_others_in_vain_says_so(
-    tmp_path: Path, tiny_llama: Path, node: int
-) -> None:
+def test_a_pod_that_waits_for_the_others_in_vain_says_so(tmp_path: Path, tiny_llama: Path, node: int) -> None:
     files, _ = workspace(tmp_path / "job", tiny_llama, NODES)
 
     done = Pods.of(files).start(node, **{ENV_NODE_WAIT: "1"}).done()

@@ -33,7 +33,7 @@ from qlora_trainer.core.outcome import classify
 from qlora_trainer.training.launch import ChildRanks, RankInfo
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others in an exchange: loading a large model and saving on a slow volume take minutes."""
+"""How long a rank waits for the others in an exchange: loading a large model, or saving on a slow volume."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in buckets of this size, as in PyTorch's DDP (arXiv 2006.15704): the memory that it costs."""
 _FAILURE = "failure"
@@ -335,6 +335,6 @@ def _missing(rank_info: RankInfo, found: str, meeting: Meeting) -> StepFailure:
         return unreachable(f"{text}; the step is retried")
     return StepFailure(
         ExitCode.PEERS_MISSING,
-        f"{text}: not all nodes of the job have started. The GPUs are freed, and all nodes try again after a pause; see "
-        "why the other train pods wait with `kubectl describe pod`, or lower spec.resources.nodes in a new job",
+        f"{text}: not all nodes of the job have started. The GPUs are freed, and all nodes try again after a pause; "
+        "see why the other train pods wait with `kubectl describe pod`, or lower spec.resources.nodes in a new job",
     )
