@@ -174,7 +174,9 @@ def node(number: int, attempt: int = 1, *, created: float | None = None) -> dict
     """The train pod of that node."""
     body = pod("train", attempt, number + 1)
     index = {"annotations": {"batch.kubernetes.io/job-completion-index": str(number)}}
-    when = {} if created is None else {"creationTimestamp": time(created), "uid": f"{body['metadata']['uid']}-{created}"}
+    when = (
+        {} if created is None else {"creationTimestamp": time(created), "uid": f"{body['metadata']['uid']}-{created}"}
+    )
     return body | {"metadata": body["metadata"] | index | when}
 
 
