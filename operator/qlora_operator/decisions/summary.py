@@ -127,7 +127,9 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} must end before the next Job is created")
     running = observed.is_running(step.job_uid)
     last = status.last_failure
-    if last is not None and last.step == step.name and step.job_uid and not running:
+    # Of several nodes, the next Job is created after a pause only.
+    begun = bool(step.job_uid) or trains_together(job, step.name)
+    if last is not None and last.step == step.name and begun and not running:
         return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
     phase = phase_of(status, running=running)
     return Reason(phase, _DOING.get(phase, ""))

@@ -156,6 +156,8 @@ def test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that
     status = follow(job_in(), *bodies)
 
     assert counts(status) == (0, 0, 2)
+    assert reason_of(status) == "Retrying"
+    assert "PeersMissing: has met 1 of 2 processes" in message_of(status)
     assert decide(job_in(status), *bodies, at=30).actions == ()
     planned = decide(job_in(status), *bodies, at=30)
     assert planned.look_again is not None
