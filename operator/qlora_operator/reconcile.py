@@ -12,6 +12,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
@@ -23,8 +24,11 @@ from qlora_operator.decisions.observe import (
     Reason,
     UnreadableJobError,
     controller_uid,
+    hides_a_pod,
+    misses_running_pod,
     parse_child,
     parse_job,
+    with_detached_pods,
 )
 from qlora_operator.decisions.plan import (
     Action,
@@ -148,7 +152,7 @@ class Reconciler:
         job = await self._parse(key, held.body)
         if job is None:
             return None
-        view = _View(job, held.observed, live=False, fresh=held.fresh)
+        view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
         return None if self._is_settled(key, view) else view
 
     async def _read(self, key: Key) -> "_View | None":
@@ -166,6 +170,7 @@ class Reconciler:
         jobs = await self.cluster.list_jobs(job.namespace, job.uid)
         pods = await self.cluster.list_pods(job.namespace, job.uid)
         observed = await self._with_current_job(job, self.store.read(body, jobs, pods))
+        observed = with_detached_pods(job, observed, await self._read_hidden_pods(job, observed))
         view = _View(job, observed, live=True, fresh=False)
         return None if self._is_settled(key, view) else view
 
@@ -179,6 +184,18 @@ class Reconciler:
         except NotFoundError:
             return observed
         return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
+
+    async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Object]:
+        """Pods of the current step that have lost the label by which pods are watched; others may be among them."""
+        step, found = job.status.step, list[Object]()
+        if step is None:
+            return found
+        missing = misses_running_pod(observed, step)
+        if missing and step.running_pod_name:
+            found += await self.cluster.list_pods_named(job.namespace, step.running_pod_name)
+        if hides_a_pod(observed, step) or (missing and not step.running_pod_name):
+            found += await self.cluster.list_pods_of_child(job.namespace, step.job_uid)
+        return found
 
     async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
         """The job; None if it is being deleted, or if this version of the operator cannot read it."""
@@ -350,8 +367,17 @@ def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
     actions = decision.plan.actions
     if cannot_be_undone(view.job, decision.status, actions):
         return True
+    if _hides_a_pod_for_long(view, decision.facts.now):
+        return True
     # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
     return not view.fresh and any(is_first_job(action) for action in actions)
+
+
+def _hides_a_pod_for_long(view: _View, now: datetime) -> bool:
+    """Not just because the watches of Jobs and of pods show a new pod one after the other."""
+    step = view.job.status.step
+    child = view.observed.child(step.job_name) if step else None
+    return child is not None and now >= no_pod_at(child) and hides_a_pod(view.observed, step)
 
 
 def _earliest(*moments: float | None) -> float | None:
