@@ -57,6 +57,8 @@ def _is_waited_for(pod: Pod) -> bool:
 def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, child: ChildJob) -> QLoRAJobStatus:
     """The status after the step's Job has failed: the end, unless what failed it is no failure of the step."""
     pods = facts.observed.pods_of(step.job_uid)
+    if child.expired:
+        return status.model_copy(update={"step": next_attempt(step, facts)})
     ended = [pod for pod in pods if pod.ended and not pod.exited_well]
     if not ended:
         return fail(status, facts, _without_pod(child.failure or Reason("", ""), step, facts))

@@ -52,8 +52,8 @@ def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
 
 
 def _stopped_on_purpose(created: datetime | None, child: ChildJob | None, job: QLoRAJob) -> bool:
-    """Whether a pod of that creation time ended because its Job was deleted or suspended: that is no disruption."""
-    if child is None or child.deleting or child.suspended or child.complete or job.spec.suspend:
+    """Whether a pod of that creation time ended because its Job was stopped: that is no disruption."""
+    if child is None or child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:
         return True
     # A queue had suspended the Job, which has been resumed since.
     return child.resumed is not None and created is not None and created < child.resumed

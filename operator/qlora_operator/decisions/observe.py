@@ -177,6 +177,8 @@ class ChildJob:
     """How many failures of its pods it allows."""
     active: int = field(default=0, compare=False)
     """How many of its pods have not ended, as the Job controller has last counted them: alone no reason for a pass."""
+    expired: bool = False
+    """Whether its own deadline ends it, or has: that is no failure of the step."""
     ended: datetime | None = None
     suspended: bool = False
     """Whether it gets no pods because its `suspend` is true, which only others set, or was until just now."""
@@ -402,6 +404,7 @@ def parse_child(body: Object) -> ChildJob:
         failure=Reason(failed.get("reason", ""), failed.get("message", "")) if failed else None,
         backoff_limit=(body.get("spec") or {}).get("backoffLimit"),
         active=(body.get("status") or {}).get("active") or 0,
+        expired=(failed or conditions.get("FailureTarget", {})).get("reason") == "DeadlineExceeded",
         ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
         suspended=suspended,
         suspended_since=_optional_time(stopped.get("lastTransitionTime")) if stopped else None,
