@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_AFTER_REJECTION = 30.0
 _SECONDS_AFTER_NAME_TAKEN = 5.0
+# What server-side apply says of it.
+_UNKNOWN_FIELD = "field not declared in schema"
 
 
 class _BlockedError(Exception):
@@ -93,6 +95,8 @@ class Reconciler:
     clock: Callable[[], datetime]
     starts: Starts
     store: Store = field(default_factory=Store)
+    suspect_schema: Callable[[], None] = lambda: None
+    """Called when the API server does not know a field of the status."""
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
@@ -106,6 +110,8 @@ class Reconciler:
                 # Perhaps it was carried out all the same.
                 self.store.distrust(key)
                 self.metrics.reconcile_errors.inc()
+                if _UNKNOWN_FIELD in str(error):
+                    self.suspect_schema()
                 raise RetryError(str(error)) from error
 
     async def _reconcile(self, key: Key) -> float | None:
