@@ -45,6 +45,7 @@ from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
+from qlora_operator.pauses import Pauses
 from qlora_operator.progress import LogReading, ProgressReader
 from qlora_operator.starts import Starts
 from qlora_operator.store import Store
@@ -53,7 +54,6 @@ from qlora_operator.workqueue import Key, RetryError
 logger = logging.getLogger(__name__)
 
 _SECONDS_AFTER_REJECTION = 30.0
-_SECONDS_AFTER_NAME_TAKEN = 5.0
 # What server-side apply says of it.
 _UNKNOWN_FIELD = "field not declared in schema"
 
@@ -95,6 +95,7 @@ class Reconciler:
     clock: Callable[[], datetime]
     starts: Starts
     store: Store = field(default_factory=Store)
+    name_taken: Pauses = field(default_factory=Pauses)
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server does not know a field of the status."""
 
@@ -283,6 +284,7 @@ class Reconciler:
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
                 return with_rejection(status, facts, blocked.reason), blocked.again
+        self.name_taken.end((job.namespace, job.name))
         return status, None
 
     async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
@@ -314,7 +316,7 @@ class Reconciler:
                     f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
                     "this job starts when that Job is gone"
                 )
-                raise _BlockedError(Reason("NameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+                raise _BlockedError(Reason("NameTaken", sentence), self._pause(job)) from error
         self.store.child_changed("jobs", created)
         return str(created["metadata"]["uid"])
 
@@ -332,7 +334,11 @@ class Reconciler:
             existing = await self._existing(self.cluster.get_claim(job.namespace, name))
             if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
-                raise _BlockedError(Reason("ClaimNameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+                raise _BlockedError(Reason("ClaimNameTaken", sentence), self._pause(job)) from error
+
+    def _pause(self, job: QLoRAJob) -> float:
+        """Seconds until a taken name is tried again. A watch shows at once that an object with the label is gone."""
+        return self.name_taken.next((job.namespace, job.name))
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:
@@ -365,6 +371,7 @@ class Reconciler:
             logger.warning("an Event cannot be posted: %s", error, extra={"key": key})
 
     def _forget(self, key: Key) -> None:
+        self.name_taken.end(key)
         if self.progress is not None:
             self.progress.forget(key)
 

@@ -188,6 +188,25 @@ def test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_j
         assert CLAIM in message_of(cluster.status)
 
 
+def test_a_taken_name_is_tried_less_and_less_often_and_quickly_again_after_it_was_free() -> None:
+    cluster = MemoryCluster(job_body())
+    cluster.existing = child("prepare", owner="another")
+    store = shown(cluster)
+    reconciler = operator(cluster, store)
+
+    def until_it_waits() -> float | None:
+        while (again := asyncio.run(reconciler.reconcile(KEY))) == 0:
+            pass
+        return again
+
+    assert [until_it_waits() for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert reason_of(cluster.status) == "NameTaken"
+    cluster.existing = None
+    until_it_waits()
+    assert cluster.status.phase == "Preparing"
+    assert reconciler.name_taken.next(KEY) == 5
+
+
 @pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
 def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again(kind: str, reason: str) -> None:
     cluster = MemoryCluster(job_body(), rejected=(kind,))
