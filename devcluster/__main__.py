@@ -40,6 +40,8 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case "up":
             with cluster.locked(layout):
                 cluster.up(layout, options.gpus)
+                if options.network_policies:
+                    cluster.enforce_network_policies(layout)
             print(layout.kubeconfig)
         case "down":
             with cluster.locked(layout):
@@ -123,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     path.add_argument("name", metavar="NAME")
     up = commands.add_parser("up", help="start the cluster, or keep a healthy one; prints the kubeconfig's path")
     up.add_argument("--gpus", type=_count, default=cluster.DEFAULT_GPUS, help="simulated GPUs of the node (default: 2)")
+    up.add_argument("--network-policies", action="store_true", help="enforce NetworkPolicies")
     commands.add_parser("down", help="stop the cluster and remove everything that it made, except caches")
     commands.add_parser("leftovers", help="print what a cluster has left on this machine; exit status 1 if anything")
     commands.add_parser(
