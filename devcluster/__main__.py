@@ -8,7 +8,7 @@ from devcluster import cleanup, cluster, images, packages, previous, product, to
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout, from_environment
 
-_NAMES = f"one of {', '.join(toolchain.ALL_TOOLS)} (default: all but {' and '.join(toolchain.SLOW_TOOLS)})"
+_NAMES = f"one of {', '.join(toolchain.ALL_TOOLS)} (default: {', '.join(toolchain.TOOLS)})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
 
 def _prepare(layout: Layout, *, slow: bool) -> None:
     packages.ensure(layout, packages.ALL)
-    toolchain.build(layout, tuple(toolchain.ALL_TOOLS if slow else toolchain.TOOLS))
+    toolchain.build(layout, (*toolchain.TOOLS, *(toolchain.SLOW_TOOLS if slow else ())))
     product.build_images(layout)
     if slow:
         previous.build(layout)
