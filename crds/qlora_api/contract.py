@@ -21,11 +21,18 @@ from qlora_api.status import (
     Timestamp,
 )
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 """Raised by a release whose operator and trainer expect something new of each other.
 
 1: the trainer ends a job that was interrupted too often. 2: the operator does, because only it can tell a suspension.
+3: the trainer meets those of other nodes; only jobs with several nodes need it.
 """
+
+
+def needed_contract(nodes: int) -> int:
+    """The lowest version with which a job of so many nodes works: older operators and trainers do the others too."""
+    return 3 if nodes > 1 else 2
+
 
 TRAINER_CONTAINER = "trainer"
 

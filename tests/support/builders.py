@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from qlora_api.contract import CONTRACT_VERSION, ProgressRecord, ResultRecord, encode_record
+from qlora_api.contract import ProgressRecord, ResultRecord, encode_record, needed_contract
 from qlora_api.naming import (
     JOB_LABEL,
     JOB_UID_LABEL,
@@ -93,7 +93,7 @@ def make_job(status: QLoRAJobStatus | None = None, /, generation: int = 1, **spe
 def resolved(profile: Profile = PROFILE) -> Resolved:
     """What is fixed before the first pod."""
     return Resolved(
-        contract_version=CONTRACT_VERSION,
+        contract_version=needed_contract(1),
         profile=profile,
         claim_name=workspace_claim_name(NAME, UID),
         claim_created=True,

@@ -32,7 +32,7 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if child is None:
         if not step.job_uid or job.spec.suspend:
             return status
-        if any(not pod.ended and pod.deletion_requested is None for pod in facts.observed.pods_of(step.job_uid)):
+        if any(_is_waited_for(pod) for pod in facts.observed.pods_of(step.job_uid)):
             return status  # its pods are about to be deleted, and what they ran counts
         # Its Job was deleted, by a user or a suspension: continue with the next number.
         return status.model_copy(update={"step": next_attempt(step, facts)})
@@ -50,9 +50,16 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     return status
 
 
+def _is_waited_for(pod: Pod) -> bool:
+    """Whether the step does not go on before this pod of a deleted Job: a detached one is lost from view after that."""
+    return not pod.ended and (pod.deletion_requested is None or pod.detached)
+
+
 def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, child: ChildJob) -> QLoRAJobStatus:
     """The status after the step's Job has failed: the end, unless what failed it is no failure of the step."""
     pods = facts.observed.pods_of(step.job_uid)
+    if child.expired:
+        return status.model_copy(update={"step": next_attempt(step, facts)})
     if trains_together(facts.job, step.name):
         return _follow_failure_together(status, facts, step, child, pods)
     ended = [pod for pod in pods if pod.ended and not pod.exited_well]

@@ -2,7 +2,7 @@
 
 from pydantic import ValidationError
 
-from qlora_api.contract import CONTRACT_VERSION
+from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import QLoRAJobStatus, Resolved
@@ -32,7 +32,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
-        contract_version=CONTRACT_VERSION,
+        contract_version=needed_contract(job.spec.resources.node_count),
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
@@ -159,7 +159,8 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
     copied = _as_copied(profile)
     if same_trainer:
         return resolved.model_copy(update={"profile": copied.model_copy(update={"image": resolved.profile.image})})
-    return resolved.model_copy(update={"profile": copied, "contract_version": CONTRACT_VERSION})
+    needed = needed_contract(facts.job.spec.resources.node_count)
+    return resolved.model_copy(update={"profile": copied, "contract_version": needed})
 
 
 def _as_copied(profile: Profile) -> Profile:

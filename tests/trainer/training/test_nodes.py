@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed
 
+from devcluster.addresses import free_port
 from qlora_api.contract import ENV_NODE, ENV_NODE_WAIT, ENV_RENDEZVOUS, ExitCode
 from qlora_api.training import ResourcesSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.training.launch import RankInfo
+from qlora_trainer.training.launch import ChildRanks, RankInfo
+from qlora_trainer.training.ranks import Meeting, joined
 from tests.support.command import Files
 from tests.support.ranks import EXACT, SHARDED, TWO, Pods, other, runs, second_gpu, succeeded, until, workspace
 from tests.support.tiny import POD_UID, merged
@@ -109,6 +112,8 @@ def test_the_pod_whose_peer_is_killed_ends_by_itself_in_the_midst_of_a_sharded_p
     assert done.exit_code == ExitCode.PEER_LOST, done.stdout + done.stderr
 
 
+# That one of two processes is asked to stop is in test_rank_endings.py.
+@pytest.mark.slow
 def test_sigterm_on_one_pod_saves_a_checkpoint_and_ends_both(long_job: tuple[Pods, StepContext]) -> None:
     pods, _ = long_job
     first, second = (pods.start(node) for node in range(2))
@@ -134,7 +139,7 @@ def test_the_failure_of_one_pod_is_what_both_report(tmp_path: Path, tiny_llama: 
     assert "rank 1: the GPU is out of memory" in ended[0].result.message
 
 
-@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("node", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_pod_that_waits_for_the_others_in_vain_says_so(tmp_path: Path, tiny_llama: Path, node: int) -> None:
     files, _ = workspace(tmp_path / "job", tiny_llama, NODES)
 
@@ -156,6 +161,21 @@ def test_sigterm_while_it_waits_ends_a_pod_as_interrupted(long_job: tuple[Pods, 
     assert first.done(said).exit_code == ExitCode.INTERRUPTED
 
 
+def test_a_pod_does_not_join_those_that_its_predecessor_had_joined() -> None:
+    port = free_port()
+    served = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+    torch.distributed.PrefixStore("attempt-0", served).set("rank-1", "the pod before")
+    rank_info = RankInfo(rank=1, size=2, address="127.0.0.1", port=port)
+
+    with (
+        pytest.raises(StepFailure, match="still serves pods that end") as caught,
+        joined(ChildRanks(rank_info), "cpu", "none", Meeting(seconds=0, incarnation="this pod")),
+    ):
+        pytest.fail("it has joined")
+    assert caught.value.exit_code is ExitCode.PEERS_MISSING
+
+
+@pytest.mark.slow
 def test_a_pod_that_replaces_another_waits_for_peers_of_its_own(long_job: tuple[Pods, StepContext]) -> None:
     """A resumed Job may have its second pod before the old first one has ended."""
     pods, _ = long_job

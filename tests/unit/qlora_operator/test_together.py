@@ -30,6 +30,7 @@ from tests.support.builders import (
     running,
     status_in,
     step_status,
+    time,
 )
 
 PEER_LOST, PEERS_MISSING, INTERRUPTED, UNREACHABLE = 201, 202, 143, 200
@@ -279,6 +280,34 @@ def test_the_limit_of_gpus_is_that_of_all_nodes() -> None:
     assert "spec.resources.gpus × nodes is 16" in message_of(status)
     job = make_job(resources={"nodes": 2, "gpus": 4})
     assert reason_of(follow(job, profiles={"default": profile})) == "Pending"
+
+
+@pytest.mark.parametrize(("nodes", "version"), [(None, 2), (1, 2), (2, 3)])
+def test_only_a_job_of_several_nodes_needs_an_operator_and_a_trainer_that_know_them(
+    nodes: int | None, version: int
+) -> None:
+    profile = Profile.model_validate(PROFILE.dump() | {"workspace": SHARED})
+    job = make_job(resources={} if nodes is None else {"nodes": nodes})
+
+    status = follow(job, profiles={"default": profile})
+
+    assert status.resolved is not None
+    assert status.resolved.contract_version == version
+
+
+def test_pods_that_hang_are_restarted_together_and_that_is_one_failure() -> None:
+    stalled = step_status(
+        "train", runningPod=node(0)["metadata"]["uid"], runningSince=time(-600), progressedAt=time(-600)
+    ).dump()
+    job = job_in(status_in("train", 1, step=stalled), progressDeadlineSeconds=300, retry={"onNoProgress": "restart"})
+    bodies = (RUNS, running(node(0), since=-600), running(node(1), since=-600))
+
+    status = follow(job, *bodies, log_read=True)
+
+    assert counts(status) == (1, 0, 2)
+    assert status.active_seconds == 600
+    stored = job_in(follow(job_in(status), *bodies))
+    assert decide(stored, *bodies).actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
 
 
 def train_job(**profile: Any) -> dict[str, Any]:
