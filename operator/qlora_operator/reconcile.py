@@ -16,7 +16,7 @@ from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.manifests import build_claim, build_job, build_peer_policy, build_peer_service
+from qlora_operator.decisions.manifests import DNS_PORTS, build_claim, build_job, build_peer_policy, build_peer_service
 from qlora_operator.decisions.observe import (
     Object,
     Observed,
@@ -96,6 +96,7 @@ class Reconciler:
     clock: Callable[[], datetime]
     starts: Starts
     store: Store = field(default_factory=Store)
+    dns_ports: tuple[int, ...] = DNS_PORTS
     name_taken: Pauses = field(default_factory=Pauses)
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server does not know a field of the status."""
@@ -349,7 +350,7 @@ class Reconciler:
         Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so.
         """
         for kind, create, manifest in (
-            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job)),
+            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job, self.dns_ports)),
             ("Service", self.cluster.create_service, build_peer_service(job)),
         ):
             name = manifest["metadata"]["name"]

@@ -151,6 +151,11 @@ def test_namespaced_installation_has_a_role_in_each_namespace_and_nothing_in_the
     assert settings_of(objects)["namespaces"] == ["team-a", "team-b"]
 
 
+def test_the_operator_knows_the_ports_of_dns_for_the_policies_that_it_creates(helm: Helm) -> None:
+    assert settings_of(helm.template({}))["dnsPorts"] == [53]
+    assert settings_of(helm.template({"jobNetworkPolicies": {"dnsPorts": [5353]}}))["dnsPorts"] == [5353]
+
+
 def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm) -> None:
     values: Object = {
         "trainer": {"image": {"repository": "registry.example/trainer", "digest": f"sha256:{'0' * 64}"}},

@@ -26,6 +26,8 @@ from qlora_operator.decisions.volumes import mounts_and_volumes, uses_cache
 
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
+DNS_PORTS = (53,)
+"""Ports of the pods that answer DNS in most clusters."""
 UNATTENDED_SECONDS = 7 * 24 * 3600
 """For how long, beyond the job's own deadline, a Job goes on at most, should no operator be there to stop it."""
 _UNDISTURBED = {
@@ -119,10 +121,13 @@ def build_peer_service(job: QLoRAJob) -> Manifest:
     }
 
 
-def build_peer_policy(job: QLoRAJob) -> Manifest:
-    """The NetworkPolicy by which the train pods of one job reach one another, and DNS, and nothing else does."""
+def build_peer_policy(job: QLoRAJob, dns_ports: Iterable[int] = DNS_PORTS) -> Manifest:
+    """The NetworkPolicy by which the train pods of one job reach one another, and DNS, and nothing else does.
+
+    `dns_ports`: of the pods that answer DNS, which may differ from those of their Service.
+    """
     peers = [{"podSelector": {"matchLabels": _peers(job)}}]
-    dns = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
+    dns = [{"port": port, "protocol": protocol} for port in dns_ports for protocol in ("UDP", "TCP")]
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
