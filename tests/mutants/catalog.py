@@ -161,6 +161,42 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="a-lost-pod-gives-the-reason",
+        file=f"{_DECISIONS}/together.py",
+        old="    found = min(ended, key=_order, default=None)",
+        new="    found = min(ended, key=lambda pod: pod.node, default=None)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it",
+        ),
+    ),
+    Mutant(
+        name="the-reason-is-told-too-early",
+        file=f"{_DECISIONS}/together.py",
+        old="return found if is_own_failure(found) or all(pod.ended for pod in pods) else None",
+        new="return found",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_the_reason_is_not_told_before_the_pod_that_may_have_it_has_ended",
+        ),
+    ),
+    Mutant(
+        name="waiting-for-nodes-is-a-failure",
+        file=f"{_DECISIONS}/together.py",
+        old="    return pod.lost_peer or pod.missed_peers",
+        new="    return pod.lost_peer",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that_grows",
+        ),
+    ),
+    Mutant(
+        name="one-pod-of-several-is-replaced-alone",
+        file=f"{_DECISIONS}/advance.py",
+        old="or not step.counted_pod or not trains_together(facts.job, step.name):",
+        new="or True:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_stopped_together_are_replaced_together_and_count_once",
+        ),
+    ),
+    Mutant(
         name="suspensions-count-as-disruptions",
         file=f"{_DECISIONS}/attempts.py",
         old="child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:",
