@@ -41,7 +41,9 @@ SMALL_MACHINE: dict[str, Any] = {
         },
         # Two pods on the only node mount any claim.
         SHARED_PROFILE: {"workspace": {"topology": "shared"}},
-    }
+    },
+    # CoreDNS of the embedded cluster need not be root.
+    "jobNetworkPolicies": {"dnsPorts": [1053]},
 }
 
 # The same for a cluster that need not have a GPU, real or played. Null takes the chart's default away.

@@ -1,21 +1,39 @@
-"""Two pods train one adapter: they find each other by name, and the loss of one costs nothing but time."""
+"""Two pods train one adapter: they find each other by name, and the loss of one costs nothing but time.
+
+NetworkPolicies are enforced: the pods reach each other by the one that the operator creates for the job.
+"""
 
 import json
 
 import pytest
 
+from devcluster import cluster, layout, node, toolchain
 from devcluster.files import claim
 from devcluster.product import SHARED_PROFILE
 from tests.cluster.environment import LONG, Object, Tenant, tiny_job
 from tests.support.manifests import Manifest
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.slow
 WORKSPACE = "shared"
+_REACH = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], 29500), timeout=3).close()
+except OSError:
+    print("denied")
+else:
+    print("reached")
+"""
 
 
 @pytest.fixture(scope="module")
 def shared(tenant: Tenant) -> str:
-    """A claim that several pods mount: on the only node, any claim is."""
+    """A claim that several pods mount: on the only node, any claim is. NetworkPolicies are enforced."""
+    where = layout.from_environment()
+    toolchain.built(where, [node.POLICY_PROGRAM])
+    with cluster.locked(where):
+        cluster.enforce_network_policies(where)
     tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(WORKSPACE, tenant.namespace)))
     return WORKSPACE
 
@@ -36,7 +54,6 @@ def train_pods(tenant: Tenant, name: str, attempt: int) -> list[Object]:
     return sorted(pods, key=lambda pod: str(pod["metadata"]["name"]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--grace-period=0", "--force"]], ids=["deleted", "killed"])
 def test_a_pod_of_two_that_is_lost_is_one_disruption_and_the_adapter_has_the_same_bytes(
     tenant: Tenant, shared: str, undisturbed: Object, options: list[str]
@@ -60,3 +77,20 @@ def test_a_pod_of_two_that_is_lost_is_one_disruption_and_the_adapter_has_the_sam
 def undisturbed(tenant: Tenant, shared: str) -> Object:
     """The status of a job of two pods that nobody has touched."""
     return tenant.succeed(tenant.apply(job_of_two("two-undisturbed", shared)))
+
+
+def test_no_other_pod_of_the_namespace_reaches_the_train_pods(tenant: Tenant, shared: str) -> None:
+    name = tenant.apply(job_of_two("closed", shared))
+    tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
+    first = tenant.get("pod", train_pods(tenant, name, 1)[0]["metadata"]["name"])
+    policy = f"qlora-{tenant.job(name)['metadata']['uid']}"
+    with tenant.volume(shared) as pod:
+        assert pod.run("python3", "-c", _REACH, first["status"]["podIP"]).strip() == "denied"
+        # The same attempt, of the same pod.
+        tenant.kubectl("delete", "networkpolicy", policy)
+        eventually(
+            lambda: pod.run("python3", "-c", _REACH, first["status"]["podIP"]).strip() == "reached",
+            seconds=60,
+            what="no policy",
+        )
+    tenant.kubectl("delete", "qlorajob", name)
