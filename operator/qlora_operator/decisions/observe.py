@@ -200,6 +200,8 @@ class ChildJob:
     """How many failures of its pods it allows."""
     active: int = field(default=0, compare=False)
     """How many of its pods have not ended, as the Job controller has last counted them: alone no reason for a pass."""
+    failing: bool = False
+    """Whether it is about to fail, and stops the pods that still run."""
     expired: bool = False
     """Whether its own deadline ends it, or has: that is no failure of the step."""
     ended: datetime | None = None
@@ -434,6 +436,7 @@ def parse_child(body: Object) -> ChildJob:
         failure=Reason(failed.get("reason", ""), failed.get("message", "")) if failed else None,
         backoff_limit=(body.get("spec") or {}).get("backoffLimit"),
         active=(body.get("status") or {}).get("active") or 0,
+        failing="FailureTarget" in conditions,
         expired=(failed or conditions.get("FailureTarget", {})).get("reason") == "DeadlineExceeded",
         ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
         suspended=suspended,

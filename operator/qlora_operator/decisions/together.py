@@ -32,8 +32,8 @@ def ending_pod(pods: tuple[Pod, ...], child: ChildJob | None) -> Pod | None:
     if found is None or found.out_of_memory or child is None:
         return found
     if not child.finished:
-        # Its Job ignores a pod that has stopped as asked, and is about to fail for any other.
-        return found if found.asked_to_stop else None
+        # Its Job ignores pods that have stopped as asked. For any other it is about to fail, and asks the rest to stop.
+        return found if not child.failing and all(pod.asked_to_stop for pod in ended) else None
     return found if is_own_failure(found) or all(pod.ended for pod in pods) else None
 
 

@@ -126,6 +126,16 @@ def test_the_reason_is_not_told_before_the_pod_that_may_have_it_has_ended() -> N
     assert (reason_of(status), message_of(status)) == ("BadDataset", "line 7")
 
 
+@pytest.mark.parametrize("failing", [RUNS, child("train", FailureTarget="BackoffLimitExceeded")], ids=["soon", "now"])
+def test_a_pod_that_is_stopped_with_its_failing_job_is_not_taken_for_the_reason(failing: dict[str, Any]) -> None:
+    """The kubelet of the pod that has failed may be the last to report."""
+    stopped = ended(node(2), INTERRUPTED)
+    status = follow(job_in(nodes=3), failing, lost(0), running(node(1)), stopped)
+    assert counts(status) == (0, 0, 1)
+
+    assert counts(follow(job_in(status, nodes=3), ENDED_BY_ITS_POLICY, lost(0), FULL, stopped)) == (1, 0, 1)
+
+
 def test_a_failure_that_all_pods_report_counts_once_and_is_retried_after_a_pause() -> None:
     bodies = (FAILED, *(told(node(number), UNREACHABLE, "Unreachable", "no route") for number in range(2)))
     status = follow(job_in(), *bodies)
