@@ -22,7 +22,7 @@ from tests.support.tiny import POD_UID, merged
 from tests.support.training import adapter_bytes, history
 
 NODES: dict[str, Any] = {"resources": {"nodes": 2}}
-MANY_STEPS: dict[str, Any] = {"training": {"maxSteps": 40, "saveEverySteps": 5, "evalEverySteps": 50}}
+MANY_STEPS: dict[str, Any] = {"training": {"maxSteps": 24, "saveEverySteps": 5, "evalEverySteps": 50}}
 
 
 def spec_of(*parts: dict[str, Any]) -> dict[str, Any]:
