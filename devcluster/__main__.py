@@ -38,11 +38,7 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case "path":
             print(toolchain.build(layout, [options.name])[options.name])
         case "up":
-            with cluster.locked(layout):
-                cluster.up(layout, options.gpus)
-                if options.network_policies:
-                    cluster.enforce_network_policies(layout)
-            print(layout.kubeconfig)
+            _up(layout, options.gpus, network_policies=options.network_policies)
         case "down":
             with cluster.locked(layout):
                 cleanup.down(layout)
@@ -58,6 +54,14 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case _:
             return _run_image_command(options, layout)
     return 0
+
+
+def _up(layout: Layout, gpus: int, *, network_policies: bool) -> None:
+    with cluster.locked(layout):
+        cluster.up(layout, gpus)
+        if network_policies:
+            cluster.enforce_network_policies(layout)
+    print(layout.kubeconfig)
 
 
 def _prepare(layout: Layout, *, slow: bool) -> None:

@@ -142,6 +142,15 @@ def _enforces_network_policies(layout: Layout) -> bool:
     return any(record.name == node.POLICY_PROGRAM for record in processes.records(layout.records))
 
 
+def start_kubelet_again(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
+    """Start the kubelet of the running cluster after it has been ended, and wait until the node is back."""
+    binaries = toolchain.build(layout, ["kubelet"])
+    node.start_kubelet(layout, ports_of(layout), _Start(layout, binaries).program)
+    kubectl = kubectl_of(layout)
+    _wait(layout, lambda: node_is_ready(kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")
+    addons.set_gpus(kubectl, gpus)
+
+
 def broken(layout: Layout) -> list[str]:
     """Why the cluster cannot become healthy by itself, one line each; empty when it can."""
     if not layout.cluster.exists():
