@@ -154,7 +154,7 @@ TAMPERING = {
 
 @pytest.mark.parametrize("name", TAMPERING)
 def test_an_adapter_that_was_changed_after_training_is_not_published(attacker: Tenant, name: str) -> None:
-    job = attacker.apply(tiny_job(name))
+    job = attacker.apply(tiny_job(name, retry={"maxFailures": 0}))
     with attacker.stopped(job, "publish"):
         resolved = attacker.status(job)["resolved"]
         with attacker.volume(resolved["claimName"]) as files:

@@ -88,7 +88,7 @@ class Client:
                 answer = self._connection.getresponse()
                 text = answer.read().decode(errors="replace")
                 break
-            except (http.client.HTTPException, ConnectionError):
+            except (http.client.HTTPException, ConnectionError, ssl.SSLEOFError):
                 if fresh:
                     raise
         try:
