@@ -73,7 +73,7 @@ def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> N
 
             eventually(gone, seconds=180, what="the lost pod deleted")
         finally:
-            cluster.start_kubelet_again(where)
+            cluster.start_node_again(where)
     tenant.cluster.wait_for_operator()
     require_one_disruption(tenant, "lost", undisturbed)
 

@@ -13,7 +13,6 @@ import pytest
 from devcluster import addresses, cluster, layout, product
 from devcluster.controlplane import ControlPlane
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
-from qlora_api.naming import JOB_LABEL
 from tests.cluster.conftest import give_inputs
 from tests.cluster.environment import INPUTS, Cluster, Object, Tenant, tiny_job
 from tests.support.harmless_attempts import NEEDS_NO_NODE, batch_job
@@ -172,7 +171,7 @@ def test_the_operators_rights_are_those_that_it_uses(tenants: Tenants, attacker:
     suspended = attacker.apply(tiny_job("exercise-suspension", steps=ENDLESS))
     attacker.wait(suspended, lambda status: status.get("progress", {}).get("loss"), what="a job that trains")
     tenants.tenant.patch(TENANT, "qlorajobs", suspended, {"spec": {"suspend": True}})
-    eventually(lambda: not tenants.admin.list(TENANT, "jobs", f"{JOB_LABEL}={suspended}"), seconds=60, what="no Job")
+    attacker.wait_for_phase(suspended, "Suspended")
     requests = tenants.audited(since)
     assert used_by_the_operator(requests) == granted_to_the_operator()
     denied = denied_to_the_operator(requests)
