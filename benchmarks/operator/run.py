@@ -81,12 +81,12 @@ def measure(subject: Subject, jobs: int, workers: int | None = None) -> dict[str
         plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
         plane.kubectl("create", "namespace", NAMESPACE)
         plane.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev")
-        with _started(subject, plane, workers) as process:
+        with started(subject, plane, workers) as process:
             return asyncio.run(_measure(subject, jobs, plane, process))
 
 
 @contextmanager
-def _started(subject: Subject, plane: ControlPlane, workers: int | None) -> Iterator[subprocess.Popen[bytes]]:
+def started(subject: Subject, plane: ControlPlane, workers: int | None) -> Iterator[subprocess.Popen[bytes]]:
     """The operator, or the floor's script, as a process of its own."""
     with tempfile.TemporaryDirectory(prefix="qlora-operator-") as folder, (Path(folder) / "log").open("w") as log:
         command = [sys.executable, "-m", "benchmarks.operator.floor", str(plane.kubeconfig)]
