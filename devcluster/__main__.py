@@ -8,7 +8,7 @@ from devcluster import cleanup, cluster, images, packages, previous, product, to
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout, from_environment
 
-_NAMES = f"one of {', '.join(toolchain.ALL_TOOLS)} (default: all but {' and '.join(toolchain.SLOW_TOOLS)})"
+_NAMES = f"one of {', '.join(toolchain.ALL_TOOLS)} (default: {', '.join(toolchain.TOOLS)})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,9 +38,7 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case "path":
             print(toolchain.build(layout, [options.name])[options.name])
         case "up":
-            with cluster.locked(layout):
-                cluster.up(layout, options.gpus)
-            print(layout.kubeconfig)
+            _up(layout, options.gpus, network_policies=options.network_policies)
         case "down":
             with cluster.locked(layout):
                 cleanup.down(layout)
@@ -58,9 +56,17 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
     return 0
 
 
+def _up(layout: Layout, gpus: int, *, network_policies: bool) -> None:
+    with cluster.locked(layout):
+        cluster.up(layout, gpus)
+        if network_policies:
+            cluster.enforce_network_policies(layout)
+    print(layout.kubeconfig)
+
+
 def _prepare(layout: Layout, *, slow: bool) -> None:
     packages.ensure(layout, packages.ALL)
-    toolchain.build(layout, tuple(toolchain.ALL_TOOLS if slow else toolchain.TOOLS))
+    toolchain.build(layout, (*toolchain.TOOLS, *(toolchain.SLOW_TOOLS if slow else ())))
     product.build_images(layout)
     if slow:
         previous.build(layout)
@@ -123,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     path.add_argument("name", metavar="NAME")
     up = commands.add_parser("up", help="start the cluster, or keep a healthy one; prints the kubeconfig's path")
     up.add_argument("--gpus", type=_count, default=cluster.DEFAULT_GPUS, help="simulated GPUs of the node (default: 2)")
+    up.add_argument("--network-policies", action="store_true", help="enforce NetworkPolicies")
     commands.add_parser("down", help="stop the cluster and remove everything that it made, except caches")
     commands.add_parser("leftovers", help="print what a cluster has left on this machine; exit status 1 if anything")
     commands.add_parser(

@@ -4,7 +4,7 @@ import datetime
 import ssl
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,7 @@ def write_credentials(settings: Settings, now: datetime.datetime) -> None:
         "kube-scheduler": ("system:kube-scheduler", []),
         "kube-proxy": ("system:kube-proxy", []),
         "kubelet": (node, ["system:nodes"]),
+        "kube-network-policies": ("kube-network-policies", []),
         "local-path-provisioner": ("local-path-provisioner", []),
     }
     for name, (user, groups) in users.items():
@@ -182,9 +183,11 @@ def start_api(settings: Settings, start: Callable[[str, list[str]], Record]) -> 
     )
 
 
-def start_controllers(settings: Settings, start: Callable[[str, list[str]], Record]) -> list[Record]:
-    """Start the controller manager and, where there is a node, the scheduler."""
-    running = [start("kube-controller-manager", controller_manager_arguments(settings))]
+def start_controllers(
+    settings: Settings, start: Callable[[str, list[str]], Record], options: Sequence[str] = ()
+) -> list[Record]:
+    """Start the controller manager, with these more options, and, where there is a node, the scheduler."""
+    running = [start("kube-controller-manager", [*controller_manager_arguments(settings), *options])]
     if settings.node:
         configuration = {
             "apiVersion": "kubescheduler.config.k8s.io/v1",
@@ -209,11 +212,14 @@ def is_ready(settings: Settings) -> bool:
 
 
 @contextmanager
-def running(*, controller_manager: bool = False, layout: Layout | None = None) -> Iterator[ControlPlane]:
+def running(
+    *, controller_manager: bool = False, controller_options: Sequence[str] = (), layout: Layout | None = None
+) -> Iterator[ControlPlane]:
     """Etcd and an API server on loopback, for tests that need the real API and no pods; no root needed.
 
     Everything is in a temporary folder and ends with the block, or with the calling process.
     `controller_manager` adds the controllers: garbage collection, Jobs (whose pods stay pending), ServiceAccounts.
+    `controller_options` are options of theirs.
     Raises ClusterError where a program has not been built before: a test builds nothing.
     """
     layout = layout or from_environment()
@@ -231,7 +237,7 @@ def running(*, controller_manager: bool = False, layout: Layout | None = None) -
         try:
             plane = start_api(settings, start)
             if controller_manager:
-                start_controllers(settings, start)
+                start_controllers(settings, start, controller_options)
             yield plane
         finally:
             for record in reversed(list(processes.records(records))):

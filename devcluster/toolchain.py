@@ -59,9 +59,19 @@ SLOW_TOOLS = {
     "kustomize-controller": Tool(
         "kustomize-controller", "github.com/fluxcd/kustomize-controller", manifests="config/crd/bases"
     ),
+    "kube-network-policies": Tool("kube-network-policies", "."),
     "kueue": Tool("kueue", "sigs.k8s.io/kueue/cmd/kueue", manifests="config"),
 }
-ALL_TOOLS = {**TOOLS, **SLOW_TOOLS}
+# What only benchmarks start, which build it themselves.
+BENCHMARK_TOOLS = {
+    "kubeflow-trainer": Tool(
+        "kubeflow-trainer", "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager", manifests="manifests/base"
+    ),
+    # The same controllers in a program of ours, whose limit of requests can be chosen.
+    "kubeflow-trainer-unlimited": Tool("kubeflow-trainer", "."),
+    "jobset": Tool("jobset", "sigs.k8s.io/jobset", manifests="config"),
+}
+ALL_TOOLS = {**TOOLS, **SLOW_TOOLS, **BENCHMARK_TOOLS}
 
 
 def binary(layout: Layout, name: str) -> Path:

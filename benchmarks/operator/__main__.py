@@ -1,9 +1,7 @@
-"""Measures how fast the operator starts many new jobs, and at what cost; writes `results/operator.json`.
+"""Measures the operator under one of several loads; writes `results/operator-LOAD.json`.
 
-The tables of docs/concepts/scale.md are written too, unless the result goes elsewhere.
-Each run has its own etcd, API server and controller manager on this machine. No pod is scheduled: a job has its first
-Job and its status, and waits. The floor of the same run is a script that creates the same claim and Job and does
-nothing else.
+The tables of docs/concepts/scale.md are written too, unless the result goes elsewhere. Each load has its own etcd, API
+server and controller manager on this machine.
 """
 
 import argparse
@@ -13,35 +11,26 @@ from pathlib import Path
 
 from benchmarks.inputs import RESULTS, write_result
 from benchmarks.machine import describe_machine
-from benchmarks.operator import table
-from benchmarks.operator.run import Subject, measure
+from benchmarks.operator import arrival, neighbor, progress
 
 LIBRARIES = ("aiohttp", "kopf", "kubernetes", "pydantic")
+LOADS = {"arrival": arrival, "neighbor": neighbor, "progress": progress}
 
 
 def main() -> int:
     """Measure, write and print; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operator", description=__doc__)
-    parser.add_argument("--jobs", type=int, nargs="+", default=[500, 1000], help="jobs of each run (%(default)s)")
-    parser.add_argument("--repetitions", type=int, default=3, help="runs of each, in turn (%(default)s)")
-    parser.add_argument("--workers", type=int, help="the operator's workers, if not its default")
-    parser.add_argument("--no-floor", action="store_true", help="leave the floor out")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
-    options = parser.parse_args()
+    loads = parser.add_subparsers(dest="load", required=True, metavar="LOAD")
+    for name, load in LOADS.items():
+        options = loads.add_parser(name, help=(load.__doc__ or "").partition("\n")[0], description=load.__doc__)
+        load.add_options(options)
+        options.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    chosen = parser.parse_args()
     machine = describe_machine(LIBRARIES)
-    subjects: tuple[Subject, ...] = ("operator",) if options.no_floor else ("operator", "floor")
-    runs = []
-    for jobs in options.jobs:
-        for _ in range(options.repetitions):
-            for subject in subjects:
-                print(f"{subject}: {jobs} jobs", file=sys.stderr, flush=True)
-                runs.append({"subject": subject} | measure(subject, jobs, options.workers))
-                print(json.dumps(runs[-1], indent=2), flush=True)
-    result = {"machine": machine, "runs": runs}
-    path = write_result("operator", result, options.output)
-    print(f"\n{table.figures(result)}\n{path}")
-    if options.output == RESULTS:
-        table.write(result)
+    result = {"machine": machine, **LOADS[chosen.load].measure(chosen)}
+    path = write_result(f"operator-{chosen.load}", result, chosen.output)
+    print(json.dumps(result, indent=1)[-3000:])
+    print(path)
     return 0
 
 

@@ -3,29 +3,32 @@
 from typing import Any
 
 from qlora_api.profile import Profile
-from qlora_api.v1alpha1 import API_VERSION, KIND
+from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 
 NAMESPACE = "team"
 PROFILE = Profile.model_validate(
     {"image": "registry.example.org/qlora-trainer:1.0.0", "gpuResource": "nvidia.com/gpu", "workspace": {"size": "1Gi"}}
 )
+QLORA = f"/apis/{GROUP}/{VERSION}"
+BATCH = "/apis/batch/v1"
+CORE = "/api/v1"
 
 
-def qlora_job(number: int) -> dict[str, Any]:
+def jobs_path(namespace: str = NAMESPACE) -> str:
+    """Where the QLoRAJobs of a namespace are."""
+    return f"{QLORA}/namespaces/{namespace}/{PLURAL}"
+
+
+def qlora_job(number: int, namespace: str = NAMESPACE, **spec: Any) -> dict[str, Any]:
     """A job with the fields that a user has to give, and the schema's defaults for the rest."""
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
-        "metadata": {"name": f"job-{number}", "namespace": NAMESPACE},
-        "spec": {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}},
+        "metadata": {"name": f"job-{number}", "namespace": namespace},
+        "spec": {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}, **spec},
     }
 
 
-def operator_settings(probe_port: int, metrics_port: int, workers: int | None) -> dict[str, Any]:
+def operator_settings(probe_port: int, metrics_port: int) -> dict[str, Any]:
     """The operator's settings: its defaults, apart from the ports."""
-    settings: dict[str, Any] = {
-        "profiles": {"default": PROFILE.dump()},
-        "probePort": probe_port,
-        "metricsPort": metrics_port,
-    }
-    return settings if workers is None else settings | {"workers": workers}
+    return {"profiles": {"default": PROFILE.dump()}, "probePort": probe_port, "metricsPort": metrics_port}

@@ -12,7 +12,11 @@ import aiohttp
 
 from qlora_operator.cluster import endpoint_of
 
-_PATHS = {"qlorajobs": "/apis/qlora.dev/v1alpha1/qlorajobs", "jobs": "/apis/batch/v1/jobs"}
+_PATHS = {
+    "qlorajobs": "/apis/qlora.dev/v1alpha1/qlorajobs",
+    "jobs": "/apis/batch/v1/jobs",
+    "pods": "/api/v1/pods",
+}
 # The answer for a new kind until the API server has read what is stored of it.
 _STARTING = 429
 _METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
@@ -28,7 +32,7 @@ class Event:
 
 
 async def watch(
-    kubeconfig: Path, objects: Literal["qlorajobs", "jobs"], *, metadata_only: bool = True
+    kubeconfig: Path, objects: Literal["qlorajobs", "jobs", "pods"], *, metadata_only: bool = True
 ) -> AsyncIterator[Event]:
     """All events from the first object on, until the caller stops; after a lost connection once more from the first."""
     endpoint = await endpoint_of(kubeconfig)

@@ -1,0 +1,178 @@
+"""Plays a node: binds pods, reports that they start and end, and answers requests for their logs as a kubelet does.
+
+Nothing runs in the pods. How long each step takes is chosen; what the pods report is in `trainer.py`.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from aiohttp import web
+
+from benchmarks.operator import site, trainer
+from benchmarks.operator.client import Client, Object, connect
+from benchmarks.operator.objects import CORE
+from benchmarks.operator.watching import watch
+from devcluster.addresses import LOOPBACK, free_port
+from devcluster.controlplane import ControlPlane
+from qlora_api.contract import TRAINER_CONTAINER
+from qlora_api.naming import JOB_UID_LABEL, STEP_LABEL
+from qlora_api.status import StepName
+
+NAME = "played"
+ENDLESS = float("inf")
+_LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
+_RENEW_SECONDS = 10.0
+_AT_A_TIME = 16
+
+
+@dataclass(frozen=True)
+class _Pod:
+    namespace: str
+    name: str
+    uid: str
+    job_uid: str
+    step: StepName
+    started: datetime
+
+    @property
+    def path(self) -> str:
+        return f"{CORE}/namespaces/{self.namespace}/pods/{self.name}"
+
+
+class Node:
+    """One node without an end to its capacity."""
+
+    def __init__(self, client: Client, seconds: Mapping[StepName, float]) -> None:
+        self._client = client
+        self._seconds = dict(seconds)
+        self._known: set[str] = set()
+        self._running: dict[tuple[str, str], _Pod] = {}
+        self._gate = asyncio.Semaphore(_AT_A_TIME)
+        self._stopped: datetime | None = None
+
+    def stop_reporting(self) -> None:
+        """From now on logs do not grow."""
+        self._stopped = datetime.now(UTC)
+
+    def set_seconds(self, step: StepName, seconds: float) -> None:
+        """How long pods of the step run that start from now on."""
+        self._seconds[step] = seconds
+
+    async def register(self, port: int) -> None:
+        """Make the node known, with the port that logs are read from."""
+        await self._client.create(f"{CORE}/nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NAME}})
+        status = {
+            "addresses": [{"type": "InternalIP", "address": LOOPBACK}],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
+            "conditions": [{"type": "Ready", "status": "True", "reason": "Played", "message": ""}],
+        }
+        await self._client.merge(f"{CORE}/nodes/{NAME}/status", {"status": status})
+        await self._client.create(_LEASES, self._lease() | {"metadata": {"name": NAME}})
+
+    async def stay_alive(self) -> None:
+        """Renew the node's Lease: pods of a node that does not are evicted."""
+        while True:
+            await asyncio.sleep(_RENEW_SECONDS)
+            await self._client.merge(f"{_LEASES}/{NAME}", self._lease())
+
+    async def play(self, plane: ControlPlane) -> None:
+        """Play every pod of a job, from its creation to its end."""
+        async with asyncio.TaskGroup() as group:
+            async for event in watch(plane.kubeconfig, "pods"):
+                metadata = event.body["metadata"]
+                if event.kind == "DELETED":
+                    self._running.pop((metadata["namespace"], metadata["name"]), None)
+                # The watch begins anew from time to time, and shows everything once more.
+                elif STEP_LABEL in metadata.get("labels", {}) and metadata["uid"] not in self._known:
+                    self._known.add(metadata["uid"])
+                    group.create_task(self._play(metadata))
+
+    async def read_log(self, request: web.Request) -> web.Response:
+        """The kubelet's answer to a request for a container's log."""
+        pod = self._running.get((request.match_info["namespace"], request.match_info["pod"]))
+        if pod is None:
+            return web.Response(status=404)
+        now = self._stopped or datetime.now(UTC)
+        return web.Response(text=trainer.log(pod.job_uid, pod.uid, pod.step, pod.started, now))
+
+    async def _play(self, metadata: Object) -> None:
+        labels = metadata["labels"]
+        step = cast(StepName, labels[STEP_LABEL])
+        now = datetime.now(UTC)
+        pod = _Pod(metadata["namespace"], metadata["name"], metadata["uid"], labels[JOB_UID_LABEL], step, now)
+        async with self._gate:
+            target = {"apiVersion": "v1", "kind": "Node", "name": NAME}
+            binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod.name}, "target": target}
+            await self._client.create(f"{pod.path}/binding", binding)
+            self._running[pod.namespace, pod.name] = pod
+            await self._report(pod, "Running", {"running": {"startedAt": trainer.timestamp(pod.started)}})
+        seconds = self._seconds.get(step, 0.0)
+        if seconds == ENDLESS:
+            return
+        await asyncio.sleep(seconds)
+        async with self._gate:
+            ended = datetime.now(UTC)
+            terminated = {
+                "exitCode": 0,
+                "reason": "Completed",
+                "message": trainer.result(pod.job_uid, pod.uid, step, ended),
+                "startedAt": trainer.timestamp(pod.started),
+                "finishedAt": trainer.timestamp(ended),
+            }
+            await self._report(pod, "Succeeded", {"terminated": terminated})
+        self._running.pop((pod.namespace, pod.name), None)
+
+    async def _report(self, pod: _Pod, phase: str, state: Object) -> None:
+        ready = "True" if phase == "Running" else "False"
+        container = {
+            "name": TRAINER_CONTAINER,
+            "image": "registry.example.org/qlora-trainer:1.0.0",
+            "imageID": f"registry.example.org/qlora-trainer@sha256:{'a' * 64}",
+            "containerID": f"containerd://{'b' * 64}",
+            "ready": phase == "Running",
+            "started": phase == "Running",
+            "restartCount": 0,
+            "state": state,
+        }
+        conditions = ("PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady")
+        status: dict[str, Any] = {
+            "phase": phase,
+            "startTime": trainer.timestamp(pod.started),
+            "hostIP": LOOPBACK,
+            "conditions": [{"type": name, "status": ready} for name in conditions],
+            "containerStatuses": [container],
+        }
+        await self._client.merge(f"{pod.path}/status", {"status": status})
+
+    def _lease(self) -> Object:
+        renewed = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        spec = {"holderIdentity": NAME, "leaseDurationSeconds": 40, "renewTime": renewed}
+        return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
+
+
+@asynccontextmanager
+async def playing(plane: ControlPlane, seconds: Mapping[StepName, float]) -> AsyncIterator[Node]:
+    """A node that plays all pods during the block. `seconds`: how long each step takes; at once, if it is not named."""
+    port = free_port()
+    async with connect(plane.kubeconfig) as client:
+        node = Node(client, seconds)
+        await node.register(port)
+        application = web.Application()
+        application.router.add_get("/containerLogs/{namespace}/{pod}/{container}", node.read_log)
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        # The API server's own certificate, which is for this address, serves the kubelet's port as well.
+        certificates = plane.directory / "certificates"
+        tls.load_cert_chain(certificates / "kube-apiserver.crt", certificates / "kube-apiserver.key")
+        await web.TCPSite(runner, LOOPBACK, port, ssl_context=tls).start()
+        try:
+            async with site.background(node.play(plane), node.stay_alive()):
+                yield node
+        finally:
+            await runner.cleanup()

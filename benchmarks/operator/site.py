@@ -1,0 +1,105 @@
+"""Starts what every load needs: a control plane with the resource, and the operator as a process of its own."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.operator.objects import operator_settings
+from benchmarks.operator.usage import Processes
+from devcluster import processes
+from devcluster.addresses import free_port
+from devcluster.controlplane import ControlPlane, running
+
+ROOT = Path(__file__).parents[2]
+# The controller manager's defaults are for a cluster where Jobs come one by one: 20 requests per second.
+UNHURRIED: tuple[str, ...] = ()
+HURRIED = ("--kube-api-qps=1000", "--kube-api-burst=1000", "--concurrent-job-syncs=16")
+_END_SECONDS = 30
+
+
+@contextmanager
+def control_plane(namespaces: Sequence[str], controllers: Sequence[str] = UNHURRIED) -> Iterator[ControlPlane]:
+    """Etcd, an API server with the resource and these namespaces, and the controllers with these options."""
+    with running(controller_manager=True, controller_options=controllers) as plane:
+        plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
+        for namespace in namespaces:
+            plane.kubectl("create", "namespace", namespace)
+        plane.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev")
+        yield plane
+
+
+def api_server(plane: ControlPlane) -> Processes:
+    """The API server's process."""
+    found = (each.pid for each in processes.records(plane.directory / "processes") if each.name == "kube-apiserver")
+    return Processes(tuple(found))
+
+
+@contextmanager
+def program(plane: ControlPlane, command: Sequence[str | Path], **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that finds the API server by KUBECONFIG; its output is shown if it has ended by itself."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "KUBECONFIG": str(plane.kubeconfig), **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is not None:
+                log.seek(0)
+                sys.stderr.write(log.read()[-4000:].decode(errors="replace"))
+            process.terminate()
+            process.wait(_END_SECONDS)
+
+
+@contextmanager
+def operator(plane: ControlPlane, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The operator with its default settings, apart from these."""
+    with tempfile.TemporaryDirectory(prefix="qlora-operator-") as folder:
+        file = Path(folder) / "settings.yaml"
+        file.write_text(yaml.safe_dump(operator_settings(free_port(), free_port()) | settings))
+        with program(plane, [sys.executable, "-m", "qlora_operator", "--settings", str(file)]) as process:
+            yield process
+
+
+async def until(
+    condition: Callable[[], Awaitable[bool]],
+    what: str,
+    *needed: subprocess.Popen[bytes],
+    seconds: float = 300,
+    every: float = 0.5,
+) -> None:
+    """Wait until it holds. Raises TimeoutError, or ChildProcessError if a process that it needs has ended."""
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        if any(process.poll() is not None for process in needed):
+            raise ChildProcessError(f"what was to lead to {what} has ended")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {what} after {seconds:.0f} s")
+        await asyncio.sleep(every)
+
+
+@asynccontextmanager
+async def background(*work: Awaitable[None]) -> AsyncIterator[None]:
+    """Do this work during the block. An error of it ends the block."""
+
+    async def do(each: Awaitable[None]) -> None:
+        await each
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(do(each)) for each in work]
+        yield
+        for task in tasks:
+            task.cancel()
