@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import JOB_LABEL, workspace_claim_name
-from tests.support.harmless_attempts import HARMLESS, batch_job, forged, submit
+from tests.support.harmless_attempts import HARMLESS, batch_job, forged, result, submit
 from tests.support.manifests import MINIMAL
 from tests.support.rejected_attempts import REJECTED, pod
 from tests.support.tenancy import (
@@ -38,6 +38,7 @@ PROFILES: Object = {
         "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2},
     },
     "private": {"namespaces": [VICTIM]},
+    "nodes": {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}},
 }
 CANARY = "hf_canarycanarycanarycanarycanary1234"
 
@@ -187,6 +188,10 @@ def test_the_operators_rights_are_those_that_it_uses(attacked: Attacked) -> None
         tenants.tenant.patch(TENANT, "qlorajobs", name, {"spec": {"suspend": False}})
     tenants.wait("exercise-name", reason="NameTaken")
     tenants.wait("exercise-claim", reason="ClaimNameTaken")
+    several = submit(tenants, "exercise-nodes", resources={"nodes": 2}, scheduling={"profile": "nodes"})
+    prepare = tenants.wait_for_pod("exercise-nodes", "prepare")
+    tenants.end(prepare, result(several, prepare))
+    tenants.wait_for_pod("exercise-nodes", "train")
     pod = tenants.wait_for_pod("exercise", "prepare")
     since = tenants.audit_size()
     tenants.run(pod)
