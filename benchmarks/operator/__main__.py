@@ -11,10 +11,10 @@ from pathlib import Path
 
 from benchmarks.inputs import RESULTS, write_result
 from benchmarks.machine import describe_machine
-from benchmarks.operator import arrival, progress
+from benchmarks.operator import arrival, day, progress, simulation
 
 LIBRARIES = ("aiohttp", "kopf", "kubernetes", "pydantic")
-LOADS = {"arrival": arrival, "progress": progress}
+LOADS = {"arrival": arrival, "progress": progress, "day": day, "simulation": simulation}
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from benchmarks.operator import site, trainer
 from benchmarks.operator.client import Client, Object, connect
-from benchmarks.operator.objects import CORE
+from benchmarks.operator.objects import COPIED_LABEL, CORE
 from benchmarks.operator.watching import watch
 from devcluster.addresses import LOOPBACK, free_port
 from devcluster.controlplane import ControlPlane
@@ -59,6 +59,10 @@ class Node:
         """From now on logs do not grow."""
         self._stopped = datetime.now(UTC)
 
+    def report_again(self) -> None:
+        """From now on logs grow again."""
+        self._stopped = None
+
     def set_seconds(self, step: StepName, seconds: float) -> None:
         """How long pods of the step run that start from now on."""
         self._seconds[step] = seconds
@@ -88,7 +92,7 @@ class Node:
                 if event.kind == "DELETED":
                     self._running.pop((metadata["namespace"], metadata["name"]), None)
                 # The watch begins anew from time to time, and shows everything once more.
-                elif STEP_LABEL in metadata.get("labels", {}) and metadata["uid"] not in self._known:
+                elif _is_of_a_job(metadata) and metadata["uid"] not in self._known:
                     self._known.add(metadata["uid"])
                     group.create_task(self._play(metadata))
 
@@ -153,6 +157,11 @@ class Node:
         renewed = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         spec = {"holderIdentity": NAME, "leaseDurationSeconds": 40, "renewTime": renewed}
         return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
+
+
+def _is_of_a_job(metadata: Object) -> bool:
+    labels = metadata.get("labels", {})
+    return STEP_LABEL in labels and COPIED_LABEL not in labels
 
 
 @asynccontextmanager
