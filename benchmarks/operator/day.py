@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -72,8 +73,8 @@ async def _seed(plane: ControlPlane, client: Client, options: argparse.Namespace
     with site.operator(plane) as operator:
         await client.create(jobs_path(), qlora_job(0, name="original-kept"))
         await client.create(jobs_path(), qlora_job(0, name="original-cleaned-up", cleanupAfterSeconds=0))
-        for name, condition in (("original-kept", "Succeeded"), ("original-cleaned-up", "CleanedUp")):
-            await site.until(lambda name=name, condition=condition: _is(client, name, condition), condition, operator)
+        await site.until(lambda: _is(client, "original-kept", "Succeeded"), "success", operator)
+        await site.until(lambda: _is(client, "original-cleaned-up", "CleanedUp"), "clean-up", operator)
     for name, count in (("original-kept", options.kept), ("original-cleaned-up", options.cleaned_up)):
         original = await seeding.template(client, name)
         await seeding.copy(client, original, [f"{name.removeprefix('original-')}-{number}" for number in range(count)])
@@ -170,9 +171,7 @@ async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, A
 def resyncs(requests: Sequence[audit.Request]) -> int:
     """How many complete lists there were: each begins with the QLoRAJobs, page by page, and goes on with the Jobs."""
     lists = [request.resource for request in requests if request.verb == "list"]
-    return sum(
-        (before, after) == ("qlorajobs", "jobs") for before, after in zip(lists, lists[1:], strict=False)
-    )
+    return sum((before, after) == ("qlorajobs", "jobs") for before, after in pairwise(lists))
 
 
 def figures_of_memory(samples: Sequence[float]) -> dict[str, float]:

@@ -106,16 +106,18 @@ class Node:
 
     async def _play(self, metadata: Object) -> None:
         labels = metadata["labels"]
-        step = cast(StepName, labels[STEP_LABEL])
+        step = cast("StepName", labels[STEP_LABEL])
         now = datetime.now(UTC)
         pod = _Pod(metadata["namespace"], metadata["name"], metadata["uid"], labels[JOB_UID_LABEL], step, now)
         async with self._gate:
             target = {"apiVersion": "v1", "kind": "Node", "name": NAME}
             binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod.name}, "target": target}
             await self._client.create(f"{pod.path}/binding", binding)
-            self._running[pod.namespace, pod.name] = pod
-            await self._report(pod, "Running", {"running": {"startedAt": trainer.timestamp(pod.started)}})
-        seconds = self._seconds.get(step, 0.0)
+            seconds = self._seconds.get(step, 0.0)
+            # A kubelet looks once a second: what ends at once is not reported as running.
+            if seconds > 0:
+                self._running[pod.namespace, pod.name] = pod
+                await self._report(pod, "Running", {"running": {"startedAt": trainer.timestamp(pod.started)}})
         if seconds == ENDLESS:
             return
         await asyncio.sleep(seconds)

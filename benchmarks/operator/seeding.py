@@ -56,7 +56,9 @@ async def _copy(client: Client, original: Template, name: str) -> None:
         body["spec"].pop("selector", None)
         body["spec"]["managedBy"] = _MANAGED_BY
         for metadata in (body["metadata"], body["spec"]["template"]["metadata"]):
-            metadata["labels"] = {key: value for key, value in metadata["labels"].items() if key not in _GENERATED_LABELS}
+            metadata["labels"] = {
+                key: value for key, value in metadata["labels"].items() if key not in _GENERATED_LABELS
+            }
         known |= await _create(client, _JOBS, body)
         await _write_status(client, _JOBS, renamed(child, known))
     for pod in original.pods:

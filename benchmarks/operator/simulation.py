@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ PHASES = ("Preparing", "Training", "Publishing", "Succeeded")
 STEPS = 3
 _AT_A_TIME = 16
 _MOST_SECONDS = 1800
+_REPORT_SECONDS = 5
 _KIB = 1024
 
 
@@ -50,6 +52,8 @@ class _Lives:
     places: asyncio.Semaphore
     phases: dict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
     ended: int = 0
+    last_end: float = 0.0
+    """In seconds of the monotonic clock."""
 
     async def follow(self, plane: ControlPlane) -> None:
         """Follow all jobs."""
@@ -58,6 +62,7 @@ class _Lives:
             seen = self.phases[metadata["namespace"], metadata["name"]]
             if phase in ("Succeeded", "Failed") and phase not in seen:
                 self.ended += 1
+                self.last_end = event.seconds
                 self.places.release()
             if phase:
                 seen.add(phase)
@@ -68,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=5000, help="jobs in all (%(default)s)")
     parser.add_argument("--at-once", type=int, default=500, help="how many have not ended at a time (%(default)s)")
     parser.add_argument("--operators", type=int, default=2, help="operators (%(default)s)")
-    parser.add_argument("--namespaces", type=int, default=2, help="namespaces of each operator (%(default)s)")
+    parser.add_argument("--namespaces", type=int, default=5, help="namespaces of each operator (%(default)s)")
     parser.add_argument("--train-seconds", type=float, default=5.0, help="how long training takes (%(default)s)")
 
 
@@ -93,7 +98,8 @@ async def _measure(plane: ControlPlane, shares: Sequence[_Share], options: argpa
     lives = _Lives(asyncio.Semaphore(options.at_once))
     namespaces = [name for share in shares for name in share.namespaces]
     jobs = [qlora_job(number, namespaces[number % len(namespaces)]) for number in range(options.jobs)]
-    api_server = site.api_server(plane)
+    # The benchmark itself plays the node and follows all jobs.
+    everybody = {**site.processes_of(plane), "benchmark": Processes((os.getpid(),))}
     async with (
         connect(plane.kubeconfig) as client,
         playing(plane, {"train": options.train_seconds}),
@@ -102,19 +108,21 @@ async def _measure(plane: ControlPlane, shares: Sequence[_Share], options: argpa
         await site.until(lambda: _all_lead(client, shares), "leader", *(share.process for share in shares))
         load, idle = os.getloadavg(), [share.measured.resident_mib() for share in shares]
         audit_from, began = plane.audit_log.stat().st_size, time.monotonic()
-        before = [each.processor_seconds() for each in (*(share.measured for share in shares), api_server)]
-        await _create_in_turn(client, jobs, lives)
+        before = {name: each.processor_seconds() for name, each in everybody.items()}
+        idle_seconds = [share.measured.processor_seconds() for share in shares]
 
         async def all_have_ended() -> bool:
+            print(f"{lives.ended:,} of {len(jobs):,} jobs have ended", file=sys.stderr, flush=True)
             return lives.ended == len(jobs)
 
         processes = [share.process for share in shares]
-        await site.until(all_have_ended, "end of all jobs", *processes, seconds=_MOST_SECONDS)
-        seconds = time.monotonic() - began
-        await asyncio.sleep(2)
-        used = [
-            each.processor_seconds() - first
-            for each, first in zip((*(share.measured for share in shares), api_server), before, strict=True)
+        async with site.background(_create_in_turn(client, jobs, lives)):
+            what = "end of all jobs"
+            await site.until(all_have_ended, what, *processes, seconds=_MOST_SECONDS, every=_REPORT_SECONDS)
+        seconds = lives.last_end - began
+        used = {name: each.processor_seconds() - before[name] for name, each in everybody.items()}
+        used_by_operators = [
+            share.measured.processor_seconds() - first for share, first in zip(shares, idle_seconds, strict=True)
         ]
         requests = audit.requests(plane.audit_log, audit_from)
         children = await client.items(f"{BATCH}/jobs", JOB_LABEL, metadata_only=True)
@@ -131,10 +139,10 @@ async def _measure(plane: ControlPlane, shares: Sequence[_Share], options: argpa
         "batchJobs": batch_jobs(children, requests),
         "podsLeft": len(pods),
         "storedBytesOfOne": stored,
-        "apiServerMillisecondsPerJob": round(1000 * used[-1] / len(jobs), 1),
+        "processorMillisecondsPerJob": {name: round(1000 * value / len(jobs), 1) for name, value in used.items()},
         "operators": [
             _figures_of(share, idle_mib, seconds_used, requests, jobs)
-            for share, idle_mib, seconds_used in zip(shares, idle, used, strict=False)
+            for share, idle_mib, seconds_used in zip(shares, idle, used_by_operators, strict=True)
         ],
     }
 
