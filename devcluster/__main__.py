@@ -38,9 +38,7 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case "path":
             print(toolchain.build(layout, [options.name])[options.name])
         case "up":
-            with cluster.locked(layout):
-                cluster.up(layout, options.gpus)
-            print(layout.kubeconfig)
+            _up(layout, options.gpus, network_policies=options.network_policies)
         case "down":
             with cluster.locked(layout):
                 cleanup.down(layout)
@@ -56,6 +54,14 @@ def _run(options: argparse.Namespace, layout: Layout) -> int:
         case _:
             return _run_image_command(options, layout)
     return 0
+
+
+def _up(layout: Layout, gpus: int, *, network_policies: bool) -> None:
+    with cluster.locked(layout):
+        cluster.up(layout, gpus)
+        if network_policies:
+            cluster.enforce_network_policies(layout)
+    print(layout.kubeconfig)
 
 
 def _prepare(layout: Layout, *, slow: bool) -> None:
@@ -123,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     path.add_argument("name", metavar="NAME")
     up = commands.add_parser("up", help="start the cluster, or keep a healthy one; prints the kubeconfig's path")
     up.add_argument("--gpus", type=_count, default=cluster.DEFAULT_GPUS, help="simulated GPUs of the node (default: 2)")
+    up.add_argument("--network-policies", action="store_true", help="enforce NetworkPolicies")
     commands.add_parser("down", help="stop the cluster and remove everything that it made, except caches")
     commands.add_parser("leftovers", help="print what a cluster has left on this machine; exit status 1 if anything")
     commands.add_parser(

@@ -41,6 +41,11 @@ def dns_query(identity: bytes, name: str) -> bytes:
     return identity + struct.pack(">HHHHH", 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">HH", 1, 1)
 
 
+def allow_network_policies(kubectl: Kubectl) -> None:
+    """Let the program that enforces NetworkPolicies read them, and whom they are about."""
+    kubectl.apply((_MANIFESTS / "network-policies.yaml").read_text())
+
+
 def start_storage(layout: Layout, kubectl: Kubectl, start: Callable[[str, list[str]], Record], image: str) -> Record:
     """Install the default StorageClass `local-path` and start its provisioner on the host."""
     values = {"image": image, "volumes": str(layout.volumes)}

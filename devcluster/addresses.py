@@ -18,6 +18,8 @@ DNS_DOMAIN = "cluster.local"
 LOOPBACK = "127.0.0.1"
 # A chain of this prefix is ours; kube-proxy owns those that start with KUBE-.
 CHAIN_PREFIX = "QLORA-"
+# Of netfilter: where new connections of pods wait for a verdict. Other programs like 0 and 100.
+POLICY_QUEUE = 24_410
 # Below the ports that the kernel gives to outgoing connections, one of which could take a port between choice and use.
 _CHOSEN_PORTS = range(20_000, 30_000)
 GPU_RESOURCE = "nvidia.com/gpu"

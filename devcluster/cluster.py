@@ -89,14 +89,14 @@ class _Start:
         settings = controlplane.Settings(layout.cluster, addresses.BRIDGE_ADDRESS, ports, self._binaries, node=True)
         controlplane.write_credentials(settings, datetime.datetime.now(datetime.UTC))
         node.set_up_network()
-        plane = controlplane.start_api(settings, self._program)
-        controlplane.start_controllers(settings, self._program)
+        plane = controlplane.start_api(settings, self.program)
+        controlplane.start_controllers(settings, self.program)
         self._say("API server ready")
         busybox, coredns = self._images(ports)
-        node.start_kubelet(layout, ports, self._program)
-        node.start_kube_proxy(layout, ports, self._program)
+        node.start_kubelet(layout, ports, self.program)
+        node.start_kube_proxy(layout, ports, self.program)
         addons.apply_dns(plane.kubectl, coredns)
-        addons.start_storage(layout, plane.kubectl, self._program, busybox)
+        addons.start_storage(layout, plane.kubectl, self.program, busybox)
         _wait(layout, lambda: node_is_ready(plane.kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")
         self._say("node Ready")
         _wait(layout, addons.dns_works, _DNS_SECONDS, "the cluster's DNS", "kubelet")
@@ -106,20 +106,40 @@ class _Start:
     def _images(self, ports: Ports) -> tuple[str, str]:
         busybox = images.busybox_image()
         coredns = images.program_image(self._binaries["coredns"])
-        images.start_registry(self._layout, ports, self._program)
-        node.start_containerd(self._layout, self._program, busybox)
+        images.start_registry(self._layout, ports, self.program)
+        node.start_containerd(self._layout, self.program, busybox)
         # Left by a containerd that was killed: its content outlives the cluster, its containers must not.
         node.remove_containers(self._layout)
         for image in (busybox, images.BUSYBOX_NAME, coredns):
             images.load(self._layout, ports, image)
         return busybox, coredns
 
-    def _program(self, name: str, arguments: Sequence[str]) -> Record:
+    def program(self, name: str, arguments: Sequence[str]) -> Record:
+        """Start one program of the cluster."""
         argv: list[str | Path] = [self._binaries.get(name, Path(name)), *arguments]
         return processes.start(name, argv, directory=self._layout.records, log=self._layout.log(name))
 
     def _say(self, what: str) -> None:
         console.mention(self._layout, f"{what} after {time.monotonic() - self._began:.1f} s")
+
+
+def enforce_network_policies(layout: Layout) -> None:
+    """Let NetworkPolicies decide about connections of pods in the running cluster, from now on until `down`.
+
+    Raises ClusterError when there is no healthy cluster.
+    """
+    if reasons := broken(layout):
+        raise ClusterError(reasons[0])
+    if _enforces_network_policies(layout):
+        return
+    binaries = toolchain.build(layout, [node.POLICY_PROGRAM])
+    addons.allow_network_policies(kubectl_of(layout))
+    node.start_network_policies(layout, _Start(layout, binaries).program)
+    console.mention(layout, "NetworkPolicies are enforced")
+
+
+def _enforces_network_policies(layout: Layout) -> bool:
+    return any(record.name == node.POLICY_PROGRAM for record in processes.records(layout.records))
 
 
 def broken(layout: Layout) -> list[str]:
@@ -128,7 +148,7 @@ def broken(layout: Layout) -> list[str]:
         return ["there is no cluster; start one with `python -m devcluster up`"]
     found = [] if layout.ready.exists() else ["the last `up` did not finish"]
     known = {record.name: record for record in processes.records(layout.records)}
-    for name in _expected():
+    for name in _expected(layout):
         if name not in known or not processes.alive(known[name]):
             found.append(f"{name} is not running; its log is {layout.log(name)}")
     return found
@@ -146,7 +166,7 @@ def status(layout: Layout) -> str:
     """A table of programs, their pids and logs, and the node's state."""
     known = {record.name: record for record in processes.records(layout.records)}
     lines = []
-    for name in _expected():
+    for name in _expected(layout):
         running = name in known and processes.alive(known[name])
         pid = str(known[name].pid) if running else "-"
         lines.append(f"{name:24} {'running' if running else 'stopped':8} {pid:>8}  {layout.log(name)}")
@@ -175,8 +195,10 @@ def node_is_ready(kubectl: Kubectl) -> bool:
     return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
 
-def _expected() -> list[str]:
-    return [*(name for name in _PROGRAMS if name not in ("kubectl", "coredns")), "containerd", "docker-registry"]
+def _expected(layout: Layout) -> list[str]:
+    always = [name for name in _PROGRAMS if name not in ("kubectl", "coredns")]
+    chosen = [node.POLICY_PROGRAM] if _enforces_network_policies(layout) else []
+    return [*always, *chosen, "containerd", "docker-registry"]
 
 
 def _wait(layout: Layout, condition: processes.Condition, seconds: float, what: str, suspect: str) -> None:

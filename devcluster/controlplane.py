@@ -89,6 +89,7 @@ def write_credentials(settings: Settings, now: datetime.datetime) -> None:
         "kube-scheduler": ("system:kube-scheduler", []),
         "kube-proxy": ("system:kube-proxy", []),
         "kubelet": (node, ["system:nodes"]),
+        "kube-network-policies": ("kube-network-policies", []),
         "local-path-provisioner": ("local-path-provisioner", []),
     }
     for name, (user, groups) in users.items():

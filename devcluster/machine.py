@@ -23,6 +23,7 @@ SYSCTLS = (
     "kernel/keys/root_maxbytes",
     "net/ipv4/ip_forward",
     "net/ipv4/conf/all/route_localnet",
+    "net/bridge/bridge-nf-call-iptables",
     "net/netfilter/nf_conntrack_max",
     "net/netfilter/nf_conntrack_tcp_timeout_established",
     "net/netfilter/nf_conntrack_tcp_timeout_close_wait",

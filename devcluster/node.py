@@ -1,4 +1,4 @@
-"""Starts the node: bridge, containerd, kubelet and kube-proxy."""
+"""Starts the node: bridge, containerd, kubelet, kube-proxy, and what enforces NetworkPolicies."""
 
 import json
 from collections.abc import Callable
@@ -14,8 +14,12 @@ from devcluster.packages import CNI_PLUGINS
 from devcluster.processes import Record, run
 
 NETWORK = "qlora-devcluster"
+POLICY_PROGRAM = "kube-network-policies"
 _FORWARD = f"{addresses.CHAIN_PREFIX}FORWARD"
 _MASQUERADE = f"{addresses.CHAIN_PREFIX}MASQUERADE"
+_POLICIES = f"{addresses.CHAIN_PREFIX}POLICIES"
+_BRIDGED = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
+_QUEUES = Path("/proc/net/netfilter/nfnetlink_queue")
 _START_SECONDS = 60
 Start = Callable[[str, list[str]], Record]
 
@@ -24,7 +28,11 @@ def set_up_network() -> None:
     """Make the bridge, let pods reach the world through it, and nothing else.
 
     The CNI plugin could do both, but its chains are named after container ids; fixed names are sure to be removed.
+    Raises ClusterError when the kernel would let packets between pods pass by its rules.
     """
+    if not _BRIDGED.exists():
+        raise ClusterError(f"no {_BRIDGED}: load the kernel module br_netfilter, which every Kubernetes node needs")
+    _BRIDGED.write_text("1")
     bridge, subnet = addresses.BRIDGE, addresses.POD_SUBNET
     prefix = subnet.partition("/")[2]
     run(["ip", "link", "add", bridge, "type", "bridge"])
@@ -106,6 +114,38 @@ def start_kube_proxy(layout: Layout, ports: Ports, start: Start) -> Record:
     path = layout.cluster / "kube-proxy.yaml"
     path.write_text(yaml.safe_dump(configuration))
     return start("kube-proxy", [f"--config={path}"])
+
+
+def start_network_policies(layout: Layout, start: Start) -> Record:
+    """Let NetworkPolicies decide about each new connection from or to a pod; the node's own to pods are allowed.
+
+    The rules are before those of kube-proxy that filter, so that an allowed connection meets these too. Without the
+    program a queue drops what is put into it: pods then make no new connection.
+    """
+    bridge = addresses.BRIDGE
+    rules = f"""*mangle
+:{_POLICIES} - [0:0]
+-A {_POLICIES} -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN
+-A {_POLICIES} -j NFQUEUE --queue-num {addresses.POLICY_QUEUE}
+-I FORWARD -i {bridge} -j {_POLICIES}
+-I FORWARD -o {bridge} ! -i {bridge} -j {_POLICIES}
+-I INPUT -i {bridge} -j {_POLICIES}
+COMMIT
+"""
+    kubeconfig = layout.cluster / f"{POLICY_PROGRAM}.kubeconfig"
+    arguments = [f"--kubeconfig={kubeconfig}", f"--node={addresses.NODE}", f"--queue={addresses.POLICY_QUEUE}"]
+    record = start(POLICY_PROGRAM, arguments)
+    what, log = "NetworkPolicies to be enforced", layout.log(POLICY_PROGRAM)
+    processes.until(_policies_are_enforced, _START_SECONDS, what, log, [record])
+    run(["iptables-restore", "--noflush"], input_text=rules)
+    return record
+
+
+def _policies_are_enforced() -> bool:
+    """Whether somebody serves the queue, which happens once the policies have been read."""
+    if not _QUEUES.exists():
+        return False
+    return str(addresses.POLICY_QUEUE) in (line.split()[0] for line in _QUEUES.read_text().splitlines())
 
 
 def cni_configuration(leases: Path) -> dict[str, object]:

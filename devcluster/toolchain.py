@@ -59,6 +59,7 @@ SLOW_TOOLS = {
     "kustomize-controller": Tool(
         "kustomize-controller", "github.com/fluxcd/kustomize-controller", manifests="config/crd/bases"
     ),
+    "kube-network-policies": Tool("kube-network-policies", "."),
     "kueue": Tool("kueue", "sigs.k8s.io/kueue/cmd/kueue", manifests="config"),
 }
 # What only benchmarks start, which build it themselves.

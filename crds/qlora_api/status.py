@@ -82,6 +82,7 @@ class StepStatus(ObservedModel):
         0, ge=0, le=100_000, description="Failures of this step so far, in all its Jobs, for retry.maxFailures."
     )
     running_pod: str = Field("", max_length=64, description="UID of the latest pod that was seen running.")
+    running_pod_name: str = Field("", max_length=253, description="Name of that pod.")
     running_since: Timestamp | None = Field(None, description="When that pod's trainer started.")
     progressed_at: Timestamp | None = Field(
         None, description="When the operator last saw that pod start or make progress, by the operator's clock."

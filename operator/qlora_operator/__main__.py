@@ -132,12 +132,19 @@ class Operator:
         self._metrics = metrics
         self._health = health
         self._signals = signals
+        self._check = SchemaCheck(cluster, self._follow_schema)
+        self._follow_in_work: Callable[[bool], None] = lambda _lacks: None
 
     async def run(self) -> None:
         """Run until canceled."""
-        check = SchemaCheck(self._cluster)
-        self._health.ready = {"schema": lambda: check.problem}
-        await check.run()
+        self._health.ready = {"schema": self._schema_problem}
+        await self._check.run()
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(self._check.watch())
+            await self._lead()
+            watching.cancel()
+
+    async def _lead(self) -> None:
         if self._place is None:
             await self._work()
             return
@@ -146,8 +153,15 @@ class Operator:
             self._cluster, self._place, identity, monotonic=time.monotonic, clock=lambda: datetime.now(UTC)
         )
         self._health.live = {"election": election.stuck}
-        self._health.ready = {"election": election.problem}
+        self._health.ready = {"election": election.problem, "schema": self._schema_problem}
         await election.run(self._work)
+
+    def _schema_problem(self) -> str | None:
+        return self._check.problem
+
+    def _follow_schema(self, lacks: bool) -> None:
+        self._metrics.schema_outdated.set(lacks)
+        self._follow_in_work(lacks)
 
     async def _work(self) -> None:
         settings, metrics, health = self._settings, self._metrics, self._health
@@ -170,7 +184,16 @@ class Operator:
         )
         hooks = Hooks(queue.add, resync.monitor, metrics.job_is_in, self._signals.take, store)
         candidate = dict(health.ready)
-        health.ready, health.note = {"resync": lambda: resync.problem() or resync.starting()}, resync.note
+        health.ready = {"resync": lambda: resync.problem() or resync.starting(), "schema": self._schema_problem}
+        health.note = resync.note
+
+        def follow_schema(lacks: bool) -> None:
+            queue.pause(lacks)
+            if not lacks:
+                resync.look_at_all()
+
+        queue.pause(self._check.problem is not None)
+        self._follow_in_work = follow_schema
         metrics.works(lambda: queue.depth)
         try:
             await resync.first()
@@ -185,6 +208,7 @@ class Operator:
                 group.create_task(resync.run())
                 group.create_task(watch(settings, hooks))
         finally:
+            self._follow_in_work = lambda _lacks: None
             metrics.works(None)
             health.ready, health.note = candidate, lambda: None
 
@@ -201,6 +225,7 @@ class Operator:
             clock=lambda: datetime.now(UTC),
             starts=Starts(cluster.list_qlora_jobs, enqueue, time.monotonic),
             store=store,
+            suspect_schema=self._check.suspect,
         )
 
 

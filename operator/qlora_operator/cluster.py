@@ -38,6 +38,7 @@ _CORE = "/api/v1"
 _LEASES = "/apis/coordination.k8s.io/v1"
 _QLORA = f"/apis/{GROUP}/{VERSION}"
 _KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
+_CONTROLLER_UID = "batch.kubernetes.io/controller-uid"
 _WORKLOAD_JOB_UID = "kueue.x-k8s.io/job-uid"
 
 
@@ -83,6 +84,17 @@ class Cluster:
         """The pods that have the label of this QLoRAJob."""
         selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
         return await self._list(f"{_CORE}/namespaces/{namespace}/pods", selector)
+
+    async def list_pods_of_child(self, namespace: str, child_uid: str) -> Sequence[Object]:
+        """The pods that have the Job controller's label for the Job of that UID."""
+        selector = [("labelSelector", f"{_CONTROLLER_UID}={child_uid}")]
+        return (await self._list(f"{_CORE}/namespaces/{namespace}/pods", selector)).items
+
+    async def list_pods_named(self, namespace: str, name: str) -> Sequence[Object]:
+        """The pod of that name, if there is one, whatever its labels are. It takes no right to get pods."""
+        return (
+            await self._list(f"{_CORE}/namespaces/{namespace}/pods", [("fieldSelector", f"metadata.name={name}")])
+        ).items
 
     async def list_workloads(self, namespace: str, child_uid: str) -> list[Object] | None:
         """Kueue's Workloads of the Job of that UID; None without Kueue, or without the right to read them."""

@@ -26,6 +26,11 @@ class Metrics:
         self.leads = Gauge(
             "qlora_operator_leads", "1 if this operator works, 0 if it stands by.", registry=self.registry
         )
+        self.schema_outdated = Gauge(
+            "qlora_operator_schema_outdated",
+            "1 while no job is worked on because the CustomResourceDefinition lacks fields of this release, else 0.",
+            registry=self.registry,
+        )
         self._denied = Gauge(
             "qlora_operator_namespace_denied",
             "1 if the API server denies the operator permission to list the namespace's jobs, else 0.",

@@ -12,6 +12,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
@@ -23,8 +24,11 @@ from qlora_operator.decisions.observe import (
     Reason,
     UnreadableJobError,
     controller_uid,
+    hides_a_pod,
+    misses_running_pod,
     parse_child,
     parse_job,
+    with_detached_pods,
 )
 from qlora_operator.decisions.plan import (
     Action,
@@ -41,6 +45,7 @@ from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
+from qlora_operator.pauses import Pauses
 from qlora_operator.progress import LogReading, ProgressReader
 from qlora_operator.starts import Starts
 from qlora_operator.store import Store
@@ -49,7 +54,8 @@ from qlora_operator.workqueue import Key, RetryError
 logger = logging.getLogger(__name__)
 
 _SECONDS_AFTER_REJECTION = 30.0
-_SECONDS_AFTER_NAME_TAKEN = 5.0
+# What server-side apply says of it.
+_UNKNOWN_FIELD = "field not declared in schema"
 
 
 class _BlockedError(Exception):
@@ -89,6 +95,9 @@ class Reconciler:
     clock: Callable[[], datetime]
     starts: Starts
     store: Store = field(default_factory=Store)
+    name_taken: Pauses = field(default_factory=Pauses)
+    suspect_schema: Callable[[], None] = lambda: None
+    """Called when the API server does not know a field of the status."""
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
@@ -102,6 +111,8 @@ class Reconciler:
                 # Perhaps it was carried out all the same.
                 self.store.distrust(key)
                 self.metrics.reconcile_errors.inc()
+                if _UNKNOWN_FIELD in str(error):
+                    self.suspect_schema()
                 raise RetryError(str(error)) from error
 
     async def _reconcile(self, key: Key) -> float | None:
@@ -148,7 +159,7 @@ class Reconciler:
         job = await self._parse(key, held.body)
         if job is None:
             return None
-        view = _View(job, held.observed, live=False, fresh=held.fresh)
+        view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
         return None if self._is_settled(key, view) else view
 
     async def _read(self, key: Key) -> "_View | None":
@@ -166,6 +177,7 @@ class Reconciler:
         jobs = await self.cluster.list_jobs(job.namespace, job.uid)
         pods = await self.cluster.list_pods(job.namespace, job.uid)
         observed = await self._with_current_job(job, self.store.read(body, jobs, pods))
+        observed = with_detached_pods(job, observed, await self._read_hidden_pods(job, observed))
         view = _View(job, observed, live=True, fresh=False)
         return None if self._is_settled(key, view) else view
 
@@ -179,6 +191,18 @@ class Reconciler:
         except NotFoundError:
             return observed
         return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
+
+    async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Object]:
+        """Pods of the current step that have lost the label by which pods are watched; others may be among them."""
+        step, found = job.status.step, list[Object]()
+        if step is None:
+            return found
+        missing = misses_running_pod(observed, step)
+        if missing and step.running_pod_name:
+            found += await self.cluster.list_pods_named(job.namespace, step.running_pod_name)
+        if hides_a_pod(observed, step) or (missing and not step.running_pod_name):
+            found += await self.cluster.list_pods_of_child(job.namespace, step.job_uid)
+        return found
 
     async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
         """The job; None if it is being deleted, or if this version of the operator cannot read it."""
@@ -260,6 +284,7 @@ class Reconciler:
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
                 return with_rejection(status, facts, blocked.reason), blocked.again
+        self.name_taken.end((job.namespace, job.name))
         return status, None
 
     async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
@@ -291,7 +316,7 @@ class Reconciler:
                     f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
                     "this job starts when that Job is gone"
                 )
-                raise _BlockedError(Reason("NameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+                raise _BlockedError(Reason("NameTaken", sentence), self._pause(job)) from error
         self.store.child_changed("jobs", created)
         return str(created["metadata"]["uid"])
 
@@ -309,7 +334,11 @@ class Reconciler:
             existing = await self._existing(self.cluster.get_claim(job.namespace, name))
             if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
-                raise _BlockedError(Reason("ClaimNameTaken", sentence), _SECONDS_AFTER_NAME_TAKEN) from error
+                raise _BlockedError(Reason("ClaimNameTaken", sentence), self._pause(job)) from error
+
+    def _pause(self, job: QLoRAJob) -> float:
+        """Seconds until a taken name is tried again. A watch shows at once that an object with the label is gone."""
+        return self.name_taken.next((job.namespace, job.name))
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:
@@ -342,6 +371,7 @@ class Reconciler:
             logger.warning("an Event cannot be posted: %s", error, extra={"key": key})
 
     def _forget(self, key: Key) -> None:
+        self.name_taken.end(key)
         if self.progress is not None:
             self.progress.forget(key)
 
@@ -350,8 +380,17 @@ def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
     actions = decision.plan.actions
     if cannot_be_undone(view.job, decision.status, actions):
         return True
+    if _hides_a_pod_for_long(view, decision.facts.now):
+        return True
     # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
     return not view.fresh and any(is_first_job(action) for action in actions)
+
+
+def _hides_a_pod_for_long(view: _View, now: datetime) -> bool:
+    """Not just because the watches of Jobs and of pods show a new pod one after the other."""
+    step = view.job.status.step
+    child = view.observed.child(step.job_name) if step else None
+    return child is not None and now >= no_pod_at(child) and hides_a_pod(view.observed, step)
 
 
 def _earliest(*moments: float | None) -> float | None:

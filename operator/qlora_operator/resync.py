@@ -279,6 +279,10 @@ class Resync:
         self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
         self._judge(rejected)
 
+    def look_at_all(self) -> None:
+        """Request every job that is not settled, to be read live: what the watches have shown may lack fields."""
+        self._enqueue_all(self._store.distrust_all())
+
     def _enqueue_all(self, keys: list[Key], after: float = 0.0) -> None:
         """Request all keys, spread over time: thousands at once would delay what the watches show by seconds."""
         apart = min(1 / _KEYS_PER_SECOND, self._interval / (2 * max(1, len(keys))))

@@ -1,23 +1,25 @@
 """Compares the schema that the API server serves with the fields that this operator reads and writes.
 
 The API server drops a field of the spec that it does not know, and rejects a status with one: an operator that is newer
-than the CustomResourceDefinition could start no job.
+than the CustomResourceDefinition can start no job, whether it finds the older one or somebody applies it meanwhile.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from qlora_api.crd import custom_resource_definition
-from qlora_api.v1alpha1 import KIND
+from qlora_api.v1alpha1 import GROUP, KIND, VERSION
 from qlora_operator.cluster import ClusterError, NotFoundError
 from qlora_operator.decisions.observe import Object
 
 logger = logging.getLogger(__name__)
 
 NO_DEFINITION = "the cluster does not know QLoRAJob: apply the CustomResourceDefinition of this release"
-_LONGEST_PAUSE = 30.0
+_LONGEST_PAUSE, _PAUSE_WHILE_WAITING, _SHORTEST_PAUSE = 30.0, 3.0, 1.0
+_MOST_NAMED = 3
 
 Schema = Mapping[str, Any]
 
@@ -31,37 +33,80 @@ class Schemas(Protocol):
 
 
 class SchemaCheck:
-    """Waits until the API server serves every field of this release."""
+    """Waits until the API server serves every field of this release, and notices when it no longer does."""
 
-    def __init__(self, schemas: Schemas) -> None:
+    def __init__(self, schemas: Schemas, on_change: Callable[[bool], None] = lambda _lacks: None) -> None:
         self._schemas = schemas
+        self._on_change = on_change
+        self._suspected = asyncio.Event()
         self.problem: str | None = "the schema of QLoRAJob has not been read yet"
 
     async def run(self) -> None:
         """Return when the definition has every field. What is waited for is logged once."""
         pause = 1.0
-        while problem := await self._look():
-            if problem != self.problem:
-                logger.error("waiting: %s", problem)
-                self.problem = problem
+        while problem := await self._explain():
+            self._note(problem)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        self.problem = None
+        self._clear()
 
-    async def _look(self) -> str | None:
+    async def watch(self) -> None:
+        """Check again and again, after `run`, until canceled. Each change is logged once.
+
+        An API server that does not answer, or does not know the kind, says nothing about its fields.
+        """
+        while True:
+            await self._pause()
+            try:
+                problem = _lack(missing_fields(await self._schemas.get_schema()))
+            except ClusterError as error:
+                logger.debug("the schema of QLoRAJob cannot be read: %s", error)
+                continue
+            if problem is not None:
+                self._note(problem)
+            elif self.problem is not None:
+                logger.info("the cluster's CustomResourceDefinition has every field again")
+                self._clear()
+
+    def suspect(self) -> None:
+        """Check soon, because the API server has rejected what this release writes."""
+        self._suspected.set()
+
+    async def _pause(self) -> None:
+        # What is published of a definition follows it within seconds: one look at once may come too early.
+        await asyncio.sleep(_SHORTEST_PAUSE)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST_PAUSE if self.problem is None else _PAUSE_WHILE_WAITING):
+                await self._suspected.wait()
+        self._suspected.clear()
+
+    def _note(self, problem: str) -> None:
+        if problem != self.problem:
+            logger.error("waiting: %s", problem)
+            self.problem = problem
+            self._on_change(True)
+
+    def _clear(self) -> None:
+        self.problem = None
+        self._on_change(False)
+
+    async def _explain(self) -> str | None:
         try:
-            missing = missing_fields(await self._schemas.get_schema())
+            return _lack(missing_fields(await self._schemas.get_schema()))
         except NotFoundError:
             return NO_DEFINITION
         except ClusterError as error:
             return f"the schema of QLoRAJob cannot be read: {error}"
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            return (
-                f"the cluster's CustomResourceDefinition lacks {missing[0]}{more}, which this operator needs: "
-                "apply the CustomResourceDefinition of this release"
-            )
+
+
+def _lack(missing: list[str]) -> str | None:
+    if not missing:
         return None
+    more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+    return (
+        f"the cluster's CustomResourceDefinition ({GROUP}/{VERSION}) lacks {', '.join(missing[:_MOST_NAMED])}{more}, "
+        "which this operator needs: apply the CustomResourceDefinition of this release"
+    )
 
 
 def missing_fields(document: Schema) -> list[str]:

@@ -194,6 +194,13 @@ class Store:
         if entry := self._entry(key):
             entry.distrusted = True
 
+    def distrust_all(self) -> list[Key]:
+        """Have every job read live the next time, unless nothing is left to do for it. Returns those jobs."""
+        doubted = [entry for entry in self._entries.values() if entry.key is not None and not entry.settled]
+        for entry in doubted:
+            entry.distrusted = True
+        return [entry.key for entry in doubted if entry.key is not None]
+
     def gone(self, key: Key) -> None:
         """Note that the job does not exist."""
         if place := self._places.get(key):

@@ -198,6 +198,12 @@ class WorkQueue:
         self._on_error = on_error
         self._schedule = Schedule(reserved=min(workers - 1, max(1, workers // _WORKERS_PER_RESERVED)))
         self._changed = asyncio.Event()
+        self._paused = False
+
+    def pause(self, paused: bool) -> None:
+        """Begin no work while paused; requests are kept. What is being worked on ends."""
+        self._paused = paused
+        self._changed.set()
 
     def add(self, key: Key, after: float = 0.0, *, first: bool = False) -> None:
         """Request `key`, `after` seconds from now. `first`: before the keys that are not."""
@@ -217,7 +223,7 @@ class WorkQueue:
 
     async def _run_worker(self) -> None:
         while True:
-            key = self._schedule.take(self._now())
+            key = None if self._paused else self._schedule.take(self._now())
             if key is None:
                 await self._wait()
             else:
@@ -238,7 +244,7 @@ class WorkQueue:
         self._changed.set()
 
     async def _wait(self) -> None:
-        due = self._schedule.next_due()
+        due = None if self._paused else self._schedule.next_due()
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None if due is None else max(0.0, due - self._now())):

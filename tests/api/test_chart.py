@@ -296,7 +296,7 @@ SERVERS: Object = {
 
 
 def test_only_the_steps_that_need_servers_have_a_network_and_nobody_reaches_a_job(helm: Helm) -> None:
-    settings = {"jobNetworkPolicies": {"enabled": True, "namespaces": ["team-a", "team-b"]}}
+    settings = {"jobNetworkPolicies": {"enabled": True, "namespaces": ["team-a", "team-b"], "dnsPorts": [5353]}}
     objects = helm.template(settings | {"profiles": {"default": SERVERS, "other": {"hubEndpoint": "https://[::1]:9"}}})
     policies = [document for document in objects if document["kind"] == "NetworkPolicy"]
     assert [policy["metadata"]["namespace"] for policy in policies] == ["team-a", "team-a", "team-b", "team-b"]
@@ -320,7 +320,7 @@ def test_only_the_steps_that_need_servers_have_a_network_and_nobody_reaches_a_jo
     assert rules("train", "egress") == rules("clean", "egress") == []
     for step in ("prepare", "publish"):
         dns, servers = rules(step, "egress") or ({}, {})
-        assert {(port["port"], port["protocol"]) for port in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
+        assert {(port["port"], port["protocol"]) for port in dns["ports"]} == {(5353, "UDP"), (5353, "TCP")}
         assert {port["port"] for port in servers["ports"]} == {8080, 80, 443, 5000, 6000, 9}
         assert {block["ipBlock"]["cidr"] for block in servers["to"]} == {"0.0.0.0/0", "::/0"}
         assert "169.254.0.0/16" in servers["to"][0]["ipBlock"]["except"]
@@ -330,7 +330,9 @@ def test_the_jobs_of_a_namespaced_installation_get_their_policies_where_they_run
     objects = helm.template({"namespaces": ["team-a"], "jobNetworkPolicies": {"enabled": True}})
     policies = [document for document in objects if document["kind"] == "NetworkPolicy"]
     assert {policy["metadata"]["namespace"] for policy in policies} == {"team-a"}
-    assert [port["port"] for port in policies[1]["spec"]["egress"][1]["ports"]] == [443]
+    dns, servers = policies[1]["spec"]["egress"]
+    assert [port["port"] for port in dns["ports"]] == [53, 53]
+    assert [port["port"] for port in servers["ports"]] == [443]
     assert "NetworkPolicy" not in {document["kind"] for document in helm.template()}
 
 

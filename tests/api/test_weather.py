@@ -356,6 +356,40 @@ def test_it_waits_for_the_definition_of_its_release(site: Site) -> None:
         site.plane.kubectl("apply", f"--filename={path}")
 
 
+def test_an_older_definition_applied_under_it_stops_the_writing_until_the_right_one_is_back(site: Site) -> None:
+    path = ROOT / "crds" / "qlorajobs.qlora.dev.yaml"
+    older = yaml.safe_load(path.read_text())
+    properties = older["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    del properties["status"]["properties"]["resolved"]
+    with site.operator() as operator:
+        operator.wait_until_ready()
+        site.tenant.create("before")
+        site.tenant.wait_for_phase("before", "Preparing")
+        try:
+            site.plane.kubectl("apply", "--filename=-", input_text=json.dumps(older))
+            site.tenant.create("during")
+            eventually(lambda: operator.metric("qlora_operator_schema_outdated") == 1, seconds=60, every=0.2)
+            status, text = operator.get("/readyz")
+            assert (status, "qlora.dev/v1alpha1) lacks status.resolved" in text) == (503, True)
+            assert (operator.get("/healthz")[0], site.tenant.status("during").get("phase")) == (200, None)
+            written = site.proxy.count("PATCH", "/status")
+            site.tenant.suspend("before")
+            site.tenant.create("later")
+            # Lists at every five seconds ask for all of them.
+            lists = site.proxy.count("GET", "/pods?limit=500")
+            eventually(lambda: site.proxy.count("GET", "/pods?limit=500") > lists + 1, seconds=60, every=0.2)
+            assert site.proxy.count("PATCH", "/status") == written, "it goes on writing what is rejected"
+        finally:
+            site.plane.kubectl("apply", f"--filename={path}")
+        site.tenant.wait_for_phase("before", "Suspended", seconds=60)
+        for name in ("during", "later"):
+            site.tenant.wait_for_phase(name, "Preparing")
+            assert len(site.tenant.jobs(name)) == 1
+        operator.wait_until_ready()
+        assert operator.metric("qlora_operator_schema_outdated") == 0
+        assert sum("lacks status.resolved" in line for line in problems(operator)) == 1
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_probes_metrics_and_the_api_server_are_reached_over_both_families(site: Site, host: str) -> None:
     with serve_api(proxy_of(site.plane, host=host)) as proxy, site.operator(proxy=proxy) as operator:

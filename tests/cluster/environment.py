@@ -57,18 +57,23 @@ class Cluster:
 
 
 def stop_processes_of(pod: Object) -> None:
-    """Stop the processes of a trainer's pod, as if they hung: they know their pod's UID."""
+    """Stop the processes of a trainer's pod, as if they hung."""
+    signal_processes_of(pod, signal.SIGSTOP)
+
+
+def signal_processes_of(pod: Object, number: signal.Signals) -> None:
+    """Send a signal to the processes of a trainer's pod: they know their pod's UID."""
     marker = f"QLORA_POD_UID={pod['metadata']['uid']}".encode()
-    stopped = 0
+    signaled = 0
     for environment in Path("/proc").glob("[0-9]*/environ"):
         try:
             found = marker in environment.read_bytes().split(b"\0")
         except OSError:
             continue  # it has ended, or is a thread of the kernel
         if found:
-            os.kill(int(environment.parent.name), signal.SIGSTOP)
-            stopped += 1
-    assert stopped, "the pod has no process"
+            os.kill(int(environment.parent.name), number)
+            signaled += 1
+    assert signaled, "the pod has no process"
 
 
 @dataclass(frozen=True)

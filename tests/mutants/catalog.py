@@ -163,8 +163,8 @@ OPERATOR = (
     Mutant(
         name="suspensions-count-as-disruptions",
         file=f"{_DECISIONS}/attempts.py",
-        old="if child is None or child.deleting or child.suspended or child.complete or job.spec.suspend:",
-        new="if child is None or child.deleting or child.complete or job.spec.suspend:",
+        old="child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:",
+        new="child.deleting or child.complete or child.expired or job.spec.suspend:",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
     Mutant(

@@ -8,7 +8,7 @@ from qlora_operator.decisions.conditions import is_finished
 from qlora_operator.decisions.endings import DONE, fail, failure_of, succeed
 from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_known_facts, with_training_facts
-from qlora_operator.decisions.observe import ChildJob, Reason
+from qlora_operator.decisions.observe import ChildJob, Pod, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
 
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
@@ -31,7 +31,7 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if child is None:
         if not step.job_uid or job.spec.suspend:
             return status
-        if any(not pod.ended and pod.deletion_requested is None for pod in facts.observed.pods_of(step.job_uid)):
+        if any(_is_waited_for(pod) for pod in facts.observed.pods_of(step.job_uid)):
             return status  # its pods are about to be deleted, and what they ran counts
         # Its Job was deleted, by a user or a suspension: continue with the next number.
         return status.model_copy(update={"step": next_attempt(step, facts)})
@@ -49,9 +49,16 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     return status
 
 
+def _is_waited_for(pod: Pod) -> bool:
+    """Whether the step does not go on before this pod of a deleted Job: a detached one is lost from view after that."""
+    return not pod.ended and (pod.deletion_requested is None or pod.detached)
+
+
 def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, child: ChildJob) -> QLoRAJobStatus:
     """The status after the step's Job has failed: the end, unless what failed it is no failure of the step."""
     pods = facts.observed.pods_of(step.job_uid)
+    if child.expired:
+        return status.model_copy(update={"step": next_attempt(step, facts)})
     ended = [pod for pod in pods if pod.ended and not pod.exited_well]
     if not ended:
         return fail(status, facts, _without_pod(child.failure or Reason("", ""), step, facts))

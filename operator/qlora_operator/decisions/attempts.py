@@ -26,7 +26,7 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
     child = observed.child(step.job_name)
     pods = observed.pods_of(step.job_uid)
     for pod in _not_counted(status, step, pods):
-        if pod.decisive and child is not None and not child.finished:
+        if pod.decisive and not pod.detached and child is not None and not child.finished:
             continue  # counted with the end of its Job, which follows at once
         if pod.stopping and child is not None and not child.deleting and not child.suspended:
             continue  # counted with its end: that its Job was suspended before may be seen after the pod's deletion
@@ -41,7 +41,7 @@ def watch_pod(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoR
     if step is None or pod is None or pod.running_since is None or pod.uid == step.running_pod:
         return status
     since, seen = format_time(pod.running_since), format_time(now)
-    changes = {"running_pod": pod.uid, "running_since": since, "progressed_at": seen}
+    changes = {"running_pod": pod.uid, "running_pod_name": pod.name, "running_since": since, "progressed_at": seen}
     return status.model_copy(update={"step": step.model_copy(update=changes)})
 
 
@@ -52,8 +52,8 @@ def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
 
 
 def _stopped_on_purpose(created: datetime | None, child: ChildJob | None, job: QLoRAJob) -> bool:
-    """Whether a pod of that creation time ended because its Job was deleted or suspended: that is no disruption."""
-    if child is None or child.deleting or child.suspended or child.complete or job.spec.suspend:
+    """Whether a pod of that creation time ended because its Job was stopped: that is no disruption."""
+    if child is None or child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:
         return True
     # A queue had suspended the Job, which has been resumed since.
     return child.resumed is not None and created is not None and created < child.resumed

@@ -23,7 +23,7 @@ _REMEDIES = {
 def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -> Reason | None:
     """What blocks the step's Job at `now`; None if nothing is known to."""
     for pod in observed.live_pods:
-        if reason := _stuck(pod, now):
+        if reason := _stuck(pod, now) or _detached(pod):
             return reason
     if child is None or child.finished:
         return None
@@ -65,6 +65,16 @@ def _stuck(pod: Pod, now: datetime) -> Reason | None:
         "PodStuckTerminating",
         f"pod {pod.name} has not ended within its grace period: its node may be lost. No other pod is started, because "
         "both would write to the workspace; if the node is gone, delete its Node object",
+    )
+
+
+def _detached(pod: Pod) -> Reason | None:
+    if not pod.detached:
+        return None
+    return Reason(
+        "PodDetached",
+        f"somebody has taken the labels or the owner of pod {pod.name} away while it ran: its Job is deleted, its time "
+        "counts, and the step goes on from its checkpoint once that pod has ended; delete the pod if it does not end",
     )
 
 

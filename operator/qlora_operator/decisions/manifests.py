@@ -24,6 +24,8 @@ from qlora_operator.decisions.volumes import mounts_and_volumes, uses_cache
 
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
+UNATTENDED_SECONDS = 7 * 24 * 3600
+"""For how long, beyond the job's own deadline, a Job goes on at most, should no operator be there to stop it."""
 _UNDISTURBED = {
     # No autoscaler moves a running step to consolidate nodes, and no service mesh adds a proxy that outlives the step.
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -60,6 +62,7 @@ def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, f
             "completions": 1,
             "parallelism": 1,
             "backoffLimit": max(0, job.spec.retry.max_failures - failures),
+            **({} if step == "clean" else {"activeDeadlineSeconds": _job_deadline(job)}),
             "ttlSecondsAfterFinished": resolved.profile.finished_job_seconds,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": _failure_rules()},
@@ -72,6 +75,14 @@ def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, f
             },
         },
     }
+
+
+def _job_deadline(job: QLoRAJob) -> int:
+    """Seconds until the Job controller ends the Job by itself, waiting included; the next Job goes on after that.
+
+    Interrupted pods are started again without a limit: only the operator counts them, and it may be away.
+    """
+    return (job.spec.active_deadline_seconds or 0) + UNATTENDED_SECONDS
 
 
 def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:

@@ -1,8 +1,8 @@
 """Parses objects of the API server once: the QLoRAJob, its child Jobs and their pods, as typed frozen values."""
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,8 +16,8 @@ from qlora_api.contract import (
     ResultRecord,
     decode_record,
 )
-from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RESOLVED_ANNOTATION
-from qlora_api.status import QLoRAJobStatus, Resolved, StepName
+from qlora_api.naming import JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RESOLVED_ANNOTATION
+from qlora_api.status import QLoRAJobStatus, Resolved, StepName, StepStatus
 from qlora_api.v1alpha1 import DEFAULT_PROFILE, QLoRAJobSpec
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class Pod:
     scheduled: datetime | None = None
     deletion_requested: datetime | None = None
     deletion_due: datetime | None = None
+    detached: bool = False
+    """Whether somebody has taken it away from its Job or from the watches, by its labels or its owner."""
 
     @property
     def ended(self) -> bool:
@@ -173,6 +175,10 @@ class ChildJob:
     failure: Reason | None = None
     backoff_limit: int | None = None
     """How many failures of its pods it allows."""
+    active: int = field(default=0, compare=False)
+    """How many of its pods have not ended, as the Job controller has last counted them: alone no reason for a pass."""
+    expired: bool = False
+    """Whether its own deadline ends it, or has: that is no failure of the step."""
     ended: datetime | None = None
     suspended: bool = False
     """Whether it gets no pods because its `suspend` is true, which only others set, or was until just now."""
@@ -262,13 +268,13 @@ def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpe
 def _readable_fields(content: Object) -> dict[str, Any]:
     """Those fields of the spec that this version can read, by name; defaults for the others that have one."""
     found: dict[str, Any] = {}
-    for name, field in QLoRAJobSpec.model_fields.items():
-        reader: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
+    for name, declared in QLoRAJobSpec.model_fields.items():
+        reader: TypeAdapter[Any] = TypeAdapter(declared.rebuild_annotation())
         try:
-            found[name] = reader.validate_python(content[field.alias or name], extra="ignore")
+            found[name] = reader.validate_python(content[declared.alias or name], extra="ignore")
         except (ValidationError, KeyError):
-            if not field.is_required():
-                found[name] = field.get_default(call_default_factory=True)
+            if not declared.is_required():
+                found[name] = declared.get_default(call_default_factory=True)
     return found
 
 
@@ -304,6 +310,53 @@ def collect(children: Iterable[ChildJob], pods: Iterable[Pod], lost: ChildJob | 
         pods=tuple(sorted(pods, key=lambda pod: (pod.created, pod.name))),
         lost=lost,
     )
+
+
+def misses_running_pod(observed: Observed, step: StepStatus | None) -> bool:
+    """Whether the pod that was seen running is not among those that are observed, and may run on all the same.
+
+    Whoever may change pods can take away the labels by which they are watched, and by which a Job knows its own.
+    """
+    if step is None or not step.job_uid or any(pod.uid == step.running_pod for pod in observed.pods):
+        return False
+    return bool(step.running_pod) and (step.running_pod != step.counted_pod or observed.child(step.job_name) is None)
+
+
+def hides_a_pod(observed: Observed, step: StepStatus | None) -> bool:
+    """Whether the step's Job has more pods that have not ended than are observed."""
+    child = observed.child(step.job_name) if step is not None else None
+    if child is None or child.finished or child.deleting:
+        return False
+    return child.active > sum(not pod.ended for pod in observed.pods_of(child.uid))
+
+
+def with_detached_pods(job: QLoRAJob, observed: Observed, found: Sequence[Object] = ()) -> Observed:
+    """With the pods that were taken away from the current step: the one that was seen running, and those of `found`.
+
+    `found`: pods that the list by the job's label has not shown; others may be among them.
+    """
+    step = job.status.step
+    if step is None or not step.job_uid:
+        return observed
+    if not found and all(pod is _claimed(pod, step) for pod in observed.pods):
+        return observed
+    pods = {pod.uid: pod for pod in observed.pods}
+    for pod in (_hidden(body, job.uid) for body in found):
+        if pod.uid == step.running_pod or pod.owner_uid == step.job_uid:
+            pods.setdefault(pod.uid, pod)
+    return collect(observed.children, (_claimed(pod, step) for pod in pods.values()), observed.lost)
+
+
+def _hidden(body: Object, job_uid: str) -> Pod:
+    """With the label it has only just been created: the watch is about to show it."""
+    labelled = (body["metadata"].get("labels") or {}).get(JOB_UID_LABEL) == job_uid
+    return replace(parse_pod(body), detached=not labelled)
+
+
+def _claimed(pod: Pod, step: StepStatus) -> Pod:
+    if pod.uid != step.running_pod or pod.owner_uid == step.job_uid:
+        return pod
+    return replace(pod, owner_uid=step.job_uid, detached=True)
 
 
 def profile_in_use(body: Object) -> str | None:
@@ -350,6 +403,8 @@ def parse_child(body: Object) -> ChildJob:
         complete="Complete" in conditions,
         failure=Reason(failed.get("reason", ""), failed.get("message", "")) if failed else None,
         backoff_limit=(body.get("spec") or {}).get("backoffLimit"),
+        active=(body.get("status") or {}).get("active") or 0,
+        expired=(failed or conditions.get("FailureTarget", {})).get("reason") == "DeadlineExceeded",
         ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
         suspended=suspended,
         suspended_since=_optional_time(stopped.get("lastTransitionTime")) if stopped else None,

@@ -16,6 +16,8 @@ PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=6
 # Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
 QUEUE_MOMENT = timedelta(seconds=30)
 QUEUE_INTERVAL, FIRST_QUEUE_INTERVAL = timedelta(seconds=60), timedelta(seconds=3)
+# No watch may show the end of a pod whose labels somebody has taken away.
+DETACHED_INTERVAL = timedelta(seconds=15)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: 
     wanted = None if step is None or job.spec.suspend else step.job_name
     if job.problem and not job.spec.suspend:
         return
-    yield from (_delete(child) for child in _running(observed) if child.name != wanted)
+    # Beside a pod that was taken away from its Job, that Job starts another one, and both write to the workspace.
+    detached = step is not None and any(pod.detached and not pod.ended for pod in observed.pods_of(step.job_uid))
+    yield from (_delete(child) for child in _running(observed) if child.name != wanted or detached)
     if (cleaning := observed.child(clean_job_name(job))) is not None and cleaning.finished and not cleaning.deleting:
         yield _delete(cleaning)  # of the end before: the next end has a clean-up of its own
     if step is None or wanted is None or step.job_uid or observed.child(wanted) is not None or observed.live_pods:
@@ -170,6 +174,7 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
     yield from (due for pod in observed.live_pods if (due := stuck_at(pod)) is not None)
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
     yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)
+    yield from (now + DETACHED_INTERVAL for pod in observed.live_pods if pod.detached)
     yield from _after_rejections(observed)
     yield from (_queue_at(child, now) for child in _running(observed) if child.suspended)
 

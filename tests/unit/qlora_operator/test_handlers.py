@@ -7,6 +7,7 @@ from typing import Any
 import kopf
 import pytest
 
+from qlora_api.naming import JOB_UID_LABEL
 from qlora_operator.handlers import Hooks, _configure, _register_events
 from qlora_operator.metrics import Metrics
 from qlora_operator.resync import WatchMonitor
@@ -85,6 +86,14 @@ def test_a_child_leads_to_a_pass_of_its_job_when_something_about_it_matters(watc
     assert watches.show("pods", "MODIFIED", 12, pod("train", hostIP="10.0.0.1")) == []
     assert watches.show("pods", "MODIFIED", 13, running(pod("train"))) == [(KEY, False)]
     assert watches.show("pods", "DELETED", 14, running(pod("train"))) == [(KEY, False)]
+
+
+def test_a_job_of_the_deleted_qlorajob_of_the_same_name_wakes_the_new_one_when_it_goes(watches: Watches) -> None:
+    earlier = child("prepare", owner="earlier")
+    earlier["metadata"]["labels"] = earlier["metadata"]["labels"] | {JOB_UID_LABEL: "earlier"}
+    watches.show("qlorajobs", "ADDED", 10, job_body())
+    watches.show("jobs", None, 9, earlier)
+    assert watches.show("jobs", "DELETED", 11, earlier) == [(KEY, False)]
 
 
 def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:

@@ -194,6 +194,19 @@ def test_a_deadline_is_not_evaded_by_deleting_pods_by_force() -> None:
     assert (status.phase, reason_of(status)) == ("Failed", "DeadlineExceeded")
 
 
+@pytest.mark.parametrize("started", [False, True], ids=["waiting", "running"])
+def test_a_job_that_its_own_deadline_has_ended_is_followed_by_another_and_costs_no_retry(started: bool) -> None:
+    stored = watched() if started else status_in("train")
+    stopped = [deleted(running(pod("train"), since=-60), 0)] if started else []
+    expiring = child("train", FailureTarget="DeadlineExceeded")
+    stored = look(stored, 10, expiring, *stopped)
+    assert (stored.step and stored.step.attempt, stored.disruptions) == (1, 0)
+    over = [ended(body, 143, start=-60, end=5) for body in stopped]
+    status = look(stored, 20, child("train", Failed="DeadlineExceeded"), *over)
+    assert (status.step and status.step.job_name, status.phase) == (f"{NAME}-train-2", "Queued")
+    assert (status.disruptions, status.failures, status.active_seconds) == (0, 0, 65 if started else 0)
+
+
 def test_a_suspension_by_a_queue_is_no_disruption() -> None:
     suspended = child("train")
     suspended["spec"] = {"suspend": True}

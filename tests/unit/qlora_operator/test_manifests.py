@@ -360,6 +360,15 @@ def test_failures_in_earlier_jobs_of_a_step_are_not_granted_again() -> None:
     assert build_job(job, resolved(), "train", 2, failures=9)["spec"]["backoffLimit"] == 0
 
 
+def test_a_job_ends_by_itself_a_week_after_the_deadline_should_no_operator_be_there() -> None:
+    week = 7 * 24 * 3600
+    for step in ("prepare", "train", "publish"):
+        assert build(step)["spec"]["activeDeadlineSeconds"] == week
+    job = make_job(activeDeadlineSeconds=100)
+    assert build_job(job, resolved(), "train", 1)["spec"]["activeDeadlineSeconds"] == week + 100
+    assert "activeDeadlineSeconds" not in build("clean")["spec"]
+
+
 def test_a_finished_job_and_its_pods_go_after_a_day() -> None:
     assert build("prepare")["spec"]["ttlSecondsAfterFinished"] == 86_400
     assert build("prepare", {"finishedJobSeconds": 7200})["spec"]["ttlSecondsAfterFinished"] == 7200

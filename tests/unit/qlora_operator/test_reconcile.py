@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.cluster import ConflictError, NotFoundError, RejectedError
-from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
@@ -21,7 +22,10 @@ from tests.support.builders import (
     NOW,
     PROFILES,
     UID,
+    after,
     child,
+    deleted,
+    ended,
     failed,
     follow,
     job_body,
@@ -79,7 +83,15 @@ class MemoryCluster:
 
     async def list_pods(self, namespace: str, job_uid: str) -> Listing:
         self.reads += 1
-        return Listing(list(self.pods), str(self.version))
+        return Listing([body for body in self.pods if has_label(body)], str(self.version))
+
+    async def list_pods_of_child(self, namespace: str, child_uid: str) -> list[Object]:
+        self.reads += 1
+        return [body for body in self.pods if controller_uid(body) == child_uid]
+
+    async def list_pods_named(self, namespace: str, name: str) -> list[Object]:
+        self.reads += 1
+        return [body for body in self.pods if body["metadata"]["name"] == name]
 
     async def list_workloads(self, namespace: str, child_uid: str) -> list[Object] | None:
         self.asked.append(child_uid)
@@ -129,17 +141,21 @@ class MemoryCluster:
         return {"resourceVersion": str(self.version)}
 
 
-def reconcile(cluster: MemoryCluster, store: Store | None = None) -> float | None:
+def reconcile(cluster: MemoryCluster, store: Store | None = None, now: datetime = NOW) -> float | None:
     """Seconds until the operator looks again, as soon as it waits."""
-    reconciler = operator(cluster, store or Store())
+    reconciler = operator(cluster, store or Store(), now)
     for _ in range(10):
         if (again := asyncio.run(reconciler.reconcile(KEY))) != 0:
             return again
     raise AssertionError("the operator does not come to rest")
 
 
-def operator(cluster: MemoryCluster, store: Store) -> Reconciler:
-    return Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
+def operator(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Reconciler:
+    return Reconciler(cluster, PROFILES, None, Metrics(), lambda: now, starts(), store)  # type: ignore[arg-type]
+
+
+def has_label(body: Object) -> bool:
+    return JOB_UID_LABEL in (body["metadata"].get("labels") or {})
 
 
 def shown(cluster: MemoryCluster, *, created: bool = False) -> Store:
@@ -148,7 +164,7 @@ def shown(cluster: MemoryCluster, *, created: bool = False) -> Store:
     store.job_changed(cluster.job, created=created)
     for body in cluster.jobs:
         store.child_changed("jobs", body)
-    for body in cluster.pods:
+    for body in filter(has_label, cluster.pods):
         store.child_changed("pods", body)
     return store
 
@@ -170,6 +186,25 @@ def test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_j
     if not adopted:
         assert (again, reason_of(cluster.status)) == (5, "ClaimNameTaken")
         assert CLAIM in message_of(cluster.status)
+
+
+def test_a_taken_name_is_tried_less_and_less_often_and_quickly_again_after_it_was_free() -> None:
+    cluster = MemoryCluster(job_body())
+    cluster.existing = child("prepare", owner="another")
+    store = shown(cluster)
+    reconciler = operator(cluster, store)
+
+    def until_it_waits() -> float | None:
+        while (again := asyncio.run(reconciler.reconcile(KEY))) == 0:
+            pass
+        return again
+
+    assert [until_it_waits() for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert reason_of(cluster.status) == "NameTaken"
+    cluster.existing = None
+    until_it_waits()
+    assert cluster.status.phase == "Preparing"
+    assert reconciler.name_taken.next(KEY) == 5
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
@@ -367,3 +402,94 @@ def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
         "Kueue: Preempted to accommodate a workload",
     )
     assert set(cluster.asked) == {f"uid-{NAME}-train-1"}
+
+
+def without_labels(body: Object) -> dict[str, Any]:
+    return {**body, "metadata": {**body["metadata"], "labels": {}}}
+
+
+def without_owner(body: Object) -> dict[str, Any]:
+    """As the Job controller leaves it after it has lost the labels by which its Job selects it."""
+    return {**body, "metadata": {**body["metadata"], "ownerReferences": []}}
+
+
+def both(body: Object) -> dict[str, Any]:
+    return without_owner(without_labels(body))
+
+
+TAKEN = pytest.mark.parametrize("taken", [without_labels, without_owner, both], ids=["labels", "owner", "both"])
+
+
+def training(taken: Callable[[Object], dict[str, Any]], **spec: Any) -> MemoryCluster:
+    """The train pod was seen running, and now somebody takes something away from it."""
+    cluster = stored(status_in("train"), **spec)
+    cluster.jobs, cluster.pods = [{**child("train"), "status": {"active": 1}}], [running(pod("train"))]
+    reconcile(cluster)
+    cluster.writes.clear()
+    cluster.pods = [taken(cluster.pods[0])]
+    return cluster
+
+
+@TAKEN
+def test_a_running_pod_that_somebody_detaches_still_counts_against_the_deadline(
+    taken: Callable[[Object], dict[str, Any]],
+) -> None:
+    cluster = training(taken, activeDeadlineSeconds=100)
+    reconcile(cluster, shown(cluster))
+    cluster.jobs = []
+    reconcile(cluster, shown(cluster), after(39))
+    assert cluster.status.last_failure is None
+    reconcile(cluster, shown(cluster), after(41))
+    assert (cluster.status.phase, cluster.status.active_seconds) == ("Failed", 101)
+    assert reason_of(cluster.status, "Failed") == "DeadlineExceeded"
+
+
+@TAKEN
+def test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time(
+    taken: Callable[[Object], dict[str, Any]],
+) -> None:
+    cluster = training(taken)
+    detached = dict(cluster.pods[0])
+    assert reconcile(cluster, shown(cluster)) == 15
+    assert (cluster.writes, cluster.status.active_seconds) == ([f"deletion of {NAME}-train-1", "status"], 0)
+    assert (reason_of(cluster.status), detached["metadata"]["name"] in message_of(cluster.status)) == (
+        "PodDetached",
+        True,
+    )
+    cluster.jobs = []
+    for body in (detached, deleted(detached, -5)):
+        cluster.pods = [body]
+        reconcile(cluster, shown(cluster))
+        assert (len(cluster.jobs), cluster.status.step and cluster.status.step.attempt) == (0, 1)
+    cluster.pods = []
+    reconcile(cluster, shown(cluster))
+    assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-train-2"]
+    assert (cluster.status.active_seconds, cluster.status.disruptions, cluster.status.failures) == (55, 0, 0)
+
+
+def test_what_a_detached_pod_ran_counts_although_its_job_has_another_pod_by_then() -> None:
+    cluster = training(without_owner)
+    detached = dict(cluster.pods[0])
+    cluster.pods = [ended(detached, 0, start=-60, end=-10), running(pod("train", number=2), since=-5)]
+    reconcile(cluster, shown(cluster))
+    assert cluster.status.active_seconds == 50
+
+
+def test_a_pod_that_lost_its_labels_before_it_was_seen_running_is_found_by_those_of_its_job() -> None:
+    cluster = stored(status_in("train"))
+    cluster.jobs = [{**child("train"), "status": {"active": 1}}]
+    cluster.pods = [without_labels(running(pod("train")))]
+    reconcile(cluster, shown(cluster))
+    assert cluster.writes[0] == f"deletion of {NAME}-train-1"
+    assert cluster.status.step is not None
+    assert cluster.status.step.running_pod_name == f"{NAME}-train-1-pod1"
+
+
+def test_a_new_pod_that_the_watch_is_about_to_show_is_not_taken_for_detached() -> None:
+    cluster = stored(status_in("train"))
+    cluster.jobs = [{**child("train"), "status": {"active": 1}}]
+    store = shown(cluster)
+    cluster.pods = [running(pod("train"))]
+    reconcile(cluster, store)
+    assert [write for write in cluster.writes if write.startswith("deletion")] == []
+    assert cluster.status.phase == "Training"

@@ -80,3 +80,45 @@ def test_it_waits_says_why_once_and_goes_on(caplog: pytest.LogCaptureFixture) ->
     loop.run_until_complete(scenario())
     loop.close()
     assert len(caplog.records) == 3
+
+
+def test_an_older_definition_that_is_applied_meanwhile_is_noticed_said_once_and_over_when_the_right_one_is_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    answers: list[Any] = [document()]
+
+    class Schemas:
+        async def get_schema(self) -> Any:
+            if isinstance(answers[0], Exception):
+                raise answers[0]
+            return answers[0]
+
+    changes: list[bool] = []
+    loop = VirtualLoop()
+    check = SchemaCheck(Schemas(), changes.append)
+
+    async def scenario() -> None:
+        await check.run()
+        watching = asyncio.create_task(check.watch())
+        for answer in (ClusterError("refused"), NotFoundError("none")):
+            answers[0] = answer
+            await asyncio.sleep(600)
+            assert check.problem is None, "an outage says nothing about the fields"
+        answers[0] = document(without("status", "phase"))
+        await asyncio.sleep(60)
+        assert "qlora.dev/v1alpha1) lacks status.phase, which" in (check.problem or "")
+        await asyncio.sleep(600)
+        answers[0] = document()
+        await asyncio.sleep(5)
+        assert check.problem is None
+        answers[0] = document(without("status", "phase"))
+        check.suspect()
+        await asyncio.sleep(2)
+        assert check.problem, "a status that was rejected is a reason to look at once"
+        watching.cancel()
+
+    loop.run_until_complete(scenario())
+    loop.close()
+    assert changes == [False, True, False, True]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO", "ERROR"]

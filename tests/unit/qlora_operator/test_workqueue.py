@@ -216,6 +216,27 @@ def test_a_key_runs_alone_while_another_runs_beside_it() -> None:
     assert len(together) == 4
 
 
+def test_while_paused_no_work_begins_and_no_request_is_lost() -> None:
+    done: list[Key] = []
+
+    async def work(key: Key) -> None:
+        await asyncio.sleep(1)
+        done.append(key)
+
+    async def during(queue: WorkQueue) -> None:
+        queue.add(A)
+        await asyncio.sleep(0.5)
+        queue.pause(True)
+        queue.add(B)
+        await asyncio.sleep(10_000)
+        assert done == [A], "what had begun ends, and nothing begins"
+        queue.pause(False)
+        await asyncio.sleep(2)
+
+    drive(work, during)
+    assert done == [A, B]
+
+
 def test_the_work_decides_when_the_key_is_due_again() -> None:
     seen: list[float] = []
 

@@ -1,0 +1,74 @@
+"""What the real Job controller does with a step's Job and pods while the operator watches, or instead of it."""
+
+import json
+from typing import Any
+
+import pytest
+
+from qlora_api.naming import JOB_UID_LABEL
+from tests.support.nodeless import NAMESPACE, Nodeless
+from tests.support.waiting import eventually
+
+OF_THE_JOB = "batch.kubernetes.io/controller-uid"
+
+
+def train(operated: Nodeless, name: str) -> dict[str, Any]:
+    """The running train pod of a new job."""
+    job = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": name, "namespace": NAMESPACE}}
+    spec = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
+    operated.kubectl.apply(json.dumps({**job, "spec": spec}))
+    operated.succeed(name, "prepare")
+    pod = operated._pod(name, "train")
+    operated.start_pod(pod)
+    operated.wait_for_phase(name, "Training")
+    return pod
+
+
+@pytest.mark.parametrize(
+    ("what", "labels"),
+    [("watch", [JOB_UID_LABEL]), ("job", [OF_THE_JOB]), ("both", [JOB_UID_LABEL, OF_THE_JOB])],
+    ids=["watch", "job", "both"],
+)
+def test_a_pod_whose_labels_somebody_takes_runs_neither_unseen_nor_beside_another(
+    operated: Nodeless, what: str, labels: list[str]
+) -> None:
+    name = f"detached-{what}"
+    pod = train(operated, name)
+    pod_name, here = pod["metadata"]["name"], f"--namespace={NAMESPACE}"
+    operated.kubectl("label", "pod", pod_name, here, *(f"{label}-" for label in labels))
+
+    def status() -> dict[str, Any]:
+        found: dict[str, Any] = operated.job(name)["status"]
+        return found
+
+    def reported() -> bool:
+        return any(entry["reason"] == "PodDetached" for entry in status()["conditions"])
+
+    eventually(reported, seconds=60, every=0.2, what="the report that the pod is detached")
+    eventually(lambda: f"{name}-train-1" not in operated.children(name), seconds=60, every=0.2, what="its Job to go")
+    assert [child for child in operated.children(name) if "-train-" in child] == []
+    assert status()["step"]["attempt"] == 1
+
+    operated.kubectl("delete", "pod", pod_name, here, "--grace-period=0", "--force", "--wait=false")
+    eventually(lambda: f"{name}-train-2" in operated.children(name), seconds=60, every=0.2, what="the next attempt")
+    assert status()["activeSeconds"] > 0
+    operated.kubectl("delete", "qlorajob", name, here)
+
+
+def test_a_job_that_its_own_deadline_stops_goes_on_with_the_next_and_costs_no_retry(operated: Nodeless) -> None:
+    pod = train(operated, "unattended")
+    name, here = pod["metadata"]["name"], f"--namespace={NAMESPACE}"
+    bound = operated.kubectl.get("job", "unattended-train-1", here)["spec"]["activeDeadlineSeconds"]
+    assert bound == 7 * 24 * 3600, "without an operator, nothing would stop a pod that is interrupted again and again"
+    operated.kubectl(
+        "patch", "job", "unattended-train-1", here, "--type=merge", '--patch={"spec": {"activeDeadlineSeconds": 1}}'
+    )
+    stopping = lambda: "deletionTimestamp" in operated.kubectl.get("pod", name, here)["metadata"]  # noqa: E731
+    eventually(stopping, seconds=60, every=0.2, what="the Job controller to stop the pod")
+    operated.stop_pod(pod, 143)
+    eventually(
+        lambda: "unattended-train-2" in operated.children("unattended"), seconds=60, every=0.2, what="the next Job"
+    )
+    status = operated.job("unattended")["status"]
+    assert (status["step"]["attempt"], status.get("disruptions", 0), status.get("failures", 0)) == (2, 0, 0)
+    operated.kubectl("delete", "qlorajob", "unattended", here)
