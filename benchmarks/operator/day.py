@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,6 +29,8 @@ _RESYNC_SECONDS = 1
 _SECONDS_BETWEEN_NEW_JOBS = 5.0
 _SETTLE_SECONDS = 15
 _LOGS = "get pods/log"
+# Label of the jobs that train.
+_RUNNING = "running"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,20 +55,31 @@ async def _measure(plane: ControlPlane, options: argparse.Namespace) -> dict[str
         "loadAverage": [round(value, 2) for value in os.getloadavg()],
     }
     async with connect(plane.kubeconfig) as client, playing(plane, {}) as node:
+        _say("two jobs end, and are copied")
         await _seed(plane, client, options)
+        _say("the others start to train")
         jobs = [qlora_job(number) for number in range(options.running)]
+        for body in jobs:
+            body["metadata"]["labels"] = {_RUNNING: ""}
         node.set_seconds("train", ENDLESS)
         with site.operator(plane) as operator:
             await create_all(client, jobs)
-            await site.until(lambda: all_report(client, len(jobs)), "progress of all jobs", operator, every=3)
+            await site.until(lambda: all_report(client, len(jobs), _RUNNING), "progress of all jobs", operator, every=3)
             node.stop_reporting()
             await asyncio.sleep(_SETTLE_SECONDS)
+            _say("quiet")
             figures["quiet"] = await _quiet(plane, operator, options.quiet_seconds)
+        _say("restart")
         figures["restart"] = await _restart(plane, len(jobs))
+        _say("the day")
         node.report_again()
         node.set_seconds("train", 0.0)
         figures["day"] = await _day(plane, client, options.day_seconds)
     return figures
+
+
+def _say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 async def _seed(plane: ControlPlane, client: Client, options: argparse.Namespace) -> None:

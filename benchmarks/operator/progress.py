@@ -75,9 +75,9 @@ async def create_all(client: Client, bodies: Iterable[dict[str, Any]]) -> None:
     await asyncio.gather(*(create() for _ in range(_AT_A_TIME)))
 
 
-async def all_report(client: Client, jobs: int, namespace: str = NAMESPACE) -> bool:
-    """Whether so many jobs train and show their progress."""
-    found = [body.get("status", {}) for body in await client.items(jobs_path(namespace))]
+async def all_report(client: Client, jobs: int, selector: str = "") -> bool:
+    """Whether so many jobs, of those with these labels, train and show their progress."""
+    found = [body.get("status", {}) for body in await client.items(jobs_path(), selector)]
     training = [status for status in found if status.get("phase") == "Training"]
     return sum(status.get("progress", {}).get("step", 0) > 0 for status in training) >= jobs
 
