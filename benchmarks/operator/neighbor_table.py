@@ -14,8 +14,10 @@ _TARGETS = (
     Target(
         "a neighbor's first Job during the flood, against a quiet cluster: {} times",
         1.1,
-        lambda run: run["neighbor"]["flooded"]["secondsToFirstJob"]["p50"]
-        / run["neighbor"]["quiet"]["secondsToFirstJob"]["p50"],
+        lambda run: (
+            run["neighbor"]["flooded"]["secondsToFirstJob"]["p50"]
+            / run["neighbor"]["quiet"]["secondsToFirstJob"]["p50"]
+        ),
     ),
 )
 
