@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -35,7 +36,9 @@ _RUNNING = "running"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What can be chosen on the command line."""
-    parser.add_argument("--cleaned-up", type=int, default=4000, help="finished jobs that are cleaned up (%(default)s)")
+    parser.add_argument(
+        "--cleaned-up", type=int, default=4000, help="finished jobs of which nothing else is left (%(default)s)"
+    )
     parser.add_argument("--kept", type=int, default=1000, help="finished jobs with Jobs and pods (%(default)s)")
     parser.add_argument("--running", type=int, default=200, help="jobs that train (%(default)s)")
     parser.add_argument("--quiet-seconds", type=int, default=40, help="how long it is quiet (%(default)s)")
@@ -89,9 +92,11 @@ async def _seed(plane: ControlPlane, client: Client, options: argparse.Namespace
         await client.create(jobs_path(), qlora_job(0, name="original-cleaned-up", cleanupAfterSeconds=0))
         await site.until(lambda: _is(client, "original-kept", "Succeeded"), "success", operator)
         await site.until(lambda: _is(client, "original-cleaned-up", "CleanedUp"), "clean-up", operator)
-    for name, count in (("original-kept", options.kept), ("original-cleaned-up", options.cleaned_up)):
-        original = await seeding.template(client, name)
-        await seeding.copy(client, original, [f"{name.removeprefix('original-')}-{number}" for number in range(count)])
+    kept = await seeding.template(client, "original-kept")
+    await seeding.copy(client, kept, [f"kept-{number}" for number in range(options.kept)])
+    # A day after its end, the Job that has cleaned up is gone too (`finishedJobSeconds` of the profile).
+    cleaned_up = replace(await seeding.template(client, "original-cleaned-up"), children=(), pods=())
+    await seeding.copy(client, cleaned_up, [f"cleaned-up-{number}" for number in range(options.cleaned_up)])
 
 
 async def _is(client: Client, name: str, condition: str) -> bool:
