@@ -19,6 +19,8 @@ from benchmarks.operator import (
     arrival_table,
     day,
     day_table,
+    neighbor,
+    neighbor_table,
     progress,
     progress_table,
     simulation,
@@ -42,6 +44,7 @@ class Load:
 LOADS = {
     "arrival": Load(arrival.__doc__ or "", arrival.add_options, arrival.measure, arrival_table.tables),
     "progress": Load(progress.__doc__ or "", progress.add_options, progress.measure, progress_table.tables),
+    "neighbor": Load(neighbor.__doc__ or "", neighbor.add_options, neighbor.measure, neighbor_table.tables),
     "day": Load(day.__doc__ or "", day.add_options, day.measure, day_table.tables),
     "simulation": Load(simulation.__doc__ or "", simulation.add_options, simulation.measure, simulation_table.tables),
 }

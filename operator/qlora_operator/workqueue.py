@@ -1,12 +1,13 @@
 """A queue of keys: a key is worked on by one worker at a time, and repeated requests for a key become one.
 
-Namespaces take turns, so that one with thousands of keys delays the others by no more than the work at hand.
+Namespaces take turns, and none occupies all workers, so that one with thousands of keys keeps no other waiting.
 """
 
 import asyncio
 import contextlib
 import heapq
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ Key = tuple[str, str]
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 300.0
 _WORKERS_PER_RESERVED = 4
+_WORKERS_PER_FREE = 8
 _FEW_ENTRIES = 64
 
 
@@ -59,17 +61,18 @@ class _Line:
             self.push(due, key)
         self._turns = {namespace: turn for namespace, turn in self._turns.items() if namespace in self._heaps}
 
-    def next_due(self, is_current: Callable[[float, Key], bool]) -> float | None:
+    def next_due(self, is_current: Callable[[float, Key], bool], may_work: Callable[[str], bool]) -> float | None:
+        """When the next key of a namespace that `may_work` is due."""
         for namespace, heap in list(self._heaps.items()):
             while heap and not is_current(*heap[0]):
                 heapq.heappop(heap)
             if not heap:
                 del self._heaps[namespace], self._turns[namespace]
-        return min((heap[0][0] for heap in self._heaps.values()), default=None)
+        return min((heap[0][0] for name, heap in self._heaps.items() if may_work(name)), default=None)
 
-    def pop(self, now: float) -> Key:
+    def pop(self, now: float, may_work: Callable[[str], bool]) -> Key:
         """The next key that is due; there is one, and `next_due` has just been called."""
-        due = (namespace for namespace, heap in self._heaps.items() if heap[0][0] <= now)
+        due = (name for name, heap in self._heaps.items() if heap[0][0] <= now and may_work(name))
         namespace = min(due, key=lambda name: (self._turns[name], self._heaps[name][0][0]))
         self._turn += 1
         self._turns[namespace] = self._turn
@@ -82,14 +85,16 @@ class Schedule:
 
     A key whose request is `first` goes before the rest; but `reserved` keys of the rest are worked on at any time, if
     so many are due, so that many new jobs do not stop the others. That divides the workers' time, not their turns: a
-    turn of the rest takes several times as long.
+    turn of the rest takes several times as long. Of one namespace, at most `most` keys are worked on at a time.
     """
 
     reserved: int = 1
+    most: int | None = None
     _pending: dict[Key, _Request] = field(default_factory=dict)
     _lines: dict[bool, _Line] = field(default_factory=lambda: {True: _Line(), False: _Line()})
     _working: dict[Key, _Request] = field(default_factory=dict)
     _working_of_the_rest: int = 0
+    _working_in: Counter[str] = field(default_factory=Counter)
     _requests: dict[Key, _Request] = field(default_factory=dict)
     _failures: dict[Key, int] = field(default_factory=dict)
 
@@ -111,8 +116,9 @@ class Schedule:
         if not due:
             return None
         first = due[0] if self._working_of_the_rest >= self.reserved else due[-1]
-        key = self._lines[first].pop(now)
+        key = self._lines[first].pop(now, self._may_work)
         self._working[key] = self._pending.pop(key)
+        self._working_in[key[0]] += 1
         self._working_of_the_rest += not first
         return key
 
@@ -140,7 +146,7 @@ class Schedule:
         return pause
 
     def next_due(self) -> float | None:
-        """When the next key is due; keys that are worked on do not count."""
+        """When the next key is due that may be worked on; keys that are worked on do not count."""
         return min((due for first in (True, False) if (due := self._next_due(first)) is not None), default=None)
 
     def depth(self, now: float) -> int:
@@ -156,7 +162,13 @@ class Schedule:
         """Note that nobody works on the key any more. Whether it was first."""
         first = self._working.pop(key).first
         self._working_of_the_rest -= not first
+        self._working_in[key[0]] -= 1
+        if not self._working_in[key[0]]:
+            del self._working_in[key[0]]
         return first
+
+    def _may_work(self, namespace: str) -> bool:
+        return self.most is None or self._working_in[namespace] < self.most
 
     def _put(self, key: Key, request: _Request) -> None:
         before = self._pending.get(key)
@@ -174,7 +186,9 @@ class Schedule:
             line.rebuild((entry.due, key) for key, entry in self._pending.items() if entry.first == first)
 
     def _next_due(self, first: bool) -> float | None:
-        return self._lines[first].next_due(lambda due, key: self._pending.get(key) == _Request(due, first))
+        return self._lines[first].next_due(
+            lambda due, key: self._pending.get(key) == _Request(due, first), self._may_work
+        )
 
 
 class WorkQueue:
@@ -196,7 +210,10 @@ class WorkQueue:
         self._now = monotonic
         self._workers = workers
         self._on_error = on_error
-        self._schedule = Schedule(reserved=min(workers - 1, max(1, workers // _WORKERS_PER_RESERVED)))
+        # Whoever comes beside a namespace that has much work finds a worker free, and need not wait for one.
+        free = workers // _WORKERS_PER_FREE or int(workers > _WORKERS_PER_RESERVED)
+        reserved = min(workers - 1, max(1, workers // _WORKERS_PER_RESERVED))
+        self._schedule = Schedule(reserved=reserved, most=workers - free)
         self._changed = asyncio.Event()
         self._paused = False
 

@@ -26,3 +26,13 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodeless]:
     """With the controllers and the operator: tests write what a kubelet would."""
     with nodeless(tmp_path_factory.mktemp("nodeless")) as cluster:
         yield cluster
+
+
+TABLE = pytest.StashKey[list[str]]()
+"""Lines for the end of the output."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what tests have measured."""
+    for line in config.stash.get(TABLE, []):
+        terminalreporter.write_line(line)

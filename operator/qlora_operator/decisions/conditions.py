@@ -55,11 +55,15 @@ def with_condition(
 ) -> QLoRAJobStatus:
     """The status with this condition set. The transition time changes only when the value does."""
     old = condition(status, kind)
+    word, sentence = truncate(reason.word, 128), truncate(reason.sentence)
+    same = (value, word, sentence, generation)
+    if old is not None and (old.status, old.reason, old.message, old.observed_generation) == same:
+        return status
     new = Condition(
         type=kind,
         status=value,
-        reason=truncate(reason.word, 128),
-        message=truncate(reason.sentence),
+        reason=word,
+        message=sentence,
         last_transition_time=old.last_transition_time if old and old.status == value else format_time(now),
         observed_generation=generation,
     )

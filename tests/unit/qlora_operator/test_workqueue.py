@@ -46,6 +46,45 @@ def test_a_namespace_that_comes_again_and_again_gets_no_more_than_its_turns() ->
     assert served.count("patient") == 5
 
 
+def test_a_namespace_does_not_occupy_the_last_workers() -> None:
+    schedule = Schedule(reserved=2, most=6)
+    for number in range(100):
+        schedule.add(("flood", str(number)), 0, first=True)
+        schedule.add(("flood", f"later {number}"), 0)
+    taken = [key for _ in range(8) if (key := schedule.take(1))]
+    assert (len(taken), schedule.next_due()) == (6, None), "it takes all that are there, or nothing waits for its end"
+    schedule.add(("neighbor", "one"), 1, first=True)
+    schedule.add(("neighbor", "two"), 1)
+    assert {schedule.take(1), schedule.take(1)} == {("neighbor", "one"), ("neighbor", "two")}
+    assert schedule.take(1) is None
+    schedule.done(taken[0], None)
+    assert schedule.next_due() == 0
+    again = schedule.take(1)
+    assert again is not None
+    assert again[0] == "flood"
+
+
+@pytest.mark.parametrize(("workers", "together"), [(1, 1), (4, 4), (8, 7), (16, 14)])
+def test_a_neighbor_begins_while_everything_of_a_flood_is_stuck(workers: int, together: int) -> None:
+    begun: list[Key] = []
+
+    async def work(key: Key) -> None:
+        begun.append(key)
+        if key[0] == "flood":
+            await asyncio.sleep(1000)
+
+    async def during(queue: WorkQueue) -> None:
+        for number in range(50):
+            queue.add(("flood", str(number)), first=True)
+        await asyncio.sleep(1)
+        assert len(begun) == together
+        queue.add(("neighbor", "a"), first=True)
+        await asyncio.sleep(1)
+        assert (("neighbor", "a") in begun) == (together < workers)
+
+    drive(work, during, workers=workers)
+
+
 def test_many_requests_for_a_key_are_one_and_the_earliest_counts() -> None:
     schedule = Schedule()
     for due in (5, 3, 9):
