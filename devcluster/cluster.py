@@ -142,6 +142,23 @@ def _enforces_network_policies(layout: Layout) -> bool:
     return any(record.name == node.POLICY_PROGRAM for record in processes.records(layout.records))
 
 
+def start_node_again(layout: Layout, gpus: int = DEFAULT_GPUS) -> None:
+    """Start the running cluster's kubelet after it has been ended, and kube-proxy, which ends when its Node is deleted.
+
+    Waits until the node is Ready and offers `gpus` GPUs.
+    """
+    starting = _Start(layout, toolchain.build(layout, ["kubelet", "kube-proxy"]))
+    alive = {record.name for record in processes.records(layout.records) if processes.alive(record)}
+    if "kubelet" not in alive:
+        node.start_kubelet(layout, ports_of(layout), starting.program)
+    if "kube-proxy" not in alive:
+        node.start_kube_proxy(layout, ports_of(layout), starting.program)
+    kubectl = kubectl_of(layout)
+    _wait(layout, lambda: node_is_ready(kubectl), _NODE_SECONDS, "the node to be Ready", "kubelet")
+    addons.set_gpus(kubectl, gpus)
+    _wait(layout, lambda: addons.gpus(kubectl) == gpus, _NODE_SECONDS, f"the scheduler to see {gpus} GPUs", "kubelet")
+
+
 def broken(layout: Layout) -> list[str]:
     """Why the cluster cannot become healthy by itself, one line each; empty when it can."""
     if not layout.cluster.exists():

@@ -119,11 +119,24 @@ def start_kube_proxy(layout: Layout, ports: Ports, start: Start) -> Record:
 def start_network_policies(layout: Layout, start: Start) -> Record:
     """Let NetworkPolicies decide about each new connection from or to a pod; the node's own to pods are allowed.
 
-    The rules are before those of kube-proxy that filter, so that an allowed connection meets these too. Without the
-    program a queue drops what is put into it: pods then make no new connection.
+    Without the program a queue drops what is put into it: pods then make no new connection.
+    """
+    kubeconfig = layout.cluster / f"{POLICY_PROGRAM}.kubeconfig"
+    arguments = [f"--kubeconfig={kubeconfig}", f"--node={addresses.NODE}", f"--queue={addresses.POLICY_QUEUE}"]
+    record = start(POLICY_PROGRAM, arguments)
+    what, log = "NetworkPolicies to be enforced", layout.log(POLICY_PROGRAM)
+    processes.until(_policies_are_enforced, _START_SECONDS, what, log, [record])
+    run(["iptables-restore", "--noflush"], input_text=policy_rules())
+    return record
+
+
+def policy_rules() -> str:
+    """Input for `iptables-restore --noflush` that queues the first packet of each connection from or to a pod.
+
+    The rules are before those of kube-proxy that filter, so that an allowed connection meets these too.
     """
     bridge = addresses.BRIDGE
-    rules = f"""*mangle
+    return f"""*mangle
 :{_POLICIES} - [0:0]
 -A {_POLICIES} -m conntrack --ctstate ESTABLISHED,RELATED -j RETURN
 -A {_POLICIES} -j NFQUEUE --queue-num {addresses.POLICY_QUEUE}
@@ -132,13 +145,6 @@ def start_network_policies(layout: Layout, start: Start) -> Record:
 -I INPUT -i {bridge} -j {_POLICIES}
 COMMIT
 """
-    kubeconfig = layout.cluster / f"{POLICY_PROGRAM}.kubeconfig"
-    arguments = [f"--kubeconfig={kubeconfig}", f"--node={addresses.NODE}", f"--queue={addresses.POLICY_QUEUE}"]
-    record = start(POLICY_PROGRAM, arguments)
-    what, log = "NetworkPolicies to be enforced", layout.log(POLICY_PROGRAM)
-    processes.until(_policies_are_enforced, _START_SECONDS, what, log, [record])
-    run(["iptables-restore", "--noflush"], input_text=rules)
-    return record
 
 
 def _policies_are_enforced() -> bool:

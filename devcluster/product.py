@@ -25,6 +25,9 @@ _DOCKERFILES = {
     "qlora-trainer": ROOT / "trainer_image" / "Dockerfile",
 }
 
+# Name of the profile of jobs whose pods share a workspace.
+SHARED_PROFILE = "shared"
+
 # One small machine that plays a GPU node: it computes on the CPU and leaves room for the cluster itself.
 _SMALL = {"cpu": "100m", "memory": "4Gi"}
 SMALL_MACHINE: dict[str, Any] = {
@@ -35,8 +38,12 @@ SMALL_MACHINE: dict[str, Any] = {
             "nodeSelector": {"kubernetes.io/os": "linux"},
             "workspace": {"size": "2Gi"},
             "resources": {"prepare": _SMALL, "train": {"cpu": "1500m", "memory": "6Gi"}, "publish": _SMALL},
-        }
-    }
+        },
+        # Two pods on the only node mount any claim.
+        SHARED_PROFILE: {"workspace": {"topology": "shared"}},
+    },
+    # CoreDNS of the embedded cluster need not be root.
+    "jobNetworkPolicies": {"dnsPorts": [1053]},
 }
 
 # The same for a cluster that need not have a GPU, real or played. Null takes the chart's default away.

@@ -147,7 +147,9 @@ def _exit_codes() -> str:
     def retried(code: ExitCode) -> str:
         if code is ExitCode.DONE:
             return "not needed"
-        if code is ExitCode.INTERRUPTED:
+        if code is ExitCode.PEERS_MISSING:
+            return "until all nodes start"
+        if code in (ExitCode.INTERRUPTED, ExitCode.PEER_LOST):
             return "up to `retry.maxDisruptions` times"
         return "never" if code.permanent else "up to `retry.maxFailures` times"
 

@@ -7,8 +7,8 @@ from typing import Any
 from qlora_operator.settings import Settings
 
 SCHEMA = Path(__file__).parent / "qlora-operator" / "values.schema.json"
-# What the chart sets itself: two values of their own, and the ports that the Deployment names.
-_NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort"})
+# What the chart sets itself: values of their own, and the ports that the Deployment names.
+_NOT_IN_SETTINGS = frozenset({"namespaces", "profiles", "probePort", "metricsPort", "dnsPorts"})
 # The Lease is in the release's namespace, where the operator has the right to write it, and has the release's name.
 _NOT_IN_LEADER_ELECTION = frozenset({"namespace", "leaseName"})
 # What the chart fills in where a profile leaves it out.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.operator.objects import PROFILE
 from benchmarks.operator.watching import watch
-from qlora_api.contract import CONTRACT_VERSION
+from qlora_api.contract import needed_contract
 from qlora_api.naming import workspace_claim_name, workspace_folder
 from qlora_api.status import Resolved
 from qlora_operator.cluster import Cluster, connect
@@ -35,7 +35,7 @@ async def main(kubeconfig: Path) -> None:
 
 async def _serve(cluster: Cluster, job: QLoRAJob, gate: asyncio.Semaphore) -> None:
     resolved = Resolved(
-        contract_version=CONTRACT_VERSION,
+        contract_version=needed_contract(1),
         profile=PROFILE,
         claim_name=workspace_claim_name(job.name, job.uid),
         claim_created=True,

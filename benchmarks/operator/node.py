@@ -15,7 +15,7 @@ from aiohttp import web
 
 from benchmarks.operator import site, trainer
 from benchmarks.operator.client import Client, Object, connect
-from benchmarks.operator.objects import CORE
+from benchmarks.operator.objects import COPIED_LABEL, CORE
 from benchmarks.operator.watching import watch
 from devcluster.addresses import LOOPBACK, free_port
 from devcluster.controlplane import ControlPlane
@@ -59,6 +59,10 @@ class Node:
         """From now on logs do not grow."""
         self._stopped = datetime.now(UTC)
 
+    def report_again(self) -> None:
+        """From now on logs grow again."""
+        self._stopped = None
+
     def set_seconds(self, step: StepName, seconds: float) -> None:
         """How long pods of the step run that start from now on."""
         self._seconds[step] = seconds
@@ -88,7 +92,7 @@ class Node:
                 if event.kind == "DELETED":
                     self._running.pop((metadata["namespace"], metadata["name"]), None)
                 # The watch begins anew from time to time, and shows everything once more.
-                elif STEP_LABEL in metadata.get("labels", {}) and metadata["uid"] not in self._known:
+                elif _is_of_a_job(metadata) and metadata["uid"] not in self._known:
                     self._known.add(metadata["uid"])
                     group.create_task(self._play(metadata))
 
@@ -102,16 +106,18 @@ class Node:
 
     async def _play(self, metadata: Object) -> None:
         labels = metadata["labels"]
-        step = cast(StepName, labels[STEP_LABEL])
+        step = cast("StepName", labels[STEP_LABEL])
         now = datetime.now(UTC)
         pod = _Pod(metadata["namespace"], metadata["name"], metadata["uid"], labels[JOB_UID_LABEL], step, now)
         async with self._gate:
             target = {"apiVersion": "v1", "kind": "Node", "name": NAME}
             binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod.name}, "target": target}
             await self._client.create(f"{pod.path}/binding", binding)
-            self._running[pod.namespace, pod.name] = pod
-            await self._report(pod, "Running", {"running": {"startedAt": trainer.timestamp(pod.started)}})
-        seconds = self._seconds.get(step, 0.0)
+            seconds = self._seconds.get(step, 0.0)
+            # A kubelet looks once a second: what ends at once is not reported as running.
+            if seconds > 0:
+                self._running[pod.namespace, pod.name] = pod
+                await self._report(pod, "Running", {"running": {"startedAt": trainer.timestamp(pod.started)}})
         if seconds == ENDLESS:
             return
         await asyncio.sleep(seconds)
@@ -153,6 +159,11 @@ class Node:
         renewed = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         spec = {"holderIdentity": NAME, "leaseDurationSeconds": 40, "renewTime": renewed}
         return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
+
+
+def _is_of_a_job(metadata: Object) -> bool:
+    labels = metadata.get("labels", {})
+    return STEP_LABEL in labels and COPIED_LABEL not in labels
 
 
 @asynccontextmanager

@@ -13,18 +13,21 @@ QLORA = f"/apis/{GROUP}/{VERSION}"
 BATCH = "/apis/batch/v1"
 CORE = "/api/v1"
 
+# Label of a pod whose life is over when it is created: no node is to start it.
+COPIED_LABEL = "qlora.dev/copied"
+
 
 def jobs_path(namespace: str = NAMESPACE) -> str:
     """Where the QLoRAJobs of a namespace are."""
     return f"{QLORA}/namespaces/{namespace}/{PLURAL}"
 
 
-def qlora_job(number: int, namespace: str = NAMESPACE, **spec: Any) -> dict[str, Any]:
+def qlora_job(number: int, namespace: str = NAMESPACE, name: str = "", **spec: Any) -> dict[str, Any]:
     """A job with the fields that a user has to give, and the schema's defaults for the rest."""
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
-        "metadata": {"name": f"job-{number}", "namespace": namespace},
+        "metadata": {"name": name or f"job-{number}", "namespace": namespace},
         "spec": {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}, **spec},
     }
 

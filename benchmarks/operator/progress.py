@@ -1,6 +1,6 @@
 """Many jobs that train and report their progress: what they ask of the API server as long as they run.
 
-A node is played (`node.py`): the operator reads the logs of its pods from it, through the API server, as from a kubelet.
+A node is played (`node.py`): the operator reads the logs of its pods through the API server, as from a kubelet.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import os
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.operator import audit, site
@@ -34,9 +35,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return asyncio.run(_measure(plane, operator, options.jobs, options.seconds))
 
 
-async def _measure(
-    plane: ControlPlane, operator: subprocess.Popen[bytes], jobs: int, seconds: int
-) -> dict[str, Any]:
+async def _measure(plane: ControlPlane, operator: subprocess.Popen[bytes], jobs: int, seconds: int) -> dict[str, Any]:
     measured, api_server = Processes((operator.pid,)), site.api_server(plane)
     async with connect(plane.kubeconfig) as client, playing(plane, {"train": ENDLESS}):
         await create_all(client, [qlora_job(number) for number in range(jobs)])
@@ -76,9 +75,9 @@ async def create_all(client: Client, bodies: Iterable[dict[str, Any]]) -> None:
     await asyncio.gather(*(create() for _ in range(_AT_A_TIME)))
 
 
-async def all_report(client: Client, jobs: int, namespace: str = NAMESPACE) -> bool:
-    """Whether so many jobs train and show their progress."""
-    found = [body.get("status", {}) for body in await client.items(jobs_path(namespace))]
+async def all_report(client: Client, jobs: int, selector: str = "") -> bool:
+    """Whether so many jobs, of those with these labels, train and show their progress."""
+    found = [body.get("status", {}) for body in await client.items(jobs_path(), selector)]
     training = [status for status in found if status.get("phase") == "Training"]
     return sum(status.get("progress", {}).get("step", 0) > 0 for status in training) >= jobs
 
@@ -96,7 +95,7 @@ def status_writes(requests: Iterable[audit.Request]) -> dict[str, float]:
     if not several:
         return {}
     rates = [10 * (len(each) - 1) / (each[-1] - each[0]) for each in several]
-    pauses = [later - earlier for each in several for earlier, later in zip(each, each[1:], strict=False)]
+    pauses = [later - earlier for each in several for earlier, later in pairwise(each)]
     return {
         "perJobAndTenSeconds": round(sum(rates) / len(rates), 2),
         "ofTheBusiestJob": round(max(rates), 2),

@@ -37,14 +37,20 @@ def control_plane(namespaces: Sequence[str], controllers: Sequence[str] = UNHURR
         yield plane
 
 
+def processes_of(plane: ControlPlane) -> dict[str, Processes]:
+    """The processes of the control plane by name: `etcd`, `kube-apiserver`, `kube-controller-manager`."""
+    return {each.name: Processes((each.pid,)) for each in processes.records(plane.directory / "processes")}
+
+
 def api_server(plane: ControlPlane) -> Processes:
     """The API server's process."""
-    found = (each.pid for each in processes.records(plane.directory / "processes") if each.name == "kube-apiserver")
-    return Processes(tuple(found))
+    return processes_of(plane)["kube-apiserver"]
 
 
 @contextmanager
-def program(plane: ControlPlane, command: Sequence[str | Path], **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def program(
+    plane: ControlPlane, command: Sequence[str | Path], **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that finds the API server by KUBECONFIG; its output is shown if it has ended by itself."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

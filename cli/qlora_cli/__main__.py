@@ -129,6 +129,8 @@ def run(
         raise click.UsageError("Missing argument 'FILE': name the manifest, or resume an earlier run with --resume.")
     claims = {**(earlier.claims if earlier else {}), **claims}
     config_maps = {**(earlier.config_maps if earlier else {}), **config_maps}
+    if (nodes := document.spec.resources.node_count) > 1:
+        _fail(f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE")
     missing = missing_sources(document.spec, claims, config_maps)
     if missing:
         _fail("\n".join(missing))

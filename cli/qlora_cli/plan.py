@@ -34,6 +34,7 @@ class MemoryPlan:
     model: ModelShape
     training: TrainingShape
     gpu_gib: int | None
+    nodes: int = 1
 
     @property
     def exit_code(self) -> ExitCode:
@@ -51,6 +52,7 @@ def make_plan(name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None) 
         model=read_shape(config),
         training=training_shape(spec, spec.lora.target_modules),
         gpu_gib=gpu_gib if gpu_gib is not None else spec.resources.gpu_memory,
+        nodes=spec.resources.node_count,
     )
 
 
@@ -116,7 +118,13 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
     )
     if plan.training.gpus > 1:
         held = "a part of the base" if plan.training.sharding == "full" else "the whole base"
-        console.print(f"Each of the {plan.training.gpus} GPUs holds {held} and needs this much.")
+        where = f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
+        console.print(f"Each of the {plan.training.gpus} GPUs{where} holds {held} and needs this much.")
+        if (micro_batches := plan.training.gradient_accumulation_steps) % plan.training.gpus:
+            console.print(
+                f"training.gradientAccumulationSteps is {micro_batches}, which {plan.training.gpus} GPUs cannot share "
+                "evenly: a multiple of them leaves none idle."
+            )
     if plan.gpu_gib is None:
         _show_gpu_sizes(plan, console)
     else:

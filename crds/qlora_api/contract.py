@@ -21,11 +21,18 @@ from qlora_api.status import (
     Timestamp,
 )
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 """Raised by a release whose operator and trainer expect something new of each other.
 
 1: the trainer ends a job that was interrupted too often. 2: the operator does, because only it can tell a suspension.
+3: the trainer meets those of other nodes; only jobs with several nodes need it.
 """
+
+
+def needed_contract(nodes: int) -> int:
+    """The lowest version with which a job of so many nodes works: older operators and trainers do the others too."""
+    return 3 if nodes > 1 else 2
+
 
 TRAINER_CONTAINER = "trainer"
 
@@ -46,6 +53,15 @@ ENV_DEVICE = "QLORA_DEVICE"
 ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
+ENV_NODE = "QLORA_NODE"
+"""Which of the train pods this is, counted from 0; set if there are several."""
+ENV_RENDEZVOUS = "QLORA_RENDEZVOUS"
+"""HOST:PORT at which node 0 serves the store that all train pods share."""
+ENV_NODE_WAIT = "QLORA_NODE_WAIT_SECONDS"
+"""For how many seconds train pods wait for one another."""
+DEFAULT_NODE_WAIT_SECONDS = 900
+
+RENDEZVOUS_PORT = 29500
 
 CPU_ALLOCATOR = "libtcmalloc_minimal.so.4"
 """Preloaded (LD_PRELOAD) for training on a CPU: glibc's own allocator takes more time and more memory."""
@@ -72,6 +88,8 @@ class ExitCode(IntEnum):
     UNSUPPORTED_CONTRACT = 19
     INTERRUPTED = 143
     UNREACHABLE = 200
+    PEER_LOST = 201
+    PEERS_MISSING = 202
     INTERNAL_ERROR = 203
 
     @property

@@ -36,3 +36,13 @@ def workspace_claim_name(job_name: str, uid: str) -> str:
 def workspace_folder(job_name: str, uid: str) -> str:
     """The job's own folder on its workspace claim, which other jobs may share."""
     return f"{job_name}-{short_uid(uid)}"
+
+
+def peers_name(uid: str) -> str:
+    """Name of the Service and the NetworkPolicy of a job's train pods: begins with a letter, as a Service's must."""
+    return f"qlora-{uid}"
+
+
+def node_host(child_name: str, node: int, uid: str) -> str:
+    """Host name of a train pod within the namespace, as the headless Service gives it."""
+    return f"{child_name}-{node}.{peers_name(uid)}"

@@ -57,6 +57,28 @@ NodeSelector = Annotated[
     ),
     AfterValidator(_check_keys),
 ]
+NCCL_NAME = r"^NCCL_[A-Z0-9_]+$"
+_NCCL_MESSAGE = "an environment variable of NCCL is NCCL_ and capital letters, digits or _"
+
+
+def _check_nccl(settings: dict[str, str]) -> dict[str, str]:
+    for name in settings:
+        if not re.fullmatch(NCCL_NAME, name) or len(name) > 63:
+            raise ValueError(f"found {name[:80]!r}, {_NCCL_MESSAGE}, 63 characters at most")
+    return settings
+
+
+NcclSettings = Annotated[
+    dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=256)]],
+    Field(
+        max_length=32,
+        json_schema_extra=rules(
+            rule("self.all(name, name.size() <= 63)", "a variable's name has at most 63 characters"),
+            rule(f"self.all(name, name.matches('{NCCL_NAME}'))", _NCCL_MESSAGE),
+        ),
+    ),
+    AfterValidator(_check_nccl),
+]
 AccessMode = Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"]
 
 
@@ -171,9 +193,9 @@ class Limits(ApiModel):
     gpus: int | None = Field(
         None,
         ge=1,
-        le=16,
-        description="GPUs that one job may request; as the schema of jobs allows (16) if not set. A job that asks for "
-        "more waits with the reason LimitExceeded.",
+        le=1024,
+        description="GPUs that one job may request on all its nodes (gpus × nodes); as many as the schema of jobs "
+        "allows if not set. A job that asks for more waits with the reason LimitExceeded.",
     )
     workspace_size: Quantity | None = Field(
         None,
@@ -202,6 +224,18 @@ class Profile(ApiModel):
     )
     gpu_resource: LabelKey | None = Field(
         None, description="Extended resource that train requests for its GPUs, for example nvidia.com/gpu."
+    )
+    nccl: NcclSettings | None = Field(
+        None,
+        description="Environment variables for NCCL, such as NCCL_SOCKET_IFNAME or NCCL_IB_HCA, in train pods of jobs "
+        "with several GPUs or nodes. Names begin with NCCL_.",
+    )
+    node_wait_seconds: int | None = Field(
+        None,
+        ge=30,
+        le=86_400,
+        description="Seconds for which the train pods of a job with several nodes wait for one another before they "
+        "free their GPUs and try again later; 900 if not set.",
     )
     runtime_class_name: ObjectName | None = Field(None, description="RuntimeClass of the train pod.")
     service_account_name: ObjectName | None = Field(None, description="Service account; its token is never mounted.")

@@ -88,6 +88,8 @@ class StepStatus(ObservedModel):
         None, description="When the operator last saw that pod start or make progress, by the operator's clock."
     )
     reported_at: Timestamp | None = Field(None, description="When that progress was made, by the trainer's clock.")
+    nodes: Count | None = Field(None, description="How many pods train together; not set if it is one.")
+    running_nodes: Count | None = Field(None, description="How many of these run now.")
     unverified: int = Field(0, ge=0, le=100, description="How many of its Jobs completed without a readable result.")
 
 

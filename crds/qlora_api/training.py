@@ -149,15 +149,25 @@ class TrainingSpec(ApiModel):
         return self
 
 
+MAX_GPUS, MAX_NODES = 16, 64
+
+
 class ResourcesSpec(ApiModel):
-    """GPUs, CPU and memory of the train pod."""
+    """GPUs, CPU and memory of each train pod, and the number of these pods."""
 
     gpus: int = Field(
         1,
         ge=1,
-        le=16,
-        description="GPUs of the train pod. With several, each trains on its share of every step's micro batches; the "
-        "result is that of one GPU, up to rounding. Make gradientAccumulationSteps a multiple of gpus.",
+        le=MAX_GPUS,
+        description="GPUs of each train pod. With several, each trains on its share of every step's micro batches; the "
+        "result is that of one GPU, up to rounding. Make gradientAccumulationSteps a multiple of gpus × nodes.",
+    )
+    nodes: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_NODES,
+        description="Train pods, each with its own gpus, cpu and memory, that train one adapter together; 1 if not "
+        "set. Several need a workspace that is ReadWriteMany, and a profile whose workspace.topology is shared.",
     )
     gpu_memory: int | None = Field(
         None,
@@ -165,5 +175,15 @@ class ResourcesSpec(ApiModel):
         le=1024,
         description="Memory of each GPU in GiB. If set, prepare, which has no GPU, rejects a job that cannot fit.",
     )
-    cpu: Quantity | None = Field(None, description="CPU cores of the train pod; the profile's if not set.")
-    memory: Quantity | None = Field(None, description="Host memory of the train pod; the profile's if not set.")
+    cpu: Quantity | None = Field(None, description="CPU cores of each train pod; the profile's if not set.")
+    memory: Quantity | None = Field(None, description="Host memory of each train pod; the profile's if not set.")
+
+    @property
+    def node_count(self) -> int:
+        """Number of train pods."""
+        return self.nodes or 1
+
+    @property
+    def gpu_count(self) -> int:
+        """GPUs of all train pods."""
+        return self.gpus * self.node_count

@@ -151,7 +151,8 @@ _RETAIN_MERGED_MESSAGE = (
     "retain: true"
 )
 _SHARDED_ALONE = (
-    "training.sharding: full shards the base over several GPUs: set resources.gpus to 2 or more, or remove sharding"
+    "training.sharding: full shards the base over several GPUs: set resources.gpus or resources.nodes to 2 or more, or "
+    "remove sharding"
 )
 _SHARDED_AND_MERGED = (
     "output.merged needs the whole base in one process, and training.sharding: full shards it: remove one of them"
@@ -170,7 +171,11 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 "self.workspace.retain || !has(self.output.merged) || has(self.output.merged.destination)",
                 _RETAIN_MERGED_MESSAGE,
             ),
-            rule("self.training.sharding != 'full' || self.resources.gpus > 1", _SHARDED_ALONE),
+            rule(
+                "self.training.sharding != 'full' || self.resources.gpus > 1 || "
+                "(has(self.resources.nodes) && self.resources.nodes > 1)",
+                _SHARDED_ALONE,
+            ),
             rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
             rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
@@ -194,7 +199,7 @@ class QLoRAJobSpec(ApiModel):
     training: TrainingSpec = Field(TrainingSpec(), description="The training run.")
     output: OutputSpec = Field(OutputSpec(), description="Where the adapter is published.")
     workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume that the steps share.")
-    resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pod.")
+    resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
     scheduling: SchedulingSpec = Field(SchedulingSpec(), description="Where the pods run.")
     retry: RetrySpec = Field(RetrySpec(), description="How often a step is retried or resumed.")
     suspend: bool = Field(
@@ -231,7 +236,7 @@ class QLoRAJobSpec(ApiModel):
     @model_validator(mode="after")
     def _sharded_base(self) -> Self:
         if self.training.sharding == "full":
-            if self.resources.gpus == 1:
+            if self.resources.gpu_count == 1:
                 raise ValueError(_SHARDED_ALONE)
             if self.output.merged is not None:
                 raise ValueError(_SHARDED_AND_MERGED)

@@ -230,6 +230,7 @@ class Operator:
             clock=lambda: datetime.now(UTC),
             starts=Starts(cluster.list_qlora_jobs, enqueue, time.monotonic),
             store=store,
+            dns_ports=settings.dns_ports,
             suspect_schema=self._check.suspect,
         )
 

@@ -35,6 +35,7 @@ _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=
 
 _JOBS = "/apis/batch/v1"
 _CORE = "/api/v1"
+_NETWORKING = "/apis/networking.k8s.io/v1"
 _LEASES = "/apis/coordination.k8s.io/v1"
 _QLORA = f"/apis/{GROUP}/{VERSION}"
 _KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
@@ -153,6 +154,14 @@ class Cluster:
     async def get_claim(self, namespace: str, name: str) -> Object:
         """One PersistentVolumeClaim. Raises NotFoundError."""
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
+
+    async def create_service(self, namespace: str, manifest: Object) -> None:
+        """Create a Service. Raises ConflictError if the name is taken."""
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
+
+    async def create_network_policy(self, namespace: str, manifest: Object) -> None:
+        """Create a NetworkPolicy. Raises ConflictError if the name is taken."""
+        await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
         """Create an Event. Raises ConflictError if it exists already."""

@@ -84,7 +84,7 @@ class ProgressReader:
     async def read(self, key: Key, job: QLoRAJob, observed: Observed) -> LogReading:
         """The latest record of the job's running pod, if it is time to look for one."""
         step = job.status.step
-        pod = next((pod for pod in observed.pods_of(step.job_uid) if pod.running), None) if step else None
+        pod = observed.reporting_pod(step.job_uid) if step else None
         if pod is None or step is None:
             self._schedule.forget(key)
             return LogReading()

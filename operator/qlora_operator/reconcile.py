@@ -16,7 +16,7 @@ from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.manifests import build_claim, build_job
+from qlora_operator.decisions.manifests import DNS_PORTS, build_claim, build_job, build_peer_policy, build_peer_service
 from qlora_operator.decisions.observe import (
     Object,
     Observed,
@@ -32,6 +32,7 @@ from qlora_operator.decisions.observe import (
 )
 from qlora_operator.decisions.plan import (
     Action,
+    ConnectNodes,
     CreateClaim,
     CreateJob,
     DeleteJob,
@@ -95,6 +96,7 @@ class Reconciler:
     clock: Callable[[], datetime]
     starts: Starts
     store: Store = field(default_factory=Store)
+    dns_ports: tuple[int, ...] = DNS_PORTS
     name_taken: Pauses = field(default_factory=Pauses)
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server does not know a field of the status."""
@@ -277,6 +279,8 @@ class Reconciler:
                         await self._delete_job(job, name, uid)
                     case CreateClaim() if resolved is not None:
                         await self._create_claim(job, resolved)
+                    case ConnectNodes():
+                        await self._connect_nodes(job)
                     case CreateJob() if resolved is not None:
                         job_uid = await self._create_job(job, resolved, action)
                         # The status that tells of the first Job follows from what the next pass sees.
@@ -339,6 +343,25 @@ class Reconciler:
     def _pause(self, job: QLoRAJob) -> float:
         """Seconds until a taken name is tried again. A watch shows at once that an object with the label is gone."""
         return self.name_taken.next((job.namespace, job.name))
+
+    async def _connect_nodes(self, job: QLoRAJob) -> None:
+        """Create the Service and the NetworkPolicy of train pods on several nodes. Raises _BlockedError.
+
+        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so.
+        """
+        for kind, create, manifest in (
+            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job, self.dns_ports)),
+            ("Service", self.cluster.create_service, build_peer_service(job)),
+        ):
+            name = manifest["metadata"]["name"]
+            try:
+                await create(job.namespace, manifest)
+                logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
+            except RejectedError as error:
+                sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
+                raise _BlockedError(Reason("PeersRejected", sentence), _SECONDS_AFTER_REJECTION) from error
+            except ConflictError:
+                logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:

@@ -11,6 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from qlora_api.profile import DNS_LABEL, Profile
 from qlora_api.schema import ApiModel
+from qlora_operator.decisions.manifests import DNS_PORTS
 
 ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"
 
@@ -71,6 +72,9 @@ class Settings(ApiModel):
     )
     leader_election: LeaderElectionSettings = Field(
         LeaderElectionSettings(), description="Election of the operator that works, if several run."
+    )
+    dns_ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=8)] = Field(
+        DNS_PORTS, description="Ports of the pods that answer DNS, which train pods on several nodes reach."
     )
     workers: int = Field(16, ge=1, le=64, description="Number of jobs that are reconciled at the same time.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")

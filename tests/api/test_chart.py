@@ -51,6 +51,8 @@ RIGHTS = {
     "pods": {"list", "watch"},
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create"},
+    "services": {"create"},
+    "networkpolicies.networking.k8s.io": {"create"},
     "events": {"create"},
 }
 # What it may do in its own namespace too.
@@ -147,6 +149,11 @@ def test_namespaced_installation_has_a_role_in_each_namespace_and_nothing_in_the
             expected = OWN_RIGHTS if role["metadata"]["namespace"] == NAMESPACE else RIGHTS
             assert rights_of(role["rules"]) == expected
     assert settings_of(objects)["namespaces"] == ["team-a", "team-b"]
+
+
+def test_the_operator_knows_the_ports_of_dns_for_the_policies_that_it_creates(helm: Helm) -> None:
+    assert settings_of(helm.template({}))["dnsPorts"] == [53]
+    assert settings_of(helm.template({"jobNetworkPolicies": {"dnsPorts": [5353]}}))["dnsPorts"] == [5353]
 
 
 def test_a_profile_takes_what_it_leaves_out_from_the_default_profile(helm: Helm) -> None:

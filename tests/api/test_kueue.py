@@ -33,14 +33,15 @@ class Queued:
     cluster: Nodeless
     kueue: Kueue
 
-    def apply(self, name: str, **scheduling: str) -> str:
+    def apply(self, name: str, nodes: int = 1, **scheduling: str) -> str:
         manifest = {**MINIMAL, "metadata": {"name": name, "namespace": NAMESPACE}}
-        self.cluster.kubectl.apply(json.dumps(manifest | {"spec": {**MINIMAL["spec"], "scheduling": scheduling}}))
+        spec = {**MINIMAL["spec"], "scheduling": scheduling, "resources": {"nodes": nodes}}
+        self.cluster.kubectl.apply(json.dumps(manifest | {"spec": spec}))
         return name
 
-    def start(self, name: str, **scheduling: str) -> str:
+    def start(self, name: str, nodes: int = 1, **scheduling: str) -> str:
         """A job whose train step has been reached."""
-        self.apply(name, **scheduling)
+        self.apply(name, nodes, **scheduling)
         self.cluster.succeed(name, "prepare")
         return name
 
@@ -74,7 +75,11 @@ class Queued:
 @pytest.fixture(scope="module")
 def queued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queued]:
     folder = tmp_path_factory.mktemp("kueue")
-    with nodeless(folder, gpuResource=GPU) as cluster, kueue(cluster.kubectl, folder, NAMESPACE) as controller:
+    shared = {"topology": "shared", "accessMode": "ReadWriteMany"}
+    with (
+        nodeless(folder, gpuResource=GPU, workspace=shared) as cluster,
+        kueue(cluster.kubectl, folder, NAMESPACE) as controller,
+    ):
         for name, value in (("low", 10), ("high", 1000)):
             controller.priority(name, value)
         yield Queued(cluster, controller)
@@ -113,6 +118,42 @@ def test_a_preempted_job_waits_with_kueues_sentence_and_goes_on_in_the_same_job(
     queued.finish(high)
     queued.wait_for_pod(low)
     queued.finish(low)
+
+
+def test_a_job_of_two_nodes_gets_both_pods_or_none_and_is_preempted_as_a_whole(queued: Queued) -> None:
+    queued.kueue.queue("gang", 2)
+    alone = queued.start("alone", queueName="gang", queuePriority="low")
+    queued.wait_for_pod(alone)
+    pair = queued.start("pair", nodes=2, queueName="gang", queuePriority="low")
+    queued.wait_for(pair, "Queued", NO_QUOTA)
+    assert not queued.pods(pair)
+    queued.finish(alone)
+    both = started_pair(queued, pair)
+
+    high = queued.start("preemptor-of-two", queueName="gang", queuePriority="high")
+    queued.wait_for(pair, "Queued", "due to prioritization in the ClusterQueue")
+    for pod in both:
+        queued.cluster.stop_pod(pod, 143)
+    queued.wait_for_pod(high)
+    assert not queued.pods(pair)
+    queued.finish(high)
+
+    for pod in started_pair(queued, pair):
+        queued.cluster.succeed_pod(pod)
+    queued.cluster.succeed(pair, "publish")
+    status = queued.cluster.wait_for_phase(pair, "Succeeded")["status"]
+    assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
+    assert f"{pair}-train-2" not in queued.cluster.children(pair)
+
+
+def started_pair(queued: Queued, name: str) -> list[dict[str, Any]]:
+    """Both pods of the job, which run."""
+    eventually(lambda: len(queued.pods(name)) == 2, seconds=60, every=0.2, what=f"two pods of {name}")
+    pods = queued.pods(name)
+    for pod in pods:
+        queued.cluster.start_pod(pod)
+    queued.cluster.wait_for_phase(name, "Training")
+    return pods
 
 
 def test_a_preempted_pod_that_is_killed_before_it_has_saved_is_no_failure(queued: Queued) -> None:

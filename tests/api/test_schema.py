@@ -165,8 +165,10 @@ REJECTED = {
     ),
     "a base sharded over one GPU": (
         with_value(MINIMAL, "spec.training.sharding", "full"),
-        "set resources.gpus to 2 or more",
+        "set resources.gpus or resources.nodes to 2 or more",
     ),
+    "no nodes": (with_value(MINIMAL, "spec.resources.nodes", 0), "spec.resources.nodes"),
+    "too many nodes": (with_value(MINIMAL, "spec.resources.nodes", 65), "spec.resources.nodes"),
     "a base sharded and merged": (
         with_value(SHARDED, "spec.output.merged", {}),
         "output.merged needs the whole base",

@@ -13,19 +13,21 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import JOB_LABEL, workspace_claim_name
-from tests.support.harmless_attempts import HARMLESS, batch_job, forged, submit
+from tests.support.harmless_attempts import HARMLESS, batch_job, forged, result, submit
 from tests.support.manifests import MINIMAL
 from tests.support.rejected_attempts import REJECTED, pod
 from tests.support.tenancy import (
-    OPERATOR,
     TENANT,
     TENANT_USER,
     VICTIM,
     Object,
     Tenancy,
+    by_the_operator,
+    denied_to_the_operator,
+    granted_to_the_operator,
     path_of,
-    rendered,
     tenancy,
+    used_by_the_operator,
 )
 from tests.support.waiting import eventually
 
@@ -36,6 +38,7 @@ PROFILES: Object = {
         "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2},
     },
     "private": {"namespaces": [VICTIM]},
+    "nodes": {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}},
 }
 CANARY = "hf_canarycanarycanarycanarycanary1234"
 
@@ -185,42 +188,23 @@ def test_the_operators_rights_are_those_that_it_uses(attacked: Attacked) -> None
         tenants.tenant.patch(TENANT, "qlorajobs", name, {"spec": {"suspend": False}})
     tenants.wait("exercise-name", reason="NameTaken")
     tenants.wait("exercise-claim", reason="ClaimNameTaken")
+    several = submit(tenants, "exercise-nodes", resources={"nodes": 2}, scheduling={"profile": "nodes"})
+    prepare = tenants.wait_for_pod("exercise-nodes", "prepare")
+    tenants.end(prepare, result(several, prepare))
+    tenants.wait_for_pod("exercise-nodes", "train")
     pod = tenants.wait_for_pod("exercise", "prepare")
     since = tenants.audit_size()
     tenants.run(pod)
-    eventually(lambda: "pods/log" in used(tenants.audited(since)), seconds=60, what="a log that is read")
+    eventually(
+        lambda: "pods/log" in used_by_the_operator(tenants.audited(since)), seconds=60, what="a log that is read"
+    )
     tenants.tenant.patch(TENANT, "qlorajobs", "exercise", {"spec": {"suspend": True}})
     eventually(lambda: not tenants.admin.list(TENANT, "jobs", f"{JOB_LABEL}=exercise"), seconds=60, what="no Job")
 
-    granted: dict[str, set[str]] = {}
-    chart = rendered({})
-    own = [one["rules"] for one in chart if one["kind"] == "Role"]
-    for rule in (*only_role(chart)["rules"], *(rule for rules in own for rule in rules)):
-        for resource in rule["resources"]:
-            granted.setdefault(resource, set()).update(rule["verbs"])
     everything = tenants.audited()
-    assert used(everything) == granted
-    denied = [one["requestURI"] for one in everything if by_the_operator(one) and _code(one) in (401, 403)]
+    assert used_by_the_operator(everything) == granted_to_the_operator()
+    denied = denied_to_the_operator(everything)
     assert [uri for uri in denied if "/namespaces/capped/" not in uri] == [], "a quota denies, in that namespace"
-
-
-def used(requests: list[Object]) -> dict[str, set[str]]:
-    """Verbs by resource of the operator's requests that were not denied."""
-    verbs: dict[str, set[str]] = {}
-    for entry in requests:
-        if by_the_operator(entry) and "objectRef" in entry:
-            where = entry["objectRef"]
-            name = where["resource"] + (f"/{where['subresource']}" if where.get("subresource") else "")
-            verbs.setdefault(name, set()).add(entry["verb"])
-    return verbs
-
-
-def only_role(objects: list[Object]) -> Object:
-    return next(one for one in objects if one["kind"] == "ClusterRole" and one["metadata"]["name"] == "qlora-operator")
-
-
-def by_the_operator(entry: Object) -> bool:
-    return bool(entry["user"]["username"] == OPERATOR)
 
 
 def written_by_the_operator(requests: list[Object]) -> list[Object]:
@@ -230,10 +214,6 @@ def written_by_the_operator(requests: list[Object]) -> list[Object]:
 
 def _namespace(entry: Object) -> str:
     return str(entry.get("objectRef", {}).get("namespace", ""))
-
-
-def _code(entry: Object) -> int:
-    return int(entry.get("responseStatus", {}).get("code", 0))
 
 
 def _take_claim(tenants: Tenancy, name: str) -> None:

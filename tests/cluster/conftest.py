@@ -44,18 +44,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tenant(installed: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
     """A namespace whose claim `inputs` holds `model/`, `train.jsonl` and `held-out.jsonl`."""
     tenant = Tenant(installed, new_namespace(installed))
+    give_inputs(tenant, tiny_model, tmp_path_factory.mktemp("inputs"))
+    yield tenant
+    tenant.kubectl("delete", "qlorajobs", "--all")
+    installed.kubectl("delete", "namespace", tenant.namespace, "--wait=false")
+
+
+def give_inputs(tenant: Tenant, model: Path, folder: Path) -> None:
+    """The claim `inputs` with its files, which are written to `folder` first."""
     tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(INPUTS, tenant.namespace)))
-    folder = tmp_path_factory.mktemp("inputs")
     with tenant.volume(INPUTS) as pod:
-        pod.put(tiny_model, "model")
+        pod.put(model, "model")
         for name, first, count in (("train.jsonl", 0, 64), ("held-out.jsonl", 64, 8)):
             (folder / name).write_text(
                 "".join(f"{json.dumps(row(number))}\n" for number in range(first, first + count))
             )
             pod.put(folder / name, name)
-    yield tenant
-    tenant.kubectl("delete", "qlorajobs", "--all")
-    installed.kubectl("delete", "namespace", tenant.namespace, "--wait=false")
 
 
 def row(number: int, padding: str = "") -> dict[str, object]:

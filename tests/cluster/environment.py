@@ -148,6 +148,21 @@ class Tenant:
         return running[0] if running else None
 
     @contextmanager
+    def stopped(self, name: str, step: str) -> Iterator[Object]:
+        """The step's running pod, whose processes stand still."""
+
+        def running() -> Object | None:
+            pod = self.running_pod(name, step)
+            return pod if pod and pod["status"].get("podIP") else None
+
+        pod = eventually(running, seconds=180, every=0.1, what=f"a running pod of {step}") or {}
+        signal_processes_of(pod, signal.SIGSTOP)
+        try:
+            yield pod
+        finally:
+            signal_processes_of(pod, signal.SIGCONT)
+
+    @contextmanager
     def volume(self, claim: str) -> Iterator[FilePod]:
         """A pod that sees the claim's files."""
         with file_pod(self.cluster.kubectl, self.namespace, claim, self.cluster.images.trainer) as pod:

@@ -5,16 +5,14 @@ chart writes into them is in tests/api/test_chart.py.
 """
 
 import json
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 
 from devcluster import addresses, cluster, layout, node, product, toolchain
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
-from tests.cluster.environment import Cluster, Object, Tenant, new_namespace, signal_processes_of, tiny_job
+from tests.cluster.environment import Cluster, Object, Tenant, new_namespace, tiny_job
 from tests.support.outside import ELSEWHERE, METADATA, NETWORK, OTHER_PORT, STORE, STORE_PORT, outside
 from tests.support.tenancy import rendered
 from tests.support.waiting import eventually
@@ -156,23 +154,6 @@ def targets(neighbor: Place) -> Targets:
     }
 
 
-@contextmanager
-def stopped(tenant: Tenant, name: str, step: str) -> Iterator[Place]:
-    """The step's pod, whose own processes stand still."""
-
-    def running() -> Object | None:
-        pod = tenant.running_pod(name, step)
-        return pod if pod and pod["status"].get("podIP") else None
-
-    pod = eventually(running, seconds=120, every=0.1, what=f"a running pod of {step}")
-    assert pod is not None
-    signal_processes_of(pod, signal.SIGSTOP)
-    try:
-        yield Place(tenant.cluster, pod)
-    finally:
-        signal_processes_of(pod, signal.SIGCONT)
-
-
 @pytest.mark.usefixtures("beyond")
 def test_train_has_no_network_and_the_others_reach_what_the_profile_names(tenant: Tenant, neighbor: Place) -> None:
     policies = job_policies(tenant.namespace)
@@ -182,11 +163,13 @@ def test_train_has_no_network_and_the_others_reach_what_the_profile_names(tenant
     name = tenant.apply(tiny_job("cut-off"))
     reached = {}
     for step in ("prepare", "train"):
-        with stopped(tenant, name, step) as pod:
+        with tenant.stopped(name, step) as halted:
+            pod = Place(tenant.cluster, halted)
             pod.listen()
             own = {step: (pod.address, LISTENING, "tcp")}
             reached[step] = (pod.reached(wanted), neighbor.reached(own))
-    with stopped(tenant, name, "publish") as pod:
+    with tenant.stopped(name, "publish") as halted:
+        pod = Place(tenant.cluster, halted)
         pod.listen()
         own = {"publish": (pod.address, LISTENING, "tcp")}
         reached["publish"] = (pod.reached(wanted), neighbor.reached(own))

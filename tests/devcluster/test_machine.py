@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from devcluster import layout, machine
+from devcluster import layout, machine, node
 from devcluster.errors import ClusterError
 
 FOREIGN = """*filter
@@ -50,6 +50,21 @@ def test_removal_leaves_exactly_the_rules_of_others(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line[0] != "#"] == FOREIGN.splitlines()
+
+
+def test_removal_leaves_no_rule_of_network_policies(tmp_path: Path) -> None:
+    if in_network_namespace("iptables-save").returncode != 0:
+        pytest.skip("needs iptables and the right to make a network namespace")
+    (tmp_path / "rules").write_text(node.policy_rules())
+    added = in_network_namespace(f"iptables-restore < {tmp_path}/rules; iptables-save")
+    assert added.returncode == 0, added.stderr
+    assert len(machine.our_rules(added.stdout)) == 6
+    (tmp_path / "removal").write_text(machine.rule_removal(added.stdout))
+    done = in_network_namespace(
+        f"iptables-restore < {tmp_path}/rules; iptables-restore --noflush < {tmp_path}/removal; iptables-save"
+    )
+    assert done.returncode == 0, done.stderr
+    assert machine.our_rules(done.stdout) == []
 
 
 def test_foreign_rules_give_nothing_to_remove() -> None:

@@ -86,7 +86,7 @@ OPERATOR = (
     Mutant(
         name="any-pods-result-counts",
         file=f"{_DECISIONS}/advance.py",
-        old="in reversed(facts.observed.pods_of(child.uid)):",
+        old="in reversed([pod for pod in facts.observed.pods_of(child.uid) if pod.node == 0]):",
         new="in reversed(facts.observed.pods):",
         tests=(
             f"{_OPERATOR_TESTS}/test_status.py::test_the_result_of_a_pod_that_the_steps_job_does_not_control_is_no_result",
@@ -158,6 +158,42 @@ OPERATOR = (
         new="return pod.deletion_requested",
         tests=(
             f"{_OPERATOR_TESTS}/test_status.py::test_a_pod_that_the_kubelet_rejects_is_reported_and_uses_up_no_retry",
+        ),
+    ),
+    Mutant(
+        name="a-lost-pod-gives-the-reason",
+        file=f"{_DECISIONS}/together.py",
+        old="    found = min(ended, key=_order, default=None)",
+        new="    found = min(ended, key=lambda pod: pod.node, default=None)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it",
+        ),
+    ),
+    Mutant(
+        name="the-reason-is-told-too-early",
+        file=f"{_DECISIONS}/together.py",
+        old="return found if is_own_failure(found) or all(pod.ended for pod in pods) else None",
+        new="return found",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_the_reason_is_not_told_before_the_pod_that_may_have_it_has_ended",
+        ),
+    ),
+    Mutant(
+        name="waiting-for-nodes-is-a-failure",
+        file=f"{_DECISIONS}/together.py",
+        old="    return pod.lost_peer or pod.missed_peers",
+        new="    return pod.lost_peer",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that_grows",
+        ),
+    ),
+    Mutant(
+        name="one-pod-of-several-is-replaced-alone",
+        file=f"{_DECISIONS}/advance.py",
+        old="or not step.counted_pod or not trains_together(facts.job, step.name):",
+        new="or True:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_stopped_together_are_replaced_together_and_count_once",
         ),
     ),
     Mutant(
@@ -498,7 +534,7 @@ TRAINER = (
     Mutant(
         name="memory-of-one-gpu",
         file=f"{_TRAINER}/model/memory_fit.py",
-        old="gpus=spec.resources.gpus,",
+        old="gpus=spec.resources.gpu_count,",
         new="",
         tests=(
             "tests/unit/qlora_trainer/test_memory_fit.py::test_every_setting_that_decides_the_memory_reaches_the_estimate",

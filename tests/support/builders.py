@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from qlora_api.contract import CONTRACT_VERSION, ProgressRecord, ResultRecord, encode_record
+from qlora_api.contract import ProgressRecord, ResultRecord, encode_record, needed_contract
 from qlora_api.naming import (
     JOB_LABEL,
     JOB_UID_LABEL,
@@ -93,7 +93,7 @@ def make_job(status: QLoRAJobStatus | None = None, /, generation: int = 1, **spe
 def resolved(profile: Profile = PROFILE) -> Resolved:
     """What is fixed before the first pod."""
     return Resolved(
-        contract_version=CONTRACT_VERSION,
+        contract_version=needed_contract(1),
         profile=profile,
         claim_name=workspace_claim_name(NAME, UID),
         claim_created=True,
@@ -168,6 +168,16 @@ def pod(step: StepName, attempt: int = 1, number: int = 1, **status: Any) -> dic
         },
         "status": {"phase": "Pending"} | status,
     }
+
+
+def node(number: int, attempt: int = 1, *, created: float | None = None) -> dict[str, Any]:
+    """The train pod of that node."""
+    body = pod("train", attempt, number + 1)
+    index = {"annotations": {"batch.kubernetes.io/job-completion-index": str(number)}}
+    when = (
+        {} if created is None else {"creationTimestamp": time(created), "uid": f"{body['metadata']['uid']}-{created}"}
+    )
+    return body | {"metadata": body["metadata"] | index | when}
 
 
 def running(body: dict[str, Any], since: float = -60) -> dict[str, Any]:

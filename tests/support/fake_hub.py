@@ -70,11 +70,11 @@ class FakeHub:
 
 
 @contextmanager
-def serve(hub: FakeHub) -> Iterator[FakeHub]:
-    """Answer on a free port until the block ends."""
+def serve(hub: FakeHub, host: str = "127.0.0.1") -> Iterator[FakeHub]:
+    """Answer on a free port of an address of this machine until the block ends."""
     handler = type("Handler", (_Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    with ThreadingHTTPServer((host, 0), handler) as server:
+        hub.endpoint = f"http://{host}:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -13,11 +13,12 @@ from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_cla
 from qlora_api.status import MAX_MESSAGE_LENGTH, DatasetStatus, MemoryStatus, StepName
 from tests.support.manifests import MINIMAL
 from tests.support.rejected_attempts import pod
-from tests.support.tenancy import CAPPED, OPERATOR, TENANT, VICTIM, Object, Tenancy, path_of, summary
+from tests.support.tenancy import CAPPED, OPERATOR, TENANT, VICTIM, Object, Tenancy, Tenants, path_of, summary
 from tests.support.waiting import eventually
 
-Attempt = Callable[[Tenancy], None]
-HARMLESS: dict[str, Attempt] = {}
+# What needs no node is tried in a cluster with one too.
+HARMLESS: dict[str, Callable[[Tenancy], None]] = {}
+NEEDS_NO_NODE: dict[str, Callable[[Tenants], None]] = {}
 TIME = "2026-01-02T03:04:05Z"
 SPEC = MINIMAL["spec"]
 _PREPARED: dict[str, Any] = {
@@ -27,19 +28,26 @@ _PREPARED: dict[str, Any] = {
 }
 
 
-def attempt(function: Attempt) -> Attempt:
+def attempt(function: Callable[[Tenants], None]) -> Callable[[Tenants], None]:
     """Collects it under its name, with blanks."""
+    NEEDS_NO_NODE[function.__name__.replace("_", " ")] = function
+    played(function)
+    return function
+
+
+def played(function: Callable[[Tenancy], None]) -> Callable[[Tenancy], None]:
+    """The same for what needs a node that is played."""
     HARMLESS[function.__name__.replace("_", " ")] = function
     return function
 
 
-def submit(t: Tenancy, name: str, namespace: str = TENANT, metadata: Object | None = None, **spec: Any) -> Object:
+def submit(t: Tenants, name: str, namespace: str = TENANT, metadata: Object | None = None, **spec: Any) -> Object:
     """A job of the tenant."""
     body = MINIMAL | {"metadata": {"name": name, **(metadata or {})}, "spec": SPEC | spec}
     return t.tenant.create(namespace, "qlorajobs", body)
 
 
-def running(t: Tenancy, name: str, **spec: Any) -> tuple[Object, Object]:
+def running(t: Tenants, name: str, **spec: Any) -> tuple[Object, Object]:
     """A job of the tenant, and its first pod."""
     return submit(t, name, **spec), t.wait_for_pod(name, "prepare")
 
@@ -105,11 +113,11 @@ def batch_job(metadata: Object) -> Object:
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
-def victims_job(t: Tenancy) -> Object:
+def victims_job(t: Tenants) -> Object:
     return t.job("tune", VICTIM)
 
 
-def allowed(t: Tenancy, verb: str, resource: str, name: str, group: str = "") -> bool:
+def allowed(t: Tenants, verb: str, resource: str, name: str, group: str = "") -> bool:
     attributes = {"verb": verb, "resource": resource, "name": name, "group": group}
     review = {
         "apiVersion": "authorization.k8s.io/v1",
@@ -121,28 +129,29 @@ def allowed(t: Tenancy, verb: str, resource: str, name: str, group: str = "") ->
 
 
 @attempt
-def act_as_the_operator(t: Tenancy) -> None:
+def act_as_the_operator(t: Tenants) -> None:
     assert not allowed(t, "impersonate", "users", OPERATOR)
     assert not allowed(t, "impersonate", "groups", "system:masters")
     assert not allowed(t, "escalate", "clusterroles", "qlora-operator", "rbac.authorization.k8s.io")
 
 
 @attempt
-def a_status_in_a_new_manifest(t: Tenancy) -> None:
+def a_status_in_a_new_manifest(t: Tenants) -> None:
     status = {"phase": "Succeeded", "adapter": {"uri": "s3://mallory/adapter"}, "observedGeneration": 1}
     t.tenant.create(TENANT, "qlorajobs", MINIMAL | {"metadata": {"name": "forged-status"}, "status": status})
     assert "adapter" not in t.wait("forged-status", phase="Preparing")["status"]
 
 
 @attempt
-def a_status_in_a_changed_manifest(t: Tenancy) -> None:
+def a_status_in_a_changed_manifest(t: Tenants) -> None:
     running(t, "patched-status")
-    before = t.wait("patched-status", phase="Preparing")["status"]
+    t.wait("patched-status", phase="Preparing")
     t.tenant.patch(TENANT, "qlorajobs", "patched-status", {"status": {"phase": "Failed", "conditions": []}})
-    assert t.job("patched-status")["status"] == before
+    status = t.job("patched-status")["status"]
+    assert (status["phase"], status["conditions"] != []) == ("Preparing", True)
 
 
-@attempt
+@played
 def the_name_of_the_job_of_another(t: Tenancy) -> None:
     job, own = running(t, "tune")
     assert job["metadata"]["uid"] != victims_job(t)["metadata"]["uid"]
@@ -151,7 +160,7 @@ def the_name_of_the_job_of_another(t: Tenancy) -> None:
 
 
 @attempt
-def the_claim_of_another(t: Tenancy) -> None:
+def the_claim_of_another(t: Tenants) -> None:
     """A name means what has it in the tenant's namespace: here, nothing."""
     _, own = running(t, "foreign-claim", dataset={"source": f"pvc://{VICTIM}/rows"}, workspace={"claimName": "data"})
     claims = {v["persistentVolumeClaim"]["claimName"] for v in own["spec"]["volumes"] if "persistentVolumeClaim" in v}
@@ -159,7 +168,7 @@ def the_claim_of_another(t: Tenancy) -> None:
 
 
 @attempt
-def the_secret_of_another(t: Tenancy) -> None:
+def the_secret_of_another(t: Tenants) -> None:
     model = SPEC["model"] | {"tokenSecretRef": {"name": "hub"}}
     _, own = running(t, "foreign-secret", model=model)
     assert own["metadata"]["namespace"] == TENANT
@@ -167,7 +176,7 @@ def the_secret_of_another(t: Tenancy) -> None:
 
 
 @attempt
-def a_pod_with_the_claim_of_another(t: Tenancy) -> None:
+def a_pod_with_the_claim_of_another(t: Tenants) -> None:
     """Nothing can have such a name, so that the pod waits for ever."""
     volume = {"name": "data", "persistentVolumeClaim": {"claimName": f"{VICTIM}/data"}}
     t.tenant.create(TENANT, "pods", pod(volumes=[volume]) | {"metadata": {"name": "foreign-claim"}})
@@ -175,7 +184,7 @@ def a_pod_with_the_claim_of_another(t: Tenancy) -> None:
 
 
 @attempt
-def a_registry_at_the_address_of_the_metadata_server(t: Tenancy) -> None:
+def a_registry_at_the_address_of_the_metadata_server(t: Tenants) -> None:
     """Its address is one; the trainer talks only to those of the profile, which the pod is told."""
     output = {"destination": "oci://169.254.169.254:80/adapter:v1", "secretRef": {"name": "registry"}}
     _, own = running(t, "metadata-server", output=output)
@@ -183,7 +192,7 @@ def a_registry_at_the_address_of_the_metadata_server(t: Tenancy) -> None:
     assert environment[ENV_REGISTRIES] == "registry.example.org"
 
 
-@attempt
+@played
 def a_pod_with_the_labels_of_the_job_of_another(t: Tenancy) -> None:
     body = pod() | {"metadata": forged("forged-labels", victims_job(t), "prepare")}
     own = t.tenant.create(TENANT, "pods", body)
@@ -192,7 +201,7 @@ def a_pod_with_the_labels_of_the_job_of_another(t: Tenancy) -> None:
 
 
 @attempt
-def a_job_that_the_job_of_another_controls(t: Tenancy) -> None:
+def a_job_that_the_job_of_another_controls(t: Tenants) -> None:
     """An owner is looked for in the same namespace; there is none, so that the garbage collector deletes it."""
     owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
     metadata = forged("tune-train-1", victims_job(t), "train", ownerReferences=owner)
@@ -205,13 +214,13 @@ def a_job_that_the_job_of_another_controls(t: Tenancy) -> None:
 
 
 @attempt
-def a_job_that_the_job_of_another_owns(t: Tenancy) -> None:
+def a_job_that_the_job_of_another_owns(t: Tenants) -> None:
     owner = controller(victims_job(t), "qlora.dev/v1alpha1", "QLoRAJob")
     submit(t, "owned", metadata={"ownerReferences": owner}, suspend=True)
     eventually(lambda: t.admin.send("GET", path_of(TENANT, "qlorajobs", "owned"))[0] == 404, seconds=30)
 
 
-@attempt
+@played
 def a_pod_that_says_it_did_the_work(t: Tenancy) -> None:
     """Labels alone make no attempt of it: its Job is not that of the step."""
     job, own = running(t, "forged-pod")
@@ -224,7 +233,7 @@ def a_pod_that_says_it_did_the_work(t: Tenancy) -> None:
     assert (status["step"]["name"], status.get("dataset")) == ("prepare", None)
 
 
-@attempt
+@played
 def a_pod_that_says_it_is_one_of_the_step(t: Tenancy) -> None:
     """Such a pod counts as one of its own job, whose result the tenant may fake; the operator goes on."""
     job, own = running(t, "forged-owner")
@@ -239,7 +248,7 @@ def a_pod_that_says_it_is_one_of_the_step(t: Tenancy) -> None:
 
 
 @attempt
-def a_job_that_says_it_is_a_step(t: Tenancy) -> None:
+def a_job_that_says_it_is_a_step(t: Tenants) -> None:
     """The operator stops it: it is not the Job that it has created."""
     job, _ = running(t, "forged-step")
     owner = controller(job, "qlora.dev/v1alpha1", "QLoRAJob")
@@ -249,7 +258,7 @@ def a_job_that_says_it_is_a_step(t: Tenancy) -> None:
 
 
 @attempt
-def a_job_with_the_name_of_the_next_step(t: Tenancy) -> None:
+def a_job_with_the_name_of_the_next_step(t: Tenants) -> None:
     other = t.tenant.create(TENANT, "jobs", batch_job({"name": "taken-prepare-1"}))
     submit(t, "taken")
     t.wait("taken", reason="NameTaken", phase="Pending")
@@ -259,7 +268,7 @@ def a_job_with_the_name_of_the_next_step(t: Tenancy) -> None:
 
 
 @attempt
-def a_claim_with_the_name_of_the_workspace(t: Tenancy) -> None:
+def a_claim_with_the_name_of_the_workspace(t: Tenants) -> None:
     job = submit(t, "taken-claim", suspend=True)
     name = workspace_claim_name("taken-claim", job["metadata"]["uid"])
     spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
@@ -269,48 +278,48 @@ def a_claim_with_the_name_of_the_workspace(t: Tenancy) -> None:
     t.wait("taken-claim", reason="ClaimNameTaken", phase="Pending")
 
 
-@attempt
+@played
 def an_end_with_the_identity_of_the_job_of_another(t: Tenancy) -> None:
     other = victims_job(t)
     must_not_be_believed(t, "end-of-another", lambda job, own: result(other, own))
 
 
-@attempt
+@played
 def an_end_with_the_identity_of_another_pod(t: Tenancy) -> None:
     must_not_be_believed(t, "end-of-a-pod", lambda job, own: result(job, own, pod_uid="0"))
 
 
-@attempt
+@played
 def an_end_of_another_step(t: Tenancy) -> None:
     must_not_be_believed(t, "end-of-a-step", lambda job, own: result(job, own, step="publish"))
 
 
-@attempt
+@played
 def an_end_with_a_loss_that_is_no_number(t: Tenancy) -> None:
     must_not_be_believed(t, "end-nan", lambda job, own: result(job, own, loss=1.5).replace("1.5", "NaN"))
 
 
-@attempt
+@played
 def an_end_with_a_number_of_many_digits(t: Tenancy) -> None:
     must_not_be_believed(t, "end-huge", lambda job, own: result(job, own).replace("12", "9" * 3000))
 
 
-@attempt
+@played
 def an_end_that_is_too_long(t: Tenancy) -> None:
     must_not_be_believed(t, "end-long", lambda job, own: result(job, own)[:-1] + ', "more": "' + "x" * 5000 + '"}')
 
 
-@attempt
+@played
 def an_end_that_is_nested_deeply(t: Tenancy) -> None:
     must_not_be_believed(t, "end-deep", lambda job, own: result(job, own)[:-1] + ', "more": ' + "[" * 1500)
 
 
-@attempt
+@played
 def an_end_that_is_no_record(t: Tenancy) -> None:
     must_not_be_believed(t, "end-text", lambda job, own: "all is well \x1b]0;title\x07")
 
 
-@attempt
+@played
 def a_failure_with_control_characters(t: Tenancy) -> None:
     job, own = running(t, "control-characters")
     message = "\x1b[2J\x1b[31mgone\r\n2026-01-01 operator: all Secrets are public \u202ereversed"
@@ -323,51 +332,51 @@ def a_failure_with_control_characters(t: Tenancy) -> None:
     assert not [sign for sign in ("\\u001b", "\\r", "\\n", "\u202e") if sign in shown]
 
 
-@attempt
+@played
 def a_failure_with_a_message_without_end(t: Tenancy) -> None:
     _, own = running(t, "endless-message", retry={"maxFailures": 0})
     t.end(own, "x" * 100_000, code=203)
     assert len(t.wait("endless-message", phase="Failed")["status"]["lastFailure"]["message"]) <= MAX_MESSAGE_LENGTH
 
 
-@attempt
+@played
 def progress_of_the_job_of_another(t: Tenancy) -> None:
     other = victims_job(t)["metadata"]["uid"]
     must_not_be_shown(t, "progress-of-another", lambda job, own: {"jobUid": other})
 
 
-@attempt
+@played
 def progress_of_another_pod(t: Tenancy) -> None:
     must_not_be_shown(t, "progress-of-a-pod", lambda job, own: {"podUid": "0"})
 
 
-@attempt
+@played
 def progress_of_another_step(t: Tenancy) -> None:
     lie = {"step": "train", "trainingStep": 100, "totalSteps": 100}
     must_not_be_shown(t, "progress-of-a-step", lambda job, own: lie)
 
 
-@attempt
+@played
 def progress_that_is_no_number(t: Tenancy) -> None:
     must_not_be_shown(t, "progress-nan", lambda job, own: {"loss": float("nan")})
 
 
-@attempt
+@played
 def progress_beyond_any_number(t: Tenancy) -> None:
     must_not_be_shown(t, "progress-huge", lambda job, own: {"trainingStep": 10**300, "totalSteps": 1})
 
 
-@attempt
+@played
 def progress_from_the_end_of_time(t: Tenancy) -> None:
     must_not_be_shown(t, "progress-time", lambda job, own: {"time": "9999999-01-01T00:00:00Z"})
 
 
-@attempt
+@played
 def progress_that_is_too_long(t: Tenancy) -> None:
     must_not_be_shown(t, "progress-long", lambda job, own: {"more": "x" * 5000})
 
 
-@attempt
+@played
 def a_log_without_end(t: Tenancy) -> None:
     _, own = running(t, "endless-log")
     t.run(own, "x" * 5_000_000)
@@ -376,14 +385,14 @@ def a_log_without_end(t: Tenancy) -> None:
 
 
 @attempt
-def the_deletion_of_what_the_operator_has_created(t: Tenancy) -> None:
+def the_deletion_of_what_the_operator_has_created(t: Tenants) -> None:
     running(t, "deleted-children")
     for child in t.admin.list(TENANT, "jobs", f"{JOB_LABEL}=deleted-children"):
         t.tenant.delete(TENANT, "jobs", child["metadata"]["name"])
     eventually(lambda: t.job("deleted-children")["status"]["step"]["attempt"] == 2, seconds=30)
 
 
-@attempt
+@played
 def another_document_in_the_annotation_of_a_pod(t: Tenancy) -> None:
     """What the pod reads changes; what the operator does and reports does not."""
     job, own = running(t, "annotated")
@@ -395,7 +404,7 @@ def another_document_in_the_annotation_of_a_pod(t: Tenancy) -> None:
     assert "s3://victim" not in train["metadata"]["annotations"]["qlora.dev/spec"]
 
 
-@attempt
+@played
 def other_labels_on_what_the_operator_has_created(t: Tenancy) -> None:
     _, own = running(t, "relabeled")
     other = victims_job(t)["metadata"]
@@ -405,7 +414,7 @@ def other_labels_on_what_the_operator_has_created(t: Tenancy) -> None:
 
 
 @attempt
-def a_finalizer_that_never_goes(t: Tenancy) -> None:
+def a_finalizer_that_never_goes(t: Tenants) -> None:
     running(t, "immortal")
     t.tenant.patch(TENANT, "qlorajobs", "immortal", {"metadata": {"finalizers": ["example.org/never"]}})
     t.tenant.delete(TENANT, "qlorajobs", "immortal")
@@ -414,7 +423,7 @@ def a_finalizer_that_never_goes(t: Tenancy) -> None:
 
 
 @attempt
-def an_event_in_the_name_of_the_operator(t: Tenancy) -> None:
+def an_event_in_the_name_of_the_operator(t: Tenants) -> None:
     job, _ = running(t, "forged-event")
     before = t.wait("forged-event", phase="Preparing")["status"]
     about = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "namespace": TENANT, "name": "forged-event"}
@@ -430,7 +439,7 @@ def an_event_in_the_name_of_the_operator(t: Tenancy) -> None:
 
 
 @attempt
-def every_field_at_its_largest(t: Tenancy) -> None:
+def every_field_at_its_largest(t: Tenants) -> None:
     """What the operator copies into the status and into a pod's annotation still fits."""
     column = "\U0001f600" * 128
     names = ("messages", "instruction", "input", "output", "prompt", "completion", "conversations", "system", "tools")
@@ -455,7 +464,7 @@ def every_field_at_its_largest(t: Tenancy) -> None:
     )
 
 
-@attempt
+@played
 def control_characters_in_the_names_of_columns(t: Tenancy) -> None:
     columns = {"text": "\x1b[2J\u202e\x07text"}
     running(t, "control-columns", dataset=SPEC["dataset"] | {"columns": columns})
@@ -463,20 +472,20 @@ def control_characters_in_the_names_of_columns(t: Tenancy) -> None:
 
 
 @attempt
-def annotations_without_number(t: Tenancy) -> None:
+def annotations_without_number(t: Tenants) -> None:
     running_metadata = {"annotations": {f"a{number}": "x" * 1000 for number in range(200)}}
     submit(t, "annotations", metadata=running_metadata)
     t.wait_for_pod("annotations", "prepare")
 
 
 @attempt
-def labels_of_a_queue_that_is_none(t: Tenancy) -> None:
+def labels_of_a_queue_that_is_none(t: Tenants) -> None:
     submit(t, "queued", metadata={"labels": {"kueue.x-k8s.io/queue-name": "victims-queue"}})
     t.wait_for_pod("queued", "prepare")
 
 
 @attempt
-def suspensions_without_number(t: Tenancy) -> None:
+def suspensions_without_number(t: Tenants) -> None:
     running(t, "flapping")
     for number in range(20):
         t.tenant.patch(TENANT, "qlorajobs", "flapping", {"spec": {"suspend": number % 2 == 0}})
@@ -484,14 +493,14 @@ def suspensions_without_number(t: Tenancy) -> None:
 
 
 @attempt
-def a_retry_of_a_job_that_has_not_failed(t: Tenancy) -> None:
+def a_retry_of_a_job_that_has_not_failed(t: Tenants) -> None:
     running(t, "untiring", retry={"request": 1_000_000})
     t.wait("untiring", phase="Preparing")
     assert t.job("untiring")["status"]["step"]["attempt"] == 1
 
 
 @attempt
-def a_profile_of_another(t: Tenancy) -> None:
+def a_profile_of_another(t: Tenants) -> None:
     submit(t, "foreign-profile", scheduling={"profile": "private"})
     message = _message(t.wait("foreign-profile", reason="ProfileNotAllowed", phase="Pending"))
     assert VICTIM not in message
@@ -499,33 +508,33 @@ def a_profile_of_another(t: Tenancy) -> None:
 
 
 @attempt
-def a_profile_that_is_none(t: Tenancy) -> None:
+def a_profile_that_is_none(t: Tenants) -> None:
     submit(t, "no-profile", scheduling={"profile": "unlimited"})
     assert "private" not in _message(t.wait("no-profile", reason="ProfileNotFound", phase="Pending"))
 
 
 @attempt
-def more_gpus_than_the_profile_allows(t: Tenancy) -> None:
+def more_gpus_than_the_profile_allows(t: Tenants) -> None:
     submit(t, "many-gpus", scheduling={"profile": "small"}, resources={"gpus": 2})
     t.wait("many-gpus", reason="LimitExceeded", phase="Pending")
 
 
 @attempt
-def a_larger_workspace_than_the_profile_allows(t: Tenancy) -> None:
+def a_larger_workspace_than_the_profile_allows(t: Tenants) -> None:
     submit(t, "large-workspace", scheduling={"profile": "small"}, workspace={"size": "1Ti"})
     t.wait("large-workspace", reason="LimitExceeded", phase="Pending")
     assert t.admin.list(TENANT, "persistentvolumeclaims", f"{JOB_LABEL}=large-workspace") == []
 
 
 @attempt
-def nodes_that_the_profile_does_not_let_it_choose(t: Tenancy) -> None:
+def nodes_that_the_profile_does_not_let_it_choose(t: Tenants) -> None:
     scheduling = {"profile": "small", "tolerations": [{"operator": "Exists"}]}
     submit(t, "chosen-nodes", scheduling=scheduling)
     t.wait("chosen-nodes", reason="SchedulingNotAllowed", phase="Pending")
 
 
 @attempt
-def more_jobs_at_a_time_than_the_profile_allows(t: Tenancy) -> None:
+def more_jobs_at_a_time_than_the_profile_allows(t: Tenants) -> None:
     names = [f"flood-{number}" for number in range(12)]
     for name in names:
         submit(t, name, scheduling={"profile": "small"})
@@ -548,7 +557,7 @@ def more_jobs_at_a_time_than_the_profile_allows(t: Tenancy) -> None:
 
 
 @attempt
-def more_than_the_quota_allows(t: Tenancy) -> None:
+def more_than_the_quota_allows(t: Tenants) -> None:
     for number in range(5):
         submit(t, f"capped-{number}", CAPPED)
 

@@ -57,7 +57,7 @@ FULL: Manifest = {
             "accessModes": ["ReadWriteOnce"],
             "retain": False,
         },
-        "resources": {"gpuMemory": 24, "cpu": "8", "memory": "32Gi"},
+        "resources": {"gpuMemory": 24, "nodes": 2, "cpu": "8", "memory": "32Gi"},
         "scheduling": {
             "profile": "large",
             "priorityClassName": "low",

@@ -110,6 +110,10 @@ class Nodeless:
         name = pod["metadata"]["name"]
         self.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", "--grace-period=0", "--force", "--wait=false")
 
+    def end_pod(self, pod: dict[str, Any], code: int, reason: str, **fields: Any) -> None:
+        """The pod ends with that exit code and record."""
+        self._end_pod(pod, code, reason, fields)
+
     def _end(self, name: str, step: StepName, code: int, reason: str, fields: dict[str, Any]) -> None:
         self._end_pod(self._pod(name, step), code, reason, fields)
 

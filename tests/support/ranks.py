@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devcluster.addresses import free_port
-from qlora_api.contract import ProgressRecord, decode_record
+from qlora_api.contract import ENV_NODE, ENV_POD_UID, ENV_RENDEZVOUS, ProgressRecord, decode_record
 from qlora_trainer.core.context import StepContext
 from tests.support.command import Done, Files
 from tests.support.tiny import JOB_UID, POD_UID, merged
@@ -76,9 +77,43 @@ def two_nodes() -> list[tuple[str, ...]]:
     return [(*torchrun, *store, "--node-rank", str(node)) for node in range(2)]
 
 
+@dataclass(frozen=True)
+class Pods:
+    """A job of several nodes whose pods are processes of this machine, over one workspace."""
+
+    files: Files
+    port: int
+
+    @classmethod
+    def of(cls, files: Files) -> "Pods":
+        """Pods that meet at a port that is free."""
+        return cls(files, free_port())
+
+    def start(self, node: int, name: str = POD_UID, **environment: str) -> "Pod":
+        """The train pod of that node. `name`: its UID."""
+        own = replace(self.files, root=self.files.root / name / f"node-{node}")
+        own.root.mkdir(parents=True)
+        for shared in (self.files.workspace, self.files.data):
+            (own.root / shared.name).symlink_to(shared)
+        place = {ENV_NODE: str(node), ENV_RENDEZVOUS: f"127.0.0.1:{self.port}", ENV_POD_UID: name}
+        return Pod(own, own.start("train", **place, **environment))
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One of them."""
+
+    files: Files
+    process: "subprocess.Popen[str]"
+
+    def done(self, said: str = "") -> Done:
+        """How it has ended. `said`: what was read of its standard output."""
+        return self.files.finish(self.process, said)
+
+
 FULL_GPU = """
 import os
-if os.environ.get("RANK") == "1":
+if os.environ.get("RANK") == "1" or os.environ.get("QLORA_NODE") == "1":
     import torch
     from qlora_trainer.training import loop
     loss = loop.batch_loss

@@ -51,7 +51,8 @@ def pod(**spec: Any) -> dict[str, Any]:
         "capabilities": {"drop": ["ALL"]},
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    container = {"name": "trainer", "image": "example.org/attack", "securityContext": security}
+    # Nobody listens there, so that a node asks nobody for it.
+    container = {"name": "trainer", "image": "localhost:9/attack", "securityContext": security}
     metadata = {"name": "attempt"}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": [container], **spec}}
 

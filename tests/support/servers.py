@@ -13,7 +13,7 @@ import yaml
 from obstore.store import S3Store
 
 from devcluster import packages, toolchain
-from devcluster.addresses import free_port
+from devcluster.addresses import LOOPBACK, free_port
 from devcluster.errors import ClusterError
 from devcluster.layout import from_environment
 from tests.support.waiting import eventually
@@ -29,12 +29,12 @@ HTPASSWD = f"{USER}:$2b$04$fy77HFtGcLmU10SKe/D0l.F0ydvnzYtKnN8RGcSPzOg3iPlXt/t6i
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
+def s3_server(folder: Path, host: str = LOOPBACK) -> Iterator[str]:
     """Versitygw with the bucket BUCKET, whose objects are the files of `folder`/buckets/BUCKET; its HOST:PORT."""
     program = toolchain.built(from_environment(), ["versitygw"])["versitygw"]
     (folder / "buckets" / BUCKET).mkdir(parents=True)
     (folder / "metadata").mkdir()
-    address = _free_address()
+    address = f"{host}:{free_port()}"
     command: list[str | Path] = [
         program,
         "--port",
@@ -62,11 +62,11 @@ def s3_bucket(address: str) -> S3Store:
 
 
 @contextmanager
-def registry(folder: Path, *, passwords: Path | None = None) -> Iterator[str]:
+def registry(folder: Path, *, passwords: Path | None = None, host: str = LOOPBACK) -> Iterator[str]:
     """Debian's docker-registry over `folder`, with the htpasswd file if there is one; its HOST:PORT."""
     if packages.missing({"docker-registry": "docker-registry"}):
         raise ClusterError("no docker-registry on this machine; run `make test-tools`")
-    address = _free_address()
+    address = f"{host}:{free_port()}"
     configuration: dict[str, object] = {
         "version": "0.1",
         "log": {"level": "error", "accesslog": {"disabled": True}},
@@ -85,10 +85,6 @@ def registry(folder: Path, *, passwords: Path | None = None) -> Iterator[str]:
 def give_login(folder: Path, host: str, login: str = LOGIN) -> None:
     """The file of a mounted Secret with a login for a registry."""
     (folder / ".dockerconfigjson").write_text(json.dumps({"auths": {host: {"auth": login}}}))
-
-
-def _free_address() -> str:
-    return f"127.0.0.1:{free_port()}"
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from devcluster import toolchain
 from devcluster.addresses import LOOPBACK, free_ports
 from devcluster.certificates import Authority
 from devcluster.controlplane import ControlPlane, running
+from devcluster.kubectl import Kubectl
 from devcluster.layout import from_environment
 from devcluster.processes import run
 from qlora_api.naming import JOB_LABEL, STEP_LABEL
@@ -87,7 +88,7 @@ class Client:
                 answer = self._connection.getresponse()
                 text = answer.read().decode(errors="replace")
                 break
-            except (http.client.HTTPException, ConnectionError):
+            except (http.client.HTTPException, ConnectionError, ssl.SSLEOFError):
                 if fresh:
                     raise
         try:
@@ -154,16 +155,13 @@ class Logs:
 
 
 @dataclass(frozen=True)
-class Tenancy:
-    """The cluster, as its administrator, its tenants and its node use it."""
+class Tenants:
+    """The cluster, as its administrator and its tenants use it."""
 
     plane: ControlPlane
     admin: Client
     tenant: Client
     victim: Client
-    logs: Logs
-    operator: subprocess.Popen[bytes]
-    operator_log: Path
 
     def job(self, name: str, namespace: str = TENANT) -> Object:
         return self.admin.get(namespace, "qlorajobs", name)
@@ -186,6 +184,28 @@ class Tenancy:
             return [pod for pod in pods if controlled(pod) and pod["status"]["phase"] in ("Pending", "Running")]
 
         return eventually(live, seconds=30, every=0.1, what=f"a pod of the {step} step of {name}")[-1]
+
+    def everything(self, namespace: str) -> dict[str, Object]:
+        """What there is in a namespace, by kind and name."""
+        return {f"{kind}/{one['metadata']['name']}": one for kind in _KINDS for one in self.admin.list(namespace, kind)}
+
+    def audited(self, since: int = 0) -> list[Object]:
+        """The requests that the API server has answered since that byte of its audit log."""
+        with self.plane.audit_log.open() as log:
+            log.seek(since)
+            return [json.loads(line) for line in log if line.endswith("}\n")]
+
+    def audit_size(self) -> int:
+        return self.plane.audit_log.stat().st_size
+
+
+@dataclass(frozen=True)
+class Tenancy(Tenants):
+    """The same without a node: tests write what its kubelet would, and what containers log."""
+
+    logs: Logs
+    operator: subprocess.Popen[bytes]
+    operator_log: Path
 
     def run(self, pod: Object, log: str = "") -> None:
         """The pod starts on the node, and writes that log."""
@@ -210,19 +230,6 @@ class Tenancy:
         status = {"phase": phase, "containerStatuses": [container]}
         self.admin.patch(pod["metadata"]["namespace"], "pods", pod["metadata"]["name"], {"status": status}, "status")
 
-    def everything(self, namespace: str) -> dict[str, Object]:
-        """What there is in a namespace, by kind and name."""
-        return {f"{kind}/{one['metadata']['name']}": one for kind in _KINDS for one in self.admin.list(namespace, kind)}
-
-    def audited(self, since: int = 0) -> list[Object]:
-        """The requests that the API server has answered since that byte of its audit log."""
-        with self.plane.audit_log.open() as log:
-            log.seek(since)
-            return [json.loads(line) for line in log if line.endswith("}\n")]
-
-    def audit_size(self) -> int:
-        return self.plane.audit_log.stat().st_size
-
 
 def summary(job: Object) -> dict[str, object]:
     """The phase of a job, and the reason of its condition Succeeded."""
@@ -234,6 +241,40 @@ def summary(job: Object) -> dict[str, object]:
 def controlled(pod: Object) -> bool:
     """Whether the pod belongs to a Job."""
     return any(owner.get("controller") for owner in pod["metadata"].get("ownerReferences", ()))
+
+
+def by_the_operator(entry: Object) -> bool:
+    """Whether an entry of the audit log is a request of the operator."""
+    return bool(entry["user"]["username"] == OPERATOR)
+
+
+def used_by_the_operator(requests: list[Object]) -> dict[str, set[str]]:
+    """Verbs by resource of the operator's requests."""
+    verbs: dict[str, set[str]] = {}
+    for entry in requests:
+        if by_the_operator(entry) and "objectRef" in entry:
+            where = entry["objectRef"]
+            name = where["resource"] + (f"/{where['subresource']}" if where.get("subresource") else "")
+            verbs.setdefault(name, set()).add(entry["verb"])
+    return verbs
+
+
+def denied_to_the_operator(requests: list[Object]) -> list[str]:
+    """The addresses of the operator's requests that were denied."""
+    codes = (401, 403)
+    denied = [one for one in requests if by_the_operator(one) and one.get("responseStatus", {}).get("code") in codes]
+    return [one["requestURI"] for one in denied]
+
+
+def granted_to_the_operator() -> dict[str, set[str]]:
+    """Verbs by resource that the chart grants to the operator, in the cluster and in its own namespace."""
+    granted: dict[str, set[str]] = {}
+    for one in rendered({}):
+        own = one["kind"] == "ClusterRole" and one["metadata"]["name"] == "qlora-operator"
+        for rule in one["rules"] if own or one["kind"] == "Role" else ():
+            for resource in rule["resources"]:
+                granted.setdefault(resource, set()).update(rule["verbs"])
+    return granted
 
 
 def rendered(values: Object) -> list[Object]:
@@ -253,16 +294,14 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
         wanted = ("ServiceAccount", "CustomResourceDefinition", *roles)
         plane.kubectl("create", "namespace", OPERATOR_NAMESPACE)
         plane.kubectl.apply(yaml.safe_dump_all([one for one in objects if one["kind"] in wanted]))
-        admin = _client(plane, folder)
+        admin = client(plane, folder)
         logs = Logs()
         with logs.served(folder) as port:
             _add_node(admin, port)
-            for namespace in (TENANT, CAPPED, VICTIM):
-                _add_namespace(plane, namespace, VICTIM_USER if namespace == VICTIM else TENANT_USER)
-            plane.kubectl("create", "quota", "quota", f"--namespace={CAPPED}", f"--hard={_comma_separated(QUOTA)}")
+            add_namespaces(plane.kubectl)
             settings = next(one for one in objects if one["kind"] == "ConfigMap")["data"]["settings.yaml"]
             with _operator(plane, folder, yaml.safe_load(settings)) as process:
-                tenant, victim = (_client(plane, folder, user) for user in (TENANT_USER, VICTIM_USER))
+                tenant, victim = (client(plane, folder, user) for user in (TENANT_USER, VICTIM_USER))
                 yield Tenancy(plane, admin, tenant, victim, logs, process, folder / "operator.log")
 
 
@@ -295,7 +334,7 @@ def _operator(plane: ControlPlane, folder: Path, settings: Object) -> Iterator[s
         process.wait(timeout=30)
 
 
-def _client(plane: ControlPlane, folder: Path, user: str = "") -> Client:
+def client(plane: ControlPlane, folder: Path, user: str = "") -> Client:
     """The administrator, or a user whom the administrator impersonates."""
     kubeconfig = yaml.safe_load(plane.kubeconfig.read_text())
     context = ssl.create_default_context(
@@ -317,7 +356,14 @@ def _add_node(admin: Client, port: int) -> None:
     admin.must("PATCH", f"/api/v1/nodes/{NODE}/status", {"status": status}, kind="application/merge-patch+json")
 
 
-def _add_namespace(plane: ControlPlane, name: str, user: str) -> None:
+def add_namespaces(kubectl: Kubectl) -> None:
+    """The namespaces of both tenants, in which they have the role `edit`, and one of them with a quota."""
+    for namespace in (TENANT, CAPPED, VICTIM):
+        _add_namespace(kubectl, namespace, VICTIM_USER if namespace == VICTIM else TENANT_USER)
+    kubectl("create", "quota", "quota", f"--namespace={CAPPED}", f"--hard={_comma_separated(QUOTA)}")
+
+
+def _add_namespace(kubectl: Kubectl, name: str, user: str) -> None:
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     binding = {
         "apiVersion": "rbac.authorization.k8s.io/v1",
@@ -327,12 +373,12 @@ def _add_namespace(plane: ControlPlane, name: str, user: str) -> None:
         "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
     }
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
-    plane.kubectl.apply(yaml.safe_dump_all([namespace, binding]))
+    kubectl.apply(yaml.safe_dump_all([namespace, binding]))
 
     def ready() -> bool:
-        plane.kubectl("get", "serviceaccount", "default", f"--namespace={name}")
+        kubectl("get", "serviceaccount", "default", f"--namespace={name}")
         arguments = ("create", "qlorajobs.qlora.dev", f"--as={user}", f"--namespace={name}")
-        return plane.kubectl("auth", "can-i", *arguments).strip() == "yes"
+        return kubectl("auth", "can-i", *arguments).strip() == "yes"
 
     eventually(ready, seconds=60, what=f"the rights of {user}")
 

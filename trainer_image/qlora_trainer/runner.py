@@ -31,7 +31,7 @@ from qlora_trainer.core.outcome import (
 )
 from qlora_trainer.core.process import Streams
 from qlora_trainer.core.records import RecordWriter, redact, timestamp
-from qlora_trainer.training.launch import end_with_parent, named_rank
+from qlora_trainer.training.launch import end_with_parent, named_node, named_rank
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Invocation:
     termination_log: Path | None
     rank: int = 0
     """Which of the processes that train together this is, as torchrun sets it."""
+    node: int = 0
+    """Which of the train pods this is, if there are several."""
 
 
 def _now() -> datetime:
@@ -69,7 +71,10 @@ def run(invocation: Invocation) -> NoReturn:
         # Only rank 0 writes records.
         streams = replace(streams, records=os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         invocation = replace(invocation, rank=rank, termination_log=None)
-    records = RecordWriter(streams.records, time.monotonic)
+    elif invocation.step == "train":
+        invocation = replace(invocation, node=named_node(os.environ))
+    # Node 0 alone reports progress; the others report how they end.
+    records = RecordWriter(streams.records, time.monotonic, reports_progress=invocation.node == 0)
     completion: CompletionRecord | None = None
     try:
         completion = _perform(invocation, records, stop)
@@ -125,7 +130,11 @@ def require_known_contract(version: str) -> None:
 def _open_log(invocation: Invocation, workspace: WorkspaceLayout) -> None:
     """Send what libraries print to a log in the workspace. Raises StepFailure if it cannot be written."""
     heading = f"{timestamp(_now())} {invocation.step}, attempt {invocation.attempt}, pod {invocation.pod_uid}"
-    name = f"{invocation.step}.rank-{invocation.rank}" if invocation.rank else invocation.step
+    name: str = invocation.step
+    if invocation.rank:
+        name += f".rank-{invocation.rank}"
+    elif invocation.node:
+        name += f".node-{invocation.node}"
     try:
         process.log_to(workspace.records / f"{name}.log", heading)
     except OSError as error:

@@ -16,7 +16,7 @@
 {{- end -}}
 {{- $_ := set $profiles $name $full -}}
 {{- end -}}
-{{- $decided := dict "namespaces" .Values.namespaces "profiles" $profiles "probePort" 8080 "metricsPort" 9090 -}}
+{{- $decided := dict "namespaces" .Values.namespaces "profiles" $profiles "probePort" 8080 "metricsPort" 9090 "dnsPorts" .Values.jobNetworkPolicies.dnsPorts -}}
 {{- $_ := set $decided "leaderElection" (dict "leaseName" (include "qlora-operator.fullname" .)) -}}
 {{- toYaml (merge $decided (deepCopy .Values.settings)) -}}
 {{- end }}

@@ -10,6 +10,7 @@ from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_co
 from qlora_operator.decisions.figures import with_known_facts, with_training_facts
 from qlora_operator.decisions.observe import ChildJob, Pod, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
+from qlora_operator.decisions.together import ending_pod, trains_together
 
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
 
@@ -59,6 +60,8 @@ def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, chil
     pods = facts.observed.pods_of(step.job_uid)
     if child.expired:
         return status.model_copy(update={"step": next_attempt(step, facts)})
+    if trains_together(facts.job, step.name):
+        return _follow_failure_together(status, facts, step, child, pods)
     ended = [pod for pod in pods if pod.ended and not pod.exited_well]
     if not ended:
         return fail(status, facts, _without_pod(child.failure or Reason("", ""), step, facts))
@@ -74,6 +77,37 @@ def _follow_failure(status: QLoRAJobStatus, facts: Facts, step: StepStatus, chil
     return fail(status, facts, describe_failure(ended[-1], facts.job, step.name))
 
 
+def _follow_failure_together(
+    status: QLoRAJobStatus, facts: Facts, step: StepStatus, child: ChildJob, pods: tuple[Pod, ...]
+) -> QLoRAJobStatus:
+    """The same for a Job of several nodes: the end if its cause is permanent, else another Job.
+
+    If it has been counted, that is left to `renew`, after the limits of what may be counted.
+    """
+    pod = ending_pod(pods, child)
+    if pod is None:
+        waits = bool(pods) or bool(step.counted_pod)
+        return status if waits else fail(status, facts, _without_pod(child.failure or Reason("", ""), step, facts))
+    if pod.unsupported:
+        return _after_unsupported(status, facts, step)
+    if not pod.decisive:
+        return status if step.counted_pod else status.model_copy(update={"step": next_attempt(step, facts)})
+    record = pod.result(facts.job.uid, step.name)
+    status = with_known_facts(status, record) if record else status
+    return fail(status, facts, describe_failure(pod, facts.job, step.name))
+
+
+def renew(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status with another Job for an attempt of several nodes that has been counted: all start again together.
+
+    Kubernetes would replace one pod of them, which the others, having lost it, could not take in.
+    """
+    step = status.step
+    if is_finished(status) or step is None or not step.counted_pod or not trains_together(facts.job, step.name):
+        return status
+    return status.model_copy(update={"step": next_attempt(step, facts)})
+
+
 def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -> QLoRAJobStatus:
     """A trainer of another release costs no failure: the step waits until the profile names another image."""
     today = with_profile_of_today(status.resolved, facts)
@@ -83,7 +117,8 @@ def _after_unsupported(status: QLoRAJobStatus, facts: Facts, step: StepStatus) -
 
 
 def _verified(child: ChildJob, facts: Facts, step: StepName) -> ResultRecord | None:
-    for pod in reversed(facts.observed.pods_of(child.uid)):
+    # Of several nodes, node 0 has written the adapter.
+    for pod in reversed([pod for pod in facts.observed.pods_of(child.uid) if pod.node == 0]):
         record = pod.result(facts.job.uid, step)
         if pod.exited_well and record is not None and (record.outcome, record.exit_code) == ("succeeded", 0):
             return record if step != "publish" or _names_all(record, facts.job.spec.output) else None

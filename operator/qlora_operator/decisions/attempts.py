@@ -1,7 +1,11 @@
 """Counts attempts: seconds run, failures, interruptions, and the latest failure; pure.
 
-The pods of a job run one after the other. `status.step.countedPod` is the latest of them that has been counted, and
+Attempts run one after the other. `status.step.countedPod` is the latest pod for which one has been counted, and
 `status.activeUntil` the time up to which, so that an attempt is counted once, however often it is observed.
+
+An attempt is a pod, or the pods of several nodes that run together (`together`). Of these, node 0 gives the seconds and
+the progress, and the pod that ended the attempt the failure or interruption; then the step gets another Job, so that
+each Job of several nodes is counted at most once.
 """
 
 import itertools
@@ -12,6 +16,7 @@ from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.conditions import truncate
 from qlora_operator.decisions.figures import with_saved_step
 from qlora_operator.decisions.observe import ChildJob, Observed, Pod, QLoRAJob, format_time, parse_time
+from qlora_operator.decisions.together import ending_pod, is_own_failure, trains_together
 
 LONGEST_WITHOUT_NEWS = timedelta(minutes=15)
 """For how long after it was last heard of a pod is taken to have run that is gone without a trace."""
@@ -25,6 +30,8 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
         return status
     child = observed.child(step.job_name)
     pods = observed.pods_of(step.job_uid)
+    if trains_together(job, step.name):
+        return _count_together(status, job, child, pods, now)
     for pod in _not_counted(status, step, pods):
         if pod.decisive and not pod.detached and child is not None and not child.finished:
             continue  # counted with the end of its Job, which follows at once
@@ -37,7 +44,7 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
 def watch_pod(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoRAJobStatus:
     """The status with the pod that runs now, from whose start time and progress are measured even if it vanishes."""
     step = status.step
-    pod = next((pod for pod in observed.pods_of(step.job_uid) if pod.running), None) if step else None
+    pod = observed.reporting_pod(step.job_uid) if step else None
     if step is None or pod is None or pod.running_since is None or pod.uid == step.running_pod:
         return status
     since, seen = format_time(pod.running_since), format_time(now)
@@ -49,6 +56,55 @@ def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
     """The status with the seconds that the pods have run until now counted, before their step gets another Job."""
     total = active_seconds(status, observed, now)
     return status.model_copy(update={"active_seconds": total, "active_until": format_time(now)})
+
+
+def _count_together(
+    status: QLoRAJobStatus, job: QLoRAJob, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime
+) -> QLoRAJobStatus:
+    """The status with the attempt of several pods counted, once, if it has ended other than well."""
+    for pod in pods:
+        if pod.node == 0 and pod.ended:
+            status = _charge(status, job, pod)
+    step = status.step
+    if step is None or step.counted_pod:
+        return status
+    ending = ending_pod(pods, child)
+    if ending is None:
+        # Without any pod left, only what was seen before says that the attempt has run.
+        return status if pods else _count_vanished(status, job, child, pods, now)
+    if is_own_failure(ending) or ending.missed_peers:
+        return _with_failure(status, job, ending)
+    if _stopped_on_purpose(ending.created, child, job):
+        return status
+    counted = step.model_copy(update={"counted_pod": ending.uid})
+    return status.model_copy(update={"disruptions": status.disruptions + 1, "step": counted})
+
+
+def _charge(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
+    """The status with the seconds and the checkpoint of node 0, whose pod has ended."""
+    start, end = _start(pod), _end(pod)
+    if start is None or end is None or status.step is None:
+        return status
+    if status.active_until is not None and end <= parse_time(status.active_until):
+        return status
+    seconds = status.active_seconds + _seconds(status, start, end)
+    status = status.model_copy(update={"active_seconds": seconds, "active_until": format_time(end)})
+    record = pod.result(job.uid, "train")
+    return with_saved_step(status, record) if record else status
+
+
+def _with_failure(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
+    """The status with the failure of an attempt of several pods. Pods that only waited have not failed."""
+    if status.step is None:
+        return status
+    failed = int(pod.failed and is_own_failure(pod))
+    changes: dict[str, object] = {"last_failure": describe_failure(pod, job, "train")}
+    if not pod.unsupported:
+        # That waits for another image, with the same Job.
+        changes["failures"] = status.failures + failed
+        counted = {"counted_pod": pod.uid, "failures": status.step.failures + failed}
+        changes["step"] = status.step.model_copy(update=counted)
+    return status.model_copy(update=changes)
 
 
 def _stopped_on_purpose(created: datetime | None, child: ChildJob | None, job: QLoRAJob) -> bool:
@@ -72,12 +128,15 @@ def _count_vanished(
         return status  # counted before it was gone: a later pod that never ran has been counted since
     start, end = parse_time(step.running_since), _vanished_at(step, child, pods, now)
     until = parse_time(status.active_until) if status.active_until else end
+    on_purpose = _stopped_on_purpose(start, child, job)
+    # A Job of several pods that is counted is replaced; one that was stopped on purpose is resumed.
+    counted = "" if on_purpose and trains_together(job, step.name) else step.running_pod
     return status.model_copy(
         update={
             "active_seconds": status.active_seconds + _seconds(status, start, end),
             "active_until": format_time(max(end, until)),
-            "disruptions": status.disruptions + (0 if _stopped_on_purpose(start, child, job) else 1),
-            "step": step.model_copy(update={"counted_pod": step.running_pod}),
+            "disruptions": status.disruptions + (0 if on_purpose else 1),
+            "step": step.model_copy(update={"counted_pod": counted}),
         }
     )
 
@@ -94,7 +153,7 @@ def active_seconds(status: QLoRAJobStatus, observed: Observed, now: datetime) ->
     running = sum(
         _seconds(status, pod.running_since, now)
         for pod in observed.pods
-        if pod.running_since is not None and pod.running
+        if pod.running_since is not None and pod.running and pod.node == 0
     )
     return status.active_seconds + running
 

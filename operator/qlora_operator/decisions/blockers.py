@@ -30,7 +30,8 @@ def blocking_reason(child: ChildJob | None, observed: Observed, now: datetime) -
     pods = observed.pods_of(child.uid)
     live = [pod for pod in pods if not pod.ended]
     if live:
-        return _not_starting(live[-1], now)
+        # Of several nodes, those that run wait for the one that cannot start.
+        return next((reason for pod in reversed(live) if (reason := _not_starting(pod, now))), None)
     if not pods and not child.deleting and not child.suspended and now >= no_pod_at(child):
         return Reason(
             "NoPod",

@@ -14,6 +14,10 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
             return status
         return status.model_copy(update={"progress": ProgressStatus(summary=record.activity, updated_at=record.time)})
     old = status.progress or ProgressStatus()
+    if not record.total_steps and record.activity:
+        # It waits for other nodes, and has not read yet how far the run is.
+        waiting = {"summary": record.activity, "remaining": "", "updated_at": record.time}
+        return status.model_copy(update={"progress": old.model_copy(update=waiting)})
     known = {
         "loss": _rounded(record.loss),
         "eval_loss": _rounded(record.eval_loss),

@@ -15,6 +15,8 @@ from qlora_api.naming import (
     SPEC_ANNOTATION,
     STEP_LABEL,
     child_job_name,
+    node_host,
+    peers_name,
 )
 from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.status import Resolved, StepName
@@ -24,6 +26,8 @@ from qlora_operator.decisions.volumes import mounts_and_volumes, uses_cache
 
 Manifest = dict[str, Any]
 _SHORT_GRACE_SECONDS = 30
+DNS_PORTS = (53,)
+"""Ports of the pods that answer DNS in most clusters."""
 UNATTENDED_SECONDS = 7 * 24 * 3600
 """For how long, beyond the job's own deadline, a Job goes on at most, should no operator be there to stop it."""
 _UNDISTURBED = {
@@ -40,7 +44,7 @@ def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, f
 
     It depends on the spec and on what was resolved only.
     """
-    labels = _labels(job, step)
+    labels, nodes = _labels(job, step), _nodes(job, step)
     queue = _queue(resolved) if step == "train" else {}
     metadata: Manifest = {
         "name": child_job_name(job.name, step, attempt),
@@ -59,13 +63,15 @@ def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, f
         "spec": {
             # The queue alone resumes the Job, and suspends it again.
             **({"suspend": True} if queue else {}),
-            "completions": 1,
-            "parallelism": 1,
-            "backoffLimit": max(0, job.spec.retry.max_failures - failures),
+            **({"completionMode": "Indexed"} if nodes > 1 else {}),
+            "completions": nodes,
+            "parallelism": nodes,
+            # Of several nodes, one that fails ends all: the operator starts them again together.
+            "backoffLimit": max(0, job.spec.retry.max_failures - failures) if nodes == 1 else 0,
             **({} if step == "clean" else {"activeDeadlineSeconds": _job_deadline(job)}),
             "ttlSecondsAfterFinished": resolved.profile.finished_job_seconds,
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": _failure_rules()},
+            "podFailurePolicy": {"rules": _failure_rules(together=nodes > 1)},
             "template": {
                 "metadata": {
                     "labels": labels | {"sidecar.istio.io/inject": "false"},
@@ -100,6 +106,54 @@ def build_claim(job: QLoRAJob, resolved: Resolved) -> Manifest:
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 
 
+def build_peer_service(job: QLoRAJob) -> Manifest:
+    """The headless Service by whose names the train pods of several nodes find node 0, before any of them is ready."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _peers_metadata(job),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": _peers(job),
+            "ports": [{"name": "rendezvous", "port": contract.RENDEZVOUS_PORT}],
+        },
+    }
+
+
+def build_peer_policy(job: QLoRAJob, dns_ports: Iterable[int] = DNS_PORTS) -> Manifest:
+    """The NetworkPolicy by which the train pods of one job reach one another, and DNS, and nothing else does.
+
+    `dns_ports`: of the pods that answer DNS, which may differ from those of their Service.
+    """
+    peers = [{"podSelector": {"matchLabels": _peers(job)}}]
+    dns = [{"port": port, "protocol": protocol} for port in dns_ports for protocol in ("UDP", "TCP")]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _peers_metadata(job),
+        "spec": {
+            "podSelector": {"matchLabels": _peers(job)},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": peers}],
+            "egress": [{"to": peers}, {"ports": dns}],
+        },
+    }
+
+
+def _peers_metadata(job: QLoRAJob) -> Manifest:
+    return {
+        "name": peers_name(job.uid),
+        "namespace": job.namespace,
+        "labels": _labels(job, "train"),
+        "ownerReferences": [_owner(job, controller=True)],
+    }
+
+
+def _peers(job: QLoRAJob) -> dict[str, str]:
+    return {JOB_UID_LABEL: job.uid, STEP_LABEL: "train"}
+
+
 def document(job: QLoRAJob, **more: Any) -> str:
     """The part of the QLoRAJob's manifest that the steps need, in JSON, as the trainer reads it.
 
@@ -121,6 +175,11 @@ def _document(job: QLoRAJob, resolved: Resolved) -> str:
         return resolved.document
     # The trainer of the first contract also counts suspensions: only the operator judges.
     return document(job, **({"retry": {"maxDisruptions": 1000}} if resolved.contract_version == 1 else {}))
+
+
+def _nodes(job: QLoRAJob, step: StepName) -> int:
+    """Pods of the step's Job."""
+    return job.spec.resources.node_count if step == "train" else 1
 
 
 def _queue(resolved: Resolved) -> dict[str, str]:
@@ -148,16 +207,21 @@ def _owner(job: QLoRAJob, *, controller: bool) -> Manifest:
     return owner | ({"controller": True} if controller else {})
 
 
-def _failure_rules() -> list[Manifest]:
-    """The first rule that matches decides, so that a permanent failure on a drained node is still permanent."""
+def _failure_rules(*, together: bool) -> list[Manifest]:
+    """The first rule that matches decides, so that a permanent failure on a drained node is still permanent.
+
+    `together`: the Job has several pods that run together. One that has stopped as asked leaves the Job as it is, for
+    a queue that has suspended it to resume; a lost one fails the Job, so that the others are stopped.
+    """
 
     def on_exit(action: str, codes: Iterable[int]) -> Manifest:
         condition = {"containerName": TRAINER_CONTAINER, "operator": "In", "values": sorted(codes)}
         return {"action": action, "onExitCodes": condition}
 
+    disrupted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     return [
         on_exit("FailJob", PERMANENT_EXIT_CODES),
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        *([] if together else [disrupted]),
         on_exit("Ignore", [int(ExitCode.INTERRUPTED)]),
     ]
 
@@ -180,6 +244,7 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Man
         "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
         "priorityClassName": job.spec.scheduling.priority_class_name,
         "runtimeClassName": profile.runtime_class_name if step == "train" else None,
+        "subdomain": peers_name(job.uid) if _nodes(job, step) > 1 else None,
     }
     if step == "train" or profile.workspace.topology != "shared":
         # All steps mount the workspace volume, which may exist in one zone or on one node only.
@@ -220,12 +285,23 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         values |= _servers(resolved.profile)
     if resolved.profile.model_cache is not None and uses_cache(job.spec, step):
         values[contract.ENV_MODEL_CACHE] = str(contract.MODEL_CACHE_MOUNT)
+    if step == "train" and job.spec.resources.gpu_count > 1:
+        values |= resolved.profile.nccl or {}
+    if _nodes(job, step) > 1:
+        child = child_job_name(job.name, step, attempt)
+        values[contract.ENV_RENDEZVOUS] = f"{node_host(child, 0, job.uid)}:{contract.RENDEZVOUS_PORT}"
+        wait = resolved.profile.node_wait_seconds or contract.DEFAULT_NODE_WAIT_SECONDS
+        values[contract.ENV_NODE_WAIT] = str(wait)
     if step == "train" and resolved.profile.device == "cpu":
         values["LD_PRELOAD"] = contract.CPU_ALLOCATOR
     pod_uid = {"name": contract.ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
     # As many threads as the pod requests CPUs, rounded up: libraries would start one per core of the node.
     threads = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}}
-    return [pod_uid, threads, *({"name": name, "value": value} for name, value in values.items())]
+    fields = [pod_uid, threads]
+    if _nodes(job, step) > 1:
+        index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+        fields.append({"name": contract.ENV_NODE, "valueFrom": {"fieldRef": index}})
+    return [*fields, *({"name": name, "value": value} for name, value in values.items())]
 
 
 def _servers(profile: Profile) -> dict[str, str]:

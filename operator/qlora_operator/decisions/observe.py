@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Object = Mapping[str, Any]
 _INTERRUPTED, _KILLED = 143, 137
+_INDEX = "batch.kubernetes.io/job-completion-index"
 _OBJECT_VOLUMES = {"secret": "Secret", "configMap": "ConfigMap"}
 
 
@@ -72,13 +73,15 @@ class Termination:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """One attempt: a pod of a child Job."""
+    """A pod of a child Job: one attempt, or one node of it if the Job has several."""
 
     name: str
     uid: str
     owner_uid: str
     created: datetime
     phase: str
+    node: int = 0
+    """Which of the Job's pods it is that train together."""
     reason: str = ""
     message: str = ""
     running_since: datetime | None = None
@@ -103,6 +106,11 @@ class Pod:
     def running(self) -> bool:
         """Whether the trainer runs in it."""
         return self.running_since is not None and not self.ended
+
+    @property
+    def starting(self) -> bool:
+        """Whether its trainer has not run yet."""
+        return self.running_since is None and self.termination is None and not self.ended
 
     @property
     def out_of_memory(self) -> bool:
@@ -138,6 +146,21 @@ class Pod:
     def _killed(self) -> bool:
         """Whether it ended by SIGKILL, and not for its memory."""
         return self.termination is not None and self.termination.exit_code == _KILLED and not self.out_of_memory
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether its trainer was asked to stop and did, which its Job ignores."""
+        return self.termination is not None and self.termination.exit_code == _INTERRUPTED
+
+    @property
+    def lost_peer(self) -> bool:
+        """Whether it ended because another node of its attempt was gone."""
+        return self.termination is not None and self.termination.exit_code == ExitCode.PEER_LOST
+
+    @property
+    def missed_peers(self) -> bool:
+        """Whether it ended because not all nodes of its attempt had started in time."""
+        return self.termination is not None and self.termination.exit_code == ExitCode.PEERS_MISSING
 
     @property
     def rejected(self) -> bool:
@@ -177,6 +200,8 @@ class ChildJob:
     """How many failures of its pods it allows."""
     active: int = field(default=0, compare=False)
     """How many of its pods have not ended, as the Job controller has last counted them: alone no reason for a pass."""
+    failing: bool = False
+    """Whether it is about to fail, and stops the pods that still run."""
     expired: bool = False
     """Whether its own deadline ends it, or has: that is no failure of the step."""
     ended: datetime | None = None
@@ -213,9 +238,16 @@ class Observed:
         return tuple(pod for pod in self.pods if pod.owner_uid == job_uid)
 
     def is_running(self, job_uid: str) -> bool:
-        """Whether one of the child Job's pods runs, or the last one has decided how the Job ends."""
+        """Whether the child Job's pods run, all of those that have not ended, or the last has decided how it ends."""
         pods = self.pods_of(job_uid)
-        return any(pod.running for pod in pods) or (bool(pods) and pods[-1].decisive and not pods[-1].unsupported)
+        live = [pod for pod in pods if not pod.ended]
+        if any(pod.running for pod in live):
+            return not any(pod.starting for pod in live)
+        return bool(pods) and pods[-1].decisive and not pods[-1].unsupported
+
+    def reporting_pod(self, job_uid: str) -> Pod | None:
+        """The child Job's pod that runs and reports progress: the only one, or that of node 0."""
+        return next((pod for pod in self.pods_of(job_uid) if pod.running and pod.node == 0), None)
 
     @property
     def live_pods(self) -> tuple[Pod, ...]:
@@ -404,6 +436,7 @@ def parse_child(body: Object) -> ChildJob:
         failure=Reason(failed.get("reason", ""), failed.get("message", "")) if failed else None,
         backoff_limit=(body.get("spec") or {}).get("backoffLimit"),
         active=(body.get("status") or {}).get("active") or 0,
+        failing="FailureTarget" in conditions,
         expired=(failed or conditions.get("FailureTarget", {})).get("reason") == "DeadlineExceeded",
         ended=_optional_time(ended.get("lastTransitionTime")) if ended else None,
         suspended=suspended,
@@ -434,6 +467,7 @@ def parse_pod(body: Object) -> Pod:
         owner_uid=controller_uid(body),
         created=parse_time(metadata["creationTimestamp"]),
         phase=status.get("phase", "Pending"),
+        node=_node(metadata),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         running_since=_optional_time(running.get("startedAt")) if running else None,
@@ -446,6 +480,11 @@ def parse_pod(body: Object) -> Pod:
         deletion_requested=due - grace if due else None,
         deletion_due=due,
     )
+
+
+def _node(metadata: Object) -> int:
+    index = (metadata.get("annotations") or {}).get(_INDEX, "")
+    return int(index) if index.isdecimal() else 0
 
 
 def _trainer_state(status: Object) -> Object:

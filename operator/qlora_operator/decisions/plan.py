@@ -9,9 +9,12 @@ from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
-from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
+from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob, parse_time
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
+from qlora_operator.decisions.together import trains_together
 
+# Jobs of several nodes get no second pod, whose delay would be Kubernetes': the operator waits as long as that does.
+PAUSE_AFTER_FAILURE, LONGEST_PAUSE_AFTER_FAILURE = timedelta(seconds=10), timedelta(minutes=6)
 PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60), timedelta(minutes=30)
 # Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
 QUEUE_MOMENT = timedelta(seconds=30)
@@ -23,6 +26,11 @@ DETACHED_INTERVAL = timedelta(seconds=15)
 @dataclass(frozen=True)
 class CreateClaim:
     """Create the workspace's PersistentVolumeClaim, unless it exists."""
+
+
+@dataclass(frozen=True)
+class ConnectNodes:
+    """Create what lets the train pods of several nodes find and reach one another, unless it exists."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class DeleteJob:
     uid: str
 
 
-Action = CreateClaim | CreateJob | DeleteJob
+Action = CreateClaim | ConnectNodes | CreateJob | DeleteJob
 
 
 @dataclass(frozen=True)
@@ -127,11 +135,43 @@ def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: 
         yield _delete(cleaning)  # of the end before: the next end has a clean-up of its own
     if step is None or wanted is None or step.job_uid or observed.child(wanted) is not None or observed.live_pods:
         return
-    if any(now < due for due in _after_rejections(observed)):
+    if any(now < due for due in _pauses(job, status, observed)):
         return
     if step.name == "prepare" and status.resolved is not None and status.resolved.claim_created:
         yield CreateClaim()
+    if trains_together(job, step.name):
+        yield ConnectNodes()
     yield CreateJob(step.name, step.attempt, step.failures)
+
+
+def _pauses(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[datetime]:
+    """When the next Job may be created."""
+    yield from _after_rejections(observed)
+    yield from _after_waiting(job, observed)
+    step, failure = status.step, status.last_failure
+    if step is None or failure is None or not trains_together(job, step.name):
+        return
+    if step.failures and failure.step == step.name and not step.job_uid:
+        pause = PAUSE_AFTER_FAILURE * 2 ** min(step.failures - 1, 10)
+        yield parse_time(failure.time) + min(pause, LONGEST_PAUSE_AFTER_FAILURE)
+
+
+def _after_waiting(job: QLoRAJob, observed: Observed) -> Iterator[datetime]:
+    """The same after nodes that waited for one another in vain.
+
+    Each job takes another pause: of two jobs that each hold half of what both need, one is to find all of it.
+    """
+    waited = [pod for pod in observed.pods if pod.missed_peers]
+    ended = [pod.termination.finished for pod in waited if pod.termination and pod.termination.finished]
+    if ended:
+        times = len({pod.owner_uid for pod in waited})
+        pause = PAUSE_AFTER_REJECTED_POD * 2 ** min(times - 1, 10) * (1 + _share(job.uid))
+        yield max(ended) + min(pause, LONGEST_PAUSE_AFTER_REJECTED_POD)
+
+
+def _share(uid: str) -> float:
+    """A number from 0 to 1 that is always the same for this job, and another for others."""
+    return sum(uid.encode()) % 17 / 16
 
 
 def _after_rejections(observed: Observed) -> Iterator[datetime]:
@@ -174,8 +214,8 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
     yield from (due for pod in observed.live_pods if (due := stuck_at(pod)) is not None)
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
     yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)
+    yield from _pauses(job, status, observed)
     yield from (now + DETACHED_INTERVAL for pod in observed.live_pods if pod.detached)
-    yield from _after_rejections(observed)
     yield from (_queue_at(child, now) for child in _running(observed) if child.suspended)
 
 

@@ -2,7 +2,7 @@
 
 from pydantic import ValidationError
 
-from qlora_api.contract import CONTRACT_VERSION
+from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import QLoRAJobStatus, Resolved
@@ -12,6 +12,7 @@ from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
 
 JOB_LIMIT_REACHED = "JobLimitReached"
+_NOT_SHARED = "WorkspaceNotShared"
 _FIRST = ("prepare", 1)
 
 
@@ -31,7 +32,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
-        contract_version=CONTRACT_VERSION,
+        contract_version=needed_contract(job.spec.resources.node_count),
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
@@ -86,7 +87,37 @@ def objection(facts: Facts) -> Reason | None:
             f"profile {scheduling.profile!r} does not let a job set spec.scheduling.{denied}: create the job again "
             "without it, or with another profile",
         )
-    return reserved_claim(facts.job.spec, facts.profiles.values()) or objection_of_limits(facts)
+    return (
+        reserved_claim(facts.job.spec, facts.profiles.values())
+        or _not_shared(facts.job, profile)
+        or objection_of_limits(facts)
+    )
+
+
+def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
+    """Why the pods of several nodes could not mount the workspace together; None if they can.
+
+    An existing claim is believed to be as the profile says: the operator does not know which node it is bound to.
+    """
+    if job.spec.resources.node_count == 1:
+        return None
+    nodes, name = job.spec.resources.node_count, job.spec.scheduling.profile
+    if profile.workspace.topology != "shared":
+        return Reason(
+            _NOT_SHARED,
+            f"spec.resources.nodes is {nodes}, and workspaces of profile {name!r} cannot be mounted on several nodes "
+            f"(workspace.topology is {profile.workspace.topology}, must be shared): create the job again with another "
+            "profile, or without nodes",
+        )
+    workspace = job.spec.workspace
+    modes = workspace.access_modes or (profile.workspace.access_mode,)
+    if workspace.claim_name is None and "ReadWriteMany" not in modes:
+        return Reason(
+            _NOT_SHARED,
+            f"spec.resources.nodes is {nodes}, and the workspace would be {', '.join(modes)}: create the job again "
+            "with spec.workspace.accessModes [ReadWriteMany], or with a profile whose workspace.accessMode is that",
+        )
+    return None
 
 
 def objection_of_limits(facts: Facts) -> Reason | None:
@@ -102,9 +133,9 @@ def objection_of_limits(facts: Facts) -> Reason | None:
             f"{_allowed_profiles(facts)}; create the job again with one of them",
         )
     limits = profile.limits or Limits()
-    gpus = job.spec.resources.gpus
+    gpus, several = job.spec.resources.gpu_count, job.spec.resources.node_count > 1
     if limits.gpus is not None and gpus > limits.gpus:
-        return _too_much("resources.gpus", str(gpus), str(limits.gpus), name)
+        return _too_much("resources.gpus × nodes" if several else "resources.gpus", str(gpus), str(limits.gpus), name)
     size = _size_to_create(job, profile)
     if limits.workspace_size is not None and size is not None and amount(size) > amount(limits.workspace_size):
         return _too_much("workspace.size", size, limits.workspace_size, name)
@@ -128,7 +159,8 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
     copied = _as_copied(profile)
     if same_trainer:
         return resolved.model_copy(update={"profile": copied.model_copy(update={"image": resolved.profile.image})})
-    return resolved.model_copy(update={"profile": copied, "contract_version": CONTRACT_VERSION})
+    needed = needed_contract(facts.job.spec.resources.node_count)
+    return resolved.model_copy(update={"profile": copied, "contract_version": needed})
 
 
 def _as_copied(profile: Profile) -> Profile:

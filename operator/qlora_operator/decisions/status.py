@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.advance import advance
+from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.attempts import count_attempts, watch_pod
 from qlora_operator.decisions.cleanup import follow_cleanup
 from qlora_operator.decisions.conditions import is_finished
@@ -111,4 +111,5 @@ _TRANSITIONS: tuple[Transition, ...] = (
     enforce_deadline,
     _show_progress,
     enforce_progress,
+    renew,
 )

@@ -10,6 +10,7 @@ from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, i
 from qlora_operator.decisions.observe import ChildJob, Reason
 from qlora_operator.decisions.queue import WAITING
 from qlora_operator.decisions.resolution import objection
+from qlora_operator.decisions.together import trains_together
 
 _DOING = {
     "Pending": "the first Job is about to be created",
@@ -24,9 +25,20 @@ def summarize(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status with all conditions and the phase derived from the rest of it."""
     status = status.model_copy(update={"observed_generation": facts.job.generation})
     if not is_finished(status):
+        status = _count_nodes(status, facts)
         status = _summarize_suspension(status, facts)
         status = _summarize_running(status, facts)
     return status.model_copy(update={"phase": _phase(status, facts)})
+
+
+def _count_nodes(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status with the number of pods that train together, and how many of them run."""
+    step = status.step
+    if step is None or not trains_together(facts.job, step.name):
+        return status
+    nodes = facts.job.spec.resources.node_count
+    running = sum(pod.running for pod in facts.observed.pods_of(step.job_uid)) if step.job_uid else 0
+    return status.model_copy(update={"step": step.model_copy(update={"nodes": nodes, "running_nodes": running})})
 
 
 def _phase(status: QLoRAJobStatus, facts: Facts) -> Phase:
@@ -115,7 +127,9 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} must end before the next Job is created")
     running = observed.is_running(step.job_uid)
     last = status.last_failure
-    if last is not None and last.step == step.name and step.job_uid and not running:
+    # Of several nodes, the next Job is created after a pause only.
+    begun = bool(step.job_uid) or trains_together(job, step.name)
+    if last is not None and last.step == step.name and begun and not running:
         return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
     phase = phase_of(status, running=running)
     return Reason(phase, _DOING.get(phase, ""))

@@ -164,6 +164,22 @@ def test_a_plan_without_a_gpus_size_compares_sizes(tmp_path: Path) -> None:
     assert re.search(r"^ +24  fits$", done.stdout, re.MULTILINE)
 
 
+def test_a_plan_of_several_nodes_counts_the_gpus_of_all_and_names_what_they_cannot_share(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST + "  resources: {gpus: 2, nodes: 3}\n")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_65B))
+    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"))
+    said = " ".join(done.stdout.split())
+    assert "Each of the 6 GPUs on 3 nodes holds the whole base" in said
+    assert "which 6 GPUs cannot share evenly" in said
+
+
+def test_a_run_of_several_nodes_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST + "  resources: {nodes: 2}\n")
+    done = qlora("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
+    assert done.returncode == 10
+    assert "spec.resources.nodes is 2, and this command runs a job on one machine" in done.stderr
+
+
 def test_a_plan_reads_the_configuration_from_a_volume(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "job.yaml").write_text(MANIFEST)
     missing = qlora("plan", str(tmp_path / "job.yaml"))

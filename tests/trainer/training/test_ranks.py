@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_api.contract import ExitCode
+from qlora_api.training import ResourcesSpec
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, unreachable
@@ -126,7 +127,7 @@ def test_variables_that_contradict_each_other_are_rejected(variables: dict[str, 
 
 
 def test_a_rank_is_read_back_from_its_own_variables() -> None:
-    place = RankInfo(rank=3, size=4, local_rank=1, local_size=2, address="node-0", port=29500)
+    place = RankInfo(rank=3, size=4, local_rank=1, local_size=2, address="node-0", port=29500, launched=True)
 
-    assert RankInfo.of(place.environment(), gpus=8) == place
-    assert RankInfo.of({}, gpus=8) == RankInfo(size=8, local_size=8)
+    assert RankInfo.of(place.environment(), ResourcesSpec(gpus=8)) == place
+    assert RankInfo.of({}, ResourcesSpec(gpus=8)) == RankInfo(size=8, local_size=8)

@@ -1,7 +1,9 @@
 """What the benchmarks make of what they have measured, and what they say of the code that was measured."""
 
+import json
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +12,10 @@ import pytest
 
 from benchmarks.loop import Alternation, Pair, Span, overhead
 from benchmarks.machine import describe_checkout
-from benchmarks.operator import table
+from benchmarks.operator import arrival_table, audit, day, progress, seeding, simulation, table, trainer
 from benchmarks.speed.summary import figures, seconds_to
+from qlora_api.contract import ProgressRecord, decode_record
+from qlora_api.naming import JOB_UID_LABEL, STEP_LABEL
 
 
 def measured(peak: int = 1000, loaded: int = 400, step_peak: int = 900, seconds: float = 10.0) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def operator_run(subject: str, rate: float, jobs: int = 500) -> dict[str, Any]:
         "secondsToFirstJob": {"p50": 1.0, "p99": rate},
         "secondsFromFirstJobToStatus": {"p50": 2.0, "p99": 3.0},
         "allCallsPerJob": 4.01,
-        "processorMillisecondsPerJob": {"operator": {"untilQuiet": 5.0}, "apiServer": {"untilQuiet": 20.0}},
+        "processorMillisecondsPerJob": {subject: {"untilQuiet": 5.0}, "apiServer": {"untilQuiet": 20.0}},
         "residentMiB": {"idle": 80.0, "peak": 90.0},
         "storedBytes": {"QLoRAJob": 1024, "Job": 2048},
     }
@@ -137,22 +141,148 @@ def operator_run(subject: str, rate: float, jobs: int = 500) -> dict[str, Any]:
 def test_the_table_of_many_jobs_shows_the_run_with_the_median_rate() -> None:
     runs = [operator_run("operator", rate) for rate in (50.0, 70.0, 60.0)]
     runs += [operator_run("floor", rate) for rate in (100.0, 90.0, 80.0)]
-    shown = table.figures({"runs": [*runs, operator_run("operator", 40.0, 1000), operator_run("floor", 95.0, 1000)]})
-    assert "| First Jobs per second | 60 | 40 |" in shown
-    assert "| of a script that does nothing else | 90 | 95 |" in shown
-    assert "| Seconds until one has it, median / 99th percentile | 1.0 / 60.0 | 1.0 / 40.0 |" in shown
+    runs += [operator_run("kubeflow-trainer", 20.0)]
+    shown = arrival_table.tables({"runs": [*runs, operator_run("operator", 40.0, 1000)]})
+    assert (
+        "| 500 jobs created at once | This operator | A script that creates the objects | Kubeflow Trainer |" in shown
+    )
+    assert "| First Jobs per second | 60 | 90 | 20 |" in shown
+    assert "| 1,000 jobs created at once | This operator |\n| --- | --- |\n| First Jobs per second | 40 |" in shown
+    assert "| Seconds until one has it, median / 99th percentile | 1.0 / 60.0 | 1.0 / 90.0 | 1.0 / 20.0 |" in shown
     assert "| all of them | 3.0 |" in shown
     assert "| 500 jobs: ≥ 63 first Jobs per second | 60.0 | missed |" in shown
     assert "| 500 jobs: 99 % have their status ≤ 8 s later | 3.0 | met |" in shown
     assert "| 1,000 jobs: memory of the operator ≤ 110 MiB | 90.0 | met |" in shown
 
 
+def test_what_is_not_measured_of_others_is_not_shown_of_them() -> None:
+    other = operator_run("kubeflow-trainer", 20.0)
+    del other["secondsFromFirstJobToStatus"]
+    shown = arrival_table.tables({"runs": [operator_run("operator", 60.0), other]})
+    assert "| Seconds from there to its status, median / 99th percentile | 2.0 / 3.0 | – |" in shown
+
+
 def test_the_tables_are_put_where_the_page_has_a_place_for_them(tmp_path: Path) -> None:
     page = tmp_path / "scale.md"
-    page.write_text(f"before\n\n{table._BEGIN}old\n{table._END}\n\nafter\n")
-    for rate in (50.0, 70.0):
-        table.write({"runs": [operator_run("operator", rate)]}, page)
+    other = f"{table.begin('day')}{table.end('day')}"
+    page.write_text(f"before\n\n{table.begin('arrival')}\nold\n\n{table.end('arrival')}\nbetween\n\n{other}after\n")
+    for tables in ("| first |\n", "| second |\n"):
+        table.write("arrival", tables, page)
     text = page.read_text()
-    assert (text.count("First Jobs per second | 70"), "| 50 |" in text, "old" in text) == (1, False, False)
-    assert text.startswith("before\n\n<!--")
-    assert text.endswith("-->\n\nafter\n")
+    assert text == (
+        f"before\n\n{table.begin('arrival')}\n| second |\n\n{table.end('arrival')}\nbetween\n\n{other}after\n"
+    )
+
+
+def line(verb: str, resource: str, agent: str = "qlora-operator", stage: str = "ResponseComplete") -> bytes:
+    """A line of the audit log."""
+    kind, _, subresource = resource.partition("/")
+    reference = {"resource": kind, "namespace": "team", "name": "a"} | (
+        {"subresource": subresource} if subresource else {}
+    )
+    entry = {
+        "stage": stage,
+        "verb": verb,
+        "userAgent": agent,
+        "objectRef": reference,
+        "requestURI": "/apis",
+        "requestReceivedTimestamp": "2026-01-02T03:04:05.250000Z",
+        "responseStatus": {"code": 200},
+    }
+    return json.dumps(entry).encode() + b"\n"
+
+
+def test_requests_are_counted_once_and_without_watches_and_those_of_others() -> None:
+    log = [
+        line("get", "pods/log", stage="ResponseStarted"),
+        line("get", "pods/log"),
+        line("watch", "pods", agent="kopf/1"),
+        line("list", "pods", agent="kopf/1"),
+        line("patch", "qlorajobs/status"),
+        line("patch", "jobs/status", agent="kube-controller-manager"),
+        line("create", "jobs")[:-20],
+    ]
+    found = list(audit.parse(log))
+    assert [(request.call, request.writes) for request in found] == [
+        ("get pods/log", False),
+        ("list pods", False),
+        ("patch qlorajobs/status", True),
+    ]
+    assert audit.by_call(found, per=2) == {"get pods/log": 0.5, "list pods": 0.5, "patch qlorajobs/status": 0.5}
+    assert found[0].seconds % 60 == pytest.approx(5.25)
+
+
+def asked(verb: str, resource: str, name: str = "", seconds: float = 0.0, code: int = 200) -> audit.Request:
+    return audit.Request(verb, resource, "team", name, seconds, code)
+
+
+def test_the_rate_of_status_writes_is_that_of_each_job_between_its_first_and_its_last() -> None:
+    often = [asked("patch", "qlorajobs/status", "a", seconds) for seconds in (12.0, 2.0, 7.0)]
+    seldom = [asked("patch", "qlorajobs/status", "b", seconds) for seconds in (0.0, 20.0)]
+    others = [asked("get", "pods/log", "a", 3.0), asked("patch", "qlorajobs/status", "c", 3.0)]
+    assert progress.status_writes([*often, *seldom, *others]) == {
+        "perJobAndTenSeconds": 1.25,
+        "ofTheBusiestJob": 2.0,
+        "shortestPauseSeconds": 5.0,
+    }
+    assert progress.status_writes(others) == {}
+
+
+def test_a_resync_is_one_list_of_each_kind_however_many_pages_it_has() -> None:
+    kinds = ("qlorajobs", "qlorajobs", "jobs", "pods", "qlorajobs", "jobs", "jobs", "pods", "qlorajobs")
+    assert day.resyncs([asked("list", kind) for kind in kinds] + [asked("get", "jobs")]) == 2
+
+
+def test_memory_that_grows_is_told_from_memory_that_varies() -> None:
+    assert day.figures_of_memory([100.0, 104.0, 102.0, 101.0] * 4)["growth"] == 0
+    grows = day.figures_of_memory([100.0 + second for second in range(16)])
+    assert grows == {"firstQuarter": 101.5, "lastQuarter": 113.5, "growth": 12.0, "peak": 115.0}
+
+
+def test_a_step_with_two_jobs_is_found() -> None:
+    children = [
+        {"metadata": {"labels": {JOB_UID_LABEL: uid, STEP_LABEL: step}}}
+        for uid, step in (("a", "prepare"), ("a", "train"), ("b", "prepare"), ("b", "prepare"))
+    ]
+    created = [asked("create", "jobs", code=code) for code in (201, 201, 201, 201, 409)]
+    assert simulation.batch_jobs(children, [*created, asked("delete", "jobs")]) == {
+        "there": 4,
+        "created": 4,
+        "deleted": 1,
+        "stepsWithSeveral": 1,
+    }
+
+
+def test_a_copy_of_a_job_has_its_own_name_and_uids_everywhere() -> None:
+    child = {
+        "metadata": {
+            "name": "old-train-1",
+            "namespace": "team",
+            "uid": "uid-2",
+            "resourceVersion": "7",
+            "labels": {JOB_UID_LABEL: "uid-1"},
+            "ownerReferences": [{"name": "old", "uid": "uid-1"}],
+        },
+        "spec": {"args": ["--job=old"]},
+        "status": {"succeeded": 1},
+    }
+    assert seeding.bare(child, {"old": "new", "uid-1": "uid-9"}) == {
+        "metadata": {
+            "name": "new-train-1",
+            "namespace": "team",
+            "uid": "uid-2",
+            "labels": {JOB_UID_LABEL: "uid-9"},
+            "ownerReferences": [{"name": "new", "uid": "uid-9"}],
+        },
+        "spec": {"args": ["--job=new"]},
+    }
+
+
+def test_what_the_played_trainer_reports_is_what_the_operator_reads() -> None:
+    began = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert trainer.log("job", "pod", "train", began, began) == ""
+    lines = trainer.log("job", "pod", "train", began, began + timedelta(seconds=61)).splitlines()
+    records = [decode_record(each, job_uid="job", pod_uid="pod") for each in lines]
+    assert [record.training_step for record in records if isinstance(record, ProgressRecord)] == [10, 11, 12]
+    for step in ("prepare", "train", "publish", "clean"):
+        assert decode_record(trainer.result("job", "pod", step, began), job_uid="job", pod_uid="pod") is not None

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.operator.table import figures
+from benchmarks.inputs import RESULTS
+from benchmarks.operator import table
+from benchmarks.operator.__main__ import LOADS
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "trainer" / "measurements.md").read_text()
@@ -107,6 +109,9 @@ def test_the_speed_of_prepare_is_that_measured() -> None:
     assert f"at most {figures['peakMiB']:,.0f} MiB" in memory
 
 
-def test_the_figures_of_many_jobs_are_those_measured() -> None:
+@pytest.mark.parametrize("load", LOADS)
+def test_the_figures_of_many_jobs_are_those_measured(load: str) -> None:
     page = (ROOT / "docs" / "concepts" / "scale.md").read_text()
-    assert figures(result("operator")) in page
+    shown = page.split(table.begin(load))[1].split(table.end(load))[0].strip()
+    measured = (RESULTS / f"operator-{load}.json").exists()
+    assert shown == (LOADS[load].tables(result(f"operator-{load}")).strip() if measured else "")

@@ -125,6 +125,12 @@ class MemoryCluster:
     async def get_claim(self, namespace: str, name: str) -> Object:
         return self.claims[name]
 
+    async def create_service(self, namespace: str, manifest: Object) -> None:
+        self._write("Service")
+
+    async def create_network_policy(self, namespace: str, manifest: Object) -> None:
+        self._write("NetworkPolicy")
+
     async def create_event(self, namespace: str, manifest: Object) -> None:
         self._write("Event")
 
@@ -214,6 +220,20 @@ def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_trie
     assert (cluster.status.phase, reason_of(cluster.status)) == ("Pending", reason)
     assert "exceeded quota: team" in message_of(cluster.status)
     assert cluster.jobs == []
+
+
+@pytest.mark.parametrize("kind", ["Service", "NetworkPolicy"])
+def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind: str) -> None:
+    ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
+    cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}), rejected=(kind,))
+    assert reconcile(cluster) == 30
+    assert reason_of(cluster.status) == "PeersRejected"
+    assert f"{kind} qlora-{UID}" in message_of(cluster.status)
+    assert cluster.jobs == []
+
+    cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}))
+    reconcile(cluster)
+    assert cluster.writes[:3] == ["NetworkPolicy", "Service", "Job"]
 
 
 def test_a_job_that_is_being_deleted_is_left_alone() -> None:

@@ -50,6 +50,11 @@ def unreachable(message: str) -> StepFailure:
     return StepFailure(ExitCode.UNREACHABLE, message)
 
 
+def peer_lost(message: str) -> StepFailure:
+    """Another node of the job has ended or is away: all its nodes start again, from the latest checkpoint."""
+    return StepFailure(ExitCode.PEER_LOST, message)
+
+
 def is_out_of_gpu_memory(error: BaseException) -> bool:
     """Whether the GPU is out of memory, whether PyTorch or a library below it has asked for it. Does not load torch."""
     torch = sys.modules.get("torch")

@@ -45,9 +45,10 @@ class Findings:
 class RecordWriter:
     """Writes a step's records to `stream`, and keeps for the result what the step has found."""
 
-    def __init__(self, stream: TextIO, monotonic: Callable[[], float]) -> None:
+    def __init__(self, stream: TextIO, monotonic: Callable[[], float], *, reports_progress: bool = True) -> None:
         """`monotonic` gives seconds."""
         self._stream = stream
+        self._reports_progress = reports_progress
         self._monotonic = monotonic
         self._next_progress = float("-inf")
         self.findings = Findings()
@@ -70,7 +71,7 @@ class RecordWriter:
     def progress(self, record: ProgressRecord, *, force: bool = False) -> None:
         """Write the record, unless one was written less than five seconds ago and `force` is not set."""
         self.findings = replace(self.findings, progress=record)
-        if not force and self._monotonic() < self._next_progress:
+        if not self._reports_progress or (not force and self._monotonic() < self._next_progress):
             return
         self._next_progress = self._monotonic() + MIN_SECONDS_BETWEEN_PROGRESS
         self._write(record)

@@ -45,7 +45,7 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
             adapted_layers=len(set(spec.lora.layers_to_transform)) if spec.lora.layers_to_transform else None,
             use_dora=spec.lora.use_dora,
             whole_modules=frozenset(spec.lora.modules_to_save or ()),
-            gpus=spec.resources.gpus,
+            gpus=spec.resources.gpu_count,
             sharding=spec.training.sharding,
         )
     except ValueError as error:

@@ -9,10 +9,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from qlora_api import contract
 from qlora_trainer.core.completion import Comparison, PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.environment import available_cpus
-from qlora_trainer.core.failures import StopRequest, bad_configuration, unreachable
+from qlora_trainer.core.failures import StopRequest, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256
 from qlora_trainer.core.records import RecordWriter
@@ -37,7 +38,7 @@ from qlora_trainer.training.launch import RankInfo, started_child_ranks
 from qlora_trainer.training.loop import run_to_end
 from qlora_trainer.training.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.training.out_of_memory import explained_shortage
-from qlora_trainer.training.ranks import Ranks, joined
+from qlora_trainer.training.ranks import Meeting, Ranks, joined
 from qlora_trainer.training.resume import agreed_checkpoint, restore, resumed_attempt
 from qlora_trainer.training.schedule import Schedule
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
@@ -63,7 +64,7 @@ def train(
     """
     prepared = _prepared(context)
     require_whole_in_cache(context.workspace.root / prepared.model_path, context.mounts.model_cache)
-    rank_info = RankInfo.of(os.environ, context.spec.resources.gpus)
+    rank_info = RankInfo.of(os.environ, context.spec.resources)
     job = _Job(context, prepared, run_fingerprint(context.spec, prepared, context.device, rank_info.size))
     done = _already_trained(context, job.digest)
     if done is not None:
@@ -71,7 +72,8 @@ def train(
     with ExitStack() as held:
         checkpoint = held.enter_context(_attempt(job, now)) if rank_info.main else None
         child_ranks = held.enter_context(started_child_ranks(rank_info, command))
-        ranks = held.enter_context(joined(child_ranks, context.device, context.spec.training.sharding))
+        meeting = _meeting(job, rank_info, Runtime(records, stop, now, monotonic))
+        ranks = held.enter_context(joined(child_ranks, context.device, context.spec.training.sharding, meeting))
         checkpoint = agreed_checkpoint(ranks, job.digest, checkpoint, context.workspace.checkpoints)
         shortage = partial(explained_shortage, context.spec, prepared.target_modules, job.model_folder, context.device)
         with shortage(lambda: context.spec.training.micro_batch_size):
@@ -83,10 +85,12 @@ def train(
         # All that still needs GPU memory is the comparison, which takes one sequence at a time.
         with shortage(lambda: 1):
             record = _finish(run, state, job.digest) if ranks.main else None
+        # Not read from the workspace, where another node may see the file only after a while.
+        record = _agreed_record(ranks, record)
         ranks.wait()
-        if record is not None:
+        if ranks.main:
             _leave_samples(run, job.model_folder)
-    return record or _written_by_main(context, job.digest)
+    return record
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,27 @@ def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | No
     return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
 
 
-def _written_by_main(context: StepContext, fingerprint: str) -> TrainRecord:
-    record = _already_trained(context, fingerprint)
-    if record is None:
-        raise unreachable("the main process has finished, but its adapter is not in this process's workspace")
-    return record
+def _agreed_record(ranks: Ranks, record: TrainRecord | None) -> TrainRecord:
+    """The completion record, which the main process passes and the others get."""
+    text = ranks.from_main("trained", "" if record is None else record.model_dump_json())
+    return record or TrainRecord.model_validate_json(text)
+
+
+def _meeting(job: "_Job", rank_info: RankInfo, runtime: Runtime) -> Meeting:
+    """How this process meets the others: in several pods, for as long as the profile says."""
+    if not rank_info.several_nodes or contract.ENV_NODE not in os.environ:
+        return Meeting(stopped=lambda: runtime.stop.requested)
+    context = job.context
+
+    def report_waiting(activity: str) -> None:
+        runtime.records.progress(context.progress("train", runtime.now(), activity))
+
+    return Meeting(
+        seconds=float(os.environ.get(contract.ENV_NODE_WAIT, contract.DEFAULT_NODE_WAIT_SECONDS)),
+        incarnation=context.pod_uid,
+        stopped=lambda: runtime.stop.requested,
+        report=report_waiting,
+    )
 
 
 def _attempt(job: _Job, now: Clock) -> AbstractContextManager[Checkpoint | None]:

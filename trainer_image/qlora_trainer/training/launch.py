@@ -1,6 +1,7 @@
 """Starts the child ranks of a run with several GPUs in the same pod, and ensures that none outlives the main process.
 
-torchrun may have started all ranks already, on one node or several. Then the environment of this process says so.
+On several nodes, each pod starts its own. torchrun may have started all ranks already, on one node or several. The
+environment of this process says so.
 """
 
 import ctypes
@@ -14,7 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from qlora_api import contract
 from qlora_api.contract import ExitCode
+from qlora_api.training import ResourcesSpec
 from qlora_trainer.core.failures import Interrupted, bad_configuration, unreachable
 
 _PARENT = "QLORA_STARTED_BY"
@@ -35,6 +38,13 @@ class RankInfo:
     address: str = ""
     """Host of the store that all ranks share; empty while it is not known."""
     port: int = 0
+    launched: bool = False
+    """Whether another process has started this one and its siblings: torchrun, or the pod's main process."""
+
+    @property
+    def several_nodes(self) -> bool:
+        """Whether ranks of this run are in other pods."""
+        return self.local_size < self.size
 
     @property
     def main(self) -> bool:
@@ -42,13 +52,13 @@ class RankInfo:
         return self.rank == 0
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], gpus: int = 1) -> "RankInfo":
-        """The rank that torchrun's variables name; without them, rank 0 of `gpus` ranks in this pod.
+    def of(cls, environ: Mapping[str, str], resources: ResourcesSpec | None = None) -> "RankInfo":
+        """The rank that torchrun's variables name; without them, the first of this pod.
 
-        Raises StepFailure (BAD_CONFIGURATION) for variables that contradict each other.
+        Raises StepFailure (BAD_CONFIGURATION) for variables that contradict each other, or that several nodes lack.
         """
         if "RANK" not in environ or "WORLD_SIZE" not in environ:
-            return cls(size=gpus, local_size=gpus)
+            return cls._first_of_pod(environ, resources or ResourcesSpec())
         try:
             found = cls(
                 rank=int(environ["RANK"]),
@@ -56,7 +66,8 @@ class RankInfo:
                 local_rank=int(environ.get("LOCAL_RANK", "0")),
                 local_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
                 address=environ.get("MASTER_ADDR", _LOOPBACK),
-                port=int(environ.get("MASTER_PORT", "29500")),
+                port=int(environ.get("MASTER_PORT", str(contract.RENDEZVOUS_PORT))),
+                launched=True,
             )
         except ValueError as error:
             raise bad_configuration(f"RANK, WORLD_SIZE and the like are set, but not to numbers ({error})") from error
@@ -66,6 +77,26 @@ class RankInfo:
                 f"{found.local_size} contradict each other: start the step with torchrun, or without these variables"
             )
         return found
+
+    @classmethod
+    def _first_of_pod(cls, environ: Mapping[str, str], resources: ResourcesSpec) -> "RankInfo":
+        if resources.node_count == 1:
+            return cls(size=resources.gpus, local_size=resources.gpus)
+        node, rendezvous = environ.get(contract.ENV_NODE, ""), environ.get(contract.ENV_RENDEZVOUS, "")
+        address, _, port = rendezvous.rpartition(":")
+        if not (node.isdecimal() and int(node) < resources.node_count and address and port.isdecimal()):
+            raise bad_configuration(
+                f"spec.resources.nodes is {resources.node_count}, and this process does not know the other nodes "
+                f"({contract.ENV_NODE} is {node!r}, {contract.ENV_RENDEZVOUS} is {rendezvous!r}): start it in a "
+                "cluster, with torchrun, or without nodes"
+            )
+        return cls(
+            rank=int(node) * resources.gpus,
+            size=resources.gpu_count,
+            local_size=resources.gpus,
+            address=address,
+            port=int(port),
+        )
 
     def environment(self) -> dict[str, str]:
         """The variables from which `of` makes this value."""
@@ -81,8 +112,17 @@ class RankInfo:
 
 def named_rank(environ: Mapping[str, str]) -> int:
     """The rank that the environment names, 0 without one; `RankInfo.of` checks that it is in range."""
-    rank = environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() else 0
+    return _number(environ, "RANK")
+
+
+def named_node(environ: Mapping[str, str]) -> int:
+    """The node that the environment of a train pod names, 0 without one."""
+    return _number(environ, contract.ENV_NODE)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 class ChildRanks:
@@ -95,7 +135,7 @@ class ChildRanks:
 
     def require_alive(self) -> None:
         """Raise StepFailure (UNREACHABLE, which is retried) if a child rank has been killed or has crashed."""
-        for rank, process in enumerate(self._processes, start=1):
+        for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             status = process.poll()
             if status:
                 raise unreachable(f"{self._ending(rank, status)}. The step is retried")
@@ -106,7 +146,7 @@ class ChildRanks:
         Logs how each ended, as a warning if its status is not `expected`. Nothing else depends on it: by then the
         adapter or the checkpoint is written, or this process reports a failure of its own.
         """
-        for rank, process in enumerate(self._processes, start=1):
+        for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             try:
                 status = process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -122,26 +162,28 @@ class ChildRanks:
 
 @contextmanager
 def started_child_ranks(rank_info: RankInfo, command: Sequence[str]) -> Iterator[ChildRanks]:
-    """Start the other ranks with the same `command` (none if torchrun did, or if there is one rank), and reap them.
+    """Start this pod's other ranks with the same `command` (none if torchrun did, or if there are none), and reap them.
 
     When the run finishes or is asked to stop, they end by themselves. When the body fails they are killed: only this
     process writes, and it has the reason.
     """
-    if rank_info.size == 1 or rank_info.address:
+    if rank_info.local_size == 1 or rank_info.launched:
         yield ChildRanks(rank_info)
         return
     if not command:
         raise bad_configuration("several GPUs need the command `train`, or torchrun")
-    rank_info = replace(rank_info, address=_LOOPBACK, port=_free_port())
-    for interface in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        # A pod's own name may not resolve, and no other interface is needed.
-        os.environ.setdefault(interface, "lo")
+    if not rank_info.several_nodes:
+        rank_info = replace(rank_info, address=_LOOPBACK, port=_free_port())
+        for interface in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            # A pod's own name may not resolve, and no other interface is needed.
+            os.environ.setdefault(interface, "lo")
     processes: list[subprocess.Popen[bytes]] = []
     child_ranks, seconds = ChildRanks(rank_info, processes), 0.0
     expected: ExitCode | None = None
     try:
-        for rank in range(1, rank_info.size):
-            environment = replace(rank_info, rank=rank, local_rank=rank).environment() | {_PARENT: str(os.getpid())}
+        for local_rank in range(1, rank_info.local_size):
+            child = replace(rank_info, rank=rank_info.rank + local_rank, local_rank=local_rank)
+            environment = child.environment() | {_PARENT: str(os.getpid())}
             processes.append(
                 subprocess.Popen(
                     command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL

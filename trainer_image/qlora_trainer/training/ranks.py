@@ -13,6 +13,7 @@ each rank draws for itself.
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,18 +28,24 @@ from torch import Tensor, nn
 from qlora_api.contract import ExitCode
 from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device
-from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_memory, unreachable
+from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_memory, peer_lost, unreachable
 from qlora_trainer.core.outcome import classify
 from qlora_trainer.training.launch import ChildRanks, RankInfo
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: loading a large model and saving on a slow volume take minutes."""
+"""How long a rank waits for the others in an exchange: loading a large model, or saving on a slow volume."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in buckets of this size, as in PyTorch's DDP (arXiv 2006.15704): the memory that it costs."""
 _FAILURE = "failure"
 _JOINED = "joined"
 _SECONDS_BETWEEN_LOOKS = 0.1
 _LOOKS = 50
+# The first look for a store that is not there yet: its failure says so after this time, and a signal is noticed.
+_SECONDS_TO_CONNECT = timedelta(seconds=5)
+_SECONDS_BETWEEN_CONNECTS = 1.0
+_LOOPBACK = "127.0.0.1"
+# What gloo and NCCL report outside of our own exchanges, as in the passes of a sharded base.
+_CONNECTION = re.compile(r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|ncclSystemError")
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -181,7 +188,8 @@ class _Endings:
             except RuntimeError:
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        return unreachable(
+        lost = peer_lost if self._own.several_nodes else unreachable
+        return lost(
             f"rank {self._own.rank} of {self._own.size} lost another process of this run "
             f"({first_line(error)}); the step is retried"
         )
@@ -190,28 +198,46 @@ class _Endings:
         """Raise the StepFailure of the first rank that failed, or of a child rank that has been killed."""
         if self._store.check([_FAILURE]):
             said = json.loads(self._store.get(_FAILURE))
-            own = said["rank"] == self._own.rank
+            own = said["rank"] in (self._own.rank, None)
             raise StepFailure(
                 ExitCode(said["code"]), said["message"] if own else f"rank {said['rank']}: {said['message']}"
             )
         self._child_ranks.require_alive()
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """How this rank meets the others."""
+
+    seconds: float = TIMEOUT.total_seconds()
+    """For how long it waits for them."""
+    incarnation: str = ""
+    """The UID of its pod: a pod that replaces another one must not join what that one had joined. Empty if no pod is
+    replaced."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether it has been asked to stop."""
+    report: Callable[[str], None] = lambda _activity: None
+    """Reports what it waits for."""
+
+
 @contextmanager
-def joined(child_ranks: ChildRanks, device: Device, sharding: Literal["none", "full"]) -> Iterator[Ranks]:
+def joined(
+    child_ranks: ChildRanks, device: Device, sharding: Literal["none", "full"], meeting: Meeting | None = None
+) -> Iterator[Ranks]:
     """The ranks of this run, once all have joined; they shard the base if `sharding` is full.
 
     A failure of this rank is published before it ends, so that every rank ends with the same exit code. Raises
-    StepFailure (UNREACHABLE) if a rank does not join, or is lost later without a reason.
+    StepFailure: UNREACHABLE if a rank does not join, or is lost later without a reason; if that can be one of another
+    node, PEERS_MISSING and PEER_LOST. Raises Interrupted if it is asked to stop before all have joined.
     """
-    rank_info = child_ranks.rank_info
+    rank_info, meeting = child_ranks.rank_info, meeting or Meeting()
     if rank_info.size == 1:
         yield Ranks()
         return
-    store = _store(rank_info)
+    store = _store(rank_info, meeting, child_ranks)
     endings = _Endings(store, child_ranks)
     try:
-        _wait_for_all(store, rank_info, endings)
+        _wait_for_all(store, rank_info, endings, meeting)
         # Then an exchange over NCCL that times out raises an exception instead of ending the process.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         torch.distributed.init_process_group(
@@ -225,36 +251,90 @@ def joined(child_ranks: ChildRanks, device: Device, sharding: Literal["none", "f
     except Interrupted:
         raise
     except Exception as error:
+        if rank_info.several_nodes and _is_lost_connection(error):
+            raise endings(error) from error
         endings.publish(error)
         raise
     torch.distributed.destroy_process_group()
 
 
-def _store(rank_info: RankInfo) -> Any:
+def _is_lost_connection(error: Exception) -> bool:
+    lost = isinstance(error, RuntimeError) and _CONNECTION.search(str(error)) is not None
+    return lost and not is_out_of_gpu_memory(error)
+
+
+def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> Any:
     """The store that the ranks share. It is torchrun's agent that serves it, or else the main process."""
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        store = torch.distributed.TCPStore(
-            rank_info.address,
-            rank_info.port,
-            rank_info.size,
-            rank_info.main and not by_agent,
-            timeout=TIMEOUT,
-            wait_for_workers=False,
-        )
-    except RuntimeError as error:
-        raise unreachable(
-            f"rank {rank_info.rank} does not reach {rank_info.address}:{rank_info.port}: {error}"
-        ) from error
-    # torchrun may restart all ranks over the same store.
-    return torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    serves = rank_info.main and not by_agent
+    deadline = time.monotonic() + meeting.seconds
+    while True:
+        try:
+            store = _connected(rank_info, serves=serves)
+            # torchrun may restart all ranks over the same store.
+            own = torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            if _is_of_this_round(own, rank_info, meeting):
+                store.set_timeout(TIMEOUT)
+                return own
+            reason = f"{rank_info.address} still serves pods that end"
+        except RuntimeError as error:
+            if serves:
+                raise unreachable(f"port {rank_info.port} cannot be served: {first_line(error)}") from error
+            reason = first_line(error)
+        if meeting.stopped():
+            raise Interrupted(0, 0, 0)
+        child_ranks.require_alive()
+        if time.monotonic() > deadline:
+            raise _missing(rank_info, f"does not reach {rank_info.address}:{rank_info.port} ({reason})", meeting)
+        time.sleep(_SECONDS_BETWEEN_CONNECTS)
 
 
-def _wait_for_all(store: Any, rank_info: RankInfo, endings: _Endings) -> None:
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
+def _connected(rank_info: RankInfo, *, serves: bool) -> Any:
+    return torch.distributed.TCPStore(
+        # Not every network lets a pod reach itself by the name that others know.
+        _LOOPBACK if serves and rank_info.several_nodes else rank_info.address,
+        rank_info.port,
+        rank_info.size,
+        serves,
+        timeout=_SECONDS_TO_CONNECT if rank_info.several_nodes else TIMEOUT,
+        wait_for_workers=False,
+    )
+
+
+def _is_of_this_round(store: Any, rank_info: RankInfo, meeting: Meeting) -> bool:
+    """Whether this rank has not joined the store before in another pod, whose peers are about to end."""
+    if not meeting.incarnation:
+        return True
+    return bool(store.compare_set(f"rank-{rank_info.rank}", "", meeting.incarnation).decode() == meeting.incarnation)
+
+
+def _wait_for_all(store: Any, rank_info: RankInfo, endings: _Endings, meeting: Meeting) -> None:
+    deadline = time.monotonic() + meeting.seconds
     store.add(_JOINED, 1)
     while (joined_ranks := store.add(_JOINED, 0)) < rank_info.size:
         endings.require_none()
+        if meeting.stopped():
+            _leave(store)
+            raise Interrupted(0, 0, 0)
         if time.monotonic() > deadline:
-            raise unreachable(f"{joined_ranks} of {rank_info.size} ranks joined within {TIMEOUT}; the step is retried")
+            raise _missing(rank_info, f"has met {joined_ranks} of {rank_info.size} processes", meeting)
+        meeting.report(f"waiting for the other nodes: {joined_ranks} of {rank_info.size} processes have started")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _leave(store: Any) -> None:
+    """Have those that have joined not wait for this rank, which is stopped: its successor meets them anew."""
+    message = "stopped before all nodes had started"
+    text = json.dumps({"rank": None, "code": int(ExitCode.INTERRUPTED), "message": message})
+    store.compare_set(_FAILURE, "", text)
+
+
+def _missing(rank_info: RankInfo, found: str, meeting: Meeting) -> StepFailure:
+    text = f"rank {rank_info.rank} {found} within {meeting.seconds:.0f} seconds"
+    if not rank_info.several_nodes:
+        return unreachable(f"{text}; the step is retried")
+    return StepFailure(
+        ExitCode.PEERS_MISSING,
+        f"{text}: not all nodes of the job have started. The GPUs are freed, and all nodes try again after a pause; "
+        "see why the other train pods wait with `kubectl describe pod`, or lower spec.resources.nodes in a new job",
+    )

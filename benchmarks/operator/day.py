@@ -1,0 +1,200 @@
+"""A day of a busy cluster, compressed: thousands of finished jobs, hundreds that train, and a new one now and then.
+
+The finished jobs are copies (`seeding.py`), and lists that the operator takes every five minutes follow each other.
+"""
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from benchmarks.operator import audit, seeding, site
+from benchmarks.operator.client import Client, connect
+from benchmarks.operator.node import ENDLESS, playing
+from benchmarks.operator.objects import NAMESPACE, jobs_path, qlora_job
+from benchmarks.operator.progress import all_report, create_all
+from benchmarks.operator.usage import Processes, spread
+from benchmarks.operator.watching import watch
+from devcluster.controlplane import ControlPlane
+from qlora_api.naming import JOB_LABEL
+
+_RESYNC_SECONDS = 1
+_SECONDS_BETWEEN_NEW_JOBS = 5.0
+_SETTLE_SECONDS = 15
+_LOGS = "get pods/log"
+# Label of the jobs that train.
+_RUNNING = "running"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What can be chosen on the command line."""
+    parser.add_argument("--cleaned-up", type=int, default=4000, help="finished jobs that are cleaned up (%(default)s)")
+    parser.add_argument("--kept", type=int, default=1000, help="finished jobs with Jobs and pods (%(default)s)")
+    parser.add_argument("--running", type=int, default=200, help="jobs that train (%(default)s)")
+    parser.add_argument("--quiet-seconds", type=int, default=40, help="how long it is quiet (%(default)s)")
+    parser.add_argument("--day-seconds", type=int, default=150, help="how long the day takes (%(default)s)")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one run."""
+    with site.control_plane([NAMESPACE], site.HURRIED) as plane:
+        return asyncio.run(_measure(plane, options))
+
+
+async def _measure(plane: ControlPlane, options: argparse.Namespace) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "finished": {"cleanedUp": options.cleaned_up, "kept": options.kept},
+        "running": options.running,
+        "loadAverage": [round(value, 2) for value in os.getloadavg()],
+    }
+    async with connect(plane.kubeconfig) as client, playing(plane, {}) as node:
+        _say("two jobs end, and are copied")
+        await _seed(plane, client, options)
+        _say("the others start to train")
+        jobs = [qlora_job(number) for number in range(options.running)]
+        for body in jobs:
+            body["metadata"]["labels"] = {_RUNNING: ""}
+        node.set_seconds("train", ENDLESS)
+        with site.operator(plane) as operator:
+            await create_all(client, jobs)
+            await site.until(lambda: all_report(client, len(jobs), _RUNNING), "progress of all jobs", operator, every=3)
+            node.stop_reporting()
+            await asyncio.sleep(_SETTLE_SECONDS)
+            _say("quiet")
+            figures["quiet"] = await _quiet(plane, operator, options.quiet_seconds)
+        _say("restart")
+        figures["restart"] = await _restart(plane, len(jobs))
+        _say("the day")
+        node.report_again()
+        node.set_seconds("train", 0.0)
+        figures["day"] = await _day(plane, client, options.day_seconds)
+    return figures
+
+
+def _say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+async def _seed(plane: ControlPlane, client: Client, options: argparse.Namespace) -> None:
+    """Let one job end and stay, and another end and be cleaned up, and copy both."""
+    with site.operator(plane) as operator:
+        await client.create(jobs_path(), qlora_job(0, name="original-kept"))
+        await client.create(jobs_path(), qlora_job(0, name="original-cleaned-up", cleanupAfterSeconds=0))
+        await site.until(lambda: _is(client, "original-kept", "Succeeded"), "success", operator)
+        await site.until(lambda: _is(client, "original-cleaned-up", "CleanedUp"), "clean-up", operator)
+    for name, count in (("original-kept", options.kept), ("original-cleaned-up", options.cleaned_up)):
+        original = await seeding.template(client, name)
+        await seeding.copy(client, original, [f"{name.removeprefix('original-')}-{number}" for number in range(count)])
+
+
+async def _is(client: Client, name: str, condition: str) -> bool:
+    status = (await client.get(f"{jobs_path()}/{name}")).get("status", {})
+    return any((each["type"], each["status"]) == (condition, "True") for each in status.get("conditions", ()))
+
+
+async def _quiet(plane: ControlPlane, operator: subprocess.Popen[bytes], seconds: int) -> dict[str, Any]:
+    """What the operator asks while nothing changes: no log grows, and nobody creates a job."""
+    measured, audit_from = Processes((operator.pid,)), plane.audit_log.stat().st_size
+    before = measured.processor_seconds()
+    await asyncio.sleep(seconds)
+    requests = audit.requests(plane.audit_log, audit_from)
+    logs = sum(request.call == _LOGS for request in requests)
+    return {
+        "seconds": seconds,
+        "callsPerSecond": audit.by_call(requests, seconds),
+        "logReadsPerSecond": round(logs / seconds, 2),
+        "otherCallsPerSecond": round((len(requests) - logs) / seconds, 2),
+        "writes": sum(request.writes for request in requests),
+        "processorShare": round((measured.processor_seconds() - before) / seconds, 3),
+        "residentMiB": measured.resident_mib(),
+    }
+
+
+async def _restart(plane: ControlPlane, running: int) -> dict[str, Any]:
+    """What the operator writes when it starts and nothing has changed, until it has looked at every running job."""
+    audit_from, began = plane.audit_log.stat().st_size, time.monotonic()
+    with site.operator(plane) as operator:
+
+        async def has_looked_at_all() -> bool:
+            read = {each.name for each in audit.requests(plane.audit_log, audit_from) if each.call == _LOGS}
+            return len(read) >= running
+
+        await site.until(has_looked_at_all, "look at all running jobs", operator)
+        seconds = time.monotonic() - began
+        await asyncio.sleep(_SETTLE_SECONDS)
+        requests = audit.requests(plane.audit_log, audit_from)
+        resident = Processes((operator.pid,)).resident_mib()
+    return {
+        "secondsUntilAllWereLookedAt": round(seconds, 1),
+        "writes": sum(request.writes for request in requests),
+        "lists": sum(request.verb == "list" for request in requests),
+        "residentMiB": resident,
+    }
+
+
+async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, Any]:
+    """Memory over time, and how soon new jobs are served, while one resync follows the other."""
+    created: dict[str, float] = {}
+    first_job: dict[str, float] = {}
+    samples: list[tuple[float, float]] = []
+
+    async def see_first_jobs() -> None:
+        async for event in watch(plane.kubeconfig, "jobs"):
+            if name := event.body["metadata"].get("labels", {}).get(JOB_LABEL):
+                first_job.setdefault(name, event.seconds)
+
+    with ExitStack() as stack:
+        operator = stack.enter_context(site.operator(plane, resyncSeconds=_RESYNC_SECONDS))
+        measured = Processes((operator.pid,))
+        async with site.background(see_first_jobs()):
+            await asyncio.sleep(2 * _SETTLE_SECONDS)
+            audit_from, began = plane.audit_log.stat().st_size, time.monotonic()
+            due = began
+            while (now := time.monotonic()) - began < seconds:
+                samples.append((now - began, measured.resident_mib()))
+                if now >= due:
+                    due += _SECONDS_BETWEEN_NEW_JOBS
+                    body = qlora_job(len(created), name=f"new-{len(created)}")
+                    await client.create(jobs_path(), body)
+                    created[body["metadata"]["name"]] = time.monotonic()
+                await asyncio.sleep(1)
+
+            async def all_have_a_job() -> bool:
+                return created.keys() <= first_job.keys()
+
+            await site.until(all_have_a_job, "first Job of every new job", operator)
+            requests = audit.requests(plane.audit_log, audit_from)
+    return {
+        "seconds": seconds,
+        "resyncs": resyncs(requests),
+        "newJobs": len(created),
+        "secondsToFirstJob": spread([first_job[name] - moment for name, moment in created.items()]),
+        "residentMiB": figures_of_memory([mib for _, mib in samples]),
+        "samples": [[round(second), mib] for second, mib in samples[:: max(1, len(samples) // 30)]],
+        "callsPerSecond": audit.by_call(requests, seconds),
+    }
+
+
+def resyncs(requests: Sequence[audit.Request]) -> int:
+    """How many complete lists there were: each begins with the QLoRAJobs, page by page, and goes on with the Jobs."""
+    lists = [request.resource for request in requests if request.verb == "list"]
+    return sum((before, after) == ("qlorajobs", "jobs") for before, after in pairwise(lists))
+
+
+def figures_of_memory(samples: Sequence[float]) -> dict[str, float]:
+    """Median of the first quarter and of the last, how much the latter is more, and the maximum; in MiB."""
+    quarter = max(1, len(samples) // 4)
+    first, last = median(samples[:quarter]), median(samples[-quarter:])
+    return {
+        "firstQuarter": round(first, 1),
+        "lastQuarter": round(last, 1),
+        "growth": round(last - first, 1),
+        "peak": round(max(samples), 1),
+    }

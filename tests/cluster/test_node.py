@@ -1,0 +1,147 @@
+"""What a node does to a job: it is drained, it is lost with its pods, its volume fills up, its GPUs are shared."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from devcluster import addresses, cluster, layout, processes
+from devcluster.files import claim
+from devcluster.processes import run
+from tests.cluster.environment import LONG, Object, Tenant, signal_processes_of, tiny_job
+from tests.support.waiting import eventually
+
+# Disruptions are counted in tests/unit/qlora_operator/test_status.py; a full disk is met in tests/trainer/promises.
+pytestmark = pytest.mark.slow
+SMALL = "small"
+ENDLESS = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tenant: Tenant) -> Object:
+    """The status of a job that nobody has touched."""
+    return tenant.succeed(tenant.apply(tiny_job("undisturbed", steps=LONG)))
+
+
+def training(tenant: Tenant, name: str) -> Object:
+    """The train pod of a job that has a checkpoint."""
+    job = tenant.apply(tiny_job(name, steps=LONG))
+    tenant.wait(job, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
+    pod = tenant.running_pod(job, "train")
+    assert pod is not None
+    return pod
+
+
+def require_one_disruption(tenant: Tenant, name: str, undisturbed: Object) -> None:
+    """The job has ended in the same bytes, and one pod has been counted."""
+    status = tenant.succeed(name, seconds=600)
+    assert (status.get("disruptions", 0), status.get("failures", 0)) == (1, 0)
+    assert tenant.adapter_sum(status) == tenant.adapter_sum(undisturbed)
+
+
+def test_a_drained_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
+    training(tenant, "drained")
+    kubectl = tenant.cluster.kubectl
+    try:
+        # Only the job's pods: there is no other node for those of the cluster.
+        chosen = "--pod-selector=qlora.dev/job=drained"
+        kubectl("drain", addresses.NODE, chosen, "--delete-emptydir-data", "--timeout=300s")
+        waiting = tenant.wait("drained", lambda s: s["phase"] == "Queued", what="a job that waits for a node")
+        assert waiting["checkpoint"]["step"] > 0
+    finally:
+        kubectl("uncordon", addresses.NODE)
+    require_one_disruption(tenant, "drained", undisturbed)
+
+
+def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
+    """Its kubelet and its containers end at once, and its Node is deleted, as by the cloud that has taken it away."""
+    pod = training(tenant, "lost")
+    where, kubectl = layout.from_environment(), tenant.cluster.kubectl
+    with cluster.locked(where):
+        (kubelet,) = (record for record in processes.records(where.records) if record.name == "kubelet")
+        processes.stop(kubelet, grace=0)
+        try:
+            signal_processes_of(pod, signal.SIGKILL)
+            kubectl("delete", "node", addresses.NODE)
+
+            def gone() -> bool:
+                left = tenant.get("pods", "--selector=qlora.dev/job=lost,qlora.dev/step=train")["items"]
+                return pod["metadata"]["uid"] not in {one["metadata"]["uid"] for one in left}
+
+            eventually(gone, seconds=180, what="the lost pod deleted")
+        finally:
+            cluster.start_node_again(where)
+    tenant.cluster.wait_for_operator()
+    require_one_disruption(tenant, "lost", undisturbed)
+
+
+def test_a_full_claim_is_named_and_the_job_goes_on_when_there_is_room(tenant: Tenant) -> None:
+    with small_claim(tenant) as folder:
+        job = tenant.apply(tiny_job("full", steps=LONG, workspace={"claimName": SMALL}))
+        with tenant.stopped(job, "train"):
+            fill(folder / "ballast")
+        status = tenant.wait_for_end(job)
+        assert (status["phase"], status["lastFailure"]["reason"]) == ("Failed", "StorageFull"), status
+        (folder / "ballast").unlink()
+        tenant.kubectl("patch", "qlorajob", job, "--type=merge", '--patch={"spec":{"retry":{"request":1}}}')
+        tenant.wait(job, lambda now: now.get("retryRequest") == 1)
+        tenant.succeed(job)
+        tenant.kubectl("delete", "qlorajob", job)
+        eventually(lambda: not tenant.children(job, "pods"), seconds=60)
+
+
+@contextmanager
+def small_claim(tenant: Tenant) -> Iterator[Path]:
+    """A claim of 16 MiB, which is a file system of its own below the cluster's folder, so that `down` unmounts it."""
+    folder = layout.from_environment().cluster / SMALL
+    folder.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=0777", "tmpfs", folder])
+    body = claim(SMALL, tenant.namespace, "16Mi")
+    body["spec"] |= {"storageClassName": "", "volumeName": SMALL}
+    volume = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": SMALL},
+        "spec": {
+            "capacity": {"storage": "16Mi"},
+            "accessModes": ["ReadWriteOnce"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "hostPath": {"path": str(folder)},
+        },
+    }
+    both = {"apiVersion": "v1", "kind": "List", "items": [volume, body]}
+    tenant.cluster.kubectl("apply", "--filename=-", input_text=json.dumps(both))
+    try:
+        yield folder
+    finally:
+        tenant.kubectl("delete", "pvc", SMALL, "--wait=false")
+        tenant.cluster.kubectl("delete", "pv", SMALL, "--wait=false")
+        run(["umount", "--lazy", folder])
+
+
+def fill(path: Path) -> None:
+    """Write to the file until the file system is full."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return
+
+
+def test_two_gpus_of_one_job_keep_the_next_job_waiting(tenant: Tenant) -> None:
+    both = tenant.apply(tiny_job("both", steps=ENDLESS, resources={"cpu": "500m", "gpus": 2}))
+    tenant.wait(both, lambda status: status.get("progress", {}).get("loss"), what="two processes that train")
+    pod = tenant.running_pod(both, "train")
+    assert pod is not None
+    (container,) = pod["spec"]["containers"]
+    assert container["resources"]["limits"][addresses.GPU_RESOURCE] == "2"
+    one = tenant.apply(tiny_job("one"))
+    tenant.wait(one, lambda s: "nvidia.com/gpu" in tenant.condition(one, "Succeeded").get("message", ""))
+    assert tenant.status(one)["phase"] == "Queued"
+    tenant.kubectl("patch", "qlorajob", both, "--type=merge", '--patch={"spec":{"suspend":true}}')
+    tenant.succeed(one)
+    tenant.kubectl("delete", "qlorajob", both)

@@ -1,0 +1,96 @@
+"""Two pods train one adapter: they find each other by name, and the loss of one costs nothing but time.
+
+NetworkPolicies are enforced: the pods reach each other by the one that the operator creates for the job.
+"""
+
+import json
+
+import pytest
+
+from devcluster import cluster, layout, node, toolchain
+from devcluster.files import claim
+from devcluster.product import SHARED_PROFILE
+from tests.cluster.environment import LONG, Object, Tenant, tiny_job
+from tests.support.manifests import Manifest
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.slow
+WORKSPACE = "shared"
+_REACH = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], 29500), timeout=3).close()
+except OSError:
+    print("denied")
+else:
+    print("reached")
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tenant: Tenant) -> str:
+    """A claim that several pods mount: on the only node, any claim is. NetworkPolicies are enforced."""
+    where = layout.from_environment()
+    toolchain.built(where, [node.POLICY_PROGRAM])
+    with cluster.locked(where):
+        cluster.enforce_network_policies(where)
+    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim(WORKSPACE, tenant.namespace)))
+    return WORKSPACE
+
+
+def job_of_two(name: str, workspace: str) -> Manifest:
+    return tiny_job(
+        name,
+        steps=LONG,
+        resources={"cpu": "500m", "nodes": 2},
+        workspace={"claimName": workspace},
+        scheduling={"profile": SHARED_PROFILE},
+    )
+
+
+def train_pods(tenant: Tenant, name: str, attempt: int) -> list[Object]:
+    """The train pods of that attempt, that of node 0 first."""
+    pods = tenant.get("pods", f"--selector=batch.kubernetes.io/job-name={name}-train-{attempt}")["items"]
+    return sorted(pods, key=lambda pod: str(pod["metadata"]["name"]))
+
+
+@pytest.mark.parametrize("options", [[], ["--grace-period=0", "--force"]], ids=["deleted", "killed"])
+def test_a_pod_of_two_that_is_lost_is_one_disruption_and_the_adapter_has_the_same_bytes(
+    tenant: Tenant, shared: str, undisturbed: Object, options: list[str]
+) -> None:
+    name = tenant.apply(job_of_two(f"lost-{len(options)}", shared))
+    tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
+    first, second = train_pods(tenant, name, 1)
+    tenant.kubectl("delete", "pod", second["metadata"]["name"], "--wait=false", *options)
+    # The other one ends too, and both start again.
+    eventually(lambda: len(train_pods(tenant, name, 2)) == 2, seconds=120, what="two new pods")
+    uids = {pod["metadata"]["uid"] for pod in train_pods(tenant, name, 2)}
+    assert not uids & {first["metadata"]["uid"], second["metadata"]["uid"]}
+
+    status = tenant.succeed(name)
+
+    assert (status["disruptions"], status.get("failures", 0)) == (1, 0)
+    assert tenant.adapter_sum(status) == tenant.adapter_sum(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tenant: Tenant, shared: str) -> Object:
+    """The status of a job of two pods that nobody has touched."""
+    return tenant.succeed(tenant.apply(job_of_two("two-undisturbed", shared)))
+
+
+def test_no_other_pod_of_the_namespace_reaches_the_train_pods(tenant: Tenant, shared: str) -> None:
+    name = tenant.apply(job_of_two("closed", shared))
+    tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
+    first = tenant.get("pod", train_pods(tenant, name, 1)[0]["metadata"]["name"])
+    policy = f"qlora-{tenant.job(name)['metadata']['uid']}"
+    with tenant.volume(shared) as pod:
+        assert pod.run("python3", "-c", _REACH, first["status"]["podIP"]).strip() == "denied"
+        # The same attempt, of the same pod.
+        tenant.kubectl("delete", "networkpolicy", policy)
+        eventually(
+            lambda: pod.run("python3", "-c", _REACH, first["status"]["podIP"]).strip() == "reached",
+            seconds=60,
+            what="no policy",
+        )
+    tenant.kubectl("delete", "qlorajob", name)

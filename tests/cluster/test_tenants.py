@@ -1,0 +1,179 @@
+"""Tenants who attack, on a node: what tests/api/test_tenants.py tries without one, and what takes one.
+
+A tenant has the chart's role `edit`, which the cluster role `edit` of Kubernetes includes, in a namespace with the Pod
+Security level `restricted`. Helm has installed the operator.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devcluster import addresses, cluster, layout, product
+from devcluster.controlplane import ControlPlane
+from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
+from tests.cluster.conftest import give_inputs
+from tests.cluster.environment import INPUTS, Cluster, Object, Tenant, tiny_job
+from tests.support.harmless_attempts import NEEDS_NO_NODE, batch_job
+from tests.support.manifests import MINIMAL
+from tests.support.node_attempts import CANARY, ON_A_NODE, Assault
+from tests.support.rejected_attempts import REJECTED
+from tests.support.tenancy import (
+    TENANT,
+    TENANT_USER,
+    VICTIM,
+    VICTIM_USER,
+    Tenants,
+    add_namespaces,
+    client,
+    denied_to_the_operator,
+    granted_to_the_operator,
+    used_by_the_operator,
+)
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.slow
+ENDLESS = 1_000_000
+PROFILES: Object = {
+    # Nobody listens there: jobs whose data are missing never get that far.
+    "default": {"registries": ["registry.example.org"], "hubEndpoint": "http://127.0.0.1:9"},
+    "small": {"allowJobScheduling": False, "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2}},
+    "private": {"namespaces": [VICTIM]},
+}
+
+
+@pytest.fixture(scope="module")
+def since(installed: Cluster) -> Iterator[int]:
+    """Where the audit log of an operator begins that starts with the tenants' profiles, and without a Lease."""
+    where = layout.from_environment()
+    start = installed.audit_log.stat().st_size
+    profiles = {**PROFILES, "default": {**product.SMALL_MACHINE["profiles"]["default"], **PROFILES["default"]}}
+    installed.kubectl("scale", "deployment/qlora-operator", "--replicas=0", f"--namespace={OPERATOR_NAMESPACE}")
+    eventually(lambda: not installed.kubectl.get("pods", f"--namespace={OPERATOR_NAMESPACE}")["items"], seconds=60)
+    installed.kubectl("delete", "lease", "--all", f"--namespace={OPERATOR_NAMESPACE}")
+    product.install(where, where.kubeconfig, installed.images, {"profiles": profiles})
+    yield start
+    product.install(where, where.kubeconfig, installed.images)
+
+
+@pytest.fixture(scope="module")
+def tenants(installed: Cluster, since: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
+    """The two tenants, and a job of the victim's."""
+    assert since
+    where = layout.from_environment()
+    server = f"https://{addresses.BRIDGE_ADDRESS}:{cluster.ports_of(where).api}"
+    plane = ControlPlane(where.cluster, server, where.kubeconfig, where.audit_log, installed.kubectl)
+    folder = tmp_path_factory.mktemp("clients")
+    admin, tenant, victim = (client(plane, folder, user) for user in ("", TENANT_USER, VICTIM_USER))
+    add_namespaces(installed.kubectl)
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub"}, "stringData": {"token": CANARY}}
+    victim.create(VICTIM, "secrets", secret)
+    victim.create(
+        VICTIM, "qlorajobs", MINIMAL | {"metadata": {"name": "tune"}, "spec": MINIMAL["spec"] | {"suspend": True}}
+    )
+    found = Tenants(plane, admin, tenant, victim)
+    found.wait("tune", VICTIM, phase="Suspended")
+    yield found
+    for namespace in (TENANT, "capped", VICTIM):
+        for job in admin.list(namespace, "qlorajobs"):
+            if job["metadata"].get("finalizers"):
+                admin.patch(namespace, "qlorajobs", job["metadata"]["name"], {"metadata": {"finalizers": None}})
+        installed.kubectl("delete", "namespace", namespace)
+
+
+@pytest.fixture(scope="module")
+def untouched(tenants: Tenants) -> dict[str, Object]:
+    """What there is in the victim's namespace."""
+    return tenants.everything(VICTIM)
+
+
+@pytest.fixture(scope="module")
+def attacker(
+    tenants: Tenants, installed: Cluster, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Tenant:
+    """The tenant, with inputs and a Secret."""
+    tenant = Tenant(installed, TENANT)
+    give_inputs(tenant, tiny_model, tmp_path_factory.mktemp("inputs"))
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub"}, "stringData": {"token": CANARY}}
+    tenants.tenant.create(TENANT, "secrets", secret)
+    return tenant
+
+
+@pytest.fixture(scope="module")
+def assault(attacker: Tenant, tenant: Tenant) -> Assault:
+    model = {"source": f"pvc://{INPUTS}/model", "tokenSecretRef": {"name": "hub"}}
+    own = attacker.apply(tiny_job("own", steps=ENDLESS, model=model))
+    other = tenant.apply(tiny_job("neighbor", steps=ENDLESS))
+    for who, name in ((attacker, own), (tenant, other)):
+        who.wait(name, lambda status: status.get("progress", {}).get("loss"), what="a job that trains")
+    pod = tenant.running_pod(other, "train")
+    assert pod is not None
+    return Assault(attacker, own, tenant, other, pod)
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_what_a_tenant_may_not_do_is_rejected_with_a_reason(
+    tenants: Tenants, untouched: dict[str, Object], name: str
+) -> None:
+    attempt = REJECTED[name]
+    strict = {} if attempt.method in ("GET", "DELETE") or "?" in attempt.path else {"fieldValidation": "Strict"}
+    status, answer = tenants.tenant.send(attempt.method, attempt.path, attempt.body, kind=attempt.kind, **strict)
+    assert (status, attempt.says in str(answer.get("message"))) == (attempt.status, True), (status, answer)
+    assert tenants.everything(VICTIM) == untouched
+
+
+@pytest.mark.parametrize("name", NEEDS_NO_NODE)
+def test_what_a_tenant_may_do_harms_nobody_else(tenants: Tenants, untouched: dict[str, Object], name: str) -> None:
+    NEEDS_NO_NODE[name](tenants)
+    assert tenants.everything(VICTIM) == untouched
+
+
+@pytest.mark.parametrize("name", ON_A_NODE)
+def test_what_a_tenant_does_in_its_pods_harms_nobody_else(assault: Assault, name: str) -> None:
+    ON_A_NODE[name](assault)
+    assault.require_neighbor_unharmed()
+
+
+def test_the_neighbor_has_trained_all_the_while(assault: Assault) -> None:
+    before = assault.neighbor.status(assault.other)["progress"]["step"]
+    assault.neighbor.wait(assault.other, lambda status: status["progress"]["step"] > before, what="progress")
+    assault.require_neighbor_unharmed()
+    for tenant, name in ((assault.attacker, assault.job), (assault.neighbor, assault.other)):
+        tenant.kubectl("delete", "qlorajob", name)
+
+
+TAMPERING = {
+    "another-adapter": "printf X | dd of=trained/adapter_model.safetensors bs=1 seek=4000 conv=notrunc",
+    "a-link": "mv trained kept && ln -s /proc/self/root trained",
+    "a-link-in-it": "ln -sf /etc/passwd trained/adapter_config.json",
+    "a-link-for-the-adapter": "ln -s /tmp adapter",
+}
+
+
+@pytest.mark.parametrize("name", TAMPERING)
+def test_an_adapter_that_was_changed_after_training_is_not_published(attacker: Tenant, name: str) -> None:
+    job = attacker.apply(tiny_job(name, retry={"maxFailures": 0}))
+    with attacker.stopped(job, "publish"):
+        resolved = attacker.status(job)["resolved"]
+        with attacker.volume(resolved["claimName"]) as files:
+            files.run("sh", "-c", f"cd /volume/{resolved['workspacePath']} && {TAMPERING[name]}")
+    status = attacker.wait_for_end(job)
+    assert (status["phase"], "adapter" in status) == ("Failed", False), status
+    attacker.kubectl("delete", "qlorajob", job)
+
+
+def test_the_operators_rights_are_those_that_it_uses(tenants: Tenants, attacker: Tenant, since: int) -> None:
+    """From the audit log of all the attempts above, and of a name that is taken, nothing is denied or left over."""
+    tenants.tenant.create(TENANT, "jobs", batch_job({"name": "exercise-prepare-1"}))
+    attacker.apply(tiny_job("exercise"))
+    tenants.wait("exercise", reason="NameTaken")
+    suspended = attacker.apply(tiny_job("exercise-suspension", steps=ENDLESS))
+    attacker.wait(suspended, lambda status: status.get("progress", {}).get("loss"), what="a job that trains")
+    tenants.tenant.patch(TENANT, "qlorajobs", suspended, {"spec": {"suspend": True}})
+    attacker.wait_for_phase(suspended, "Suspended")
+    requests = tenants.audited(since)
+    assert used_by_the_operator(requests) == granted_to_the_operator()
+    denied = denied_to_the_operator(requests)
+    assert [uri for uri in denied if "/namespaces/capped/" not in uri] == [], "a quota denies, in that namespace"
+    assert json.dumps(requests).count(CANARY) == 0

@@ -1,0 +1,216 @@
+"""What a tenant tries from inside its pods and on its volumes, which takes a node: none of it reaches a neighbor.
+
+The tenant has a job that trains, and a shell in its pod. That the neighbor's job goes on is checked by the test, after
+each of them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from devcluster.errors import ClusterError
+from qlora_api.naming import JOB_LABEL
+from tests.cluster.environment import Object, Tenant
+from tests.support.harmless_attempts import TIME, forged, result
+from tests.support.rejected_attempts import pod
+from tests.support.tenancy import TENANT_USER
+from tests.support.waiting import eventually
+
+CANARY = "hf_canarycanarycanarycanarycanary1234"
+# Prints what succeeds.
+_ESCAPES = """
+import ctypes, os, socket, stat
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*arguments):
+    if getattr(libc, arguments[0])(*arguments[1:]) != 0:
+        raise OSError(ctypes.get_errno(), "denied")
+def strangers():
+    own = [pid for pid in os.listdir("/proc") if pid.isdigit()]
+    if len(own) < 50:
+        raise OSError("only its own")
+attempts = {
+    "become root": lambda: os.setuid(0),
+    "write to the image": lambda: open("/opt/attempt", "w"),
+    "write to the job": lambda: open("/job/attempt", "w"),
+    "write to the model": lambda: open("/volumes/inputs/model/attempt", "w"),
+    "mount": lambda: call("mount", b"none", b"/mnt", b"tmpfs", 0, None),
+    "another user namespace": lambda: call("unshare", 0x10000000),
+    "the node's mounts": lambda: call("setns", os.open("/proc/1/ns/mnt", os.O_RDONLY), 0),
+    "a device": lambda: os.mknod("/tmp/disk", stat.S_IFBLK | 0o600, os.makedev(8, 0)),
+    "a raw socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP),
+    "the kernel's log": lambda: open("/dev/kmsg"),
+    "the kernel's settings": lambda: open("/proc/sys/kernel/core_pattern", "w"),
+    "the kernel's keys": lambda: open("/proc/sysrq-trigger", "w"),
+    "a larger limit of memory": lambda: open("/sys/fs/cgroup/memory/memory.limit_in_bytes", "w"),
+    "the node's processes": strangers,
+    "the runtime's socket": lambda: open("/run/containerd/containerd.sock"),
+    "a token of the API server": lambda: open("/var/run/secrets/kubernetes.io/serviceaccount/token"),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except OSError:
+        continue
+    print(name)
+"""
+_SEARCH = """
+import os, sys
+for place in ("/job", "/secrets", "/credentials", "/var/run/secrets", "/run", "/tmp", "/etc"):
+    for folder, _, names in os.walk(place):
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                if os.path.isfile(path) and sys.argv[1].encode() in open(path, "rb").read():
+                    print(path)
+            except OSError:
+                pass
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        if sys.argv[1].encode() in open(f"/proc/{pid}/environ", "rb").read():
+            print(pid)
+    except OSError:
+        pass
+"""
+_FILL = """
+import errno, os
+for path, size in (("/dev/shm/full", 1 << 30), ("/tmp/full", 1 << 28)):
+    try:
+        with open(path, "wb") as file:
+            for _ in range(size >> 20):
+                file.write(bytes(1 << 20))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    os.remove(path)
+"""
+
+
+@dataclass(frozen=True)
+class Assault:
+    """A tenant with a job that trains, and the neighbor's job that trains beside it."""
+
+    attacker: Tenant
+    job: str
+    neighbor: Tenant
+    other: str
+    other_pod: Object
+
+    def kubectl(self, *arguments: str, input_text: str | None = None) -> str:
+        """Kubectl with the rights of the tenant."""
+        return self.attacker.kubectl(f"--as={TENANT_USER}", *arguments, input_text=input_text)
+
+    def run(self, *command: str) -> str:
+        """What a command prints in the tenant's own train pod."""
+
+        def running() -> Object | None:
+            return self.attacker.running_pod(self.job, "train")
+
+        name = (eventually(running, seconds=120, what="the tenant's own train pod") or {})["metadata"]["name"]
+        return self.kubectl("exec", name, "--", *command)
+
+    def require_neighbor_unharmed(self) -> None:
+        """Its pod runs on, and nothing has been counted."""
+        pod = self.neighbor.running_pod(self.other, "train")
+        assert pod is not None
+        assert pod["metadata"]["uid"] == self.other_pod["metadata"]["uid"]
+        assert [one["restartCount"] for one in pod["status"]["containerStatuses"]] == [0]
+        status = self.neighbor.status(self.other)
+        assert (status["phase"], status.get("failures", 0), status.get("disruptions", 0)) == ("Training", 0, 0)
+
+
+Attempt = Callable[[Assault], None]
+ON_A_NODE: dict[str, Attempt] = {}
+
+
+def attempt(function: Attempt) -> Attempt:
+    """Collects it under its name, with blanks."""
+    ON_A_NODE[function.__name__.replace("_", " ")] = function
+    return function
+
+
+@attempt
+def a_shell_in_the_train_pod_of_another(a: Assault) -> None:
+    metadata = a.other_pod["metadata"]
+    elsewhere = (f"--as={TENANT_USER}", f"--namespace={metadata['namespace']}")
+    for verb in ("exec", "attach", "logs"):
+        with pytest.raises(ClusterError, match="is forbidden"):
+            a.attacker.cluster.kubectl(verb, *elsewhere, metadata["name"], *(["--", "id"] if verb == "exec" else []))
+
+
+@attempt
+def a_debugging_container_in_a_train_pod(a: Assault) -> None:
+    """Not even in its own: it could run as another user, and see what the pod mounts."""
+    name = (a.attacker.running_pod(a.job, "train") or {})["metadata"]["name"]
+    with pytest.raises(ClusterError, match="is forbidden"):
+        a.kubectl("debug", name, "--image=localhost/busybox:stable", "--target=trainer", "--", "id")
+
+
+@attempt
+def the_secrets_of_the_job_in_its_train_pod(a: Assault) -> None:
+    """The job names a token, which prepare has read."""
+    assert a.run("python3", "-c", _SEARCH, CANARY) == ""
+
+
+@attempt
+def ways_out_of_the_container(a: Assault) -> None:
+    assert a.run("python3", "-c", _ESCAPES) == ""
+
+
+@attempt
+def the_end_of_every_process(a: Assault) -> None:
+    """Of its own container, at most."""
+    for target in ("-1", "1"):
+        try:
+            a.run("sh", "-c", f"kill -9 {target}")
+        except ClusterError as ended:
+            assert "exit code 137" in str(ended) or "exit status 1" in str(ended)  # noqa: PT017 - its own end
+
+
+@attempt
+def full_temporary_folders(a: Assault) -> None:
+    a.run("python3", "-c", _FILL)
+
+
+@attempt
+def lies_in_a_log(a: Assault) -> None:
+    other = a.neighbor.job(a.other)
+    lie = {
+        "kind": "progress",
+        "jobUid": other["metadata"]["uid"],
+        "podUid": a.other_pod["metadata"]["uid"],
+        "step": "train",
+        "trainingStep": 999_999,
+        "totalSteps": 1_000_000,
+        "loss": 0.0,
+        "time": TIME,
+    }
+    shown = (a.attacker.status(a.job).get("progress") or {}).get("updatedAt")
+    a.run("sh", "-c", 'printf "\\n%s\\n" "$0" > /proc/1/fd/1', json.dumps(lie))
+
+    def read_again() -> bool:
+        return (a.attacker.status(a.job).get("progress") or {}).get("updatedAt") not in (None, shown)
+
+    eventually(read_again, seconds=120, what="a log that is read again")
+    for tenant, name in ((a.attacker, a.job), (a.neighbor, a.other)):
+        assert "999999" not in json.dumps(tenant.status(name).get("progress", {}))
+
+
+@attempt
+def last_words_about_the_job_of_another(a: Assault) -> None:
+    """In a pod of the tenant's own that has the labels of the neighbor's."""
+    other = a.neighbor.job(a.other)
+    said = result(other, a.other_pod, step="train", outcome="failed", exit_code=14, reason="Diverged")
+    body = pod(restartPolicy="Never")
+    (container,) = body["spec"]["containers"]
+    container |= {
+        "image": a.attacker.cluster.images.operator,
+        "command": ["sh", "-c", 'printf "%s" "$0" > /dev/termination-log; exit 14', said],
+    }
+    body |= {"metadata": forged("last-words", other, "train")}
+    a.kubectl("create", "--filename=-", input_text=json.dumps(body))
+    a.kubectl("wait", "pod/last-words", "--for=jsonpath={.status.phase}=Failed", "--timeout=60s")
+    (state,) = a.attacker.get("pod", "last-words")["status"]["containerStatuses"]
+    assert state["state"]["terminated"]["message"] == said
+    assert JOB_LABEL in body["metadata"]["labels"]

@@ -1,0 +1,385 @@
+"""A job of several nodes: its pods are one attempt, which ends for the pod that ended it and counts once."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.profile import Profile
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decisions.manifests import build_job, build_peer_policy, build_peer_service
+from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan, plan
+from tests.support.builders import (
+    NAME,
+    NOW,
+    PROFILE,
+    UID,
+    after,
+    child,
+    conditions_of,
+    deleted,
+    ended,
+    facts,
+    follow,
+    make_job,
+    message_of,
+    node,
+    reason_of,
+    resolved,
+    result,
+    running,
+    status_in,
+    step_status,
+    time,
+)
+
+PEER_LOST, PEERS_MISSING, INTERRUPTED, UNREACHABLE = 201, 202, 143, 200
+SHARED = {"topology": "shared", "accessMode": "ReadWriteMany"}
+
+
+def job_in(status: QLoRAJobStatus | None = None, nodes: int = 2, **spec: Any) -> QLoRAJob:
+    return make_job(status or status_in("train"), resources={"nodes": nodes}, **spec)
+
+
+def told(body: dict[str, Any], code: int, reason: str, message: str = "", end: float = -10) -> dict[str, Any]:
+    """The pod after its trainer has ended with that record."""
+    return ended(body, code, result(body, "train", code, reason=reason, message=message), end=end)
+
+
+def lost(number: int, end: float = -9) -> dict[str, Any]:
+    return told(node(number), PEER_LOST, "PeerLost", "lost another process of this run", end=end)
+
+
+FAILED = child("train", Failed="BackoffLimitExceeded")
+ENDED_BY_ITS_POLICY = child("train", Failed="PodFailurePolicy")
+RUNS = child("train")
+FULL = told(node(1), 13, "GPUOutOfMemory", "the GPU is out of memory")
+
+
+def counts(status: QLoRAJobStatus) -> tuple[int, int, int]:
+    """Failures, disruptions, and the number of the step's Job."""
+    assert status.step is not None
+    return status.failures, status.disruptions, status.step.attempt
+
+
+def decide(job: QLoRAJob, *bodies: dict[str, Any], at: float = 0) -> Plan:
+    found = facts(job, *bodies, now=after(at))
+    return plan(job, job.status, found.observed, found.now)
+
+
+def test_the_pod_that_failed_gives_the_reason_and_not_the_one_that_lost_it() -> None:
+    status = follow(job_in(), ENDED_BY_ITS_POLICY, lost(0, end=-12), FULL)
+
+    assert conditions_of(status)["Failed"] == "True"
+    assert (reason_of(status), message_of(status)) == ("GPUOutOfMemory", "the GPU is out of memory")
+    assert counts(status) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [lost(0)],
+        [lost(0), ended(node(2), INTERRUPTED)],
+        [ended(node(0), 137, reason="Error") | {"metadata": deleted(node(0), -60)["metadata"]}, lost(2)],
+    ],
+    ids=["the others have lost it", "one was stopped with the failed Job", "one was killed as it did not stop in time"],
+)
+def test_a_pod_that_is_gone_costs_one_disruption_and_another_job_for_all(others: list[dict[str, Any]]) -> None:
+    status = follow(job_in(nodes=3), FAILED, *others, lost(1))
+
+    assert counts(status) == (0, 1, 2)
+    again = follow(job_in(status, nodes=3), FAILED, *others, lost(1))
+    assert counts(again) == (0, 1, 2)
+    assert decide(job_in(again, nodes=3), FAILED, *others, lost(1)).actions == (ConnectNodes(), CreateJob("train", 2))
+
+
+def test_the_pods_of_a_drained_node_are_a_disruption_and_no_failure() -> None:
+    drained = ended(node(1), 137)
+    drained["status"]["conditions"] = [
+        {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": ""}
+    ]
+    assert counts(follow(job_in(), FAILED, lost(0), drained)) == (0, 1, 2)
+
+
+def test_pods_that_stopped_together_are_replaced_together_and_count_once() -> None:
+    """The Job ignores them and would replace the deleted one alone."""
+    bodies = (RUNS, ended(node(0), INTERRUPTED), ended(node(1), INTERRUPTED))
+    status = follow(job_in(), *bodies)
+
+    assert counts(status) == (0, 1, 2)
+    successor = node(1, created=-5)
+    stored = job_in(follow(job_in(status), *bodies, successor))
+    assert counts(stored.status) == (0, 1, 2)
+    assert decide(stored, *bodies, successor).actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
+    # No pod of the next Job starts while one of this one may still write.
+    assert decide(stored, successor).actions == ()
+    assert decide(stored).actions == (ConnectNodes(), CreateJob("train", 2))
+
+
+def test_the_reason_is_not_told_before_the_pod_that_may_have_it_has_ended() -> None:
+    running_on = running(node(1))
+    status = follow(job_in(), FAILED, lost(0), running_on)
+    assert counts(status) == (0, 0, 1)
+
+    status = follow(job_in(status), ENDED_BY_ITS_POLICY, lost(0), told(node(1), 11, "BadDataset", "line 7"))
+
+    assert (reason_of(status), message_of(status)) == ("BadDataset", "line 7")
+
+
+@pytest.mark.parametrize("failing", [RUNS, child("train", FailureTarget="BackoffLimitExceeded")], ids=["soon", "now"])
+def test_a_pod_that_is_stopped_with_its_failing_job_is_not_taken_for_the_reason(failing: dict[str, Any]) -> None:
+    """The kubelet of the pod that has failed may be the last to report."""
+    stopped = ended(node(2), INTERRUPTED)
+    status = follow(job_in(nodes=3), failing, lost(0), running(node(1)), stopped)
+    assert counts(status) == (0, 0, 1)
+
+    assert counts(follow(job_in(status, nodes=3), ENDED_BY_ITS_POLICY, lost(0), FULL, stopped)) == (1, 0, 1)
+
+
+def test_a_failure_that_all_pods_report_counts_once_and_is_retried_after_a_pause() -> None:
+    bodies = (FAILED, *(told(node(number), UNREACHABLE, "Unreachable", "no route") for number in range(2)))
+    status = follow(job_in(), *bodies)
+
+    assert counts(status) == (1, 0, 2)
+    assert decide(job_in(status), *bodies, at=-1).actions == ()
+    assert decide(job_in(status), *bodies, at=0).actions == (ConnectNodes(), CreateJob("train", 2, failures=1))
+
+
+def test_more_failures_than_are_allowed_end_the_job() -> None:
+    failure = told(node(0), UNREACHABLE, "Unreachable", "no route")
+    stored = status_in("train", 1, step=step_status("train", failures=3).dump(), failures=3)
+
+    status = follow(job_in(stored), FAILED, failure, lost(1))
+
+    assert (conditions_of(status)["Failed"], reason_of(status)) == ("True", "Unreachable")
+    assert counts(status) == (4, 0, 1)
+
+
+def test_more_disruptions_than_are_allowed_end_the_job() -> None:
+    status = follow(job_in(retry={"maxDisruptions": 0}), FAILED, lost(0), lost(1))
+
+    assert reason_of(status) == "RetriesExhausted"
+
+
+def test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that_grows() -> None:
+    waited = told(node(0), PEERS_MISSING, "PeersMissing", "has met 1 of 2 processes")
+    bodies = (FAILED, waited, ended(node(1), INTERRUPTED))
+    status = follow(job_in(), *bodies)
+
+    assert counts(status) == (0, 0, 2)
+    assert reason_of(status) == "Retrying"
+    assert "PeersMissing: has met 1 of 2 processes" in message_of(status)
+    assert decide(job_in(status), *bodies, at=30).actions == ()
+    planned = decide(job_in(status), *bodies, at=30)
+    assert planned.look_again is not None
+    assert after(50) <= planned.look_again <= after(120)
+    assert decide(job_in(status), *bodies, at=120).actions == (ConnectNodes(), CreateJob("train", 2))
+
+
+def _suspended(body: dict[str, Any]) -> dict[str, Any]:
+    return body | {"spec": {"suspend": True}}
+
+
+def test_a_queue_that_stops_the_pods_costs_nothing_and_resumes_the_same_job() -> None:
+    stopped = (ended(node(0), INTERRUPTED), ended(node(1), INTERRUPTED))
+    status = follow(job_in(), _suspended(child("train", Suspended="JobSuspended")), *stopped)
+    assert counts(status) == (0, 0, 1)
+    assert status.phase == "Queued"
+
+    resumed = child("train")
+    resumed["status"] = {
+        "startTime": NOW.isoformat(),
+        "conditions": [{"type": "Suspended", "status": "False", "reason": "JobResumed"}],
+    }
+    fresh = (running(node(0, created=5), since=6), running(node(1, created=5), since=6))
+    status = follow(job_in(status), resumed, *stopped, *fresh, now=after(10))
+    assert counts(status) == (0, 0, 1)
+    assert status.phase == "Training"
+
+    # A pod that is lost afterwards is a disruption again.
+    gone = (ended(node(0, created=5), INTERRUPTED, end=20), ended(node(1, created=5), INTERRUPTED, end=20))
+    assert counts(follow(job_in(status), resumed, *stopped, *gone, now=after(30))) == (0, 1, 2)
+
+
+def test_pods_killed_while_a_queue_stops_them_cost_another_job_and_nothing_else() -> None:
+    killed = ended(node(1), 137) | {"metadata": deleted(node(1), -120)["metadata"]}
+    failed = _suspended(child("train", Suspended="JobSuspended", Failed="BackoffLimitExceeded"))
+
+    assert counts(follow(job_in(), failed, ended(node(0), INTERRUPTED), killed)) == (0, 0, 2)
+
+
+def test_pods_that_are_all_gone_are_one_disruption() -> None:
+    seen_running = status_in(
+        "train", 1, step=step_status("train", runningPod="uid-0", runningSince="2026-01-02T11:59:00Z").dump()
+    )
+    assert counts(follow(job_in(seen_running), RUNS)) == (0, 1, 2)
+    # As long as another pod is there, it says what has happened.
+    assert counts(follow(job_in(seen_running), RUNS, running(node(1)))) == (0, 0, 1)
+
+
+def test_the_result_is_that_of_node_0() -> None:
+    done = told(node(0), 0, "Done"), told(node(1), 0, "Done")
+    complete = child("train", Complete="CompletionsReached")
+
+    assert conditions_of(follow(job_in(), complete, *done))["Trained"] == "True"
+    assert conditions_of(follow(job_in(), complete, ended(node(0), 0), done[1]))["Trained"] == "Unknown"
+
+
+def test_only_node_0_counts_for_the_time_that_the_steps_have_run() -> None:
+    job = job_in(activeDeadlineSeconds=100)
+    bodies = (RUNS, running(node(0), since=-60), running(node(1), since=-60))
+    assert conditions_of(follow(job, *bodies))["Failed"] == "False"
+
+    status = follow(job_in(), FAILED, lost(0, end=-9), lost(1))
+    assert status.active_seconds == 51
+
+
+def test_the_status_shows_how_many_nodes_run_and_what_keeps_the_others() -> None:
+    message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    entry = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    without_node = node(1) | {"status": {"phase": "Pending", "conditions": [entry]}}
+
+    status = follow(job_in(), RUNS, running(node(0)), without_node)
+
+    assert status.step is not None
+    assert (status.step.nodes, status.step.running_nodes) == (2, 1)
+    assert (status.phase, reason_of(status)) == ("Queued", "Unschedulable")
+    assert message in message_of(status)
+    status = follow(job_in(), RUNS, running(node(0)), running(node(1)))
+    assert status.step is not None
+    assert (status.step.running_nodes, status.phase) == (2, "Training")
+
+
+def test_progress_is_read_from_node_0() -> None:
+    status = follow(job_in(), RUNS, running(node(1), since=-90), running(node(0), since=-60))
+    assert status.step is not None
+    assert status.step.running_pod == node(0)["metadata"]["uid"]
+
+
+@pytest.mark.parametrize(
+    ("workspace", "claim", "reason"),
+    [
+        ({}, {}, "WorkspaceNotShared"),
+        ({"topology": "shared"}, {}, "WorkspaceNotShared"),
+        ({"topology": "shared"}, {"accessModes": ["ReadWriteMany"]}, "Pending"),
+        ({"topology": "shared"}, {"claimName": "team"}, "Pending"),
+        ({"topology": "zonal"}, {"claimName": "team"}, "WorkspaceNotShared"),
+        (SHARED, {}, "Pending"),
+        (SHARED, {"accessModes": ["ReadWriteOnce"]}, "WorkspaceNotShared"),
+    ],
+)
+def test_a_job_whose_pods_could_not_share_the_workspace_does_not_start(
+    workspace: dict[str, Any], claim: dict[str, Any], reason: str
+) -> None:
+    profile = Profile.model_validate(PROFILE.dump() | {"workspace": workspace})
+    job = make_job(resources={"nodes": 2}, workspace=claim)
+
+    status = follow(job, profiles={"default": profile})
+
+    assert reason_of(status) == reason
+    assert (status.resolved is None) == (reason == "WorkspaceNotShared")
+
+
+def test_the_limit_of_gpus_is_that_of_all_nodes() -> None:
+    profile = Profile.model_validate(PROFILE.dump() | {"workspace": SHARED, "limits": {"gpus": 8}})
+    job = make_job(resources={"nodes": 4, "gpus": 4})
+
+    status = follow(job, profiles={"default": profile})
+
+    assert reason_of(status) == "LimitExceeded"
+    assert "spec.resources.gpus × nodes is 16" in message_of(status)
+    job = make_job(resources={"nodes": 2, "gpus": 4})
+    assert reason_of(follow(job, profiles={"default": profile})) == "Pending"
+
+
+@pytest.mark.parametrize(("nodes", "version"), [(None, 2), (1, 2), (2, 3)])
+def test_only_a_job_of_several_nodes_needs_an_operator_and_a_trainer_that_know_them(
+    nodes: int | None, version: int
+) -> None:
+    profile = Profile.model_validate(PROFILE.dump() | {"workspace": SHARED})
+    job = make_job(resources={} if nodes is None else {"nodes": nodes})
+
+    status = follow(job, profiles={"default": profile})
+
+    assert status.resolved is not None
+    assert status.resolved.contract_version == version
+
+
+def test_pods_that_hang_are_restarted_together_and_that_is_one_failure() -> None:
+    stalled = step_status(
+        "train", runningPod=node(0)["metadata"]["uid"], runningSince=time(-600), progressedAt=time(-600)
+    ).dump()
+    job = job_in(status_in("train", 1, step=stalled), progressDeadlineSeconds=300, retry={"onNoProgress": "restart"})
+    bodies = (RUNS, running(node(0), since=-600), running(node(1), since=-600))
+
+    status = follow(job, *bodies, log_read=True)
+
+    assert counts(status) == (1, 0, 2)
+    assert status.active_seconds == 600
+    stored = job_in(follow(job_in(status), *bodies))
+    assert decide(stored, *bodies).actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
+
+
+def train_job(**profile: Any) -> dict[str, Any]:
+    job = make_job(resources={"nodes": 2, "gpus": 4}, retry={"maxFailures": 5})
+    return build_job(job, resolved(Profile.model_validate(PROFILE.dump() | profile)), "train", 3)
+
+
+def environment_of(body: dict[str, Any]) -> dict[str, str]:
+    (container,) = body["spec"]["template"]["spec"]["containers"]
+    return {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+
+
+def test_a_train_job_of_several_nodes_is_indexed_and_fails_as_a_whole() -> None:
+    body = train_job()
+    spec = body["spec"]
+
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    assert spec["backoffLimit"] == 0
+    ignored = [rule for rule in spec["podFailurePolicy"]["rules"] if rule["action"] == "Ignore"]
+    assert [rule["onExitCodes"]["values"] for rule in ignored] == [[INTERRUPTED]]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert environment_of(body)["QLORA_RENDEZVOUS"] == f"{NAME}-train-3-0.qlora-{UID}:29500"
+    index = next(entry for entry in container["env"] if entry["name"] == "QLORA_NODE")
+    assert "job-completion-index" in index["valueFrom"]["fieldRef"]["fieldPath"]
+
+
+@pytest.mark.parametrize("step", ["prepare", "publish", "clean"])
+def test_the_other_steps_stay_one_pod(step: Any) -> None:
+    body = build_job(make_job(resources={"nodes": 2}), resolved(), step, 1)
+
+    assert (body["spec"]["completions"], body["spec"]["parallelism"]) == (1, 1)
+    assert "completionMode" not in body["spec"]
+    assert "QLORA_RENDEZVOUS" not in environment_of(body)
+
+
+def test_nccls_settings_are_the_profiles_and_only_of_train_pods_that_use_it() -> None:
+    settings = {"NCCL_SOCKET_IFNAME": "eth1", "NCCL_IB_HCA": "mlx5"}
+    assert environment_of(train_job(nccl=settings)).items() >= settings.items()
+    alone = build_job(make_job(), resolved(Profile.model_validate(PROFILE.dump() | {"nccl": settings})), "train", 1)
+    assert not environment_of(alone).keys() & settings.keys()
+    with pytest.raises(ValueError, match="NCCL_ and capital letters"):
+        Profile.model_validate(PROFILE.dump() | {"nccl": {"LD_PRELOAD": "/workspace/evil.so"}})
+
+
+def test_the_train_pods_of_a_job_find_and_reach_each_other_and_nothing_else() -> None:
+    job = make_job(resources={"nodes": 2})
+    pod_spec = train_job()["spec"]["template"]
+    service, policy = build_peer_service(job), build_peer_policy(job)
+
+    selectors = [service["spec"]["selector"], policy["spec"]["podSelector"]["matchLabels"]]
+    for selector in selectors:
+        assert pod_spec["metadata"]["labels"].items() >= selector.items()
+        assert UID in selector.values()
+    assert pod_spec["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    (ingress,) = policy["spec"]["ingress"]
+    to_peers, dns = policy["spec"]["egress"]
+    assert ingress["from"] == to_peers["to"] == [{"podSelector": {"matchLabels": selectors[0]}}]
+    assert {entry["port"] for entry in dns["ports"]} == {53}
+    others = build_peer_policy(job, (5353,))["spec"]["egress"][1]["ports"]
+    assert {(entry["port"], entry["protocol"]) for entry in others} == {(5353, "UDP"), (5353, "TCP")}
+    for manifest in (service, policy):
+        assert manifest["metadata"]["ownerReferences"][0]["uid"] == UID
