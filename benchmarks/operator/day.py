@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import pairwise
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -25,8 +25,9 @@ from benchmarks.operator.watching import watch
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_LABEL
 
-_RESYNC_SECONDS = 1
-_SECONDS_BETWEEN_NEW_JOBS = 5.0
+# Half of it is what a watch has to show what a list has shown: with less, a busy machine has no time for that.
+_RESYNC_SECONDS = 4
+_SECONDS_BETWEEN_NEW_JOBS = 3.0
 _SETTLE_SECONDS = 15
 _LOGS = "get pods/log"
 # Label of the jobs that train.
@@ -35,7 +36,9 @@ _RUNNING = "running"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What can be chosen on the command line."""
-    parser.add_argument("--cleaned-up", type=int, default=4000, help="finished jobs that are cleaned up (%(default)s)")
+    parser.add_argument(
+        "--cleaned-up", type=int, default=4000, help="finished jobs of which nothing else is left (%(default)s)"
+    )
     parser.add_argument("--kept", type=int, default=1000, help="finished jobs with Jobs and pods (%(default)s)")
     parser.add_argument("--running", type=int, default=200, help="jobs that train (%(default)s)")
     parser.add_argument("--quiet-seconds", type=int, default=40, help="how long it is quiet (%(default)s)")
@@ -89,9 +92,11 @@ async def _seed(plane: ControlPlane, client: Client, options: argparse.Namespace
         await client.create(jobs_path(), qlora_job(0, name="original-cleaned-up", cleanupAfterSeconds=0))
         await site.until(lambda: _is(client, "original-kept", "Succeeded"), "success", operator)
         await site.until(lambda: _is(client, "original-cleaned-up", "CleanedUp"), "clean-up", operator)
-    for name, count in (("original-kept", options.kept), ("original-cleaned-up", options.cleaned_up)):
-        original = await seeding.template(client, name)
-        await seeding.copy(client, original, [f"{name.removeprefix('original-')}-{number}" for number in range(count)])
+    kept = await seeding.template(client, "original-kept")
+    await seeding.copy(client, kept, [f"kept-{number}" for number in range(options.kept)])
+    # A day after its end, the Job that has cleaned up is gone too (`finishedJobSeconds` of the profile).
+    cleaned_up = replace(await seeding.template(client, "original-cleaned-up"), children=(), pods=())
+    await seeding.copy(client, cleaned_up, [f"cleaned-up-{number}" for number in range(options.cleaned_up)])
 
 
 async def _is(client: Client, name: str, condition: str) -> bool:
@@ -142,6 +147,7 @@ async def _restart(plane: ControlPlane, running: int) -> dict[str, Any]:
 async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, Any]:
     """Memory over time, and how soon new jobs are served, while one resync follows the other."""
     created: dict[str, float] = {}
+    arrived: list[float] = []
     first_job: dict[str, float] = {}
     samples: list[tuple[float, float]] = []
 
@@ -162,6 +168,7 @@ async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, A
                 if now >= due:
                     due += _SECONDS_BETWEEN_NEW_JOBS
                     body = qlora_job(len(created), name=f"new-{len(created)}")
+                    arrived.append(time.time())
                     await client.create(jobs_path(), body)
                     created[body["metadata"]["name"]] = time.monotonic()
                 await asyncio.sleep(1)
@@ -171,10 +178,13 @@ async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, A
 
             await site.until(all_have_a_job, "first Job of every new job", operator)
             requests = audit.requests(plane.audit_log, audit_from)
+    lists = resyncs(requests)
     return {
         "seconds": seconds,
-        "resyncs": resyncs(requests),
+        "resyncs": len(lists),
+        "secondsOfOneResync": round(median(end - start for start, end in lists), 2),
         "newJobs": len(created),
+        "newJobsDuringResyncs": sum(any(start <= moment <= end for start, end in lists) for moment in arrived),
         "secondsToFirstJob": spread([first_job[name] - moment for name, moment in created.items()]),
         "residentMiB": figures_of_memory([mib for _, mib in samples]),
         "samples": [[round(second), mib] for second, mib in samples[:: max(1, len(samples) // 30)]],
@@ -182,10 +192,21 @@ async def _day(plane: ControlPlane, client: Client, seconds: int) -> dict[str, A
     }
 
 
-def resyncs(requests: Sequence[audit.Request]) -> int:
-    """How many complete lists there were: each begins with the QLoRAJobs, page by page, and goes on with the Jobs."""
-    lists = [request.resource for request in requests if request.verb == "list"]
-    return sum((before, after) == ("qlorajobs", "jobs") for before, after in pairwise(lists))
+def resyncs(requests: Sequence[audit.Request]) -> list[tuple[float, float]]:
+    """When the first request of each resync arrived, and when the last one did, in seconds since 1970.
+
+    Each lists the QLoRAJobs of all namespaces, page by page, then the Jobs and the pods.
+    """
+    found: list[tuple[float, float]] = []
+    before = ""
+    for request in requests:
+        if request.verb != "list" or request.namespace:
+            continue
+        begins = request.resource == "qlorajobs" != before
+        if begins or found:
+            found.append((request.seconds if begins else found.pop()[0], request.seconds))
+        before = request.resource
+    return found
 
 
 def figures_of_memory(samples: Sequence[float]) -> dict[str, float]:

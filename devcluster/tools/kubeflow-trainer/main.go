@@ -3,6 +3,7 @@
 package main
 
 import (
+	"crypto/tls"
 	"errors"
 	"flag"
 	"log"
@@ -48,7 +49,7 @@ func main() {
 		Scheme:                 scheme,
 		Client:                 client.Options{Cache: &client.CacheOptions{Unstructured: true}},
 		Metrics:                metricsserver.Options{BindAddress: "0"},
-		WebhookServer:          webhook.NewServer(webhook.Options{Port: *port}),
+		WebhookServer:          webhook.NewServer(webhook.Options{Port: *port, TLSOpts: []func(*tls.Config){onlyHTTP1}}),
 		HealthProbeBindAddress: *probes,
 	})
 	stopOn(err)
@@ -80,6 +81,10 @@ func setUp(manager ctrl.Manager, runtimes map[string]runtime.Runtime, ready <-ch
 	stopOn(err)
 	_, err = webhooks.Setup(manager, runtimes)
 	stopOn(err)
+}
+
+func onlyHTTP1(config *tls.Config) {
+	config.NextProtos = []string{"http/1.1"}
 }
 
 func stopOn(err error) {

@@ -229,8 +229,10 @@ def test_the_rate_of_status_writes_is_that_of_each_job_between_its_first_and_its
 
 
 def test_a_resync_is_one_list_of_each_kind_however_many_pages_it_has() -> None:
-    kinds = ("qlorajobs", "qlorajobs", "jobs", "pods", "qlorajobs", "jobs", "jobs", "pods", "qlorajobs")
-    assert day.resyncs([asked("list", kind) for kind in kinds] + [asked("get", "jobs")]) == 2
+    kinds = ("pods", "qlorajobs", "qlorajobs", "jobs", "pods", "qlorajobs", "jobs", "jobs", "pods")
+    lists = [audit.Request("list", kind, "", "", float(second), 200) for second, kind in enumerate(kinds)]
+    of_one_job = [asked("list", "jobs", seconds=2.5), asked("get", "jobs", seconds=2.6)]
+    assert day.resyncs([*lists[:3], *of_one_job, *lists[3:]]) == [(1.0, 4.0), (5.0, 8.0)]
 
 
 def test_memory_that_grows_is_told_from_memory_that_varies() -> None:
