@@ -371,9 +371,8 @@ class Reconciler:
 
     async def _write(self, facts: Facts, status: QLoRAJobStatus) -> None:
         """Store the status if it differs from the stored one, and post an Event if the phase changes."""
-        job, content = facts.job, status.dump()
-        key = (job.namespace, job.name)
-        if content == job.status.dump():
+        job, key = facts.job, (facts.job.namespace, facts.job.name)
+        if status == job.status or (content := status.dump()) == job.status.dump():
             return
         self.store.job_changed(await self.cluster.apply_status(job, content))
         self.metrics.status_writes.inc()

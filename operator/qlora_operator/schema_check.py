@@ -6,6 +6,8 @@ than the CustomResourceDefinition can start no job, whether it finds the older o
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -39,6 +41,7 @@ class SchemaCheck:
         self._schemas = schemas
         self._on_change = on_change
         self._suspected = asyncio.Event()
+        self._judged: tuple[bytes, str | None] = (b"", None)
         self.problem: str | None = "the schema of QLoRAJob has not been read yet"
 
     async def run(self) -> None:
@@ -58,7 +61,7 @@ class SchemaCheck:
         while True:
             await self._pause()
             try:
-                problem = _lack(missing_fields(await self._schemas.get_schema()))
+                problem = self._judge(await self._schemas.get_schema())
             except ClusterError as error:
                 logger.debug("the schema of QLoRAJob cannot be read: %s", error)
                 continue
@@ -92,11 +95,18 @@ class SchemaCheck:
 
     async def _explain(self) -> str | None:
         try:
-            return _lack(missing_fields(await self._schemas.get_schema()))
+            return self._judge(await self._schemas.get_schema())
         except NotFoundError:
             return NO_DEFINITION
         except ClusterError as error:
             return f"the schema of QLoRAJob cannot be read: {error}"
+
+    def _judge(self, document: Object) -> str | None:
+        """What the document lacks. The same one is not compared again, which takes many times as long as a pass."""
+        digest = hashlib.blake2b(json.dumps(document, sort_keys=True).encode()).digest()
+        if digest != self._judged[0]:
+            self._judged = digest, _lack(missing_fields(document))
+        return self._judged[1]
 
 
 def _lack(missing: list[str]) -> str | None:

@@ -76,7 +76,12 @@ class Settings(ApiModel):
     dns_ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=8)] = Field(
         DNS_PORTS, description="Ports of the pods that answer DNS, which train pods on several nodes reach."
     )
-    workers: int = Field(16, ge=1, le=64, description="Number of jobs that are reconciled at the same time.")
+    workers: int = Field(
+        16,
+        ge=1,
+        le=64,
+        description="Number of jobs that are reconciled at the same time; of one namespace, at most 7 in 8 of them.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
     probe_port: Port = Field(8080, description="Port of /healthz and /readyz.")
     metrics_port: Port = Field(9090, description="Port of /metrics.")

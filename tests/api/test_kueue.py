@@ -18,7 +18,7 @@ from devcluster.errors import ClusterError
 from qlora_api.naming import JOB_LABEL, STEP_LABEL
 from tests.support.kueue import GPU, SHIPPED, Kueue, kueue
 from tests.support.manifests import MINIMAL
-from tests.support.nodeless import NAMESPACE, Nodeless, nodeless
+from tests.support.nodeless import NAMESPACE, SHARED, Nodeless, nodeless
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -35,6 +35,7 @@ class Queued:
 
     def apply(self, name: str, nodes: int = 1, **scheduling: str) -> str:
         manifest = {**MINIMAL, "metadata": {"name": name, "namespace": NAMESPACE}}
+        scheduling |= {"profile": SHARED} if nodes > 1 else {}
         spec = {**MINIMAL["spec"], "scheduling": scheduling, "resources": {"nodes": nodes}}
         self.cluster.kubectl.apply(json.dumps(manifest | {"spec": spec}))
         return name
@@ -75,9 +76,8 @@ class Queued:
 @pytest.fixture(scope="module")
 def queued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queued]:
     folder = tmp_path_factory.mktemp("kueue")
-    shared = {"topology": "shared", "accessMode": "ReadWriteMany"}
     with (
-        nodeless(folder, gpuResource=GPU, workspace=shared) as cluster,
+        nodeless(folder, gpuResource=GPU) as cluster,
         kueue(cluster.kubectl, folder, NAMESPACE) as controller,
     ):
         for name, value in (("low", 10), ("high", 1000)):

@@ -56,28 +56,6 @@ def test_a_drained_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -
     require_one_disruption(tenant, "drained", undisturbed)
 
 
-def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
-    """Its kubelet and its containers end at once, and its Node is deleted, as by the cloud that has taken it away."""
-    pod = training(tenant, "lost")
-    where, kubectl = layout.from_environment(), tenant.cluster.kubectl
-    with cluster.locked(where):
-        (kubelet,) = (record for record in processes.records(where.records) if record.name == "kubelet")
-        processes.stop(kubelet, grace=0)
-        try:
-            signal_processes_of(pod, signal.SIGKILL)
-            kubectl("delete", "node", addresses.NODE)
-
-            def gone() -> bool:
-                left = tenant.get("pods", "--selector=qlora.dev/job=lost,qlora.dev/step=train")["items"]
-                return pod["metadata"]["uid"] not in {one["metadata"]["uid"] for one in left}
-
-            eventually(gone, seconds=180, what="the lost pod deleted")
-        finally:
-            cluster.start_node_again(where)
-    tenant.cluster.wait_for_operator()
-    require_one_disruption(tenant, "lost", undisturbed)
-
-
 def test_a_full_claim_is_named_and_the_job_goes_on_when_there_is_room(tenant: Tenant) -> None:
     with small_claim(tenant) as folder:
         job = tenant.apply(tiny_job("full", steps=LONG, workspace={"claimName": SMALL}))
@@ -145,3 +123,25 @@ def test_two_gpus_of_one_job_keep_the_next_job_waiting(tenant: Tenant) -> None:
     tenant.kubectl("patch", "qlorajob", both, "--type=merge", '--patch={"spec":{"suspend":true}}')
     tenant.succeed(one)
     tenant.kubectl("delete", "qlorajob", both)
+
+
+def test_a_lost_node_is_one_disruption(tenant: Tenant, undisturbed: Object) -> None:
+    """Its kubelet and its containers end at once, and its Node is deleted, as by the cloud that has taken it away."""
+    pod = training(tenant, "lost")
+    where, kubectl = layout.from_environment(), tenant.cluster.kubectl
+    with cluster.locked(where):
+        (kubelet,) = (record for record in processes.records(where.records) if record.name == "kubelet")
+        processes.stop(kubelet, grace=0)
+        try:
+            signal_processes_of(pod, signal.SIGKILL)
+            kubectl("delete", "node", addresses.NODE)
+
+            def gone() -> bool:
+                left = tenant.get("pods", "--selector=qlora.dev/job=lost,qlora.dev/step=train")["items"]
+                return pod["metadata"]["uid"] not in {one["metadata"]["uid"] for one in left}
+
+            eventually(gone, seconds=180, what="the lost pod deleted")
+        finally:
+            cluster.start_node_again(where)
+    tenant.cluster.wait_for_operator()
+    require_one_disruption(tenant, "lost", undisturbed)

@@ -12,6 +12,7 @@ import pytest
 
 from devcluster import addresses, cluster, layout, product
 from devcluster.controlplane import ControlPlane
+from devcluster.files import claim
 from devcluster.product import NAMESPACE as OPERATOR_NAMESPACE
 from tests.cluster.conftest import give_inputs
 from tests.cluster.environment import INPUTS, Cluster, Object, Tenant, tiny_job
@@ -40,6 +41,7 @@ PROFILES: Object = {
     "default": {"registries": ["registry.example.org"], "hubEndpoint": "http://127.0.0.1:9"},
     "small": {"allowJobScheduling": False, "limits": {"gpus": 1, "workspaceSize": "60Gi", "jobs": 2}},
     "private": {"namespaces": [VICTIM]},
+    product.SHARED_PROFILE: product.SMALL_MACHINE["profiles"][product.SHARED_PROFILE],
 }
 
 
@@ -52,7 +54,7 @@ def since(installed: Cluster) -> Iterator[int]:
     installed.kubectl("scale", "deployment/qlora-operator", "--replicas=0", f"--namespace={OPERATOR_NAMESPACE}")
     eventually(lambda: not installed.kubectl.get("pods", f"--namespace={OPERATOR_NAMESPACE}")["items"], seconds=60)
     installed.kubectl("delete", "lease", "--all", f"--namespace={OPERATOR_NAMESPACE}")
-    product.install(where, where.kubeconfig, installed.images, {"profiles": profiles})
+    product.install(where, where.kubeconfig, installed.images, {**product.SMALL_MACHINE, "profiles": profiles})
     yield start
     product.install(where, where.kubeconfig, installed.images)
 
@@ -172,6 +174,15 @@ def test_the_operators_rights_are_those_that_it_uses(tenants: Tenants, attacker:
     attacker.wait(suspended, lambda status: status.get("progress", {}).get("loss"), what="a job that trains")
     tenants.tenant.patch(TENANT, "qlorajobs", suspended, {"spec": {"suspend": True}})
     attacker.wait_for_phase(suspended, "Suspended")
+    attacker.kubectl("apply", "--filename=-", input_text=json.dumps(claim("shared", TENANT)))
+    several = tiny_job(
+        "exercise-nodes",
+        steps=ENDLESS,
+        resources={"cpu": "500m", "nodes": 2},
+        workspace={"claimName": "shared"},
+        scheduling={"profile": product.SHARED_PROFILE},
+    )
+    attacker.wait_for_phase(attacker.apply(several), "Queued", "Training")
     requests = tenants.audited(since)
     assert used_by_the_operator(requests) == granted_to_the_operator()
     denied = denied_to_the_operator(requests)

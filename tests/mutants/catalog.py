@@ -363,6 +363,49 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="a-flood-occupies-every-worker",
+        file=f"{_OPERATOR}/workqueue.py",
+        old="return self.most is None or self._working_in[namespace] < self.most",
+        new="return True",
+        tests=(f"{_OPERATOR_TESTS}/test_workqueue.py::test_a_neighbor_begins_while_everything_of_a_flood_is_stuck",),
+    ),
+    Mutant(
+        name="a-detached-pod-runs-unseen",
+        file=f"{_OPERATOR}/reconcile.py",
+        old="if missing and step.running_pod_name:",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_running_pod_that_somebody_detaches_still_counts_against_the_deadline",
+        ),
+    ),
+    Mutant(
+        name="two-pods-write-at-the-same-time",
+        file=f"{_DECISIONS}/plan.py",
+        old="if child.name != wanted or detached)",
+        new="if child.name != wanted)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time",
+        ),
+    ),
+    Mutant(
+        name="the-deadline-of-the-job-itself-costs-a-retry",
+        file=f"{_DECISIONS}/attempts.py",
+        old=" or child.expired or ",
+        new=" or ",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_limits.py::test_a_job_that_its_own_deadline_has_ended_is_followed_by_another_and_costs_no_retry",
+        ),
+    ),
+    Mutant(
+        name="an-older-definition-is-not-noticed",
+        file=f"{_OPERATOR}/schema_check.py",
+        old="                self._note(problem)\n            elif",
+        new="                pass\n            elif",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_schema_check.py::test_an_older_definition_that_is_applied_meanwhile_is_noticed_said_once_and_over_when_the_right_one_is_back",
+        ),
+    ),
+    Mutant(
         name="new-jobs-stop-the-others",
         file=f"{_OPERATOR}/workqueue.py",
         old="due[0] if self._working_of_the_rest >= self.reserved else due[-1]",

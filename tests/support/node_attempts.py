@@ -33,7 +33,7 @@ def strangers():
 attempts = {
     "become root": lambda: os.setuid(0),
     "write to the image": lambda: open("/opt/attempt", "w"),
-    "write to the job": lambda: open("/job/attempt", "w"),
+    "write to the job": lambda: open("/etc/qlora/attempt", "w"),
     "write to the model": lambda: open("/volumes/inputs/model/attempt", "w"),
     "mount": lambda: call("mount", b"none", b"/mnt", b"tmpfs", 0, None),
     "another user namespace": lambda: call("unshare", 0x10000000),
@@ -57,7 +57,7 @@ for name, attempt in attempts.items():
 """
 _SEARCH = """
 import os, sys
-for place in ("/job", "/secrets", "/credentials", "/var/run/secrets", "/run", "/tmp", "/etc"):
+for place in ("/workspace", "/secrets", "/credentials", "/var/run/secrets", "/run", "/tmp", "/etc"):
     for folder, _, names in os.walk(place):
         for name in names:
             path = os.path.join(folder, name)

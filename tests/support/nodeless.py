@@ -23,6 +23,8 @@ from tests.support.waiting import eventually
 ROOT = Path(__file__).parents[2]
 NAMESPACE, NODE = "team", "played"
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
+SHARED = "shared"
+_SHARED_WORKSPACE = {"topology": "shared", "accessMode": "ReadWriteMany"}
 ENDED = "2026-01-02T03:04:05Z"
 URI = "pvc://a/b"
 _FOUND: dict[StepName, dict[str, Any]] = {
@@ -166,7 +168,10 @@ def _terminated(code: int, message: str) -> dict[str, Any]:
 
 @contextmanager
 def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
-    """The cluster with the namespace; `folder` gets the operator's settings and log. `profile`: more of its keys."""
+    """The cluster with the namespace; `folder` gets the operator's settings and log. `profile`: more of its keys.
+
+    The profile `shared` is the same, for jobs of several nodes.
+    """
     with running(controller_manager=True) as plane:
         plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
         eventually(lambda: plane.kubectl("get", "qlorajobs") or True, seconds=60, what="the new kind")
@@ -174,8 +179,9 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
         # Pods of a node that does not exist are taken for disrupted after a while.
         plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))
         ports = free_ports()
+        default = {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}
         settings = {
-            "profiles": {"default": {"image": "example.org/qlora-trainer:none", "device": "cpu", **profile}},
+            "profiles": {"default": default, SHARED: {**default, "workspace": _SHARED_WORKSPACE}},
             # Without a kubelet there are no logs.
             "progress": {"enabled": False},
             "probePort": ports.etcd_client,

@@ -22,6 +22,8 @@ from tests.support.builders import PROFILES
 
 NAMESPACE = "team"
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
+_PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+_CONTAINER = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0}
 ENDED = "2026-01-02T03:04:05Z"
 FOUND: dict[StepName, dict[str, Any]] = {
     "prepare": {
@@ -76,14 +78,21 @@ class Api:
         }
         await self.create(f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs", body)
 
-    async def end(self, job: dict[str, Any], uid: str, code: int = 0) -> None:
-        """Do as the Job controller and the kubelet do with a step that ends well, or badly for good."""
+    async def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Do as the Job controller and the kubelet do with a step that runs. Returns its pod."""
         template = copy.deepcopy(job["spec"]["template"])
-        name, step = job["metadata"]["name"], job["metadata"]["labels"]["qlora.dev/step"]
+        name = job["metadata"]["name"]
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job["metadata"]["uid"]}
         metadata = template["metadata"] | {"name": name, "ownerReferences": [owner | {"controller": True}]}
-        pods = f"/api/v1/namespaces/{NAMESPACE}/pods"
-        pod = await self.create(pods, template | {"apiVersion": "v1", "kind": "Pod", "metadata": metadata})
+        await self.create(_PODS, template | {"apiVersion": "v1", "kind": "Pod", "metadata": metadata})
+        container = _CONTAINER | {"state": {"running": {"startedAt": ENDED}}}
+        status = {"phase": "Running", "containerStatuses": [container]}
+        return await self.send("PATCH", f"{_PODS}/{name}/status", {"status": status})
+
+    async def end(self, job: dict[str, Any], uid: str, code: int = 0, *, runs: bool = False) -> None:
+        """The step ends well, or badly for good. `runs`: its pod runs already."""
+        name, step = job["metadata"]["name"], job["metadata"]["labels"]["qlora.dev/step"]
+        pod = await (self.send("GET", f"{_PODS}/{name}") if runs else self.run(job))
         record = ResultRecord(
             job_uid=uid,
             pod_uid=pod["metadata"]["uid"],
@@ -101,12 +110,11 @@ class Api:
             "startedAt": ENDED,
             "finishedAt": ENDED,
         }
-        container = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0}
         phase, kinds = (
             ("Failed", ("FailureTarget", "Failed")) if code else ("Succeeded", ("SuccessCriteriaMet", "Complete"))
         )
-        status = {"phase": phase, "containerStatuses": [container | {"state": {"terminated": terminated}}]}
-        await self.send("PATCH", f"{pods}/{name}/status", {"status": status})
+        status = {"phase": phase, "containerStatuses": [_CONTAINER | {"state": {"terminated": terminated}}]}
+        await self.send("PATCH", f"{_PODS}/{name}/status", {"status": status})
         conditions = [
             {"type": kind, "status": "True", "reason": "Test", "lastTransitionTime": ENDED, "lastProbeTime": ENDED}
             for kind in kinds

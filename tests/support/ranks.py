@@ -96,7 +96,8 @@ class Pods:
         for shared in (self.files.workspace, self.files.data):
             (own.root / shared.name).symlink_to(shared)
         place = {ENV_NODE: str(node), ENV_RENDEZVOUS: f"127.0.0.1:{self.port}", ENV_POD_UID: name}
-        return Pod(own, own.start("train", **place, **environment))
+        # As many threads as each of two processes in one pod: others would add in another order.
+        return Pod(own, own.start("train", **{"OMP_NUM_THREADS": "1", **place, **environment}))
 
 
 @dataclass(frozen=True)

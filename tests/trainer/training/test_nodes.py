@@ -22,7 +22,7 @@ from tests.support.tiny import POD_UID, merged
 from tests.support.training import adapter_bytes, history
 
 NODES: dict[str, Any] = {"resources": {"nodes": 2}}
-MANY_STEPS: dict[str, Any] = {"training": {"maxSteps": 40, "saveEverySteps": 5, "evalEverySteps": 50}}
+MANY_STEPS: dict[str, Any] = {"training": {"maxSteps": 24, "saveEverySteps": 5, "evalEverySteps": 50}}
 
 
 def spec_of(*parts: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +126,8 @@ def test_sigterm_on_one_pod_saves_a_checkpoint_and_ends_both(long_job: tuple[Pod
     assert f"the checkpoint of step {ended[0].result.training_step} is saved" in ended[0].result.message
 
 
+# That one of two processes fails is in test_rank_endings.py.
+@pytest.mark.slow
 def test_the_failure_of_one_pod_is_what_both_report(tmp_path: Path, tiny_llama: Path) -> None:
     files, _ = workspace(tmp_path / "job", tiny_llama, NODES)
     pods = Pods.of(files)

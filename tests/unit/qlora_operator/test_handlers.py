@@ -8,7 +8,7 @@ import kopf
 import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_operator.handlers import Hooks, _configure, _register_events
+from qlora_operator.handlers import Hooks, _configure, _Forgetful, _register_events
 from qlora_operator.metrics import Metrics
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.store import Store
@@ -94,6 +94,14 @@ def test_a_job_of_the_deleted_qlorajob_of_the_same_name_wakes_the_new_one_when_i
     watches.show("qlorajobs", "ADDED", 10, job_body())
     watches.show("jobs", None, 9, earlier)
     assert watches.show("jobs", "DELETED", 11, earlier) == [(KEY, False)]
+
+
+def test_kopf_keeps_no_record_of_an_object() -> None:
+    memories = _Forgetful()
+    body: Any = job_body()
+    memory = asyncio.run(memories.recall(body, noticed_by_listing=True))
+    assert memory.noticed_by_listing
+    assert list(memories.iter_all_memories()) == []
 
 
 def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:

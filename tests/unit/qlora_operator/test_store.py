@@ -251,6 +251,16 @@ def test_nothing_is_kept_of_what_is_gone() -> None:
     assert len(store._buried) < 5000
 
 
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_job_of_any_size_is_held_as_it_was_shown(length: int) -> None:
+    store = Store()
+    shown = job_body({"lastFailure": {"message": "äx{" * length}})
+    store.job_changed(shown)
+    held = store.held(KEY)
+    assert held is not None
+    assert held.body == shown
+
+
 def test_what_nobody_reads_of_a_job_is_not_kept() -> None:
     noise = {"kubectl.kubernetes.io/last-applied-configuration": "{}"}
     store = store_with(
