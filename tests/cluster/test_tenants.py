@@ -162,6 +162,7 @@ def test_an_adapter_that_was_changed_after_training_is_not_published(attacker: T
             files.run("sh", "-c", f"cd /volume/{resolved['workspacePath']} && {TAMPERING[name]}")
     status = attacker.wait_for_end(job)
     assert (status["phase"], "adapter" in status) == ("Failed", False), status
+    assert status["lastFailure"]["reason"] == "UnsafeArtifact", status
     attacker.kubectl("delete", "qlorajob", job)
 
 

@@ -149,7 +149,7 @@ SPOILED: dict[str, tuple[Spoil, ExitCode]] = {
     "a layer never learned": (with_tensors(half_trained), ExitCode.INTERNAL_ERROR),
     "the adapter was changed after training": (with_tensors(nudged, forge_sum=False), ExitCode.UNSAFE_ARTIFACT),
     "the adapter's file is cut": (truncated, ExitCode.UNSAFE_ARTIFACT),
-    "the adapter is gone": (gone, ExitCode.INTERNAL_ERROR),
+    "the adapter is gone": (gone, ExitCode.UNSAFE_ARTIFACT),
     "the record says fewer steps than planned": (not_to_the_end, ExitCode.UNSAFE_ARTIFACT),
     "the record is of another spec": (of_another_spec, ExitCode.UNSAFE_ARTIFACT),
     "the record is of other data": (of_other_data, ExitCode.UNSAFE_ARTIFACT),

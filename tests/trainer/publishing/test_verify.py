@@ -1,17 +1,21 @@
 """The checks of an adapter's two files that need no model: what is rejected, and why."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.publishing.verify import verify_config, verify_tensors
 
 LORA = LoraSpec(rank=4, alpha=8)
+LOFTQ = LoraSpec(rank=4, alpha=8, initialization="loftq")
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -94,10 +98,25 @@ def test_a_configuration_that_is_a_link_is_rejected_even_if_the_file_behind_it_i
     """Whoever can change that file afterwards would change what is published."""
     behind = path.rename(path.with_name("elsewhere.json"))
     path.symlink_to(behind)
-    rejected(path, "adapter_config.json is missing or not a regular file")
+    replaced(lambda: verify(path))
 
 
-def test_tensors_that_are_gone_since_the_training_are_an_unsafe_artifact(tmp_path: Path) -> None:
-    with pytest.raises(StepFailure, match="is missing although training recorded it") as failure:
-        verify_tensors(tmp_path / "adapter_model.safetensors", "a" * 64, {}, LORA)
+def test_tensors_that_are_a_link_are_rejected_even_if_the_file_behind_it_is_right(tmp_path: Path) -> None:
+    path, behind = tmp_path / "adapter_model.safetensors", tmp_path / "elsewhere.safetensors"
+    save_file({}, behind)
+    verify_tensors(behind, file_sha256(behind), {}, LOFTQ)
+    path.symlink_to(behind)
+    replaced(lambda: verify_tensors(path, file_sha256(behind), {}, LOFTQ))
+
+
+def test_files_that_are_gone_since_the_training_are_an_unsafe_artifact(tmp_path: Path) -> None:
+    replaced(lambda: verify(tmp_path / "adapter_config.json"))
+    replaced(lambda: verify_tensors(tmp_path / "adapter_model.safetensors", "a" * 64, {}, LORA))
+
+
+def replaced(check: Callable[[], None]) -> None:
+    """It is rejected for good, and the trainer is not said to be at fault."""
+    with pytest.raises(StepFailure, match="is missing or not a regular file") as failure:
+        check()
     assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert failure.value.exit_code.permanent

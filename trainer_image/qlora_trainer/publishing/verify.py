@@ -87,8 +87,7 @@ def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraS
 
 def verify_tensors(path: Path, sha256: str, expected: Mapping[str, Expected], lora: LoraSpec) -> None:
     """Check the adapter's file against its recorded SHA-256, its tensors' names, shapes and types, and every number."""
-    if not path.is_file():
-        raise unsafe_artifact(f"{path} is missing although training recorded it: create the job again")
+    _require_regular(path)
     found = file_sha256(path)
     if found != sha256:
         raise unsafe_artifact(
@@ -150,7 +149,10 @@ def verify_config(
     base_name: str,
     base_revision: str,
 ) -> None:
-    """Check that adapter_config.json describes this adapter. Raises StepFailure (INTERNAL_ERROR) if not."""
+    """Check that adapter_config.json describes this adapter.
+
+    Raises StepFailure: UNSAFE_ARTIFACT if it is missing or a link, INTERNAL_ERROR if it describes another adapter.
+    """
     expected: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -173,8 +175,7 @@ def verify_config(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if path.is_symlink() or not path.is_file():
-        raise _wrong_adapter(f"{path.name} is missing or not a regular file")
+    _require_regular(path)
     try:
         with path.open("rb") as file:
             config = json.loads(file.read(_MAX_CONFIG_BYTES))
@@ -183,6 +184,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _wrong_adapter(f"{path.name} is not a JSON object")
     return config
+
+
+def _require_regular(path: Path) -> None:
+    """Training wrote a regular file. Whoever can change the file behind a link could change what is published."""
+    if path.is_symlink() or not path.is_file():
+        raise unsafe_artifact(
+            f"{path} is missing or not a regular file, although training wrote one: it was removed or replaced "
+            "afterwards and nothing is published; keep others from writing to the workspace, and create the job again"
+        )
 
 
 def _brief(value: object) -> str:
