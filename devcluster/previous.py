@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from devcluster import console
+from devcluster import console, images
 from devcluster.errors import ClusterError
 from devcluster.layout import Layout
 from devcluster.processes import run
@@ -25,8 +25,8 @@ class Release:
 
 
 def build(layout: Layout) -> Release:
-    """Extract the release and build its images, unless that has been done. Raises ClusterError without its commit."""
-    if not _names(layout).exists():
+    """Extract the release and build its images, unless buildah has them. Raises ClusterError without its commit."""
+    if not _is_built(layout):
         console.say(f"building the previous release, {COMMIT[:7]}")
         _extract(_folder(layout))
         folder = str(_folder(layout))
@@ -38,10 +38,16 @@ def build(layout: Layout) -> Release:
 
 def built(layout: Layout) -> Release:
     """The release, for tests, which build nothing. Raises ClusterError with what to run where it is missing."""
-    if not _names(layout).exists():
+    if not _is_built(layout):
         raise ClusterError("the previous release is not built: run `python -m devcluster prepare --slow`")
     operator, trainer = _names(layout).read_text().splitlines()
     return Release(_folder(layout) / "helm" / "qlora-operator", Images(operator, trainer))
+
+
+def _is_built(layout: Layout) -> bool:
+    """Somebody who needs the room may have removed the images since."""
+    names = _names(layout)
+    return names.exists() and all(images.exists(name) for name in names.read_text().splitlines())
 
 
 def _folder(layout: Layout) -> Path:
