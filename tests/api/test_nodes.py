@@ -96,6 +96,34 @@ def test_a_pod_that_is_lost_costs_one_disruption_and_all_pods_start_again(operat
     assert (status["disruptions"], status.get("failures", 0)) == (1, 0)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_pod_that_is_deleted_before_any_runs_costs_nothing_and_all_start_again(
+    operated: Nodeless, number: int
+) -> None:
+    """Its Job fails, and its controller deletes the others: no pod is left that says what has happened."""
+    name = start(operated, f"nodes-early-{number}")
+    pods = train_pods(operated, name, 1)
+    delete(operated, pods[number])
+
+    status = train_to_the_end(operated, name, 2)
+
+    assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
+    failed = operated.kubectl.get("job", f"{name}-train-1", IN_NAMESPACE)["status"]["conditions"]
+    assert any(entry["type"] == "Failed" and entry["status"] == "True" for entry in failed)
+
+
+def test_node_0_that_is_lost_when_the_other_is_done_costs_one_disruption(operated: Nodeless) -> None:
+    name = start(operated, "nodes-half-done")
+    first, second = running_pods(operated, name, 1)
+    operated.succeed_pod(second)
+    delete(operated, first)
+    operated.stop_pod(first, KILLED)
+
+    status = train_to_the_end(operated, name, 2)
+
+    assert (status["disruptions"], status.get("failures", 0)) == (1, 0)
+
+
 def test_pods_that_save_and_stop_together_cost_one_disruption(operated: Nodeless) -> None:
     name = start(operated, "nodes-drained")
     first, second = running_pods(operated, name, 1)

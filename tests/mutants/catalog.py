@@ -197,6 +197,40 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="pods-that-are-all-gone-are-waited-for",
+        file=f"{_DECISIONS}/advance.py",
+        old="waits = bool(step.counted_pod) or not is_over(pods, child)",
+        new="waits = True",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_are_lost_before_node_0_runs_cost_nothing_but_another_job_after_a_pause",
+        ),
+    ),
+    Mutant(
+        name="pods-that-are-done-explain-a-failed-job",
+        file=f"{_DECISIONS}/together.py",
+        old="    return all(pod.ended for pod in pods)",
+        new="    return not pods",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_a_node_0_that_is_lost_after_the_other_pods_are_done_is_one_disruption",
+        ),
+    ),
+    Mutant(
+        name="node-0-runs-for-nothing-when-another-pod-ends-first",
+        file=f"{_DECISIONS}/attempts.py",
+        old="    status = charge_running(status, observed, now)\n    return",
+        new="    return",
+        tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
+    ),
+    Mutant(
+        name="a-broken-interconnect-is-tried-without-a-pause",
+        file=f"{_DECISIONS}/plan.py",
+        old="    yield from _after_failures(job, status, observed)\n",
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow",
+        ),
+    ),
+    Mutant(
         name="suspensions-count-as-disruptions",
         file=f"{_DECISIONS}/attempts.py",
         old="child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:",

@@ -4,17 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
-from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob, parse_time
+from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 from qlora_operator.decisions.together import trains_together
 
 # Jobs of several nodes get no second pod, whose delay would be Kubernetes': the operator waits as long as that does.
 PAUSE_AFTER_FAILURE, LONGEST_PAUSE_AFTER_FAILURE = timedelta(seconds=10), timedelta(minutes=6)
+# Nodes that are lost now and then are no reason for a longer pause. A failed Job is there for an hour at least.
+FAILURES_WITHIN = timedelta(hours=1)
 PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60), timedelta(minutes=30)
 # Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
 QUEUE_MOMENT = timedelta(seconds=30)
@@ -148,12 +151,21 @@ def _pauses(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterat
     """When the next Job may be created."""
     yield from _after_rejections(observed)
     yield from _after_waiting(job, observed)
-    step, failure = status.step, status.last_failure
-    if step is None or failure is None or not trains_together(job, step.name):
+    yield from _after_failures(job, status, observed)
+
+
+def _after_failures(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[datetime]:
+    """The same after Jobs of several nodes that have failed, also if that counts as a disruption or as nothing."""
+    step = status.step
+    if step is None or step.job_uid or not trains_together(job, step.name):
         return
-    if step.failures and failure.step == step.name and not step.job_uid:
-        pause = PAUSE_AFTER_FAILURE * 2 ** min(step.failures - 1, 10)
-        yield parse_time(failure.time) + min(pause, LONGEST_PAUSE_AFTER_FAILURE)
+    names = {child_job_name(job.name, step.name, attempt) for attempt in range(status.first_attempt, step.attempt)}
+    failed = [child for child in observed.children if child.name in names and child.failure and not child.expired]
+    ended = [child.ended for child in failed if child.ended]
+    if ended:
+        times = sum(moment > max(ended) - FAILURES_WITHIN for moment in ended)
+        pause = PAUSE_AFTER_FAILURE * 2 ** min(times - 1, 10)
+        yield max(ended) + min(pause, LONGEST_PAUSE_AFTER_FAILURE)
 
 
 def _after_waiting(job: QLoRAJob, observed: Observed) -> Iterator[datetime]:
