@@ -51,8 +51,8 @@ RIGHTS = {
     "pods": {"list", "watch"},
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create"},
-    "services": {"create"},
-    "networkpolicies.networking.k8s.io": {"create"},
+    "services": {"create", "patch"},
+    "networkpolicies.networking.k8s.io": {"create", "patch"},
     "events": {"create"},
 }
 # What it may do in its own namespace too.

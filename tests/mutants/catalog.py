@@ -231,6 +231,15 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="what-connects-nodes-is-written-once",
+        file=f"{_DECISIONS}/plan.py",
+        old="any(pod.starting for pod in observed.pods_of(step.job_uid)):",
+        new="False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_starts",
+        ),
+    ),
+    Mutant(
         name="suspensions-count-as-disruptions",
         file=f"{_DECISIONS}/attempts.py",
         old="child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:",

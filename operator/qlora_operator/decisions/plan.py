@@ -33,7 +33,7 @@ class CreateClaim:
 
 @dataclass(frozen=True)
 class ConnectNodes:
-    """Create what lets the train pods of several nodes find and reach one another, unless it exists."""
+    """Create what lets the train pods of several nodes find and reach one another, or set it right."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,12 @@ def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: 
     yield from (_delete(child) for child in _running(observed) if child.name != wanted or detached)
     if (cleaning := observed.child(clean_job_name(job))) is not None and cleaning.finished and not cleaning.deleting:
         yield _delete(cleaning)  # of the end before: the next end has a clean-up of its own
-    if step is None or wanted is None or step.job_uid or observed.child(wanted) is not None or observed.live_pods:
+    if step is None or wanted is None:
+        return
+    if trains_together(job, step.name) and any(pod.starting for pod in observed.pods_of(step.job_uid)):
+        # A queue may have resumed their Job days after it was created.
+        yield ConnectNodes()
+    if step.job_uid or observed.child(wanted) is not None or observed.live_pods:
         return
     if any(now < due for due in _pauses(job, status, observed)):
         return
