@@ -1,5 +1,6 @@
 """Decides what to do about a job: (job, its next status, its children, now) -> actions; pure."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -182,13 +183,14 @@ def _after_waiting(job: QLoRAJob, observed: Observed) -> Iterator[datetime]:
     ended = [pod.termination.finished for pod in waited if pod.termination and pod.termination.finished]
     if ended:
         times = len({pod.owner_uid for pod in waited})
-        pause = PAUSE_AFTER_REJECTED_POD * 2 ** min(times - 1, 10) * (1 + _share(job.uid))
-        yield max(ended) + min(pause, LONGEST_PAUSE_AFTER_REJECTED_POD)
+        pause = min(PAUSE_AFTER_REJECTED_POD * 2 ** min(times - 1, 10), LONGEST_PAUSE_AFTER_REJECTED_POD)
+        # Multiplied after the cap, at which the pauses of all jobs would be equal again.
+        yield max(ended) + pause * (1 + _share(job.uid))
 
 
 def _share(uid: str) -> float:
     """A number from 0 to 1 that is always the same for this job, and another for others."""
-    return sum(uid.encode()) % 17 / 16
+    return zlib.crc32(uid.encode()) / (2**32 - 1)
 
 
 def _after_rejections(observed: Observed) -> Iterator[datetime]:

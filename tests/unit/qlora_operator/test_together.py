@@ -1,12 +1,13 @@
 """A job of several nodes: its pods are one attempt, which ends for the pod that ended it and counts once."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.manifests import build_job, build_peer_policy, build_peer_service
+from qlora_operator.decisions.manifests import build_job, build_peer_policy, build_peer_service, document
 from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan, plan
 from tests.support.builders import (
@@ -202,6 +203,36 @@ def test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that
     assert planned.look_again is not None
     assert after(50) <= planned.look_again <= after(120)
     assert decide(job_in(status), *bodies, at=120).actions == (ConnectNodes(), CreateJob("train", 2))
+
+
+def test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_time() -> None:
+    """Not even when their pauses have grown as long as they get."""
+    waited = [told(node(0, attempt), PEERS_MISSING, "PeersMissing") for attempt in range(1, 8)]
+    stored = status_in("train", 8, step=step_status("train", 8, jobUid="").dump())
+
+    def pause(number: int) -> float:
+        job = replace(job_in(stored), uid=f"0a1b2c3d-0000-4000-8000-{number:012}")
+        due = plan(job, stored, facts(job, *waited).observed, NOW).look_again
+        assert due is not None
+        return (due - after(-10)).total_seconds()
+
+    pauses = [pause(number) for number in range(40)]
+
+    assert len(set(pauses)) == 40
+    assert 1800 <= min(pauses) < max(pauses) <= 3600
+
+
+def test_a_job_whose_spec_has_lost_its_nodes_goes_on_with_as_many_as_it_has_started_with() -> None:
+    """The CustomResourceDefinition of an earlier release, applied in mid-run, drops the field."""
+    two = job_in()
+    fixed = resolved().model_copy(update={"document": document(two), "contract_version": 3})
+    status = status_in("train", 1, resolved=fixed.dump(), step=step_status("train").dump())
+    pruned = make_job(status, resources={})
+
+    body = build_job(pruned, fixed, "train", 2)
+
+    assert (body["spec"]["completions"], body["spec"]["backoffLimit"]) == (2, 0)
+    assert counts(follow(pruned, FAILED, lost(0), lost(1))) == (0, 1, 2)
 
 
 def _suspended(body: dict[str, Any]) -> dict[str, Any]:
