@@ -188,6 +188,7 @@ def test_more_disruptions_than_are_allowed_end_the_job() -> None:
     status = follow(job_in(retry={"maxDisruptions": 0}), FAILED, lost(0), lost(1))
 
     assert reason_of(status) == "RetriesExhausted"
+    assert "the latest report is PeerLost: lost another process of this run" in message_of(status)
 
 
 def test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that_grows() -> None:
