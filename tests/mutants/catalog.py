@@ -222,6 +222,40 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
     ),
     Mutant(
+        name="a-node-0-that-is-gone-has-run-for-nothing",
+        file=f"{_DECISIONS}/attempts.py",
+        old="    return _charge_vanished(status, child, pods, now) if _has_vanished(status, pods) else status",
+        new="    return status",
+        tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
+    ),
+    Mutant(
+        name="what-node-0-saves-last-is-not-told",
+        file=f"{_DECISIONS}/attempts.py",
+        old="if step.job_uid else _charge_earlier(status, job, observed)",
+        new="if step.job_uid else status",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_a_node_0_that_saves_after_its_job_was_left_gives_its_checkpoint_and_its_time",
+        ),
+    ),
+    Mutant(
+        name="the-spec-says-how-many-nodes-a-started-job-has",
+        file=f"{_DECISIONS}/observe.py",
+        old="    spec = _with_fixed_nodes(spec, status.resolved)\n",
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_a_job_whose_spec_has_lost_its_nodes_goes_on_with_as_many_as_it_has_started_with",
+        ),
+    ),
+    Mutant(
+        name="two-jobs-wait-for-one-another-for-ever",
+        file=f"{_DECISIONS}/plan.py",
+        old="yield max(ended) + pause * (1 + _share(job.uid))",
+        new="yield max(ended) + pause",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_time",
+        ),
+    ),
+    Mutant(
         name="a-broken-interconnect-is-tried-without-a-pause",
         file=f"{_DECISIONS}/plan.py",
         old="    yield from _after_failures(job, status, observed)\n",
