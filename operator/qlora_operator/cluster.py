@@ -156,11 +156,11 @@ class Cluster:
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
 
     async def create_service(self, namespace: str, manifest: Object) -> None:
-        """Create a Service. Raises ConflictError if the name is taken."""
+        """Create a Service. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
 
     async def create_network_policy(self, namespace: str, manifest: Object) -> None:
-        """Create a NetworkPolicy. Raises ConflictError if the name is taken."""
+        """Create a NetworkPolicy. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
         await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
 
     async def create_event(self, namespace: str, manifest: Object) -> None:

@@ -357,11 +357,11 @@ class Reconciler:
             try:
                 await create(job.namespace, manifest)
                 logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
+            except ConflictError:
+                logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
             except RejectedError as error:
                 sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
                 raise _BlockedError(Reason("PeersRejected", sentence), _SECONDS_AFTER_REJECTION) from error
-            except ConflictError:
-                logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:

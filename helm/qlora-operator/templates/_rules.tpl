@@ -17,7 +17,7 @@
   resources: [pods/log]
   verbs: [get]
 {{- end }}
-{{- if .Values.kueue.enabled }}
+{{- if (.Values.kueue).enabled }}
 - apiGroups: [kueue.x-k8s.io]
   resources: [workloads]
   verbs: [get, list, watch]
