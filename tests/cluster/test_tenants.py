@@ -86,8 +86,14 @@ def tenants(installed: Cluster, since: int, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def untouched(tenants: Tenants) -> dict[str, Object]:
-    """What there is in the victim's namespace."""
-    return tenants.everything(VICTIM)
+    """What there is in the victim's namespace, once it is whole: an Event follows the status that it tells of."""
+
+    def whole() -> dict[str, Object] | None:
+        found = tenants.everything(VICTIM)
+        has_event = any(name.startswith("events/") for name in found)
+        return found if has_event and "configmaps/kube-root-ca.crt" in found else None
+
+    return eventually(whole, seconds=60, what="the Event of the suspension, and the certificate in the namespace") or {}
 
 
 @pytest.fixture(scope="module")
