@@ -72,22 +72,24 @@ for name, attempt in attempts.items():
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1:
         print(name)
 """
-# Prints where the first argument is found: files, and processes by their id.
+# Prints where the first argument, which is given reversed, is found: files, and processes by their id. The audit log
+# has the command, and is itself searched for what is looked for.
 SEARCH = """
 import os, sys
+wanted = sys.argv[1][::-1].encode()
 mounted = ("/workspace", "/volumes", "/config-maps", "/model-cache", "/secrets", "/credentials", "/etc")
 for place in (*mounted, "/var/run/secrets", "/run", "/tmp", "/dev/shm"):
     for folder, _, names in os.walk(place):
         for name in names:
             path = os.path.join(folder, name)
             try:
-                if os.path.isfile(path) and sys.argv[1].encode() in open(path, "rb").read():
+                if os.path.isfile(path) and wanted in open(path, "rb").read():
                     print(path)
             except OSError:
                 pass
 for pid in filter(str.isdigit, os.listdir("/proc")):
     try:
-        if sys.argv[1].encode() in open(f"/proc/{pid}/environ", "rb").read():
+        if wanted in open(f"/proc/{pid}/environ", "rb").read():
             print(pid)
     except OSError:
         pass
@@ -169,7 +171,7 @@ def a_debugging_container_in_a_train_pod(a: Assault) -> None:
 @attempt
 def the_secrets_of_the_job_in_its_train_pod(a: Assault) -> None:
     """The job names a token, which prepare has read."""
-    assert a.run("python3", "-c", SEARCH, CANARY) == ""
+    assert a.run("python3", "-c", SEARCH, CANARY[::-1]) == ""
 
 
 @attempt

@@ -108,4 +108,4 @@ def test_a_secret_is_found_wherever_it_lies(tmp_path: Path) -> None:
     (root / "proc/77/environ").write_text(f"PATH=/bin\0HF_TOKEN={CANARY}\0")
     (root / "run/containerd").mkdir()
     (root / "run/crio").mkdir()
-    assert sorted(run_in(root, SEARCH, CANARY)) == sorted([*files, "77"])
+    assert sorted(run_in(root, SEARCH, CANARY[::-1])) == sorted([*files, "77"])
