@@ -71,10 +71,10 @@ class _Lives:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What can be chosen on the command line."""
     parser.add_argument("--jobs", type=int, default=5000, help="jobs in all (%(default)s)")
-    parser.add_argument("--at-once", type=int, default=500, help="how many have not ended at a time (%(default)s)")
+    parser.add_argument("--at-once", type=int, default=150, help="how many have not ended at a time (%(default)s)")
     parser.add_argument("--operators", type=int, default=2, help="operators (%(default)s)")
     parser.add_argument("--namespaces", type=int, default=5, help="namespaces of each operator (%(default)s)")
-    parser.add_argument("--train-seconds", type=float, default=30.0, help="how long training takes (%(default)s)")
+    parser.add_argument("--train-seconds", type=float, default=5.0, help="how long training takes (%(default)s)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

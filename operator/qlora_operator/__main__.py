@@ -173,6 +173,7 @@ class Operator:
             self._reconciler(store, lambda key: queue.add(key)).reconcile,
             monotonic=time.monotonic,
             workers=settings.workers,
+            namespaces=settings.namespaces,
             on_error=metrics.reconcile_errors.inc,
         )
         resync = Resync(

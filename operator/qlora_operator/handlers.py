@@ -161,7 +161,11 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
 
 
 class _Forgetful(ResourceMemories):
-    """kopf keeps a record of each object, for daemons and timers, of which there are none here."""
+    """kopf keeps a record of each object, for daemons and timers, of which there are none here.
+
+    `ephemeral` is how kopf's admission webhooks ask for a record that is not kept. No public setting does, and no
+    public class can be given to `spawn_tasks`, hence the private one: a test notices if kopf no longer heeds it.
+    """
 
     async def recall(self, raw_body: kopf.RawBody, **options: Any) -> ResourceMemory:
         return await super().recall(raw_body, **{**options, "ephemeral": True})

@@ -35,7 +35,10 @@ class Schemas(Protocol):
 
 
 class SchemaCheck:
-    """Waits until the API server serves every field of this release, and notices when it no longer does."""
+    """Waits until the API server serves every field of this release, and notices when it no longer does.
+
+    `on_change` is told when fields are missing and when none is any more.
+    """
 
     def __init__(self, schemas: Schemas, on_change: Callable[[bool], None] = lambda _lacks: None) -> None:
         self._schemas = schemas
@@ -87,7 +90,9 @@ class SchemaCheck:
         if problem != self.problem:
             logger.error("waiting: %s", problem)
             self.problem = problem
-            self._on_change(True)
+            # A schema that cannot be read says nothing about its fields.
+            if problem == self._judged[1]:
+                self._on_change(True)
 
     def _clear(self) -> None:
         self.problem = None

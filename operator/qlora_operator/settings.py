@@ -80,7 +80,8 @@ class Settings(ApiModel):
         16,
         ge=1,
         le=64,
-        description="Number of jobs that are reconciled at the same time; of one namespace, at most 7 in 8 of them.",
+        description="Number of jobs that are reconciled at the same time; of one namespace, at most 7 in 8 of them, "
+        "unless it is the only one that the operator serves.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Log level.")
     probe_port: Port = Field(8080, description="Port of /healthz and /readyz.")

@@ -8,7 +8,7 @@ import contextlib
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class WorkQueue:
     """Runs `work(key)` for every key that is due. `work` returns seconds until the key is due again, or None.
 
     RetryError and every other exception bring the key back after a growing pause; the latter is logged with its
-    traceback and reported to `on_error`.
+    traceback and reported to `on_error`. `namespaces`: those that keys can be of; any if empty.
     """
 
     def __init__(
@@ -204,6 +204,7 @@ class WorkQueue:
         *,
         monotonic: Callable[[], float],
         workers: int = 8,
+        namespaces: Collection[str] = (),
         on_error: Callable[[], None] = lambda: None,
     ) -> None:
         self._work = work
@@ -212,6 +213,8 @@ class WorkQueue:
         self._on_error = on_error
         # Whoever comes beside a namespace that has much work finds a worker free, and need not wait for one.
         free = workers // _WORKERS_PER_FREE or int(workers > _WORKERS_PER_RESERVED)
+        if len(set(namespaces)) == 1:
+            free = 0  # Nobody can come beside the only one.
         reserved = min(workers - 1, max(1, workers // _WORKERS_PER_RESERVED))
         self._schedule = Schedule(reserved=reserved, most=workers - free)
         self._changed = asyncio.Event()

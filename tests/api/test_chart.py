@@ -1,6 +1,8 @@
 """The chart with real Helm: what it renders, what it rejects, and what it does to a real API server."""
 
+import copy
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -51,8 +53,8 @@ RIGHTS = {
     "pods": {"list", "watch"},
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create"},
-    "services": {"create"},
-    "networkpolicies.networking.k8s.io": {"create"},
+    "services": {"create", "patch"},
+    "networkpolicies.networking.k8s.io": {"create", "patch"},
     "events": {"create"},
 }
 # What it may do in its own namespace too.
@@ -71,9 +73,9 @@ class Helm:
         given = [] if values is None else ["--values", "-"]
         return run([self.program, *connection, *arguments, *given], input_text=json.dumps(values or {}), seconds=120)
 
-    def template(self, values: Mapping[str, Any] | None = None) -> list[Object]:
+    def template(self, values: Mapping[str, Any] | None = None, chart: Path = CHART) -> list[Object]:
         """Every object that an installation with these values would make."""
-        text = self("template", RELEASE, str(CHART), "--namespace", NAMESPACE, values=values or {})
+        text = self("template", RELEASE, str(chart), "--namespace", NAMESPACE, values=values or {})
         return [document for document in yaml.safe_load_all(text) if document]
 
 
@@ -295,6 +297,93 @@ def test_the_embedded_clusters_values_ask_for_no_label_of_a_gpu_node(helm: Helm,
     assert selector == {"kubernetes.io/os": "linux"}
 
 
+def with_values(helm: Helm, folder: Path, values: Object) -> list[Object]:
+    """What `helm upgrade --reuse-values` makes of the chart: it takes these for the defaults, and no others."""
+    chart = shutil.copytree(CHART, folder / "reused", dirs_exist_ok=True)
+    (chart / "values.yaml").write_text(yaml.safe_dump(values))
+    return helm.template(chart=chart)
+
+
+def everything_on(values: Object) -> Object:
+    """The values with every object of the chart in use."""
+    on = copy.deepcopy(values)
+    on["networkPolicy"]["enabled"] = on["metrics"]["serviceMonitor"]["enabled"] = True
+    on["jobNetworkPolicies"] |= {"enabled": True, "namespaces": ["team-a"]}
+    return on
+
+
+def keys(values: Object, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in values.items():
+        yield (*above, name)
+        if isinstance(value, dict):
+            yield from keys(value, (*above, name))
+
+
+def without(values: Object, path: tuple[str, ...]) -> Object:
+    left = copy.deepcopy(values)
+    part = left
+    for name in path[:-1]:
+        part = part[name]
+    del part[path[-1]]
+    return left
+
+
+def meaning(objects: list[Object]) -> list[Object]:
+    """The objects with the settings as the operator reads them, absent ones included, and without their checksum."""
+    for document in objects:
+        if document["kind"] == "ConfigMap":
+            settings = Settings.model_validate(yaml.safe_load(document["data"]["settings.yaml"]))
+            document["data"] = settings.model_dump(mode="json")
+        if document["kind"] == "Deployment":
+            del document["spec"]["template"]["metadata"]["annotations"]["checksum/settings"]
+    return objects
+
+
+VALUES: Object = yaml.safe_load((CHART / "values.yaml").read_text())
+PREVIOUS_VALUES: Object = yaml.safe_load((ROOT / "tests/support/previous_release/values.yaml").read_text())
+NEW_KEYS = [path for path in keys(VALUES) if path not in set(keys(PREVIOUS_VALUES))]
+# Whose absence has a meaning of its own: the platform chooses, no GPU, no request or limit.
+ABSENT_BY_CHOICE = {("runAs",), ("profiles", "default", "runAs"), ("profiles", "default", "gpuResource")} | {
+    path for path in keys(VALUES) if path[0] == "resources"
+}
+# What cannot be absent is rejected with its name.
+CLEAR_FAILURE = re.compile(r"missing property '\w+'|needs jobNetworkPolicies\.namespaces")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=".".join(path), marks=[] if path in NEW_KEYS else [pytest.mark.slow])
+        for path in keys(VALUES)
+        if path not in ABSENT_BY_CHOICE
+    ],
+)
+def test_a_value_that_the_older_chart_lacks_has_its_default_or_is_asked_for(
+    helm: Helm, tmp_path: Path, whole: list[Object], path: tuple[str, ...]
+) -> None:
+    try:
+        objects = with_values(helm, tmp_path, without(everything_on(VALUES), path))
+    except ClusterError as rejected:
+        if not CLEAR_FAILURE.search(str(rejected)):
+            raise
+    else:
+        assert meaning(objects) == whole
+
+
+@pytest.fixture(scope="module")
+def whole(helm: Helm, tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    """What the chart makes with all values."""
+    return meaning(with_values(helm, tmp_path_factory.mktemp("whole"), everything_on(VALUES)))
+
+
+def test_an_upgrade_that_reuses_all_values_of_the_previous_release_names_what_is_missing(
+    helm: Helm, tmp_path: Path
+) -> None:
+    assert ("settings", "leaderElection") in NEW_KEYS
+    with pytest.raises(ClusterError, match="missing property 'leaderElection'"):
+        with_values(helm, tmp_path, PREVIOUS_VALUES)
+
+
 SERVERS: Object = {
     "hubEndpoint": "http://hub.example.org:8080",
     "objectStore": {"endpoint": "http://s3.example.org"},
@@ -365,6 +454,11 @@ def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
         ({"namespaces": "team-a"}, "/namespaces"),
         ({"image": {"digest": "latest"}}, "/image/digest"),
         ({"jobNetworkPolicies": {"enabled": True}}, "needs jobNetworkPolicies.namespaces"),
+        ({"jobNetworkPolicies": {"dnsPorts": [53, 53]}}, "/jobNetworkPolicies/dnsPorts"),
+        ({"jobNetworkPolicies": {"dnsPorts": [*range(1, 10)]}}, "/jobNetworkPolicies/dnsPorts"),
+        ({"networkPolicy": {"apiServerPorts": None}}, "missing property 'apiServerPorts'"),
+        ({"jobNetworkPolicies": {"servers": None}}, "missing property 'servers'"),
+        ({"crds": {"keep": None}}, "missing property 'keep'"),
         ({"jobNetworkPolicies": {"servers": [{"cidr": "example.org"}]}}, "/jobNetworkPolicies/servers/0/cidr"),
         ({"metrics": {"service": {"enabled": False}, "serviceMonitor": {"enabled": True}}}, "needs metrics.service"),
     ],
@@ -520,3 +614,18 @@ def test_upgrade_and_rollback_change_the_definition_and_no_job(
 
     upgrade(CHART)
     eventually(lambda: training("after").get("samples") == 5, seconds=60, what="what was set before")
+
+
+def test_an_upgrade_that_reuses_the_values_of_a_chart_without_dns_ports_opens_nothing(
+    installed: Helm, plane: ControlPlane, tmp_path: Path
+) -> None:
+    """The API server reads a rule whose list of ports is empty as one that allows every port."""
+    older = shutil.copytree(CHART, tmp_path / "older")
+    (older / "values.yaml").write_text(yaml.safe_dump(without(VALUES, ("jobNetworkPolicies", "dnsPorts"))))
+    cut_off = f"jobNetworkPolicies.enabled=true,jobNetworkPolicies.namespaces={{{NAMESPACE}}}"
+    installed("upgrade", RELEASE, str(older), "--namespace", NAMESPACE, "--set", cut_off)
+    installed("upgrade", RELEASE, str(CHART), "--namespace", NAMESPACE, "--reuse-values")
+    policy = plane.kubectl.get("networkpolicy", f"{RELEASE}-servers", "--namespace", NAMESPACE)
+    assert [port["port"] for port in policy["spec"]["egress"][0]["ports"]] == [53, 53]
+    settings = plane.kubectl.get("configmap", f"{RELEASE}-settings", "--namespace", NAMESPACE)["data"]["settings.yaml"]
+    assert yaml.safe_load(settings)["dnsPorts"] == [53]

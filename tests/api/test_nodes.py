@@ -71,6 +71,14 @@ def test_all_pods_of_a_job_are_created_with_what_connects_them(operated: Nodeles
     environment = {entry["name"]: entry.get("value") for entry in pods[1]["spec"]["containers"][0]["env"]}
     assert environment["QLORA_RENDEZVOUS"] == f"{pods[0]['spec']['hostname']}.{service['metadata']['name']}:29500"
 
+    # What somebody has deleted or changed is right again before the pods run.
+    operated.kubectl("delete", "service", f"qlora-{uid}", IN_NAMESPACE)
+    change = json.dumps({"spec": {"egress": []}})
+    operated.kubectl("patch", "networkpolicy", f"qlora-{uid}", IN_NAMESPACE, "--type=merge", f"--patch={change}")
+    operated._report(pods[0], "Pending", {"waiting": {"reason": "ContainerCreating"}})
+    eventually(lambda: _names(operated, "service", uid), seconds=60, every=0.2, what="the Service")
+    assert operated.kubectl.get("networkpolicy", f"qlora-{uid}", IN_NAMESPACE)["spec"] == policy["spec"]
+
     status = train_to_the_end(operated, name, 1)
     assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
     operated.kubectl("delete", "qlorajob", name, IN_NAMESPACE)
@@ -94,6 +102,22 @@ def test_a_pod_that_is_lost_costs_one_disruption_and_all_pods_start_again(operat
     status = train_to_the_end(operated, name, 2)
 
     assert (status["disruptions"], status.get("failures", 0)) == (1, 0)
+
+
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_pod_that_is_deleted_before_any_runs_costs_nothing_and_all_start_again(
+    operated: Nodeless, number: int
+) -> None:
+    """Its Job fails, and its controller deletes the others: no pod is left that says what has happened."""
+    name = start(operated, f"nodes-early-{number}")
+    pods = train_pods(operated, name, 1)
+    delete(operated, pods[number])
+
+    status = train_to_the_end(operated, name, 2)
+
+    assert (status.get("disruptions", 0), status.get("failures", 0)) == (0, 0)
+    failed = operated.kubectl.get("job", f"{name}-train-1", IN_NAMESPACE)["status"]["conditions"]
+    assert any(entry["type"] == "Failed" and entry["status"] == "True" for entry in failed)
 
 
 def test_pods_that_save_and_stop_together_cost_one_disruption(operated: Nodeless) -> None:

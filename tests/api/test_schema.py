@@ -253,6 +253,7 @@ CHANGES = {
     "resources": without(FULL, "spec.resources.gpuMemory"),
     "scheduling": with_value(FULL, "spec.scheduling.profile", "small"),
     "cpu": with_value(FULL, "spec.resources.cpu", "3"),
+    "nodes": with_value(FULL, "spec.resources.nodes", 3),
     "queue": with_value(FULL, "spec.scheduling.queueName", "gpus"),
     "optional field added": with_value(FULL, "spec.dataset.columns.system", "role"),
 }

@@ -197,6 +197,83 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="pods-that-are-all-gone-are-waited-for",
+        file=f"{_DECISIONS}/advance.py",
+        old="waits = bool(step.counted_pod) or not is_over(pods, child)",
+        new="waits = True",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_pods_that_are_lost_before_node_0_runs_cost_nothing_but_another_job_after_a_pause",
+        ),
+    ),
+    Mutant(
+        name="pods-that-are-done-explain-a-failed-job",
+        file=f"{_DECISIONS}/together.py",
+        old="    return all(pod.ended for pod in pods)",
+        new="    return not pods",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_a_node_0_that_is_lost_after_the_other_pods_are_done_is_one_disruption",
+        ),
+    ),
+    Mutant(
+        name="node-0-runs-for-nothing-when-another-pod-ends-first",
+        file=f"{_DECISIONS}/attempts.py",
+        old="    status = charge_running(status, observed, now)\n    return",
+        new="    return",
+        tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
+    ),
+    Mutant(
+        name="a-node-0-that-is-gone-has-run-for-nothing",
+        file=f"{_DECISIONS}/attempts.py",
+        old="    return _charge_vanished(status, child, pods, now) if _has_vanished(status, pods) else status",
+        new="    return status",
+        tests=(f"{_OPERATOR_TESTS}/test_together.py::test_the_time_of_node_0_counts_however_the_attempt_ends",),
+    ),
+    Mutant(
+        name="what-node-0-saves-last-is-not-told",
+        file=f"{_DECISIONS}/attempts.py",
+        old="if step.job_uid else _charge_earlier(status, job, observed)",
+        new="if step.job_uid else status",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_a_node_0_that_saves_after_its_job_was_left_gives_its_checkpoint_and_its_time",
+        ),
+    ),
+    Mutant(
+        name="the-spec-says-how-many-nodes-a-started-job-has",
+        file=f"{_DECISIONS}/observe.py",
+        old="    spec = _with_fixed_nodes(spec, status.resolved)\n",
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_a_job_whose_spec_has_lost_its_nodes_goes_on_with_as_many_as_it_has_started_with",
+        ),
+    ),
+    Mutant(
+        name="two-jobs-wait-for-one-another-for-ever",
+        file=f"{_DECISIONS}/plan.py",
+        old="yield max(ended) + pause * (1 + _share(job.uid))",
+        new="yield max(ended) + pause",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_time",
+        ),
+    ),
+    Mutant(
+        name="a-broken-interconnect-is-tried-without-a-pause",
+        file=f"{_DECISIONS}/plan.py",
+        old="    yield from _after_failures(job, status, observed)\n",
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_together.py::test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow",
+        ),
+    ),
+    Mutant(
+        name="what-connects-nodes-is-written-once",
+        file=f"{_DECISIONS}/plan.py",
+        old="any(pod.starting for pod in observed.pods_of(step.job_uid)):",
+        new="False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_starts",
+        ),
+    ),
+    Mutant(
         name="suspensions-count-as-disruptions",
         file=f"{_DECISIONS}/attempts.py",
         old="child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:",

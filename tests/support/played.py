@@ -3,13 +3,14 @@
 import copy
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from devcluster.controlplane import ControlPlane
-from qlora_api.contract import ResultRecord, encode_record
+from qlora_api.contract import ExitCode, ResultRecord, encode_record
+from qlora_api.profile import Profile
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
 from qlora_operator.cluster import Cluster, connect
 from qlora_operator.decisions.observe import Object
@@ -18,9 +19,11 @@ from qlora_operator.reconcile import Reconciler
 from qlora_operator.starts import Starts
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
-from tests.support.builders import PROFILES
+from tests.support.builders import PROFILE, PROFILES
 
-NAMESPACE = "team"
+NAMESPACE, SHARED = "team", "shared"
+_SHARED = Profile.model_validate(PROFILE.dump() | {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}})
+"""The profile of that name, for jobs of several nodes."""
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
 _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 _CONTAINER = {"name": "trainer", "image": "", "imageID": "", "ready": False, "restartCount": 0}
@@ -78,21 +81,43 @@ class Api:
         }
         await self.create(f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}/qlorajobs", body)
 
-    async def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Do as the Job controller and the kubelet do with a step that runs. Returns its pod."""
-        template = copy.deepcopy(job["spec"]["template"])
-        name = job["metadata"]["name"]
-        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job["metadata"]["uid"]}
-        metadata = template["metadata"] | {"name": name, "ownerReferences": [owner | {"controller": True}]}
-        await self.create(_PODS, template | {"apiVersion": "v1", "kind": "Pod", "metadata": metadata})
-        container = _CONTAINER | {"state": {"running": {"startedAt": ENDED}}}
-        status = {"phase": "Running", "containerStatuses": [container]}
-        return await self.send("PATCH", f"{_PODS}/{name}/status", {"status": status})
+    async def run(self, job: dict[str, Any]) -> None:
+        """Do as the Job controller and the kubelet do with a step that runs, on all of its nodes."""
+        owner = {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "name": job["metadata"]["name"],
+            "uid": job["metadata"]["uid"],
+        }
+        names = _names(job)
+        for number, name in enumerate(names):
+            template = copy.deepcopy(job["spec"]["template"])
+            metadata = template["metadata"] | {"name": name, "ownerReferences": [owner | {"controller": True}]}
+            if len(names) > 1:
+                metadata["annotations"] |= {"batch.kubernetes.io/job-completion-index": str(number)}
+            await self.create(_PODS, template | {"apiVersion": "v1", "kind": "Pod", "metadata": metadata})
+            await self._report(name, "Running", {"running": {"startedAt": ENDED}})
 
     async def end(self, job: dict[str, Any], uid: str, code: int = 0, *, runs: bool = False) -> None:
-        """The step ends well, or badly for good. `runs`: its pod runs already."""
-        name, step = job["metadata"]["name"], job["metadata"]["labels"]["qlora.dev/step"]
-        pod = await (self.send("GET", f"{_PODS}/{name}") if runs else self.run(job))
+        """The step ends well, or badly for good. `runs`: its pods run already."""
+        if not runs:
+            await self.run(job)
+        for name in _names(job):
+            await self._terminate(job, uid, name, code, "BadDataset" if code else "Done")
+        kinds = ("FailureTarget", "Failed") if code else ("SuccessCriteriaMet", "Complete")
+        await self._finish(job, kinds, {"failed": 1} if code else {"succeeded": 1, "completionTime": ENDED})
+
+    async def lose(self, job: dict[str, Any], uid: str) -> None:
+        """Of several pods that run, the last is gone with its node, which the others notice."""
+        *others, lost = _names(job)
+        for name in others:
+            await self._terminate(job, uid, name, int(ExitCode.PEER_LOST), ExitCode.PEER_LOST.reason)
+        await self.send("DELETE", f"{_PODS}/{lost}?gracePeriodSeconds=0")
+        await self._finish(job, ("FailureTarget", "Failed"), {"failed": len(others) + 1})
+
+    async def _terminate(self, job: dict[str, Any], uid: str, name: str, code: int, reason: str) -> None:
+        pod = await self.send("GET", f"{_PODS}/{name}")
+        step = job["metadata"]["labels"]["qlora.dev/step"]
         record = ResultRecord(
             job_uid=uid,
             pod_uid=pod["metadata"]["uid"],
@@ -100,7 +125,7 @@ class Api:
             time=ENDED,
             outcome="failed" if code else "succeeded",
             exit_code=code,
-            reason="BadDataset" if code else "Done",
+            reason=reason,
             **({} if code else FOUND.get(step, {})),
         )
         terminated = {
@@ -110,18 +135,25 @@ class Api:
             "startedAt": ENDED,
             "finishedAt": ENDED,
         }
-        phase, kinds = (
-            ("Failed", ("FailureTarget", "Failed")) if code else ("Succeeded", ("SuccessCriteriaMet", "Complete"))
-        )
-        status = {"phase": phase, "containerStatuses": [_CONTAINER | {"state": {"terminated": terminated}}]}
+        await self._report(name, "Failed" if code else "Succeeded", {"terminated": terminated})
+
+    async def _report(self, name: str, phase: str, state: Object) -> None:
+        status = {"phase": phase, "containerStatuses": [_CONTAINER | {"state": state}]}
         await self.send("PATCH", f"{_PODS}/{name}/status", {"status": status})
+
+    async def _finish(self, job: dict[str, Any], kinds: Iterable[str], counts: Object) -> None:
         conditions = [
             {"type": kind, "status": "True", "reason": "Test", "lastTransitionTime": ENDED, "lastProbeTime": ENDED}
             for kind in kinds
         ]
-        done: dict[str, Any] = {"startTime": ENDED, "conditions": conditions}
-        done |= {"failed": 1} if code else {"succeeded": 1, "completionTime": ENDED}
-        await self.send("PATCH", f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs/{name}/status", {"status": done})
+        path = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs/{job['metadata']['name']}/status"
+        await self.send("PATCH", path, {"status": {"startTime": ENDED, "conditions": conditions, **counts}})
+
+
+def _names(job: dict[str, Any]) -> list[str]:
+    """The names of the step's pods."""
+    name, nodes = job["metadata"]["name"], job["spec"]["completions"]
+    return [name] if nodes == 1 else [f"{name}-{number}" for number in range(nodes)]
 
 
 @asynccontextmanager
@@ -133,7 +165,7 @@ async def connected(plane: ControlPlane) -> AsyncIterator[Api]:
 def operator(cluster: Cluster, store: Store | None = None) -> Reconciler:
     return Reconciler(
         cluster=cluster,
-        profiles=PROFILES,
+        profiles=PROFILES | {SHARED: _SHARED},
         progress=None,
         metrics=Metrics(),
         clock=lambda: datetime.now(UTC),

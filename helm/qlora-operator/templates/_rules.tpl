@@ -17,7 +17,7 @@
   resources: [pods/log]
   verbs: [get]
 {{- end }}
-{{- if .Values.kueue.enabled }}
+{{- if (.Values.kueue).enabled }}
 - apiGroups: [kueue.x-k8s.io]
   resources: [workloads]
   verbs: [get, list, watch]
@@ -25,13 +25,13 @@
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [get, create]
-# By which the train pods of a job on several nodes find and reach one another.
+# By which the train pods of a job on several nodes find and reach one another. They are created by server-side apply.
 - apiGroups: [""]
   resources: [services]
-  verbs: [create]
+  verbs: [create, patch]
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [create]
+  verbs: [create, patch]
 - apiGroups: [""]
   resources: [events]
   verbs: [create]

@@ -16,9 +16,15 @@
 {{- end -}}
 {{- $_ := set $profiles $name $full -}}
 {{- end -}}
-{{- $decided := dict "namespaces" .Values.namespaces "profiles" $profiles "probePort" 8080 "metricsPort" 9090 "dnsPorts" .Values.jobNetworkPolicies.dnsPorts -}}
+{{- $decided := dict "namespaces" .Values.namespaces "profiles" $profiles "probePort" 8080 "metricsPort" 9090 "dnsPorts" (include "qlora-operator.dnsPorts" . | fromJsonArray) -}}
 {{- $_ := set $decided "leaderElection" (dict "leaseName" (include "qlora-operator.fullname" .)) -}}
 {{- toYaml (merge $decided (deepCopy .Values.settings)) -}}
+{{- end }}
+
+{{/* Ports on which DNS answers, as a JSON list. `helm upgrade --reuse-values` has no value that the older chart lacks, and
+a rule with an empty list of ports allows all of them. */}}
+{{- define "qlora-operator.dnsPorts" -}}
+{{- toJson (default (list 53) .Values.jobNetworkPolicies.dnsPorts) -}}
 {{- end }}
 
 {{/* Ports of the servers that the profiles name, as a JSON list: those of their URLs, or of the scheme. */}}

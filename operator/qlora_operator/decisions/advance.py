@@ -10,7 +10,7 @@ from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_co
 from qlora_operator.decisions.figures import with_known_facts, with_training_facts
 from qlora_operator.decisions.observe import ChildJob, Pod, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
-from qlora_operator.decisions.together import ending_pod, trains_together
+from qlora_operator.decisions.together import ending_pod, is_over, trains_together
 
 _NEXT: dict[StepName, StepName] = {"prepare": "train", "train": "publish"}
 
@@ -86,8 +86,9 @@ def _follow_failure_together(
     """
     pod = ending_pod(pods, child)
     if pod is None:
-        waits = bool(pods) or bool(step.counted_pod)
-        return status if waits else fail(status, facts, _without_pod(child.failure or Reason("", ""), step, facts))
+        # Without a pod that says why, nothing is known to be permanent; if none has run, there is nothing to count.
+        waits = bool(step.counted_pod) or not is_over(pods, child)
+        return status if waits else status.model_copy(update={"step": next_attempt(step, facts)})
     if pod.unsupported:
         return _after_unsupported(status, facts, step)
     if not pod.decisive:

@@ -5,7 +5,7 @@ Attempts run one after the other. `status.step.countedPod` is the latest pod for
 
 An attempt is a pod, or the pods of several nodes that run together (`together`). Of these, node 0 gives the seconds and
 the progress, and the pod that ended the attempt the failure or interruption; then the step gets another Job, so that
-each Job of several nodes is counted at most once.
+each Job of several nodes is counted at most once. If no pod is left to say so, it was interrupted if node 0 has run.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.conditions import truncate
 from qlora_operator.decisions.figures import with_saved_step
 from qlora_operator.decisions.observe import ChildJob, Observed, Pod, QLoRAJob, format_time, parse_time
-from qlora_operator.decisions.together import ending_pod, is_own_failure, trains_together
+from qlora_operator.decisions.together import ending_pod, is_over, is_own_failure, trains_together
 
 LONGEST_WITHOUT_NEWS = timedelta(minutes=15)
 """For how long after it was last heard of a pod is taken to have run that is gone without a trace."""
@@ -26,12 +26,14 @@ _EXIT_CODES = {int(code): code for code in ExitCode}
 def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
     """The status with every attempt of the current step counted that has ended, vanished or is being deleted, since."""
     step = status.step
-    if step is None or not step.job_uid:
+    if step is None:
+        return status
+    if trains_together(job, step.name):
+        return _count_together(status, job, observed, now) if step.job_uid else _charge_earlier(status, job, observed)
+    if not step.job_uid:
         return status
     child = observed.child(step.job_name)
     pods = observed.pods_of(step.job_uid)
-    if trains_together(job, step.name):
-        return _count_together(status, job, child, pods, now)
     for pod in _not_counted(status, step, pods):
         if pod.decisive and not pod.detached and child is not None and not child.finished:
             continue  # counted with the end of its Job, which follows at once
@@ -55,33 +57,54 @@ def watch_pod(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoR
 def charge_running(status: QLoRAJobStatus, observed: Observed, now: datetime) -> QLoRAJobStatus:
     """The status with the seconds that the pods have run until now counted, before their step gets another Job."""
     total = active_seconds(status, observed, now)
+    if total == status.active_seconds:
+        return status
     return status.model_copy(update={"active_seconds": total, "active_until": format_time(now)})
 
 
-def _count_together(
-    status: QLoRAJobStatus, job: QLoRAJob, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime
-) -> QLoRAJobStatus:
-    """The status with the attempt of several pods counted, once, if it has ended other than well."""
-    for pod in pods:
-        if pod.node == 0 and pod.ended:
-            status = _charge(status, job, pod)
+def _count_together(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, now: datetime) -> QLoRAJobStatus:
+    """The status with node 0's seconds, and with the attempt of several pods counted once, if it has not ended well."""
     step = status.step
-    if step is None or step.counted_pod:
+    if step is None:
         return status
+    child, pods = observed.child(step.job_name), observed.pods_of(step.job_uid)
+    status = _charge_node_0(status, job, child, pods, now)
     ending = ending_pod(pods, child)
-    if ending is None:
-        # Without any pod left, only what was seen before says that the attempt has run.
-        return status if pods else _count_vanished(status, job, child, pods, now)
-    if is_own_failure(ending) or ending.missed_peers:
-        return _with_failure(status, job, ending)
-    if _stopped_on_purpose(ending.created, child, job):
+    if step.counted_pod or (ending is None and not (step.running_pod and is_over(pods, child))):
         return status
-    counted = step.model_copy(update={"counted_pod": ending.uid})
+    if ending is not None and (is_own_failure(ending) or ending.missed_peers):
+        return _with_failure(charge_running(status, observed, now), job, ending)
+    began = ending.created if ending else parse_time(step.running_since or format_time(now))
+    if _stopped_on_purpose(began, child, job):
+        return status
+    if ending is not None and ending.lost_peer:
+        # Nobody has said why, which may be for good: what they have seen is all that there is to tell.
+        status = status.model_copy(update={"last_failure": describe_failure(ending, job, step.name)})
+    counted = step.model_copy(update={"counted_pod": ending.uid if ending else step.running_pod})
+    status = charge_running(status, observed, now)
     return status.model_copy(update={"disruptions": status.disruptions + 1, "step": counted})
 
 
+def _charge_node_0(
+    status: QLoRAJobStatus, job: QLoRAJob, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime
+) -> QLoRAJobStatus:
+    """The status with the seconds of node 0 until its pod has ended, was deleted or is gone, whatever the others do."""
+    for pod in pods:
+        if pod.node == 0:
+            status = _charge(status, job, pod)
+    return _charge_vanished(status, child, pods, now) if _has_vanished(status, pods) else status
+
+
+def _charge_earlier(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
+    """The same for node 0 of the Job before, which saves and stops after the step has left it for the next one."""
+    for pod in observed.pods:
+        if pod.node == 0 and pod.result(job.uid, "train") is not None:
+            status = _charge(status, job, pod)
+    return status
+
+
 def _charge(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
-    """The status with the seconds and the checkpoint of node 0, whose pod has ended."""
+    """The status with the seconds of node 0's pod until it has ended or was deleted, and its checkpoint."""
     start, end = _start(pod), _end(pod)
     if start is None or end is None or status.step is None:
         return status
@@ -120,25 +143,36 @@ def _count_vanished(
 ) -> QLoRAJobStatus:
     """The status with the pod counted that was seen running and is gone: deleted by force, or with its node."""
     step = status.step
+    if step is None or step.running_since is None or not _has_vanished(status, pods):
+        return status
+    on_purpose = _stopped_on_purpose(parse_time(step.running_since), child, job)
+    counted = step.model_copy(update={"counted_pod": step.running_pod})
+    status = _charge_vanished(status, child, pods, now)
+    return status.model_copy(update={"disruptions": status.disruptions + (0 if on_purpose else 1), "step": counted})
+
+
+def _has_vanished(status: QLoRAJobStatus, pods: tuple[Pod, ...]) -> bool:
+    """Whether the pod that was seen running is gone, and its seconds do not count yet."""
+    step = status.step
     if step is None or not step.running_pod or step.running_since is None or step.running_pod == step.counted_pod:
-        return status
+        return False
     if any(pod.uid == step.running_pod for pod in pods):
+        return False
+    # Else it was counted before it was gone: a later pod that never ran has been counted since.
+    return status.active_until is None or parse_time(status.active_until) <= parse_time(step.running_since)
+
+
+def _charge_vanished(
+    status: QLoRAJobStatus, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime
+) -> QLoRAJobStatus:
+    """The status with the seconds of that pod."""
+    step = status.step
+    if step is None or step.running_since is None:
         return status
-    if status.active_until is not None and parse_time(status.active_until) > parse_time(step.running_since):
-        return status  # counted before it was gone: a later pod that never ran has been counted since
     start, end = parse_time(step.running_since), _vanished_at(step, child, pods, now)
     until = parse_time(status.active_until) if status.active_until else end
-    on_purpose = _stopped_on_purpose(start, child, job)
-    # A Job of several pods that is counted is replaced; one that was stopped on purpose is resumed.
-    counted = "" if on_purpose and trains_together(job, step.name) else step.running_pod
-    return status.model_copy(
-        update={
-            "active_seconds": status.active_seconds + _seconds(status, start, end),
-            "active_until": format_time(max(end, until)),
-            "disruptions": status.disruptions + (0 if on_purpose else 1),
-            "step": step.model_copy(update={"counted_pod": counted}),
-        }
-    )
+    seconds = status.active_seconds + _seconds(status, start, end)
+    return status.model_copy(update={"active_seconds": seconds, "active_until": format_time(max(end, until))})
 
 
 def _vanished_at(step: StepStatus, child: ChildJob | None, pods: tuple[Pod, ...], now: datetime) -> datetime:

@@ -4,7 +4,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.duration import format_duration
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import active_seconds, charge_running
-from qlora_operator.decisions.conditions import condition, is_finished
+from qlora_operator.decisions.conditions import condition, is_finished, truncate
 from qlora_operator.decisions.endings import fail, failure_of
 from qlora_operator.decisions.facts import Facts, next_attempt
 from qlora_operator.decisions.observe import parse_time
@@ -20,9 +20,12 @@ def enforce_disruptions(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     # A step that has lost no pod yet may run, even if interruptions of the one before were counted late.
     if is_finished(status) or step is None or not step.counted_pod or status.disruptions <= limit:
         return status
-    message = (
+    last = status.last_failure
+    # What nodes that have lost one another report may come from their network, of which no Event tells.
+    reported = f"; the latest report is {last.reason}: {last.message}" if last and last.step == step.name else ""
+    message = truncate(
         f"the pods were interrupted {status.disruptions} times, and spec.retry.maxDisruptions allows {limit}: see "
-        "`kubectl get events` for what evicts or deletes them, then raise spec.retry.request"
+        f"`kubectl get events` for what evicts or deletes them, then raise spec.retry.request{reported}"
     )
     return fail(status, facts, failure_of(step.name, ExitCode.RETRIES_EXHAUSTED.reason, message, facts))
 

@@ -1,5 +1,6 @@
 """Parses objects of the API server once: the QLoRAJob, its child Jobs and their pods, as typed frozen values."""
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from qlora_api.contract import (
     ExitCode,
     ResultRecord,
     decode_record,
+    needed_contract,
 )
 from qlora_api.naming import JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RESOLVED_ANNOTATION
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName, StepStatus
@@ -267,6 +269,7 @@ def parse_job(body: Object) -> QLoRAJob:
     except ValidationError as error:
         raise UnreadableJobError(f"this version of the operator cannot read the status: {_problems(error)}") from error
     spec, problem = _parse_spec(body["spec"], status.resolved)
+    spec = _with_fixed_nodes(spec, status.resolved)
     return QLoRAJob(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -295,6 +298,14 @@ def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpe
         except ValidationError:
             logger.debug("not even without its unknown fields", exc_info=True)
     return QLoRAJobSpec.model_construct(**_readable_fields(content)), problem
+
+
+def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved | None) -> QLoRAJobSpec:
+    """With as many pods as the job has started with, which is what they read: an older definition drops the field."""
+    if resolved is None or resolved.document is None or resolved.contract_version < needed_contract(2):
+        return spec
+    nodes = json.loads(resolved.document)["spec"]["resources"].get("nodes")
+    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": nodes})})
 
 
 def _readable_fields(content: Object) -> dict[str, Any]:

@@ -1,20 +1,24 @@
 """Decides what to do about a job: (job, its next status, its children, now) -> actions; pure."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
-from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob, parse_time
+from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 from qlora_operator.decisions.together import trains_together
 
 # Jobs of several nodes get no second pod, whose delay would be Kubernetes': the operator waits as long as that does.
 PAUSE_AFTER_FAILURE, LONGEST_PAUSE_AFTER_FAILURE = timedelta(seconds=10), timedelta(minutes=6)
+# Nodes that are lost now and then are no reason for a longer pause. A failed Job is there for an hour at least.
+FAILURES_WITHIN = timedelta(hours=1)
 PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60), timedelta(minutes=30)
 # Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
 QUEUE_MOMENT = timedelta(seconds=30)
@@ -30,7 +34,7 @@ class CreateClaim:
 
 @dataclass(frozen=True)
 class ConnectNodes:
-    """Create what lets the train pods of several nodes find and reach one another, unless it exists."""
+    """Create what lets the train pods of several nodes find and reach one another, or set it right."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,12 @@ def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: 
     yield from (_delete(child) for child in _running(observed) if child.name != wanted or detached)
     if (cleaning := observed.child(clean_job_name(job))) is not None and cleaning.finished and not cleaning.deleting:
         yield _delete(cleaning)  # of the end before: the next end has a clean-up of its own
-    if step is None or wanted is None or step.job_uid or observed.child(wanted) is not None or observed.live_pods:
+    if step is None or wanted is None:
+        return
+    if trains_together(job, step.name) and any(pod.starting for pod in observed.pods_of(step.job_uid)):
+        # A queue may have resumed their Job days after it was created.
+        yield ConnectNodes()
+    if step.job_uid or observed.child(wanted) is not None or observed.live_pods:
         return
     if any(now < due for due in _pauses(job, status, observed)):
         return
@@ -148,12 +157,21 @@ def _pauses(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterat
     """When the next Job may be created."""
     yield from _after_rejections(observed)
     yield from _after_waiting(job, observed)
-    step, failure = status.step, status.last_failure
-    if step is None or failure is None or not trains_together(job, step.name):
+    yield from _after_failures(job, status, observed)
+
+
+def _after_failures(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[datetime]:
+    """The same after Jobs of several nodes that have failed, also if that counts as a disruption or as nothing."""
+    step = status.step
+    if step is None or step.job_uid or not trains_together(job, step.name):
         return
-    if step.failures and failure.step == step.name and not step.job_uid:
-        pause = PAUSE_AFTER_FAILURE * 2 ** min(step.failures - 1, 10)
-        yield parse_time(failure.time) + min(pause, LONGEST_PAUSE_AFTER_FAILURE)
+    names = {child_job_name(job.name, step.name, attempt) for attempt in range(status.first_attempt, step.attempt)}
+    failed = [child for child in observed.children if child.name in names and child.failure and not child.expired]
+    ended = [child.ended for child in failed if child.ended]
+    if ended:
+        times = sum(moment > max(ended) - FAILURES_WITHIN for moment in ended)
+        pause = PAUSE_AFTER_FAILURE * 2 ** min(times - 1, 10)
+        yield max(ended) + min(pause, LONGEST_PAUSE_AFTER_FAILURE)
 
 
 def _after_waiting(job: QLoRAJob, observed: Observed) -> Iterator[datetime]:
@@ -165,13 +183,14 @@ def _after_waiting(job: QLoRAJob, observed: Observed) -> Iterator[datetime]:
     ended = [pod.termination.finished for pod in waited if pod.termination and pod.termination.finished]
     if ended:
         times = len({pod.owner_uid for pod in waited})
-        pause = PAUSE_AFTER_REJECTED_POD * 2 ** min(times - 1, 10) * (1 + _share(job.uid))
-        yield max(ended) + min(pause, LONGEST_PAUSE_AFTER_REJECTED_POD)
+        pause = min(PAUSE_AFTER_REJECTED_POD * 2 ** min(times - 1, 10), LONGEST_PAUSE_AFTER_REJECTED_POD)
+        # Multiplied after the cap, at which the pauses of all jobs would be equal again.
+        yield max(ended) + pause * (1 + _share(job.uid))
 
 
 def _share(uid: str) -> float:
     """A number from 0 to 1 that is always the same for this job, and another for others."""
-    return sum(uid.encode()) % 17 / 16
+    return zlib.crc32(uid.encode()) / (2**32 - 1)
 
 
 def _after_rejections(observed: Observed) -> Iterator[datetime]:

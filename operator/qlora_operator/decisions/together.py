@@ -37,6 +37,16 @@ def ending_pod(pods: tuple[Pod, ...], child: ChildJob | None) -> Pod | None:
     return found if is_own_failure(found) or all(pod.ended for pod in pods) else None
 
 
+def is_over(pods: tuple[Pod, ...], child: ChildJob | None) -> bool:
+    """Whether nothing of the attempt is left that could run or tell why it ended, as of pods that never ran.
+
+    Of its pods there may still be those that had done their part. `child`: as above.
+    """
+    if pods and child is not None and child.failure is None:
+        return False
+    return all(pod.ended for pod in pods)
+
+
 def _order(pod: Pod) -> tuple[int, str, int]:
     first = [
         pod.out_of_memory,

@@ -81,7 +81,20 @@ def test_two_pods_with_two_processes_each_train_the_adapter_of_four_in_one(tmp_p
     assert adapter_bytes(apart) == adapter_bytes(whole)
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, id="node 0", marks=pytest.mark.slow), pytest.param(1, id="node 1")])
+def test_the_pod_whose_peer_is_killed_ends_by_itself(long_job: tuple[Pods, StepContext]) -> None:
+    pods, _ = long_job
+    first, second = (pods.start(node) for node in range(2))
+    said = until(first.process, 3)
+    second.process.kill()
+
+    done = first.done(said)
+
+    assert done.exit_code == ExitCode.PEER_LOST, done.stdout + done.stderr
+    assert "lost another process of this run" in done.result.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_the_pod_whose_peer_is_killed_ends_by_itself_and_the_resume_is_exact(
     tmp_path: Path, tiny_llama: Path, long_job: tuple[Pods, StepContext], killed: int
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from helm.values_schema import SCHEMA, render
+from qlora_operator.settings import Settings
 
 ROOT = Path(__file__).parents[3]
 CHART = ROOT / "helm" / "qlora-operator"
@@ -31,6 +32,13 @@ def test_the_documents_build_images_with_the_tag_that_the_chart_pulls() -> None:
 
 def test_values_schema_describes_the_profile_of_the_models() -> None:
     assert SCHEMA.read_text() == render(), "run `make generate`"
+
+
+def test_the_chart_takes_no_more_ports_of_dns_than_the_operator() -> None:
+    schema = json.loads(SCHEMA.read_text())
+    chart = schema["properties"]["jobNetworkPolicies"]["properties"]["dnsPorts"]
+    operator = Settings.model_json_schema(by_alias=True)["properties"]["dnsPorts"]
+    assert chart == {"uniqueItems": True} | {key: operator[key] for key in ("type", "minItems", "maxItems", "items")}
 
 
 def test_every_default_value_is_in_the_schema_and_explained() -> None:

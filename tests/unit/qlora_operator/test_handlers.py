@@ -6,11 +6,16 @@ from typing import Any
 
 import kopf
 import pytest
+from kopf._core.engines.indexing import OperatorIndexers
+from kopf._core.reactor.processing import process_resource_event
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_operator.handlers import Hooks, _configure, _Forgetful, _register_events
+from qlora_api.profile import Profile
+from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
+from qlora_operator.handlers import Hooks, _configure, _register_events, watch
 from qlora_operator.metrics import Metrics
 from qlora_operator.resync import WatchMonitor
+from qlora_operator.settings import Settings
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
 from tests.support.builders import NAME, child, condition, job_body, pod, running, status_in
@@ -96,12 +101,37 @@ def test_a_job_of_the_deleted_qlorajob_of_the_same_name_wakes_the_new_one_when_i
     assert watches.show("jobs", "DELETED", 11, earlier) == [(KEY, False)]
 
 
-def test_kopf_keeps_no_record_of_an_object() -> None:
-    memories = _Forgetful()
-    body: Any = job_body()
-    memory = asyncio.run(memories.recall(body, noticed_by_listing=True))
-    assert memory.noticed_by_listing
-    assert list(memories.iter_all_memories()) == []
+def test_kopf_keeps_no_record_of_an_object_that_it_has_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the operator gives to kopf, and what kopf does with an event."""
+    given: dict[str, Any] = {}
+    shown: list[Key] = []
+
+    async def spawn_tasks(**arguments: Any) -> None:
+        given.update(arguments)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
+    hooks = Hooks(lambda key, first=False: shown.append(key), WatchMonitor(150), Metrics().job_is_in, print, Store())
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
+    memo: Any = kopf.Memo()
+    for type_ in (None, "ADDED", "MODIFIED"):
+        event: Any = {"type": type_, "object": job_body()}
+        asyncio.run(
+            process_resource_event(
+                lifecycle=kopf.lifecycles.asap,
+                indexers=OperatorIndexers(),
+                registry=given["registry"],
+                settings=given["settings"],
+                memories=given["memories"],
+                memobase=memo,
+                resource=kopf.Resource(GROUP, VERSION, PLURAL),
+                raw_event=event,
+                event_queue=asyncio.Queue(),
+            )
+        )
+        assert list(given["memories"].iter_all_memories()) == []
+    assert shown == [KEY]
 
 
 def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:

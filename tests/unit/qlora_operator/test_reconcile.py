@@ -31,6 +31,7 @@ from tests.support.builders import (
     job_body,
     make_job,
     message_of,
+    node,
     pod,
     reason_of,
     running,
@@ -125,10 +126,10 @@ class MemoryCluster:
     async def get_claim(self, namespace: str, name: str) -> Object:
         return self.claims[name]
 
-    async def create_service(self, namespace: str, manifest: Object) -> None:
+    async def apply_service(self, namespace: str, manifest: Object) -> None:
         self._write("Service")
 
-    async def create_network_policy(self, namespace: str, manifest: Object) -> None:
+    async def apply_network_policy(self, namespace: str, manifest: Object) -> None:
         self._write("NetworkPolicy")
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
@@ -234,6 +235,19 @@ def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}))
     reconcile(cluster)
     assert cluster.writes[:3] == ["NetworkPolicy", "Service", "Job"]
+
+
+def test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_starts() -> None:
+    """Somebody may have deleted or changed it while their Job waited in a queue."""
+    cluster = stored(status_in("train"), resources={"nodes": 2})
+    cluster.jobs, cluster.pods = [child("train")], [running(node(0)), node(1)]
+    reconcile(cluster)
+    assert cluster.writes[:2] == ["NetworkPolicy", "Service"]
+
+    cluster = stored(cluster.status, resources={"nodes": 2})
+    cluster.jobs, cluster.pods = [child("train")], [running(node(0)), running(node(1))]
+    reconcile(cluster)
+    assert set(cluster.writes) <= {"status", "Event"}
 
 
 def test_a_job_that_is_being_deleted_is_left_alone() -> None:

@@ -62,20 +62,23 @@ def test_it_waits_says_why_once_and_goes_on(caplog: pytest.LogCaptureFixture) ->
                 raise answers[0]
             return answers[0]
 
+    lacks: list[bool] = []
     loop = VirtualLoop()
-    check = SchemaCheck(Schemas())
+    check = SchemaCheck(Schemas(), lacks.append)
 
     async def scenario() -> None:
         running = asyncio.create_task(check.run())
-        for words in ("refused", "CustomResourceDefinition", "status.phase"):
+        for words, said in (("refused", []), ("CustomResourceDefinition", []), ("status.phase", [True])):
             await asyncio.sleep(600)
             assert words in (check.problem or "")
+            assert lacks == said, "only a schema that was read can lack fields"
             assert not running.done()
             answers.pop(0)
             answers.append(document())
         await asyncio.sleep(31)
         assert running.done()
         assert check.problem is None
+        assert lacks == [True, False]
 
     loop.run_until_complete(scenario())
     loop.close()

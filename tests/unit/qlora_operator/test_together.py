@@ -1,12 +1,13 @@
 """A job of several nodes: its pods are one attempt, which ends for the pod that ended it and counts once."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decisions.manifests import build_job, build_peer_policy, build_peer_service
+from qlora_operator.decisions.manifests import build_job, build_peer_policy, build_peer_service, document
 from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.decisions.plan import ConnectNodes, CreateJob, DeleteJob, Plan, plan
 from tests.support.builders import (
@@ -31,6 +32,7 @@ from tests.support.builders import (
     status_in,
     step_status,
     time,
+    waiting,
 )
 
 PEER_LOST, PEERS_MISSING, INTERRUPTED, UNREACHABLE = 201, 202, 143, 200
@@ -50,9 +52,17 @@ def lost(number: int, end: float = -9) -> dict[str, Any]:
     return told(node(number), PEER_LOST, "PeerLost", "lost another process of this run", end=end)
 
 
-FAILED = child("train", Failed="BackoffLimitExceeded")
+def failed_job(attempt: int = 1, end: float = -10) -> dict[str, Any]:
+    """A train Job that Kubernetes has failed because one of its pods has not ended well."""
+    body = child("train", attempt, Failed="BackoffLimitExceeded")
+    body["status"]["conditions"][0]["lastTransitionTime"] = time(end)
+    return body
+
+
+FAILED = failed_job()
 ENDED_BY_ITS_POLICY = child("train", Failed="PodFailurePolicy")
 RUNS = child("train")
+STOPS = child("train", FailureTarget="BackoffLimitExceeded")
 FULL = told(node(1), 13, "GPUOutOfMemory", "the GPU is out of memory")
 
 
@@ -126,7 +136,7 @@ def test_the_reason_is_not_told_before_the_pod_that_may_have_it_has_ended() -> N
     assert (reason_of(status), message_of(status)) == ("BadDataset", "line 7")
 
 
-@pytest.mark.parametrize("failing", [RUNS, child("train", FailureTarget="BackoffLimitExceeded")], ids=["soon", "now"])
+@pytest.mark.parametrize("failing", [RUNS, STOPS], ids=["soon", "now"])
 def test_a_pod_that_is_stopped_with_its_failing_job_is_not_taken_for_the_reason(failing: dict[str, Any]) -> None:
     """The kubelet of the pod that has failed may be the last to report."""
     stopped = ended(node(2), INTERRUPTED)
@@ -145,6 +155,25 @@ def test_a_failure_that_all_pods_report_counts_once_and_is_retried_after_a_pause
     assert decide(job_in(status), *bodies, at=0).actions == (ConnectNodes(), CreateJob("train", 2, failures=1))
 
 
+def test_jobs_that_fail_one_after_the_other_are_followed_after_pauses_that_grow() -> None:
+    """Also if each counts as a disruption: an interconnect that is broken for good would use them up in a minute."""
+    status = follow(job_in(), FAILED, lost(0), lost(1))
+    assert (reason_of(status), status.last_failure and status.last_failure.reason) == ("Retrying", "PeerLost")
+    assert "PeerLost: lost another process of this run" in message_of(status)
+    assert decide(job_in(status), FAILED, lost(0), lost(1), at=-1).actions == ()
+
+    def next_after(*ends: float) -> float:
+        last = status_in("train", len(ends) + 1, step=step_status("train", len(ends) + 1, jobUid="").dump())
+        jobs = [failed_job(number, end) for number, end in enumerate(ends, start=1)]
+        due = decide(job_in(last), *jobs, at=ends[-1]).look_again
+        assert due is not None
+        return (due - after(ends[-1])).total_seconds()
+
+    assert [next_after(*range(count)) for count in range(1, 9)] == [10, 20, 40, 80, 160, 320, 360, 360]
+    # Nodes that are lost from time to time are no reason for a longer pause.
+    assert next_after(0, 4000, 8000) == 10
+
+
 def test_more_failures_than_are_allowed_end_the_job() -> None:
     failure = told(node(0), UNREACHABLE, "Unreachable", "no route")
     stored = status_in("train", 1, step=step_status("train", failures=3).dump(), failures=3)
@@ -159,6 +188,7 @@ def test_more_disruptions_than_are_allowed_end_the_job() -> None:
     status = follow(job_in(retry={"maxDisruptions": 0}), FAILED, lost(0), lost(1))
 
     assert reason_of(status) == "RetriesExhausted"
+    assert "the latest report is PeerLost: lost another process of this run" in message_of(status)
 
 
 def test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that_grows() -> None:
@@ -174,6 +204,36 @@ def test_pods_that_waited_in_vain_count_nothing_and_try_again_after_a_pause_that
     assert planned.look_again is not None
     assert after(50) <= planned.look_again <= after(120)
     assert decide(job_in(status), *bodies, at=120).actions == (ConnectNodes(), CreateJob("train", 2))
+
+
+def test_two_jobs_that_wait_for_one_anothers_nodes_never_try_again_at_the_same_time() -> None:
+    """Not even when their pauses have grown as long as they get."""
+    waited = [told(node(0, attempt), PEERS_MISSING, "PeersMissing") for attempt in range(1, 8)]
+    stored = status_in("train", 8, step=step_status("train", 8, jobUid="").dump())
+
+    def pause(number: int) -> float:
+        job = replace(job_in(stored), uid=f"0a1b2c3d-0000-4000-8000-{number:012}")
+        due = plan(job, stored, facts(job, *waited).observed, NOW).look_again
+        assert due is not None
+        return (due - after(-10)).total_seconds()
+
+    pauses = [pause(number) for number in range(40)]
+
+    assert len(set(pauses)) == 40
+    assert 1800 <= min(pauses) < max(pauses) <= 3600
+
+
+def test_a_job_whose_spec_has_lost_its_nodes_goes_on_with_as_many_as_it_has_started_with() -> None:
+    """The CustomResourceDefinition of an earlier release, applied in mid-run, drops the field."""
+    two = job_in()
+    fixed = resolved().model_copy(update={"document": document(two), "contract_version": 3})
+    status = status_in("train", 1, resolved=fixed.dump(), step=step_status("train").dump())
+    pruned = make_job(status, resources={})
+
+    body = build_job(pruned, fixed, "train", 2)
+
+    assert (body["spec"]["completions"], body["spec"]["backoffLimit"]) == (2, 0)
+    assert counts(follow(pruned, FAILED, lost(0), lost(1))) == (0, 1, 2)
 
 
 def _suspended(body: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +275,72 @@ def test_pods_that_are_all_gone_are_one_disruption() -> None:
     assert counts(follow(job_in(seen_running), RUNS)) == (0, 1, 2)
     # As long as another pod is there, it says what has happened.
     assert counts(follow(job_in(seen_running), RUNS, running(node(1)))) == (0, 0, 1)
+
+
+def test_pods_that_are_lost_before_node_0_runs_cost_nothing_but_another_job_after_a_pause() -> None:
+    """A drain while pods are pulled, or while one waits for the other: the Job fails, and deletes all of them."""
+    evicted = deleted(node(1), -5)
+    disrupted = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": ""}
+    evicted["status"] = {"phase": "Failed", "conditions": [disrupted]}
+    killed = deleted(ended(node(1), 137), -15)
+    for gone in (evicted, killed):
+        status = follow(job_in(), RUNS, waiting(node(0), "ContainerCreating"), gone)
+        status = follow(job_in(status), STOPS, deleted(node(0), -4))
+        assert counts(status) == (0, 0, 1)
+        status = follow(job_in(status), FAILED)
+        assert conditions_of(status)["Failed"] == "False"
+        assert counts(status) == (0, 0, 2)
+        assert decide(job_in(status), FAILED, at=-1).actions == ()
+        assert decide(job_in(status), FAILED, at=0).actions == (ConnectNodes(), CreateJob("train", 2))
+
+
+def test_a_node_0_that_is_lost_after_the_other_pods_are_done_is_one_disruption() -> None:
+    """It leaves samples of the model when the other pods have ended."""
+    done = told(node(1), 0, "Done")
+    status = follow(job_in(), RUNS, running(node(0), since=-600), done)
+    status = follow(job_in(status), RUNS, deleted(ended(node(0), 137, start=-600), -40), done)
+    status = follow(job_in(status), STOPS, done)
+    assert counts(status) == (0, 0, 1)
+
+    status = follow(job_in(status), FAILED, done)
+
+    assert counts(status) == (0, 1, 2)
+    assert status.active_seconds == 590
+
+
+@pytest.mark.parametrize(
+    ("bodies", "seconds"),
+    [
+        ([RUNS, running(node(0), since=-3000), ended(node(1), INTERRUPTED)], 3000),
+        ([FAILED, running(node(0), since=-3000), told(node(1), UNREACHABLE, "Unreachable")], 3000),
+        ([FAILED, lost(1)], 2990),
+        ([deleted(running(node(0), since=-3000), -5), deleted(running(node(1), since=-3000), -5)], 2995),
+        ([RUNS, running(node(1), since=-3000)], 3000),
+    ],
+    ids=["another pod has stopped", "another pod has failed", "gone", "the Job was deleted", "gone before the others"],
+)
+def test_the_time_of_node_0_counts_however_the_attempt_ends(bodies: list[dict[str, Any]], seconds: int) -> None:
+    ran = follow(job_in(), RUNS, running(node(0), since=-3000), running(node(1), since=-3000))
+
+    status = follow(job_in(ran), *bodies)
+
+    assert status.active_seconds == seconds
+    # And not twice, when the same is seen again.
+    assert follow(job_in(status), *bodies, now=after(1)).active_seconds <= seconds + 1
+
+
+def test_a_node_0_that_saves_after_its_job_was_left_gives_its_checkpoint_and_its_time() -> None:
+    ran = follow(job_in(), RUNS, running(node(0), since=-3000), running(node(1), since=-3000))
+    status = follow(job_in(ran), RUNS, running(node(0), since=-3000), ended(node(1), INTERRUPTED))
+    assert counts(status) == (0, 1, 2)
+
+    body = node(0)
+    saved = ended(body, INTERRUPTED, result(body, "train", INTERRUPTED, training_step=70), start=-3000, end=20)
+    status = follow(job_in(status), saved, ended(node(1), INTERRUPTED), now=after(30))
+
+    assert status.active_seconds == 3020
+    assert status.checkpoint is not None
+    assert status.checkpoint.step == 70
 
 
 def test_the_result_is_that_of_node_0() -> None:

@@ -2,9 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
+from qlora_api.profile import Profile
+from qlora_operator import __main__ as operator
+from qlora_operator.metrics import Metrics
+from qlora_operator.probes import Health
+from qlora_operator.settings import Settings
 from qlora_operator.workqueue import Key, RetryError, Schedule, WorkQueue
 from tests.support.builders import VirtualLoop
 
@@ -62,6 +69,38 @@ def test_a_namespace_does_not_occupy_the_last_workers() -> None:
     again = schedule.take(1)
     assert again is not None
     assert again[0] == "flood"
+
+
+@pytest.mark.parametrize(("namespaces", "together"), [((), 14), (("flood",), 16), (("flood", "neighbor"), 14)])
+def test_the_only_namespace_that_is_served_may_occupy_every_worker(
+    namespaces: tuple[str, ...], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the operator makes its queue from its settings, of which the number of workers is the default."""
+    made: list[dict[str, Any]] = []
+
+    def make(_: object, **options: Any) -> WorkQueue:
+        made.append(options)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(operator, "WorkQueue", make)
+    settings = Settings(profiles={"default": Profile(image="trainer")}, namespaces=namespaces)
+    started = operator.Operator(settings, None, MagicMock(), Metrics(), Health(), operator.Signals())
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(started._work())
+    begun: list[Key] = []
+
+    async def work(key: Key) -> None:
+        begun.append(key)
+        await asyncio.sleep(1000)
+
+    async def during(queue: WorkQueue) -> None:
+        for number in range(50):
+            queue.add(("flood", str(number)))
+        await asyncio.sleep(1)
+
+    (options,) = made
+    drive(work, during, workers=options["workers"], namespaces=options["namespaces"])
+    assert len(begun) == together
 
 
 @pytest.mark.parametrize(("workers", "together"), [(1, 1), (4, 4), (8, 7), (16, 14)])
@@ -216,12 +255,13 @@ def drive(
     *,
     on_error: Callable[[], None] = lambda: None,
     workers: int = 2,
+    namespaces: tuple[str, ...] = (),
 ) -> None:
     """Run a queue on virtual time while `during` runs."""
     loop = VirtualLoop()
 
     async def scenario() -> None:
-        queue = WorkQueue(work, monotonic=loop.time, workers=workers, on_error=on_error)
+        queue = WorkQueue(work, monotonic=loop.time, workers=workers, namespaces=namespaces, on_error=on_error)
         task = asyncio.create_task(queue.run())
         await during(queue)
         task.cancel()

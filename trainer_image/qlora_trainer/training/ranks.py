@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ _FAILURE = "failure"
 _JOINED = "joined"
 _SECONDS_BETWEEN_LOOKS = 0.1
 _LOOKS = 50
-# The first look for a store that is not there yet: its failure says so after this time, and a signal is noticed.
+# A node that does not answer is tried again after this time, so that a signal is noticed in between.
 _SECONDS_TO_CONNECT = timedelta(seconds=5)
 _SECONDS_BETWEEN_CONNECTS = 1.0
 _SECONDS_TO_TELL = 1.0
@@ -328,7 +329,7 @@ def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> An
                 store.set_timeout(TIMEOUT)
                 return own
             reason = f"{rank_info.address} still serves pods that end"
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if serves:
                 raise unreachable(f"port {rank_info.port} cannot be served: {first_line(error)}") from error
             reason = first_line(error)
@@ -341,6 +342,10 @@ def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> An
 
 
 def _connected(rank_info: RankInfo, *, serves: bool) -> Any:
+    """The store, served or connected to. Raises RuntimeError, or OSError if nothing listens there yet."""
+    if rank_info.several_nodes and not serves:
+        # PyTorch's own tries end after ten seconds and more, notice no signal, and log a page each.
+        socket.create_connection((rank_info.address, rank_info.port), _SECONDS_TO_CONNECT.total_seconds()).close()
     return torch.distributed.TCPStore(
         rank_info.address,
         rank_info.port,
