@@ -39,7 +39,7 @@ def workspace_folder(job_name: str, uid: str) -> str:
 
 
 def peers_name(uid: str) -> str:
-    """Name of the Service and the NetworkPolicy of a job's train pods: begins with a letter, as a Service's must."""
+    """Name of the Service of a job's train pods, and the first part of their NetworkPolicy's: begins with a letter."""
     return f"qlora-{uid}"
 
 

@@ -155,14 +155,13 @@ class Cluster:
         """One PersistentVolumeClaim. Raises NotFoundError."""
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
 
-    async def apply_service(self, namespace: str, manifest: Object) -> None:
-        """Create the Service, or make it what it is to be. Raises RejectedError with the server's reason."""
-        await self._apply(f"{_CORE}/namespaces/{namespace}/services/{manifest['metadata']['name']}", manifest)
+    async def create_service(self, namespace: str, manifest: Object) -> None:
+        """Create a Service. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
+        await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
 
-    async def apply_network_policy(self, namespace: str, manifest: Object) -> None:
-        """Create the NetworkPolicy, or make it what it is to be. Raises RejectedError with the server's reason."""
-        name = manifest["metadata"]["name"]
-        await self._apply(f"{_NETWORKING}/namespaces/{namespace}/networkpolicies/{name}", manifest)
+    async def create_network_policy(self, namespace: str, manifest: Object) -> None:
+        """Create a NetworkPolicy. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
+        await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
         """Create an Event. Raises ConflictError if it exists already."""
@@ -179,7 +178,13 @@ class Cluster:
             "metadata": {"name": job.name, "uid": job.uid, "resourceVersion": job.resource_version},
             "status": status,
         }
-        return await self._apply(f"{_QLORA}/namespaces/{job.namespace}/{PLURAL}/{job.name}/status", body)
+        return await self._json(
+            "PATCH",
+            f"{_QLORA}/namespaces/{job.namespace}/{PLURAL}/{job.name}/status",
+            query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
+            body=body,
+            content_type="application/apply-patch+yaml",
+        )
 
     async def read_log(self, namespace: str, pod: str) -> str | None:
         """The end of the trainer's log, at most 40 lines and 64 KiB; None if it cannot be read now."""
@@ -211,11 +216,6 @@ class Cluster:
     async def replace_lease(self, namespace: str, name: str, manifest: Object) -> Object:
         """Replace a Lease. Raises ConflictError if it has changed since `manifest` was read."""
         return await self._json("PUT", f"{_LEASES}/namespaces/{namespace}/leases/{name}", body=manifest)
-
-    async def _apply(self, path: str, body: Object) -> Object:
-        """Server-side apply, also of fields that others have set."""
-        query = [("fieldManager", FIELD_MANAGER), ("force", "true")]
-        return await self._json("PATCH", path, query=query, body=body, content_type="application/apply-patch+yaml")
 
     async def _list(self, path: str, selector: Query) -> Listing:
         pages = [page async for page in self._pages(path, selector)]

@@ -345,18 +345,20 @@ class Reconciler:
         return self.name_taken.next((job.namespace, job.name))
 
     async def _connect_nodes(self, job: QLoRAJob) -> None:
-        """Apply the Service and the NetworkPolicy of train pods on several nodes. Raises _BlockedError.
+        """Create the Service and the NetworkPolicy of train pods on several nodes. Raises _BlockedError.
 
-        They need not be read: whoever has changed or made them, they are as they should be after that, or rejected.
+        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so.
         """
-        for kind, apply, manifest in (
-            ("NetworkPolicy", self.cluster.apply_network_policy, build_peer_policy(job, self.dns_ports)),
-            ("Service", self.cluster.apply_service, build_peer_service(job)),
+        for kind, create, manifest in (
+            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job, self.dns_ports)),
+            ("Service", self.cluster.create_service, build_peer_service(job)),
         ):
             name = manifest["metadata"]["name"]
             try:
-                await apply(job.namespace, manifest)
-                logger.debug("applied %s %s", kind, name, extra={"key": (job.namespace, job.name)})
+                await create(job.namespace, manifest)
+                logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
+            except ConflictError:
+                logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
             except RejectedError as error:
                 sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
                 raise _BlockedError(Reason("PeersRejected", sentence), _SECONDS_AFTER_REJECTION) from error

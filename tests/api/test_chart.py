@@ -53,8 +53,8 @@ RIGHTS = {
     "pods": {"list", "watch"},
     "pods/log": {"get"},
     "persistentvolumeclaims": {"get", "create"},
-    "services": {"create", "patch"},
-    "networkpolicies.networking.k8s.io": {"create", "patch"},
+    "services": {"create"},
+    "networkpolicies.networking.k8s.io": {"create"},
     "events": {"create"},
 }
 # What it may do in its own namespace too.

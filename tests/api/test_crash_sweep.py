@@ -6,7 +6,6 @@ the table.
 """
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import pytest
 
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import STEP_LABEL
-from qlora_operator.cluster import Cluster
+from qlora_operator.cluster import Cluster, ConflictError
 from qlora_operator.decisions.observe import Object
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Resync
@@ -46,15 +45,13 @@ class Life:
     at: int = 0
     writes: list[str] = field(default_factory=list)
     """Phase and kind of each write that was accepted."""
-    tries: int = 0
+    tries: list[str] = field(default_factory=list)
     phase: str = "(new)"
     uid: str = ""
     silent: bool = False
     before: list[tuple[str, Object]] = field(default_factory=list)
     shown: dict[str, tuple[str, Object]] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    """Of what was applied, by path."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -151,15 +148,20 @@ class FaultyCluster(Cluster):
         if method == "GET":
             return await super()._request(method, path, **request)
         life = self._life
-        life.tries += self._faulty
-        struck = self._faulty and life.tries == life.at
+        if self._faulty:
+            life.tries.append(f"{life.phase}: {_kind(method, path)}")
+        struck = self._faulty and len(life.tries) == life.at
         if struck and life.fault == "stale watches":
             life.before = await life.objects()
         if struck and life.fault == "killed before":
             raise KilledError
-        answer = await super()._request(method, path, **request)
-        if not self._repeats(path, answer):
-            life.writes.append(f"{life.phase}: {_kind(method, path)}")
+        try:
+            answer = await super()._request(method, path, **request)
+        except ConflictError:
+            if struck and life.fault in ("killed after", "stale watches"):
+                raise KilledError from None
+            raise
+        life.writes.append(f"{life.phase}: {_kind(method, path)}")
         if path.endswith("/status"):
             life.phase = request["body"]["status"]["phase"]
         if struck and life.fault == "lost events":
@@ -167,13 +169,6 @@ class FaultyCluster(Cluster):
         if struck and life.fault in ("killed after", "stale watches"):
             raise KilledError
         return answer
-
-    def _repeats(self, path: str, answer: bytes) -> bool:
-        """Whether the API server has written nothing, because what was applied is there already."""
-        version = str(json.loads(answer).get("metadata", {}).get("resourceVersion", ""))
-        before = self._life.versions.get(path)
-        self._life.versions[path] = version
-        return bool(version) and before == version
 
 
 def _kind(method: str, path: str) -> str:
@@ -308,7 +303,8 @@ def test_a_fault_at_any_write_changes_neither_the_end_nor_the_number_of_writes(
         async with connected(prepared(plane)) as api:
             model = await live(Life(api, f"sweep-{which}", spec=spec), acts)
             wanted = await ending(model)
-            places, limit = model.writes, asyncio.Semaphore(_AT_A_TIME)
+            # What exists already is tried again in vain, and is no write.
+            places, limit = model.tries, asyncio.Semaphore(_AT_A_TIME)
             wrong: list[str] = []
             cells: Counter[tuple[str, Fault]] = Counter()
 
@@ -316,12 +312,12 @@ def test_a_fault_at_any_write_changes_neither_the_end_nor_the_number_of_writes(
                 async with limit:
                     name = f"sweep-{which}-{fault.replace(' ', '-')}-{at}"
                     life = await live(Life(api, name, fault, at, spec=spec), acts)
-                    assert life.tries >= at, "the write that was to be struck never came"
+                    assert len(life.tries) >= at, "the write that was to be struck never came"
                     found = await ending(life)
-                    if found == wanted and len(life.writes) <= len(places):
+                    if found == wanted and len(life.writes) <= len(model.writes):
                         cells[places[at - 1], fault] += 1
                     else:
-                        extra = list((Counter(life.writes) - Counter(places)).elements())
+                        extra = list((Counter(life.writes) - Counter(model.writes)).elements())
                         wrong.append(f"{fault} write {at} ({places[at - 1]}): {found}, more writes: {extra}")
 
             await asyncio.gather(*(strike(fault, at) for fault in FAULTS for at in range(1, len(places) + 1)))
@@ -338,7 +334,7 @@ def test_a_fault_at_any_write_changes_neither_the_end_nor_the_number_of_writes(
 def _table(title: str, places: list[str], cells: Counter[tuple[str, Fault]]) -> list[str]:
     """The lines: for each phase and kind of write, how many of how many lives ended as the undisturbed one."""
     width = max(map(len, places)) + 2
-    lines = [f"A job that is {title}: the same end, with no more than {len(places)} writes, after a fault at a write"]
+    lines = [f"A job that is {title}: the same end, with no more writes, after a fault at one of {len(places)}"]
     lines.append(f"  {'phase: write':{width}}" + "".join(f"{fault:>16}" for fault in FAULTS))
     for place, count in Counter(places).items():
         lines.append(f"  {place:{width}}" + "".join(f"{f'{cells[place, fault]} of {count}':>16}" for fault in FAULTS))

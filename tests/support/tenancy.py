@@ -256,8 +256,6 @@ def used_by_the_operator(requests: list[Object]) -> dict[str, set[str]]:
             where = entry["objectRef"]
             name = where["resource"] + (f"/{where['subresource']}" if where.get("subresource") else "")
             verbs.setdefault(name, set()).add(entry["verb"])
-            if entry["verb"] == "patch" and entry.get("responseStatus", {}).get("code") == 201:
-                verbs[name].add("create")  # server-side apply of an object that was not there takes both
     return verbs
 
 

@@ -25,13 +25,13 @@
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [get, create]
-# By which the train pods of a job on several nodes find and reach one another. They are created by server-side apply.
+# By which the train pods of a job on several nodes find and reach one another.
 - apiGroups: [""]
   resources: [services]
-  verbs: [create, patch]
+  verbs: [create]
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [create, patch]
+  verbs: [create]
 - apiGroups: [""]
   resources: [events]
   verbs: [create]

@@ -1,7 +1,7 @@
 """Builds the objects that the operator creates: a step's Job and the workspace's claim; pure."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from qlora_api import contract
@@ -111,7 +111,7 @@ def build_peer_service(job: QLoRAJob) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _peers_metadata(job),
+        "metadata": _peers_metadata(job, peers_name(job.uid)),
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -121,17 +121,19 @@ def build_peer_service(job: QLoRAJob) -> Manifest:
     }
 
 
-def build_peer_policy(job: QLoRAJob, dns_ports: Iterable[int] = DNS_PORTS) -> Manifest:
+def build_peer_policy(job: QLoRAJob, dns_ports: Collection[int] = DNS_PORTS) -> Manifest:
     """The NetworkPolicy by which the train pods of one job reach one another, and DNS, and nothing else does.
 
-    `dns_ports`: of the pods that answer DNS, which may differ from those of their Service.
+    `dns_ports`: of the pods that answer DNS, which may differ from those of their Service. The policy's name depends on
+    them: with other ports it is another one, so that it need not be changed.
     """
     peers = [{"podSelector": {"matchLabels": _peers(job)}}]
     dns = [{"port": port, "protocol": protocol} for port in dns_ports for protocol in ("UDP", "TCP")]
+    name = "-".join([peers_name(job.uid), *map(str, sorted(dns_ports))])
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": _peers_metadata(job),
+        "metadata": _peers_metadata(job, name),
         "spec": {
             "podSelector": {"matchLabels": _peers(job)},
             "policyTypes": ["Ingress", "Egress"],
@@ -141,9 +143,9 @@ def build_peer_policy(job: QLoRAJob, dns_ports: Iterable[int] = DNS_PORTS) -> Ma
     }
 
 
-def _peers_metadata(job: QLoRAJob) -> Manifest:
+def _peers_metadata(job: QLoRAJob, name: str) -> Manifest:
     return {
-        "name": peers_name(job.uid),
+        "name": name,
         "namespace": job.namespace,
         "labels": _labels(job, "train"),
         "ownerReferences": [_owner(job, controller=True)],

@@ -126,10 +126,10 @@ class MemoryCluster:
     async def get_claim(self, namespace: str, name: str) -> Object:
         return self.claims[name]
 
-    async def apply_service(self, namespace: str, manifest: Object) -> None:
+    async def create_service(self, namespace: str, manifest: Object) -> None:
         self._write("Service")
 
-    async def apply_network_policy(self, namespace: str, manifest: Object) -> None:
+    async def create_network_policy(self, namespace: str, manifest: Object) -> None:
         self._write("NetworkPolicy")
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
