@@ -227,7 +227,7 @@ class Profile(ApiModel):
     )
     nccl: NcclSettings | None = Field(
         None,
-        description="Environment variables for NCCL, such as NCCL_SOCKET_IFNAME or NCCL_IB_HCA, in train pods of jobs "
+        description="Environment variables for NCCL, such as NCCL_SOCKET_IFNAME or NCCL_DEBUG, in train pods of jobs "
         "with several GPUs or nodes. Names begin with NCCL_.",
     )
     node_wait_seconds: int | None = Field(

@@ -95,7 +95,9 @@ class Pods:
         own.root.mkdir(parents=True)
         for shared in (self.files.workspace, self.files.data):
             (own.root / shared.name).symlink_to(shared)
-        place = {ENV_NODE: str(node), ENV_RENDEZVOUS: f"127.0.0.1:{self.port}", ENV_POD_UID: name}
+        # Node 0 does not need the name by which the others reach it.
+        host = "127.0.0.1" if node else "node-0.invalid"
+        place = {ENV_NODE: str(node), ENV_RENDEZVOUS: f"{host}:{self.port}", ENV_POD_UID: name}
         # As many threads as each of two processes in one pod: others would add in another order.
         return Pod(own, own.start("train", **{"OMP_NUM_THREADS": "1", **place, **environment}))
 

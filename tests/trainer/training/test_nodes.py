@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from devcluster.addresses import free_port
 from qlora_api.contract import ENV_NODE, ENV_NODE_WAIT, ENV_RENDEZVOUS, ExitCode
 from qlora_api.training import ResourcesSpec
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure, peer_lost
 from qlora_trainer.training.launch import ChildRanks, RankInfo
-from qlora_trainer.training.ranks import Meeting, joined
+from qlora_trainer.training.ranks import Meeting, Ranks, is_lost_connection, joined
 from tests.support.command import Files
+from tests.support.lost_nodes import Case, Ended, endings
 from tests.support.ranks import EXACT, SHARDED, TWO, Pods, other, runs, second_gpu, succeeded, until, workspace
 from tests.support.tiny import POD_UID, merged
 from tests.support.training import adapter_bytes, history
@@ -223,6 +226,102 @@ def test_a_killed_process_of_a_pod_is_that_pods_failure_and_ends_both(tmp_path: 
     assert [done.exit_code for done in ended] == [ExitCode.UNREACHABLE] * 2
     assert "rank 3 of 4 was killed by SIGKILL" in ended[0].result.message
     assert not runs(child)
+
+
+LOST = [
+    Case("waiting", 0),
+    Case("waiting", 0, "killed behind a network"),
+    Case("connecting", 0),
+    Case("connecting", 1),
+    Case("start", 0),
+    Case("loading", 1),
+    Case("pass", 0),
+    Case("pass", 1),
+    Case("saving", 0),
+    Case("end", 1),
+    Case("end", 0, "killed behind a network"),
+    Case("waiting", 0, "silent"),
+    Case("start", 0, "silent"),
+    Case("loading", 1, "silent"),
+    Case("pass", 0, "silent"),
+    Case("end", 0, "silent"),
+]
+STOPPED = [Case("waiting", 0, "stopped"), Case("waiting", 0, "killed as both stop")]
+UNHARMED = [Case("over", 0), Case("over", 1), Case("saving", 0, "slow"), Case("end", 0, "slow")]
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[Case, Ended]:
+    """How the other of two nodes ends in each case."""
+    return endings([*LOST, *STOPPED, *UNHARMED])
+
+
+@pytest.mark.parametrize("case", LOST, ids=lambda case: "-".join(map(str, case)))
+def test_wherever_a_node_is_lost_the_other_ends_as_one_that_has_lost_it(ended: dict[Case, Ended], case: Case) -> None:
+    assert case in ended, "it hangs"
+    assert ended[case].exit_code == ExitCode.PEER_LOST, ended[case].message
+    assert "lost another process of this run" in ended[case].message
+
+
+@pytest.mark.parametrize("case", STOPPED, ids=lambda case: case.how)
+def test_pods_that_are_stopped_while_they_wait_are_all_interrupted(ended: dict[Case, Ended], case: Case) -> None:
+    """Their Job would fail if one of them had lost another, and a queue could not resume it."""
+    assert case in ended, "it hangs"
+    assert ended[case].exit_code == ExitCode.INTERRUPTED, ended[case].message
+
+
+@pytest.mark.parametrize("case", UNHARMED, ids=lambda case: "-".join(map(str, case)))
+def test_a_node_that_is_slow_or_is_lost_once_all_have_finished_harms_none(ended: dict[Case, Ended], case: Case) -> None:
+    assert case in ended, "it hangs"
+    assert ended[case].exit_code == 0, ended[case].message
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        # As NCCL 2.30 and PyTorch 2.15 word them, in a pass of a sharded base.
+        ("NCCL error in: x.cpp:1, ncclRemoteError: A call failed possibly due to a network error", True),
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=_ALLGATHER_BASE)", True),
+        ("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:4711", True),
+        ("NCCL error in: x.cpp:1, ncclSystemError: System call (e.g. socket, malloc) or external library call", False),
+        ("[enforce fail at /gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth7", False),
+        ("NCCL error in: x.cpp:1, ncclUnhandledCudaError: Connection reset by Cuda failure 'out of memory'", False),
+        ("size mismatch", False),
+    ],
+)
+def test_only_what_comes_from_another_node_is_taken_for_a_lost_one(said: str, lost: bool) -> None:
+    assert is_lost_connection(RuntimeError(said)) == lost
+
+
+def test_an_error_of_the_own_machine_in_an_exchange_is_not_taken_for_a_lost_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(torch.distributed, "all_gather", broken)
+
+    with pytest.raises(RuntimeError, match="uncorrectable ECC error"):
+        Ranks(RankInfo(size=2), lost=lambda error: peer_lost(str(error))).wait()
+
+
+def test_a_child_that_has_lost_another_node_makes_its_pod_end_so_too() -> None:
+    """It cannot say so in the store, which may have been what was lost."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({ExitCode.PEER_LOST:d})"])
+    child.wait()
+
+    with pytest.raises(StepFailure, match="rank 3 of 4 ended with status 201") as caught:
+        ChildRanks(RankInfo(rank=2, size=4, local_size=2), [child]).require_alive()
+    assert caught.value.exit_code is ExitCode.PEER_LOST
+
+
+def test_the_processes_of_node_0_reach_the_store_without_a_name() -> None:
+    environment = {ENV_NODE: "0", ENV_RENDEZVOUS: "node-0.qlora-x:29500"}
+
+    found = RankInfo.of(environment, ResourcesSpec(nodes=2, gpus=4))
+
+    assert found.environment()["MASTER_ADDR"] == "127.0.0.1"
+    assert found.port == 29500
 
 
 def test_a_process_that_does_not_know_the_other_nodes_is_rejected() -> None:

@@ -1,6 +1,7 @@
 """Several processes that train one adapter: what they compute together is what one computes."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,17 +73,30 @@ def test_another_number_of_processes_does_not_resume_a_checkpoint(
     assert "ranks was 2, is 1" in done.result.message
 
 
-def test_a_loss_is_summed_only_once_every_process_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        lambda ranks: ranks.sum(torch.zeros(())),
+        lambda ranks: ranks.copy_from_main([torch.nn.Parameter(torch.zeros(2))]),
+    ],
+    ids=["sum", "copy"],
+)
+def test_nothing_is_exchanged_over_nccl_before_every_process_is_ready(
+    monkeypatch: pytest.MonkeyPatch, exchange: Callable[[Ranks], object]
+) -> None:
+    """It would wait for a lost one: half an hour, or without end if it connects the GPUs only then."""
+
     def lost(*_: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    summed: list[torch.Tensor] = []
+    exchanged: list[torch.Tensor] = []
     monkeypatch.setattr(torch.distributed, "all_gather", lost)
-    monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
+    monkeypatch.setattr(torch.distributed, "all_reduce", exchanged.append)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, **_: exchanged.append(tensor))
 
     with pytest.raises(StepFailure, match="Connection closed by peer"):
-        Ranks(RankInfo(size=2, local_size=2), lost=lambda error: unreachable(str(error))).sum(torch.zeros(()))
-    assert not summed
+        exchange(Ranks(RankInfo(size=2, local_size=2), lost=lambda error: unreachable(str(error))))
+    assert not exchanged
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def reject_if_stuck(attempts: Sequence[Attempt], from_step: int, job_attempt: in
 
     `from_step`: step of the checkpoint that the next attempt would resume from. An attempt that was asked to stop has
     saved a checkpoint and does not count, nor does one of an earlier Job: a job that is taken up again starts afresh.
+    On several nodes each attempt is a Job of its own, and only the operator's limits apply.
     """
     recent = [attempt for attempt in attempts if attempt.job_attempt == job_attempt][-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
     stuck = [attempt for attempt in recent if attempt.ended is None and attempt.from_step == from_step]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from qlora_api import contract
 from qlora_api.contract import ExitCode
 from qlora_api.training import ResourcesSpec
-from qlora_trainer.core.failures import Interrupted, bad_configuration, unreachable
+from qlora_trainer.core.failures import Interrupted, bad_configuration, peer_lost, unreachable
 
 _PARENT = "QLORA_STARTED_BY"
 _LOOPBACK = "127.0.0.1"
@@ -94,7 +94,8 @@ class RankInfo:
             rank=int(node) * resources.gpus,
             size=resources.gpu_count,
             local_size=resources.gpus,
-            address=address,
+            # Not every network lets a pod reach itself by the name that others know.
+            address=address if int(node) else _LOOPBACK,
             port=int(port),
         )
 
@@ -134,11 +135,15 @@ class ChildRanks:
         self._processes = processes
 
     def require_alive(self) -> None:
-        """Raise StepFailure (UNREACHABLE, which is retried) if a child rank has been killed or has crashed."""
+        """Raise StepFailure (UNREACHABLE, which is retried) if a child rank has been killed or has crashed.
+
+        PEER_LOST if it has lost another node, which it cannot tell the others if that was the one with the store.
+        """
         for rank, process in enumerate(self._processes, start=self.rank_info.rank + 1):
             status = process.poll()
             if status:
-                raise unreachable(f"{self._ending(rank, status)}. The step is retried")
+                failure = peer_lost if status == ExitCode.PEER_LOST else unreachable
+                raise failure(f"{self._ending(rank, status)}. The step is retried")
 
     def end(self, deadline: float, expected: ExitCode | None = None) -> None:
         """Wait until all have ended; kill those that still run at `deadline` (a time of time.monotonic).

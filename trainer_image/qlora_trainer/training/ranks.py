@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ from qlora_trainer.training.launch import ChildRanks, RankInfo
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in an exchange: loading a large model, or saving on a slow volume."""
+TO_CONNECT = timedelta(minutes=2)
+"""How long a rank waits for the address of another one once all have met; gloo then waits 5 times as long for it."""
+SECONDS_TO_ANSWER = 60.0
+"""How long the shared store may be silent. Its own client waits without end for one whose node has stopped."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in buckets of this size, as in PyTorch's DDP (arXiv 2006.15704): the memory that it costs."""
 _FAILURE = "failure"
@@ -44,9 +49,13 @@ _LOOKS = 50
 # A node that does not answer is tried again after this time, so that a signal is noticed in between.
 _SECONDS_TO_CONNECT = timedelta(seconds=5)
 _SECONDS_BETWEEN_CONNECTS = 1.0
-_LOOPBACK = "127.0.0.1"
-# What gloo and NCCL report outside of our own exchanges, as in the passes of a sharded base.
-_CONNECTION = re.compile(r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|ncclSystemError")
+_SECONDS_TO_TELL = 1.0
+# What gloo and NCCL report outside of our own exchanges, as in the passes of a sharded base. It has no type of its own.
+_CONNECTION = re.compile(
+    r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|collective operation timeout|NCCL timeout"
+)
+# What they report of this machine: an interface that is missing, shared memory that is full, a broken GPU.
+_OWN_ERROR = re.compile(r"enforce fail at|CUDA error|ncclSystemError|ncclUnhandledCudaError|ncclInvalid")
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -99,7 +108,7 @@ class Ranks:
         with self._exchange():
             if self.main:
                 self.store.set(name, text)
-            return str(self.store.get(name).decode())
+            return str(_answer(lambda: self.store.get(name), TIMEOUT.total_seconds()).decode())
 
     def wait(self) -> None:
         """Wait until every rank has come here."""
@@ -138,6 +147,8 @@ class Ranks:
         """Give every rank the parameters of rank 0, so that all begin alike however they were initialized."""
         if self.rank_info.size == 1:
             return
+        # One that was lost while the model was loaded is noticed here; NCCL would wait for it without end.
+        self.wait()
         with self._exchange():
             for parameter in parameters:
                 torch.distributed.broadcast(parameter.data, src=0)
@@ -147,7 +158,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.lost is None or is_out_of_gpu_memory(error):
+            if self.lost is None or _is_own_error(error):
                 raise
             raise self.lost(error) from error
 
@@ -175,7 +186,7 @@ class _Endings:
         ending = classify(error)
         text = json.dumps({"rank": self._own.rank, "code": int(ending.exit_code), "message": ending.message})
         try:
-            self._store.compare_set(_FAILURE, "", text)
+            _answer(lambda: self._store.compare_set(_FAILURE, "", text))
         except RuntimeError:
             logger.warning("the other ranks were not informed of this failure: the store of the main process is gone")
 
@@ -197,13 +208,39 @@ class _Endings:
 
     def require_none(self) -> None:
         """Raise the StepFailure of the first rank that failed, or of a child rank that has been killed."""
-        if self._store.check([_FAILURE]):
-            said = json.loads(self._store.get(_FAILURE))
+        if _answer(lambda: self._store.check([_FAILURE])):
+            said = json.loads(_answer(lambda: self._store.get(_FAILURE)))
             own = said["rank"] in (self._own.rank, None)
             raise StepFailure(
                 ExitCode(said["code"]), said["message"] if own else f"rank {said['rank']}: {said['message']}"
             )
         self._child_ranks.require_alive()
+
+
+def _answer(ask: Callable[[], T], waits: float = 0.0) -> T:
+    """What the shared store answers, which waits for at most `waits` seconds to do so.
+
+    Raises RuntimeError if it is gone, or silent for SECONDS_TO_ANSWER more.
+    """
+    answers: list[T] = []
+    errors: list[RuntimeError] = []
+
+    def wait() -> None:
+        try:
+            answers.append(ask())
+        except RuntimeError as error:
+            errors.append(error)
+
+    # The client can be interrupted by nothing, not even by a signal. A thread that it holds ends with the process.
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(waits + SECONDS_TO_ANSWER)
+    if errors:
+        raise errors[0]
+    if not answers:
+        silent = f"the store of the main process has not answered for {waits + SECONDS_TO_ANSWER:.0f} seconds"
+        raise torch.distributed.DistNetworkError(silent)
+    return answers[0]
 
 
 @dataclass(frozen=True)
@@ -246,22 +283,36 @@ def joined(
             store=torch.distributed.PrefixStore("group", store),
             rank=rank_info.rank,
             world_size=rank_info.size,
-            timeout=TIMEOUT,
+            timeout=TO_CONNECT,
         )
+        torch.distributed.set_timeout(TIMEOUT)
         yield Ranks(rank_info, store, sharding == "full", endings)
     except Interrupted:
         raise
     except Exception as error:
-        if rank_info.several_nodes and _is_lost_connection(error):
-            raise endings(error) from error
+        if rank_info.several_nodes and is_lost_connection(error):
+            if meeting.stopped() and not torch.distributed.is_initialized():
+                # Node 0 has been stopped too, as when a queue suspends the job, and was the first to end.
+                raise Interrupted(0, 0, 0) from error
+            lost = endings(error)
+            endings.publish(lost)
+            raise lost from error
         endings.publish(error)
         raise
     torch.distributed.destroy_process_group()
 
 
-def _is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: Exception) -> bool:
+    """Whether torch.distributed or a library below it has raised this because a rank or its network is gone."""
+    if isinstance(error, (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)):
+        # The connection to the store is broken; or a rank did not leave there in time what the others need to reach it.
+        return True
     lost = isinstance(error, RuntimeError) and _CONNECTION.search(str(error)) is not None
-    return lost and not is_out_of_gpu_memory(error)
+    return lost and not _is_own_error(error)
+
+
+def _is_own_error(error: Exception) -> bool:
+    return is_out_of_gpu_memory(error) or _OWN_ERROR.search(str(error)) is not None
 
 
 def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> Any:
@@ -296,8 +347,7 @@ def _connected(rank_info: RankInfo, *, serves: bool) -> Any:
         # PyTorch's own tries end after ten seconds and more, notice no signal, and log a page each.
         socket.create_connection((rank_info.address, rank_info.port), _SECONDS_TO_CONNECT.total_seconds()).close()
     return torch.distributed.TCPStore(
-        # Not every network lets a pod reach itself by the name that others know.
-        _LOOPBACK if serves and rank_info.several_nodes else rank_info.address,
+        rank_info.address,
         rank_info.port,
         rank_info.size,
         serves,
@@ -310,16 +360,17 @@ def _is_of_this_round(store: Any, rank_info: RankInfo, meeting: Meeting) -> bool
     """Whether this rank has not joined the store before in another pod, whose peers are about to end."""
     if not meeting.incarnation:
         return True
-    return bool(store.compare_set(f"rank-{rank_info.rank}", "", meeting.incarnation).decode() == meeting.incarnation)
+    joined_as = _answer(lambda: store.compare_set(f"rank-{rank_info.rank}", "", meeting.incarnation))
+    return bool(joined_as.decode() == meeting.incarnation)
 
 
 def _wait_for_all(store: Any, rank_info: RankInfo, endings: _Endings, meeting: Meeting) -> None:
     deadline = time.monotonic() + meeting.seconds
-    store.add(_JOINED, 1)
-    while (joined_ranks := store.add(_JOINED, 0)) < rank_info.size:
+    _answer(lambda: store.add(_JOINED, 1))
+    while (joined_ranks := _answer(lambda: store.add(_JOINED, 0))) < rank_info.size:
         endings.require_none()
         if meeting.stopped():
-            _leave(store)
+            _leave(store, rank_info)
             raise Interrupted(0, 0, 0)
         if time.monotonic() > deadline:
             raise _missing(rank_info, f"has met {joined_ranks} of {rank_info.size} processes", meeting)
@@ -327,11 +378,14 @@ def _wait_for_all(store: Any, rank_info: RankInfo, endings: _Endings, meeting: M
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _leave(store: Any) -> None:
+def _leave(store: Any, rank_info: RankInfo) -> None:
     """Have those that have joined not wait for this rank, which is stopped: its successor meets them anew."""
     message = "stopped before all nodes had started"
     text = json.dumps({"rank": None, "code": int(ExitCode.INTERRUPTED), "message": message})
-    store.compare_set(_FAILURE, "", text)
+    _answer(lambda: store.compare_set(_FAILURE, "", text))
+    if rank_info.main:
+        # The store ends with this process.
+        time.sleep(_SECONDS_TO_TELL)
 
 
 def _missing(rank_info: RankInfo, found: str, meeting: Meeting) -> StepFailure:

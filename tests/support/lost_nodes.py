@@ -1,0 +1,196 @@
+"""Two nodes that meet and exchange as in a train step, one of which is lost at some point: how the other one ends.
+
+As a program it loads torch once and forks the nodes of all cases, which run at the same time.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+from devcluster.addresses import free_port
+
+_LOST_AFTER_S = 1.0
+_SLOW_S = 4.0
+"""How late a slow node is: later than nodes may be that connect to one another."""
+_LONGEST_S = 60.0
+
+Point = Literal["waiting", "connecting", "start", "loading", "pass", "saving", "end", "over"]
+How = Literal["killed", "killed behind a network", "killed as both stop", "silent", "slow", "stopped"]
+
+
+class Case(NamedTuple):
+    """Which node is lost where, and how; or is slow, which is no loss."""
+
+    at: Point
+    node: int
+    how: How = "killed"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the other node has ended."""
+
+    exit_code: int
+    message: str
+
+
+def endings(cases: Iterable[Case]) -> dict[Case, Ended]:
+    """How the other node ends in each of the cases; a node that hangs is missing."""
+    cases = tuple(cases)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, json.dumps(cases)], stdout=subprocess.PIPE, check=True, text=True
+    )
+    found = dict(zip(cases, json.loads(done.stdout), strict=True))
+    return {case: Ended(**ended) for case, ended in found.items() if ended is not None}
+
+
+def _perform(case: Case, node: int, port: int, first: int | None) -> None:
+    """The part of one node. `first`: process id of node 0, in node 1."""
+    import torch.distributed
+
+    from qlora_trainer.training import ranks as module
+    from qlora_trainer.training.launch import ChildRanks, RankInfo
+    from qlora_trainer.training.ranks import Meeting, joined
+
+    # What only a timeout notices is not to take long, and nothing else is to depend on one.
+    hurried = case.how == "silent" or case.at == "connecting"
+    module.TIMEOUT = timedelta(seconds=2 if hurried else 30)
+    module.SECONDS_TO_ANSWER = 2.0 if hurried else 30.0
+    module.TO_CONNECT = timedelta(seconds=2 if hurried else _SLOW_S - 1)
+
+    def come(point: Point) -> None:
+        if (point, node) != (case.at, case.node):
+            return
+        if case.how == "slow":
+            time.sleep(_SLOW_S)
+        else:
+            os.kill(os.getpid(), signal.SIGSTOP if case.how == "silent" else signal.SIGKILL)
+
+    init: Callable[..., None] = torch.distributed.init_process_group
+
+    def connect(*arguments: Any, **settings: Any) -> None:
+        come("connecting")
+        init(*arguments, **settings)
+
+    torch.distributed.init_process_group = connect
+    began, stopped = time.monotonic(), lambda: False
+    if case.at == "waiting" and node == case.node:
+        if case.how == "stopped":
+            stopped = lambda: time.monotonic() > began + _LOST_AFTER_S  # noqa: E731 - one of three
+        else:
+            threading.Timer(_LOST_AFTER_S, come, ["waiting"]).start()
+    elif case.how == "killed as both stop":
+        stopped = lambda: _is_dead(first)  # noqa: E731 - one of three
+    if case.how == "killed behind a network" and node == 1:
+        port = _network(port)
+    # There is a third node, which never comes, where they wait.
+    rank_info = RankInfo(rank=node, size=3 if case.at == "waiting" else 2, address="127.0.0.1", port=port)
+    with joined(ChildRanks(rank_info), "cpu", "full", Meeting(seconds=60, incarnation="pod", stopped=stopped)) as ranks:
+        come("start")
+        ranks.from_main("start", "")
+        come("loading")
+        ranks.copy_from_main([torch.nn.Parameter(torch.zeros(8))])
+        ranks.sum(torch.zeros(()))
+        come("pass")
+        # As FSDP, which knows nothing of our exchanges.
+        torch.distributed.all_gather_into_tensor(torch.zeros(16), torch.ones(8))
+        come("saving")
+        ranks.gather(0)
+        come("end")
+        ranks.from_main("trained", "")
+        ranks.wait()
+    come("over")
+
+
+def _is_dead(process: int | None) -> bool:
+    with open(f"/proc/{process}/stat") as file:
+        return file.read().rpartition(") ")[2][0] in "ZX"
+
+
+def _network(port: int) -> int:
+    """A port that leads to `port`, and shows the end of that process as a network with a round trip does."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source: socket.socket, target: socket.socket, *, ends: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass  # that process is gone
+        if ends:
+            target.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        while True:
+            here, _ = listener.accept()
+            try:
+                there = socket.create_connection(("127.0.0.1", port))
+            except OSError:
+                here.close()
+                continue
+            threading.Thread(target=pump, args=(here, there), kwargs={"ends": False}, daemon=True).start()
+            threading.Thread(target=pump, args=(there, here), kwargs={"ends": True}, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def _forked(case: Case, node: int, port: int, first: int | None) -> tuple[int, int]:
+    """The process id of that node, and where it says how it has ended."""
+    from qlora_trainer.core.outcome import classify
+    from qlora_trainer.training.launch import end_with_parent
+
+    parent = str(os.getpid())
+    read, write = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(write)
+        return process, read
+    end_with_parent({"QLORA_STARTED_BY": parent})
+    ended = Ended(0, "")
+    try:
+        _perform(case, node, port, first)
+    except Exception as error:  # noqa: BLE001 - however it ends, the test gets it
+        ending = classify(error)
+        ended = Ended(int(ending.exit_code), ending.message)
+    os.write(write, json.dumps(asdict(ended)).encode())
+    os._exit(0)
+
+
+def _main(cases: list[Case]) -> None:
+    # Loaded here, torch is shared by all processes.
+    import_module("qlora_trainer.training.ranks")
+    processes: list[int] = []
+    others = []
+    try:
+        for case in cases:
+            port = free_port()
+            first, said_by_first = _forked(case, 0, port, None)
+            second, said_by_second = _forked(case, 1, port, first)
+            processes += [first, second]
+            others.append(said_by_second if case.node == 0 else said_by_first)
+        deadline = time.monotonic() + _LONGEST_S
+        found = []
+        for other in others:
+            ended, _, _ = select.select([other], [], [], max(0.0, deadline - time.monotonic()))
+            found.append(json.loads(os.read(other, 65536)) if ended else None)
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main([Case(*case) for case in json.loads(sys.argv[1])])
