@@ -425,7 +425,7 @@ def a_finalizer_that_never_goes(t: Tenants) -> None:
 @attempt
 def an_event_in_the_name_of_the_operator(t: Tenants) -> None:
     job, _ = running(t, "forged-event")
-    before = t.wait("forged-event", phase="Preparing")["status"]
+    t.wait("forged-event", phase="Preparing")
     about = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "namespace": TENANT, "name": "forged-event"}
     body = {
         "metadata": {"name": "forged-event.0"},
@@ -435,7 +435,9 @@ def an_event_in_the_name_of_the_operator(t: Tenants) -> None:
         "reportingComponent": "qlora-operator",
     }
     t.tenant.create(TENANT, "events", body)
-    assert t.job("forged-event")["status"] == before
+    # Not the whole status: where there is a scheduler, it says meanwhile why the pod waits.
+    status = t.job("forged-event")["status"]
+    assert (status["phase"], "adapter" in status) == ("Preparing", False)
 
 
 @attempt
