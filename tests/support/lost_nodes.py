@@ -20,8 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from devcluster.addresses import free_port
 
-_LOST_AFTER_S = 1.0
-_SLOW_S = 4.0
+_SLOW_S = 8.0
 """How late a slow node is: later than nodes may be that connect to one another."""
 _LONGEST_S = 60.0
 
@@ -84,19 +83,25 @@ def _perform(case: Case, node: int, port: int, first: int | None) -> None:
         init(*arguments, **settings)
 
     torch.distributed.init_process_group = connect
-    began, stopped = time.monotonic(), lambda: False
-    if case.at == "waiting" and node == case.node:
+    both_wait = threading.Event()
+
+    def report(activity: str) -> None:
+        if "2 of 3" in activity:
+            both_wait.set()
+            if case.how != "stopped":
+                come("waiting")
+
+    def stopped() -> bool:
         if case.how == "stopped":
-            stopped = lambda: time.monotonic() > began + _LOST_AFTER_S  # noqa: E731 - one of three
-        else:
-            threading.Timer(_LOST_AFTER_S, come, ["waiting"]).start()
-    elif case.how == "killed as both stop":
-        stopped = lambda: _is_dead(first)  # noqa: E731 - one of three
+            return node == case.node and both_wait.is_set()
+        return case.how == "killed as both stop" and node == 1 and _is_dead(first)
+
     if case.how == "killed behind a network" and node == 1:
         port = _network(port)
     # There is a third node, which never comes, where they wait.
     rank_info = RankInfo(rank=node, size=3 if case.at == "waiting" else 2, address="127.0.0.1", port=port)
-    with joined(ChildRanks(rank_info), "cpu", "full", Meeting(seconds=60, incarnation="pod", stopped=stopped)) as ranks:
+    meeting = Meeting(seconds=60, incarnation="pod", stopped=stopped, report=report)
+    with joined(ChildRanks(rank_info), "cpu", "full", meeting) as ranks:
         come("start")
         ranks.from_main("start", "")
         come("loading")
