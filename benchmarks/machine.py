@@ -84,8 +84,9 @@ def describe_checkout(root: Path) -> tuple[str | None, bool | None]:
     # Elsewhere the code is a copy inside of another project's checkout.
     if commit is None or Path(top).resolve() != root.resolve():
         return None, None
-    # The benchmarks of one run write their results one after the other; these say nothing about the code.
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}")
+    # Benchmarks write their results and tables one after the other; these say nothing about the code.
+    written = (f":(exclude){RESULTS}", ":(exclude)docs")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return commit, None if changes is None else bool(changes)
 
 
