@@ -37,4 +37,4 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def _spread(figure: dict[str, float]) -> str:
-    return f"{figure['p50']:.2f} / {figure['p99']:.2f}"
+    return f"{figure['p50']:.3f} / {figure['p99']:.3f}"

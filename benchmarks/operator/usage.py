@@ -34,7 +34,7 @@ class Processes:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, 99th percentile and maximum of at least two values."""
     cuts = quantiles(values, n=100, method="inclusive")
-    return {"p50": round(cuts[49], 2), "p99": round(cuts[98], 2), "max": round(max(values), 2)}
+    return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3), "max": round(max(values), 3)}
 
 
 def _processor_seconds(pid: int) -> float:
