@@ -25,8 +25,8 @@ from benchmarks.operator.watching import watch
 from devcluster.controlplane import ControlPlane
 from qlora_api.naming import JOB_LABEL
 
-# The jobs of a resync are looked at within half of it, 100 a second at most, and a watch has as long to show what a list
-# has shown: with much less, the day would be a load that no operator has.
+# The jobs of a resync are looked at within half of it, and a watch has as long to show what a list has shown: with
+# much less, the day would be a load that no operator has.
 _RESYNC_SECONDS = 30
 _SECONDS_BETWEEN_NEW_JOBS = 3.0
 _SETTLE_SECONDS = 15
