@@ -14,6 +14,7 @@ from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
+from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, with_detached_pods
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS, build_claim, build_job, build_peer_policy, build_peer_service
@@ -24,11 +25,8 @@ from qlora_operator.decisions.observe import (
     Reason,
     UnreadableJobError,
     controller_uid,
-    hides_a_pod,
-    misses_running_pod,
     parse_child,
     parse_job,
-    with_detached_pods,
 )
 from qlora_operator.decisions.plan import (
     Action,

@@ -34,7 +34,7 @@ class CreateClaim:
 
 @dataclass(frozen=True)
 class ConnectNodes:
-    """Create what lets the train pods of several nodes find and reach one another, or set it right."""
+    """Create what lets the train pods of several nodes find and reach one another, as far as it is missing."""
 
 
 @dataclass(frozen=True)
