@@ -1,6 +1,6 @@
 """Two nodes that meet and exchange as in a train step, one of which is lost at some point: how the other one ends.
 
-As a program it loads torch once and forks the nodes of all cases, which run at the same time.
+As a program it loads torch once and forks the nodes of the cases, of which a few run at the same time.
 """
 
 import json
@@ -22,7 +22,10 @@ from devcluster.addresses import free_port
 
 _SLOW_S = 8.0
 """How late a slow node is: later than nodes may be that connect to one another."""
-_LONGEST_S = 60.0
+_HURRIED_S = 4.0
+"""How long it takes for a loss to be noticed that only a timeout shows. Two busy cores may delay a node that long."""
+_LONGEST_S = 120.0
+_AT_A_TIME = 6
 
 Point = Literal["waiting", "connecting", "start", "loading", "pass", "saving", "end", "over"]
 How = Literal["killed", "killed behind a network", "killed as both stop", "silent", "slow", "stopped"]
@@ -64,9 +67,10 @@ def _perform(case: Case, node: int, port: int, first: int | None) -> None:
 
     # What only a timeout notices is not to take long, and nothing else is to depend on one.
     hurried = case.how == "silent" or case.at == "connecting"
-    module.TIMEOUT = timedelta(seconds=2 if hurried else 30)
-    module.SECONDS_TO_ANSWER = 2.0 if hurried else 30.0
-    module.TO_CONNECT = timedelta(seconds=2 if hurried else _SLOW_S - 1)
+    module.TIMEOUT = timedelta(seconds=_HURRIED_S if hurried else 30)
+    module.SECONDS_TO_ANSWER = _HURRIED_S if hurried else 30.0
+    module.TO_CONNECT = timedelta(seconds=_HURRIED_S if hurried else _SLOW_S - 1)
+    module.GLOO_CONNECTS_FOR = 1
 
     def come(point: Point) -> None:
         if (point, node) != (case.at, case.node):
@@ -173,27 +177,38 @@ def _forked(case: Case, node: int, port: int, first: int | None) -> tuple[int, i
     os._exit(0)
 
 
+def _end(processes: Iterable[int]) -> None:
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
 def _main(cases: list[Case]) -> None:
     # Loaded here, torch is shared by all processes.
     import_module("qlora_trainer.training.ranks")
-    processes: list[int] = []
-    others = []
+    found: list[object] = [None] * len(cases)
+    to_begin = list(enumerate(cases))
+    # By where the other node says how it has ended.
+    running: dict[int, tuple[int, list[int]]] = {}
+    deadline = time.monotonic() + _LONGEST_S
     try:
-        for case in cases:
-            port = free_port()
-            first, said_by_first = _forked(case, 0, port, None)
-            second, said_by_second = _forked(case, 1, port, first)
-            processes += [first, second]
-            others.append(said_by_second if case.node == 0 else said_by_first)
-        deadline = time.monotonic() + _LONGEST_S
-        found = []
-        for other in others:
-            ended, _, _ = select.select([other], [], [], max(0.0, deadline - time.monotonic()))
-            found.append(json.loads(os.read(other, 65536)) if ended else None)
+        while to_begin or running:
+            while to_begin and len(running) < _AT_A_TIME:
+                index, case = to_begin.pop(0)
+                port = free_port()
+                first, said_by_first = _forked(case, 0, port, None)
+                second, said_by_second = _forked(case, 1, port, first)
+                running[said_by_second if case.node == 0 else said_by_first] = index, [first, second]
+            ready, _, _ = select.select(running, [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for said in ready:
+                index, processes = running.pop(said)
+                found[index] = json.loads(os.read(said, 65536) or "null")
+                _end(processes)
     finally:
-        for process in processes:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+        for _, processes in running.values():
+            _end(processes)
     sys.stdout.write(json.dumps(found))
 
 

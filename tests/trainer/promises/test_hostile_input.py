@@ -167,21 +167,24 @@ def test_an_adapters_configuration_that_is_none_is_a_failure_that_says_so(
     tmp_path: Path, content: bytes, says: str
 ) -> None:
     (tmp_path / "adapter_config.json").write_bytes(content)
-    assert f"adapter_config.json {says}" in _rejected_configuration(tmp_path / "adapter_config.json")
+    failure = _rejected_configuration(tmp_path / "adapter_config.json")
+    assert f"adapter_config.json {says}" in failure.message
+    assert failure.exit_code is ExitCode.INTERNAL_ERROR
 
 
 @pytest.mark.parametrize("make", [_endless, os.mkfifo, Path.mkdir])
 def test_an_adapters_configuration_that_has_no_end_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "adapter_config.json")
     with bounded():
-        assert "not a regular file" in _rejected_configuration(tmp_path / "adapter_config.json")
+        failure = _rejected_configuration(tmp_path / "adapter_config.json")
+    assert "not a regular file" in failure.message
+    assert failure.exit_code is ExitCode.UNSAFE_ARTIFACT
 
 
-def _rejected_configuration(path: Path) -> str:
+def _rejected_configuration(path: Path) -> StepFailure:
     with pytest.raises(StepFailure) as failure:
         verify_config(path, LoraSpec(), target_modules=(), whole_modules=(), base_name="hf://a/b", base_revision="c0")
-    assert failure.value.exit_code is ExitCode.INTERNAL_ERROR
-    return failure.value.message
+    return failure.value
 
 
 def test_keys_of_a_configuration_are_found_however_deep_they_lie() -> None:

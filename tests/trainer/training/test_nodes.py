@@ -241,6 +241,7 @@ LOST = [
     Case("end", 1),
     Case("end", 0, "killed behind a network"),
     Case("waiting", 0, "silent"),
+    Case("connecting", 0, "silent"),
     Case("start", 0, "silent"),
     Case("loading", 1, "silent"),
     Case("pass", 0, "silent"),

@@ -37,7 +37,9 @@ from qlora_trainer.training.launch import ChildRanks, RankInfo
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in an exchange: loading a large model, or saving on a slow volume."""
 TO_CONNECT = timedelta(minutes=2)
-"""How long a rank waits for the address of another one once all have met; gloo then waits 5 times as long for it."""
+"""How long a rank waits for the address of another one once all have met."""
+GLOO_CONNECTS_FOR = 5
+"""For how many times as long gloo then waits for that rank itself."""
 SECONDS_TO_ANSWER = 60.0
 """How long the shared store may be silent. Its own client waits without end for one whose node has stopped."""
 BUCKET_BYTES = 25 * 2**20
@@ -220,15 +222,15 @@ class _Endings:
 def _answer(ask: Callable[[], T], waits: float = 0.0) -> T:
     """What the shared store answers, which waits for at most `waits` seconds to do so.
 
-    Raises RuntimeError if it is gone, or silent for SECONDS_TO_ANSWER more.
+    Raises RuntimeError if it is gone, or silent for SECONDS_TO_ANSWER more, and whatever else `ask` raises.
     """
     answers: list[T] = []
-    errors: list[RuntimeError] = []
+    errors: list[Exception] = []
 
     def wait() -> None:
         try:
             answers.append(ask())
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001 - raised below, in the thread that waits
             errors.append(error)
 
     # The client can be interrupted by nothing, not even by a signal. A thread that it holds ends with the process.
@@ -278,13 +280,8 @@ def joined(
         _wait_for_all(store, rank_info, endings, meeting)
         # Then an exchange over NCCL that times out raises an exception instead of ending the process.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            store=torch.distributed.PrefixStore("group", store),
-            rank=rank_info.rank,
-            world_size=rank_info.size,
-            timeout=TO_CONNECT,
-        )
+        # It asks the store too, and would wait without end for one whose node stops now.
+        _answer(lambda: _connect_all(store, rank_info, device), GLOO_CONNECTS_FOR * TO_CONNECT.total_seconds())
         torch.distributed.set_timeout(TIMEOUT)
         yield Ranks(rank_info, store, sharding == "full", endings)
     except Interrupted:
@@ -300,6 +297,16 @@ def joined(
         endings.publish(error)
         raise
     torch.distributed.destroy_process_group()
+
+
+def _connect_all(store: Any, rank_info: RankInfo, device: Device) -> None:
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore("group", store),
+        rank=rank_info.rank,
+        world_size=rank_info.size,
+        timeout=TO_CONNECT,
+    )
 
 
 def is_lost_connection(error: Exception) -> bool:
@@ -343,7 +350,8 @@ def _store(rank_info: RankInfo, meeting: Meeting, child_ranks: ChildRanks) -> An
 
 def _connected(rank_info: RankInfo, *, serves: bool) -> Any:
     """The store, served or connected to. Raises RuntimeError, or OSError if nothing listens there yet."""
-    if rank_info.several_nodes and not serves:
+    is_remote = rank_info.several_nodes and not serves
+    if is_remote:
         # PyTorch's own tries end after ten seconds and more, notice no signal, and log a page each.
         socket.create_connection((rank_info.address, rank_info.port), _SECONDS_TO_CONNECT.total_seconds()).close()
     return torch.distributed.TCPStore(
@@ -351,7 +359,7 @@ def _connected(rank_info: RankInfo, *, serves: bool) -> Any:
         rank_info.port,
         rank_info.size,
         serves,
-        timeout=_SECONDS_TO_CONNECT if rank_info.several_nodes else TIMEOUT,
+        timeout=_SECONDS_TO_CONNECT if is_remote else TIMEOUT,
         wait_for_workers=False,
     )
 
