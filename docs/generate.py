@@ -49,7 +49,7 @@ def _resource() -> str:
         "`crds/qlora_api`",
         f"`apiVersion: {API_VERSION}`, `kind: QLoRAJob`, short name `qj`. `kubectl explain qlorajob.spec` prints the "
         "same text.",
-        f"Once a job exists, only {mutable} can be changed.",
+        f"Once a job exists, only {mutable} and `spec.resources.memory` can be changed.",
         "## Columns of `kubectl get`",
         _table(("Column", "Meaning", "Shown"), columns),
         "## What you write",
@@ -127,8 +127,11 @@ def _option(option: click.Option, context: click.Context) -> tuple[str, str]:
 
 
 def _metrics() -> str:
+    metrics = Metrics()
+    # A metric whose labels have no value yet has no series, which would show the labels.
+    metrics.namespace_is_denied("", False)
     rows = []
-    for family in Metrics().registry.collect():
+    for family in metrics.registry.collect():
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labelled = f"{family.type}, label {', '.join(f'`{label}`' for label in labels)}" if labels else family.type

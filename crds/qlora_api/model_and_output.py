@@ -112,7 +112,8 @@ class OutputSpec(ApiModel):
         "repository if there is none) or oci://REGISTRY/REPOSITORY:TAG; `adapter/` in the workspace if not set.",
     )
     secret_ref: SecretRef | None = Field(
-        None, description="Credentials for writing to the destination. Only the publish step mounts them."
+        None,
+        description="Credentials for writing to the destination. Publish mounts them, and prepare, which tries them.",
     )
     merged: MergedSpec | None = Field(
         None, description="Also publish the adapter merged into the dequantized base; not merged if not set."

@@ -238,7 +238,10 @@ class QLoRAJobStatus(ObservedModel):
         description="Attempts so far whose pod was evicted, preempted by a pod, or deleted. Suspensions do not count.",
     )
     first_attempt: int = Field(
-        1, ge=1, le=100_000, description="Number of each step's first Job; higher than any before once taken up."
+        1,
+        ge=1,
+        le=100_000,
+        description="Number of each step's first Job; higher than any before once the job is retried.",
     )
     highest_attempt: int = Field(0, ge=0, le=100_000, description="The highest number of a Job so far, if it is not 1.")
     retry_request: Count | None = Field(None, description="The latest retry.request that has been seen.")

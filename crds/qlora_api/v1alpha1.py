@@ -130,7 +130,7 @@ class RetrySpec(ApiModel):
         None,
         ge=0,
         le=1_000_000,
-        description="Raise it to take up a failed job: at the step that failed, from the last checkpoint, with fresh "
+        description="Raise it to retry a failed job: at the step that failed, from the last checkpoint, with fresh "
         "counts and the profile and the mutable fields as they are then. It also takes today's profile for a "
         "step whose pod could not start, for example for a wrong image. Without effect on any other job.",
     )

@@ -73,6 +73,7 @@ class Metrics:
         self.leads.set(depth is not None)
         self._depth.set_function(depth or (lambda: 0))
         if depth is None:
+            self._denied.clear()
             for key in tuple(self._phases):
                 self.job_is_in(key, None)
 

@@ -231,7 +231,7 @@ def _out_of_memory(job: QLoRAJob, step: StepName) -> str:
         resources = job.status.resolved.profile.resources
         limit = {"prepare": resources.prepare, "train": resources.train}.get(step, resources.publish).memory
     remedy = (
-        "raise spec.resources.memory, and spec.retry.request to take up the job"
+        "raise spec.resources.memory, and spec.retry.request to retry the job"
         if step == "train"
         else f"ask the administrator to raise resources.{step}.memory of the profile, then raise spec.retry.request"
     )

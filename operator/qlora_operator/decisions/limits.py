@@ -48,7 +48,7 @@ def enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     message = (
         f"the steps have run for {ran} seconds, and spec.activeDeadlineSeconds allows {limit}: raise it, and "
-        "spec.retry.request to take up the job"
+        "spec.retry.request to retry the job"
     )
     failure = failure_of(status.step.name, "DeadlineExceeded", message, facts)
     # What has run until now counts, should the job be taken up: its pods have not ended yet.
