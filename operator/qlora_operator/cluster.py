@@ -192,7 +192,7 @@ class Cluster:
         query = [("container", TRAINER_CONTAINER), ("tailLines", str(_TAIL_LINES)), ("limitBytes", str(_TAIL_BYTES))]
         try:
             path = f"{_CORE}/namespaces/{namespace}/pods/{pod}/log"
-            data = await self._request("GET", path, query=query, timeout=_LOG_TIMEOUT)
+            data = await self._request("GET", path, query=query, timeout=_BRIEF_TIMEOUT)
         except ClusterError as error:
             logger.debug("log of pod %s cannot be read: %s", pod, error)
             return None
@@ -232,8 +232,22 @@ class Cluster:
                 return
 
     async def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        answer = json.loads(await self._request(method, path, **request))
-        return dict(answer)
+        """An object of the API, or a list of them."""
+        answer = await self._document(method, path, **request)
+        if not isinstance(answer.get("metadata"), dict):
+            raise _strange(f"{method} {path}", "a JSON object without metadata")
+        return answer
+
+    async def _document(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        """A JSON object. A load balancer or a login proxy may answer anything in the API server's place."""
+        data = await self._request(method, path, **request)
+        try:
+            answer = json.loads(data)
+        except ValueError as error:
+            raise _strange(f"{method} {path}", f"not JSON: {_beginning(data)!r}") from error
+        if not isinstance(answer, dict):
+            raise _strange(f"{method} {path}", f"JSON, but no object: {_beginning(data)!r}")
+        return answer
 
     async def _request(
         self,
@@ -249,7 +263,7 @@ class Cluster:
             status, data = await self._transport.send(method, path, headers=headers, **request)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ClusterError(f"{method} {path}: {str(error) or type(error).__name__}") from error
-        if status >= 400:
+        if status >= 300:
             raise _error(status, f"{method} {path}", data)
         return data
 
@@ -266,7 +280,7 @@ def _error(status: int, request: str, data: bytes) -> ClusterError:
         answer = json.loads(data)
         text = str(answer.get("message", "")) if isinstance(answer, dict) else ""
     except ValueError:
-        text = data[:200].decode(errors="replace")
+        text = _beginning(data)
     if status == 404:
         return NotFoundError(f"{request}: {text}")
     if status == 409:
@@ -275,6 +289,14 @@ def _error(status: int, request: str, data: bytes) -> ClusterError:
     if status in (400, 401, 403, 422) or (status == 500 and "failed calling webhook" in text):
         return RejectedError(text)
     return ClusterError(f"{request}: status {status}: {text}")
+
+
+def _strange(request: str, found: str) -> ClusterError:
+    return ClusterError(f"{request}: the answer is not the API server's: {found}")
+
+
+def _beginning(data: bytes) -> str:
+    return data[:200].decode(errors="replace")
 
 
 @asynccontextmanager

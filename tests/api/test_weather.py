@@ -172,8 +172,19 @@ def storm(site: Site, kind: str) -> None:
         case "refused":
             site.proxy.fall()
         case "silence":
+def login_page() -> Weather:
+    """What a proxy answers to whom it does not know: a redirect to its page, or the page itself."""
+    html = {"Content-Type": "text/html"}
+    page = Reply(200, b"<html>Log in to go on.</html>", html)
+    turn = itertools.cycle([Reply(302, b"<html>Moved.</html>", html | {"Location": "/login"}), page])
+    return lambda request: page if request.path == "/login" else next(turn)
+
+
             site.proxy.freeze()
             site.proxy.silent.set()
+        case "login page":
+            site.proxy.weather = login_page()
+            site.proxy.cut()
 
 
 def calm(site: Site) -> None:
@@ -219,7 +230,7 @@ def settings_of(site: Site, elected: bool) -> Object:
     return {"leaderElection": election(site.tenant.namespace)} if elected else {}
 
 
-@pytest.mark.parametrize(("kind", "elected"), OUTAGES)
+@pytest.mark.parametrize(("kind", "elected"), [*OUTAGES, ("login page", False), ("login page", True)])
 def test_an_outage_ends_nothing_and_loses_nothing(site: Site, kind: str, elected: bool) -> None:
     with site.operator(**settings_of(site, elected)) as operator:
         noticed = "leads no longer" if elected else "cannot be listed"

@@ -8,7 +8,7 @@ import json
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +38,7 @@ class Reply:
     status: int
     body: bytes = b""
     """A Status object if empty."""
+    headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
 
 
 Weather = Callable[[Request], Reply | None]
@@ -190,7 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
         problem = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": reply.status}
         body = reply.body or json.dumps(problem | {"message": f"the weather is {reply.status}"}).encode()
         self.send_response(reply.status)
-        self.send_header("Content-Type", "application/json")
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         if reply.status == 429:
             self.send_header("Retry-After", "1")

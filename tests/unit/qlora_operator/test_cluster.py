@@ -65,6 +65,43 @@ def test_a_webhook_that_does_not_answer_rejects_and_a_server_that_fails_does_not
     assert type(raised.value) is error
 
 
-@pytest.mark.parametrize("status", [403, 404])
-def test_without_kueue_or_the_right_to_read_it_there_is_nothing_to_say(status: int) -> None:
-    assert asyncio.run(Cluster(Answering(status, "workloads.kueue.x-k8s.io")).list_workloads("team", "uid")) is None
+class Foreign(Transport):
+    """What stands between the operator and the API server answers in its place."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self._answer = status, body
+
+    async def send(self, method: str, path: str, **_: Any) -> tuple[int, bytes]:
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "found"),
+    [
+        (302, b"", "status 302"),
+        (301, b"<html>moved</html>", "status 301: <html>moved</html>"),
+        (200, b"<html>log in</html>", "not JSON: '<html>log in</html>'"),
+        (200, b"", "not JSON"),
+        (200, b'"ok"', "no object"),
+        (200, b"null", "no object"),
+        (200, b'{"login": "https://login.example.org"}', "without metadata"),
+        (200, b'{"metadata": null}', "without metadata"),
+        (503, b'["busy"]', "status 503"),
+    ],
+)
+def test_an_answer_that_is_not_the_api_servers_is_an_error_like_any_other(status: int, body: bytes, found: str) -> None:
+    cluster = Cluster(Foreign(status, body))
+
+    async def versions() -> None:
+        await cluster.list_versions("jobs", None)
+
+    for call in (cluster.check_list("jobs", None), versions(), cluster.get_lease("team", "operator")):
+        with pytest.raises(ClusterError, match=found) as raised:
+            asyncio.run(call)
+        assert type(raised.value) is ClusterError
+
+
+def test_a_schema_is_an_object_without_metadata() -> None:
+    assert asyncio.run(Cluster(Foreign(200, b'{"openapi": "3.0.0"}')).get_schema()) == {"openapi": "3.0.0"}
+    with pytest.raises(ClusterError, match="not JSON"):
+        asyncio.run(Cluster(Foreign(200, b"<html>")).get_schema())
