@@ -25,8 +25,9 @@ from qlora_operator.transport import Endpoint, Query, Transport, open_transport
 logger = logging.getLogger(__name__)
 
 FIELD_MANAGER = "qlora-operator"
-# A log comes from a node through the API server: a slow one is not worth waiting for.
-_LOG_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
+# For what only explains. A log comes from a node through the API server, a Workload perhaps through a webhook: a slow
+# one is not worth waiting for.
+_BRIEF_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
 _PAGE = "500"
 _TAIL_LINES = 40
 _TAIL_BYTES = 64 * 1024
@@ -97,14 +98,12 @@ class Cluster:
             await self._list(f"{_CORE}/namespaces/{namespace}/pods", [("fieldSelector", f"metadata.name={name}")])
         ).items
 
-    async def list_workloads(self, namespace: str, child_uid: str) -> list[Object] | None:
-        """Kueue's Workloads of the Job of that UID; None without Kueue, or without the right to read them."""
-        selector = [("labelSelector", f"{_WORKLOAD_JOB_UID}={child_uid}")]
-        try:
-            return list((await self._list(f"{_KUEUE}/namespaces/{namespace}/workloads", selector)).items)
-        except (NotFoundError, RejectedError) as error:
-            logger.debug("Workloads cannot be read: %s", error, extra={"key": (namespace, child_uid)})
-            return None
+    async def list_workloads(self, namespace: str, child_uid: str) -> Sequence[Object]:
+        """Kueue's Workloads of the Job of that UID. Raises NotFoundError without Kueue."""
+        query = [("labelSelector", f"{_WORKLOAD_JOB_UID}={child_uid}")]
+        path = f"{_KUEUE}/namespaces/{namespace}/workloads"
+        page = await self._json("GET", path, query=query, timeout=_BRIEF_TIMEOUT)
+        return page.get("items") or ()
 
     async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
         """All QLoRAJobs, or all our Jobs or pods, in one namespace or in all (None), and the version of the list."""
@@ -200,7 +199,7 @@ class Cluster:
 
     async def get_schema(self) -> Object:
         """The OpenAPI document of the resource's version. Raises NotFoundError if the API server does not serve it."""
-        return await self._json("GET", f"/openapi/v3{_QLORA}")
+        return await self._document("GET", f"/openapi/v3{_QLORA}")
 
     async def get_lease(self, namespace: str, name: str) -> Object | None:
         """The Lease; None if it does not exist."""

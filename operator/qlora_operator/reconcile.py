@@ -226,13 +226,20 @@ class Reconciler:
         return settled
 
     async def _read_queue(self, view: "_View") -> Reason | None:
-        """Why the current step's Job waits in a queue; None if it does not, or that cannot be read."""
+        """Why the current step's Job waits in a queue; None if it does not, or that cannot be read.
+
+        Nothing else waits for it: without Kueue, the right to read Workloads or an answer, the status says less.
+        """
         job = view.job
         child = view.observed.child(job.status.step.job_name) if job.status.step else None
         if child is None or not child.suspended or child.finished:
             return None
-        workloads = await self.cluster.list_workloads(job.namespace, child.uid)
-        return None if workloads is None else queue_reason(child, workloads, condition(job.status, "Succeeded"))
+        try:
+            workloads = await self.cluster.list_workloads(job.namespace, child.uid)
+        except ClusterError as error:
+            logger.debug("Workloads cannot be read: %s", error, extra={"key": (job.namespace, job.name)})
+            return None
+        return queue_reason(child, workloads, condition(job.status, "Succeeded"))
 
     def _decide(self, view: "_View", log: LogReading, queue: Reason | None, others: int) -> "_Decision":
         facts = Facts(

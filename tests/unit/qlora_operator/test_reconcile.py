@@ -10,7 +10,7 @@ import pytest
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.cluster import ConflictError, NotFoundError, RejectedError
+from qlora_operator.cluster import ClusterError, ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
@@ -55,7 +55,7 @@ class MemoryCluster:
         self.jobs: list[Object] = []
         self.pods: list[Object] = []
         self.claims: dict[str, Object] = {}
-        self.workloads: list[Object] | None = None
+        self.workloads: list[Object] | ClusterError = NotFoundError("page not found")
         self.asked: list[str] = []
         self.writes: list[str] = []
         self.reads = 0
@@ -94,8 +94,10 @@ class MemoryCluster:
         self.reads += 1
         return [body for body in self.pods if body["metadata"]["name"] == name]
 
-    async def list_workloads(self, namespace: str, child_uid: str) -> list[Object] | None:
+    async def list_workloads(self, namespace: str, child_uid: str) -> list[Object]:
         self.asked.append(child_uid)
+        if isinstance(self.workloads, ClusterError):
+            raise self.workloads
         return self.workloads
 
     async def create_job(self, namespace: str, manifest: dict[str, Any]) -> Object:
@@ -436,6 +438,23 @@ def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
         "Kueue: Preempted to accommodate a workload",
     )
     assert set(cluster.asked) == {f"uid-{NAME}-train-1"}
+
+
+@pytest.mark.parametrize(
+    "absence",
+    [
+        NotFoundError("page not found"),
+        RejectedError('workloads.kueue.x-k8s.io is forbidden: cannot list resource "workloads"'),
+        ClusterError("status 500: conversion webhook for kueue.x-k8s.io/v1beta1, Kind=Workload failed"),
+    ],
+    ids=["no Kueue", "no right", "its webhook away"],
+)
+def test_a_queued_job_is_suspended_although_its_workload_cannot_be_read(absence: ClusterError) -> None:
+    cluster = stored(status_in("train"), suspend=True)
+    cluster.jobs = [child("train") | {"spec": {"suspend": True}}]
+    cluster.workloads = absence
+    reconcile(cluster, shown(cluster))
+    assert f"deletion of {NAME}-train-1" in cluster.writes
 
 
 def without_labels(body: Object) -> dict[str, Any]:
