@@ -37,10 +37,11 @@ async def watch(
     """All events from the first object on, until the caller stops; after a lost connection once more from the first."""
     endpoint = await endpoint_of(kubeconfig)
     headers = {"Accept": _METADATA if metadata_only else "application/json"}
-    if authorization := await endpoint.authorization():
-        headers["Authorization"] = authorization
+    credentials = await endpoint.credentials()
+    if credentials.authorization:
+        headers["Authorization"] = credentials.authorization
     url = f"{endpoint.server}{_PATHS[objects]}?watch=true"
-    connector = aiohttp.TCPConnector(ssl=endpoint.tls)
+    connector = aiohttp.TCPConnector(ssl=credentials.tls)
     async with aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(), read_bufsize=2**21
     ) as session:

@@ -6,6 +6,7 @@ Every call has a timeout and raises a ClusterError whose class says what to do: 
 import json
 import logging
 import os
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.decisions.observe import Object, QLoRAJob
 from qlora_operator.listing import Kind, Listed, Listing, listed
-from qlora_operator.transport import Endpoint, Query, Transport, open_transport
+from qlora_operator.transport import Credentials, Endpoint, Query, Transport, open_transport
 
 logger = logging.getLogger(__name__)
 
@@ -312,23 +313,28 @@ async def endpoint_of(kubeconfig: Path | None) -> Endpoint:
     """The API server and the credentials for it, as the Kubernetes client finds and renews them."""
     configuration = client.Configuration()
 
-    async def load() -> None:
+    async def load() -> ssl.SSLContext:
         try:
             await _load_configuration(configuration, kubeconfig)
+            # Reads the authorities, and the operator's own certificate, from their files.
+            return rest.RESTClientObject(configuration).ssl_context
         except config.ConfigException as error:
             raise ClusterError(f"no cluster is reachable: {error}") from error
 
-    async def authorization() -> str | None:
-        # Reads the file of a pod's token again once it is a minute old.
-        return await configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+    tls = await load()
 
-    await load()
-    pool = rest.RESTClientObject(configuration)
+    async def renew() -> None:
+        nonlocal tls
+        tls = await load()
+
+    async def credentials() -> Credentials:
+        # Reads the file of a pod's token again once it is a minute old.
+        return Credentials(await configuration.get_api_key_with_prefix("BearerToken", alias="authorization"), tls)
+
     return Endpoint(
         server=configuration.host,
-        tls=pool.ssl_context,
-        authorization=authorization,
-        renew=load,
+        credentials=credentials,
+        renew=renew,
         server_hostname=configuration.tls_server_name or None,
         proxy=configuration.proxy or None,
         proxy_headers=configuration.proxy_headers,

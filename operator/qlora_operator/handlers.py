@@ -96,11 +96,12 @@ def _explain(error: Exception) -> str:
 
 
 async def _watch_once(settings: Settings, hooks: Hooks) -> None:
-    """Watch until a watch is found dead. Raises what ends kopf.
+    """Watch until a watch is found dead, or kopf trusts an authority that has been replaced. Raises what ends kopf.
 
     kopf is not asked to end itself: it waits without a limit for tasks that may wait for a session that it has closed.
     """
     roots: Collection[Task] = ()
+    authority = _authority()
     with task_scope() as inside:
         starting = asyncio.create_task(_start_kopf(settings, hooks))
     try:
@@ -113,6 +114,9 @@ async def _watch_once(settings: Settings, hooks: Hooks) -> None:
                     task.result()
             if ended:
                 raise RuntimeError("kopf has ended without an error")
+            if _authority() != authority:
+                # kopf has read it when it started, and would try for ever what it cannot verify.
+                raise RuntimeError("the authority of the API server's certificate has been replaced")
     finally:
         await end_all(roots, inside, _STOP_SECONDS)
 
@@ -209,6 +213,12 @@ def _register_login(registry: kopf.OperatorRegistry) -> None:
             scheme="Bearer",
             token=token.read_text().strip(),
         )
+
+
+def _authority() -> bytes:
+    """The certificates that a pod trusts, which the kubelet replaces; none outside a pod."""
+    file = _SERVICE_ACCOUNT / "ca.crt"
+    return file.read_bytes() if file.exists() else b""
 
 
 def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:

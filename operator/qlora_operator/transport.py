@@ -24,15 +24,24 @@ _UNAUTHORIZED = 401
 
 
 @dataclass(frozen=True)
+class Credentials:
+    """By which operator and API server know each other."""
+
+    authorization: str | None
+    """The header's value."""
+    tls: ssl.SSLContext
+    """With the authorities that are trusted, and the operator's own certificate if it has one."""
+
+
+@dataclass(frozen=True)
 class Endpoint:
     """Where the API server is, and how to connect to it."""
 
     server: str
-    tls: ssl.SSLContext
-    authorization: Callable[[], Awaitable[str | None]]
-    """The header's value, asked for with each request, because a token is replaced while it is used."""
+    credentials: Callable[[], Awaitable[Credentials]]
+    """Asked for with each request, because a token is replaced while it is used."""
     renew: Callable[[], Awaitable[None]]
-    """Gets the credentials anew, after the server has rejected those that there are."""
+    """Gets all credentials anew, with another TLS context, after one side has rejected the other's."""
     server_hostname: str | None = None
     """Name in the server's certificate, if it is not that of its address."""
     proxy: str | None = None
@@ -61,12 +70,20 @@ class Transport:
         """Status and content of the answer. Raises aiohttp.ClientError, TimeoutError or OSError without one."""
         url = f"{self._endpoint.server}{path}{'?' + urlencode(query) if query else ''}"
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        authorization = await self._endpoint.authorization()
-        answer = await self._send(method, url, data, headers, authorization, timeout)
+
+        async def send_with(credentials: Credentials) -> tuple[int, bytes]:
+            return await self._send(method, url, data, headers, credentials, timeout)
+
+        used = await self._endpoint.credentials()
+        try:
+            answer = await send_with(used)
+        except aiohttp.ClientConnectorCertificateError:
+            # Nothing has been sent. The authority may have been replaced, as the token is: in a file.
+            return await send_with(await self._renewed(used))
         if answer[0] != _UNAUTHORIZED:
             return answer
-        renewed = await self._renewed(authorization)
-        return answer if renewed == authorization else await self._send(method, url, data, headers, renewed, timeout)
+        renewed = await self._renewed(used)
+        return answer if renewed.authorization == used.authorization else await send_with(renewed)
 
     async def _send(
         self,
@@ -74,9 +91,10 @@ class Transport:
         url: str,
         data: bytes | None,
         headers: Mapping[str, str],
-        authorization: str | None,
+        credentials: Credentials,
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - passed on to the HTTP client
     ) -> tuple[int, bytes]:
+        authorization = credentials.authorization
         endpoint = self._endpoint
         async with self._session.request(
             method,
@@ -85,24 +103,25 @@ class Transport:
             headers={**headers, **({"Authorization": authorization} if authorization else {})},
             timeout=timeout,
             allow_redirects=False,
+            ssl=credentials.tls,
             server_hostname=endpoint.server_hostname,
             proxy=endpoint.proxy,
             proxy_headers=endpoint.proxy_headers,
         ) as response:
             return response.status, await response.read()
 
-    async def _renewed(self, rejected: str | None) -> str | None:
+    async def _renewed(self, rejected: Credentials) -> Credentials:
         """The credentials after those that were rejected: renewed once, however many requests were rejected."""
         async with self._renewing:
-            if await self._endpoint.authorization() == rejected:
+            if (await self._endpoint.credentials()).tls is rejected.tls:
                 await self._endpoint.renew()
-            return await self._endpoint.authorization()
+            return await self._endpoint.credentials()
 
 
 @asynccontextmanager
 async def open_transport(endpoint: Endpoint, user_agent: str) -> AsyncIterator[Transport]:
     """A transport whose connections end with the block."""
-    connector = aiohttp.TCPConnector(ssl=endpoint.tls, limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_SECONDS)
+    connector = aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_SECONDS)
     async with aiohttp.ClientSession(
         connector=connector,
         trust_env=False,

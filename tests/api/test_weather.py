@@ -11,12 +11,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from devcluster.certificates import Authority
 from devcluster.controlplane import ControlPlane
 from tests.support.api_proxy import ApiProxy, Reply, Weather, fair, serve_api
 from tests.support.operator_process import OperatorProcess, running_operator
@@ -114,12 +116,12 @@ class Site:
     folder: Path
     token: str
 
-    def kubeconfig(self, proxy: ApiProxy) -> Path:
+    def kubeconfig(self, proxy: ApiProxy, **cluster: str) -> Path:
         path = self.folder / f"kubeconfig-{proxy.port}"
         content = {
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "proxy", "cluster": {"server": proxy.url}}],
+            "clusters": [{"name": "proxy", "cluster": {"server": proxy.url} | cluster}],
             "users": [{"name": "operator", "user": {"token": self.token}}],
             "contexts": [{"name": "proxy", "context": {"cluster": "proxy", "user": "operator"}}],
             "current-context": "proxy",
@@ -129,11 +131,17 @@ class Site:
 
     @contextlib.contextmanager
     def operator(
-        self, name: str = "operator", *, proxy: ApiProxy | None = None, **settings: Any
+        self,
+        name: str = "operator",
+        *,
+        proxy: ApiProxy | None = None,
+        kubeconfig: Path | None = None,
+        **settings: Any,
     ) -> Iterator[OperatorProcess]:
         """An operator of this namespace. In the end it is alive, and its log is JSON, line by line."""
         chosen = {"namespaces": [self.tenant.namespace], **QUICK, **settings}
-        with running_operator(self.folder / name, self.kubeconfig(proxy or self.proxy), chosen) as operator:
+        path = kubeconfig or self.kubeconfig(proxy or self.proxy)
+        with running_operator(self.folder / name, path, chosen) as operator:
             yield operator
             if operator.alive:
                 assert operator.stop() == 0
@@ -164,14 +172,6 @@ def of_statuses(*statuses: int) -> Weather:
     return lambda _request: Reply(next(turn))
 
 
-def storm(site: Site, kind: str) -> None:
-    match kind:
-        case "errors":
-            site.proxy.weather = of_statuses(503, 500, 429, 410, 401, 404)
-            site.proxy.cut()
-        case "refused":
-            site.proxy.fall()
-        case "silence":
 def login_page() -> Weather:
     """What a proxy answers to whom it does not know: a redirect to its page, or the page itself."""
     html = {"Content-Type": "text/html"}
@@ -180,11 +180,19 @@ def login_page() -> Weather:
     return lambda request: page if request.path == "/login" else next(turn)
 
 
-            site.proxy.freeze()
-            site.proxy.silent.set()
+def storm(site: Site, kind: str) -> None:
+    match kind:
         case "login page":
             site.proxy.weather = login_page()
             site.proxy.cut()
+        case "errors":
+            site.proxy.weather = of_statuses(503, 500, 429, 410, 401, 404)
+            site.proxy.cut()
+        case "refused":
+            site.proxy.fall()
+        case "silence":
+            site.proxy.freeze()
+            site.proxy.silent.set()
 
 
 def calm(site: Site) -> None:
@@ -283,6 +291,37 @@ def test_a_stream_that_ends_breaks_or_falls_silent_is_opened_again(site: Site) -
             site.tenant.wait_for_phase(name, "Preparing")
             assert len(site.tenant.jobs(name)) == 1
         problems(operator)
+
+
+def test_an_authority_that_is_replaced_is_trusted_without_a_restart(site: Site) -> None:
+    """First the server has a certificate of the new one, then the file that the operator reads."""
+    first, second = (Authority(datetime.now(UTC)) for _ in range(2))
+    trusted = site.folder / "trusted.crt"
+    trusted.write_bytes(first.certificate)
+
+    def identity(authority: Authority) -> tuple[Path, Path]:
+        return authority.issue("kube-apiserver", serves=["127.0.0.1"]).write(site.folder, "server")
+
+    with serve_api(proxy_of(site.plane, identity=identity(first))) as proxy:
+        kubeconfig = site.kubeconfig(proxy, **{"certificate-authority": str(trusted)})
+        with site.operator(kubeconfig=kubeconfig) as operator:
+            operator.wait_until_ready()
+            site.tenant.create("before")
+            site.tenant.wait_for_phase("before", "Preparing")
+            proxy.fall()
+            proxy.identity = identity(second)
+            proxy.rise()
+            site.tenant.create("during")
+            eventually(lambda: operator.says("certificate verify failed"), seconds=60, every=0.2)
+            assert "phase" not in site.tenant.status("during")
+            trusted.write_bytes(second.certificate)
+            site.tenant.wait_for_phase("during", "Preparing", seconds=90)
+            watches = proxy.count("GET", "watch=true")
+            eventually(lambda: proxy.count("GET", "watch=true") >= watches + 3, seconds=90, every=0.2)
+            operator.wait_until_ready()
+            site.tenant.suspend("before")
+            site.tenant.wait_for_phase("before", "Suspended")
+            assert operator.alive
 
 
 def test_it_starts_while_the_api_server_is_away(site: Site) -> None:

@@ -52,12 +52,14 @@ def fair(_request: Request) -> Reply | None:
 
 @dataclass
 class ApiProxy:
-    """Plain HTTP on a loopback address in front of an API server with TLS; credentials are passed on as they are."""
+    """A loopback address in front of an API server with TLS; credentials are passed on as they are."""
 
     upstream: str
     """HOST:PORT of the API server."""
     authority: Path
     host: str = "127.0.0.1"
+    identity: tuple[Path, Path] | None = None
+    """Certificate and key, if it serves TLS too, from when it rises."""
     weather: Weather = fair
     seen: list[Request] = field(default_factory=list)
     silent: threading.Event = field(default_factory=threading.Event)
@@ -71,7 +73,7 @@ class ApiProxy:
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"http{'s' if self.identity else ''}://{host}:{self.port}"
 
     @property
     def up(self) -> bool:
@@ -82,6 +84,11 @@ class ApiProxy:
         handler = type("Handler", (_Handler,), {"proxy": self})
         kind = type("Server", (_Server,), {"address_family": socket.AF_INET6 if ":" in self.host else socket.AF_INET})
         server = kind((self.host, self.port), handler)
+        if self.identity is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*self.identity)
+            # The handshake is for the connection's own thread.
+            server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         self.port, self._server = server.server_port, server
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kopf
@@ -18,7 +19,7 @@ from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
-from tests.support.builders import NAME, child, condition, job_body, pod, running, status_in
+from tests.support.builders import NAME, VirtualLoop, child, condition, job_body, pod, running, status_in
 
 KEY = ("team", NAME)
 
@@ -140,3 +141,30 @@ def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:
     body: Any = {"spec": {"a": 1}}
     assert settings.persistence.diffbase_storage.build(body=body) == {}
     assert settings.persistence.diffbase_storage.fetch(body=body) is None
+
+
+def test_the_watches_start_again_when_the_authority_that_a_pod_trusts_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kopf reads it once, and repeats a connection that it cannot verify for ever."""
+    monkeypatch.setattr("qlora_operator.handlers._SERVICE_ACCOUNT", tmp_path)
+    (tmp_path / "ca.crt").write_text("first")
+    trusted: list[str] = []
+
+    async def spawn_tasks(**_: Any) -> list[asyncio.Task[Any]]:
+        trusted.append((tmp_path / "ca.crt").read_text())
+        return [asyncio.create_task(asyncio.Event().wait())]
+
+    async def scenario() -> None:
+        hooks = Hooks(lambda _key, first=False: None, WatchMonitor(150), Metrics().job_is_in, lambda: None, Store())
+        watching = asyncio.create_task(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
+        await asyncio.sleep(60)
+        assert trusted == ["first"]
+        (tmp_path / "ca.crt").write_text("second")
+        await asyncio.sleep(60)
+        watching.cancel()
+
+    monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(scenario())
+    assert trusted == ["first", "second"]

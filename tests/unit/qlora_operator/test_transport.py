@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -44,6 +45,19 @@ class Server:
         return web.json_response(job_body())
 
 
+def write_kubeconfig(folder: Path, cluster: dict[str, Any], user: dict[str, Any]) -> Path:
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "c", "cluster": cluster}],
+        "users": [{"name": "u", "user": user}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (folder / "kubeconfig").write_text(json.dumps(config))
+    return folder / "kubeconfig"
+
+
 def against(
     work: Callable[[Server, Cluster], Awaitable[None]], folder: Path, user: dict[str, Any], **cluster: Any
 ) -> None:
@@ -58,17 +72,9 @@ def against(
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         address = runner.addresses[0]
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "c", "cluster": {"server": f"http://{address[0]}:{address[1]}"} | cluster}],
-            "users": [{"name": "u", "user": user}],
-            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-            "current-context": "x",
-        }
-        (folder / "kubeconfig").write_text(json.dumps(config))
+        kubeconfig = write_kubeconfig(folder, {"server": f"http://{address[0]}:{address[1]}"} | cluster, user)
         try:
-            async with connect(folder / "kubeconfig") as connected:
+            async with connect(kubeconfig) as connected:
                 await work(server, connected)
         finally:
             await runner.cleanup()
@@ -152,9 +158,63 @@ def test_the_token_of_a_pod_is_read_again_when_the_server_rejects_it(
     async def work() -> None:
         endpoint = await endpoint_of(None)
         assert endpoint.server == "https://[fd00::1]:443"
-        assert await endpoint.authorization() == "bearer first"
+        assert (await endpoint.credentials()).authorization == "bearer first"
         token.write_text("second")
         await endpoint.renew()
-        assert await endpoint.authorization() == "bearer second"
+        assert (await endpoint.credentials()).authorization == "bearer second"
+
+    asyncio.run(work())
+
+
+class Rotated:
+    """A server with TLS on one port, whose certificate is issued by one authority after another."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = 0
+        self._runner: web.AppRunner | None = None
+
+    async def serve(self, authority: Authority) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+        identity = authority.issue("server", serves=["127.0.0.1"]).write(self._folder, "server")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(*identity)
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", Server().answer)
+        self._runner = web.AppRunner(application)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=context).start()
+        self._port = self._runner.addresses[0][1]
+
+    def trusting(self, authority: Path) -> Path:
+        server = {"server": f"https://127.0.0.1:{self._port}", "certificate-authority": str(authority)}
+        return write_kubeconfig(self._folder, server, {"token": "t"})
+
+    async def end(self) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+
+def test_an_authority_that_is_replaced_is_read_again_and_the_earlier_one_not_trusted_any_more(tmp_path: Path) -> None:
+    first, second = (Authority(datetime.now(UTC)) for _ in range(2))
+    trusted = tmp_path / "ca.crt"
+    trusted.write_bytes(first.certificate)
+
+    async def work() -> None:
+        server = Rotated(tmp_path)
+        await server.serve(first)
+        async with connect(server.trusting(trusted)) as cluster:
+            assert await cluster.get_qlora_job("team", "tune") == job_body()
+            await server.serve(second)
+            with pytest.raises(ClusterError, match="certificate verify failed"):
+                await cluster.get_qlora_job("team", "tune")
+            trusted.write_bytes(second.certificate)
+            both = await asyncio.gather(*(cluster.get_qlora_job("team", "tune") for _ in range(2)))
+            assert both == [job_body(), job_body()]
+            await server.serve(first)
+            with pytest.raises(ClusterError, match="certificate verify failed"):
+                await cluster.get_qlora_job("team", "tune")
+        await server.end()
 
     asyncio.run(work())
