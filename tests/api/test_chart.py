@@ -125,7 +125,7 @@ def test_cluster_wide_rights_are_exactly_those_that_the_operator_uses(helm: Helm
     objects = helm.template({"tenantRoles": {"create": False}})
     assert rights_of(only(objects, "ClusterRole")["rules"]) == RIGHTS
     with_kueue = only(helm.template({"tenantRoles": {"create": False}, "kueue": {"enabled": True}}), "ClusterRole")
-    assert rights_of(with_kueue["rules"]) == RIGHTS | {"workloads.kueue.x-k8s.io": {"get", "list", "watch"}}
+    assert rights_of(with_kueue["rules"]) == RIGHTS | {"workloads.kueue.x-k8s.io": {"list"}}
     binding = only(objects, "ClusterRoleBinding")
     assert binding["roleRef"]["name"] == only(objects, "ClusterRole")["metadata"]["name"]
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": RELEASE, "namespace": NAMESPACE}]

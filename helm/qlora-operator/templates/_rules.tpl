@@ -20,7 +20,7 @@
 {{- if (.Values.kueue).enabled }}
 - apiGroups: [kueue.x-k8s.io]
   resources: [workloads]
-  verbs: [get, list, watch]
+  verbs: [list]
 {{- end }}
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
