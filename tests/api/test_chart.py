@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "qlora-operator"
 RELEASE = "qlora-operator"
 NAMESPACE = "qlora-system"
+SETTINGS = "qlora.dev/settings"
+"""Annotation of the operator's pod."""
 SERVICE_ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
 
 Object = dict[str, Any]
@@ -90,8 +92,20 @@ def only(objects: list[Object], kind: str) -> Object:
     return found[0]
 
 
+def settings_in(template: Object) -> str:
+    """The file that the operator reads in a pod of this template, as the kubelet makes it of the annotation."""
+    spec = template["spec"]
+    (container,) = spec["containers"]
+    path = Path(next(one["value"] for one in container["env"] if one["name"] == "QLORA_OPERATOR_SETTINGS"))
+    name = next(one["name"] for one in container["volumeMounts"] if one["mountPath"] == str(path.parent))
+    volume = next(one for one in spec["volumes"] if one["name"] == name)
+    item = next(one for one in volume["downwardAPI"]["items"] if one["path"] == path.name)
+    annotation = item["fieldRef"]["fieldPath"].removeprefix("metadata.annotations['").removesuffix("']")
+    return str(template["metadata"]["annotations"][annotation])
+
+
 def settings_of(objects: list[Object]) -> Object:
-    return dict(yaml.safe_load(only(objects, "ConfigMap")["data"]["settings.yaml"]))
+    return dict(yaml.safe_load(settings_in(only(objects, "Deployment")["spec"]["template"])))
 
 
 def rights_of(rules: list[Object]) -> dict[str, set[str]]:
@@ -185,8 +199,9 @@ def test_the_operator_reads_its_settings_and_listens_where_the_deployment_says(h
     def settings(values: Object) -> tuple[Settings, Object]:
         objects = helm.template(values)
         file = tmp_path / "settings.yaml"
-        file.write_text(only(objects, "ConfigMap")["data"]["settings.yaml"])
-        return load_settings(file), only(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+        template = only(objects, "Deployment")["spec"]["template"]
+        file.write_text(settings_in(template))
+        return load_settings(file), template["spec"]["containers"][0]
 
     default, container = settings({})
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -329,13 +344,12 @@ def without(values: Object, path: tuple[str, ...]) -> Object:
 
 
 def meaning(objects: list[Object]) -> list[Object]:
-    """The objects with the settings as the operator reads them, absent ones included, and without their checksum."""
+    """The objects with the settings as the operator reads them, absent ones included."""
     for document in objects:
-        if document["kind"] == "ConfigMap":
-            settings = Settings.model_validate(yaml.safe_load(document["data"]["settings.yaml"]))
-            document["data"] = settings.model_dump(mode="json")
         if document["kind"] == "Deployment":
-            del document["spec"]["template"]["metadata"]["annotations"]["checksum/settings"]
+            template = document["spec"]["template"]
+            settings = Settings.model_validate(yaml.safe_load(settings_in(template)))
+            template["metadata"]["annotations"][SETTINGS] = settings.model_dump(mode="json")
     return objects
 
 
@@ -440,6 +454,28 @@ def test_a_changed_setting_restarts_the_operator(helm: Helm) -> None:
     assert template({}) != template({"profiles": {"default": {"workspace": {"size": "80Gi"}}}})
 
 
+LIMIT = 192 * 1024
+
+
+def settings_of_size(helm: Helm, size: int) -> Object:
+    """Values whose settings are so many bytes, without the line break at their end."""
+    profiles = {f"profile-{number:03}": {"image": "a"} for number in range(400)}
+    template = only(helm.template({"profiles": profiles}), "Deployment")["spec"]["template"]
+    missing = size - len(settings_in(template).rstrip())
+    for profile in profiles.values():
+        added = min(missing, 511)
+        profile["image"] += "a" * added
+        missing -= added
+    assert missing == 0
+    return {"profiles": profiles}
+
+
+def test_settings_that_fit_into_no_annotation_are_rejected_before_anything_is_installed(helm: Helm) -> None:
+    sentence = rf"the settings are {LIMIT + 1} bytes of YAML, and may be {LIMIT}: .* Define fewer or shorter profiles"
+    with pytest.raises(ClusterError, match=sentence):
+        helm.template(settings_of_size(helm, LIMIT + 1))
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
@@ -511,6 +547,15 @@ def test_the_api_server_takes_every_object_as_it_is_written(helm: Helm, installe
             *("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "--filename=-"),
             input_text=yaml.safe_dump_all(objects),
         )
+
+
+def test_the_largest_settings_fit_beside_what_kubectl_notes_of_them(
+    helm: Helm, installed: Helm, plane: ControlPlane
+) -> None:
+    """`kubectl apply` writes the whole object into another annotation, with its own limit of 256 KiB."""
+    objects = helm.template(settings_of_size(helm, LIMIT))
+    arguments = ("apply", "--dry-run=server", "--filename=-")
+    assert "configured" in plane.kubectl(*arguments, input_text=yaml.safe_dump(only(objects, "Deployment")))
 
 
 def test_pod_security_admits_the_operators_pod(installed: Helm, plane: ControlPlane) -> None:
@@ -616,6 +661,33 @@ def test_upgrade_and_rollback_change_the_definition_and_no_job(
     eventually(lambda: training("after").get("samples") == 5, seconds=60, what="what was set before")
 
 
+def test_each_release_keeps_its_own_settings_and_a_rollback_brings_them_back(
+    installed: Helm, plane: ControlPlane
+) -> None:
+    """A container of the old release that restarts during an upgrade would reject what only the new one knows."""
+
+    def workers(template: Object) -> int:
+        return int(yaml.safe_load(settings_in(template))["workers"])
+
+    def revisions() -> dict[str, int]:
+        """The settings of each ReplicaSet, by its name."""
+        listed = plane.kubectl.get("replicasets", "--namespace", NAMESPACE)["items"]
+        return {one["metadata"]["name"]: workers(one["spec"]["template"]) for one in listed}
+
+    def upgrade(number: int) -> None:
+        installed("upgrade", RELEASE, str(CHART), "--namespace", NAMESPACE, "--set", f"settings.workers={number}")
+        eventually(lambda: number in revisions().values(), seconds=60, what="the new ReplicaSet")
+
+    upgrade(3)
+    before = revisions()
+    upgrade(5)
+    assert before.items() < revisions().items()
+    installed("rollback", RELEASE, "--namespace", NAMESPACE)
+    assert workers(plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)["spec"]["template"]) == 3
+    mounted = plane.kubectl.get("configmaps", "--namespace", NAMESPACE)["items"]
+    assert [one["metadata"]["name"] for one in mounted] == ["kube-root-ca.crt"]
+
+
 def test_an_upgrade_that_reuses_the_values_of_a_chart_without_dns_ports_opens_nothing(
     installed: Helm, plane: ControlPlane, tmp_path: Path
 ) -> None:
@@ -627,5 +699,5 @@ def test_an_upgrade_that_reuses_the_values_of_a_chart_without_dns_ports_opens_no
     installed("upgrade", RELEASE, str(CHART), "--namespace", NAMESPACE, "--reuse-values")
     policy = plane.kubectl.get("networkpolicy", f"{RELEASE}-servers", "--namespace", NAMESPACE)
     assert [port["port"] for port in policy["spec"]["egress"][0]["ports"]] == [53, 53]
-    settings = plane.kubectl.get("configmap", f"{RELEASE}-settings", "--namespace", NAMESPACE)["data"]["settings.yaml"]
-    assert yaml.safe_load(settings)["dnsPorts"] == [53]
+    template = plane.kubectl.get("deployment", RELEASE, "--namespace", NAMESPACE)["spec"]["template"]
+    assert yaml.safe_load(settings_in(template))["dnsPorts"] == [53]

@@ -221,8 +221,9 @@ RIGHTS = {
         {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}},
     ),
     "read the operator's settings": forbidden(
-        "GET", path_of(OPERATOR_NAMESPACE, "configmaps", "qlora-operator-settings")
+        "GET", f"/apis/apps/v1/namespaces/{OPERATOR_NAMESPACE}/deployments/qlora-operator"
     ),
+    "read the operator's settings on its pod": forbidden("GET", path_of(OPERATOR_NAMESPACE, "pods")),
     "read the operator's log": forbidden("GET", path_of(OPERATOR_NAMESPACE, "pods", "any", "log")),
     "change the rules of the resource": forbidden(
         "PATCH",

@@ -299,8 +299,9 @@ def tenancy(folder: Path, profiles: Object) -> Iterator[Tenancy]:
         with logs.served(folder) as port:
             _add_node(admin, port)
             add_namespaces(plane.kubectl)
-            settings = next(one for one in objects if one["kind"] == "ConfigMap")["data"]["settings.yaml"]
-            with _operator(plane, folder, yaml.safe_load(settings)) as process:
+            template = next(one for one in objects if one["kind"] == "Deployment")["spec"]["template"]
+            settings = yaml.safe_load(template["metadata"]["annotations"]["qlora.dev/settings"])
+            with _operator(plane, folder, settings) as process:
                 tenant, victim = (client(plane, folder, user) for user in (TENANT_USER, VICTIM_USER))
                 yield Tenancy(plane, admin, tenant, victim, logs, process, folder / "operator.log")
 
