@@ -137,7 +137,7 @@ class Reconciler:
                 return None
             decision = self._decide(confirmed, log, queue, others)
         again = await self._carry_out(decision, first_stored=first_stored)
-        return _earliest(again, log.again, self._follow_waiting(key, decision))
+        return _soonest(again, log.again, self._follow_waiting(key, decision))
 
     def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
         """After the write: when a job has ended, or has started after it waited, the next in the row is looked at.
@@ -270,7 +270,7 @@ class Reconciler:
             return 0.0
         await self._write(facts, status)
         look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
-        return _earliest(look_again, again)
+        return _soonest(look_again, again)
 
     async def _act(
         self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]
@@ -420,5 +420,5 @@ def _hides_a_pod_for_long(view: _View, now: datetime) -> bool:
     return child is not None and now >= no_pod_at(child) and hides_a_pod(view.observed, step)
 
 
-def _earliest(*moments: float | None) -> float | None:
+def _soonest(*moments: float | None) -> float | None:
     return min((seconds for seconds in moments if seconds is not None), default=None)

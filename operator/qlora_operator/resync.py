@@ -24,7 +24,7 @@ _SECONDS_FOR_THE_WATCH = 1.0
 
 Identity = tuple[Kind, str, str]
 
-Enqueue = Callable[[Key, float], None]
+EnqueueAfter = Callable[[Key, float], None]
 """Requests a job, so many seconds from now."""
 
 
@@ -125,7 +125,7 @@ class Resync:
         self,
         cluster: Cluster,
         namespaces: Sequence[str],
-        enqueue: Enqueue,
+        enqueue: EnqueueAfter,
         *,
         store: Store,
         interval: float,
