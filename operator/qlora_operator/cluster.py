@@ -46,6 +46,10 @@ _WORKLOAD_JOB_UID = "kueue.x-k8s.io/job-uid"
 
 
 class ClusterError(Exception):
+    """A call has failed."""
+
+
+class UnavailableError(ClusterError):
     """The API server was not reached, or could not answer: try again later."""
 
 
@@ -262,7 +266,7 @@ class Cluster:
         try:
             status, data = await self._transport.send(method, path, headers=headers, **request)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ClusterError(f"{method} {path}: {str(error) or type(error).__name__}") from error
+            raise UnavailableError(f"{method} {path}: {str(error) or type(error).__name__}") from error
         if status >= 300:
             raise _error(status, f"{method} {path}", data)
         return data
@@ -288,11 +292,11 @@ def _error(status: int, request: str, data: bytes) -> ClusterError:
     # The server answers with 500 if a webhook of the kind cannot be reached.
     if status in (400, 401, 403, 422) or (status == 500 and "failed calling webhook" in text):
         return RejectedError(text)
-    return ClusterError(f"{request}: status {status}: {text}")
+    return UnavailableError(f"{request}: status {status}: {text}")
 
 
-def _strange(request: str, found: str) -> ClusterError:
-    return ClusterError(f"{request}: the answer is not the API server's: {found}")
+def _strange(request: str, found: str) -> UnavailableError:
+    return UnavailableError(f"{request}: the answer is not the API server's: {found}")
 
 
 def _beginning(data: bytes) -> str:
@@ -319,7 +323,7 @@ async def endpoint_of(kubeconfig: Path | None) -> Endpoint:
             # Reads the authorities, and the operator's own certificate, from their files.
             return rest.RESTClientObject(configuration).ssl_context
         except config.ConfigException as error:
-            raise ClusterError(f"no cluster is reachable: {error}") from error
+            raise UnavailableError(f"no cluster is reachable: {error}") from error
 
     tls = await load()
 

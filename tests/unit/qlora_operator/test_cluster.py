@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError
+from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.transport import Transport
 
 
@@ -53,7 +53,7 @@ WEBHOOK = 'Internal error occurred: failed calling webhook "mjob.kb.io": failed 
     ("status", "message", "error"),
     [
         (500, WEBHOOK, RejectedError),
-        (500, "etcdserver: request timed out", ClusterError),
+        (500, "etcdserver: request timed out", UnavailableError),
         (404, "not found", NotFoundError),
     ],
 )
@@ -96,12 +96,11 @@ def test_an_answer_that_is_not_the_api_servers_is_an_error_like_any_other(status
         await cluster.list_versions("jobs", None)
 
     for call in (cluster.check_list("jobs", None), versions(), cluster.get_lease("team", "operator")):
-        with pytest.raises(ClusterError, match=found) as raised:
+        with pytest.raises(UnavailableError, match=found):
             asyncio.run(call)
-        assert type(raised.value) is ClusterError
 
 
 def test_a_schema_is_an_object_without_metadata() -> None:
     assert asyncio.run(Cluster(Foreign(200, b'{"openapi": "3.0.0"}')).get_schema()) == {"openapi": "3.0.0"}
-    with pytest.raises(ClusterError, match="not JSON"):
+    with pytest.raises(UnavailableError, match="not JSON"):
         asyncio.run(Cluster(Foreign(200, b"<html>")).get_schema())

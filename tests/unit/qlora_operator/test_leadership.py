@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.cluster import ClusterError, ConflictError
+from qlora_operator.cluster import ConflictError, UnavailableError
 from qlora_operator.decisions.observe import Object
 from qlora_operator.leadership import Election, Place, Step, decide
 from tests.support.builders import NOW, VirtualLoop
@@ -73,7 +73,7 @@ class Road:
         if self.hangs:
             await asyncio.sleep(1e6)
         if self.closed:
-            raise ClusterError("refused")
+            raise UnavailableError("refused")
         await asyncio.sleep(self.seconds)
 
     async def get_lease(self, _namespace: str, _name: str) -> Object | None:
@@ -90,7 +90,7 @@ class Road:
 
     def _answer(self, written: Object) -> Object:
         if self.loses_answers:
-            raise ClusterError("cut")
+            raise UnavailableError("cut")
         return written
 
 

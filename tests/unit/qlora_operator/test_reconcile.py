@@ -10,7 +10,7 @@ import pytest
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.cluster import ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_operator.cluster import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
@@ -445,7 +445,7 @@ def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
     [
         NotFoundError("page not found"),
         RejectedError('workloads.kueue.x-k8s.io is forbidden: cannot list resource "workloads"'),
-        ClusterError("status 500: conversion webhook for kueue.x-k8s.io/v1beta1, Kind=Workload failed"),
+        UnavailableError("status 500: conversion webhook for kueue.x-k8s.io/v1beta1, Kind=Workload failed"),
     ],
     ids=["no Kueue", "no right", "its webhook away"],
 )
