@@ -276,14 +276,14 @@ OPERATOR = (
     Mutant(
         name="suspensions-count-as-disruptions",
         file=f"{_DECISIONS}/attempts.py",
-        old="child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:",
-        new="child.deleting or child.complete or child.expired or job.spec.suspend:",
+        old="child.deleting or child.suspended or child.complete or child.expired",
+        new="child.deleting or child.complete or child.expired",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
     Mutant(
         name="a-late-look-counts-a-suspension",
         file=f"{_DECISIONS}/attempts.py",
-        old="return child.resumed is not None and created is not None and created < child.resumed",
+        old="return child is not None and child.resumed is not None and pod.stopped_by(child.resumed)",
         new="return False",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),

@@ -144,6 +144,11 @@ class Pod:
         """Whether it was deleted, by somebody or by the suspension of its Job, and has not ended."""
         return self.deletion_requested is not None and not self.ended and self.disruption is None
 
+    def stopped_by(self, moment: datetime) -> bool:
+        """Whether it was there before that moment and was asked to stop, or had ended, by then."""
+        stopped = self.deletion_requested or (self.termination.finished if self.termination else None)
+        return self.created < moment and stopped is not None and stopped <= moment
+
     @property
     def _killed(self) -> bool:
         """Whether it ended by SIGKILL, and not for its memory."""
