@@ -95,6 +95,10 @@ def test_a_failed_job_is_taken_up_only_within_the_limits_of_today() -> None:
     assert (held.phase, reason_of(held, "Ready"), held.retry_request) == ("Failed", "JobLimitReached", None)
     assert waits_for_others(facts(job, profiles=profiles, jobs_of_profile=1))
     assert follow(make_job(held, retry={"request": 1}), profiles=profiles).phase == "Publishing"
+    # A request that is withdrawn leaves the failure as the reason.
+    withdrawn = follow(make_job(held, generation=2, retry={"request": 0}), profiles=profiles, jobs_of_profile=1)
+    assert reason_of(withdrawn, "Ready") == reason_of(stored, "Ready") == "BadConfiguration"
+    assert message_of(withdrawn, "Ready") == message_of(stored, "Ready")
     assert follow(job, profiles=limited(namespaces=["other"])).phase == "Failed"
 
 
