@@ -11,6 +11,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.cluster import ConflictError, NotFoundError, RejectedError
+from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
@@ -277,6 +278,18 @@ def test_a_finished_job_without_clean_up_is_not_looked_at_any_more(status: QLoRA
     assert reconcile(cluster, store) is None
     assert (cluster.writes, cluster.reads) == ([], 0)
     assert store.is_settled(KEY)
+
+
+@pytest.mark.parametrize("document", [document(make_job()), None], ids=["begun by this release", "by an earlier one"])
+def test_a_finished_job_whose_model_this_release_cannot_read_is_cleaned_up_if_its_pods_can_read_it(
+    document: str | None,
+) -> None:
+    assert FINISHED.resolved is not None
+    fixed = FINISHED.resolved.model_copy(update={"document": document})
+    cluster = stored(FINISHED.model_copy(update={"resolved": fixed}), cleanupAfterSeconds=0)
+    cluster.job["spec"]["model"] = {"source": "gs://bucket/model"}
+    reconcile(cluster, now=after(10))
+    assert [body["metadata"]["name"] for body in cluster.jobs] == ([f"{NAME}-clean-1"] if document else [])
 
 
 def test_a_failed_job_whose_step_still_runs_is_looked_at_and_the_step_deleted() -> None:
