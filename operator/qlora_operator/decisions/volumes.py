@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_api import contract
-from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.model_and_output import SecretRef
+from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import ModelCache, Profile
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
 from qlora_api.status import StepName
