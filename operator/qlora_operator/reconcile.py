@@ -36,7 +36,7 @@ from qlora_operator.decisions.plan import (
     DeleteJob,
     Plan,
     cannot_be_undone,
-    is_first_job,
+    creates_first_job,
     is_settled,
     plan,
 )
@@ -258,7 +258,7 @@ class Reconciler:
             await self._write(facts, decision.status)
             return 0.0
         status, again = await self._act(facts, decision.status, planned.actions)
-        if again is None and any(is_first_job(action) for action in planned.actions):
+        if again is None and any(creates_first_job(action) for action in planned.actions):
             # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
             return 0.0
         await self._write(facts, status)
@@ -282,7 +282,7 @@ class Reconciler:
                     case CreateJob() if resolved is not None:
                         job_uid = await self._create_job(job, resolved, action)
                         # The status that tells of the first Job follows from what the next pass sees.
-                        status = status if is_first_job(action) else with_child(status, facts, job_uid)
+                        status = status if creates_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
                 return with_rejection(status, facts, blocked.reason), blocked.again
@@ -403,7 +403,7 @@ def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
     if _hides_a_pod_for_long(view, decision.facts.now):
         return True
     # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
-    return not view.fresh and any(is_first_job(action) for action in actions)
+    return not view.fresh and any(creates_first_job(action) for action in actions)
 
 
 def _hides_a_pod_for_long(view: _View, now: datetime) -> bool:

@@ -11,6 +11,7 @@ from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
+from qlora_operator.decisions.facts import FIRST_JOB
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 from qlora_operator.decisions.together import trains_together
@@ -91,9 +92,9 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
     return cleaning is None and not any(_running(observed))
 
 
-def is_first_job(action: Action) -> bool:
-    """Whether it creates the first Job of a job, which keeps what was resolved until the status has it."""
-    return action == CreateJob("prepare", 1)
+def creates_first_job(action: Action) -> bool:
+    """Whether it creates the first Job of a job."""
+    return action == CreateJob(*FIRST_JOB)
 
 
 def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> bool:
@@ -102,7 +103,7 @@ def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Actio
     That is: to delete, to create any Job but the first, to leave a step or an attempt, to count one, to end the job.
     """
     if any(
-        isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not is_first_job(action))
+        isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not creates_first_job(action))
         for action in actions
     ):
         return True
@@ -116,7 +117,7 @@ def _verdicts(status: QLoRAJobStatus) -> tuple[bool, ...]:
 
 
 def _place(step: StepStatus | None) -> tuple[object, ...]:
-    return (step.name, step.attempt, step.counted_pod) if step else ("prepare", 1, "")
+    return (step.name, step.attempt, step.counted_pod) if step else (*FIRST_JOB, "")
 
 
 def _is_restarted(stored: StepStatus | None, step: StepStatus | None, observed: Observed) -> bool:

@@ -6,14 +6,13 @@ from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import QLoRAJobStatus, Resolved
-from qlora_operator.decisions.facts import Facts, new_step
+from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
 
 JOB_LIMIT_REACHED = "JobLimitReached"
 _NOT_SHARED = "WorkspaceNotShared"
-_FIRST = ("prepare", 1)
 
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -26,7 +25,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     if (first := _first_job(facts)) and (resolved := _resolved_by(first, job)):
         # The operator was stopped, or has had more urgent work, since it created the first Job.
-        step = new_step(job, "prepare", 1).model_copy(update={"job_uid": first.uid})
+        step = new_step(job, *FIRST_JOB).model_copy(update={"job_uid": first.uid})
         return status.model_copy(update={"resolved": resolved, "step": step})
     if job.spec.suspend or objection(facts) is not None:
         return status
@@ -41,19 +40,21 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
     )
-    return status.model_copy(update={"resolved": resolved, "step": new_step(job, "prepare", 1)})
+    return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
 
 
 def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
     """Whether nothing was created yet, as a quota may reject it, and the profile has been mended since."""
     step, today = status.step, facts.profiles.get(facts.job.spec.scheduling.profile)
-    if step is None or status.resolved is None or today is None or step.job_uid or (step.name, step.attempt) != _FIRST:
+    if step is None or status.resolved is None or today is None:
+        return False
+    if step.job_uid or (step.name, step.attempt) != FIRST_JOB:
         return False
     return _first_job(facts) is None and status.resolved.profile != _as_copied(today)
 
 
 def _first_job(facts: Facts) -> ChildJob | None:
-    return facts.observed.child(child_job_name(facts.job.name, "prepare", 1)) or facts.observed.lost
+    return facts.observed.child(child_job_name(facts.job.name, *FIRST_JOB)) or facts.observed.lost
 
 
 def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
