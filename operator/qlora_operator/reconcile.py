@@ -41,7 +41,7 @@ from qlora_operator.decisions.plan import (
     plan,
 )
 from qlora_operator.decisions.queue import queue_reason
-from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
+from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import Pauses
@@ -81,6 +81,8 @@ class _Decision:
     facts: Facts
     status: QLoRAJobStatus
     plan: Plan
+    held_back: Reason | None
+    """Why the job waits for others of its profile, if nothing else keeps it from going on."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,9 @@ class Reconciler:
         if limit is None:
             return await self._pass(key, view)
         async with self.starts.count(view.job, limit) as others:
-            # The job counts once its status says that it has started, which a Job alone does not.
-            return await self._pass(key, view, others, first_stored=True)
+            return await self._pass(key, view, others)
 
-    async def _pass(self, key: Key, view: "_View", others: int = 0, *, first_stored: bool = False) -> float | None:
+    async def _pass(self, key: Key, view: "_View", others: int = 0) -> float | None:
         """Decide, confirm, act and write. `others`: how many jobs of the profile have started, if that is limited."""
         log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
         queue = await self._read_queue(view)
@@ -136,7 +137,7 @@ class Reconciler:
             if confirmed is None:
                 return None
             decision = self._decide(confirmed, log, queue, others)
-        again = await self._carry_out(decision, first_stored=first_stored)
+        again = await self._carry_out(decision)
         return _earliest(again, log.again, self._follow_waiting(key, decision))
 
     def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
@@ -145,10 +146,10 @@ class Reconciler:
         Seconds until the job itself is to be looked at again: the first in the row relies on nobody to wake it.
         """
         job = decision.facts.job
-        if waits_for_others(decision.facts):
+        if decision.held_back is not None:
             return self.starts.wait(job)
         if self.starts.waits(key) or (is_finished(decision.status) and not is_finished(job.status)):
-            self.starts.leave(key)
+            self.starts.place_may_be_free(key)
         return None
 
     async def _look(self, key: Key) -> "_View | None":
@@ -167,7 +168,7 @@ class Reconciler:
         body = await self.cluster.get_qlora_job(*key)
         if body is None:
             self.store.gone(key)
-            self.starts.leave(key)
+            self.starts.place_may_be_free(key)
             self._forget(key)
             self.metrics.job_is_in(key, None)
             return None
@@ -213,7 +214,7 @@ class Reconciler:
             await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
             job = None
         if job is None or job.deleting:
-            self.starts.leave(key)
+            self.starts.place_may_be_free(key)
             self._forget(key)
             return None
         return job
@@ -246,15 +247,15 @@ class Reconciler:
             jobs_of_profile=others,
         )
         status = next_status(facts)
-        return _Decision(facts, status, plan(view.job, status, view.observed, facts.now))
+        # A job counts once its status says that it has started, which a Job alone does not.
+        counts_itself = limit_of_jobs(view.job, self.profiles) is not None
+        planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself)
+        return _Decision(facts, status, planned, held_back(facts))
 
-    async def _carry_out(self, decision: "_Decision", *, first_stored: bool) -> float | None:
-        """Act and store the status; seconds until the job is to be looked at again.
-
-        `first_stored`: store that the job starts before anything is created for it, which the next pass does.
-        """
+    async def _carry_out(self, decision: "_Decision") -> float | None:
+        """Act and store the status; seconds until the job is to be looked at again."""
         facts, planned = decision.facts, decision.plan
-        if first_stored and planned.actions and not is_finished(decision.status):
+        if planned.store_first:
             await self._write(facts, decision.status)
             return 0.0
         status, again = await self._act(facts, decision.status, planned.actions)
@@ -410,7 +411,9 @@ def _hides_a_pod_for_long(view: _View, now: datetime) -> bool:
     """Not just because the watches of Jobs and of pods show a new pod one after the other."""
     step = view.job.status.step
     child = view.observed.child(step.job_name) if step else None
-    return child is not None and now >= no_pod_at(child) and hides_a_pod(view.observed, step)
+    if step is None or child is None:
+        return False
+    return now >= no_pod_at(child) and hides_a_pod(view.observed, step)
 
 
 def _earliest(*moments: float | None) -> float | None:

@@ -65,19 +65,28 @@ class Plan:
 
     actions: tuple[Action, ...] = ()
     look_again: datetime | None = None
+    store_first: bool = False
+    """Whether the status is stored before anything is done, which the next pass decides anew."""
 
 
-def plan(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Plan:
-    """The plan for the job, whose stored status is `job.status` and whose next one is `status`."""
+def plan(
+    job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime, *, counts_itself: bool = False
+) -> Plan:
+    """The plan for the job, whose stored status is `job.status` and whose next one is `status`.
+
+    `counts_itself`: whether the job counts among those of its profile once its status tells that it has started.
+    """
     if is_finished(status):
         # The result is stored before anything is deleted that it was derived from.
         if not is_finished(job.status):
-            return Plan(look_again=now)
+            return Plan(store_first=True)
         return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
     if _is_restarted(job.status.step, status.step, observed):
         # Why its Job is deleted is stored before: after a kill in between it would look like somebody else's work.
-        return Plan(look_again=now)
-    return Plan(tuple(_on_the_way(job, status, observed, now)), _earliest(_times(job, status, observed, now), now))
+        return Plan(store_first=True)
+    actions = tuple(_on_the_way(job, status, observed, now))
+    look_again = _earliest(_times(job, status, observed, now), now)
+    return Plan(actions, look_again, store_first=counts_itself and bool(actions))
 
 
 def is_settled(job: QLoRAJob, observed: Observed) -> bool:

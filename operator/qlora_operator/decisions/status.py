@@ -12,7 +12,7 @@ from qlora_operator.decisions.facts import Facts, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_progress
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
 from qlora_operator.decisions.observe import Reason, format_time
-from qlora_operator.decisions.resolution import objection_of_limits, resolve, with_profile_of_today
+from qlora_operator.decisions.resolution import job_limit_reached, objection_of_limits, resolve, with_profile_of_today
 from qlora_operator.decisions.summary import summarize
 from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
 
@@ -23,7 +23,7 @@ def next_status(facts: Facts) -> QLoRAJobStatus:
     if is_finished(status):
         if not is_to_be_taken_up(facts.job):
             return _follow_end(status, facts)
-        if held_back := objection_of_limits(facts):
+        if held_back := objection_of_limits(facts) or job_limit_reached(facts):
             return _follow_end(status, facts, held_back)
         status = take_up(status, facts)
     for transition in _STOPPING if facts.job.problem else _TRANSITIONS:

@@ -196,7 +196,7 @@ def test_resuming_creates_the_next_number() -> None:
 def test_a_killed_step_is_recorded_first_and_deleted_then() -> None:
     bodies = [child("train"), ended(pod("train"), 137, reason="OOMKilled")]
     job = make_job(status_in("train"))
-    assert decide(job, *bodies) == Plan((), after(0))
+    assert decide(job, *bodies) == Plan(store_first=True)
     assert decide(make_job(follow(job, *bodies)), *bodies).actions == (delete("train"),)
 
 
