@@ -206,7 +206,7 @@ class Reconciler:
         return found
 
     async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
-        """The job; None if it is being deleted, or if this version of the operator cannot read it."""
+        """The job; None if this version of the operator cannot read it."""
         try:
             job = parse_job(body)
         except UnreadableJobError as error:
@@ -216,7 +216,6 @@ class Reconciler:
         if job is None or job.deleting:
             self.starts.place_may_be_free(key)
             self._forget(key)
-            return None
         return job
 
     def _is_settled(self, key: Key, view: "_View") -> bool:

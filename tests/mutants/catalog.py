@@ -501,11 +501,11 @@ OPERATOR = (
         ),
     ),
     Mutant(
-        name="a-deleted-job-is-worked-on",
-        file=f"{_OPERATOR}/reconcile.py",
-        old=" or job.deleting",
-        new="",
-        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_being_deleted_is_left_alone",),
+        name="a-deleted-job-runs-on",
+        file=f"{_DECISIONS}/plan.py",
+        old="return () if job.orphans else tuple(_running(observed))",
+        new="return ()",
+        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_whose_deletion_a_finalizer_delays_runs_no_further",),
     ),
     Mutant(
         name="a-clean-up-to-come-is-forgotten",

@@ -58,6 +58,8 @@ class QLoRAJob:
     """Kueue's LocalQueue: of the spec, else of the label."""
     queue_priority: str | None = None
     """Kueue's WorkloadPriorityClass: of the spec, else of the label."""
+    orphans: bool = False
+    """Whether its children stay when it is deleted, as `kubectl delete --cascade=orphan` asks for."""
     problem: str = ""
     """Why this operator must not go on with the job, which it only stops when that is asked for; empty if it can."""
 
@@ -286,6 +288,7 @@ def parse_job(body: Object) -> QLoRAJob:
         status=status,
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
+        orphans="orphan" in (metadata.get("finalizers") or ()),
         problem=problem or _unknown_contract(status.resolved),
     )
 

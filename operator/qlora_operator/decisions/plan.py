@@ -76,6 +76,9 @@ def plan(
 
     `counts_itself`: whether the job counts among those of its profile once its status tells that it has started.
     """
+    if job.deleting:
+        # A finalizer of somebody else may keep it for days, in which nobody would stop what it runs.
+        return Plan(tuple(_delete(child) for child in _outlived(job, observed)))
     if is_finished(status):
         # The result is stored before anything is deleted that it was derived from.
         if not is_finished(job.status):
@@ -92,6 +95,8 @@ def plan(
 def is_settled(job: QLoRAJob, observed: Observed) -> bool:
     """Whether nothing is left to do for the job, unless something is shown about it."""
     status = job.status
+    if job.deleting:
+        return not _outlived(job, observed)
     if not is_finished(status) or status.observed_generation != job.generation or cleanup_at(job, status) is not None:
         return False
     if is_to_be_taken_up(job):
@@ -226,6 +231,11 @@ def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, no
         yield CreateJob("clean", 1)
     if cleaning is not None and cleaning.complete:
         yield from (_delete(child) for child in rest if child.finished and not child.deleting)
+
+
+def _outlived(job: QLoRAJob, observed: Observed) -> tuple[ChildJob, ...]:
+    """The Jobs of a job that is being deleted that would run on for as long as it is still there."""
+    return () if job.orphans else tuple(_running(observed))
 
 
 def _running(observed: Observed) -> Iterator[ChildJob]:

@@ -12,7 +12,7 @@ from qlora_operator.decisions.taking_up import is_to_be_taken_up
 def limit_of_jobs(job: QLoRAJob, profiles: Mapping[str, Profile]) -> int | None:
     """How many jobs of its profile may have started in its namespace, if the job wants to start and that is limited."""
     profile = profiles.get(job.spec.scheduling.profile)
-    if profile is None or profile.limits is None or not (_is_new(job) or is_to_be_taken_up(job)):
+    if profile is None or profile.limits is None or not _needs_a_place(job):
         return None
     return profile.limits.jobs
 
@@ -20,10 +20,14 @@ def limit_of_jobs(job: QLoRAJob, profiles: Mapping[str, Profile]) -> int | None:
 def held_back(facts: Facts) -> Reason | None:
     """Why the job waits for others of its profile to end; None if it does not, or something else keeps it too."""
     job = facts.job
-    if not (_is_new(job) or is_to_be_taken_up(job)):
+    if not _needs_a_place(job):
         return None
     other = objection_to_job(facts) if _is_new(job) else objection_of_limits(facts)
     return job_limit_reached(facts) if other is None else None
+
+
+def _needs_a_place(job: QLoRAJob) -> bool:
+    return not job.deleting and (_is_new(job) or is_to_be_taken_up(job))
 
 
 def _is_new(job: QLoRAJob) -> bool:

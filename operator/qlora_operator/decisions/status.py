@@ -20,6 +20,8 @@ from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
 def next_status(facts: Facts) -> QLoRAJobStatus:
     """The status that follows from the facts; equal to the stored one if nothing has changed."""
     status = facts.job.status
+    if facts.job.deleting:
+        return status
     if is_finished(status):
         if not is_to_be_taken_up(facts.job):
             return _follow_end(status, facts)

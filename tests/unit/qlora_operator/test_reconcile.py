@@ -251,12 +251,41 @@ def test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_
     assert set(cluster.writes) <= {"status", "Event"}
 
 
-def test_a_job_that_is_being_deleted_is_left_alone() -> None:
+@pytest.mark.parametrize("status", [status_in("train"), status_in("publish")], ids=["train", "publish"])
+def test_a_job_whose_deletion_a_finalizer_delays_runs_no_further(status: QLoRAJobStatus) -> None:
+    assert status.step is not None
+    cluster = stored(status)
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+    cluster.jobs, cluster.pods = [child(status.step.name)], [running(pod(status.step.name))]
+    assert reconcile(cluster, shown(cluster)) is None
+    assert cluster.writes == [f"deletion of {status.step.job_name}"]
+
+    # Nothing is created in its place, and nobody is asked for anything any more.
+    going = {**cluster.jobs[0], "metadata": {**cluster.jobs[0]["metadata"], "deletionTimestamp": time()}}
+    stopping = deleted(dict(cluster.pods[0]), 0)
+    cluster.writes.clear()
+    for jobs, pods in (([going], [stopping]), ([], [stopping]), ([], [])):
+        cluster.jobs, cluster.pods, cluster.reads = list(jobs), list(pods), 0
+        store = shown(cluster)
+        assert reconcile(cluster, store) is None
+        assert (cluster.writes, cluster.reads, store.is_settled(KEY)) == ([], 0, True)
+
+
+def test_a_job_that_is_deleted_without_its_children_leaves_them_alone() -> None:
     cluster = stored(status_in("train"))
-    cluster.job["metadata"]["deletionTimestamp"] = time()
-    cluster.pods = [running(pod("train"))]
-    assert reconcile(cluster) is None
-    assert (cluster.writes, cluster.reads) == ([], 1)
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["orphan"]}
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    assert reconcile(cluster, shown(cluster)) is None
+    assert (cluster.writes, cluster.reads) == ([], 0)
+
+
+@pytest.mark.parametrize("spec", [{}, {"cleanupAfterSeconds": 0}, {"retry": {"request": 1}}], ids=str)
+def test_nothing_is_created_for_a_job_that_is_being_deleted(spec: dict[str, Any]) -> None:
+    for status in (QLoRAJobStatus(), status_in("train"), FAILED):
+        cluster = stored(status, **spec)
+        cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+        assert reconcile(cluster, shown(cluster, created=True), after(10)) is None
+        assert cluster.writes == []
 
 
 FINISHED = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
