@@ -52,18 +52,16 @@ from qlora_operator.workqueue import Key, RetryError
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_AFTER_REJECTION = 30.0
 # What server-side apply says of it.
 _UNKNOWN_FIELD = "field not declared in schema"
 
 
 class _BlockedError(Exception):
-    """An action cannot be done now; `reason` says why, for the status. `again`: seconds until the next try."""
+    """An action cannot be done now; `reason` says why, for the status."""
 
-    def __init__(self, reason: Reason, again: float) -> None:
+    def __init__(self, reason: Reason) -> None:
         super().__init__(reason.sentence)
         self.reason = reason
-        self.again = again
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Reconciler:
     starts: Starts
     store: Store = field(default_factory=Store)
     dns_ports: tuple[int, ...] = DNS_PORTS
-    name_taken: Pauses = field(default_factory=Pauses)
+    blocked: Pauses = field(default_factory=Pauses)
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server does not know a field of the status."""
 
@@ -215,6 +213,7 @@ class Reconciler:
             job = None
         if job is None or job.deleting:
             self.starts.place_may_be_free(key)
+        if job is None:
             self._forget(key)
         return job
 
@@ -285,8 +284,9 @@ class Reconciler:
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
-                return with_rejection(status, facts, blocked.reason), blocked.again
-        self.name_taken.end((job.namespace, job.name))
+                # Nothing shows when a quota has room again, or a name is free that an object without the label has.
+                return with_rejection(status, facts, blocked.reason), self.blocked.next((job.namespace, job.name))
+        self.blocked.end((job.namespace, job.name))
         return status, None
 
     async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
@@ -295,10 +295,8 @@ class Reconciler:
             await self.cluster.delete_job(job.namespace, name, uid)
             logger.info("deleted Job %s", name, extra={"key": (job.namespace, job.name)})
         except RejectedError as error:
-            raise _BlockedError(
-                Reason("JobRejected", f"the API server rejects the deletion of Job {name}: {error}"),
-                _SECONDS_AFTER_REJECTION,
-            ) from error
+            sentence = f"the API server rejects the deletion of Job {name}: {error}"
+            raise _BlockedError(Reason("JobRejected", sentence)) from error
 
     async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> str:
         """UID of the step's Job, created now or by a pass that was interrupted. Raises _BlockedError."""
@@ -308,9 +306,8 @@ class Reconciler:
             created = await self.cluster.create_job(job.namespace, manifest)
             logger.info("created Job %s", name, extra={"key": (job.namespace, job.name)})
         except RejectedError as error:
-            raise _BlockedError(
-                Reason("JobRejected", f"the API server rejects Job {name}: {error}"), _SECONDS_AFTER_REJECTION
-            ) from error
+            sentence = f"the API server rejects Job {name}: {error}"
+            raise _BlockedError(Reason("JobRejected", sentence)) from error
         except ConflictError as error:
             created = await self._existing(self.cluster.get_job(job.namespace, name))
             if controller_uid(created) != job.uid:
@@ -318,7 +315,7 @@ class Reconciler:
                     f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
                     "this job starts when that Job is gone"
                 )
-                raise _BlockedError(Reason("NameTaken", sentence), self._pause(job)) from error
+                raise _BlockedError(Reason("NameTaken", sentence)) from error
         self.store.child_changed("jobs", created)
         return str(created["metadata"]["uid"])
 
@@ -328,19 +325,13 @@ class Reconciler:
             await self.cluster.create_claim(job.namespace, build_claim(job, resolved))
             logger.info("created PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
         except RejectedError as error:
-            raise _BlockedError(
-                Reason("ClaimRejected", f"the API server rejects PersistentVolumeClaim {name}: {error}"),
-                _SECONDS_AFTER_REJECTION,
-            ) from error
+            sentence = f"the API server rejects PersistentVolumeClaim {name}: {error}"
+            raise _BlockedError(Reason("ClaimRejected", sentence)) from error
         except ConflictError as error:
             existing = await self._existing(self.cluster.get_claim(job.namespace, name))
             if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
-                raise _BlockedError(Reason("ClaimNameTaken", sentence), self._pause(job)) from error
-
-    def _pause(self, job: QLoRAJob) -> float:
-        """Seconds until a taken name is tried again. A watch shows at once that an object with the label is gone."""
-        return self.name_taken.next((job.namespace, job.name))
+                raise _BlockedError(Reason("ClaimNameTaken", sentence)) from error
 
     async def _connect_nodes(self, job: QLoRAJob) -> None:
         """Create the Service and the NetworkPolicy of train pods on several nodes. Raises _BlockedError.
@@ -359,7 +350,7 @@ class Reconciler:
                 logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
             except RejectedError as error:
                 sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
-                raise _BlockedError(Reason("PeersRejected", sentence), _SECONDS_AFTER_REJECTION) from error
+                raise _BlockedError(Reason("PeersRejected", sentence)) from error
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:
@@ -391,7 +382,7 @@ class Reconciler:
             logger.warning("an Event cannot be posted: %s", error, extra={"key": key})
 
     def _forget(self, key: Key) -> None:
-        self.name_taken.end(key)
+        self.blocked.end(key)
         if self.progress is not None:
             self.progress.forget(key)
 

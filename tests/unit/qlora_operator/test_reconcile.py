@@ -196,9 +196,30 @@ def test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_j
         assert CLAIM in message_of(cluster.status)
 
 
-def test_a_taken_name_is_tried_less_and_less_often_and_quickly_again_after_it_was_free() -> None:
-    cluster = MemoryCluster(job_body())
+def _taken(cluster: MemoryCluster) -> None:
     cluster.existing = child("prepare", owner="another")
+
+
+def _quota(kind: str) -> Callable[[MemoryCluster], None]:
+    def exceed(cluster: MemoryCluster) -> None:
+        cluster._rejected = (kind,)
+
+    return exceed
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (_taken, "NameTaken"),
+        (_quota("Job"), "JobRejected"),
+        (_quota("PersistentVolumeClaim"), "ClaimRejected"),
+    ],
+)
+def test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_after_it_could_be(
+    block: Callable[[MemoryCluster], None], reason: str
+) -> None:
+    cluster = MemoryCluster(job_body())
+    block(cluster)
     store = shown(cluster)
     reconciler = operator(cluster, store)
 
@@ -208,17 +229,17 @@ def test_a_taken_name_is_tried_less_and_less_often_and_quickly_again_after_it_wa
         return again
 
     assert [until_it_waits() for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
-    assert reason_of(cluster.status) == "NameTaken"
-    cluster.existing = None
+    assert reason_of(cluster.status) == reason
+    cluster.existing, cluster._rejected = None, ()
     until_it_waits()
     assert cluster.status.phase == "Preparing"
-    assert reconciler.name_taken.next(KEY) == 5
+    assert reconciler.blocked.next(KEY) == 5
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
 def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again(kind: str, reason: str) -> None:
     cluster = MemoryCluster(job_body(), rejected=(kind,))
-    assert reconcile(cluster) == 30
+    assert reconcile(cluster) == 5
     assert (cluster.status.phase, reason_of(cluster.status)) == ("Pending", reason)
     assert "exceeded quota: team" in message_of(cluster.status)
     assert cluster.jobs == []
@@ -228,7 +249,7 @@ def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_trie
 def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind: str) -> None:
     ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}), rejected=(kind,))
-    assert reconcile(cluster) == 30
+    assert reconcile(cluster) == 5
     assert reason_of(cluster.status) == "PeersRejected"
     assert f"{kind} qlora-{UID}" in message_of(cluster.status)
     assert cluster.jobs == []
@@ -269,6 +290,15 @@ def test_a_job_whose_deletion_a_finalizer_delays_runs_no_further(status: QLoRAJo
         store = shown(cluster)
         assert reconcile(cluster, store) is None
         assert (cluster.writes, cluster.reads, store.is_settled(KEY)) == ([], 0, True)
+
+
+def test_a_deletion_that_is_rejected_while_a_finalizer_delays_that_of_the_job_is_tried_less_and_less_often() -> None:
+    cluster = stored(status_in("train"))
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+    cluster.jobs, cluster._rejected = [child("train")], (f"deletion of {NAME}-train-1",)
+    reconciler = operator(cluster, shown(cluster))
+    assert [asyncio.run(reconciler.reconcile(KEY)) for _ in range(3)] == [5, 10, 20]
+    assert reason_of(cluster.status) == "JobRejected"
 
 
 def test_a_job_that_is_deleted_without_its_children_leaves_them_alone() -> None:
@@ -414,7 +444,7 @@ def test_a_deletion_that_the_api_server_rejects_is_reported() -> None:
     cluster = stored(status_in("train"), suspend=True)
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
     cluster._rejected = (f"deletion of {NAME}-train-1",)
-    assert reconcile(cluster) == 30.0
+    assert reconcile(cluster) == 5
     assert reason_of(cluster.status) == "JobRejected"
 
 
