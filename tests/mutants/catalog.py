@@ -295,6 +295,15 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_deadline_is_not_evaded_by_deleting_pods_by_force",),
     ),
     Mutant(
+        name="a-deleted-job-is-always-replaced-at-once",
+        file=f"{_DECISIONS}/advance.py",
+        old="status = note_deletion(status, facts)",
+        new="pass",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_plan.py::test_a_job_that_somebody_deletes_is_replaced_at_once_and_after_pauses_that_grow_if_that_goes_on",
+        ),
+    ),
+    Mutant(
         name="a-deleted-job-is-replaced-at-once",
         file=f"{_DECISIONS}/advance.py",
         old="return status  # its pods are about to be deleted, and what they ran counts",
@@ -467,8 +476,8 @@ OPERATOR = (
     Mutant(
         name="the-deadline-of-the-job-itself-costs-a-retry",
         file=f"{_DECISIONS}/attempts.py",
-        old=" or child.expired or ",
-        new=" or ",
+        old=" or child.expired",
+        new="",
         tests=(
             f"{_OPERATOR_TESTS}/test_limits.py::test_a_job_that_its_own_deadline_has_ended_is_followed_by_another_and_costs_no_retry",
         ),
@@ -560,10 +569,8 @@ OPERATOR = (
     Mutant(
         name="a-rejected-job-is-no-reason",
         file=f"{_OPERATOR}/reconcile.py",
-        old="except RejectedError as error:\n            raise _BlockedError(\n                "
-        'Reason("JobRejected", f"the API server rejects Job',
-        new="except ValueError as error:\n            raise _BlockedError(\n                "
-        'Reason("JobRejected", f"the API server rejects Job',
+        old='except RejectedError as error:\n            sentence = f"the API server rejects Job {name}',
+        new='except ValueError as error:\n            sentence = f"the API server rejects Job {name}',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),
@@ -571,8 +578,8 @@ OPERATOR = (
     Mutant(
         name="a-rejected-claim-is-no-reason",
         file=f"{_OPERATOR}/reconcile.py",
-        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("ClaimRejected"',
-        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("ClaimRejected"',
+        old='except RejectedError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
+        new='except ValueError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),

@@ -11,6 +11,7 @@ from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
+from qlora_operator.decisions.deletions import next_job_at
 from qlora_operator.decisions.facts import FIRST_JOB
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
@@ -173,6 +174,8 @@ def _pauses(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterat
     yield from _after_rejections(observed)
     yield from _after_waiting(job, observed)
     yield from _after_failures(job, status, observed)
+    if (due := next_job_at(job, status, observed)) is not None:
+        yield due
 
 
 def _after_failures(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[datetime]:
