@@ -4,36 +4,30 @@ A pass decides from what the watches have shown. What cannot be undone is decide
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
-from qlora_api.status import QLoRAJobStatus, Resolved
-from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.actions import Actions
+from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, with_detached_pods
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.manifests import DNS_PORTS, build_claim, build_job, build_peer_policy, build_peer_service
+from qlora_operator.decisions.manifests import DNS_PORTS
 from qlora_operator.decisions.observe import (
     Object,
     Observed,
     QLoRAJob,
     Reason,
     UnreadableJobError,
-    controller_uid,
     parse_child,
     parse_job,
 )
 from qlora_operator.decisions.plan import (
-    Action,
-    ConnectNodes,
-    CreateClaim,
-    CreateJob,
-    DeleteJob,
     Plan,
     cannot_be_undone,
     creates_first_job,
@@ -42,7 +36,7 @@ from qlora_operator.decisions.plan import (
 )
 from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.starting import held_back, limit_of_jobs
-from qlora_operator.decisions.status import next_status, with_child, with_rejection
+from qlora_operator.decisions.status import next_status
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import Pauses
 from qlora_operator.progress import LogReading, ProgressReader
@@ -54,14 +48,6 @@ logger = logging.getLogger(__name__)
 
 # What server-side apply says of it.
 _UNKNOWN_FIELD = "field not declared in schema"
-
-
-class _BlockedError(Exception):
-    """An action cannot be done now; `reason` says why, for the status."""
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.sentence)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -256,107 +242,14 @@ class Reconciler:
         if planned.store_first:
             await self._write(facts, decision.status)
             return 0.0
-        status, again = await self._act(facts, decision.status, planned.actions)
+        actions = Actions(self.cluster, self.store, self.blocked, self.dns_ports)
+        status, again = await actions.carry_out(facts, decision.status, planned.actions)
         if again is None and any(creates_first_job(action) for action in planned.actions):
             # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
             return 0.0
         await self._write(facts, status)
         look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
         return _earliest(look_again, again)
-
-    async def _act(
-        self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]
-    ) -> tuple[QLoRAJobStatus, float | None]:
-        """The status after the actions, and seconds until the next try if one of them is blocked."""
-        job, resolved = facts.job, status.resolved
-        for action in actions:
-            try:
-                match action:
-                    case DeleteJob(name, uid):
-                        await self._delete_job(job, name, uid)
-                    case CreateClaim() if resolved is not None:
-                        await self._create_claim(job, resolved)
-                    case ConnectNodes():
-                        await self._connect_nodes(job)
-                    case CreateJob() if resolved is not None:
-                        job_uid = await self._create_job(job, resolved, action)
-                        # The status that tells of the first Job follows from what the next pass sees.
-                        status = status if creates_first_job(action) else with_child(status, facts, job_uid)
-            except _BlockedError as blocked:
-                logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
-                # Nothing shows when a quota has room again, or a name is free that an object without the label has.
-                return with_rejection(status, facts, blocked.reason), self.blocked.next((job.namespace, job.name))
-        self.blocked.end((job.namespace, job.name))
-        return status, None
-
-    async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
-        """Delete this very Job. Raises _BlockedError if the API server does not allow it."""
-        try:
-            await self.cluster.delete_job(job.namespace, name, uid)
-            logger.info("deleted Job %s", name, extra={"key": (job.namespace, job.name)})
-        except RejectedError as error:
-            sentence = f"the API server rejects the deletion of Job {name}: {error}"
-            raise _BlockedError(Reason("JobRejected", sentence)) from error
-
-    async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> str:
-        """UID of the step's Job, created now or by a pass that was interrupted. Raises _BlockedError."""
-        manifest = build_job(job, resolved, action.step, action.attempt, action.failures)
-        name = manifest["metadata"]["name"]
-        try:
-            created = await self.cluster.create_job(job.namespace, manifest)
-            logger.info("created Job %s", name, extra={"key": (job.namespace, job.name)})
-        except RejectedError as error:
-            sentence = f"the API server rejects Job {name}: {error}"
-            raise _BlockedError(Reason("JobRejected", sentence)) from error
-        except ConflictError as error:
-            created = await self._existing(self.cluster.get_job(job.namespace, name))
-            if controller_uid(created) != job.uid:
-                sentence = (
-                    f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
-                    "this job starts when that Job is gone"
-                )
-                raise _BlockedError(Reason("NameTaken", sentence)) from error
-        self.store.child_changed("jobs", created)
-        return str(created["metadata"]["uid"])
-
-    async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> None:
-        name = resolved.claim_name
-        try:
-            await self.cluster.create_claim(job.namespace, build_claim(job, resolved))
-            logger.info("created PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
-        except RejectedError as error:
-            sentence = f"the API server rejects PersistentVolumeClaim {name}: {error}"
-            raise _BlockedError(Reason("ClaimRejected", sentence)) from error
-        except ConflictError as error:
-            existing = await self._existing(self.cluster.get_claim(job.namespace, name))
-            if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
-                sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
-                raise _BlockedError(Reason("ClaimNameTaken", sentence)) from error
-
-    async def _connect_nodes(self, job: QLoRAJob) -> None:
-        """Create the Service and the NetworkPolicy of train pods on several nodes. Raises _BlockedError.
-
-        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so.
-        """
-        for kind, create, manifest in (
-            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job, self.dns_ports)),
-            ("Service", self.cluster.create_service, build_peer_service(job)),
-        ):
-            name = manifest["metadata"]["name"]
-            try:
-                await create(job.namespace, manifest)
-                logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
-            except ConflictError:
-                logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
-            except RejectedError as error:
-                sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
-                raise _BlockedError(Reason("PeersRejected", sentence)) from error
-
-    async def _existing(self, get: Awaitable[Object]) -> Object:
-        try:
-            return await get
-        except NotFoundError as error:
-            raise RetryError("the object of the same name has just been deleted") from error
 
     async def _write(self, facts: Facts, status: QLoRAJobStatus) -> None:
         """Store the status if it differs from the stored one, and post an Event if the phase changes."""

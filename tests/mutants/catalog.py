@@ -502,7 +502,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-foreign-claim-is-adopted",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/actions.py",
         old='if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:',
         new="if False:",
         tests=(
@@ -568,7 +568,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-rejected-job-is-no-reason",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/actions.py",
         old='except RejectedError as error:\n            sentence = f"the API server rejects Job {name}',
         new='except ValueError as error:\n            sentence = f"the API server rejects Job {name}',
         tests=(
@@ -577,7 +577,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-rejected-claim-is-no-reason",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/actions.py",
         old='except RejectedError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         new='except ValueError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         tests=(
