@@ -4,45 +4,39 @@ A pass decides from what the watches have shown. What cannot be undone is decide
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
-from qlora_api.status import QLoRAJobStatus, Resolved
-from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError, RejectedError
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.actions import Actions
+from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, with_detached_pods
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.manifests import DNS_PORTS, build_claim, build_job, build_peer_policy, build_peer_service
+from qlora_operator.decisions.manifests import DNS_PORTS
 from qlora_operator.decisions.observe import (
     Object,
     Observed,
     QLoRAJob,
     Reason,
     UnreadableJobError,
-    controller_uid,
     parse_child,
     parse_job,
 )
 from qlora_operator.decisions.plan import (
-    Action,
-    ConnectNodes,
-    CreateClaim,
-    CreateJob,
-    DeleteJob,
     Plan,
     cannot_be_undone,
-    is_first_job,
+    creates_first_job,
     is_settled,
     plan,
 )
 from qlora_operator.decisions.queue import queue_reason
-from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
-from qlora_operator.decisions.status import next_status, with_child, with_rejection
+from qlora_operator.decisions.starting import held_back, limit_of_jobs
+from qlora_operator.decisions.status import next_status
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import Pauses
 from qlora_operator.progress import LogReading, ProgressReader
@@ -52,18 +46,8 @@ from qlora_operator.workqueue import Key, RetryError
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_AFTER_REJECTION = 30.0
 # What server-side apply says of it.
 _UNKNOWN_FIELD = "field not declared in schema"
-
-
-class _BlockedError(Exception):
-    """An action cannot be done now; `reason` says why, for the status. `again`: seconds until the next try."""
-
-    def __init__(self, reason: Reason, again: float) -> None:
-        super().__init__(reason.sentence)
-        self.reason = reason
-        self.again = again
 
 
 @dataclass(frozen=True)
@@ -81,6 +65,8 @@ class _Decision:
     facts: Facts
     status: QLoRAJobStatus
     plan: Plan
+    held_back: Reason | None
+    """Why the job waits for others of its profile, if nothing else keeps it from going on."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,7 @@ class Reconciler:
     starts: Starts
     store: Store = field(default_factory=Store)
     dns_ports: tuple[int, ...] = DNS_PORTS
-    name_taken: Pauses = field(default_factory=Pauses)
+    blocked: Pauses = field(default_factory=Pauses)
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server does not know a field of the status."""
 
@@ -123,10 +109,9 @@ class Reconciler:
         if limit is None:
             return await self._pass(key, view)
         async with self.starts.count(view.job, limit) as others:
-            # The job counts once its status says that it has started, which a Job alone does not.
-            return await self._pass(key, view, others, first_stored=True)
+            return await self._pass(key, view, others)
 
-    async def _pass(self, key: Key, view: "_View", others: int = 0, *, first_stored: bool = False) -> float | None:
+    async def _pass(self, key: Key, view: "_View", others: int = 0) -> float | None:
         """Decide, confirm, act and write. `others`: how many jobs of the profile have started, if that is limited."""
         log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
         queue = await self._read_queue(view)
@@ -136,7 +121,7 @@ class Reconciler:
             if confirmed is None:
                 return None
             decision = self._decide(confirmed, log, queue, others)
-        again = await self._carry_out(decision, first_stored=first_stored)
+        again = await self._carry_out(decision)
         return _soonest(again, log.again, self._follow_waiting(key, decision))
 
     def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
@@ -145,10 +130,10 @@ class Reconciler:
         Seconds until the job itself is to be looked at again: the first in the row relies on nobody to wake it.
         """
         job = decision.facts.job
-        if waits_for_others(decision.facts):
+        if decision.held_back is not None:
             return self.starts.wait(job)
         if self.starts.waits(key) or (is_finished(decision.status) and not is_finished(job.status)):
-            self.starts.leave(key)
+            self.starts.place_may_be_free(key)
         return None
 
     async def _look(self, key: Key) -> "_View | None":
@@ -167,7 +152,7 @@ class Reconciler:
         body = await self.cluster.get_qlora_job(*key)
         if body is None:
             self.store.gone(key)
-            self.starts.leave(key)
+            self.starts.place_may_be_free(key)
             self._forget(key)
             self.metrics.job_is_in(key, None)
             return None
@@ -205,7 +190,7 @@ class Reconciler:
         return found
 
     async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
-        """The job; None if it is being deleted, or if this version of the operator cannot read it."""
+        """The job; None if this version of the operator cannot read it."""
         try:
             job = parse_job(body)
         except UnreadableJobError as error:
@@ -213,9 +198,9 @@ class Reconciler:
             await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
             job = None
         if job is None or job.deleting:
-            self.starts.leave(key)
+            self.starts.place_may_be_free(key)
+        if job is None:
             self._forget(key)
-            return None
         return job
 
     def _is_settled(self, key: Key, view: "_View") -> bool:
@@ -253,126 +238,25 @@ class Reconciler:
             jobs_of_profile=others,
         )
         status = next_status(facts)
-        return _Decision(facts, status, plan(view.job, status, view.observed, facts.now))
+        # A job counts once its status says that it has started, which a Job alone does not.
+        counts_itself = limit_of_jobs(view.job, self.profiles) is not None
+        planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself)
+        return _Decision(facts, status, planned, held_back(facts))
 
-    async def _carry_out(self, decision: "_Decision", *, first_stored: bool) -> float | None:
-        """Act and store the status; seconds until the job is to be looked at again.
-
-        `first_stored`: store that the job starts before anything is created for it, which the next pass does.
-        """
+    async def _carry_out(self, decision: "_Decision") -> float | None:
+        """Act and store the status; seconds until the job is to be looked at again."""
         facts, planned = decision.facts, decision.plan
-        if first_stored and planned.actions and not is_finished(decision.status):
+        if planned.store_first:
             await self._write(facts, decision.status)
             return 0.0
-        status, again = await self._act(facts, decision.status, planned.actions)
-        if again is None and any(is_first_job(action) for action in planned.actions):
+        actions = Actions(self.cluster, self.store, self.blocked, self.dns_ports)
+        status, again = await actions.carry_out(facts, decision.status, planned.actions)
+        if again is None and any(creates_first_job(action) for action in planned.actions):
             # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
             return 0.0
         await self._write(facts, status)
         look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
         return _soonest(look_again, again)
-
-    async def _act(
-        self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]
-    ) -> tuple[QLoRAJobStatus, float | None]:
-        """The status after the actions, and seconds until the next try if one of them is blocked."""
-        job, resolved = facts.job, status.resolved
-        for action in actions:
-            try:
-                match action:
-                    case DeleteJob(name, uid):
-                        await self._delete_job(job, name, uid)
-                    case CreateClaim() if resolved is not None:
-                        await self._create_claim(job, resolved)
-                    case ConnectNodes():
-                        await self._connect_nodes(job)
-                    case CreateJob() if resolved is not None:
-                        job_uid = await self._create_job(job, resolved, action)
-                        # The status that tells of the first Job follows from what the next pass sees.
-                        status = status if is_first_job(action) else with_child(status, facts, job_uid)
-            except _BlockedError as blocked:
-                logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
-                return with_rejection(status, facts, blocked.reason), blocked.again
-        self.name_taken.end((job.namespace, job.name))
-        return status, None
-
-    async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
-        """Delete this very Job. Raises _BlockedError if the API server does not allow it."""
-        try:
-            await self.cluster.delete_job(job.namespace, name, uid)
-            logger.info("deleted Job %s", name, extra={"key": (job.namespace, job.name)})
-        except RejectedError as error:
-            raise _BlockedError(
-                Reason("JobRejected", f"the API server rejects the deletion of Job {name}: {error}"),
-                _SECONDS_AFTER_REJECTION,
-            ) from error
-
-    async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> str:
-        """UID of the step's Job, created now or by a pass that was interrupted. Raises _BlockedError."""
-        manifest = build_job(job, resolved, action.step, action.attempt, action.failures)
-        name = manifest["metadata"]["name"]
-        try:
-            created = await self.cluster.create_job(job.namespace, manifest)
-            logger.info("created Job %s", name, extra={"key": (job.namespace, job.name)})
-        except RejectedError as error:
-            raise _BlockedError(
-                Reason("JobRejected", f"the API server rejects Job {name}: {error}"), _SECONDS_AFTER_REJECTION
-            ) from error
-        except ConflictError as error:
-            created = await self._existing(self.cluster.get_job(job.namespace, name))
-            if controller_uid(created) != job.uid:
-                sentence = (
-                    f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
-                    "this job starts when that Job is gone"
-                )
-                raise _BlockedError(Reason("NameTaken", sentence), self._pause(job)) from error
-        self.store.child_changed("jobs", created)
-        return str(created["metadata"]["uid"])
-
-    async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> None:
-        name = resolved.claim_name
-        try:
-            await self.cluster.create_claim(job.namespace, build_claim(job, resolved))
-            logger.info("created PersistentVolumeClaim %s", name, extra={"key": (job.namespace, job.name)})
-        except RejectedError as error:
-            raise _BlockedError(
-                Reason("ClaimRejected", f"the API server rejects PersistentVolumeClaim {name}: {error}"),
-                _SECONDS_AFTER_REJECTION,
-            ) from error
-        except ConflictError as error:
-            existing = await self._existing(self.cluster.get_claim(job.namespace, name))
-            if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
-                sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
-                raise _BlockedError(Reason("ClaimNameTaken", sentence), self._pause(job)) from error
-
-    def _pause(self, job: QLoRAJob) -> float:
-        """Seconds until a taken name is tried again. A watch shows at once that an object with the label is gone."""
-        return self.name_taken.next((job.namespace, job.name))
-
-    async def _connect_nodes(self, job: QLoRAJob) -> None:
-        """Create the Service and the NetworkPolicy of train pods on several nodes. Raises _BlockedError.
-
-        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so.
-        """
-        for kind, create, manifest in (
-            ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job, self.dns_ports)),
-            ("Service", self.cluster.create_service, build_peer_service(job)),
-        ):
-            name = manifest["metadata"]["name"]
-            try:
-                await create(job.namespace, manifest)
-                logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
-            except ConflictError:
-                logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
-            except RejectedError as error:
-                sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
-                raise _BlockedError(Reason("PeersRejected", sentence), _SECONDS_AFTER_REJECTION) from error
-
-    async def _existing(self, get: Awaitable[Object]) -> Object:
-        try:
-            return await get
-        except NotFoundError as error:
-            raise RetryError("the object of the same name has just been deleted") from error
 
     async def _write(self, facts: Facts, status: QLoRAJobStatus) -> None:
         """Store the status if it differs from the stored one, and post an Event if the phase changes."""
@@ -398,7 +282,7 @@ class Reconciler:
             logger.warning("an Event cannot be posted: %s", error, extra={"key": key})
 
     def _forget(self, key: Key) -> None:
-        self.name_taken.end(key)
+        self.blocked.end(key)
         if self.progress is not None:
             self.progress.forget(key)
 
@@ -410,14 +294,16 @@ def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
     if _hides_a_pod_for_long(view, decision.facts.now):
         return True
     # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
-    return not view.fresh and any(is_first_job(action) for action in actions)
+    return not view.fresh and any(creates_first_job(action) for action in actions)
 
 
 def _hides_a_pod_for_long(view: _View, now: datetime) -> bool:
     """Not just because the watches of Jobs and of pods show a new pod one after the other."""
     step = view.job.status.step
     child = view.observed.child(step.job_name) if step else None
-    return child is not None and now >= no_pod_at(child) and hides_a_pod(view.observed, step)
+    if step is None or child is None:
+        return False
+    return now >= no_pod_at(child) and hides_a_pod(view.observed, step)
 
 
 def _soonest(*moments: float | None) -> float | None:

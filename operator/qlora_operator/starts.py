@@ -62,7 +62,7 @@ class Starts:
         """Whether the job was found to wait."""
         return any(key in waiting for waiting in self._waiting.values())
 
-    def leave(self, key: Key) -> None:
+    def place_may_be_free(self, key: Key) -> None:
         """The job has ended, goes or is gone, or no longer waits: whoever waits longest is looked at."""
         for group in [group for group in self._waiting if group[0] == key[0]]:
             waiting = self._waiting[group]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL
 from tests.support.nodeless import NAMESPACE, Nodeless
 from tests.support.waiting import eventually
 
@@ -72,3 +72,35 @@ def test_a_job_that_its_own_deadline_stops_goes_on_with_the_next_and_costs_no_re
     status = operated.job("unattended")["status"]
     assert (status["step"]["attempt"], status.get("disruptions", 0), status.get("failures", 0)) == (2, 0, 0)
     operated.kubectl("delete", "qlorajob", "unattended", here)
+
+
+def test_a_job_whose_deletion_a_finalizer_delays_stops_and_goes_when_it_may(operated: Nodeless) -> None:
+    pod = train(operated, "audited")
+    name, here = pod["metadata"]["name"], f"--namespace={NAMESPACE}"
+    finalizers = '--patch={"metadata": {"finalizers": %s}}'
+    operated.kubectl("patch", "qlorajob", "audited", here, "--type=merge", finalizers % '["example.org/audit"]')
+    operated.kubectl("delete", "qlorajob", "audited", here, "--wait=false")
+
+    stopping = lambda: "deletionTimestamp" in operated.kubectl.get("pod", name, here)["metadata"]  # noqa: E731
+    eventually(stopping, seconds=60, every=0.2, what="the pod to be asked to stop")
+    operated.stop_pod(pod, 143)
+    eventually(lambda: name not in operated.children("audited", "pods"), seconds=60, every=0.2, what="its end")
+    # Another job's life is longer than the operator would need to replace the Job.
+    train(operated, "after-audited")
+    assert [child for child in operated.children("audited") if "-prepare-" not in child] == []
+    assert operated.job("audited")["status"]["step"]["attempt"] == 1
+
+    operated.kubectl("patch", "qlorajob", "audited", here, "--type=merge", finalizers % "[]")
+    eventually(lambda: operated.children("audited") == [], seconds=60, every=0.2, what="the rest of the job to go")
+    operated.kubectl("delete", "qlorajob", "after-audited", here)
+
+
+def test_a_job_that_is_deleted_without_its_children_leaves_its_pod_running(operated: Nodeless) -> None:
+    pod = train(operated, "orphaned")
+    name, here = pod["metadata"]["name"], f"--namespace={NAMESPACE}"
+    operated.kubectl("delete", "qlorajob", "orphaned", here, "--cascade=orphan")
+    train(operated, "after-orphaned")
+    assert "orphaned-train-1" in operated.children("orphaned")
+    assert "deletionTimestamp" not in operated.kubectl.get("pod", name, here)["metadata"]
+    operated.kubectl("delete", "qlorajob", "after-orphaned", here)
+    operated.kubectl("delete", "jobs", f"--selector={JOB_LABEL}=orphaned", here, "--wait=false")

@@ -276,14 +276,14 @@ OPERATOR = (
     Mutant(
         name="suspensions-count-as-disruptions",
         file=f"{_DECISIONS}/attempts.py",
-        old="child.deleting or child.suspended or child.complete or child.expired or job.spec.suspend:",
-        new="child.deleting or child.complete or child.expired or job.spec.suspend:",
+        old="child.deleting or child.suspended or child.complete or child.expired",
+        new="child.deleting or child.complete or child.expired",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
     Mutant(
         name="a-late-look-counts-a-suspension",
         file=f"{_DECISIONS}/attempts.py",
-        old="return child.resumed is not None and created is not None and created < child.resumed",
+        old="return child is not None and child.resumed is not None and pod.stopped_by(child.resumed)",
         new="return False",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_suspension_by_a_queue_is_no_disruption",),
     ),
@@ -293,6 +293,15 @@ OPERATOR = (
         old="return _count_vanished(status, job, child, pods, now)",
         new="return status",
         tests=(f"{_OPERATOR_TESTS}/test_limits.py::test_a_deadline_is_not_evaded_by_deleting_pods_by_force",),
+    ),
+    Mutant(
+        name="a-deleted-job-is-always-replaced-at-once",
+        file=f"{_DECISIONS}/advance.py",
+        old="status = note_deletion(status, facts)",
+        new="pass",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_plan.py::test_a_job_that_somebody_deletes_is_replaced_at_once_and_after_pauses_that_grow_if_that_goes_on",
+        ),
     ),
     Mutant(
         name="a-deleted-job-is-replaced-at-once",
@@ -467,8 +476,8 @@ OPERATOR = (
     Mutant(
         name="the-deadline-of-the-job-itself-costs-a-retry",
         file=f"{_DECISIONS}/attempts.py",
-        old=" or child.expired or ",
-        new=" or ",
+        old=" or child.expired",
+        new="",
         tests=(
             f"{_OPERATOR_TESTS}/test_limits.py::test_a_job_that_its_own_deadline_has_ended_is_followed_by_another_and_costs_no_retry",
         ),
@@ -493,7 +502,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-foreign-claim-is-adopted",
-        file=f"{_OPERATOR}/reconcile.py",
+        file=f"{_OPERATOR}/actions.py",
         old='if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:',
         new="if False:",
         tests=(
@@ -501,11 +510,11 @@ OPERATOR = (
         ),
     ),
     Mutant(
-        name="a-deleted-job-is-worked-on",
-        file=f"{_OPERATOR}/reconcile.py",
-        old=" or job.deleting",
-        new="",
-        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_being_deleted_is_left_alone",),
+        name="a-deleted-job-runs-on",
+        file=f"{_DECISIONS}/plan.py",
+        old="return () if job.orphans else tuple(_running(observed))",
+        new="return ()",
+        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_whose_deletion_a_finalizer_delays_runs_no_further",),
     ),
     Mutant(
         name="a-clean-up-to-come-is-forgotten",
@@ -559,20 +568,18 @@ OPERATOR = (
     ),
     Mutant(
         name="a-rejected-job-is-no-reason",
-        file=f"{_OPERATOR}/reconcile.py",
-        old="except RejectedError as error:\n            raise _BlockedError(\n                "
-        'Reason("JobRejected", f"the API server rejects Job',
-        new="except ValueError as error:\n            raise _BlockedError(\n                "
-        'Reason("JobRejected", f"the API server rejects Job',
+        file=f"{_OPERATOR}/actions.py",
+        old='except RejectedError as error:\n            sentence = f"the API server rejects Job {name}',
+        new='except ValueError as error:\n            sentence = f"the API server rejects Job {name}',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),
     ),
     Mutant(
         name="a-rejected-claim-is-no-reason",
-        file=f"{_OPERATOR}/reconcile.py",
-        old='except RejectedError as error:\n            raise _BlockedError(\n                Reason("ClaimRejected"',
-        new='except ValueError as error:\n            raise _BlockedError(\n                Reason("ClaimRejected"',
+        file=f"{_OPERATOR}/actions.py",
+        old='except RejectedError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
+        new='except ValueError as error:\n            sentence = f"the API server rejects PersistentVolumeClaim',
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again",
         ),

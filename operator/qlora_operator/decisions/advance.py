@@ -5,6 +5,7 @@ from qlora_api.model_and_output import OutputSpec
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import count_attempts, describe_failure
 from qlora_operator.decisions.conditions import is_finished
+from qlora_operator.decisions.deletions import note_deletion
 from qlora_operator.decisions.endings import DONE, fail, failure_of, succeed
 from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_known_facts, with_training_facts
@@ -35,6 +36,7 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         if any(_is_waited_for(pod) for pod in facts.observed.pods_of(step.job_uid)):
             return status  # its pods are about to be deleted, and what they ran counts
         # Its Job was deleted, by a user or a suspension: continue with the next number.
+        status = note_deletion(status, facts)
         return status.model_copy(update={"step": next_attempt(step, facts)})
     if child.uid != step.job_uid:
         status = status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})})

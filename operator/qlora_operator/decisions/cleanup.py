@@ -17,6 +17,8 @@ def cleanup_at(job: QLoRAJob, status: QLoRAJobStatus) -> datetime | None:
         return None
     if is_true(status, "Failed") and (status.resolved is None or status.resolved.contract_version == 1):
         return None  # the trainer of that release would delete an adapter that has not been published
+    if job.problem and (status.resolved is None or status.resolved.document is None):
+        return None  # what the pod would have to read follows from a spec that cannot be read
     return parse_time(status.completion_time) + timedelta(seconds=seconds)
 
 

@@ -8,19 +8,19 @@ from qlora_api.status import StepStatus
 from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, collect, parse_pod
 
 
-def misses_running_pod(observed: Observed, step: StepStatus | None) -> bool:
+def misses_running_pod(observed: Observed, step: StepStatus) -> bool:
     """Whether the pod that was seen running is not among those that are observed, and may run on all the same.
 
     Whoever may change pods can take away the labels by which they are watched, and by which a Job knows its own.
     """
-    if step is None or not step.job_uid or any(pod.uid == step.running_pod for pod in observed.pods):
+    if not step.job_uid or any(pod.uid == step.running_pod for pod in observed.pods):
         return False
     return bool(step.running_pod) and (step.running_pod != step.counted_pod or observed.child(step.job_name) is None)
 
 
-def hides_a_pod(observed: Observed, step: StepStatus | None) -> bool:
+def hides_a_pod(observed: Observed, step: StepStatus) -> bool:
     """Whether the step's Job has more pods that have not ended than are observed."""
-    child = observed.child(step.job_name) if step is not None else None
+    child = observed.child(step.job_name)
     if child is None or child.finished or child.deleting:
         return False
     return child.active > sum(not pod.ended for pod in observed.pods_of(child.uid))

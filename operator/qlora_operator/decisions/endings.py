@@ -45,13 +45,18 @@ def fail(status: QLoRAJobStatus, facts: Facts, failure: FailureStatus) -> QLoRAJ
         ("Suspended", "False", NOT_SUSPENDED),
         ("Progressing", "Unknown", _FINISHED),
         ("Reconciling", "False", _FINISHED),
-        ("Ready", "False", Reason(failure.reason, "the job has failed: the condition Failed reports why")),
+        ("Ready", "False", not_ready(failure.reason)),
         ("Stalled", "True", reason),
     )
     for kind, value, why in ends:
         status = set_condition(status, facts, kind, value, why)
     changes = {"last_failure": failure, "completion_time": format_time(facts.now)}
     return without_remaining(status.model_copy(update=changes))
+
+
+def not_ready(word: str) -> Reason:
+    """Why a job that has failed for that reason is not ready."""
+    return Reason(word, "the job has failed: the condition Failed reports why")
 
 
 def failure_of(step: StepName, reason: str, message: str, facts: Facts) -> FailureStatus:

@@ -17,7 +17,8 @@ _ORDER: tuple[Phase, ...] = ("Pending", "Preparing", "Queued", "Training", "Publ
 def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[str, Any] | None:
     """The Event of the change from the stored phase to that of `status`; None if the phase stays.
 
-    Its name derives from the change, so that an operator that was killed before it stored the status posts it once.
+    Its name derives from the change and from the version that it changes: a job that is preempted again goes through
+    the same phases with the same figures, and each time has an Event of its own.
     """
     if status.phase is None or status.phase == job.status.phase:
         return None
@@ -46,10 +47,7 @@ def unreadable_event(body: dict[str, Any], message: str, now: datetime) -> dict[
 
 
 def _identity(job: QLoRAJob, status: QLoRAJobStatus) -> str:
-    step = status.step
-    where = f"{step.name} {step.attempt}" if step else ""
-    counts = f"{status.failures} {status.disruptions} {job.generation}"
-    return f"{job.uid} {job.status.phase} {status.phase} {where} {counts}"
+    return f"{job.uid} {job.resource_version} {job.status.phase} {status.phase}"
 
 
 def _metadata(job: QLoRAJob) -> dict[str, Any]:

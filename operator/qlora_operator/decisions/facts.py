@@ -11,6 +11,9 @@ from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.conditions import ConditionType, Value, with_condition
 from qlora_operator.decisions.observe import Observed, QLoRAJob, Reason
 
+FIRST_JOB: tuple[StepName, int] = ("prepare", 1)
+"""Step and attempt of a job's first Job, which keeps what was resolved until the status has it."""
+
 
 @dataclass(frozen=True)
 class Facts:

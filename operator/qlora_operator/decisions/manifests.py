@@ -21,6 +21,7 @@ from qlora_api.naming import (
 from qlora_api.profile import Profile, StepResources, Toleration
 from qlora_api.status import Resolved, StepName
 from qlora_api.v1alpha1 import API_VERSION, KIND, STEP_FIELDS
+from qlora_operator.decisions.facts import FIRST_JOB
 from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.decisions.volumes import mounts_and_volumes, uses_cache
 
@@ -52,7 +53,7 @@ def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, f
         "labels": labels | queue,
         "ownerReferences": [_owner(job, controller=True)],
     }
-    if (step, attempt) == ("prepare", 1):
+    if (step, attempt) == FIRST_JOB:
         # Without the document: it stands in the pod template, and comes from the same spec a moment later.
         kept = resolved.model_copy(update={"document": None}).dump()
         metadata["annotations"] = {RESOLVED_ANNOTATION: json.dumps(kept, separators=(",", ":"))}

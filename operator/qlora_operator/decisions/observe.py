@@ -58,6 +58,8 @@ class QLoRAJob:
     """Kueue's LocalQueue: of the spec, else of the label."""
     queue_priority: str | None = None
     """Kueue's WorkloadPriorityClass: of the spec, else of the label."""
+    orphans: bool = False
+    """Whether its children stay when it is deleted, as `kubectl delete --cascade=orphan` asks for."""
     problem: str = ""
     """Why this operator must not go on with the job, which it only stops when that is asked for; empty if it can."""
 
@@ -143,6 +145,11 @@ class Pod:
     def stopping(self) -> bool:
         """Whether it was deleted, by somebody or by the suspension of its Job, and has not ended."""
         return self.deletion_requested is not None and not self.ended and self.disruption is None
+
+    def stopped_by(self, moment: datetime) -> bool:
+        """Whether it was there before that moment and was asked to stop, or had ended, by then."""
+        stopped = self.deletion_requested or (self.termination.finished if self.termination else None)
+        return self.created < moment and stopped is not None and stopped <= moment
 
     @property
     def _killed(self) -> bool:
@@ -281,6 +288,7 @@ def parse_job(body: Object) -> QLoRAJob:
         status=status,
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
+        orphans="orphan" in (metadata.get("finalizers") or ()),
         problem=problem or _unknown_contract(status.resolved),
     )
 

@@ -11,6 +11,8 @@ from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
+from qlora_operator.decisions.deletions import next_job_at
+from qlora_operator.decisions.facts import FIRST_JOB
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 from qlora_operator.decisions.together import trains_together
@@ -64,24 +66,38 @@ class Plan:
 
     actions: tuple[Action, ...] = ()
     look_again: datetime | None = None
+    store_first: bool = False
+    """Whether the status is stored before anything is done, which the next pass decides anew."""
 
 
-def plan(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Plan:
-    """The plan for the job, whose stored status is `job.status` and whose next one is `status`."""
+def plan(
+    job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime, *, counts_itself: bool = False
+) -> Plan:
+    """The plan for the job, whose stored status is `job.status` and whose next one is `status`.
+
+    `counts_itself`: whether the job counts among those of its profile once its status tells that it has started.
+    """
+    if job.deleting:
+        # A finalizer of somebody else may keep it for days, in which nobody would stop what it runs.
+        return Plan(tuple(_delete(child) for child in _outlived(job, observed)))
     if is_finished(status):
         # The result is stored before anything is deleted that it was derived from.
         if not is_finished(job.status):
-            return Plan(look_again=now)
+            return Plan(store_first=True)
         return Plan(tuple(_after_the_end(job, status, observed, now)), _earliest(_times_after(job, status), now))
     if _is_restarted(job.status.step, status.step, observed):
         # Why its Job is deleted is stored before: after a kill in between it would look like somebody else's work.
-        return Plan(look_again=now)
-    return Plan(tuple(_on_the_way(job, status, observed, now)), _earliest(_times(job, status, observed, now), now))
+        return Plan(store_first=True)
+    actions = tuple(_on_the_way(job, status, observed, now))
+    look_again = _earliest(_times(job, status, observed, now), now)
+    return Plan(actions, look_again, store_first=counts_itself and bool(actions))
 
 
 def is_settled(job: QLoRAJob, observed: Observed) -> bool:
     """Whether nothing is left to do for the job, unless something is shown about it."""
     status = job.status
+    if job.deleting:
+        return not _outlived(job, observed)
     if not is_finished(status) or status.observed_generation != job.generation or cleanup_at(job, status) is not None:
         return False
     if is_to_be_taken_up(job):
@@ -91,9 +107,9 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
     return cleaning is None and not any(_running(observed))
 
 
-def is_first_job(action: Action) -> bool:
-    """Whether it creates the first Job of a job, which keeps what was resolved until the status has it."""
-    return action == CreateJob("prepare", 1)
+def creates_first_job(action: Action) -> bool:
+    """Whether it creates the first Job of a job."""
+    return action == CreateJob(*FIRST_JOB)
 
 
 def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> bool:
@@ -102,7 +118,7 @@ def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Actio
     That is: to delete, to create any Job but the first, to leave a step or an attempt, to count one, to end the job.
     """
     if any(
-        isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not is_first_job(action))
+        isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not creates_first_job(action))
         for action in actions
     ):
         return True
@@ -116,7 +132,7 @@ def _verdicts(status: QLoRAJobStatus) -> tuple[bool, ...]:
 
 
 def _place(step: StepStatus | None) -> tuple[object, ...]:
-    return (step.name, step.attempt, step.counted_pod) if step else ("prepare", 1, "")
+    return (step.name, step.attempt, step.counted_pod) if step else (*FIRST_JOB, "")
 
 
 def _is_restarted(stored: StepStatus | None, step: StepStatus | None, observed: Observed) -> bool:
@@ -158,6 +174,8 @@ def _pauses(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterat
     yield from _after_rejections(observed)
     yield from _after_waiting(job, observed)
     yield from _after_failures(job, status, observed)
+    if (due := next_job_at(job, status, observed)) is not None:
+        yield due
 
 
 def _after_failures(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[datetime]:
@@ -216,6 +234,11 @@ def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, no
         yield CreateJob("clean", 1)
     if cleaning is not None and cleaning.complete:
         yield from (_delete(child) for child in rest if child.finished and not child.deleting)
+
+
+def _outlived(job: QLoRAJob, observed: Observed) -> tuple[ChildJob, ...]:
+    """The Jobs of a job that is being deleted that would run on for as long as it is still there."""
+    return () if job.orphans else tuple(_running(observed))
 
 
 def _running(observed: Observed) -> Iterator[ChildJob]:

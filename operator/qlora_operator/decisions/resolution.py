@@ -6,14 +6,12 @@ from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import QLoRAJobStatus, Resolved
-from qlora_operator.decisions.facts import Facts, new_step
+from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
 
-JOB_LIMIT_REACHED = "JobLimitReached"
 _NOT_SHARED = "WorkspaceNotShared"
-_FIRST = ("prepare", 1)
 
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -26,7 +24,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     if (first := _first_job(facts)) and (resolved := _resolved_by(first, job)):
         # The operator was stopped, or has had more urgent work, since it created the first Job.
-        step = new_step(job, "prepare", 1).model_copy(update={"job_uid": first.uid})
+        step = new_step(job, *FIRST_JOB).model_copy(update={"job_uid": first.uid})
         return status.model_copy(update={"resolved": resolved, "step": step})
     if job.spec.suspend or objection(facts) is not None:
         return status
@@ -41,19 +39,21 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
     )
-    return status.model_copy(update={"resolved": resolved, "step": new_step(job, "prepare", 1)})
+    return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
 
 
 def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
     """Whether nothing was created yet, as a quota may reject it, and the profile has been mended since."""
     step, today = status.step, facts.profiles.get(facts.job.spec.scheduling.profile)
-    if step is None or status.resolved is None or today is None or step.job_uid or (step.name, step.attempt) != _FIRST:
+    if step is None or status.resolved is None or today is None:
+        return False
+    if step.job_uid or (step.name, step.attempt) != FIRST_JOB:
         return False
     return _first_job(facts) is None and status.resolved.profile != _as_copied(today)
 
 
 def _first_job(facts: Facts) -> ChildJob | None:
-    return facts.observed.child(child_job_name(facts.job.name, "prepare", 1)) or facts.observed.lost
+    return facts.observed.child(child_job_name(facts.job.name, *FIRST_JOB)) or facts.observed.lost
 
 
 def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
@@ -66,7 +66,12 @@ def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
 
 
 def objection(facts: Facts) -> Reason | None:
-    """Why the administrator's settings do not let the job start; None if they do."""
+    """Why the administrator's settings do not let the job start now; None if they do."""
+    return objection_to_job(facts) or job_limit_reached(facts)
+
+
+def objection_to_job(facts: Facts) -> Reason | None:
+    """Why they never let it start, as it and they are; None if it needs at most a place among those of its profile."""
     scheduling = facts.job.spec.scheduling
     profile = facts.profiles.get(scheduling.profile)
     if profile is None:
@@ -121,7 +126,7 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
 
 
 def objection_of_limits(facts: Facts) -> Reason | None:
-    """Why the profile of today does not let the job start or be taken up in its namespace, now; None if it does."""
+    """Why the profile of today lets the job neither start nor be taken up in its namespace; None if it does."""
     job, name = facts.job, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)
     if profile is None:
@@ -139,13 +144,21 @@ def objection_of_limits(facts: Facts) -> Reason | None:
     size = _size_to_create(job, profile)
     if limits.workspace_size is not None and size is not None and amount(size) > amount(limits.workspace_size):
         return _too_much("workspace.size", size, limits.workspace_size, name)
-    if limits.jobs is not None and facts.jobs_of_profile >= limits.jobs:
-        return Reason(
-            JOB_LIMIT_REACHED,
-            f"{facts.jobs_of_profile} jobs of profile {name!r} have started in namespace {job.namespace!r}, and the "
-            f"profile allows {limits.jobs} at a time: this one starts by itself when one of them has ended",
-        )
     return None
+
+
+def job_limit_reached(facts: Facts) -> Reason | None:
+    """Why the job waits for others of its profile to end; None if there is a place for it."""
+    namespace, name = facts.job.namespace, facts.job.spec.scheduling.profile
+    profile = facts.profiles.get(name)
+    limit = profile.limits.jobs if profile is not None and profile.limits is not None else None
+    if limit is None or facts.jobs_of_profile < limit:
+        return None
+    return Reason(
+        "JobLimitReached",
+        f"{facts.jobs_of_profile} jobs of profile {name!r} have started in namespace {namespace!r}, and the "
+        f"profile allows {limit} at a time: this one starts by itself when one of them has ended",
+    )
 
 
 def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_trainer: bool = False) -> Resolved | None:

@@ -4,25 +4,30 @@ from collections.abc import Mapping
 
 from qlora_api.profile import Profile
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.observe import QLoRAJob
-from qlora_operator.decisions.resolution import JOB_LIMIT_REACHED, objection, objection_of_limits
+from qlora_operator.decisions.observe import QLoRAJob, Reason
+from qlora_operator.decisions.resolution import job_limit_reached, objection_of_limits, objection_to_job
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 
 
 def limit_of_jobs(job: QLoRAJob, profiles: Mapping[str, Profile]) -> int | None:
     """How many jobs of its profile may have started in its namespace, if the job wants to start and that is limited."""
     profile = profiles.get(job.spec.scheduling.profile)
-    if profile is None or profile.limits is None or not (_is_new(job) or is_to_be_taken_up(job)):
+    if profile is None or profile.limits is None or not _needs_a_place(job):
         return None
     return profile.limits.jobs
 
 
-def waits_for_others(facts: Facts) -> bool:
-    """Whether nothing keeps the job from going on but that others of its profile have not ended."""
-    if not (_is_new(facts.job) or is_to_be_taken_up(facts.job)):
-        return False
-    reason = objection(facts) if _is_new(facts.job) else objection_of_limits(facts)
-    return reason is not None and reason.word == JOB_LIMIT_REACHED
+def held_back(facts: Facts) -> Reason | None:
+    """Why the job waits for others of its profile to end; None if it does not, or something else keeps it too."""
+    job = facts.job
+    if not _needs_a_place(job):
+        return None
+    other = objection_to_job(facts) if _is_new(job) else objection_of_limits(facts)
+    return job_limit_reached(facts) if other is None else None
+
+
+def _needs_a_place(job: QLoRAJob) -> bool:
+    return not job.deleting and (_is_new(job) or is_to_be_taken_up(job))
 
 
 def _is_new(job: QLoRAJob) -> bool:

@@ -6,12 +6,13 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.attempts import count_attempts, watch_pod
 from qlora_operator.decisions.cleanup import follow_cleanup
-from qlora_operator.decisions.conditions import is_finished
+from qlora_operator.decisions.conditions import condition, is_finished
+from qlora_operator.decisions.endings import not_ready
 from qlora_operator.decisions.facts import Facts, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_progress
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
 from qlora_operator.decisions.observe import Reason, format_time
-from qlora_operator.decisions.resolution import objection_of_limits, resolve, with_profile_of_today
+from qlora_operator.decisions.resolution import job_limit_reached, objection_of_limits, resolve, with_profile_of_today
 from qlora_operator.decisions.summary import summarize
 from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
 
@@ -19,11 +20,13 @@ from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
 def next_status(facts: Facts) -> QLoRAJobStatus:
     """The status that follows from the facts; equal to the stored one if nothing has changed."""
     status = facts.job.status
+    if facts.job.deleting:
+        return status
     if is_finished(status):
         if not is_to_be_taken_up(facts.job):
             return _follow_end(status, facts)
-        if held_back := objection_of_limits(facts):
-            return _follow_end(set_condition(status, facts, "Ready", "False", held_back), facts)
+        if held_back := objection_of_limits(facts) or job_limit_reached(facts):
+            return _follow_end(status, facts, held_back)
         status = take_up(status, facts)
     for transition in _STOPPING if facts.job.problem else _TRANSITIONS:
         status = transition(status, facts)
@@ -45,10 +48,15 @@ def with_rejection(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoR
     return set_condition(status, facts, "Succeeded", "Unknown", reason)
 
 
-def _follow_end(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None = None) -> QLoRAJobStatus:
+    """The status of a finished job. `held_back`: why it is not taken up yet, although that is asked for."""
     # A request in a spec that cannot be read now is to be seen by the operator that can.
-    seen = status.observed_generation if facts.job.problem else facts.job.generation
-    return follow_cleanup(status.model_copy(update={"observed_generation": seen}), facts)
+    if not facts.job.problem:
+        status = status.model_copy(update={"observed_generation": facts.job.generation})
+        failed = condition(status, "Failed")
+        if failed is not None and failed.status == "True":
+            status = set_condition(status, facts, "Ready", "False", held_back or not_ready(failed.reason))
+    return follow_cleanup(status, facts)
 
 
 def _start(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:

@@ -3,6 +3,7 @@
 from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.blockers import blocking_reason
 from qlora_operator.decisions.conditions import Value, condition, is_finished, is_true, phase_of
+from qlora_operator.decisions.deletions import deletion
 from qlora_operator.decisions.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import without_remaining
@@ -123,6 +124,8 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return reason
     if child is not None and child.failure is not None and status.last_failure is not None:
         return Reason(status.last_failure.reason, status.last_failure.message)
+    if deleted := deletion(status):
+        return deleted
     if not step.job_uid and observed.live_pods:
         return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} must end before the next Job is created")
     running = observed.is_running(step.job_uid)

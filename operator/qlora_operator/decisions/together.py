@@ -25,8 +25,10 @@ def ending_pod(pods: tuple[Pod, ...], child: ChildJob | None) -> Pod | None:
     `child`: the Job of the pods; None if it is deleted.
     """
     if child is not None and child.resumed is not None:
-        # Those before were stopped by the queue that has resumed the Job since.
-        pods = tuple(pod for pod in pods if pod.created >= child.resumed)
+        # Those were stopped by the queue that has resumed the Job since. Not all that are older than its start time
+        # were: the Job controller creates pods, and then notes when it has resumed their Job.
+        resumed = child.resumed
+        pods = tuple(pod for pod in pods if not pod.stopped_by(resumed))
     ended = [pod for pod in pods if pod.ended and not pod.exited_well]
     found = min(ended, key=_order, default=None)
     if found is None or found.out_of_memory or child is None:

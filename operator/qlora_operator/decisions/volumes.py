@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_api import contract
+from qlora_api.model_and_output import SecretRef
 from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import ModelCache, Profile
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
@@ -98,11 +99,9 @@ def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | 
 
 def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:
     """The claims besides the workspace that a step mounts, and whether it may write."""
-    read = {
-        "prepare": [spec.model.source, *_datasets(spec)],
-        "train": [spec.model.source],
-        "publish": [spec.model.source],
-    }.get(step, [])
+    if step == "clean":
+        return {}
+    read = [spec.model.source, *(_datasets(spec) if step == "prepare" else ())]
     sources = (parse_source(uri) for uri in read)
     claims = {source.claim: False for source in sources if isinstance(source, VolumeSource)}
     for destination in (parse_source(uri) for uri in _destinations(spec)):
@@ -141,16 +140,15 @@ def _add_token(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifes
 
 
 def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest], volumes: list[Manifest]) -> None:
-    output = {"output": (spec.output.secret_ref, _destinations(spec))}
-    wanted = {
-        "prepare": {
-            "model": (spec.model.secret_ref, [spec.model.source]),
-            "dataset": (spec.dataset.secret_ref, _datasets(spec)),
-            **output,
-        },
-        "publish": output,
-    }
-    for part, (reference, addresses) in wanted.get(step, {}).items():
+    wanted: list[tuple[str, SecretRef | None, list[str]]] = []
+    if step == "prepare":
+        wanted += [
+            ("model", spec.model.secret_ref, [spec.model.source]),
+            ("dataset", spec.dataset.secret_ref, _datasets(spec)),
+        ]
+    if step in ("prepare", "publish"):
+        wanted += [("output", spec.output.secret_ref, _destinations(spec))]
+    for part, reference, addresses in wanted:
         if reference is not None:
             volume = f"{part}-credentials"
             mounts.append(_mount(volume, str(contract.CREDENTIALS_MOUNT / part), read_only=True))

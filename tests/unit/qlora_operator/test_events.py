@@ -1,5 +1,7 @@
 """Which Events a job's changes of phase give."""
 
+from dataclasses import replace
+
 from qlora_operator.decisions.events import phase_event
 from tests.support.builders import NOW, child, follow, make_job, pod, running, status_in, succeeded
 
@@ -35,3 +37,16 @@ def test_events_of_one_second_are_named_in_the_order_in_which_kubectl_is_to_show
         "Publishing",
         "Succeeded",
     ]
+
+
+def test_each_preemption_of_a_job_has_an_event_of_its_own() -> None:
+    """A queue changes no count: the job goes through the same phases with the same figures."""
+    training = make_job(status_in("train", phase="Training"))
+    queued = training.status.model_copy(update={"phase": "Queued"})
+
+    def name(version: str) -> object:
+        event = phase_event(replace(training, resource_version=version), queued, NOW)
+        return event and event["metadata"]["name"]
+
+    assert name("7") == name("7")
+    assert name("7") != name("11")

@@ -222,6 +222,16 @@ def test_a_suspension_by_a_queue_is_no_disruption() -> None:
     assert look(watched(), 30, never, ended(pod("train"), 143, end=10)).disruptions == 1
 
 
+def test_a_pod_that_is_older_than_the_start_time_of_its_resumed_job_is_preempted_by_others_all_the_same() -> None:
+    resumed = child("train")
+    resumed["status"] = {"startTime": time(-30), "conditions": [{"type": "Suspended", "status": "False"}]}
+    fresh = pod("train")
+    fresh["metadata"]["creationTimestamp"] = time(-31)
+    assert look(watched(), 10, resumed, ended(fresh, 143, start=-20, end=5)).disruptions == 1
+    # One that was asked to stop before, and saved until after the resumption, was stopped by the queue.
+    assert look(watched(), 10, resumed, deleted(ended(fresh, 143, end=5), -30)).disruptions == 0
+
+
 def test_a_job_that_a_queue_holds_has_no_pod_and_that_is_no_fault() -> None:
     suspended = child("prepare", created=-600)
     suspended["spec"] = {"suspend": True}

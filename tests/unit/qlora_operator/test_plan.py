@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import RESOLVED_ANNOTATION
+from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import Observed, parse_child
 from qlora_operator.decisions.plan import (
@@ -20,6 +21,7 @@ from qlora_operator.decisions.plan import (
 from qlora_operator.decisions.status import next_status
 from tests.support.builders import (
     NAME,
+    NOW,
     after,
     child,
     deleted,
@@ -29,12 +31,14 @@ from tests.support.builders import (
     follow,
     make_job,
     pod,
+    reason_of,
     resolved,
     running,
     seen,
     status_in,
     step_status,
     succeeded,
+    time,
     with_resolved,
 )
 
@@ -196,7 +200,7 @@ def test_resuming_creates_the_next_number() -> None:
 def test_a_killed_step_is_recorded_first_and_deleted_then() -> None:
     bodies = [child("train"), ended(pod("train"), 137, reason="OOMKilled")]
     job = make_job(status_in("train"))
-    assert decide(job, *bodies) == Plan((), after(0))
+    assert decide(job, *bodies) == Plan(store_first=True)
     assert decide(make_job(follow(job, *bodies)), *bodies).actions == (delete("train"),)
 
 
@@ -288,3 +292,50 @@ def test_a_job_whose_creation_was_interrupted_keeps_its_number() -> None:
     job = make_job(status_in("train", step=step_status("train", 2, jobUid="").dump()))
     assert decide(job).actions == (CreateJob("train", 2),)
     assert decide(job, child("train", 2)).actions == ()
+
+
+def deleted_at(status: QLoRAJobStatus, at: float, *bodies: dict[str, Any]) -> tuple[float, QLoRAJobStatus]:
+    """Seconds until the step whose Job is gone gets another one, and the status by then."""
+    found = decide(make_job(status), *bodies, at=at)
+    status = follow(make_job(status), *bodies, now=after(at))
+    if not found.actions:
+        assert reason_of(status) == "JobDeleted"
+        assert found.look_again is not None
+        due = (found.look_again - NOW).total_seconds()
+        assert decide(make_job(status), *bodies, at=due - 1) == Plan((), found.look_again)
+        return due - at, follow(make_job(status), *bodies, now=after(due))
+    return 0, status
+
+
+def test_a_job_that_somebody_deletes_is_replaced_at_once_and_after_pauses_that_grow_if_that_goes_on() -> None:
+    status, at, pauses = status_in("train"), 0.0, []
+    for attempt in range(2, 12):
+        pause, status = deleted_at(status, at)
+        at += pause
+        pauses.append(pause)
+        assert decide(make_job(status), at=at).actions == (CreateJob("train", attempt),)
+        status = follow(make_job(status), child("train", attempt, created=at), now=after(at))
+        assert reason_of(status) == "Queued"
+        at += 1
+    assert pauses == [0, 5, 10, 20, 40, 80, 160, 300, 300, 300]
+
+
+def test_no_pause_follows_a_suspension_a_long_run_or_jobs_that_ended_by_themselves() -> None:
+    fourth = status_in("train", 4)
+    assert deleted_at(fourth, 0)[0] == 20
+    suspended = follow(make_job(fourth, suspend=True))
+    assert decide(make_job(suspended)).actions == (CreateJob("train", 5),)
+    stopping = follow(make_job(fourth, suspend=True), deleted(running(pod("train", 4)), -5))
+    assert decide(make_job(stopping)).actions == (CreateJob("train", 5),)
+    ran = {"runningPod": "a", "runningSince": time(-400)}
+    assert deleted_at(status_in("train", 4, step=step_status("train", 4, **ran).dump()), 0)[0] == 0
+    expired = [child("train", attempt, Failed="DeadlineExceeded") for attempt in (1, 2, 3)]
+    assert deleted_at(fourth, 0, *expired)[0] == 0
+
+
+def test_pods_that_stop_after_their_job_was_deleted_do_not_end_the_pause() -> None:
+    stopping = [deleted(running(pod("train", 4)), -5)]
+    status = follow(make_job(status_in("train", 4)), *stopping)
+    assert reason_of(status) == "JobDeleted"
+    assert decide(make_job(status), at=19).actions == ()
+    assert decide(make_job(status), at=20).actions == (CreateJob("train", 5),)

@@ -11,6 +11,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.cluster import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
+from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
@@ -197,9 +198,30 @@ def test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_j
         assert CLAIM in message_of(cluster.status)
 
 
-def test_a_taken_name_is_tried_less_and_less_often_and_quickly_again_after_it_was_free() -> None:
-    cluster = MemoryCluster(job_body())
+def _taken(cluster: MemoryCluster) -> None:
     cluster.existing = child("prepare", owner="another")
+
+
+def _quota(kind: str) -> Callable[[MemoryCluster], None]:
+    def exceed(cluster: MemoryCluster) -> None:
+        cluster._rejected = (kind,)
+
+    return exceed
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (_taken, "NameTaken"),
+        (_quota("Job"), "JobRejected"),
+        (_quota("PersistentVolumeClaim"), "ClaimRejected"),
+    ],
+)
+def test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_after_it_could_be(
+    block: Callable[[MemoryCluster], None], reason: str
+) -> None:
+    cluster = MemoryCluster(job_body())
+    block(cluster)
     store = shown(cluster)
     reconciler = operator(cluster, store)
 
@@ -209,17 +231,17 @@ def test_a_taken_name_is_tried_less_and_less_often_and_quickly_again_after_it_wa
         return again
 
     assert [until_it_waits() for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
-    assert reason_of(cluster.status) == "NameTaken"
-    cluster.existing = None
+    assert reason_of(cluster.status) == reason
+    cluster.existing, cluster._rejected = None, ()
     until_it_waits()
     assert cluster.status.phase == "Preparing"
-    assert reconciler.name_taken.next(KEY) == 5
+    assert reconciler.blocked.next(KEY) == 5
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
 def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_tried_again(kind: str, reason: str) -> None:
     cluster = MemoryCluster(job_body(), rejected=(kind,))
-    assert reconcile(cluster) == 30
+    assert reconcile(cluster) == 5
     assert (cluster.status.phase, reason_of(cluster.status)) == ("Pending", reason)
     assert "exceeded quota: team" in message_of(cluster.status)
     assert cluster.jobs == []
@@ -229,7 +251,7 @@ def test_an_object_that_the_api_server_rejects_is_reported_in_its_words_and_trie
 def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind: str) -> None:
     ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}), rejected=(kind,))
-    assert reconcile(cluster) == 30
+    assert reconcile(cluster) == 5
     assert reason_of(cluster.status) == "PeersRejected"
     assert f"{kind} qlora-{UID}" in message_of(cluster.status)
     assert cluster.jobs == []
@@ -252,12 +274,50 @@ def test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_
     assert set(cluster.writes) <= {"status", "Event"}
 
 
-def test_a_job_that_is_being_deleted_is_left_alone() -> None:
+@pytest.mark.parametrize("status", [status_in("train"), status_in("publish")], ids=["train", "publish"])
+def test_a_job_whose_deletion_a_finalizer_delays_runs_no_further(status: QLoRAJobStatus) -> None:
+    assert status.step is not None
+    cluster = stored(status)
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+    cluster.jobs, cluster.pods = [child(status.step.name)], [running(pod(status.step.name))]
+    assert reconcile(cluster, shown(cluster)) is None
+    assert cluster.writes == [f"deletion of {status.step.job_name}"]
+
+    # Nothing is created in its place, and nobody is asked for anything any more.
+    going = {**cluster.jobs[0], "metadata": {**cluster.jobs[0]["metadata"], "deletionTimestamp": time()}}
+    stopping = deleted(dict(cluster.pods[0]), 0)
+    cluster.writes.clear()
+    for jobs, pods in (([going], [stopping]), ([], [stopping]), ([], [])):
+        cluster.jobs, cluster.pods, cluster.reads = list(jobs), list(pods), 0
+        store = shown(cluster)
+        assert reconcile(cluster, store) is None
+        assert (cluster.writes, cluster.reads, store.is_settled(KEY)) == ([], 0, True)
+
+
+def test_a_deletion_that_is_rejected_while_a_finalizer_delays_that_of_the_job_is_tried_less_and_less_often() -> None:
     cluster = stored(status_in("train"))
-    cluster.job["metadata"]["deletionTimestamp"] = time()
-    cluster.pods = [running(pod("train"))]
-    assert reconcile(cluster) is None
-    assert (cluster.writes, cluster.reads) == ([], 1)
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+    cluster.jobs, cluster._rejected = [child("train")], (f"deletion of {NAME}-train-1",)
+    reconciler = operator(cluster, shown(cluster))
+    assert [asyncio.run(reconciler.reconcile(KEY)) for _ in range(3)] == [5, 10, 20]
+    assert reason_of(cluster.status) == "JobRejected"
+
+
+def test_a_job_that_is_deleted_without_its_children_leaves_them_alone() -> None:
+    cluster = stored(status_in("train"))
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["orphan"]}
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
+    assert reconcile(cluster, shown(cluster)) is None
+    assert (cluster.writes, cluster.reads) == ([], 0)
+
+
+@pytest.mark.parametrize("spec", [{}, {"cleanupAfterSeconds": 0}, {"retry": {"request": 1}}], ids=str)
+def test_nothing_is_created_for_a_job_that_is_being_deleted(spec: dict[str, Any]) -> None:
+    for status in (QLoRAJobStatus(), status_in("train"), FAILED):
+        cluster = stored(status, **spec)
+        cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+        assert reconcile(cluster, shown(cluster, created=True), after(10)) is None
+        assert cluster.writes == []
 
 
 FINISHED = follow(make_job(status_in("publish")), child("publish", Complete=""), succeeded("publish"))
@@ -279,6 +339,18 @@ def test_a_finished_job_without_clean_up_is_not_looked_at_any_more(status: QLoRA
     assert reconcile(cluster, store) is None
     assert (cluster.writes, cluster.reads) == ([], 0)
     assert store.is_settled(KEY)
+
+
+@pytest.mark.parametrize("document", [document(make_job()), None], ids=["begun by this release", "by an earlier one"])
+def test_a_finished_job_whose_model_this_release_cannot_read_is_cleaned_up_if_its_pods_can_read_it(
+    document: str | None,
+) -> None:
+    assert FINISHED.resolved is not None
+    fixed = FINISHED.resolved.model_copy(update={"document": document})
+    cluster = stored(FINISHED.model_copy(update={"resolved": fixed}), cleanupAfterSeconds=0)
+    cluster.job["spec"]["model"] = {"source": "gs://bucket/model"}
+    reconcile(cluster, now=after(10))
+    assert [body["metadata"]["name"] for body in cluster.jobs] == ([f"{NAME}-clean-1"] if document else [])
 
 
 def test_a_failed_job_whose_step_still_runs_is_looked_at_and_the_step_deleted() -> None:
@@ -374,7 +446,7 @@ def test_a_deletion_that_the_api_server_rejects_is_reported() -> None:
     cluster = stored(status_in("train"), suspend=True)
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
     cluster._rejected = (f"deletion of {NAME}-train-1",)
-    assert reconcile(cluster) == 30.0
+    assert reconcile(cluster) == 5
     assert reason_of(cluster.status) == "JobRejected"
 
 

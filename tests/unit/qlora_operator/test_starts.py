@@ -9,7 +9,7 @@ from qlora_api.naming import JOB_LABEL
 from qlora_api.profile import Profile, amount
 from qlora_operator.decisions.observe import Observed, parse_job
 from qlora_operator.decisions.plan import is_settled
-from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
+from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
@@ -93,8 +93,14 @@ def test_a_failed_job_is_taken_up_only_within_the_limits_of_today() -> None:
     assert limit_of_jobs(job, profiles) == 1
     held = follow(job, profiles=profiles, jobs_of_profile=1)
     assert (held.phase, reason_of(held, "Ready"), held.retry_request) == ("Failed", "JobLimitReached", None)
-    assert waits_for_others(facts(job, profiles=profiles, jobs_of_profile=1))
+    assert held_back(facts(job, profiles=profiles, jobs_of_profile=1)) is not None
+    elsewhere = limited(namespaces=["other"], limits={"jobs": 1})
+    assert held_back(facts(job, profiles=elsewhere, jobs_of_profile=1)) is None, "nobody's end would help"
     assert follow(make_job(held, retry={"request": 1}), profiles=profiles).phase == "Publishing"
+    # A request that is withdrawn leaves the failure as the reason.
+    withdrawn = follow(make_job(held, generation=2, retry={"request": 0}), profiles=profiles, jobs_of_profile=1)
+    assert reason_of(withdrawn, "Ready") == reason_of(stored, "Ready") == "BadConfiguration"
+    assert message_of(withdrawn, "Ready") == message_of(stored, "Ready")
     assert follow(job, profiles=limited(namespaces=["other"])).phase == "Failed"
 
 
@@ -226,7 +232,7 @@ def test_the_first_in_the_row_looks_again_without_being_woken() -> None:
     first, second = make_job(), parse_job(Namespace._body("second"))
     assert waiting.wait(first) == SECONDS_BETWEEN_LOOKS
     assert waiting.wait(second) is None
-    waiting.leave((first.namespace, first.name))
+    waiting.place_may_be_free((first.namespace, first.name))
     assert waiting.wait(second) == SECONDS_BETWEEN_LOOKS
 
 
