@@ -83,7 +83,12 @@ def test_no_other_pod_of_the_namespace_reaches_the_train_pods(tenant: Tenant, sh
     name = tenant.apply(job_of_two("closed", shared))
     tenant.wait(name, lambda s: s.get("checkpoint", {}).get("step", 0) > 0 and s["phase"] == "Training")
     first = tenant.get("pod", train_pods(tenant, name, 1)[0]["metadata"]["name"])
-    policy = f"qlora-{tenant.job(name)['metadata']['uid']}"
+    uid = tenant.job(name)["metadata"]["uid"]
+    (policy,) = [
+        found["metadata"]["name"]
+        for found in tenant.get("networkpolicies")["items"]
+        if found["metadata"]["name"].startswith(f"qlora-{uid}")
+    ]
     with tenant.volume(shared) as pod:
         assert pod.run("python3", "-c", _REACH, first["status"]["podIP"]).strip() == "denied"
         # The same attempt, of the same pod.
