@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,7 +28,14 @@ logger = logging.getLogger(__name__)
 Object = Mapping[str, Any]
 _INTERRUPTED, _KILLED = 143, 137
 _INDEX = "batch.kubernetes.io/job-completion-index"
+# More than any Job has pods. Whoever may change pods can write anything there.
+_INDEX_DIGITS = 9
+# Enough for a sentence. A pod that somebody else has made may name a megabyte of them.
+_MOST_OBJECTS, _LONGEST_OBJECT = 16, 512
 _OBJECT_VOLUMES = {"secret": "Secret", "configMap": "ConfigMap"}
+_LONGEST_EXPLANATION = 200
+_UNEXPECTED_VALUE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What parsing raises for a value that is not as the API declares it, or is out of range."""
 
 
 class UnreadableJobError(ValueError):
@@ -98,6 +106,8 @@ class Pod:
     deletion_due: datetime | None = None
     detached: bool = False
     """Whether somebody has taken it away from its Job or from the watches, by its labels or its owner."""
+    unreadable: str = ""
+    """Why it cannot be read, and so counts as there and not ended; empty if it can."""
 
     @property
     def ended(self) -> bool:
@@ -215,6 +225,8 @@ class ChildJob:
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
     resolved: str = ""
     """What was resolved for the job, as JSON; only on the first Job, which exists before the status is stored."""
+    unreadable: str = ""
+    """Why it cannot be read, and so counts as there and not finished; empty if it can."""
 
     @property
     def finished(self) -> bool:
@@ -371,7 +383,7 @@ def controller_uid(body: Object) -> str:
 def parse_time(text: str) -> datetime:
     """An API timestamp (RFC 3339)."""
     moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def format_time(moment: datetime) -> str:
@@ -384,7 +396,25 @@ def _optional_time(text: str | None) -> datetime | None:
 
 
 def parse_child(body: Object) -> ChildJob:
-    """A Job of the job."""
+    """A Job of the job. Raises nothing: see `ChildJob.unreadable`."""
+    try:
+        return _parse_child(body)
+    except _UNEXPECTED_VALUE as error:
+        metadata = body["metadata"]
+        return ChildJob(
+            name=metadata["name"],
+            uid=metadata["uid"],
+            created=parse_time(metadata["creationTimestamp"]),
+            deleting="deletionTimestamp" in metadata,
+            unreadable=_explain(error),
+        )
+
+
+def _explain(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_LONGEST_EXPLANATION]
+
+
+def _parse_child(body: Object) -> ChildJob:
     metadata = body["metadata"]
     conditions = _true_conditions(body)
     failed, ended = conditions.get("Failed"), conditions.get("Failed") or conditions.get("Complete")
@@ -418,18 +448,33 @@ def _resumed(status: Object) -> datetime | None:
 
 
 def parse_pod(body: Object) -> Pod:
-    """A pod of one of its Jobs."""
+    """A pod of one of its Jobs. Raises nothing: see `Pod.unreadable`."""
+    try:
+        return _parse_pod(body)
+    except _UNEXPECTED_VALUE as error:
+        metadata = body["metadata"]
+        return Pod(
+            name=metadata["name"],
+            uid=metadata["uid"],
+            owner_uid=controller_uid(body),
+            created=parse_time(metadata["creationTimestamp"]),
+            phase="Unknown",
+            unreadable=_explain(error),
+        )
+
+
+def _parse_pod(body: Object) -> Pod:
     metadata, status = body["metadata"], body.get("status") or {}
     state = _trainer_state(status)
     waiting, running, terminated = state.get("waiting"), state.get("running"), state.get("terminated")
     disruption = _true_conditions(body).get("DisruptionTarget")
-    due = _optional_time(metadata.get("deletionTimestamp"))
-    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    created, due = parse_time(metadata["creationTimestamp"]), _optional_time(metadata.get("deletionTimestamp"))
+    grace = metadata.get("deletionGracePeriodSeconds") or 0
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
         owner_uid=controller_uid(body),
-        created=parse_time(metadata["creationTimestamp"]),
+        created=created,
         phase=status.get("phase", "Pending"),
         node=_node(metadata),
         reason=status.get("reason", ""),
@@ -441,14 +486,22 @@ def parse_pod(body: Object) -> Pod:
         unschedulable=_unschedulable(status),
         scheduled=_scheduled(body),
         disruption=Reason(disruption.get("reason", ""), disruption.get("message", "")) if disruption else None,
-        deletion_requested=due - grace if due else None,
+        deletion_requested=_deletion_requested(due, grace, created) if due else None,
         deletion_due=due,
     )
 
 
+def _deletion_requested(due: datetime, grace: int, created: datetime) -> datetime:
+    """When the deletion was asked for. `grace`: seconds; whoever deletes may choose any number."""
+    try:
+        return max(created, due - timedelta(seconds=grace))
+    except OverflowError:
+        return created
+
+
 def _node(metadata: Object) -> int:
     index = (metadata.get("annotations") or {}).get(_INDEX, "")
-    return int(index) if index.isdecimal() else 0
+    return int(index) if index.isdecimal() and len(index) <= _INDEX_DIGITS else 0
 
 
 def _trainer_state(status: Object) -> Object:
@@ -484,7 +537,8 @@ def _mounted_objects(body: Object) -> tuple[str, ...]:
             if key in source
         ),
     )
-    return tuple(dict.fromkeys(_name_with_keys(kind, source) for kind, source in sources if not source.get("optional")))
+    names = (_name_with_keys(kind, source)[:_LONGEST_OBJECT] for kind, source in sources if not source.get("optional"))
+    return tuple(dict.fromkeys(islice(names, _MOST_OBJECTS)))
 
 
 def _name_with_keys(kind: str, source: Object) -> str:
