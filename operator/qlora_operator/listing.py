@@ -35,6 +35,11 @@ class Listed(NamedTuple):
         return self.namespace, self.job_name
 
 
+def version_number(version: str) -> int:
+    """A resourceVersion as a number, which grows with each write; -1 if it is none."""
+    return int(version) if version.isdecimal() else -1
+
+
 def listed(kind: Kind, body: Object) -> Listed:
     """What is kept of an object."""
     metadata = body["metadata"]

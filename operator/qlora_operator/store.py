@@ -22,7 +22,7 @@ from qlora_operator.decisions.observe import (
     parse_child,
     parse_pod,
 )
-from qlora_operator.listing import Kind, Listed, Listing
+from qlora_operator.listing import Kind, Listed, Listing, version_number
 from qlora_operator.workqueue import Key
 
 _MAX_BURIED = 4096
@@ -161,12 +161,12 @@ class Store:
         for kind, (bodies, version) in kinds:
             for child in bodies:
                 self.child_changed(kind, child)
-            self._prune_children(place, kind, {child["metadata"]["uid"] for child in bodies}, _number(version))
+            self._prune_children(place, kind, {child["metadata"]["uid"] for child in bodies}, version_number(version))
         entry = self._entries.get(place)
         if entry is not None:
             entry.distrusted = False
             # A list may have shown more since these were taken.
-            taken = min(_number(jobs.version), _number(pods.version))
+            taken = min(version_number(jobs.version), version_number(pods.version))
             entry.wanted = {
                 uid: version for uid, version in entry.wanted.items() if uid == entry.uid or version > taken
             }
@@ -311,14 +311,9 @@ class Store:
         return self._number(str(metadata.get("resourceVersion", "")))
 
     def _number(self, version: str) -> int:
-        number = _number(version)
+        number = version_number(version)
         self._ordered = self._ordered and number >= 0
         return number
-
-
-def _number(version: str) -> int:
-    """The version as a number, which grows with each write; -1 if it is none."""
-    return int(version) if version.isdigit() else -1
 
 
 def _parse(kind: Kind, body: Object, job_uid: str) -> ChildJob | Pod | None:
