@@ -10,6 +10,9 @@ from qlora_operator.workqueue import Key
 Kind = Literal["qlorajobs", "jobs", "pods"]
 KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 
+# As the API server bounds an object, and not what somebody writes into it, a page may have up to 40 MiB.
+OBJECTS_PER_PAGE = 25
+
 
 class Listing(NamedTuple):
     """A complete list, and the version that it was taken at."""

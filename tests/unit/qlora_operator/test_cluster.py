@@ -33,7 +33,17 @@ def test_a_list_is_read_to_its_last_page() -> None:
     assert [pod["metadata"]["name"] for pod in pods.items] == ["pod-1", "pod-2", "pod-3"]
     assert [query.get("continue") for query in cluster.asked] == [None, "page-2", "page-3"]
     assert {query["labelSelector"] for query in cluster.asked} == {f"{JOB_UID_LABEL}=uid"}
-    assert {query["limit"] for query in cluster.asked} == {"500"}
+    assert {query["limit"] for query in cluster.asked} == {"25"}
+
+
+def test_who_is_counted_is_read_page_by_page_and_without_those_that_have_ended() -> None:
+    cluster = Pages()
+
+    async def first_page() -> list[Any]:
+        return [await anext(cluster.unfinished_pages("team"))]
+
+    assert len(asyncio.run(first_page())) == len(cluster.asked) == 1
+    assert cluster.asked[0]["fieldSelector"] == "status.phase!=Succeeded,status.phase!=Failed"
 
 
 class Answering(Transport):
