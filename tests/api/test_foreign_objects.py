@@ -37,7 +37,7 @@ def clean(plane: ControlPlane) -> Iterator[None]:
     yield
     everything = ("--all", f"--namespace={NAMESPACE}")
     plane.kubectl("delete", "pods", *everything, "--grace-period=0", "--force")
-    plane.kubectl("delete", "qlorajobs", *everything)
+    plane.kubectl("delete", "qlorajobs", *everything, "--wait=false")
 
 
 def create(plane: ControlPlane, *objects: dict[str, Any]) -> None:
@@ -95,6 +95,7 @@ def test_a_pod_that_no_operator_has_made_ends_none(plane: ControlPlane, tmp_path
         has_suspended(operator, 2)
 
 
+@pytest.mark.slow
 def test_what_tenants_annotate_costs_no_memory(plane: ControlPlane, tmp_path: Path) -> None:
     settings = {"namespaces": [NAMESPACE]}
     with running_operator(tmp_path / "none", plane.kubeconfig, settings) as operator:

@@ -178,7 +178,7 @@ def test_whatever_an_object_has_it_is_held_and_its_job_goes_on(
     store.child_changed(kind, shown)
     held = store.held(("team", NAME))
     assert held is not None
-    found = [each.name for each in (*held.observed.children, *held.observed.pods)]
+    found = [*(each.name for each in held.observed.children), *(each.name for each in held.observed.pods)]
     assert found == [body["metadata"]["name"]]
     if typed:
         # Values of other types the API server does not admit.
