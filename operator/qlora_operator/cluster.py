@@ -19,7 +19,7 @@ from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.decisions.observe import Object, QLoRAJob
-from qlora_operator.listing import Kind, Listed, Listing, listed
+from qlora_operator.listing import OBJECTS_PER_PAGE, Kind, Listed, Listing, listed
 from qlora_operator.transport import Endpoint, Query, Transport, open_transport
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 FIELD_MANAGER = "qlora-operator"
 # A log comes from a node through the API server: a slow one is not worth waiting for.
 _LOG_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
-_PAGE = "500"
 _TAIL_LINES = 40
 _TAIL_BYTES = 64 * 1024
 _SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
@@ -224,7 +223,7 @@ class Cluster:
     async def _pages(self, path: str, selector: Query, accept: str = "application/json") -> AsyncIterator[Listing]:
         token = ""
         while True:
-            query = [("limit", _PAGE), *selector, *([("continue", token)] if token else [])]
+            query = [("limit", str(OBJECTS_PER_PAGE)), *selector, *([("continue", token)] if token else [])]
             page = await self._json("GET", path, query=query, accept=accept)
             yield Listing(page.get("items") or (), page["metadata"].get("resourceVersion", ""))
             token = page["metadata"].get("continue") or ""

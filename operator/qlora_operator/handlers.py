@@ -15,7 +15,7 @@ from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL
 from qlora_api.status import Phase
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
-from qlora_operator.listing import Kind
+from qlora_operator.listing import OBJECTS_PER_PAGE, Kind
 from qlora_operator.metrics import PHASES
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
@@ -141,7 +141,7 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = silence_seconds
-    settings.watching.chunk_size = 500
+    settings.watching.chunk_size = OBJECTS_PER_PAGE
     # The API server's absence and lost rights end nothing: requests are tried until they succeed.
     settings.networking.error_backoffs = _Pauses()
     settings.networking.request_timeout = 30

@@ -10,6 +10,9 @@ from qlora_operator.workqueue import Key
 Kind = Literal["qlorajobs", "jobs", "pods"]
 KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 
+# What is asked for at a time. Parsed, a Job or a pod takes about 40 KiB: of 500, as kubectl asks for, that is 20 MiB.
+OBJECTS_PER_PAGE = 100
+
 
 class Listing(NamedTuple):
     """A complete list, and the version that it was taken at."""
