@@ -10,7 +10,7 @@ from qlora_operator.workqueue import Key
 Kind = Literal["qlorajobs", "jobs", "pods"]
 KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 
-# As the API server bounds an object, and not what somebody writes into it, a page may have up to 40 MiB.
+# What is asked for at a time. Parsed, a Job or pod takes about 40 KiB, and two megabytes if a tenant wants that.
 OBJECTS_PER_PAGE = 25
 
 
