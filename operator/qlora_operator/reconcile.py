@@ -18,16 +18,7 @@ from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, w
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS, build_claim, build_job, build_peer_policy, build_peer_service
-from qlora_operator.decisions.observe import (
-    Object,
-    Observed,
-    QLoRAJob,
-    Reason,
-    UnreadableJobError,
-    controller_uid,
-    parse_child,
-    parse_job,
-)
+from qlora_operator.decisions.observe import Object, Observed, QLoRAJob, Reason, controller_uid, parse_child
 from qlora_operator.decisions.plan import (
     Action,
     ConnectNodes,
@@ -43,6 +34,7 @@ from qlora_operator.decisions.plan import (
 from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
+from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import Pauses
 from qlora_operator.progress import LogReading, ProgressReader

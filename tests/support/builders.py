@@ -28,8 +28,9 @@ from qlora_api.status import (
     StepStatus,
 )
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe, parse_job
+from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe
 from qlora_operator.decisions.status import next_status
+from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.starts import Starts
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)

@@ -9,9 +9,10 @@ import pytest
 
 from qlora_api.naming import JOB_LABEL
 from qlora_api.profile import Profile, amount
-from qlora_operator.decisions.observe import Observed, parse_job
+from qlora_operator.decisions.observe import Observed
 from qlora_operator.decisions.plan import is_settled
 from qlora_operator.decisions.starting import limit_of_jobs, waits_for_others
+from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler

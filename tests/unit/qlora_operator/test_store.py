@@ -8,7 +8,8 @@ import pytest
 
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL
 from qlora_api.status import StepName
-from qlora_operator.decisions.observe import Object, observe, parse_job
+from qlora_operator.decisions.observe import Object, observe
+from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.listing import KINDS, Kind, Listed, Listing, listed
 from qlora_operator.store import Store
 from tests.support.builders import NAME, UID, child, ended, job_body, pod, running, status_in, with_resolved
