@@ -15,7 +15,8 @@ from qlora_api.naming import workspace_claim_name, workspace_folder
 from qlora_api.status import Resolved
 from qlora_operator.cluster import Cluster, connect
 from qlora_operator.decisions.manifests import build_claim, build_job
-from qlora_operator.decisions.observe import QLoRAJob, parse_job
+from qlora_operator.decisions.observe import QLoRAJob
+from qlora_operator.decisions.stored_job import parse_job
 
 _AT_A_TIME = 16
 

@@ -20,7 +20,7 @@ from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.decisions.observe import Object, QLoRAJob
-from qlora_operator.listing import Kind, Listed, Listing, listed
+from qlora_operator.listing import OBJECTS_PER_PAGE, Kind, Listed, Listing, listed
 from qlora_operator.transport import Credentials, Endpoint, Query, Transport, open_transport
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ FIELD_MANAGER = "qlora-operator"
 # For what only explains. A log comes from a node through the API server, a Workload perhaps through a webhook: a slow
 # one is not worth waiting for.
 _BRIEF_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
-_PAGE = "500"
 _TAIL_LINES = 40
 _TAIL_BYTES = 64 * 1024
 _SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
@@ -43,6 +42,7 @@ _QLORA = f"/apis/{GROUP}/{VERSION}"
 _KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
 _CONTROLLER_UID = "batch.kubernetes.io/controller-uid"
 _WORKLOAD_JOB_UID = "kueue.x-k8s.io/job-uid"
+_UNFINISHED = "status.phase!=Succeeded,status.phase!=Failed"
 
 
 class ClusterError(Exception):
@@ -78,9 +78,11 @@ class Cluster:
         except NotFoundError:
             return None
 
-    async def list_qlora_jobs(self, namespace: str) -> Sequence[Object]:
-        """All QLoRAJobs of the namespace as stored now."""
-        return (await self._list(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", [])).items
+    async def unfinished_pages(self, namespace: str) -> AsyncIterator[Sequence[Object]]:
+        """The QLoRAJobs of the namespace that have not ended, as stored now, page by page."""
+        # The API server leaves out the others, of which there may be thousands.
+        async for page in self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", [("fieldSelector", _UNFINISHED)]):
+            yield page.items
 
     async def list_jobs(self, namespace: str, job_uid: str) -> Listing:
         """The Jobs that have the label of this QLoRAJob."""
@@ -228,7 +230,7 @@ class Cluster:
     async def _pages(self, path: str, selector: Query, accept: str = "application/json") -> AsyncIterator[Listing]:
         token = ""
         while True:
-            query = [("limit", _PAGE), *selector, *([("continue", token)] if token else [])]
+            query = [("limit", str(OBJECTS_PER_PAGE)), *selector, *([("continue", token)] if token else [])]
             page = await self._json("GET", path, query=query, accept=accept)
             yield Listing(page.get("items") or (), page["metadata"].get("resourceVersion", ""))
             token = page["metadata"].get("continue") or ""

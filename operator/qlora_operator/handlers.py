@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import kopf
 from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
-from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL
+from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import Phase
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
-from qlora_operator.listing import Kind
+from qlora_operator.listing import OBJECTS_PER_PAGE, Kind
 from qlora_operator.metrics import PHASES
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
@@ -145,7 +145,7 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = silence_seconds
-    settings.watching.chunk_size = 500
+    settings.watching.chunk_size = OBJECTS_PER_PAGE
     # The API server's absence and lost rights end nothing: requests are tried until they succeed.
     settings.networking.error_backoffs = _Pauses()
     settings.networking.request_timeout = 30
@@ -243,11 +243,9 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         _child_changed("pods", event)
 
     def _child_changed(kind: Kind, event: kopf.RawEvent) -> None:
-        metadata = event["object"]["metadata"]
         _show(hooks, kind, event)
-        news = hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED")
-        if news and (name := metadata.get("labels", {}).get(JOB_LABEL)):
-            hooks.enqueue((metadata["namespace"], name))
+        for key in hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED"):
+            hooks.enqueue(key)
 
 
 def _is_stalled(status: Mapping[str, Any]) -> bool:

@@ -10,6 +10,9 @@ from qlora_operator.workqueue import Key
 Kind = Literal["qlorajobs", "jobs", "pods"]
 KINDS: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
 
+# What is asked for at a time. Parsed, a Job or pod takes about 40 KiB, and two megabytes if a tenant wants that.
+OBJECTS_PER_PAGE = 25
+
 
 class Listing(NamedTuple):
     """A complete list, and the version that it was taken at."""
@@ -33,6 +36,11 @@ class Listed(NamedTuple):
     def key(self) -> Key:
         """The QLoRAJob that it is, or whose label it has."""
         return self.namespace, self.job_name
+
+
+def version_number(version: str) -> int:
+    """A resourceVersion as a number, which grows with each write; -1 if it is none."""
+    return int(version) if version.isdecimal() else -1
 
 
 def listed(kind: Kind, body: Object) -> Listed:

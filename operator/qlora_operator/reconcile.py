@@ -18,15 +18,7 @@ from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, w
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS
-from qlora_operator.decisions.observe import (
-    Object,
-    Observed,
-    QLoRAJob,
-    Reason,
-    UnreadableJobError,
-    parse_child,
-    parse_job,
-)
+from qlora_operator.decisions.observe import Object, Observed, QLoRAJob, Reason, parse_child
 from qlora_operator.decisions.plan import (
     Plan,
     cannot_be_undone,
@@ -37,6 +29,7 @@ from qlora_operator.decisions.plan import (
 from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.status import next_status
+from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import Pauses
 from qlora_operator.progress import LogReading, ProgressReader

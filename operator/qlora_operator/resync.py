@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError
 from qlora_operator.decisions.observe import Object
-from qlora_operator.listing import KINDS, Kind, Listed, listed
+from qlora_operator.listing import KINDS, Kind, Listed, listed, version_number
 from qlora_operator.schema_check import NO_DEFINITION
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
@@ -48,18 +48,18 @@ class WatchMonitor:
         if deleted:
             self._shown.pop(identity, None)
             self._behind.pop(identity, None)
-        elif version.isdigit():
-            self._shown[identity] = max(int(version), self._shown.get(identity, 0))
+        elif (number := version_number(version)) > self._shown.get(identity, 0):
+            self._shown[identity] = number
 
-    def compare(self, kind: Kind, listed: dict[Identity, str], now: float, version: str = "") -> None:
-        """Note a complete list of one kind, taken at `now` (seconds). `version`: that of the list.
+    def compare(self, kind: Kind, listed: dict[Identity, str], now: float, list_version: str = "") -> None:
+        """Note a complete list of one kind, taken at `now` (seconds) and at `list_version`.
 
         What is not in it and not newer has been deleted, even if its watch has not shown that.
         """
-        if version.isdigit():
-            gone = [each for each, shown in self._shown.items() if each[0] == kind and shown <= int(version)]
-            for identity in set(gone) - listed.keys():
-                del self._shown[identity]
+        taken = version_number(list_version)
+        gone = [each for each, shown in self._shown.items() if each[0] == kind and shown <= taken]
+        for identity in set(gone) - listed.keys():
+            del self._shown[identity]
         still_behind = {
             identity: (version, since)
             for identity, (version, since) in self._behind.items()
@@ -73,8 +73,8 @@ class WatchMonitor:
             self._dead.discard(kind)
         self._behind = {identity: entry for identity, entry in self._behind.items() if identity[0] != kind}
         for identity, version in listed.items():
-            if version.isdigit() and self._shown.get(identity, 0) < int(version):
-                self._behind[identity] = still_behind.get(identity, (int(version), now))
+            if (number := version_number(version)) > self._shown.get(identity, 0):
+                self._behind[identity] = still_behind.get(identity, (number, now))
 
     def doubt(self, kind: Kind) -> None:
         """Take the watch of this kind for dead: it cannot know that its kind was gone and is there again."""
@@ -271,7 +271,7 @@ class Resync:
                 found += part
                 versions.append(version)
             if judge and versions:
-                self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=_number))
+                self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=version_number))
             if kind == "qlorajobs":
                 keys = [each.key for each in found]
         # Only now: no pass is to decide from what the lists have shown to be gone.
@@ -323,10 +323,6 @@ class Resync:
 
 def _versions(kind: Kind, found: list[Listed]) -> dict[Identity, str]:
     return {(kind, each.namespace, each.name): each.version for each in found}
-
-
-def _number(version: str) -> int:
-    return int(version) if version.isdigit() else -1
 
 
 def _is_finished(body: Object) -> bool:

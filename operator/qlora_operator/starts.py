@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -25,8 +25,8 @@ class Starts:
     only saves requests: after a restart every job is looked at, and who waits is known again.
     """
 
-    list_jobs: Callable[[str], Awaitable[Iterable[Object]]]
-    """All QLoRAJobs of a namespace, as stored now."""
+    unfinished_pages: Callable[[str], AsyncIterator[Sequence[Object]]]
+    """The QLoRAJobs of a namespace that have not ended, as stored now, in parts."""
     enqueue: Callable[[Key], None]
     monotonic: Callable[[], float]
     _locks: dict[Group, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
@@ -44,7 +44,7 @@ class Starts:
             return
         async with self._locks[group]:
             if (known := self._known(group)) is None:
-                known = sum(profile_in_use(body) == group[1] for body in await self.list_jobs(job.namespace))
+                known = await self._count(group)
                 if known >= limit:
                     self._full[group] = (known, self.monotonic() + SECONDS_FULL)
             yield known
@@ -72,6 +72,12 @@ class Starts:
                 self.enqueue(next(iter(waiting)))
             else:
                 del self._waiting[group]
+
+    async def _count(self, group: Group) -> int:
+        namespace, profile = group
+        # Part by part: together they may be larger than the operator's memory.
+        pages = self.unfinished_pages(namespace)
+        return sum([sum(profile_in_use(body) == profile for body in page) async for page in pages])
 
     def _known(self, group: Group) -> int | None:
         count, until = self._full.get(group, (0, 0.0))

@@ -6,11 +6,12 @@ order watches and answers arrive in. What it must not be trusted with is read li
 
 import hashlib
 import json
+import logging
 import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL
 from qlora_operator.decisions.observe import (
     ChildJob,
     Object,
@@ -22,14 +23,18 @@ from qlora_operator.decisions.observe import (
     parse_child,
     parse_pod,
 )
-from qlora_operator.listing import Kind, Listed, Listing
+from qlora_operator.listing import Kind, Listed, Listing, version_number
 from qlora_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
 
 _MAX_BURIED = 4096
 _WORTH_PACKING = 2048
 # The fastest. The others take longer and gain little.
 _COMPRESSION = 1
-_LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+# All that is read of a QLoRAJob's metadata. The rest may have a megabyte: of annotations, labels, or notes of managers.
+_READ_METADATA = ("namespace", "name", "uid", "resourceVersion", "generation", "deletionTimestamp")
+_READ_LABELS = (QUEUE_LABEL, QUEUE_PRIORITY_LABEL)
 
 _Place = tuple[str, str]
 """Namespace and UID of a QLoRAJob: anybody can give any label to a pod of another namespace."""
@@ -54,7 +59,7 @@ class _Child:
 
 @dataclass(slots=True)
 class _Entry:
-    uid: str
+    place: _Place
     key: Key | None = None
     version: int = 0
     body: bytes = b""
@@ -69,7 +74,7 @@ class _Entry:
 
     def version_of(self, uid: str) -> int:
         """Version in which the job, or a child of it, is held; 0 if it is not."""
-        if uid == self.uid:
+        if uid == self.place[1]:
             return self.version
         return next((children[uid].version for children in self.children.values() if uid in children), 0)
 
@@ -84,6 +89,8 @@ class Store:
     def __init__(self) -> None:
         self._entries: dict[_Place, _Entry] = {}
         self._places: dict[Key, _Place] = {}
+        self._homes: dict[str, _Entry] = {}
+        """Where each child is held, by its UID: whoever may change it can give it the label of another job."""
         self._buried: dict[str, int] = {}
         self._ordered = True
 
@@ -117,40 +124,54 @@ class Store:
             return True
         if self._is_buried(metadata["uid"], version):
             return False
-        entry = self._entries.setdefault(place, _Entry(place[1]))
+        entry = self._entries.setdefault(place, _Entry(place))
         if version <= entry.version and self._ordered:
             return False
-        marks = _marks(metadata)
+        kept = _compact(metadata)
+        marks = _marks(kept)
         news = entry.marks != marks
         entry.fresh = entry.fresh or (created and entry.empty)
-        entry.key, entry.version, entry.marks, entry.body = key, version, marks, _compact(body)
+        entry.key, entry.version, entry.marks = key, version, marks
+        entry.body = _packed(json.dumps({**body, "metadata": kept}, separators=(",", ":")).encode())
         entry.settled = entry.settled and not news
         if (body.get("status") or {}).get("resolved"):
             self._forget_resolved(entry)
         self._take_place(key, place)
         return news
 
-    def child_changed(self, kind: Kind, body: Object, *, deleted: bool = False) -> bool:
-        """Note a Job or a pod. Whether that is worth a pass: not if nothing has changed that decisions depend on."""
+    def child_changed(self, kind: Kind, body: Object, *, deleted: bool = False) -> set[Key]:
+        """Note a Job or a pod. The jobs that are worth a pass: those for which a decision depends on what has changed.
+
+        If it has got the label of another job, that is also the one that has lost it.
+        """
         metadata = body["metadata"]
-        uid, job_uid = metadata["uid"], (metadata.get("labels") or {}).get(JOB_UID_LABEL, "")
-        version, place = self._version(metadata), (metadata["namespace"], job_uid)
+        uid, version = metadata["uid"], self._version(metadata)
+        job_uid = (metadata.get("labels") or {}).get(JOB_UID_LABEL, "")
+        place, home = (metadata["namespace"], job_uid), self._homes.get(uid)
         if deleted:
             self._bury(uid, version)
-            return self._drop_child(place, kind, uid, _parse(kind, body, job_uid))
-        if self._is_buried(uid, version):
-            return False
-        entry = self._entries.setdefault(place, _Entry(place[1]))
-        before = entry.children[kind].get(uid)
-        if before is not None and version <= before.version and self._ordered:
-            return False
+            entry = home or self._entries.get(place)
+            if entry is None:
+                return set()
+            self._drop_child(entry, kind, uid, _parse(kind, body, job_uid))
+            return _jobs(entry, metadata)
+        before = home.children[kind].get(uid) if home else None
+        if self._is_buried(uid, version) or (before and version <= before.version and self._ordered):
+            return set()
+        changed: set[Key] = set()
+        if home is not None and home.place != place:
+            self._drop_child(home, kind, uid)
+            changed, before = _jobs(home), None
         value = _parse(kind, body, job_uid)
+        _report_unreadable(kind, metadata, value, before)
+        entry = self._entries.setdefault(place, _Entry(place))
         if entry.resolved_stored and isinstance(value, ChildJob) and value.resolved:
             value = replace(value, resolved="")
-        entry.children[kind][uid] = _Child(version, value)
-        news = before is None or before.value != value
-        entry.settled = entry.settled and not news
-        return news
+        entry.children[kind][uid], self._homes[uid] = _Child(version, value), entry
+        if before is None or before.value != value:
+            entry.settled = False
+            changed |= _jobs(entry, metadata)
+        return changed
 
     def read(self, body: Object, jobs: Listing, pods: Listing) -> Observed:
         """Note what has been read live: the job, and complete lists of its children with their versions."""
@@ -161,15 +182,13 @@ class Store:
         for kind, (bodies, version) in kinds:
             for child in bodies:
                 self.child_changed(kind, child)
-            self._prune_children(place, kind, {child["metadata"]["uid"] for child in bodies}, _number(version))
+            self._prune_children(place, kind, {child["metadata"]["uid"] for child in bodies}, version_number(version))
         entry = self._entries.get(place)
         if entry is not None:
             entry.distrusted = False
             # A list may have shown more since these were taken.
-            taken = min(_number(jobs.version), _number(pods.version))
-            entry.wanted = {
-                uid: version for uid, version in entry.wanted.items() if uid == entry.uid or version > taken
-            }
+            taken = min(version_number(jobs.version), version_number(pods.version))
+            entry.wanted = {uid: version for uid, version in entry.wanted.items() if uid == place[1] or version > taken}
         return replace(observe(place[1], jobs.items, pods.items), lost=entry.lost if entry else None)
 
     def compare(self, kind: Kind, namespace: str | None, found: list[Listed], version: str) -> set[Key]:
@@ -180,10 +199,14 @@ class Store:
         """
         changed: set[Key] = set()
         for each in found:
-            entry = self._entries.get((each.namespace, each.job_uid))
+            place, home = (each.namespace, each.job_uid), self._homes.get(each.uid)
             number = self._number(each.version)
             if self._is_buried(each.uid, number):
                 continue
+            if home is not None and home.place != place and home.version_of(each.uid) < number:
+                self._drop_child(home, kind, each.uid)
+                changed |= _jobs(home)
+            entry = self._entries.get(place)
             if entry is not None and entry.key is not None:
                 if entry.version_of(each.uid) < number:
                     entry.wanted[each.uid] = number
@@ -260,7 +283,7 @@ class Store:
         gone = [uid for uid, child in entry.children[kind].items() if uid not in found and child.version <= version]
         for uid in gone:
             self._bury(uid, version)
-            self._drop_child(place, kind, uid, None)
+            self._drop_child(entry, kind, uid)
         return bool(gone)
 
     def _drop_job(self, place: _Place) -> None:
@@ -273,22 +296,19 @@ class Store:
         if entry.empty:
             del self._entries[place]
 
-    def _drop_child(self, place: _Place, kind: Kind, uid: str, shown: ChildJob | Pod | None) -> bool:
+    def _drop_child(self, entry: _Entry, kind: Kind, uid: str, shown: ChildJob | Pod | None = None) -> None:
         """Forget a child; `shown`: as its deletion has shown it. Keeps the first Job of a job that has stored nothing.
 
         What was resolved stands on that Job alone: the step goes on with the next attempt, and not as if it were new.
         """
-        entry = self._entries.get(place)
-        if entry is None:
-            return False
         child = entry.children[kind].pop(uid, None)
+        self._homes.pop(uid, None)
         value = shown or (child.value if child else None)
         if isinstance(value, ChildJob) and value.resolved and entry.body and not entry.resolved_stored:
             entry.lost = value
         entry.settled = False
         if entry.empty:
-            del self._entries[place]
-        return True
+            del self._entries[entry.place]
 
     @staticmethod
     def _forget_resolved(entry: _Entry) -> None:
@@ -311,14 +331,9 @@ class Store:
         return self._number(str(metadata.get("resourceVersion", "")))
 
     def _number(self, version: str) -> int:
-        number = _number(version)
+        number = version_number(version)
         self._ordered = self._ordered and number >= 0
         return number
-
-
-def _number(version: str) -> int:
-    """The version as a number, which grows with each write; -1 if it is none."""
-    return int(version) if version.isdigit() else -1
 
 
 def _parse(kind: Kind, body: Object, job_uid: str) -> ChildJob | Pod | None:
@@ -327,19 +342,37 @@ def _parse(kind: Kind, body: Object, job_uid: str) -> ChildJob | Pod | None:
     return parse_child(body) if controller_uid(body) == job_uid else None
 
 
-def _marks(metadata: Object) -> bytes:
+def _jobs(entry: _Entry, child: Object | None = None) -> set[Key]:
+    """The job of the entry; before it is known, the one whose name the metadata of a child has. None without both."""
+    if entry.key is not None:
+        return {entry.key}
+    name = ((child or {}).get("labels") or {}).get(JOB_LABEL)
+    return {(entry.place[0], name)} if name else set()
+
+
+def _report_unreadable(kind: Kind, metadata: Object, value: ChildJob | Pod | None, before: _Child | None) -> None:
+    """Log it, once and not at each of its changes."""
+    known = before is not None and before.value is not None and before.value.unreadable
+    if value is not None and value.unreadable and not known:
+        key = (metadata["namespace"], (metadata.get("labels") or {}).get(JOB_LABEL, ""))
+        logger.warning(
+            "%s %s cannot be read, so it counts as there: %s", kind, value.name, value.unreadable, extra={"key": key}
+        )
+
+
+def _compact(metadata: Object) -> dict[str, Any]:
+    """Without what nobody here reads, which is half of a QLoRAJob and more if somebody wants that."""
+    kept = {name: metadata[name] for name in _READ_METADATA if name in metadata}
+    labels = metadata.get("labels") or {}
+    if read := {name: labels[name] for name in _READ_LABELS if name in labels}:
+        kept["labels"] = read
+    return kept
+
+
+def _marks(kept: Object) -> bytes:
     """What tells a change that matters from a write of the status."""
-    fields = ("generation", "deletionTimestamp", "labels", "annotations")
-    text = json.dumps([metadata.get(name) for name in fields], sort_keys=True)
+    text = json.dumps([kept.get(name) for name in ("generation", "deletionTimestamp", "labels")], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _compact(body: Object) -> bytes:
-    """The job without what nobody here reads: half of it is notes of the API server and of kubectl."""
-    metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
-    if annotations := metadata.get("annotations"):
-        metadata["annotations"] = {name: value for name, value in annotations.items() if name != _LAST_APPLIED}
-    return _packed(json.dumps({**body, "metadata": metadata}, separators=(",", ":")).encode())
 
 
 def _packed(data: bytes) -> bytes:

@@ -241,7 +241,7 @@ async def _watch(life: Life, store: Store) -> bool:
 def _note(store: Store, kind: str, body: Object, *, deleted: bool = False) -> bool:
     if kind == "qlorajobs":
         return store.job_changed(body, deleted=deleted)
-    return store.child_changed("jobs" if kind == "jobs" else "pods", body, deleted=deleted)
+    return bool(store.child_changed("jobs" if kind == "jobs" else "pods", body, deleted=deleted))
 
 
 async def _list(life: Life, reconciler: Reconciler, store: Store) -> None:

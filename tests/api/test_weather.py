@@ -20,6 +20,7 @@ import yaml
 
 from devcluster.certificates import Authority
 from devcluster.controlplane import ControlPlane
+from qlora_operator.listing import OBJECTS_PER_PAGE
 from tests.support.api_proxy import ApiProxy, Reply, Weather, fair, serve_api
 from tests.support.operator_process import OperatorProcess, running_operator
 from tests.support.waiting import eventually
@@ -426,8 +427,9 @@ def test_an_older_definition_applied_under_it_stops_the_writing_until_the_right_
             site.tenant.suspend("before")
             site.tenant.create("later")
             # Lists at every five seconds ask for all of them.
-            lists = site.proxy.count("GET", "/pods?limit=500")
-            eventually(lambda: site.proxy.count("GET", "/pods?limit=500") > lists + 1, seconds=60, every=0.2)
+            pages = f"/pods?limit={OBJECTS_PER_PAGE}"
+            lists = site.proxy.count("GET", pages)
+            eventually(lambda: site.proxy.count("GET", pages) > lists + 1, seconds=60, every=0.2)
             assert site.proxy.count("PATCH", "/status") == written, "it goes on writing what is rejected"
         finally:
             site.plane.kubectl("apply", f"--filename={path}")

@@ -1,8 +1,10 @@
 """Inputs for hypothesis: any bytes, and those that are taken with one part made unusual."""
 
 import copy
+import functools
 import json
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypothesis import settings
@@ -59,6 +61,19 @@ _VALUES: tuple[Any, ...] = (
     {},
     {"": {}},
 )
+_STRINGS = (
+    "",
+    "9" * 5000,
+    "\u00b2",
+    "\ud800",
+    "x" * 3000,
+    "2026-02-30T00:00:00Z",
+    "10000-01-01T00:00:00Z",
+    "9999-12-31T23:59:59-14:00",
+    "0001-01-01T00:00:00+14:00",
+    "1734-01-01T00:00:00Z",
+)
+_NUMBERS = (-(2**63), -1, 0, 2**31 - 1, 200_000_000_000, 2**63 - 1)
 
 
 @st.composite
@@ -75,6 +90,27 @@ def inputs(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
         return seed[:start] + draw(st.sampled_from(_FRAGMENTS) | st.binary(max_size=8)) + seed[end:]
     place = draw(st.sampled_from(list(_places(document))))
     return json.dumps(_replaced(document, place, draw(st.sampled_from(_VALUES)))).encode()
+
+
+@st.composite
+def changed(draw: st.DrawFn, document: Any, places: Callable[[tuple[Any, ...]], bool], *, typed: bool) -> Any:
+    """The document with one or two of the values in these places replaced; `typed`: by values of the same type."""
+    for _ in range(draw(st.integers(1, 2))):
+        place = draw(st.sampled_from([place for place in _places(document) if places(place)]))
+        document = _replaced(document, place, draw(st.sampled_from(_unusual(_at(document, place), typed))))
+    return document
+
+
+def _unusual(value: Any, typed: bool) -> tuple[Any, ...]:
+    if not typed:
+        return (*_VALUES, *_STRINGS)
+    if isinstance(value, bool | dict | list):
+        return ({bool: not value, dict: {}, list: []}[type(value)],)
+    return _STRINGS if isinstance(value, str) else _NUMBERS
+
+
+def _at(document: Any, place: tuple[Any, ...]) -> Any:
+    return functools.reduce(operator.getitem, place, document)
 
 
 def _parsed(seed: bytes) -> Any:

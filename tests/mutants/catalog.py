@@ -239,7 +239,7 @@ OPERATOR = (
     ),
     Mutant(
         name="the-spec-says-how-many-nodes-a-started-job-has",
-        file=f"{_DECISIONS}/observe.py",
+        file=f"{_DECISIONS}/stored_job.py",
         old="    spec = _with_fixed_nodes(spec, status.resolved)\n",
         new="",
         tests=(

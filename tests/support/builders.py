@@ -3,7 +3,7 @@
 import asyncio
 import json
 import selectors
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -28,8 +28,9 @@ from qlora_api.status import (
     StepStatus,
 )
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe, parse_job
+from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe
 from qlora_operator.decisions.status import next_status
+from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.starts import Starts
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
@@ -289,10 +290,11 @@ def to_json(value: object) -> str:
 def starts(*bodies: dict[str, Any], woken: list[Any] | None = None) -> Starts:
     """Counts these QLoRAJobs, whose clock stands still; `woken` gets the keys of those that are to be looked at."""
 
-    async def list_jobs(_namespace: str) -> list[dict[str, Any]]:
-        return list(bodies)
+    async def pages(_namespace: str) -> AsyncIterator[list[dict[str, Any]]]:
+        for body in bodies:
+            yield [body]
 
-    return Starts(list_jobs, ([] if woken is None else woken).append, lambda: 0.0)
+    return Starts(pages, ([] if woken is None else woken).append, lambda: 0.0)
 
 
 class _Jump(selectors.SelectSelector):

@@ -1,7 +1,7 @@
 """Ends a job: decides every condition that a finished job has; pure."""
 
 from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName
-from qlora_operator.decisions.conditions import ConditionType, Value
+from qlora_operator.decisions.conditions import ConditionType, Value, truncate
 from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import without_remaining
 from qlora_operator.decisions.observe import Reason, format_time
@@ -61,4 +61,6 @@ def not_ready(word: str) -> Reason:
 
 def failure_of(step: StepName, reason: str, message: str, facts: Facts) -> FailureStatus:
     """A failure that the operator has found, now."""
-    return FailureStatus(step=step, reason=reason, message=message, time=format_time(facts.now))
+    return FailureStatus(
+        step=step, reason=truncate(reason, 128), message=truncate(message), time=format_time(facts.now)
+    )

@@ -1,37 +1,33 @@
-"""Parses objects of the API server once: the QLoRAJob, its child Jobs and their pods, as typed frozen values."""
+"""What is observed, as typed frozen values: the QLoRAJob, its child Jobs and their pods. Parses the latter two."""
 
-import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from qlora_api.contract import (
-    CONTRACT_VERSION,
     PERMANENT_EXIT_CODES,
     TRAINER_CONTAINER,
     ExitCode,
     ResultRecord,
     decode_record,
-    needed_contract,
 )
-from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RESOLVED_ANNOTATION
-from qlora_api.status import QLoRAJobStatus, Resolved, StepName
+from qlora_api.naming import RESOLVED_ANNOTATION
+from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_api.v1alpha1 import DEFAULT_PROFILE, QLoRAJobSpec
-
-logger = logging.getLogger(__name__)
 
 Object = Mapping[str, Any]
 _INTERRUPTED, _KILLED = 143, 137
 _INDEX = "batch.kubernetes.io/job-completion-index"
+# More than any Job has pods. Whoever may change pods can write anything there.
+_INDEX_DIGITS = 9
+# Enough for a sentence. A pod that somebody else has made may name a megabyte of them.
+_MOST_OBJECTS, _LONGEST_OBJECT = 16, 512
 _OBJECT_VOLUMES = {"secret": "Secret", "configMap": "ConfigMap"}
-
-
-class UnreadableJobError(ValueError):
-    """A QLoRAJob that another version of the schema admitted and that this operator cannot read."""
+_LONGEST_EXPLANATION = 200
+_UNEXPECTED_VALUE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What parsing raises for a value that is not as the API declares it, or is out of range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +96,8 @@ class Pod:
     deletion_due: datetime | None = None
     detached: bool = False
     """Whether somebody has taken it away from its Job or from the watches, by its labels or its owner."""
+    unreadable: str = ""
+    """Why it cannot be read, and so counts as there and not ended; empty if it can."""
 
     @property
     def ended(self) -> bool:
@@ -222,6 +220,8 @@ class ChildJob:
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
     resolved: str = ""
     """What was resolved for the job, as JSON; only on the first Job, which exists before the status is stored."""
+    unreadable: str = ""
+    """Why it cannot be read, and so counts as there and not finished; empty if it can."""
 
     @property
     def finished(self) -> bool:
@@ -264,87 +264,6 @@ class Observed:
         return tuple(pod for pod in self.pods if not pod.ended)
 
 
-def parse_job(body: Object) -> QLoRAJob:
-    """The stored QLoRAJob. Raises UnreadableJobError if its status cannot be read.
-
-    A spec that another release has admitted is read as far as possible, so that a running job can still be stopped.
-    """
-    metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
-    try:
-        # After a downgrade the stored profile may have fields that this version does not know: the job continues.
-        status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
-    except ValidationError as error:
-        raise UnreadableJobError(f"this version of the operator cannot read the status: {_problems(error)}") from error
-    spec, problem = _parse_spec(body["spec"], status.resolved)
-    spec = _with_fixed_nodes(spec, status.resolved)
-    return QLoRAJob(
-        namespace=metadata["namespace"],
-        name=metadata["name"],
-        uid=metadata["uid"],
-        generation=metadata.get("generation", 0),
-        resource_version=metadata.get("resourceVersion", ""),
-        deleting="deletionTimestamp" in metadata,
-        spec=spec,
-        status=status,
-        queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
-        queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
-        orphans="orphan" in (metadata.get("finalizers") or ()),
-        problem=problem or _unknown_contract(status.resolved),
-    )
-
-
-def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:
-    """The spec, and why the job must not go on; empty if it can."""
-    try:
-        return QLoRAJobSpec.model_validate(content), ""
-    except ValidationError as error:
-        problem = f"this version of the operator cannot read the spec: {_problems(error)}"
-    if resolved is not None and resolved.document is not None:
-        try:
-            # What the pods read was fixed by an operator that knew these fields.
-            return QLoRAJobSpec.model_validate(content, extra="ignore"), ""
-        except ValidationError:
-            logger.debug("not even without its unknown fields", exc_info=True)
-    return QLoRAJobSpec.model_construct(**_readable_fields(content)), problem
-
-
-def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved | None) -> QLoRAJobSpec:
-    """With as many pods as the job has started with, which is what they read: an older definition drops the field."""
-    if resolved is None or resolved.document is None or resolved.contract_version < needed_contract(2):
-        return spec
-    nodes = json.loads(resolved.document)["spec"]["resources"].get("nodes")
-    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": nodes})})
-
-
-def _readable_fields(content: Object) -> dict[str, Any]:
-    """Those fields of the spec that this version can read, by name; defaults for the others that have one."""
-    found: dict[str, Any] = {}
-    for name, declared in QLoRAJobSpec.model_fields.items():
-        reader: TypeAdapter[Any] = TypeAdapter(declared.rebuild_annotation())
-        try:
-            found[name] = reader.validate_python(content[declared.alias or name], extra="ignore")
-        except (ValidationError, KeyError):
-            if not declared.is_required():
-                found[name] = declared.get_default(call_default_factory=True)
-    return found
-
-
-def _unknown_contract(resolved: Resolved | None) -> str:
-    if resolved is None or resolved.contract_version <= CONTRACT_VERSION:
-        return ""
-    return (
-        f"a newer operator has started the job (contract version {resolved.contract_version}, this one knows "
-        f"{CONTRACT_VERSION}): what runs goes on; upgrade the operator for the next step"
-    )
-
-
-def _problems(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-        for problem in error.errors(include_url=False)[:3]
-    )
-
-
 def observe(job_uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:
     """The children among `jobs` and `pods`, which have the job's label.
 
@@ -379,7 +298,7 @@ def controller_uid(body: Object) -> str:
 def parse_time(text: str) -> datetime:
     """An API timestamp (RFC 3339)."""
     moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def format_time(moment: datetime) -> str:
@@ -392,7 +311,25 @@ def _optional_time(text: str | None) -> datetime | None:
 
 
 def parse_child(body: Object) -> ChildJob:
-    """A Job of the job."""
+    """A Job of the job. Raises nothing: see `ChildJob.unreadable`."""
+    try:
+        return _parse_child(body)
+    except _UNEXPECTED_VALUE as error:
+        metadata = body["metadata"]
+        return ChildJob(
+            name=metadata["name"],
+            uid=metadata["uid"],
+            created=parse_time(metadata["creationTimestamp"]),
+            deleting="deletionTimestamp" in metadata,
+            unreadable=_explain(error),
+        )
+
+
+def _explain(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_LONGEST_EXPLANATION]
+
+
+def _parse_child(body: Object) -> ChildJob:
     metadata = body["metadata"]
     conditions = _true_conditions(body)
     failed, ended = conditions.get("Failed"), conditions.get("Failed") or conditions.get("Complete")
@@ -426,18 +363,33 @@ def _resumed(status: Object) -> datetime | None:
 
 
 def parse_pod(body: Object) -> Pod:
-    """A pod of one of its Jobs."""
+    """A pod of one of its Jobs. Raises nothing: see `Pod.unreadable`."""
+    try:
+        return _parse_pod(body)
+    except _UNEXPECTED_VALUE as error:
+        metadata = body["metadata"]
+        return Pod(
+            name=metadata["name"],
+            uid=metadata["uid"],
+            owner_uid=controller_uid(body),
+            created=parse_time(metadata["creationTimestamp"]),
+            phase="Unknown",
+            unreadable=_explain(error),
+        )
+
+
+def _parse_pod(body: Object) -> Pod:
     metadata, status = body["metadata"], body.get("status") or {}
     state = _trainer_state(status)
     waiting, running, terminated = state.get("waiting"), state.get("running"), state.get("terminated")
     disruption = _true_conditions(body).get("DisruptionTarget")
-    due = _optional_time(metadata.get("deletionTimestamp"))
-    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    created, due = parse_time(metadata["creationTimestamp"]), _optional_time(metadata.get("deletionTimestamp"))
+    grace = metadata.get("deletionGracePeriodSeconds") or 0
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
         owner_uid=controller_uid(body),
-        created=parse_time(metadata["creationTimestamp"]),
+        created=created,
         phase=status.get("phase", "Pending"),
         node=_node(metadata),
         reason=status.get("reason", ""),
@@ -449,14 +401,22 @@ def parse_pod(body: Object) -> Pod:
         unschedulable=_unschedulable(status),
         scheduled=_scheduled(body),
         disruption=Reason(disruption.get("reason", ""), disruption.get("message", "")) if disruption else None,
-        deletion_requested=due - grace if due else None,
+        deletion_requested=_deletion_requested(due, grace, created) if due else None,
         deletion_due=due,
     )
 
 
+def _deletion_requested(due: datetime, grace: int, created: datetime) -> datetime:
+    """When the deletion was asked for. `grace`: seconds; whoever deletes may choose any number."""
+    try:
+        return max(created, due - timedelta(seconds=grace))
+    except OverflowError:
+        return created
+
+
 def _node(metadata: Object) -> int:
     index = (metadata.get("annotations") or {}).get(_INDEX, "")
-    return int(index) if index.isdecimal() else 0
+    return int(index) if index.isdecimal() and len(index) <= _INDEX_DIGITS else 0
 
 
 def _trainer_state(status: Object) -> Object:
@@ -492,7 +452,8 @@ def _mounted_objects(body: Object) -> tuple[str, ...]:
             if key in source
         ),
     )
-    return tuple(dict.fromkeys(_name_with_keys(kind, source) for kind, source in sources if not source.get("optional")))
+    names = (_name_with_keys(kind, source)[:_LONGEST_OBJECT] for kind, source in sources if not source.get("optional"))
+    return tuple(dict.fromkeys(islice(names, _MOST_OBJECTS)))
 
 
 def _name_with_keys(kind: str, source: Object) -> str:

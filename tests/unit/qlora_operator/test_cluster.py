@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import tracemalloc
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError, UnavailableError
-from qlora_operator.transport import Transport
+from qlora_operator.transport import Query, Transport
 
 
 class Pages(Cluster):
@@ -33,7 +35,59 @@ def test_a_list_is_read_to_its_last_page() -> None:
     assert [pod["metadata"]["name"] for pod in pods.items] == ["pod-1", "pod-2", "pod-3"]
     assert [query.get("continue") for query in cluster.asked] == [None, "page-2", "page-3"]
     assert {query["labelSelector"] for query in cluster.asked} == {f"{JOB_UID_LABEL}=uid"}
-    assert {query["limit"] for query in cluster.asked} == {"500"}
+
+
+def test_who_is_counted_is_read_page_by_page_and_without_those_that_have_ended() -> None:
+    cluster = Pages()
+
+    async def first_page() -> list[Any]:
+        return [await anext(cluster.unfinished_pages("team"))]
+
+    assert len(asyncio.run(first_page())) == len(cluster.asked) == 1
+    assert cluster.asked[0]["fieldSelector"] == "status.phase!=Succeeded,status.phase!=Failed"
+
+
+class Crowded(Transport):
+    """A server with a thousand pods, each with as many notes of its writers as a real one."""
+
+    def __init__(self) -> None:
+        notes = {f"f:field-{number}": {"f:value": dict[str, Any]()} for number in range(120)}
+        metadata = {"namespace": "team", "resourceVersion": "5", "managedFields": [{"fieldsV1": {"f:spec": notes}}]}
+        self._metadata = json.dumps(metadata).removesuffix("}")
+
+    async def send(self, method: str, path: str, *, query: Query | None = None, **_: Any) -> tuple[int, bytes]:
+        asked = dict(query or ())
+        first = int(asked.get("continue", 0))
+        end = min(first + int(asked["limit"]), 1000)
+        more = f', "continue": "{end}"' if end < 1000 else ""
+        items = ",".join(
+            f'{{"metadata": {self._metadata}, "name": "pod-{number}", "uid": "{number}"}}}}'
+            for number in range(first, end)
+        )
+        return 200, f'{{"metadata": {{"resourceVersion": "5"{more}}}, "items": [{items}]}}'.encode()
+
+
+async def _names_in_versions(cluster: Cluster) -> list[str]:
+    found, _ = await cluster.list_versions("pods", None)
+    return [each.name for each in found]
+
+
+async def _names_in_full(cluster: Cluster) -> list[str]:
+    return [body["metadata"]["name"] async for page in cluster.pages("pods", None) for body in page]
+
+
+@pytest.mark.parametrize("names", [_names_in_versions, _names_in_full])
+def test_a_list_of_a_thousand_pods_takes_a_few_mebibytes(names: Callable[[Cluster], Awaitable[list[str]]]) -> None:
+    async def listed() -> list[str]:
+        return await names(Cluster(Crowded()))
+
+    tracemalloc.start()
+    try:
+        assert asyncio.run(listed()) == [f"pod-{number}" for number in range(1000)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * 2**20
 
 
 class Answering(Transport):

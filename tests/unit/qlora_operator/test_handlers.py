@@ -14,6 +14,7 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
 from qlora_operator.handlers import Hooks, _configure, _register_events, watch
+from qlora_operator.listing import OBJECTS_PER_PAGE
 from qlora_operator.metrics import Metrics
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
@@ -133,6 +134,10 @@ def test_kopf_keeps_no_record_of_an_object_that_it_has_shown(monkeypatch: pytest
         )
         assert list(given["memories"].iter_all_memories()) == []
     assert shown == [KEY]
+
+
+def test_kopf_lists_no_more_at_a_time_than_the_operator() -> None:
+    assert _configure(75).watching.chunk_size == OBJECTS_PER_PAGE
 
 
 def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:

@@ -3,25 +3,39 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_api.contract import CONTRACT_VERSION
 from qlora_operator.decisions.blockers import blocking_reason
-from qlora_operator.decisions.observe import UnreadableJobError, observe, parse_job
+from qlora_operator.decisions.detached import with_detached_pods
+from qlora_operator.decisions.observe import observe
+from qlora_operator.decisions.plan import plan
+from qlora_operator.decisions.status import next_status
+from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
+from qlora_operator.listing import Kind
+from qlora_operator.store import Store
+from tests.fuzz.inputs import BOUNDED, changed
 from tests.support.builders import (
     NAME,
     NOW,
     UID,
     after,
     child,
+    condition,
     deleted,
     ended,
+    facts,
     job_body,
+    make_job,
+    node,
     pod,
     result,
     running,
     seen,
     status_in,
     waiting,
+    with_resolved,
 )
 
 
@@ -95,6 +109,82 @@ def test_a_pods_state(body: dict[str, object], live: bool, runs: bool, interrupt
     attempt = observed.pods[0]
     assert bool(observed.live_pods) == live
     assert (attempt.running, attempt.interrupted, attempt.out_of_memory) == (runs, interrupted, out_of_memory)
+
+
+@pytest.mark.parametrize("seconds", [10**10, 200_000_000_000, 2**63 - 1])
+def test_a_pod_that_somebody_deletes_with_a_grace_period_of_centuries_was_deleted_after_it_was_made(
+    seconds: int,
+) -> None:
+    # So long a period overflows in the API server, which then writes a time in the past.
+    marks = {"deletionTimestamp": "1934-07-23T23:40:12Z", "deletionGracePeriodSeconds": seconds}
+    body = running(pod("train"))
+    found = seen(body | {"metadata": body["metadata"] | marks}).pods[0]
+    assert (found.stopping, found.interrupted, found.unreadable) == (True, True, "")
+    assert found.deletion_requested == found.created
+
+
+@pytest.mark.parametrize("index", ["9" * 5000, "x", "", "-1", "\u00b2"])
+def test_a_pod_whose_index_is_no_index_is_read(index: str) -> None:
+    body = node(1)
+    body["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] = index
+    found = seen(body).pods[0]
+    assert (found.name, found.node, found.unreadable) == (body["metadata"]["name"], 0, "")
+
+
+def test_what_cannot_be_read_is_there_and_has_not_ended() -> None:
+    body = ended(pod("train"), 0)
+    body["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"] = "10000-01-01T00:00:00Z"
+    job = child("train", Complete="")
+    job["status"]["conditions"][0]["lastTransitionTime"] = "2026-02-30T00:00:00Z"
+    observed = seen(job, body)
+    assert [pod.name for pod in observed.live_pods] == [body["metadata"]["name"]]
+    assert "10000-01-01" in observed.pods[0].unreadable
+    assert (observed.pods_of(observed.children[0].uid), observed.children[0].finished) == (observed.pods, False)
+    assert "day" in observed.children[0].unreadable
+
+
+def test_a_pod_that_mounts_more_than_fits_into_a_sentence_costs_no_memory() -> None:
+    volumes = [{"name": f"v{n}", "secret": {"secretName": f"s{n}", "items": [{"key": "k" * 9999}]}} for n in range(99)]
+    assert sum(map(len, seen(pod("train") | {"spec": {"volumes": volumes}}).pods[0].objects)) < 10_000
+
+
+VOLUMES = [{"name": "a", "projected": {"sources": [{"secret": {"name": "b", "items": [{"key": "c"}]}}]}}]
+DELETED = deleted(node(1), -5)
+BODIES: tuple[tuple[Kind, dict[str, Any]], ...] = (
+    ("pods", running(DELETED) | {"spec": {"volumes": VOLUMES}}),
+    ("pods", ended(DELETED, 137)),
+    ("pods", pod("train", conditions=[condition("PodScheduled", "False", reason="Unschedulable")])),
+    ("pods", waiting(pod("train", conditions=[condition("DisruptionTarget", "True")]), "ErrImagePull")),
+    ("jobs", with_resolved(child("train", Suspended="x") | {"spec": {"suspend": False, "backoffLimit": 3}})),
+    ("jobs", {**child("train"), "status": {"active": 1, "conditions": [condition("Failed", "True")]}}),
+)
+
+
+def chosen_by_others(place: tuple[Any, ...]) -> bool:
+    """What of an object is not the API server's own, or checked by it for objects of every kind."""
+    free = ("annotations", "deletionTimestamp", "deletionGracePeriodSeconds")
+    return bool(place) and (place[0] != "metadata" or (len(place) > 1 and place[1] in free))
+
+
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize(("kind", "body"), BODIES)
+@BOUNDED
+@given(data=st.data())
+def test_whatever_an_object_has_it_is_held_and_its_job_goes_on(
+    kind: Kind, body: dict[str, Any], typed: bool, data: st.DataObject
+) -> None:
+    shown = data.draw(changed(body, chosen_by_others, typed=typed))
+    store = Store()
+    store.job_changed(job_body(status_in("train").dump()))
+    store.child_changed(kind, shown)
+    held = store.held(("team", NAME))
+    assert held is not None
+    found = [*(each.name for each in held.observed.children), *(each.name for each in held.observed.pods)]
+    assert found == [body["metadata"]["name"]]
+    if typed:
+        # Values of other types the API server does not admit.
+        job = make_job(status_in("train"))
+        plan(job, next_status(facts(job, shown)), with_detached_pods(job, held.observed), NOW)
 
 
 def test_a_disruption_counts_as_an_interruption_whatever_the_exit_code() -> None:

@@ -85,7 +85,7 @@ def test_an_object_that_a_list_no_longer_has_is_not_remembered_unless_it_is_newe
     watch.show(JOB, "5", deleted=False)
     watch.show(("qlorajobs", "team", "b"), "12", deleted=False)
     watch.show(POD, "5", deleted=False)
-    watch.compare("qlorajobs", {}, now=0, version="9")
+    watch.compare("qlorajobs", {}, now=0, list_version="9")
     assert set(watch._shown) == {("qlorajobs", "team", "b"), POD}
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL
 from qlora_api.status import StepName
 from qlora_operator.decisions.observe import Object, observe
-from qlora_operator.listing import KINDS, Listed, Listing, listed
+from qlora_operator.decisions.stored_job import parse_job
+from qlora_operator.listing import KINDS, Kind, Listed, Listing, listed
 from qlora_operator.store import Store
 from tests.support.builders import NAME, UID, child, ended, job_body, pod, running, status_in, with_resolved
 
@@ -245,7 +246,7 @@ def test_nothing_is_kept_of_what_is_gone() -> None:
     store.job_changed(at(20, job_body()), deleted=True)
     store.child_changed("jobs", at(21, child("train")), deleted=True)
     store.child_changed("pods", at(22, pod("train")), deleted=True)
-    assert (store._entries, store._places) == ({}, {})
+    assert (store._entries, store._places, store._homes) == ({}, {}, {})
     for number in range(10_000):
         store.child_changed("pods", at(number, pod("train"), uid=f"uid-{number}"), deleted=True)
     assert len(store._buried) < 5000
@@ -262,14 +263,50 @@ def test_a_job_of_any_size_is_held_as_it_was_shown(length: int) -> None:
 
 
 def test_what_nobody_reads_of_a_job_is_not_kept() -> None:
-    noise = {"kubectl.kubernetes.io/last-applied-configuration": "{}"}
-    store = store_with(
-        job=job_body() | {"metadata": job_body()["metadata"] | {"managedFields": [{}], "annotations": noise}}
-    )
+    noise = {f"example.org/{number}": "x" * 60 for number in range(1000)}
+    queue = {QUEUE_LABEL: "research", QUEUE_PRIORITY_LABEL: "high"}
+    shown = at(10, job_body(), managedFields=[noise], annotations=noise, labels=noise | queue, finalizers=list(noise))
+    store = store_with(job=shown)
     held = store.held(KEY)
     assert held is not None
-    assert (held.body["metadata"]["annotations"], "managedFields" in held.body["metadata"]) == ({}, False)
-    assert held.body["metadata"]["uid"] == UID
+    assert held.body["metadata"] == at(10, job_body())["metadata"] | {"labels": queue}
+    assert parse_job(held.body) == parse_job(shown)
+    assert len(store._entries["team", UID].body) < 1000
+    assert not store.job_changed(at(11, shown, annotations={}))
+    assert store.job_changed(at(12, shown, labels={QUEUE_LABEL: "production"}))
+
+
+@pytest.mark.parametrize("kind", ["jobs", "pods"])
+@pytest.mark.parametrize("listed_only", [True, False])
+def test_a_child_that_gets_the_label_of_another_job_is_held_there_alone_and_both_are_looked_at(
+    kind: Kind, listed_only: bool
+) -> None:
+    body = {"jobs": child("train"), "pods": running(pod("train"))}[kind]
+    store = store_with((kind, at(11, body)))
+    store.job_changed(at(10, job_body(), uid=OTHER, name="other"))
+    for key in (KEY, ("team", "other")):
+        store.settle(key, True)
+    moved = at(20, body, labels={JOB_UID_LABEL: OTHER, JOB_LABEL: "a wrong name"})
+    if listed_only:
+        assert store.compare(kind, None, rows(kind, moved), "25") == {KEY, ("team", "other")}
+    else:
+        assert store.child_changed(kind, moved) == {KEY, ("team", "other")}
+    assert names(store) == ([], [])
+    assert not store.is_settled(KEY)
+    # An older view of it changes nothing, and its deletion concerns the job that it is held for.
+    if not listed_only:
+        assert store.child_changed(kind, at(15, body)) == set()
+        assert store.child_changed(kind, at(30, body), deleted=True) == {("team", "other")}
+
+
+def test_a_child_that_cannot_be_read_is_held_and_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    strange = pod("train", conditions=[{"type": "PodScheduled", "status": "True", "lastTransitionTime": "never"}])
+    store = store_with(("pods", at(11, strange)))
+    assert store.child_changed("pods", at(12, strange | {"spec": {}})) == set()
+    assert names(store)[1] == [strange["metadata"]["name"]]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot be read, so it counts as there: ValueError: Invalid isoformat string: 'never'" in caplog.text
+    assert store.child_changed("pods", at(13, running(pod("train")))) == {KEY}
 
 
 STEPS: tuple[StepName, ...] = ("prepare", "train", "publish")
@@ -300,6 +337,8 @@ class World:
                 "pods": lambda: self._random.choice((pod, lambda step: running(pod(step))))("train"),
             }[kind]()
             body = at(self.version, body, uid=uid, name=NAME if kind == "qlorajobs" else uid)
+            if kind != "qlorajobs" and self._random.random() < 0.2:
+                body["metadata"]["labels"] = {JOB_UID_LABEL: OTHER}
             self.objects[kind, uid] = body
             self.events.append((kind, "MODIFIED" if known else "ADDED", body))
 
@@ -308,6 +347,11 @@ class World:
 
     def listing(self, kind: Any) -> Listing:
         return Listing([body for (each, _), body in self.objects.items() if each == kind], str(self.version))
+
+    def labelled(self, kind: Any) -> Listing:
+        """Those that have the label of the job."""
+        items, version = self.listing(kind)
+        return Listing([body for body in items if body["metadata"]["labels"][JOB_UID_LABEL] == UID], version)
 
 
 def show(store: Store, kind: Any, type_: str, body: dict[str, Any]) -> None:
@@ -328,7 +372,7 @@ def happened(seed: int) -> tuple[Random, World]:
 def check_truth(store: Store, world: World) -> None:
     held = store.held(KEY)
     assert held is not None
-    truth = observe(UID, world.listing("jobs").items, world.listing("pods").items)
+    truth = observe(UID, world.labelled("jobs").items, world.labelled("pods").items)
     assert replace(held.observed, lost=None) == truth
     assert held.body["metadata"] == world.objects["qlorajobs", UID]["metadata"]
 
@@ -356,5 +400,5 @@ def test_whatever_events_are_lost_it_asks_for_what_it_does_not_hold(seed: int) -
         store.compare(kind, None, rows(kind, *lists[kind].items), lists[kind].version)
     if store.held(KEY) is not None:
         check_truth(store, world)
-    store.read(world.objects["qlorajobs", UID], lists["jobs"], lists["pods"])
+    store.read(world.objects["qlorajobs", UID], world.labelled("jobs"), world.labelled("pods"))
     check_truth(store, world)

@@ -1,0 +1,100 @@
+"""Parses a stored QLoRAJob, as far as possible also one that another release has admitted; pure."""
+
+import json
+import logging
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from qlora_api.contract import CONTRACT_VERSION, needed_contract
+from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
+from qlora_api.status import QLoRAJobStatus, Resolved
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.decisions.observe import Object, QLoRAJob
+
+logger = logging.getLogger(__name__)
+
+
+class UnreadableJobError(ValueError):
+    """A QLoRAJob that another version of the schema admitted and that this operator cannot read."""
+
+
+def parse_job(body: Object) -> QLoRAJob:
+    """The stored QLoRAJob. Raises UnreadableJobError if its status cannot be read.
+
+    A spec that another release has admitted is read as far as possible, so that a running job can still be stopped.
+    """
+    metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
+    try:
+        # After a downgrade the stored profile may have fields that this version does not know: the job continues.
+        status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
+    except ValidationError as error:
+        raise UnreadableJobError(f"this version of the operator cannot read the status: {_problems(error)}") from error
+    spec, problem = _parse_spec(body["spec"], status.resolved)
+    spec = _with_fixed_nodes(spec, status.resolved)
+    return QLoRAJob(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 0),
+        resource_version=metadata.get("resourceVersion", ""),
+        deleting="deletionTimestamp" in metadata,
+        spec=spec,
+        status=status,
+        queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
+        queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
+        orphans="orphan" in (metadata.get("finalizers") or ()),
+        problem=problem or _unknown_contract(status.resolved),
+    )
+
+
+def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:
+    """The spec, and why the job must not go on; empty if it can."""
+    try:
+        return QLoRAJobSpec.model_validate(content), ""
+    except ValidationError as error:
+        problem = f"this version of the operator cannot read the spec: {_problems(error)}"
+    if resolved is not None and resolved.document is not None:
+        try:
+            # What the pods read was fixed by an operator that knew these fields.
+            return QLoRAJobSpec.model_validate(content, extra="ignore"), ""
+        except ValidationError:
+            logger.debug("not even without its unknown fields", exc_info=True)
+    return QLoRAJobSpec.model_construct(**_readable_fields(content)), problem
+
+
+def _with_fixed_nodes(spec: QLoRAJobSpec, resolved: Resolved | None) -> QLoRAJobSpec:
+    """With as many pods as the job has started with, which is what they read: an older definition drops the field."""
+    if resolved is None or resolved.document is None or resolved.contract_version < needed_contract(2):
+        return spec
+    nodes = json.loads(resolved.document)["spec"]["resources"].get("nodes")
+    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": nodes})})
+
+
+def _readable_fields(content: Object) -> dict[str, Any]:
+    """Those fields of the spec that this version can read, by name; defaults for the others that have one."""
+    found: dict[str, Any] = {}
+    for name, declared in QLoRAJobSpec.model_fields.items():
+        reader: TypeAdapter[Any] = TypeAdapter(declared.rebuild_annotation())
+        try:
+            found[name] = reader.validate_python(content[declared.alias or name], extra="ignore")
+        except (ValidationError, KeyError):
+            if not declared.is_required():
+                found[name] = declared.get_default(call_default_factory=True)
+    return found
+
+
+def _unknown_contract(resolved: Resolved | None) -> str:
+    if resolved is None or resolved.contract_version <= CONTRACT_VERSION:
+        return ""
+    return (
+        f"a newer operator has started the job (contract version {resolved.contract_version}, this one knows "
+        f"{CONTRACT_VERSION}): what runs goes on; upgrade the operator for the next step"
+    )
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        for problem in error.errors(include_url=False)[:3]
+    )

@@ -1,0 +1,126 @@
+"""What tenants write into objects that the operator reads: large, strange, and thousands of them.
+
+There are no controllers and no node here: a pod stays as its tenant has made it.
+"""
+
+import asyncio
+import json
+import random
+import string
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devcluster.controlplane import ControlPlane
+from qlora_operator.cluster import connect
+from tests.support.operator_process import OperatorProcess, running_operator
+from tests.support.phases import cases
+from tests.support.waiting import eventually
+
+NAMESPACE = "foreign"
+LARGE = 100
+BYTES = 250_000
+LABELS = {"qlora.dev/job": "nobody", "qlora.dev/job-uid": "nobody"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def namespace(plane: ControlPlane) -> None:
+    plane.kubectl("create", "namespace", NAMESPACE)
+    plane.kubectl("create", "serviceaccount", "default", f"--namespace={NAMESPACE}")
+
+
+@pytest.fixture(autouse=True)
+def clean(plane: ControlPlane) -> Iterator[None]:
+    """Nothing of one test is there in the next."""
+    yield
+    everything = ("--all", f"--namespace={NAMESPACE}")
+    plane.kubectl("delete", "pods", *everything, "--grace-period=0", "--force")
+    plane.kubectl("delete", "qlorajobs", *everything, "--wait=false")
+
+
+def create(plane: ControlPlane, *objects: dict[str, Any]) -> None:
+    listed = {"apiVersion": "v1", "kind": "List", "items": objects}
+    plane.kubectl("create", "--filename=-", input_text=json.dumps(listed))
+
+
+def job(name: str, **annotations: str) -> dict[str, Any]:
+    """Suspended, so that nothing is created for it."""
+    return {
+        "apiVersion": "qlora.dev/v1alpha1",
+        "kind": "QLoRAJob",
+        "metadata": {"name": name, "namespace": NAMESPACE, "annotations": annotations},
+        "spec": {"suspend": True, "model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}},
+    }
+
+
+def pod(name: str, **metadata: Any) -> dict[str, Any]:
+    container = {"name": "trainer", "image": "example.org/image"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": LABELS, **metadata},
+        # Of a node, so that a deletion waits for its kubelet.
+        "spec": {"nodeName": "node", "automountServiceAccountToken": False, "containers": [container]},
+    }
+
+
+def has_suspended(operator: OperatorProcess, jobs: int) -> None:
+    def all_shown() -> bool:
+        return operator.metric('qlora_jobs{phase="Suspended"}') == jobs
+
+    operator.wait_until_ready()
+    eventually(all_shown, seconds=120, every=0.2, what=f"{jobs} suspended jobs")
+
+
+def peak_mebibytes(operator: OperatorProcess) -> int:
+    lines = Path(f"/proc/{operator.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
+
+
+def test_a_pod_that_no_operator_has_made_ends_none(plane: ControlPlane, tmp_path: Path) -> None:
+    create(plane, job("bystander"), pod("index", annotations={"batch.kubernetes.io/job-completion-index": "9" * 5000}))
+    settings = {"namespaces": [NAMESPACE], "resyncSeconds": 1}
+    with running_operator(tmp_path / "first", plane.kubeconfig, settings) as operator:
+        has_suspended(operator, 1)
+        # While it watches, and before the next one starts.
+        create(plane, pod("grace"))
+        where = ("grace", f"--namespace={NAMESPACE}", "--wait=false")
+        plane.kubectl("delete", "pod", *where, "--grace-period=200000000000")
+        create(plane, job("later"))
+        has_suspended(operator, 2)
+        assert not [entry for entry in operator.entries() if entry["level"] == "error"]
+    with running_operator(tmp_path / "second", plane.kubeconfig, settings) as operator:
+        has_suspended(operator, 2)
+
+
+@pytest.mark.slow
+def test_what_tenants_annotate_costs_no_memory(plane: ControlPlane, tmp_path: Path) -> None:
+    settings = {"namespaces": [NAMESPACE]}
+    with running_operator(tmp_path / "none", plane.kubeconfig, settings) as operator:
+        has_suspended(operator, 0)
+        before = peak_mebibytes(operator)
+    choose = random.Random(0).choices
+    for start in range(0, LARGE, 25):
+        notes = ("".join(choose(string.ascii_letters, k=BYTES)) for _ in range(25))
+        create(plane, *(job(f"large-{start + number}", note=note) for number, note in enumerate(notes)))
+    with running_operator(tmp_path / "many", plane.kubeconfig, settings) as operator:
+        has_suspended(operator, LARGE)
+        grown = peak_mebibytes(operator) - before
+    # A few pages, and answers to writes that are under way. Read at once and kept, they took 129.
+    assert grown < 90, f"{grown} MiB for {LARGE} jobs of {BYTES} bytes"
+
+
+def test_who_has_ended_is_not_read_to_count_who_has_not(plane: ControlPlane) -> None:
+    create(plane, *(job(name) for name in ("fresh", "succeeded", "failed", "training")))
+    stored = {case.name: case.body["status"] for case in cases()}
+    for name in ("succeeded", "failed", "training"):
+        where = (name, f"--namespace={NAMESPACE}", "--subresource=status", "--type=merge")
+        plane.kubectl("patch", "qlorajob", *where, f"--patch={json.dumps({'status': stored[name]})}")
+
+    async def unfinished() -> Iterable[str]:
+        async with connect(plane.kubeconfig) as cluster:
+            return [body["metadata"]["name"] async for page in cluster.unfinished_pages(NAMESPACE) for body in page]
+
+    assert asyncio.run(unfinished()) == ["fresh", "training"]
