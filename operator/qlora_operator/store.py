@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL
 from qlora_operator.decisions.observe import (
+    ORPHANED,
     ChildJob,
     Object,
     Observed,
@@ -366,6 +367,8 @@ def _compact(metadata: Object) -> dict[str, Any]:
     labels = metadata.get("labels") or {}
     if read := {name: labels[name] for name in _READ_LABELS if name in labels}:
         kept["labels"] = read
+    if ORPHANED in (metadata.get("finalizers") or ()):
+        kept["finalizers"] = [ORPHANED]
     return kept
 
 

@@ -18,6 +18,8 @@ from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_api.v1alpha1 import DEFAULT_PROFILE, QLoRAJobSpec
 
 Object = Mapping[str, Any]
+ORPHANED = "orphan"
+"""The finalizer of a deletion that leaves the children alone."""
 _INTERRUPTED, _KILLED = 143, 137
 _INDEX = "batch.kubernetes.io/job-completion-index"
 # More than any Job has pods. Whoever may change pods can write anything there.

@@ -10,7 +10,7 @@ from qlora_api.contract import CONTRACT_VERSION, needed_contract
 from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.decisions.observe import ORPHANED, Object, QLoRAJob
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def parse_job(body: Object) -> QLoRAJob:
         status=status,
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
-        orphans="orphan" in (metadata.get("finalizers") or ()),
+        orphans=ORPHANED in (metadata.get("finalizers") or ()),
         problem=problem or _unknown_contract(status.resolved),
     )
 
