@@ -6,6 +6,7 @@ The fast siblings are tests/unit/qlora_operator/test_previous_release.py and tes
 from collections.abc import Iterator
 
 import pytest
+import yaml
 
 from devcluster import layout, previous, product
 from tests.cluster.environment import LONG, WATCHED, Object, Tenant, tiny_job
@@ -24,8 +25,11 @@ def release(tenant: Tenant) -> Iterator[previous.Release]:
 
 
 def install(release: previous.Release) -> None:
+    """Install the previous release, without values that its chart does not know."""
     where = layout.from_environment()
-    product.install(where, where.kubeconfig, release.images, chart=release.chart)
+    known = yaml.safe_load((release.chart / "values.yaml").read_text())
+    values = {name: value for name, value in product.SMALL_MACHINE.items() if name in known}
+    product.install(where, where.kubeconfig, release.images, values, chart=release.chart)
 
 
 def patch(tenant: Tenant, name: str, spec: str) -> None:
