@@ -82,6 +82,9 @@ def _in_child(action: Callable[[], None]) -> tuple[str, bool]:
             os.dup2(log.fileno(), sys.stderr.fileno())
             try:
                 action()
+            except SystemExit:
+                # A target is broken: libFuzzer writes the input as the interpreter ends.
+                raise
             except BaseException:  # noqa: BLE001 - the copy must not go on as if it were the original
                 traceback.print_exc()
                 os._exit(1)
