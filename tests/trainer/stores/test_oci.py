@@ -320,6 +320,22 @@ def test_an_address_that_is_none_is_the_registrys_trouble(publish: Publish, regi
     assert said in rejected(publish, ExitCode.UNREACHABLE)
 
 
+@pytest.mark.parametrize("realm", ["http://[", "https://h\\[x", "ftp://h/token", ""])
+def test_a_token_server_without_an_address_gives_no_token(
+    publish: Publish, registry_proxy: FaultProxy, realm: str
+) -> None:
+    challenge = {"WWW-Authenticate": f'Bearer realm="{realm}",service="team",scope="push"'}
+    registry_proxy.rule = lambda _request: Fault(401, challenge)
+    rejected(publish, ExitCode.BAD_CONFIGURATION)
+
+
+def test_a_redirect_to_an_address_that_is_none_is_the_registrys_trouble(
+    publish: Publish, registry_proxy: FaultProxy
+) -> None:
+    registry_proxy.rule = lambda _request: Fault(307, {"Location": "http://["})
+    assert "(InvalidURL)" in rejected(publish, ExitCode.UNREACHABLE)
+
+
 def test_a_token_is_got_for_the_credentials_where_the_registry_wants_one(
     publish: Publish, registry_proxy: FaultProxy
 ) -> None:

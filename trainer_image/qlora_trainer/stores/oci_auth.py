@@ -52,6 +52,15 @@ class RegistrySession(requests.Session):
         self._login = docker_login(secret, source.registry)
         self._authorization: dict[str, str] = {}
 
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Where the answer redirects to. Raises InvalidURL if that is no address; requests lets ValueError out."""
+        target = super().get_redirect_target(resp)
+        try:
+            urlsplit(target or "")
+        except ValueError:
+            raise requests.exceptions.InvalidURL(f"redirects to {target!r}, which is not an address") from None
+        return target
+
     def ask(self, method: str, url: str, **options: Any) -> requests.Response:
         """Send a request, and once more with credentials or a token if the registry asks for them.
 
@@ -89,11 +98,11 @@ class RegistrySession(requests.Session):
         Not through oras, which takes a failing token server for one that denies, and waits for one that is silent.
         """
         wanted = parse_auth_header(challenge)
-        if not (wanted.realm or "").startswith(("https://", _PLAIN)):
+        server = _server(wanted.realm or "")
+        if server is None:
             return None
         parameters = {"service": wanted.service, "scope": wanted.scope}
         answer = self.get(wanted.realm, params=parameters, headers=self._basic(), timeout=_TIMEOUTS)
-        server = urlsplit(wanted.realm).netloc
         if is_retryable(answer.status_code):
             raise unreachable(f"{server} answered HTTP {answer.status_code} for a token")
         if answer.status_code != 200:
@@ -139,6 +148,15 @@ def require_allowed(source: RegistrySource, allowed: tuple[str, ...]) -> bool:
 
 def _host(entry: str) -> str:
     return entry.removeprefix(_PLAIN)
+
+
+def _server(realm: str) -> str | None:
+    """Host and port of a token server; None if its address is none that requests can be sent to."""
+    try:
+        address = urlsplit(realm)
+    except ValueError:
+        return None
+    return address.netloc if address.scheme in ("https", "http") else None
 
 
 def _origin(entry: str) -> str:
