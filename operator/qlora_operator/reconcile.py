@@ -31,7 +31,7 @@ from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.metrics import Metrics
-from qlora_operator.pauses import Pauses
+from qlora_operator.pauses import AtOnce, Blocked, Later, NextPass, Pauses
 from qlora_operator.progress import LogReading, ProgressReader
 from qlora_operator.starts import Starts
 from qlora_operator.store import Store
@@ -114,7 +114,7 @@ class Reconciler:
             if confirmed is None:
                 return None
             decision = self._decide(confirmed, log, queue, others)
-        again = await self._carry_out(decision)
+        again = self.blocked.until(key, await self._carry_out(decision))
         return _soonest(again, log.again, self._follow_waiting(key, decision))
 
     def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
@@ -236,27 +236,31 @@ class Reconciler:
         planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself)
         return _Decision(facts, status, planned, held_back(facts))
 
-    async def _carry_out(self, decision: "_Decision") -> float | None:
-        """Act and store the status; seconds until the job is to be looked at again."""
+    async def _carry_out(self, decision: "_Decision") -> NextPass:
+        """Act and store the status."""
         facts, planned = decision.facts, decision.plan
         if planned.store_first:
-            await self._write(facts, decision.status)
-            return 0.0
-        actions = Actions(self.cluster, self.store, self.blocked, self.dns_ports)
-        status, again = await actions.carry_out(facts, decision.status, planned.actions)
-        if again is None and any(creates_first_job(action) for action in planned.actions):
+            return AtOnce(changed=await self._write(facts, decision.status))
+        done = await Actions(self.cluster, self.store, self.dns_ports).carry_out(
+            facts, decision.status, planned.actions
+        )
+        if not done.blocked and any(creates_first_job(action) for action in planned.actions):
             # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
-            return 0.0
-        await self._write(facts, status)
+            return AtOnce(changed=done.changed)
+        await self._write(facts, done.status)
         look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
-        return _soonest(look_again, again)
+        return Blocked(look_again) if done.blocked else Later(look_again)
 
-    async def _write(self, facts: Facts, status: QLoRAJobStatus) -> None:
-        """Store the status if it differs from the stored one, and post an Event if the phase changes."""
+    async def _write(self, facts: Facts, status: QLoRAJobStatus) -> bool:
+        """Store the status if it differs from the stored one, and post an Event if the phase changes.
+
+        Whether that has changed what is stored: the API server may have kept nothing of it.
+        """
         job, key = facts.job, (facts.job.namespace, facts.job.name)
         if status == job.status or (content := status.dump()) == job.status.dump():
-            return
-        self.store.job_changed(await self.cluster.apply_status(job, content))
+            return False
+        written = await self.cluster.apply_status(job, content)
+        self.store.job_changed(written)
         self.metrics.status_writes.inc()
         self.metrics.job_is_in(key, status.phase, progresses=not is_false(status, "Progressing"))
         if event := phase_event(job, status, facts.now):
@@ -265,6 +269,7 @@ class Reconciler:
         if event := progress_event(job, status, facts.now):
             logger.warning("%s", event["message"], extra={"key": key})
             await self._post(key, event)
+        return bool(written["metadata"]["resourceVersion"] != job.resource_version)
 
     async def _post(self, key: Key, event: Object) -> None:
         try:

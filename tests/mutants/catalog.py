@@ -503,11 +503,45 @@ OPERATOR = (
     Mutant(
         name="a-foreign-claim-is-adopted",
         file=f"{_OPERATOR}/actions.py",
-        old='if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:',
+        old="if not _has_label(existing, job):",
         new="if False:",
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_job",
         ),
+    ),
+    Mutant(
+        name="a-job-that-nobody-watches-is-the-steps",
+        file=f"{_OPERATOR}/actions.py",
+        old="if not _has_label(found, job):",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_after_it_could_be",
+        ),
+    ),
+    Mutant(
+        name="a-pass-that-changes-nothing-is-followed-at-once",
+        file=f"{_OPERATOR}/pauses.py",
+        old="case AtOnce(changed=True):",
+        new="case AtOnce():",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often",
+        ),
+    ),
+    Mutant(
+        name="a-status-that-is-not-kept-is-written-at-once",
+        file=f"{_OPERATOR}/reconcile.py",
+        old='return bool(written["metadata"]["resourceVersion"] != job.resource_version)',
+        new="return True",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_status_of_which_the_api_server_keeps_nothing_is_written_less_and_less_often",
+        ),
+    ),
+    Mutant(
+        name="a-deletion-waits-for-a-status-that-is-stored",
+        file=f"{_DECISIONS}/plan.py",
+        old="store_first=counts_itself and _creates_a_job(actions))",
+        new="store_first=counts_itself and bool(actions))",
+        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_runs_for_a_job_that_waits_for_a_place_is_stopped",),
     ),
     Mutant(
         name="a-deleted-job-runs-on",

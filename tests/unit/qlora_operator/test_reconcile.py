@@ -16,6 +16,7 @@ from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.starts import SECONDS_BETWEEN_LOOKS
 from qlora_operator.store import Store
 from qlora_operator.workqueue import RetryError
 from tests.support.builders import (
@@ -61,6 +62,7 @@ class MemoryCluster:
         self.writes: list[str] = []
         self.reads = 0
         self.conflicts = 0
+        self.keeps_status = True
         self.existing: Object | None = None
         self.after_create: Callable[[], None] | None = None
         self.version = 100
@@ -143,6 +145,8 @@ class MemoryCluster:
             self.conflicts -= 1
             raise ConflictError("the object has been modified")
         self._write("status")
+        if not self.keeps_status:
+            return self.job
         self.job = self.job | {"status": status, "metadata": self.job["metadata"] | self._next()}
         return self.job
 
@@ -153,7 +157,10 @@ class MemoryCluster:
 
 def reconcile(cluster: MemoryCluster, store: Store | None = None, now: datetime = NOW) -> float | None:
     """Seconds until the operator looks again, as soon as it waits."""
-    reconciler = operator(cluster, store or Store(), now)
+    return until_it_waits(operator(cluster, store or Store(), now))
+
+
+def until_it_waits(reconciler: Reconciler) -> float | None:
     for _ in range(10):
         if (again := asyncio.run(reconciler.reconcile(KEY))) != 0:
             return again
@@ -162,6 +169,13 @@ def reconcile(cluster: MemoryCluster, store: Store | None = None, now: datetime 
 
 def operator(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Reconciler:
     return Reconciler(cluster, PROFILES, None, Metrics(), lambda: now, starts(), store)  # type: ignore[arg-type]
+
+
+def full(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Reconciler:
+    """The operator with a profile that allows one job at a time, of which there is one."""
+    limited = {"default": Profile.model_validate(PROFILES["default"].dump() | {"limits": {"jobs": 1}})}
+    other = starts(job_body(status_in("train").dump()))
+    return Reconciler(cluster, limited, None, Metrics(), lambda: now, other, store)  # type: ignore[arg-type]
 
 
 def has_label(body: Object) -> bool:
@@ -202,6 +216,10 @@ def _taken(cluster: MemoryCluster) -> None:
     cluster.existing = child("prepare", owner="another")
 
 
+def _unwatched(cluster: MemoryCluster) -> None:
+    cluster.existing = without_labels(child("prepare"))
+
+
 def _quota(kind: str) -> Callable[[MemoryCluster], None]:
     def exceed(cluster: MemoryCluster) -> None:
         cluster._rejected = (kind,)
@@ -213,6 +231,7 @@ def _quota(kind: str) -> Callable[[MemoryCluster], None]:
     ("block", "reason"),
     [
         (_taken, "NameTaken"),
+        (_unwatched, "NameTaken"),
         (_quota("Job"), "JobRejected"),
         (_quota("PersistentVolumeClaim"), "ClaimRejected"),
     ],
@@ -224,18 +243,37 @@ def test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_a
     block(cluster)
     store = shown(cluster)
     reconciler = operator(cluster, store)
-
-    def until_it_waits() -> float | None:
-        while (again := asyncio.run(reconciler.reconcile(KEY))) == 0:
-            pass
-        return again
-
-    assert [until_it_waits() for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert [until_it_waits(reconciler) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     assert reason_of(cluster.status) == reason
     cluster.existing, cluster._rejected = None, ()
-    until_it_waits()
+    until_it_waits(reconciler)
     assert cluster.status.phase == "Preparing"
     assert reconciler.blocked.next(KEY) == 5
+
+
+def test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often() -> None:
+    cluster = MemoryCluster(job_body())
+    store = shown(cluster, created=True)
+    cluster.existing = child("prepare")
+    store.child_changed("jobs", cluster.existing, deleted=True)
+    reconciler = operator(cluster, store)
+    assert [until_it_waits(reconciler) for _ in range(3)] == [5, 10, 20]
+
+
+def test_a_status_of_which_the_api_server_keeps_nothing_is_written_less_and_less_often() -> None:
+    cluster = MemoryCluster(job_body())
+    cluster.keeps_status = False
+    reconciler = full(cluster, shown(cluster))
+    reconciler.starts.unfinished_pages = starts().unfinished_pages
+    assert [until_it_waits(reconciler) for _ in range(3)] == [5, 10, 20]
+
+
+def test_what_runs_for_a_job_that_waits_for_a_place_is_stopped() -> None:
+    cluster = MemoryCluster(job_body())
+    cluster.jobs = [child("train")]
+    assert until_it_waits(full(cluster, shown(cluster))) == SECONDS_BETWEEN_LOOKS
+    assert cluster.writes == [f"deletion of {NAME}-train-1", "status", "Event"]
+    assert reason_of(cluster.status) == "JobLimitReached"
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
@@ -433,11 +471,8 @@ def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
 
 
 def test_a_failed_job_that_waits_for_a_place_is_cleaned_up_all_the_same() -> None:
-    limited = {"default": Profile.model_validate(PROFILES["default"].dump() | {"limits": {"jobs": 1}})}
     cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0, retry={"request": 1}))
-    other = job_body(status_in("train").dump())
-    reconciler = Reconciler(cluster, limited, None, Metrics(), lambda: NOW, starts(other), Store())  # type: ignore[arg-type]
-    asyncio.run(reconciler.reconcile(KEY))
+    until_it_waits(full(cluster, Store()))
     assert cluster.writes[0] == "Job"
     assert cluster.status.phase == "Failed"
 
