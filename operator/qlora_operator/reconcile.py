@@ -14,7 +14,12 @@ from qlora_operator.actions import Actions
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
-from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, with_detached_pods
+from qlora_operator.decisions.detached import (
+    hides_a_pod,
+    lacks_earlier_pod,
+    misses_running_pod,
+    with_detached_pods,
+)
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS
@@ -289,7 +294,7 @@ def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
     actions = decision.plan.actions
     if cannot_be_undone(view.job, decision.status, actions):
         return True
-    if _hides_a_pod_for_long(view, decision.facts.now):
+    if _hides_a_pod_for_long(view, decision.facts.now) or lacks_earlier_pod(view.job.status.step, view.observed):
         return True
     # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
     return not view.fresh and any(creates_first_job(action) for action in actions)

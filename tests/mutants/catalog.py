@@ -544,6 +544,42 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_runs_for_a_job_that_waits_for_a_place_is_stopped",),
     ),
     Mutant(
+        name="the-next-attempt-forgets-the-pod-before",
+        file=f"{_DECISIONS}/status.py",
+        old="    renew,\n    keep_earlier_pod,\n",
+        new="    renew,\n",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left",
+        ),
+    ),
+    Mutant(
+        name="a-watch-shows-the-end-of-a-hidden-pod",
+        file=f"{_OPERATOR}/reconcile.py",
+        old=" or lacks_earlier_pod(view.job.status.step, view.observed):",
+        new=":",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that",
+        ),
+    ),
+    Mutant(
+        name="a-detached-pod-runs-free-of-charge",
+        file=f"{_DECISIONS}/attempts.py",
+        old="return _charge_detached(status, job, observed)",
+        new="return status",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left",
+        ),
+    ),
+    Mutant(
+        name="a-pod-without-an-owner-is-of-every-step",
+        file=f"{_DECISIONS}/observe.py",
+        old="if job_uid and pod.owner_uid == job_uid",
+        new="if pod.owner_uid == job_uid",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_pod_without_an_owner_is_none_of_a_step_that_has_no_job_yet",
+        ),
+    ),
+    Mutant(
         name="a-deleted-job-runs-on",
         file=f"{_DECISIONS}/plan.py",
         old="return () if job.orphans else tuple(_running(observed))",

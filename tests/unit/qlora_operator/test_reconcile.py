@@ -26,6 +26,7 @@ from tests.support.builders import (
     UID,
     after,
     child,
+    condition,
     deleted,
     ended,
     failed,
@@ -625,6 +626,74 @@ def test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time(
     reconcile(cluster, shown(cluster))
     assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-train-2"]
     assert (cluster.status.active_seconds, cluster.status.disruptions, cluster.status.failures) == (55, 0, 0)
+
+
+def test_a_pod_without_an_owner_is_none_of_a_step_that_has_no_job_yet() -> None:
+    cluster = stored(status_in("train", step=step_status("train", jobUid="").dump()))
+    cluster.pods = [without_owner(running(pod("train")))]
+    reconcile(cluster, shown(cluster))
+    assert cluster.status.step is not None
+    assert (cluster.status.step.running_pod, cluster.status.step.running_since) == ("", None)
+
+
+def _created(cluster: MemoryCluster) -> list[str]:
+    return [body["metadata"]["name"] for body in cluster.jobs if body["metadata"]["resourceVersion"] != "5"]
+
+
+def _spec_changed(cluster: MemoryCluster, **spec: Any) -> None:
+    newer = {"generation": 2, "resourceVersion": str(cluster.version)}
+    cluster.job |= {"spec": cluster.job["spec"] | spec, "metadata": cluster.job["metadata"] | newer}
+
+
+@TAKEN
+def test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left(
+    taken: Callable[[Object], dict[str, Any]],
+) -> None:
+    cluster = training(taken, activeDeadlineSeconds=100)
+    detached = dict(cluster.pods[0])
+    reconcile(cluster, shown(cluster))
+    cluster.jobs = []
+    reconcile(cluster, shown(cluster), after(41))
+    assert cluster.status.phase == "Failed"
+    _spec_changed(cluster, activeDeadlineSeconds=1000, retry={"request": 1})
+    for second in (42, 43, 58):
+        assert reconcile(cluster, shown(cluster), after(second)) == 15
+        assert (_created(cluster), reason_of(cluster.status)) == ([], "PodDetached")
+    cluster.pods = [ended(detached, 143, start=-60, end=61)]
+    reconcile(cluster, shown(cluster), after(62))
+    assert _created(cluster) == [f"{NAME}-train-2"]
+    assert cluster.status.active_seconds == 121
+    # The step knows its own pod now.
+    cluster.pods = [*cluster.pods, running(pod("train", 2), since=63)]
+    reconcile(cluster, shown(cluster), after(64))
+    assert (cluster.status.phase, cluster.status.disruptions, cluster.status.failures) == ("Training", 0, 0)
+    assert cluster.status.step is not None
+    assert cluster.status.step.running_pod_name == f"{NAME}-train-2-pod1"
+
+
+def test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that() -> None:
+    stalled = step_status(
+        "train",
+        runningPod=f"uid-{NAME}-train-1-pod1",
+        runningPodName=f"{NAME}-train-1-pod1",
+        runningSince=time(-4000),
+        progressedAt=time(-4000),
+    )
+    conditions = [condition("Prepared", "True"), condition("Progressing", "False")]
+    cluster = stored(status_in("train", step=stalled.dump(), conditions=conditions), retry={"onNoProgress": "restart"})
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"), since=-4000)]
+    reconcile(cluster, shown(cluster))
+    assert cluster.status.step is not None
+    assert (cluster.status.step.attempt, f"deletion of {NAME}-train-1" in cluster.writes) == (2, True)
+    hidden, cluster.jobs = both(cluster.pods[0]), []
+    for suspended in (False, True, False):
+        _spec_changed(cluster, suspend=suspended)
+        cluster.pods = [hidden]
+        reconcile(cluster, shown(cluster))
+        assert _created(cluster) == []
+    cluster.pods = []
+    reconcile(cluster, shown(cluster))
+    assert _created(cluster) == [f"{NAME}-train-2"]
 
 
 def test_what_a_detached_pod_ran_counts_although_its_job_has_another_pod_by_then() -> None:
