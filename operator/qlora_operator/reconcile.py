@@ -68,6 +68,14 @@ class _Decision:
 
 
 @dataclass(frozen=True)
+class _Done:
+    """The end of a pass."""
+
+    seconds: float | None = None
+    """Until the job is reconciled again; None if the next event is enough."""
+
+
+@dataclass(frozen=True)
 class Reconciler:
     """One pass over one job. Keeps nothing between passes that a restart may not lose: all state is in the API."""
 
@@ -101,26 +109,44 @@ class Reconciler:
 
     async def _reconcile(self, key: Key) -> float | None:
         view = await self._look(key)
-        if view is None:
-            return None
+        while view is not None:
+            done = await self._counted_pass(key, view)
+            if not isinstance(done, _View):
+                return done.seconds
+            view = done  # live, so that there is no third pass
+        return None
+
+    async def _counted_pass(self, key: Key, view: "_View") -> "_Done | _View":
+        """A pass with a true count of the jobs of the profile, if that is limited and the job needs a place."""
         limit = limit_of_jobs(view.job, self.profiles)
         if limit is None:
-            return await self._pass(key, view)
+            return await self._pass(key, view, None)
         async with self.starts.count(view.job, limit) as others:
             return await self._pass(key, view, others)
 
-    async def _pass(self, key: Key, view: "_View", others: int = 0) -> float | None:
-        """Decide, confirm, act and write. `others`: how many jobs of the profile have started, if that is limited."""
+    async def _pass(self, key: Key, view: "_View", others: int | None) -> "_Done | _View":
+        """Decide, confirm, act and write; or the job as it is now, with which the pass has to be made instead.
+
+        `others`: how many jobs of the profile have started; None if they were not counted.
+        """
         log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
         queue = await self._read_queue(view)
-        decision = self._decide(view, log, queue, others)
+        decision = self._decide(view, log, queue, others or 0)
         if not view.live and _must_be_confirmed(view, decision):
             confirmed = await self._read(key)
             if confirmed is None:
-                return None
-            decision = self._decide(confirmed, log, queue, others)
+                return _Done()
+            if self._needs_another_count(confirmed.job, view.job, others):
+                return confirmed
+            decision = self._decide(confirmed, log, queue, others or 0)
         again = self.blocked.until(key, await self._carry_out(decision))
-        return _soonest(again, log.again, self._follow_waiting(key, decision))
+        return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
+
+    def _needs_another_count(self, confirmed: QLoRAJob, counted: QLoRAJob, others: int | None) -> bool:
+        """Whether the job as it is now needs a place for which the one that the watches have shown was not counted."""
+        if limit_of_jobs(confirmed, self.profiles) is None:
+            return False
+        return others is None or confirmed.spec.scheduling.profile != counted.spec.scheduling.profile
 
     def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
         """After the write: when a job has ended, or has started after it waited, the next in the row is looked at.

@@ -544,6 +544,15 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_runs_for_a_job_that_waits_for_a_place_is_stopped",),
     ),
     Mutant(
+        name="a-request-is-taken-up-without-a-place",
+        file=f"{_OPERATOR}/reconcile.py",
+        old="if self._needs_another_count(confirmed.job, view.job, others):",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_request_that_only_a_live_read_shows_waits_for_a_place_too",
+        ),
+    ),
+    Mutant(
         name="the-next-attempt-forgets-the-pod-before",
         file=f"{_DECISIONS}/status.py",
         old="    renew,\n    keep_earlier_pod,\n",

@@ -478,6 +478,16 @@ def test_a_failed_job_that_waits_for_a_place_is_cleaned_up_all_the_same() -> Non
     assert cluster.status.phase == "Failed"
 
 
+def test_a_request_that_only_a_live_read_shows_waits_for_a_place_too() -> None:
+    cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0))
+    store = shown(cluster)
+    asked = {"spec": cluster.job["spec"] | {"retry": {"request": 1}}}
+    cluster.job |= asked | {"metadata": cluster.job["metadata"] | {"generation": 2, "resourceVersion": "8"}}
+    assert until_it_waits(full(cluster, store, after(10))) == SECONDS_BETWEEN_LOOKS
+    assert (cluster.status.phase, reason_of(cluster.status, "Ready")) == ("Failed", "JobLimitReached")
+    assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-clean-1"]
+
+
 def test_a_deletion_that_the_api_server_rejects_is_reported() -> None:
     cluster = stored(status_in("train"), suspend=True)
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
