@@ -191,9 +191,13 @@ class Reconciler:
         return None if self._is_settled(key, view) else view
 
     async def _with_current_job(self, job: QLoRAJob, observed: Observed) -> Observed:
-        """With the Job of the current step although somebody has taken its label or its owner away: it still runs."""
+        """With the Job of the current step although somebody has taken its label or its owner away: it still runs.
+
+        Not of a job that is being deleted: its Jobs may be left alone on purpose (`--cascade=orphan`), which nothing
+        shows any more once the garbage collector has done its part.
+        """
         step = job.status.step
-        if step is None or not step.job_uid or observed.child(step.job_name) is not None:
+        if job.deleting or step is None or not step.job_uid or observed.child(step.job_name) is not None:
             return observed
         try:
             found = parse_child(await self.cluster.get_job(job.namespace, step.job_name))

@@ -580,6 +580,15 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="an-orphan-is-deleted",
+        file=f"{_OPERATOR}/reconcile.py",
+        old="if job.deleting or step is None or not step.job_uid",
+        new="if step is None or not step.job_uid",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_its_part",
+        ),
+    ),
+    Mutant(
         name="a-pod-without-an-owner-is-of-every-step",
         file=f"{_DECISIONS}/observe.py",
         old="if job_uid and pod.owner_uid == job_uid",

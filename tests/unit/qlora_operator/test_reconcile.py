@@ -350,6 +350,14 @@ def test_a_job_that_is_deleted_without_its_children_leaves_them_alone() -> None:
     assert (cluster.writes, cluster.reads) == ([], 0)
 
 
+def test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_its_part() -> None:
+    cluster = stored(status_in("train"))
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+    cluster.existing = {**child("train"), "metadata": {**child("train")["metadata"], "ownerReferences": []}}
+    assert reconcile(cluster) is None
+    assert cluster.writes == []
+
+
 @pytest.mark.parametrize("spec", [{}, {"cleanupAfterSeconds": 0}, {"retry": {"request": 1}}], ids=str)
 def test_nothing_is_created_for_a_job_that_is_being_deleted(spec: dict[str, Any]) -> None:
     for status in (QLoRAJobStatus(), status_in("train"), FAILED):
