@@ -165,7 +165,7 @@ class Reconciler:
         held = self.store.held(key)
         if held is None:
             return await self._read(key)
-        job = await self._parse(key, held.body)
+        job = await self._readable(key, held.body)
         if job is None:
             return None
         view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
@@ -176,11 +176,10 @@ class Reconciler:
         body = await self.cluster.get_qlora_job(*key)
         if body is None:
             self.store.gone(key)
-            self.starts.place_may_be_free(key)
-            self._forget(key)
+            self._let_go(key)
             self.metrics.job_is_in(key, None)
             return None
-        job = await self._parse(key, body)
+        job = await self._readable(key, body)
         if job is None:
             return None
         jobs = await self.cluster.list_jobs(job.namespace, job.uid)
@@ -217,19 +216,23 @@ class Reconciler:
             found += await self.cluster.list_pods_of_child(job.namespace, step.job_uid)
         return found
 
-    async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
-        """The job; None if this version of the operator cannot read it."""
+    async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
+        """The job; None, after an Event, if this version of the operator cannot read it. Who leaves frees its place."""
         try:
             job = parse_job(body)
         except UnreadableJobError as error:
             logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
             await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
-            job = None
-        if job is None or job.deleting:
+            self._let_go(key)
+            return None
+        if job.deleting:
             self.starts.place_may_be_free(key)
-        if job is None:
-            self._forget(key)
         return job
+
+    def _let_go(self, key: Key) -> None:
+        """Nothing is done for the job any more, so that another one may have its place."""
+        self.starts.place_may_be_free(key)
+        self._forget(key)
 
     def _is_settled(self, key: Key, view: "_View") -> bool:
         settled = is_settled(view.job, view.observed)
