@@ -78,5 +78,6 @@ def _claimed(pod: Pod, step: StepStatus) -> Pod:
     if pod.uid != step.running_pod:
         return pod
     if not step.job_uid:
+        # Of an earlier Job, which still ends it, or of none, and then nobody does.
         return pod if pod.detached or pod.owner_uid else replace(pod, detached=True)
     return pod if pod.owner_uid == step.job_uid else replace(pod, owner_uid=step.job_uid, detached=True)
