@@ -9,7 +9,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,20 @@ class Operator:
         self._follow_in_work(lacks)
 
     async def _work(self) -> None:
-        settings, metrics, health = self._settings, self._metrics, self._health
-        store = Store()
+        settings, queue, resync, hooks = self._settings, *self._wired()
+        with self._at_work(queue, resync):
+            await resync.first()
+            _keep_what_is_there()
+            where = ", ".join(settings.namespaces) or "all namespaces"
+            logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(queue.run())
+                group.create_task(resync.run())
+                group.create_task(watch(settings, hooks))
+
+    def _wired(self) -> tuple[WorkQueue, Resync, Hooks]:
+        """What works together, around one store; nothing runs yet."""
+        settings, metrics, store = self._settings, self._metrics, Store()
         queue = WorkQueue(
             # It requests others, when one has ended that they wait for.
             self._reconciler(store, lambda key: queue.add(key)).reconcile,
@@ -185,37 +198,28 @@ class Operator:
             monotonic=time.monotonic,
             on_access=metrics.namespace_is_denied,
         )
-        hooks = Hooks(queue.add, resync.monitor, metrics.job_is_in, self._signals.take, store)
-        candidate = dict(health.ready)
-        health.ready = {"resync": lambda: resync.problem() or resync.starting(), "schema": self._schema_problem}
-        health.note = resync.note
+        return queue, resync, Hooks(queue.add, resync.monitor, metrics.job_is_in, self._signals.take, store)
+
+    @contextmanager
+    def _at_work(self, queue: WorkQueue, resync: Resync) -> Iterator[None]:
+        """Probes and metrics tell of the work, and it pauses while the schema lacks fields, until the block ends."""
+        health, candidate = self._health, dict(self._health.ready)
 
         def follow_schema(lacks: bool) -> None:
             queue.pause(lacks)
             if not lacks:
                 resync.look_at_all()
 
+        health.ready = {"resync": lambda: resync.problem() or resync.starting(), "schema": self._schema_problem}
+        health.note = resync.note
         queue.pause(self._check.problem is not None)
         self._follow_in_work = follow_schema
-        metrics.works(lambda: queue.depth)
+        self._metrics.works(lambda: queue.depth)
         try:
-            await resync.first()
-            # What is there now stays: without it, looking for garbage is quick, and so comes before there is much.
-            gc.unfreeze()
-            gc.collect()
-            gc.freeze()
-            # Requests and events make thousands of objects a second that die at once, by their count of references:
-            # to look for garbage among them after every 700 takes a twentieth of a pass, and finds next to nothing.
-            gc.set_threshold(*_GC_THRESHOLDS)
-            where = ", ".join(settings.namespaces) or "all namespaces"
-            logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
-            async with asyncio.TaskGroup() as group:
-                group.create_task(queue.run())
-                group.create_task(resync.run())
-                group.create_task(watch(settings, hooks))
+            yield
         finally:
             self._follow_in_work = lambda _lacks: None
-            metrics.works(None)
+            self._metrics.works(None)
             health.ready, health.note = candidate, lambda: None
 
     def _reconciler(self, store: Store, enqueue: Callable[[Key], None]) -> Reconciler:
@@ -234,6 +238,17 @@ class Operator:
             dns_ports=settings.dns_ports,
             suspect_schema=self._check.suspect,
         )
+
+
+def _keep_what_is_there() -> None:
+    """Have the garbage collector look seldom, and only at what comes from now on."""
+    # What is there now stays: without it, looking for garbage is quick, and so comes before there is much.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    # Requests and events make thousands of objects a second that die at once, by their count of references: to look
+    # for garbage among them after every 700 takes a twentieth of a pass, and finds next to nothing.
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 if __name__ == "__main__":

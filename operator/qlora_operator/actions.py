@@ -19,11 +19,21 @@ from qlora_operator.decisions.plan import (
     creates_first_job,
 )
 from qlora_operator.decisions.status import with_child, with_rejection
-from qlora_operator.pauses import Pauses
 from qlora_operator.store import Store
 from qlora_operator.workqueue import RetryError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What has come of the actions of one pass."""
+
+    status: QLoRAJobStatus
+    changed: bool
+    """Whether one of them has written something, or has made the store show what it did not show before."""
+    blocked: bool = False
+    """Whether one of them cannot be done now. Nothing shows when a quota has room again, or a name is free."""
 
 
 class _BlockedError(Exception):
@@ -40,33 +50,30 @@ class Actions:
 
     cluster: Cluster
     store: Store
-    blocked: Pauses
     dns_ports: tuple[int, ...]
 
-    async def carry_out(
-        self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]
-    ) -> tuple[QLoRAJobStatus, float | None]:
-        """The status after the actions, and seconds until the next try if one of them is blocked."""
-        job, resolved = facts.job, status.resolved
+    async def carry_out(self, facts: Facts, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> Result:
+        """Carry them out. The status of the result is the one after the actions."""
+        job, resolved, changed = facts.job, status.resolved, False
         for action in actions:
             try:
                 match action:
                     case DeleteJob(name, uid):
                         await self._delete_job(job, name, uid)
+                        changed = True
                     case CreateClaim() if resolved is not None:
-                        await self._create_claim(job, resolved)
+                        changed |= await self._create_claim(job, resolved)
                     case ConnectNodes():
-                        await self._connect_nodes(job)
+                        changed |= await self._connect_nodes(job)
                     case CreateJob() if resolved is not None:
-                        job_uid = await self._create_job(job, resolved, action)
+                        job_uid, is_new = await self._create_job(job, resolved, action)
+                        changed |= is_new
                         # The status that tells of the first Job follows from what the next pass sees.
                         status = status if creates_first_job(action) else with_child(status, facts, job_uid)
             except _BlockedError as blocked:
                 logger.warning("%s", blocked, extra={"key": (job.namespace, job.name)})
-                # Nothing shows when a quota has room again, or a name is free that an object without the label has.
-                return with_rejection(status, facts, blocked.reason), self.blocked.next((job.namespace, job.name))
-        self.blocked.end((job.namespace, job.name))
-        return status, None
+                return Result(with_rejection(status, facts, blocked.reason), changed, blocked=True)
+        return Result(status, changed)
 
     async def _delete_job(self, job: QLoRAJob, name: str, uid: str) -> None:
         """Delete this very Job. Raises _BlockedError if the API server does not allow it."""
@@ -77,28 +84,29 @@ class Actions:
             sentence = f"the API server rejects the deletion of Job {name}: {error}"
             raise _BlockedError(Reason("JobRejected", sentence)) from error
 
-    async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> str:
-        """UID of the step's Job, created now or by a pass that was interrupted. Raises _BlockedError."""
+    async def _create_job(self, job: QLoRAJob, resolved: Resolved, action: CreateJob) -> tuple[str, bool]:
+        """UID of the step's Job, and whether it was created now, or the store shows it only now.
+
+        It may exist already, by a pass that was interrupted. Raises _BlockedError.
+        """
+        key, new = (job.namespace, job.name), True
         manifest = build_job(job, resolved, action.step, action.attempt, action.failures)
         name = manifest["metadata"]["name"]
         try:
             created = await self.cluster.create_job(job.namespace, manifest)
-            logger.info("created Job %s", name, extra={"key": (job.namespace, job.name)})
+            logger.info("created Job %s", name, extra={"key": key})
         except RejectedError as error:
             sentence = f"the API server rejects Job {name}: {error}"
             raise _BlockedError(Reason("JobRejected", sentence)) from error
         except ConflictError as error:
-            created = await self._existing(self.cluster.get_job(job.namespace, name))
-            if controller_uid(created) != job.uid:
-                sentence = (
-                    f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
-                    "this job starts when that Job is gone"
-                )
-                raise _BlockedError(Reason("NameTaken", sentence)) from error
-        self.store.child_changed("jobs", created)
-        return str(created["metadata"]["uid"])
+            created, new = await self._existing(self.cluster.get_job(job.namespace, name)), False
+            if (reason := _name_taken(created, job)) is not None:
+                raise _BlockedError(reason) from error
+        shown = self.store.child_changed("jobs", created)
+        return str(created["metadata"]["uid"]), new or key in shown
 
-    async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> None:
+    async def _create_claim(self, job: QLoRAJob, resolved: Resolved) -> bool:
+        """Whether it was created now. Raises _BlockedError."""
         name = resolved.claim_name
         try:
             await self.cluster.create_claim(job.namespace, build_claim(job, resolved))
@@ -108,15 +116,19 @@ class Actions:
             raise _BlockedError(Reason("ClaimRejected", sentence)) from error
         except ConflictError as error:
             existing = await self._existing(self.cluster.get_claim(job.namespace, name))
-            if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
+            if not _has_label(existing, job):
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
                 raise _BlockedError(Reason("ClaimNameTaken", sentence)) from error
+            return False
+        return True
 
-    async def _connect_nodes(self, job: QLoRAJob) -> None:
-        """Create the Service and the NetworkPolicy of train pods on several nodes. Raises _BlockedError.
+    async def _connect_nodes(self, job: QLoRAJob) -> bool:
+        """Create the Service and the NetworkPolicy of train pods on several nodes; whether one of them was missing.
 
-        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so.
+        Their names have the job's UID: what exists is the job's own, or was made by somebody who may do so. Raises
+        _BlockedError.
         """
+        created = False
         for kind, create, manifest in (
             ("NetworkPolicy", self.cluster.create_network_policy, build_peer_policy(job, self.dns_ports)),
             ("Service", self.cluster.create_service, build_peer_service(job)),
@@ -124,15 +136,41 @@ class Actions:
             name = manifest["metadata"]["name"]
             try:
                 await create(job.namespace, manifest)
+                created = True
                 logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
             except ConflictError:
                 logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
             except RejectedError as error:
                 sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"
                 raise _BlockedError(Reason("PeersRejected", sentence)) from error
+        return created
 
     async def _existing(self, get: Awaitable[Object]) -> Object:
         try:
             return await get
         except NotFoundError as error:
             raise RetryError("the object of the same name has just been deleted") from error
+
+
+def _name_taken(found: Object, job: QLoRAJob) -> Reason | None:
+    """Why a Job that has the name of the step's is not that; None if it is."""
+    name = found["metadata"]["name"]
+    if controller_uid(found) != job.uid:
+        sentence = (
+            f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
+            "this job starts when that Job is gone"
+        )
+        return Reason("NameTaken", sentence)
+    if not _has_label(found, job):
+        # No watch and no list would show it, so that each pass would create it again.
+        sentence = (
+            f"a Job {name} exists that names this job as its controller and does not have its label {JOB_UID_LABEL}, "
+            "so that nobody watches it: delete that Job, and this job goes on"
+        )
+        return Reason("NameTaken", sentence)
+    return None
+
+
+def _has_label(found: Object, job: QLoRAJob) -> bool:
+    """Whether the object has the label of what was created for the job."""
+    return bool((found["metadata"].get("labels") or {}).get(JOB_UID_LABEL) == job.uid)

@@ -14,7 +14,12 @@ from qlora_operator.actions import Actions
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
-from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, with_detached_pods
+from qlora_operator.decisions.detached import (
+    hides_a_pod,
+    lacks_earlier_pod,
+    misses_running_pod,
+    with_detached_pods,
+)
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS
@@ -31,7 +36,7 @@ from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.metrics import Metrics
-from qlora_operator.pauses import Pauses
+from qlora_operator.pauses import AtOnce, Blocked, Later, NextPass, Pauses
 from qlora_operator.progress import LogReading, ProgressReader
 from qlora_operator.starts import Starts
 from qlora_operator.store import Store
@@ -60,6 +65,14 @@ class _Decision:
     plan: Plan
     held_back: Reason | None
     """Why the job waits for others of its profile, if nothing else keeps it from going on."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """The end of a pass."""
+
+    seconds: float | None = None
+    """Until the job is reconciled again; None if the next event is enough."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +109,44 @@ class Reconciler:
 
     async def _reconcile(self, key: Key) -> float | None:
         view = await self._look(key)
-        if view is None:
-            return None
+        while view is not None:
+            done = await self._counted_pass(key, view)
+            if not isinstance(done, _View):
+                return done.seconds
+            view = done  # live, so that there is no third pass
+        return None
+
+    async def _counted_pass(self, key: Key, view: "_View") -> "_Done | _View":
+        """A pass with a true count of the jobs of the profile, if that is limited and the job needs a place."""
         limit = limit_of_jobs(view.job, self.profiles)
         if limit is None:
-            return await self._pass(key, view)
+            return await self._pass(key, view, None)
         async with self.starts.count(view.job, limit) as others:
             return await self._pass(key, view, others)
 
-    async def _pass(self, key: Key, view: "_View", others: int = 0) -> float | None:
-        """Decide, confirm, act and write. `others`: how many jobs of the profile have started, if that is limited."""
+    async def _pass(self, key: Key, view: "_View", others: int | None) -> "_Done | _View":
+        """Decide, confirm, act and write; or the job as it is now, with which the pass has to be made instead.
+
+        `others`: how many jobs of the profile have started; None if they were not counted.
+        """
         log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
         queue = await self._read_queue(view)
-        decision = self._decide(view, log, queue, others)
+        decision = self._decide(view, log, queue, others or 0)
         if not view.live and _must_be_confirmed(view, decision):
             confirmed = await self._read(key)
             if confirmed is None:
-                return None
-            decision = self._decide(confirmed, log, queue, others)
-        again = await self._carry_out(decision)
-        return _soonest(again, log.again, self._follow_waiting(key, decision))
+                return _Done()
+            if self._needs_another_count(confirmed.job, view.job, others):
+                return confirmed
+            decision = self._decide(confirmed, log, queue, others or 0)
+        again = self.blocked.until(key, await self._carry_out(decision))
+        return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
+
+    def _needs_another_count(self, confirmed: QLoRAJob, counted: QLoRAJob, others: int | None) -> bool:
+        """Whether the job as it is now needs a place for which the one that the watches have shown was not counted."""
+        if limit_of_jobs(confirmed, self.profiles) is None:
+            return False
+        return others is None or confirmed.spec.scheduling.profile != counted.spec.scheduling.profile
 
     def _follow_waiting(self, key: Key, decision: "_Decision") -> float | None:
         """After the write: when a job has ended, or has started after it waited, the next in the row is looked at.
@@ -134,7 +165,7 @@ class Reconciler:
         held = self.store.held(key)
         if held is None:
             return await self._read(key)
-        job = await self._parse(key, held.body)
+        job = await self._readable(key, held.body)
         if job is None:
             return None
         view = _View(job, with_detached_pods(job, held.observed), live=False, fresh=held.fresh)
@@ -145,11 +176,10 @@ class Reconciler:
         body = await self.cluster.get_qlora_job(*key)
         if body is None:
             self.store.gone(key)
-            self.starts.place_may_be_free(key)
-            self._forget(key)
+            self._let_go(key)
             self.metrics.job_is_in(key, None)
             return None
-        job = await self._parse(key, body)
+        job = await self._readable(key, body)
         if job is None:
             return None
         jobs = await self.cluster.list_jobs(job.namespace, job.uid)
@@ -160,9 +190,13 @@ class Reconciler:
         return None if self._is_settled(key, view) else view
 
     async def _with_current_job(self, job: QLoRAJob, observed: Observed) -> Observed:
-        """With the Job of the current step although somebody has taken its label or its owner away: it still runs."""
+        """With the Job of the current step although somebody has taken its label or its owner away: it still runs.
+
+        Not of a job that is being deleted: its Jobs may be left alone on purpose (`--cascade=orphan`), which nothing
+        shows any more once the garbage collector has done its part.
+        """
         step = job.status.step
-        if step is None or not step.job_uid or observed.child(step.job_name) is not None:
+        if job.deleting or step is None or not step.job_uid or observed.child(step.job_name) is not None:
             return observed
         try:
             found = parse_child(await self.cluster.get_job(job.namespace, step.job_name))
@@ -182,19 +216,23 @@ class Reconciler:
             found += await self.cluster.list_pods_of_child(job.namespace, step.job_uid)
         return found
 
-    async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
-        """The job; None if this version of the operator cannot read it."""
+    async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
+        """The job; None, after an Event, if this version of the operator cannot read it. Who leaves frees its place."""
         try:
             job = parse_job(body)
         except UnreadableJobError as error:
             logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
             await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
-            job = None
-        if job is None or job.deleting:
+            self._let_go(key)
+            return None
+        if job.deleting:
             self.starts.place_may_be_free(key)
-        if job is None:
-            self._forget(key)
         return job
+
+    def _let_go(self, key: Key) -> None:
+        """Nothing is done for the job any more, so that another one may have its place."""
+        self.starts.place_may_be_free(key)
+        self._forget(key)
 
     def _is_settled(self, key: Key, view: "_View") -> bool:
         settled = is_settled(view.job, view.observed)
@@ -236,27 +274,31 @@ class Reconciler:
         planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself)
         return _Decision(facts, status, planned, held_back(facts))
 
-    async def _carry_out(self, decision: "_Decision") -> float | None:
-        """Act and store the status; seconds until the job is to be looked at again."""
+    async def _carry_out(self, decision: "_Decision") -> NextPass:
+        """Act and store the status."""
         facts, planned = decision.facts, decision.plan
         if planned.store_first:
-            await self._write(facts, decision.status)
-            return 0.0
-        actions = Actions(self.cluster, self.store, self.blocked, self.dns_ports)
-        status, again = await actions.carry_out(facts, decision.status, planned.actions)
-        if again is None and any(creates_first_job(action) for action in planned.actions):
+            return AtOnce(changed=await self._write(facts, decision.status))
+        done = await Actions(self.cluster, self.store, self.dns_ports).carry_out(
+            facts, decision.status, planned.actions
+        )
+        if not done.blocked and any(creates_first_job(action) for action in planned.actions):
             # What was resolved is safe in that Job. Other new jobs need theirs more urgently than this one its status.
-            return 0.0
-        await self._write(facts, status)
+            return AtOnce(changed=done.changed)
+        await self._write(facts, done.status)
         look_again = (planned.look_again - facts.now).total_seconds() if planned.look_again else None
-        return _soonest(look_again, again)
+        return Blocked(look_again) if done.blocked else Later(look_again)
 
-    async def _write(self, facts: Facts, status: QLoRAJobStatus) -> None:
-        """Store the status if it differs from the stored one, and post an Event if the phase changes."""
+    async def _write(self, facts: Facts, status: QLoRAJobStatus) -> bool:
+        """Store the status if it differs from the stored one, and post an Event if the phase changes.
+
+        Whether that has changed what is stored: the API server may have kept nothing of it.
+        """
         job, key = facts.job, (facts.job.namespace, facts.job.name)
         if status == job.status or (content := status.dump()) == job.status.dump():
-            return
-        self.store.job_changed(await self.cluster.apply_status(job, content))
+            return False
+        written = await self.cluster.apply_status(job, content)
+        self.store.job_changed(written)
         self.metrics.status_writes.inc()
         self.metrics.job_is_in(key, status.phase, progresses=not is_false(status, "Progressing"))
         if event := phase_event(job, status, facts.now):
@@ -265,6 +307,7 @@ class Reconciler:
         if event := progress_event(job, status, facts.now):
             logger.warning("%s", event["message"], extra={"key": key})
             await self._post(key, event)
+        return bool(written["metadata"]["resourceVersion"] != job.resource_version)
 
     async def _post(self, key: Key, event: Object) -> None:
         try:
@@ -284,7 +327,7 @@ def _must_be_confirmed(view: _View, decision: _Decision) -> bool:
     actions = decision.plan.actions
     if cannot_be_undone(view.job, decision.status, actions):
         return True
-    if _hides_a_pod_for_long(view, decision.facts.now):
+    if _hides_a_pod_for_long(view, decision.facts.now) or lacks_earlier_pod(view.job.status.step, view.observed):
         return True
     # Of a job whose creation a watch has shown, nothing can exist that the store does not know of.
     return not view.fresh and any(creates_first_job(action) for action in actions)

@@ -236,7 +236,7 @@ class Store:
             self._drop_job(place)
 
     def settle(self, key: Key, settled: bool) -> None:
-        """Note at the end of a pass whether nothing is left to do for the job, until something is shown about it."""
+        """Note, before a pass decides, whether nothing is left to do for the job, until something is shown about it."""
         if entry := self._entry(key):
             entry.settled = settled
 

@@ -503,10 +503,98 @@ OPERATOR = (
     Mutant(
         name="a-foreign-claim-is-adopted",
         file=f"{_OPERATOR}/actions.py",
-        old='if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:',
+        old="if not _has_label(existing, job):",
         new="if False:",
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_claim_of_the_workspaces_name_is_used_only_if_it_was_created_for_the_job",
+        ),
+    ),
+    Mutant(
+        name="a-job-that-nobody-watches-is-the-steps",
+        file=f"{_OPERATOR}/actions.py",
+        old="if not _has_label(found, job):",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_after_it_could_be",
+        ),
+    ),
+    Mutant(
+        name="a-pass-that-changes-nothing-is-followed-at-once",
+        file=f"{_OPERATOR}/pauses.py",
+        old="case AtOnce(changed=True):",
+        new="case AtOnce():",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often",
+        ),
+    ),
+    Mutant(
+        name="a-status-that-is-not-kept-is-written-at-once",
+        file=f"{_OPERATOR}/reconcile.py",
+        old='return bool(written["metadata"]["resourceVersion"] != job.resource_version)',
+        new="return True",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_status_of_which_the_api_server_keeps_nothing_is_written_less_and_less_often",
+        ),
+    ),
+    Mutant(
+        name="a-deletion-waits-for-a-status-that-is-stored",
+        file=f"{_DECISIONS}/plan.py",
+        old="store_first=counts_itself and _creates_a_job(actions))",
+        new="store_first=counts_itself and bool(actions))",
+        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_what_runs_for_a_job_that_waits_for_a_place_is_stopped",),
+    ),
+    Mutant(
+        name="a-request-is-taken-up-without-a-place",
+        file=f"{_OPERATOR}/reconcile.py",
+        old="if self._needs_another_count(confirmed.job, view.job, others):",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_request_that_only_a_live_read_shows_waits_for_a_place_too",
+        ),
+    ),
+    Mutant(
+        name="the-next-attempt-forgets-the-pod-before",
+        file=f"{_DECISIONS}/status.py",
+        old="    renew,\n    keep_earlier_pod,\n",
+        new="    renew,\n",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left",
+        ),
+    ),
+    Mutant(
+        name="a-watch-shows-the-end-of-a-hidden-pod",
+        file=f"{_OPERATOR}/reconcile.py",
+        old=" or lacks_earlier_pod(view.job.status.step, view.observed):",
+        new=":",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that",
+        ),
+    ),
+    Mutant(
+        name="a-detached-pod-runs-free-of-charge",
+        file=f"{_DECISIONS}/attempts.py",
+        old="return _charge_detached(status, job, observed)",
+        new="return status",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left",
+        ),
+    ),
+    Mutant(
+        name="an-orphan-is-deleted",
+        file=f"{_OPERATOR}/reconcile.py",
+        old="if job.deleting or step is None or not step.job_uid",
+        new="if step is None or not step.job_uid",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_its_part",
+        ),
+    ),
+    Mutant(
+        name="a-pod-without-an-owner-is-of-every-step",
+        file=f"{_DECISIONS}/observe.py",
+        old="if job_uid and pod.owner_uid == job_uid",
+        new="if pod.owner_uid == job_uid",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_pod_without_an_owner_is_none_of_a_step_that_has_no_job_yet",
         ),
     ),
     Mutant(

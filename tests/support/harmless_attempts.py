@@ -268,6 +268,17 @@ def a_job_with_the_name_of_the_next_step(t: Tenants) -> None:
 
 
 @attempt
+def a_first_job_that_nobody_watches(t: Tenants) -> None:
+    """It has the name and the controller of the job's own and not the label by which that would be found again."""
+    owner = controller(submit(t, "unwatched", suspend=True), "qlora.dev/v1alpha1", "QLoRAJob")
+    t.tenant.create(TENANT, "jobs", batch_job({"name": "unwatched-prepare-1", "ownerReferences": owner}))
+    t.tenant.patch(TENANT, "qlorajobs", "unwatched", {"spec": {"suspend": False}})
+    t.wait("unwatched", reason="NameTaken", phase="Pending")
+    t.tenant.delete(TENANT, "jobs", "unwatched-prepare-1")
+    t.wait_for_pod("unwatched", "prepare")
+
+
+@attempt
 def a_claim_with_the_name_of_the_workspace(t: Tenants) -> None:
     job = submit(t, "taken-claim", suspend=True)
     name = workspace_claim_name("taken-claim", job["metadata"]["uid"])

@@ -6,6 +6,7 @@ from qlora_api.status import FailureStatus, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.attempts import count_attempts, describe_failure
 from qlora_operator.decisions.conditions import is_finished
 from qlora_operator.decisions.deletions import note_deletion
+from qlora_operator.decisions.detached import still_running
 from qlora_operator.decisions.endings import DONE, fail, failure_of, succeed
 from qlora_operator.decisions.facts import Facts, new_step, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_known_facts, with_training_facts
@@ -39,7 +40,8 @@ def _advance_once(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         status = note_deletion(status, facts)
         return status.model_copy(update={"step": next_attempt(step, facts)})
     if child.uid != step.job_uid:
-        status = status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid})})
+        earlier = {} if step.job_uid else still_running(step, facts.observed)
+        status = status.model_copy(update={"step": step.model_copy(update={"job_uid": child.uid, **earlier})})
         return count_attempts(status, job, facts.observed, facts.now)
     pods = facts.observed.pods_of(child.uid)
     if child.complete:

@@ -31,7 +31,7 @@ def count_attempts(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed, no
     if trains_together(job, step.name):
         return _count_together(status, job, observed, now) if step.job_uid else _charge_earlier(status, job, observed)
     if not step.job_uid:
-        return status
+        return _charge_detached(status, job, observed)
     child = observed.child(step.job_name)
     pods = observed.pods_of(step.job_uid)
     for pod in _not_counted(status, step, pods):
@@ -103,8 +103,16 @@ def _charge_earlier(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -
     return status
 
 
+def _charge_detached(status: QLoRAJobStatus, job: QLoRAJob, observed: Observed) -> QLoRAJobStatus:
+    """The status with the seconds of a pod that has run on, taken away from its Job, after the step has left that."""
+    for pod in observed.pods:
+        if pod.detached and status.step is not None and pod.uid == status.step.running_pod:
+            status = _charge(status, job, pod)
+    return status
+
+
 def _charge(status: QLoRAJobStatus, job: QLoRAJob, pod: Pod) -> QLoRAJobStatus:
-    """The status with the seconds of node 0's pod until it has ended or was deleted, and its checkpoint."""
+    """The status with the seconds of that pod until it has ended or was deleted, and its checkpoint."""
     start, end = _start(pod), _end(pod)
     if start is None or end is None or status.step is None:
         return status

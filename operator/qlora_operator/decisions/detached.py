@@ -1,10 +1,15 @@
-"""Finds pods that somebody has taken away from their Job or from the watches, by their labels or their owner; pure."""
+"""Finds pods that somebody has taken away from their Job or from the watches, by their labels or their owner; pure.
+
+A step that has no Job yet keeps the pod that was seen running before it, until that pod is known to have ended: what
+takes it away from the watches must not make room for a second one.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_api.status import StepStatus
+from qlora_api.status import QLoRAJobStatus, StepStatus
+from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, collect, parse_pod
 
 
@@ -13,9 +18,29 @@ def misses_running_pod(observed: Observed, step: StepStatus) -> bool:
 
     Whoever may change pods can take away the labels by which they are watched, and by which a Job knows its own.
     """
-    if not step.job_uid or any(pod.uid == step.running_pod for pod in observed.pods):
+    if not step.running_pod or any(pod.uid == step.running_pod for pod in observed.pods):
         return False
-    return bool(step.running_pod) and (step.running_pod != step.counted_pod or observed.child(step.job_name) is None)
+    return step.running_pod != step.counted_pod or observed.child(step.job_name) is None
+
+
+def lacks_earlier_pod(step: StepStatus | None, observed: Observed) -> bool:
+    """Whether a step without a Job waits for a pod that is not among those observed, so that no watch shows its end."""
+    return step is not None and not step.job_uid and misses_running_pod(observed, step)
+
+
+def keep_earlier_pod(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
+    """The status whose step, as long as it has no Job, keeps the pod that was seen running before it and still runs."""
+    step, stored = status.step, facts.job.status.step
+    if step is None or stored is None or step.job_uid:
+        return status
+    kept = step.model_copy(update=still_running(stored, facts.observed))
+    return status if kept == step else status.model_copy(update={"step": kept})
+
+
+def still_running(step: StepStatus, observed: Observed) -> dict[str, str]:
+    """The fields of a step that name the pod that was seen running, if it has not ended; empty values if it has."""
+    pod = next((pod for pod in observed.live_pods if pod.uid == step.running_pod), None)
+    return {"running_pod": pod.uid if pod else "", "running_pod_name": pod.name if pod else ""}
 
 
 def hides_a_pod(observed: Observed, step: StepStatus) -> bool:
@@ -27,18 +52,18 @@ def hides_a_pod(observed: Observed, step: StepStatus) -> bool:
 
 
 def with_detached_pods(job: QLoRAJob, observed: Observed, found: Sequence[Object] = ()) -> Observed:
-    """With the pods that were taken away from the current step: the one that was seen running, and those of `found`.
+    """With the pods that were taken away from the step: the one that was seen running, and those of `found`.
 
     `found`: pods that the list by the job's label has not shown; others may be among them.
     """
     step = job.status.step
-    if step is None or not step.job_uid:
+    if step is None or not (step.job_uid or step.running_pod):
         return observed
     if not found and all(pod is _claimed(pod, step) for pod in observed.pods):
         return observed
     pods = {pod.uid: pod for pod in observed.pods}
     for pod in (_hidden(body, job.uid) for body in found):
-        if pod.uid == step.running_pod or pod.owner_uid == step.job_uid:
+        if pod.uid == step.running_pod or (step.job_uid and pod.owner_uid == step.job_uid):
             pods.setdefault(pod.uid, pod)
     return collect(observed.children, (_claimed(pod, step) for pod in pods.values()), observed.lost)
 
@@ -50,6 +75,9 @@ def _hidden(body: Object, job_uid: str) -> Pod:
 
 
 def _claimed(pod: Pod, step: StepStatus) -> Pod:
-    if pod.uid != step.running_pod or pod.owner_uid == step.job_uid:
+    if pod.uid != step.running_pod:
         return pod
-    return replace(pod, owner_uid=step.job_uid, detached=True)
+    if not step.job_uid:
+        # Of an earlier Job, which still ends it, or of none, and then nobody does.
+        return pod if pod.detached or pod.owner_uid else replace(pod, detached=True)
+    return pod if pod.owner_uid == step.job_uid else replace(pod, owner_uid=step.job_uid, detached=True)

@@ -245,8 +245,8 @@ class Observed:
         return next((child for child in self.children if child.name == name), None)
 
     def pods_of(self, job_uid: str) -> tuple[Pod, ...]:
-        """The pods of one child Job, oldest first."""
-        return tuple(pod for pod in self.pods if pod.owner_uid == job_uid)
+        """The pods of one child Job, oldest first; none of a Job that does not exist yet, whose UID is empty."""
+        return tuple(pod for pod in self.pods if job_uid and pod.owner_uid == job_uid)
 
     def is_running(self, job_uid: str) -> bool:
         """Whether the child Job's pods run, all of those that have not ended, or the last has decided how it ends."""

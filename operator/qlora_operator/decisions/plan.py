@@ -90,7 +90,7 @@ def plan(
         return Plan(store_first=True)
     actions = tuple(_on_the_way(job, status, observed, now))
     look_again = _earliest(_times(job, status, observed, now), now)
-    return Plan(actions, look_again, store_first=counts_itself and bool(actions))
+    return Plan(actions, look_again, store_first=counts_itself and _creates_a_job(actions))
 
 
 def is_settled(job: QLoRAJob, observed: Observed) -> bool:
@@ -105,6 +105,10 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
     # The clean-up's own Job goes after the clean-up is stored.
     cleaning = observed.child(clean_job_name(job)) if is_true(status, "CleanedUp") else None
     return cleaning is None and not any(_running(observed))
+
+
+def _creates_a_job(actions: tuple[Action, ...]) -> bool:
+    return any(isinstance(action, CreateJob) for action in actions)
 
 
 def creates_first_job(action: Action) -> bool:

@@ -7,6 +7,7 @@ from qlora_operator.decisions.advance import advance, renew
 from qlora_operator.decisions.attempts import count_attempts, watch_pod
 from qlora_operator.decisions.cleanup import follow_cleanup
 from qlora_operator.decisions.conditions import condition, is_finished
+from qlora_operator.decisions.detached import keep_earlier_pod
 from qlora_operator.decisions.endings import not_ready
 from qlora_operator.decisions.facts import Facts, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_progress
@@ -120,4 +121,5 @@ _TRANSITIONS: tuple[Transition, ...] = (
     _show_progress,
     enforce_progress,
     renew,
+    keep_earlier_pod,
 )

@@ -16,6 +16,7 @@ from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
 from qlora_operator.listing import Listing
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.starts import SECONDS_BETWEEN_LOOKS
 from qlora_operator.store import Store
 from qlora_operator.workqueue import RetryError
 from tests.support.builders import (
@@ -25,6 +26,7 @@ from tests.support.builders import (
     UID,
     after,
     child,
+    condition,
     deleted,
     ended,
     failed,
@@ -61,6 +63,7 @@ class MemoryCluster:
         self.writes: list[str] = []
         self.reads = 0
         self.conflicts = 0
+        self.keeps_status = True
         self.existing: Object | None = None
         self.after_create: Callable[[], None] | None = None
         self.version = 100
@@ -143,6 +146,8 @@ class MemoryCluster:
             self.conflicts -= 1
             raise ConflictError("the object has been modified")
         self._write("status")
+        if not self.keeps_status:
+            return self.job
         self.job = self.job | {"status": status, "metadata": self.job["metadata"] | self._next()}
         return self.job
 
@@ -153,7 +158,10 @@ class MemoryCluster:
 
 def reconcile(cluster: MemoryCluster, store: Store | None = None, now: datetime = NOW) -> float | None:
     """Seconds until the operator looks again, as soon as it waits."""
-    reconciler = operator(cluster, store or Store(), now)
+    return until_it_waits(operator(cluster, store or Store(), now))
+
+
+def until_it_waits(reconciler: Reconciler) -> float | None:
     for _ in range(10):
         if (again := asyncio.run(reconciler.reconcile(KEY))) != 0:
             return again
@@ -162,6 +170,13 @@ def reconcile(cluster: MemoryCluster, store: Store | None = None, now: datetime 
 
 def operator(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Reconciler:
     return Reconciler(cluster, PROFILES, None, Metrics(), lambda: now, starts(), store)  # type: ignore[arg-type]
+
+
+def full(cluster: MemoryCluster, store: Store, now: datetime = NOW) -> Reconciler:
+    """The operator with a profile that allows one job at a time, of which there is one."""
+    limited = {"default": Profile.model_validate(PROFILES["default"].dump() | {"limits": {"jobs": 1}})}
+    other = starts(job_body(status_in("train").dump()))
+    return Reconciler(cluster, limited, None, Metrics(), lambda: now, other, store)  # type: ignore[arg-type]
 
 
 def has_label(body: Object) -> bool:
@@ -202,6 +217,10 @@ def _taken(cluster: MemoryCluster) -> None:
     cluster.existing = child("prepare", owner="another")
 
 
+def _unwatched(cluster: MemoryCluster) -> None:
+    cluster.existing = without_labels(child("prepare"))
+
+
 def _quota(kind: str) -> Callable[[MemoryCluster], None]:
     def exceed(cluster: MemoryCluster) -> None:
         cluster._rejected = (kind,)
@@ -213,6 +232,7 @@ def _quota(kind: str) -> Callable[[MemoryCluster], None]:
     ("block", "reason"),
     [
         (_taken, "NameTaken"),
+        (_unwatched, "NameTaken"),
         (_quota("Job"), "JobRejected"),
         (_quota("PersistentVolumeClaim"), "ClaimRejected"),
     ],
@@ -224,18 +244,37 @@ def test_what_cannot_be_created_is_tried_less_and_less_often_and_quickly_again_a
     block(cluster)
     store = shown(cluster)
     reconciler = operator(cluster, store)
-
-    def until_it_waits() -> float | None:
-        while (again := asyncio.run(reconciler.reconcile(KEY))) == 0:
-            pass
-        return again
-
-    assert [until_it_waits() for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert [until_it_waits(reconciler) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     assert reason_of(cluster.status) == reason
     cluster.existing, cluster._rejected = None, ()
-    until_it_waits()
+    until_it_waits(reconciler)
     assert cluster.status.phase == "Preparing"
     assert reconciler.blocked.next(KEY) == 5
+
+
+def test_a_job_whose_first_job_no_watch_shows_is_tried_less_and_less_often() -> None:
+    cluster = MemoryCluster(job_body())
+    store = shown(cluster, created=True)
+    cluster.existing = child("prepare")
+    store.child_changed("jobs", cluster.existing, deleted=True)
+    reconciler = operator(cluster, store)
+    assert [until_it_waits(reconciler) for _ in range(3)] == [5, 10, 20]
+
+
+def test_a_status_of_which_the_api_server_keeps_nothing_is_written_less_and_less_often() -> None:
+    cluster = MemoryCluster(job_body())
+    cluster.keeps_status = False
+    reconciler = full(cluster, shown(cluster))
+    reconciler.starts.unfinished_pages = starts().unfinished_pages
+    assert [until_it_waits(reconciler) for _ in range(3)] == [5, 10, 20]
+
+
+def test_what_runs_for_a_job_that_waits_for_a_place_is_stopped() -> None:
+    cluster = MemoryCluster(job_body())
+    cluster.jobs = [child("train")]
+    assert until_it_waits(full(cluster, shown(cluster))) == SECONDS_BETWEEN_LOOKS
+    assert cluster.writes == [f"deletion of {NAME}-train-1", "status", "Event"]
+    assert reason_of(cluster.status) == "JobLimitReached"
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("Job", "JobRejected"), ("PersistentVolumeClaim", "ClaimRejected")])
@@ -309,6 +348,14 @@ def test_a_job_that_is_deleted_without_its_children_leaves_them_alone() -> None:
     cluster.jobs, cluster.pods = [child("train")], [running(pod("train"))]
     assert reconcile(cluster, shown(cluster)) is None
     assert (cluster.writes, cluster.reads) == ([], 0)
+
+
+def test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_its_part() -> None:
+    cluster = stored(status_in("train"))
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+    cluster.existing = {**child("train"), "metadata": {**child("train")["metadata"], "ownerReferences": []}}
+    assert reconcile(cluster) is None
+    assert cluster.writes == []
 
 
 @pytest.mark.parametrize("spec", [{}, {"cleanupAfterSeconds": 0}, {"retry": {"request": 1}}], ids=str)
@@ -433,13 +480,20 @@ def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
 
 
 def test_a_failed_job_that_waits_for_a_place_is_cleaned_up_all_the_same() -> None:
-    limited = {"default": Profile.model_validate(PROFILES["default"].dump() | {"limits": {"jobs": 1}})}
     cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0, retry={"request": 1}))
-    other = job_body(status_in("train").dump())
-    reconciler = Reconciler(cluster, limited, None, Metrics(), lambda: NOW, starts(other), Store())  # type: ignore[arg-type]
-    asyncio.run(reconciler.reconcile(KEY))
+    until_it_waits(full(cluster, Store()))
     assert cluster.writes[0] == "Job"
     assert cluster.status.phase == "Failed"
+
+
+def test_a_request_that_only_a_live_read_shows_waits_for_a_place_too() -> None:
+    cluster = MemoryCluster(job_body(FAILED.dump(), cleanupAfterSeconds=0))
+    store = shown(cluster)
+    asked = {"spec": cluster.job["spec"] | {"retry": {"request": 1}}}
+    cluster.job |= asked | {"metadata": cluster.job["metadata"] | {"generation": 2, "resourceVersion": "8"}}
+    assert until_it_waits(full(cluster, store, after(10))) == SECONDS_BETWEEN_LOOKS
+    assert (cluster.status.phase, reason_of(cluster.status, "Ready")) == ("Failed", "JobLimitReached")
+    assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-clean-1"]
 
 
 def test_a_deletion_that_the_api_server_rejects_is_reported() -> None:
@@ -590,6 +644,74 @@ def test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time(
     reconcile(cluster, shown(cluster))
     assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-train-2"]
     assert (cluster.status.active_seconds, cluster.status.disruptions, cluster.status.failures) == (55, 0, 0)
+
+
+def test_a_pod_without_an_owner_is_none_of_a_step_that_has_no_job_yet() -> None:
+    cluster = stored(status_in("train", step=step_status("train", jobUid="").dump()))
+    cluster.pods = [without_owner(running(pod("train")))]
+    reconcile(cluster, shown(cluster))
+    assert cluster.status.step is not None
+    assert (cluster.status.step.running_pod, cluster.status.step.running_since) == ("", None)
+
+
+def _created(cluster: MemoryCluster) -> list[str]:
+    return [body["metadata"]["name"] for body in cluster.jobs if body["metadata"]["resourceVersion"] != "5"]
+
+
+def _spec_changed(cluster: MemoryCluster, **spec: Any) -> None:
+    newer = {"generation": 2, "resourceVersion": str(cluster.version)}
+    cluster.job |= {"spec": cluster.job["spec"] | spec, "metadata": cluster.job["metadata"] | newer}
+
+
+@TAKEN
+def test_a_job_that_is_taken_up_waits_for_the_detached_pod_that_its_failure_has_left(
+    taken: Callable[[Object], dict[str, Any]],
+) -> None:
+    cluster = training(taken, activeDeadlineSeconds=100)
+    detached = dict(cluster.pods[0])
+    reconcile(cluster, shown(cluster))
+    cluster.jobs = []
+    reconcile(cluster, shown(cluster), after(41))
+    assert cluster.status.phase == "Failed"
+    _spec_changed(cluster, activeDeadlineSeconds=1000, retry={"request": 1})
+    for second in (42, 43, 58):
+        assert reconcile(cluster, shown(cluster), after(second)) == 15
+        assert (_created(cluster), reason_of(cluster.status)) == ([], "PodDetached")
+    cluster.pods = [ended(detached, 143, start=-60, end=61)]
+    reconcile(cluster, shown(cluster), after(62))
+    assert _created(cluster) == [f"{NAME}-train-2"]
+    assert cluster.status.active_seconds == 121
+    # The step knows its own pod now.
+    cluster.pods = [*cluster.pods, running(pod("train", 2), since=63)]
+    reconcile(cluster, shown(cluster), after(64))
+    assert (cluster.status.phase, cluster.status.disruptions, cluster.status.failures) == ("Training", 0, 0)
+    assert cluster.status.step is not None
+    assert cluster.status.step.running_pod_name == f"{NAME}-train-2-pod1"
+
+
+def test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that() -> None:
+    stalled = step_status(
+        "train",
+        runningPod=f"uid-{NAME}-train-1-pod1",
+        runningPodName=f"{NAME}-train-1-pod1",
+        runningSince=time(-4000),
+        progressedAt=time(-4000),
+    )
+    conditions = [condition("Prepared", "True"), condition("Progressing", "False")]
+    cluster = stored(status_in("train", step=stalled.dump(), conditions=conditions), retry={"onNoProgress": "restart"})
+    cluster.jobs, cluster.pods = [child("train")], [running(pod("train"), since=-4000)]
+    reconcile(cluster, shown(cluster))
+    assert cluster.status.step is not None
+    assert (cluster.status.step.attempt, f"deletion of {NAME}-train-1" in cluster.writes) == (2, True)
+    hidden, cluster.jobs = both(cluster.pods[0]), []
+    for suspended in (False, True, False):
+        _spec_changed(cluster, suspend=suspended)
+        cluster.pods = [hidden]
+        reconcile(cluster, shown(cluster))
+        assert _created(cluster) == []
+    cluster.pods = []
+    reconcile(cluster, shown(cluster))
+    assert _created(cluster) == [f"{NAME}-train-2"]
 
 
 def test_what_a_detached_pod_ran_counts_although_its_job_has_another_pod_by_then() -> None:
