@@ -195,7 +195,8 @@ class Election:
         asked_at = self._now()
         place = self._place
         lease = await self._leases.get_lease(place.namespace, place.name)
-        self._notice(lease, asked_at)
+        # It may have been renewed just before the answer: only from now on has it been seen unchanged.
+        self._notice(lease, self._now())
         match decide(lease, self._identity, asked_at - self._changed_at, place.duration):
             case Step.WAIT:
                 return False

@@ -401,6 +401,15 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_leadership.py::test_who_is_cut_off_stops_before_another_begins",),
     ),
     Mutant(
+        name="a-lease-counts-as-unchanged-from-before-it-was-seen",
+        file=f"{_OPERATOR}/leadership.py",
+        old="self._notice(lease, self._now())",
+        new="self._notice(lease, asked_at)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_leadership.py::test_a_renewal_that_a_slow_answer_shows_counts_from_the_answer_on",
+        ),
+    ),
+    Mutant(
         name="a-leader-that-ends-keeps-the-lease",
         file=f"{_OPERATOR}/leadership.py",
         old='"holderIdentity": "", "leaseDurationSeconds": 1',

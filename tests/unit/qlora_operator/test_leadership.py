@@ -171,6 +171,26 @@ def test_who_is_cut_off_stops_before_another_begins(skew: float, fault: str) -> 
     match.play(scenario)
 
 
+@pytest.mark.parametrize("offset", [0, 0.5, 1, 1.5, 2])
+def test_a_renewal_that_a_slow_answer_shows_counts_from_the_answer_on(offset: float) -> None:
+    """Whenever between two renewals it is asked for: the leader is cut off right after the one that was shown."""
+    match = Match()
+    first_road, first = match.candidate("first")
+    second_road, second = match.candidate("second", seconds=3.1)
+
+    async def scenario() -> None:
+        running = match.start("first", first)
+        await asyncio.sleep(30 + offset)
+        other = match.start("second", second)
+        await asyncio.sleep(3.1)
+        first_road.hangs, second_road.seconds = True, 0.1
+        await asyncio.sleep(30)
+        assert match.shift.working == ["second"]
+        await end(running, other)
+
+    match.play(scenario)
+
+
 def test_alone_it_works_again_as_soon_as_it_can_renew() -> None:
     match = Match()
     road, only = match.candidate("only")
