@@ -19,6 +19,15 @@ API = (
         tests=(f"{_API_TESTS}/test_contract.py::test_a_record_has_at_most_the_bytes_of_its_kind",),
     ),
     Mutant(
+        name="a-status-may-have-numbers-that-json-has-not",
+        file=f"{_CONTRACT}/status.py",
+        old="Field(allow_inf_nan=False)",
+        new="Field(allow_inf_nan=True)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_result_with_a_number_that_json_has_not_ends_the_job_as_an_unreadable_one_does",
+        ),
+    ),
+    Mutant(
         name="jobs-cannot-be-selected-by-phase",
         file=f"{_CONTRACT}/crd.py",
         old=', {"jsonPath": ".status.phase"}]',
@@ -392,6 +401,13 @@ OPERATOR = (
         old="if len(rejected) == len(self._namespaces):",
         new="if rejected:",
         tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_denied_namespace_leaves_the_others_alone_and_comes_back",),
+    ),
+    Mutant(
+        name="infinity-is-sent",
+        file=f"{_OPERATOR}/transport.py",
+        old="json.dumps(body, allow_nan=False, ",
+        new="json.dumps(body, ",
+        tests=(f"{_OPERATOR_TESTS}/test_transport.py::test_a_number_that_json_has_not_is_never_sent",),
     ),
     Mutant(
         name="a-leader-that-is-cut-off-works-on",

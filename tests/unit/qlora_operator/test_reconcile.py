@@ -1,6 +1,7 @@
 """One pass over a job, against a cluster in memory: what is written, what is left alone, and when it looks again."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
-from qlora_api.status import QLoRAJobStatus
+from qlora_api.status import MergedStatus, QLoRAJobStatus
 from qlora_operator.cluster import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
@@ -19,6 +20,7 @@ from qlora_operator.reconcile import Reconciler
 from qlora_operator.store import Store
 from qlora_operator.workqueue import RetryError
 from tests.support.builders import (
+    ADAPTER,
     NAME,
     NOW,
     PROFILES,
@@ -35,6 +37,7 @@ from tests.support.builders import (
     node,
     pod,
     reason_of,
+    result,
     running,
     starts,
     status_in,
@@ -143,6 +146,10 @@ class MemoryCluster:
             self.conflicts -= 1
             raise ConflictError("the object has been modified")
         self._write("status")
+        try:
+            json.dumps(status, allow_nan=False)
+        except ValueError as error:
+            raise RejectedError("the request is no JSON") from error
         self.job = self.job | {"status": status, "metadata": self.job["metadata"] | self._next()}
         return self.job
 
@@ -421,6 +428,23 @@ def test_an_end_that_the_watch_has_shown_is_read_again_before_it_is_stored() -> 
     cluster.jobs, cluster.pods = [child("publish", Complete="")], [succeeded("publish")]
     reconcile(cluster, shown(cluster))
     assert (cluster.status.phase, cluster.reads) == ("Succeeded", 3)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-Infinity", "NaN"])
+def test_a_result_with_a_number_that_json_has_not_ends_the_job_as_an_unreadable_one_does(number: str) -> None:
+    """As a status it would be rejected for ever, and the job would stay in its phase."""
+
+    def published(attempt: int) -> dict[str, Any]:
+        body = pod("publish", attempt)
+        merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.625)
+        message = result(body, "publish", adapter=ADAPTER, merged=merged).replace("1.625", number)
+        return ended(body, 0, message)
+
+    cluster = stored(status_in("publish"), output={"merged": {}})
+    cluster.jobs = [child("publish", attempt, Complete="") for attempt in (1, 2)]
+    cluster.pods = [published(attempt) for attempt in (1, 2)]
+    reconcile(cluster)
+    assert (cluster.status.phase, reason_of(cluster.status)) == ("Failed", "ResultUnreadable")
 
 
 def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
