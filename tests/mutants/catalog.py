@@ -366,6 +366,24 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="a-pause-after-a-rejected-pod-is-not-explained",
+        file=f"{_DECISIONS}/summary.py",
+        old="if rejected := rejection(status, facts):",
+        new="if (rejected := rejection(status, facts)) and False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when",
+        ),
+    ),
+    Mutant(
+        name="a-later-attempt-of-prepare-is-taken-for-the-first",
+        file=f"{_DECISIONS}/conditions.py",
+        old='if step is None or (step.name == "prepare" and not has_begun(status)):',
+        new='if step is None or (step.name == "prepare" and not step.job_uid):',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when",
+        ),
+    ),
+    Mutant(
         name="rejected-pods-fail-the-job",
         file=f"{_DECISIONS}/advance.py",
         old="if spared and step.failures <= allowed and not ended[-1].decisive:",
