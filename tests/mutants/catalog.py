@@ -384,6 +384,22 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="somebody-is-accused-of-the-operators-own-deletion",
+        file=f"{_DECISIONS}/deletions.py",
+        old="shown.reason == POD_DETACHED",
+        new="False",
+        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod",),
+    ),
+    Mutant(
+        name="restarts-are-taken-for-deletions",
+        file=f"{_DECISIONS}/deletions.py",
+        old=" - restarts",
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_plan.py::test_jobs_that_the_operator_has_restarted_are_not_counted_with_those_that_somebody_deletes",
+        ),
+    ),
+    Mutant(
         name="rejected-pods-fail-the-job",
         file=f"{_DECISIONS}/advance.py",
         old="if spared and step.failures <= allowed and not ended[-1].decisive:",

@@ -616,6 +616,20 @@ def test_a_detached_pod_and_another_one_of_its_job_never_write_at_the_same_time(
     assert (cluster.status.active_seconds, cluster.status.disruptions, cluster.status.failures) == (55, 0, 0)
 
 
+@pytest.mark.parametrize("end", [[], [ended(pod("train", 4), 143)]], ids=["gone", "ended"])
+def test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod(end: list[dict[str, Any]]) -> None:
+    """As often as that happens, the operator deletes that Job itself, and replaces it at once."""
+    cluster = stored(status_in("train", 4))
+    cluster.jobs, cluster.pods = [child("train", 4)], [running(pod("train", 4))]
+    reconcile(cluster)
+    cluster.pods = [without_owner(cluster.pods[0])]
+    reconcile(cluster, shown(cluster))
+    assert reason_of(cluster.status) == "PodDetached"
+    cluster.jobs, cluster.pods = [], [without_owner(body) for body in end]
+    reconcile(cluster, shown(cluster))
+    assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-train-5"]
+
+
 def test_what_a_detached_pod_ran_counts_although_its_job_has_another_pod_by_then() -> None:
     cluster = training(without_owner)
     detached = dict(cluster.pods[0])
