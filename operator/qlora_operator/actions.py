@@ -90,9 +90,10 @@ class Actions:
         except ConflictError as error:
             created = await self._existing(self.cluster.get_job(job.namespace, name))
             if controller_uid(created) != job.uid:
+                waiting = "the clean-up" if action.step == "clean" else f"the {action.step} step"
                 sentence = (
                     f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
-                    "this job starts when that Job is gone"
+                    f"{waiting} of this job starts when that Job is gone"
                 )
                 raise _BlockedError(Reason("NameTaken", sentence)) from error
         self.store.child_changed("jobs", created)

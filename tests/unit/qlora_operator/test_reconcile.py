@@ -339,6 +339,26 @@ def test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due() 
 FAILED = follow(make_job(status_in("prepare")), child("prepare", Failed="x"), failed("prepare", 11, "BadDataset", ""))
 
 
+@pytest.mark.parametrize(
+    ("job", "kind", "waiting"),
+    [
+        (job_body(), "Succeeded", "the prepare step of this job starts"),
+        (
+            job_body(status_in("publish", step=step_status("publish", jobUid="").dump()).dump()),
+            "Succeeded",
+            "the publish step of this job starts",
+        ),
+        (job_body(FAILED.dump(), cleanupAfterSeconds=0), "CleanedUp", "the clean-up of this job starts"),
+    ],
+)
+def test_a_taken_name_says_what_waits_for_it(job: dict[str, Any], kind: str, waiting: str) -> None:
+    cluster = MemoryCluster(job)
+    _taken(cluster)
+    reconcile(cluster)
+    assert reason_of(cluster.status, kind) == "NameTaken"
+    assert f": {waiting} when that Job is gone" in message_of(cluster.status, kind)
+
+
 @pytest.mark.parametrize("status", [FINISHED, FAILED], ids=["succeeded", "failed"])
 def test_a_finished_job_without_clean_up_is_not_looked_at_any_more(status: QLoRAJobStatus) -> None:
     cluster = stored(status)
