@@ -463,7 +463,7 @@ OPERATOR = (
         name="a-leader-that-ends-keeps-the-lease",
         file=f"{_OPERATOR}/leadership.py",
         old='"holderIdentity": "", "leaseDurationSeconds": 1',
-        new='"leaseDurationSeconds": self._place.duration',
+        new='"leaseDurationSeconds": self._settings.duration',
         tests=(f"{_OPERATOR_TESTS}/test_leadership.py::test_who_ends_hands_over_at_once",),
     ),
     Mutant(

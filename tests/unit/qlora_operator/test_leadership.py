@@ -10,10 +10,10 @@ import pytest
 
 from qlora_operator.cluster import ConflictError, UnavailableError
 from qlora_operator.decisions.observe import Object
-from qlora_operator.leadership import Election, Place, Step, decide
+from qlora_operator.leadership import Election, LeaseSettings, Step, decide
 from tests.support.builders import NOW, VirtualLoop
 
-PLACE = Place("system", "operator", 12)
+LEASE = LeaseSettings("system", "operator", 12)
 
 
 def lease(holder: str | None, seconds: int | None = 12) -> Object:
@@ -124,7 +124,7 @@ class Match:
     def candidate(self, name: str, *, skew: float = 0, **road: Any) -> tuple[Road, Election]:
         way = Road(self.store, **road)
         clock = lambda: NOW + timedelta(seconds=self.loop.time() + skew)  # noqa: E731
-        return way, Election(way, PLACE, name, monotonic=self.loop.time, clock=clock)
+        return way, Election(way, LEASE, name, monotonic=self.loop.time, clock=clock)
 
     def start(self, name: str, election: Election) -> asyncio.Task[None]:
         return asyncio.create_task(election.run(self.shift.work(name, self.loop.time)))
