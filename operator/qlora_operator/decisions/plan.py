@@ -128,14 +128,14 @@ def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Actio
         return True
     if _verdicts(status) != _verdicts(job.status):
         return True
-    return status.step is not None and _place(status.step) != _place(job.status.step)
+    return status.step is not None and _attempt(status.step) != _attempt(job.status.step)
 
 
 def _verdicts(status: QLoRAJobStatus) -> tuple[bool, ...]:
     return is_finished(status), is_true(status, "CleanedUp")
 
 
-def _place(step: StepStatus | None) -> tuple[object, ...]:
+def _attempt(step: StepStatus | None) -> tuple[object, ...]:
     return (step.name, step.attempt, step.counted_pod) if step else (*FIRST_JOB, "")
 
 
