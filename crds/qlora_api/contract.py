@@ -15,6 +15,7 @@ from qlora_api.status import (
     Bytes,
     Count,
     DatasetStatus,
+    Finite,
     MemoryStatus,
     MergedStatus,
     StepName,
@@ -104,8 +105,6 @@ class ExitCode(IntEnum):
 
 
 PERMANENT_EXIT_CODES = tuple(int(code) for code in ExitCode if code.permanent)
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Record(ObservedModel):

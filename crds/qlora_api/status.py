@@ -30,6 +30,8 @@ Bytes = Annotated[int, Field(ge=0, le=2**53)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 ShortText = Annotated[str, Field(max_length=256)]
 Uri = Annotated[str, Field(max_length=1024)]
+# JSON has no other numbers. A status with one would be rejected by the API server, again and again.
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Condition(ObservedModel):
@@ -99,11 +101,11 @@ class ProgressStatus(ObservedModel):
     step: Count = Field(0, description="Optimizer steps done.")
     total_steps: Count = Field(0, description="Optimizer steps in all.")
     percent: int = Field(0, ge=0, le=100, description="Steps done, in percent.")
-    epoch: float = Field(0.0, ge=0, le=1e9, description="Passes over the data so far.")
-    loss: float | None = Field(None, description="Training loss per target token (natural log) in the latest step.")
-    eval_loss: float | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
-    learning_rate: float | None = Field(None, description="Learning rate of the latest step.")
-    tokens_per_second: float | None = Field(None, description="Tokens per second, without padding.")
+    epoch: Finite = Field(0.0, ge=0, le=1e9, description="Passes over the data so far.")
+    loss: Finite | None = Field(None, description="Training loss per target token (natural log) in the latest step.")
+    eval_loss: Finite | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
+    learning_rate: Finite | None = Field(None, description="Learning rate of the latest step.")
+    tokens_per_second: Finite | None = Field(None, description="Tokens per second, without padding.")
     peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
     micro_batch_size: Count | None = Field(
         None, description="What autoMicroBatch lowered microBatchSize to; not set if it did not."
@@ -193,8 +195,8 @@ class MergedStatus(ObservedModel):
         max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of manifest.json in that folder."
     )
     size_bytes: Bytes = Field(description="Size of its weights.")
-    eval_loss: float | None = Field(None, description="Loss of the merged model; not set if no rows were held out.")
-    adapter_eval_loss: float | None = Field(
+    eval_loss: Finite | None = Field(None, description="Loss of the merged model; not set if no rows were held out.")
+    adapter_eval_loss: Finite | None = Field(
         None, description="Loss of the adapter on its 4-bit base, on the same held-out rows."
     )
     eval_tokens: Count = Field(0, description="Number of target tokens that both losses are means of.")

@@ -17,7 +17,7 @@ from typing import Any
 
 from qlora_operator.cluster import Cluster, ClusterError, connect
 from qlora_operator.handlers import Hooks, watch
-from qlora_operator.leadership import Election, Place
+from qlora_operator.leadership import Election, LeaseSettings
 from qlora_operator.logs import configure_logging
 from qlora_operator.metrics import Metrics
 from qlora_operator.probes import Answer, Health, PortError, serving
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         settings = load_settings(find_settings(parser.parse_args(arguments).settings))
-        place = _place(settings)
+        lease = _lease_settings(settings)
     except SettingsError as error:
         print(f"qlora-operator: {error}", file=sys.stderr)  # noqa: T201 - the log is not configured yet
         return BAD_SETTINGS
     configure_logging(settings.log_level)
     try:
-        asyncio.run(_connect_and_run(settings, place))
+        asyncio.run(_connect_and_run(settings, lease))
     except ClusterError as error:
         logger.critical("the cluster cannot be used: %s", error)
         return FAILED
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _place(settings: Settings) -> Place | None:
+def _lease_settings(settings: Settings) -> LeaseSettings | None:
     """The Lease to compete for; None if nothing is competed for. Raises SettingsError."""
     election = settings.leader_election
     in_pod = _NAMESPACE_OF_POD.exists()
@@ -79,10 +79,10 @@ def _place(settings: Settings) -> Place | None:
     if election.namespace is None and not in_pod:
         raise SettingsError("leaderElection.namespace: not set; outside a pod, name the namespace of the Lease")
     namespace = election.namespace or _NAMESPACE_OF_POD.read_text().strip()
-    return Place(namespace, election.lease_name, election.lease_duration_seconds)
+    return LeaseSettings(namespace, election.lease_name, election.lease_duration_seconds)
 
 
-async def _connect_and_run(settings: Settings, place: Place | None) -> None:
+async def _connect_and_run(settings: Settings, lease: LeaseSettings | None) -> None:
     signals = Signals()
     signals.take()
     metrics, health = Metrics(), Health()
@@ -91,7 +91,7 @@ async def _connect_and_run(settings: Settings, place: Place | None) -> None:
     }
     ports.setdefault(settings.metrics_port, {})["/metrics"] = lambda: Answer(*metrics.page())
     async with connect() as cluster, serving(ports):
-        operator = Operator(settings, place, cluster, metrics, health, signals)
+        operator = Operator(settings, lease, cluster, metrics, health, signals)
         await signals.run(operator.run())
 
 
@@ -123,14 +123,14 @@ class Operator:
     def __init__(
         self,
         settings: Settings,
-        place: Place | None,
+        lease: LeaseSettings | None,
         cluster: Cluster,
         metrics: Metrics,
         health: Health,
         signals: Signals,
     ) -> None:
         self._settings = settings
-        self._place = place
+        self._lease = lease
         self._cluster = cluster
         self._metrics = metrics
         self._health = health
@@ -148,12 +148,12 @@ class Operator:
             watching.cancel()
 
     async def _lead(self) -> None:
-        if self._place is None:
+        if self._lease is None:
             await self._work()
             return
         identity = f"{socket.gethostname()}_{uuid.uuid4()}"
         election = Election(
-            self._cluster, self._place, identity, monotonic=time.monotonic, clock=lambda: datetime.now(UTC)
+            self._cluster, self._lease, identity, monotonic=time.monotonic, clock=lambda: datetime.now(UTC)
         )
         self._health.live = {"election": election.stuck}
         self._health.ready = {"election": election.problem, "schema": self._schema_problem}

@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_api.status import QLoRAJobStatus, Resolved
+from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.cluster import Cluster, ConflictError, NotFoundError, RejectedError
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job, build_peer_policy, build_peer_service
@@ -100,7 +100,7 @@ class Actions:
             raise _BlockedError(Reason("JobRejected", sentence)) from error
         except ConflictError as error:
             created, new = await self._existing(self.cluster.get_job(job.namespace, name)), False
-            if (reason := _name_taken(created, job)) is not None:
+            if (reason := _name_taken(created, job, action.step)) is not None:
                 raise _BlockedError(reason) from error
         shown = self.store.child_changed("jobs", created)
         return str(created["metadata"]["uid"]), new or key in shown
@@ -152,13 +152,14 @@ class Actions:
             raise RetryError("the object of the same name has just been deleted") from error
 
 
-def _name_taken(found: Object, job: QLoRAJob) -> Reason | None:
+def _name_taken(found: Object, job: QLoRAJob, step: StepName) -> Reason | None:
     """Why a Job that has the name of the step's is not that; None if it is."""
     name = found["metadata"]["name"]
     if controller_uid(found) != job.uid:
+        waiting = "the clean-up" if step == "clean" else f"the {step} step"
         sentence = (
             f"a Job {name} of another owner exists, perhaps of a deleted QLoRAJob of the same name: "
-            "this job starts when that Job is gone"
+            f"{waiting} of this job starts when that Job is gone"
         )
         return Reason("NameTaken", sentence)
     if not _has_label(found, job):

@@ -72,8 +72,8 @@ def decide(lease: Object | None, identity: str, unchanged: float, duration: floa
 
 
 @dataclass(frozen=True)
-class Place:
-    """The Lease that is competed for."""
+class LeaseSettings:
+    """Which Lease is competed for, and for how long it holds."""
 
     namespace: str
     name: str
@@ -87,7 +87,7 @@ class Election:
     def __init__(
         self,
         leases: Leases,
-        place: Place,
+        settings: LeaseSettings,
         identity: str,
         *,
         monotonic: Callable[[], float],
@@ -95,7 +95,7 @@ class Election:
         on_change: Callable[[bool], None] = lambda _leads: None,
     ) -> None:
         self._leases = leases
-        self._place = place
+        self._settings = settings
         self._identity = identity
         self._now = monotonic
         self._clock = clock
@@ -117,7 +117,7 @@ class Election:
         try:
             while True:
                 await self._acquire()
-                logger.info("this operator leads: it holds the Lease %s", self._place.name)
+                logger.info("this operator leads: it holds the Lease %s", self._settings.name)
                 self._on_change(True)
                 try:
                     await self._work(work)
@@ -132,21 +132,24 @@ class Election:
         """Why this candidate could not take over now; None if it could."""
         if self._failing_since is None:
             return None
-        return f"the Lease {self._place.namespace}/{self._place.name} cannot be read or written"
+        return f"the Lease {self._settings.namespace}/{self._settings.name} cannot be read or written"
 
     def stuck(self) -> str | None:
         """Why this process should be restarted: it no longer competes, or works although it may no longer lead."""
         silence = self._now() - self._tried_at
-        if silence > self._place.duration + _STOPPING_SECONDS:
+        if silence > self._settings.duration + _STOPPING_SECONDS:
             return f"the Lease has not been tried for {silence:.0f} s"
-        if self._renewed_at is not None and self._now() - self._renewed_at > self._place.duration + _STOPPING_SECONDS:
+        if (
+            self._renewed_at is not None
+            and self._now() - self._renewed_at > self._settings.duration + _STOPPING_SECONDS
+        ):
             return "the Lease is lost and the work has not stopped"
         return None
 
     async def _acquire(self) -> None:
         while not await self._try():
-            remaining = self._changed_at + self._place.duration - self._now()
-            pause = self._place.duration * _RENEW_EVERY * random.uniform(1, 1 + _JITTER)  # noqa: S311 - spreads load
+            remaining = self._changed_at + self._settings.duration - self._now()
+            pause = self._settings.duration * _RENEW_EVERY * random.uniform(1, 1 + _JITTER)  # noqa: S311 - spreads load
             await asyncio.sleep(min(pause, remaining) if remaining > 0 else pause)
 
     async def _work(self, work: Work) -> None:
@@ -165,20 +168,20 @@ class Election:
     async def _keep(self) -> None:
         """Renew until another holds the Lease, or could soon take it."""
         while True:
-            await asyncio.sleep(self._place.duration * _RENEW_EVERY)
+            await asyncio.sleep(self._settings.duration * _RENEW_EVERY)
             leads = await self._try()
             if leads is False or (leads is None and self._now() >= self._deadline()):
                 return
 
     def _deadline(self) -> float:
-        return (self._renewed_at or 0.0) + self._place.duration * _STOP_AFTER
+        return (self._renewed_at or 0.0) + self._settings.duration * _STOP_AFTER
 
     async def _try(self) -> bool | None:
         """Whether this operator leads after one look at the Lease and, if that helps, one write; None if unknown."""
         self._tried_at = self._now()
-        limit = self._place.duration * _STOP_AFTER / 2
+        limit = self._settings.duration * _STOP_AFTER / 2
         if self._renewed_at is not None:
-            limit = min(limit, max(self._place.duration * _RENEW_EVERY, self._deadline() - self._now()))
+            limit = min(limit, max(self._settings.duration * _RENEW_EVERY, self._deadline() - self._now()))
         try:
             async with asyncio.timeout(limit):
                 leads = await self._step()
@@ -193,17 +196,18 @@ class Election:
 
     async def _step(self) -> bool:
         asked_at = self._now()
-        place = self._place
-        lease = await self._leases.get_lease(place.namespace, place.name)
-        self._notice(lease, asked_at)
-        match decide(lease, self._identity, asked_at - self._changed_at, place.duration):
+        settings = self._settings
+        lease = await self._leases.get_lease(settings.namespace, settings.name)
+        # It may have been renewed just before the answer: only from now on has it been seen unchanged.
+        self._notice(lease, self._now())
+        match decide(lease, self._identity, asked_at - self._changed_at, settings.duration):
             case Step.WAIT:
                 return False
             case Step.CREATE:
-                written = await self._leases.create_lease(place.namespace, self._manifest(None, taken=True))
+                written = await self._leases.create_lease(settings.namespace, self._manifest(None, taken=True))
             case step:
                 manifest = self._manifest(lease, taken=step is Step.TAKE)
-                written = await self._leases.replace_lease(place.namespace, place.name, manifest)
+                written = await self._leases.replace_lease(settings.namespace, settings.name, manifest)
         self._notice(written, asked_at)
         self._renewed_at = asked_at
         return True
@@ -223,27 +227,27 @@ class Election:
         spec = dict((lease or {}).get("spec") or {})
         spec |= {
             "holderIdentity": self._identity,
-            "leaseDurationSeconds": self._place.duration,
+            "leaseDurationSeconds": self._settings.duration,
             "renewTime": now,
         }
         if taken:
             spec |= {"acquireTime": now, "leaseTransitions": (spec.get("leaseTransitions") or 0) + (lease is not None)}
-        metadata = dict(lease["metadata"]) if lease else {"name": self._place.name}
+        metadata = dict(lease["metadata"]) if lease else {"name": self._settings.name}
         return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
 
     async def _release(self) -> None:
         """Give the Lease up, so that another candidate need not wait until it has expired."""
-        place = self._place
+        settings = self._settings
         try:
-            async with asyncio.timeout(place.duration * _STOP_AFTER / 2):
-                lease = await self._leases.get_lease(place.namespace, place.name)
-                if lease is None or decide(lease, self._identity, 0, place.duration) is not Step.RENEW:
+            async with asyncio.timeout(settings.duration * _STOP_AFTER / 2):
+                lease = await self._leases.get_lease(settings.namespace, settings.name)
+                if lease is None or decide(lease, self._identity, 0, settings.duration) is not Step.RENEW:
                     return
                 manifest = self._manifest(lease, taken=False)
                 spec = {**manifest["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
-                await self._leases.replace_lease(place.namespace, place.name, {**manifest, "spec": spec})
+                await self._leases.replace_lease(settings.namespace, settings.name, {**manifest, "spec": spec})
         except (ClusterError, TimeoutError) as error:
-            logger.warning("the Lease cannot be given up, it expires in %d s: %s", place.duration, error)
+            logger.warning("the Lease cannot be given up, it expires in %d s: %s", settings.duration, error)
 
     def _loss(self) -> str:
         if self._failing_since is None:

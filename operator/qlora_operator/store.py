@@ -37,7 +37,7 @@ _COMPRESSION = 1
 _READ_METADATA = ("namespace", "name", "uid", "resourceVersion", "generation", "deletionTimestamp")
 _READ_LABELS = (QUEUE_LABEL, QUEUE_PRIORITY_LABEL)
 
-_Place = tuple[str, str]
+_JobId = tuple[str, str]
 """Namespace and UID of a QLoRAJob: anybody can give any label to a pod of another namespace."""
 
 
@@ -60,7 +60,7 @@ class _Child:
 
 @dataclass(slots=True)
 class _Entry:
-    place: _Place
+    job_id: _JobId
     key: Key | None = None
     version: int = 0
     body: bytes = b""
@@ -75,7 +75,7 @@ class _Entry:
 
     def version_of(self, uid: str) -> int:
         """Version in which the job, or a child of it, is held; 0 if it is not."""
-        if uid == self.place[1]:
+        if uid == self.job_id[1]:
             return self.version
         return next((children[uid].version for children in self.children.values() if uid in children), 0)
 
@@ -88,8 +88,8 @@ class Store:
     """QLoRAJobs by UID, each with its children, as the watches, lists and answers have shown them."""
 
     def __init__(self) -> None:
-        self._entries: dict[_Place, _Entry] = {}
-        self._places: dict[Key, _Place] = {}
+        self._entries: dict[_JobId, _Entry] = {}
+        self._ids: dict[Key, _JobId] = {}
         self._homes: dict[str, _Entry] = {}
         """Where each child is held, by its UID: whoever may change it can give it the label of another job."""
         self._buried: dict[str, int] = {}
@@ -117,15 +117,15 @@ class Store:
         `created`: a watch, and no list, has shown its creation.
         """
         metadata = body["metadata"]
-        key, place = (metadata["namespace"], metadata["name"]), (metadata["namespace"], metadata["uid"])
+        key, job_id = (metadata["namespace"], metadata["name"]), (metadata["namespace"], metadata["uid"])
         version = self._version(metadata)
         if deleted:
             self._bury(metadata["uid"], version)
-            self._drop_job(place)
+            self._drop_job(job_id)
             return True
         if self._is_buried(metadata["uid"], version):
             return False
-        entry = self._entries.setdefault(place, _Entry(place))
+        entry = self._entries.setdefault(job_id, _Entry(job_id))
         if version <= entry.version and self._ordered:
             return False
         kept = _compact(metadata)
@@ -137,7 +137,7 @@ class Store:
         entry.settled = entry.settled and not news
         if (body.get("status") or {}).get("resolved"):
             self._forget_resolved(entry)
-        self._take_place(key, place)
+        self._take_name(key, job_id)
         return news
 
     def child_changed(self, kind: Kind, body: Object, *, deleted: bool = False) -> set[Key]:
@@ -148,10 +148,10 @@ class Store:
         metadata = body["metadata"]
         uid, version = metadata["uid"], self._version(metadata)
         job_uid = (metadata.get("labels") or {}).get(JOB_UID_LABEL, "")
-        place, home = (metadata["namespace"], job_uid), self._homes.get(uid)
+        job_id, home = (metadata["namespace"], job_uid), self._homes.get(uid)
         if deleted:
             self._bury(uid, version)
-            entry = home or self._entries.get(place)
+            entry = home or self._entries.get(job_id)
             if entry is None:
                 return set()
             self._drop_child(entry, kind, uid, _parse(kind, body, job_uid))
@@ -160,12 +160,12 @@ class Store:
         if self._is_buried(uid, version) or (before and version <= before.version and self._ordered):
             return set()
         changed: set[Key] = set()
-        if home is not None and home.place != place:
+        if home is not None and home.job_id != job_id:
             self._drop_child(home, kind, uid)
             changed, before = _jobs(home), None
         value = _parse(kind, body, job_uid)
         _report_unreadable(kind, metadata, value, before)
-        entry = self._entries.setdefault(place, _Entry(place))
+        entry = self._entries.setdefault(job_id, _Entry(job_id))
         if entry.resolved_stored and isinstance(value, ChildJob) and value.resolved:
             value = replace(value, resolved="")
         entry.children[kind][uid], self._homes[uid] = _Child(version, value), entry
@@ -177,20 +177,22 @@ class Store:
     def read(self, body: Object, jobs: Listing, pods: Listing) -> Observed:
         """Note what has been read live: the job, and complete lists of its children with their versions."""
         metadata = body["metadata"]
-        place = (metadata["namespace"], metadata["uid"])
+        job_id = (metadata["namespace"], metadata["uid"])
         self.job_changed(body)
         kinds: tuple[tuple[Kind, Listing], ...] = (("jobs", jobs), ("pods", pods))
         for kind, (bodies, version) in kinds:
             for child in bodies:
                 self.child_changed(kind, child)
-            self._prune_children(place, kind, {child["metadata"]["uid"] for child in bodies}, version_number(version))
-        entry = self._entries.get(place)
+            self._prune_children(job_id, kind, {child["metadata"]["uid"] for child in bodies}, version_number(version))
+        entry = self._entries.get(job_id)
         if entry is not None:
             entry.distrusted = False
             # A list may have shown more since these were taken.
             taken = min(version_number(jobs.version), version_number(pods.version))
-            entry.wanted = {uid: version for uid, version in entry.wanted.items() if uid == place[1] or version > taken}
-        return replace(observe(place[1], jobs.items, pods.items), lost=entry.lost if entry else None)
+            entry.wanted = {
+                uid: version for uid, version in entry.wanted.items() if uid == job_id[1] or version > taken
+            }
+        return replace(observe(job_id[1], jobs.items, pods.items), lost=entry.lost if entry else None)
 
     def compare(self, kind: Kind, namespace: str | None, found: list[Listed], version: str) -> set[Key]:
         """Note a complete list, taken at `version`: the jobs of which it shows more, or less, than is held.
@@ -200,14 +202,14 @@ class Store:
         """
         changed: set[Key] = set()
         for each in found:
-            place, home = (each.namespace, each.job_uid), self._homes.get(each.uid)
+            job_id, home = (each.namespace, each.job_uid), self._homes.get(each.uid)
             number = self._number(each.version)
             if self._is_buried(each.uid, number):
                 continue
-            if home is not None and home.place != place and home.version_of(each.uid) < number:
+            if home is not None and home.job_id != job_id and home.version_of(each.uid) < number:
                 self._drop_child(home, kind, each.uid)
                 changed |= _jobs(home)
-            entry = self._entries.get(place)
+            entry = self._entries.get(job_id)
             if entry is not None and entry.key is not None:
                 if entry.version_of(each.uid) < number:
                     entry.wanted[each.uid] = number
@@ -231,9 +233,9 @@ class Store:
 
     def gone(self, key: Key) -> None:
         """Note that the job does not exist."""
-        if place := self._places.get(key):
-            self._bury(place[1], self._entries[place].version)
-            self._drop_job(place)
+        if job_id := self._ids.get(key):
+            self._bury(job_id[1], self._entries[job_id].version)
+            self._drop_job(job_id)
 
     def settle(self, key: Key, settled: bool) -> None:
         """Note, before a pass decides, whether nothing is left to do for the job, until something is shown about it."""
@@ -246,8 +248,8 @@ class Store:
         return entry is not None and entry.settled
 
     def _entry(self, key: Key) -> _Entry | None:
-        place = self._places.get(key)
-        return self._entries[place] if place else None
+        job_id = self._ids.get(key)
+        return self._entries[job_id] if job_id else None
 
     def _lags(self, entry: _Entry) -> bool:
         """Whether a list has shown something newer; forgets what has been shown since."""
@@ -256,29 +258,29 @@ class Store:
                 del entry.wanted[uid]
         return bool(entry.wanted)
 
-    def _take_place(self, key: Key, place: _Place) -> None:
+    def _take_name(self, key: Key, job_id: _JobId) -> None:
         """The name now belongs to this job: of two with one name, the newer version is the one that exists."""
-        before = self._places.get(key)
-        if before is None or before == place or self._entries[before].version < self._entries[place].version:
-            self._places[key] = place
+        before = self._ids.get(key)
+        if before is None or before == job_id or self._entries[before].version < self._entries[job_id].version:
+            self._ids[key] = job_id
 
     def _prune(self, kind: Kind, namespace: str | None, found: set[str], version: int) -> set[Key]:
         pruned: set[Key] = set()
-        for place, entry in list(self._entries.items()):
-            if namespace not in (None, place[0]):
+        for job_id, entry in list(self._entries.items()):
+            if namespace not in (None, job_id[0]):
                 continue
             key = entry.key
             if kind != "qlorajobs":
-                gone = self._prune_children(place, kind, found, version)
-            elif gone := bool(entry.body) and place[1] not in found and entry.version <= version:
-                self._bury(place[1], version)
-                self._drop_job(place)
+                gone = self._prune_children(job_id, kind, found, version)
+            elif gone := bool(entry.body) and job_id[1] not in found and entry.version <= version:
+                self._bury(job_id[1], version)
+                self._drop_job(job_id)
             if gone and key is not None:
                 pruned.add(key)
         return pruned
 
-    def _prune_children(self, place: _Place, kind: Kind, found: set[str], version: int) -> bool:
-        entry = self._entries.get(place)
+    def _prune_children(self, job_id: _JobId, kind: Kind, found: set[str], version: int) -> bool:
+        entry = self._entries.get(job_id)
         if entry is None:
             return False
         gone = [uid for uid, child in entry.children[kind].items() if uid not in found and child.version <= version]
@@ -287,15 +289,15 @@ class Store:
             self._drop_child(entry, kind, uid)
         return bool(gone)
 
-    def _drop_job(self, place: _Place) -> None:
-        entry = self._entries.get(place)
+    def _drop_job(self, job_id: _JobId) -> None:
+        entry = self._entries.get(job_id)
         if entry is None:
             return
-        if entry.key is not None and self._places.get(entry.key) == place:
-            del self._places[entry.key]
+        if entry.key is not None and self._ids.get(entry.key) == job_id:
+            del self._ids[entry.key]
         entry.key, entry.body, entry.marks = None, b"", b""
         if entry.empty:
-            del self._entries[place]
+            del self._entries[job_id]
 
     def _drop_child(self, entry: _Entry, kind: Kind, uid: str, shown: ChildJob | Pod | None = None) -> None:
         """Forget a child; `shown`: as its deletion has shown it. Keeps the first Job of a job that has stored nothing.
@@ -309,7 +311,7 @@ class Store:
             entry.lost = value
         entry.settled = False
         if entry.empty:
-            del self._entries[entry.place]
+            del self._entries[entry.job_id]
 
     @staticmethod
     def _forget_resolved(entry: _Entry) -> None:
@@ -348,7 +350,7 @@ def _jobs(entry: _Entry, child: Object | None = None) -> set[Key]:
     if entry.key is not None:
         return {entry.key}
     name = ((child or {}).get("labels") or {}).get(JOB_LABEL)
-    return {(entry.place[0], name)} if name else set()
+    return {(entry.job_id[0], name)} if name else set()
 
 
 def _report_unreadable(kind: Kind, metadata: Object, value: ChildJob | Pod | None, before: _Child | None) -> None:

@@ -67,9 +67,12 @@ class Transport:
         headers: Mapping[str, str],
         timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - passed on to the HTTP client
     ) -> tuple[int, bytes]:
-        """Status and content of the answer. Raises aiohttp.ClientError, TimeoutError or OSError without one."""
+        """Status and content of the answer. Raises aiohttp.ClientError, TimeoutError or OSError without one.
+
+        Raises ValueError if the body has a number that JSON does not have (infinite, or none at all).
+        """
         url = f"{self._endpoint.server}{path}{'?' + urlencode(query) if query else ''}"
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        data = None if body is None else json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 
         async def send_with(credentials: Credentials) -> tuple[int, bytes]:
             return await self._send(method, url, data, headers, credentials, timeout)

@@ -277,7 +277,7 @@ async def ending(life: Life) -> dict[str, Any]:
     }
 
 
-# Phases that a job which is suspended and taken up reaches more than once.
+# Phases that a job which is suspended and retried reaches more than once.
 _REPEATED = ("Queued", "Preparing")
 
 

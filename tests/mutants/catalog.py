@@ -19,6 +19,15 @@ API = (
         tests=(f"{_API_TESTS}/test_contract.py::test_a_record_has_at_most_the_bytes_of_its_kind",),
     ),
     Mutant(
+        name="a-status-may-have-numbers-that-json-has-not",
+        file=f"{_CONTRACT}/status.py",
+        old="Field(allow_inf_nan=False)",
+        new="Field(allow_inf_nan=True)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_result_with_a_number_that_json_has_not_ends_the_job_as_an_unreadable_one_does",
+        ),
+    ),
+    Mutant(
         name="jobs-cannot-be-selected-by-phase",
         file=f"{_CONTRACT}/crd.py",
         old=', {"jsonPath": ".status.phase"}]',
@@ -357,6 +366,40 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="a-pause-after-a-rejected-pod-is-not-explained",
+        file=f"{_DECISIONS}/summary.py",
+        old="if rejected := rejection(status, facts):",
+        new="if (rejected := rejection(status, facts)) and False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when",
+        ),
+    ),
+    Mutant(
+        name="a-later-attempt-of-prepare-is-taken-for-the-first",
+        file=f"{_DECISIONS}/conditions.py",
+        old='if step is None or (step.name == "prepare" and not has_begun(status)):',
+        new='if step is None or (step.name == "prepare" and not step.job_uid):',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_status.py::test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when",
+        ),
+    ),
+    Mutant(
+        name="somebody-is-accused-of-the-operators-own-deletion",
+        file=f"{_DECISIONS}/deletions.py",
+        old="shown.reason == POD_DETACHED",
+        new="False",
+        tests=(f"{_OPERATOR_TESTS}/test_reconcile.py::test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod",),
+    ),
+    Mutant(
+        name="restarts-are-taken-for-deletions",
+        file=f"{_DECISIONS}/deletions.py",
+        old=" - restarts",
+        new="",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_plan.py::test_jobs_that_the_operator_has_restarted_are_not_counted_with_those_that_somebody_deletes",
+        ),
+    ),
+    Mutant(
         name="rejected-pods-fail-the-job",
         file=f"{_DECISIONS}/advance.py",
         old="if spared and step.failures <= allowed and not ended[-1].decisive:",
@@ -394,6 +437,13 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_resync.py::test_a_denied_namespace_leaves_the_others_alone_and_comes_back",),
     ),
     Mutant(
+        name="infinity-is-sent",
+        file=f"{_OPERATOR}/transport.py",
+        old="json.dumps(body, allow_nan=False, ",
+        new="json.dumps(body, ",
+        tests=(f"{_OPERATOR_TESTS}/test_transport.py::test_a_number_that_json_has_not_is_never_sent",),
+    ),
+    Mutant(
         name="a-leader-that-is-cut-off-works-on",
         file=f"{_OPERATOR}/leadership.py",
         old="_STOP_AFTER = 2 / 3",
@@ -401,10 +451,19 @@ OPERATOR = (
         tests=(f"{_OPERATOR_TESTS}/test_leadership.py::test_who_is_cut_off_stops_before_another_begins",),
     ),
     Mutant(
+        name="a-lease-counts-as-unchanged-from-before-it-was-seen",
+        file=f"{_OPERATOR}/leadership.py",
+        old="self._notice(lease, self._now())",
+        new="self._notice(lease, asked_at)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_leadership.py::test_a_renewal_that_a_slow_answer_shows_counts_from_the_answer_on",
+        ),
+    ),
+    Mutant(
         name="a-leader-that-ends-keeps-the-lease",
         file=f"{_OPERATOR}/leadership.py",
         old='"holderIdentity": "", "leaseDurationSeconds": 1',
-        new='"leaseDurationSeconds": self._place.duration',
+        new='"leaseDurationSeconds": self._settings.duration',
         tests=(f"{_OPERATOR_TESTS}/test_leadership.py::test_who_ends_hands_over_at_once",),
     ),
     Mutant(

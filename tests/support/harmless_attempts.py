@@ -11,6 +11,7 @@ from typing import Any
 from qlora_api.contract import ENV_REGISTRIES, ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL, workspace_claim_name
 from qlora_api.status import MAX_MESSAGE_LENGTH, DatasetStatus, MemoryStatus, StepName
+from tests.support.builders import ADAPTER
 from tests.support.manifests import MINIMAL
 from tests.support.rejected_attempts import pod
 from tests.support.tenancy import CAPPED, OPERATOR, TENANT, VICTIM, Object, Tenancy, Tenants, path_of, summary
@@ -26,6 +27,7 @@ _PREPARED: dict[str, Any] = {
     "memory": MemoryStatus(estimate_bytes=10, low_bytes=9, high_bytes=11, verdict="unknown"),
     "dataset": DatasetStatus(format="chat", rows=12, used_rows=10),
 }
+_MERGED = {"uri": "pvc://out/merged", "sha256": "b" * 64, "sizeBytes": 14, "evalLoss": 1.625}
 
 
 def attempt(function: Callable[[Tenants], None]) -> Callable[[Tenants], None]:
@@ -313,6 +315,19 @@ def an_end_with_a_loss_that_is_no_number(t: Tenancy) -> None:
 @played
 def an_end_with_a_number_of_many_digits(t: Tenancy) -> None:
     must_not_be_believed(t, "end-huge", lambda job, own: result(job, own).replace("12", "9" * 3000))
+
+
+@played
+def an_end_with_a_merged_model_of_infinite_loss(t: Tenancy) -> None:
+    job, own = running(t, "end-infinite", output={"merged": {}})
+    t.end(own, result(job, own))
+    own = t.wait_for_pod("end-infinite", "train")
+    t.end(own, result(job, own, step="train"))
+    for _ in range(2):
+        own = t.wait_for_pod("end-infinite", "publish")
+        published = result(job, own, step="publish", adapter=ADAPTER, merged=_MERGED)
+        t.end(own, published.replace("1.625", "1e999"))
+    t.wait("end-infinite", phase="Failed", reason="ResultUnreadable")
 
 
 @played

@@ -8,6 +8,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
 from tests.support.builders import (
     ADAPTER,
+    after,
     child,
     failed,
     follow,
@@ -58,6 +59,8 @@ def cases() -> Sequence[Case]:
     retried = failed("train", 200, "Unreachable", "no route to the hub")
     published = [child("publish", Complete=""), succeeded("publish")]
     stopping = follow(make_job(_training(), suspend=True), child("train"), running(pod("train")))
+    rejected = pod("train", phase="Failed", reason="UnexpectedAdmissionError", message="no healthy devices present")
+    rejecting = [child("train", Failed="BackoffLimitExceeded"), rejected]
     return [
         Case("new", _stored(None), "Progressing", "the operator has not seen the job yet", "suspend"),
         Case("pending", _stored(follow(make_job())), "Progressing", "the first Job is about to be created", "suspend"),
@@ -89,6 +92,13 @@ def cases() -> Sequence[Case]:
             _stored(follow(make_job(_training()), child("train"), retried)),
             "Progressing",
             "the latest attempt failed and is retried: Unreachable: no route to the hub",
+            "suspend",
+        ),
+        Case(
+            "waiting after a rejected pod",
+            _stored(follow(make_job(_training()), *rejecting, now=after(-590))),
+            "Progressing",
+            "a node has rejected a pod, which uses no retry: Job tune-train-2 is created at 2026-01-02T11:51:01Z",
             "suspend",
         ),
         Case(

@@ -4,6 +4,7 @@ from datetime import datetime, timedelta
 
 from qlora_operator.decisions.observe import ChildJob, Observed, Pod, Reason
 
+POD_DETACHED = "PodDetached"
 NO_POD_AFTER = timedelta(seconds=60)
 STUCK_AFTER = timedelta(seconds=60)
 # An image of several gigabytes takes a while; the kubelet tries a volume again after at most two minutes.
@@ -73,7 +74,7 @@ def _detached(pod: Pod) -> Reason | None:
     if not pod.detached:
         return None
     return Reason(
-        "PodDetached",
+        POD_DETACHED,
         f"somebody has taken the labels or the owner of pod {pod.name} away while it ran: its Job is deleted, its time "
         "counts, and the step goes on from its checkpoint once that pod has ended; delete the pod if it does not end",
     )

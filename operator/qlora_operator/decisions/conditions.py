@@ -50,6 +50,12 @@ def is_finished(status: QLoRAJobStatus) -> bool:
     return is_true(status, "Succeeded") or is_true(status, "Failed")
 
 
+def has_begun(status: QLoRAJobStatus) -> bool:
+    """Whether the current step has, or has had, a Job since the job began or was last retried."""
+    step = status.step
+    return step is not None and (bool(step.job_uid) or step.attempt > status.first_attempt)
+
+
 def with_condition(
     status: QLoRAJobStatus, kind: ConditionType, value: Value, reason: Reason, *, generation: int, now: datetime
 ) -> QLoRAJobStatus:
@@ -82,7 +88,7 @@ def phase_of(status: QLoRAJobStatus, *, running: bool, queued: bool = False) -> 
         if is_true(status, kind):
             return kind
     step = status.step
-    if step is None or (step.name == "prepare" and not step.job_uid):
+    if step is None or (step.name == "prepare" and not has_begun(status)):
         return "Pending"
     if queued:
         return "Queued"

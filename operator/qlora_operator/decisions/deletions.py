@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from qlora_api.naming import child_job_name
 from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_operator.decisions.attempts import charge_running
+from qlora_operator.decisions.blockers import POD_DETACHED
 from qlora_operator.decisions.conditions import condition
 from qlora_operator.decisions.endings import NOT_SUSPENDED
 from qlora_operator.decisions.facts import Facts, set_condition
@@ -24,15 +25,16 @@ _JOB_DELETED = "JobDeleted"
 def note_deletion(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status after the Job of its step was deleted: with the reason, if the next one is to wait for that."""
     step = status.step
-    if step is None or _was_suspended(facts.job) or _ran_for_long(step, facts.now):
+    if step is None or _is_own_deletion(facts.job) or _ran_for_long(step, facts.now):
         return status
     if _gone(facts.job, status, facts.observed, step.attempt) < 2:
         return status
     status = charge_running(status, facts.observed, facts.now)
     until = max(facts.now, parse_time(status.active_until)) if status.active_until else facts.now
     sentence = (
-        f"somebody deletes the Jobs of the {step.name} step, the latest of which was {step.job_name}: the next one is "
-        "created after a pause, which grows to five minutes; the audit log of the API server tells who does that"
+        f"somebody has deleted Job {step.job_name}, and earlier Jobs of the {step.name} step are gone too, perhaps "
+        "ended by suspensions or retries: the next one is created after a pause, which grows to five minutes; the "
+        "audit log of the API server tells who deleted it"
     )
     status = status.model_copy(update={"active_until": format_time(until)})
     return set_condition(status, facts, "Succeeded", "Unknown", Reason(_JOB_DELETED, sentence))
@@ -57,18 +59,25 @@ def next_job_at(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> da
 
 
 def _gone(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, last: int) -> int:
-    """How many of the step's Jobs up to that attempt are not there any more."""
+    """How many of the step's Jobs up to that attempt are not there any more, apart from restarts for lack of progress.
+
+    Those that suspensions, detached pods and retries have ended are among them: the status does not say how many.
+    """
     if status.step is None:
         return 0
+    # The operator has deleted a Job for each restart, and each counts as a failure.
+    restarts = status.step.failures if job.spec.retry.on_no_progress == "restart" else 0
     attempts = range(status.first_attempt, last + 1)
     names = {child_job_name(job.name, status.step.name, attempt) for attempt in attempts}
-    return len(names - {child.name for child in observed.children})
+    return len(names - {child.name for child in observed.children}) - restarts
 
 
-def _was_suspended(job: QLoRAJob) -> bool:
-    """Whether it was, until now: then the operator has deleted the Job."""
-    found = condition(job.status, "Suspended")
-    return found is not None and found.reason != NOT_SUSPENDED.word
+def _is_own_deletion(job: QLoRAJob) -> bool:
+    """Whether the operator has deleted the step's Job: because the job was suspended, or a pod taken from that Job."""
+    suspended, shown = condition(job.status, "Suspended"), condition(job.status, "Succeeded")
+    if suspended is not None and suspended.reason != NOT_SUSPENDED.word:
+        return True
+    return shown is not None and shown.reason == POD_DETACHED
 
 
 def _ran_for_long(step: StepStatus, now: datetime) -> bool:

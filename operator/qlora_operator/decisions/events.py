@@ -25,7 +25,7 @@ def phase_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict[st
     succeeded = condition(status, "Succeeded")
     message = succeeded.message if succeeded else ""
     reason = succeeded.reason if succeeded and status.phase == "Failed" else status.phase
-    name = f"{_place(status.phase)}{_digest(_identity(job, status))}"
+    name = f"{_rank(status.phase)}{_digest(_identity(job, status))}"
     return _build(_metadata(job), reason, message, now, warning=status.phase == "Failed", name=name)
 
 
@@ -54,7 +54,7 @@ def _metadata(job: QLoRAJob) -> dict[str, Any]:
     return {"namespace": job.namespace, "name": job.name, "uid": job.uid, "resourceVersion": job.resource_version}
 
 
-def _place(phase: Phase) -> int:
+def _rank(phase: Phase) -> int:
     """How late in the life of a job the phase is; ends and suspensions come last."""
     return _ORDER.index(phase) if phase in _ORDER else len(_ORDER)
 

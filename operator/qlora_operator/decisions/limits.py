@@ -51,7 +51,7 @@ def enforce_deadline(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         "spec.retry.request to retry the job"
     )
     failure = failure_of(status.step.name, "DeadlineExceeded", message, facts)
-    # What has run until now counts, should the job be taken up: its pods have not ended yet.
+    # What has run until now counts, should the job be retried: its pods have not ended yet.
     return fail(charge_running(status, facts.observed, facts.now), facts, failure)
 
 

@@ -14,6 +14,11 @@ from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.deletions import next_job_at
 from qlora_operator.decisions.facts import FIRST_JOB
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
+from qlora_operator.decisions.rejections import (
+    LONGEST_PAUSE_AFTER_REJECTED_POD,
+    PAUSE_AFTER_REJECTED_POD,
+    next_job_after_rejections,
+)
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 from qlora_operator.decisions.together import trains_together
 
@@ -21,7 +26,6 @@ from qlora_operator.decisions.together import trains_together
 PAUSE_AFTER_FAILURE, LONGEST_PAUSE_AFTER_FAILURE = timedelta(seconds=10), timedelta(minutes=6)
 # Nodes that are lost now and then are no reason for a longer pause. A failed Job is there for an hour at least.
 FAILURES_WITHIN = timedelta(hours=1)
-PAUSE_AFTER_REJECTED_POD, LONGEST_PAUSE_AFTER_REJECTED_POD = timedelta(seconds=60), timedelta(minutes=30)
 # Workloads are not watched: a queue needs a moment to say why a Job waits, and then the reason seldom changes.
 QUEUE_MOMENT = timedelta(seconds=30)
 QUEUE_INTERVAL, FIRST_QUEUE_INTERVAL = timedelta(seconds=60), timedelta(seconds=3)
@@ -128,14 +132,14 @@ def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Actio
         return True
     if _verdicts(status) != _verdicts(job.status):
         return True
-    return status.step is not None and _place(status.step) != _place(job.status.step)
+    return status.step is not None and _attempt(status.step) != _attempt(job.status.step)
 
 
 def _verdicts(status: QLoRAJobStatus) -> tuple[bool, ...]:
     return is_finished(status), is_true(status, "CleanedUp")
 
 
-def _place(step: StepStatus | None) -> tuple[object, ...]:
+def _attempt(step: StepStatus | None) -> tuple[object, ...]:
     return (step.name, step.attempt, step.counted_pod) if step else (*FIRST_JOB, "")
 
 
@@ -175,11 +179,11 @@ def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: 
 
 def _pauses(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[datetime]:
     """When the next Job may be created."""
-    yield from _after_rejections(observed)
     yield from _after_waiting(job, observed)
     yield from _after_failures(job, status, observed)
-    if (due := next_job_at(job, status, observed)) is not None:
-        yield due
+    for due in (next_job_after_rejections(observed), next_job_at(job, status, observed)):
+        if due is not None:
+            yield due
 
 
 def _after_failures(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed) -> Iterator[datetime]:
@@ -213,14 +217,6 @@ def _after_waiting(job: QLoRAJob, observed: Observed) -> Iterator[datetime]:
 def _share(uid: str) -> float:
     """A number from 0 to 1 that is always the same for this job, and another for others."""
     return zlib.crc32(uid.encode()) / (2**32 - 1)
-
-
-def _after_rejections(observed: Observed) -> Iterator[datetime]:
-    """When a Job may be created after a pod that the kubelet has rejected: a node may need a moment, or help."""
-    rejected = [pod.created for pod in observed.pods if pod.rejected]
-    if rejected:
-        pause = PAUSE_AFTER_REJECTED_POD * 2 ** min(len(rejected) - 1, 10)
-        yield max(rejected) + min(pause, LONGEST_PAUSE_AFTER_REJECTED_POD)
 
 
 def _after_the_end(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:

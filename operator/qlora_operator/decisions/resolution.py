@@ -126,7 +126,7 @@ def _not_shared(job: QLoRAJob, profile: Profile) -> Reason | None:
 
 
 def objection_of_limits(facts: Facts) -> Reason | None:
-    """Why the profile of today lets the job neither start nor be taken up in its namespace; None if it does."""
+    """Why the profile of today lets the job neither start nor be retried in its namespace; None if it does."""
     job, name = facts.job, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)
     if profile is None:

@@ -1,4 +1,4 @@
-"""Says which jobs want to start, or to be taken up, and wait for others of their profile to end; pure."""
+"""Says which jobs want to start, or to be retried, and wait for others of their profile to end; pure."""
 
 from collections.abc import Mapping
 

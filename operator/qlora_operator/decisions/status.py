@@ -50,7 +50,7 @@ def with_rejection(status: QLoRAJobStatus, facts: Facts, reason: Reason) -> QLoR
 
 
 def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None = None) -> QLoRAJobStatus:
-    """The status of a finished job. `held_back`: why it is not taken up yet, although that is asked for."""
+    """The status of a finished job. `held_back`: why it is not retried yet, although that is asked for."""
     # A request in a spec that cannot be read now is to be seen by the operator that can.
     if not facts.job.problem:
         status = status.model_copy(update={"observed_generation": facts.job.generation})

@@ -2,7 +2,7 @@
 
 from qlora_api.status import Phase, QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.blockers import blocking_reason
-from qlora_operator.decisions.conditions import Value, condition, is_finished, is_true, phase_of
+from qlora_operator.decisions.conditions import Value, condition, has_begun, is_finished, is_true, phase_of
 from qlora_operator.decisions.deletions import deletion
 from qlora_operator.decisions.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.facts import Facts, set_condition
@@ -10,6 +10,7 @@ from qlora_operator.decisions.figures import without_remaining
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
 from qlora_operator.decisions.observe import ChildJob, Reason
 from qlora_operator.decisions.queue import WAITING
+from qlora_operator.decisions.rejections import rejection
 from qlora_operator.decisions.resolution import objection
 from qlora_operator.decisions.together import trains_together
 
@@ -128,11 +129,11 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return deleted
     if not step.job_uid and observed.live_pods:
         return Reason("WaitingForPod", f"pod {observed.live_pods[0].name} must end before the next Job is created")
+    if rejected := rejection(status, facts):
+        return rejected
     running = observed.is_running(step.job_uid)
     last = status.last_failure
-    # Of several nodes, the next Job is created after a pause only.
-    begun = bool(step.job_uid) or trains_together(job, step.name)
-    if last is not None and last.step == step.name and begun and not running:
+    if last is not None and last.step == step.name and has_begun(status) and not running:
         return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
     phase = phase_of(status, running=running)
     return Reason(phase, _DOING.get(phase, ""))

@@ -14,6 +14,7 @@ from qlora_api.contract import (
     decode_record,
     encode_record,
 )
+from qlora_api.status import MergedStatus
 
 OURS = {"job_uid": "job-1", "pod_uid": "pod-1"}
 TIME = "2026-01-02T03:04:05Z"
@@ -22,8 +23,16 @@ RESULT = ResultRecord(
     **OURS, step="train", time=TIME, attempt=2, outcome="failed", exit_code=14, reason="Diverged", message="loss is NaN"
 )
 
+MERGED = RESULT.model_copy(
+    update={
+        "merged": MergedStatus(
+            uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.625, adapter_eval_loss=1.875
+        )
+    }
+)
 
-@pytest.mark.parametrize("record", [PROGRESS, RESULT], ids=["progress", "result"])
+
+@pytest.mark.parametrize("record", [PROGRESS, RESULT, MERGED], ids=["progress", "result", "merged"])
 def test_a_record_survives_the_way_through_the_log(record: ProgressRecord | ResultRecord) -> None:
     line = encode_record(record)
     assert "\n" not in line
@@ -52,6 +61,10 @@ def test_unknown_fields_of_a_newer_trainer_are_ignored() -> None:
         encode_record(RESULT).replace(TIME, "2026-01-02 03:04"),
         encode_record(RESULT).replace('"attempt":2', '"attempt":2,"trainingStep":9007199254740993'),
         encode_record(RESULT).replace('"attempt":2', '"attempt":2,"peakMemoryBytes":9007199254740993'),
+        encode_record(MERGED).replace("1.625", "1e999"),
+        encode_record(MERGED).replace("1.625", "-Infinity"),
+        encode_record(MERGED).replace("1.625", "9" * 400),
+        encode_record(MERGED).replace("1.875", "NaN"),
         "{" + " " * MAX_RESULT_BYTES + encode_record(PROGRESS)[1:],
     ],
 )

@@ -10,10 +10,10 @@ import pytest
 
 from qlora_operator.cluster import ConflictError, UnavailableError
 from qlora_operator.decisions.observe import Object
-from qlora_operator.leadership import Election, Place, Step, decide
+from qlora_operator.leadership import Election, LeaseSettings, Step, decide
 from tests.support.builders import NOW, VirtualLoop
 
-PLACE = Place("system", "operator", 12)
+LEASE = LeaseSettings("system", "operator", 12)
 
 
 def lease(holder: str | None, seconds: int | None = 12) -> Object:
@@ -124,7 +124,7 @@ class Match:
     def candidate(self, name: str, *, skew: float = 0, **road: Any) -> tuple[Road, Election]:
         way = Road(self.store, **road)
         clock = lambda: NOW + timedelta(seconds=self.loop.time() + skew)  # noqa: E731
-        return way, Election(way, PLACE, name, monotonic=self.loop.time, clock=clock)
+        return way, Election(way, LEASE, name, monotonic=self.loop.time, clock=clock)
 
     def start(self, name: str, election: Election) -> asyncio.Task[None]:
         return asyncio.create_task(election.run(self.shift.work(name, self.loop.time)))
@@ -166,6 +166,26 @@ def test_who_is_cut_off_stops_before_another_begins(skew: float, fault: str) -> 
         assert match.shift.working == ["second"]
         assert first.problem() is None
         assert first.stuck() is None
+        await end(running, other)
+
+    match.play(scenario)
+
+
+@pytest.mark.parametrize("offset", [0, 0.5, 1, 1.5, 2])
+def test_a_renewal_that_a_slow_answer_shows_counts_from_the_answer_on(offset: float) -> None:
+    """Whenever between two renewals it is asked for: the leader is cut off right after the one that was shown."""
+    match = Match()
+    first_road, first = match.candidate("first")
+    second_road, second = match.candidate("second", seconds=3.1)
+
+    async def scenario() -> None:
+        running = match.start("first", first)
+        await asyncio.sleep(30 + offset)
+        other = match.start("second", second)
+        await asyncio.sleep(3.1)
+        first_road.hangs, second_road.seconds = True, 0.1
+        await asyncio.sleep(30)
+        assert match.shift.working == ["second"]
         await end(running, other)
 
     match.play(scenario)

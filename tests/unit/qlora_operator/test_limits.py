@@ -187,6 +187,18 @@ def test_the_pause_after_rejected_pods_grows() -> None:
         assert plan(job, follow(job, *bodies, now=after(moment)), seen(*bodies), after(moment)).actions
 
 
+def test_a_job_that_is_retried_after_a_rejected_pod_waits_too_and_what_it_retries_is_no_attempt_of_its_own() -> None:
+    failure = failed("train", 14, "Diverged", "the loss is not finite", number=2)
+    bodies = [child("train", Failed="PodFailurePolicy"), pod("train", phase="Failed", reason="OutOfcpu"), failure]
+    stored = follow(make_job(status_in("train")), *bodies, now=after(-590))
+    assert stored.phase == "Failed"
+    job = make_job(stored, retry={"request": 1})
+    for moment, reason, created in ((-540, "PodRejected", 0), (-539, "Queued", 1)):
+        status = follow(job, *bodies, now=after(moment))
+        assert reason_of(status) == reason
+        assert len(plan(job, status, seen(*bodies), after(moment)).actions) == created
+
+
 def test_a_deadline_is_not_evaded_by_deleting_pods_by_force() -> None:
     running_on = look(watched(), 41, activeDeadlineSeconds=100)
     assert (running_on.phase, running_on.active_seconds) == ("Failed", 101)

@@ -30,6 +30,7 @@ from tests.support.builders import (
     failed,
     follow,
     make_job,
+    message_of,
     pod,
     reason_of,
     resolved,
@@ -331,6 +332,23 @@ def test_no_pause_follows_a_suspension_a_long_run_or_jobs_that_ended_by_themselv
     assert deleted_at(status_in("train", 4, step=step_status("train", 4, **ran).dump()), 0)[0] == 0
     expired = [child("train", attempt, Failed="DeadlineExceeded") for attempt in (1, 2, 3)]
     assert deleted_at(fourth, 0, *expired)[0] == 0
+
+
+def test_jobs_that_the_operator_has_restarted_are_not_counted_with_those_that_somebody_deletes() -> None:
+    restarted = status_in("train", 4, step=step_status("train", 4, failures=3).dump())
+    for on_no_progress, moments in (("restart", [0]), ("report", [20])):
+        job = make_job(restarted, retry={"onNoProgress": on_no_progress})
+        waits = make_job(follow(job), retry={"onNoProgress": on_no_progress})
+        assert [moment for moment in (0, 20) if decide(waits, at=moment).actions][:1] == moments
+
+
+def test_the_status_does_not_say_that_somebody_has_deleted_jobs_which_a_suspension_may_have_ended() -> None:
+    status = follow(make_job(status_in("train", 4)))
+    assert message_of(status) == (
+        f"somebody has deleted Job {NAME}-train-4, and earlier Jobs of the train step are gone too, perhaps ended by "
+        "suspensions or retries: the next one is created after a pause, which grows to five minutes; the audit log of "
+        "the API server tells who deleted it"
+    )
 
 
 def test_pods_that_stop_after_their_job_was_deleted_do_not_end_the_pause() -> None:

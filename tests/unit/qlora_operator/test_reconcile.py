@@ -1,6 +1,7 @@
 """One pass over a job, against a cluster in memory: what is written, what is left alone, and when it looks again."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
-from qlora_api.status import QLoRAJobStatus
+from qlora_api.status import MergedStatus, QLoRAJobStatus
 from qlora_operator.cluster import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
@@ -20,6 +21,7 @@ from qlora_operator.starts import SECONDS_BETWEEN_LOOKS
 from qlora_operator.store import Store
 from qlora_operator.workqueue import RetryError
 from tests.support.builders import (
+    ADAPTER,
     NAME,
     NOW,
     PROFILES,
@@ -37,6 +39,7 @@ from tests.support.builders import (
     node,
     pod,
     reason_of,
+    result,
     running,
     starts,
     status_in,
@@ -146,6 +149,10 @@ class MemoryCluster:
             self.conflicts -= 1
             raise ConflictError("the object has been modified")
         self._write("status")
+        try:
+            json.dumps(status, allow_nan=False)
+        except ValueError as error:
+            raise RejectedError("the request is no JSON") from error
         if not self.keeps_status:
             return self.job
         self.job = self.job | {"status": status, "metadata": self.job["metadata"] | self._next()}
@@ -379,6 +386,26 @@ def test_a_finished_job_with_a_clean_up_to_come_is_looked_at_when_that_is_due() 
 FAILED = follow(make_job(status_in("prepare")), child("prepare", Failed="x"), failed("prepare", 11, "BadDataset", ""))
 
 
+@pytest.mark.parametrize(
+    ("job", "kind", "waiting"),
+    [
+        (job_body(), "Succeeded", "the prepare step of this job starts"),
+        (
+            job_body(status_in("publish", step=step_status("publish", jobUid="").dump()).dump()),
+            "Succeeded",
+            "the publish step of this job starts",
+        ),
+        (job_body(FAILED.dump(), cleanupAfterSeconds=0), "CleanedUp", "the clean-up of this job starts"),
+    ],
+)
+def test_a_taken_name_says_what_waits_for_it(job: dict[str, Any], kind: str, waiting: str) -> None:
+    cluster = MemoryCluster(job)
+    _taken(cluster)
+    reconcile(cluster)
+    assert reason_of(cluster.status, kind) == "NameTaken"
+    assert f": {waiting} when that Job is gone" in message_of(cluster.status, kind)
+
+
 @pytest.mark.parametrize("status", [FINISHED, FAILED], ids=["succeeded", "failed"])
 def test_a_finished_job_without_clean_up_is_not_looked_at_any_more(status: QLoRAJobStatus) -> None:
     cluster = stored(status)
@@ -468,6 +495,23 @@ def test_an_end_that_the_watch_has_shown_is_read_again_before_it_is_stored() -> 
     cluster.jobs, cluster.pods = [child("publish", Complete="")], [succeeded("publish")]
     reconcile(cluster, shown(cluster))
     assert (cluster.status.phase, cluster.reads) == ("Succeeded", 3)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-Infinity", "NaN"])
+def test_a_result_with_a_number_that_json_has_not_ends_the_job_as_an_unreadable_one_does(number: str) -> None:
+    """As a status it would be rejected for ever, and the job would stay in its phase."""
+
+    def published(attempt: int) -> dict[str, Any]:
+        body = pod("publish", attempt)
+        merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.625)
+        message = result(body, "publish", adapter=ADAPTER, merged=merged).replace("1.625", number)
+        return ended(body, 0, message)
+
+    cluster = stored(status_in("publish"), output={"merged": {}})
+    cluster.jobs = [child("publish", attempt, Complete="") for attempt in (1, 2)]
+    cluster.pods = [published(attempt) for attempt in (1, 2)]
+    reconcile(cluster)
+    assert (cluster.status.phase, reason_of(cluster.status)) == ("Failed", "ResultUnreadable")
 
 
 def test_a_job_whose_label_somebody_has_taken_is_not_created_again() -> None:
@@ -712,6 +756,20 @@ def test_a_restart_waits_for_the_pod_that_it_stops_although_somebody_hides_that(
     cluster.pods = []
     reconcile(cluster, shown(cluster))
     assert _created(cluster) == [f"{NAME}-train-2"]
+
+
+@pytest.mark.parametrize("end", [[], [ended(pod("train", 4), 143)]], ids=["gone", "ended"])
+def test_nobody_is_accused_of_deleting_the_job_of_a_detached_pod(end: list[dict[str, Any]]) -> None:
+    """As often as that happens, the operator deletes that Job itself, and replaces it at once."""
+    cluster = stored(status_in("train", 4))
+    cluster.jobs, cluster.pods = [child("train", 4)], [running(pod("train", 4))]
+    reconcile(cluster)
+    cluster.pods = [without_owner(cluster.pods[0])]
+    reconcile(cluster, shown(cluster))
+    assert reason_of(cluster.status) == "PodDetached"
+    cluster.jobs, cluster.pods = [], [without_owner(body) for body in end]
+    reconcile(cluster, shown(cluster))
+    assert [body["metadata"]["name"] for body in cluster.jobs] == [f"{NAME}-train-5"]
 
 
 def test_what_a_detached_pod_ran_counts_although_its_job_has_another_pod_by_then() -> None:

@@ -321,6 +321,24 @@ def test_a_job_that_ends_because_the_kubelet_rejected_its_pods_is_followed_by_an
     assert status.phase == "Failed"
 
 
+@pytest.mark.parametrize(("step", "phase"), [("prepare", "Preparing"), ("train", "Queued"), ("publish", "Publishing")])
+def test_a_step_that_waits_after_a_rejected_pod_says_why_and_until_when(step: Any, phase: str) -> None:
+    bodies = [child(step, Failed="BackoffLimitExceeded"), rejected_by_the_kubelet(step)]
+    status = follow(make_job(status_in(step)), *bodies, now=after(-590))
+    assert (status.phase, reason_of(status), status.failures) == (phase, "PodRejected", 0)
+    assert message_of(status) == (
+        f"a node has rejected a pod, which uses no retry: Job {NAME}-{step}-2 is created at {time(-539)}, or soon "
+        f"after that; UnexpectedAdmissionError: pod {NAME}-{step}-1-pod1 failed before the trainer ran: no healthy "
+        "devices present"
+    )
+    assert conditions_of(status) | {"Ready": "True", "Reconciling": "False", "Failed": "False"} == conditions_of(status)
+    later = follow(make_job(status), *bodies, now=after(-540))
+    assert (later.phase, later.conditions) == (status.phase, status.conditions)
+
+    created = follow(make_job(status), *bodies, child(step, 2, created=-539), now=after(-539))
+    assert (created.phase, reason_of(created)) == (phase, "Retrying")
+
+
 def test_what_a_failed_step_has_found_out_is_shown() -> None:
     body = pod("prepare")
     exceeds = MEMORY.model_copy(update={"verdict": "exceeds", "budget_bytes": 5})

@@ -246,7 +246,7 @@ def test_nothing_is_kept_of_what_is_gone() -> None:
     store.job_changed(at(20, job_body()), deleted=True)
     store.child_changed("jobs", at(21, child("train")), deleted=True)
     store.child_changed("pods", at(22, pod("train")), deleted=True)
-    assert (store._entries, store._places, store._homes) == ({}, {}, {})
+    assert (store._entries, store._ids, store._homes) == ({}, {}, {})
     for number in range(10_000):
         store.child_changed("pods", at(number, pod("train"), uid=f"uid-{number}"), deleted=True)
     assert len(store._buried) < 5000

@@ -226,7 +226,7 @@ def test_a_status_without_its_step_goes_on_at_prepare() -> None:
     stored = status_in("train", highestAttempt=3).model_copy(update={"step": None})
     status = follow(make_job(stored))
     assert status.step is not None
-    assert (status.step.job_name, status.phase) == (f"{NAME}-prepare-4", "Pending")
+    assert (status.step.job_name, status.phase) == (f"{NAME}-prepare-4", "Preparing")
 
 
 def test_a_clean_up_that_is_no_longer_asked_for_is_no_longer_announced() -> None:

@@ -15,7 +15,7 @@ from kubernetes.aio.config import incluster_config
 
 from devcluster.certificates import Authority
 from qlora_operator.cluster import Cluster, ClusterError, RejectedError, connect, endpoint_of
-from tests.support.builders import job_body
+from tests.support.builders import job_body, make_job
 
 PLUGIN = """
 import json, pathlib, sys
@@ -119,6 +119,15 @@ def test_neither_the_environments_proxy_nor_a_netrc_has_a_part_in_a_request(
     async def work(server: Server, cluster: Cluster) -> None:
         await cluster.get_qlora_job("team", "tune")
         assert server.requests == [("GET", "/apis/qlora.dev/v1alpha1/namespaces/team/qlorajobs/tune", "Bearer t")]
+
+    against(work, tmp_path, {"token": "t"})
+
+
+def test_a_number_that_json_has_not_is_never_sent(tmp_path: Path) -> None:
+    async def work(server: Server, cluster: Cluster) -> None:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            await cluster.apply_status(make_job(), {"progress": {"loss": float("inf")}})
+        assert server.requests == []
 
     against(work, tmp_path, {"token": "t"})
 
