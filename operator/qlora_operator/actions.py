@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import QLoRAJobStatus, Resolved
-from qlora_operator.cluster import Cluster, ConflictError, NotFoundError, RejectedError
+from qlora_operator.cluster import AlreadyExistsError, Cluster, NotFoundError, RejectedError
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job, build_peer_policy, build_peer_service
 from qlora_operator.decisions.observe import Object, QLoRAJob, Reason, controller_uid
@@ -87,7 +87,7 @@ class Actions:
         except RejectedError as error:
             sentence = f"the API server rejects Job {name}: {error}"
             raise _BlockedError(Reason("JobRejected", sentence)) from error
-        except ConflictError as error:
+        except AlreadyExistsError as error:
             created = await self._existing(self.cluster.get_job(job.namespace, name))
             if controller_uid(created) != job.uid:
                 sentence = (
@@ -106,7 +106,7 @@ class Actions:
         except RejectedError as error:
             sentence = f"the API server rejects PersistentVolumeClaim {name}: {error}"
             raise _BlockedError(Reason("ClaimRejected", sentence)) from error
-        except ConflictError as error:
+        except AlreadyExistsError as error:
             existing = await self._existing(self.cluster.get_claim(job.namespace, name))
             if (existing["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid:
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
@@ -125,7 +125,7 @@ class Actions:
             try:
                 await create(job.namespace, manifest)
                 logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
-            except ConflictError:
+            except AlreadyExistsError:
                 logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
             except RejectedError as error:
                 sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"

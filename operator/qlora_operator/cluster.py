@@ -58,7 +58,11 @@ class NotFoundError(ClusterError):
 
 
 class ConflictError(ClusterError):
-    """The object exists already, has changed since it was read, or is another one (UID) of the same name."""
+    """Somebody else was faster: the object, or a quota that counts it, has changed, or it is another one (UID)."""
+
+
+class AlreadyExistsError(ConflictError):
+    """An object of that name exists."""
 
 
 class RejectedError(ClusterError):
@@ -133,7 +137,7 @@ class Cluster:
         await self._json("GET", path, query=[("limit", "1"), *selector], accept=_METADATA_ONLY)
 
     async def create_job(self, namespace: str, manifest: Object) -> Object:
-        """Create a Job. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
+        """Create a Job. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
         return await self._json("POST", f"{_JOBS}/namespaces/{namespace}/jobs", body=manifest)
 
     async def get_job(self, namespace: str, name: str) -> Object:
@@ -154,7 +158,7 @@ class Cluster:
             logger.debug("Job %s is already gone", name, extra={"key": (namespace, name)})
 
     async def create_claim(self, namespace: str, manifest: Object) -> None:
-        """Create a PersistentVolumeClaim. Raises ConflictError if the name is taken."""
+        """Create a PersistentVolumeClaim. Raises AlreadyExistsError if the name is taken."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims", body=manifest)
 
     async def get_claim(self, namespace: str, name: str) -> Object:
@@ -162,15 +166,15 @@ class Cluster:
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
 
     async def create_service(self, namespace: str, manifest: Object) -> None:
-        """Create a Service. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
+        """Create a Service. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
 
     async def create_network_policy(self, namespace: str, manifest: Object) -> None:
-        """Create a NetworkPolicy. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
+        """Create a NetworkPolicy. Raises AlreadyExistsError and RejectedError as `create_service` does."""
         await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
-        """Create an Event. Raises ConflictError if it exists already."""
+        """Create an Event. Raises AlreadyExistsError."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)
 
     async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
@@ -216,7 +220,7 @@ class Cluster:
             return None
 
     async def create_lease(self, namespace: str, manifest: Object) -> Object:
-        """Create a Lease. Raises ConflictError if the name is taken."""
+        """Create a Lease. Raises AlreadyExistsError if the name is taken."""
         return await self._json("POST", f"{_LEASES}/namespaces/{namespace}/leases", body=manifest)
 
     async def replace_lease(self, namespace: str, name: str, manifest: Object) -> Object:
@@ -282,15 +286,18 @@ def _listed(kind: Kind, namespace: str | None) -> tuple[str, Query]:
 
 
 def _error(status: int, request: str, data: bytes) -> ClusterError:
+    reason = ""
     try:
         answer = json.loads(data)
         text = str(answer.get("message", "")) if isinstance(answer, dict) else ""
+        reason = answer.get("reason", "") if isinstance(answer, dict) else ""
     except ValueError:
         text = _beginning(data)
     if status == 404:
         return NotFoundError(f"{request}: {text}")
     if status == 409:
-        return ConflictError(f"{request}: {text}")
+        # The server also answers so if a quota has changed while it counted the new object.
+        return (AlreadyExistsError if reason == "AlreadyExists" else ConflictError)(f"{request}: {text}")
     # The server answers with 500 if a webhook of the kind cannot be reached.
     if status in (400, 401, 403, 422) or (status == 500 and "failed calling webhook" in text):
         return RejectedError(text)

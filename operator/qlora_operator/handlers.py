@@ -44,9 +44,9 @@ class Enqueue(Protocol):
 
 
 class Count(Protocol):
-    """Counts a job for the metrics: in a phase, or in none if it is gone."""
+    """Counts a job for the metrics, by its UID: in a phase, or in none if it is gone."""
 
-    def __call__(self, key: Key, phase: Phase | None, *, progresses: bool = True) -> None:
+    def __call__(self, key: Key, uid: str, phase: Phase | None, *, progresses: bool = True) -> None:
         """Count it."""
 
 
@@ -229,7 +229,7 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         key = (metadata["namespace"], metadata["name"])
         status = body.get("status", {})
         phase = None if deleted or status.get("phase") not in PHASES else status["phase"]
-        hooks.count(key, phase, progresses=not _is_stalled(status))
+        hooks.count(key, metadata["uid"], phase, progresses=not _is_stalled(status))
         _show(hooks, "qlorajobs", event)
         if hooks.store.job_changed(body, deleted=deleted, created=event["type"] == "ADDED"):
             hooks.enqueue(key, first=not deleted and "startTime" not in body.get("status", {}))
@@ -255,5 +255,5 @@ def _is_stalled(status: Mapping[str, Any]) -> bool:
 
 def _show(hooks: Hooks, kind: Kind, event: kopf.RawEvent) -> None:
     metadata = event["object"]["metadata"]
-    identity = (kind, metadata["namespace"], metadata["name"])
+    identity = (kind, metadata["namespace"], metadata["name"], metadata["uid"])
     hooks.monitor.show(identity, metadata["resourceVersion"], deleted=event["type"] == "DELETED")

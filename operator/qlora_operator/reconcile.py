@@ -11,7 +11,7 @@ from datetime import datetime
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.actions import Actions
-from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
+from qlora_operator.cluster import AlreadyExistsError, Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, with_detached_pods
@@ -147,7 +147,7 @@ class Reconciler:
             self.store.gone(key)
             self.starts.place_may_be_free(key)
             self._forget(key)
-            self.metrics.job_is_in(key, None)
+            self.metrics.job_is_gone(key)
             return None
         job = await self._parse(key, body)
         if job is None:
@@ -258,7 +258,7 @@ class Reconciler:
             return
         self.store.job_changed(await self.cluster.apply_status(job, content))
         self.metrics.status_writes.inc()
-        self.metrics.job_is_in(key, status.phase, progresses=not is_false(status, "Progressing"))
+        self.metrics.job_is_in(key, job.uid, status.phase, progresses=not is_false(status, "Progressing"))
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
             await self._post(key, event)
@@ -269,7 +269,7 @@ class Reconciler:
     async def _post(self, key: Key, event: Object) -> None:
         try:
             await self.cluster.create_event(key[0], event)
-        except ConflictError:
+        except AlreadyExistsError:
             logger.debug("this Event exists already", extra={"key": key})
         except ClusterError as error:
             logger.warning("an Event cannot be posted: %s", error, extra={"key": key})

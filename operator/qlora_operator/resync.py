@@ -22,7 +22,8 @@ _KEYS_PER_SECOND = 100.0
 # What a list shows and its watch has not, the watch is usually about to show.
 _SECONDS_FOR_THE_WATCH = 1.0
 
-Identity = tuple[Kind, str, str]
+Identity = tuple[Kind, str, str, str]
+"""Kind, namespace, name and UID: what is said late of a deleted object must not count for a new one of its name."""
 
 EnqueueAfter = Callable[[Key, float], None]
 """Requests a job, so many seconds from now."""
@@ -67,7 +68,7 @@ class WatchMonitor:
         }
         overdue = [identity for identity, (_, since) in still_behind.items() if now - since >= self.patience]
         if overdue:
-            logger.error("the watch of %s is dead: it has not shown %s", kind, overdue[0][1:])
+            logger.error("the watch of %s is dead: it has not shown %s", kind, overdue[0][1:3])
             self._dead.add(kind)
         else:
             self._dead.discard(kind)
@@ -258,26 +259,36 @@ class Resync:
         rejected: dict[str | None, RejectedError] = {}
         changed: set[Key] = set()
         keys: list[Key] = []
-        for kind in KINDS:
-            found: list[Listed] = []
-            versions: list[str] = []
-            for where in self._namespaces:
-                try:
-                    part, version = await self._cluster.list_versions(kind, where)
-                except RejectedError as error:
-                    rejected.setdefault(where, error)
-                    continue
-                changed |= self._store.compare(kind, where, part, version)
-                found += part
-                versions.append(version)
-            if judge and versions:
-                self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=version_number))
-            if kind == "qlorajobs":
-                keys = [each.key for each in found]
-        # Only now: no pass is to decide from what the lists have shown to be gone.
-        rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
-        self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
+        try:
+            for kind in KINDS:
+                found = await self._compare(kind, changed, rejected, judge=judge)
+                if kind == "qlorajobs":
+                    keys = [each.key for each in found]
+        finally:
+            # Only now: no pass is to decide from what the lists have shown to be gone. And in any case: what the store
+            # has dropped is in no later list.
+            rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
+            self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
         self._judge(rejected)
+
+    async def _compare(
+        self, kind: Kind, changed: set[Key], rejected: dict[str | None, RejectedError], *, judge: bool
+    ) -> list[Listed]:
+        """List one kind and note that; adds to `changed` and `rejected` as it goes. Raises ClusterError."""
+        found: list[Listed] = []
+        versions: list[str] = []
+        for where in self._namespaces:
+            try:
+                part, version = await self._cluster.list_versions(kind, where)
+            except RejectedError as error:
+                rejected.setdefault(where, error)
+                continue
+            changed |= self._store.compare(kind, where, part, version)
+            found += part
+            versions.append(version)
+        if judge and versions:
+            self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=version_number))
+        return found
 
     def look_at_all(self) -> None:
         """Request every job that is not settled, to be read live: what the watches have shown may lack fields."""
@@ -322,7 +333,7 @@ class Resync:
 
 
 def _versions(kind: Kind, found: list[Listed]) -> dict[Identity, str]:
-    return {(kind, each.namespace, each.name): each.version for each in found}
+    return {(kind, each.namespace, each.name, each.uid): each.version for each in found}
 
 
 def _is_finished(body: Object) -> bool:

@@ -591,6 +591,40 @@ OPERATOR = (
         new='token = ""',
         tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_a_list_is_read_to_its_last_page",),
     ),
+    Mutant(
+        name="what-a-list-has-shown-is-lost-if-the-next-fails",
+        file=f"{_OPERATOR}/resync.py",
+        old="        finally:\n            # Only now",
+        new="        except ArithmeticError:\n            raise\n        else:\n            # Only now",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_resync.py::test_a_job_that_a_list_has_shown_to_be_gone_is_looked_at_although_the_next_list_fails",
+        ),
+    ),
+    Mutant(
+        name="any-conflict-means-that-the-object-exists",
+        file=f"{_OPERATOR}/cluster.py",
+        old='if reason == "AlreadyExists" else ConflictError',
+        new="if reason else AlreadyExistsError",
+        tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_only_a_conflict_that_says_so_means_that_the_object_exists",),
+    ),
+    Mutant(
+        name="a-watch-shows-names-only",
+        file=f"{_OPERATOR}/handlers.py",
+        old='metadata["name"], metadata["uid"])',
+        new='metadata["name"], "")',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
+        ),
+    ),
+    Mutant(
+        name="jobs-of-one-name-are-counted-as-one",
+        file=f"{_OPERATOR}/metrics.py",
+        old="        phases = self._phases.setdefault(key, {})\n",
+        new='        phases, uid = self._phases.setdefault(key, {}), ""\n',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
+        ),
+    ),
 )
 
 TRAINER = (

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from qlora_api.naming import JOB_UID_LABEL
-from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError, UnavailableError
+from qlora_operator.cluster import (
+    AlreadyExistsError,
+    Cluster,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    RejectedError,
+    UnavailableError,
+)
 from qlora_operator.transport import Query, Transport
 
 
@@ -93,11 +101,11 @@ def test_a_list_of_a_thousand_pods_takes_a_few_mebibytes(names: Callable[[Cluste
 class Answering(Transport):
     """Answers every request with one status and message."""
 
-    def __init__(self, status: int, message: str) -> None:
-        self._status, self._message = status, message
+    def __init__(self, status: int, message: str, reason: str = "") -> None:
+        self._status, self._message, self._reason = status, message, reason
 
     async def send(self, method: str, path: str, **_: Any) -> tuple[int, bytes]:
-        return self._status, json.dumps({"message": self._message}).encode()
+        return self._status, json.dumps({"message": self._message, "reason": self._reason}).encode()
 
 
 WEBHOOK = 'Internal error occurred: failed calling webhook "mjob.kb.io": failed to call webhook: connection refused'
@@ -116,6 +124,21 @@ def test_a_webhook_that_does_not_answer_rejects_and_a_server_that_fails_does_not
 ) -> None:
     with pytest.raises(ClusterError, match=message) as raised:
         asyncio.run(Cluster(Answering(status, message)).create_job("team", {}))
+    assert type(raised.value) is error
+
+
+QUOTA = 'Operation cannot be fulfilled on resourcequotas "team": the object has been modified'
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "error"),
+    [("AlreadyExists", "already exists", AlreadyExistsError), ("Conflict", QUOTA, ConflictError)],
+)
+def test_only_a_conflict_that_says_so_means_that_the_object_exists(
+    reason: str, message: str, error: type[ClusterError]
+) -> None:
+    with pytest.raises(ConflictError, match=r"already|Operation") as raised:
+        asyncio.run(Cluster(Answering(409, message, reason)).create_service("team", {}))
     assert type(raised.value) is error
 
 

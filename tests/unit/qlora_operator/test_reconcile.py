@@ -10,7 +10,14 @@ import pytest
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.cluster import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
+from qlora_operator.cluster import (
+    AlreadyExistsError,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    RejectedError,
+    UnavailableError,
+)
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
 from qlora_operator.listing import Listing
@@ -64,6 +71,8 @@ class MemoryCluster:
         self.existing: Object | None = None
         self.after_create: Callable[[], None] | None = None
         self.version = 100
+        self.contended = False
+        """Whether a quota changes while the API server counts a new Service or NetworkPolicy."""
         self._rejected = rejected
 
     @property
@@ -104,7 +113,7 @@ class MemoryCluster:
     async def create_job(self, namespace: str, manifest: dict[str, Any]) -> Object:
         self._write("Job")
         if self.existing is not None:
-            raise ConflictError("already exists")
+            raise AlreadyExistsError("already exists")
         made = {"uid": f"uid-{manifest['metadata']['name']}", "creationTimestamp": time(), **self._next()}
         self.jobs.append(manifest | {"metadata": manifest["metadata"] | made})
         created = self.jobs[-1]
@@ -123,17 +132,22 @@ class MemoryCluster:
     async def create_claim(self, namespace: str, manifest: dict[str, Any]) -> None:
         self._write("PersistentVolumeClaim")
         if manifest["metadata"]["name"] in self.claims:
-            raise ConflictError("already exists")
+            raise AlreadyExistsError("already exists")
         self.claims[manifest["metadata"]["name"]] = manifest
 
     async def get_claim(self, namespace: str, name: str) -> Object:
         return self.claims[name]
 
     async def create_service(self, namespace: str, manifest: Object) -> None:
-        self._write("Service")
+        self._connect("Service")
 
     async def create_network_policy(self, namespace: str, manifest: Object) -> None:
-        self._write("NetworkPolicy")
+        self._connect("NetworkPolicy")
+
+    def _connect(self, kind: str) -> None:
+        if self.contended:
+            raise ConflictError('Operation cannot be fulfilled on resourcequotas "team"')
+        self._write(kind)
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
         self._write("Event")
@@ -259,6 +273,15 @@ def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}))
     reconcile(cluster)
     assert cluster.writes[:3] == ["NetworkPolicy", "Service", "Job"]
+
+
+def test_what_connects_them_is_tried_again_if_a_quota_has_changed_meanwhile() -> None:
+    ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
+    cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}))
+    cluster.contended = True
+    with pytest.raises(RetryError, match="resourcequotas"):
+        reconcile(cluster)
+    assert cluster.jobs == []
 
 
 def test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_starts() -> None:
@@ -487,7 +510,7 @@ def test_a_job_that_is_gone_is_forgotten() -> None:
     store.distrust(KEY)
     cluster.job = {}
     reconciler = operator(cluster, store)
-    reconciler.metrics.job_is_in(KEY, "Training")
+    reconciler.metrics.job_is_in(KEY, UID, "Training")
     assert asyncio.run(reconciler.reconcile(KEY)) is None
     assert store.held(KEY) is None
     assert reconciler.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 0
