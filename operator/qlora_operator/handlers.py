@@ -15,7 +15,7 @@ from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import Phase
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
-from qlora_operator.listing import OBJECTS_PER_PAGE, Kind
+from qlora_operator.listing import OBJECTS_PER_PAGE, ChildKind, Kind
 from qlora_operator.metrics import PHASES
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
@@ -242,7 +242,7 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
     async def pod_changed(event: kopf.RawEvent, **_: Any) -> None:
         _child_changed("pods", event)
 
-    def _child_changed(kind: Kind, event: kopf.RawEvent) -> None:
+    def _child_changed(kind: ChildKind, event: kopf.RawEvent) -> None:
         _show(hooks, kind, event)
         for key in hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED"):
             hooks.enqueue(key)

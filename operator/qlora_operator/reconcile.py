@@ -18,7 +18,7 @@ from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, w
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS
-from qlora_operator.decisions.observe import Object, Observed, QLoRAJob, Reason, parse_child
+from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, Reason, parse_child
 from qlora_operator.decisions.plan import (
     Plan,
     cannot_be_undone,
@@ -30,6 +30,7 @@ from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
+from qlora_operator.listing import ChildView
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import Pauses
 from qlora_operator.progress import LogReading, ProgressReader
@@ -152,9 +153,9 @@ class Reconciler:
         job = await self._parse(key, body)
         if job is None:
             return None
-        jobs = await self.cluster.list_jobs(job.namespace, job.uid)
+        jobs = await self.cluster.list_jobs(job.namespace, job.name, job.uid)
         pods = await self.cluster.list_pods(job.namespace, job.uid)
-        observed = await self._with_current_job(job, self.store.read(body, jobs, pods))
+        observed = await self._with_current_job(job, self.store.note_live_read(body, jobs, pods))
         observed = with_detached_pods(job, observed, await self._read_hidden_pods(job, observed))
         view = _View(job, observed, live=True, fresh=False)
         return None if self._is_settled(key, view) else view
@@ -170,17 +171,18 @@ class Reconciler:
             return observed
         return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
 
-    async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Object]:
+    async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Pod]:
         """Pods of the current step that have lost the label by which pods are watched; others may be among them."""
-        step, found = job.status.step, list[Object]()
+        step, found = job.status.step, list[ChildView]()
         if step is None:
-            return found
+            return []
         missing = misses_running_pod(observed, step)
         if missing and step.running_pod_name:
             found += await self.cluster.list_pods_named(job.namespace, step.running_pod_name)
         if hides_a_pod(observed, step) or (missing and not step.running_pod_name):
             found += await self.cluster.list_pods_of_child(job.namespace, step.job_uid)
-        return found
+        # With the label it has only just been created: the watch is about to show it.
+        return [replace(view.value, detached=view.job_uid != job.uid) for view in found if isinstance(view.value, Pod)]
 
     async def _parse(self, key: Key, body: Object) -> QLoRAJob | None:
         """The job; None if this version of the operator cannot read it."""
@@ -213,11 +215,11 @@ class Reconciler:
         if child is None or not child.suspended or child.finished:
             return None
         try:
-            workloads = await self.cluster.list_workloads(job.namespace, child.uid)
+            workload = await self.cluster.find_workload(job.namespace, child.uid)
         except ClusterError as error:
             logger.debug("Workloads cannot be read: %s", error, extra={"key": (job.namespace, job.name)})
             return None
-        return queue_reason(child, workloads, condition(job.status, "Succeeded"))
+        return queue_reason(child, workload, condition(job.status, "Succeeded"))
 
     def _decide(self, view: "_View", log: LogReading, queue: Reason | None, others: int) -> "_Decision":
         facts = Facts(

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError
 from qlora_operator.decisions.observe import Object
-from qlora_operator.listing import KINDS, Kind, Listed, listed, version_number
+from qlora_operator.listing import KINDS, Kind, ObjectVersion, object_version, version_number
 from qlora_operator.schema_check import NO_DEFINITION
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
@@ -226,13 +227,14 @@ class Resync:
         jobs: list[Key] = []
         finished: list[Key] = []
         for kind in KINDS:
-            found: list[Listed] = []
+            found: list[ObjectVersion] = []
             for where in self._namespaces:
                 try:
-                    async for body in self._bodies(kind, where):
-                        found.append(listed(kind, body))
+                    async for page in self._cluster.pages(kind, where, partial(self._show, kind)):
+                        found += (version for version, _ in page)
                         if kind == "qlorajobs":
-                            (finished if _is_finished(body) else jobs).append(found[-1].key)
+                            for version, ended in page:
+                                (finished if ended else jobs).append(version.key)
                 except RejectedError as error:
                     rejected.setdefault(where, error)
             self.monitor.compare(kind, _versions(kind, found), self._monotonic())
@@ -241,15 +243,13 @@ class Resync:
             self._enqueue(key, 0.0)
         self._enqueue_all(finished)
 
-    async def _bodies(self, kind: Kind, where: str | None) -> AsyncIterator[Object]:
-        """Everything of the kind there, shown to the store."""
-        async for page in self._cluster.pages(kind, where):
-            for body in page:
-                if kind == "qlorajobs":
-                    self._store.job_changed(body)
-                else:
-                    self._store.child_changed(kind, body)
-                yield body
+    def _show(self, kind: Kind, body: Object) -> tuple[ObjectVersion, bool]:
+        """Show an object to the store. Its version, and whether it is a QLoRAJob that has ended."""
+        if kind == "qlorajobs":
+            self._store.job_changed(body)
+        else:
+            self._store.child_changed(kind, body)
+        return object_version(kind, body), _is_finished(body)
 
     async def once(self, *, judge: bool = True) -> None:
         """List everything once, and judge by it whether the watches are alive.
@@ -273,9 +273,9 @@ class Resync:
 
     async def _compare(
         self, kind: Kind, changed: set[Key], rejected: dict[str | None, RejectedError], *, judge: bool
-    ) -> list[Listed]:
+    ) -> list[ObjectVersion]:
         """List one kind and note that; adds to `changed` and `rejected` as it goes. Raises ClusterError."""
-        found: list[Listed] = []
+        found: list[ObjectVersion] = []
         versions: list[str] = []
         for where in self._namespaces:
             try:
@@ -332,7 +332,7 @@ class Resync:
         return None
 
 
-def _versions(kind: Kind, found: list[Listed]) -> dict[Identity, str]:
+def _versions(kind: Kind, found: list[ObjectVersion]) -> dict[Identity, str]:
     return {(kind, each.namespace, each.name, each.uid): each.version for each in found}
 
 

@@ -20,6 +20,8 @@ from qlora_api.v1alpha1 import DEFAULT_PROFILE, QLoRAJobSpec
 Object = Mapping[str, Any]
 ORPHANED = "orphan"
 """The finalizer of a deletion that leaves the children alone."""
+MAX_RESOLVED = 64 * 1024
+"""Characters of what was resolved, as JSON; one with the largest profile that the settings can have takes 40,000."""
 _INTERRUPTED, _KILLED = 143, 137
 _INDEX = "batch.kubernetes.io/job-completion-index"
 # More than any Job has pods. Whoever may change pods can write anything there.
@@ -221,7 +223,10 @@ class ChildJob:
     resumed: datetime | None = None
     """When it was last resumed after a suspension; None if it has never been suspended, or is."""
     resolved: str = ""
-    """What was resolved for the job, as JSON; only on the first Job, which exists before the status is stored."""
+    """What was resolved for the job, as JSON; only on the first Job, which exists before the status is stored.
+
+    Empty if it is longer than MAX_RESOLVED, which no operator has written: a half one would be another one.
+    """
     unreadable: str = ""
     """Why it cannot be read, and so counts as there and not finished; empty if it can."""
 
@@ -353,8 +358,13 @@ def _parse_child(body: Object) -> ChildJob:
         suspended=suspended,
         suspended_since=_optional_time(stopped.get("lastTransitionTime")) if stopped else None,
         resumed=None if suspended else _resumed(body.get("status") or {}),
-        resolved=(metadata.get("annotations") or {}).get(RESOLVED_ANNOTATION, ""),
+        resolved=_resolved(metadata),
     )
+
+
+def _resolved(metadata: Object) -> str:
+    text = str((metadata.get("annotations") or {}).get(RESOLVED_ANNOTATION, ""))
+    return text if len(text) <= MAX_RESOLVED else ""
 
 
 def _resumed(status: Object) -> datetime | None:

@@ -52,11 +52,11 @@ def held() -> dict[str, Any]:
     return child("train", Suspended="JobSuspended") | {"spec": {"suspend": True}}
 
 
-def said(*workloads: Object, shown: str | None = None, reason: str = "WaitingForQueue") -> str:
+def said(workload: Object | None = None, shown: str | None = None, reason: str = "WaitingForQueue") -> str:
     """The sentence of a job that has said `shown` until now."""
     (job,) = observe(UID, [held()], []).children
     before = condition("Succeeded", "Unknown", reason=reason) | {"message": shown}
-    found = queue_reason(job, workloads, Condition.model_validate(before) if shown is not None else None)
+    found = queue_reason(job, workload, Condition.model_validate(before) if shown is not None else None)
     assert found.word == "WaitingForQueue"
     return found.sentence
 

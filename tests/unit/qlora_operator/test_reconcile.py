@@ -20,7 +20,7 @@ from qlora_operator.cluster import (
 )
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
-from qlora_operator.listing import Listing
+from qlora_operator.listing import ChildList, ChildView, child_view
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.store import Store
@@ -63,7 +63,7 @@ class MemoryCluster:
         self.jobs: list[Object] = []
         self.pods: list[Object] = []
         self.claims: dict[str, Object] = {}
-        self.workloads: list[Object] | ClusterError = NotFoundError("page not found")
+        self.workload: Object | ClusterError | None = NotFoundError("page not found")
         self.asked: list[str] = []
         self.writes: list[str] = []
         self.reads = 0
@@ -88,27 +88,30 @@ class MemoryCluster:
         self.reads += 1
         return self.job or None
 
-    async def list_jobs(self, namespace: str, job_uid: str) -> Listing:
+    async def list_jobs(self, namespace: str, job_name: str, job_uid: str) -> ChildList:
         self.reads += 1
-        return Listing(list(self.jobs), str(self.version))
+        return ChildList([child_view("jobs", body) for body in self.jobs], str(self.version))
 
-    async def list_pods(self, namespace: str, job_uid: str) -> Listing:
+    async def list_pods(self, namespace: str, job_uid: str) -> ChildList:
         self.reads += 1
-        return Listing([body for body in self.pods if has_label(body)], str(self.version))
+        return ChildList(self._pods(has_label), str(self.version))
 
-    async def list_pods_of_child(self, namespace: str, child_uid: str) -> list[Object]:
+    async def list_pods_of_child(self, namespace: str, child_uid: str) -> list[ChildView]:
         self.reads += 1
-        return [body for body in self.pods if controller_uid(body) == child_uid]
+        return self._pods(lambda body: controller_uid(body) == child_uid)
 
-    async def list_pods_named(self, namespace: str, name: str) -> list[Object]:
+    async def list_pods_named(self, namespace: str, name: str) -> list[ChildView]:
         self.reads += 1
-        return [body for body in self.pods if body["metadata"]["name"] == name]
+        return self._pods(lambda body: body["metadata"]["name"] == name)
 
-    async def list_workloads(self, namespace: str, child_uid: str) -> list[Object]:
+    def _pods(self, matches: Callable[[Object], bool]) -> list[ChildView]:
+        return [child_view("pods", body) for body in self.pods if matches(body)]
+
+    async def find_workload(self, namespace: str, child_uid: str) -> Object | None:
         self.asked.append(child_uid)
-        if isinstance(self.workloads, ClusterError):
-            raise self.workloads
-        return self.workloads
+        if isinstance(self.workload, ClusterError):
+            raise self.workload
+        return self.workload
 
     async def create_job(self, namespace: str, manifest: dict[str, Any]) -> Object:
         self._write("Job")
@@ -526,7 +529,7 @@ def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
     reconcile(cluster)
     assert "until a queue admits it" in message_of(cluster.status)
     evicted = {"type": "Evicted", "status": "True", "message": "Preempted to accommodate a workload"}
-    cluster.workloads = [{"spec": {"queueName": "gpus"}, "status": {"conditions": [evicted]}}]
+    cluster.workload = {"spec": {"queueName": "gpus"}, "status": {"conditions": [evicted]}}
     reconcile(cluster)
     assert (reason_of(cluster.status), message_of(cluster.status)) == (
         "WaitingForQueue",
@@ -547,7 +550,7 @@ def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
 def test_a_queued_job_is_suspended_although_its_workload_cannot_be_read(absence: ClusterError) -> None:
     cluster = stored(status_in("train"), suspend=True)
     cluster.jobs = [child("train") | {"spec": {"suspend": True}}]
-    cluster.workloads = absence
+    cluster.workload = absence
     reconcile(cluster, shown(cluster))
     assert f"deletion of {NAME}-train-1" in cluster.writes
 

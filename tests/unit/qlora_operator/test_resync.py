@@ -1,14 +1,14 @@
 """Whether a watch is alive, judged by what lists show and it does not; and the Events of a change of phase."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 from qlora_operator.cluster import ClusterError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.decisions.events import phase_event
-from qlora_operator.listing import Kind, Listed, listed
+from qlora_operator.listing import Kind, ObjectVersion, object_version
 from qlora_operator.resync import Identity, Resync, WatchMonitor
 from qlora_operator.store import Store
 from tests.support.builders import (
@@ -109,12 +109,14 @@ class Lists:
             {"metadata": {"namespace": "team", "name": "a", "uid": "u", "resourceVersion": "1"}}
         ]
 
-    async def pages(self, kind: Kind, namespace: str | None) -> AsyncIterator[list[dict[str, object]]]:
-        yield list(self.jobs) if kind == "qlorajobs" else []
+    async def pages(
+        self, kind: Kind, namespace: str | None, read: Callable[[dict[str, object]], Any]
+    ) -> AsyncIterator[list[Any]]:
+        yield [read(body) for body in self.jobs] if kind == "qlorajobs" else []
 
-    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
+    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
         await self.check_list(kind, namespace)
-        return [listed(kind, body) for body in self.jobs] if kind == "qlorajobs" else [], "9"
+        return [object_version(kind, body) for body in self.jobs] if kind == "qlorajobs" else [], "9"
 
     async def check_list(self, kind: str, namespace: str | None) -> None:
         if self.failure is not None:
@@ -127,10 +129,10 @@ def test_a_denied_namespace_leaves_the_others_alone_and_comes_back(
     class TwoNamespaces(Lists):
         denied = False
 
-        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
+        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
             await self.check_list(kind, namespace)
             body = {"metadata": {"namespace": namespace, "name": "a", "uid": f"u-{namespace}", "resourceVersion": "1"}}
-            return [listed(kind, body)] if kind == "qlorajobs" else [], "9"
+            return [object_version(kind, body)] if kind == "qlorajobs" else [], "9"
 
         async def check_list(self, kind: str, namespace: str | None) -> None:
             if self.denied and namespace == "lost":
@@ -257,7 +259,7 @@ def test_what_was_deleted_while_the_watches_began_is_noticed_soon_after_the_star
 
 def test_a_job_that_a_list_has_shown_to_be_gone_is_looked_at_although_the_next_list_fails() -> None:
     class FirstListOnly(Lists):
-        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
+        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
             if kind != "qlorajobs":
                 raise UnavailableError("connection refused")
             return [], "9"
