@@ -9,7 +9,8 @@ from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_operator.cluster import AlreadyExistsError, Cluster, NotFoundError, RejectedError
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job, build_peer_policy, build_peer_service
-from qlora_operator.decisions.observe import Object, QLoRAJob, Reason, controller_uid
+from qlora_operator.decisions.observe import Object, QLoRAJob, Reason
+from qlora_operator.decisions.parsing import controller_uid
 from qlora_operator.decisions.plan import (
     Action,
     ConnectNodes,

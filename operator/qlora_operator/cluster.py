@@ -21,7 +21,8 @@ from kubernetes.aio.client import rest
 from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
-from qlora_operator.decisions.observe import Object, QLoRAJob, profile_in_use
+from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.decisions.parsing import profile_in_use
 from qlora_operator.listing import (
     OBJECTS_PER_PAGE,
     ChildList,

@@ -9,15 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, child_job_name
 from qlora_operator.decisions.facts import FIRST_JOB
-from qlora_operator.decisions.observe import (
-    ORPHANED,
-    ChildJob,
-    Object,
-    Pod,
-    controller_uid,
-    parse_child,
-    parse_pod,
-)
+from qlora_operator.decisions.observe import ORPHANED, ChildJob, Object, Pod
+from qlora_operator.decisions.parsing import controller_uid, parse_child, parse_pod
 from qlora_operator.workqueue import Key
 
 Kind = Literal["qlorajobs", "jobs", "pods"]

@@ -18,7 +18,8 @@ from qlora_operator.decisions.detached import hides_a_pod, misses_running_pod, w
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS
-from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, Reason, parse_child
+from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, Reason
+from qlora_operator.decisions.parsing import parse_child
 from qlora_operator.decisions.plan import (
     Plan,
     cannot_be_undone,

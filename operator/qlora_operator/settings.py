@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 from qlora_api.profile import DNS_LABEL, Profile
 from qlora_api.schema import ApiModel
 from qlora_operator.decisions.manifests import DNS_PORTS
-from qlora_operator.decisions.observe import MAX_RESOLVED
+from qlora_operator.decisions.parsing import MAX_RESOLVED
 from qlora_operator.decisions.resolution import as_copied
 
 ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"

@@ -101,7 +101,7 @@ OPERATOR = (
     ),
     Mutant(
         name="any-owner-is-the-controller",
-        file=f"{_DECISIONS}/observe.py",
+        file=f"{_DECISIONS}/parsing.py",
         old=' if owner.get("controller")',
         new="",
         tests=(
@@ -110,7 +110,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-false-condition-counts",
-        file=f"{_DECISIONS}/observe.py",
+        file=f"{_DECISIONS}/parsing.py",
         old=' if condition["status"] == "True"',
         new="",
         tests=(f"{_OPERATOR_TESTS}/test_observe.py::test_a_condition_that_does_not_hold_ends_no_job",),
@@ -630,7 +630,7 @@ OPERATOR = (
     ),
     Mutant(
         name="what-was-resolved-may-have-any-length",
-        file=f"{_DECISIONS}/observe.py",
+        file=f"{_DECISIONS}/parsing.py",
         old='return text if len(text) <= MAX_RESOLVED else ""',
         new="return text",
         tests=(f"{_OPERATOR_TESTS}/test_store.py::test_of_what_is_longer_than_any_operator_writes_nothing_is_kept",),

@@ -28,7 +28,8 @@ from qlora_api.status import (
     StepStatus,
 )
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe, profile_in_use
+from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time
+from qlora_operator.decisions.parsing import observe, profile_in_use
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.starts import Starts

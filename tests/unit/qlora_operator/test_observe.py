@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qlora_api.contract import CONTRACT_VERSION
 from qlora_operator.decisions.blockers import blocking_reason
 from qlora_operator.decisions.detached import with_detached_pods
-from qlora_operator.decisions.observe import observe
+from qlora_operator.decisions.parsing import observe
 from qlora_operator.decisions.plan import plan
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job

@@ -6,7 +6,8 @@ import pytest
 
 from qlora_api.status import Condition, QLoRAJobStatus
 from qlora_operator.decisions.events import phase_event
-from qlora_operator.decisions.observe import Object, Reason, observe
+from qlora_operator.decisions.observe import Object, Reason
+from qlora_operator.decisions.parsing import observe
 from qlora_operator.decisions.plan import plan
 from qlora_operator.decisions.queue import queue_reason
 from tests.support.builders import (

@@ -19,7 +19,8 @@ from qlora_operator.cluster import (
     UnavailableError,
 )
 from qlora_operator.decisions.manifests import document
-from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
+from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.decisions.parsing import controller_uid
 from qlora_operator.listing import ChildList, ChildView, child_view
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler

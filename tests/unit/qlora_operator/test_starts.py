@@ -8,7 +8,8 @@ import pytest
 
 from qlora_api.naming import JOB_LABEL
 from qlora_api.profile import Profile, amount
-from qlora_operator.decisions.observe import Observed, profile_in_use
+from qlora_operator.decisions.observe import Observed
+from qlora_operator.decisions.parsing import profile_in_use
 from qlora_operator.decisions.plan import is_settled
 from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.stored_job import parse_job

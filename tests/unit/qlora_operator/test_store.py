@@ -19,7 +19,8 @@ from qlora_api.naming import (
 )
 from qlora_api.status import StepName
 from qlora_operator.decisions.facts import FIRST_JOB
-from qlora_operator.decisions.observe import MAX_RESOLVED, Object, observe
+from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.parsing import MAX_RESOLVED, observe
 from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.listing import KINDS, ChildKind, ChildList, ObjectVersion, child_view, object_version
 from qlora_operator.store import Store
