@@ -132,8 +132,8 @@ def test_what_tenants_attach_to_their_job_costs_no_memory_when_it_is_read_live(
         plane.kubectl("delete", "job", "crowded-prepare-1", f"--namespace={NAMESPACE}")
         created_job(plane, "crowded-prepare-2")
         grown = peak_mebibytes(operator) - before
-    # Two pages and what is parsed of one. Read at once, they took 217.
-    assert grown < 60, f"{grown} MiB for {LARGE} pods of 1.3 MB"
+    # Two pages and what is parsed of one. Read at once, they took 83.
+    assert grown < 40, f"{grown} MiB for {LARGE} pods of 1.3 MB"
 
 
 def created_job(plane: ControlPlane, name: str) -> dict[str, Any]:
