@@ -233,7 +233,7 @@ class Operator:
             progress=progress,
             metrics=self._metrics,
             clock=lambda: datetime.now(UTC),
-            starts=Starts(cluster.unfinished_pages, enqueue, time.monotonic),
+            starts=Starts(cluster.profiles_in_use, enqueue, time.monotonic),
             store=store,
             dns_ports=settings.dns_ports,
             suspect_schema=self._check.suspect,

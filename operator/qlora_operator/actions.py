@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import QLoRAJobStatus, Resolved, StepName
-from qlora_operator.cluster import Cluster, ConflictError, NotFoundError, RejectedError
+from qlora_operator.cluster import AlreadyExistsError, Cluster, NotFoundError, RejectedError
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import build_claim, build_job, build_peer_policy, build_peer_service
-from qlora_operator.decisions.observe import Object, QLoRAJob, Reason, controller_uid
+from qlora_operator.decisions.observe import Object, QLoRAJob, Reason
+from qlora_operator.decisions.parsing import controller_uid
 from qlora_operator.decisions.plan import (
     Action,
     ConnectNodes,
@@ -98,7 +99,7 @@ class Actions:
         except RejectedError as error:
             sentence = f"the API server rejects Job {name}: {error}"
             raise _BlockedError(Reason("JobRejected", sentence)) from error
-        except ConflictError as error:
+        except AlreadyExistsError as error:
             created, new = await self._existing(self.cluster.get_job(job.namespace, name)), False
             if (reason := _name_taken(created, job, action.step)) is not None:
                 raise _BlockedError(reason) from error
@@ -114,7 +115,7 @@ class Actions:
         except RejectedError as error:
             sentence = f"the API server rejects PersistentVolumeClaim {name}: {error}"
             raise _BlockedError(Reason("ClaimRejected", sentence)) from error
-        except ConflictError as error:
+        except AlreadyExistsError as error:
             existing = await self._existing(self.cluster.get_claim(job.namespace, name))
             if not _has_label(existing, job):
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this job: delete it"
@@ -138,7 +139,7 @@ class Actions:
                 await create(job.namespace, manifest)
                 created = True
                 logger.info("created %s %s", kind, name, extra={"key": (job.namespace, job.name)})
-            except ConflictError:
+            except AlreadyExistsError:
                 logger.debug("%s %s exists already", kind, name, extra={"key": (job.namespace, job.name)})
             except RejectedError as error:
                 sentence = f"the API server rejects {kind} {name}, by which the train pods reach one another: {error}"

@@ -3,14 +3,16 @@
 Every call has a timeout and raises a ClusterError whose class says what to do: wait, read again or report.
 """
 
+import asyncio
 import json
 import logging
 import os
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import aiohttp
 from kubernetes.aio import client, config
@@ -20,15 +22,31 @@ from qlora_api.contract import TRAINER_CONTAINER
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.decisions.observe import Object, QLoRAJob
-from qlora_operator.listing import OBJECTS_PER_PAGE, Kind, Listed, Listing, listed
-from qlora_operator.transport import Credentials, Endpoint, Query, Transport, open_transport
+from qlora_operator.decisions.parsing import profile_in_use
+from qlora_operator.listing import (
+    OBJECTS_PER_PAGE,
+    ChildList,
+    ChildView,
+    Kind,
+    ObjectVersion,
+    child_view,
+    compact,
+    object_version,
+    without_foreign_resolved,
+)
+from qlora_operator.transport import Credentials, Endpoint, Query, TooLongError, Transport, open_transport
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FIELD_MANAGER = "qlora-operator"
 # For what only explains. A log comes from a node through the API server, a Workload perhaps through a webhook: a slow
 # one is not worth waiting for.
 _BRIEF_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=5)
+_PAGES_AT_A_TIME = 2
+# Of a page of several objects; real ones have half a megabyte. Parsed, it may take fifteen times as much.
+_BYTES_PER_PAGE = 4 * 2**20
 _TAIL_LINES = 40
 _TAIL_BYTES = 64 * 1024
 _SERVICE_ACCOUNT_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
@@ -58,11 +76,22 @@ class NotFoundError(ClusterError):
 
 
 class ConflictError(ClusterError):
-    """The object exists already, has changed since it was read, or is another one (UID) of the same name."""
+    """Somebody else was faster: the object, or a quota that counts it, has changed, or it is another one (UID)."""
+
+
+class AlreadyExistsError(ConflictError):
+    """An object of that name exists."""
 
 
 class RejectedError(ClusterError):
     """The API server rejects the request as it is; the message is the server's own."""
+
+
+class _Page(NamedTuple, Generic[T]):
+    """What was read of the objects of one page, and the version of the whole list."""
+
+    items: Sequence[T]
+    version: str
 
 
 class Cluster:
@@ -70,70 +99,74 @@ class Cluster:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        # Of all lists together: however many workers read one, and however large its objects are.
+        self._room = asyncio.Semaphore(_PAGES_AT_A_TIME)
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
-        """The QLoRAJob as stored now; None if it does not exist."""
+        """The QLoRAJob as stored now, without what nobody reads of its metadata; None if it does not exist."""
         try:
-            return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}")
+            return compact(await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"))
         except NotFoundError:
             return None
 
-    async def unfinished_pages(self, namespace: str) -> AsyncIterator[Sequence[Object]]:
-        """The QLoRAJobs of the namespace that have not ended, as stored now, page by page."""
+    async def profiles_in_use(self, namespace: str) -> AsyncIterator[Sequence[str | None]]:
+        """`profile_in_use` of each QLoRAJob of the namespace that has not ended, as stored now, page by page."""
         # The API server leaves out the others, of which there may be thousands.
-        async for page in self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", [("fieldSelector", _UNFINISHED)]):
+        selector = [("fieldSelector", _UNFINISHED)]
+        async for page in self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", selector, profile_in_use):
             yield page.items
 
-    async def list_jobs(self, namespace: str, job_uid: str) -> Listing:
+    async def list_jobs(self, namespace: str, job_name: str, job_uid: str) -> ChildList:
         """The Jobs that have the label of this QLoRAJob."""
-        selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
-        return await self._list(f"{_JOBS}/namespaces/{namespace}/jobs", selector)
 
-    async def list_pods(self, namespace: str, job_uid: str) -> Listing:
+        def read(body: Object) -> ChildView:
+            return without_foreign_resolved(child_view("jobs", body), job_name)
+
+        return await self._children(f"{_JOBS}/namespaces/{namespace}/jobs", _labelled(JOB_UID_LABEL, job_uid), read)
+
+    async def list_pods(self, namespace: str, job_uid: str) -> ChildList:
         """The pods that have the label of this QLoRAJob."""
-        selector = [("labelSelector", f"{JOB_UID_LABEL}={job_uid}")]
-        return await self._list(f"{_CORE}/namespaces/{namespace}/pods", selector)
+        return await self._list_pods(namespace, _labelled(JOB_UID_LABEL, job_uid))
 
-    async def list_pods_of_child(self, namespace: str, child_uid: str) -> Sequence[Object]:
+    async def list_pods_of_child(self, namespace: str, child_uid: str) -> Sequence[ChildView]:
         """The pods that have the Job controller's label for the Job of that UID."""
-        selector = [("labelSelector", f"{_CONTROLLER_UID}={child_uid}")]
-        return (await self._list(f"{_CORE}/namespaces/{namespace}/pods", selector)).items
+        return (await self._list_pods(namespace, _labelled(_CONTROLLER_UID, child_uid))).items
 
-    async def list_pods_named(self, namespace: str, name: str) -> Sequence[Object]:
+    async def list_pods_named(self, namespace: str, name: str) -> Sequence[ChildView]:
         """The pod of that name, if there is one, whatever its labels are. It takes no right to get pods."""
-        return (
-            await self._list(f"{_CORE}/namespaces/{namespace}/pods", [("fieldSelector", f"metadata.name={name}")])
-        ).items
+        return (await self._list_pods(namespace, [("fieldSelector", f"metadata.name={name}")])).items
 
-    async def list_workloads(self, namespace: str, child_uid: str) -> Sequence[Object]:
-        """Kueue's Workloads of the Job of that UID. Raises NotFoundError without Kueue."""
-        query = [("labelSelector", f"{_WORKLOAD_JOB_UID}={child_uid}")]
+    async def find_workload(self, namespace: str, child_uid: str) -> Object | None:
+        """Kueue's Workload of the Job of that UID: the first, if there are several. Raises NotFoundError without Kueue.
+
+        It waits for no other list, and none waits for it: a webhook may keep it waiting.
+        """
+        query = [("limit", "1"), *_labelled(_WORKLOAD_JOB_UID, child_uid)]
         path = f"{_KUEUE}/namespaces/{namespace}/workloads"
         page = await self._json("GET", path, query=query, timeout=_BRIEF_TIMEOUT)
-        return page.get("items") or ()
+        return next(iter(page.get("items") or ()), None)
 
-    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
+    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
         """All QLoRAJobs, or all our Jobs or pods, in one namespace or in all (None), and the version of the list."""
-        found: list[Listed] = []
+        found: list[ObjectVersion] = []
         version = ""
-        async for page in self._pages(*_listed(kind, namespace), accept=_METADATA_ONLY):
-            # Only these few words of each object are kept: all pages together are tens of MiB.
-            found += (listed(kind, body) for body in page.items)
+        async for page in self._pages(*_watched(kind, namespace), partial(object_version, kind), accept=_METADATA_ONLY):
+            found += page.items
             version = version or page.version
         return found, version
 
-    async def pages(self, kind: Kind, namespace: str | None) -> AsyncIterator[Sequence[Object]]:
-        """The same objects in full, page by page."""
-        async for page in self._pages(*_listed(kind, namespace)):
+    async def pages(self, kind: Kind, namespace: str | None, read: Callable[[Object], T]) -> AsyncIterator[Sequence[T]]:
+        """What `read` makes of the same objects, page by page. It must not keep them."""
+        async for page in self._pages(*_watched(kind, namespace), read):
             yield page.items
 
     async def check_list(self, kind: Kind, namespace: str | None) -> None:
         """List one object of the kind, to check the connection. Raises RejectedError if that is no longer allowed."""
-        path, selector = _listed(kind, namespace)
+        path, selector = _watched(kind, namespace)
         await self._json("GET", path, query=[("limit", "1"), *selector], accept=_METADATA_ONLY)
 
     async def create_job(self, namespace: str, manifest: Object) -> Object:
-        """Create a Job. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
+        """Create a Job. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
         return await self._json("POST", f"{_JOBS}/namespaces/{namespace}/jobs", body=manifest)
 
     async def get_job(self, namespace: str, name: str) -> Object:
@@ -154,7 +187,7 @@ class Cluster:
             logger.debug("Job %s is already gone", name, extra={"key": (namespace, name)})
 
     async def create_claim(self, namespace: str, manifest: Object) -> None:
-        """Create a PersistentVolumeClaim. Raises ConflictError if the name is taken."""
+        """Create a PersistentVolumeClaim. Raises AlreadyExistsError if the name is taken."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims", body=manifest)
 
     async def get_claim(self, namespace: str, name: str) -> Object:
@@ -162,15 +195,15 @@ class Cluster:
         return await self._json("GET", f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
 
     async def create_service(self, namespace: str, manifest: Object) -> None:
-        """Create a Service. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
+        """Create a Service. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/services", body=manifest)
 
     async def create_network_policy(self, namespace: str, manifest: Object) -> None:
-        """Create a NetworkPolicy. Raises ConflictError if the name is taken, RejectedError with the server's reason."""
+        """Create a NetworkPolicy. Raises AlreadyExistsError and RejectedError as `create_service` does."""
         await self._request("POST", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies", body=manifest)
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
-        """Create an Event. Raises ConflictError if it exists already."""
+        """Create an Event. Raises AlreadyExistsError."""
         await self._request("POST", f"{_CORE}/namespaces/{namespace}/events", body=manifest)
 
     async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
@@ -216,26 +249,43 @@ class Cluster:
             return None
 
     async def create_lease(self, namespace: str, manifest: Object) -> Object:
-        """Create a Lease. Raises ConflictError if the name is taken."""
+        """Create a Lease. Raises AlreadyExistsError if the name is taken."""
         return await self._json("POST", f"{_LEASES}/namespaces/{namespace}/leases", body=manifest)
 
     async def replace_lease(self, namespace: str, name: str, manifest: Object) -> Object:
         """Replace a Lease. Raises ConflictError if it has changed since `manifest` was read."""
         return await self._json("PUT", f"{_LEASES}/namespaces/{namespace}/leases/{name}", body=manifest)
 
-    async def _list(self, path: str, selector: Query) -> Listing:
-        pages = [page async for page in self._pages(path, selector)]
-        return Listing([item for page in pages for item in page.items], pages[0].version)
+    async def _list_pods(self, namespace: str, selector: Query) -> ChildList:
+        return await self._children(f"{_CORE}/namespaces/{namespace}/pods", selector, partial(child_view, "pods"))
 
-    async def _pages(self, path: str, selector: Query, accept: str = "application/json") -> AsyncIterator[Listing]:
-        token = ""
+    async def _children(self, path: str, selector: Query, read: Callable[[Object], ChildView]) -> ChildList:
+        pages = [page async for page in self._pages(path, selector, read)]
+        return ChildList([item for page in pages for item in page.items], pages[0].version)
+
+    async def _pages(
+        self, path: str, selector: Query, read: Callable[[Object], T], *, accept: str = "application/json"
+    ) -> AsyncIterator[_Page[T]]:
+        """A list, of which only what `read` makes of each object is there for longer than its page.
+
+        Pages are halved until they are short enough, or have one object.
+        """
+        token, size = "", OBJECTS_PER_PAGE
         while True:
-            query = [("limit", str(OBJECTS_PER_PAGE)), *selector, *([("continue", token)] if token else [])]
-            page = await self._json("GET", path, query=query, accept=accept)
-            yield Listing(page.get("items") or (), page["metadata"].get("resourceVersion", ""))
-            token = page["metadata"].get("continue") or ""
+            query = [("limit", str(size)), *selector, *([("continue", token)] if token else [])]
+            most = _BYTES_PER_PAGE if size > 1 else None
+            try:
+                async with self._room:
+                    # One expression: none of the objects has a name by which it would live on.
+                    page, token = _read_page(await self._json("GET", path, query=query, accept=accept, most=most), read)
+            except TooLongError:
+                size //= 2
+                continue
+            yield page
             if not token:
                 return
+            # Few large objects are no reason to ask for thousands of small ones one by one.
+            size = min(2 * size, OBJECTS_PER_PAGE)
 
     async def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         """An object of the API, or a list of them."""
@@ -274,7 +324,18 @@ class Cluster:
         return data
 
 
-def _listed(kind: Kind, namespace: str | None) -> tuple[str, Query]:
+def _read_page(page: Object, read: Callable[[Object], T]) -> tuple[_Page[T], str]:
+    """What was read, and the token of the next page; empty if there is none."""
+    metadata = page["metadata"]
+    items = [read(body) for body in page.get("items") or ()]
+    return _Page(items, metadata.get("resourceVersion", "")), metadata.get("continue") or ""
+
+
+def _labelled(label: str, value: str) -> Query:
+    return [("labelSelector", f"{label}={value}")]
+
+
+def _watched(kind: Kind, namespace: str | None) -> tuple[str, Query]:
     """Path and selector of the objects that the operator watches: all QLoRAJobs, but only its own Jobs and pods."""
     prefix = {"qlorajobs": _QLORA, "jobs": _JOBS, "pods": _CORE}[kind]
     where = f"/namespaces/{namespace}" if namespace else ""
@@ -282,15 +343,18 @@ def _listed(kind: Kind, namespace: str | None) -> tuple[str, Query]:
 
 
 def _error(status: int, request: str, data: bytes) -> ClusterError:
+    reason = ""
     try:
         answer = json.loads(data)
         text = str(answer.get("message", "")) if isinstance(answer, dict) else ""
+        reason = answer.get("reason", "") if isinstance(answer, dict) else ""
     except ValueError:
         text = _beginning(data)
     if status == 404:
         return NotFoundError(f"{request}: {text}")
     if status == 409:
-        return ConflictError(f"{request}: {text}")
+        # The server also answers so if a quota has changed while it counted the new object.
+        return (AlreadyExistsError if reason == "AlreadyExists" else ConflictError)(f"{request}: {text}")
     # The server answers with 500 if a webhook of the kind cannot be reached.
     if status in (400, 401, 403, 422) or (status == 500 and "failed calling webhook" in text):
         return RejectedError(text)

@@ -15,7 +15,7 @@ from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import Phase
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
-from qlora_operator.listing import OBJECTS_PER_PAGE, Kind
+from qlora_operator.listing import OBJECTS_PER_PAGE, ChildKind, Kind
 from qlora_operator.metrics import PHASES
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
@@ -44,9 +44,9 @@ class Enqueue(Protocol):
 
 
 class Count(Protocol):
-    """Counts a job for the metrics: in a phase, or in none if it is gone."""
+    """Counts a job for the metrics, by its UID: in a phase, or in none if it is gone."""
 
-    def __call__(self, key: Key, phase: Phase | None, *, progresses: bool = True) -> None:
+    def __call__(self, key: Key, uid: str, phase: Phase | None, *, progresses: bool = True) -> None:
         """Count it."""
 
 
@@ -229,7 +229,7 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         key = (metadata["namespace"], metadata["name"])
         status = body.get("status", {})
         phase = None if deleted or status.get("phase") not in PHASES else status["phase"]
-        hooks.count(key, phase, progresses=not _is_stalled(status))
+        hooks.count(key, metadata["uid"], phase, progresses=not _is_stalled(status))
         _show(hooks, "qlorajobs", event)
         if hooks.store.job_changed(body, deleted=deleted, created=event["type"] == "ADDED"):
             hooks.enqueue(key, first=not deleted and "startTime" not in body.get("status", {}))
@@ -242,7 +242,7 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
     async def pod_changed(event: kopf.RawEvent, **_: Any) -> None:
         _child_changed("pods", event)
 
-    def _child_changed(kind: Kind, event: kopf.RawEvent) -> None:
+    def _child_changed(kind: ChildKind, event: kopf.RawEvent) -> None:
         _show(hooks, kind, event)
         for key in hooks.store.child_changed(kind, event["object"], deleted=event["type"] == "DELETED"):
             hooks.enqueue(key)
@@ -255,5 +255,5 @@ def _is_stalled(status: Mapping[str, Any]) -> bool:
 
 def _show(hooks: Hooks, kind: Kind, event: kopf.RawEvent) -> None:
     metadata = event["object"]["metadata"]
-    identity = (kind, metadata["namespace"], metadata["name"])
+    identity = (kind, metadata["namespace"], metadata["name"], metadata["uid"])
     hooks.monitor.show(identity, metadata["resourceVersion"], deleted=event["type"] == "DELETED")

@@ -44,25 +44,34 @@ class Metrics:
             "QLoRAJobs whose condition Progressing is False.",
             registry=self.registry,
         )
-        self._phases: dict[Key, Phase] = {}
-        self._without_progress: set[Key] = set()
+        self._phases: dict[Key, dict[str, Phase]] = {}
+        """Of each name, by UID: a job and the one that replaces it are there together for a moment."""
+        self._without_progress: set[str] = set()
         for phase in PHASES:
             self._jobs.labels(phase)
 
-    def job_is_in(self, key: Key, phase: Phase | None, *, progresses: bool = True) -> None:
+    def job_is_in(self, key: Key, uid: str, phase: Phase | None, *, progresses: bool = True) -> None:
         """Count the job in `phase`, or in none if it is gone.
 
         `progresses`: unless its condition Progressing is False.
         """
-        if old := self._phases.pop(key, None):
+        phases = self._phases.setdefault(key, {})
+        if old := phases.pop(uid, None):
             self._jobs.labels(old).dec()
         if phase is not None:
-            self._phases[key] = phase
+            phases[uid] = phase
             self._jobs.labels(phase).inc()
-        self._without_progress.discard(key)
+        if not phases:
+            del self._phases[key]
+        self._without_progress.discard(uid)
         if phase is not None and not progresses:
-            self._without_progress.add(key)
+            self._without_progress.add(uid)
         self._stalled.set(len(self._without_progress))
+
+    def job_is_gone(self, key: Key) -> None:
+        """Count no job of that name."""
+        for uid in tuple(self._phases.get(key, ())):
+            self.job_is_in(key, uid, None)
 
     def namespace_is_denied(self, namespace: str | None, denied: bool) -> None:
         """Note whether the namespace, or the cluster (None), can be listed."""
@@ -75,7 +84,7 @@ class Metrics:
         if depth is None:
             self._denied.clear()
             for key in tuple(self._phases):
-                self.job_is_in(key, None)
+                self.job_is_gone(key)
 
     def page(self) -> tuple[bytes, str]:
         """The answer to a scrape, and its content type."""

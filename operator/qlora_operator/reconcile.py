@@ -11,7 +11,7 @@ from datetime import datetime
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.actions import Actions
-from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
+from qlora_operator.cluster import AlreadyExistsError, Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.detached import (
@@ -23,7 +23,8 @@ from qlora_operator.decisions.detached import (
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS
-from qlora_operator.decisions.observe import Object, Observed, QLoRAJob, Reason, parse_child
+from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, Reason
+from qlora_operator.decisions.parsing import parse_child
 from qlora_operator.decisions.plan import (
     Plan,
     cannot_be_undone,
@@ -35,6 +36,7 @@ from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
+from qlora_operator.listing import ChildView
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import AtOnce, Blocked, Later, NextPass, Pauses
 from qlora_operator.progress import LogReading, ProgressReader
@@ -177,14 +179,14 @@ class Reconciler:
         if body is None:
             self.store.gone(key)
             self._let_go(key)
-            self.metrics.job_is_in(key, None)
+            self.metrics.job_is_gone(key)
             return None
         job = await self._readable(key, body)
         if job is None:
             return None
-        jobs = await self.cluster.list_jobs(job.namespace, job.uid)
+        jobs = await self.cluster.list_jobs(job.namespace, job.name, job.uid)
         pods = await self.cluster.list_pods(job.namespace, job.uid)
-        observed = await self._with_current_job(job, self.store.read(body, jobs, pods))
+        observed = await self._with_current_job(job, self.store.note_live_read(body, jobs, pods))
         observed = with_detached_pods(job, observed, await self._read_hidden_pods(job, observed))
         view = _View(job, observed, live=True, fresh=False)
         return None if self._is_settled(key, view) else view
@@ -204,17 +206,18 @@ class Reconciler:
             return observed
         return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
 
-    async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Object]:
+    async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Pod]:
         """Pods of the current step that have lost the label by which pods are watched; others may be among them."""
-        step, found = job.status.step, list[Object]()
+        step, found = job.status.step, list[ChildView]()
         if step is None:
-            return found
+            return []
         missing = misses_running_pod(observed, step)
         if missing and step.running_pod_name:
             found += await self.cluster.list_pods_named(job.namespace, step.running_pod_name)
         if hides_a_pod(observed, step) or (missing and not step.running_pod_name):
             found += await self.cluster.list_pods_of_child(job.namespace, step.job_uid)
-        return found
+        # With the label it has only just been created: the watch is about to show it.
+        return [replace(view.value, detached=view.job_uid != job.uid) for view in found if isinstance(view.value, Pod)]
 
     async def _readable(self, key: Key, body: Object) -> QLoRAJob | None:
         """The job; None, after an Event, if this version of the operator cannot read it. Who leaves frees its place."""
@@ -251,11 +254,11 @@ class Reconciler:
         if child is None or not child.suspended or child.finished:
             return None
         try:
-            workloads = await self.cluster.list_workloads(job.namespace, child.uid)
+            workload = await self.cluster.find_workload(job.namespace, child.uid)
         except ClusterError as error:
             logger.debug("Workloads cannot be read: %s", error, extra={"key": (job.namespace, job.name)})
             return None
-        return queue_reason(child, workloads, condition(job.status, "Succeeded"))
+        return queue_reason(child, workload, condition(job.status, "Succeeded"))
 
     def _decide(self, view: "_View", log: LogReading, queue: Reason | None, others: int) -> "_Decision":
         facts = Facts(
@@ -300,7 +303,7 @@ class Reconciler:
         written = await self.cluster.apply_status(job, content)
         self.store.job_changed(written)
         self.metrics.status_writes.inc()
-        self.metrics.job_is_in(key, status.phase, progresses=not is_false(status, "Progressing"))
+        self.metrics.job_is_in(key, job.uid, status.phase, progresses=not is_false(status, "Progressing"))
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
             await self._post(key, event)
@@ -312,7 +315,7 @@ class Reconciler:
     async def _post(self, key: Key, event: Object) -> None:
         try:
             await self.cluster.create_event(key[0], event)
-        except ConflictError:
+        except AlreadyExistsError:
             logger.debug("this Event exists already", extra={"key": key})
         except ClusterError as error:
             logger.warning("an Event cannot be posted: %s", error, extra={"key": key})

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError
 from qlora_operator.decisions.observe import Object
-from qlora_operator.listing import KINDS, Kind, Listed, listed, version_number
+from qlora_operator.listing import KINDS, Kind, ObjectVersion, object_version, version_number
 from qlora_operator.schema_check import NO_DEFINITION
 from qlora_operator.store import Store
 from qlora_operator.workqueue import Key
@@ -22,7 +23,8 @@ _KEYS_PER_SECOND = 100.0
 # What a list shows and its watch has not, the watch is usually about to show.
 _SECONDS_FOR_THE_WATCH = 1.0
 
-Identity = tuple[Kind, str, str]
+Identity = tuple[Kind, str, str, str]
+"""Kind, namespace, name and UID: what is said late of a deleted object must not count for a new one of its name."""
 
 EnqueueAfter = Callable[[Key, float], None]
 """Requests a job, so many seconds from now."""
@@ -67,7 +69,7 @@ class WatchMonitor:
         }
         overdue = [identity for identity, (_, since) in still_behind.items() if now - since >= self.patience]
         if overdue:
-            logger.error("the watch of %s is dead: it has not shown %s", kind, overdue[0][1:])
+            logger.error("the watch of %s is dead: it has not shown %s", kind, overdue[0][1:3])
             self._dead.add(kind)
         else:
             self._dead.discard(kind)
@@ -225,13 +227,14 @@ class Resync:
         jobs: list[Key] = []
         finished: list[Key] = []
         for kind in KINDS:
-            found: list[Listed] = []
+            found: list[ObjectVersion] = []
             for where in self._namespaces:
                 try:
-                    async for body in self._bodies(kind, where):
-                        found.append(listed(kind, body))
+                    async for page in self._cluster.pages(kind, where, partial(self._show, kind)):
+                        found += (version for version, _ in page)
                         if kind == "qlorajobs":
-                            (finished if _is_finished(body) else jobs).append(found[-1].key)
+                            for version, ended in page:
+                                (finished if ended else jobs).append(version.key)
                 except RejectedError as error:
                     rejected.setdefault(where, error)
             self.monitor.compare(kind, _versions(kind, found), self._monotonic())
@@ -240,15 +243,13 @@ class Resync:
             self._enqueue(key, 0.0)
         self._enqueue_all(finished)
 
-    async def _bodies(self, kind: Kind, where: str | None) -> AsyncIterator[Object]:
-        """Everything of the kind there, shown to the store."""
-        async for page in self._cluster.pages(kind, where):
-            for body in page:
-                if kind == "qlorajobs":
-                    self._store.job_changed(body)
-                else:
-                    self._store.child_changed(kind, body)
-                yield body
+    def _show(self, kind: Kind, body: Object) -> tuple[ObjectVersion, bool]:
+        """Show an object to the store. Its version, and whether it is a QLoRAJob that has ended."""
+        if kind == "qlorajobs":
+            self._store.job_changed(body)
+        else:
+            self._store.child_changed(kind, body)
+        return object_version(kind, body), _is_finished(body)
 
     async def once(self, *, judge: bool = True) -> None:
         """List everything once, and judge by it whether the watches are alive.
@@ -258,26 +259,36 @@ class Resync:
         rejected: dict[str | None, RejectedError] = {}
         changed: set[Key] = set()
         keys: list[Key] = []
-        for kind in KINDS:
-            found: list[Listed] = []
-            versions: list[str] = []
-            for where in self._namespaces:
-                try:
-                    part, version = await self._cluster.list_versions(kind, where)
-                except RejectedError as error:
-                    rejected.setdefault(where, error)
-                    continue
-                changed |= self._store.compare(kind, where, part, version)
-                found += part
-                versions.append(version)
-            if judge and versions:
-                self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=version_number))
-            if kind == "qlorajobs":
-                keys = [each.key for each in found]
-        # Only now: no pass is to decide from what the lists have shown to be gone.
-        rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
-        self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
+        try:
+            for kind in KINDS:
+                found = await self._compare(kind, changed, rejected, judge=judge)
+                if kind == "qlorajobs":
+                    keys = [each.key for each in found]
+        finally:
+            # Only now: no pass is to decide from what the lists have shown to be gone. And in any case: what the store
+            # has dropped is in no later list.
+            rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
+            self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
         self._judge(rejected)
+
+    async def _compare(
+        self, kind: Kind, changed: set[Key], rejected: dict[str | None, RejectedError], *, judge: bool
+    ) -> list[ObjectVersion]:
+        """List one kind and note that; adds to `changed` and `rejected` as it goes. Raises ClusterError."""
+        found: list[ObjectVersion] = []
+        versions: list[str] = []
+        for where in self._namespaces:
+            try:
+                part, version = await self._cluster.list_versions(kind, where)
+            except RejectedError as error:
+                rejected.setdefault(where, error)
+                continue
+            changed |= self._store.compare(kind, where, part, version)
+            found += part
+            versions.append(version)
+        if judge and versions:
+            self.monitor.compare(kind, _versions(kind, found), self._monotonic(), min(versions, key=version_number))
+        return found
 
     def look_at_all(self) -> None:
         """Request every job that is not settled, to be read live: what the watches have shown may lack fields."""
@@ -321,8 +332,8 @@ class Resync:
         return None
 
 
-def _versions(kind: Kind, found: list[Listed]) -> dict[Identity, str]:
-    return {(kind, each.namespace, each.name): each.version for each in found}
+def _versions(kind: Kind, found: list[ObjectVersion]) -> dict[Identity, str]:
+    return {(kind, each.namespace, each.name, each.uid): each.version for each in found}
 
 
 def _is_finished(body: Object) -> bool:

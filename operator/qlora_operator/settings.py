@@ -1,22 +1,39 @@
 """Reads the administrator's settings from a YAML file."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from qlora_api.profile import DNS_LABEL, Profile
 from qlora_api.schema import ApiModel
 from qlora_operator.decisions.manifests import DNS_PORTS
+from qlora_operator.decisions.parsing import MAX_RESOLVED
+from qlora_operator.decisions.resolution import as_copied
 
 ENV_SETTINGS = "QLORA_OPERATOR_SETTINGS"
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
+
+# The rest is for what is resolved beside the profile: three names, a path and a version.
+_MAX_PROFILE = MAX_RESOLVED - 2048
+
+
+def _check_length(profile: Profile) -> Profile:
+    length = len(json.dumps(as_copied(profile).dump(), separators=(",", ":")))
+    if length > _MAX_PROFILE:
+        raise ValueError(
+            f"found {length} characters as JSON, of which each job gets a copy; at most {_MAX_PROFILE} are allowed: "
+            "shorten nccl, where a character that is not ASCII counts six or twelve"
+        )
+    return profile
+
 
 # What the YAML library raises for a value that does not match its tag, or for bytes that are not text.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -55,7 +72,9 @@ class Settings(ApiModel):
     """What the administrator sets for the operator itself and, in profiles, for the jobs."""
 
     namespaces: tuple[Name, ...] = Field((), description="Namespaces to serve; all if empty.")
-    profiles: dict[Name, Profile] = Field(min_length=1, description="Classes of jobs, by the name that jobs use.")
+    profiles: dict[Name, Annotated[Profile, AfterValidator(_check_length)]] = Field(
+        min_length=1, description="Classes of jobs, by the name that jobs use."
+    )
     progress: ProgressSettings = Field(ProgressSettings(), description="Progress of running jobs.")
     resync_seconds: float = Field(
         300,

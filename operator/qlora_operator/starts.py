@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from qlora_operator.decisions.observe import Object, QLoRAJob, profile_in_use
+from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.workqueue import Key
 
 SECONDS_FULL = 5.0
@@ -25,8 +25,8 @@ class Starts:
     only saves requests: after a restart every job is looked at, and who waits is known again.
     """
 
-    unfinished_pages: Callable[[str], AsyncIterator[Sequence[Object]]]
-    """The QLoRAJobs of a namespace that have not ended, as stored now, in parts."""
+    profiles_in_use: Callable[[str], AsyncIterator[Sequence[str | None]]]
+    """`profile_in_use` of each QLoRAJob of a namespace that has not ended, as stored now, in parts."""
     enqueue: Callable[[Key], None]
     monotonic: Callable[[], float]
     _locks: dict[Group, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
@@ -75,9 +75,7 @@ class Starts:
 
     async def _count(self, group: Group) -> int:
         namespace, profile = group
-        # Part by part: together they may be larger than the operator's memory.
-        pages = self.unfinished_pages(namespace)
-        return sum([sum(profile_in_use(body) == profile for body in page) async for page in pages])
+        return sum([page.count(profile) async for page in self.profiles_in_use(namespace)])
 
     def _known(self, group: Group) -> int | None:
         count, until = self._full.get(group, (0, 0.0))

@@ -8,23 +8,22 @@ import hashlib
 import json
 import logging
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL
-from qlora_operator.decisions.observe import (
-    ORPHANED,
-    ChildJob,
-    Object,
-    Observed,
-    Pod,
-    collect,
-    controller_uid,
-    observe,
-    parse_child,
-    parse_pod,
+from qlora_operator.decisions.observe import ChildJob, Object, Observed, Pod, collect
+from qlora_operator.listing import (
+    ChildKind,
+    ChildList,
+    ChildView,
+    Kind,
+    ObjectVersion,
+    child_view,
+    compact,
+    version_number,
+    without_foreign_resolved,
 )
-from qlora_operator.listing import Kind, Listed, Listing, version_number
 from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -33,9 +32,6 @@ _MAX_BURIED = 4096
 _WORTH_PACKING = 2048
 # The fastest. The others take longer and gain little.
 _COMPRESSION = 1
-# All that is read of a QLoRAJob's metadata. The rest may have a megabyte: of annotations, labels, or notes of managers.
-_READ_METADATA = ("namespace", "name", "uid", "resourceVersion", "generation", "deletionTimestamp")
-_READ_LABELS = (QUEUE_LABEL, QUEUE_PRIORITY_LABEL)
 
 _JobId = tuple[str, str]
 """Namespace and UID of a QLoRAJob: anybody can give any label to a pod of another namespace."""
@@ -54,6 +50,7 @@ class Held:
 @dataclass(slots=True)
 class _Child:
     version: int
+    """0, which is older than any, if it is a Job of which something was left out before its QLoRAJob was known."""
     value: ChildJob | Pod | None
     """None for a Job that has the label of a QLoRAJob that does not control it."""
 
@@ -70,7 +67,7 @@ class _Entry:
     distrusted: bool = False
     settled: bool = False
     wanted: dict[str, int] = field(default_factory=dict)
-    children: dict[Kind, dict[str, _Child]] = field(default_factory=lambda: {"jobs": {}, "pods": {}})
+    children: dict[ChildKind, dict[str, _Child]] = field(default_factory=lambda: {"jobs": {}, "pods": {}})
     lost: ChildJob | None = None
 
     def version_of(self, uid: str) -> int:
@@ -78,6 +75,11 @@ class _Entry:
         if uid == self.job_id[1]:
             return self.version
         return next((children[uid].version for children in self.children.values() if uid in children), 0)
+
+    @property
+    def resolves(self) -> str | None:
+        """The job's name as long as its first Job is to say what was resolved: until then it is not known, or after."""
+        return self.key[1] if self.key is not None and not self.resolved_stored else None
 
     @property
     def empty(self) -> bool:
@@ -104,11 +106,7 @@ class Store:
         entry = self._entry(key)
         if entry is None or entry.distrusted or not self._ordered or self._lags(entry):
             return None
-        observed = collect(
-            (child.value for child in entry.children["jobs"].values() if isinstance(child.value, ChildJob)),
-            (child.value for child in entry.children["pods"].values() if isinstance(child.value, Pod)),
-            entry.lost,
-        )
+        observed = _observed(entry.children["jobs"].values(), entry.children["pods"].values(), entry.lost)
         return Held(json.loads(_unpacked(entry.body)), observed, entry.fresh)
 
     def job_changed(self, body: Object, *, deleted: bool = False, created: bool = False) -> bool:
@@ -128,34 +126,39 @@ class Store:
         entry = self._entries.setdefault(job_id, _Entry(job_id))
         if version <= entry.version and self._ordered:
             return False
-        kept = _compact(metadata)
-        marks = _marks(kept)
+        kept = compact(body)
+        marks = _marks(kept["metadata"])
         news = entry.marks != marks
         entry.fresh = entry.fresh or (created and entry.empty)
+        # What was left out of its Jobs before it was known is to be read once more.
+        entry.distrusted = entry.distrusted or any(child.version == 0 for child in entry.children["jobs"].values())
         entry.key, entry.version, entry.marks = key, version, marks
-        entry.body = _packed(json.dumps({**body, "metadata": kept}, separators=(",", ":")).encode())
+        entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
         entry.settled = entry.settled and not news
         if (body.get("status") or {}).get("resolved"):
             self._forget_resolved(entry)
         self._take_name(key, job_id)
         return news
 
-    def child_changed(self, kind: Kind, body: Object, *, deleted: bool = False) -> set[Key]:
+    def child_changed(self, kind: ChildKind, body: Object, *, deleted: bool = False) -> set[Key]:
         """Note a Job or a pod. The jobs that are worth a pass: those for which a decision depends on what has changed.
 
         If it has got the label of another job, that is also the one that has lost it.
         """
-        metadata = body["metadata"]
-        uid, version = metadata["uid"], self._version(metadata)
-        job_uid = (metadata.get("labels") or {}).get(JOB_UID_LABEL, "")
-        job_id, home = (metadata["namespace"], job_uid), self._homes.get(uid)
-        if deleted:
-            self._bury(uid, version)
-            entry = home or self._entries.get(job_id)
-            if entry is None:
-                return set()
-            self._drop_child(entry, kind, uid, _parse(kind, body, job_uid))
-            return _jobs(entry, metadata)
+        child = child_view(kind, body)
+        return self._child_deleted(kind, child) if deleted else self._child_shown(kind, child)
+
+    def _child_deleted(self, kind: ChildKind, child: ChildView) -> set[Key]:
+        self._bury(child.uid, self._number(child.version))
+        entry = self._homes.get(child.uid) or self._entries.get((child.namespace, child.job_uid))
+        if entry is None:
+            return set()
+        self._drop_child(entry, kind, child.uid, child)
+        return _jobs(entry, child.job_name)
+
+    def _child_shown(self, kind: ChildKind, child: ChildView) -> set[Key]:
+        uid, version = child.uid, self._number(child.version)
+        job_id, home = (child.namespace, child.job_uid), self._homes.get(uid)
         before = home.children[kind].get(uid) if home else None
         if self._is_buried(uid, version) or (before and version <= before.version and self._ordered):
             return set()
@@ -163,27 +166,27 @@ class Store:
         if home is not None and home.job_id != job_id:
             self._drop_child(home, kind, uid)
             changed, before = _jobs(home), None
-        value = _parse(kind, body, job_uid)
-        _report_unreadable(kind, metadata, value, before)
+        _report_unreadable(kind, child, before)
         entry = self._entries.setdefault(job_id, _Entry(job_id))
-        if entry.resolved_stored and isinstance(value, ChildJob) and value.resolved:
-            value = replace(value, resolved="")
+        value = without_foreign_resolved(child, entry.resolves).value
+        if entry.key is None and value != child.value:
+            version = 0
         entry.children[kind][uid], self._homes[uid] = _Child(version, value), entry
         if before is None or before.value != value:
             entry.settled = False
-            changed |= _jobs(entry, metadata)
+            changed |= _jobs(entry, child.job_name)
         return changed
 
-    def read(self, body: Object, jobs: Listing, pods: Listing) -> Observed:
-        """Note what has been read live: the job, and complete lists of its children with their versions."""
+    def note_live_read(self, body: Object, jobs: ChildList, pods: ChildList) -> Observed:
+        """Note what has been read live, the job and all of its children, and return these."""
         metadata = body["metadata"]
         job_id = (metadata["namespace"], metadata["uid"])
         self.job_changed(body)
-        kinds: tuple[tuple[Kind, Listing], ...] = (("jobs", jobs), ("pods", pods))
-        for kind, (bodies, version) in kinds:
-            for child in bodies:
-                self.child_changed(kind, child)
-            self._prune_children(job_id, kind, {child["metadata"]["uid"] for child in bodies}, version_number(version))
+        kinds: tuple[tuple[ChildKind, ChildList], ...] = (("jobs", jobs), ("pods", pods))
+        for kind, (children, version) in kinds:
+            for child in children:
+                self._child_shown(kind, child)
+            self._prune_children(job_id, kind, {child.uid for child in children}, version_number(version))
         entry = self._entries.get(job_id)
         if entry is not None:
             entry.distrusted = False
@@ -192,9 +195,9 @@ class Store:
             entry.wanted = {
                 uid: version for uid, version in entry.wanted.items() if uid == job_id[1] or version > taken
             }
-        return replace(observe(job_id[1], jobs.items, pods.items), lost=entry.lost if entry else None)
+        return _observed(jobs.items, pods.items, entry.lost if entry else None)
 
-    def compare(self, kind: Kind, namespace: str | None, found: list[Listed], version: str) -> set[Key]:
+    def compare(self, kind: Kind, namespace: str | None, found: list[ObjectVersion], version: str) -> set[Key]:
         """Note a complete list, taken at `version`: the jobs of which it shows more, or less, than is held.
 
         What is held and not in the list has been deleted, unless it is newer than the list. What is in it in a newer
@@ -206,7 +209,12 @@ class Store:
             number = self._number(each.version)
             if self._is_buried(each.uid, number):
                 continue
-            if home is not None and home.job_id != job_id and home.version_of(each.uid) < number:
+            if (
+                kind != "qlorajobs"
+                and home is not None
+                and home.job_id != job_id
+                and home.version_of(each.uid) < number
+            ):
                 self._drop_child(home, kind, each.uid)
                 changed |= _jobs(home)
             entry = self._entries.get(job_id)
@@ -279,7 +287,7 @@ class Store:
                 pruned.add(key)
         return pruned
 
-    def _prune_children(self, job_id: _JobId, kind: Kind, found: set[str], version: int) -> bool:
+    def _prune_children(self, job_id: _JobId, kind: ChildKind, found: set[str], version: int) -> bool:
         entry = self._entries.get(job_id)
         if entry is None:
             return False
@@ -299,15 +307,17 @@ class Store:
         if entry.empty:
             del self._entries[job_id]
 
-    def _drop_child(self, entry: _Entry, kind: Kind, uid: str, shown: ChildJob | Pod | None = None) -> None:
+    def _drop_child(self, entry: _Entry, kind: ChildKind, uid: str, shown: ChildView | None = None) -> None:
         """Forget a child; `shown`: as its deletion has shown it. Keeps the first Job of a job that has stored nothing.
 
         What was resolved stands on that Job alone: the step goes on with the next attempt, and not as if it were new.
         """
         child = entry.children[kind].pop(uid, None)
         self._homes.pop(uid, None)
-        value = shown or (child.value if child else None)
-        if isinstance(value, ChildJob) and value.resolved and entry.body and not entry.resolved_stored:
+        value = child.value if child else None
+        if shown is not None and shown.value is not None:
+            value = without_foreign_resolved(shown, entry.resolves).value
+        if isinstance(value, ChildJob) and value.resolved:
             entry.lost = value
         entry.settled = False
         if entry.empty:
@@ -339,39 +349,31 @@ class Store:
         return number
 
 
-def _parse(kind: Kind, body: Object, job_uid: str) -> ChildJob | Pod | None:
-    if kind == "pods":
-        return parse_pod(body)
-    return parse_child(body) if controller_uid(body) == job_uid else None
+def _observed(
+    jobs: Iterable[_Child | ChildView], pods: Iterable[_Child | ChildView], lost: ChildJob | None
+) -> Observed:
+    return collect(
+        (child.value for child in jobs if isinstance(child.value, ChildJob)),
+        (child.value for child in pods if isinstance(child.value, Pod)),
+        lost,
+    )
 
 
-def _jobs(entry: _Entry, child: Object | None = None) -> set[Key]:
-    """The job of the entry; before it is known, the one whose name the metadata of a child has. None without both."""
+def _jobs(entry: _Entry, labelled: str = "") -> set[Key]:
+    """The job of the entry; before it is known, the one whose name a child has as its label. None without both."""
     if entry.key is not None:
         return {entry.key}
-    name = ((child or {}).get("labels") or {}).get(JOB_LABEL)
-    return {(entry.job_id[0], name)} if name else set()
+    return {(entry.job_id[0], labelled)} if labelled else set()
 
 
-def _report_unreadable(kind: Kind, metadata: Object, value: ChildJob | Pod | None, before: _Child | None) -> None:
+def _report_unreadable(kind: ChildKind, child: ChildView, before: _Child | None) -> None:
     """Log it, once and not at each of its changes."""
-    known = before is not None and before.value is not None and before.value.unreadable
+    known, value = before is not None and before.value is not None and before.value.unreadable, child.value
     if value is not None and value.unreadable and not known:
-        key = (metadata["namespace"], (metadata.get("labels") or {}).get(JOB_LABEL, ""))
+        key = (child.namespace, child.job_name)
         logger.warning(
             "%s %s cannot be read, so it counts as there: %s", kind, value.name, value.unreadable, extra={"key": key}
         )
-
-
-def _compact(metadata: Object) -> dict[str, Any]:
-    """Without what nobody here reads, which is half of a QLoRAJob and more if somebody wants that."""
-    kept = {name: metadata[name] for name in _READ_METADATA if name in metadata}
-    labels = metadata.get("labels") or {}
-    if read := {name: labels[name] for name in _READ_LABELS if name in labels}:
-        kept["labels"] = read
-    if ORPHANED in (metadata.get("finalizers") or ()):
-        kept["finalizers"] = [ORPHANED]
-    return kept
 
 
 def _marks(kept: Object) -> bytes:

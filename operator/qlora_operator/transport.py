@@ -23,6 +23,10 @@ _CONNECTIONS = 100
 _UNAUTHORIZED = 401
 
 
+class TooLongError(Exception):
+    """The content of an answer is longer than the caller wants to read."""
+
+
 @dataclass(frozen=True)
 class Credentials:
     """By which operator and API server know each other."""
@@ -66,16 +70,18 @@ class Transport:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str],
         timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - passed on to the HTTP client
+        most: int | None = None,
     ) -> tuple[int, bytes]:
         """Status and content of the answer. Raises aiohttp.ClientError, TimeoutError or OSError without one.
 
-        Raises ValueError if the body has a number that JSON does not have (infinite, or none at all).
+        `most`: bytes of content; a longer one is not read to its end, and raises TooLongError. Raises ValueError if the
+        body has a number that JSON does not have (infinite, or none at all).
         """
         url = f"{self._endpoint.server}{path}{'?' + urlencode(query) if query else ''}"
         data = None if body is None else json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 
         async def send_with(credentials: Credentials) -> tuple[int, bytes]:
-            return await self._send(method, url, data, headers, credentials, timeout)
+            return await self._send(method, url, data, headers, credentials, timeout, most)
 
         used = await self._endpoint.credentials()
         try:
@@ -96,6 +102,7 @@ class Transport:
         headers: Mapping[str, str],
         credentials: Credentials,
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - passed on to the HTTP client
+        most: int | None,
     ) -> tuple[int, bytes]:
         authorization = credentials.authorization
         endpoint = self._endpoint
@@ -111,7 +118,7 @@ class Transport:
             proxy=endpoint.proxy,
             proxy_headers=endpoint.proxy_headers,
         ) as response:
-            return response.status, await response.read()
+            return response.status, await (response.read() if most is None else _read(response.content, most))
 
     async def _renewed(self, rejected: Credentials) -> Credentials:
         """The credentials after those that were rejected: renewed once, however many requests were rejected."""
@@ -119,6 +126,17 @@ class Transport:
             if (await self._endpoint.credentials()).tls is rejected.tls:
                 await self._endpoint.renew()
             return await self._endpoint.credentials()
+
+
+async def _read(content: aiohttp.StreamReader, most: int) -> bytes:
+    parts: list[bytes] = []
+    length = 0
+    async for part in content.iter_any():
+        length += len(part)
+        if length > most:
+            raise TooLongError(f"more than {most} bytes")
+        parts.append(part)
+    return b"".join(parts)
 
 
 @asynccontextmanager

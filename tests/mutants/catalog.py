@@ -110,7 +110,7 @@ OPERATOR = (
     ),
     Mutant(
         name="any-owner-is-the-controller",
-        file=f"{_DECISIONS}/observe.py",
+        file=f"{_DECISIONS}/parsing.py",
         old=' if owner.get("controller")',
         new="",
         tests=(
@@ -119,7 +119,7 @@ OPERATOR = (
     ),
     Mutant(
         name="a-false-condition-counts",
-        file=f"{_DECISIONS}/observe.py",
+        file=f"{_DECISIONS}/parsing.py",
         old=' if condition["status"] == "True"',
         new="",
         tests=(f"{_OPERATOR_TESTS}/test_observe.py::test_a_condition_that_does_not_hold_ends_no_job",),
@@ -734,9 +734,94 @@ OPERATOR = (
     Mutant(
         name="a-list-ends-with-its-first-page",
         file=f"{_OPERATOR}/cluster.py",
-        old='token = page["metadata"].get("continue") or ""',
-        new='token = ""',
+        old='metadata.get("continue") or ""',
+        new='""',
         tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_a_list_is_read_to_its_last_page",),
+    ),
+    Mutant(
+        name="every-reader-has-a-page-of-its-own",
+        file=f"{_OPERATOR}/cluster.py",
+        old="_PAGES_AT_A_TIME = 2",
+        new="_PAGES_AT_A_TIME = 99",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_cluster.py::test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_pages_on_their_way",
+        ),
+    ),
+    Mutant(
+        name="a-page-has-any-length",
+        file=f"{_OPERATOR}/cluster.py",
+        old="_BYTES_PER_PAGE if size > 1 else None",
+        new="None",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_cluster.py::test_a_page_of_large_objects_is_asked_for_in_parts_and_the_small_ones_after_them_are_not",
+        ),
+    ),
+    Mutant(
+        name="an-answer-is-read-whatever-its-length",
+        file=f"{_OPERATOR}/transport.py",
+        old="if length > most:",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_transport.py::test_an_answer_that_is_longer_than_it_may_be_is_not_read_to_its_end",
+        ),
+    ),
+    Mutant(
+        name="any-job-says-what-was-resolved",
+        file=f"{_OPERATOR}/listing.py",
+        old="if job_name is not None and value.name == child_job_name(job_name, *FIRST_JOB):",
+        new="if True:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_store.py::test_what_other_jobs_than_the_first_say_was_resolved_is_neither_kept_nor_believed",
+            f"{_OPERATOR_TESTS}/test_cluster.py::test_of_a_crowd_of_jobs_only_the_first_says_what_was_resolved",
+        ),
+    ),
+    Mutant(
+        name="what-was-resolved-may-have-any-length",
+        file=f"{_DECISIONS}/parsing.py",
+        old='return text if len(text) <= MAX_RESOLVED else ""',
+        new="return text",
+        tests=(f"{_OPERATOR_TESTS}/test_store.py::test_of_what_is_longer_than_any_operator_writes_nothing_is_kept",),
+    ),
+    Mutant(
+        name="a-first-job-shown-before-its-job-has-resolved-nothing",
+        file=f"{_OPERATOR}/store.py",
+        old="            version = 0\n",
+        new="            pass\n",
+        tests=(f"{_OPERATOR_TESTS}/test_store.py::test_a_first_job_that_is_shown_before_its_job_is_read_once_more",),
+    ),
+    Mutant(
+        name="what-a-list-has-shown-is-lost-if-the-next-fails",
+        file=f"{_OPERATOR}/resync.py",
+        old="        finally:\n            # Only now",
+        new="        except ArithmeticError:\n            raise\n        else:\n            # Only now",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_resync.py::test_a_job_that_a_list_has_shown_to_be_gone_is_looked_at_although_the_next_list_fails",
+        ),
+    ),
+    Mutant(
+        name="any-conflict-means-that-the-object-exists",
+        file=f"{_OPERATOR}/cluster.py",
+        old='if reason == "AlreadyExists" else ConflictError',
+        new="if reason else AlreadyExistsError",
+        tests=(f"{_OPERATOR_TESTS}/test_cluster.py::test_only_a_conflict_that_says_so_means_that_the_object_exists",),
+    ),
+    Mutant(
+        name="a-watch-shows-names-only",
+        file=f"{_OPERATOR}/handlers.py",
+        old='metadata["name"], metadata["uid"])',
+        new='metadata["name"], "")',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
+        ),
+    ),
+    Mutant(
+        name="jobs-of-one-name-are-counted-as-one",
+        file=f"{_OPERATOR}/metrics.py",
+        old="        phases = self._phases.setdefault(key, {})\n",
+        new='        phases, uid = self._phases.setdefault(key, {}), ""\n',
+        tests=(
+            f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
+        ),
     ),
 )
 

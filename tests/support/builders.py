@@ -28,7 +28,8 @@ from qlora_api.status import (
     StepStatus,
 )
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time, observe
+from qlora_operator.decisions.observe import Observed, QLoRAJob, format_time
+from qlora_operator.decisions.parsing import observe, profile_in_use
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.starts import Starts
@@ -290,9 +291,9 @@ def to_json(value: object) -> str:
 def starts(*bodies: dict[str, Any], woken: list[Any] | None = None) -> Starts:
     """Counts these QLoRAJobs, whose clock stands still; `woken` gets the keys of those that are to be looked at."""
 
-    async def pages(_namespace: str) -> AsyncIterator[list[dict[str, Any]]]:
+    async def pages(_namespace: str) -> AsyncIterator[list[str | None]]:
         for body in bodies:
-            yield [body]
+            yield [profile_in_use(body)]
 
     return Starts(pages, ([] if woken is None else woken).append, lambda: 0.0)
 

@@ -170,7 +170,7 @@ def operator(cluster: Cluster, store: Store | None = None) -> Reconciler:
         metrics=Metrics(),
         clock=lambda: datetime.now(UTC),
         store=store or Store(),
-        starts=Starts(cluster.unfinished_pages, lambda _key: None, time.monotonic),
+        starts=Starts(cluster.profiles_in_use, lambda _key: None, time.monotonic),
     )
 
 

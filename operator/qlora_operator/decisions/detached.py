@@ -7,10 +7,9 @@ takes it away from the watches must not make room for a second one.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import QLoRAJobStatus, StepStatus
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, collect, parse_pod
+from qlora_operator.decisions.observe import Observed, Pod, QLoRAJob, collect
 
 
 def misses_running_pod(observed: Observed, step: StepStatus) -> bool:
@@ -51,7 +50,7 @@ def hides_a_pod(observed: Observed, step: StepStatus) -> bool:
     return child.active > sum(not pod.ended for pod in observed.pods_of(child.uid))
 
 
-def with_detached_pods(job: QLoRAJob, observed: Observed, found: Sequence[Object] = ()) -> Observed:
+def with_detached_pods(job: QLoRAJob, observed: Observed, found: Sequence[Pod] = ()) -> Observed:
     """With the pods that were taken away from the step: the one that was seen running, and those of `found`.
 
     `found`: pods that the list by the job's label has not shown; others may be among them.
@@ -62,16 +61,10 @@ def with_detached_pods(job: QLoRAJob, observed: Observed, found: Sequence[Object
     if not found and all(pod is _claimed(pod, step) for pod in observed.pods):
         return observed
     pods = {pod.uid: pod for pod in observed.pods}
-    for pod in (_hidden(body, job.uid) for body in found):
+    for pod in found:
         if pod.uid == step.running_pod or (step.job_uid and pod.owner_uid == step.job_uid):
             pods.setdefault(pod.uid, pod)
     return collect(observed.children, (_claimed(pod, step) for pod in pods.values()), observed.lost)
-
-
-def _hidden(body: Object, job_uid: str) -> Pod:
-    """With the label it has only just been created: the watch is about to show it."""
-    labelled = (body["metadata"].get("labels") or {}).get(JOB_UID_LABEL) == job_uid
-    return replace(parse_pod(body), detached=not labelled)
 
 
 def _claimed(pod: Pod, step: StepStatus) -> Pod:

@@ -1,7 +1,5 @@
 """Reads from Kueue's Workload why a step's Job waits; pure."""
 
-from collections.abc import Iterable
-
 from qlora_api.status import Condition
 from qlora_operator.decisions.observe import ChildJob, Object, Reason
 
@@ -15,18 +13,18 @@ _ALTERNATE = (
 )
 
 
-def queue_reason(child: ChildJob, workloads: Iterable[Object], shown: Condition | None) -> Reason:
-    """Why the suspended Job waits, by its Workloads. `shown`: what the status has said until now.
+def queue_reason(child: ChildJob, workload: Object | None, shown: Condition | None) -> Reason:
+    """Why the suspended Job waits, by its Workload. `shown`: what the status has said until now.
 
     A sentence that would only alternate with the one shown is not taken, so that the status stays as it is.
     """
-    sentence = next((_sentence(child, body) for body in workloads), None)
-    if sentence is None:
+    if workload is None:
         return Reason(
             WAITING,
             f"Job {child.name} is suspended and has no Workload: Kueue must run, manage this namespace, and have the "
             "WorkloadPriorityClass of the job; if it was not Kueue, whoever suspended the Job must resume it",
         )
+    sentence = _sentence(child, workload)
     if shown is not None and shown.reason == WAITING and _alternates(shown.message) and _alternates(sentence):
         return Reason(WAITING, shown.message)
     return Reason(WAITING, sentence)

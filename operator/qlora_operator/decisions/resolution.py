@@ -34,7 +34,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
-        profile=_as_copied(facts.profiles[job.spec.scheduling.profile]),
+        profile=as_copied(facts.profiles[job.spec.scheduling.profile]),
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
@@ -49,7 +49,7 @@ def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
         return False
     if step.job_uid or (step.name, step.attempt) != FIRST_JOB:
         return False
-    return _first_job(facts) is None and status.resolved.profile != _as_copied(today)
+    return _first_job(facts) is None and status.resolved.profile != as_copied(today)
 
 
 def _first_job(facts: Facts) -> ChildJob | None:
@@ -169,14 +169,14 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
     profile = facts.profiles.get(facts.job.spec.scheduling.profile)
     if resolved is None or profile is None:
         return resolved
-    copied = _as_copied(profile)
+    copied = as_copied(profile)
     if same_trainer:
         return resolved.model_copy(update={"profile": copied.model_copy(update={"image": resolved.profile.image})})
     needed = needed_contract(facts.job.spec.resources.node_count)
     return resolved.model_copy(update={"profile": copied, "contract_version": needed})
 
 
-def _as_copied(profile: Profile) -> Profile:
+def as_copied(profile: Profile) -> Profile:
     """The profile without what only decides whether a job starts, which would name other tenants' namespaces."""
     return profile.model_copy(update={"namespaces": None, "limits": None})
 

@@ -3,14 +3,30 @@
 import asyncio
 import json
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 
-from qlora_api.naming import JOB_UID_LABEL
-from qlora_operator.cluster import Cluster, ClusterError, NotFoundError, RejectedError, UnavailableError
-from qlora_operator.transport import Query, Transport
+import qlora_operator.cluster
+from qlora_api.naming import JOB_UID_LABEL, child_job_name
+from qlora_operator.cluster import (
+    AlreadyExistsError,
+    Cluster,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    RejectedError,
+    UnavailableError,
+)
+from qlora_operator.decisions.facts import FIRST_JOB
+from qlora_operator.decisions.observe import ChildJob
+from qlora_operator.listing import OBJECTS_PER_PAGE
+from qlora_operator.transport import Query, TooLongError, Transport
+from tests.support.builders import NAME, UID, child, job_body, pod, with_resolved
 
 
 class Pages(Cluster):
@@ -25,14 +41,15 @@ class Pages(Cluster):
         self.asked.append(query)
         number = int(query.get("continue", "page-1").removeprefix("page-"))
         metadata = {"resourceVersion": "5"} | ({"continue": f"page-{number + 1}"} if number < 3 else {})
-        return json.dumps({"metadata": metadata, "items": [{"metadata": {"name": f"pod-{number}"}}]}).encode()
+        body = pod("train", number=number) | {"status": {"conditions": [], "phase": "Running"}}
+        return json.dumps({"metadata": metadata, "items": [body]}).encode()
 
 
 def test_a_list_is_read_to_its_last_page() -> None:
     cluster = Pages()
     pods = asyncio.run(cluster.list_pods("team", "uid"))
     assert pods.version == "5"
-    assert [pod["metadata"]["name"] for pod in pods.items] == ["pod-1", "pod-2", "pod-3"]
+    assert [pod.uid.removeprefix(f"uid-{NAME}-train-1-") for pod in pods.items] == ["pod1", "pod2", "pod3"]
     assert [query.get("continue") for query in cluster.asked] == [None, "page-2", "page-3"]
     assert {query["labelSelector"] for query in cluster.asked} == {f"{JOB_UID_LABEL}=uid"}
 
@@ -41,7 +58,7 @@ def test_who_is_counted_is_read_page_by_page_and_without_those_that_have_ended()
     cluster = Pages()
 
     async def first_page() -> list[Any]:
-        return [await anext(cluster.unfinished_pages("team"))]
+        return [await anext(cluster.profiles_in_use("team"))]
 
     assert len(asyncio.run(first_page())) == len(cluster.asked) == 1
     assert cluster.asked[0]["fieldSelector"] == "status.phase!=Succeeded,status.phase!=Failed"
@@ -73,7 +90,9 @@ async def _names_in_versions(cluster: Cluster) -> list[str]:
 
 
 async def _names_in_full(cluster: Cluster) -> list[str]:
-    return [body["metadata"]["name"] async for page in cluster.pages("pods", None) for body in page]
+    return [
+        name async for page in cluster.pages("pods", None, lambda body: str(body["metadata"]["name"])) for name in page
+    ]
 
 
 @pytest.mark.parametrize("names", [_names_in_versions, _names_in_full])
@@ -90,14 +109,121 @@ def test_a_list_of_a_thousand_pods_takes_a_few_mebibytes(names: Callable[[Cluste
     assert peak < 10 * 2**20
 
 
+class Busy(Transport):
+    """A server with objects of those sizes, in bytes: pods, and Jobs and QLoRAJobs if that is asked for."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+        self.limits: list[int] = []
+        self.longest = 0
+        self.most_at_a_time = 0
+        self._at_a_time = 0
+
+    async def send(
+        self, method: str, path: str, *, query: Query | None = None, most: int | None = None, **_: Any
+    ) -> tuple[int, bytes]:
+        self._at_a_time += 1
+        self.most_at_a_time = max(self.most_at_a_time, self._at_a_time)
+        await asyncio.sleep(0)
+        self._at_a_time -= 1
+        asked = dict(query or ())
+        first, limit = int(asked.get("continue", 0)), int(asked["limit"])
+        self.limits.append(limit)
+        kind = path.rpartition("/")[2]
+        items = [self._object(kind, number) for number in range(len(self._sizes))[first : first + limit]]
+        more = {"continue": str(first + limit)} if first + limit < len(self._sizes) else {}
+        content = json.dumps({"metadata": {"resourceVersion": "5"} | more, "items": items}).encode()
+        if most is not None and len(content) > most:
+            raise TooLongError
+        self.longest = max(self.longest, len(content))
+        return 200, content
+
+    def _object(self, kind: str, number: int) -> dict[str, Any]:
+        body = job_body() if kind == "qlorajobs" else child("train") if kind == "jobs" else pod("train", number=number)
+        return body | {"metadata": body["metadata"] | {"name": f"{number}"}, "spec": {"x": "x" * self._sizes[number]}}
+
+
+def test_a_page_of_large_objects_is_asked_for_in_parts_and_the_small_ones_after_them_are_not() -> None:
+    server = Busy([10] * 10 + [1_500_000] * 6 + [5_000_000] + [10] * 200)
+    pods = asyncio.run(Cluster(server).list_pods("team", "uid"))
+    assert [each.value.name for each in pods.items if each.value] == [str(number) for number in range(217)]
+    assert server.longest < 6_000_000
+    assert server.limits[-1] == OBJECTS_PER_PAGE
+    assert len(server.limits) < 30
+
+
+def test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_pages_on_their_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Body(dict[str, Any]):
+        """Unlike a dict, it can be watched, and found by its identity."""
+
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    alive, most = WeakSet[Body](), 0
+
+    def watched(content: dict[str, Any]) -> dict[str, Any]:
+        nonlocal most
+        if "spec" not in content:
+            return content
+        body = Body(content)
+        alive.add(body)
+        most = max(most, len(alive))
+        return body
+
+    loads = partial(json.loads, object_hook=watched)
+    monkeypatch.setattr(qlora_operator.cluster, "json", SimpleNamespace(loads=loads))
+    server = Busy([10] * 100)
+
+    async def count(pages: AsyncIterator[Sequence[Any]]) -> int:
+        return sum([len(page) async for page in pages])
+
+    async def read() -> list[Any]:
+        cluster = Cluster(server)
+        return await asyncio.gather(
+            *(cluster.list_pods("team", UID) for _ in range(7)),
+            *(cluster.list_jobs("team", NAME, UID) for _ in range(7)),
+            cluster.list_pods_of_child("team", "uid"),
+            *(count(cluster.profiles_in_use("team")) for _ in range(3)),
+            count(cluster.pages("pods", None, lambda body: str(body["metadata"]["name"]))),
+            cluster.list_versions("qlorajobs", None),
+        )
+
+    found = asyncio.run(read())
+    assert len(found[0].items) == len(found[7].items) == found[15] == 100
+    assert most <= OBJECTS_PER_PAGE
+    assert server.most_at_a_time <= 2
+
+
+def test_of_a_crowd_of_jobs_only_the_first_says_what_was_resolved() -> None:
+    class Crowd(Busy):
+        def _object(self, kind: str, number: int) -> dict[str, Any]:
+            names = [child_job_name(NAME, *FIRST_JOB), child_job_name("other", *FIRST_JOB), f"{NAME}-x"]
+            body = with_resolved(child("prepare"))
+            return body | {"metadata": body["metadata"] | {"name": names[number]}}
+
+    jobs = asyncio.run(Cluster(Crowd([0] * 3)).list_jobs("team", NAME, UID))
+    assert [bool(each.value.resolved) for each in jobs.items if isinstance(each.value, ChildJob)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_of_a_crowd_of_workloads_one_is_read() -> None:
+    server = Busy([10] * 100)
+    assert asyncio.run(Cluster(server).find_workload("team", "uid"))
+    assert server.limits == [1]
+
+
 class Answering(Transport):
     """Answers every request with one status and message."""
 
-    def __init__(self, status: int, message: str) -> None:
-        self._status, self._message = status, message
+    def __init__(self, status: int, message: str, reason: str = "") -> None:
+        self._status, self._message, self._reason = status, message, reason
 
     async def send(self, method: str, path: str, **_: Any) -> tuple[int, bytes]:
-        return self._status, json.dumps({"message": self._message}).encode()
+        return self._status, json.dumps({"message": self._message, "reason": self._reason}).encode()
 
 
 WEBHOOK = 'Internal error occurred: failed calling webhook "mjob.kb.io": failed to call webhook: connection refused'
@@ -116,6 +242,21 @@ def test_a_webhook_that_does_not_answer_rejects_and_a_server_that_fails_does_not
 ) -> None:
     with pytest.raises(ClusterError, match=message) as raised:
         asyncio.run(Cluster(Answering(status, message)).create_job("team", {}))
+    assert type(raised.value) is error
+
+
+QUOTA = 'Operation cannot be fulfilled on resourcequotas "team": the object has been modified'
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "error"),
+    [("AlreadyExists", "already exists", AlreadyExistsError), ("Conflict", QUOTA, ConflictError)],
+)
+def test_only_a_conflict_that_says_so_means_that_the_object_exists(
+    reason: str, message: str, error: type[ClusterError]
+) -> None:
+    with pytest.raises(ConflictError, match=r"already|Operation") as raised:
+        asyncio.run(Cluster(Answering(409, message, reason)).create_service("team", {}))
     assert type(raised.value) is error
 
 

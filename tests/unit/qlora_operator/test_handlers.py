@@ -37,7 +37,8 @@ class Watches:
             return lambda handler: handlers.setdefault(resource[-1], handler)
 
         monkeypatch.setattr(kopf.on, "event", register)
-        hooks = Hooks(self._ask, WatchMonitor(150), self.metrics.job_is_in, lambda: None, Store())
+        self.monitor = WatchMonitor(150)
+        hooks = Hooks(self._ask, self.monitor, self.metrics.job_is_in, lambda: None, Store())
         _register_events(kopf.OperatorRegistry(), hooks)
         self._handlers = handlers
 
@@ -85,6 +86,22 @@ def test_jobs_without_progress_are_counted(watches: Watches) -> None:
     watches.show("qlorajobs", "MODIFIED", 12, job_body(stalled))
     watches.show("qlorajobs", "DELETED", 13, job_body(stalled))
     assert count() == 0
+
+
+def test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last(
+    watches: Watches,
+) -> None:
+    training = status_in("train", phase="Training").dump()
+    old, new = job_body(training), job_body(training)
+    new["metadata"]["uid"] = "new"
+    watches.show("qlorajobs", None, 10, old)
+    watches.show("qlorajobs", "ADDED", 13, new)
+    watches.show("qlorajobs", "MODIFIED", 11, old)
+    watches.show("qlorajobs", "DELETED", 12, old)
+    for now in (0, 200):
+        watches.monitor.compare("qlorajobs", {("qlorajobs", *KEY, "new"): "13"}, now)
+    assert watches.monitor.dead == ()
+    assert watches.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 1
 
 
 def test_a_child_leads_to_a_pass_of_its_job_when_something_about_it_matters(watches: Watches) -> None:

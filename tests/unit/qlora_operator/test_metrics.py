@@ -6,7 +6,7 @@ from qlora_operator.metrics import Metrics
 def test_an_operator_that_stands_by_reports_no_job_and_no_namespace() -> None:
     metrics = Metrics()
     metrics.works(lambda: 3)
-    metrics.job_is_in(("team", "job"), "Training", progresses=False)
+    metrics.job_is_in(("team", "job"), "uid", "Training", progresses=False)
     metrics.namespace_is_denied("lost", True)
 
     metrics.works(None)

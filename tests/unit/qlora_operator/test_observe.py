@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from qlora_api.contract import CONTRACT_VERSION
 from qlora_operator.decisions.blockers import blocking_reason
 from qlora_operator.decisions.detached import with_detached_pods
-from qlora_operator.decisions.observe import observe
+from qlora_operator.decisions.parsing import observe
 from qlora_operator.decisions.plan import plan
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
-from qlora_operator.listing import Kind
+from qlora_operator.listing import ChildKind
 from qlora_operator.store import Store
 from tests.fuzz.inputs import BOUNDED, changed
 from tests.support.builders import (
@@ -150,7 +150,7 @@ def test_a_pod_that_mounts_more_than_fits_into_a_sentence_costs_no_memory() -> N
 
 VOLUMES = [{"name": "a", "projected": {"sources": [{"secret": {"name": "b", "items": [{"key": "c"}]}}]}}]
 DELETED = deleted(node(1), -5)
-BODIES: tuple[tuple[Kind, dict[str, Any]], ...] = (
+BODIES: tuple[tuple[ChildKind, dict[str, Any]], ...] = (
     ("pods", running(DELETED) | {"spec": {"volumes": VOLUMES}}),
     ("pods", ended(DELETED, 137)),
     ("pods", pod("train", conditions=[condition("PodScheduled", "False", reason="Unschedulable")])),
@@ -171,7 +171,7 @@ def chosen_by_others(place: tuple[Any, ...]) -> bool:
 @BOUNDED
 @given(data=st.data())
 def test_whatever_an_object_has_it_is_held_and_its_job_goes_on(
-    kind: Kind, body: dict[str, Any], typed: bool, data: st.DataObject
+    kind: ChildKind, body: dict[str, Any], typed: bool, data: st.DataObject
 ) -> None:
     shown = data.draw(changed(body, chosen_by_others, typed=typed))
     store = Store()

@@ -6,7 +6,8 @@ import pytest
 
 from qlora_api.status import Condition, QLoRAJobStatus
 from qlora_operator.decisions.events import phase_event
-from qlora_operator.decisions.observe import Object, Reason, observe
+from qlora_operator.decisions.observe import Object, Reason
+from qlora_operator.decisions.parsing import observe
 from qlora_operator.decisions.plan import plan
 from qlora_operator.decisions.queue import queue_reason
 from tests.support.builders import (
@@ -52,11 +53,11 @@ def held() -> dict[str, Any]:
     return child("train", Suspended="JobSuspended") | {"spec": {"suspend": True}}
 
 
-def said(*workloads: Object, shown: str | None = None, reason: str = "WaitingForQueue") -> str:
+def said(workload: Object | None = None, shown: str | None = None, reason: str = "WaitingForQueue") -> str:
     """The sentence of a job that has said `shown` until now."""
     (job,) = observe(UID, [held()], []).children
     before = condition("Succeeded", "Unknown", reason=reason) | {"message": shown}
-    found = queue_reason(job, workloads, Condition.model_validate(before) if shown is not None else None)
+    found = queue_reason(job, workload, Condition.model_validate(before) if shown is not None else None)
     assert found.word == "WaitingForQueue"
     return found.sentence
 

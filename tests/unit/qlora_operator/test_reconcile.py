@@ -11,10 +11,18 @@ import pytest
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.status import MergedStatus, QLoRAJobStatus
-from qlora_operator.cluster import ClusterError, ConflictError, NotFoundError, RejectedError, UnavailableError
+from qlora_operator.cluster import (
+    AlreadyExistsError,
+    ClusterError,
+    ConflictError,
+    NotFoundError,
+    RejectedError,
+    UnavailableError,
+)
 from qlora_operator.decisions.manifests import document
-from qlora_operator.decisions.observe import Object, QLoRAJob, controller_uid
-from qlora_operator.listing import Listing
+from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.decisions.parsing import controller_uid
+from qlora_operator.listing import ChildList, ChildView, child_view
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.starts import SECONDS_BETWEEN_LOOKS
@@ -61,7 +69,7 @@ class MemoryCluster:
         self.jobs: list[Object] = []
         self.pods: list[Object] = []
         self.claims: dict[str, Object] = {}
-        self.workloads: list[Object] | ClusterError = NotFoundError("page not found")
+        self.workload: Object | ClusterError | None = NotFoundError("page not found")
         self.asked: list[str] = []
         self.writes: list[str] = []
         self.reads = 0
@@ -70,6 +78,8 @@ class MemoryCluster:
         self.existing: Object | None = None
         self.after_create: Callable[[], None] | None = None
         self.version = 100
+        self.contended = False
+        """Whether a quota changes while the API server counts a new Service or NetworkPolicy."""
         self._rejected = rejected
 
     @property
@@ -85,32 +95,35 @@ class MemoryCluster:
         self.reads += 1
         return self.job or None
 
-    async def list_jobs(self, namespace: str, job_uid: str) -> Listing:
+    async def list_jobs(self, namespace: str, job_name: str, job_uid: str) -> ChildList:
         self.reads += 1
-        return Listing(list(self.jobs), str(self.version))
+        return ChildList([child_view("jobs", body) for body in self.jobs], str(self.version))
 
-    async def list_pods(self, namespace: str, job_uid: str) -> Listing:
+    async def list_pods(self, namespace: str, job_uid: str) -> ChildList:
         self.reads += 1
-        return Listing([body for body in self.pods if has_label(body)], str(self.version))
+        return ChildList(self._pods(has_label), str(self.version))
 
-    async def list_pods_of_child(self, namespace: str, child_uid: str) -> list[Object]:
+    async def list_pods_of_child(self, namespace: str, child_uid: str) -> list[ChildView]:
         self.reads += 1
-        return [body for body in self.pods if controller_uid(body) == child_uid]
+        return self._pods(lambda body: controller_uid(body) == child_uid)
 
-    async def list_pods_named(self, namespace: str, name: str) -> list[Object]:
+    async def list_pods_named(self, namespace: str, name: str) -> list[ChildView]:
         self.reads += 1
-        return [body for body in self.pods if body["metadata"]["name"] == name]
+        return self._pods(lambda body: body["metadata"]["name"] == name)
 
-    async def list_workloads(self, namespace: str, child_uid: str) -> list[Object]:
+    def _pods(self, matches: Callable[[Object], bool]) -> list[ChildView]:
+        return [child_view("pods", body) for body in self.pods if matches(body)]
+
+    async def find_workload(self, namespace: str, child_uid: str) -> Object | None:
         self.asked.append(child_uid)
-        if isinstance(self.workloads, ClusterError):
-            raise self.workloads
-        return self.workloads
+        if isinstance(self.workload, ClusterError):
+            raise self.workload
+        return self.workload
 
     async def create_job(self, namespace: str, manifest: dict[str, Any]) -> Object:
         self._write("Job")
         if self.existing is not None:
-            raise ConflictError("already exists")
+            raise AlreadyExistsError("already exists")
         made = {"uid": f"uid-{manifest['metadata']['name']}", "creationTimestamp": time(), **self._next()}
         self.jobs.append(manifest | {"metadata": manifest["metadata"] | made})
         created = self.jobs[-1]
@@ -129,17 +142,22 @@ class MemoryCluster:
     async def create_claim(self, namespace: str, manifest: dict[str, Any]) -> None:
         self._write("PersistentVolumeClaim")
         if manifest["metadata"]["name"] in self.claims:
-            raise ConflictError("already exists")
+            raise AlreadyExistsError("already exists")
         self.claims[manifest["metadata"]["name"]] = manifest
 
     async def get_claim(self, namespace: str, name: str) -> Object:
         return self.claims[name]
 
     async def create_service(self, namespace: str, manifest: Object) -> None:
-        self._write("Service")
+        self._connect("Service")
 
     async def create_network_policy(self, namespace: str, manifest: Object) -> None:
-        self._write("NetworkPolicy")
+        self._connect("NetworkPolicy")
+
+    def _connect(self, kind: str) -> None:
+        if self.contended:
+            raise ConflictError('Operation cannot be fulfilled on resourcequotas "team"')
+        self._write(kind)
 
     async def create_event(self, namespace: str, manifest: Object) -> None:
         self._write("Event")
@@ -272,7 +290,7 @@ def test_a_status_of_which_the_api_server_keeps_nothing_is_written_less_and_less
     cluster = MemoryCluster(job_body())
     cluster.keeps_status = False
     reconciler = full(cluster, shown(cluster))
-    reconciler.starts.unfinished_pages = starts().unfinished_pages
+    reconciler.starts.profiles_in_use = starts().profiles_in_use
     assert [until_it_waits(reconciler) for _ in range(3)] == [5, 10, 20]
 
 
@@ -305,6 +323,15 @@ def test_no_train_pod_of_several_nodes_is_created_before_what_connects_them(kind
     cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}))
     reconcile(cluster)
     assert cluster.writes[:3] == ["NetworkPolicy", "Service", "Job"]
+
+
+def test_what_connects_them_is_tried_again_if_a_quota_has_changed_meanwhile() -> None:
+    ready = status_in("train", 1, step=step_status("train", jobUid="").dump())
+    cluster = MemoryCluster(job_body(ready.dump(), resources={"nodes": 2}))
+    cluster.contended = True
+    with pytest.raises(RetryError, match="resourcequotas"):
+        reconcile(cluster)
+    assert cluster.jobs == []
 
 
 def test_what_connects_the_pods_of_several_nodes_is_set_right_while_one_of_them_starts() -> None:
@@ -585,7 +612,7 @@ def test_a_job_that_is_gone_is_forgotten() -> None:
     store.distrust(KEY)
     cluster.job = {}
     reconciler = operator(cluster, store)
-    reconciler.metrics.job_is_in(KEY, "Training")
+    reconciler.metrics.job_is_in(KEY, UID, "Training")
     assert asyncio.run(reconciler.reconcile(KEY)) is None
     assert store.held(KEY) is None
     assert reconciler.metrics.registry.get_sample_value("qlora_jobs", {"phase": "Training"}) == 0
@@ -601,7 +628,7 @@ def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
     reconcile(cluster)
     assert "until a queue admits it" in message_of(cluster.status)
     evicted = {"type": "Evicted", "status": "True", "message": "Preempted to accommodate a workload"}
-    cluster.workloads = [{"spec": {"queueName": "gpus"}, "status": {"conditions": [evicted]}}]
+    cluster.workload = {"spec": {"queueName": "gpus"}, "status": {"conditions": [evicted]}}
     reconcile(cluster)
     assert (reason_of(cluster.status), message_of(cluster.status)) == (
         "WaitingForQueue",
@@ -622,7 +649,7 @@ def test_a_workload_is_read_only_while_the_steps_job_is_suspended() -> None:
 def test_a_queued_job_is_suspended_although_its_workload_cannot_be_read(absence: ClusterError) -> None:
     cluster = stored(status_in("train"), suspend=True)
     cluster.jobs = [child("train") | {"spec": {"suspend": True}}]
-    cluster.workloads = absence
+    cluster.workload = absence
     reconcile(cluster, shown(cluster))
     assert f"deletion of {NAME}-train-1" in cluster.writes
 

@@ -1,14 +1,14 @@
 """Whether a watch is alive, judged by what lists show and it does not; and the Events of a change of phase."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
-from qlora_operator.cluster import ClusterError, NotFoundError, RejectedError
+from qlora_operator.cluster import ClusterError, NotFoundError, RejectedError, UnavailableError
 from qlora_operator.decisions.events import phase_event
-from qlora_operator.listing import Kind, Listed, listed
+from qlora_operator.listing import Kind, ObjectVersion, object_version
 from qlora_operator.resync import Identity, Resync, WatchMonitor
 from qlora_operator.store import Store
 from tests.support.builders import (
@@ -27,8 +27,8 @@ from tests.support.builders import (
     status_in,
 )
 
-JOB: Identity = ("qlorajobs", "team", "a")
-POD: Identity = ("pods", "team", "p")
+JOB: Identity = ("qlorajobs", "team", "a", "u")
+POD: Identity = ("pods", "team", "p", "v")
 
 
 def monitor() -> WatchMonitor:
@@ -83,10 +83,21 @@ def test_one_kinds_list_says_nothing_about_another() -> None:
 def test_an_object_that_a_list_no_longer_has_is_not_remembered_unless_it_is_newer() -> None:
     watch = monitor()
     watch.show(JOB, "5", deleted=False)
-    watch.show(("qlorajobs", "team", "b"), "12", deleted=False)
+    watch.show(("qlorajobs", "team", "b", "w"), "12", deleted=False)
     watch.show(POD, "5", deleted=False)
     watch.compare("qlorajobs", {}, now=0, list_version="9")
-    assert set(watch._shown) == {("qlorajobs", "team", "b"), POD}
+    assert set(watch._shown) == {("qlorajobs", "team", "b", "w"), POD}
+
+
+def test_a_job_that_is_created_anew_before_the_watch_shows_that_the_old_one_is_deleted_is_not_missed() -> None:
+    watch = monitor()
+    new: Identity = ("qlorajobs", "team", "a", "new")
+    watch.show(JOB, "5", deleted=False)
+    watch.show(new, "9", deleted=False)
+    watch.show(JOB, "8", deleted=True)
+    for now in (0, 120):
+        watch.compare("qlorajobs", {new: "9"}, now=now, list_version="9")
+    assert watch.dead == ()
 
 
 class Lists:
@@ -98,12 +109,14 @@ class Lists:
             {"metadata": {"namespace": "team", "name": "a", "uid": "u", "resourceVersion": "1"}}
         ]
 
-    async def pages(self, kind: Kind, namespace: str | None) -> AsyncIterator[list[dict[str, object]]]:
-        yield list(self.jobs) if kind == "qlorajobs" else []
+    async def pages(
+        self, kind: Kind, namespace: str | None, read: Callable[[dict[str, object]], Any]
+    ) -> AsyncIterator[list[Any]]:
+        yield [read(body) for body in self.jobs] if kind == "qlorajobs" else []
 
-    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
+    async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
         await self.check_list(kind, namespace)
-        return [listed(kind, body) for body in self.jobs] if kind == "qlorajobs" else [], "9"
+        return [object_version(kind, body) for body in self.jobs] if kind == "qlorajobs" else [], "9"
 
     async def check_list(self, kind: str, namespace: str | None) -> None:
         if self.failure is not None:
@@ -116,10 +129,10 @@ def test_a_denied_namespace_leaves_the_others_alone_and_comes_back(
     class TwoNamespaces(Lists):
         denied = False
 
-        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[Listed], str]:
+        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
             await self.check_list(kind, namespace)
             body = {"metadata": {"namespace": namespace, "name": "a", "uid": f"u-{namespace}", "resourceVersion": "1"}}
-            return [listed(kind, body)] if kind == "qlorajobs" else [], "9"
+            return [object_version(kind, body)] if kind == "qlorajobs" else [], "9"
 
         async def check_list(self, kind: str, namespace: str | None) -> None:
             if self.denied and namespace == "lost":
@@ -142,7 +155,7 @@ def test_a_denied_namespace_leaves_the_others_alone_and_comes_back(
     async def scenario() -> None:
         task = asyncio.create_task(resync.run())
         for namespace in ("kept", "lost"):
-            resync.monitor.show(("qlorajobs", namespace, "a"), "1", deleted=False)
+            resync.monitor.show(("qlorajobs", namespace, "a", f"u-{namespace}"), "1", deleted=False)
         lists.denied = True
         await asyncio.sleep(700)
         assert ("kept", "a") in asked
@@ -242,6 +255,29 @@ def test_what_was_deleted_while_the_watches_began_is_noticed_soon_after_the_star
 
     loop.run_until_complete(scenario())
     loop.close()
+
+
+def test_a_job_that_a_list_has_shown_to_be_gone_is_looked_at_although_the_next_list_fails() -> None:
+    class FirstListOnly(Lists):
+        async def list_versions(self, kind: Kind, namespace: str | None) -> tuple[list[ObjectVersion], str]:
+            if kind != "qlorajobs":
+                raise UnavailableError("connection refused")
+            return [], "9"
+
+    store = Store()
+    store.job_changed(job_body())
+    asked: list[Any] = []
+    resync = Resync(
+        FirstListOnly(),  # type: ignore[arg-type]
+        (),
+        lambda key, _: asked.append(key),
+        store=store,
+        interval=300,
+        monotonic=lambda: 0.0,
+    )
+    with pytest.raises(UnavailableError):
+        asyncio.run(resync.once())
+    assert asked == [("team", NAME)]
 
 
 def test_a_watch_that_shows_nothing_is_reported_at_the_second_list() -> None:

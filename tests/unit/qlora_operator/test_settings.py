@@ -1,11 +1,19 @@
 """Settings: what an administrator may write, and what a mistake says."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qlora_api.naming import RESOLVED_ANNOTATION
+from qlora_api.status import Resolved
 from qlora_operator.__main__ import main
+from qlora_operator.decisions.manifests import build_job
+from qlora_operator.decisions.parsing import MAX_RESOLVED
+from qlora_operator.decisions.resolution import as_copied
 from qlora_operator.settings import SettingsError, find_settings, load_settings
+from tests.support.builders import make_job
 
 GOOD = """
 namespaces: [team-a, team-b]
@@ -62,6 +70,46 @@ def test_a_mistake_names_the_file_and_the_field(
     said = capsys.readouterr().err
     for word in [str(path), *words]:
         assert word in said
+
+
+def largest_profile(value: str) -> dict[str, Any]:
+    """As much of what a job gets a copy of as the schema allows; `value`: of each variable of NCCL."""
+    label = f"{'a' * 250}.example/{'b' * 50}"
+    return {
+        "image": "i" * 512,
+        "imagePullSecrets": [f"{number}{'s' * 252}" for number in range(8)],
+        "gpuResource": label,
+        "nccl": {f"NCCL_{'X' * 56}{number:02}": value for number in range(32)},
+        "runtimeClassName": "r" * 253,
+        "serviceAccountName": "s" * 253,
+        "nodeSelector": {f"{label}{number:02}": "v" * 63 for number in range(16)},
+        "tolerations": [{"key": label, "operator": "Equal", "value": "v" * 63, "effect": "NoExecute"}] * 16,
+        "workspace": {"storageClassName": "c" * 253},
+        "modelCache": {"claimName": "m" * 253},
+        "hubEndpoint": f"https://{'h' * 500}",
+        "objectStore": {"endpoint": f"https://{'o' * 500}"},
+        "registries": [f"{'r' * 50}{number:02}.example.org:5000" for number in range(32)],
+        "namespaces": [f"team-{number}-{'n' * 50}" for number in range(1000)],
+    }
+
+
+def test_a_profile_of_which_a_job_could_not_get_a_whole_copy_is_rejected(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({"profiles": {"default": largest_profile("x" * 256)}}))
+    profile = load_settings(path).profiles["default"]
+    kept = Resolved(
+        contract_version=1,
+        profile=as_copied(profile),
+        claim_name="c" * 253,
+        claim_created=False,
+        workspace_path="w" * 253,
+        queue_name="q" * 253,
+        queue_priority="p" * 253,
+    )
+    manifest = build_job(make_job(), kept, "prepare", 1)
+    assert len(manifest["metadata"]["annotations"][RESOLVED_ANNOTATION]) < MAX_RESOLVED
+    write(tmp_path, json.dumps({"profiles": {"default": largest_profile("\U0001f600" * 256)}}, ensure_ascii=False))
+    with pytest.raises(SettingsError, match=r"profiles\.default: .*found \d+ characters.*at most \d+ are allowed"):
+        load_settings(path)
 
 
 def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -3,17 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
-from weakref import WeakSet
 
 import pytest
 
 from qlora_api.naming import JOB_LABEL
 from qlora_api.profile import Profile, amount
 from qlora_operator.decisions.observe import Observed
+from qlora_operator.decisions.parsing import profile_in_use
 from qlora_operator.decisions.plan import is_settled
 from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.stored_job import parse_job
-from qlora_operator.listing import Listing
+from qlora_operator.listing import ChildList
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.starts import SECONDS_BETWEEN_LOOKS, SECONDS_FULL, Starts
@@ -107,30 +107,6 @@ def test_a_failed_job_is_taken_up_only_within_the_limits_of_today() -> None:
     assert follow(job, profiles=limited(namespaces=["other"])).phase == "Failed"
 
 
-def test_to_count_the_jobs_of_a_namespace_takes_the_memory_of_two_pages() -> None:
-    class Page(list[Any]):
-        """Unlike a list, it can be watched, and found by its identity."""
-
-        __hash__ = object.__hash__  # type: ignore[assignment]
-
-    alive, most = WeakSet[Page](), 0
-
-    async def pages(_namespace: str) -> AsyncIterator[Page]:
-        nonlocal most
-        for _ in range(50):
-            page = Page([job_body(status_in("train").dump())] * 10)
-            alive.add(page)
-            most = max(most, len(alive))
-            yield page
-
-    async def count() -> int:
-        async with Starts(pages, lambda _key: None, lambda: 0.0).count(make_job(), limit=1000) as others:
-            return others
-
-    assert asyncio.run(count()) == 500
-    assert most <= 2
-
-
 @pytest.mark.parametrize(
     ("text", "number"), [("1", 1), ("1.5Gi", 3 * 2**29), ("50G", 50 * 10**9), ("2P", 2 * 10**15), ("500m", 0.5)]
 )
@@ -146,7 +122,7 @@ class Namespace:
         self.woken: list[Any] = []
         self.counts = 0
         self.now = 0.0
-        starts = Starts(self.unfinished_pages, self.woken.append, lambda: self.now)
+        starts = Starts(self.profiles_in_use, self.woken.append, lambda: self.now)
         profiles = limited(limits={"jobs": limit})
         self._store = Store()
         self._operator = Reconciler(self, profiles, None, Metrics(), lambda: NOW, starts, self._store)  # type: ignore[arg-type]
@@ -168,18 +144,18 @@ class Namespace:
         body = job_body()
         return body | {"metadata": body["metadata"] | {"name": name, "uid": f"uid-{name}"}}
 
-    async def unfinished_pages(self, _namespace: str) -> AsyncIterator[list[dict[str, Any]]]:
+    async def profiles_in_use(self, _namespace: str) -> AsyncIterator[list[str | None]]:
         self.counts += 1
         for body in list(self.bodies.values()):
             await asyncio.sleep(0)
-            yield [body]
+            yield [profile_in_use(body)]
 
     async def get_qlora_job(self, _namespace: str, name: str) -> dict[str, Any] | None:
         return self.bodies.get(name)
 
-    async def list_jobs(self, *_: Any) -> Listing:
+    async def list_jobs(self, *_: Any) -> ChildList:
         await asyncio.sleep(0)
-        return Listing([], "9")
+        return ChildList([], "9")
 
     list_pods = list_jobs
 

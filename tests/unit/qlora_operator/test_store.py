@@ -1,20 +1,33 @@
 """What the store holds, in whatever order watches, lists and the answers of the operator's own writes arrive."""
 
+import json
+import tracemalloc
+from collections.abc import Iterable
 from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 
-from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL
+from qlora_api.naming import (
+    JOB_LABEL,
+    JOB_UID_LABEL,
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
+    RESOLVED_ANNOTATION,
+    child_job_name,
+)
 from qlora_api.status import StepName
-from qlora_operator.decisions.observe import Object, observe
+from qlora_operator.decisions.facts import FIRST_JOB
+from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.parsing import MAX_RESOLVED, observe
 from qlora_operator.decisions.stored_job import parse_job
-from qlora_operator.listing import KINDS, Kind, Listed, Listing, listed
+from qlora_operator.listing import KINDS, ChildKind, ChildList, ObjectVersion, child_view, object_version
 from qlora_operator.store import Store
 from tests.support.builders import NAME, UID, child, ended, job_body, pod, running, status_in, with_resolved
 
 KEY = ("team", NAME)
+FIRST = child_job_name(NAME, *FIRST_JOB)
 OTHER = "ffffffff-0000-4000-8000-000000000000"
 
 
@@ -43,8 +56,8 @@ def status(store: Store) -> Any:
     return held.body["status"]
 
 
-def rows(kind: Any, *bodies: Object) -> list[Listed]:
-    return [listed(kind, body) for body in bodies]
+def rows(kind: Any, *bodies: Object) -> list[ObjectVersion]:
+    return [object_version(kind, body) for body in bodies]
 
 
 def test_a_job_is_held_with_its_children() -> None:
@@ -180,8 +193,8 @@ def test_after_a_live_read_the_job_is_held_as_it_was_read() -> None:
     store = store_with(("jobs", at(11, child("prepare"))), ("pods", at(11, pod("prepare"))))
     store.distrust(KEY)
     assert store.held(KEY) is None
-    lists = (Listing([at(21, child("train"))], "30"), Listing([], "30"))
-    observed = store.read(at(22, job_body()), *lists)
+    lists = (ChildList([child_view("jobs", at(21, child("train")))], "30"), ChildList([], "30"))
+    observed = store.note_live_read(at(22, job_body()), *lists)
     assert [each.name for each in observed.children] == [f"{NAME}-train-1"]
     assert names(store) == ([f"{NAME}-train-1"], [])
 
@@ -190,9 +203,9 @@ def test_what_a_list_shows_while_a_job_is_read_live_is_not_forgotten() -> None:
     store = store_with()
     newer = at(40, pod("train"))
     store.compare("pods", None, rows("pods", newer), "45")
-    store.read(at(10, job_body()), Listing([], "30"), Listing([], "30"))
+    store.note_live_read(at(10, job_body()), ChildList([], "30"), ChildList([], "30"))
     assert store.held(KEY) is None
-    store.read(at(10, job_body()), Listing([], "50"), Listing([], "50"))
+    store.note_live_read(at(10, job_body()), ChildList([], "50"), ChildList([], "50"))
     assert store.held(KEY) is not None
 
 
@@ -207,8 +220,8 @@ def test_versions_that_are_no_numbers_make_every_read_live(kind: Any) -> None:
     store.job_changed(at("a7" if kind == "qlorajobs" else 7, job_body()))
     store.child_changed("jobs", at("b8" if kind == "jobs" else 8, child("train")))
     assert store.held(KEY) is None
-    lists = (Listing([at("b9", child("train"))], "c"), Listing([], "c"))
-    assert len(store.read(at("a8", job_body()), *lists).children) == 1
+    lists = (ChildList([child_view("jobs", at("b9", child("train")))], "c"), ChildList([], "c"))
+    assert len(store.note_live_read(at("a8", job_body()), *lists).children) == 1
     assert store.held(KEY) is None
 
 
@@ -219,12 +232,57 @@ def test_a_first_job_that_is_gone_is_remembered_until_the_status_says_what_was_r
     held = store.held(KEY)
     assert held is not None
     assert held.observed.lost is not None
-    lists = (Listing([], "30"), Listing([], "30"))
-    assert store.read(at(13, job_body()), *lists).lost == held.observed.lost
+    lists = (ChildList([], "30"), ChildList([], "30"))
+    assert store.note_live_read(at(13, job_body()), *lists).lost == held.observed.lost
     store.job_changed(at(14, job_body(status_in("prepare").dump())))
     held = store.held(KEY)
     assert held is not None
     assert held.observed.lost is None
+
+
+def jobs_with_resolved(names: Iterable[str], length: int = 0) -> list[dict[str, Any]]:
+    """Jobs of the job with those names, each with what was resolved."""
+    body = with_resolved(child("prepare"))
+    if length:
+        body["metadata"]["annotations"] = {RESOLVED_ANNOTATION: "x" * length}
+    return [at(11, body, name=name, uid=f"uid-{name}") for name in names]
+
+
+def test_what_other_jobs_than_the_first_say_was_resolved_is_neither_kept_nor_believed() -> None:
+    foreign = jobs_with_resolved((f"x-{number}" for number in range(50)), length=MAX_RESOLVED)
+    store = store_with(*(("jobs", body) for body in foreign))
+    tracemalloc.start()
+    try:
+        for body in foreign:
+            store.child_changed("jobs", json.loads(json.dumps(at(12, body))))
+        grown = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert grown < 10 * MAX_RESOLVED
+    store.child_changed("jobs", at(13, foreign[0]), deleted=True)
+    held = store.held(KEY)
+    assert held is not None
+    assert (held.observed.lost, len(held.observed.children)) == (None, 49)
+
+
+@pytest.mark.parametrize(("length", "kept"), [(MAX_RESOLVED, MAX_RESOLVED), (MAX_RESOLVED + 1, 0)])
+def test_of_what_is_longer_than_any_operator_writes_nothing_is_kept(length: int, kept: int) -> None:
+    (first,) = jobs_with_resolved([FIRST], length)
+    held = store_with(("jobs", first)).held(KEY)
+    assert held is not None
+    assert [len(each.resolved) for each in held.observed.children] == [kept]
+
+
+def test_a_first_job_that_is_shown_before_its_job_is_read_once_more() -> None:
+    store = Store()
+    (first,) = jobs_with_resolved([FIRST])
+    store.child_changed("jobs", first)
+    store.job_changed(at(12, job_body()))
+    assert store.held(KEY) is None
+    store.note_live_read(at(12, job_body()), ChildList([child_view("jobs", first)], "30"), ChildList([], "30"))
+    held = store.held(KEY)
+    assert held is not None
+    assert held.observed.children[0].resolved
 
 
 def test_a_job_is_settled_until_something_is_shown_about_it() -> None:
@@ -279,7 +337,7 @@ def test_what_nobody_reads_of_a_job_is_not_kept() -> None:
 @pytest.mark.parametrize("kind", ["jobs", "pods"])
 @pytest.mark.parametrize("listed_only", [True, False])
 def test_a_child_that_gets_the_label_of_another_job_is_held_there_alone_and_both_are_looked_at(
-    kind: Kind, listed_only: bool
+    kind: ChildKind, listed_only: bool
 ) -> None:
     body = {"jobs": child("train"), "pods": running(pod("train"))}[kind]
     store = store_with((kind, at(11, body)))
@@ -345,13 +403,15 @@ class World:
     def _complete(self) -> dict[str, Any]:
         return {"Complete": "x"} if self._random.random() < 0.5 else {}
 
-    def listing(self, kind: Any) -> Listing:
-        return Listing([body for (each, _), body in self.objects.items() if each == kind], str(self.version))
+    def all(self, kind: Any) -> list[dict[str, Any]]:
+        return [body for (each, _), body in self.objects.items() if each == kind]
 
-    def labelled(self, kind: Any) -> Listing:
+    def labelled(self, kind: Any) -> list[dict[str, Any]]:
         """Those that have the label of the job."""
-        items, version = self.listing(kind)
-        return Listing([body for body in items if body["metadata"]["labels"][JOB_UID_LABEL] == UID], version)
+        return [body for body in self.all(kind) if body["metadata"]["labels"][JOB_UID_LABEL] == UID]
+
+    def children(self, kind: ChildKind) -> ChildList:
+        return ChildList([child_view(kind, body) for body in self.labelled(kind)], str(self.version))
 
 
 def show(store: Store, kind: Any, type_: str, body: dict[str, Any]) -> None:
@@ -372,7 +432,7 @@ def happened(seed: int) -> tuple[Random, World]:
 def check_truth(store: Store, world: World) -> None:
     held = store.held(KEY)
     assert held is not None
-    truth = observe(UID, world.labelled("jobs").items, world.labelled("pods").items)
+    truth = observe(UID, world.labelled("jobs"), world.labelled("pods"))
     assert replace(held.observed, lost=None) == truth
     assert held.body["metadata"] == world.objects["qlorajobs", UID]["metadata"]
 
@@ -395,10 +455,9 @@ def test_whatever_events_are_lost_it_asks_for_what_it_does_not_hold(seed: int) -
     lost = random.choice((1, 5, 30))
     for event in random.sample(world.events, len(world.events) - lost):
         show(store, *event)
-    lists = {kind: world.listing(kind) for kind in KINDS}
     for kind in KINDS:
-        store.compare(kind, None, rows(kind, *lists[kind].items), lists[kind].version)
+        store.compare(kind, None, rows(kind, *world.all(kind)), str(world.version))
     if store.held(KEY) is not None:
         check_truth(store, world)
-    store.read(world.objects["qlorajobs", UID], world.labelled("jobs"), world.labelled("pods"))
+    store.note_live_read(world.objects["qlorajobs", UID], world.children("jobs"), world.children("pods"))
     check_truth(store, world)

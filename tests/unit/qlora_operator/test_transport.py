@@ -15,6 +15,7 @@ from kubernetes.aio.config import incluster_config
 
 from devcluster.certificates import Authority
 from qlora_operator.cluster import Cluster, ClusterError, RejectedError, connect, endpoint_of
+from qlora_operator.transport import TooLongError
 from tests.support.builders import job_body, make_job
 
 PLUGIN = """
@@ -96,6 +97,17 @@ def test_a_token_that_has_expired_is_replaced_without_a_restart(tmp_path: Path) 
         assert sent == ["Bearer token-1"] * 3 + ["Bearer token-2"] * 2
 
     against(work, tmp_path, {"exec": plugin | {"interactiveMode": "Never"}})
+
+
+def test_an_answer_that_is_longer_than_it_may_be_is_not_read_to_its_end(tmp_path: Path) -> None:
+    async def work(server: Server, cluster: Cluster) -> None:
+        with pytest.raises(TooLongError):
+            await cluster._transport.send("GET", "/", headers={}, most=100)
+        length = len(json.dumps(job_body()))
+        assert (await cluster._transport.send("GET", "/", headers={}, most=length))[0] == 200
+        assert await cluster.get_qlora_job("team", "tune") == job_body()
+
+    against(work, tmp_path, {"token": "t"})
 
 
 def test_a_token_that_stays_rejected_is_an_error_and_not_asked_for_for_ever(tmp_path: Path) -> None:
