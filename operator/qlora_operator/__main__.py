@@ -198,7 +198,15 @@ class Operator:
             monotonic=time.monotonic,
             on_access=metrics.namespace_is_denied,
         )
-        return queue, resync, Hooks(queue.add, resync.monitor, metrics.job_is_in, self._signals.take, store)
+        hooks = Hooks(
+            queue.add,
+            resync.monitor,
+            metrics.job_is_in,
+            self._signals.take,
+            store,
+            objects_per_page=lambda: self._cluster.shortest_page,
+        )
+        return queue, resync, hooks
 
     @contextmanager
     def _at_work(self, queue: WorkQueue, resync: Resync) -> Iterator[None]:

@@ -101,6 +101,15 @@ class Cluster:
         self._transport = transport
         # Of all lists together: however many workers read one, and however large its objects are.
         self._room = asyncio.Semaphore(_PAGES_AT_A_TIME)
+        self._shortest_page = OBJECTS_PER_PAGE
+
+    @property
+    def shortest_page(self) -> int:
+        """How many objects the shortest page had that a list has needed so far, as those were large.
+
+        Who cannot end a page that gets too long asks for no more at a time.
+        """
+        return self._shortest_page
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
         """The QLoRAJob as stored now, without what nobody reads of its metadata; None if it does not exist."""
@@ -280,6 +289,7 @@ class Cluster:
                     page, token = _read_page(await self._json("GET", path, query=query, accept=accept, most=most), read)
             except TooLongError:
                 size //= 2
+                self._shortest_page = min(self._shortest_page, size)
                 continue
             yield page
             if not token:

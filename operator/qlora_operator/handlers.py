@@ -15,7 +15,7 @@ from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import Phase
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
-from qlora_operator.listing import OBJECTS_PER_PAGE, ChildKind, Kind
+from qlora_operator.listing import ChildKind, Kind
 from qlora_operator.metrics import PHASES
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
@@ -59,6 +59,8 @@ class Hooks:
     count: Count
     take_signals: Callable[[], None]
     store: Store
+    objects_per_page: Callable[[], int]
+    """How many objects kopf may list at a time: it does not see how large they are."""
 
 
 class _Pauses(Iterable[float]):
@@ -103,11 +105,13 @@ async def _watch_once(settings: Settings, hooks: Hooks) -> None:
     roots: Collection[Task] = ()
     authority = _authority()
     with task_scope() as inside:
-        starting = asyncio.create_task(_start_kopf(settings, hooks))
+        configured = _configure(settings.watch_silence_seconds, hooks.objects_per_page())
+        starting = asyncio.create_task(_start_kopf(settings, configured, hooks))
     try:
         roots = await starting
         hooks.take_signals()
         while not hooks.monitor.dead:
+            configured.watching.chunk_size = hooks.objects_per_page()
             ended, _ = await asyncio.wait(roots, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
                 if not task.cancelled():
@@ -121,13 +125,13 @@ async def _watch_once(settings: Settings, hooks: Hooks) -> None:
         await end_all(roots, inside, _STOP_SECONDS)
 
 
-async def _start_kopf(settings: Settings, hooks: Hooks) -> Collection[Task]:
+async def _start_kopf(settings: Settings, configured: kopf.OperatorSettings, hooks: Hooks) -> Collection[Task]:
     registry = kopf.OperatorRegistry()
     _register_login(registry)
     _register_events(registry, hooks)
     return await kopf.spawn_tasks(
         registry=registry,
-        settings=_configure(settings.watch_silence_seconds),
+        settings=configured,
         memories=_Forgetful(),
         standalone=True,
         clusterwide=not settings.namespaces,
@@ -135,7 +139,7 @@ async def _start_kopf(settings: Settings, hooks: Hooks) -> Collection[Task]:
     )
 
 
-def _configure(silence_seconds: float) -> kopf.OperatorSettings:
+def _configure(silence_seconds: float, objects_per_page: int) -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     # Kinds come from discovery alone: no right to list namespaces or CustomResourceDefinitions is needed.
@@ -145,7 +149,7 @@ def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = silence_seconds
-    settings.watching.chunk_size = OBJECTS_PER_PAGE
+    settings.watching.chunk_size = objects_per_page
     # The API server's absence and lost rights end nothing: requests are tried until they succeed.
     settings.networking.error_backoffs = _Pauses()
     settings.networking.request_timeout = 30

@@ -145,8 +145,11 @@ class Busy(Transport):
 
 def test_a_page_of_large_objects_is_asked_for_in_parts_and_the_small_ones_after_them_are_not() -> None:
     server = Busy([10] * 10 + [1_500_000] * 6 + [5_000_000] + [10] * 200)
-    pods = asyncio.run(Cluster(server).list_pods("team", "uid"))
+    cluster = Cluster(server)
+    assert cluster.shortest_page == OBJECTS_PER_PAGE
+    pods = asyncio.run(cluster.list_pods("team", "uid"))
     assert [each.value.name for each in pods.items if each.value] == [str(number) for number in range(217)]
+    assert cluster.shortest_page == 1
     assert server.longest < 6_000_000
     assert server.limits[-1] == OBJECTS_PER_PAGE
     assert len(server.limits) < 30

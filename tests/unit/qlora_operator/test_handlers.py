@@ -14,7 +14,6 @@ from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.profile import Profile
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
 from qlora_operator.handlers import Hooks, _configure, _register_events, watch
-from qlora_operator.listing import OBJECTS_PER_PAGE
 from qlora_operator.metrics import Metrics
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
@@ -38,7 +37,7 @@ class Watches:
 
         monkeypatch.setattr(kopf.on, "event", register)
         self.monitor = WatchMonitor(150)
-        hooks = Hooks(self._ask, self.monitor, self.metrics.job_is_in, lambda: None, Store())
+        hooks = Hooks(self._ask, self.monitor, self.metrics.job_is_in, lambda: None, Store(), lambda: 1)
         _register_events(kopf.OperatorRegistry(), hooks)
         self._handlers = handlers
 
@@ -130,7 +129,9 @@ def test_kopf_keeps_no_record_of_an_object_that_it_has_shown(monkeypatch: pytest
         raise asyncio.CancelledError
 
     monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
-    hooks = Hooks(lambda key, first=False: shown.append(key), WatchMonitor(150), Metrics().job_is_in, print, Store())
+    hooks = Hooks(
+        lambda key, first=False: shown.append(key), WatchMonitor(150), Metrics().job_is_in, print, Store(), lambda: 1
+    )
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
     memo: Any = kopf.Memo()
@@ -153,12 +154,40 @@ def test_kopf_keeps_no_record_of_an_object_that_it_has_shown(monkeypatch: pytest
     assert shown == [KEY]
 
 
-def test_kopf_lists_no_more_at_a_time_than_the_operator() -> None:
-    assert _configure(75).watching.chunk_size == OBJECTS_PER_PAGE
+def test_kopf_lists_no_more_at_a_time_than_the_operators_shortest_page_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[kopf.OperatorSettings] = []
+    sizes = [25]
+
+    async def spawn_tasks(settings: kopf.OperatorSettings, **_: Any) -> list[asyncio.Task[Any]]:
+        given.append(settings)
+        return [asyncio.create_task(asyncio.Event().wait())]
+
+    async def scenario() -> None:
+        hooks = Hooks(
+            lambda _key, first=False: None,
+            WatchMonitor(150),
+            Metrics().job_is_in,
+            lambda: None,
+            Store(),
+            lambda: sizes[-1],
+        )
+        watching = asyncio.create_task(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
+        await asyncio.sleep(60)
+        assert given[0].watching.chunk_size == 25
+        sizes.append(3)
+        await asyncio.sleep(60)
+        # A watch that has become too old lists once more, without a new start.
+        assert given[0].watching.chunk_size == 3
+        watching.cancel()
+
+    monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(scenario())
+    assert len(given) == 1
 
 
 def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:
-    settings = _configure(75)
+    settings = _configure(75, 25)
     assert settings.queueing.idle_timeout < 1
     body: Any = {"spec": {"a": 1}}
     assert settings.persistence.diffbase_storage.build(body=body) == {}
@@ -178,7 +207,9 @@ def test_the_watches_start_again_when_the_authority_that_a_pod_trusts_is_replace
         return [asyncio.create_task(asyncio.Event().wait())]
 
     async def scenario() -> None:
-        hooks = Hooks(lambda _key, first=False: None, WatchMonitor(150), Metrics().job_is_in, lambda: None, Store())
+        hooks = Hooks(
+            lambda _key, first=False: None, WatchMonitor(150), Metrics().job_is_in, lambda: None, Store(), lambda: 1
+        )
         watching = asyncio.create_task(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
         await asyncio.sleep(60)
         assert trusted == ["first"]

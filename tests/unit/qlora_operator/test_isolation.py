@@ -149,6 +149,7 @@ def test_it_watches_those_namespaces_only_and_the_cluster_only_without_any(
         lambda key, uid, phase, progresses=True: None,
         lambda: None,
         Store(),
+        lambda: 1,
     )
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(watch(Settings(profiles=PROFILES, namespaces=namespaces), hooks))
