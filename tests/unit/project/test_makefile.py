@@ -1,6 +1,7 @@
 """`make test` with programs that only note how they were called: in which order, and how it ends."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class Checkout:
             timeout=60,
             check=False,
             start_new_session=True,
+            # Whoever runs the tests in the background has it ignored, which a shell cannot undo.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def suites(self) -> list[str]:
