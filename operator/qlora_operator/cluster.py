@@ -284,9 +284,11 @@ class Cluster:
             query = [("limit", str(size)), *selector, *([("continue", token)] if token else [])]
             most = _BYTES_PER_PAGE if size > 1 else None
             try:
-                async with self._room:
-                    # One expression: none of the objects has a name by which it would live on.
-                    page, token = _read_page(await self._json("GET", path, query=query, accept=accept, most=most), read)
+                # One expression: none of the objects has a name by which it would live on. Nothing waits between the
+                # turn and its end, so that who has read its page has parsed it before another one is read.
+                page, token = _read_page(
+                    await self._json("GET", path, query=query, accept=accept, most=most, turn=self._room), read
+                )
             except TooLongError:
                 size //= 2
                 self._shortest_page = min(self._shortest_page, size)

@@ -63,6 +63,11 @@ class Hooks:
     """How many objects kopf may list at a time: it does not see how large they are."""
 
 
+# A list has to end before its token expires, after five minutes. The largest pods, two at a time, take 140 MiB, and
+# Jobs beside them as much.
+_FEWEST_OBJECTS = 2
+
+
 class _Pauses(Iterable[float]):
     """Pauses that grow to a limit and never end. Without a length, so that kopf does not count its tries."""
 
@@ -105,13 +110,14 @@ async def _watch_once(settings: Settings, hooks: Hooks) -> None:
     roots: Collection[Task] = ()
     authority = _authority()
     with task_scope() as inside:
-        configured = _configure(settings.watch_silence_seconds, hooks.objects_per_page())
+        configured = _configure(settings.watch_silence_seconds)
+        configured.watching.chunk_size = _page(hooks)
         starting = asyncio.create_task(_start_kopf(settings, configured, hooks))
     try:
         roots = await starting
         hooks.take_signals()
         while not hooks.monitor.dead:
-            configured.watching.chunk_size = hooks.objects_per_page()
+            configured.watching.chunk_size = _page(hooks)
             ended, _ = await asyncio.wait(roots, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
                 if not task.cancelled():
@@ -139,7 +145,11 @@ async def _start_kopf(settings: Settings, configured: kopf.OperatorSettings, hoo
     )
 
 
-def _configure(silence_seconds: float, objects_per_page: int) -> kopf.OperatorSettings:
+def _page(hooks: Hooks) -> int:
+    return max(hooks.objects_per_page(), _FEWEST_OBJECTS)
+
+
+def _configure(silence_seconds: float) -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     # Kinds come from discovery alone: no right to list namespaces or CustomResourceDefinitions is needed.
@@ -149,7 +159,6 @@ def _configure(silence_seconds: float, objects_per_page: int) -> kopf.OperatorSe
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = silence_seconds
-    settings.watching.chunk_size = objects_per_page
     # The API server's absence and lost rights end nothing: requests are tried until they succeed.
     settings.networking.error_backoffs = _Pauses()
     settings.networking.request_timeout = 30

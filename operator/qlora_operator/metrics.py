@@ -68,10 +68,11 @@ class Metrics:
             self._without_progress.add(uid)
         self._stalled.set(len(self._without_progress))
 
-    def job_is_gone(self, key: Key) -> None:
-        """Count no job of that name."""
+    def job_is_gone(self, key: Key, *, replaced_by: str = "") -> None:
+        """Count no job of that name, but the one with the UID `replaced_by`."""
         for uid in tuple(self._phases.get(key, ())):
-            self.job_is_in(key, uid, None)
+            if uid != replaced_by:
+                self.job_is_in(key, uid, None)
 
     def namespace_is_denied(self, namespace: str | None, denied: bool) -> None:
         """Note whether the namespace, or the cluster (None), can be listed."""

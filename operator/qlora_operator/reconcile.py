@@ -24,7 +24,7 @@ from qlora_operator.decisions.events import phase_event, progress_event, unreada
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.manifests import DNS_PORTS
 from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, Reason
-from qlora_operator.decisions.parsing import parse_child
+from qlora_operator.decisions.parsing import controller_uid, parse_child
 from qlora_operator.decisions.plan import (
     Plan,
     cannot_be_undone,
@@ -194,16 +194,19 @@ class Reconciler:
     async def _with_current_job(self, job: QLoRAJob, observed: Observed) -> Observed:
         """With the Job of the current step although somebody has taken its label or its owner away: it still runs.
 
-        Not of a job that is being deleted: its Jobs may be left alone on purpose (`--cascade=orphan`), which nothing
-        shows any more once the garbage collector has done its part.
+        Of a job that is being deleted only with its owner: its Jobs may be left alone on purpose (`--cascade=orphan`),
+        which nothing else shows any more once the garbage collector has done its part.
         """
         step = job.status.step
-        if job.deleting or step is None or not step.job_uid or observed.child(step.job_name) is not None:
+        if step is None or not step.job_uid or observed.child(step.job_name) is not None:
             return observed
         try:
-            found = parse_child(await self.cluster.get_job(job.namespace, step.job_name))
+            body = await self.cluster.get_job(job.namespace, step.job_name)
         except NotFoundError:
             return observed
+        if job.deleting and controller_uid(body) != job.uid:
+            return observed
+        found = parse_child(body)
         return replace(observed, children=(*observed.children, found)) if found.uid == step.job_uid else observed
 
     async def _read_hidden_pods(self, job: QLoRAJob, observed: Observed) -> list[Pod]:
@@ -230,6 +233,8 @@ class Reconciler:
             return None
         if job.deleting:
             self.starts.place_may_be_free(key)
+        # Of an earlier one no watch may have shown the deletion.
+        self.metrics.job_is_gone(key, replaced_by=job.uid)
         return job
 
     def _let_go(self, key: Key) -> None:

@@ -259,15 +259,16 @@ class Resync:
         rejected: dict[str | None, RejectedError] = {}
         changed: set[Key] = set()
         keys: list[Key] = []
+        rest: list[Key] = []
         try:
             for kind in KINDS:
                 found = await self._compare(kind, changed, rejected, judge=judge)
                 if kind == "qlorajobs":
                     keys = [each.key for each in found]
-        finally:
-            # Only now: no pass is to decide from what the lists have shown to be gone. And in any case: what the store
-            # has dropped is in no later list.
             rest = [key for key in keys if key not in changed and not self._store.is_settled(key)]
+        finally:
+            # Only now: no pass is to decide from what the lists have shown to be gone. What has changed in any case:
+            # what the store has dropped is in no later list.
             self._enqueue_all([*changed, *rest], _SECONDS_FOR_THE_WATCH)
         self._judge(rejected)
 

@@ -8,7 +8,7 @@ import asyncio
 import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -71,17 +71,19 @@ class Transport:
         headers: Mapping[str, str],
         timeout: aiohttp.ClientTimeout = _TIMEOUT,  # noqa: ASYNC109 - passed on to the HTTP client
         most: int | None = None,
+        turn: AbstractAsyncContextManager[Any] | None = None,
     ) -> tuple[int, bytes]:
         """Status and content of the answer. Raises aiohttp.ClientError, TimeoutError or OSError without one.
 
-        `most`: bytes of content; a longer one is not read to its end, and raises TooLongError. Raises ValueError if the
-        body has a number that JSON does not have (infinite, or none at all).
+        `most`: bytes of content; a longer one is not read to its end, and raises TooLongError. `turn`: entered while
+        the content is read, and not while the server prepares it. Raises ValueError if the body has a number that JSON
+        does not have (infinite, or none at all).
         """
         url = f"{self._endpoint.server}{path}{'?' + urlencode(query) if query else ''}"
         data = None if body is None else json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 
         async def send_with(credentials: Credentials) -> tuple[int, bytes]:
-            return await self._send(method, url, data, headers, credentials, timeout, most)
+            return await self._send(method, url, data, headers, credentials, timeout, most, turn or nullcontext())
 
         used = await self._endpoint.credentials()
         try:
@@ -103,21 +105,25 @@ class Transport:
         credentials: Credentials,
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - passed on to the HTTP client
         most: int | None,
+        turn: AbstractAsyncContextManager[Any],
     ) -> tuple[int, bytes]:
         authorization = credentials.authorization
         endpoint = self._endpoint
-        async with self._session.request(
-            method,
-            url,
-            data=data,
-            headers={**headers, **({"Authorization": authorization} if authorization else {})},
-            timeout=timeout,
-            allow_redirects=False,
-            ssl=credentials.tls,
-            server_hostname=endpoint.server_hostname,
-            proxy=endpoint.proxy,
-            proxy_headers=endpoint.proxy_headers,
-        ) as response:
+        async with (
+            self._session.request(
+                method,
+                url,
+                data=data,
+                headers={**headers, **({"Authorization": authorization} if authorization else {})},
+                timeout=timeout,
+                allow_redirects=False,
+                ssl=credentials.tls,
+                server_hostname=endpoint.server_hostname,
+                proxy=endpoint.proxy,
+                proxy_headers=endpoint.proxy_headers,
+            ) as response,
+            turn,
+        ):
             return response.status, await (response.read() if most is None else _read(response.content, most))
 
     async def _renewed(self, rejected: Credentials) -> Credentials:

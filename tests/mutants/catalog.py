@@ -639,10 +639,28 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="a-job-that-was-replaced-is-counted-for-ever",
+        file=f"{_OPERATOR}/reconcile.py",
+        old="self.metrics.job_is_gone(key, replaced_by=job.uid)",
+        new="pass",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_reconcile.py::test_a_job_whose_deletion_no_watch_has_shown_is_not_counted_beside_the_one_that_replaces_it",
+        ),
+    ),
+    Mutant(
+        name="a-list-that-the-server-prepares-keeps-others-waiting",
+        file=f"{_OPERATOR}/transport.py",
+        old="            self._session.request(",
+        new="            turn,\n            self._session.request(",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_transport.py::test_a_request_waits_for_its_turn_to_read_the_answer_and_not_to_be_sent",
+        ),
+    ),
+    Mutant(
         name="an-orphan-is-deleted",
         file=f"{_OPERATOR}/reconcile.py",
-        old="if job.deleting or step is None or not step.job_uid",
-        new="if step is None or not step.job_uid",
+        old="if job.deleting and controller_uid(body) != job.uid:",
+        new="if False:",
         tests=(
             f"{_OPERATOR_TESTS}/test_reconcile.py::test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_its_part",
         ),

@@ -4,6 +4,7 @@ import asyncio
 import json
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -120,12 +121,21 @@ class Busy(Transport):
         self._at_a_time = 0
 
     async def send(
-        self, method: str, path: str, *, query: Query | None = None, most: int | None = None, **_: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        most: int | None = None,
+        turn: AbstractAsyncContextManager[Any] | None = None,
+        **_: Any,
     ) -> tuple[int, bytes]:
-        self._at_a_time += 1
-        self.most_at_a_time = max(self.most_at_a_time, self._at_a_time)
-        await asyncio.sleep(0)
-        self._at_a_time -= 1
+        await self.prepare(path)
+        async with turn or nullcontext():
+            self._at_a_time += 1
+            self.most_at_a_time = max(self.most_at_a_time, self._at_a_time)
+            await asyncio.sleep(0)
+            self._at_a_time -= 1
         asked = dict(query or ())
         first, limit = int(asked.get("continue", 0)), int(asked["limit"])
         self.limits.append(limit)
@@ -137,6 +147,9 @@ class Busy(Transport):
             raise TooLongError
         self.longest = max(self.longest, len(content))
         return 200, content
+
+    async def prepare(self, path: str) -> None:
+        """Take the time that the server needs before it answers."""
 
     def _object(self, kind: str, number: int) -> dict[str, Any]:
         body = job_body() if kind == "qlorajobs" else child("train") if kind == "jobs" else pod("train", number=number)
@@ -196,6 +209,25 @@ def test_however_many_lists_are_read_the_objects_of_one_page_are_there_and_two_p
     assert len(found[0].items) == len(found[7].items) == found[15] == 100
     assert most <= OBJECTS_PER_PAGE
     assert server.most_at_a_time <= 2
+
+
+def test_lists_that_the_server_takes_long_to_prepare_keep_no_other_one_waiting() -> None:
+    class Slow(Busy):
+        async def prepare(self, path: str) -> None:
+            if "/slow/" in path:
+                await asyncio.Event().wait()
+
+    async def read() -> int:
+        cluster = Cluster(Slow([10] * 3))
+        waiting = [asyncio.create_task(cluster.list_pods("slow", UID)) for _ in range(14)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            found = await cluster.list_pods("team", UID)
+        for task in waiting:
+            task.cancel()
+        return len(found.items)
+
+    assert asyncio.run(read()) == 3
 
 
 def test_of_a_crowd_of_jobs_only_the_first_says_what_was_resolved() -> None:

@@ -174,10 +174,14 @@ def test_kopf_lists_no_more_at_a_time_than_the_operators_shortest_page_had(monke
         watching = asyncio.create_task(watch(Settings(profiles={"default": Profile(image="trainer")}), hooks))
         await asyncio.sleep(60)
         assert given[0].watching.chunk_size == 25
-        sizes.append(3)
+        sizes.append(6)
         await asyncio.sleep(60)
         # A watch that has become too old lists once more, without a new start.
-        assert given[0].watching.chunk_size == 3
+        assert given[0].watching.chunk_size == 6
+        # But so that it ends.
+        sizes.append(1)
+        await asyncio.sleep(60)
+        assert given[0].watching.chunk_size == 2
         watching.cancel()
 
     monkeypatch.setattr(kopf, "spawn_tasks", spawn_tasks)
@@ -187,7 +191,7 @@ def test_kopf_lists_no_more_at_a_time_than_the_operators_shortest_page_had(monke
 
 
 def test_kopf_neither_keeps_what_it_has_shown_nor_copies_it() -> None:
-    settings = _configure(75, 25)
+    settings = _configure(75)
     assert settings.queueing.idle_timeout < 1
     body: Any = {"spec": {"a": 1}}
     assert settings.persistence.diffbase_storage.build(body=body) == {}

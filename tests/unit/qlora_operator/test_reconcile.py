@@ -392,6 +392,25 @@ def test_its_children_are_left_alone_too_after_the_garbage_collector_has_done_it
     assert cluster.writes == []
 
 
+def test_a_deletion_that_another_finalizer_delays_ends_the_job_too_that_no_watch_shows_any_more() -> None:
+    cluster = stored(status_in("train"))
+    cluster.job["metadata"] |= {"deletionTimestamp": time(), "finalizers": ["example.org/audit"]}
+    cluster.existing = {**child("train"), "metadata": {**child("train")["metadata"], "labels": {}}}
+    reconcile(cluster)
+    assert cluster.writes == [f"deletion of {NAME}-train-1"]
+
+
+def test_a_job_whose_deletion_no_watch_has_shown_is_not_counted_beside_the_one_that_replaces_it() -> None:
+    cluster = stored(FINISHED)
+    reconciler = operator(cluster, shown(cluster))
+    reconciler.metrics.job_is_in(KEY, "earlier", "Training", progresses=False)
+    reconciler.metrics.job_is_in(KEY, UID, "Succeeded")
+    asyncio.run(reconciler.reconcile(KEY))
+    counted = reconciler.metrics.registry.get_sample_value
+    assert [counted("qlora_jobs", {"phase": phase}) for phase in ("Training", "Succeeded")] == [0, 1]
+    assert counted("qlora_jobs_without_progress") == 0
+
+
 @pytest.mark.parametrize("spec", [{}, {"cleanupAfterSeconds": 0}, {"retry": {"request": 1}}], ids=str)
 def test_nothing_is_created_for_a_job_that_is_being_deleted(spec: dict[str, Any]) -> None:
     for status in (QLoRAJobStatus(), status_in("train"), FAILED):

@@ -33,6 +33,7 @@ class Server:
 
     def __init__(self) -> None:
         self.expired = ""
+        self.asked = asyncio.Event()
         self.requests: list[tuple[str, str, str]] = []
         self.connections: set[Any] = set()
         self.bodies: list[Any] = []
@@ -40,6 +41,7 @@ class Server:
     async def answer(self, request: web.Request) -> web.Response:
         self.requests.append((request.method, request.path_qs, request.headers.get("Authorization", "")))
         self.connections.add(request.transport)
+        self.asked.set()
         self.bodies.append(await request.text())
         if self.expired and self.expired in self.requests[-1][2]:
             return web.json_response({"message": "Unauthorized"}, status=401)
@@ -106,6 +108,20 @@ def test_an_answer_that_is_longer_than_it_may_be_is_not_read_to_its_end(tmp_path
         length = len(json.dumps(job_body()))
         assert (await cluster._transport.send("GET", "/", headers={}, most=length))[0] == 200
         assert await cluster.get_qlora_job("team", "tune") == job_body()
+
+    against(work, tmp_path, {"token": "t"})
+
+
+def test_a_request_waits_for_its_turn_to_read_the_answer_and_not_to_be_sent(tmp_path: Path) -> None:
+    async def work(server: Server, cluster: Cluster) -> None:
+        turn = asyncio.Semaphore(1)
+        async with turn:
+            asking = asyncio.create_task(cluster._transport.send("GET", "/", headers={}, turn=turn))
+            async with asyncio.timeout(10):
+                await server.asked.wait()
+            await asyncio.sleep(0.1)
+            assert not asking.done()
+        assert (await asking)[0] == 200
 
     against(work, tmp_path, {"token": "t"})
 
