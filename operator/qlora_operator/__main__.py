@@ -167,7 +167,8 @@ class Operator:
         self._follow_in_work(lacks)
 
     async def _work(self) -> None:
-        settings, queue, resync, hooks = self._settings, *self._wired()
+        settings = self._settings
+        queue, resync, hooks = self._wired()
         with self._at_work(queue, resync):
             await resync.first()
             _keep_what_is_there()

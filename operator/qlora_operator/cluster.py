@@ -355,11 +355,11 @@ def _watched(kind: Kind, namespace: str | None) -> tuple[str, Query]:
 
 
 def _error(status: int, request: str, data: bytes) -> ClusterError:
-    reason = ""
+    text, reason = "", ""
     try:
         answer = json.loads(data)
-        text = str(answer.get("message", "")) if isinstance(answer, dict) else ""
-        reason = answer.get("reason", "") if isinstance(answer, dict) else ""
+        if isinstance(answer, dict):
+            text, reason = str(answer.get("message", "")), answer.get("reason", "")
     except ValueError:
         text = _beginning(data)
     if status == 404:

@@ -111,13 +111,13 @@ async def _watch_once(settings: Settings, hooks: Hooks) -> None:
     authority = _authority()
     with task_scope() as inside:
         configured = _configure(settings.watch_silence_seconds)
-        configured.watching.chunk_size = _page(hooks)
+        configured.watching.chunk_size = _objects_per_page(hooks)
         starting = asyncio.create_task(_start_kopf(settings, configured, hooks))
     try:
         roots = await starting
         hooks.take_signals()
         while not hooks.monitor.dead:
-            configured.watching.chunk_size = _page(hooks)
+            configured.watching.chunk_size = _objects_per_page(hooks)
             ended, _ = await asyncio.wait(roots, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
                 if not task.cancelled():
@@ -145,7 +145,7 @@ async def _start_kopf(settings: Settings, configured: kopf.OperatorSettings, hoo
     )
 
 
-def _page(hooks: Hooks) -> int:
+def _objects_per_page(hooks: Hooks) -> int:
     return max(hooks.objects_per_page(), _FEWEST_OBJECTS)
 
 

@@ -326,7 +326,7 @@ def test_a_token_server_without_an_address_gives_no_token(
 ) -> None:
     challenge = {"WWW-Authenticate": f'Bearer realm="{realm}",service="team",scope="push"'}
     registry_proxy.rule = lambda _request: Fault(401, challenge)
-    rejected(publish, ExitCode.BAD_CONFIGURATION)
+    assert "with the credentials of spec.output.secretRef (HTTP 401)" in rejected(publish, ExitCode.BAD_CONFIGURATION)
 
 
 def test_a_redirect_to_an_address_that_is_none_is_the_registrys_trouble(
