@@ -20,9 +20,9 @@ from tests.support.waiting import eventually
 Object = dict[str, Any]
 
 ENDED = ("Succeeded", "Failed")
-# Steps of a training that takes some seconds, of one that leaves time to interrupt it, and of one that is watched:
-# the operator shows its progress every ten seconds.
-SHORT, LONG, WATCHED = 30, 200, 800
+# Steps of a training that takes some seconds, and of one that leaves time to watch or interrupt it: at 30 steps a
+# second 800 take 27 seconds, and the operator shows its progress every ten.
+SHORT, LONG = 30, 800
 INPUTS = "inputs"
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.cluster.conftest import row
-from tests.cluster.environment import INPUTS, WATCHED, Object, Tenant, tiny_job
+from tests.cluster.environment import INPUTS, LONG, Object, Tenant, tiny_job
 
 NAME = "life"
 
@@ -33,7 +33,7 @@ def finished(tenant: Tenant, tmp_path_factory: pytest.TempPathFactory) -> Finish
     get: list[str | Path] = [kubectl.program, "--kubeconfig", kubectl.kubeconfig, namespace, "get", "qlorajobs"]
     tenant.kubectl("create", "secret", "generic", "hub", "--from-literal=token=unused")
     model = {"source": f"pvc://{INPUTS}/model", "tokenSecretRef": {"name": "hub"}}
-    tenant.apply(tiny_job(NAME, steps=WATCHED, model=model))
+    tenant.apply(tiny_job(NAME, steps=LONG, model=model))
     with output.open("w") as file:
         watch = subprocess.Popen([*get, "--watch", "--no-headers"], stdout=file)
         try:
@@ -52,7 +52,7 @@ def test_the_watch_shows_every_phase_and_moving_numbers(finished: Finished) -> N
     assert {"Preparing", "Training", "Publishing", "Succeeded"} <= set(phases)
     training = [words for words in finished.seen if words[1] == "Training" and len(words) == 7]
     assert len({words[2] for words in training}) >= 2, f"the percentage never moved: {finished.seen}"
-    assert all(words[2].endswith("%") and words[3].endswith(f"/{WATCHED}") for words in training)
+    assert all(words[2].endswith("%") and words[3].endswith(f"/{LONG}") for words in training)
     assert all(float(words[4]) > 0 for words in training)
     assert len({words[5] for words in training}) >= 2, f"the time left never moved: {finished.seen}"
 
@@ -65,8 +65,8 @@ def test_the_status_tells_what_was_trained_on_what(finished: Finished) -> None:
     assert status["dataset"]["format"] == "chat"
     assert status["memory"]["verdict"] == "unknown"
     assert status["memory"]["peakBytes"] > 0
-    assert status["progress"]["summary"] == f"100% {WATCHED}/{WATCHED}"
-    assert status["checkpoint"]["step"] == WATCHED
+    assert status["progress"]["summary"] == f"100% {LONG}/{LONG}"
+    assert status["checkpoint"]["step"] == LONG
     assert status["adapter"]["baseModel"] == "pvc://inputs/model"
     assert status["adapter"]["baseRevision"] == status["resolved"]["modelRevision"]
     assert (status["adapter"]["rank"], status["adapter"]["servedRank"]) == (4, 8)

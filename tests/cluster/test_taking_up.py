@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.cluster.environment import WATCHED, Tenant, stop_processes_of, tiny_job
+from tests.cluster.environment import LONG, Tenant, stop_processes_of, tiny_job
 from tests.support.waiting import eventually
 
 
@@ -13,7 +13,7 @@ def patch(tenant: Tenant, name: str, spec: object) -> None:
 
 
 def test_a_failed_job_goes_on_from_its_checkpoint_with_what_was_mended(tenant: Tenant) -> None:
-    name = tenant.apply(tiny_job("taken-up", steps=WATCHED))
+    name = tenant.apply(tiny_job("taken-up", steps=LONG))
     tenant.wait(name, lambda status: status.get("checkpoint", {}).get("step", 0) > 0)
     patch(tenant, name, {"activeDeadlineSeconds": 1})
     failed = tenant.wait_for_end(name)
@@ -60,7 +60,7 @@ def test_data_that_comes_late_is_waited_for_and_uses_up_no_retry(tenant: Tenant)
 @pytest.mark.slow
 def test_a_step_that_hangs_is_reported_and_restarted_from_its_checkpoint(tenant: Tenant) -> None:
     retry = {"onNoProgress": "restart", "maxFailures": 1}
-    name = tenant.apply(tiny_job("hangs", steps=WATCHED, progressDeadlineSeconds=60, retry=retry))
+    name = tenant.apply(tiny_job("hangs", steps=LONG, progressDeadlineSeconds=60, retry=retry))
     tenant.wait(name, lambda status: status.get("checkpoint", {}).get("step", 0) > 0)
     pod = tenant.running_pod(name, "train")
     assert pod is not None

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from devcluster import layout, previous, product
-from tests.cluster.environment import LONG, WATCHED, Object, Tenant, tiny_job
+from tests.cluster.environment import LONG, Object, Tenant, tiny_job
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def apply_one_of_each_phase(tenant: Tenant, prefix: str) -> dict[str, str]:
     tenant.wait(jobs["Suspended"], lambda status: status.get("checkpoint", {}).get("step", 0) > 0)
     patch(tenant, jobs["Suspended"], '{"suspend":true}')
     tenant.wait_for_phase(jobs["Suspended"], "Suspended")
-    jobs["Training"] = tenant.apply(tiny_job(f"{prefix}-training", steps=WATCHED))
+    jobs["Training"] = tenant.apply(tiny_job(f"{prefix}-training", steps=LONG))
     jobs["Publishing"] = tenant.apply(tiny_job(f"{prefix}-publishing"))
     tenant.wait_for_phase(jobs["Training"], "Training")
     tenant.wait_for_phase(jobs["Publishing"], "Publishing", "Succeeded")
