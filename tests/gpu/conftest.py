@@ -1,17 +1,29 @@
-"""Skips, with the reason, what this machine has no GPU, too few of them, too old ones or too little memory for."""
+"""Skips, with the reason, what this machine's GPUs are not enough for, and writes what the others have measured."""
 
 import gc
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
+from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
 from tests.gpu.cards import Card, lacking
+from tests.gpu.figures import Figure, Figures, report
 from tests.support.tiny import SHAPE, save_model
+
+FILE = "QLORA_GPU_FIGURES"
+"""The environment variable that names the file of the figures; by default `gpu-figures.json`, beside pyproject.toml."""
+LIBRARIES = ("torch", "bitsandbytes", "transformers", "peft")
+_started = pytest.StashKey[float]()
+_figures = pytest.StashKey[list[Figure]]()
+_outcomes = pytest.StashKey[dict[str, str]]()
 
 
 @cache
@@ -27,17 +39,64 @@ def _cards() -> tuple[Card, ...]:
     return tuple(Card(card.name, (card.major, card.minor), card.total_memory / 2**30) for card in found)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every test of this folder needs a CUDA GPU; the mark `gpu(cards=…, gib=…)` says how many and how large."""
-    here = Path(__file__).parent
+    config.stash[_started] = time.monotonic()
     for item in items:
-        if here not in item.path.parents:
+        if not _is_ours(item.path):
             continue
         mark = item.get_closest_marker("gpu")
         wanted = mark.kwargs if mark else {}
         reason = lacking(_cards(), wanted.get("cards", 1), wanted.get("gib", 0))
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _is_ours(path: Path) -> bool:
+    return Path(__file__).parent in path.parents
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Figures:
+    """Where a test puts what it measures: `figures.add("peak memory", 44.1, "GB", limit=45.0)`."""
+    kept = request.config.stash.setdefault(_figures, [])
+    return Figures(request.node.nodeid.removeprefix("tests/gpu/"), kept)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note how each test of this folder ends."""
+    ended = yield
+    if _is_ours(item.path) and (ended.when == "call" or ended.outcome != "passed"):
+        reason = ended.longrepr[2] if ended.skipped and isinstance(ended.longrepr, tuple) else ended.outcome
+        outcomes = item.config.stash.setdefault(_outcomes, {})
+        test = item.nodeid.removeprefix("tests/gpu/")
+        # A test that has failed stays so, whatever its fixtures do afterwards.
+        outcomes[test] = "failed" if outcomes.get(test) == "failed" else reason.removeprefix("Skipped: ")
+    return ended
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show what was measured, and write it if there was a GPU to measure on."""
+    outcomes = config.stash.get(_outcomes, {})
+    if not _cards() or not {"passed", "failed"} & set(outcomes.values()):
+        return
+    measured = config.stash.get(_figures, [])
+    path = Path(os.environ.get(FILE, config.rootpath / "gpu-figures.json"))
+    found = report(
+        measured,
+        _cards(),
+        {name: version(name) for name in LIBRARIES},
+        outcomes,
+        date=datetime.now(UTC).date().isoformat(),
+        seconds=time.monotonic() - config.stash[_started],
+    )
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    terminalreporter.section(f"measured on {found['card']}")
+    for figure in measured:
+        limit = "" if figure.limit is None else f" (limit {figure.limit:,.4g})"
+        terminalreporter.write_line(f"{figure.name}: {figure.text}{limit}")
+    terminalreporter.write_line(f"{len(measured)} figures are in {path}")
 
 
 @pytest.fixture(autouse=True, scope="session")
