@@ -1,5 +1,6 @@
 """A base that is sharded over two ranks: it must be 4-bit before, and gives the results of a whole one."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, LlamaConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
@@ -23,9 +24,9 @@ from qlora_trainer.model.support import inspect_family
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
 from tests.support.command import Files
 from tests.support.families import FAMILIES
-from tests.support.ranks import EXACT, SHARDED, same_numbers, succeeded, workspace
+from tests.support.ranks import EXACT, SHARDED, beginning_with, same_numbers, succeeded, workspace
 from tests.support.sequences import CPU
-from tests.support.tiny import merged, save_model
+from tests.support.tiny import SHAPE, merged, save_model
 from tests.support.training import prepared, run
 
 NF4 = QuantizationSpec()
@@ -74,6 +75,37 @@ def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
 
     same_numbers(spread, alone, 1e-4)
     holds_half(files)
+
+
+@pytest.mark.parametrize(
+    "checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["recomputed", "kept"]
+)
+def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(tmp_path: Path, checkpointing: bool) -> None:
+    """The estimate counts two, and a base of any size is to be trained in the memory of its shares."""
+    model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"num_hidden_layers": 6}))
+    spec = merged(SHARDED, {"training": {"maxSteps": 2, "gradientCheckpointing": checkpointing}})
+    files, _ = workspace(tmp_path / "job", model, spec)
+    notes = tmp_path / "gathered"
+
+    succeeded(files.run("train", **beginning_with(tmp_path / "code", NOTING.format(notes=notes))))
+
+    for rank in (0, 1):
+        lines = [json.loads(line) for line in Path(f"{notes}-{rank}").read_text().splitlines()]
+        moments = {(line["moment"], line["grad"]) for line in lines}
+        # The held-out rows are looked at without gradients.
+        assert moments >= {("forward", True), ("forward", False), ("backward", True), ("layer", True), ("layer", False)}
+        at_work = [line for line in lines if line["moment"] == "layer"]
+        assert {line["blocks"] for line in at_work} == {1}
+        assert {line["blocks"] for line in lines if line["moment"] in ("forward", "backward")} == {0}
+        assert max(line["bytes"] for line in lines) <= 2 * lines[0]["block"]
+
+
+NOTING = """
+import os
+from pathlib import Path
+from tests.support.gathered import note_gathered
+note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
+"""
 
 
 def test_weights_of_another_type_are_rejected_in_the_storage_that_sharding_needs(

@@ -1,8 +1,9 @@
 """Shards the 4-bit base over the ranks of a run (FSDP2), for models that do not fit on one GPU.
 
-Each rank keeps a part of every decoder block and gathers a block's whole weights while it computes with them. Only
-frozen weights are sharded: the adapter stays whole in each rank, because bitsandbytes' optimizers take no sharded
-tensors, and its gradients are summed as without sharding. The embeddings and the output layer stay whole too.
+Each rank keeps a part of every decoder block and gathers a block's whole weights while it computes with them, in the
+forward pass and again in the backward pass. Only frozen weights are sharded: the adapter stays whole in each rank,
+because bitsandbytes' optimizers take no sharded tensors, and its gradients are summed as without sharding. The
+embeddings and the output layer stay whole too.
 """
 
 import logging
@@ -28,16 +29,22 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
 
     The base must be in main memory and asserted to be NF4 or FP4: its shards are plain memory, whose type cannot be
     checked afterwards. The shards move to the device block by block, so the device never holds the whole base. From
-    then on every rank must run the same number of forward and backward passes. Raises StepFailure (BAD_CONFIGURATION)
-    for a block that FSDP cannot gather as it is stored.
+    then on every rank must run the same number of forward and backward passes, and the bytes of two blocks at most are
+    gathered at a time: those of the block at work, and the buffer through which they or the next block's arrived.
+    Raises StepFailure (BAD_CONFIGURATION) for a block that FSDP cannot gather as it is stored.
     """
     mesh = init_device_mesh(device.type, (processes,))
-    blocks = model.get_base_model().get_decoder().layers
+    decoder = model.get_base_model().get_decoder()
+    blocks = decoder.layers
     whole = sum(_bytes(parameter) for parameter in blocks.parameters() if not parameter.requires_grad)
     for number, block in enumerate(blocks):
         _require_one_dtype(number, block)
         adapter = {parameter for parameter in block.parameters() if parameter.requires_grad}
-        fully_shard(block, mesh=mesh, ignored_params=adapter)
+        fully_shard(block, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
+    # A root without weights of its own: under it the blocks share the streams on which the next one is gathered while
+    # one is at work. Each block alone would be a root.
+    not_sharded = {parameter for parameter in decoder.parameters() if not isinstance(parameter, DTensor)}
+    fully_shard(decoder, mesh=mesh, ignored_params=not_sharded, reshard_after_forward=True)
     for tensor in chain(model.parameters(), model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
