@@ -102,7 +102,12 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
     version = os.environ.get(contract.ENV_CONTRACT_VERSION, "1" if invocation.claim else str(contract.CONTRACT_VERSION))
     require_known_contract(version)
     document = load_document(invocation.job)
-    process.set_environment(invocation.step, workspace.root, publishes_to_hub=_publishes_to_hub(document.spec))
+    process.set_environment(
+        invocation.step,
+        workspace.root,
+        device=invocation.device,
+        publishes_to_hub=_publishes_to_hub(document.spec),
+    )
     context = StepContext(
         document=document,
         workspace=workspace,

@@ -21,11 +21,23 @@ SHORTAGES = [
         "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
         "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
     ),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError(
+        "CUDA ran out of memory outside PyTorch's allocator. If this workload uses many dynamic shapes, cuDNN"
+    ),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("Error out of memory at line 534 in file /src/csrc/pythonInterface.cpp"),
 ]
-REPORTERS = ("PyTorch", "cuBLAS", "CUDA", "driver", "NCCL")
+REPORTERS = (
+    *("PyTorch", "cuBLAS", "CUDA", "driver", "NCCL", "cuDNN", "cuDNN's device memory"),
+    *("PyTorch about cuDNN", "cuSOLVER", "Triton", "bitsandbytes"),
+)
 OTHERS = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
     ValueError("CUDA error: out of memory"),
     MemoryError("out of memory"),
 ]

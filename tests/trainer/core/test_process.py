@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_api.status import StepName
+from qlora_trainer.core.context import Device
 from qlora_trainer.core.process import set_environment
 from tests.support.fault_proxy import Fault, FaultProxy, serve_proxy
 
@@ -53,6 +54,60 @@ def test_only_a_step_that_reads_from_the_hub_or_publishes_there_is_online(
     set_environment(step, tmp_path, publishes_to_hub=publishes_to_hub)
     assert environment.get("HF_HUB_OFFLINE") == ("1" if offline else None)
     assert environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+OLDER, NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+
+
+@pytest.mark.parametrize(
+    ("step", "device", "given", "found"),
+    [
+        ("train", "cuda", {}, {NAME: "expandable_segments:True"}),
+        ("train", "cpu", {}, {}),
+        ("prepare", "cuda", {}, {}),
+        ("train", "cuda", {NAME: "backend:cudaMallocAsync"}, {NAME: "backend:cudaMallocAsync"}),
+        ("train", "cuda", {OLDER: "max_split_size_mb:512"}, {OLDER: "max_split_size_mb:512"}),
+    ],
+)
+def test_training_on_a_gpu_has_segments_that_grow_unless_the_administrator_has_set_the_allocator(
+    step: StepName,
+    device: Device,
+    given: dict[str, str],
+    found: dict[str, str],
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    for name in (NAME, OLDER):
+        environment.pop(name, None)
+    environment.update(given)
+    set_environment(step, tmp_path, device=device)
+    assert {name: environment[name] for name in (NAME, OLDER) if name in environment} == found
+
+
+PRINT_ENVIRONMENT = """
+import os
+from pathlib import Path
+import sys
+from qlora_trainer.core.process import set_environment
+
+set_environment("train", Path(sys.argv[1]), device="cuda")
+assert "torch" not in sys.modules
+from qlora_trainer.training.launch import RankInfo, started_child_ranks
+
+child = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'said').write_text(os.environ['PYTORCH_ALLOC_CONF'])"
+with started_child_ranks(RankInfo(size=2, local_size=2), [sys.executable, "-S", "-c", child, sys.argv[1]]):
+    pass
+"""
+
+
+def test_the_allocator_is_set_before_torch_is_loaded_and_child_ranks_inherit_it(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    for name in (NAME, OLDER):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", PRINT_ENVIRONMENT, str(tmp_path)]
+    subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, timeout=120, check=True)
+    assert (tmp_path / "said").read_text() == "expandable_segments:True"
 
 
 @pytest.mark.parametrize(("step", "requests"), [("train", 0), ("prepare", 1)])

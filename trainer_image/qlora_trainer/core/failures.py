@@ -5,10 +5,12 @@ import sys
 
 from qlora_api.contract import ExitCode
 
-# What cuBLAS, CUDA, its driver and NCCL report when PyTorch's allocator has left them nothing. Their errors have no own
-# type.
+# What libraries beside PyTorch's allocator report when it has left them nothing: cuBLAS, cuSOLVER, cuDNN (and PyTorch
+# about cuDNN), CUDA, its driver, Triton, NCCL and bitsandbytes. Their errors have no type of their own.
 _OUT_OF_GPU_MEMORY = re.compile(
-    r"CUBLAS_STATUS_ALLOC_FAILED|CUDA (driver )?error: out of memory|Cuda failure (\d+ )?'out of memory'"
+    r"(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
+    r"|CUDA (driver )?error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|Triton Error \[CUDA\]: out of memory"
+    r"|CUDA (ran )?out of memory|Cuda failure (\d+ )?'out of memory'|Error out of memory at line \d+ in file"
 )
 
 
@@ -56,7 +58,10 @@ def peer_lost(message: str) -> StepFailure:
 
 
 def is_out_of_gpu_memory(error: BaseException) -> bool:
-    """Whether the GPU is out of memory, whether PyTorch or a library below it has asked for it. Does not load torch."""
+    """Whether the GPU is out of memory, whether PyTorch or a library below it has asked for it. Does not load torch.
+
+    The only judge of that: training halves its micro batches for the errors that end a step as GPU_OUT_OF_MEMORY.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True

@@ -12,6 +12,10 @@ from typing import TextIO
 
 from qlora_api.status import StepName
 from qlora_trainer.core import cpu
+from qlora_trainer.core.context import Device
+
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where PyTorch reads its GPU allocator's settings: the name, and the one that it had before."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def _send_output_to(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool = False) -> None:
+def set_environment(step: StepName, workspace: Path, *, device: Device = "cpu", publishes_to_hub: bool = False) -> None:
     """Switch off telemetry everywhere and the hub where no network is needed; give libraries a folder to write to.
 
     The root file system of a pod is read-only and its user often has no entry in the password file: libraries that
@@ -67,6 +71,10 @@ def set_environment(step: StepName, workspace: Path, *, publishes_to_hub: bool =
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.update(cpu.library_settings(os.environ))
+    if step == "train" and device == "cuda" and not any(name in os.environ for name in _ALLOCATOR):
+        # Nearly every micro batch has another number of tokens. In segments of fixed size that leaves gaps, which no
+        # later tensor fits into.
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     if step != "prepare" and not (step == "publish" and publishes_to_hub):
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from bitsandbytes.cextension import lib as bitsandbytes_library
 
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration
@@ -12,25 +13,48 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 # With these, 16-bit matmuls are computed by other instructions, and add in another order.
 _UNITS = ("avx512_bf16", "amx_bf16")
 _PROCESS_MEMORY = Path("/proc/self/statm")
+FIRST_CAPABILITY = (8, 0)
+"""The first compute capability with bfloat16, in which the trainer computes, and with PyTorch's kernel for rows."""
 
 
 def use_device(device: Device, threads: int, local_rank: int) -> torch.device:
     """The device to train on, with a fixed number of CPU threads: another number adds floats in another order.
 
-    Each rank of a node takes the GPU of its `local_rank`. Raises StepFailure if the device is `cuda` and there is no
-    GPU; training on the CPU instead would never finish.
+    Each rank of a node takes the GPU of its `local_rank`. Raises StepFailure (BAD_CONFIGURATION) if the device is
+    `cuda` and there is no GPU, or one that it cannot use; training on the CPU instead would never finish.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda":
+        require_gpu(local_rank)
+        torch.cuda.set_device(local_rank)
+    torch.set_num_threads(threads)
+    return torch.device(device)
+
+
+def require_gpu(local_rank: int) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION) unless there is a GPU that this rank of a node can use."""
+    if not torch.cuda.is_available():
         raise no_gpu()
-    if device == "cuda" and local_rank >= torch.cuda.device_count():
+    if local_rank >= torch.cuda.device_count():
         raise bad_configuration(
             f"this container sees {torch.cuda.device_count()} GPUs, and process {local_rank + 1} has none: check "
             "spec.resources.gpus, or torchrun's --nproc-per-node"
         )
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-    torch.set_num_threads(threads)
-    return torch.device(device)
+    name, capability = torch.cuda.get_device_name(local_rank), torch.cuda.get_device_capability(local_rank)
+    if capability < FIRST_CAPABILITY:
+        raise bad_configuration(
+            f"the GPU {name} has compute capability {_dotted(capability)}, and training in bfloat16 needs "
+            f"{_dotted(FIRST_CAPABILITY)} or later, as an A100, A10, L4, L40S, H100 or RTX 3090 has it: choose a "
+            "profile in spec.profile, or a nodeSelector in the profile, that leads to such GPUs"
+        )
+    if not bitsandbytes_library.compiled_with_cuda:
+        raise bad_configuration(
+            f"bitsandbytes has no kernels for the GPU {name} with CUDA {torch.version.cuda}: set the profile's image "
+            "to the trainer of the operator's release, and see `python -m bitsandbytes` in it"
+        )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def no_gpu() -> StepFailure:

@@ -1,5 +1,6 @@
 """The training loop: optimizer steps, evaluations and checkpoints, from the run's current step to its last."""
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -168,6 +169,8 @@ def _may_halve(run: Run) -> bool:
 def _halve_micro_batches(run: Run, state: RunState) -> RunState:
     """Prepare the same step in twice as many micro batches of half the size. Nothing of it has reached the weights."""
     run.optimizer.zero_grad(set_to_none=True)
+    # The pass that was given up left cycles, whose tensors are memory in use until they are found.
+    gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     run.schedule = run.schedule.with_micro_batch_size(run.schedule.micro_batch_size // 2)

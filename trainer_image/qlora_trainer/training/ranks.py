@@ -32,10 +32,14 @@ from qlora_api.printable import first_line
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_memory, peer_lost, unreachable
 from qlora_trainer.core.outcome import classify
+from qlora_trainer.training.device import require_gpu
 from qlora_trainer.training.launch import ChildRanks, RankInfo
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others in an exchange: loading a large model, or saving on a slow volume."""
+"""How long a rank waits for the others in an exchange: loading a large model, or saving on a slow volume.
+
+NCCL's watchdog has the same limit, see `_end_with_nccl`. It exists only without TORCH_NCCL_BLOCKING_WAIT.
+"""
 TO_CONNECT = timedelta(minutes=2)
 """How long a rank waits for the address of another one once all have met."""
 GLOO_CONNECTS_FOR = 5
@@ -52,6 +56,7 @@ _LOOKS = 50
 _SECONDS_TO_CONNECT = timedelta(seconds=5)
 _SECONDS_BETWEEN_CONNECTS = 1.0
 _SECONDS_TO_TELL = 1.0
+_ABORT_HOOK = 1
 # What gloo and NCCL report outside of our own exchanges, as in the passes of a sharded base. It has no type of its own.
 _CONNECTION = re.compile(
     r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|collective operation timeout|NCCL timeout"
@@ -278,11 +283,11 @@ def joined(
     endings = _Endings(store, child_ranks)
     try:
         _wait_for_all(store, rank_info, endings, meeting)
-        # Then an exchange over NCCL that times out raises an exception instead of ending the process.
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         # It asks the store too, and would wait without end for one whose node stops now.
         _answer(lambda: _connect_all(store, rank_info, device), GLOO_CONNECTS_FOR * TO_CONNECT.total_seconds())
         torch.distributed.set_timeout(TIMEOUT)
+        if device == "cuda":
+            _end_with_nccl(endings)
         yield Ranks(rank_info, store, sharding == "full", endings)
     except Interrupted:
         raise
@@ -296,17 +301,49 @@ def joined(
             raise lost from error
         endings.publish(error)
         raise
+    if device == "cuda":
+        _no_longer_end_with_nccl()
     torch.distributed.destroy_process_group()
 
 
 def _connect_all(store: Any, rank_info: RankInfo, device: Device) -> None:
+    if device == "cuda":
+        # Else NCCL says only that there is no GPU, and takes the one that has the number of the rank among all nodes.
+        require_gpu(rank_info.local_rank)
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=torch.distributed.PrefixStore("group", store),
         rank=rank_info.rank,
         world_size=rank_info.size,
         timeout=TO_CONNECT,
+        device_id=torch.device(device, rank_info.local_rank) if device == "cuda" else None,
     )
+
+
+def _end_with_nccl(endings: _Endings) -> None:
+    """End this process with an exit code that is retried when NCCL's watchdog gives up an exchange.
+
+    It does so after the group's timeout, or at once when NCCL has lost a connection, and would abort the process
+    (SIGABRT), whose main thread waits for the GPU and can raise nothing. The watchdog calls hooks before that, in its
+    own thread. PyTorch's older implementation (TORCH_DIST_USE_NCCL2=0) has none, and aborts.
+    """
+    nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
+    if nccl.supports_abort_hooks:
+        nccl.register_abort_hook(_ABORT_HOOK, lambda: _end_now(endings))
+
+
+def _no_longer_end_with_nccl() -> None:
+    """Let nothing that NCCL reports while it is taken down change how a run that is over ends."""
+    nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
+    if nccl.supports_abort_hooks:
+        nccl.unregister_abort_hook(_ABORT_HOOK)
+
+
+def _end_now(endings: _Endings) -> None:
+    failure = endings(torch.distributed.DistBackendError("NCCL has given up an exchange"))
+    logger.error(failure.message)
+    # The operator knows the exit code's reason; no result record can be written beside the main thread.
+    os._exit(failure.exit_code)
 
 
 def is_lost_connection(error: Exception) -> bool:

@@ -1,0 +1,170 @@
+"""GPUs on which the trainer does not run are rejected by name, and NCCL between those that do has a time limit."""
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from devcluster.addresses import free_port
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.training import device as device_module
+from qlora_trainer.training import ranks
+from qlora_trainer.training.device import use_device
+from qlora_trainer.training.launch import ChildRanks, RankInfo
+from qlora_trainer.training.ranks import joined
+
+
+class Cards:
+    """The GPUs that PyTorch and bitsandbytes see, since there is none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.chosen: list[int] = []
+
+    def see(self, *cards: tuple[str, tuple[int, int]], bitsandbytes: bool = True) -> None:
+        for name, function in {
+            "is_available": lambda: bool(cards),
+            "device_count": lambda: len(cards),
+            "get_device_name": lambda number: cards[number][0],
+            "get_device_capability": lambda number: cards[number][1],
+            "set_device": self.chosen.append,
+        }.items():
+            self._monkeypatch.setattr(torch.cuda, name, function)
+        library = SimpleNamespace(compiled_with_cuda=bitsandbytes)
+        self._monkeypatch.setattr(device_module, "bitsandbytes_library", library)
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
+    return Cards(monkeypatch)
+
+
+T4, V100 = ("Tesla T4", (7, 5)), ("Tesla V100-SXM2-16GB", (7, 0))
+A10, H100 = ("NVIDIA A10", (8, 6)), ("NVIDIA H100", (9, 0))
+
+
+def rejection(local_rank: int = 0) -> str:
+    with pytest.raises(StepFailure) as caught:
+        use_device("cuda", torch.get_num_threads(), local_rank)
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+    return caught.value.message
+
+
+@pytest.mark.parametrize("card", [A10, H100, ("A100", (8, 0))], ids=lambda card: card[0])
+def test_a_gpu_with_bfloat16_is_taken(card: tuple[str, tuple[int, int]], cards: Cards) -> None:
+    cards.see(T4, card)
+    assert use_device("cuda", torch.get_num_threads(), 1) == torch.device("cuda")
+    assert cards.chosen == [1]
+
+
+@pytest.mark.parametrize("card", [T4, V100], ids=lambda card: card[0])
+def test_an_older_gpu_is_rejected_by_name_with_what_works_and_what_to_change(
+    card: tuple[str, tuple[int, int]], cards: Cards
+) -> None:
+    cards.see(H100, card)
+    message = rejection(local_rank=1)
+    major, minor = card[1]
+    assert f"the GPU {card[0]} has compute capability {major}.{minor}" in message
+    assert "8.0 or later, as an A100" in message
+    assert "spec.profile" in message
+    assert cards.chosen == []
+
+
+def test_a_gpu_for_which_bitsandbytes_has_no_kernels_is_rejected(cards: Cards) -> None:
+    cards.see(H100, bitsandbytes=False)
+    assert "bitsandbytes has no kernels for the GPU NVIDIA H100" in rejection()
+
+
+def test_a_process_without_a_gpu_is_rejected(cards: Cards) -> None:
+    cards.see()
+    assert "no CUDA GPU is visible" in rejection()
+    cards.see(A10)
+    assert "sees 1 GPUs, and process 2 has none" in rejection(local_rank=1)
+
+
+def test_processes_find_out_what_is_wrong_with_their_gpus_before_nccl_does(cards: Cards) -> None:
+    """NCCL's error would be an internal one, and retried."""
+    cards.see(T4)
+    with pytest.raises(StepFailure, match="Tesla T4"):
+        ranks._connect_all(torch.distributed.HashStore(), RankInfo(size=2, local_size=2), "cuda")
+    assert not torch.distributed.is_initialized()
+
+
+class Nccl:
+    """The communication of a rank over NCCL, whose watchdog calls hooks before it aborts the process."""
+
+    supports_abort_hooks = True
+
+    def __init__(self) -> None:
+        self.hooks: dict[int, Callable[[], None]] = {}
+        self.started = SimpleNamespace(settings={}, timeouts=[])
+
+    def register_abort_hook(self, number: int, hook: Callable[[], None]) -> None:
+        self.hooks[number] = hook
+
+    def unregister_abort_hook(self, number: int) -> None:
+        del self.hooks[number]
+
+    def _get_backend(self, device: torch.device) -> "Nccl":
+        assert device.type == "cuda"
+        return self
+
+
+class Ended(BaseException):
+    """In place of the end of this process."""
+
+
+@pytest.fixture
+def nccl(cards: Cards, monkeypatch: pytest.MonkeyPatch) -> Nccl:
+    """NCCL between two processes, of which this is one and the other has joined and says nothing."""
+    cards.see(A10)
+    found = Nccl()
+    started = found.started
+
+    def start(backend: str, **settings: Any) -> None:
+        started.settings.update(settings, backend=backend)
+        started.timeouts.append(settings["timeout"])
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", start)
+    monkeypatch.setattr(torch.distributed, "set_timeout", started.timeouts.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD=found))
+    monkeypatch.setattr(ranks, "_wait_for_all", lambda *_: None)
+    monkeypatch.setattr(ranks, "_LOOKS", 1)
+    monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT", raising=False)
+    return found
+
+
+def ending(code: int) -> None:
+    raise Ended(code)
+
+
+@pytest.mark.parametrize(
+    ("local_size", "code"), [(2, ExitCode.UNREACHABLE), (1, ExitCode.PEER_LOST)], ids=["one pod", "several nodes"]
+)
+def test_an_exchange_that_nccl_gives_up_ends_the_process_with_a_code_that_is_retried(
+    local_size: int, code: ExitCode, nccl: Nccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks.os, "_exit", ending)
+    rank_info = RankInfo(size=2, local_size=local_size, address="127.0.0.1", port=free_port())
+    with joined(ChildRanks(rank_info), "cuda", "none"):
+        (hook,) = nccl.hooks.values()
+        with pytest.raises(Ended) as ended:
+            hook()
+    assert ended.value.args == (code,)
+    assert not code.permanent
+    # A run that is over ends as it does, whatever NCCL reports while it is taken down.
+    assert nccl.hooks == {}
+
+
+def test_nccls_watchdog_is_left_on_with_a_time_limit_and_each_process_has_the_gpu_of_its_node(nccl: Nccl) -> None:
+    rank_info = RankInfo(size=2, local_size=1, address="127.0.0.1", port=free_port())
+    with joined(ChildRanks(rank_info), "cuda", "none"):
+        assert "TORCH_NCCL_BLOCKING_WAIT" not in os.environ
+    assert nccl.started.timeouts == [ranks.TO_CONNECT, ranks.TIMEOUT]
+    assert nccl.started.settings["device_id"] == torch.device("cuda", 0)
+    assert nccl.started.settings["backend"] == "cpu:gloo,cuda:nccl"
