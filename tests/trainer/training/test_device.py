@@ -70,7 +70,7 @@ def test_an_older_gpu_is_rejected_by_name_with_what_works_and_what_to_change(
     major, minor = card[1]
     assert f"the GPU {card[0]} has compute capability {major}.{minor}" in message
     assert "8.0 or later, as an A100" in message
-    assert "spec.profile" in message
+    assert "spec.scheduling.profile" in message
     assert cards.chosen == []
 
 
@@ -149,7 +149,7 @@ def ending(code: int) -> None:
 def test_an_exchange_that_nccl_gives_up_ends_the_process_with_a_code_that_is_retried(
     local_size: int, code: ExitCode, nccl: Nccl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks.os, "_exit", ending)
+    monkeypatch.setattr(os, "_exit", ending)
     rank_info = RankInfo(size=2, local_size=local_size, address="127.0.0.1", port=free_port())
     with joined(ChildRanks(rank_info), "cuda", "none"):
         (hook,) = nccl.hooks.values()

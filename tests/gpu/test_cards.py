@@ -1,0 +1,51 @@
+"""One GPU as the trainer takes it: it is accepted, its allocator leaves no gaps, LoftQ is computed on it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_trainer.model.loftq import _largest
+from qlora_trainer.training.device import require_gpu
+from tests.gpu.figures import Figures
+
+
+def test_this_gpu_is_accepted() -> None:
+    require_gpu(0)
+
+
+# Each tensor is a little larger than all before it, as micro batches are: no gap that one leaves fits the next.
+GROWING = """
+import sys
+from pathlib import Path
+from qlora_trainer.core.process import set_environment
+set_environment("train", Path(sys.argv[1]), device="cuda")
+import torch
+for mebibytes in range(64, 512, 16):
+    torch.empty(mebibytes * 2**20, dtype=torch.uint8, device="cuda")
+print(torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated())
+"""
+
+
+def test_memory_of_growing_tensors_is_reused(tmp_path: Path, figures: Figures) -> None:
+    command = [sys.executable, "-c", GROWING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    figures.add("memory reserved for growing tensors, of that allocated", float(done.stdout), "", limit=1.1)
+    # With segments of fixed size it is more than ten times as much.
+    assert float(done.stdout) <= 1.1
+
+
+@pytest.mark.gpu(gib=4)
+def test_loftqs_decomposition_is_nearly_the_full_one(figures: Figures) -> None:
+    missing = 0.01 * torch.randn(4096, 4096, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    best = torch.linalg.svdvals(missing.double())[64:].norm()
+    _largest(missing, 64)
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    left, values, right = _largest(missing, 64)
+    torch.cuda.synchronize()
+    figures.add("LoftQ of a layer of 4096 × 4096, rank 64", time.monotonic() - started, "s")
+    assert (missing - (left * values) @ right).norm() <= (1 + 1e-3) * best
