@@ -1,6 +1,8 @@
 """A GPU that is out of memory: the message of the failure, and a run that continues in smaller micro batches."""
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -193,3 +195,36 @@ def test_memory_that_runs_out_after_the_last_step_is_reported_too(
 
     assert found.exit_code is ExitCode.GPU_OUT_OF_MEMORY
     assert "set spec.training.maxSequenceLength to 256" in found.message
+
+
+class Kept:
+    """What refers to itself, as modules and their hooks do, so that only a search finds that nobody needs it."""
+
+    def __init__(self) -> None:
+        self.own, self.tensor = self, torch.zeros(8)
+
+
+def test_what_the_pass_that_ran_out_has_left_is_freed_before_the_step_is_repeated(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[weakref.ref[Kept]] = []
+    alive: list[bool] = []
+
+    def runs_out_once(model: Any, batch: Batch) -> torch.Tensor:
+        if not left:
+            kept = Kept()
+            left.append(weakref.ref(kept))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        alive.append(left[0]() is not None)
+        return batch_loss(model, batch)
+
+    monkeypatch.setattr(loop, "batch_loss", runs_out_once)
+    # pytest keeps the error that is logged, with all that its frames refer to.
+    monkeypatch.setattr(loop.logger, "disabled", True)
+    gc.disable()
+    try:
+        run(workspace(spec=merged(AUTOMATIC, {"training": {"maxSteps": 1}}), packed=False))
+    finally:
+        gc.enable()
+
+    assert alive[0] is False
