@@ -18,6 +18,7 @@ from qlora_api.status import (
     Finite,
     MemoryStatus,
     MergedStatus,
+    Share,
     StepName,
     Timestamp,
 )
@@ -133,6 +134,7 @@ class ProgressRecord(_Record):
     remaining_seconds: Finite | None = Field(None, ge=0)
     peak_memory_bytes: Bytes | None = None
     micro_batch_size: Count | None = None
+    goodput: Share | None = None
     checkpoint_step: Count | None = None
     checkpoint_time: Timestamp | None = None
 
@@ -156,6 +158,7 @@ class ResultRecord(_Record):
     eval_loss: Finite | None = None
     initial_eval_loss: Finite | None = None
     peak_memory_bytes: Bytes | None = None
+    goodput: Share | None = None
     adapter: AdapterStatus | None = None
     merged: MergedStatus | None = None
 

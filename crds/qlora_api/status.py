@@ -32,6 +32,7 @@ ShortText = Annotated[str, Field(max_length=256)]
 Uri = Annotated[str, Field(max_length=1024)]
 # JSON has no other numbers. A status with one would be rejected by the API server, again and again.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Condition(ObservedModel):
@@ -109,6 +110,11 @@ class ProgressStatus(ObservedModel):
     peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
     micro_batch_size: Count | None = Field(
         None, description="What autoMicroBatch lowered microBatchSize to; not set if it did not."
+    )
+    goodput: Share | None = Field(
+        None,
+        description="Share of the time of all train pods, from 0 to 1, that is in the adapter: optimizer steps and "
+        "evaluations that no interruption has undone. The rest is loading, saving and steps that were repeated.",
     )
     summary: ShortText = Field("", description='Progress for people, for example "42% 420/1000".')
     remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')

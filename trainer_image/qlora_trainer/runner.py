@@ -19,6 +19,7 @@ from qlora_api.status import StepName
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_trainer.core import process
 from qlora_trainer.core.context import Device, Mounts, StepContext, load_document
+from qlora_trainer.core.environment import process_started
 from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.outcome import (
     CompletionRecord,
@@ -116,6 +117,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         pod_uid=invocation.pod_uid,
         attempt=invocation.attempt,
         workspace_uri=_workspace_uri(workspace.root, invocation.claim, document),
+        started=process_started(),
         contract_version=int(version),
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
     )

@@ -25,6 +25,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
         "tokens_per_second": record.tokens_per_second,
         "peak_memory_bytes": record.peak_memory_bytes,
         "micro_batch_size": record.micro_batch_size,
+        "goodput": record.goodput,
     }
     progress = old.model_copy(
         update={
@@ -62,6 +63,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
         "loss": _rounded(record.loss),
         "eval_loss": _rounded(record.eval_loss),
         "peak_memory_bytes": record.peak_memory_bytes,
+        "goodput": record.goodput,
     }
     done = record.training_step
     steps = _steps(done, record.total_steps or done) if done else {}

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.core.outcome import summary
+from qlora_trainer.steps.train import train
 from qlora_trainer.training import checkpoint
 from tests.support.tiny import Recorded, merged
 from tests.support.training import (
@@ -116,6 +119,33 @@ def test_a_lost_attempt_repeats_the_steps_since_its_checkpoint_and_ends_in_the_s
 
     assert adapter_bytes(lost) == adapter_bytes(undisturbed)
     assert history(lost) == history(undisturbed)
+
+
+def test_goodput_is_the_share_of_all_attempts_that_is_in_the_adapter(workspace: Prepare) -> None:
+    """On a clock that ticks at every look: steps that are undone count as time, and not as work."""
+    ticks = count()
+
+    def attempt(context: StepContext, records: Recorded) -> TrainRecord:
+        return train(
+            context,
+            records,
+            stop=StopRequest(),
+            now=lambda: datetime(2026, 1, 2, tzinfo=UTC) + timedelta(seconds=next(ticks)),
+            monotonic=lambda: float(next(ticks)),
+        )
+
+    undisturbed, lost, shown = workspace("undisturbed"), workspace("lost"), Recorded()
+    whole = attempt(undisturbed, shown)
+    with pytest.raises(Lost):
+        attempt(lost, LostAtStep(5))
+    repeated = attempt(lost, Recorded())
+
+    assert whole.goodput is not None
+    assert repeated.goodput is not None
+    assert 0 < repeated.goodput < whole.goodput < 1
+    assert (whole.attempts, repeated.attempts) == (1, 2)
+    # While it runs, too.
+    assert all(0 <= record["goodput"] <= 1 for record in shown.written[1:])
 
 
 def test_a_broken_newest_checkpoint_costs_its_steps_only(workspace: Prepare) -> None:

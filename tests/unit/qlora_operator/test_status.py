@@ -648,6 +648,7 @@ def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
         loss=1.23456789,
         remaining_seconds=4320.0,
         micro_batch_size=2,
+        goodput=0.97,
         checkpoint_step=400,
         checkpoint_time=time(-30),
     )
@@ -667,6 +668,7 @@ def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
     newer = follow(make_job(status), *bodies, progress=progress(training_step=421, total_steps=1000))
     assert newer.progress is not None
     assert (newer.progress.step, newer.progress.loss, newer.progress.micro_batch_size) == (421, 1.2346, 2)
+    assert newer.progress.goodput == 0.97
     assert newer.checkpoint == status.checkpoint
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import Field, PositiveInt, ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, MemoryStatus, MergedStatus
+from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, MemoryStatus, MergedStatus, Share
 from qlora_trainer.core.filesystem import write_atomically
 
 
@@ -74,6 +74,8 @@ class TrainRecord(ObservedModel):
     quantized_layers: tuple[QuantizedLayers, ...] = Field((), description="The layers that hold them, by kind.")
     quantized_sha256: str = Field("", description="SHA-256 of them, over name, type, shape and bytes of each tensor.")
     compared: Comparison | None = Field(None, description="What a merged model is compared with; not set without one.")
+    attempts: int = Field(1, description="How often the step was started.")
+    goodput: Share | None = Field(None, description="Share of the time of all attempts that is in the adapter.")
 
 
 class PublishRecord(ObservedModel):

@@ -66,6 +66,8 @@ class StepContext:
     """Address of the workspace folder for people and servers: pvc://CLAIM/FOLDER, or a path on a laptop."""
     registries: tuple[str, ...] = ()
     """OCI registries that may be used, as a profile lists them."""
+    started: datetime | None = None
+    """When this process started; None if it does more than this step."""
     contract_version: int = contract.CONTRACT_VERSION
     """Version of the contract with the operator."""
 

@@ -1,12 +1,17 @@
-"""What this process runs in: its CPU cores and the trainer's version."""
+"""What this process runs in: its CPU cores, when it started, and the trainer's version."""
 
 import os
+import time
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 _TRAINER = "qlora-operator"
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_PROCESS = Path("/proc/self/stat")
+# Of proc(5): the start of the process, in clock ticks since boot. The first two fields end with the last bracket.
+_START_TICKS = 22
 
 
 def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = os.environ) -> int:
@@ -22,6 +27,14 @@ def available_cpus(quota_file: Path = _CPU_QUOTA, environ: Mapping[str, str] = o
     except (OSError, ValueError):
         return cpus
     return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+def process_started() -> datetime:
+    """When this process started, before the interpreter loaded anything."""
+    fields = _PROCESS.read_text().rpartition(")")[2].split()
+    after_boot = int(fields[_START_TICKS - 3]) / os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - after_boot
+    return datetime.now(UTC) - timedelta(seconds=age)
 
 
 def trainer_version() -> str:

@@ -162,10 +162,10 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
         "dataset": findings.dataset,
     }
     if findings.progress is not None and findings.progress.step == "train":
-        names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes")
+        names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
         known |= {name: getattr(findings.progress, name) for name in names}
     if isinstance(completion, TrainRecord):
-        names = ("training_step", "loss", "eval_loss", "initial_eval_loss", "peak_memory_bytes")
+        names = ("training_step", "loss", "eval_loss", "initial_eval_loss", "peak_memory_bytes", "goodput")
         known |= {name: getattr(completion, name) for name in names}
     if isinstance(completion, PublishRecord):
         known |= {"adapter": completion.adapter, "merged": completion.merged}

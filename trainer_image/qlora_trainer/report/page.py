@@ -111,6 +111,9 @@ def _figures(
     if trained.bits_per_parameter is not None:
         stored = f"{trained.quantized_parameters or 0:,} stored in 4-bit, constants included"
         figures.append(Figure("Bits per weight", f"{trained.bits_per_parameter:.3f}", stored))
+    if trained.goodput is not None:
+        starts = "in one attempt" if trained.attempts == 1 else f"in {trained.attempts} attempts"
+        figures.append(Figure("Goodput", f"{trained.goodput:.1%}", f"of the time {starts} is in the adapter"))
     if trained.peak_memory_bytes is not None:
         peak, estimate = trained.peak_memory_bytes / _GIB, prepared.memory.estimate_bytes / _GIB
         figures.append(Figure("Peak memory", f"{peak:.2f} GiB", f"estimate for a GPU: {estimate:.2f} GiB"))
@@ -172,6 +175,8 @@ def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
         },
         "dataset": {"source": spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
         "optimizerSteps": trained.training_step,
+        "attempts": trained.attempts,
+        "goodput": trained.goodput,
         "loss": {
             "training": trained.loss,
             "heldOutBefore": trained.initial_eval_loss,

@@ -29,7 +29,7 @@ from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.answers import leave_samples
-from qlora_trainer.training.attempts import PodOfJob
+from qlora_trainer.training.attempts import PodOfJob, read_attempts
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import use_device
 from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
@@ -156,7 +156,7 @@ def _meeting(job: "_Job", rank_info: RankInfo, runtime: Runtime) -> Meeting:
 
 def _attempt(job: _Job, now: Clock) -> AbstractContextManager[Checkpoint | None]:
     context = job.context
-    pod = PodOfJob(context.pod_uid, context.attempt)
+    pod = PodOfJob(context.pod_uid, context.attempt, context.started or now())
     return resumed_attempt(context.workspace, job.fingerprint, pod, now)
 
 
@@ -194,6 +194,7 @@ def _load(job: _Job, runtime: Runtime, ranks: Ranks, checkpoint: Checkpoint | No
         threads=threads,
         storage=storage,
         quantized_sha256=quantized_sha256,
+        attempts=read_attempts(context.workspace.records) if ranks.main else (),
         schedule=schedule,
     )
     state = RunState() if checkpoint is None else restore(run, checkpoint)
@@ -276,6 +277,8 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
         quantized_layers=run.storage.layers,
         quantized_sha256=run.quantized_sha256,
         compared=_comparison(run),
+        attempts=len(run.attempts),
+        goodput=run.goodput(state),
     )
     write_completion(workspace.completion("train"), record)
     return record

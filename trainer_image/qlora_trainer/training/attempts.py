@@ -6,10 +6,11 @@ How often a job may be interrupted is not judged here: a pod cannot tell an evic
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,6 @@ from qlora_api.schema import ObservedModel
 from qlora_api.status import Timestamp
 from qlora_trainer.core.failures import Interrupted, StepFailure, unreachable
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.core.records import timestamp
 
 ATTEMPTS_FILE = "attempts.jsonl"
 LOCK_FILE = "train.lock"
@@ -35,6 +35,8 @@ class PodOfJob:
     uid: str
     job_attempt: int
     """Number of the step's Job, counted from 1."""
+    started: datetime
+    """When its trainer started."""
 
 
 class Attempt(ObservedModel):
@@ -48,6 +50,8 @@ class Attempt(ObservedModel):
     """Number of the step's Job that it belongs to; 0 if an earlier release has recorded it."""
     ended: Literal["succeeded", "interrupted", "failed"] | None = None
     """None if it was killed before it could record its end."""
+    ended_at: Timestamp | None = None
+    """Of an attempt that was killed, its last sign of life. None while it runs."""
 
 
 def reject_if_stuck(attempts: Sequence[Attempt], from_step: int, job_attempt: int) -> None:
@@ -75,14 +79,16 @@ def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable
     Raises StepFailure (RETRIES_EXHAUSTED) instead if it would be stuck too, OSError if the record cannot be written.
     An exception of the body takes precedence.
     """
-    earlier = read_attempts(records)
+    earlier = _with_ends(read_attempts(records), records)
     reject_if_stuck(earlier, from_step, pod.job_attempt)
-    started = timestamp(now())
-    attempt = Attempt(pod_uid=pod.uid, job_attempt=pod.job_attempt, started_at=started, from_step=from_step)
+    attempt = Attempt(
+        pod_uid=pod.uid, job_attempt=pod.job_attempt, started_at=_precise(pod.started), from_step=from_step
+    )
     write_attempts(records, [*earlier, attempt])
 
     def note_end(ended: Literal["succeeded", "interrupted", "failed"]) -> None:
-        write_attempts(records, [*earlier, attempt.model_copy(update={"ended": ended})])
+        end = {"ended": ended, "ended_at": _precise(now())}
+        write_attempts(records, [*earlier, attempt.model_copy(update=end)])
 
     try:
         yield
@@ -94,6 +100,24 @@ def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable
             logger.exception("the end of this attempt cannot be recorded in %s", ATTEMPTS_FILE)
         raise
     note_end("succeeded")
+
+
+def _precise(time: datetime) -> str:
+    """RFC 3339 in UTC with milliseconds, since times are subtracted."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def show_life(records: Path) -> None:
+    """Leave a sign of life of the running attempt, for an end that it cannot record. Raises OSError."""
+    os.utime(records / ATTEMPTS_FILE)
+
+
+def _with_ends(attempts: Sequence[Attempt], records: Path) -> list[Attempt]:
+    """The attempts, the latest of which ended at its last sign of life if it was killed."""
+    if not attempts or attempts[-1].ended_at is not None:
+        return list(attempts)
+    seen = datetime.fromtimestamp((records / ATTEMPTS_FILE).stat().st_mtime, UTC)
+    return [*attempts[:-1], attempts[-1].model_copy(update={"ended_at": _precise(seen)})]
 
 
 def read_attempts(records: Path) -> list[Attempt]:

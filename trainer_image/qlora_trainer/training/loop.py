@@ -95,6 +95,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     run.optimizer.zero_grad(set_to_none=True)
     seconds = run.runtime.monotonic() - started
     run.pace = run.pace.after_step(seconds, gradient.tokens)
+    state = replace(state, kept_seconds=state.kept_seconds + seconds)
     if state.step == run.schedule.total_steps:
         _judge_the_end(run, state, loss, gradient)
     state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
@@ -268,10 +269,12 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         return state
     if not isfinite(loss):
         raise _diverged(run, state, f"loss {loss} on the held-out rows")
-    run.pace = run.pace.after_evaluation(run.runtime.monotonic() - started)
+    seconds = run.runtime.monotonic() - started
+    run.pace = run.pace.after_evaluation(seconds)
     run.note({"step": state.step, "evalLoss": loss})
     initial = loss if state.step == 0 else state.initial_eval_loss
-    state = replace(state, evaluated_step=state.step, eval_loss=loss, initial_eval_loss=initial)
+    kept = state.kept_seconds + seconds
+    state = replace(state, evaluated_step=state.step, eval_loss=loss, initial_eval_loss=initial, kept_seconds=kept)
     report(run, state, "training", force=True)
     return state
 

@@ -1,6 +1,6 @@
 """A run of the training loop: what it works with, what it has reached, and its progress report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
@@ -17,8 +18,10 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.storage import Storage
 from qlora_trainer.report.metrics_log import MetricsLog
+from qlora_trainer.training.attempts import Attempt, show_life
 from qlora_trainer.training.divergence import Stability
 from qlora_trainer.training.fingerprint import Fingerprint
+from qlora_trainer.training.goodput import goodput, spent_seconds
 from qlora_trainer.training.pace import Pace
 from qlora_trainer.training.ranks import Ranks
 from qlora_trainer.training.schedule import Schedule
@@ -52,6 +55,8 @@ class RunState:
     """The largest of all attempts."""
     micro_batch_size: int | None = None
     """What the loop lowered it to when the GPU ran out of memory; None while it is the job's own."""
+    kept_seconds: float = 0.0
+    """Time of the optimizer steps and evaluations that led to this state; what an interruption undid is not in it."""
     stability: Stability = field(default_factory=Stability)
 
     @classmethod
@@ -80,12 +85,15 @@ class Run:
     """CPU threads of this rank; a resumed run uses as many, so that it adds in the same order."""
     storage: Storage
     quantized_sha256: str
+    attempts: Sequence[Attempt]
+    """All so far, the running one included."""
     schedule: Schedule
     """Its micro batches become smaller if the GPU runs out of memory and the job allows it."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint."""
     checkpoint_time: str | None = None
     pace: Pace = field(default_factory=Pace)
+    next_sign_of_life: float = float("-inf")
 
     @property
     def training(self) -> TrainingSpec:
@@ -101,6 +109,17 @@ class Run:
         """Whether a stop has been requested in any rank; all ranks must ask together."""
         return self.ranks.any(self.runtime.stop.requested)
 
+    def goodput(self, state: RunState) -> float | None:
+        """The share of the attempts' time that is in this state."""
+        return goodput(state.kept_seconds, spent_seconds(self.attempts, self.runtime.now()))
+
+    def show_life(self) -> None:
+        """Leave a sign of life, unless the last one is younger than five seconds."""
+        now = self.runtime.monotonic()
+        if now >= self.next_sign_of_life:
+            show_life(self.context.workspace.records)
+            self.next_sign_of_life = now + MIN_SECONDS_BETWEEN_PROGRESS
+
     def note(self, entry: Mapping[str, float]) -> None:
         """Add a line to the metrics."""
         if self.history is not None:
@@ -111,6 +130,8 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
     """Write a progress record; the writer drops those that follow too fast, unless `force` is set."""
     pace, total = run.pace, run.schedule.total_steps
     remaining = pace.remaining_seconds(total - state.step, _evaluations_left(run, state))
+    if run.ranks.main:
+        run.show_life()
     run.runtime.records.progress(
         run.context.progress(
             "train",
@@ -127,6 +148,7 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
             remaining_seconds=None if remaining is None else round(remaining, 1),
             peak_memory_bytes=state.peak_memory_bytes or None,
             micro_batch_size=state.micro_batch_size,
+            goodput=run.goodput(state),
             checkpoint_step=run.checkpoint_step,
             checkpoint_time=run.checkpoint_time,
         ),

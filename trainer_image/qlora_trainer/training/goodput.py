@@ -1,0 +1,27 @@
+"""Goodput: the share of the train pods' time that is in the adapter."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from qlora_trainer.training.attempts import Attempt
+
+
+def spent_seconds(attempts: Sequence[Attempt], now: datetime) -> float:
+    """Seconds for which the attempts have run; the last of them, if it has not ended, until `now`.
+
+    Of an attempt that was killed the last sign of life counts as its end.
+    """
+    ends = [None if attempt.ended_at is None else datetime.fromisoformat(attempt.ended_at) for attempt in attempts]
+    return sum(
+        max(0.0, ((end or now) - datetime.fromisoformat(attempt.started_at)).total_seconds())
+        for attempt, end in zip(attempts, ends, strict=True)
+    )
+
+
+def goodput(kept_seconds: float, spent: float) -> float | None:
+    """Share from 0 to 1 of `spent` seconds; None before a second of them has passed.
+
+    `kept_seconds`: of the optimizer steps and evaluations that no interruption has undone. The clocks of two machines
+    may differ, so that the quotient would exceed 1.
+    """
+    return None if spent < 1 else round(min(1.0, kept_seconds / spent), 4)
