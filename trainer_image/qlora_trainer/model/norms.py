@@ -5,7 +5,6 @@ given float32 too. And transformers computes a root mean square in six operation
 """
 
 import copy
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -36,7 +35,6 @@ def fuse_norms(model: nn.Module) -> None:
             module.added_to_weight, module.epsilon = found
 
 
-@cache
 def _class_of(family: Any, fused: Any) -> Any:
     return type(f"Fused{family.__name__}", (fused, family), {})
 
