@@ -68,6 +68,9 @@ RENDEZVOUS_PORT = 29500
 CPU_ALLOCATOR = "libtcmalloc_minimal.so.4"
 """Preloaded (LD_PRELOAD) for training on a CPU: glibc's own allocator takes more time and more memory."""
 
+GPU_LOSS_CHUNK_TOKENS = 512
+"""Tokens whose logits exist at the same time when a GPU trains; the memory estimate counts on it."""
+
 MAX_PROGRESS_BYTES = 1024
 MAX_RESULT_BYTES = 4096
 MAX_ACTIVITY_LENGTH = 128

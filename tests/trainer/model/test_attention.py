@@ -1,5 +1,6 @@
 """Attention with capped scores equals that of transformers in every block of a long row; the unknown is rejected."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,19 +30,43 @@ def test_capped_attention_and_its_gradients_are_those_of_transformers(window: in
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_of_capped_weights_is_the_same_when_they_are_recomputed() -> None:
+def test_the_familys_dropout_of_attention_is_off() -> None:
+    """It is a setting of the base's own training, and the base is frozen."""
     inputs = tensors()
     rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
-    torch.manual_seed(2)
-    output, _ = rows_attention(MODULE, *inputs, None, dropout=0.5, softcap=1.5, rows=rows)
-    (gradient,) = torch.autograd.grad(output.sum(), inputs[2])
-    torch.manual_seed(2)
-    again, _ = rows_attention(MODULE, *inputs, None, dropout=0.5, softcap=1.5, rows=rows)
+    for softcap in (None, 1.5):
+        dropped, _ = rows_attention(MODULE, *inputs, None, dropout=0.5, softcap=softcap, rows=rows)
+        assert torch.equal(dropped, rows_attention(MODULE, *inputs, None, softcap=softcap, rows=rows)[0])
 
-    assert torch.equal(output, again)
-    # Output is linear in the values: with the same weights, its sum is their product with the gradient.
-    torch.testing.assert_close((gradient * inputs[2]).sum(), output.sum(), rtol=1e-4, atol=1e-2)
-    assert not torch.allclose(output, rows_attention(MODULE, *inputs, None, softcap=1.5, rows=rows)[0])
+
+def test_another_row_changes_not_a_bit_of_a_rows_capped_attention_and_gradients() -> None:
+    rows = RowBoundaries.of(LENGTHS, torch.device("cpu"))
+    first, last = slice(LENGTHS[0]), slice(-LENGTHS[-1], None)
+    results = []
+    for shift in (0.0, 1.0):
+        inputs = tensors()
+        with torch.no_grad():
+            for tensor in inputs:
+                tensor[:, :, first] += shift
+        output, _ = rows_attention(MODULE, *inputs, None, softcap=1.5, sliding_window=300, rows=rows)
+        gradients = torch.autograd.grad(output.square().sum(), inputs)
+        results.append([output[:, last], *(gradient[:, :, last] for gradient in gradients)])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_kernel_is_given_few_numbers_of_rows_and_few_bounds_of_them() -> None:
+    """So that it is built for few, whatever rows are packed together."""
+    generator = torch.Generator().manual_seed(0)
+    geometries = set()
+    for _ in range(200):
+        lengths = tuple(torch.randint(20, 400, (int(torch.randint(5, 16, (), generator=generator)),)).tolist())
+        rows = RowBoundaries.of(lengths, torch.device("cpu"))
+        offsets = rows.offsets.tolist()
+        assert [after - before for before, after in pairwise(offsets)][: len(lengths)] == list(lengths)
+        assert set(offsets[len(lengths) :]) == {sum(lengths)}
+        assert rows.longest >= max(lengths)
+        geometries.add((len(offsets), rows.longest))
+    assert len(geometries) <= 4
 
 
 @pytest.mark.parametrize(

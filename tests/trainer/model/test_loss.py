@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from qlora_trainer.core import cpu
 from qlora_trainer.data.prepared import IGNORED_LABEL
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.batch import Batch, next_token_targets
@@ -106,7 +107,7 @@ def test_logits_whose_exponential_overflows_have_the_loss_and_gradient_of_cross_
     expected = cross_entropy(logits, targets, reduction="sum")
     (gradient,) = torch.autograd.grad(expected, states)
 
-    loss = summed_loss(states, targets, head, LogitTransform())
+    loss = summed_loss(states, targets, head, LogitTransform(), chunk_tokens=128)
     loss.backward()
 
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -141,6 +142,14 @@ def test_the_padding_of_a_long_batch_on_a_cpu_changes_no_loss_and_counts_nowhere
     torch.testing.assert_close(batch_loss(model, batch), apart, rtol=1e-6, atol=0)
 
 
+def test_a_batch_on_a_gpu_is_padded_to_whole_tiles_and_its_logits_are_computed_512_at_a_time() -> None:
+    batch = Batch.of([random_sequence((300, 260), 1)], torch.device("meta"))
+
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, 640)
+    assert (batch.rows.lengths, batch.tokens) == ((300, 260, 80), 560)
+    assert (cpu.loss_chunk_tokens("cuda"), cpu.loss_chunk_tokens("cpu")) == (512, 128)
+
+
 def test_a_token_predicts_the_next_of_its_own_row_only() -> None:
     labels = torch.tensor([IGNORED_LABEL, 11, 12, 20, 21, IGNORED_LABEL])
 
@@ -151,7 +160,8 @@ def test_a_token_predicts_the_next_of_its_own_row_only() -> None:
 def test_a_batch_without_targets_has_no_loss_and_no_gradient() -> None:
     states = torch.randn(0, 16, requires_grad=True)
 
-    loss = summed_loss(states, torch.zeros(0, dtype=torch.int64), CountingHead(16, 30), LogitTransform())
+    no_targets = torch.zeros(0, dtype=torch.int64)
+    loss = summed_loss(states, no_targets, CountingHead(16, 30), LogitTransform(), chunk_tokens=128)
     loss.backward()
 
     assert loss.item() == 0.0
@@ -164,5 +174,5 @@ def test_a_micro_batch_of_several_sequences_is_one_row_without_padding() -> None
 
     assert batch.input_ids.tolist() == [first.input_ids.tolist() + second.input_ids.tolist()]
     assert batch.position_ids.tolist() == [[*range(9), *range(14), *range(5)]]
-    assert batch.rows.offsets.tolist() == [0, 9, 23, 28]
+    assert batch.rows.offsets.tolist() == [0, 9, 23, 28, 28]
     assert batch.tokens == 28

@@ -8,7 +8,6 @@ single tensor's by twice as much.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -21,15 +20,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model import base as trainer_base
-from qlora_trainer.model import loss as trainer_loss
 from qlora_trainer.model.adapter import adapter_parameters, adapter_tensors, attach_adapter, restore_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.fused_lora import FusedLora
-from qlora_trainer.model.loss import batch_loss, summed_loss
+from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training import loop
@@ -181,7 +180,7 @@ def in_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the loss be computed in several chunks although the data are small."""
-    monkeypatch.setattr(trainer_loss, "summed_loss", partial(summed_loss, chunk_tokens=16))
+    monkeypatch.setattr(cpu, "loss_chunk_tokens", lambda _device_type: 16)
 
 
 @pytest.mark.usefixtures("in_float32", "in_chunks")

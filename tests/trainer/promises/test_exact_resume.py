@@ -28,7 +28,6 @@ from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model import loss
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.training import attempts
 from tests.support.command import Files, new_files
@@ -281,7 +280,7 @@ def test_long_rows_on_two_threads_lead_to_the_bytes_of_an_undisturbed_run(tmp_pa
     batches = [Batch.of([sequence], torch.device("cpu")) for sequence in sequences]
     assert all(max(sequence.row_lengths) > cpu.FLOAT32_GRADIENT_TOKENS for sequence in sequences)
     assert any(batch.input_ids.shape[1] > batch.tokens for batch in batches)
-    assert all(batch.target_count > loss.CHUNK_TOKENS for batch in batches)
+    assert all(batch.target_count > cpu.loss_chunk_tokens("cpu") for batch in batches)
     disturbed = undisturbed.copied(tmp_path / "disturbed")
     assert undisturbed.run("train", OMP_NUM_THREADS="2").exit_code == 0
 

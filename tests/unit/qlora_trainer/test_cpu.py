@@ -1,21 +1,27 @@
-"""What training does otherwise on a CPU: never on a GPU, and nothing that the user has set is overridden."""
+"""What training does otherwise on a CPU than on a GPU; nothing that the user has set is overridden."""
 
 import pytest
 
+from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_trainer.core import cpu
 
 
-def test_nothing_is_done_otherwise_on_a_gpu() -> None:
-    assert cpu.padding(1000, "cuda") == 0
+def test_what_is_for_a_cpu_is_not_done_on_a_gpu() -> None:
     assert cpu.matmul_parts(1024, 1024, "cuda") == 1
     assert not cpu.keeps_dequantized("cuda", recomputed=True)
     assert not cpu.copies_mapped_weights("cuda", sharded=False)
-    assert not cpu.fuses_attention("cuda", dropout=0.0, softcap=None)
+    assert not cpu.fuses_attention("cuda")
+    assert not cpu.fuses_norms("cuda")
 
 
 @pytest.mark.parametrize(("tokens", "padded"), [(511, 511), (512, 512), (513, 576), (1000, 1024)])
 def test_only_long_batches_are_padded_to_a_multiple(tokens: int, padded: int) -> None:
     assert tokens + cpu.padding(tokens, "cpu") == padded
+
+
+@pytest.mark.parametrize(("tokens", "padded"), [(1, 128), (128, 128), (1000, 1024)])
+def test_on_a_gpu_every_batch_is_padded_to_whole_tiles(tokens: int, padded: int) -> None:
+    assert tokens + cpu.padding(tokens, "cuda") == padded
 
 
 @pytest.mark.parametrize(("tokens", "padded"), [(1, 64), (64, 64), (65, 128)])
@@ -38,10 +44,8 @@ def test_weights_are_kept_and_copied_only_where_it_helps() -> None:
     assert not cpu.copies_mapped_weights("cpu", sharded=True)
 
 
-def test_attention_is_one_operation_unless_its_kernel_lacks_a_setting() -> None:
-    assert cpu.fuses_attention("cpu", dropout=0.0, softcap=None)
-    assert not cpu.fuses_attention("cpu", dropout=0.1, softcap=None)
-    assert not cpu.fuses_attention("cpu", dropout=0.0, softcap=50.0)
+def test_logits_of_fewer_tokens_exist_at_once_on_a_cpu() -> None:
+    assert (cpu.loss_chunk_tokens("cpu"), cpu.loss_chunk_tokens("cuda")) == (128, GPU_LOSS_CHUNK_TOKENS)
 
 
 def test_library_settings_leave_what_the_user_has_set() -> None:

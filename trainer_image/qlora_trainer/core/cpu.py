@@ -7,7 +7,7 @@ device is given by its type, as `torch.device` names it, so that this module can
 from collections.abc import Mapping
 from ctypes.util import find_library
 
-from qlora_api.contract import CPU_ALLOCATOR
+from qlora_api.contract import CPU_ALLOCATOR, GPU_LOSS_CHUNK_TOKENS
 
 REPACKS_4BIT_LAYERS = False
 """Whether bitsandbytes may repack 4-bit weights on CPUs with AVX512-BF16.
@@ -22,10 +22,14 @@ There the kernel is up to five times faster in 32 bit than in 16 bit (and, as th
 # The attention kernel keeps 4 MB of code for each row length that it has seen, for as long as the process lives. With
 # rows padded to a multiple of this it sees few. That costs no time, since the kernel works in blocks of this size.
 _ROW_MULTIPLE = 64
-# Each number of tokens in a batch costs a tenth of a second and more until oneDNN has code for its matmuls, and memory
-# between blocks that all have other sizes. Padding of long batches, 3 % on average, leaves few numbers.
+# On a CPU each number of tokens in a batch costs a tenth of a second and more until oneDNN has code for its matmuls,
+# and memory between blocks that all have other sizes. Padding of long batches, 3 % on average, leaves few numbers.
 _PADDED_FROM_TOKENS = 512
 _TOKENS_MULTIPLE = 64
+# On a GPU the allocator keeps blocks of each size, and cuDNN a graph for each number of tokens. Kernels compute tiles
+# of 128 tokens in any case.
+_GPU_TOKENS_MULTIPLE = 128
+_LOSS_CHUNK_TOKENS = 128
 
 
 def library_settings(environ: Mapping[str, str]) -> dict[str, str]:
@@ -63,7 +67,18 @@ def copies_mapped_weights(device_type: str, *, sharded: bool) -> bool:
 
 def padding(tokens: int, device_type: str) -> int:
     """How many tokens of padding to append to a batch of `tokens` tokens."""
-    return -tokens % _TOKENS_MULTIPLE if device_type == "cpu" and tokens >= _PADDED_FROM_TOKENS else 0
+    if device_type == "cpu":
+        return -tokens % _TOKENS_MULTIPLE if tokens >= _PADDED_FROM_TOKENS else 0
+    return -tokens % _GPU_TOKENS_MULTIPLE
+
+
+def loss_chunk_tokens(device_type: str) -> int:
+    """Tokens whose logits exist at the same time.
+
+    Each chunk reads the whole output layer twice. A GPU computes so fast that with chunks of 128 reading it takes
+    longer than multiplying; on a CPU larger chunks only take more memory.
+    """
+    return _LOSS_CHUNK_TOKENS if device_type == "cpu" else GPU_LOSS_CHUNK_TOKENS
 
 
 def keeps_dequantized(device_type: str, *, recomputed: bool) -> bool:
@@ -84,9 +99,14 @@ def matmul_parts(rows: int, columns: int, device_type: str) -> int:
     return 2 if device_type == "cpu" and 512 < columns <= 1024 and 768 <= rows <= 1024 else 1
 
 
-def fuses_attention(device_type: str, *, dropout: float, softcap: float | None) -> bool:
-    """Whether the attention of all rows is one operation (`model.attention_cpu`); its kernel has no other settings."""
-    return device_type == "cpu" and dropout == 0.0 and softcap is None
+def fuses_norms(device_type: str) -> bool:
+    """Whether a root mean square is an operation of ours (`model.norms`): PyTorch has a kernel for GPUs only."""
+    return device_type == "cpu"
+
+
+def fuses_attention(device_type: str) -> bool:
+    """Whether the attention of all rows is one operation of ours (`model.attention_cpu`)."""
+    return device_type == "cpu"
 
 
 def padded_row(tokens: int) -> int:

@@ -12,53 +12,60 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from qlora_trainer.core import cpu
+from qlora_trainer.model.attention_capped import capped_rows
 from qlora_trainer.model.attention_cpu import causal_rows
 
 ATTENTION = "qlora_rows"
 """The name to give as `attn_implementation`."""
-# What torch's variable-length kernels are built for: compute capability 8.0 (Ampere) and later, heads up to this size.
+# What torch's variable-length kernels are built for: compute capability 8.0 (Ampere) and later, heads up to this size,
+# in steps of eight.
 _FIRST_CAPABILITY = 8
 _LARGEST_HEAD = 256
-_CAPPED_QUERIES = 256
-"""Queries whose capped scores exist at once: heads x this x tokens of the row, in float32, a few times over."""
-# Arguments that transformers passes to every attention and that do not change what a token sees.
-_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache"})
+_HEAD_MULTIPLE = 8
+_SHORTEST_BOUND = 256
+# Arguments that transformers passes to every attention and that change nothing here. Dropout of weights is a setting of
+# the base's own training: the base is frozen and computes what it computes in use; the adapter has its own dropout.
+_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "dropout"})
 
 
 @dataclass(frozen=True)
 class RowBoundaries:
-    """Where the rows of a sequence start and end."""
+    """Where the rows of a sequence start and end.
+
+    On Hopper and Blackwell cuDNN computes attention, and builds a graph, which takes tens of milliseconds, for each
+    number of tokens, number of rows and longest row that it is given. Packed batches hardly ever agree in those. So a
+    kernel is given powers of two: rows without tokens follow the real ones, and the longest row is a bound.
+    """
 
     lengths: tuple[int, ...]
     """Tokens of each row."""
     offsets: Tensor
-    """int32 [rows + 1] on the model's device: where each row starts, and the end of the last."""
+    """int32 [power of two + 1] on the model's device: where each row starts, then the end of the last, repeated."""
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> "RowBoundaries":
         """Rows of `lengths` tokens, one after the other."""
-        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(lengths, offsets.to(device, non_blocking=True))
+        offsets = [0, *accumulate(lengths)]
+        offsets += [offsets[-1]] * (_power_of_two(len(lengths)) - len(lengths))
+        return cls(lengths, torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True))
+
+    @property
+    def longest(self) -> int:
+        """A bound of the tokens of each row."""
+        return max(_SHORTEST_BOUND, _power_of_two(max(self.lengths)))
 
     def position_ids(self) -> Tensor:
         """int64 [1, tokens] in main memory: positions, from 0 in each row."""
         return torch.cat([torch.arange(length) for length in self.lengths]).unsqueeze(0)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """How scores are computed from queries and keys, besides the rows."""
-
-    scale: float | None
-    """Factor of the scores; None is one over the square root of the head size."""
-    dropout: float
-    window: int | None
-    softcap: float | None
+def _power_of_two(number: int) -> int:
+    """The smallest that is not smaller than `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()
 
 
 def register_attention() -> None:
@@ -74,7 +81,6 @@ def rows_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     rows: RowBoundaries | None = None,
@@ -98,107 +104,69 @@ def rows_attention(
         raise ValueError("attention within rows takes a single batch row, no mask and no cache")
     if rows is None:
         rows = RowBoundaries.of((query.shape[2],), query.device)
-    settings = _Settings(scaling, dropout, sliding_window, softcap)
-    if _has_kernel(query, settings):
-        return _all_rows_at_once(query, key, value, rows, settings), None
-    if cpu.fuses_attention(query.device.type, dropout=dropout, softcap=softcap):
-        return causal_rows(query, key, value, rows.lengths, settings.scale, sliding_window), None
-    return _row_by_row(query, key, value, rows, settings), None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if softcap is not None:
+        return capped_rows(query, key, value, rows.lengths, scale, sliding_window, softcap), None
+    if _has_kernel(query, value):
+        return _all_rows_at_once(query, key, value, rows, scale, sliding_window), None
+    if cpu.fuses_attention(query.device.type):
+        return causal_rows(query, key, value, rows.lengths, scale, sliding_window), None
+    return _row_by_row(query, key, value, rows, scale, sliding_window), None
 
 
-def _has_kernel(query: Tensor, settings: _Settings) -> bool:
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
     return (
         query.is_cuda
-        and settings.dropout == 0.0
-        and settings.softcap is None
         and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= _LARGEST_HEAD
+        and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
         and torch.cuda.get_device_capability(query.device)[0] >= _FIRST_CAPABILITY
     )
 
 
-def _all_rows_at_once(query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, settings: _Settings) -> Tensor:
-    longest = max(rows.lengths)
+def _all_rows_at_once(
+    query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, scale: float, window: int | None
+) -> Tensor:
+    size = query.shape[3]
+    # Zeros behind each head add nothing to a score, and a weighted sum of them is cut off.
+    parts = (pad(tensor[0], (0, -size % _HEAD_MULTIPLE)).transpose(0, 1) for tensor in (query, key, value))
     # Without the sums of its rows, which are not asked for.
     output: Any = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        *parts,
         rows.offsets,
         rows.offsets,
-        longest,
-        longest,
-        scale=settings.scale,
+        rows.longest,
+        rows.longest,
+        scale=scale,
         # The kernel counts the tokens before the current one, transformers the current one too.
-        window_size=(-1 if settings.window is None else settings.window - 1, 0),
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
     )
-    return output.unsqueeze(0)
+    return output[..., :size].unsqueeze(0)
 
 
-def _row_by_row(query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, settings: _Settings) -> Tensor:
+def _row_by_row(
+    query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, scale: float, window: int | None
+) -> Tensor:
     # Split, not sliced: the backward pass of each slice would write a tensor of all rows.
     parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
-    attend = _one_row if settings.softcap is None else _one_capped_row
     outputs = [
-        attend(row_query, row_key, row_value, settings) for row_query, row_key, row_value in zip(*parts, strict=True)
+        _one_row(row_query, row_key, row_value, scale, window)
+        for row_query, row_key, row_value in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _one_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:
-    tokens, window = query.shape[2], settings.window
-    whole = range(tokens)
-    mask = None if window is None or tokens <= window else _visible(whole, whole, window, query.device)
+def _one_row(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    tokens = query.shape[2]
+    mask = None
+    if window is not None and tokens > window:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril_().triu_(1 - window)
     return scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        dropout_p=settings.dropout,
         is_causal=mask is None,
-        scale=settings.scale,
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def _one_capped_row(query: Tensor, key: Tensor, value: Tensor, settings: _Settings) -> Tensor:
-    """Attention with capped scores, a block of queries at a time; backward recomputes each block's scores."""
-    tokens, outputs = query.shape[2], []
-    for first in range(0, tokens, _CAPPED_QUERIES):
-        block = range(first, min(first + _CAPPED_QUERIES, tokens))
-        seen = range(0 if settings.window is None else max(0, first + 1 - settings.window), block.stop)
-        outputs.append(
-            checkpoint(
-                _capped_block,
-                query[:, :, block.start : block.stop],
-                key[:, :, seen.start : seen.stop],
-                value[:, :, seen.start : seen.stop],
-                _visible(block, seen, settings.window, query.device),
-                settings,
-                use_reentrant=False,
-                preserve_rng_state=settings.dropout > 0.0,
-            )
-        )
-    return torch.cat(outputs, dim=2)
-
-
-def _capped_block(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, settings: _Settings) -> Tensor:
-    heads, size = query.shape[1], query.shape[3]
-    # Heads that share a key get an axis of their own, so that no key is copied.
-    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
-    scale = size**-0.5 if settings.scale is None else settings.scale
-    scores = _capped((grouped @ key.unsqueeze(2).transpose(3, 4)).float() * scale, settings.softcap)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(value.dtype)
-    return (torch.dropout(weights, settings.dropout, train=True) @ value.unsqueeze(2)).flatten(1, 2)
-
-
-def _capped(scores: Tensor, softcap: float | None) -> Tensor:
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def _visible(tokens: range, others: range, window: int | None, device: torch.device) -> Tensor:
-    """Bool [tokens, others]: True where a token sees another, both given by their positions in the row."""
-    rows, columns = (torch.arange(part.start, part.stop, device=device) for part in (tokens, others))
-    distance = rows[:, None] - columns[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

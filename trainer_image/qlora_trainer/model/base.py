@@ -12,7 +12,9 @@ from qlora_api.training import QuantizationSpec
 from qlora_trainer.core import cpu
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
+from qlora_trainer.model.activations import fuse_activations
 from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION
 
 COMPUTE_DTYPE = torch.bfloat16
@@ -67,6 +69,8 @@ def load_base(
     for layer in _quantized_layers(model):
         layer.support_avx512bf16_for_cpu = cpu.REPACKS_4BIT_LAYERS
     check_quantization(model, quantization)
+    fuse_norms(model)
+    fuse_activations(model)
     return model.eval()
 
 

@@ -19,7 +19,7 @@ MicroBatch = tuple[int, ...]
 class Batch:
     """One or more sequences as a single row of tokens. Their rows cannot see each other, so none is padded.
 
-    On a CPU a row of padding may follow, without targets.
+    A row of padding may follow, without targets: see `core.cpu.padding`.
     """
 
     input_ids: Tensor

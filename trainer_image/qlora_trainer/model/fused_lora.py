@@ -30,6 +30,8 @@ class FusedLora(Linear4bit):
         if arguments or keywords or not self._is_plain(x):
             return cast("Tensor", super().forward(x, *arguments, **keywords))
         base, name = self.get_base_layer(), self.active_adapters[0]
+        # Wider only behind what autocast computes in float32: it would multiply in 16 bit too.
+        x = x.to(base.compute_dtype)
         a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
         kept = cpu.keeps_dequantized(x.device.type, recomputed=self.recomputed)
         output, inner, dense = _LoraMatmul.apply(x, base.weight, base.quant_state, a, b, self.scaling[name], kept)
@@ -52,7 +54,8 @@ class FusedLora(Linear4bit):
             and not self.lora_bias[name]
             and isinstance(self.lora_dropout[name], nn.Identity)
             and torch.is_autocast_enabled(device)
-            and x.dtype == torch.get_autocast_dtype(device) == self.get_base_layer().compute_dtype
+            and x.is_floating_point()
+            and torch.get_autocast_dtype(device) == self.get_base_layer().compute_dtype
         )
 
 

@@ -9,10 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from qlora_trainer.core import cpu
 from qlora_trainer.model.batch import Batch
-
-CHUNK_TOKENS = 128
-"""Tokens whose logits exist at the same time; the memory estimate counts on it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,8 @@ def batch_loss(model: Any, batch: Batch) -> Tensor:
         input_ids=batch.input_ids, position_ids=batch.position_ids, rows=batch.rows, use_cache=False
     ).last_hidden_state[0]
     head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
-    return summed_loss(states[batch.predicting], batch.targets, head, transform)
+    chunk_tokens = cpu.loss_chunk_tokens(states.device.type)
+    return summed_loss(states[batch.predicting], batch.targets, head, transform, chunk_tokens)
 
 
 def summed_loss(
@@ -52,7 +51,7 @@ def summed_loss(
     targets: Tensor,
     head: torch.nn.Module,
     transform: LogitTransform,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int,
 ) -> Tensor:
     """Sum of the negative log-likelihoods (natural log) of `targets`, a float32 scalar.
 

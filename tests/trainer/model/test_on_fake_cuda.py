@@ -1,0 +1,151 @@
+"""On a GPU every family takes the fast kernels, forward and backward, and nothing of a step is multiplied in 32 bit."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, PretrainedConfig
+
+from qlora_trainer.model import attention
+from qlora_trainer.model.adapter import adapter_parameters
+from qlora_trainer.model.base import COMPUTE_DTYPE
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from tests.support.adapted import adapted
+from tests.support.fake_cuda import AMPERE, HOPPER, backward, fake_batch, fake_cuda, gradients, nodes, on_fake_cuda
+from tests.support.families import FAMILIES
+from tests.support.sequences import CPU, random_sequence
+from tests.support.tiny import SHAPE, save_model
+
+BLOCKS = SHAPE["num_hidden_layers"]
+KERNEL, KERNEL_BACKWARD = "torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"
+MATMULS = ("aten.mm.", "aten.addmm", "aten.bmm.", "aten.baddbmm")
+SEQUENCES = [random_sequence((40, 30, 58), 1), random_sequence((72,), 2)]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are run, each with the type of its first tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, torch.dtype]] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        if tensors:
+            self.counts[str(func), tensors[0].dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, *prefixes: str) -> dict[tuple[str, torch.dtype], int]:
+        """Those whose names begin so."""
+        return {key: count for key, count in self.counts.items() if key[0].startswith(prefixes)}
+
+
+class Step:
+    """One micro batch of a tiny model on a GPU without data, forward and backward."""
+
+    def __init__(self, config: PretrainedConfig, folder: Path, capability: tuple[int, int] = AMPERE) -> None:
+        model = adapted(save_model(folder, config))
+        batch = Batch.of(SEQUENCES, torch.device("meta"))
+        self.inputs: list[torch.dtype] = []
+        for name, _module in model.named_modules():
+            if name.endswith(".lora_A"):
+                layer = model.get_submodule(name.removesuffix(".lora_A"))
+                layer.register_forward_pre_hook(lambda _layer, given: self.inputs.append(given[0].dtype))
+        with fake_cuda(capability):
+            on_fake_cuda(model)
+            with Operations() as self.forward, torch.autocast("cuda", dtype=COMPUTE_DTYPE, cache_enabled=False):
+                loss = batch_loss(model.get_base_model(), fake_batch(batch))
+            self.nodes = Counter(type(node).__name__ for node in nodes(loss))
+            with Operations() as self.backward:
+                backward(loss)
+            self.trained = adapter_parameters(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_attention_and_adapted_layer_takes_the_16_bit_kernel(family: str, tmp_path: Path) -> None:
+    config, layers = FAMILIES[family]
+    step = Step(config, tmp_path / "model")
+
+    adapted_layers = BLOCKS * len(layers.split())
+    assert len(step.trained) == 2 * adapted_layers
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in step.trained.values())
+    # Each is recomputed for backward.
+    assert step.inputs == [torch.bfloat16] * 2 * adapted_layers
+    assert (step.nodes["_LoraMatmulBackward"], step.nodes["MatMul4BitBackward"]) == (adapted_layers, 0)
+    multiplied = step.forward.of(*MATMULS) | step.backward.of(*MATMULS)
+    assert {dtype for _, dtype in multiplied} == {torch.bfloat16}
+    kernels = (step.forward.of(KERNEL), step.backward.of(KERNEL), step.backward.of(KERNEL_BACKWARD))
+    # PyTorch's kernel has no cap of scores.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    expected = [{}] * 3 if capped else [{(name, torch.bfloat16): BLOCKS} for name in (KERNEL, KERNEL, KERNEL_BACKWARD)]
+    assert list(kernels) == expected
+    assert not step.forward.of("aten._scaled_dot_product", "aten._softmax") or capped
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+def test_a_head_size_that_no_kernel_takes_is_padded_to_one_that_it_takes(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes: list[int] = []
+
+    def kernel(query: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        sizes.append(query.shape[-1])
+        return varlen_attn(query, *arguments, **settings)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    step = Step(LlamaConfig(**SHAPE | {"head_dim": 100}), tmp_path / "model", capability)
+
+    assert set(sizes) == {104}
+    assert step.forward.of(KERNEL) == {(KERNEL, torch.bfloat16): BLOCKS}
+    assert step.backward.of(KERNEL_BACKWARD) == {(KERNEL_BACKWARD, torch.bfloat16): BLOCKS}
+
+
+def test_the_walk_over_the_graph_gives_the_gradients_of_the_engine(tmp_path: Path) -> None:
+    """On tensors with data, through gradient checkpointing, functions of ours and functions of PyTorch."""
+    model = adapted(save_model(tmp_path / "model", FAMILIES["qwen3"][0]))
+    trained = adapter_parameters(model)
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=COMPUTE_DTYPE, cache_enabled=False):
+            return batch_loss(model.get_base_model(), Batch.of(SEQUENCES, CPU))
+
+    expected = torch.autograd.grad(loss(), list(trained.values()))
+    # As within a backward pass of the engine.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+        found = gradients(loss(), list(trained.values()))
+        backward(loss())
+
+    for parameter, one, other in zip(trained.values(), found, expected, strict=True):
+        assert one is not None
+        assert one.dtype == other.dtype
+        # Sums of gradients in 16 bit are rounded, and the engine may add in another order.
+        assert float((one - other).norm() / other.norm()) < 2**-6
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, one)
+
+
+def test_the_walk_fits_gradients_to_what_they_are_of(tmp_path: Path) -> None:
+    """As the engine: summed over broadcast dimensions, in the type of the tensor, None where nothing leads."""
+    x = torch.randn(3, 1, requires_grad=True)
+    unused = torch.randn(2, requires_grad=True)
+    loss = (x.bfloat16() * torch.randn(3, 5)).float().sum() + x.sum()
+
+    expected = torch.autograd.grad(loss, [x, unused], allow_unused=True, retain_graph=True)
+    found = gradients(loss, [x, unused])
+
+    assert found[1] is expected[1] is None
+    assert found[0] is not None
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0], expected[0])

@@ -1,0 +1,125 @@
+"""Normalization in 16 bit with statistics in 32 bit, in one differentiable operation.
+
+Autocast on a GPU computes PyTorch's normalizations in float32 and returns float32: every layer behind one would be
+given float32 too. And transformers computes a root mean square in six operations, whose results are kept for backward.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import layer_norm, rms_norm
+
+from qlora_trainer.core import cpu
+
+_ROWS = 16
+# In float32, two correct ways to compute the same differ by a few roundings of 2^-24.
+_TOLERANCE = 2.0**-20
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Make every normalization that is recognized one operation, whose result has the type of the weights.
+
+    `nn.LayerNorm` is recognized by its forward pass. A root mean square (Zhang and Sennrich 2019, arXiv 1910.07467) is
+    recognized by what it computes from random numbers: x / rms(x), times its weight or times one plus its weight
+    (Gemma). Whatever else there is stays as it is. Parameters and their names do not change.
+    """
+    module: Any
+    for module in model.modules():
+        if type(module).forward is nn.LayerNorm.forward:
+            module.__class__ = _class_of(type(module), _LayerNorm)
+        elif (found := _as_root_mean_square(module)) is not None:
+            module.__class__ = _class_of(type(module), _RootMeanSquare)
+            module.added_to_weight, module.epsilon = found
+
+
+def _class_of(family: Any, fused: Any) -> Any:
+    return type(f"Fused{family.__name__}", (fused, family), {})
+
+
+class _LayerNorm(nn.LayerNorm):
+    """Computed in the type of its weights, as without autocast: the kernel's statistics are in 32 bit anyway."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalized `x`, in the type of the weights."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if self.weight is None else x.to(self.weight.dtype)
+            return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _RootMeanSquare(nn.Module):
+    """x / rms(x) · (c + weight), with c 0 or 1. An evaluation is the family's own, to the last bit."""
+
+    weight: Tensor
+    added_to_weight: int
+    epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalized `x`, in its type."""
+        if not torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+            return cast("Tensor", super().forward(x)).to(x.dtype)
+        if cpu.fuses_norms(x.device.type):
+            return cast("Tensor", _Normalize.apply(x, self.weight.float() + self.added_to_weight, self.epsilon))
+        with torch.autocast(x.device.type, enabled=False):
+            if not self.added_to_weight:
+                return rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+            # One plus a small weight is not rounded to 16 bit, which would lose most of the weight's digits.
+            normalized = rms_norm(x, self.weight.shape, None, self.epsilon)
+            return torch.addcmul(normalized, normalized, self.weight)
+
+
+class _Normalize(torch.autograd.Function):
+    """x / rms(x) · factor for a frozen float32 `factor`. Keeps x and one number for each row."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, factor: Tensor, epsilon: float) -> Tensor:
+        values = x.to(torch.float32, copy=True)
+        squares = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()
+        inverse = squares.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        context.save_for_backward(x, factor, inverse)
+        return values.mul_(inverse).mul_(factor).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, factor, inverse = context.saved_tensors
+        normalized = x.to(torch.float32, copy=True).mul_(inverse)
+        result = gradient.to(torch.float32, copy=True).mul_(factor)
+        along = torch.linalg.vecdot(normalized, result).unsqueeze(-1).div_(x.shape[-1])
+        return result.addcmul_(normalized, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+
+def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
+    """What is added to the weight, and the epsilon, if the module computes a root mean square, else None.
+
+    A copy is tried in float32 on a CPU, with weights of its own: the module's may have no data.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    if list(shapes) != ["weight"] or len(shapes["weight"]) != 1 or next(module.buffers(), None) is not None:
+        return None
+    trial: Any = copy.deepcopy(module).to_empty(device="cpu").float().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    trial.weight.normal_(generator=generator)
+    # Small rows too, in which epsilon counts.
+    sizes = torch.logspace(-5, 1, _ROWS, device="cpu").unsqueeze(1)
+    x = sizes * torch.randn((_ROWS, *shapes["weight"]), generator=generator, device="cpu")
+    try:
+        found = trial(x)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None
+    for epsilon in (value for value in vars(module).values() if isinstance(value, float)):
+        for added in (0, 1):
+            expected = rms_norm(x, trial.weight.shape, trial.weight + added, epsilon)
+            if _close(found, expected):
+                return added, epsilon
+    return None
+
+
+def _close(found: Any, expected: Tensor) -> bool:
+    return (
+        isinstance(found, Tensor)
+        and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        and torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+    )
