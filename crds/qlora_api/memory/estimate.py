@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_api.memory.families import FAMILIES, Widths
 from qlora_api.memory.model_shape import ModelShape
 
@@ -67,7 +68,7 @@ class TrainingShape:
     gpus: int = 1
     sharding: Sharding = "none"
     """`full`: each GPU holds a part of the quantized blocks, and all of everything else."""
-    loss_chunk_tokens: int | None = 128
+    loss_chunk_tokens: int | None = GPU_LOSS_CHUNK_TOKENS
     """Tokens whose logits exist at the same time; None builds those of the whole micro batch."""
     upcast: bool = False
     """PEFT's `prepare_model_for_kbit_training`: embeddings, norms and with them the residual stream in 32-bit."""
