@@ -98,12 +98,19 @@ def _run(signal_name: str, every: float, steps: int) -> Outcome:
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
         train = [word if word != "prepare" else "train" for word in command]
         attempts = [_attempt(train, environment, signal_name, every)]
-        while attempts[-1].exit_code != 0:
-            attempts.append(_attempt(train, environment, signal_name, every))
         workspace = folder / WORKSPACE
+        while attempts[-1].exit_code != 0:
+            before = _checkpoints(workspace)
+            attempts.append(_attempt(train, environment, signal_name, every))
+            if attempts[-1].exit_code != 0 and _checkpoints(workspace) == before:
+                sys.exit(f"an attempt of {every:g} seconds saved no new checkpoint: raise --every")
         record = json.loads((workspace / "records" / "train.json").read_text())
         state = json.loads((workspace / "checkpoints" / f"step-{steps}" / "state.json").read_text())
         return Outcome(signal_name, tuple(attempts), record["goodput"], state["run"]["kept_seconds"])
+
+
+def _checkpoints(workspace: Path) -> list[str]:
+    return sorted(path.name for path in (workspace / "checkpoints").glob("step-*"))
 
 
 def _attempt(command: list[str], environment: dict[str, str], signal_name: str, every: float) -> Attempt:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from qlora_trainer.model.loftq import _largest
-from qlora_trainer.training.device import require_gpu
+from qlora_trainer.training.device import use_device
 from tests.gpu.figures import Figures
 
 
 def test_this_gpu_is_accepted() -> None:
-    require_gpu(0)
+    assert use_device("cuda", 1, 0) == torch.device("cuda")
+    assert torch.cuda.current_device() == 0
 
 
 # Each tensor is a little larger than all before it, as micro batches are: no gap that one leaves fits the next.

@@ -45,6 +45,10 @@ def test_time_between_attempts_does_not_count() -> None:
     assert goodput(950, spent) == 0.95
 
 
+def test_an_attempt_without_an_end_ended_when_the_next_one_started() -> None:
+    assert spent_seconds([attempt(0, None), attempt(60, 100), attempt(1000, None)], after(1010)) == 60 + 40 + 10
+
+
 def test_clocks_that_differ_give_no_share_below_zero_or_above_one() -> None:
     assert spent_seconds([attempt(10, 5), attempt(0, 2)], START) == 2
     assert goodput(3, 2) == 1.0
@@ -82,6 +86,15 @@ def test_a_sign_of_life_is_newer_than_the_last_one(tmp_path: Path) -> None:
     show_life(tmp_path)
 
     assert (tmp_path / ATTEMPTS_FILE).stat().st_mtime > 0
+    assert len(read_attempts(tmp_path)) == 1
+
+
+def test_a_run_outlives_the_record_of_its_attempts(tmp_path: Path) -> None:
+    with recorded_attempt(tmp_path, 0, PodOfJob("a", 1, START), lambda: after(60)):
+        (tmp_path / ATTEMPTS_FILE).unlink()
+        show_life(tmp_path)
+
+    assert [found.ended for found in read_attempts(tmp_path)] == ["succeeded"]
 
 
 def test_a_process_started_before_its_first_line_ran() -> None:

@@ -21,9 +21,8 @@ from qlora_trainer.model.attention_cpu import causal_rows
 
 ATTENTION = "qlora_rows"
 """The name to give as `attn_implementation`."""
-# What torch's variable-length kernels are built for: compute capability 8.0 (Ampere) and later, heads up to this size,
+# What torch's variable-length kernels are built for, on the GPUs that `training.device` accepts: heads up to this size,
 # in steps of eight.
-_FIRST_CAPABILITY = 8
 _LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 _SHORTEST_BOUND = 256
@@ -119,7 +118,6 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
-        and torch.cuda.get_device_capability(query.device)[0] >= _FIRST_CAPABILITY
     )
 
 

@@ -6,7 +6,6 @@ How often a job may be interrupted is not judged here: a pod cannot tell an evic
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +108,8 @@ def _precise(time: datetime) -> str:
 
 def show_life(records: Path) -> None:
     """Leave a sign of life of the running attempt, for an end that it cannot record. Raises OSError."""
-    os.utime(records / ATTEMPTS_FILE)
+    # Not os.utime: somebody who deletes the file must not end the run.
+    (records / ATTEMPTS_FILE).touch()
 
 
 def _with_ends(attempts: Sequence[Attempt], records: Path) -> list[Attempt]:

@@ -9,13 +9,15 @@ from qlora_trainer.training.attempts import Attempt
 def spent_seconds(attempts: Sequence[Attempt], now: datetime) -> float:
     """Seconds for which the attempts have run; the last of them, if it has not ended, until `now`.
 
-    Of an attempt that was killed the last sign of life counts as its end.
+    Of an attempt that was killed the last sign of life counts as its end. One whose end nobody has recorded, as by an
+    earlier release, ended at the latest when the next one started.
     """
-    ends = [None if attempt.ended_at is None else datetime.fromisoformat(attempt.ended_at) for attempt in attempts]
-    return sum(
-        max(0.0, ((end or now) - datetime.fromisoformat(attempt.started_at)).total_seconds())
-        for attempt, end in zip(attempts, ends, strict=True)
-    )
+    starts = [datetime.fromisoformat(attempt.started_at) for attempt in attempts]
+    seconds = 0.0
+    for attempt, start, latest in zip(attempts, starts, [*starts[1:], now], strict=True):
+        end = latest if attempt.ended_at is None else datetime.fromisoformat(attempt.ended_at)
+        seconds += max(0.0, (end - start).total_seconds())
+    return seconds
 
 
 def goodput(kept_seconds: float, spent: float) -> float | None:
