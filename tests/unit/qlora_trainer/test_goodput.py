@@ -49,6 +49,13 @@ def test_an_attempt_without_an_end_ended_when_the_next_one_started() -> None:
     assert spent_seconds([attempt(0, None), attempt(60, 100), attempt(1000, None)], after(1010)) == 60 + 40 + 10
 
 
+def test_a_process_that_reads_no_attempts_has_no_goodput() -> None:
+    spent = spent_seconds([], START)
+
+    assert spent == 0
+    assert goodput(10.0, spent) is None
+
+
 def test_clocks_that_differ_give_no_share_below_zero_or_above_one() -> None:
     assert spent_seconds([attempt(10, 5), attempt(0, 2)], START) == 2
     assert goodput(3, 2) == 1.0

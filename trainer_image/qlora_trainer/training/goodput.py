@@ -10,11 +10,12 @@ def spent_seconds(attempts: Sequence[Attempt], now: datetime) -> float:
     """Seconds for which the attempts have run; the last of them, if it has not ended, until `now`.
 
     Of an attempt that was killed the last sign of life counts as its end. One whose end nobody has recorded, as by an
-    earlier release, ended at the latest when the next one started.
+    earlier release, ended at the latest when the next one started. Without any, as in all but the main process of a
+    run, 0.
     """
     starts = [datetime.fromisoformat(attempt.started_at) for attempt in attempts]
     seconds = 0.0
-    for attempt, start, latest in zip(attempts, starts, [*starts[1:], now], strict=True):
+    for attempt, start, latest in zip(attempts, starts, [*starts, now][1:], strict=True):
         end = latest if attempt.ended_at is None else datetime.fromisoformat(attempt.ended_at)
         seconds += max(0.0, (end - start).total_seconds())
     return seconds
