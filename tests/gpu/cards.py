@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FIRST_CAPABILITY = (8, 0)
-"""The first compute capability with bfloat16, in which the trainer computes, and with PyTorch's kernel for rows."""
+from qlora_trainer.training.device import FIRST_CAPABILITY
 
 
 @dataclass(frozen=True)

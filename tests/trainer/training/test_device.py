@@ -1,6 +1,9 @@
 """GPUs on which the trainer does not run are rejected by name, and NCCL between those that do has a time limit."""
 
+import json
 import os
+import queue
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +15,7 @@ from devcluster.addresses import free_port
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.training import device as device_module
+from qlora_trainer.training import nccl as nccl_module
 from qlora_trainer.training import ranks
 from qlora_trainer.training.device import use_device
 from qlora_trainer.training.launch import ChildRanks, RankInfo
@@ -168,3 +172,46 @@ def test_nccls_watchdog_is_left_on_with_a_time_limit_and_each_process_has_the_gp
     assert nccl.started.timeouts == [ranks.TO_CONNECT, ranks.TIMEOUT]
     assert nccl.started.settings["device_id"] == torch.device("cuda", 0)
     assert nccl.started.settings["backend"] == "cpu:gloo,cuda:nccl"
+
+
+def fail_elsewhere(port: int, message: str) -> None:
+    """Rank 1 reports that it has failed."""
+    client = torch.distributed.TCPStore("127.0.0.1", port, 2, False, wait_for_workers=False)
+    failure = {"rank": 1, "code": int(ExitCode.GPU_OUT_OF_MEMORY), "message": message}
+    torch.distributed.PrefixStore("attempt-0", client).set(ranks._FAILURE, json.dumps(failure))
+
+
+def test_a_process_that_waits_in_nccl_for_one_that_has_failed_ends_with_its_exit_code(
+    nccl: Nccl, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    endings: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(os, "_exit", endings.put)
+    monkeypatch.setattr(nccl_module, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(nccl_module, "SECONDS_TO_NOTICE", 0.01)
+    rank_info = RankInfo(size=2, local_size=2, address="127.0.0.1", port=free_port())
+    with joined(ChildRanks(rank_info), "cuda", "full"):
+        fail_elsewhere(rank_info.port, "the GPU is out of memory")
+
+        assert endings.get(timeout=60) == ExitCode.GPU_OUT_OF_MEMORY
+    assert "rank 1: the GPU is out of memory" in caplog.text
+
+
+def test_a_process_that_notices_by_itself_that_another_one_has_failed_is_not_ended(
+    nccl: Nccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endings: list[int] = []
+    monkeypatch.setattr(os, "_exit", endings.append)
+    monkeypatch.setattr(nccl_module, "SECONDS_BETWEEN_LOOKS", 0.01)
+    rank_info = RankInfo(size=2, local_size=2, address="127.0.0.1", port=free_port())
+
+    def fail() -> None:
+        with joined(ChildRanks(rank_info), "cuda", "full") as found:
+            fail_elsewhere(rank_info.port, "the GPU is out of memory")
+            assert found.lost is not None
+            raise found.lost(RuntimeError("Connection closed"))
+
+    with pytest.raises(StepFailure, match="rank 1: the GPU is out of memory"):
+        fail()
+    for watch in (thread for thread in threading.enumerate() if thread.name == nccl_module.WATCH):
+        watch.join()
+    assert endings == []

@@ -514,6 +514,8 @@ def test_nccls_settings_are_the_profiles_and_only_of_train_pods_that_use_it() ->
     assert not environment_of(alone).keys() & settings.keys()
     with pytest.raises(ValueError, match="NCCL_ and capital letters"):
         Profile.model_validate(PROFILE.dump() | {"nccl": {"LD_PRELOAD": "/workspace/evil.so"}})
+    with pytest.raises(ValueError, match=r"found NCCL_BLOCKING_WAIT, .* turn off the watchdog"):
+        Profile.model_validate(PROFILE.dump() | {"nccl": {"NCCL_BLOCKING_WAIT": "1"}})
 
 
 def test_the_train_pods_of_a_job_find_and_reach_each_other_and_nothing_else() -> None:

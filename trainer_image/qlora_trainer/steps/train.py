@@ -69,11 +69,11 @@ def train(
     done = _already_trained(context, job.digest)
     if done is not None:
         return done
-    with ExitStack() as held:
+    with ExitStack() as held, ExitStack() as together:
         checkpoint = held.enter_context(_attempt(job, now)) if rank_info.main else None
-        child_ranks = held.enter_context(started_child_ranks(rank_info, command))
+        child_ranks = together.enter_context(started_child_ranks(rank_info, command))
         meeting = _meeting(job, rank_info, Runtime(records, stop, now, monotonic))
-        ranks = held.enter_context(joined(child_ranks, context.device, context.spec.training.sharding, meeting))
+        ranks = together.enter_context(joined(child_ranks, context.device, context.spec.training.sharding, meeting))
         checkpoint = agreed_checkpoint(ranks, job.digest, checkpoint, context.workspace.checkpoints)
         shortage = partial(explained_shortage, context.spec, prepared.target_modules, job.model_folder, context.device)
         with shortage(lambda: context.spec.training.micro_batch_size):
@@ -88,6 +88,8 @@ def train(
         # Not read from the workspace, where another node may see the file only after a while.
         record = _agreed_record(ranks, record)
         ranks.wait()
+        # However the others end from here on, the adapter is written.
+        together.close()
         if ranks.main:
             _leave_samples(run, job.model_folder)
     return record

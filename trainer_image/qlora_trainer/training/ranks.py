@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -34,11 +34,12 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_
 from qlora_trainer.core.outcome import classify
 from qlora_trainer.training.device import require_gpu
 from qlora_trainer.training.launch import ChildRanks, RankInfo
+from qlora_trainer.training.nccl import ended_with_the_others
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in an exchange: loading a large model, or saving on a slow volume.
 
-NCCL's watchdog has the same limit, see `_end_with_nccl`. It exists only without TORCH_NCCL_BLOCKING_WAIT.
+NCCL's watchdog has the same limit. It exists only without TORCH_NCCL_BLOCKING_WAIT.
 """
 TO_CONNECT = timedelta(minutes=2)
 """How long a rank waits for the address of another one once all have met."""
@@ -56,7 +57,6 @@ _LOOKS = 50
 _SECONDS_TO_CONNECT = timedelta(seconds=5)
 _SECONDS_BETWEEN_CONNECTS = 1.0
 _SECONDS_TO_TELL = 1.0
-_ABORT_HOOK = 1
 # What gloo and NCCL report outside of our own exchanges, as in the passes of a sharded base. It has no type of its own.
 _CONNECTION = re.compile(
     r"gloo/|Connection (closed|reset|refused)|Broken pipe|ncclRemoteError|collective operation timeout|NCCL timeout"
@@ -280,15 +280,15 @@ def joined(
         yield Ranks()
         return
     store = _store(rank_info, meeting, child_ranks)
-    endings = _Endings(store, child_ranks)
+    # A connection of its own: an exchange may keep the store's for half an hour.
+    endings = _Endings(store.clone(), child_ranks)
     try:
         _wait_for_all(store, rank_info, endings, meeting)
         # It asks the store too, and would wait without end for one whose node stops now.
         _answer(lambda: _connect_all(store, rank_info, device), GLOO_CONNECTS_FOR * TO_CONNECT.total_seconds())
         torch.distributed.set_timeout(TIMEOUT)
-        if device == "cuda":
-            _end_with_nccl(endings)
-        yield Ranks(rank_info, store, sharding == "full", endings)
+        with ended_with_the_others(endings, endings.require_none) if device == "cuda" else nullcontext():
+            yield Ranks(rank_info, store, sharding == "full", endings)
     except Interrupted:
         raise
     except Exception as error:
@@ -301,8 +301,6 @@ def joined(
             raise lost from error
         endings.publish(error)
         raise
-    if device == "cuda":
-        _no_longer_end_with_nccl()
     torch.distributed.destroy_process_group()
 
 
@@ -318,32 +316,6 @@ def _connect_all(store: Any, rank_info: RankInfo, device: Device) -> None:
         timeout=TO_CONNECT,
         device_id=torch.device(device, rank_info.local_rank) if device == "cuda" else None,
     )
-
-
-def _end_with_nccl(endings: _Endings) -> None:
-    """End this process with an exit code that is retried when NCCL's watchdog gives up an exchange.
-
-    It does so after the group's timeout, or at once when NCCL has lost a connection, and would abort the process
-    (SIGABRT), whose main thread waits for the GPU and can raise nothing. The watchdog calls hooks before that, in its
-    own thread. PyTorch's older implementation (TORCH_DIST_USE_NCCL2=0) has none, and aborts.
-    """
-    nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
-    if nccl.supports_abort_hooks:
-        nccl.register_abort_hook(_ABORT_HOOK, lambda: _end_now(endings))
-
-
-def _no_longer_end_with_nccl() -> None:
-    """Let nothing that NCCL reports while it is taken down change how a run that is over ends."""
-    nccl = torch.distributed.group.WORLD._get_backend(torch.device("cuda"))
-    if nccl.supports_abort_hooks:
-        nccl.unregister_abort_hook(_ABORT_HOOK)
-
-
-def _end_now(endings: _Endings) -> None:
-    failure = endings(torch.distributed.DistBackendError("NCCL has given up an exchange"))
-    logger.error(failure.message)
-    # The operator knows the exit code's reason; no result record can be written beside the main thread.
-    os._exit(failure.exit_code)
 
 
 def is_lost_connection(error: Exception) -> bool:
