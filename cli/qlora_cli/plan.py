@@ -4,18 +4,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qlora_api.contract import ExitCode
-from qlora_api.memory.advice import Advice, advice, budget, first_change, is_thin, room, verdict
-from qlora_api.memory.estimate import GIB, TrainingShape, estimate
-from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.advice import (
+    Advice,
+    advice,
+    budget,
+    first_change,
+    is_thin,
+    larger_micro_batch,
+    room,
+    verdict,
+)
+from qlora_api.memory.estimate import GIB, MemoryEstimate, TrainingShape
 from qlora_api.model_and_output import BaseModelSpec
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
-from qlora_trainer.model.memory_fit import read_shape, training_shape
+from qlora_trainer.model.dry_run.limited import DryRunFailed, check_and_measure_within_limits
+from qlora_trainer.model.job_memory import JobMemory, Measure, MeasuredJob, measured_further
+from qlora_trainer.model.memory_fit import job_of_table, read_shape, training_shape
 
 _GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
 _COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
@@ -28,32 +39,56 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What decides the memory of a job, and the memory of the GPU that it runs on, in GiB; None if it is not given."""
+    """The memory of a job, and that of the GPU that it runs on, in GiB; None if it is not given."""
 
     title: str
-    model: ModelShape
+    job: JobMemory | None
+    """None if the memory is not known."""
     training: TrainingShape
     gpu_gib: int | None
     nodes: int = 1
+    unknown: str = ""
+    """Why the memory is not known."""
 
     @property
     def exit_code(self) -> ExitCode:
         """DOES_NOT_FIT if `prepare` would reject the job, else DONE."""
-        if self.gpu_gib is None or verdict(estimate(self.model, self.training), self.gpu_gib) != "exceeds":
+        if self.job is None or self.gpu_gib is None:
             return ExitCode.DONE
-        return ExitCode.DOES_NOT_FIT
+        judged = verdict(self.job.estimate(self.training), self.gpu_gib)
+        return ExitCode.DOES_NOT_FIT if judged == "exceeds" else ExitCode.DONE
 
 
-def make_plan(name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None) -> MemoryPlan:
-    """The plan of a job whose model has this config.json. Raises StepFailure if the model is not supported."""
+def make_plan(
+    name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None, measure: Measure = check_and_measure_within_limits
+) -> MemoryPlan:
+    """The plan of a job whose model has this config.json: from the table of families if the model is in it.
+
+    Otherwise from a dry run, for which the trainer has to be installed. Raises StepFailure if the model is not
+    supported.
+    """
+    training = training_shape(spec, spec.lora.target_modules)
+    job, unknown = _job(spec, config, training, measure)
     return MemoryPlan(
         title=f"{name}: {spec.model.source}, rank {spec.lora.rank}, "
         f"{spec.training.micro_batch_size} × {spec.training.max_sequence_length} tokens",
-        model=read_shape(config),
-        training=training_shape(spec, spec.lora.target_modules),
+        job=job,
+        training=training,
         gpu_gib=gpu_gib if gpu_gib is not None else spec.resources.gpu_memory,
         nodes=spec.resources.node_count,
+        unknown=unknown,
     )
+
+
+def _job(spec: QLoRAJobSpec, config: Path, training: TrainingShape, measure: Measure) -> tuple[JobMemory | None, str]:
+    """The job's memory, or None and why it is not known."""
+    shape = read_shape(config)
+    if shape is not None:
+        return job_of_table(shape, training), ""
+    try:
+        return MeasuredJob.of(config, spec, training, measure=measure), ""
+    except DryRunFailed as failure:
+        return None, str(failure)
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
@@ -101,7 +136,23 @@ def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
 
 def show_plan(plan: MemoryPlan, console: Console) -> None:
     """Print the estimate by component, its range, and the verdict with the settings to change."""
-    memory = estimate(plan.model, plan.training)
+    if plan.job is None:
+        console.print(f"[bold]{escape(plan.title)}[/]")
+        console.print(
+            f"[bold yellow]unknown[/]: the table of model families does not have this model; {escape(plan.unknown)}."
+        )
+        return
+    memory = plan.job.estimate(plan.training)
+    _show_components(plan, memory, console)
+    if plan.training.gpus > 1:
+        _show_gpus(plan, console)
+    if plan.gpu_gib is None:
+        _show_gpu_sizes(memory, console)
+    else:
+        _show_verdict(plan.job, plan.gpu_gib, console)
+
+
+def _show_components(plan: MemoryPlan, memory: MemoryEstimate, console: Console) -> None:
     table = Table(title=plan.title, title_justify="left", title_style="bold", show_footer=True)
     table.add_column("GPU memory", footer="Expected peak")
     table.add_column("GiB", justify="right", footer=_gib(memory.expected))
@@ -116,31 +167,30 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
         f"Low {_gib(memory.low)}, expected {_gib(memory.expected)}, high {_gib(memory.high)} GiB. "
         "Low assumes that the optimizer's pages are in host memory."
     )
-    if plan.training.gpus > 1:
-        held = "a part of the base" if plan.training.sharding == "full" else "the whole base"
-        where = f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
-        console.print(f"Each of the {plan.training.gpus} GPUs{where} holds {held} and needs this much.")
-        if (micro_batches := plan.training.gradient_accumulation_steps) % plan.training.gpus:
-            console.print(
-                f"training.gradientAccumulationSteps is {micro_batches}, which {plan.training.gpus} GPUs cannot share "
-                "evenly: a multiple of them leaves none idle."
-            )
-    if plan.gpu_gib is None:
-        _show_gpu_sizes(plan, console)
-    else:
-        _show_verdict(plan, plan.gpu_gib, console)
+    if isinstance(plan.job, MeasuredJob):
+        console.print("Activations and logits are from a dry run of the model's layers.")
 
 
-def _show_gpu_sizes(plan: MemoryPlan, console: Console) -> None:
-    memory = estimate(plan.model, plan.training)
+def _show_gpus(plan: MemoryPlan, console: Console) -> None:
+    held = "a part of the base" if plan.training.sharding == "full" else "the whole base"
+    where = f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
+    console.print(f"Each of the {plan.training.gpus} GPUs{where} holds {held} and needs this much.")
+    if (micro_batches := plan.training.gradient_accumulation_steps) % plan.training.gpus:
+        console.print(
+            f"training.gradientAccumulationSteps is {micro_batches}, which {plan.training.gpus} GPUs cannot share "
+            "evenly: a multiple of them leaves none idle."
+        )
+
+
+def _show_gpu_sizes(memory: MemoryEstimate, console: Console) -> None:
     console.print("\nVerdict by GPU memory in GiB (to choose one, set spec.resources.gpuMemory or --gpu-memory):")
     for size in _GPU_SIZES_GIB:
         judged = verdict(memory, size)
         console.print(f"  {size:>4}  [{_COLORS[judged]}]{judged}[/]")
 
 
-def _show_verdict(plan: MemoryPlan, gpu_gib: int, console: Console) -> None:
-    memory = estimate(plan.model, plan.training)
+def _show_verdict(job: JobMemory, gpu_gib: int, console: Console) -> None:
+    memory = job.estimate(job.training)
     judged = verdict(memory, gpu_gib)
     spare = room(memory, gpu_gib)
     left = f"{_gib(spare)} GiB are left" if spare >= 0 else f"{_gib(-spare)} GiB are missing"
@@ -148,28 +198,45 @@ def _show_verdict(plan: MemoryPlan, gpu_gib: int, console: Console) -> None:
         f"\n[bold {_COLORS[judged]}]{judged}[/]: {_MEANING[judged]} on a GPU of {gpu_gib} GiB: of "
         f"{_gib(budget(gpu_gib))} usable, {left}."
     )
-    if judged == "fits":
-        if is_thin(memory, gpu_gib):
-            _show_first_change(plan, gpu_gib, memory.expected, console)
+    if judged == "fits" and not is_thin(memory, gpu_gib):
+        _show_larger(measured_further(job, job.with_larger), gpu_gib, console)
         return
-    steps = advice(plan.model, plan.training, gpu_gib)
+    job = measured_further(job, job.with_smaller)
+    if judged == "fits":
+        _show_first_change(job, gpu_gib, memory.expected, console)
+        return
+    steps = advice(job.estimate, job.training, gpu_gib)
     if steps:
         _show_advice(steps, memory.expected, console)
     if not steps or steps[-1].verdict != "fits":
         console.print("Even with all of this, only a larger GPU or a smaller model is sure to fit.")
 
 
-def _show_first_change(plan: MemoryPlan, gpu_gib: int, expected: int, console: Console) -> None:
+def _show_larger(job: JobMemory, gpu_gib: int, console: Console) -> None:
+    """Micro batches that make use of the memory that is left."""
+    step = larger_micro_batch(job.estimate, job.training, gpu_gib)
+    if step is None:
+        return
+    console.print("To train faster, with the same result, if the model can keep the rows of a batch apart:")
+    _show_changes(step, console)
+    console.print(f"  {_gib(step.expected)} GiB, [{_COLORS[step.verdict]}]{step.verdict}[/].")
+
+
+def _show_first_change(job: JobMemory, gpu_gib: int, expected: int, console: Console) -> None:
     """The setting to change if the memory that is left turns out to be too little."""
-    step = first_change(plan.model, plan.training, gpu_gib)
+    step = first_change(job.estimate, job.training, gpu_gib)
     if step is None:
         console.print("That is little, and no setting frees more: use a larger GPU.")
         return
     gain = _gib(expected - step.expected)
     console.print(f"That is little. To free {gain} GiB more, first change:")
+    _show_changes(step, console)
+    console.print(f"  {step.effect}")
+
+
+def _show_changes(step: Advice, console: Console) -> None:
     for change in step.changes:
         console.print(f"  spec.{change.setting}: {change.current} → [bold]{change.proposed}[/]")
-    console.print(f"  {step.effect}")
 
 
 def _show_advice(steps: tuple[Advice, ...], expected: int, console: Console) -> None:

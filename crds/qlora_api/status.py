@@ -13,6 +13,7 @@ MAX_MESSAGE_LENGTH = 1024
 MAX_DOCUMENT_LENGTH = 65_536
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
+MemorySource = Literal["DryRun", "Table"]
 StepName = Literal["prepare", "train", "publish", "clean"]
 
 
@@ -124,14 +125,23 @@ class ProgressStatus(ObservedModel):
 class MemoryStatus(ObservedModel):
     """GPU memory that the run is expected to need, estimated before any weight is downloaded."""
 
-    estimate_bytes: Bytes = Field(description="Expected peak.")
-    low_bytes: Bytes = Field(description="Lower end of what is plausible.")
-    high_bytes: Bytes = Field(description="Upper end of what is plausible.")
+    estimate_bytes: Bytes | None = Field(None, description="Expected peak; not set if it is unknown.")
+    low_bytes: Bytes | None = Field(None, description="Lower end of what is plausible; not set if it is unknown.")
+    high_bytes: Bytes | None = Field(None, description="Upper end of what is plausible; not set if it is unknown.")
     budget_bytes: Bytes | None = Field(
         None, description="Usable memory of the GPU; not set if resources.gpuMemory is not."
     )
     verdict: Literal["fits", "tight", "exceeds", "unknown"] = Field(
-        description="Whether the run fits the GPU; unknown if resources.gpuMemory is not set."
+        description="Whether the run fits the GPU; unknown if resources.gpuMemory or the estimate is not set."
+    )
+    source: MemorySource | None = Field(
+        None,
+        description="Where the estimate is from: a training step of the model's layers without data (DryRun), or a "
+        "formula with numbers for each model family (Table), when the dry run failed; not set if it is unknown.",
+    )
+    message: Message = Field(
+        "",
+        description="Why the dry run failed, if it did, and a larger micro batch that fits the GPU too.",
     )
     peak_bytes: Bytes | None = Field(None, description="Measured peak of the run, for comparison.")
 

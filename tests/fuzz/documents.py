@@ -180,7 +180,7 @@ def _settings(content: bytes, folder: Path) -> None:
 
 def _shape(content: bytes, folder: Path) -> None:
     shape = read_shape(_written(content, folder, "config.json"))
-    assert shape.linear_parameters > 0
+    assert shape is None or shape.linear_parameters > 0
 
 
 def _published(content: bytes, _folder: Path) -> None:

@@ -5,15 +5,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from qlora_api.memory.estimate import GIB, MemoryEstimate, TrainingShape, estimate
-from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.estimate import GIB, MemoryEstimate, TrainingShape
 
+Estimator = Callable[[TrainingShape], MemoryEstimate]
+"""The memory of one model with these settings."""
 Verdict = Literal["fits", "tight", "exceeds"]
 _ADMISSION_MARGIN = 1.07
 _USABLE_SHARE = 0.98
 # A run that fits with less than this share of the budget to spare is shown what to change first.
 _THIN_MARGIN = 0.05
-_SHORTEST_SEQUENCE = 256
+SHORTEST_SEQUENCE = 256
+"""Tokens below which no sequence is advised to be cut."""
+LARGEST_MICRO_BATCH_TOKENS = 4096
+"""Tokens of a micro batch beyond which a larger one hardly trains faster."""
 _SMALLEST_RANK = 8
 # A change that saves less than this share is noise beside the estimate's own error.
 _WORTHWHILE_SAVING = 0.01
@@ -76,7 +80,7 @@ class Advice:
     verdict: Verdict
 
 
-def advice(model: ModelShape, training: TrainingShape, gpu_gib: float) -> tuple[Advice, ...]:
+def advice(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> tuple[Advice, ...]:
     """Settings to change, one after the other, until the run fits a GPU of `gpu_gib` GiB.
 
     First what costs time only, then what costs precision, then what cuts the data or the adapter; each no further than
@@ -85,13 +89,13 @@ def advice(model: ModelShape, training: TrainingShape, gpu_gib: float) -> tuple[
     """
     steps: list[Advice] = []
     for effect, candidates in _REMEDIES:
-        before = estimate(model, training)
+        before = estimate(training)
         if verdict(before, gpu_gib) == "fits":
             break
-        proposal = _mildest_that_fits(model, candidates(training), gpu_gib)
+        proposal = _mildest_that_fits(estimate, candidates(training), gpu_gib)
         if proposal is None:
             continue
-        after = estimate(model, proposal)
+        after = estimate(proposal)
         judged = verdict(after, gpu_gib)
         if judged != "fits" and after.expected > before.expected * (1 - _WORTHWHILE_SAVING):
             continue
@@ -100,24 +104,48 @@ def advice(model: ModelShape, training: TrainingShape, gpu_gib: float) -> tuple[
     return tuple(steps)
 
 
-def first_change(model: ModelShape, training: TrainingShape, gpu_gib: float) -> Advice | None:
+def first_change(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> Advice | None:
     """The setting to change first for more room, whether the run fits or not; None if there is none that helps."""
-    before = estimate(model, training)
+    before = estimate(training)
     for effect, candidates in _REMEDIES:
         proposal = next(candidates(training), None)
         if proposal is None:
             continue
-        after = estimate(model, proposal)
+        after = estimate(proposal)
         if after.expected <= before.expected * (1 - _WORTHWHILE_SAVING):
             return Advice(_changes(training, proposal), effect, proposal, after.expected, verdict(after, gpu_gib))
     return None
 
 
-def _mildest_that_fits(model: ModelShape, candidates: Iterator[TrainingShape], gpu_gib: float) -> TrainingShape | None:
+def larger_micro_batch(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> Advice | None:
+    """The same batch in the largest micro batches that fit a GPU of `gpu_gib` GiB with room to spare; None if in none.
+
+    They have at most 4,096 tokens each, and divide the batch as evenly among the GPUs as the run's own.
+    Raises ValueError unless `gpu_gib` is positive.
+    """
+    for larger in larger_micro_batches(training):
+        memory = estimate(larger)
+        if verdict(memory, gpu_gib) == "fits" and not is_thin(memory, gpu_gib):
+            return Advice(_changes(training, larger), _LARGER, larger, memory.expected, "fits")
+    return None
+
+
+def larger_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
+    """The same batch in larger micro batches, the largest first."""
+    size, steps = training.micro_batch_size, training.gradient_accumulation_steps
+    for larger in range(LARGEST_MICRO_BATCH_TOKENS // training.sequence_length, size, -1):
+        fewer, left = divmod(size * steps, larger)
+        if not left and (fewer % training.gpus == 0 or steps % training.gpus):
+            yield replace(training, micro_batch_size=larger, gradient_accumulation_steps=fewer)
+
+
+def _mildest_that_fits(
+    estimate: Estimator, candidates: Iterator[TrainingShape], gpu_gib: float
+) -> TrainingShape | None:
     """The first candidate that fits, else the last one, else None."""
     candidate = None
     for candidate in candidates:
-        if verdict(estimate(model, candidate), gpu_gib) == "fits":
+        if verdict(estimate(candidate), gpu_gib) == "fits":
             break
     return candidate
 
@@ -153,13 +181,14 @@ _REMEDIES: tuple[tuple[str, Callable[[TrainingShape], Iterator[TrainingShape]]],
     ("The same batch in more, smaller micro batches: slower, with the same result.", _smaller_micro_batches),
     ("The quantization constants are quantized too: without measurable loss.", _set("double_quantization", True)),
     ("Adam's moments are stored in 8-bit: results hardly differ.", _set("optimizer", "paged_adamw_8bit")),
-    ("Rows longer than this are left out.", _halve("sequence_length", _SHORTEST_SEQUENCE)),
+    ("Rows longer than this are left out.", _halve("sequence_length", SHORTEST_SEQUENCE)),
     (
         "The adapter has less capacity; lower lora.alpha in proportion to keep its scale.",
         _halve("rank", _SMALLEST_RANK),
     ),
     ("Adapter weights have no 32-bit copy: small updates are lost to rounding.", _set("adapter_bytes", 2)),
 )
+_LARGER = "The same batch in fewer, larger micro batches: faster, with the same result."
 _SPEC_PATHS: Mapping[str, str] = {
     "gradient_checkpointing": "training.gradientCheckpointing",
     "micro_batch_size": "training.microBatchSize",

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
-from qlora_api.memory.families import FAMILIES, Widths
 from qlora_api.memory.model_shape import ModelShape
 
 Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]
 Sharding = Literal["none", "full"]
 GIB = 2**30
 ALL_LINEAR = frozenset({"all-linear"})
-LINEARS = frozenset(name for family in FAMILIES.values() for name in family.linears(Widths(1, 1, 1, 1)))
-"""Names of linear layers in the blocks of any family."""
 WHOLE_MODULES = frozenset({"embed_tokens", "lm_head"})
 """Modules that can be trained whole."""
 _CONTEXT_BYTES = 600_000_000
@@ -27,8 +24,8 @@ _WEIGHT_BITS = 4
 _CONSTANT_BITS_SINGLE = 32 / 64
 _CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
 _OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
-# bitsandbytes keeps smaller state tensors in ordinary device memory.
-_SMALLEST_PAGED_TENSOR = 100_000
+SMALLEST_PAGED_TENSOR = 100_000
+"""Parameters. bitsandbytes keeps the state of smaller tensors in ordinary device memory."""
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
 _GATHERED_BLOCKS = 2
 # Queries whose capped scores exist at the same time (qlora_trainer.model.attention), and bytes of each score.
@@ -51,7 +48,7 @@ class TrainingShape:
     adapter_bytes: Literal[2, 4] = 4
     """Bytes per adapter weight and per gradient entry: 2 is bfloat16, 4 is float32."""
     target_modules: frozenset[str] = ALL_LINEAR
-    """`{"all-linear"}`, or names out of LINEARS."""
+    """`{"all-linear"}`, or names of linear layers in the blocks."""
     adapted_layers: int | None = None
     """Blocks that get an adapter; None means all."""
     use_dora: bool = False
@@ -85,8 +82,6 @@ class TrainingShape:
                 raise ValueError(f"{field} is {getattr(self, field)!r}: must be one of {', '.join(map(str, allowed))}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: must be at least 0 and below 1")
-        if self.target_modules != ALL_LINEAR:
-            _only("target_modules", self.target_modules, LINEARS, "all-linear alone, or some of ")
         if self.whole_modules:
             _only("whole_modules", self.whole_modules, WHOLE_MODULES, "some of ")
 
@@ -202,6 +197,36 @@ _LABELS: Mapping[str, str] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightCounts:
+    """What a model and its adapter consist of, whatever is trained on."""
+
+    blocks: int
+    quantized_parameters: int
+    """In 4-bit layers."""
+    unquantized_bytes: int
+    """Of frozen weights that are not in 4-bit."""
+    adapter_parameters: int
+    pageable_parameters: int
+    """Those of the adapter in tensors that are large enough to be paged."""
+    whole_parameters: int
+    """Of modules that are trained whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationBytes:
+    """Bytes of one micro batch beyond weights and gradients."""
+
+    checkpoints: int
+    """Inputs of the blocks; 0 without gradient checkpointing."""
+    kept: int
+    """What the blocks have kept when the loss is computed; 0 with gradient checkpointing."""
+    layers: int
+    """The most that the blocks take in the backward pass, `kept` included and `checkpoints` not."""
+    logits: int
+    """The most that the loss takes."""
+
+
 def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
     """Estimate the peak device memory of training `model` with `training` on each of its GPUs.
 
@@ -229,49 +254,67 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
     benchmarks.dry_run, which confirms the sum without `context`). test_memory_points.py compares it
     with published GPU peaks. Allocator fragmentation is not in: `verdict` adds a margin.
     """
-    adapter, whole, pageable = _trained_parameters(model, training)
-    state, whole_state = (_optimizer_bytes(training, size) for size in (training.adapter_bytes, 2))
     wide_bytes = 4 if training.upcast else 2
-    trained = gradients = adapter * training.adapter_bytes + whole * 2
+    adapter, whole, pageable = _trained_parameters(model, training)
+    weights = WeightCounts(
+        blocks=model.num_hidden_layers,
+        quantized_parameters=model.linear_parameters,
+        unquantized_bytes=model.embedding_parameters * wide_bytes,
+        adapter_parameters=adapter,
+        pageable_parameters=pageable,
+        whole_parameters=whole,
+    )
     inputs = model.num_hidden_layers if training.gradient_checkpointing else 0
-    checkpoints = wide_bytes * training.tokens * inputs * model.hidden_size
-    working_set, kept = _layer_working_set(model, training)
-    logits = _loss_working_set(model, training)
-    base_weights, gathered_blocks = _base_weights(model, training)
+    layers, kept = _layer_working_set(model, training)
+    activations = ActivationBytes(
+        checkpoints=wide_bytes * training.tokens * inputs * model.hidden_size,
+        kept=kept,
+        layers=layers,
+        logits=_loss_working_set(model, training),
+    )
+    return combined(weights, activations, training)
+
+
+def combined(weights: WeightCounts, activations: ActivationBytes, training: TrainingShape) -> MemoryEstimate:
+    """The peak of a run with these weights and activations: what is on the GPU at the same time. See `estimate`."""
+    state, whole_state = (_optimizer_bytes(training, size) for size in (training.adapter_bytes, 2))
+    gradients = weights.adapter_parameters * training.adapter_bytes + weights.whole_parameters * 2
+    base_weights, gathered_blocks = _base_weights(weights, training)
+    layers, paged = activations.layers, training.optimizer.startswith("paged_")
 
     absent: set[str] = set()
-    if logits <= working_set - kept:
+    if activations.logits <= layers - activations.kept:
         absent.add("logits")
     elif training.gradient_checkpointing:
         absent.add("layer_working_set")
     else:
-        working_set = kept
+        layers = activations.kept
     if training.gradient_checkpointing and training.gradient_accumulation_steps == 1:
-        absent.add("gradients" if gradients <= checkpoints else "checkpoints")
+        absent.add("gradients" if gradients <= activations.checkpoints else "checkpoints")
     return MemoryEstimate(
         context=_CONTEXT_BYTES,
         base_weights=base_weights,
         gathered_blocks=gathered_blocks,
-        unquantized_weights=model.embedding_parameters * wide_bytes,
-        adapters=trained,
+        unquantized_weights=weights.unquantized_bytes,
+        adapters=gradients,
         gradients=gradients,
-        optimizer=adapter * state + whole * whole_state,
-        checkpoints=checkpoints,
-        layer_working_set=working_set,
-        logits=logits,
-        pageable_optimizer=pageable * state + whole * whole_state if training.optimizer.startswith("paged_") else 0,
+        optimizer=weights.adapter_parameters * state + weights.whole_parameters * whole_state,
+        checkpoints=activations.checkpoints,
+        layer_working_set=layers,
+        logits=activations.logits,
+        pageable_optimizer=weights.pageable_parameters * state + weights.whole_parameters * whole_state if paged else 0,
         absent_at_peak=frozenset(absent),
     )
 
 
-def _base_weights(model: ModelShape, training: TrainingShape) -> tuple[int, int]:
+def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, int]:
     """Bytes of the quantized layers that stay on a GPU, and of those gathered from other GPUs for a while."""
     constant_bits = _CONSTANT_BITS_DOUBLE if training.double_quantization else _CONSTANT_BITS_SINGLE
-    constants = model.linear_parameters * constant_bits / 8
-    packed = model.linear_parameters * _WEIGHT_BITS / 8
+    constants = weights.quantized_parameters * constant_bits / 8
+    packed = weights.quantized_parameters * _WEIGHT_BITS / 8
     if training.sharding == "none" or training.gpus == 1:
         return math.ceil(packed + constants), 0
-    gathered = min(_GATHERED_BLOCKS, model.num_hidden_layers) * packed / model.num_hidden_layers
+    gathered = min(_GATHERED_BLOCKS, weights.blocks) * packed / weights.blocks
     return math.ceil(packed / training.gpus + constants), math.ceil(gathered)
 
 
@@ -282,7 +325,7 @@ def _trained_parameters(model: ModelShape, training: TrainingShape) -> tuple[int
     if training.use_dora:
         tensors += [outputs for _, outputs in shapes]
     layers = min(training.adapted_layers or model.num_hidden_layers, model.num_hidden_layers)
-    pageable = [size for size in tensors if size >= _SMALLEST_PAGED_TENSOR]
+    pageable = [size for size in tensors if size >= SMALLEST_PAGED_TENSOR]
     whole = len(training.whole_modules) * model.vocab_size * model.hidden_size
     return layers * sum(tensors), whole, layers * sum(pageable)
 

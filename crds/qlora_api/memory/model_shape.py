@@ -27,6 +27,10 @@ class UnsupportedModelError(ValueError):
     """A model whose memory the formula cannot describe; the message names the field, what was found and what works."""
 
 
+class NotInTableError(UnsupportedModelError):
+    """A model that the formula has no numbers for; its memory may be measured."""
+
+
 def _shown(value: object) -> str:
     """The beginning of a wrong value, for a message."""
     if isinstance(value, (list, dict)):
@@ -99,7 +103,7 @@ class ModelShape:
         }
         for field in LARGEST_SIZES:
             if field not in sizes and field not in ("num_key_value_heads", "head_dim"):
-                raise UnsupportedModelError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
+                raise NotInTableError(f"{field} is missing in the model's config.json; {_SUPPORTED}")
         heads = sizes["num_attention_heads"]
         sizes.setdefault("num_key_value_heads", heads)
         if "head_dim" not in sizes:
@@ -165,20 +169,20 @@ def _cap(decoder: Mapping[str, object], field: str) -> float | None:
 
 
 def _known_family(decoder: Mapping[str, object]) -> Family:
-    """The family of a parsed `config.json`. Raises UnsupportedModelError for an architecture that is not known."""
+    """The family of a parsed `config.json`. Raises NotInTableError for an architecture that is not known."""
     for field in _EXPERT_COUNTS:
         experts = decoder.get(field)
         if isinstance(experts, int) and experts > 1:
-            raise UnsupportedModelError(
+            raise NotInTableError(
                 f"{field} is {min(experts, 10**9)}: a mixture of experts keeps its experts in 16-bit; {_SUPPORTED}"
             )
     model_type = decoder.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         found = "missing" if model_type is None else _shown(model_type)
-        raise UnsupportedModelError(f"model_type is {found}; {_SUPPORTED}")
+        raise NotInTableError(f"model_type is {found}; {_SUPPORTED}")
     activation = decoder.get("hidden_activation") or decoder.get("hidden_act")
     if activation is not None and not (isinstance(activation, str) and activation in family.activations):
         allowed = ", ".join(sorted(family.activations))
-        raise UnsupportedModelError(f"hidden_act is {_shown(activation)}: must be one of {allowed} in this family")
+        raise NotInTableError(f"hidden_act is {_shown(activation)}: must be one of {allowed} in this family")
     return family

@@ -352,3 +352,34 @@ def test_training_on_a_cpu_gets_the_pods_allocator_where_it_is_installed_and_no_
 ) -> None:
     monkeypatch.setattr("qlora_trainer.core.cpu.find_library", lambda _name: installed)
     assert preloaded_allocator(environment) == added
+
+
+STARCODER_3B = {
+    "model_type": "starcoder2",
+    "hidden_size": 3072,
+    "num_hidden_layers": 2,
+    "intermediate_size": 12288,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "vocab_size": 49152,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def test_a_plan_of_a_model_that_is_not_in_the_table_is_from_a_dry_run(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    (tmp_path / "model.json").write_text(json.dumps(STARCODER_3B))
+    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "model.json"), "--gpu-memory", "24")
+    assert done.returncode == 0, done.stderr
+    assert "Activations and logits are from a dry run of the model's layers." in done.stdout
+    assert "fits: the run fits on a GPU of 24 GiB" in done.stdout
+    assert "spec.training.microBatchSize: 1 → 8" in done.stdout
+
+
+def test_a_plan_of_a_model_that_is_not_trained_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(MANIFEST)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    done = qlora("plan", str(tmp_path / "job.yaml"), "--config", str(tmp_path / "config.json"))
+    assert done.returncode == 10
+    assert "encoder-decoder" in done.stderr

@@ -2,13 +2,22 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_api.memory.advice import advice, budget, first_change, room, verdict
+from qlora_api.memory.advice import (
+    Estimator,
+    advice,
+    budget,
+    first_change,
+    larger_micro_batch,
+    room,
+    verdict,
+)
 from qlora_api.memory.estimate import ALL_LINEAR, GIB, TrainingShape, estimate
 from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
 
@@ -94,6 +103,13 @@ LLAMA_33B = llama(60, 6656, 17920, 52, 52, 32000)
 LLAMA_65B = llama(80, 8192, 22016, 64, 64, 32000)
 LLAMA_2_7B_SHAPE = ModelShape.from_config(LLAMA_2_7B)
 LLAMA_3_8B_SHAPE = ModelShape.from_config(LLAMA_3_8B)
+
+
+def of(model: ModelShape) -> Estimator:
+    """The estimate of a model, for any settings."""
+    return partial(estimate, model)
+
+
 PROJECTIONS = tuple(LLAMA_2_7B_SHAPE.projections)
 QLORA = TrainingShape(rank=64, adapter_bytes=2, dropout=0.05, gradient_accumulation_steps=1, loss_chunk_tokens=None)
 """The paper's own trainer (arXiv 2305.14314)."""
@@ -181,9 +197,6 @@ def test_a_missing_model_type_is_rejected() -> None:
         ({"adapter_bytes": 1}, "adapter_bytes is 1: must be one of 2, 4"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd': must be one of paged_adamw_32bit"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"target_modules": frozenset({"q_proj", "c_attn"})}, "target_modules is c_attn"),
-        ({"target_modules": ALL_LINEAR | {"q_proj"}}, "target_modules is all-linear"),
-        ({"target_modules": frozenset()}, "target_modules is empty"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -365,12 +378,12 @@ def test_known_runs_get_the_verdict_that_they_got_in_practice(
 
 
 def test_a_run_that_fits_gets_no_advice() -> None:
-    assert advice(LLAMA_2_7B_SHAPE, TrainingShape(), 24) == ()
+    assert advice(of(LLAMA_2_7B_SHAPE), TrainingShape(), 24) == ()
 
 
 def test_a_smaller_micro_batch_is_advised_first_and_keeps_the_batch() -> None:
     training = TrainingShape(micro_batch_size=8, sequence_length=4096, gradient_accumulation_steps=2)
-    (step,) = advice(LLAMA_3_8B_SHAPE, training, 24)
+    (step,) = advice(of(LLAMA_3_8B_SHAPE), training, 24)
     assert [(change.setting, change.current, change.proposed) for change in step.changes] == [
         ("training.microBatchSize", "8", "4"),
         ("training.gradientAccumulationSteps", "2", "4"),
@@ -381,12 +394,14 @@ def test_a_smaller_micro_batch_is_advised_first_and_keeps_the_batch() -> None:
 
 def test_gradient_checkpointing_is_advised_before_anything_that_costs_quality() -> None:
     training = TrainingShape(gradient_checkpointing=False, sequence_length=4096)
-    (step,) = advice(LLAMA_3_8B_SHAPE, training, 24)
+    (step,) = advice(of(LLAMA_3_8B_SHAPE), training, 24)
     assert [change.setting for change in step.changes] == ["training.gradientCheckpointing"]
 
 
 def test_steps_build_on_each_other_until_the_run_fits() -> None:
-    steps = advice(LLAMA_65B, TrainingShape(micro_batch_size=4, sequence_length=2048, double_quantization=False), 48)
+    steps = advice(
+        of(LLAMA_65B), TrainingShape(micro_batch_size=4, sequence_length=2048, double_quantization=False), 48
+    )
     assert [change.setting for step in steps for change in step.changes] == [
         "training.microBatchSize",
         "training.gradientAccumulationSteps",
@@ -399,7 +414,7 @@ def test_steps_build_on_each_other_until_the_run_fits() -> None:
 
 
 def test_a_model_beyond_the_card_gets_every_step_and_an_honest_last_verdict() -> None:
-    steps = advice(LLAMA_65B, TrainingShape(micro_batch_size=2, sequence_length=2048), 24)
+    steps = advice(of(LLAMA_65B), TrainingShape(micro_batch_size=2, sequence_length=2048), 24)
     assert [change.setting for step in steps for change in step.changes] == [
         "training.microBatchSize",
         "training.gradientAccumulationSteps",
@@ -415,14 +430,14 @@ def test_a_model_beyond_the_card_gets_every_step_and_an_honest_last_verdict() ->
 def test_the_adapter_type_is_advised_by_its_name_in_the_spec() -> None:
     training = TrainingShape(rank=8, optimizer="paged_adamw_8bit", sequence_length=256)
     needed = estimate(LLAMA_65B, replace(training, adapter_bytes=2)).expected * 1.07 / (0.98 * GIB)
-    (step,) = advice(LLAMA_65B, training, needed * 1.0001)
+    (step,) = advice(of(LLAMA_65B), training, needed * 1.0001)
     assert [(change.setting, change.current, change.proposed) for change in step.changes] == [
         ("lora.dtype", "float32", "bfloat16")
     ]
 
 
 def test_a_step_that_hardly_saves_anything_is_left_out() -> None:
-    steps = advice(LLAMA_65B, TrainingShape(micro_batch_size=2, sequence_length=16), 24)
+    steps = advice(of(LLAMA_65B), TrainingShape(micro_batch_size=2, sequence_length=16), 24)
     changed = [change.setting for step in steps for change in step.changes]
     assert changed == ["training.optimizer", "lora.rank", "lora.dtype"]
 
@@ -441,7 +456,7 @@ def test_the_65b_job_says_by_how_much_it_fits_and_what_to_change_first() -> None
     memory = estimate(LLAMA_65B, HEADLINE)
     assert room(memory, 48) > 0
     assert verdict(memory, 48) == "tight"
-    step = first_change(LLAMA_65B, HEADLINE, 48)
+    step = first_change(of(LLAMA_65B), HEADLINE, 48)
     assert step is not None
     assert [(change.setting, change.proposed) for change in step.changes] == [
         ("training.optimizer", "paged_adamw_8bit")
@@ -483,3 +498,51 @@ def test_a_target_that_the_family_does_not_have_is_rejected_with_those_that_it_h
     phi = replace(LLAMA_2_7B_SHAPE, model_type="phi3")
     with pytest.raises(ValueError, match=r"target_modules is q_proj: must be for a phi3 .* qkv_proj"):
         estimate(phi, TrainingShape(target_modules=frozenset({"q_proj"})))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (frozenset({"q_proj", "c_attn"}), "target_modules is c_attn"),
+        (ALL_LINEAR | {"q_proj"}, "target_modules is all-linear"),
+        (frozenset(), "target_modules is empty"),
+    ],
+    ids=["unknown", "all and some", "none"],
+)
+def test_impossible_targets_are_rejected_by_name(targets: frozenset[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(LLAMA_2_7B_SHAPE, TrainingShape(target_modules=targets))
+
+
+def test_with_room_the_same_batch_is_advised_in_the_largest_micro_batches_of_up_to_4096_tokens() -> None:
+    step = larger_micro_batch(of(LLAMA_2_7B_SHAPE), TrainingShape(sequence_length=1024), 80)
+    assert step is not None
+    assert (step.training.micro_batch_size, step.training.gradient_accumulation_steps) == (4, 4)
+    assert step.expected == estimate(LLAMA_2_7B_SHAPE, step.training).expected
+    changed = [(change.setting, change.current, change.proposed) for change in step.changes]
+    assert changed == [("training.microBatchSize", "1", "4"), ("training.gradientAccumulationSteps", "16", "4")]
+
+
+def test_a_larger_micro_batch_leaves_room() -> None:
+    training = TrainingShape(sequence_length=512)
+    smallest = estimate(LLAMA_2_7B_SHAPE, training)
+    sizes = set()
+    for gib in range(7, 13):
+        step = larger_micro_batch(of(LLAMA_2_7B_SHAPE), training, gib)
+        assert step is None or smallest.expected < step.expected * 1.07 < budget(gib) * 0.95
+        sizes.add(1 if step is None else step.training.micro_batch_size)
+    assert {1, 8} < sizes
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        TrainingShape(sequence_length=4096),
+        TrainingShape(gradient_accumulation_steps=1),
+        TrainingShape(gradient_accumulation_steps=3, sequence_length=2048),
+        TrainingShape(gradient_accumulation_steps=4, gpus=4),
+    ],
+    ids=["long sequences", "one micro batch", "an odd number", "one for each GPU"],
+)
+def test_a_batch_that_does_not_come_in_larger_micro_batches_gets_no_such_advice(training: TrainingShape) -> None:
+    assert larger_micro_batch(of(LLAMA_2_7B_SHAPE), training, 80) is None

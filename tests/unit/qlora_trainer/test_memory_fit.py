@@ -1,6 +1,9 @@
 """What of a job decides its memory: every such setting reaches the estimate."""
 
+import json
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +11,9 @@ from qlora_api.contract import ExitCode
 from qlora_api.memory.estimate import TrainingShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.memory_fit import training_shape
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.model.dry_run.limited import DryRunFailed
+from qlora_trainer.model.memory_fit import MemoryFit, training_shape
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
 # Fields that describe other trainers.
@@ -62,7 +67,49 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
     assert same == OF_OTHER_TRAINERS
 
 
-def test_a_target_module_that_no_family_has_is_rejected_by_field() -> None:
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def fit(folder: Path, config: dict[str, Any], targets: tuple[str, ...] = ("all-linear",)) -> MemoryFit:
+    """The verdict on a job on a GPU of 24 GiB, when the dry run fails."""
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": 24}})
+    return MemoryFit.of(folder / "config.json", spec, targets, measure=failing)
+
+
+def failing(*_arguments: object) -> MeasuredMemory:
+    raise DryRunFailed("the dry run took more than 600 seconds")
+
+
+def test_when_the_dry_run_fails_the_table_has_the_estimate_and_the_status_says_so(tmp_path: Path) -> None:
+    found = fit(tmp_path, LLAMA_8B)
+    assert found.status.verdict == "fits"
+    assert found.status.source == "Table"
+    assert found.status.message.startswith("from the table of model families: the dry run took more than 600 seconds")
+    assert "spec.training.microBatchSize: 8 and spec.training.gradientAccumulationSteps: 2 fits too" in (
+        found.status.message
+    )
+    assert (found.measured, found.objection) == (None, None)
+
+
+def test_when_the_dry_run_fails_for_a_model_that_is_not_in_the_table_the_memory_is_unknown(tmp_path: Path) -> None:
+    found = fit(tmp_path, {"model_type": "starcoder2"})
+    assert found.status.dump() == {
+        "verdict": "unknown",
+        "message": "the memory is unknown: the dry run took more than 600 seconds",
+    }
+    found.require()
+
+
+def test_a_target_module_that_the_family_does_not_have_is_rejected_by_field(tmp_path: Path) -> None:
     with pytest.raises(StepFailure, match=r"spec\.lora\.targetModules: .*embed_tokens") as failure:
-        training_shape(QLoRAJobSpec.model_validate(SOURCES), ["embed_tokens"])
+        fit(tmp_path, LLAMA_8B, ("embed_tokens",))
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION

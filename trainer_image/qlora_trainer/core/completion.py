@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from qlora_api.schema import ObservedModel
 from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, MemoryStatus, MergedStatus, Share
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.measured_memory import MeasuredMemory
 
 
 class PrepareRecord(ObservedModel):
@@ -24,6 +25,9 @@ class PrepareRecord(ObservedModel):
     model_type: str
     memory: MemoryStatus
     dataset: DatasetStatus
+    measured: MeasuredMemory | None = Field(
+        None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
+    )
     base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
 
 

@@ -4,10 +4,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_api.memory.model_shape import ModelShape
+from transformers import AutoConfig
+
 from qlora_api.training import LoraSpec, TrainingSpec
-from qlora_trainer.model.memory_fit import read_shape
-from qlora_trainer.model.source import CONFIG, reject_code
+from qlora_trainer.model.source import reject_code
 from qlora_trainer.model.support import Family, inspect_family
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,8 @@ _LARGE_MODEL_LEARNING_RATE = 1e-4
 class CheckedModel:
     """What is known about a model that can be trained."""
 
-    shape: ModelShape
+    vocabulary: int
+    """Tokens that it has embeddings for."""
     family: Family
 
     def packs(self, training: TrainingSpec) -> bool:
@@ -28,7 +29,7 @@ class CheckedModel:
 
 
 def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> CheckedModel:
-    """Check the model whose config.json and tokenizer are in `folder`, and log advice.
+    """Check the model whose config.json and tokenizer are in `folder`, and log what is done otherwise than asked.
 
     Raises StepFailure: UNSAFE_ARTIFACT for a model with its own code, BAD_CONFIGURATION for one that cannot be trained,
     or not with these settings.
@@ -36,14 +37,14 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     reject_code(folder)
     family = inspect_family(folder, lora)
     family.require_positions(training.max_sequence_length)
-    model = CheckedModel(read_shape(folder / CONFIG), family)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
     if training.packing and not model.packs(training):
         logger.warning("no packing: rows in one sequence would affect each other in this %s model", family.model_type)
-    _advise_learning_rate(model.shape, training.learning_rate)
     return model
 
 
-def _advise_learning_rate(shape: ModelShape, learning_rate: float) -> None:
-    parameters = shape.linear_parameters + shape.embedding_parameters
+def advise_learning_rate(parameters: int, learning_rate: float) -> None:
+    """Log advice if the learning rate is high for a model of so many parameters."""
     if parameters > _LARGE_MODEL_PARAMETERS and learning_rate > _LARGE_MODEL_LEARNING_RATE:
         logger.warning("spec.training.learningRate is %g; 1e-4 is advised above 13B parameters", learning_rate)

@@ -4,20 +4,29 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qlora_api.contract import ExitCode
-from qlora_api.memory.advice import Advice, advice, budget, verdict
-from qlora_api.memory.estimate import GIB, TrainingShape, estimate
-from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
-from qlora_api.status import MemoryStatus
+from qlora_api.memory.advice import Advice, Verdict, advice, budget, larger_micro_batch, verdict
+from qlora_api.memory.estimate import GIB, TrainingShape
+from qlora_api.memory.model_shape import ModelShape, NotInTableError, UnsupportedModelError
+from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_within_limits
+from qlora_trainer.model.job_memory import JobMemory, Measure, MeasuredJob, TableJob, measured_further
 
 
-def read_shape(config: Path) -> ModelShape:
-    """The sizes in a model's config.json. Raises StepFailure BAD_CONFIGURATION for an unsupported model."""
+def read_shape(config: Path) -> ModelShape | None:
+    """The sizes in a model's config.json; None for a model that the table of families does not describe.
+
+    Raises StepFailure BAD_CONFIGURATION for a size that no model has.
+    """
     try:
         return ModelShape.from_config(json.loads(config.read_bytes()))
+    except NotInTableError:
+        return None
     except UnsupportedModelError as error:
         raise bad_configuration(f"spec.model.source: {error}") from error
     except (ValueError, AttributeError, RecursionError) as error:
@@ -27,27 +36,31 @@ def read_shape(config: Path) -> ModelShape:
 def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> TrainingShape:
     """The settings of a job that decide its memory.
 
-    `target_modules`: names of the adapted layers, exact or their last part. Raises StepFailure BAD_CONFIGURATION for a
-    name that the estimate does not know.
+    `target_modules`: names of the adapted layers, exact or their last part.
     """
+    return TrainingShape(
+        rank=spec.lora.rank,
+        adapter_bytes=4 if spec.lora.dtype == "float32" else 2,
+        target_modules=frozenset(name.rpartition(".")[2] for name in target_modules),
+        micro_batch_size=spec.training.micro_batch_size,
+        sequence_length=spec.training.max_sequence_length,
+        gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
+        optimizer=spec.training.optimizer,
+        double_quantization=spec.quantization.double_quant,
+        gradient_checkpointing=spec.training.gradient_checkpointing,
+        dropout=spec.lora.dropout,
+        adapted_layers=len(set(spec.lora.layers_to_transform)) if spec.lora.layers_to_transform else None,
+        use_dora=spec.lora.use_dora,
+        whole_modules=frozenset(spec.lora.modules_to_save or ()),
+        gpus=spec.resources.gpu_count,
+        sharding=spec.training.sharding,
+    )
+
+
+def job_of_table(shape: ModelShape, training: TrainingShape) -> TableJob:
+    """The job in the table. Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have."""
     try:
-        return TrainingShape(
-            rank=spec.lora.rank,
-            adapter_bytes=4 if spec.lora.dtype == "float32" else 2,
-            target_modules=frozenset(name.rpartition(".")[2] for name in target_modules),
-            micro_batch_size=spec.training.micro_batch_size,
-            sequence_length=spec.training.max_sequence_length,
-            gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
-            optimizer=spec.training.optimizer,
-            double_quantization=spec.quantization.double_quant,
-            gradient_checkpointing=spec.training.gradient_checkpointing,
-            dropout=spec.lora.dropout,
-            adapted_layers=len(set(spec.lora.layers_to_transform)) if spec.lora.layers_to_transform else None,
-            use_dora=spec.lora.use_dora,
-            whole_modules=frozenset(spec.lora.modules_to_save or ()),
-            gpus=spec.resources.gpu_count,
-            sharding=spec.training.sharding,
-        )
+        return TableJob(shape, training)
     except ValueError as error:
         raise bad_configuration(f"spec.lora.targetModules: {error}") from error
 
@@ -60,35 +73,79 @@ class MemoryFit:
     """The estimate; its verdict is `unknown` if the job does not state the GPU's size."""
     objection: str | None
     """Why the job cannot run, with the first advice; None if it can, or if that is unknown."""
+    parameters: int | None
+    """Of the model, without its adapter; None if the estimate is unknown."""
+    measured: MeasuredMemory | None
+    """The dry runs that the estimate is from."""
 
     @classmethod
-    def of(cls, shape: ModelShape, spec: QLoRAJobSpec, target_modules: Iterable[str]) -> "MemoryFit":
-        """Judge a job. It cannot run if even the low estimate exceeds the GPU.
+    def of(
+        cls,
+        config: Path,
+        spec: QLoRAJobSpec,
+        target_modules: Iterable[str],
+        *,
+        rows_apart: bool = True,
+        earlier: MeasuredMemory | None = None,
+        measure: Measure = measure_within_limits,
+    ) -> "MemoryFit":
+        """Judge a job, whose model has this config.json. It cannot run if even the low estimate exceeds the GPU.
 
+        `rows_apart`: whether a micro batch may hold several rows. `earlier` are dry runs of an earlier prepare. If the
+        dry run fails, the table has the estimate; if the model is not in it, the estimate is unknown.
         Raises StepFailure BAD_CONFIGURATION for target modules that the model does not have.
         """
-        training, gpu_gib = training_shape(spec, target_modules), spec.resources.gpu_memory
-        memory = estimate(shape, training)
-        status = MemoryStatus(
-            estimate_bytes=memory.expected,
-            low_bytes=memory.low,
-            high_bytes=memory.high,
-            budget_bytes=None if gpu_gib is None else budget(gpu_gib),
-            verdict="unknown" if gpu_gib is None else verdict(memory, gpu_gib),
-        )
-        if gpu_gib is None or status.verdict != "exceeds":
-            return cls(status, None)
-        return cls(
-            status,
-            f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
-            f"but a GPU of {gpu_gib} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to use: "
-            f"{_remedy(advice(shape, training, gpu_gib))}",
-        )
+        training = training_shape(spec, target_modules)
+        try:
+            job: JobMemory = MeasuredJob.of(config, spec, training, earlier, measure)
+            remark = ""
+        except DryRunFailed as failure:
+            shape = read_shape(config)
+            if shape is None:
+                status = MemoryStatus(
+                    verdict="unknown", message=f"the memory is unknown: {failure}"[:MAX_MESSAGE_LENGTH]
+                )
+                return cls(status, None, None, None)
+            remark = f"from the table of model families: {failure}"
+            job = job_of_table(shape, training)
+        return _judged(job, spec.resources.gpu_memory, remark, rows_apart)
 
     def require(self) -> None:
         """Raise StepFailure DOES_NOT_FIT, with the first advice, if the job cannot run."""
         if self.objection is not None:
             raise StepFailure(ExitCode.DOES_NOT_FIT, self.objection)
+
+
+def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) -> MemoryFit:
+    memory = job.estimate(job.training)
+    judged: Verdict | Literal["unknown"] = "unknown" if gpu_gib is None else verdict(memory, gpu_gib)
+    objection = None
+    if gpu_gib is not None and judged == "exceeds":
+        job = measured_further(job, job.with_smaller)
+        objection = (
+            f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
+            f"but a GPU of {gpu_gib} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to use: "
+            f"{_remedy(advice(job.estimate, job.training, gpu_gib))}"
+        )
+    elif gpu_gib is not None and judged == "fits" and rows_apart:
+        job = measured_further(job, job.with_larger)
+        step = larger_micro_batch(job.estimate, job.training, gpu_gib)
+        remark = "; ".join(filter(None, (remark, "" if step is None else _recommended(step))))
+    status = MemoryStatus(
+        estimate_bytes=memory.expected,
+        low_bytes=memory.low,
+        high_bytes=memory.high,
+        budget_bytes=None if gpu_gib is None else budget(gpu_gib),
+        verdict=judged,
+        source="Table" if isinstance(job, TableJob) else "DryRun",
+        message=remark[:MAX_MESSAGE_LENGTH],
+    )
+    return MemoryFit(status, objection, job.parameters, job.measured if isinstance(job, MeasuredJob) else None)
+
+
+def _recommended(step: Advice) -> str:
+    changes = " and ".join(f"spec.{change.setting}: {change.proposed}" for change in step.changes)
+    return f"{changes} fits too ({step.expected / GIB:.1f} GiB) and is faster, with the same result"
 
 
 def _remedy(steps: tuple[Advice, ...]) -> str:

@@ -115,8 +115,9 @@ def _figures(
         starts = "in one attempt" if trained.attempts == 1 else f"in {trained.attempts} attempts"
         figures.append(Figure("Goodput", f"{trained.goodput:.1%}", f"of the time {starts} is in the adapter"))
     if trained.peak_memory_bytes is not None:
-        peak, estimate = trained.peak_memory_bytes / _GIB, prepared.memory.estimate_bytes / _GIB
-        figures.append(Figure("Peak memory", f"{peak:.2f} GiB", f"estimate for a GPU: {estimate:.2f} GiB"))
+        estimate = prepared.memory.estimate_bytes
+        estimated = "" if estimate is None else f"estimate for a GPU: {estimate / _GIB:.2f} GiB"
+        figures.append(Figure("Peak memory", f"{trained.peak_memory_bytes / _GIB:.2f} GiB", estimated))
     return figures
 
 

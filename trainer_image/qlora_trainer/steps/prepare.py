@@ -30,9 +30,9 @@ from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.locate import DataAccess
 from qlora_trainer.model.cache import is_whole
-from qlora_trainer.model.check import check_model
+from qlora_trainer.model.check import advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
-from qlora_trainer.model.memory_fit import MemoryFit, read_shape
+from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination, published_addresses
 from qlora_trainer.report.serving import warn_if_not_served
@@ -86,9 +86,16 @@ def _prepare(
     require_installed(training.report_to)
     model = check_model(folder, spec.lora, training)
     warn_if_not_served(spec)
-    memory = MemoryFit.of(model.shape, spec, model.family.target_modules)
+    say("measuring the memory that training needs")
+    memory = MemoryFit.of(
+        folder / CONFIG,
+        spec,
+        model.family.target_modules,
+        rows_apart=model.family.keeps_rows_apart(training.max_sequence_length),
+    )
     records.note(memory=memory.status)
     memory.require()
+    advise_learning_rate(memory.parameters or 0, training.learning_rate)
     tokenizer, tokenizer_files = Tokenizer(folder), tokenizer_digests(folder)
     source.check_weights()
 
@@ -97,7 +104,7 @@ def _prepare(
         training,
         tokenizer,
         tokenizer_files,
-        vocabulary=model.shape.vocab_size,
+        vocabulary=model.vocabulary,
         access=DataAccess(context.mounts, hub, context.secret("dataset")),
         scratch=lambda name: partial_path(workspace.data / name),
         say=say,
@@ -124,6 +131,7 @@ def _prepare(
         model_type=model.family.model_type,
         memory=memory.status,
         dataset=dataset.status(),
+        measured=memory.measured,
         base=BaseStatus(
             origin=source.origin,
             bytes_fetched=source.bytes_fetched,
@@ -149,10 +157,12 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
         return None
     if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
         return None
-    memory = MemoryFit.of(read_shape(folder / CONFIG), spec, record.target_modules)
+    memory = MemoryFit.of(
+        folder / CONFIG, spec, record.target_modules, rows_apart=record.packed, earlier=record.measured
+    )
     records.note(memory=memory.status)
     memory.require()
-    return record.model_copy(update={"memory": memory.status})
+    return record.model_copy(update={"memory": memory.status, "measured": memory.measured})
 
 
 @contextmanager

@@ -75,7 +75,14 @@ def train(
         meeting = _meeting(job, rank_info, Runtime(records, stop, now, monotonic))
         ranks = together.enter_context(joined(child_ranks, context.device, context.spec.training.sharding, meeting))
         checkpoint = agreed_checkpoint(ranks, job.digest, checkpoint, context.workspace.checkpoints)
-        shortage = partial(explained_shortage, context.spec, prepared.target_modules, job.model_folder, context.device)
+        shortage = partial(
+            explained_shortage,
+            context.spec,
+            prepared.target_modules,
+            job.model_folder,
+            context.device,
+            measured=prepared.measured,
+        )
         with shortage(lambda: context.spec.training.micro_batch_size):
             run, state = _load(job, Runtime(records, stop, now, monotonic), ranks, checkpoint)
         if run.history is not None:

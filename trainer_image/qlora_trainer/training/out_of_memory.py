@@ -11,7 +11,10 @@ from qlora_api.training import TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, is_out_of_gpu_memory
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.model.job_memory import measured_estimate
 from qlora_trainer.model.memory_fit import read_shape, training_shape
+from qlora_trainer.model.source import CONFIG
 from qlora_trainer.training.device import peak_memory_bytes
 
 # The shares that the message lists, and the estimate's components in each.
@@ -32,11 +35,13 @@ def explained_shortage(
     model_folder: Path,
     device: Device,
     micro_batch_size: Callable[[], int],
+    measured: MeasuredMemory | None = None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY).
 
     The message has the measured peak, the estimate by share, and what to change first. `micro_batch_size` is called
-    when it happens: the run may have lowered it.
+    when it happens: the run may have lowered it. The estimate is from the dry runs `measured` by prepare, or else from
+    the table of families.
     """
     try:
         yield
@@ -50,11 +55,17 @@ def explained_shortage(
             micro_batch_size=size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
         )
-        expected = estimate(read_shape(model_folder / "config.json"), shape)
+        table = read_shape(model_folder / CONFIG) if measured is None else None
+        if measured is not None:
+            estimated = f"the estimate is {_by_share(measured_estimate(measured, shape))}"
+        elif table is not None:
+            estimated = f"the estimate is {_by_share(estimate(table, shape))}"
+        else:
+            estimated = "there is no estimate"
         raise StepFailure(
             ExitCode.GPU_OUT_OF_MEMORY,
             f"the GPU is out of memory at a measured peak of {peak_memory_bytes(device) / GIB:.1f} GiB with "
-            f"microBatchSize {size}; the estimate is {_by_share(expected)}: {smaller(training)}; checkpoints are kept",
+            f"microBatchSize {size}; {estimated}: {smaller(training)}; checkpoints are kept",
         ) from error
 
 

@@ -1,0 +1,56 @@
+"""The bytes of a step on tensors without data are those that training allocates."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from qlora_trainer.model.adapter import adapter_parameters
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.dry_run.backward import backward
+from qlora_trainer.model.dry_run.step import StepBytes, full_batch, step_bytes
+from tests.support.adapted import adapted
+from tests.support.families import FAMILIES
+from tests.support.sequences import CPU, random_sequence
+from tests.support.tiny import SHAPE, save_model
+
+WIDE = LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4})
+BATCH = Batch.of([random_sequence((128, 128), 1)], CPU)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all kept"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_walk_over_the_graph_frees_what_the_engine_frees(
+    checkpointing: bool, dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in real training on a CPU."""
+    model = adapted(save_model(tmp_path / "model", WIDE), checkpointing=checkpointing, dropout=dropout)
+    for parameter in adapter_parameters(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    engine = step_bytes(model, BATCH, Tensor.backward)
+    # As within a backward pass of the engine.
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+    walk = step_bytes(model, BATCH, backward)
+    assert (walk.kept, walk.loss) == (engine.kept, engine.loss)
+    assert walk.work == pytest.approx(engine.work, rel=0.001)
+    assert min(walk.kept, walk.loss, walk.work) > 0
+
+
+def test_capped_attention_is_walked_as_the_engine_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(save_model(tmp_path / "model", FAMILIES["gemma2"][0]))
+    counted: list[StepBytes] = [step_bytes(model, BATCH, Tensor.backward)]
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+    for parameter in adapter_parameters(model).values():
+        parameter.grad = None
+    counted.append(step_bytes(model, BATCH, backward))
+    assert counted[0] == counted[1]
+
+
+def test_a_full_batch_has_the_shapes_that_a_gpu_is_given() -> None:
+    batch = full_batch(3, 100)
+    assert batch.input_ids.shape == (1, 384)
+    assert batch.rows.lengths == (100, 100, 100, 84)
+    assert batch.rows.longest == 256
+    assert batch.target_count == 297

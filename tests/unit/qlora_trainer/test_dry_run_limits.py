@@ -1,0 +1,66 @@
+"""A dry run is ended when it takes too long or too much memory, and says so; torch is not needed to know that."""
+
+import importlib.util
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_within_limits, within_limits
+
+
+def _filled(size: int) -> int:
+    return len(bytes(size))
+
+
+def _rejected() -> None:
+    raise bad_configuration("spec.lora.targetModules names 'c_attn'")
+
+
+def _unknown_to_pytorch() -> None:
+    raise NotImplementedError("aten::odd\nhas no fake kernel")
+
+
+def test_what_is_computed_within_the_limits_is_returned() -> None:
+    assert within_limits(_filled, (2**20,)) == 2**20
+
+
+def test_more_time_than_allowed_ends_it_with_a_message() -> None:
+    with pytest.raises(DryRunFailed, match=r"the dry run took more than 0\.2 seconds"):
+        within_limits(time.sleep, (60,), seconds=0.2)
+
+
+def test_more_memory_than_allowed_ends_it_with_a_message() -> None:
+    assert within_limits(_filled, (2**28,), memory_bytes=2**29) == 2**28
+    with pytest.raises(DryRunFailed, match=r"the dry run took more than 0\.5 GiB of main memory"):
+        within_limits(_filled, (2**30,), memory_bytes=2**29)
+
+
+def test_a_process_that_is_killed_is_reported() -> None:
+    with pytest.raises(DryRunFailed, match="ended by signal or exit code -9"):
+        within_limits(_killed, ())
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rejection_arrives_as_it_is() -> None:
+    with pytest.raises(StepFailure, match="c_attn"):
+        within_limits(_rejected, ())
+
+
+def test_whatever_a_library_raises_is_named_in_one_line() -> None:
+    with pytest.raises(DryRunFailed, match=r"the dry run failed: NotImplementedError: aten::odd$"):
+        within_limits(_unknown_to_pytorch, ())
+
+
+def test_without_the_trainer_the_message_says_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
+    with pytest.raises(DryRunFailed, match=r"install qlora-operator\[cli,trainer\]"):
+        measure_within_limits(Path("config.json"), QLoRAJobSpec.model_validate(sources), [], "")

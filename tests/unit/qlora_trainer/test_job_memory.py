@@ -1,0 +1,164 @@
+"""The memory of a job from dry runs: what lies between them, and that none is repeated."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qlora_api.memory.advice import advice, larger_micro_batch
+from qlora_api.memory.estimate import TrainingShape
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.model.dry_run.limited import DryRunFailed, StepSize
+from qlora_trainer.model.job_memory import MeasuredJob, measured_estimate, measured_further
+from qlora_trainer.model.memory_fit import training_shape
+
+MIB = 2**20
+
+
+def measured(*steps: tuple[StepSize, int], digest: str = "", rank: int = 16) -> MeasuredMemory:
+    """Steps of which each keeps so many bytes, and takes twice and thrice as many for loss and layers."""
+    return MeasuredMemory(
+        digest=digest,
+        blocks=2,
+        rank=rank,
+        quantized_parameters=2**30,
+        unquantized_bytes=100 * MIB,
+        adapter_parameters=16 * 2**20,
+        pageable_parameters=16 * 2**20,
+        whole_parameters=0,
+        steps=tuple(
+            MeasuredStep(
+                sequences=size.sequences,
+                sequence_tokens=size.sequence_tokens,
+                gradient_checkpointing=size.gradient_checkpointing,
+                kept=kept,
+                loss=2 * kept,
+                work=3 * kept,
+            )
+            for size, kept in steps
+        ),
+    )
+
+
+class Measuring:
+    """A dry run that takes 10 KiB a token, half with checkpointing."""
+
+    def __init__(self) -> None:
+        self.sizes: list[StepSize] = []
+
+    def __call__(self, config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+        self.sizes += sizes
+        each = [
+            (size, size.sequences * size.sequence_tokens * (5120 if size.gradient_checkpointing else 10240))
+            for size in sizes
+        ]
+        return measured(*each, digest=digest, rank=spec.lora.rank)
+
+
+def job(**settings: object) -> QLoRAJobSpec:
+    sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
+    return QLoRAJobSpec.model_validate(sources | settings)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "starcoder2"}))
+    return path
+
+
+SHORT, LONG = StepSize(1, 1024, True), StepSize(4, 1024, True)
+POINTS = measured((SHORT, 10 * MIB), (LONG, 70 * MIB))
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "kept"),
+    [(1, 1024, 10), (2, 1024, 30), (4, 1024, 70), (8, 1024, 140), (1, 256, 10)],
+    ids=["measured", "between", "measured too", "beyond", "below"],
+)
+def test_a_step_between_two_lies_on_a_straight_line(size: int, tokens: int, kept: int) -> None:
+    memory = measured_estimate(POINTS, TrainingShape(rank=16, micro_batch_size=size, sequence_length=tokens))
+    assert memory.checkpoints == kept * MIB
+    assert (memory.logits, memory.layer_working_set) == (2 * kept * MIB, 3 * kept * MIB)
+
+
+def test_the_shares_of_a_measured_model_add_up_to_the_peak() -> None:
+    memory = measured_estimate(POINTS, TrainingShape(rank=16, sequence_length=1024, double_quantization=False))
+    assert memory.base_weights == 2**30 * 9 // 16
+    assert memory.unquantized_weights == 100 * MIB
+    assert memory.adapters == memory.gradients == 64 * MIB
+    assert memory.optimizer == memory.pageable_optimizer == 128 * MIB
+    weights = memory.context + memory.base_weights + memory.unquantized_weights + 256 * MIB
+    assert memory.expected == weights + (10 + 30) * MIB
+
+
+def test_half_the_rank_halves_the_adapter() -> None:
+    whole, half = (measured_estimate(POINTS, TrainingShape(rank=rank, sequence_length=1024)) for rank in (16, 8))
+    assert (half.adapters, half.optimizer) == (whole.adapters // 2, whole.optimizer // 2)
+    assert half.layer_working_set == whole.layer_working_set
+
+
+def test_without_checkpointing_all_that_the_blocks_keep_is_their_working_set() -> None:
+    kept = measured((StepSize(1, 1024, False), 10 * MIB))
+    memory = measured_estimate(kept, TrainingShape(rank=16, sequence_length=1024, gradient_checkpointing=False))
+    assert memory.checkpoints == 0
+    assert memory.layer_working_set == 40 * MIB
+
+
+def test_a_dry_run_is_not_repeated_unless_something_that_it_depends_on_changes(config: Path) -> None:
+    measuring = Measuring()
+    first = MeasuredJob.of(config, job(), training_shape(job(), ()), measure=measuring)
+    same = job(training={"learningRate": 1e-3}, resources={"gpuMemory": 24})
+    again = MeasuredJob.of(config, same, training_shape(same, ()), first.measured, measuring)
+    assert again.measured == first.measured
+    assert measuring.sizes == [StepSize(1, 512, True)]
+
+    longer = job(training={"maxSequenceLength": 4096})
+    MeasuredJob.of(config, longer, training_shape(longer, ()), first.measured, measuring)
+    config.write_text(json.dumps({"model_type": "starcoder2", "hidden_size": 64}))
+    MeasuredJob.of(config, job(), training_shape(job(), ()), first.measured, measuring)
+    assert measuring.sizes[1:] == [StepSize(1, 4096, True), StepSize(1, 512, True)]
+
+
+def test_advice_takes_a_few_more_dry_runs(config: Path) -> None:
+    spec = job(
+        lora={"rank": 16}, training={"microBatchSize": 8, "maxSequenceLength": 1024, "gradientCheckpointing": False}
+    )
+    measuring = Measuring()
+    planned = MeasuredJob.of(config, spec, training_shape(spec, ()), measure=measuring).with_smaller()
+    assert measuring.sizes == [
+        StepSize(8, 1024, False),
+        StepSize(1, 256, False),
+        StepSize(1, 1024, False),
+        StepSize(1, 256, True),
+        StepSize(1, 1024, True),
+        StepSize(8, 1024, True),
+    ]
+    assert planned.with_smaller() == planned
+    first = advice(planned.estimate, planned.training, 1.75)[0]
+    assert [change.setting for change in first.changes] == ["training.gradientCheckpointing"]
+
+
+def test_a_larger_micro_batch_is_measured_before_it_is_advised(config: Path) -> None:
+    spec = job(training={"maxSequenceLength": 1024})
+    measuring = Measuring()
+    planned = MeasuredJob.of(config, spec, training_shape(spec, ()), measure=measuring).with_larger()
+    assert measuring.sizes == [StepSize(1, 1024, True), StepSize(4, 1024, True)]
+    step = larger_micro_batch(planned.estimate, planned.training, 24)
+    assert step is not None
+    assert [(change.setting, change.proposed) for change in step.changes] == [
+        ("training.microBatchSize", "4"),
+        ("training.gradientAccumulationSteps", "4"),
+    ]
+
+
+def test_advice_comes_from_the_jobs_own_dry_run_if_another_fails(config: Path) -> None:
+    def failing(*_arguments: object) -> MeasuredMemory:
+        raise DryRunFailed("too long")
+
+    planned = MeasuredJob.of(config, job(), training_shape(job(), ()), measure=Measuring())
+    planned = replace(planned, measure=failing)
+    assert measured_further(planned, planned.with_larger) is planned

@@ -1,0 +1,36 @@
+"""The bytes that a dry run has counted, as a completion record keeps them."""
+
+from pydantic import Field
+
+from qlora_api.schema import ObservedModel
+from qlora_api.status import Bytes, Count
+
+
+class MeasuredStep(ObservedModel):
+    """Bytes of one micro batch, beyond weights and gradients."""
+
+    sequences: Count = Field(description="Sequences in the micro batch.")
+    sequence_tokens: Count = Field(description="Tokens of each.")
+    gradient_checkpointing: bool
+    kept: Bytes = Field(description="What the decoder has kept for the backward pass when the loss is computed.")
+    loss: Bytes = Field(description="The most while the loss is computed, without what is kept.")
+    work: Bytes = Field(description="The most while the decoder runs, forward or backward, without what is kept.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the micro batch."""
+        return self.sequences * self.sequence_tokens
+
+
+class MeasuredMemory(ObservedModel):
+    """What a job's model consists of, and what steps of it take."""
+
+    digest: str = Field(description="SHA-256 of everything that the numbers depend on.")
+    blocks: Count = Field(description="Blocks of the decoder.")
+    rank: Count = Field(description="The adapter's rank.")
+    quantized_parameters: Count = Field(description="Weights in 4-bit layers.")
+    unquantized_bytes: Bytes = Field(description="Frozen weights that are not in 4-bit.")
+    adapter_parameters: Count = Field(description="Weights of the adapter.")
+    pageable_parameters: Count = Field(description="Those in tensors that are large enough to be paged.")
+    whole_parameters: Count = Field(description="Weights of modules that are trained whole.")
+    steps: tuple[MeasuredStep, ...]

@@ -1,0 +1,148 @@
+"""Walks autograd's graph in Python, for tensors on a device that does not exist.
+
+Autograd's engine waits for a thread of the device. The walk runs the same nodes in the engine's order and, like it,
+frees what a node has saved as soon as the node has run.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
+
+Edge = tuple[Any, int]
+"""A node of the graph, and the number of one of its inputs."""
+_ACCUMULATES = "torch::autograd::AccumulateGrad"
+
+
+def backward(output: Tensor) -> None:
+    """`output.backward()` for a scalar, on tensors with or without data. Detaches it from its graph, which is freed."""
+    # Not the root by itself: whoever refers to it keeps the whole graph.
+    roots: list[Edge] = [(output.grad_fn, output.output_nr)]
+    gradient = torch.ones_like(output)
+    output.detach_()
+    for node, given in _walk(roots, gradient):
+        if node.name() == _ACCUMULATES and given[0] is not None:
+            _accumulate(node.variable, given[0])
+        del node, given
+
+
+@torch.no_grad()
+def _accumulate(variable: Tensor, gradient: Tensor) -> None:
+    if variable.grad is None:
+        variable.grad = gradient
+    else:
+        variable.grad += gradient
+
+
+def gradients(
+    outputs: Tensor, inputs: Tensor | Sequence[Tensor], grad_outputs: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of one output, on tensors with or without data; None for an input that it does not use."""
+    wanted = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    edges: list[Edge] = [(edge.node, edge.output_nr) for edge in map(get_gradient_edge, wanted)]
+    found: dict[Edge, Tensor | None] = {}
+    gradient = torch.ones_like(outputs) if grad_outputs is None else grad_outputs
+    for node, given in _walk([(outputs.grad_fn, outputs.output_nr)], gradient):
+        arrived = {(node, number): one for number, one in enumerate(given)}
+        found |= {edge: arrived[edge] for edge in edges if edge in arrived}
+    return tuple(found.get(edge) for edge in edges)
+
+
+def nodes(output: Tensor) -> list[Any]:
+    """The graph's nodes from which `output` was computed, each once."""
+    found, stack = dict.fromkeys([output.grad_fn]), [output.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in found:
+                found[node] = None
+                stack.append(node)
+    return list(found)
+
+
+@torch.no_grad()
+def _run(node: Any, given: Sequence[Tensor | None]) -> Sequence[tuple[Edge, Tensor | None]]:
+    """What a node makes of the gradients of its outputs, with the edges along which it goes."""
+    edges = node.next_functions
+    # The engine runs backward as the forward pass of a thread without autocast.
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        if not isinstance(node, BackwardCFunction):
+            made = node(*given)
+            return list(zip(edges, made if isinstance(made, tuple) else (made,), strict=True))
+        # Whether a function wants zeros for outputs without a gradient cannot be read; one that does not ignores them.
+        made = node.apply(
+            *(
+                torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if gradient is None else gradient
+                for gradient, meta in zip(given, node._input_metadata, strict=True)
+            )
+        )
+    # It returns something for every argument of its forward, and may return None for more; edges are of tensors only.
+    results = made if isinstance(made, tuple) else (made,)
+    of_tensors = [result for result, needed in zip(results, node.needs_input_grad, strict=False) if needed]
+    return list(zip((edge for edge in edges if edge[0] is not None), of_tensors, strict=True))
+
+
+def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Any, list[Tensor | None]]]:
+    """Run the nodes in the engine's order; each is given, before it runs, with the gradients of its outputs.
+
+    Takes the only root out of `roots`: a node, and what it has saved, lives until it has run, unless the caller has
+    another reference to it.
+    """
+    root, number = roots.pop()
+    arrived: dict[Any, dict[int, Tensor]] = {root: {number: gradient}}
+    waiting = _consumers(root)
+    order, ready = count(), [(0, 0, root)]
+    del root, gradient
+    while ready:
+        node = heapq.heappop(ready)[2]
+        came = arrived.pop(node, {})
+        given = [_fitted(came.pop(number, None), meta) for number, meta in enumerate(node._input_metadata)]
+        edges = node.next_functions
+        reached = any(one is not None for one in given)
+        if reached:
+            yield node, given
+        made = _run(node, given) if reached and edges else []
+        del given, came
+        for edge, one in made:
+            if one is not None and edge[0] is not None:
+                sums = arrived.setdefault(edge[0], {})
+                sums[edge[1]] = sums[edge[1]] + one if edge[1] in sums else one
+        del node, made
+        edge = one = None
+        for following, _ in edges:
+            if following is None:
+                continue
+            waiting[following] -= 1
+            if not waiting[following]:
+                del waiting[following]
+                # The engine runs what was made last first, but gradients are accumulated as soon as they are there.
+                last_first = -(2**63) if following.name() == _ACCUMULATES else -following._sequence_nr()
+                heapq.heappush(ready, (last_first, next(order), following))
+        following = edges = None
+
+
+def _consumers(root: Any) -> Counter[Any]:
+    """How many edges lead to each node behind `root`."""
+    counted: Counter[Any] = Counter()
+    stack = [root]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None:
+                if node not in counted:
+                    stack.append(node)
+                counted[node] += 1
+    return counted
+
+
+def _fitted(gradient: Tensor | None, metadata: Any) -> Tensor | None:
+    """The gradient in the shape and type of what it is the gradient of, as the engine makes it."""
+    if gradient is None:
+        return None
+    if gradient.shape != tuple(metadata.shape):
+        gradient = gradient.sum_to_size(metadata.shape)
+    return gradient.to(metadata.dtype)

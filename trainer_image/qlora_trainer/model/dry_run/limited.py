@@ -1,0 +1,123 @@
+"""Measures a job's memory in a process of its own, with limits of time and memory. Loads no torch itself.
+
+A configuration comes from strangers: it may describe a model that takes hours, or all memory, even without data.
+"""
+
+import importlib
+import importlib.util
+import multiprocessing
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.measured_memory import MeasuredMemory
+
+SECONDS = 600
+MEMORY_BYTES = 2 * 2**30
+"""On top of what the process has."""
+_MEASURE = "qlora_trainer.model.dry_run.measure"
+
+
+class DryRunFailed(Exception):  # noqa: N818 - the dry run is what failed
+    """There is no measurement; the message says why."""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A micro batch to measure."""
+
+    sequences: int
+    sequence_tokens: int
+    gradient_checkpointing: bool
+
+
+def measure_within_limits(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    """`measure.measure` in at most ten minutes and 2 GiB.
+
+    Raises StepFailure for a target module that the model does not have, and DryRunFailed for whatever else there is.
+    """
+    return _measured("measure", config, spec, sizes, digest)
+
+
+def check_and_measure_within_limits(
+    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str
+) -> MeasuredMemory:
+    """The same of a model that has not been checked. Raises StepFailure also for one that cannot be trained."""
+    return _measured("check_and_measure", config, spec, sizes, digest)
+
+
+def _measured(name: str, config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    if importlib.util.find_spec("torch") is None:
+        raise DryRunFailed("the trainer is not installed: install qlora-operator[cli,trainer]")
+    found: MeasuredMemory = within_limits(_call, (name, config, spec, tuple(sizes), digest))
+    return found
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    # By its name: whoever imports this module does not load torch.
+    return getattr(importlib.import_module(_MEASURE), name)(*arguments)
+
+
+def within_limits(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    seconds: float = SECONDS,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Any:
+    """What the function returns, which is called in a forked process. Raises its StepFailure, or DryRunFailed."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(sender, function, arguments, memory_bytes), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            raise DryRunFailed(f"the dry run took more than {seconds:g} seconds")
+        answer = receiver.recv()
+    except EOFError:
+        process.join()
+        raise DryRunFailed(f"the dry run was ended by signal or exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if isinstance(answer, StepFailure | DryRunFailed):
+        raise answer
+    return answer
+
+
+def _run(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], memory_bytes: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    most = _private_bytes() + memory_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    try:
+        answer = function(*arguments)
+    except StepFailure as failure:
+        answer = failure
+    except MemoryError:
+        answer = DryRunFailed(f"the dry run took more than {memory_bytes / 2**30:.1f} GiB of main memory")
+    except Exception as error:  # noqa: BLE001 - libraries raise anything for a model that they cannot run
+        answer = DryRunFailed(_why(error, memory_bytes))
+    sender.send(answer)
+
+
+def _why(error: Exception, memory_bytes: int) -> str:
+    text = next(iter(str(error).splitlines()), "")[:300]
+    if "allocate memory" in text or "bad_alloc" in text:
+        return f"the dry run took more than {memory_bytes / 2**30:.1f} GiB of main memory ({text})"
+    return f"the dry run failed: {type(error).__name__}: {text}"
+
+
+def _private_bytes() -> int:
+    """What counts for the limit: the process's private, writable memory."""
+    with open("/proc/self/status") as file:
+        size = next(line.split()[1] for line in file if line.startswith("VmData:"))
+    return int(size) * 1024

@@ -1,0 +1,90 @@
+"""Measures a job's memory: builds its model without data, counts what it consists of, and runs micro batches."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig
+
+from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.model.dry_run.device import fake_batch, fake_cuda, on_fake_cuda
+from qlora_trainer.model.dry_run.limited import StepSize
+from qlora_trainer.model.dry_run.skeleton import adapted_skeleton
+from qlora_trainer.model.dry_run.step import full_batch, step_bytes
+from qlora_trainer.model.source import CONFIG
+from qlora_trainer.model.support import inspect_family
+
+
+def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    """Run a micro batch of each size of the model with this config.json, at full depth. Takes seconds for each.
+
+    Gradients of an earlier micro batch are there, as when they are accumulated. Raises StepFailure for a target module
+    that the model does not have, and what PyTorch and transformers raise for a model that they cannot run so.
+    """
+    # A process that was forked has none of its parent's threads, which PyTorch would wait for.
+    torch.set_num_threads(1)
+    read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+    steps: list[MeasuredStep] = []
+    model: Any = None
+    for checkpointing in sorted({size.gradient_checkpointing for size in sizes}):
+        training = spec.training.model_copy(update={"gradient_checkpointing": checkpointing})
+        model = adapted_skeleton(read, spec.lora, training, spec.quantization)
+        wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
+        steps += _steps(model, wanted)
+    return _counted(model, spec, steps, digest)
+
+
+def check_and_measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+    """The same of a model that has not been checked: raises StepFailure too for one that cannot be trained."""
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, spec.lora)
+    return measure(config, spec, sizes, digest)
+
+
+def _steps(model: Any, sizes: Sequence[StepSize]) -> list[MeasuredStep]:
+    batches = [full_batch(size.sequences, size.sequence_tokens) for size in sizes]
+    measured = []
+    with fake_cuda():
+        on_fake_cuda(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        for size, batch in zip(sizes, batches, strict=True):
+            found = step_bytes(model, fake_batch(batch))
+            measured.append(
+                MeasuredStep(
+                    sequences=size.sequences,
+                    sequence_tokens=size.sequence_tokens,
+                    gradient_checkpointing=size.gradient_checkpointing,
+                    kept=found.kept,
+                    loss=found.loss,
+                    work=found.work,
+                )
+            )
+    return measured
+
+
+def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    packed = {id(layer.weight) for layer in layers}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    adapter = [parameter.numel() for name, parameter in trained if ".lora_" in name]
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in packed]
+    return MeasuredMemory(
+        digest=digest,
+        blocks=model.config.num_hidden_layers,
+        rank=spec.lora.rank,
+        quantized_parameters=sum(layer.quant_state.shape.numel() for layer in layers),
+        unquantized_bytes=sum(parameter.nbytes for parameter in frozen),
+        adapter_parameters=sum(adapter),
+        pageable_parameters=sum(size for size in adapter if size >= SMALLEST_PAGED_TENSOR),
+        whole_parameters=sum(parameter.numel() for name, parameter in trained if ".lora_" not in name),
+        steps=tuple(steps),
+    )

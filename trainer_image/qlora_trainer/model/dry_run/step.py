@@ -1,0 +1,74 @@
+"""Runs one micro batch, forward and backward, and says how many bytes it takes beyond those that are there before."""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.data.prepared import PackedSequence
+from qlora_trainer.model.base import COMPUTE_DTYPE
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.dry_run.backward import backward
+from qlora_trainer.model.dry_run.live_bytes import LiveBytes
+from qlora_trainer.model.loss import batch_loss
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of one micro batch on top of those that are alive before it."""
+
+    kept: int
+    """When the decoder has run: activations, or their checkpoints, until the backward pass."""
+    loss: int
+    """The most while the loss is computed, less what is kept."""
+    work: int
+    """The most while the decoder runs, forward or backward, less what is kept."""
+
+
+def full_batch(sequences: int, tokens: int) -> Batch:
+    """A micro batch of full sequences as it is given to a GPU, in main memory: each is a row, all tokens are targets.
+
+    No other batch of this size takes more.
+    """
+    anything = torch.zeros(tokens, dtype=torch.int64)
+    sequence = PackedSequence(anything, anything, (tokens,))
+    # The batch is not for a CPU, which gets other sizes.
+    return Batch.of([sequence] * sequences, torch.device("meta"))
+
+
+def step_bytes(model: Any, batch: Batch, run_backward: Callable[[Tensor], None] = backward) -> StepBytes:
+    """The bytes of a micro batch of a model with its adapter, on the batch's device.
+
+    When gradients are accumulated, those of an earlier micro batch are there already, and are not counted.
+    """
+    base, device = model.get_base_model(), batch.input_ids.device.type
+    gc.collect()
+    with LiveBytes() as live:
+        for tensor in _tensors(model, batch):
+            live.add(tensor)
+        before = live.bytes
+        live.take_peak()
+        at_end: list[tuple[int, int]] = []
+        hook = base.get_decoder().register_forward_hook(lambda *_: at_end.append((live.bytes, live.take_peak())))
+        try:
+            with torch.autocast(device, dtype=COMPUTE_DTYPE, cache_enabled=False):
+                loss = batch_loss(base, batch)
+        finally:
+            hook.remove()
+        kept, forward_peak = at_end[0]
+        loss_peak = live.take_peak()
+        run_backward(loss)
+        work_peak = max(forward_peak, live.take_peak())
+    return StepBytes(kept - before, loss_peak - kept, work_peak - kept)
+
+
+def _tensors(model: Any, batch: Batch) -> Iterator[Tensor]:
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from model.buffers()
+    yield from (batch.input_ids, batch.position_ids, batch.rows.offsets, batch.predicting, batch.targets)
