@@ -26,8 +26,9 @@ from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
 from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.decoder import block_linears
 from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.support import block_linears, resolve_targets
+from qlora_trainer.model.support import resolve_targets
 
 _ATTENTION = "qlora_dry_run"
 _LARGEST_HEAD = 256

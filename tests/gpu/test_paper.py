@@ -22,8 +22,8 @@ from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base import COMPUTE_DTYPE, check_quantization
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.decoder import block_linears
 from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.support import block_linears
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures

@@ -13,8 +13,9 @@ from qlora_api.memory.families import FAMILIES
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.model.decoder import block_linears
 from qlora_trainer.model.memory_fit import training_shape
-from qlora_trainer.model.support import block_linears, resolve_targets
+from qlora_trainer.model.support import resolve_targets
 
 LLAMAS = {
     "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},

@@ -37,6 +37,13 @@ class Gated(LlamaRMSNorm):
         return super().forward(x) * gate
 
 
+class GatedOrNot(LlamaRMSNorm):
+    """Takes a second tensor if it is given one, as Mamba's norms do."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
 def norm(kind: type[nn.Module], dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     module: Any = kind(SIZE, eps=1e-5).to(dtype).requires_grad_(False)
@@ -98,7 +105,9 @@ def test_an_evaluation_is_the_familys_to_the_last_bit(kind: type[nn.Module]) -> 
         assert torch.equal(fused(norm(kind, torch.bfloat16))(x), norm(kind, torch.bfloat16)(x))
 
 
-@pytest.mark.parametrize("module", [Doubled(SIZE), Gated(SIZE), nn.PReLU(1), nn.Linear(8, 8), nn.Embedding(4, 8)])
+@pytest.mark.parametrize(
+    "module", [Doubled(SIZE), Gated(SIZE), GatedOrNot(SIZE), nn.PReLU(1), nn.Linear(8, 8), nn.Embedding(4, 8)]
+)
 def test_what_computes_something_else_stays_as_it_is(module: nn.Module) -> None:
     before = type(module)
     assert type(fused(module)) is before

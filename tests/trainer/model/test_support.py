@@ -16,7 +16,7 @@ from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
 from qlora_trainer.model.loss import LogitTransform
-from qlora_trainer.model.probe import shrunken
+from qlora_trainer.model.shrunken import shrunken
 from qlora_trainer.model.support import inspect_family
 from tests.support.tiny import SHAPE
 
@@ -141,13 +141,37 @@ def test_the_shrunken_model_has_a_block_of_each_kind_and_caps_that_matter() -> N
     smol = transformers.SmolLM3Config(num_hidden_layers=36)
     gemma = transformers.Gemma2Config(num_hidden_layers=26)
     llama = transformers.LlamaConfig(num_hidden_layers=32)
+    small_gemma = shrunken(gemma).config
 
-    assert sorted(shrunken(smol).no_rope_layers) == [0, 1]
-    assert shrunken(gemma).layer_types == ["sliding_attention", "full_attention"]
-    assert shrunken(gemma).sliding_window < 7
-    assert shrunken(gemma).attn_logit_softcapping == shrunken(gemma).final_logit_softcapping == 1.0
-    assert [shrunken(config).num_hidden_layers for config in (smol, gemma, llama)] == [2, 2, 2]
-    assert shrunken(gemma).head_dim == gemma.head_dim
+    assert sorted(shrunken(smol).config.no_rope_layers) == [0, 1]
+    assert small_gemma.layer_types == ["sliding_attention", "full_attention"]
+    assert small_gemma.sliding_window < 7
+    assert small_gemma.attn_logit_softcapping == small_gemma.final_logit_softcapping == 1.0
+    assert [shrunken(config).config.num_hidden_layers for config in (smol, gemma, llama)] == [2, 2, 2]
+    assert small_gemma.head_dim == gemma.head_dim
+    assert shrunken(gemma).stands_for == (0, 1) * 13
+    assert shrunken(llama).stands_for == (0,) * 32
+
+
+def test_the_shrunken_model_keeps_what_single_blocks_have_otherwise() -> None:
+    config = transformers.Gemma4TextConfig(num_hidden_layers=12, num_kv_shared_layers=6)
+
+    small = shrunken(config)
+
+    kinds = ["sliding_attention", "full_attention"]
+    assert small.config.layer_types == kinds * 2
+    assert small.config.num_kv_shared_layers == 2
+    assert [block.head_dim for block in small.config.per_layer_config] == [256, 512, 256, 512]
+    assert small.stands_for == (0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 3)
+    assert config.num_hidden_layers == 12
+
+
+def test_the_shrunken_model_repeats_what_the_model_repeats() -> None:
+    small = shrunken(transformers.DoryConfig(num_hidden_layers=16, n_input_layers=4, n_output_layers=4)).config
+
+    segments = [small.n_input_layers, small.n_recurrent_layers, small.n_output_layers]
+    assert segments == [2, 2, 2]
+    assert small.num_hidden_layers == sum(segments)
 
 
 def _leaky(module: Any, query: Any, key: Any, value: Any, _mask: Any, **settings: Any) -> Any:
@@ -183,6 +207,43 @@ def test_the_leak_test_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     family = inspect_family(written(tmp_path, transformers.LlamaConfig(**SHAPE)), LoraSpec())
 
     assert not family.packing_isolated
+
+
+def _without_gradient_of_queries(module: Any, query: Any, *tensors: Any, **settings: Any) -> Any:
+    return rows_attention(module, query.detach(), *tensors, **settings)
+
+
+def test_a_layer_that_no_gradient_reaches_gets_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    AttentionInterface.register("no-queries", _without_gradient_of_queries)
+    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "no-queries")
+    folder = written(tmp_path, transformers.LlamaConfig(**SHAPE))
+
+    family = inspect_family(folder, LoraSpec())
+
+    assert family.without_adapter == tuple(f"model.layers.{block}.self_attn.q_proj" for block in (0, 1))
+    assert len(family.target_modules) == 2 * 6
+    assert not set(family.target_modules) & set(family.without_adapter)
+    message = rejection(folder, LoraSpec(target_modules=("q_proj",))).message
+    assert "names 'q_proj', on which an adapter learns nothing; allowed are all-linear and down_proj, gate" in message
+
+
+def test_a_family_that_remembers_the_sequence_before_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def remembering(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+        output, _ = rows_attention(module, query, key, value, mask, **settings)
+        if module.layer_idx == 0:
+            seen.append(output.mean())
+        return output + (1e-6 * seen[-2] if len(seen) > 1 else 0.0), None
+
+    AttentionInterface.register("remembering", remembering)
+    monkeypatch.setattr("qlora_trainer.model.probe.ATTENTION", "remembering")
+
+    failure = rejection(written(tmp_path, transformers.LlamaConfig(**SHAPE)))
+
+    assert "a sequence has an effect on the next one" in failure.message
 
 
 @pytest.mark.parametrize(

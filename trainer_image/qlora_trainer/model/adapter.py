@@ -14,6 +14,7 @@ from qlora_api.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.decoder import compute_as_in_use
 from qlora_trainer.model.fused_lora import fuse_lora
 from qlora_trainer.model.loftq import initialize_loftq
 
@@ -57,6 +58,7 @@ def attach_adapter(
         initialize_loftq(model, original)
     for name, parameter in adapter_parameters(model).items():
         parameter.data = parameter.data.to(tensor_dtype(name, lora))
+    compute_as_in_use(base)
     fuse_lora(model, recomputed=gradient_checkpointing)
     if gradient_checkpointing:
         # Without re-entry gradients reach the adapters although the embeddings have none.

@@ -14,6 +14,7 @@ from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.model.activations import fuse_activations
 from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.decoder import outer_parameters
 from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION
 
@@ -109,10 +110,7 @@ def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
 
 
 def _unquantized_inner_parameters(model: Any) -> int:
-    head = model.get_output_embeddings()
-    outer = {
-        id(p) for module in (model.get_input_embeddings(), head) if module is not None for p in module.parameters()
-    }
+    outer = outer_parameters(model)
     return sum(p.numel() for p in model.parameters() if not isinstance(p, Params4bit) and id(p) not in outer)
 
 

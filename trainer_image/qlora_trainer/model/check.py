@@ -1,6 +1,7 @@
 """Checks, by the small files of a model, that a job can train it: before any weight is fetched."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     reject_code(folder)
     family = inspect_family(folder, lora)
     family.require_positions(training.max_sequence_length)
+    if family.without_adapter:
+        logger.warning("no adapter on %s: it would learn nothing", ", ".join(_last_parts(family.without_adapter)))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
     if training.packing and not model.packs(training):
@@ -48,3 +51,7 @@ def advise_learning_rate(parameters: int, learning_rate: float) -> None:
     """Log advice if the learning rate is high for a model of so many parameters."""
     if parameters > _LARGE_MODEL_PARAMETERS and learning_rate > _LARGE_MODEL_LEARNING_RATE:
         logger.warning("spec.training.learningRate is %g; 1e-4 is advised above 13B parameters", learning_rate)
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_trainer.core import cpu
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.decoder import decoder_states
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,7 @@ class LogitTransform:
 
 def batch_loss(model: Any, batch: Batch) -> Tensor:
     """Sum of the losses of a batch's targets, a float32 scalar. `model` is a causal language model of transformers."""
-    states = model.get_decoder()(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, rows=batch.rows, use_cache=False
-    ).last_hidden_state[0]
+    states = decoder_states(model, batch.input_ids, batch.position_ids, batch.rows)[0]
     head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
     chunk_tokens = cpu.loss_chunk_tokens(states.device.type)
     return summed_loss(states[batch.predicting], batch.targets, head, transform, chunk_tokens)

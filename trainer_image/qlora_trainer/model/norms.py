@@ -5,6 +5,7 @@ given float32 too. And transformers computes a root mean square in six operation
 """
 
 import copy
+import inspect
 from typing import Any, cast
 
 import torch
@@ -96,6 +97,9 @@ def _as_root_mean_square(module: nn.Module) -> tuple[int, float] | None:
 
     A copy is tried in float32 on a CPU, with weights of its own: the module's may have no data.
     """
+    # A second argument, such as the gate of a Mamba block, would be lost.
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return None
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if list(shapes) != ["weight"] or len(shapes["weight"]) != 1 or next(module.buffers(), None) is not None:
         return None

@@ -1,25 +1,22 @@
 """Probes a family with a shrunken random model: do we compute what transformers does, and keep packed rows apart?"""
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention
+from qlora_trainer.model.decoder import block_linears, compute_as_in_use, decoder_states, place_in_block
 from qlora_trainer.model.loss import LogitTransform
+from qlora_trainer.model.shrunken import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrunken
 
-_VOCABULARY = 128
 _ROWS = (7, 12)
-_WINDOW = 5
-"""Shorter than both rows."""
-_SOFTCAP = 1.0
-"""Low enough to change every score and logit."""
-_MOST_BLOCKS = 8
-_NOISE = 0.2
-"""Standard deviation of the weights: enough for scores to differ, too little for one token to take all attention."""
+"""Both longer than the shrunken window."""
 
 
 @dataclass(frozen=True)
@@ -27,91 +24,95 @@ class Probe:
     """The result of a probe."""
 
     exact: bool
-    """A row's logits are those of transformers' own attention and head, alone and behind another row."""
+    """A row's logits are those of transformers' own attention and head."""
     isolated: bool
-    """Another row before it does not change a bit of them."""
+    """Another row before it in its sequence does not change a bit of them."""
+    stateless: bool
+    """Nor does a sequence before it."""
+    without_gradient: frozenset[tuple[int, str]]
+    """Linear layers whose result has no part in the loss: number of the whole model's block, and name in it."""
 
 
-@torch.no_grad()
 def probe(config: Any) -> Probe:
     """Compare a small random model of a text decoder's `config` with our attention, positions and head with itself.
 
     Takes some tens of milliseconds. Raises what transformers raises for a configuration that it cannot use.
     """
     register_attention()
+    small = shrunken(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shrunken(config), dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(small.config, dtype=torch.float32, attn_implementation="eager")
         for parameter in model.eval().parameters():
             if parameter.ndim == 1:
                 # Biases are initialized with 0 and norms with 1: leaving one out would not change the logits.
-                parameter.add_(_NOISE * torch.randn_like(parameter))
-        first, other, second = (torch.randint(_VOCABULARY, (1, tokens)) for tokens in (_ROWS[0], *_ROWS))
-    expected = model(input_ids=second, use_cache=False).logits
-    model.set_attn_implementation(ATTENTION)
-    alone = _logits(model, second, RowBoundaries.of(_ROWS[1:], second.device))
-    rows = RowBoundaries.of(_ROWS, second.device)
+                parameter.data.add_(WEIGHT_DEVIATION * torch.randn_like(parameter))
+        tokens = VOCABULARY - len(SPECIAL_TOKENS)
+        first, other, second = (torch.randint(tokens, (1, length)) for length in (_ROWS[0], *_ROWS))
+        with torch.no_grad():
+            expected = model(input_ids=second, use_cache=False).logits
+            model.set_attn_implementation(ATTENTION)
+            exact, stateless = _computes(model, second, other, expected)
+            isolated = exact and _isolates(model, second, (first, other), expected)
+        silent = _without_gradient(model, second)
+    blocks = enumerate(small.stands_for)
+    silent_layers = {(block, name) for block, small_block in blocks for number, name in silent if number == small_block}
+    return Probe(exact, isolated, stateless, frozenset(silent_layers))
+
+
+def _computes(model: Any, row: Tensor, other: Tensor, expected: Tensor) -> tuple[bool, bool]:
+    """Whether a row's logits are the expected ones, and whether they stay the same after another sequence."""
+    alone = _logits(model, row, _ROWS[1:])
+    _logits(model, other, _ROWS[:1])
+    return _close(alone, expected), torch.equal(_logits(model, row, _ROWS[1:]), alone)
+
+
+def _isolates(model: Any, row: Tensor, before: tuple[Tensor, Tensor], expected: Tensor) -> bool:
+    """Whether a row's logits are the expected ones behind other rows, the same ones to the bit behind each."""
     behind, behind_other = (
-        _logits(model, torch.cat([row, second], dim=1), rows)[:, _ROWS[0] :] for row in (first, other)
+        _logits(model, torch.cat([other, row], dim=1), _ROWS)[:, other.shape[1] :] for other in before
     )
-    if not _close(alone, expected):
-        return Probe(exact=False, isolated=False)
-    return Probe(exact=True, isolated=torch.equal(behind, behind_other) and _close(behind, expected))
+    return torch.equal(behind, behind_other) and _close(behind, expected)
 
 
 def _close(logits: Tensor, expected: Tensor) -> bool:
     return torch.allclose(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def _logits(model: Any, input_ids: Tensor, rows: RowBoundaries) -> Tensor:
+def _logits(model: Any, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Logits as training computes them: decoder, head, transform."""
-    states = model.get_decoder()(
-        input_ids=input_ids, position_ids=rows.position_ids(), rows=rows, use_cache=False
-    ).last_hidden_state
+    rows = RowBoundaries.of(lengths, input_ids.device)
+    states = decoder_states(model, input_ids, rows.position_ids(), rows)
     return LogitTransform.of(model.config)(model.get_output_embeddings()(states))
 
 
-def shrunken(config: Any) -> Any:
-    """The same family with few heads (of the same size, which positions depend on), few tokens and few blocks.
-
-    The blocks show each kind that the model has: sliding or global, with or without rotation.
-    """
-    small = copy.deepcopy(config)
-    heads, key_heads = small.num_attention_heads, getattr(small, "num_key_value_heads", None)
-    head_size = getattr(small, "head_dim", None) or small.hidden_size // heads
-    blocks = _blocks_of_each_kind(small)
-    changes: dict[str, Any] = {
-        "num_hidden_layers": len(blocks),
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2 if key_heads in (None, heads) else 1,
-        "hidden_size": 2 * head_size,
-        "intermediate_size": 64,
-        "vocab_size": _VOCABULARY,
-        "initializer_range": _NOISE,
-        **{name: [values[block] for block in blocks] for name, values in _lists_by_block(small).items()},
-        **{name: _SOFTCAP for name in vars(small) if "softcap" in name},
-    }
-    if getattr(small, "sliding_window", None):
-        changes["sliding_window"] = _WINDOW
-    for name, value in changes.items():
-        if getattr(small, name, None) is not None:
-            setattr(small, name, value)
-    # The embedding rejects ids outside the small vocabulary.
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, name, None)
-    return small
+def _without_gradient(model: Any, row: Tensor) -> list[tuple[int, str]]:
+    """Linear layers of the blocks whose result has no part in the loss: number of the block, name in it."""
+    linears = block_linears(model)
+    compute_as_in_use(model)
+    model.train()
+    with _results_of(model, linears) as results:
+        cross_entropy(_logits(model, row, _ROWS[1:])[0, :-1].float(), row[0, 1:]).backward()
+    reached = {name for name, result in results if result.grad is not None and bool(result.grad.any())}
+    return [place_in_block(name) for name in linears if name not in reached]
 
 
-def _lists_by_block(config: Any) -> dict[str, list[Any]]:
-    """The entries of a configuration that have a value for each block, such as `layer_types` and `no_rope_layers`."""
-    blocks = config.num_hidden_layers
-    return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == blocks}
+@contextmanager
+def _results_of(model: nn.Module, names: tuple[str, ...]) -> Iterator[list[tuple[str, Tensor]]]:
+    """What the modules of these names compute in the body, with its gradient after a backward pass."""
+    results: list[tuple[str, Tensor]] = []
 
+    def keep(name: str, result: Tensor) -> None:
+        if result.requires_grad:
+            result.retain_grad()
+            results.append((name, result))
 
-def _blocks_of_each_kind(config: Any) -> list[int]:
-    """Numbers of blocks, at least two and at most eight, that together are of each kind."""
-    kinds: dict[str, int] = {}
-    for block, kind in enumerate(zip(*_lists_by_block(config).values(), strict=True)):
-        kinds.setdefault(repr(kind), block)
-    found = list(kinds.values())[:_MOST_BLOCKS] or [0]
-    return found if len(found) > 1 else found * 2
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _module, _given, result, name=name: keep(name, result))
+        for name in names
+    ]
+    try:
+        yield results
+    finally:
+        for hook in hooks:
+            hook.remove()

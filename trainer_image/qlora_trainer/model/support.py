@@ -1,7 +1,7 @@
 """Inspects a model's configuration: whether it can be trained, which layers get an adapter, how long rows may be."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
+from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model
 
@@ -48,6 +49,8 @@ class Family:
     """Tokens that the model has positions for; None if its configuration does not say."""
     same_rotation_up_to: int | None = None
     """Tokens of a row beyond which the model turns every row of its sequence by other angles; None if it never does."""
+    without_adapter: tuple[str, ...] = ()
+    """Linear layers of the blocks that get no adapter because no gradient would reach it."""
 
     def keeps_rows_apart(self, row_tokens: int) -> bool:
         """Whether rows of up to `row_tokens` tokens can share a sequence without any effect on each other."""
@@ -92,14 +95,25 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
                 f"only {fraction:.1%} of its parameters outside the embeddings are in plain linear layers, which is "
                 f"what is stored in 4-bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
             )
-        targets = resolve_targets(lora.target_modules, block_linears(skeleton))
-        targets = in_blocks(targets, lora.layers_to_transform)
         _reject_untying(model_type, skeleton, lora)
         text = config.get_text_config(decoder=True)
         probed = probe(text)
         if not probed.exact:
             _reject(model_type, "it computes attention or logits in a way that this trainer does not support")
-        return Family(model_type, targets, fraction, probed.isolated, longest_row(text), same_rotation_up_to(text))
+        if not probed.stateless:
+            _reject(model_type, "a sequence has an effect on the next one")
+        linears = block_linears(skeleton)
+        left_out = tuple(name for name in linears if place_in_block(name) in probed.without_gradient)
+        targets = resolve_targets(lora.target_modules, linears, left_out)
+        return Family(
+            model_type=model_type,
+            target_modules=in_blocks(targets, lora.layers_to_transform),
+            quantized_fraction=fraction,
+            packing_isolated=probed.isolated,
+            longest_row=longest_row(text),
+            same_rotation_up_to=same_rotation_up_to(text),
+            without_adapter=left_out,
+        )
     except _UNUSABLE as error:
         raise bad_configuration(
             f"{config_folder / 'config.json'} (model_type {model_type!r}) describes no model that can be trained here: "
@@ -152,10 +166,8 @@ def _read_config(folder: Path) -> Any:
 
 
 def quantized_fraction(model: PreTrainedModel) -> float:
-    """Of the parameters outside input embeddings and output head, those in exact `nn.Linear` modules."""
-    outer = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-    head = model.get_output_embeddings()
-    outer |= {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    """Of the parameters outside embeddings and output layer, those in exact `nn.Linear` modules."""
+    outer, head = outer_parameters(model), model.get_output_embeddings()
     inner = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in outer)
     # A subclass, as Falcon's, is not replaced by a 4-bit layer.
     linear = sum(
@@ -164,32 +176,29 @@ def quantized_fraction(model: PreTrainedModel) -> float:
     return linear / inner if inner else 0.0
 
 
-def block_linears(model: Any) -> tuple[str, ...]:
-    """Sorted names of the linear layers in the text decoder's blocks: no head, no router, no vision tower."""
-    decoder = model.get_decoder()
-    blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-    layers = next(
-        (child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == blocks), None
-    )
-    if layers is None:
-        raise bad_configuration(f"model_type {model.config.model_type!r}: its {blocks} decoder blocks were not found")
-    inside = {id(module) for module in layers.modules() if isinstance(module, nn.Linear)}
-    return tuple(sorted(name for name, module in model.named_modules() if id(module) in inside))
+def resolve_targets(
+    wanted: tuple[str, ...], linears: tuple[str, ...], left_out: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Exact, sorted names out of `linears` for the names of spec.lora.targetModules, each of which must match.
 
-
-def resolve_targets(wanted: tuple[str, ...], linears: tuple[str, ...]) -> tuple[str, ...]:
-    """Exact, sorted names out of `linears` for the names of spec.lora.targetModules, each of which must match."""
+    Those `left_out` can get no adapter.
+    """
     chosen: set[str] = set()
+    allowed = [name for name in linears if name not in left_out]
     for target in wanted:
-        found = linears if target == ALL_LINEAR else [n for n in linears if n == target or n.endswith(f".{target}")]
+        found = allowed if target == ALL_LINEAR else _named(target, allowed)
         if not found:
-            existing = sorted({name.rpartition(".")[2] for name in linears})
+            why = "on which an adapter learns nothing" if _named(target, left_out) else "which the model does not have"
+            existing = sorted({name.rpartition(".")[2] for name in allowed})
             raise bad_configuration(
-                f"spec.lora.targetModules names {target!r}, which the model does not have; "
-                f"allowed are {ALL_LINEAR} and {', '.join(existing)}"
+                f"spec.lora.targetModules names {target!r}, {why}; allowed are {ALL_LINEAR} and {', '.join(existing)}"
             )
         chosen.update(found)
     return tuple(sorted(chosen))
+
+
+def _named(target: str, linears: Iterable[str]) -> list[str]:
+    return [name for name in linears if name == target or name.endswith(f".{target}")]
 
 
 def in_blocks(targets: tuple[str, ...], blocks: tuple[int, ...] | None) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.model.decoder import decoder_blocks
 
 logger = logging.getLogger(__name__)
 STORAGE_DTYPE = torch.bfloat16
@@ -34,8 +35,7 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
     Raises StepFailure (BAD_CONFIGURATION) for a block that FSDP cannot gather as it is stored.
     """
     mesh = init_device_mesh(device.type, (processes,))
-    decoder = model.get_base_model().get_decoder()
-    blocks = decoder.layers
+    decoder, blocks = model.get_base_model().get_decoder(), decoder_blocks(model.get_base_model())
     whole = sum(_bytes(parameter) for parameter in blocks.parameters() if not parameter.requires_grad)
     for number, block in enumerate(blocks):
         _require_one_dtype(number, block)

@@ -1,0 +1,65 @@
+"""Knows the parts of a model of any family: the text decoder, its blocks, their linear layers, the embeddings."""
+
+import inspect
+import re
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.model.attention import RowBoundaries
+
+
+def decoder_blocks(model: Any) -> nn.ModuleList:
+    """The blocks of a causal language model's text decoder. Raises StepFailure (BAD_CONFIGURATION) if it has none."""
+    decoder = model.get_decoder()
+    blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == blocks:
+            return child
+    raise bad_configuration(f"model_type {model.config.model_type!r}: its {blocks} decoder blocks were not found")
+
+
+def block_linears(model: Any) -> tuple[str, ...]:
+    """Sorted names of the linear layers in the text decoder's blocks: no head, no router, no vision tower."""
+    inside = {id(module) for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)}
+    return tuple(sorted(name for name, module in model.named_modules() if id(module) in inside))
+
+
+def place_in_block(name: str) -> tuple[int, str]:
+    """The number of the block of a linear layer with this name, and the layer's name inside the block."""
+    found = re.search(r"\.(\d+)\.", name)
+    if found is None:
+        raise ValueError(f"{name} is not inside a block")
+    return int(found[1]), name[found.end() :]
+
+
+def decoder_states(model: Any, input_ids: Tensor, position_ids: Tensor, rows: RowBoundaries) -> Tensor:
+    """The decoder's last states, [1, tokens, hidden size], of rows of tokens [1, tokens] that follow one another.
+
+    A decoder that takes no positions or no other arguments computes its own for a single row.
+    """
+    decoder = model.get_decoder()
+    arguments = {"input_ids": input_ids, "position_ids": position_ids, "rows": rows, "use_cache": False}
+    accepted = inspect.signature(decoder.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        arguments = {name: value for name, value in arguments.items() if name in accepted}
+    return cast("Tensor", decoder(**arguments).last_hidden_state)
+
+
+def compute_as_in_use(model: Any) -> None:
+    """Turn off what a family does to its own weights in training mode only: Gemma 3n clips them. Here they are frozen.
+
+    Clipping is done beside the layers' forward passes, and would take packed 4-bit weights for numbers.
+    """
+    # In its dictionary, because the field's declared type allows no None, which the layers ask for.
+    settings = vars(model.config.get_text_config(decoder=True))
+    if "altup_coef_clip" in settings:
+        settings["altup_coef_clip"] = None
+
+
+def outer_parameters(model: Any) -> set[int]:
+    """The ids of all parameters in embeddings, of tokens or else, and in the output layer."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()
+    return {id(parameter) for module in (*modules, head) if module is not None for parameter in module.parameters()}

@@ -1,0 +1,161 @@
+"""Makes a small configuration of the same family: few heads, tokens and blocks, but a block of each kind."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+VOCABULARY = 128
+"""Tokens of a small model. The last ones are the special ones, which a test is not to draw."""
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+WEIGHT_DEVIATION = 0.2
+"""Standard deviation of the weights: enough for scores to differ, too little for one token to take all attention."""
+_WINDOW = 5
+_SOFTCAP = 1.0
+"""Low enough to change every score and logit."""
+_MOST_BLOCKS = 8
+_WIDTH = 64
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "hidden_size_per_layer_input")
+"""Sizes that no other depends on."""
+_NO_VALUES_OF_BLOCKS = (*SPECIAL_TOKENS, "full_attn_idxs")
+"""Lists that may have as many entries as the model has blocks, by chance."""
+_SEGMENTS = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
+"""Numbers of blocks that follow one another, in families that repeat those in the middle."""
+
+
+@dataclass(frozen=True)
+class Shrunken:
+    """A small configuration, and what its blocks stand for."""
+
+    config: Any
+    stands_for: tuple[int, ...]
+    """For each block of the whole model, the number of the small model's block that is of its kind."""
+
+
+def shrunken(config: Any) -> Shrunken:
+    """The same family with few heads (of the same size, which positions depend on), few tokens and few blocks.
+
+    The blocks show each kind that the model has: sliding or global, with or without rotation, with keys of their own or
+    of an earlier block, with sizes of their own.
+    """
+    settings, overrides = _settings(config), _overrides(config)
+    kinds = _kinds_of_blocks(config, settings, overrides)
+    blocks = _blocks_of_each_kind(kinds)
+    changes: dict[str, Any] = {
+        **{name: [values[block] for block in blocks] for name, values in _lists_by_block(config, settings).items()},
+        **_small_sizes(settings, len(blocks)),
+        **_parts_of_depth(config, settings, blocks),
+        "num_hidden_layers": len(blocks),
+        "initializer_range": WEIGHT_DEVIATION,
+        **{name: _SOFTCAP for name, value in settings.items() if "softcap" in name and value is not None},
+        # The embedding rejects ids outside the small vocabulary.
+        **{name: VOCABULARY - number for number, name in enumerate(SPECIAL_TOKENS, start=1)},
+    }
+    if settings.get("sliding_window"):
+        changes["sliding_window"] = _WINDOW
+    small = copy.deepcopy(config)
+    if overrides:
+        small.per_layer_config = {}
+    for name, value in changes.items():
+        if name in settings:
+            setattr(small, name, value)
+    if overrides:
+        small.per_layer_config = _small_overrides(overrides, blocks)
+    number_of = {kinds[block]: number for number, block in reversed(list(enumerate(blocks)))}
+    return Shrunken(small, tuple(number_of.get(kind, 0) for kind in kinds))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What the configuration holds, under its own names and under those that transformers has for all families."""
+    own = vars(config)
+    return own | {name: own[of_family] for name, of_family in config.attribute_map.items() if of_family in own}
+
+
+def _overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """What single blocks have otherwise than the configuration says for all, by their numbers."""
+    found = config.to_dict().get("per_layer_config") or {}
+    return {int(block): dict(values) for block, values in found.items()}
+
+
+def _small_sizes(settings: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    heads = settings["num_attention_heads"]
+    key_heads = settings.get("num_key_value_heads")
+    head_size = settings.get("head_dim") or settings["hidden_size"] // heads
+    small_heads = 2 if key_heads in (None, heads) else 4
+    sizes: dict[str, Any] = {
+        "num_attention_heads": small_heads,
+        "num_key_value_heads": 2,
+        "head_dim": head_size,
+        "hidden_size": small_heads * head_size,
+        "vocab_size": VOCABULARY,
+        "vocab_size_per_layer_input": VOCABULARY,
+    }
+    for name in _WIDTHS:
+        if value := settings.get(name):
+            sizes[name] = [_WIDTH] * blocks if isinstance(value, list) else _WIDTH
+    return sizes
+
+
+def _parts_of_depth(config: Any, settings: Mapping[str, Any], blocks: list[int]) -> dict[str, int]:
+    """Settings that count some of the blocks, for those that remain."""
+    parts = {name: sum(_segment(settings, block) == name for block in blocks) for name in _SEGMENTS}
+    if shared := settings.get("num_kv_shared_layers"):
+        first = config.num_hidden_layers - shared
+        parts["num_kv_shared_layers"] = sum(block >= first for block in blocks)
+    return parts
+
+
+def _segment(settings: Mapping[str, Any], block: int) -> str | None:
+    end = 0
+    for name in _SEGMENTS:
+        end += settings.get(name) or 0
+        if block < end:
+            return name
+    return None
+
+
+def _small_overrides(overrides: Mapping[int, dict[str, Any]], blocks: list[int]) -> dict[int, dict[str, Any]]:
+    small = {number: dict(overrides[block]) for number, block in enumerate(blocks) if block in overrides}
+    for values in small.values():
+        values.update({name: size for name, size in (("num_key_value_heads", 1),) if name in values})
+        values.update({name: _WIDTH for name in _WIDTHS if values.get(name)})
+    return small
+
+
+def _lists_by_block(config: Any, settings: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The entries of a configuration that have a value for each block, such as `layer_types` and `no_rope_layers`."""
+    blocks = config.num_hidden_layers
+    return {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, list) and len(value) == blocks and name not in _NO_VALUES_OF_BLOCKS
+    }
+
+
+def _kinds_of_blocks(config: Any, settings: Mapping[str, Any], overrides: Mapping[int, dict[str, Any]]) -> list[str]:
+    """For each block all that distinguishes it."""
+    blocks = config.num_hidden_layers
+    first_shared = blocks - (settings.get("num_kv_shared_layers") or 0)
+    columns = list(_lists_by_block(config, settings).values())
+    return [
+        repr(
+            (
+                [column[block] for column in columns],
+                overrides.get(block),
+                block >= first_shared,
+                _segment(settings, block),
+            )
+        )
+        for block in range(blocks)
+    ]
+
+
+def _blocks_of_each_kind(kinds: list[str]) -> list[int]:
+    """Numbers of blocks, at least two and at most eight, that together are of each kind; the last is of the last's."""
+    first: dict[str, int] = {}
+    for block, kind in enumerate(kinds):
+        first.setdefault(kind, block)
+    found = list(first.values())[:_MOST_BLOCKS]
+    if kinds[found[-1]] != kinds[-1]:
+        found = [*found[: _MOST_BLOCKS - 1], len(kinds) - 1]
+    return found if len(found) > 1 else found * 2
