@@ -62,7 +62,7 @@ class MemoryPlan:
 def make_plan(
     name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None, measure: Measure = check_and_measure_within_limits
 ) -> MemoryPlan:
-    """The plan of a job whose model has this config.json: from the table of families if the model is in it.
+    """The plan of a job whose model has this config.json: from the table of families if that describes the job.
 
     Otherwise from a dry run, for which the trainer has to be installed. Raises StepFailure if the model is not
     supported.
@@ -83,12 +83,13 @@ def make_plan(
 def _job(spec: QLoRAJobSpec, config: Path, training: TrainingShape, measure: Measure) -> tuple[JobMemory | None, str]:
     """The job's memory, or None and why it is not known."""
     shape = read_shape(config)
-    if shape is not None:
-        return job_of_table(shape, training), ""
+    in_table = None if shape is None else job_of_table(shape, training)
+    if in_table is not None and not in_table.is_rough:
+        return in_table, ""
     try:
         return MeasuredJob.of(config, spec, training, measure=measure), ""
     except DryRunFailed as failure:
-        return None, str(failure)
+        return in_table, str(failure)
 
 
 def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
@@ -169,6 +170,11 @@ def _show_components(plan: MemoryPlan, memory: MemoryEstimate, console: Console)
     )
     if isinstance(plan.job, MeasuredJob):
         console.print("Activations and logits are from a dry run of the model's layers.")
+    elif plan.unknown:
+        console.print(
+            "[yellow]This is rough[/]: the table of model families has no numbers for useDora, modulesToSave or "
+            f"layersToTransform; {escape(plan.unknown)}."
+        )
 
 
 def _show_gpus(plan: MemoryPlan, console: Console) -> None:

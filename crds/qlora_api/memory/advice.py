@@ -120,7 +120,7 @@ def first_change(estimate: Estimator, training: TrainingShape, gpu_gib: float) -
 def larger_micro_batch(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> Advice | None:
     """The same batch in the largest micro batches that fit a GPU of `gpu_gib` GiB with room to spare; None if in none.
 
-    They have at most 4,096 tokens each, and divide the batch as evenly among the GPUs as the run's own.
+    They have at most 4,096 tokens each, and divide the batch at least as evenly among the GPUs as the run's own.
     Raises ValueError unless `gpu_gib` is positive.
     """
     for larger in larger_micro_batches(training):
@@ -131,11 +131,11 @@ def larger_micro_batch(estimate: Estimator, training: TrainingShape, gpu_gib: fl
 
 
 def larger_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
-    """The same batch in larger micro batches, the largest first."""
-    size, steps = training.micro_batch_size, training.gradient_accumulation_steps
+    """The same batch in larger micro batches, the largest first; no GPU gets more sequences than it has now."""
+    size, steps, gpus = training.micro_batch_size, training.gradient_accumulation_steps, training.gpus
     for larger in range(LARGEST_MICRO_BATCH_TOKENS // training.sequence_length, size, -1):
         fewer, left = divmod(size * steps, larger)
-        if not left and (fewer % training.gpus == 0 or steps % training.gpus):
+        if not left and math.ceil(fewer / gpus) * larger <= math.ceil(steps / gpus) * size:
             yield replace(training, micro_batch_size=larger, gradient_accumulation_steps=fewer)
 
 

@@ -43,12 +43,15 @@ def test_a_family_without_an_entry_in_the_table_is_measured(
     assert read_completion(context.workspace.completion("prepare"), PrepareRecord) == record
 
 
-def test_a_repeated_prepare_does_not_measure_again(
-    make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_repeated_prepare_says_the_same_and_does_not_measure_again(
+    make_context: MakeContext, records: Recorded, monkeypatch: pytest.MonkeyPatch, packing: bool
 ) -> None:
-    first = prepare(make_context(LARGE_CARD), records)
+    spec = LARGE_CARD | {"training": {"packing": packing}}
+    first = prepare(make_context(spec), records)
+    assert "microBatchSize" in first.memory.message
     monkeypatch.setattr(limited, "within_limits", lambda *_: pytest.fail("measured again"))
-    assert prepare(make_context(LARGE_CARD), records) == first
+    assert prepare(make_context(spec), records) == first
 
 
 def test_a_model_that_no_gpu_of_this_size_holds_is_rejected_with_measured_advice(

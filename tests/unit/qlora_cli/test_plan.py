@@ -4,11 +4,13 @@ import importlib.util
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from qlora_api.contract import ExitCode
+from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_cli.plan import make_plan, show_plan
 from qlora_trainer.core.failures import StepFailure
@@ -46,6 +48,32 @@ def test_without_the_trainer_the_memory_of_such_a_model_is_unknown(tmp_path: Pat
             "install qlora-operator[cli,trainer]."
         ),
     ]
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "num_hidden_layers": 2,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 8,
+}
+
+
+def shown(spec: QLoRAJobSpec, config: Path) -> str:
+    output = io.StringIO()
+    show_plan(make_plan("tiny", spec, config, None), Console(file=output, width=400))
+    return output.getvalue()
+
+
+@pytest.mark.usefixtures("_no_trainer")
+@pytest.mark.parametrize("lora", [{"useDora": True}, {"modulesToSave": ["lm_head"]}, {"layersToTransform": [1]}])
+def test_without_the_trainer_a_plan_says_for_which_settings_it_is_rough(tmp_path: Path, lora: dict[str, Any]) -> None:
+    config = written(tmp_path, **LLAMA)
+    rough = SPEC.model_copy(update={"lora": LoraSpec.model_validate(lora)})
+    assert "This is rough" in shown(rough, config)
+    assert "install qlora-operator[cli,trainer]" in shown(rough, config)
+    assert "rough" not in shown(SPEC, config)
 
 
 @pytest.mark.usefixtures("_no_trainer")

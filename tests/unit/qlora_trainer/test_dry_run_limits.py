@@ -1,8 +1,11 @@
 """A dry run is ended when it takes too long or too much memory, and says so; torch is not needed to know that."""
 
 import importlib.util
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.model.dry_run import limited
 from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_within_limits, within_limits
 
 
@@ -47,6 +51,27 @@ def test_a_process_that_is_killed_is_reported() -> None:
 
 def _killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lower_limit_of_the_machine_holds() -> None:
+    program = (
+        "import resource; from qlora_trainer.model.dry_run.limited import within_limits\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))\n"
+        "print(within_limits(len, ('four',), memory_bytes=2**40))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "4\n"
+
+
+def test_a_dry_run_outlives_a_killed_parent_no_longer_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limited, "_SECONDS_FOR_PARENT", 0.5)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    # As if nobody waited for it.
+    orphan = context.Process(target=limited._run, args=(sender, time.sleep, (60,), 0.1, 2**30), daemon=True)
+    orphan.start()
+    orphan.join()
+    assert orphan.exitcode == -signal.SIGALRM
+    receiver.close()
 
 
 def test_a_rejection_arrives_as_it_is() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.memory.advice import advice, larger_micro_batch
+from qlora_api.memory.advice import advice, larger_micro_batch, larger_micro_batches
 from qlora_api.memory.estimate import TrainingShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
@@ -132,8 +132,10 @@ def test_advice_takes_a_few_more_dry_runs(config: Path) -> None:
     assert measuring.sizes == [
         StepSize(8, 1024, False),
         StepSize(1, 256, False),
+        StepSize(1, 512, False),
         StepSize(1, 1024, False),
         StepSize(1, 256, True),
+        StepSize(1, 512, True),
         StepSize(1, 1024, True),
         StepSize(8, 1024, True),
     ]
@@ -153,6 +155,35 @@ def test_a_larger_micro_batch_is_measured_before_it_is_advised(config: Path) -> 
         ("training.microBatchSize", "4"),
         ("training.gradientAccumulationSteps", "4"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "steps", "sizes"),
+    [(1, 6, [3, 2]), (4, 6, [2]), (2, 5, []), (2, 8, [4, 2]), (4, 16, [4, 2])],
+    ids=["one GPU", "not even", "odd", "two GPUs", "four GPUs"],
+)
+def test_no_larger_micro_batch_gives_a_gpu_more_to_do(gpus: int, steps: int, sizes: list[int]) -> None:
+    training = TrainingShape(sequence_length=1024, gradient_accumulation_steps=steps, gpus=gpus)
+    assert [larger.micro_batch_size for larger in larger_micro_batches(training)] == sizes
+
+
+def test_a_run_that_may_halve_its_micro_batch_knows_the_smallest(config: Path) -> None:
+    spec = job(training={"microBatchSize": 8, "autoMicroBatch": True})
+    planned = MeasuredJob.of(config, spec, training_shape(spec, ()), measure=Measuring())
+    whole, halved = (planned.estimate(replace(planned.training, micro_batch_size=size)) for size in (8, 1))
+    assert whole.checkpoints == 8 * halved.checkpoints
+
+
+def test_the_loss_is_measured_at_the_tokens_beyond_which_it_does_not_grow(config: Path) -> None:
+    short = job(training={"maxSequenceLength": 256})
+    larger = Measuring()
+    MeasuredJob.of(config, short, training_shape(short, ()), measure=larger).with_larger()
+    assert larger.sizes == [StepSize(1, 256, True), StepSize(16, 256, True), StepSize(1, 512, True)]
+
+    long = job(training={"maxSequenceLength": 2048})
+    smaller = Measuring()
+    MeasuredJob.of(config, long, training_shape(long, ()), measure=smaller).with_smaller()
+    assert smaller.sizes == [StepSize(1, 2048, True), StepSize(1, 256, True), StepSize(1, 512, True)]
 
 
 def test_advice_comes_from_the_jobs_own_dry_run_if_another_fails(config: Path) -> None:

@@ -22,6 +22,7 @@ class PrepareRecord(ObservedModel):
     data_path: str = Field(description="Folder of the packed sequences.")
     target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
     packed: bool = Field(description="Whether a sequence may hold several rows.")
+    rows_apart: bool = Field(False, description="Whether a micro batch may hold several rows.")
     model_type: str
     memory: MemoryStatus
     dataset: DatasetStatus

@@ -155,7 +155,10 @@ def _row_by_row(
 
 
 def _one_row(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    tokens = query.shape[2]
+    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if query.is_cuda and groups > 1:
+        # The one kernel for heads of this size takes no groups; without it, all scores would be built.
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     mask = None
     if window is not None and tokens > window:
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril_().triu_(1 - window)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_api.memory.advice import SHORTEST_SEQUENCE, larger_micro_batches
 from qlora_api.memory.estimate import ActivationBytes, MemoryEstimate, TrainingShape, WeightCounts, combined, estimate
 from qlora_api.memory.model_shape import ModelShape
@@ -25,7 +26,8 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
 
     Activations are interpolated between the measured steps with the same gradient checkpointing, by the tokens of the
     micro batch: what a step takes is a largest of sums that grow linearly with them, so a straight line between two
-    steps is never too low. Below the smallest step they are that step's, beyond the largest they grow in proportion.
+    steps is never too low. The loss alone grows no further beyond a chunk of tokens, of which there has to be a step.
+    Below the smallest step they are that step's, beyond the largest they grow in proportion.
     A smaller rank is given the activations of the measured one, and gradient checkpointing what there is without it if
     no step was measured with it.
     """
@@ -93,10 +95,15 @@ class MeasuredJob:
         earlier: MeasuredMemory | None = None,
         measure: Measure = measure_within_limits,
     ) -> "MeasuredJob":
-        """The job with its own micro batch measured, unless `earlier` holds already. Raises as the dry run does."""
+        """The job with its own micro batch measured, unless `earlier` holds already. Raises as the dry run does.
+
+        If the run may halve it, the smallest is measured too.
+        """
         digest = _digest(config, spec)
         if earlier is None or earlier.digest != digest:
-            earlier = measure(config, spec, [_size(training)], digest)
+            own = _size(training)
+            sizes = [own, replace(own, sequences=1)] if spec.training.auto_micro_batch and own.sequences > 1 else [own]
+            earlier = measure(config, spec, sizes, digest)
         return cls(config, spec, training, earlier, measure)
 
     def estimate(self, training: TrainingShape) -> MemoryEstimate:
@@ -113,13 +120,20 @@ class MeasuredJob:
         own = _size(self.training)
         smallest = min(own.sequence_tokens, SHORTEST_SEQUENCE)
         shapes = {(own.sequences, own.sequence_tokens), (1, own.sequence_tokens), (1, smallest)}
+        if smallest < GPU_LOSS_CHUNK_TOKENS < own.sequences * own.sequence_tokens:
+            shapes.add((1, GPU_LOSS_CHUNK_TOKENS))
         ways = {own.gradient_checkpointing, True}
         return self._with([StepSize(*shape, way) for way in sorted(ways) for shape in sorted(shapes)])
 
     def with_larger(self) -> "MeasuredJob":
         """The job with the largest micro batch measured that could be advised; itself if there is none."""
         largest = next(larger_micro_batches(self.training), None)
-        return self if largest is None else self._with([_size(largest)])
+        if largest is None:
+            return self
+        sizes = [_size(largest)]
+        if self.training.tokens < GPU_LOSS_CHUNK_TOKENS < largest.tokens:
+            sizes.append(StepSize(1, GPU_LOSS_CHUNK_TOKENS, self.training.gradient_checkpointing))
+        return self._with(sizes)
 
     def _with(self, sizes: Sequence[StepSize]) -> "MeasuredJob":
         known = {(s.sequences, s.sequence_tokens, s.gradient_checkpointing) for s in self.measured.steps}
@@ -144,7 +158,12 @@ def _digest(config: Path, spec: QLoRAJobSpec) -> str:
         "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "lora": spec.lora.dump(),
         "quantization": spec.quantization.dump(),
-        "step": [training.micro_batch_size, training.max_sequence_length, training.gradient_checkpointing],
+        "step": [
+            training.micro_batch_size,
+            training.max_sequence_length,
+            training.gradient_checkpointing,
+            training.auto_micro_batch,
+        ],
         "versions": [_version(package) for package in _PACKAGES],
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
@@ -167,6 +186,11 @@ class TableJob:
     def __post_init__(self) -> None:
         """Raise ValueError for target modules that the family does not have."""
         self.training.targets(self.model)
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether the job has settings that take gigabytes more, or less, than the table's numbers, read without."""
+        return self.training.use_dora or bool(self.training.whole_modules) or self.training.adapted_layers is not None
 
     def estimate(self, training: TrainingShape) -> MemoryEstimate:
         """The estimate with other settings."""

@@ -45,10 +45,10 @@ def reason_in_config(config: Any) -> str | None:
     for name, value in entries(text.to_dict()):
         if name in _EXPERT_COUNTS and isinstance(value, int) and value > 1:
             return f"it is a mixture of experts ({name} {value}), {_EXPERTS}"
-    blocks, most = getattr(text, "num_hidden_layers", None), LARGEST_SIZES["num_hidden_layers"]
-    if isinstance(blocks, int) and blocks > most:
+    for name, most in LARGEST_SIZES.items():
         # Each block takes memory even without its weights, and a failure while it is created has any type.
-        return f"it has {blocks} blocks (num_hidden_layers), at most {most} are allowed"
+        if isinstance(found := getattr(text, name, None), int) and found > most:
+            return f"its {name} is {min(found, 10**18)}, and at most {most} are allowed"
     if text is not config and config.model_type not in _TRAINED_TEXT_PARTS:
         return "it is a multimodal model, and only models of text are trained"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -87,12 +87,8 @@ def _prepare(
     model = check_model(folder, spec.lora, training)
     warn_if_not_served(spec)
     say("measuring the memory that training needs")
-    memory = MemoryFit.of(
-        folder / CONFIG,
-        spec,
-        model.family.target_modules,
-        rows_apart=model.family.keeps_rows_apart(training.max_sequence_length),
-    )
+    rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
+    memory = MemoryFit.of(folder / CONFIG, spec, model.family.target_modules, rows_apart=rows_apart)
     records.note(memory=memory.status)
     memory.require()
     advise_learning_rate(memory.parameters or 0, training.learning_rate)
@@ -128,6 +124,7 @@ def _prepare(
         data_path=recorded_path(workspace.data / fingerprint, workspace.root),
         target_modules=model.family.target_modules,
         packed=packed,
+        rows_apart=rows_apart,
         model_type=model.family.model_type,
         memory=memory.status,
         dataset=dataset.status(),
@@ -158,7 +155,7 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
         return None
     memory = MemoryFit.of(
-        folder / CONFIG, spec, record.target_modules, rows_apart=record.packed, earlier=record.measured
+        folder / CONFIG, spec, record.target_modules, rows_apart=record.rows_apart, earlier=record.measured
     )
     records.note(memory=memory.status)
     memory.require()

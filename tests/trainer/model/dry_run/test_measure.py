@@ -104,3 +104,12 @@ def test_a_model_that_is_not_trained_is_rejected_if_nobody_has_checked_it(tmp_pa
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
     with pytest.raises(StepFailure, match="t5"):
         check_and_measure(tmp_path / "config.json", job(), [StepSize(1, 1024, True)], "")
+
+
+def test_heads_that_are_too_large_for_flash_attention_take_memory_in_proportion_to_the_tokens(tmp_path: Path) -> None:
+    """With grouped queries: no GPU builds all scores, which would take 2 GiB for so many tokens."""
+    config = LlamaConfig(**WIDE | {"head_dim": 512})
+    short, long = (
+        measured(tmp_path, job(training={"maxSequenceLength": tokens}), config).steps[0].work for tokens in (2048, 8192)
+    )
+    assert long < 4.5 * short

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
+from qlora_trainer.model import attention
 from qlora_trainer.model.attention import RowBoundaries
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.dry_run.backward import gradients
@@ -34,6 +35,7 @@ def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.autograd, "grad", gradients),
         # Gradient checkpointing recomputes a block once for each backward pass, which it knows by its number.
+        (attention, "scaled_dot_product_attention", _efficient_attention),
         (torch._C, "_current_graph_task_id", lambda: _GRAPH_TASK),
     )
     with ExitStack() as stack:
@@ -53,6 +55,28 @@ def _replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, original)
+
+
+def _efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+) -> Tensor:
+    """What a GPU takes for heads that are too large for FlashAttention; PyTorch asks the GPU, and there is none."""
+    if enable_gqa:
+        raise ValueError("the memory-efficient kernel takes as many heads of keys as of queries")
+    bias = None
+    if attn_mask is not None:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    output: Tensor = kernel(query, key, value, bias, True, is_causal=is_causal, scale=scale)[0]
+    return output
 
 
 def _forget_capability() -> None:

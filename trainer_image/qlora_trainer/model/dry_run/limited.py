@@ -21,6 +21,7 @@ from qlora_trainer.core.measured_memory import MeasuredMemory
 SECONDS = 600
 MEMORY_BYTES = 2 * 2**30
 """On top of what the process has."""
+_SECONDS_FOR_PARENT = 5.0
 _MEASURE = "qlora_trainer.model.dry_run.measure"
 
 
@@ -74,7 +75,7 @@ def within_limits(
     """What the function returns, which is called in a forked process. Raises its StepFailure, or DryRunFailed."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(sender, function, arguments, memory_bytes), daemon=True)
+    process = context.Process(target=_run, args=(sender, function, arguments, seconds, memory_bytes), daemon=True)
     process.start()
     sender.close()
     try:
@@ -93,12 +94,15 @@ def within_limits(
     return answer
 
 
-def _run(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], memory_bytes: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
+def _run(
+    sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float, memory_bytes: int
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    most = _private_bytes() + memory_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    # The parent may be killed and end nothing.
+    signal.setitimer(signal.ITIMER_REAL, seconds + _SECONDS_FOR_PARENT)
     try:
+        _limit_memory(memory_bytes)
         answer = function(*arguments)
     except StepFailure as failure:
         answer = failure
@@ -109,8 +113,16 @@ def _run(sender: Connection, function: Callable[..., Any], arguments: tuple[Any,
     sender.send(answer)
 
 
+def _limit_memory(memory_bytes: int) -> None:
+    most, (_, hard) = _private_bytes() + memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
+
 def _why(error: Exception, memory_bytes: int) -> str:
-    text = next(iter(str(error).splitlines()), "")[:300]
+    # A character may take six bytes in a record, which has a limit.
+    text = next(iter(str(error).splitlines()), "").encode("ascii", "replace").decode()[:300]
     if "allocate memory" in text or "bad_alloc" in text:
         return f"the dry run took more than {memory_bytes / 2**30:.1f} GiB of main memory ({text})"
     return f"the dry run failed: {type(error).__name__}: {text}"
