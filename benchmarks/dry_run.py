@@ -24,9 +24,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
 from qlora_trainer.model.attention import RowBoundaries, rows_attention
-from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.decoder import block_linears
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.support import resolve_targets
 

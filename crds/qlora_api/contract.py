@@ -198,7 +198,7 @@ class WorkspaceLayout:
 
     @property
     def models(self) -> Path:
-        """Downloaded base models: `model/<revision>/`."""
+        """Downloaded files of base models: `model/<revision>/`."""
         return self.root / "model"
 
     @property
@@ -222,9 +222,9 @@ class WorkspaceLayout:
         return self.root / "adapter"
 
     @property
-    def quantized(self) -> Path:
-        """The base model's 4-bit weights that the adapter was trained on, if the job asks for a merged model."""
-        return self.root / "quantized"
+    def base(self) -> Path:
+        """The base model in 4-bit."""
+        return self.root / "base"
 
     @property
     def merged(self) -> Path:

@@ -30,6 +30,8 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.reading import read_rows
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.statistics import STATISTICS, DataStatistics
+from qlora_trainer.model.base_artifact import MANIFEST as BASE_MANIFEST
+from qlora_trainer.model.base_artifact import require_sha256
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.cache import CACHE_MANIFEST, DamagedCacheError, files_of
 from qlora_trainer.model.source import require_whole
@@ -85,6 +87,8 @@ _PREPARED = {
     "fingerprint": "f",
     "modelPath": "model",
     "modelRevision": "c0ffee",
+    "basePath": "base",
+    "baseSha256": "0",
     "dataPath": "data",
     "targetModules": ["a"],
     "packed": True,
@@ -190,6 +194,13 @@ def _cached_model(content: bytes, folder: Path) -> None:
     _written(b"{}", place / "config.json")
     _written(content, place / CACHE_MANIFEST)
     assert files_of(place)["config.json"].size == 2
+
+
+def _base_manifest(content: bytes, folder: Path) -> None:
+    place = folder / "base"
+    _written(b"{}", place / "model.safetensors")
+    _written(content, place / BASE_MANIFEST)
+    require_sha256(place, "0" * 64)
 
 
 def _checkpoint_of(name: str) -> Callable[[bytes, Path], None]:
@@ -311,6 +322,20 @@ FILES: dict[str, Target] = {
         _cached_model,
         (_json({"source": "s", "version": "v", "files": {"config.json": {"sha256": "0", "size": 2}}}),),
         (DamagedCacheError,),
+    ),
+    "base-manifest": Target(
+        _base_manifest,
+        (
+            _json(
+                {
+                    "version": "v",
+                    "quantization": {},
+                    "sources": {"model.safetensors": "0"},
+                    "files": {"model.safetensors": {"sha256": "0", "size": 2}},
+                }
+            ),
+        ),
+        exit_codes=(_UNSAFE,),
     ),
     "checkpoint-manifest": Target(
         _checkpoint_of("manifest.json"),

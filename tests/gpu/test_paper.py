@@ -20,9 +20,10 @@ from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
 from qlora_trainer.model.attention import ATTENTION, register_attention
-from qlora_trainer.model.base import COMPUTE_DTYPE, check_quantization
+from qlora_trainer.model.base import check_quantization
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.decoder import block_linears
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import GIB, Ballast

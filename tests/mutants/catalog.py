@@ -955,11 +955,18 @@ TRAINER = (
         ),
     ),
     Mutant(
-        name="a-merge-without-room-is-trained-for",
-        file=f"{_TRAINER}/model/merge.py",
-        old='require_space(workspace.root, storage_of(base).bytes, "saving the 4-bit weights for the merge")',
-        new="pass",
-        tests=(f"{_TRAINER_TESTS}/model/test_merge.py::test_without_room_for_the_4_bit_weights_nothing_is_trained",),
+        name="a-changed-base-is-trained-on",
+        file=f"{_TRAINER}/model/base_artifact.py",
+        old="    if found != sha256:\n",
+        new="    if not found:\n",
+        tests=(f"{_TRAINER_TESTS}/steps/test_train.py::test_nothing_that_was_trained_on_a_changed_base_is_kept",),
+    ),
+    Mutant(
+        name="an-original-that-is-in-the-base-stays",
+        file=f"{_TRAINER}/model/source.py",
+        old="                remove(path)\n",
+        new="                pass\n",
+        tests=(f"{_TRAINER_TESTS}/steps/test_prepare_hub.py::test_one_file_of_the_original_at_a_time_takes_room",),
     ),
     Mutant(
         name="a-checkpoint-is-not-read-back",

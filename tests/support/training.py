@@ -20,6 +20,7 @@ from qlora_trainer.data.prepared import split_file, write_split
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.train import train
+from tests.support.four_bit import convert
 from tests.support.tiny import JOB_UID, POD_UID, Recorded, merged
 
 ROW_LENGTHS = (9, 14, 5, 21, 12, 30, 7, 16, 25, 11, 18, 6, 13, 28, 10, 22)
@@ -95,6 +96,8 @@ def prepared(root: Path, model: Path, spec: dict[str, Any] | None = None, *, pac
     record = PrepareRecord(
         fingerprint="rows",
         model_path=str(model),
+        base_path=workspace.base.name,
+        base_sha256=convert(model, workspace.base, document.spec.quantization),
         model_revision="sha256:tiny",
         data_path="data/rows",
         target_modules=family.target_modules,

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.nn as bnb
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -24,7 +25,6 @@ from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.batch import read_batch
 from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.quantized import quantized_layers
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.publishing.verify import verify_adapter
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank
@@ -129,6 +129,15 @@ def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def quantized_layers(model: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each 4-bit layer by its name."""
+    return {
+        name: {"weight": module.weight.data} | module.weight.quant_state.as_dict(packed=True)
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.Linear4bit)
+    }
+
+
 # Gemma 3's layers here are larger, and the adapter's rank is the same.
 @pytest.mark.parametrize(("family", "remaining"), [("tiny_llama", 0.9), ("tiny_gemma3", 0.95)])
 def test_loftq_corrects_a_part_of_the_quantization_error_and_leaves_the_base(
@@ -136,7 +145,7 @@ def test_loftq_corrects_a_part_of_the_quantization_error_and_leaves_the_base(
 ) -> None:
     folder = request.getfixturevalue(family)
     base = load_base(folder, QuantizationSpec(), "cpu")
-    weights, held = BaseWeights(folder, base), dict(quantized_layers(base))
+    weights, held = BaseWeights(folder, base), quantized_layers(base)
     plain, loftq, again = (
         adapted(folder, initialization=kind, original=weights) for kind in ("default", "loftq", "loftq")
     )
@@ -155,7 +164,10 @@ def test_loftq_corrects_a_part_of_the_quantization_error_and_leaves_the_base(
     # What was computed in 32 bit has not passed through 16.
     assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in adapter_tensors(loftq).values())
     assert all(torch.equal(tensor, adapter_tensors(again)[name]) for name, tensor in adapter_tensors(loftq).items())
-    found = {name.replace("base_model.model.", "").replace(".base_layer", ""): t for name, t in quantized_layers(loftq)}
+    found = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): tensors
+        for name, tensors in quantized_layers(loftq).items()
+    }
     assert found.keys() == held.keys()
     assert all(torch.equal(found[name][key], tensor) for name in held for key, tensor in held[name].items())
 

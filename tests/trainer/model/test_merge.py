@@ -19,7 +19,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Phi3Config, Qwen2Config
 
@@ -33,7 +33,6 @@ from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.merge import BYTES_PER_ENTRY, merged_bytes, merged_model, write_merged
-from qlora_trainer.model.quantized import QuantizedWeights, keep_quantized, layers_sha256, quantized_layers
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.merged import merge
 from qlora_trainer.report.trained_job import TrainedJob
@@ -191,9 +190,9 @@ def flipped(path: Path) -> None:
 def test_other_weights_than_those_of_the_training_are_not_merged(
     trained: StepContext, damage: Callable[[Path], None]
 ) -> None:
-    damage(trained.workspace.quantized / "00000.safetensors")
+    damage(trained.workspace.base / "model.safetensors")
 
-    with pytest.raises(StepFailure, match="the adapter was trained on") as caught:
+    with pytest.raises(StepFailure, match="the 4-bit base") as caught:
         published(trained)
 
     assert caught.value.exit_code is ExitCode.UNSAFE_ARTIFACT
@@ -213,69 +212,6 @@ def test_without_room_nothing_is_merged_and_the_adapter_is_there(
     assert caught.value.exit_code is ExitCode.STORAGE_FULL
     assert (trained.workspace.adapter / "adapter_model.safetensors").is_file()
     assert not list(trained.workspace.root.glob(".*"))
-
-
-def test_without_room_for_the_4_bit_weights_nothing_is_trained(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The merge could not be done after the training, which may take days."""
-    context = prepared(tmp_path / "job", tiny_llama, {"output": {"merged": {}}})
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-
-    with pytest.raises(StepFailure, match=r"4-bit weights for the merge needs \d\.\d MiB, .* has 0\.0 MiB") as caught:
-        run(context)
-
-    assert caught.value.exit_code is ExitCode.STORAGE_FULL
-    assert not list(context.workspace.root.glob("*quantized*"))
-    assert not context.workspace.trained.exists()
-
-
-def test_a_finished_training_that_kept_no_weights_keeps_them_without_another_step(
-    tmp_path: Path, tiny_llama: Path
-) -> None:
-    without = prepared(tmp_path / "job", tiny_llama, {})
-    record = run(without)
-    document = without.document.model_validate(
-        {**without.document.dump(), "spec": {**without.spec.dump(), "output": {"merged": {}}}}
-    )
-    context = dataclasses.replace(without, document=document)
-
-    again = run(context)
-
-    assert again.adapter_sha256 == record.adapter_sha256
-    assert again.quantized_sha256 == record.quantized_sha256
-    assert published(context).merged is not None
-
-
-def test_weights_whose_names_differ_from_the_models_are_rejected_before_training(
-    tmp_path: Path, tiny_llama: Path
-) -> None:
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.scale"] = tensors.pop("model.norm.weight")
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StepFailure, match=r"model\.norm\.weight") as caught:
-        run(prepared(tmp_path / "job", Path(model), {"output": {"merged": {}}}))
-    assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
-
-
-@pytest.mark.parametrize("quantization", [QuantizationSpec(), QuantizationSpec(type="fp4", double_quant=False)])
-def test_kept_weights_are_those_that_are_loaded(
-    tiny_llama: Path, tmp_path: Path, quantization: QuantizationSpec
-) -> None:
-    base = load_base(tiny_llama, quantization, "cpu")
-    sha256 = layers_sha256(quantized_layers(base))
-    keep_quantized(base, tmp_path / "quantized", sha256, file_bytes=10_000)
-    kept = QuantizedWeights(tmp_path / "quantized")
-
-    kept.require_sha256(sha256)
-    assert len(list((tmp_path / "quantized").glob("*.safetensors"))) > 2
-    for name, layer in base.named_modules():
-        if isinstance(layer, Linear4bit):
-            expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            assert torch.equal(kept.dequantized(name), expected)
-    assert layers_sha256(quantized_layers(load_base(tiny_llama, quantization, "cpu"))) == sha256
 
 
 def anonymous_bytes() -> int:
@@ -305,9 +241,7 @@ def peak_while(work: Callable[[], object]) -> int:
 def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
     """A job with an untrained adapter that can be merged. Its four held-out sequences may share a batch."""
     context = prepared(root, model, {"output": {"merged": {}}}, packed=False)
-    base, lora = load_base(model, NF4, "cpu"), context.spec.lora
-    sha256 = layers_sha256(quantized_layers(base))
-    keep_quantized(base, context.workspace.quantized, sha256, file_bytes=1)
+    base, lora = load_base(context.workspace.base, NF4, "cpu"), context.spec.lora
     record = read_completion(context.workspace.completion("prepare"), PrepareRecord)
     assert record is not None
     adapter = attach_adapter(
@@ -321,7 +255,7 @@ def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
         adapter_sha256="",
         training_step=1,
         loss=1.0,
-        quantized_sha256=sha256,
+        base_sha256=record.base_sha256,
         compared=Comparison(sequences=4, targets=26, loss=1.0),
     )
     packed = record.model_copy(update={"packed": True})

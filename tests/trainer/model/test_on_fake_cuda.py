@@ -14,10 +14,10 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from qlora_trainer.model import attention
 from qlora_trainer.model.adapter import adapter_parameters
-from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.dry_run.backward import backward, gradients, nodes
 from qlora_trainer.model.dry_run.device import AMPERE, HOPPER, fake_batch, fake_cuda, on_fake_cuda
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.loss import batch_loss
 from tests.support.adapted import adapted
 from tests.support.families import FAMILIES

@@ -11,8 +11,9 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Q
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
-from qlora_trainer.model.base import COMPUTE_DTYPE, load_base
+from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.training.optimizer import make_optimizer

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,10 @@ def test_it_leaves_packed_data_and_a_record(make_context: MakeContext, records: 
 def test_the_same_job_gives_the_same_bytes(make_context: MakeContext, records: Recorded, tmp_path: Path) -> None:
     spec = {"dataset": {"eval": {"fraction": 0.2}}}
     first = make_context(spec)
-    prepare(first, records)
+    prepare(first, records, now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
     before = everything_below(first.workspace.root)
     shutil.rmtree(first.workspace.root)
-    prepare(make_context(spec), records)
+    prepare(make_context(spec), records, now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
     assert everything_below(first.workspace.root) == before
 
 

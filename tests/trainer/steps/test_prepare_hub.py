@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode
+from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.steps.prepare import prepare
 from tests.support.command import new_files
 from tests.support.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, Rejection, serve
+from tests.support.four_bit import manifest_of, require_made_of
 from tests.support.hub_jobs import MODEL, rejection
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
@@ -44,7 +47,8 @@ def test_a_model_is_downloaded_at_its_commit_without_code_and_pickles(
     record = prepare(context, records)
     folder = context.workspace.root / record.model_path
     assert (record.model_path, record.model_revision) == (f"model/{COMMIT}", COMMIT)
-    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json"}
+    require_made_of(context, record, (hub.repositories["models/acme/tiny"] / "model.safetensors").read_bytes())
     assert not set(hub.fetched) & {"pytorch_model.bin", "modeling_tiny.py", "README.md"}
     assert hub.fetched.index("config.json") == 0
     assert hub.fetched[-1] == "model.safetensors"
@@ -149,6 +153,69 @@ def test_a_model_with_pickles_only_is_rejected(make_context: MakeContext, record
     assert not hub.fetched
 
 
+def in_two_files(repository: Path) -> None:
+    """Put the repository's weights into two files."""
+    tensors = load_file(repository / "model.safetensors")
+    (repository / "model.safetensors").unlink()
+    weight_map = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, repository / file)
+    (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_one_file_of_the_original_at_a_time_takes_room(
+    make_context: MakeContext, records: Recorded, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_two_files(hub.repositories["models/acme/tiny"])
+    context, convert = make_context(MODEL), BaseConversion.convert
+    seen: list[list[str]] = []
+
+    def convert_and_look(conversion: BaseConversion, path: Path, sha256: str) -> None:
+        seen.append([found.name for found in context.workspace.models.rglob("*.safetensors")])
+        convert(conversion, path, sha256)
+
+    monkeypatch.setattr(BaseConversion, "convert", convert_and_look)
+    record = prepare(context, records)
+    assert seen == [["model-0.safetensors"], ["model-1.safetensors"]]
+    assert not [*context.workspace.models.rglob("*.safetensors")]
+    assert len(manifest_of(context, record).files) == 4
+
+
+def test_a_killed_preparation_downloads_no_file_again_that_is_in_the_base(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    in_two_files(hub.repositories["models/acme/tiny"])
+    hub.corrupt = lambda name: name == "model-1.safetensors"
+    rejection(make_context, records, ExitCode.UNREACHABLE)
+    hub.corrupt = lambda _name: False
+    context = make_context(MODEL)
+    record = prepare(context, records)
+    assert hub.fetched.count("model-0.safetensors") == 1
+    # Nor is the model downloaded again for other data.
+    other = prepare(make_context({**MODEL, "training": {"maxSequenceLength": 48}}), records)
+    assert hub.fetched.count("model-1.safetensors") == 2
+    assert (other.base_sha256, other.model_revision) == (record.base_sha256, record.model_revision)
+    assert other.fingerprint != record.fingerprint
+
+
+def test_another_quantization_is_another_base_of_the_same_model(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    first = prepare(make_context(MODEL), records)
+    context = make_context({**MODEL, "quantization": {"type": "fp4"}})
+    second = prepare(context, records)
+    assert second.base_sha256 != first.base_sha256
+    assert manifest_of(context, second).quantization.type == "fp4"
+    assert not [*context.workspace.models.rglob("*.safetensors")]
+
+
+def test_loftq_keeps_the_original(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
+    context = make_context({**MODEL, "lora": {"initialization": "loftq"}})
+    record = prepare(context, records)
+    kept = context.workspace.root / record.model_path / "model.safetensors"
+    assert kept.read_bytes() == (hub.repositories["models/acme/tiny"] / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/model.safetensors", "code.py", 3, ""])
 def test_an_index_that_leads_elsewhere_is_rejected(
     make_context: MakeContext, records: Recorded, hub: FakeHub, name: object
@@ -239,7 +306,7 @@ def test_a_download_without_disk_space_is_not_started(
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     message = rejection(make_context, records, ExitCode.STORAGE_FULL)
-    assert "the download of hf://acme/tiny needs 0.3 MiB, but the workspace volume has 0.0 MiB free" in message
+    assert "the download of hf://acme/tiny and its 4-bit base needs 0.4 MiB, but the workspace volume has" in message
     assert "model.safetensors" not in hub.fetched
 
 

@@ -396,11 +396,9 @@ def test_clean_deletes_scratch_only_and_publish_still_knows(trained: Files, tmp_
 
 def test_clean_keeps_what_has_not_been_published(trained: Files) -> None:
     layout = WorkspaceLayout(trained.workspace)
-    layout.quantized.mkdir(exist_ok=True)
     kept = content(layout.trained)
     clean(layout)
     assert content(layout.trained) == kept
-    assert layout.quantized.is_dir()
     assert not layout.checkpoints.exists()
 
 
@@ -410,7 +408,7 @@ from pathlib import Path
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core import filesystem
 workspace = WorkspaceLayout(Path(sys.argv[1]))
-folders = (workspace.trained, workspace.quantized, workspace.checkpoints / "step-1", workspace.models / "1")
+folders = (workspace.trained, workspace.base, workspace.checkpoints / "step-1", workspace.models / "1")
 begun = [*map(filesystem.atomic_folder, folders), filesystem.scratch_folder(workspace.merged)]
 for folder in begun:
     (folder.__enter__() / "model.safetensors").write_bytes(b"weights")

@@ -315,3 +315,34 @@ def test_the_summary_reports_an_adapter_that_does_worse_than_the_base(workspace:
     assert summary(worse, "train").endswith("the loss rose from 2.0000 to 2.5000")
     better = record.model_copy(update={"initial_eval_loss": 2.0, "eval_loss": 1.5})
     assert "rose" not in summary(better, "train")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_nothing_that_was_trained_on_a_changed_base_is_kept(workspace: Prepare, name: str) -> None:
+    context = workspace()
+    path = context.workspace.base / name
+    content = path.read_bytes()
+    # A configuration that is still JSON, and a weight that is still a number.
+    path.write_bytes(content[:-1] + (b" " if name == "config.json" else bytes([content[-1] ^ 1])))
+
+    found = failure(context)
+
+    assert found.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert "was changed or damaged" in found.message
+    assert not context.workspace.trained.exists()
+    assert not context.workspace.completion("train").exists()
+
+
+def test_a_file_beside_the_base_that_a_library_might_load_is_noticed(workspace: Prepare) -> None:
+    context = workspace()
+    (context.workspace.base / "generation_config.json").write_text("{}")
+    found = failure(context)
+    assert found.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert "generation_config.json" in found.message
+
+
+def test_training_reads_no_original(workspace: Prepare, tmp_path: Path, tiny_llama: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    context = workspace(model=model)
+    (model / "model.safetensors").unlink()
+    assert run(context).base_sha256

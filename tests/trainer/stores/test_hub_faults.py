@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import constants
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from safetensors.torch import save_file
@@ -15,6 +14,7 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import hub as hub_module
 from tests.support.fake_hub import COMMIT, FakeHub, Rejection, serve
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.four_bit import large_weights, require_made_of
 from tests.support.hub_jobs import MODEL, rejection
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
@@ -72,8 +72,7 @@ def test_a_hub_that_does_not_answer_is_tried_again(
 
 def test_a_download_goes_on_where_it_was_cut_off(make_context: MakeContext, records: Recorded, hub: FakeHub) -> None:
     """The client writes parts of 10 MB; of the 15 MB that arrive before the cut, the first 10 are kept."""
-    weights = torch.zeros(20 * 10**6, dtype=torch.uint8)
-    save_file({"w": weights}, hub.repositories["models/acme/tiny"] / "model.safetensors")
+    save_file(large_weights(weights(hub).parent), weights(hub))
     cuts = iter([15 * 10**6])
     hub.truncate = lambda name: next(cuts, None) if name == "model.safetensors" else None
     prepare(make_context(MODEL), records)
@@ -135,7 +134,7 @@ def test_no_token_follows_a_download_to_another_host(
             )
         context = make_context({"model": {"source": "hf://acme/tiny", "tokenSecretRef": {"name": "hub"}}})
         record = prepare(context, records)
-    assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == content
+    require_made_of(context, record, content)
     assert hub.tokens == {TOKEN}
     assert elsewhere.lines("GET") == ["/signed"]
     assert not any(TOKEN in str(request.headers) for request in elsewhere.seen)
@@ -145,13 +144,13 @@ def test_a_transfer_that_stalls_is_taken_up_again(
     make_context: MakeContext, records: Recorded, hub: FakeHub, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
-    save_file({"w": torch.arange(20 * 10**6, dtype=torch.uint8)}, weights(hub))
+    save_file(large_weights(weights(hub).parent), weights(hub))
     stalls = iter([Fault(cut=15 * 10**6, stall=True)])
     proxy.rule = lambda request: next(stalls, None) if of_weights(request) else None
     context = make_context(MODEL)
     record = prepare(context, records)
     assert hub.ranges == [f"model.safetensors bytes={DOWNLOAD_CHUNK_SIZE}-"]
-    assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == weights(hub).read_bytes()
+    require_made_of(context, record, weights(hub).read_bytes())
 
 
 @pytest.mark.parametrize("more", [-10, 10])

@@ -10,7 +10,6 @@ from typing import Any
 
 import obstore
 import pytest
-import torch
 from obstore.store import S3Store
 from safetensors.torch import save_file
 
@@ -27,6 +26,7 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.stores import s3 as s3_store
 from qlora_trainer.stores.s3 import ObjectFolder, StoredObject
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
+from tests.support.four_bit import large_weights, require_made_of
 from tests.support.servers import ACCESS_KEY, BUCKET, SECRET_KEY, s3_bucket, s3_server
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
@@ -112,8 +112,9 @@ def test_a_model_is_downloaded_without_what_is_not_needed(
     record = prepare(context, records)
     folder = context.workspace.root / record.model_path
     assert record.model_revision.startswith("sha256:")
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json"):
         assert (folder / name).read_bytes() == (tiny_llama / name).read_bytes()
+    require_made_of(context, record, (tiny_llama / "model.safetensors").read_bytes())
     fetched = [path.rpartition("/")[2] for path in store.lines("GET") if model in path and "list-type" not in path]
     assert not set(fetched) & {"pytorch_model.bin", "adapter_config.json", "params.json"}
     assert fetched[-1] == "model.safetensors"
@@ -376,9 +377,9 @@ def find_stored(context: StepContext) -> DataFiles:
 
 
 @pytest.fixture
-def large(bucket: S3Store, model: str, tmp_path: Path) -> bytes:
+def large(bucket: S3Store, model: str, tmp_path: Path, tiny_llama: Path) -> bytes:
     """The model's weights made 20 MB large."""
-    save_file({"w": torch.arange(20 * 10**6, dtype=torch.uint8)}, tmp_path / "large.safetensors")
+    save_file(large_weights(tiny_llama), tmp_path / "large.safetensors")
     obstore.put(bucket, f"{model}/model.safetensors", tmp_path / "large.safetensors")
     return (tmp_path / "large.safetensors").read_bytes()
 
@@ -403,7 +404,7 @@ def test_a_download_goes_on_where_it_was_cut_off(
     store.rule = lambda _request: None
     record = prepare(context, records)
     assert [request.headers["range"] for request in store.seen if of_weights(request)] == [f"bytes={kept}-"]
-    assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == large
+    require_made_of(context, record, large)
     assert not [*context.workspace.root.rglob("*.partial")]
 
 
@@ -415,7 +416,7 @@ def test_a_transfer_that_stalls_is_given_up_and_taken_up_again(
     store.rule = lambda request: next(stalls, None) if of_weights(request) else None
     context = make_context(MODEL)
     record = prepare(context, records)
-    assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == large
+    require_made_of(context, record, large)
     assert len([request for request in store.seen if of_weights(request)]) == 2
 
 
@@ -430,7 +431,7 @@ def test_parts_of_two_versions_are_never_put_together(
     obstore.put(bucket, f"{model}/model.safetensors", replaced)
     context = make_context(MODEL)
     record = prepare(context, records)
-    assert (context.workspace.root / record.model_path / "model.safetensors").read_bytes() == replaced
+    require_made_of(context, record, replaced)
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_loaded_again(
@@ -456,8 +457,7 @@ def test_a_file_that_arrives_changed_is_loaded_again(
     message = rejection(context, records, ExitCode.UNREACHABLE)
     assert f"{model}/model.safetensors arrived with another MD5 than its ETag: it is downloaded again" in message
     record = prepare(context, records)
-    found = context.workspace.root / record.model_path / "model.safetensors"
-    assert found.read_bytes() == (tiny_llama / "model.safetensors").read_bytes()
+    require_made_of(context, record, (tiny_llama / "model.safetensors").read_bytes())
 
 
 def test_an_etag_that_is_no_digest_is_no_reason_to_reject(store: FaultProxy, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ class PrepareRecord(ObservedModel):
     """What prepare leaves for the later steps. Paths below the workspace are relative to it; others are absolute."""
 
     fingerprint: str = Field(description="SHA-256 of everything that determines the prepared data and the model.")
-    model_path: str = Field(description="Folder of config.json, tokenizer and weights.")
+    model_path: str = Field(description="Folder of config.json and tokenizer, and of weights that are kept.")
     model_revision: str = Field(description="Commit, or sha256:… of the content for a model on a volume.")
+    base_path: str = Field(description="Folder of the base model in 4-bit, as transformers loads it.")
+    base_sha256: str = Field(description="SHA-256 over the SHA-256 of each of its files.")
     data_path: str = Field(description="Folder of the packed sequences.")
     target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
     packed: bool = Field(description="Whether a sequence may hold several rows.")
@@ -77,7 +79,7 @@ class TrainRecord(ObservedModel):
     quantized_parameters: int | None = Field(None, description="Weights of the base that are stored in 4-bit.")
     bits_per_parameter: float | None = Field(None, description="Bits that one of them takes, constants included.")
     quantized_layers: tuple[QuantizedLayers, ...] = Field((), description="The layers that hold them, by kind.")
-    quantized_sha256: str = Field("", description="SHA-256 of them, over name, type, shape and bytes of each tensor.")
+    base_sha256: str = Field("", description="SHA-256 of the base that it was trained on, as prepare recorded it.")
     compared: Comparison | None = Field(None, description="What a merged model is compared with; not set without one.")
     attempts: int = Field(1, description="How often the step was started.")
     goodput: Share | None = Field(None, description="Share of the time of all attempts that is in the adapter.")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.decoder import compute_as_in_use
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.fused_lora import fuse_lora
 from qlora_trainer.model.loftq import initialize_loftq
 

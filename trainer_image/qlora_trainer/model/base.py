@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core import cpu
@@ -14,11 +15,12 @@ from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.model.activations import fuse_activations
 from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.base_artifact import MANIFEST
+from qlora_trainer.model.base_layout import library_config
 from qlora_trainer.model.decoder import outer_parameters
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION
-
-COMPUTE_DTYPE = torch.bfloat16
 
 
 def load_base(
@@ -26,22 +28,17 @@ def load_base(
 ) -> Any:
     """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode.
 
+    The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
     `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that is to be
     sharded; it changes no value.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not stored as `quantization` specifies.
     """
     register_attention()
+    in_4_bit = (folder / MANIFEST).is_file()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=quantization.type,
-                bnb_4bit_use_double_quant=quantization.double_quant,
-                bnb_4bit_compute_dtype=COMPUTE_DTYPE,
-                bnb_4bit_quant_storage=storage_dtype,
-            ),
             dtype=COMPUTE_DTYPE,
             attn_implementation=ATTENTION,
             device_map={"": torch.cuda.current_device() if device == "cuda" else "cpu"},
@@ -49,6 +46,7 @@ def load_base(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({} if in_4_bit else {"quantization_config": library_config(quantization, storage_dtype)}),
         )
     except OSError as error:
         if error.errno is not None:
@@ -65,10 +63,16 @@ def load_base(
     copied = cpu.copies_mapped_weights(device, sharded=storage_dtype != torch.uint8)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if copied and not isinstance(parameter, Params4bit):
+        if copied and (in_4_bit or not isinstance(parameter, Params4bit)):
             parameter.data = parameter.data.clone()
     for layer in _quantized_layers(model):
         layer.support_avx512bf16_for_cpu = cpu.REPACKS_4BIT_LAYERS
+        if not (in_4_bit and isinstance(layer.weight, Params4bit)):
+            continue
+        if copied:
+            _copy_constants(layer.weight.quant_state)
+        if storage_dtype != torch.uint8:
+            _view_as(layer.weight, storage_dtype)
     check_quantization(model, quantization)
     fuse_norms(model)
     fuse_activations(model)
@@ -77,6 +81,18 @@ def load_base(
 
 def _quantized_layers(model: nn.Module) -> list[Linear4bit]:
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def _copy_constants(state: QuantState) -> None:
+    """Take the constants of a layer out of the mapped file."""
+    for owner in (state, state.state2) if state.nested else (state,):
+        owner.absmax, owner.code = owner.absmax.clone(), owner.code.clone()
+
+
+def _view_as(weight: Any, dtype: torch.dtype) -> None:
+    """Give the packed bytes another type, as bitsandbytes does when it quantizes for such a storage."""
+    weight.data = weight.data.reshape(-1).view(dtype).unsqueeze(1)
+    weight.quant_storage = dtype
 
 
 def check_quantization(model: Any, quantization: QuantizationSpec) -> None:

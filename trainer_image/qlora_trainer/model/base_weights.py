@@ -1,9 +1,11 @@
-"""Reads the weights of a base model's folder one tensor at a time, by the names that they have in the loaded model."""
+"""Reads the weights of a base model, in 4-bit or not, one tensor at a time and by their names in the loaded model."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,7 +26,8 @@ class BaseWeights:
         """
         self._folder = folder
         self._stored: dict[str, tuple[Any, str]] = {}
-        name_in_model = _renaming(model)
+        self._constants: dict[str, dict[str, Any]] = {}
+        name_in_model = renaming(model)
         for file in _files(folder):
             try:
                 opened = cast("Any", safe_open(folder / file, framework="pt"))
@@ -34,23 +37,33 @@ class BaseWeights:
                 name = name_in_model(stored)
                 if name is not None:
                     self._stored[name] = (opened, stored)
+                weight, _, constant = stored.partition(".weight.")
+                if constant:
+                    self._constants.setdefault(f"{weight}.weight", {})[constant] = opened
 
     def require(self, name: str) -> None:
         """Raise StepFailure MODEL_UNAVAILABLE unless there is a tensor of this name."""
         if name not in self._stored:
             raise model_unavailable(
-                f"the weights in {self._folder} have no tensor for {name}: merging (spec.output.merged) and loftq need "
-                "each layer's weight as the model computes with it; leave these out, or name a model that stores it so"
+                f"the weights in {self._folder} have no tensor for {name}: spec.lora.initialization: loftq needs each "
+                "layer's weight as the model computes with it; leave it out, or name a model that stores it so"
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor as it is stored. Raises StepFailure MODEL_UNAVAILABLE if there is none of this name."""
+        """The tensor as the model computes with it: as it is stored, or dequantized.
+
+        Raises StepFailure MODEL_UNAVAILABLE if there is none of this name.
+        """
         self.require(name)
         opened, stored = self._stored[name]
-        return cast("Tensor", opened.get_tensor(stored))
+        tensor = cast("Tensor", opened.get_tensor(stored))
+        if stored not in self._constants:
+            return tensor
+        constants = {key: file.get_tensor(f"{stored}.{key}") for key, file in self._constants[stored].items()}
+        return dequantize_4bit(tensor, QuantState.from_dict(constants, torch.device("cpu")))
 
 
-def _renaming(model: Any) -> Callable[[str], str | None]:
+def renaming(model: Any) -> Callable[[str], str | None]:
     """A function from a tensor's name in a file to its name in the model; None for one that is not stored as a weight.
 
     It renames as transformers does when it loads: a checkpoint of the inner model lacks the inner model's name, and a

@@ -12,7 +12,15 @@ from qlora_api.printable import one_line, shortened
 from qlora_trainer.core.failures import StepFailure, unreachable
 from qlora_trainer.core.filesystem import bytes_below, remove, sizes
 from qlora_trainer.model.cache import CachedFolder, CacheManifest, DamagedCacheError, ModelCache, Wanted, cache_key
-from qlora_trainer.model.source import DownloadedModel, OnBytes, RemoteModel, file_digests
+from qlora_trainer.model.source import (
+    QUANTIZING,
+    Conversion,
+    DownloadedModel,
+    OnBytes,
+    RemoteModel,
+    convert_all,
+    file_digests,
+)
 from qlora_trainer.stores.contents import PublishedFile
 
 _DOWNLOADING = "downloading"
@@ -64,7 +72,7 @@ class CachedDownload:
         """See ModelSource."""
         return self._download.settings()
 
-    def check_weights(self) -> None:
+    def check_weights(self, beside: int) -> None:
         """See ModelSource. Whether the cache is sound is found out when it is read."""
         try:
             here = self._cache.find(self._key) is not None or self._cache.bytes_being_fetched(self._key) is not None
@@ -75,24 +83,33 @@ class CachedDownload:
         else:
             reason = self._no_room(0)
         try:
-            self._download.check_weights()
+            self._download.check_weights(beside)
         except StepFailure as failure:
             raise StepFailure(
                 failure.exit_code, f"{failure.message}; the model cache cannot be used: {reason}"
             ) from None
 
-    def weights(self, on_bytes: OnBytes) -> str:
+    def version(self, on_bytes: OnBytes) -> str:
+        """See ModelSource."""
+        return self._download.version(on_bytes)
+
+    def weights(self, conversion: Conversion, on_bytes: OnBytes) -> str:
         """See ModelSource."""
         try:
-            return self._through_cache(on_bytes)
+            folder, digests = self._through_cache(on_bytes)
         except (ConnectionError, TimeoutError):
             raise
         except OSError as error:
             reason = _reason(error)
+        else:
+            self.activity, self._folder = QUANTIZING, folder
+            of_weights = {name: digests[name] for name in self._download.weight_names()}
+            convert_all(conversion, folder, of_weights, on_bytes)
+            return self._remote.revision(lambda: digests)
         self.activity = f"the model cache cannot be used ({reason}): {_DOWNLOADING}"
         self.remark = _remark(f"the model cache cannot be used ({reason}): the model was downloaded into the workspace")
-        self._download.check_weights()
-        return self._download.weights(on_bytes)
+        self._download.check_weights(0)
+        return self._download.weights(conversion, on_bytes)
 
     def complete(self) -> Path:
         """See ModelSource."""
@@ -101,50 +118,49 @@ class CachedDownload:
         self._download.discard()
         return self._folder
 
-    def _through_cache(self, on_bytes: OnBytes) -> str:
+    def _through_cache(self, on_bytes: OnBytes) -> tuple[Path, Mapping[str, str]]:
+        """The model's folder in the cache, and the digests of its files."""
         while True:
             found = self._cache.find(self._key)
-            revision = None if found is None else self._use(found, on_bytes)
-            if revision is not None:
+            digests = None if found is None else self._use(found, on_bytes)
+            if found is not None and digests is not None:
                 self.origin = "cache"
-                return revision
+                return found.path, digests
+            filled = None
             with self._cache.claim(self._key) as partial:
                 # Another pod may have completed it between the two.
                 if partial is not None and self._cache.find(self._key) is None:
                     self.activity = _DOWNLOADING
-                    revision = self._fill(partial, on_bytes)
+                    filled = self._fill(partial, on_bytes)
                 elif partial is not None:
                     remove(partial)
-            if revision is not None:
-                return revision
+            if filled is not None:
+                return filled
             if partial is None:
                 self.activity = "waiting for another job to download"
                 total = self._download.weight_bytes()
                 on_bytes(min(self._cache.bytes_being_fetched(self._key) or 0, total), total)
                 self._wait()
 
-    def _use(self, found: CachedFolder, on_bytes: OnBytes) -> str | None:
-        """The revision of the model in the cache; None if it was damaged, and is then set aside."""
+    def _use(self, found: CachedFolder, on_bytes: OnBytes) -> Mapping[str, str] | None:
+        """The digests of the model's files in the cache; None if it was damaged, and is then set aside."""
         self._remote.require_readable(self._download.weight_names())
         self.activity = "checking the cached"
         try:
-            digests = found.verified_digests(self._wanted(), on_bytes)
+            return found.verified_digests(self._wanted(), on_bytes)
         except DamagedCacheError as damage:
             self.remark = _remark(f"the model in the cache was damaged ({damage}): what is wrong was downloaded again")
             self._cache.set_aside(found, damage.sound)
             return None
-        self._folder = found.path
-        return self._revision(digests)
 
     def _wanted(self) -> Mapping[str, Wanted]:
         """All files: the small ones as they have just been fetched, the weights as the server lists them."""
-        small = file_digests(self._download.folder, self._download.small_files, lambda _done, _total: None)
-        digests = {**self._remote.digests, **small}
+        digests = {**self._remote.digests, **self._download.small_digests()}
         names = (*self._download.small_files, *self._download.weight_names())
         return {name: Wanted(self._remote.sizes[name], digests.get(name)) for name in names}
 
-    def _fill(self, partial: Path, on_bytes: OnBytes) -> str | None:
-        """Download into a claimed folder; returns the revision, or None if another pod has been faster."""
+    def _fill(self, partial: Path, on_bytes: OnBytes) -> tuple[Path, Mapping[str, str]] | None:
+        """Download into a claimed folder; returns what `_through_cache` does, None if another pod has been faster."""
         missing = self._download.weight_bytes() - bytes_below(partial)
         if missing > self._cache.free_bytes():
             raise OSError(errno.ENOSPC, self._no_room(bytes_below(partial)))
@@ -162,11 +178,8 @@ class CachedDownload:
                 raise unreachable(f"{self._remote.uri}/{name} arrived with another SHA-256: it is downloaded again")
         files = {name: PublishedFile(sha256=digests[name], size=file.size) for name, file in wanted.items()}
         manifest = CacheManifest(source=self._remote.uri, version=self._remote.version, files=files)
-        self._folder = self._cache.complete(partial, self._key, manifest)
-        return None if self._folder is None else self._revision(digests)
-
-    def _revision(self, digests: Mapping[str, str]) -> str:
-        return self._remote.revision(lambda: digests)
+        folder = self._cache.complete(partial, self._key, manifest)
+        return None if folder is None else (folder, digests)
 
     def _no_room(self, present: int) -> str:
         needed = self._download.weight_bytes() - present

@@ -127,7 +127,8 @@ def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> ModelSour
     if isinstance(source, VolumeSource):
         return VolumeModel(context.mounts, source)
     remote = _remote_model(source, context, hub)
-    download = DownloadedModel(remote, context.workspace.models)
+    keeps_weights = context.spec.lora.initialization == "loftq"
+    download = DownloadedModel(remote, context.workspace.models, keeps_weights=keeps_weights)
     folder = context.mounts.model_cache
     if folder is None or download.is_complete:
         return download

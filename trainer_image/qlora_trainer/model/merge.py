@@ -16,19 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Params4bit
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_api.contract import WorkspaceLayout
 from qlora_api.training import LoraSpec
-from qlora_trainer.core.filesystem import require_space
 from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.quantized import QuantizedWeights, is_kept, keep_quantized
-from qlora_trainer.model.storage import storage_of
 
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""
@@ -61,8 +56,7 @@ class MergeSource:
     """What a merged model is made of."""
 
     base: BaseWeights
-    """Embeddings, norms and biases, which were not quantized."""
-    quantized: QuantizedWeights
+    """The 4-bit base."""
     adapter_file: Path
     lora: LoraSpec
 
@@ -74,33 +68,16 @@ class MergeSource:
             prefix = f"base_model.model.{layer}"
             if f"{prefix}.weight" in trained:
                 return adapter.get_tensor(f"{prefix}.weight").to(_MERGED_DTYPE)
-            if not (name.endswith(".weight") and layer in self.quantized):
+            if not (name.endswith(".weight") and f"{prefix}.lora_A.weight" in trained):
                 return self.base[name].to(_MERGED_DTYPE)
-            if f"{prefix}.lora_A.weight" not in trained:
-                return self.quantized.dequantized(layer).to(_MERGED_DTYPE)
             magnitude = f"{prefix}.lora_magnitude_vector"
             return merged_weight(
-                self.quantized.dequantized(layer),
+                self.base[name],
                 adapter.get_tensor(f"{prefix}.lora_A.weight"),
                 adapter.get_tensor(f"{prefix}.lora_B.weight"),
                 adapter_scaling(self.lora),
                 adapter.get_tensor(magnitude) if magnitude in trained else None,
             )
-
-
-def keep_for_merge(base: Any, model_folder: Path, workspace: WorkspaceLayout, sha256: str) -> None:
-    """Check before training that its adapter can be merged, and keep the 4-bit weights, of this sum, for the merge.
-
-    Raises StepFailure: MODEL_UNAVAILABLE unless everything else of the base is in its folder by the same name,
-    STORAGE_FULL if the workspace has no room for the 4-bit weights.
-    """
-    weights = BaseWeights(model_folder, base)
-    for name, parameter in base.named_parameters():
-        if not isinstance(parameter, Params4bit):
-            weights.require(name)
-    if not is_kept(workspace.quantized, sha256):
-        require_space(workspace.root, storage_of(base).bytes, "saving the 4-bit weights for the merge")
-        keep_quantized(base, workspace.quantized, sha256)
 
 
 def merged_model(model_folder: Path) -> Any:

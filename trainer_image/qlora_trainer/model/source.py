@@ -41,8 +41,20 @@ TOKENIZER_FILES = frozenset(
 )
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+QUANTIZING = "quantizing"
 OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the total."""
+
+
+class Conversion(Protocol):
+    """What is made of the weights, file by file."""
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """SHA-256 of each file of weights that it has taken and needs no more, by its name."""
+
+    def convert(self, path: Path, sha256: str) -> None:
+        """Take the whole file of this digest. Raises StepFailure for weights that cannot be used."""
 
 
 class ModelSource(Protocol):
@@ -62,11 +74,17 @@ class ModelSource(Protocol):
     def settings(self) -> Path:
         """The model's folder, with config.json, generation_config.json and the tokenizer's files: small, so first."""
 
-    def check_weights(self) -> None:
-        """Check, without reading them, that the weights are complete and safe, and have disk space."""
+    def check_weights(self, beside: int) -> None:
+        """Check, without reading them, that the weights are complete and safe, and have disk space beside the base.
 
-    def weights(self, on_bytes: OnBytes) -> str:
-        """Get all weights into the same folder; returns the revision: commit, or sha256:… of the content."""
+        `beside`: bytes that the base is yet to take.
+        """
+
+    def version(self, on_bytes: OnBytes) -> str:
+        """Identifies the weights: a base of another version is made of others."""
+
+    def weights(self, conversion: Conversion, on_bytes: OnBytes) -> str:
+        """Give each file of weights to `conversion`; returns the revision: commit, or sha256:… of the content."""
 
     def complete(self) -> Path:
         """The model's folder under its final name."""
@@ -159,9 +177,14 @@ class DownloadedModel:
     origin: Literal["downloaded", "cache", "volume"] = "downloaded"
     remark = ""
 
-    def __init__(self, remote: RemoteModel, models: Path) -> None:
-        """Choose the files. `models`: folder of downloaded models, one folder for each version."""
+    def __init__(self, remote: RemoteModel, models: Path, *, keeps_weights: bool = False) -> None:
+        """Choose the files. `models`: folder of downloaded models, one folder for each version.
+
+        A file of weights is deleted as soon as it is converted, so that one at a time takes room, unless
+        `keeps_weights`.
+        """
         self._remote = remote
+        self._keeps_weights = keeps_weights
         self.small_files = choose_settings(remote.sizes, remote.uri)
         self.bytes_fetched = 0
         self._target = models / remote.version
@@ -181,16 +204,34 @@ class DownloadedModel:
             self._fetch(name, self.folder, lambda _done: None)
         return self.folder
 
-    def check_weights(self) -> None:
+    def check_weights(self, beside: int) -> None:
         """See ModelSource."""
-        missing = self.weight_bytes() - bytes_below(self.folder)
-        require_space(self.folder, missing, f"the download of {self._remote.uri}")
+        held = self.weight_bytes() if self._keeps_weights else max(map(self._size, self.weight_names()))
+        missing = max(0, held - bytes_below(self.folder)) + beside
+        require_space(self.folder, missing, f"the download of {self._remote.uri} and its 4-bit base")
 
-    def weights(self, on_bytes: OnBytes) -> str:
+    def version(self, _on_bytes: OnBytes) -> str:
         """See ModelSource."""
-        self.fetch_weights(self.folder, on_bytes)
-        names = (*self.small_files, *self.weight_names())
-        return self._remote.revision(lambda: file_digests(self.folder, names, lambda _done, _total: None))
+        return self._remote.version
+
+    def weights(self, conversion: Conversion, on_bytes: OnBytes) -> str:
+        """See ModelSource."""
+
+        def convert(path: Path) -> None:
+            if path.name not in conversion.digests:
+                conversion.convert(path, self._remote.digests.get(path.name) or file_sha256(path))
+            if not self._keeps_weights:
+                remove(path)
+
+        converted = frozenset() if self._keeps_weights else frozenset(conversion.digests)
+        for name in converted:
+            remove(self.folder / name)
+        self.fetch_weights(self.folder, on_bytes, convert, but=converted)
+        return self._remote.revision(lambda: {**self.small_digests(), **conversion.digests})
+
+    def small_digests(self) -> dict[str, str]:
+        """SHA-256 of each of the small files, once they are there, by its name."""
+        return file_digests(self.folder, self.small_files, lambda _done, _total: None)
 
     def complete(self) -> Path:
         """See ModelSource."""
@@ -206,17 +247,32 @@ class DownloadedModel:
 
     def weight_bytes(self) -> int:
         """Bytes of all of them."""
-        return sum(self._remote.sizes[name] for name in self.weight_names())
+        return sum(map(self._size, self.weight_names()))
 
-    def fetch_weights(self, folder: Path, on_bytes: OnBytes) -> None:
-        """Download them into a folder, each whole; what an earlier attempt has left there is used."""
-        sizes, total, finished = self._remote.sizes, self.weight_bytes(), 0
+    def fetch_weights(
+        self,
+        folder: Path,
+        on_bytes: OnBytes,
+        use: Callable[[Path], None] = lambda _path: None,
+        *,
+        but: Collection[str] = (),
+    ) -> None:
+        """Download them into a folder, each whole; what an earlier attempt has left there is used.
+
+        `use` is called for each when it is there. Files of the names `but` are left out.
+        """
+        total, finished = self.weight_bytes(), 0
         for name in self.weight_names():
-            before = finished
-            self._fetch(name, folder, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
-            require_whole(folder / name, f"{self._remote.uri}/{name}")
-            finished += sizes[name]
+            if name not in but:
+                before = finished
+                self._fetch(name, folder, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
+                require_whole(folder / name, f"{self._remote.uri}/{name}")
+                use(folder / name)
+            finished += self._size(name)
             on_bytes(finished, total)
+
+    def _size(self, name: str) -> int:
+        return self._remote.sizes[name]
 
     def discard(self) -> None:
         """Delete what has been downloaded here: it is elsewhere."""
@@ -234,13 +290,13 @@ class DownloadedModel:
 class VolumeModel:
     """A model in a folder of a mounted volume: read in place, never copied."""
 
-    activity = "reading"
     origin: Literal["downloaded", "cache", "volume"] = "volume"
     bytes_fetched = 0
     remark = ""
 
     def __init__(self, mounts: Mounts, source: VolumeSource) -> None:
         """List the files. Raises StepFailure UNSAFE_ARTIFACT for one that is not a regular file inside the folder."""
+        self.activity = "reading"
         self._uri = str(source)
         folder = mounts.volume(source)
         if not folder.is_dir():
@@ -255,6 +311,7 @@ class VolumeModel:
                 "too; move the adapter's files out of the folder"
             )
         self._settings = choose_settings(self._names, self._uri)
+        self._digests: dict[str, str] = {}
         for name in self._settings:
             require_regular(folder / name, folder, f"{self._uri}/{name}")
 
@@ -262,15 +319,22 @@ class VolumeModel:
         """See ModelSource."""
         return self.folder
 
-    def check_weights(self) -> None:
-        """See ModelSource."""
+    def check_weights(self, _beside: int) -> None:
+        """See ModelSource. They take no room."""
         for name in self._weight_files():
             require_regular(self.folder / name, self.folder, f"{self._uri}/{name}")
             require_whole(self.folder / name, f"{self._uri}/{name}")
 
-    def weights(self, on_bytes: OnBytes) -> str:
-        """See ModelSource. The revision is a digest over names and contents of the used files."""
-        return content_revision(file_digests(self.folder, (*self._settings, *self._weight_files()), on_bytes))
+    def version(self, on_bytes: OnBytes) -> str:
+        """See ModelSource. A digest over names and contents of the used files."""
+        self._digests = file_digests(self.folder, (*self._settings, *self._weight_files()), on_bytes)
+        return content_revision(self._digests)
+
+    def weights(self, conversion: Conversion, on_bytes: OnBytes) -> str:
+        """See ModelSource."""
+        self.activity = QUANTIZING
+        convert_all(conversion, self.folder, {name: self._digests[name] for name in self._weight_files()}, on_bytes)
+        return content_revision(self._digests)
 
     def complete(self) -> Path:
         """See ModelSource."""
@@ -279,6 +343,17 @@ class VolumeModel:
     def _weight_files(self) -> list[str]:
         index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._settings else None
         return weight_files(index, self._names, self._uri)
+
+
+def convert_all(conversion: Conversion, folder: Path, digests: Mapping[str, str], on_bytes: OnBytes) -> None:
+    """Give the conversion each of these files in the folder that it does not have."""
+    sizes = {name: (folder / name).stat().st_size for name in digests}
+    finished = 0
+    for name, digest in digests.items():
+        if name not in conversion.digests:
+            conversion.convert(folder / name, digest)
+        finished += sizes[name]
+        on_bytes(finished, sum(sizes.values()))
 
 
 def reject_code(folder: Path) -> None:

@@ -54,7 +54,7 @@ def storage_of(model: nn.Module) -> Storage:
         if not isinstance(weight, Params4bit):
             continue
         state: Any = weight.quant_state
-        found = sum(tensor.untyped_storage().nbytes() for tensor in (weight.data, *_tensors(state)))
+        found = sum(tensor.nbytes for tensor in (weight.data, *_tensors(state)))
         expected = layer_bytes(state.shape.numel(), double_quant=state.nested)
         if found != expected:
             raise bad_configuration(

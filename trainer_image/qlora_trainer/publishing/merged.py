@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.status import MergedStatus
 from qlora_trainer.core.completion import Comparison
-from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE, MODEL_CARD_FILE
 from qlora_trainer.core.filesystem import require_space, scratch_folder
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.base_artifact import require_sha256
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, write_merged
-from qlora_trainer.model.quantized import QuantizedWeights, is_kept
 from qlora_trainer.model.source import TOKENIZER_FILES
 from qlora_trainer.publishing.destination import Destination, publish_folder, reject_occupied
 from qlora_trainer.publishing.manifest import run_manifest
@@ -85,21 +85,20 @@ def still_published(destination: Destination, status: MergedStatus | None) -> bo
 def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     """Merge the trained adapter into the base that it was trained on, write the model into `folder` and evaluate it.
 
-    Raises StepFailure: STORAGE_FULL with the numbers if there is no room for it, BAD_CONFIGURATION if training kept no
-    4-bit weights, UNSAFE_ARTIFACT if they have changed since, INTERNAL_ERROR if the merged model's loss is not finite.
+    Raises StepFailure: STORAGE_FULL with the numbers if there is no room for it, UNSAFE_ARTIFACT if the base has
+    changed since, INTERNAL_ERROR if the merged model's loss is not finite.
     """
     prepared, trained = job.prepared, job.trained
     model_folder = workspace.root / prepared.model_path
     model = merged_model(model_folder)
-    _require_kept(workspace.quantized, trained.quantized_sha256)
     # Without a destination of its own it takes room twice: as it is written here, and as it is published beside that.
     copies = 1 if job.spec.output.merged and job.spec.output.merged.destination else 2
     require_space(workspace.root, copies * merged_bytes(model), "writing the merged model in 16 bit")
-    quantized = QuantizedWeights(workspace.quantized)
-    quantized.require_sha256(trained.quantized_sha256)
-    base = BaseWeights(model_folder, model)
+    base_folder = workspace.root / prepared.base_path
+    require_sha256(base_folder, trained.base_sha256)
+    base = BaseWeights(base_folder, model)
     adapter = workspace.root / trained.adapter_path / ADAPTER_FILE
-    write_merged(model, MergeSource(base, quantized, adapter, job.spec.lora), folder)
+    write_merged(model, MergeSource(base, adapter, job.spec.lora), folder)
     loss = None
     if trained.compared is not None:
         held_out = PreparedDataset.open(workspace.root / prepared.data_path, "eval")
@@ -109,14 +108,6 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
             shutil.copyfile(model_folder / name, folder / name)
     (folder / MODEL_CARD_FILE).write_text(merged_model_card(job, loss))
     return Merged({path.name: path for path in sorted(folder.iterdir())}, merged_bytes(model), loss)
-
-
-def _require_kept(quantized: Path, sha256: str) -> None:
-    if not is_kept(quantized, sha256):
-        raise bad_configuration(
-            f"{quantized}, the 4-bit weights that the adapter was trained on, is missing: create the job again, with "
-            "spec.output.merged from its start"
-        )
 
 
 def _held_out_loss(folder: Path, held_out: PreparedDataset, compared: Comparison, *, together: bool) -> float:

@@ -17,11 +17,14 @@ from qlora_trainer.core.completion import PrepareRecord, read_completion, record
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import (
+    bytes_below,
     complete_folder,
     is_full,
     new_folder,
     partial_path,
+    remove,
     remove_partials,
+    require_space,
     sizes,
 )
 from qlora_trainer.core.records import RecordWriter
@@ -29,6 +32,9 @@ from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.locate import DataAccess
+from qlora_trainer.model.base_artifact import is_present
+from qlora_trainer.model.base_conversion import BaseConversion
+from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.cache import is_whole
 from qlora_trainer.model.check import advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
@@ -93,7 +99,11 @@ def _prepare(
     memory.require()
     advise_learning_rate(memory.parameters or 0, training.learning_rate)
     tokenizer, tokenizer_files = Tokenizer(folder), tokenizer_digests(folder)
-    source.check_weights()
+    layout = BaseLayout.of(folder, spec.quantization)
+    beside = max(0, layout.bytes - bytes_below(partial_path(workspace.base)) - bytes_below(workspace.base))
+    source.check_weights(beside)
+    workspace.root.mkdir(parents=True, exist_ok=True)
+    require_space(workspace.root, beside, "the 4-bit base")
 
     dataset = DatasetBuilder(
         spec.dataset,
@@ -107,20 +117,28 @@ def _prepare(
     ).build()
     records.note(dataset=dataset.status())
     packed = model.packs(training)
-    layout = new_folder(partial_path(workspace.data / "layout"))
-    dataset.write(layout, capacity=training.max_sequence_length, seed=training.seed, packed=packed)
+    sequences = new_folder(partial_path(workspace.data / "layout"))
+    dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=packed)
 
     started = now()
-    revision = source.weights(lambda done, total: say(f"{source.activity} model {sizes(done, total)}"))
+
+    def on_bytes(done: int, total: int) -> None:
+        say(f"{source.activity} model {sizes(done, total)}")
+
+    conversion = BaseConversion(workspace.base, folder, source.version(on_bytes), layout)
+    revision = source.weights(conversion, on_bytes)
+    base = conversion.complete()
     fetching += now() - started
     resolved = ResolvedInputs(revision, tokenizer_files, dataset.training.sha256, dataset.evaluation_sha256)
     fingerprint = resolved.fingerprint(spec)
-    resolved.write(layout, fingerprint)
-    complete_folder(layout, workspace.data / fingerprint)
+    resolved.write(sequences, fingerprint)
+    complete_folder(sequences, workspace.data / fingerprint)
     return PrepareRecord(
         fingerprint=fingerprint,
         model_path=recorded_path(source.complete(), workspace.root),
         model_revision=revision,
+        base_path=recorded_path(workspace.base, workspace.root),
+        base_sha256=base.sha256,
         data_path=recorded_path(workspace.data / fingerprint, workspace.root),
         target_modules=model.family.target_modules,
         packed=packed,
@@ -152,6 +170,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
         return None
     if not is_whole(folder, context.mounts.model_cache):
         return None
+    if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
+        return None
     if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):
         return None
     memory = MemoryFit.of(
@@ -171,6 +191,7 @@ def _leaving_what_can_be_resumed(workspace: WorkspaceLayout) -> Iterator[None]:
         if failure.exit_code.permanent:
             _discard_partials(workspace.models)
             _discard_partials(workspace.data)
+            remove(partial_path(workspace.base))
         raise
     except OSError as error:
         if is_full(error):

@@ -22,14 +22,13 @@ from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.cache import require_whole_in_cache
-from qlora_trainer.model.merge import keep_for_merge
-from qlora_trainer.model.quantized import is_kept, layers_sha256, quantized_layers
 from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.answers import leave_samples
 from qlora_trainer.training.attempts import PodOfJob, read_attempts
+from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import use_device
 from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
@@ -83,15 +82,21 @@ def train(
             context.device,
             measured=prepared.measured,
         )
+        # One process of each node reads the files again, which the others map from the same memory.
+        base_check = BaseCheck(job.base_folder, prepared.base_sha256) if rank_info.local_rank == 0 else None
+        if base_check is not None:
+            held.callback(base_check.close)
         with shortage(lambda: context.spec.training.micro_batch_size):
-            run, state = _load(job, Runtime(records, stop, now, monotonic), ranks, checkpoint)
+            run, state = _load(job, Runtime(records, stop, now, monotonic), ranks, checkpoint, base_check)
         if run.history is not None:
             held.enter_context(run.history)
         with shortage(lambda: run.schedule.micro_batch_size):
             state = run_to_end(run, state)
+        if base_check is not None:
+            base_check.wait()
         # All that still needs GPU memory is the comparison, which takes one sequence at a time.
         with shortage(lambda: 1):
-            record = _finish(run, state, job.digest) if ranks.main else None
+            record = _finish(run, state, job) if ranks.main else None
         # Not read from the workspace, where another node may see the file only after a while.
         record = _agreed_record(ranks, record)
         ranks.wait()
@@ -112,8 +117,13 @@ class _Job:
 
     @property
     def model_folder(self) -> Path:
-        """The base model's files."""
+        """The base model's configuration and tokenizer, and the original weights if they are kept."""
         return self.context.workspace.root / self.prepared.model_path
+
+    @property
+    def base_folder(self) -> Path:
+        """The base model in 4-bit."""
+        return self.context.workspace.root / self.prepared.base_path
 
     @cached_property
     def digest(self) -> str:
@@ -135,8 +145,6 @@ def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | No
     if record is None or record.fingerprint != fingerprint:
         return None
     adapter = context.workspace.root / record.adapter_path / ADAPTER_FILE
-    if context.spec.output.merged is not None and not is_kept(context.workspace.quantized, record.quantized_sha256):
-        return None
     return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
 
 
@@ -169,7 +177,9 @@ def _attempt(job: _Job, now: Clock) -> AbstractContextManager[Checkpoint | None]
     return resumed_attempt(context.workspace, job.fingerprint, pod, now)
 
 
-def _load(job: _Job, runtime: Runtime, ranks: Ranks, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:
+def _load(
+    job: _Job, runtime: Runtime, ranks: Ranks, checkpoint: Checkpoint | None, base_check: BaseCheck | None
+) -> tuple[Run, RunState]:
     """Load everything, in the state that the checkpoint saved; without one, at step 0."""
     context, spec, prepared = job.context, job.context.spec, job.prepared
     threads = _own_threads(ranks.rank_info) if checkpoint is None else int(checkpoint.state["threads"])
@@ -183,9 +193,7 @@ def _load(job: _Job, runtime: Runtime, ranks: Ranks, checkpoint: Checkpoint | No
     if spec.training.micro_batch_size > 1 and not prepared.packed:
         inspect_family(job.model_folder, spec.lora).require_rows_apart(spec.training.max_sequence_length)
     base = _load_base(job, ranks.sharded)
-    storage, quantized_sha256 = storage_of(base), layers_sha256(quantized_layers(base))
-    if spec.output.merged is not None and ranks.main:
-        keep_for_merge(base, job.model_folder, context.workspace, quantized_sha256)
+    storage = storage_of(base)
     model = _attach_adapter(base, job, initialized=checkpoint is None)
     if ranks.sharded:
         shard_base(model, device, ranks.rank_info.size)
@@ -202,7 +210,7 @@ def _load(job: _Job, runtime: Runtime, ranks: Ranks, checkpoint: Checkpoint | No
         fingerprint=job.fingerprint,
         threads=threads,
         storage=storage,
-        quantized_sha256=quantized_sha256,
+        base_check=base_check,
         attempts=read_attempts(context.workspace.records) if ranks.main else (),
         schedule=schedule,
     )
@@ -228,8 +236,8 @@ def _say_loading(context: StepContext, records: RecordWriter, now: Clock, step: 
 def _load_base(job: _Job, sharded: bool) -> Any:
     # A base that is to be sharded may be larger than the GPU: shard_base moves it there block by block.
     if sharded:
-        return load_base(job.model_folder, job.context.spec.quantization, "cpu", STORAGE_DTYPE)
-    return load_base(job.model_folder, job.context.spec.quantization, job.context.device)
+        return load_base(job.base_folder, job.context.spec.quantization, "cpu", STORAGE_DTYPE)
+    return load_base(job.base_folder, job.context.spec.quantization, job.context.device)
 
 
 def _attach_adapter(base: Any, job: _Job, *, initialized: bool) -> Any:
@@ -262,7 +270,7 @@ def _open_history(job: _Job, checkpoint: Checkpoint | None) -> MetricsLog:
     return MetricsLog(folder, 0 if checkpoint is None else int(checkpoint.state["historyBytes"]), trackers)
 
 
-def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
+def _finish(run: Run, state: RunState, job: _Job) -> TrainRecord:
     """Write the adapter, then the completion record that points at it."""
     workspace = run.context.workspace
     with atomic_folder(workspace.trained) as folder:
@@ -271,7 +279,7 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
         raise AssertionError("a plan has at least one step, each step has a loss, and the main process notes it")
     run.history.sync()
     record = TrainRecord(
-        fingerprint=fingerprint,
+        fingerprint=job.digest,
         adapter_path=workspace.trained.name,
         adapter_sha256=file_sha256(workspace.trained / ADAPTER_FILE),
         training_step=state.step,
@@ -284,7 +292,7 @@ def _finish(run: Run, state: RunState, fingerprint: str) -> TrainRecord:
         quantized_parameters=run.storage.parameters,
         bits_per_parameter=round(run.storage.bits_per_parameter, 4),
         quantized_layers=run.storage.layers,
-        quantized_sha256=run.quantized_sha256,
+        base_sha256=job.prepared.base_sha256,
         compared=_comparison(run),
         attempts=len(run.attempts),
         goodput=run.goodput(state),

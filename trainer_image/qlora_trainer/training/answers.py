@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from qlora_api.printable import first_line
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
-from qlora_trainer.model.base import COMPUTE_DTYPE
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Sample, Samples
 
 _MAX_PROMPT_TOKENS = 1024

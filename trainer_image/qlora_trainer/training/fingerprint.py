@@ -24,7 +24,11 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
     """Everything that decides the adapter, by name. Another number of processes adds gradients in another order."""
     training = {name: value for name, value in spec.training.dump().items() if name not in _WITHOUT_EFFECT}
     return {
-        "model": {"revision": prepared.model_revision, "targetModules": list(prepared.target_modules)},
+        "model": {
+            "revision": prepared.model_revision,
+            "base": prepared.base_sha256,
+            "targetModules": list(prepared.target_modules),
+        },
         "data": {"fingerprint": prepared.fingerprint},
         "quantization": spec.quantization.dump(),
         "lora": spec.lora.dump(),

@@ -14,8 +14,8 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_tensors
-from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.training.checkpoint import save_checkpoint
 from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
@@ -33,6 +33,8 @@ def run_to_end(run: Run, state: RunState) -> RunState:
     for a loss or gradient that is not finite, before it can reach the weights, and for a run that has diverged.
     """
     while True:
+        if run.base_check is not None:
+            run.base_check.raise_failure()
         if run.eval_data is not None and _evaluation_due(run, state) and not run.stopping():
             state = _evaluate(run, state, run.eval_data)
         # Asked once: a stop between saving and raising would lose the steps since the last checkpoint.

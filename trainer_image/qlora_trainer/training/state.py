@@ -19,6 +19,7 @@ from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.storage import Storage
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.training.attempts import Attempt, show_life
+from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.divergence import Stability
 from qlora_trainer.training.fingerprint import Fingerprint
 from qlora_trainer.training.goodput import goodput, spent_seconds
@@ -84,7 +85,8 @@ class Run:
     threads: int
     """CPU threads of this rank; a resumed run uses as many, so that it adds in the same order."""
     storage: Storage
-    quantized_sha256: str
+    base_check: BaseCheck | None
+    """Reads the base's files again, in one process of each node."""
     attempts: Sequence[Attempt]
     """All so far, the running one included."""
     schedule: Schedule

@@ -12,8 +12,8 @@ from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.activations import fuse_activations
 from qlora_trainer.model.adapter import attach_adapter
 from qlora_trainer.model.attention import ATTENTION, register_attention
-from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.decoder import block_linears
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.model.support import in_blocks, resolve_targets
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.data.prepared import PackedSequence
-from qlora_trainer.model.base import COMPUTE_DTYPE
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.dry_run.backward import backward
 from qlora_trainer.model.dry_run.live_bytes import LiveBytes
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.loss import batch_loss
 
 

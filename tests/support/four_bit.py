@@ -1,0 +1,42 @@
+"""The 4-bit base of a tiny model, as prepare makes it."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.model.base_artifact import BaseManifest, read_manifest
+from qlora_trainer.model.base_conversion import BaseConversion
+from qlora_trainer.model.base_layout import BaseLayout
+
+
+def convert(model: Path, target: Path, quantization: QuantizationSpec) -> str:
+    """Make the base of a model's folder in `target`, and return its sum."""
+    conversion = BaseConversion(target, model, "tiny", BaseLayout.of(model, quantization))
+    for path in sorted(model.glob("*.safetensors")):
+        conversion.convert(path, file_sha256(path))
+    return conversion.complete().sha256
+
+
+def manifest_of(context: StepContext, record: PrepareRecord) -> BaseManifest:
+    """The manifest of the base that prepare has left."""
+    manifest = read_manifest(context.workspace.root / record.base_path)
+    assert manifest is not None
+    return manifest
+
+
+def require_made_of(context: StepContext, record: PrepareRecord, weights: bytes) -> None:
+    """The base was made of a model.safetensors with this content, of which nothing is left."""
+    assert manifest_of(context, record).sources == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+    assert not [*context.workspace.models.rglob("*.safetensors")]
+
+
+def large_weights(model: Path) -> dict[str, Tensor]:
+    """The weights of a tiny model, with 20 MB that it does not need."""
+    return {**load_file(model / "model.safetensors"), "w": torch.arange(20 * 10**6, dtype=torch.uint8)}

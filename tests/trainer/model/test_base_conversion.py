@@ -1,0 +1,252 @@
+"""The 4-bit base that prepare makes: libraries read it, it is what loading would have quantized, and it resumes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qlora_api.contract import ExitCode
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model import base_conversion
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.base_artifact import read_manifest, require_sha256
+from qlora_trainer.model.base_conversion import BaseConversion
+from qlora_trainer.model.base_layout import BaseLayout
+from qlora_trainer.model.four_bit import quantize
+from qlora_trainer.training.sharding import STORAGE_DTYPE
+from tests.support.admitted import tiny_config
+from tests.support.families import FAMILIES
+from tests.support.four_bit import convert
+from tests.support.tiny import SHAPE, save_model
+
+NF4 = QuantizationSpec()
+KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]
+# Tied weights and biases; a text part in a multimodal checkpoint, under other names; fused layers; another head's
+# name; a linear layer that is the last one unless tied weights count.
+CHECKPOINTS = {name: FAMILIES[name][0] for name in ("llama-biased-tied", "gemma3", "phi3", "gpt_neox")} | {
+    "gemma3n_text": tiny_config("gemma3n_text")
+}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model, with the constants of its 4-bit layers but not their descriptions in JSON."""
+    found = dict(model.named_parameters())
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            found |= {f"{name}.{key}": value for key, value in layer.weight.quant_state.as_dict(packed=True).items()}
+    return found
+
+
+def require_equal(ours_loaded: nn.Module, theirs_loaded: nn.Module) -> None:
+    ours, theirs = state(ours_loaded), state(theirs_loaded)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        found, wanted = ours[name].data, tensor.data
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), name
+        # As bytes: packed weights that are read as another type may be no numbers.
+        assert torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)), name
+
+
+def in_plain_transformers(folder: Path) -> Any:
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not {kind: names for kind, names in report.items() if names}
+    return model
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_plain_transformers_loads_what_it_would_have_quantized(tmp_path: Path, family: str) -> None:
+    model = save_model(tmp_path / "model", CHECKPOINTS[family])
+    convert(model, tmp_path / "base", NF4)
+    require_equal(in_plain_transformers(tmp_path / "base"), load_base(model, NF4, "cpu"))
+    require_equal(load_base(tmp_path / "base", NF4, "cpu"), load_base(model, NF4, "cpu"))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, STORAGE_DTYPE])
+@pytest.mark.parametrize("quantization", KINDS, ids=lambda kind: f"{kind.type}-{kind.double_quant}")
+def test_every_kind_in_every_storage_is_of_one_sum(
+    tmp_path: Path, tiny_llama: Path, quantization: QuantizationSpec, storage: torch.dtype
+) -> None:
+    sha256 = convert(tiny_llama, tmp_path / "base", quantization)
+    found = load_base(tmp_path / "base", quantization, "cpu", storage)
+    require_equal(found, load_base(tiny_llama, quantization, "cpu", storage))
+    assert {layer.weight.dtype for layer in found.modules() if isinstance(layer, Linear4bit)} == {storage}
+    require_sha256(tmp_path / "base", sha256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_original_of_another_type_is_rounded_as_loading_rounds_it(
+    tmp_path: Path, tiny_llama: Path, dtype: torch.dtype
+) -> None:
+    model = copied(tiny_llama, tmp_path)
+    weights = {name: tensor.to(dtype) * 1.0009765625 for name, tensor in load_file(model / WEIGHTS).items()}
+    save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+    convert(model, tmp_path / "base", NF4)
+    require_equal(load_base(tmp_path / "base", NF4, "cpu"), load_base(model, NF4, "cpu"))
+
+
+def test_what_transformers_keeps_in_32_bit_is_in_32_bit(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
+    convert(tiny_llama, tmp_path / "base", NF4)
+    found = load_base(tmp_path / "base", NF4, "cpu")
+    assert (found.model.norm.weight.dtype, found.lm_head.weight.dtype) == (torch.float32, torch.bfloat16)
+    require_equal(found, load_base(tiny_llama, NF4, "cpu"))
+
+
+def test_every_tensor_begins_where_its_type_can_be_read(tmp_path: Path) -> None:
+    """An odd number of blocks, and norms of which two make four bytes."""
+    odd = {**SHAPE, "hidden_size": 72, "intermediate_size": 127, "head_dim": 18}
+    model = save_model(tmp_path / "model", LlamaConfig(**odd))
+    convert(model, tmp_path / "base", NF4)
+    content = (tmp_path / "base" / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    sizes = {"F32": 4, "BF16": 2, "U8": 1}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin = 8 + length + entry["data_offsets"][0]
+            # Packed weights are read as another type too.
+            assert begin % (4 if name.endswith("_proj.weight") else sizes[entry["dtype"]]) == 0, name
+    require_equal(in_plain_transformers(tmp_path / "base"), load_base(model, NF4, "cpu"))
+
+
+WEIGHTS = "model.safetensors"
+
+
+def copied(model: Path, root: Path) -> Path:
+    return Path(shutil.copytree(model, root / "copy"))
+
+
+def in_files(model: Path, root: Path, count: int) -> Path:
+    """A copy of a model with its weights in several files."""
+    folder = copied(model, root)
+    tensors = sorted(load_file(folder / WEIGHTS).items())
+    (folder / WEIGHTS).unlink()
+    weight_map: dict[str, str] = {}
+    for number in range(count):
+        name = f"model-{number}.safetensors"
+        save_file(dict(tensors[number::count]), folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys((tensor for tensor, _ in tensors[number::count]), name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_each_file_of_the_original_becomes_one(tmp_path: Path, tiny_llama: Path) -> None:
+    convert(in_files(tiny_llama, tmp_path, 3), tmp_path / "base", NF4)
+    assert len([*(tmp_path / "base").glob("*.safetensors")]) == 3
+    require_equal(in_plain_transformers(tmp_path / "base"), load_base(tiny_llama, NF4, "cpu"))
+
+
+class Killed(BaseException):
+    """The process has ended without warning."""
+
+
+def test_it_resumes_with_the_file_at_which_it_was_killed(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layout = in_files(tiny_llama, tmp_path, 3), BaseLayout.of(tiny_llama, NF4)
+    whole = convert(model, tmp_path / "whole", NF4)
+    calls = iter(range(10**6))
+
+    def killed(*arguments: Any) -> Any:
+        if next(calls) == 7:
+            raise Killed
+        return quantize(*arguments)
+
+    monkeypatch.setattr(base_conversion, "quantize", killed)
+    conversion = BaseConversion(tmp_path / "base", model, "v1", layout)
+    conversion.convert(model / "model-0.safetensors", "0" * 64)
+    with pytest.raises(Killed):
+        conversion.convert(model / "model-1.safetensors", "1" * 64)
+    assert not (tmp_path / "base").exists()
+
+    again = BaseConversion(tmp_path / "base", model, "v1", layout)
+    assert again.digests == {"model-0.safetensors": "0" * 64}
+    for number in (1, 2):
+        again.convert(model / f"model-{number}.safetensors", str(number) * 64)
+    assert again.complete().sha256 == whole
+    # What is complete is taken as it is, and what was made of other weights is not.
+    assert BaseConversion(tmp_path / "base", model, "v1", layout).complete().sha256 == whole
+    assert not BaseConversion(tmp_path / "base", model, "v2", layout).digests
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_file_that_has_lost_bytes_is_made_again(tmp_path: Path, tiny_llama: Path) -> None:
+    layout = BaseLayout.of(tiny_llama, NF4)
+    BaseConversion(tmp_path / "base", tiny_llama, "v1", layout).convert(tiny_llama / WEIGHTS, "0" * 64)
+    (tmp_path / ".base.partial" / WEIGHTS).write_bytes(b"short")
+    assert not BaseConversion(tmp_path / "base", tiny_llama, "v1", layout).digests
+
+
+def without_a_layer(weights: dict[str, Tensor]) -> None:
+    del weights["model.layers.1.mlp.up_proj.weight"]
+
+
+def of_another_shape(weights: dict[str, Tensor]) -> None:
+    weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+
+
+def already_quantized(weights: dict[str, Tensor]) -> None:
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(128, 64, dtype=torch.int8)
+
+
+def not_a_number(weights: dict[str, Tensor]) -> None:
+    weights["model.layers.0.self_attn.q_proj.weight"][3, 5] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (without_a_layer, r"1 tensors are missing, first model\.layers\.1\.mlp\.up_proj\.weight$"),
+        (of_another_shape, r"model\.norm\.weight in model\.safetensors has shape \[63\], not \[64\]"),
+        (
+            already_quantized,
+            r"model\.layers\.0\.mlp\.up_proj\.weight .* stored as I8, and must be one of F64, F32",
+        ),
+        (not_a_number, r"model\.layers\.0\.self_attn\.q_proj\.weight .* has values that are infinite or not a number"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_named(tmp_path: Path, tiny_llama: Path, broken: Any, message: str) -> None:
+    model = copied(tiny_llama, tmp_path)
+    weights = load_file(model / WEIGHTS)
+    broken(weights)
+    save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(StepFailure, match=message) as caught:
+        convert(model, tmp_path / "base", NF4)
+    assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+    assert not (tmp_path / "base").exists()
+
+
+def test_its_size_is_known_before_it_is_made(tmp_path: Path, tiny_llama: Path) -> None:
+    convert(tiny_llama, tmp_path / "base", NF4)
+    estimate = BaseLayout.of(tiny_llama, NF4).bytes
+    with safe_open(tmp_path / "base" / WEIGHTS, framework="pt") as opened:
+        found = sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+    assert estimate == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "manifest"])
+def test_a_base_that_has_changed_is_not_used(tmp_path: Path, tiny_llama: Path, damage: str) -> None:
+    sha256 = convert(tiny_llama, tmp_path / "base", NF4)
+    weights = tmp_path / "base" / WEIGHTS
+    if damage == "flipped":
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (tmp_path / "base" / "base.json").write_text("{")
+        assert read_manifest(tmp_path / "base") is None
+    with pytest.raises(StepFailure, match="4-bit base") as caught:
+        require_sha256(tmp_path / "base", sha256)
+    assert caught.value.exit_code is ExitCode.UNSAFE_ARTIFACT

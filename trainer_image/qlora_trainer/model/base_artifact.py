@@ -1,0 +1,91 @@
+"""The 4-bit base of a job: a folder in the format of transformers, with a manifest of what it was made of."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qlora_api.schema import ObservedModel
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core.failures import unsafe_artifact
+from qlora_trainer.core.filesystem import file_sha256, write_atomically
+from qlora_trainer.core.paths import some_names
+from qlora_trainer.model.source import content_revision
+from qlora_trainer.stores.contents import PublishedFile
+
+MANIFEST = "base.json"
+_MAX_MANIFEST_BYTES = 2**22
+_AGAIN = "create the job again"
+
+
+class BaseManifest(ObservedModel):
+    """What the folder holds so far, and what it was made of."""
+
+    version: str
+    """Identifies the original: what is made of another one is another base."""
+    quantization: QuantizationSpec
+    sources: dict[str, str]
+    """SHA-256 of each file of the original that is in it, by name."""
+    files: dict[str, PublishedFile]
+    """What was written, by name: a file of weights for each of the original, the configuration, the index."""
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over the lines `<sha256>  <name>` of the files, sorted by name."""
+        return _sum({name: file.sha256 for name, file in self.files.items()})
+
+
+def read_manifest(folder: Path) -> BaseManifest | None:
+    """The manifest of a folder; None if there is none that can be read: the base is then made (again)."""
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            return None
+        manifest = BaseManifest.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+    inside = all(name == Path(name).name for name in manifest.files)
+    return manifest if inside and manifest.sources.keys() <= manifest.files.keys() else None
+
+
+def write_manifest(folder: Path, manifest: BaseManifest) -> None:
+    """Write it: afterwards it is complete and durable or, if that fails, as it was."""
+    write_atomically(folder / MANIFEST, json.dumps(manifest.dump(), indent=2, sort_keys=True).encode() + b"\n")
+
+
+def is_present(folder: Path, sha256: str, quantization: QuantizationSpec) -> bool:
+    """Whether the folder has the base of this sum, by its manifest and the files' sizes."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.sha256 != sha256 or manifest.quantization != quantization:
+        return False
+    return all(has_size(folder / name, file.size) for name, file in manifest.files.items())
+
+
+def has_size(path: Path, size: int) -> bool:
+    """Whether there is a file of that size."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lambda: None) -> None:
+    """Read all files of the base. Raise StepFailure UNSAFE_ARTIFACT unless the sum is what prepare recorded.
+
+    `on_block` is called for every few MiB.
+    """
+    manifest = read_manifest(folder)
+    files = {} if manifest is None else manifest.files
+    for name, file in files.items():
+        if not has_size(folder / name, file.size):
+            raise unsafe_artifact(f"{folder / name}, a part of the 4-bit base, is missing or cut off: {_AGAIN}")
+    if other := {path.name for path in folder.glob("*")} - {MANIFEST, *files}:
+        raise unsafe_artifact(f"{some_names(other)} does not belong to the 4-bit base in {folder}: {_AGAIN}")
+    found = _sum({name: file_sha256(folder / name, lambda _done: on_block()) for name in files})
+    if found != sha256:
+        raise unsafe_artifact(
+            f"the 4-bit base in {folder} has sha256 {found}, but prepare recorded {sha256}: it was changed or damaged "
+            f"afterwards, and nothing that was trained on it is published; {_AGAIN}"
+        )
+
+
+def _sum(digests: dict[str, str]) -> str:
+    return content_revision(digests).removeprefix("sha256:")

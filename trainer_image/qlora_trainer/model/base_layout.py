@@ -1,0 +1,182 @@
+"""Decides, before any weight is read, which tensors of a base become 4-bit and what its files then hold."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.initialization import no_tie_weights
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core.failures import model_unavailable
+from qlora_trainer.core.paths import some_names
+from qlora_trainer.model.base_weights import renaming
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
+from qlora_trainer.model.storage import BLOCK, OUTER_BLOCK, layer_bytes
+from qlora_trainer.model.weights_file import ALIGNMENT, Entry
+
+STATE_BYTES = 256
+"""Bytes of a layer's description in JSON, which is filled up with spaces: its length is known before its numbers."""
+_WEIGHT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of the types that a weight may be stored in."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the original, and what is written in its place: itself, or the tensors of a 4-bit layer."""
+
+    stored: str
+    entries: tuple[Entry, ...]
+    four_bit: bool
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """Where the tensors of a model belong."""
+
+    quantization: QuantizationSpec
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of each parameter of the model, by each of its names: tied ones have several."""
+    four_bit: frozenset[str]
+    """Names of the parameters that become 4-bit."""
+    tied: tuple[frozenset[str], ...]
+    """The names of each parameter. One of them must be stored."""
+    buffers: frozenset[str]
+    in_32_bit: frozenset[str]
+    """Names of the parameters that transformers keeps in 32 bit, whatever it is asked for."""
+    name_in_model: Callable[[str], str | None]
+    """See `renaming`."""
+
+    @classmethod
+    def of(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
+        """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
+
+        The choice of the 4-bit layers is transformers' own: it is asked to replace them in a model without weights.
+        """
+        model = _without_weights(config_folder)
+        rename = renaming(model)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
+        names: dict[int, set[str]] = {}
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(tensor), set()).add(name)
+        buffers = frozenset(model.state_dict().keys() - shapes.keys())
+        in_32_bit = set(model._keep_in_fp32_modules_strict or ())
+        quantizer: Any = AutoHfQuantizer.from_config(library_config(quantization), pre_quantized=False)
+        # The library chooses before it ties weights, and what it sees as the last one depends on that.
+        with no_tie_weights():
+            replaced = _without_weights(config_folder)
+        quantizer.preprocess_model(replaced, device_map={"": "cpu"})
+        layers = (name for name, module in replaced.named_modules() if isinstance(module, Linear4bit))
+        return cls(
+            quantization=quantization,
+            shapes=shapes,
+            four_bit=frozenset(f"{layer}.weight" for layer in layers),
+            tied=tuple(frozenset(group) for group in names.values()),
+            buffers=buffers,
+            in_32_bit=frozenset(name for name in shapes if any(part in name for part in in_32_bit)),
+            name_in_model=rename,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """About what the base takes on a volume."""
+        double = self.quantization.double_quant
+        weights = sum(layer_bytes(prod(self.shapes[name]), double_quant=double) for name in self.four_bit)
+        others = (next(iter(group)) for group in self.tied if not group & self.four_bit)
+        kept = sum(Entry(name, self._dtype(name), self.shapes[name]).bytes for name in others)
+        return weights + len(self.four_bit) * STATE_BYTES + kept
+
+    def parts(self, stored: Mapping[str, tuple[str, tuple[int, ...]]], file: str) -> list[Part]:
+        """What to write of a file of the original with these tensors, by name with type and shape.
+
+        Tensors that the model does not have are left out, such as those of a part for images. The others get the types
+        in which transformers would load them: it does not convert those of a base in 4-bit. Where each begins is a
+        multiple of its type's size. Raises StepFailure MODEL_UNAVAILABLE, naming the tensor, for one of another shape,
+        of no floating point type, or that the model computes with in another form.
+        """
+        parts = [self._part(name, *stored[name], file) for name in sorted(stored)]
+        # A 4-bit layer ends at a multiple of eight bytes. Behind them those of large types precede those of small ones.
+        found = [part for part in parts if part is not None]
+        return sorted(found, key=lambda part: (not part.four_bit, -_WEIGHT_SIZES[part.entries[0].dtype]))
+
+    def _part(self, stored: str, dtype: str, shape: tuple[int, ...], file: str) -> Part | None:
+        name = self.name_in_model(stored)
+        if name is None:
+            raise model_unavailable(
+                f"{file} stores {stored} in another form than the model computes with: use a conversion of the model "
+                "that a present release of transformers has saved"
+            )
+        if name in self.buffers:
+            return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in _WEIGHT_SIZES else None
+        if name not in self.shapes:
+            return None
+        if shape != self.shapes[name]:
+            raise model_unavailable(
+                f"the weights do not fit config.json: {stored} in {file} has shape {list(shape)}, not "
+                f"{list(self.shapes[name])}"
+            )
+        if dtype not in _WEIGHT_SIZES:
+            raise model_unavailable(
+                f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_SIZES)}: use a "
+                "revision that is not quantized"
+            )
+        if name not in self.four_bit:
+            return Part(stored, (Entry(stored, self._dtype(name), shape),), four_bit=False)
+        return Part(stored, tuple(_layer(stored, prod(shape), self.quantization)), four_bit=True)
+
+    def _dtype(self, name: str) -> str:
+        """The type of a parameter that does not become 4-bit."""
+        return "F32" if name in self.in_32_bit else "BF16"
+
+    def require_complete(self, stored: Collection[str]) -> None:
+        """Raise StepFailure MODEL_UNAVAILABLE unless each parameter of the model is among these stored tensors."""
+        found = {self.name_in_model(name) for name in stored}
+        missing = sorted(min(group) for group in self.tied if not group & found)
+        if missing:
+            raise model_unavailable(
+                f"the weights do not fit config.json: {len(missing)} tensors are missing, first {some_names(missing)}"
+            )
+
+
+def _without_weights(config_folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, trust_remote_code=False)
+
+
+def library_config(quantization: QuantizationSpec, storage_dtype: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+    """How transformers is told of the quantization."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
+        bnb_4bit_quant_storage=storage_dtype,
+    )
+
+
+def _layer(name: str, parameters: int, quantization: QuantizationSpec) -> Iterator[Entry]:
+    """The tensors of a 4-bit layer: 32 bit first, so that each begins at a multiple of its size, and so the next layer.
+
+    Packed bytes that begin at a multiple of four can be read as another type, as a sharded base needs them.
+    """
+    blocks = -(-parameters // BLOCK)
+    entries = [Entry(f"{name}.quant_map", "F32", (16,))]
+    packed = Entry(name, "U8", (-(-parameters // 2), 1))
+    if quantization.double_quant:
+        entries += [
+            Entry(f"{name}.nested_absmax", "F32", (-(-blocks // OUTER_BLOCK),)),
+            Entry(f"{name}.nested_quant_map", "F32", (256,)),
+            packed,
+            Entry(f"{name}.absmax", "U8", (blocks,)),
+        ]
+    else:
+        entries += [Entry(f"{name}.absmax", "F32", (blocks,)), packed]
+    filled = -sum(entry.bytes for entry in entries) % ALIGNMENT
+    yield from entries
+    yield Entry(f"{name}.quant_state.bitsandbytes__{quantization.type}", "U8", (STATE_BYTES + filled,))
