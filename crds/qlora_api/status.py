@@ -155,7 +155,8 @@ class BaseStatus(ObservedModel):
     )
     bytes_fetched: Bytes = Field(0, description="Bytes that this job's latest prepare has fetched from the server.")
     seconds: Count = Field(
-        0, description="Seconds that it took to fetch them and to check them, and to wait for another job's download."
+        0,
+        description="Seconds that it took to fetch, check and quantize them, and to wait for another job's download.",
     )
     message: ShortText = Field(
         "", description="Why the model is not in the cache, or what was wrong with it there; empty if all is well."

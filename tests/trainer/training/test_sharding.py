@@ -11,19 +11,19 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import BitsAndBytesConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model import base as model_module
 from qlora_trainer.model.adapter import attach_adapter
 from qlora_trainer.model.base import check_quantization, load_base
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
 from tests.support.command import Files
 from tests.support.families import FAMILIES
+from tests.support.four_bit import convert
 from tests.support.ranks import EXACT, SHARDED, beginning_with, same_numbers, succeeded, workspace
 from tests.support.sequences import CPU
 from tests.support.tiny import SHAPE, merged, save_model
@@ -109,19 +109,15 @@ note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
 
 
 def test_weights_of_another_type_are_rejected_in_the_storage_that_sharding_needs(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path
 ) -> None:
     """Afterwards they are pieces of memory, whose type nobody can tell."""
-    base = load_base(tiny_llama, QuantizationSpec(type="fp4"), "cpu", STORAGE_DTYPE)
+    convert(tiny_llama, tmp_path / "base", QuantizationSpec(type="fp4"))
+    base = load_base(tmp_path / "base", QuantizationSpec(type="fp4"), "cpu", STORAGE_DTYPE)
     with pytest.raises(StepFailure, match=r"'fp4'.*, not .*'nf4'") as asked_again:
         check_quantization(base, NF4)
-    monkeypatch.setattr(
-        model_module,
-        "BitsAndBytesConfig",
-        lambda **settings: BitsAndBytesConfig(**settings | {"bnb_4bit_quant_type": "fp4"}),
-    )
     with pytest.raises(StepFailure, match=r"'fp4'.*, not .*'nf4'") as loaded:
-        load_base(tiny_llama, NF4, "cpu", STORAGE_DTYPE)
+        load_base(tmp_path / "base", NF4, "cpu", STORAGE_DTYPE)
 
     assert asked_again.value.exit_code is loaded.value.exit_code is ExitCode.BAD_CONFIGURATION
 

@@ -62,6 +62,7 @@ class CachedDownload:
         self._remote, self._download, self._cache, self._wait = remote, download, cache, wait
         self._key = cache_key(remote.version, download.small_files)
         self._folder: Path | None = None
+        self._beside = 0
 
     @property
     def bytes_fetched(self) -> int:
@@ -74,6 +75,7 @@ class CachedDownload:
 
     def check_weights(self, beside: int) -> None:
         """See ModelSource. Whether the cache is sound is found out when it is read."""
+        self._beside = beside
         try:
             here = self._cache.find(self._key) is not None or self._cache.bytes_being_fetched(self._key) is not None
             if here or self._download.weight_bytes() <= self._cache.free_bytes():
@@ -108,7 +110,7 @@ class CachedDownload:
             return self._remote.revision(lambda: digests)
         self.activity = f"the model cache cannot be used ({reason}): {_DOWNLOADING}"
         self.remark = _remark(f"the model cache cannot be used ({reason}): the model was downloaded into the workspace")
-        self._download.check_weights(0)
+        self._download.check_weights(self._beside)
         return self._download.weights(conversion, on_bytes)
 
     def complete(self) -> Path:
