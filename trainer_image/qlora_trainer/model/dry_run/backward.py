@@ -56,7 +56,8 @@ def gradients(
 
 def nodes(output: Tensor) -> list[Any]:
     """The graph's nodes from which `output` was computed, each once."""
-    found, stack = dict.fromkeys([output.grad_fn]), [output.grad_fn]
+    root: Any = output.grad_fn
+    found, stack = {root: None}, [root]
     while stack:
         for node, _ in stack.pop().next_functions:
             if node is not None and node not in found:
@@ -75,10 +76,11 @@ def _run(node: Any, given: Sequence[Tensor | None]) -> Sequence[tuple[Edge, Tens
             made = node(*given)
             return list(zip(edges, made if isinstance(made, tuple) else (made,), strict=True))
         # Whether a function wants zeros for outputs without a gradient cannot be read; one that does not ignores them.
-        made = node.apply(
+        function: Any = node
+        made = function.apply(
             *(
                 torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if gradient is None else gradient
-                for gradient, meta in zip(given, node._input_metadata, strict=True)
+                for gradient, meta in zip(given, function._input_metadata, strict=True)
             )
         )
     # It returns something for every argument of its forward, and may return None for more; edges are of tensors only.
@@ -108,22 +110,31 @@ def _walk(roots: list[Edge], gradient: Tensor) -> Iterator[tuple[Any, list[Tenso
             yield node, given
         made = _run(node, given) if reached and edges else []
         del given, came
-        for edge, one in made:
-            if one is not None and edge[0] is not None:
-                sums = arrived.setdefault(edge[0], {})
-                sums[edge[1]] = sums[edge[1]] + one if edge[1] in sums else one
+        _add(arrived, made)
         del node, made
-        edge = one = None
-        for following, _ in edges:
-            if following is None:
-                continue
-            waiting[following] -= 1
-            if not waiting[following]:
-                del waiting[following]
+        _push_ready(ready, edges, waiting, order)
+
+
+def _push_ready(
+    ready: list[tuple[int, int, Any]], edges: Sequence[Edge], waiting: Counter[Any], order: Iterator[int]
+) -> None:
+    """Push the nodes for which a node with these edges was the last to wait for."""
+    for node, _ in edges:
+        if node is not None:
+            waiting[node] -= 1
+            if not waiting[node]:
+                del waiting[node]
                 # The engine runs what was made last first, but gradients are accumulated as soon as they are there.
-                last_first = -(2**63) if following.name() == _ACCUMULATES else -following._sequence_nr()
-                heapq.heappush(ready, (last_first, next(order), following))
-        following = edges = None
+                last_first = -(2**63) if node.name() == _ACCUMULATES else -node._sequence_nr()
+                heapq.heappush(ready, (last_first, next(order), node))
+
+
+def _add(arrived: dict[Any, dict[int, Tensor]], made: Sequence[tuple[Edge, Tensor | None]]) -> None:
+    """Add gradients to those that have come along other edges."""
+    for (node, number), gradient in made:
+        if gradient is not None and node is not None:
+            sums = arrived.setdefault(node, {})
+            sums[number] = sums[number] + gradient if number in sums else gradient
 
 
 def _consumers(root: Any) -> Counter[Any]:
