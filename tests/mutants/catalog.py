@@ -891,6 +891,31 @@ TRAINER = (
         ),
     ),
     Mutant(
+        name="a-dry-run-is-repeated",
+        file=f"{_TRAINER}/model/job_memory.py",
+        old="if earlier is None or earlier.digest != digest:",
+        new="if earlier is None or earlier.digest:",
+        tests=(
+            "tests/unit/qlora_trainer/test_job_memory.py::test_a_dry_run_is_not_repeated_unless_something_that_it_depends_on_changes",
+        ),
+    ),
+    Mutant(
+        name="a-dry-run-without-a-limit-of-memory",
+        file=f"{_TRAINER}/model/dry_run/limited.py",
+        old="        _limit_memory(memory_bytes)\n",
+        new="",
+        tests=(
+            "tests/unit/qlora_trainer/test_dry_run_limits.py::test_more_memory_than_allowed_ends_it_with_a_message",
+        ),
+    ),
+    Mutant(
+        name="a-larger-micro-batch-without-room",
+        file=f"{_CONTRACT}/memory/advice.py",
+        old='if verdict(memory, gpu_gib) == "fits" and not is_thin(memory, gpu_gib):',
+        new='if verdict(memory, gpu_gib) == "fits":',
+        tests=(f"{_API_TESTS}/test_memory.py::test_a_larger_micro_batch_leaves_room",),
+    ),
+    Mutant(
         name="memory-without-dora",
         file=f"{_TRAINER}/model/memory_fit.py",
         old="use_dora=spec.lora.use_dora,",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
+from qlora_api.memory.families import BlockBytes
 from qlora_api.memory.model_shape import ModelShape
 
 Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]
@@ -40,8 +41,8 @@ class TrainingShape:
     """Settings of a run that decide its memory. Raises ValueError, naming the field, for an impossible value.
 
     The defaults are what the trainer of this project does: norms and embeddings stay in 16-bit, adapters are stored in
-    32-bit and multiplied in 16-bit, the loss is computed in chunks of tokens. The last two fields describe other
-    trainers, whose published peaks test the formula.
+    32-bit and multiplied in 16-bit, the loss is computed in chunks of tokens, and a norm is one operation. The last
+    three fields describe other trainers, whose published peaks test the formula.
     """
 
     rank: int = 64
@@ -69,8 +70,10 @@ class TrainingShape:
     """Tokens whose logits exist at the same time; None builds those of the whole micro batch."""
     upcast: bool = False
     """PEFT's `prepare_model_for_kbit_training`: embeddings, norms and with them the residual stream in 32-bit."""
-    loss_bytes_per_logit: Literal[12, 16] = 12
-    """Peak of transformers' cross-entropy: 12 measured with release 5.24, 16 fits figures of 2023 and 2024."""
+    composed: bool = False
+    """transformers' own norms, each of several operations whose results are kept for the backward pass."""
+    loss_bytes_per_logit: Literal[6, 12, 16] = 6
+    """Of transformers' cross-entropy: 12 measured with release 5.24, 16 fits figures of 2023 and 2024."""
 
     def __post_init__(self) -> None:
         for field in _COUNTS:
@@ -112,7 +115,7 @@ _CHOICES: Mapping[str, tuple[object, ...]] = {
     "adapter_bytes": (2, 4),
     "optimizer": _OPTIMIZERS,
     "sharding": ("none", "full"),
-    "loss_bytes_per_logit": (12, 16),
+    "loss_bytes_per_logit": (6, 12, 16),
 }
 
 
@@ -242,16 +245,18 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
         checkpoints           2·T·L·h, one input per layer; 4·T·L·h with upcast; 0 without gradient checkpointing
         layer_working_set     T·x for the one layer being recomputed and differentiated, or T·y and its largest linear
                               layer dequantized; without gradient checkpointing T·y more for each of the other layers
-        logits                12·V bytes per token: log-probabilities in 32-bit and two gradients; at most a chunk's;
-                              plus what the final norm keeps, 6·T·h, 9·T·h with upcast, 10·T·h with a chunked loss
+        logits                6·V bytes per token of a chunk: the logits in 16-bit, and in 32-bit what becomes their
+                              gradient; plus the last states with their gradient and what the final norm keeps, 8·T·h.
+                              In other trainers 12·V: log-probabilities in 32-bit and two gradients; plus 6·T·h, 9·T·h
+                              with upcast, 10·T·h with a chunked loss
 
         peak = context + base_weights + gathered_blocks + unquantized_weights + adapters + optimizer
                + (gradients + checkpoints when accumulating, else the larger) + max(layer_working_set, logits)
 
     x and y are the family's bytes per token (model_families), plus 12 per rank, 14 with dropout. Without accumulation
     gradients appear as checkpoints are freed; the last layer's work begins after the loss.
-    Source: arXiv 2305.14314, section 3, for base weights; live bytes of the real layers for x and y (see
-    benchmarks.dry_run, which confirms the sum without `context`). test_memory_points.py compares it
+    Source: arXiv 2305.14314, section 3, for base weights; dry runs of the real layers for x and y, which
+    benchmarks.memory_table reads off. test_memory_points.py compares it
     with published GPU peaks. Allocator fragmentation is not in: `verdict` adds a margin.
     """
     wide_bytes = 4 if training.upcast else 2
@@ -344,30 +349,42 @@ def _layer_working_set(model: ModelShape, training: TrainingShape) -> tuple[int,
     layers, whose weight is dequantized for it, and in attention if its scores have to be built. Without gradient
     checkpointing each layer keeps something from the forward pass on. With upcast the numbers are a fit over Llamas.
     """
-    family, widths, tokens = model.family, model.widths, training.tokens
+    block, widths, tokens = _block(model, training), model.widths, training.tokens
     layers = 0 if training.gradient_checkpointing else model.num_hidden_layers
     if training.upcast:
         hidden = max(widths.hidden, widths.query)
         per_token = 84.7 * hidden + 24 * widths.mlp + 7.7 * widths.key + 27 * training.rank
         dequantized = max(inputs * outputs for inputs, outputs in model.projections.values())
         return round(max(layers, 1) * tokens * per_token) + 2 * dequantized, round(layers * tokens * per_token)
-    moments = family.backward_with_dropout if training.dropout else family.backward
+    moments = block.backward_with_dropout if training.dropout else block.backward
     rank_bytes = (14 if training.dropout else 12) * training.rank
     *_, last = model.projections
     adapted = training.targets(model) if training.dropout else frozenset[str]()
-    masked = {name: 4 * inputs if name in adapted else 0 for name, (inputs, _) in model.projections.items()}
-    kept = family.kept.at(widths) + sum(masked.values()) + rank_bytes
+    # In 16-bit with a byte of mask; other trainers cast it to 32-bit.
+    masked_bytes = 4 if training.composed else 3
+    masked = {name: masked_bytes * inputs if name in adapted else 0 for name, (inputs, _) in model.projections.items()}
+    kept = block.kept.at(widths) + sum(masked.values()) + rank_bytes
     # The backward pass begins with the MLP's last layer; what was kept inside the MLP is gone before the others' turn.
-    at_work = {name: kept - masked[last] - (0 if name == last else family.kept.mlp * widths.mlp) for name in masked}
+    at_work = {name: kept - masked[last] - (0 if name == last else block.kept.mlp * widths.mlp) for name in masked}
     largest = max(
         tokens * (max(moment.at(widths) for moment in moments) + rank_bytes),
-        _capped_scores(model, training) + tokens * (kept - family.kept.mlp * widths.mlp),
+        _capped_scores(model, training) + tokens * (kept - block.kept.mlp * widths.mlp),
         *(
             tokens * (at_work[name] + 2 * (widths.hidden + inputs + outputs)) + 2 * inputs * outputs
             for name, (inputs, outputs) in model.projections.items()
         ),
     )
     return max(layers - 1, 0) * tokens * kept + largest, layers * tokens * kept
+
+
+def _block(model: ModelShape, training: TrainingShape) -> BlockBytes:
+    if not training.composed:
+        return model.family.block
+    if model.family.composed is None:
+        raise ValueError(
+            f"composed is true: there are no numbers for the norms of a {model.model_type} in other trainers"
+        )
+    return model.family.composed
 
 
 def _capped_scores(model: ModelShape, training: TrainingShape) -> int:
@@ -381,8 +398,13 @@ def _capped_scores(model: ModelShape, training: TrainingShape) -> int:
 def _loss_working_set(model: ModelShape, training: TrainingShape) -> int:
     """Bytes of the logits of a chunk, or of all tokens, and of the hidden states that are kept for the final norm."""
     tokens_at_once = min(training.tokens, training.loss_chunk_tokens or training.tokens)
+    capped = model.final_logit_softcapping is not None
+    if not training.composed:
+        # In 16-bit and in 32-bit; a cap makes two more in 16-bit; a head that is trained has autograd's own loss.
+        per_logit = (12 if "lm_head" in training.whole_modules else 6) + (4 if capped else 0)
+        return per_logit * model.vocab_size * tokens_at_once + 8 * model.hidden_size * training.tokens
     # The cap keeps the output of its hyperbolic tangent, in 16-bit.
-    per_logit = training.loss_bytes_per_logit + (0 if model.final_logit_softcapping is None else 2)
+    per_logit = training.loss_bytes_per_logit + (2 if capped else 0)
     kept = 9 if training.upcast else 6
     whole = (per_logit * model.vocab_size + kept * model.hidden_size) * training.tokens
     kept = 9 if training.upcast else 10

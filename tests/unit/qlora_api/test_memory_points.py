@@ -54,7 +54,8 @@ def shape(name: str) -> ModelShape:
 def peak(group: dict[str, Any], given: dict[str, Any]) -> PublishedPeak:
     assumed = {name: value for name, (value, _reason) in group["assumed"].items()}
     own = {name: value for name, value in given.items() if name not in ("model", "published")}
-    settings = assumed | group["stated"] | own
+    # Other trainers compose their norms and their loss: neither is stated, as none of them does otherwise.
+    settings = {"composed": True, "loss_bytes_per_logit": 12} | assumed | group["stated"] | own
     if "target_modules" in settings:
         settings["target_modules"] = frozenset(settings["target_modules"])
     return PublishedPeak(

@@ -17,7 +17,7 @@ from qlora_trainer.model.memory_fit import MemoryFit, training_shape
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
 # Fields that describe other trainers.
-OF_OTHER_TRAINERS = {"loss_chunk_tokens", "upcast", "loss_bytes_per_logit"}
+OF_OTHER_TRAINERS = {"loss_chunk_tokens", "composed", "upcast", "loss_bytes_per_logit"}
 
 
 def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:

@@ -39,14 +39,16 @@ def full_batch(sequences: int, tokens: int) -> Batch:
     return Batch.of([sequence] * sequences, torch.device("meta"))
 
 
-def step_bytes(model: Any, batch: Batch, run_backward: Callable[[Tensor], None] = backward) -> StepBytes:
+def step_bytes(
+    model: Any, batch: Batch, run_backward: Callable[[Tensor], None] = backward, live: LiveBytes | None = None
+) -> StepBytes:
     """The bytes of a micro batch of a model with its adapter, on the batch's device.
 
     When gradients are accumulated, those of an earlier micro batch are there already, and are not counted.
     """
     base, device = model.get_base_model(), batch.input_ids.device.type
     gc.collect()
-    with LiveBytes() as live:
+    with live or LiveBytes() as live:
         for tensor in _tensors(model, batch):
             live.add(tensor)
         before = live.bytes
