@@ -130,7 +130,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_barely_fits_says_by_how_much_and_what_to_change_first(tmp_path: Path) -> None:
-    done = planned(tmp_path, "--gpu-memory", "8", training="    maxSequenceLength: 1408\n")
+    done = planned(tmp_path, "--gpu-memory", "8", training="    maxSequenceLength: 2048\n")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "fits: the run fits on a GPU of 8 GiB" in said
