@@ -102,6 +102,7 @@ def prepared(root: Path, model: Path, spec: dict[str, Any] | None = None, *, pac
         data_path="data/rows",
         target_modules=family.target_modules,
         packed=packed,
+        mixture_of_experts=family.mixture_of_experts,
         model_type=family.model_type,
         memory=MemoryStatus(estimate_bytes=1, low_bytes=1, high_bytes=1, verdict="unknown"),
         dataset=DatasetStatus(format="text", rows=len(ROW_LENGTHS), used_rows=len(ROW_LENGTHS)),

@@ -174,7 +174,7 @@ def _known_family(decoder: Mapping[str, object]) -> Family:
         experts = decoder.get(field)
         if isinstance(experts, int) and experts > 1:
             raise NotInTableError(
-                f"{field} is {min(experts, 10**9)}: a mixture of experts keeps its experts in 16-bit; {_SUPPORTED}"
+                f"{field} is {min(experts, 10**9)}: a mixture of experts is not in the table; {_SUPPORTED}"
             )
     model_type = decoder.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None

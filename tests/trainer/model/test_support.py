@@ -90,8 +90,6 @@ def test_a_target_that_is_not_a_layer_of_a_block_is_rejected_with_those_that_are
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (transformers.MixtralConfig(**SHAPE), "mixture of experts"),
-        (transformers.Qwen3MoeConfig(**SHAPE, head_dim=16), "mixture of experts"),
         (transformers.FalconConfig(vocab_size=64, hidden_size=64, num_attention_heads=4), "implemented separately"),
         (transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2), "only 0.0% of its parameters"),
     ],

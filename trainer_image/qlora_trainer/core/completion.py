@@ -25,6 +25,7 @@ class PrepareRecord(ObservedModel):
     target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
     packed: bool = Field(description="Whether a sequence may hold several rows.")
     rows_apart: bool = Field(False, description="Whether a micro batch may hold several rows.")
+    mixture_of_experts: bool = Field(False, description="Whether the base has routed experts, which are in 4-bit too.")
     model_type: str
     memory: MemoryStatus
     dataset: DatasetStatus

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,6 +65,17 @@ def attach_adapter(
         # Without re-entry gradients reach the adapters although the embeddings have none.
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def taken_for_experts(model: Any, linears: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a model's linear layers on which PEFT can neither make nor read an adapter.
+
+    For files of older releases of transformers, PEFT reads some names, such as `gate_proj`, as those of routed experts,
+    wherever in the model they are: also in the shared experts and the dense blocks of the same families.
+    """
+    config = LoraConfig(target_modules=list(linears))
+    convert_peft_config_for_transformers(config, model, None)
+    return tuple(name for name in linears if name not in (config.target_modules or ()))
 
 
 def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:

@@ -18,6 +18,9 @@ from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base_artifact import MANIFEST
 from qlora_trainer.model.base_layout import library_config
 from qlora_trainer.model.decoder import outer_parameters
+from qlora_trainer.model.expert_loading import load_experts
+from qlora_trainer.model.expert_stack import expert_stacks
+from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION
@@ -35,18 +38,20 @@ def load_base(
     loaded is not stored as `quantization` specifies.
     """
     register_attention()
+    register_experts()
     in_4_bit = (folder / MANIFEST).is_file()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=COMPUTE_DTYPE,
             attn_implementation=ATTENTION,
+            experts_implementation=EXPERTS,
             device_map={"": torch.cuda.current_device() if device == "cuda" else "cpu"},
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **({} if in_4_bit else {"quantization_config": library_config(quantization, storage_dtype)}),
+            **({} if in_4_bit else {"quantization_config": library_config(quantization, storage_dtype, experts=True)}),
         )
     except OSError as error:
         if error.errno is not None:
@@ -60,6 +65,7 @@ def load_base(
             f"the weights in {folder} do not fit config.json: {len(missing)} tensors are missing or have another "
             f"shape, first {missing[0]}"
         )
+    load_experts(model, folder, quantization)
     copied = cpu.copies_mapped_weights(device, sharded=storage_dtype != torch.uint8)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -115,6 +121,10 @@ def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
                 model, f"{name} has (type, double quantization, computation, repacking) {found}, not {wanted}"
             )
         quantized += state.shape.numel()
+    for name, stack in expert_stacks(model):
+        if stack.quantization != quantization:
+            raise _wrongly_loaded(model, f"{name} is quantized as {stack.quantization}")
+        quantized += stack.parameters_count
     inner = quantized + _unquantized_inner_parameters(model)
     fraction = quantized / inner if inner else 0.0
     if fraction < MIN_QUANTIZED_FRACTION:

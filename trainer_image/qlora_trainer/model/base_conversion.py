@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.filesystem import complete_folder, file_sha256, new_folder, partial_path, remove, sync
 from qlora_trainer.model.base_artifact import BaseManifest, has_size, read_manifest, write_manifest
-from qlora_trainer.model.base_layout import BaseLayout, Part, library_config
+from qlora_trainer.model.base_layout import BaseLayout, Part
 from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.model.source import CONFIG, WEIGHTS_INDEX
 from qlora_trainer.model.weights_file import DTYPES, write_weights
@@ -76,25 +77,26 @@ class BaseConversion:
             total = sum(self._manifest.files[name].size for name in files)
             self._add(WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         settings = json.loads((self._settings / CONFIG).read_bytes())
-        self._add(CONFIG, settings | {"quantization_config": library_config(self._layout.quantization).to_dict()})
+        self._add(CONFIG, settings | {"quantization_config": self._layout.library_config().to_dict()})
         complete_folder(self._folder, self._target)
         self._folder = self._target
         return self._manifest
 
     def _tensors(self, opened: Any, parts: list[Part], file: str) -> Iterator[Tensor]:
         for part in parts:
-            tensor = opened.get_tensor(part.stored)
             if not part.four_bit:
-                yield tensor.to(DTYPES[part.entries[0].dtype])
+                yield opened.get_tensor(part.stored).to(DTYPES[part.entries[0].dtype])
                 continue
-            try:
-                layer = quantize(tensor, self._layout.quantization)
-            except ValueError as error:
-                raise model_unavailable(
-                    f"{part.stored} in {file} cannot be quantized: {error}; use another revision of the model"
-                ) from error
-            for entry in part.entries:
-                yield _filled(layer[entry.name.removeprefix(part.stored)], entry.shape)
+            entries = iter(part.entries)
+            for name, matrix in self._layout.matrices(opened, part):
+                try:
+                    layer = quantize(matrix, self._layout.quantization)
+                except ValueError as error:
+                    raise model_unavailable(
+                        f"{part.stored} in {file} cannot be quantized: {error}; use another revision of the model"
+                    ) from error
+                for entry in islice(entries, len(layer)):
+                    yield _filled(layer[entry.name.removeprefix(name)], entry.shape)
 
     def _add(self, name: str, content: Mapping[str, Any]) -> None:
         path = self._folder / name

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.initialization import no_tie_weights
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -16,8 +17,10 @@ from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.base_weights import renaming
+from qlora_trainer.model.expert_layout import ExpertLayout, Place, entry_name, matrices
+from qlora_trainer.model.expert_quantizer import ExpertsConfig
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.storage import BLOCK, OUTER_BLOCK, layer_bytes
+from qlora_trainer.model.layer_format import BLOCK, OUTER_BLOCK, layer_bytes
 from qlora_trainer.model.weights_file import ALIGNMENT, Entry
 
 STATE_BYTES = 256
@@ -28,11 +31,13 @@ _WEIGHT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the original, and what is written in its place: itself, or the tensors of a 4-bit layer."""
+    """A tensor of the original, and what is written in its place: itself, or the tensors of 4-bit layers."""
 
     stored: str
     entries: tuple[Entry, ...]
     four_bit: bool
+    place: Place | None = None
+    """Among the experts, if it is a part of them."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class BaseLayout:
     """Names of the parameters that transformers keeps in 32 bit, whatever it is asked for."""
     name_in_model: Callable[[str], str | None]
     """See `renaming`."""
+    experts: ExpertLayout
 
     @classmethod
     def of(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
@@ -59,14 +65,15 @@ class BaseLayout:
         The choice of the 4-bit layers is transformers' own: it is asked to replace them in a model without weights.
         """
         model = _without_weights(config_folder)
-        rename = renaming(model)
+        rename, experts = renaming(model), ExpertLayout.of(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
         names: dict[int, set[str]] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(tensor), set()).add(name)
         buffers = frozenset(model.state_dict().keys() - shapes.keys())
         in_32_bit = set(model._keep_in_fp32_modules_strict or ())
-        quantizer: Any = AutoHfQuantizer.from_config(library_config(quantization), pre_quantized=False)
+        settings = library_config(quantization, experts=True)
+        quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
         # The library chooses before it ties weights, and what it sees as the last one depends on that.
         with no_tie_weights():
             replaced = _without_weights(config_folder)
@@ -76,10 +83,11 @@ class BaseLayout:
             quantization=quantization,
             shapes=shapes,
             four_bit=frozenset(f"{layer}.weight" for layer in layers),
-            tied=tuple(frozenset(group) for group in names.values()),
+            tied=tuple(frozenset(group) for group in names.values() if not group & experts.stacks.keys()),
             buffers=buffers,
             in_32_bit=frozenset(name for name in shapes if any(part in name for part in in_32_bit)),
             name_in_model=rename,
+            experts=experts,
         )
 
     @property
@@ -87,6 +95,12 @@ class BaseLayout:
         """About what the base takes on a volume."""
         double = self.quantization.double_quant
         weights = sum(layer_bytes(prod(self.shapes[name]), double_quant=double) for name in self.four_bit)
+        for stack in self.experts.stacks.values():
+            weights += (
+                stack.shape[0]
+                * stack.pieces
+                * (STATE_BYTES + layer_bytes(prod(stack.piece_shape), double_quant=double))
+            )
         others = (next(iter(group)) for group in self.tied if not group & self.four_bit)
         kept = sum(Entry(name, self._dtype(name), self.shapes[name]).bytes for name in others)
         return weights + len(self.four_bit) * STATE_BYTES + kept
@@ -105,6 +119,9 @@ class BaseLayout:
         return sorted(found, key=lambda part: (not part.four_bit, -_WEIGHT_SIZES[part.entries[0].dtype]))
 
     def _part(self, stored: str, dtype: str, shape: tuple[int, ...], file: str) -> Part | None:
+        place = self.experts.place(stored)
+        if place is not None:
+            return self._expert_part(stored, dtype, shape, place, file)
         name = self.name_in_model(stored)
         if name is None:
             raise model_unavailable(
@@ -115,16 +132,7 @@ class BaseLayout:
             return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in _WEIGHT_SIZES else None
         if name not in self.shapes:
             return None
-        if shape != self.shapes[name]:
-            raise model_unavailable(
-                f"the weights do not fit config.json: {stored} in {file} has shape {list(shape)}, not "
-                f"{list(self.shapes[name])}"
-            )
-        if dtype not in _WEIGHT_SIZES:
-            raise model_unavailable(
-                f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_SIZES)}: use a "
-                "revision that is not quantized"
-            )
+        _require(stored, dtype, shape, self.shapes[name], file)
         if name not in self.four_bit:
             return Part(stored, (Entry(stored, self._dtype(name), shape),), four_bit=False)
         return Part(stored, tuple(_layer(stored, prod(shape), self.quantization)), four_bit=True)
@@ -133,10 +141,34 @@ class BaseLayout:
         """The type of a parameter that does not become 4-bit."""
         return "F32" if name in self.in_32_bit else "BF16"
 
+    def _expert_part(self, stored: str, dtype: str, shape: tuple[int, ...], place: Place, file: str) -> Part:
+        stack = self.experts.stacks[place.stack]
+        _require(stored, dtype, shape, stack.shape if place.expert is None else stack.piece_shape, file)
+        size = prod(stack.piece_shape)
+        entries = (
+            entry
+            for expert, piece in stack.matrices(place)
+            for entry in _layer(entry_name(place.stack, expert, piece), size, self.quantization)
+        )
+        return Part(stored, tuple(entries), four_bit=True, place=place)
+
+    def matrices(self, opened: Any, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """The weight of each 4-bit layer that a part becomes, out of an open file, before its entries' common name."""
+        if part.place is None:
+            yield part.stored, opened.get_tensor(part.stored)
+            return
+        for expert, piece, matrix in matrices(opened, part.stored, part.place, self.experts.stacks[part.place.stack]):
+            yield entry_name(part.place.stack, expert, piece), matrix
+
+    def library_config(self) -> BitsAndBytesConfig:
+        """How transformers is told of the base's quantization."""
+        return library_config(self.quantization, experts=bool(self.experts.stacks))
+
     def require_complete(self, stored: Collection[str]) -> None:
         """Raise StepFailure MODEL_UNAVAILABLE unless each parameter of the model is among these stored tensors."""
         found = {self.name_in_model(name) for name in stored}
         missing = sorted(min(group) for group in self.tied if not group & found)
+        missing += sorted(set(self.experts.entries()).difference(stored))
         if missing:
             raise model_unavailable(
                 f"the weights do not fit config.json: {len(missing)} tensors are missing, first {some_names(missing)}"
@@ -149,9 +181,24 @@ def _without_weights(config_folder: Path) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, trust_remote_code=False)
 
 
-def library_config(quantization: QuantizationSpec, storage_dtype: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
-    """How transformers is told of the quantization."""
-    return BitsAndBytesConfig(
+def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int, ...], file: str) -> None:
+    if shape != wanted:
+        raise model_unavailable(
+            f"the weights do not fit config.json: {stored} in {file} has shape {list(shape)}, not {list(wanted)}"
+        )
+    if dtype not in _WEIGHT_SIZES:
+        raise model_unavailable(
+            f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_SIZES)}: use a "
+            "revision that is not quantized"
+        )
+
+
+def library_config(
+    quantization: QuantizationSpec, storage_dtype: torch.dtype = torch.uint8, *, experts: bool
+) -> BitsAndBytesConfig:
+    """How transformers is told of the quantization, of a model that has, or may have, routed `experts`."""
+    settings = ExpertsConfig if experts else BitsAndBytesConfig
+    return settings(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,

@@ -28,7 +28,7 @@ class BaseWeights:
         self._stored: dict[str, tuple[Any, str]] = {}
         self._constants: dict[str, dict[str, Any]] = {}
         name_in_model = renaming(model)
-        for file in _files(folder):
+        for file in chosen_files(folder):
             try:
                 opened = cast("Any", safe_open(folder / file, framework="pt"))
             except (OSError, SafetensorError) as error:
@@ -72,7 +72,8 @@ def renaming(model: Any) -> Callable[[str], str | None]:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    names = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
+    # With the names of buffers, which some families store under others too.
+    names = dict.fromkeys(model.state_dict().keys() | dict(model.named_parameters(remove_duplicate=False)), True)
 
     def name_in_model(stored: str) -> str | None:
         name, computed = rename_source_key(stored, renamings, converters, model.base_model_prefix, names)
@@ -83,7 +84,7 @@ def renaming(model: Any) -> Callable[[str], str | None]:
     return name_in_model
 
 
-def _files(folder: Path) -> list[str]:
+def chosen_files(folder: Path) -> list[str]:
     """The weights' files, as transformers chooses them."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]

@@ -40,6 +40,9 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     family.require_positions(training.max_sequence_length)
     if family.without_adapter:
         logger.warning("no adapter on %s: it would learn nothing", ", ".join(_last_parts(family.without_adapter)))
+    if family.taken_for_experts:
+        taken = ", ".join(_last_parts(family.taken_for_experts))
+        logger.warning("no adapter on %s: PEFT would read it as one of routed experts", taken)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
     if training.packing and not model.packs(training):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.attention import RowBoundaries
+from qlora_trainer.model.expert_layout import routing_linears
 
 
 def decoder_blocks(model: Any) -> nn.ModuleList:
@@ -23,7 +24,8 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
 def block_linears(model: Any) -> tuple[str, ...]:
     """Sorted names of the linear layers in the text decoder's blocks: no head, no router, no vision tower."""
     inside = {id(module) for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)}
-    return tuple(sorted(name for name, module in model.named_modules() if id(module) in inside))
+    names = {name for name, module in model.named_modules() if id(module) in inside}
+    return tuple(sorted(names.difference(routing_linears(model))))
 
 
 def place_in_block(name: str) -> tuple[int, str]:
@@ -50,8 +52,12 @@ def decoder_states(model: Any, input_ids: Tensor, position_ids: Tensor, rows: Ro
 def compute_as_in_use(model: Any) -> None:
     """Turn off what a family does to its own weights in training mode only: Gemma 3n clips them. Here they are frozen.
 
-    Clipping is done beside the layers' forward passes, and would take packed 4-bit weights for numbers.
+    Clipping is done beside the layers' forward passes, and would take packed 4-bit weights for numbers. And routers
+    draw noise (Mixtral's jitter).
     """
+    for module in model.modules():
+        if getattr(module, "jitter_noise", 0):
+            module.jitter_noise = 0.0
     # In its dictionary, because the field's declared type allows no None, which the layers ask for.
     settings = vars(model.config.get_text_config(decoder=True))
     if "altup_coef_clip" in settings:

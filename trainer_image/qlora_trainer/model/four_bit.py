@@ -9,7 +9,7 @@ from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_typ
 from torch import Tensor
 
 from qlora_api.training import QuantizationSpec
-from qlora_trainer.model.storage import BLOCK, OUTER_BLOCK
+from qlora_trainer.model.layer_format import BLOCK, OUTER_BLOCK
 
 COMPUTE_DTYPE = torch.bfloat16
 """The type in which 4-bit layers multiply, and to which a weight is rounded before it is quantized."""

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_trainer.model.expert_layout import EXPERT_COUNTS
+
 VOCABULARY = 128
 """Tokens of a small model. The last ones are the special ones, which a test is not to draw."""
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -19,6 +21,7 @@ _WIDTHS = ("intermediate_size", "moe_intermediate_size", "hidden_size_per_layer_
 """Sizes that no other depends on."""
 _NO_VALUES_OF_BLOCKS = (*SPECIAL_TOKENS, "full_attn_idxs")
 """Lists that may have as many entries as the model has blocks, by chance."""
+_MOST_EXPERTS = 16
 _SEGMENTS = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
 """Numbers of blocks that follow one another, in families that repeat those in the middle."""
 
@@ -45,6 +48,7 @@ def shrunken(config: Any) -> Shrunken:
         **{name: [values[block] for block in blocks] for name, values in _lists_by_block(config, settings).items()},
         **_small_sizes(settings, len(blocks)),
         **_parts_of_depth(config, settings, blocks),
+        **_experts(config, settings, blocks),
         "num_hidden_layers": len(blocks),
         "initializer_range": WEIGHT_DEVIATION,
         **{name: _SOFTCAP for name, value in settings.items() if "softcap" in name and value is not None},
@@ -105,6 +109,35 @@ def _parts_of_depth(config: Any, settings: Mapping[str, Any], blocks: list[int])
     return parts
 
 
+def _experts(config: Any, settings: Mapping[str, Any], blocks: list[int]) -> dict[str, Any]:
+    """Fewer experts, in those of the remaining blocks that have some; dense blocks are the first ones."""
+    dense = sum(not _is_sparse(config, settings, block) for block in blocks)
+    changes: dict[str, Any] = {
+        "first_k_dense_replace": dense,
+        "mlp_only_layers": list(range(dense)),
+        "decoder_sparse_step": 1,
+        "moe_layer_start_index": dense,
+        "moe_layer_end_index": len(blocks) - 1,
+        "moe_layer_interval": 1,
+    }
+    # Experts in groups have as many as their groups allow.
+    if (settings.get("n_group") or 1) == 1:
+        changes |= {name: min(settings[name], _MOST_EXPERTS) for name in EXPERT_COUNTS if settings.get(name)}
+    return {name: value for name, value in changes.items() if settings.get(name) is not None}
+
+
+def _is_sparse(config: Any, settings: Mapping[str, Any], block: int) -> bool:
+    """Whether the numbers by which families choose say that a block has routed experts."""
+    last = settings.get("moe_layer_end_index", -1)
+    return (
+        block >= (settings.get("first_k_dense_replace") or 0)
+        and block not in (settings.get("mlp_only_layers") or ())
+        and (block + 1) % (settings.get("decoder_sparse_step") or 1) == 0
+        and (settings.get("moe_layer_start_index") or 0) <= block <= (last if last >= 0 else config.num_hidden_layers)
+        and (block + 1) % (settings.get("moe_layer_interval") or 1) == 0
+    )
+
+
 def _segment(settings: Mapping[str, Any], block: int) -> str | None:
     end = 0
     for name in _SEGMENTS:
@@ -143,6 +176,7 @@ def _kinds_of_blocks(config: Any, settings: Mapping[str, Any], overrides: Mappin
                 [column[block] for column in columns],
                 overrides.get(block),
                 block >= first_shared,
+                not _is_sparse(config, settings, block),
                 _segment(settings, block),
             )
         )

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 
 from qlora_trainer.core.completion import QuantizedLayers
 from qlora_trainer.core.failures import bad_configuration
-
-BLOCK = 64
-"""Weights that share one quantization constant (arXiv 2305.14314, section 3)."""
-OUTER_BLOCK = 256
-"""Constants that share one constant of the second level, if they are quantized too."""
-_FLOAT32_BYTES = 4
-_CODE_BYTES = 16 * _FLOAT32_BYTES
-_CONSTANTS_CODE_BYTES = 256 * _FLOAT32_BYTES
+from qlora_trainer.model.expert_stack import expert_stacks
+from qlora_trainer.model.layer_format import layer_bytes
 
 
 @dataclass(frozen=True)
@@ -63,6 +57,10 @@ def storage_of(model: nn.Module) -> Storage:
             )
         kind = name.removesuffix(".weight").rpartition(".")[2]
         counts[kind, tuple(state.shape), found] += 1
+    for name, stack in expert_stacks(model):
+        if stack.bytes != stack.expected_bytes:
+            raise bad_configuration(f"{name} takes {stack.bytes} bytes, not {stack.expected_bytes}")
+        counts[name.rpartition(".")[2], stack.shape, stack.bytes] += 1
     return Storage(
         tuple(
             QuantizedLayers(name=kind, shape=shape, count=count, bytes_each=size)
@@ -75,17 +73,3 @@ def _tensors(state: QuantState) -> list[Tensor]:
     """The constants and tables of a layer."""
     own = [state.absmax, state.code]
     return [*own, state.offset, *_tensors(state.state2)] if state.nested else own
-
-
-def layer_bytes(parameters: int, *, double_quant: bool) -> int:
-    """Bytes of one layer of so many weights in the format of bitsandbytes.
-
-    Two weights per byte, a constant for each block, and the table of the 16 values. Double quantization stores the
-    constants in 8 bit: with a float32 for each outer block of them, their mean, and the table of their 256 values.
-    """
-    blocks = -(-parameters // BLOCK)
-    weights = -(-parameters // 2) + _CODE_BYTES
-    if not double_quant:
-        return weights + blocks * _FLOAT32_BYTES
-    outer_blocks = -(-blocks // OUTER_BLOCK)
-    return weights + blocks + outer_blocks * _FLOAT32_BYTES + _FLOAT32_BYTES + _CONSTANTS_CODE_BYTES

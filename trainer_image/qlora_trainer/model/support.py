@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qlora_api.training import LoraSpec
+from qlora_api.model_and_output import OutputSpec
+from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
+from qlora_trainer.model.adapter import taken_for_experts
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
+from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model
 
@@ -51,6 +55,10 @@ class Family:
     """Tokens of a row beyond which the model turns every row of its sequence by other angles; None if it never does."""
     without_adapter: tuple[str, ...] = ()
     """Linear layers of the blocks that get no adapter because no gradient would reach it."""
+    mixture_of_experts: bool = False
+    """Whether tokens are routed to experts, which then are in 4-bit and get no adapter."""
+    taken_for_experts: tuple[str, ...] = ()
+    """Linear layers of the blocks that get no adapter because PEFT would read it as one of routed experts."""
 
     def keeps_rows_apart(self, row_tokens: int) -> bool:
         """Whether rows of up to `row_tokens` tokens can share a sequence without any effect on each other."""
@@ -62,6 +70,19 @@ class Family:
             raise bad_configuration(
                 f"model_type {self.model_type!r} cannot keep the rows of a batch apart: set "
                 "spec.training.microBatchSize to 1 and raise gradientAccumulationSteps instead"
+            )
+
+    def require_whole_and_unmerged(self, training: TrainingSpec, output: OutputSpec) -> None:
+        """Raise StepFailure if the job shards or merges a mixture of experts, which is not supported."""
+        if self.mixture_of_experts and training.sharding == "full":
+            raise bad_configuration(
+                f"spec.training.sharding is full, and the model (model_type {self.model_type!r}) is a mixture of "
+                "experts, whose experts are not sharded: leave it out, and use GPUs that hold the whole model in 4-bit"
+            )
+        if self.mixture_of_experts and output.merged is not None:
+            raise bad_configuration(
+                f"spec.output.merged: the model (model_type {self.model_type!r}) is a mixture of experts, into which "
+                "no adapter is merged: leave it out, and serve the adapter beside its base"
             )
 
     def require_positions(self, row_tokens: int) -> None:
@@ -96,15 +117,24 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
                 f"what is stored in 4-bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
             )
         _reject_untying(model_type, skeleton, lora)
+        experts = bool(ExpertLayout.of(skeleton).stacks)
+        if experts and lora.initialization == "loftq":
+            raise bad_configuration(
+                f"spec.lora.initialization is loftq, and the model (model_type {model_type!r}) is a mixture of "
+                "experts, for which it is not supported: leave it out"
+            )
         text = config.get_text_config(decoder=True)
         probed = probe(text)
         if not probed.exact:
             _reject(model_type, "it computes attention or logits in a way that this trainer does not support")
+        if not probed.steady:
+            _reject(model_type, "its routers draw experts at random while it is trained")
         if not probed.stateless:
             _reject(model_type, "a sequence has an effect on the next one")
         linears = block_linears(skeleton)
         left_out = tuple(name for name in linears if place_in_block(name) in probed.without_gradient)
-        targets = resolve_targets(lora.target_modules, linears, left_out)
+        taken = taken_for_experts(skeleton, linears) if experts else ()
+        targets = resolve_targets(lora.target_modules, linears, left_out, taken if experts else None)
         return Family(
             model_type=model_type,
             target_modules=in_blocks(targets, lora.layers_to_transform),
@@ -113,6 +143,8 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             longest_row=longest_row(text),
             same_rotation_up_to=same_rotation_up_to(text),
             without_adapter=left_out,
+            mixture_of_experts=experts,
+            taken_for_experts=taken,
         )
     except _UNUSABLE as error:
         raise bad_configuration(
@@ -166,29 +198,43 @@ def _read_config(folder: Path) -> Any:
 
 
 def quantized_fraction(model: PreTrainedModel) -> float:
-    """Of the parameters outside embeddings and output layer, those in exact `nn.Linear` modules."""
+    """Of the parameters outside embeddings and output layer, those in exact `nn.Linear` modules and routed experts."""
     outer, head = outer_parameters(model), model.get_output_embeddings()
     inner = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in outer)
     # A subclass, as Falcon's, is not replaced by a 4-bit layer.
+    routing = set(routing_linears(model))
     linear = sum(
-        module.weight.numel() for module in model.modules() if type(module) is nn.Linear and module is not head
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and name not in routing
     )
-    return linear / inner if inner else 0.0
+    experts = sum(prod(stack.shape) for stack in ExpertLayout.of(model).stacks.values())
+    return (linear + experts) / inner if inner else 0.0
 
 
 def resolve_targets(
-    wanted: tuple[str, ...], linears: tuple[str, ...], left_out: tuple[str, ...] = ()
+    wanted: tuple[str, ...],
+    linears: tuple[str, ...],
+    left_out: tuple[str, ...] = (),
+    taken_for_experts: tuple[str, ...] | None = None,
 ) -> tuple[str, ...]:
     """Exact, sorted names out of `linears` for the names of spec.lora.targetModules, each of which must match.
 
-    Those `left_out` can get no adapter.
+    Those `left_out` can get no adapter, nor can those `taken_for_experts`, which is None for a dense model.
     """
     chosen: set[str] = set()
-    allowed = [name for name in linears if name not in left_out]
+    routed = taken_for_experts or ()
+    allowed = [name for name in linears if name not in left_out and name not in routed]
     for target in wanted:
         found = allowed if target == ALL_LINEAR else _named(target, allowed)
         if not found:
-            why = "on which an adapter learns nothing" if _named(target, left_out) else "which the model does not have"
+            why = "which the model does not have"
+            if _named(target, left_out):
+                why = "on which an adapter learns nothing"
+            elif _named(target, routed):
+                why = "an adapter of which PEFT would read as one of routed experts"
+            elif taken_for_experts is not None:
+                why = "which no layer has besides routed experts and routers, and these get no adapter"
             existing = sorted({name.rpartition(".")[2] for name in allowed})
             raise bad_configuration(
                 f"spec.lora.targetModules names {target!r}, {why}; allowed are {ALL_LINEAR} and {', '.join(existing)}"

@@ -6,13 +6,12 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_api.memory.model_shape import LARGEST_SIZES
+from qlora_trainer.model.expert_layout import EXPERT_COUNTS, ExpertLayout, reason_against_experts
 
 ALTERNATIVE = "choose a dense decoder, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo 2, SmolLM3 or Granite"
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
 # Multimodal families of which the text decoder is trained, under the names in files that servers expect.
 _TRAINED_TEXT_PARTS = frozenset({"gemma3"})
-_EXPERTS = "whose experts bitsandbytes leaves in 16 bit: most of the model would not be quantized"
 _RECURRENT = "it carries a state from token to token, which would leak from one packed row into the next"
 
 
@@ -42,9 +41,6 @@ def reason_in_config(config: Any) -> str | None:
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, and only decoders are trained"
-    for name, value in entries(text.to_dict()):
-        if name in _EXPERT_COUNTS and isinstance(value, int) and value > 1:
-            return f"it is a mixture of experts ({name} {value}), {_EXPERTS}"
     for name, most in LARGEST_SIZES.items():
         # Each block takes memory even without its weights, and a failure while it is created has any type.
         if isinstance(found := getattr(text, name, None), int) and found > most:
@@ -59,9 +55,16 @@ def reason_in_config(config: Any) -> str | None:
 
 def reason_in_model(model: Any) -> str | None:
     """Why a model, with or without weights, cannot be trained, as far as its layers show; None if it can."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 2 and "expert" in name:
-            return f"it is a mixture of experts ({name} has {parameter.ndim} axes), {_EXPERTS}"
+    unread = reason_against_experts(model)
+    if unread is not None:
+        return unread
+    if not ExpertLayout.of(model).stacks:
+        for name, value in entries(model.config.get_text_config(decoder=True).to_dict()):
+            if name in EXPERT_COUNTS and isinstance(value, int) and value > 1:
+                return (
+                    f"it is a mixture of experts ({name} {value}) that does not use transformers' interface for "
+                    "experts, by which they are kept in 4-bit"
+                )
     # Private, but what transformers itself asks before it generates.
     if model._is_stateful:
         return _RECURRENT

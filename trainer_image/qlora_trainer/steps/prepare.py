@@ -91,6 +91,7 @@ def _prepare(
     fetching = now() - started
     require_installed(training.report_to)
     model = check_model(folder, spec.lora, training)
+    model.family.require_whole_and_unmerged(training, spec.output)
     warn_if_not_served(spec)
     say("measuring the memory that training needs")
     rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
@@ -143,6 +144,7 @@ def _prepare(
         target_modules=model.family.target_modules,
         packed=packed,
         rows_apart=rows_apart,
+        mixture_of_experts=model.family.mixture_of_experts,
         model_type=model.family.model_type,
         memory=memory.status,
         dataset=dataset.status(),

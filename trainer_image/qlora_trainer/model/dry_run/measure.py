@@ -17,6 +17,7 @@ from qlora_trainer.model.dry_run.device import fake_batch, fake_cuda, on_fake_cu
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.skeleton import adapted_skeleton
 from qlora_trainer.model.dry_run.step import full_batch, step_bytes
+from qlora_trainer.model.expert_stack import expert_stacks
 from qlora_trainer.model.source import CONFIG
 from qlora_trainer.model.support import inspect_family
 
@@ -81,7 +82,8 @@ def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], dige
         digest=digest,
         blocks=model.config.num_hidden_layers,
         rank=spec.lora.rank,
-        quantized_parameters=sum(layer.quant_state.shape.numel() for layer in layers),
+        quantized_parameters=sum(layer.quant_state.shape.numel() for layer in layers)
+        + sum(stack.parameters_count for _, stack in expert_stacks(model)),
         unquantized_bytes=sum(parameter.nbytes for parameter in frozen),
         adapter_parameters=sum(adapter),
         pageable_parameters=sum(size for size in adapter if size >= SMALLEST_PAGED_TENSOR),

@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.activations import fuse_activations
-from qlora_trainer.model.adapter import attach_adapter
+from qlora_trainer.model.adapter import attach_adapter, taken_for_experts
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.decoder import block_linears
+from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
+from qlora_trainer.model.expert_quantizer import stack_experts
+from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.model.support import in_blocks, resolve_targets
@@ -21,11 +24,15 @@ _BLOCK, _NESTED_BLOCK = 64, 256
 
 
 def base_skeleton(config: PretrainedConfig) -> Any:
-    """The base model of a configuration on the meta device, in 16 bit, with the trainer's attention."""
+    """The base model of a configuration on the meta device, in 16 bit, with the trainer's attention and experts."""
     register_attention()
+    register_experts()
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config.get_text_config(decoder=True), dtype=COMPUTE_DTYPE, attn_implementation=ATTENTION
+            config.get_text_config(decoder=True),
+            dtype=COMPUTE_DTYPE,
+            attn_implementation=ATTENTION,
+            experts_implementation=EXPERTS,
         )
 
 
@@ -37,9 +44,13 @@ def adapted_skeleton(
     Raises StepFailure for a target module that the model does not have.
     """
     model = base_skeleton(config)
-    targets = in_blocks(resolve_targets(lora.target_modules, block_linears(model)), lora.layers_to_transform)
+    linears, experts = block_linears(model), ExpertLayout.of(model)
+    taken = taken_for_experts(model, linears) if experts.stacks else None
+    targets = in_blocks(resolve_targets(lora.target_modules, linears, (), taken), lora.layers_to_transform)
+    kept = {id(model.get_submodule(name)) for name in routing_linears(model)} | {id(model.get_output_embeddings())}
+    stack_experts(model, experts, quantization, "meta")
     with torch.device("meta"):
-        _quantize(model, model.get_output_embeddings(), quantization)
+        _quantize(model, kept, quantization)
     # PEFT asks for this before it makes a layer for 4-bit weights.
     model.is_loaded_in_4bit = True
     for parameter in model.parameters():
@@ -108,10 +119,10 @@ def _quant_state(linear: nn.Linear, size: int, quantization: QuantizationSpec) -
     )
 
 
-def _quantize(module: nn.Module, head: nn.Module, quantization: QuantizationSpec) -> None:
-    """Replace what transformers replaces: each exact `nn.Linear` but the output layer."""
+def _quantize(module: nn.Module, kept: set[int], quantization: QuantizationSpec) -> None:
+    """Replace what transformers replaces: each exact `nn.Linear` but the output layer and routers, which are `kept`."""
     for name, child in module.named_children():
-        if type(child) is nn.Linear and child is not head:
+        if type(child) is nn.Linear and id(child) not in kept:
             setattr(module, name, Linear4bitWithoutData(child, quantization))
         else:
-            _quantize(child, head, quantization)
+            _quantize(child, kept, quantization)

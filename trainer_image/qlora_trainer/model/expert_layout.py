@@ -1,0 +1,178 @@
+"""Decides which weights of a model are stacks of routed experts, and where the tensors of its files belong in them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from re import search
+from typing import Any, Self
+
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from qlora_trainer.model.experts import expert_modules
+from qlora_trainer.model.layer_format import BLOCK
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""The names that families have for the number of routed experts."""
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """A weight of all experts of a block, and of how many matrices each expert's part consists."""
+
+    shape: tuple[int, int, int]
+    """Experts, rows, columns."""
+    pieces: int
+    """One, or more that follow one another, such as gate and up. A checkpoint has them apart, by expert."""
+
+    @property
+    def piece_shape(self) -> tuple[int, int]:
+        """Rows and columns of a piece."""
+        return self.shape[1] // self.pieces, self.shape[2]
+
+    def matrices(self, place: "Place") -> Iterator[tuple[int, int]]:
+        """Expert and piece of each matrix in the tensor that has this place."""
+        if place.expert is not None:
+            yield place.expert, place.piece
+            return
+        for expert in range(self.shape[0]):
+            yield from ((expert, piece) for piece in range(self.pieces))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a file belongs."""
+
+    stack: str
+    expert: int | None
+    """None for a tensor that has all experts, with all their pieces."""
+    piece: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The stacks of a model, and how the tensors in its files are named."""
+
+    stacks: Mapping[str, StackShape]
+    """By the name of the parameter in the model, without weights or with them."""
+    renamings: Sequence[WeightRenaming]
+    converters: Sequence[WeightConverter]
+    prefix: str
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """The layout of transformers' model, whose experts are still parameters. Empty for a dense model."""
+        mapping = get_model_conversion_mapping(model)
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        stacks = {
+            f"{module_name}.{name}": StackShape(tuple(parameter.shape), _pieces(f"{module_name}.{name}", converters))
+            for module_name, module in expert_modules(model)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim == 3
+        }
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        return cls(stacks, renamings, converters, model.base_model_prefix)
+
+    def place(self, stored: str) -> Place | None:
+        """Where the tensor of this name in a file belongs; None if it is no part of a stack."""
+        stack, _, rest = _split(stored)
+        if stack in self.stacks and rest is not None:
+            return Place(stack, *rest)
+        names = dict.fromkeys(self.stacks, True)
+        name, source = rename_source_key(stored, list(self.renamings), list(self.converters), self.prefix, names)
+        if name not in names:
+            return None
+        numbers = [int(part) for part in stored.split(".") if part.isdecimal()]
+        for converter in self.converters:
+            if source in converter.source_patterns and _merges(converter):
+                return Place(name, numbers[-1], list(converter.source_patterns).index(source))
+        return Place(name, None)
+
+    def entries(self) -> Iterator[str]:
+        """The name of each piece of each stack in a file of ours."""
+        for name, stack in self.stacks.items():
+            yield from (entry_name(name, *matrix) for matrix in stack.matrices(Place(name, None)))
+
+
+def entry_name(stack: str, expert: int, piece: int) -> str:
+    """The name of a piece of an expert in a file of ours."""
+    return f"{stack}.{expert}.{piece}"
+
+
+def matrices(opened: Any, stored: str, place: Place, stack: StackShape) -> Iterator[tuple[int, int, Tensor]]:
+    """Expert, piece and weight of each matrix in a tensor of an open file, which is read one matrix at a time."""
+    for expert, piece in stack.matrices(place):
+        if place.expert is not None:
+            yield expert, piece, opened.get_tensor(stored)
+        else:
+            yield expert, piece, opened.get_slice(stored)[expert].chunk(stack.pieces)[piece]
+
+
+def _split(name: str) -> tuple[str, str, tuple[int, int] | None]:
+    stack, _, numbers = name.rpartition(".")
+    stack, _, expert = stack.rpartition(".")
+    if expert.isdecimal() and numbers.isdecimal():
+        return stack, name, (int(expert), int(numbers))
+    return stack, name, None
+
+
+def _pieces(stack: str, converters: Sequence[WeightConverter]) -> int:
+    for converter in converters:
+        if _merges(converter) and search(converter.target_patterns[0], stack):
+            return len(converter.source_patterns)
+    return 1
+
+
+def _merges(converter: WeightConverter) -> bool:
+    """Whether it makes a stack of one expert's matrices after the other, those of an expert one below the other."""
+    operations = list(converter.operations)
+    if not operations or type(operations[0]) is not MergeModulelist or operations[0].dim != 0:
+        return False
+    others = operations[1:]
+    one_below_the_other = len(others) == 1 and type(others[0]) is Concatenate and others[0].dim == 1
+    return one_below_the_other if len(converter.source_patterns) > 1 else not others
+
+
+def reason_against_experts(model: Any) -> str | None:
+    """Why routed experts that use transformers' interface, of a model without weights, cannot be kept in 4-bit.
+
+    None if they can, or if the model has none.
+    """
+    layout = ExpertLayout.of(model)
+    for name, stack in layout.stacks.items():
+        size = prod(stack.piece_shape)
+        if stack.shape[1] % stack.pieces or size % BLOCK:
+            return f"it is a mixture of experts of {size} weights ({name}), which must be a multiple of {BLOCK}"
+        if _converted(name, layout.converters):
+            return f"it is a mixture of experts whose weights ({name}) are stored in a form that is not read here"
+    return None
+
+
+def _converted(stack: str, converters: Sequence[WeightConverter]) -> bool:
+    """Whether transformers computes the stack from what is stored by more than putting matrices together."""
+    return any(
+        not _merges(converter) and any(search(target, stack) for target in converter.target_patterns)
+        for converter in converters
+    )
+
+
+def routing_linears(model: nn.Module) -> tuple[str, ...]:
+    """Sorted names of linear layers that only decide about experts: they stay in 16 bit, and get no adapter.
+
+    Those are, in a module that holds routed experts, the layers with one output for each expert, or with a single one,
+    which is the weight of what all tokens share.
+    """
+    found: set[str] = set()
+    for name, experts in expert_modules(model):
+        parent = name.rpartition(".")[0]
+        for inner, module in model.get_submodule(parent).named_modules(prefix=parent):
+            if isinstance(module, nn.Linear) and module.out_features in (1, experts.num_experts):
+                found.add(inner)
+    return tuple(sorted(found))
