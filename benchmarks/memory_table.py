@@ -17,12 +17,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qlora_api.memory.families import FAMILIES, PerToken
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.decoder import block_linears
 from qlora_trainer.model.dry_run.backward import backward
 from qlora_trainer.model.dry_run.device import fake_batch, fake_cuda, on_fake_cuda
 from qlora_trainer.model.dry_run.live_bytes import LiveBytes
-from qlora_trainer.model.dry_run.skeleton import adapted_skeleton
+from qlora_trainer.model.dry_run.skeleton import adapted_skeleton, base_skeleton
 from qlora_trainer.model.dry_run.step import full_batch, step_bytes
+from qlora_trainer.model.support import Family
 
 TOKENS, RANK, BLOCKS = 1024, 16, 2
 _HEADS = 8
@@ -103,7 +106,9 @@ class _Timeline(LiveBytes):
 
 def _model(config: PretrainedConfig, *, dropout: float, checkpointing: bool) -> Any:
     training = TrainingSpec(max_sequence_length=TOKENS, gradient_checkpointing=checkpointing)
-    return adapted_skeleton(config, LoraSpec(rank=RANK, dropout=dropout), training, QuantizationSpec())
+    linears = block_linears(base_skeleton(config, ATTENTION))
+    family = Family(config.model_type, linears, quantized_fraction=1.0, one_row=False)
+    return adapted_skeleton(config, family, LoraSpec(rank=RANK, dropout=dropout), training, QuantizationSpec())
 
 
 def _on_gpu(model: Any) -> None:

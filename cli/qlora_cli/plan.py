@@ -24,7 +24,7 @@ from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
-from qlora_trainer.model.dry_run.limited import DryRunFailed, check_and_measure_within_limits
+from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_within_limits
 from qlora_trainer.model.job_memory import JobMemory, Measure, MeasuredJob, measured_further
 from qlora_trainer.model.memory_fit import job_of_table, read_shape, training_shape
 
@@ -60,7 +60,7 @@ class MemoryPlan:
 
 
 def make_plan(
-    name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None, measure: Measure = check_and_measure_within_limits
+    name: str, spec: QLoRAJobSpec, config: Path, gpu_gib: int | None, measure: Measure = measure_within_limits
 ) -> MemoryPlan:
     """The plan of a job whose model has this config.json: from the table of families if that describes the job.
 

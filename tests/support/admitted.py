@@ -12,8 +12,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 6, "global_head_dim": 64},
     "gemma4_unified_text": {"global_head_dim": 64},
     "hunyuan_v1_dense": {"head_dim": 32},
+    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
+    "granitemoehybrid": {"num_local_experts": 0, "layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 32},
     "opt": {"dropout": 0.0},
 }
+_OF_ONE_PIECE = frozenset({"falcon_h1", "mamba2", "minicpm3", "youtu"})
+"""Families of which no size can be changed alone."""
 _SIZES = {
     "hidden_size": 128,
     "num_attention_heads": 4,
@@ -24,9 +29,9 @@ _SIZES = {
 PACKED = (
     "apertus",
     "arcee",
+    "biogpt",
     "bitnet",
     "codegen",
-    "ctrl",
     "cwm",
     "diffllama",
     "dory",
@@ -56,16 +61,34 @@ PACKED = (
 )
 """Model types that keep the rows of a sequence apart, beside those in `tests.support.families`."""
 
+ONE_ROW = (
+    "bamba",
+    "bloom",
+    "falcon_h1",
+    "gpt_neo",
+    "granite_swa",
+    "granitemoehybrid",
+    "lfm3",
+    "minicpm3",
+    "mpt",
+    "nemotron",
+    "olmo_hybrid",
+    "qwen3_5_text",
+    "stablelm",
+    "xglm",
+    "youtu",
+)
+"""Model types that are trained with one row in a sequence."""
+
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """A configuration with a block of each kind, for the vocabulary of the rows in `tests.support.training`."""
-    default = AutoConfig.for_model(model_type, **_SETTINGS.get(model_type, {}))
-    sizes = {
-        name: size
-        for name, size in _SIZES.items()
-        if vars(default).get(default.attribute_map.get(name, name)) is not None
-    }
-    small = shrunken(AutoConfig.for_model(model_type, **_SETTINGS.get(model_type, {}) | sizes)).config
+    settings = _SETTINGS.get(model_type, {})
+    default = AutoConfig.for_model(model_type, **settings)
+    if model_type not in _OF_ONE_PIECE:
+        own = {name: default.attribute_map.get(name, name) for name in _SIZES}
+        settings = settings | {name: size for name, size in _SIZES.items() if vars(default).get(own[name]) is not None}
+    small = shrunken(AutoConfig.for_model(model_type, **settings)).config
     for name in ("vocab_size", "vocab_size_per_layer_input"):
         if hasattr(small, name):
             setattr(small, name, VOCABULARY)

@@ -18,6 +18,7 @@ from qlora_trainer.data.chunks import Chunk, TokenizedRow, TokenizedRows
 from qlora_trainer.data.packing import one_row_each, pack
 from qlora_trainer.data.prepared import split_file, write_split
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
+from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.train import train
 from tests.support.four_bit import convert
@@ -104,6 +105,7 @@ def prepared(root: Path, model: Path, spec: dict[str, Any] | None = None, *, pac
         packed=packed,
         mixture_of_experts=family.mixture_of_experts,
         model_type=family.model_type,
+        attention=None if family.attention == ATTENTION else family.attention,
         memory=MemoryStatus(estimate_bytes=1, low_bytes=1, high_bytes=1, verdict="unknown"),
         dataset=DatasetStatus(format="text", rows=len(ROW_LENGTHS), used_rows=len(ROW_LENGTHS)),
     )

@@ -73,7 +73,7 @@ def test_every_linear_layer_of_every_block_is_quantized_and_learns(trained: Trai
     adapter = load_file(trained.adapter / ADAPTER_FILE)
 
     assert family.quantized_fraction >= MIN_QUANTIZED_FRACTION
-    assert family.packing_isolated
+    assert not family.one_row
     assert len(family.target_modules) == 2 * len(trained.layers)
     assert {name.rpartition(".")[2] for name in family.target_modules} == trained.layers
     assert {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapter} == set(

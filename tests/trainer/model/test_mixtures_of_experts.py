@@ -328,7 +328,7 @@ def test_the_weight_of_a_shared_expert_stays_in_16_bit_and_gets_no_adapter(tmp_p
 def test_rows_that_attend_to_each_other_are_noticed_although_experts_round(
     tiny_qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert inspect_family(tiny_qwen3_moe, LoraSpec()).packing_isolated
+    assert not inspect_family(tiny_qwen3_moe, LoraSpec()).one_row
 
     def leaky(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
         one = RowBoundaries.of((query.shape[2],), CPU)
@@ -337,7 +337,7 @@ def test_rows_that_attend_to_each_other_are_noticed_although_experts_round(
         return apart + 1e-3 * (mixed - apart), weights
 
     monkeypatch.setattr("qlora_trainer.model.attention.rows_attention", leaky)
-    assert not inspect_family(tiny_qwen3_moe, LoraSpec()).packing_isolated
+    assert inspect_family(tiny_qwen3_moe, LoraSpec()).one_row
 
 
 def test_the_dry_run_counts_experts_in_4_bit_and_what_is_dequantized(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_family_whose_rows_see_each_other_is_not_packed(
     inspect = inspect_family
 
     def leaking(folder: Path, lora: LoraSpec) -> Family:
-        return replace(inspect(folder, lora), packing_isolated=False)
+        return replace(inspect(folder, lora), one_row=True)
 
     monkeypatch.setattr(check, "inspect_family", leaking)
     context = make_context()

@@ -27,6 +27,7 @@ class PrepareRecord(ObservedModel):
     rows_apart: bool = Field(False, description="Whether a micro batch may hold several rows.")
     mixture_of_experts: bool = Field(False, description="Whether the base has routed experts, which are in 4-bit too.")
     model_type: str
+    attention: str | None = Field(None, description="transformers' attention that the model needs; not set for ours.")
     memory: MemoryStatus
     dataset: DatasetStatus
     measured: MeasuredMemory | None = Field(

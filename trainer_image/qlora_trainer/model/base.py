@@ -27,13 +27,17 @@ from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION
 
 
 def load_base(
-    folder: Path, quantization: QuantizationSpec, device: Device, storage_dtype: torch.dtype = torch.uint8
+    folder: Path,
+    quantization: QuantizationSpec,
+    device: Device,
+    storage_dtype: torch.dtype = torch.uint8,
+    attention: str = ATTENTION,
 ) -> Any:
     """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
     `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that is to be
-    sharded; it changes no value.
+    sharded; it changes no value. `attention` is the family's `attn_implementation`.
     Raises StepFailure: MODEL_UNAVAILABLE if a tensor is missing or has another shape, BAD_CONFIGURATION if what was
     loaded is not stored as `quantization` specifies.
     """
@@ -44,7 +48,7 @@ def load_base(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=COMPUTE_DTYPE,
-            attn_implementation=ATTENTION,
+            attn_implementation=attention,
             experts_implementation=EXPERTS,
             device_map={"": torch.cuda.current_device() if device == "cuda" else "cpu"},
             local_files_only=True,

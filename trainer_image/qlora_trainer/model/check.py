@@ -39,14 +39,23 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     family = inspect_family(folder, lora)
     family.require_positions(training.max_sequence_length)
     if family.without_adapter:
-        logger.warning("no adapter on %s: it would learn nothing", ", ".join(_last_parts(family.without_adapter)))
+        logger.warning(
+            "no adapter on %s: no gradient reaches it, or PEFT refuses it",
+            ", ".join(_last_parts(family.without_adapter)),
+        )
     if family.taken_for_experts:
         taken = ", ".join(_last_parts(family.taken_for_experts))
         logger.warning("no adapter on %s: PEFT would read it as one of routed experts", taken)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
+    if training.micro_batch_size > 1 and not model.packs(training):
+        family.require_rows_apart(training.max_sequence_length)
     if training.packing and not model.packs(training):
-        logger.warning("no packing: rows in one sequence would affect each other in this %s model", family.model_type)
+        logger.warning(
+            "no packing: rows in one sequence would affect each other in this %s model; each is a sequence of its own, "
+            "so that short rows take more steps for the same tokens",
+            family.model_type,
+        )
     return model
 
 

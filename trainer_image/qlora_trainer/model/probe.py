@@ -16,29 +16,37 @@ from qlora_trainer.model.experts import EXPERTS, expert_modules, register_expert
 from qlora_trainer.model.loss import LogitTransform
 from qlora_trainer.model.shrunken import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrunken
 
+_OF_TRANSFORMERS = ("sdpa", "eager")
 _ROWS = (7, 12)
 """Both longer than the shrunken window."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The result of a probe."""
+    """What a small random model of a family shows."""
 
-    exact: bool
-    """A row's logits are those of transformers' own attention, experts and head."""
-    steady: bool
-    """They are the same in training mode, as far as experts are concerned."""
+    attention: str | None
+    """The `attn_implementation` with which a row's logits are those of transformers' own attention, experts and head.
+
+    None if there is none."""
     isolated: bool
     """Another row before it in its sequence does not change a bit of them. See `_same_behind`."""
+    causal: bool
+    """Nor does a later token change those of an earlier one, beyond rounding."""
     stateless: bool
-    """Nor does a sequence before it."""
+    """Nor does a sequence before it change a bit."""
+    steady: bool
+    """They are the same in training mode, as far as experts are concerned."""
     without_gradient: frozenset[tuple[int, str]]
     """Linear layers whose result has no part in the loss: number of the whole model's block, and name in it."""
+    bypassed: tuple[str, ...]
+    """Names in their blocks of linear layers whose weights have a part in the loss, but not by their forward pass."""
 
 
 def probe(config: Any) -> Probe:
     """Compare a small random model of a text decoder's `config` with our attention, positions and head with itself.
 
+    Where our attention does not compute what the family's own does, transformers' is tried, for one row a sequence.
     Takes some tens of milliseconds. Raises what transformers raises for a configuration that it cannot use.
     """
     register_attention()
@@ -46,35 +54,55 @@ def probe(config: Any) -> Probe:
     small = shrunken(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            small.config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-        )
-        for parameter in model.eval().parameters():
-            if parameter.ndim == 1:
-                # Biases are initialized with 0 and norms with 1: leaving one out would not change the logits.
-                parameter.data.add_(WEIGHT_DEVIATION * torch.randn_like(parameter))
         tokens = VOCABULARY - len(SPECIAL_TOKENS)
         first, other, second = (torch.randint(tokens, (1, length)) for length in (_ROWS[0], *_ROWS))
         with torch.no_grad():
-            expected = model(input_ids=second, use_cache=False).logits
-            model.set_attn_implementation(ATTENTION)
-            if _has_experts(model):
-                model.set_experts_implementation(EXPERTS)
-            exact, stateless = _computes(model, second, other, expected)
-            isolated = exact and _isolates(model, second, (first, other), expected)
-        silent = _without_gradient(model, second)
+            expected = _random_model(small.config, "eager", "eager")(input_ids=second, use_cache=False).logits
+            model, attention = _exact_model(small.config, second, expected)
+            if model is None:
+                return Probe(None, False, False, False, False, frozenset(), ())
+            isolated = attention == ATTENTION and _isolates(model, second, (first, other), expected)
+            causal, stateless = _is_causal(model, second), _is_stateless(model, second, other)
+        silent, bypassed = _without_gradient(model, second)
         with torch.no_grad():
+            # It is in training mode now.
             steady = not _has_experts(model) or _close(_logits(model, second, _ROWS[1:]), expected)
     blocks = enumerate(small.stands_for)
     silent_layers = {(block, name) for block, small_block in blocks for number, name in silent if number == small_block}
-    return Probe(exact, steady, isolated, stateless, frozenset(silent_layers))
+    return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed)
 
 
-def _computes(model: Any, row: Tensor, other: Tensor, expected: Tensor) -> tuple[bool, bool]:
-    """Whether a row's logits are the expected ones, and whether they stay the same after another sequence."""
-    alone = _logits(model, row, _ROWS[1:])
-    _logits(model, other, _ROWS[:1])
-    return _close(alone, expected), torch.equal(_logits(model, row, _ROWS[1:]), alone)
+def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
+    """The model with these implementations of attention and experts, and the same random weights for each."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts
+    )
+    for parameter in model.eval().parameters():
+        if parameter.ndim == 1:
+            # Biases are initialized with 0 and norms with 1: leaving one out would not change the logits.
+            parameter.data.add_(WEIGHT_DEVIATION * torch.randn_like(parameter))
+    return model
+
+
+def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str | None]:
+    """The model with the first implementation that gives the expected logits, and that; None if there is none.
+
+    Made with it, as it is loaded: some families do not change theirs afterwards. Raises ValueError if ours fails, with
+    what it said, and none is exact.
+    """
+    refusal: ValueError | None = None
+    for attention in (ATTENTION, *_OF_TRANSFORMERS):
+        try:
+            model = _random_model(config, attention)
+            if _close(_logits(model, row, _ROWS[1:]), expected):
+                return model, attention
+        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+            # An implementation that a family does not know makes it fail in any of these ways.
+            refusal = ValueError(str(error)) if attention == ATTENTION else refusal
+    if refusal is not None:
+        raise refusal
+    return None, None
 
 
 def _has_experts(model: Any) -> bool:
@@ -101,6 +129,19 @@ def _same_behind(model: Any, logits: Tensor, others: Tensor) -> bool:
     return bool((logits - others).abs().max() <= 2**-16 * logits.abs().max())
 
 
+def _is_causal(model: Any, row: Tensor) -> bool:
+    half = row.shape[1] // 2
+    changed = torch.cat([row[:, :half], row[:, half:].flip(1)], dim=1)
+    before, after = (_logits(model, tokens, _ROWS[1:])[:, :half] for tokens in (row, changed))
+    return _close(after, before)
+
+
+def _is_stateless(model: Any, row: Tensor, other: Tensor) -> bool:
+    before = _logits(model, row, _ROWS[1:])
+    _logits(model, other, _ROWS[:1])
+    return torch.equal(_logits(model, row, _ROWS[1:]), before)
+
+
 def _close(logits: Tensor, expected: Tensor) -> bool:
     return torch.allclose(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
@@ -112,15 +153,21 @@ def _logits(model: Any, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return LogitTransform.of(model.config)(model.get_output_embeddings()(states))
 
 
-def _without_gradient(model: Any, row: Tensor) -> list[tuple[int, str]]:
-    """Linear layers of the blocks whose result has no part in the loss: number of the block, name in it."""
+def _without_gradient(model: Any, row: Tensor) -> tuple[list[tuple[int, str]], tuple[str, ...]]:
+    """Linear layers of the blocks whose result has no part in the loss, by number of the block and name in it.
+
+    And the names of those of which the weights have one all the same.
+    """
     linears = block_linears(model)
     compute_as_in_use(model)
     model.train()
     with _results_of(model, linears) as results:
         cross_entropy(_logits(model, row, _ROWS[1:])[0, :-1].float(), row[0, 1:]).backward()
     reached = {name for name, result in results if result.grad is not None and bool(result.grad.any())}
-    return [place_in_block(name) for name in linears if name not in reached]
+    called = {name for name, _ in results}
+    bypassed = [name for name in linears if name not in called and model.get_submodule(name).weight.grad is not None]
+    silent = [place_in_block(name) for name in linears if name not in reached]
+    return silent, tuple(sorted({place_in_block(name)[1] for name in bypassed}))
 
 
 @contextmanager

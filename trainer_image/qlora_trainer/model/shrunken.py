@@ -82,21 +82,36 @@ def _overrides(config: Any) -> dict[int, dict[str, Any]]:
 
 
 def _small_sizes(settings: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-    heads = settings["num_attention_heads"]
-    key_heads = settings.get("num_key_value_heads")
-    head_size = settings.get("head_dim") or settings["hidden_size"] // heads
+    heads, key_heads = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
+    head_size = settings.get("head_dim") or (settings["hidden_size"] // heads if heads else _WIDTH)
     small_heads = 2 if key_heads in (None, heads) else 4
+    hidden = small_heads * head_size
     sizes: dict[str, Any] = {
         "num_attention_heads": small_heads,
         "num_key_value_heads": 2,
         "head_dim": head_size,
-        "hidden_size": small_heads * head_size,
+        "hidden_size": hidden,
+        **_sizes_of_state(settings, hidden),
         "vocab_size": VOCABULARY,
         "vocab_size_per_layer_input": VOCABULARY,
     }
     for name in _WIDTHS:
         if value := settings.get(name):
             sizes[name] = [_WIDTH] * blocks if isinstance(value, list) else _WIDTH
+    return sizes
+
+
+def _sizes_of_state(settings: Mapping[str, Any], hidden: int) -> dict[str, int]:
+    """Numbers of heads of a Mamba layer, whose inner width is a multiple of the hidden size (arXiv 2405.21060)."""
+    sizes: dict[str, int] = {}
+    for expand, heads, head_size in (
+        ("mamba_expand", "mamba_n_heads", "mamba_d_head"),
+        ("expand", "num_heads", "head_dim"),
+    ):
+        inner = (settings.get(expand) or 0) * hidden
+        if inner and settings.get(heads):
+            size = settings[head_size] if isinstance(settings.get(head_size), int) else inner // 2
+            sizes |= {heads: inner // size, "n_groups": 1, "mamba_n_groups": 1}
     return sizes
 
 

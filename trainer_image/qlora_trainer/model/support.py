@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -16,10 +17,11 @@ from qlora_api.model_and_output import OutputSpec
 from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
 from qlora_trainer.model.adapter import taken_for_experts
+from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
 from qlora_trainer.model.probe import probe
-from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model
+from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model, reason_in_probe
 
 MIN_QUANTIZED_FRACTION = 0.98
 ALL_LINEAR = "all-linear"
@@ -47,14 +49,16 @@ class Family:
     """Exact, sorted module names that get an adapter."""
     quantized_fraction: float
     """Of the parameters outside embeddings and head, those in layers that become 4-bit."""
-    packing_isolated: bool
-    """Whether rows in one sequence cannot see each other: a leak test on a shrunken random model of this family."""
+    one_row: bool
+    """Whether a sequence must have a single row: others in it would have an effect, in a small model of this family."""
+    attention: str = ATTENTION
+    """The `attn_implementation` with which the model is loaded: ours, or transformers' for one row a sequence."""
     longest_row: int | None = None
     """Tokens that the model has positions for; None if its configuration does not say."""
     same_rotation_up_to: int | None = None
     """Tokens of a row beyond which the model turns every row of its sequence by other angles; None if it never does."""
     without_adapter: tuple[str, ...] = ()
-    """Linear layers of the blocks that get no adapter because no gradient would reach it."""
+    """Linear layers of the blocks that get no adapter: no gradient would reach it, or PEFT refuses them."""
     mixture_of_experts: bool = False
     """Whether tokens are routed to experts, which then are in 4-bit and get no adapter."""
     taken_for_experts: tuple[str, ...] = ()
@@ -62,7 +66,7 @@ class Family:
 
     def keeps_rows_apart(self, row_tokens: int) -> bool:
         """Whether rows of up to `row_tokens` tokens can share a sequence without any effect on each other."""
-        return self.packing_isolated and row_tokens <= (self.same_rotation_up_to or row_tokens)
+        return not self.one_row and row_tokens <= (self.same_rotation_up_to or row_tokens)
 
     def require_rows_apart(self, row_tokens: int) -> None:
         """Raise StepFailure unless a micro batch may hold several rows of up to `row_tokens` tokens."""
@@ -125,21 +129,22 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             )
         text = config.get_text_config(decoder=True)
         probed = probe(text)
-        if not probed.exact:
-            _reject(model_type, "it computes attention or logits in a way that this trainer does not support")
-        if not probed.steady:
-            _reject(model_type, "its routers draw experts at random while it is trained")
-        if not probed.stateless:
-            _reject(model_type, "a sequence has an effect on the next one")
+        _reject(model_type, reason_in_probe(probed))
         linears = block_linears(skeleton)
-        left_out = tuple(name for name in linears if place_in_block(name) in probed.without_gradient)
+        refused = refused_by_peft(config, {name.rpartition(".")[2] for name in linears})
+        left_out = tuple(
+            name
+            for name in linears
+            if place_in_block(name) in probed.without_gradient or name.rpartition(".")[2] in refused
+        )
         taken = taken_for_experts(skeleton, linears) if experts else ()
         targets = resolve_targets(lora.target_modules, linears, left_out, taken if experts else None)
         return Family(
             model_type=model_type,
             target_modules=in_blocks(targets, lora.layers_to_transform),
             quantized_fraction=fraction,
-            packing_isolated=probed.isolated,
+            one_row=not probed.isolated,
+            attention=str(probed.attention),
             longest_row=longest_row(text),
             same_rotation_up_to=same_rotation_up_to(text),
             without_adapter=left_out,
@@ -212,6 +217,23 @@ def quantized_fraction(model: PreTrainedModel) -> float:
     return (linear + experts) / inner if inner else 0.0
 
 
+def refused_by_peft(config: Any, names: Iterable[str]) -> set[str]:
+    """Those of the last parts of linear layers' names on which PEFT attaches no LoRA in a model of this configuration.
+
+    It refuses the output layer of Mamba blocks, which fused kernels read beside its forward pass.
+    """
+    refused = set()
+    for name in names:
+        stand_in = nn.Module()
+        stand_in.config = config
+        stand_in.add_module(name, nn.Linear(1, 1, device="meta"))
+        try:
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=[name]), stand_in, low_cpu_mem_usage=True)
+        except ValueError:
+            refused.add(name)
+    return refused
+
+
 def resolve_targets(
     wanted: tuple[str, ...],
     linears: tuple[str, ...],
@@ -230,7 +252,7 @@ def resolve_targets(
         if not found:
             why = "which the model does not have"
             if _named(target, left_out):
-                why = "on which an adapter learns nothing"
+                why = "which can have no adapter in this family"
             elif _named(target, routed):
                 why = "an adapter of which PEFT would read as one of routed experts"
             elif taken_for_experts is not None:

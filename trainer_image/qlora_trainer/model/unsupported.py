@@ -1,4 +1,4 @@
-"""Gives the reason why models of a family cannot be trained, from their configuration and their layers."""
+"""Gives the reason why models of a family cannot be trained: from configuration, layers, or what a small one does."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,12 +7,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_api.memory.model_shape import LARGEST_SIZES
 from qlora_trainer.model.expert_layout import EXPERT_COUNTS, ExpertLayout, reason_against_experts
+from qlora_trainer.model.probe import Probe
 
 ALTERNATIVE = "choose a dense decoder, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo 2, SmolLM3 or Granite"
-_ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
 # Multimodal families of which the text decoder is trained, under the names in files that servers expect.
 _TRAINED_TEXT_PARTS = frozenset({"gemma3"})
-_RECURRENT = "it carries a state from token to token, which would leak from one packed row into the next"
 
 
 def entries(value: Any) -> Iterator[tuple[str, Any]]:
@@ -43,14 +42,17 @@ def reason_in_config(config: Any) -> str | None:
         return "it is an encoder-decoder, and only decoders are trained"
     for name, most in LARGEST_SIZES.items():
         # Each block takes memory even without its weights, and a failure while it is created has any type.
-        if isinstance(found := getattr(text, name, None), int) and found > most:
+        # Not by attribute, which is an error where blocks differ in it.
+        found = vars(text).get(text.attribute_map.get(name, name))
+        if isinstance(found, int) and found > most:
             return f"its {name} is {min(found, 10**18)}, and at most {most} are allowed"
     if text is not config and config.model_type not in _TRAINED_TEXT_PARTS:
         return "it is a multimodal model, and only models of text are trained"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "transformers has no causal language model of this type"
-    other = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION_KINDS)
-    return f"it has layers of type {', '.join(other)}: {_RECURRENT}" if other else None
+    if getattr(text, "rescale_every", 0):
+        return f"it changes its own weights between training and use (rescale_every {text.rescale_every})"
+    return None
 
 
 def reason_in_model(model: Any) -> str | None:
@@ -65,9 +67,21 @@ def reason_in_model(model: Any) -> str | None:
                     f"it is a mixture of experts ({name} {value}) that does not use transformers' interface for "
                     "experts, by which they are kept in 4-bit"
                 )
-    # Private, but what transformers itself asks before it generates.
-    if model._is_stateful:
-        return _RECURRENT
-    if not model.is_backend_compatible():
-        return "its attention is implemented separately in transformers (as with ALiBi biases), which mixes packed rows"
+    if not model.supports_gradient_checkpointing:
+        return "transformers cannot recompute its blocks in the backward pass (spec.training.gradientCheckpointing)"
+    return None
+
+
+def reason_in_probe(found: Probe) -> str | None:
+    """Why a model cannot be trained, as far as a small one of its family shows; None if it can."""
+    if found.attention is None:
+        return "it computes attention or logits in a way that this trainer does not support"
+    if not found.causal:
+        return "its tokens attend to later ones, which this trainer does not support"
+    if not found.stateless:
+        return "a sequence has an effect on the next one"
+    if found.bypassed:
+        return f"it computes with the weights of {', '.join(found.bypassed)} themselves, which are packed in 4-bit"
+    if not found.steady:
+        return "its routers draw experts at random while it is trained"
     return None

@@ -32,6 +32,7 @@ from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.locate import DataAccess
+from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base_artifact import is_present
 from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.model.base_layout import BaseLayout
@@ -146,6 +147,7 @@ def _prepare(
         rows_apart=rows_apart,
         mixture_of_experts=model.family.mixture_of_experts,
         model_type=model.family.model_type,
+        attention=None if model.family.attention == ATTENTION else model.family.attention,
         memory=memory.status,
         dataset=dataset.status(),
         measured=memory.measured,

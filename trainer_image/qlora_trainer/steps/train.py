@@ -19,6 +19,7 @@ from qlora_trainer.core.filesystem import atomic_folder, file_sha256
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save_adapter
+from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.cache import require_whole_in_cache
@@ -234,10 +235,11 @@ def _say_loading(context: StepContext, records: RecordWriter, now: Clock, step: 
 
 
 def _load_base(job: _Job, sharded: bool) -> Any:
+    quantization, attention = job.context.spec.quantization, job.prepared.attention or ATTENTION
     # A base that is to be sharded may be larger than the GPU: shard_base moves it there block by block.
     if sharded:
-        return load_base(job.base_folder, job.context.spec.quantization, "cpu", STORAGE_DTYPE)
-    return load_base(job.base_folder, job.context.spec.quantization, job.context.device)
+        return load_base(job.base_folder, quantization, "cpu", STORAGE_DTYPE, attention)
+    return load_base(job.base_folder, quantization, job.context.device, attention=attention)
 
 
 def _attach_adapter(base: Any, job: _Job, *, initialized: bool) -> Any:

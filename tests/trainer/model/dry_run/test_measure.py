@@ -13,7 +13,7 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.dry_run.limited import StepSize
-from qlora_trainer.model.dry_run.measure import check_and_measure, measure
+from qlora_trainer.model.dry_run.measure import measure
 from qlora_trainer.model.job_memory import measured_estimate
 from qlora_trainer.model.memory_fit import training_shape
 
@@ -103,7 +103,7 @@ def test_a_target_that_the_model_does_not_have_is_rejected(tmp_path: Path) -> No
 def test_a_model_that_is_not_trained_is_rejected_if_nobody_has_checked_it(tmp_path: Path) -> None:
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
     with pytest.raises(StepFailure, match="t5"):
-        check_and_measure(tmp_path / "config.json", job(), [StepSize(1, 1024, True)], "")
+        measure(tmp_path / "config.json", job(), [StepSize(1, 1024, True)], "")
 
 
 def test_heads_that_are_too_large_for_flash_attention_take_memory_in_proportion_to_the_tokens(tmp_path: Path) -> None:

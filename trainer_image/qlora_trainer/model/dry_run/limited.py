@@ -41,28 +41,17 @@ class StepSize:
 def measure_within_limits(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
     """`measure.measure` in at most ten minutes and 2 GiB.
 
-    Raises StepFailure for a target module that the model does not have, and DryRunFailed for whatever else there is.
+    Raises StepFailure for a model that cannot be trained, and DryRunFailed for whatever else there is.
     """
-    return _measured("measure", config, spec, sizes, digest)
-
-
-def check_and_measure_within_limits(
-    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str
-) -> MeasuredMemory:
-    """The same of a model that has not been checked. Raises StepFailure also for one that cannot be trained."""
-    return _measured("check_and_measure", config, spec, sizes, digest)
-
-
-def _measured(name: str, config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
     if importlib.util.find_spec("torch") is None:
         raise DryRunFailed("the trainer is not installed: install qlora-operator[cli,trainer]")
-    found: MeasuredMemory = within_limits(_call, (name, config, spec, tuple(sizes), digest))
+    found: MeasuredMemory = within_limits(_call, (config, spec, tuple(sizes), digest))
     return found
 
 
-def _call(name: str, *arguments: Any) -> Any:
+def _call(*arguments: Any) -> Any:
     # By its name: whoever imports this module does not load torch.
-    return getattr(importlib.import_module(_MEASURE), name)(*arguments)
+    return importlib.import_module(_MEASURE).measure(*arguments)
 
 
 def within_limits(

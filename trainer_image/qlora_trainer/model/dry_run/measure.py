@@ -25,28 +25,22 @@ from qlora_trainer.model.support import inspect_family
 def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
     """Run a micro batch of each size of the model with this config.json, at full depth. Takes seconds for each.
 
-    Gradients of an earlier micro batch are there, as when they are accumulated. Raises StepFailure for a target module
-    that the model does not have, and what PyTorch and transformers raise for a model that they cannot run so.
+    Gradients of an earlier micro batch are there, as when they are accumulated. Raises StepFailure for a model that
+    cannot be trained, and what PyTorch and transformers raise for one that they cannot run so.
     """
     # A process that was forked has none of its parent's threads, which PyTorch would wait for.
     torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        family = inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, spec.lora)
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
     steps: list[MeasuredStep] = []
     model: Any = None
     for checkpointing in sorted({size.gradient_checkpointing for size in sizes}):
         training = spec.training.model_copy(update={"gradient_checkpointing": checkpointing})
-        model = adapted_skeleton(read, spec.lora, training, spec.quantization)
+        model = adapted_skeleton(read, family, spec.lora, training, spec.quantization)
         wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
         steps += _steps(model, wanted)
     return _counted(model, spec, steps, digest)
-
-
-def check_and_measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
-    """The same of a model that has not been checked: raises StepFailure too for one that cannot be trained."""
-    torch.set_num_threads(1)
-    with TemporaryDirectory() as folder:
-        inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, spec.lora)
-    return measure(config, spec, sizes, digest)
 
 
 def _steps(model: Any, sizes: Sequence[StepSize]) -> list[MeasuredStep]:

@@ -10,45 +10,42 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.activations import fuse_activations
-from qlora_trainer.model.adapter import attach_adapter, taken_for_experts
-from qlora_trainer.model.attention import ATTENTION, register_attention
-from qlora_trainer.model.decoder import block_linears
+from qlora_trainer.model.adapter import attach_adapter
+from qlora_trainer.model.attention import register_attention
+from qlora_trainer.model.decoder import block_linears, place_in_block
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
 from qlora_trainer.model.expert_quantizer import stack_experts
 from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
-from qlora_trainer.model.support import in_blocks, resolve_targets
+from qlora_trainer.model.support import Family
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 
 
-def base_skeleton(config: PretrainedConfig) -> Any:
-    """The base model of a configuration on the meta device, in 16 bit, with the trainer's attention and experts."""
+def base_skeleton(config: PretrainedConfig, attention: str) -> Any:
+    """The base model on the meta device, in 16 bit, with this `attn_implementation` and the trainer's experts."""
     register_attention()
     register_experts()
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config.get_text_config(decoder=True),
             dtype=COMPUTE_DTYPE,
-            attn_implementation=ATTENTION,
+            attn_implementation=attention,
             experts_implementation=EXPERTS,
         )
 
 
 def adapted_skeleton(
-    config: PretrainedConfig, lora: LoraSpec, training: TrainingSpec, quantization: QuantizationSpec
+    config: PretrainedConfig, family: Family, lora: LoraSpec, training: TrainingSpec, quantization: QuantizationSpec
 ) -> Any:
-    """The model with its adapter on the meta device, its linear layers replaced by 4-bit ones.
-
-    Raises StepFailure for a target module that the model does not have.
-    """
-    model = base_skeleton(config)
-    linears, experts = block_linears(model), ExpertLayout.of(model)
-    taken = taken_for_experts(model, linears) if experts.stacks else None
-    targets = in_blocks(resolve_targets(lora.target_modules, linears, (), taken), lora.layers_to_transform)
+    """The model with its adapter on the meta device, its linear layers replaced by 4-bit ones."""
+    model = base_skeleton(config, family.attention)
+    # The same layers, which have other names inside a multimodal model.
+    places = {place_in_block(name) for name in family.target_modules}
+    targets = tuple(name for name in block_linears(model) if place_in_block(name) in places)
     kept = {id(model.get_submodule(name)) for name in routing_linears(model)} | {id(model.get_output_embeddings())}
-    stack_experts(model, experts, quantization, "meta")
+    stack_experts(model, ExpertLayout.of(model), quantization, "meta")
     with torch.device("meta"):
         _quantize(model, kept, quantization)
     # PEFT asks for this before it makes a layer for 4-bit weights.
