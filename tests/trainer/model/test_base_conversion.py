@@ -1,6 +1,7 @@
 """The 4-bit base that prepare makes: libraries read it, it is what loading would have quantized, and it resumes."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,10 @@ def in_files(model: Path, root: Path, count: int) -> Path:
     return folder
 
 
-def test_each_file_of_the_original_becomes_one(tmp_path: Path, tiny_llama: Path) -> None:
-    convert(in_files(tiny_llama, tmp_path, 3), tmp_path / "base", NF4)
-    assert len([*(tmp_path / "base").glob("*.safetensors")]) == 3
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_file_of_the_original_becomes_one(tmp_path: Path, tiny_llama: Path, count: int) -> None:
+    convert(in_files(tiny_llama, tmp_path, count), tmp_path / "base", NF4)
+    assert len([*(tmp_path / "base").glob("*.safetensors")]) == count
     require_equal(in_plain_transformers(tmp_path / "base"), load_base(tiny_llama, NF4, "cpu"))
 
 
@@ -179,6 +181,40 @@ def test_it_resumes_with_the_file_at_which_it_was_killed(
     assert BaseConversion(tmp_path / "base", model, "v1", layout).complete().sha256 == whole
     assert not BaseConversion(tmp_path / "base", model, "v2", layout).digests
     assert not (tmp_path / "base").exists()
+
+
+def test_what_a_killed_attempt_has_left_is_not_in_the_base(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = BaseLayout.of(tiny_llama, NF4)
+    conversion = BaseConversion(tmp_path / "base", tiny_llama, "v1", layout)
+    conversion.convert(tiny_llama / WEIGHTS, "0" * 64)
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", lambda *_: os._exit(9))
+        child = os.fork()
+        if not child:
+            conversion.complete()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert [*(tmp_path / ".base.partial").glob(".base.json.*")]
+
+    again = BaseConversion(tmp_path / "base", tiny_llama, "v1", layout).complete()
+
+    require_sha256(tmp_path / "base", again.sha256)
+
+
+@pytest.mark.parametrize("lost", ["config.json", WEIGHTS])
+def test_a_base_that_has_lost_a_file_is_completed_again(tmp_path: Path, tiny_llama: Path, lost: str) -> None:
+    sha256 = convert(tiny_llama, tmp_path / "base", NF4)
+    (tmp_path / "base" / lost).unlink()
+    assert convert(tiny_llama, tmp_path / "base", NF4) == sha256
+    require_sha256(tmp_path / "base", sha256)
+
+
+def test_it_generates_as_the_original_says(tmp_path: Path, tiny_llama: Path) -> None:
+    model = copied(tiny_llama, tmp_path)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    convert(model, tmp_path / "base", NF4)
+    assert load_base(tmp_path / "base", NF4, "cpu").generation_config.eos_token_id == [1, 7]
 
 
 def test_a_file_that_has_lost_bytes_is_made_again(tmp_path: Path, tiny_llama: Path) -> None:

@@ -178,7 +178,7 @@ def test_one_file_of_the_original_at_a_time_takes_room(
     record = prepare(context, records)
     assert seen == [["model-0.safetensors"], ["model-1.safetensors"]]
     assert not [*context.workspace.models.rglob("*.safetensors")]
-    assert len(manifest_of(context, record).files) == 4
+    assert len([*manifest_of(context, record).sources]) == 2
 
 
 def test_a_killed_preparation_downloads_no_file_again_that_is_in_the_base(
@@ -214,6 +214,15 @@ def test_loftq_keeps_the_original(make_context: MakeContext, records: Recorded, 
     record = prepare(context, records)
     kept = context.workspace.root / record.model_path / "model.safetensors"
     assert kept.read_bytes() == (hub.repositories["models/acme/tiny"] / "model.safetensors").read_bytes()
+
+
+def test_an_adapter_that_is_to_begin_as_loftq_needs_the_original_again(
+    make_context: MakeContext, records: Recorded, hub: FakeHub
+) -> None:
+    prepare(make_context(MODEL), records)
+    context = make_context({**MODEL, "lora": {"initialization": "loftq"}})
+    record = prepare(context, records)
+    assert (context.workspace.root / record.model_path / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/model.safetensors", "code.py", 3, ""])
@@ -263,7 +272,7 @@ def test_weights_in_several_files_are_those_of_the_index(
         ("config.json", {"auto_map": {"AutoModel": "m.M"}}, ExitCode.UNSAFE_ARTIFACT, "auto_map"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "t.T"}}, ExitCode.UNSAFE_ARTIFACT, "auto_map"),
         ("config.json", {"quantization_config": {}}, ExitCode.BAD_CONFIGURATION, "quantization_config"),
-        ("config.json", {"model_type": "mixtral"}, ExitCode.BAD_CONFIGURATION, "mixtral"),
+        ("config.json", {"model_type": "jetmoe"}, ExitCode.BAD_CONFIGURATION, "jetmoe"),
     ],
 )
 def test_unusable_settings_are_rejected_before_the_weights(

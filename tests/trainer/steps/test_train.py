@@ -331,14 +331,15 @@ def test_nothing_that_was_trained_on_a_changed_base_is_kept(workspace: Prepare, 
     assert "was changed or damaged" in found.message
     assert not context.workspace.trained.exists()
     assert not context.workspace.completion("train").exists()
+    assert not [*context.workspace.checkpoints.glob("step-*")]
 
 
 def test_a_file_beside_the_base_that_a_library_might_load_is_noticed(workspace: Prepare) -> None:
     context = workspace()
-    (context.workspace.base / "generation_config.json").write_text("{}")
+    (context.workspace.base / "adapter_config.json").write_text("{}")
     found = failure(context)
     assert found.exit_code is ExitCode.UNSAFE_ARTIFACT
-    assert "generation_config.json" in found.message
+    assert "adapter_config.json" in found.message
 
 
 def test_training_reads_no_original(workspace: Prepare, tmp_path: Path, tiny_llama: Path) -> None:

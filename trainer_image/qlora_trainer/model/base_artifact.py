@@ -59,6 +59,11 @@ def is_present(folder: Path, sha256: str, quantization: QuantizationSpec) -> boo
     manifest = read_manifest(folder)
     if manifest is None or manifest.sha256 != sha256 or manifest.quantization != quantization:
         return False
+    return has_files(folder, manifest)
+
+
+def has_files(folder: Path, manifest: BaseManifest) -> bool:
+    """Whether the folder has all files of its manifest, by their sizes."""
     return all(has_size(folder / name, file.size) for name, file in manifest.files.items())
 
 
@@ -67,10 +72,10 @@ def has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lambda: None) -> None:
-    """Read all files of the base. Raise StepFailure UNSAFE_ARTIFACT unless the sum is what prepare recorded.
+def require_files(folder: Path) -> list[str]:
+    """The names of the base's files. Raises StepFailure UNSAFE_ARTIFACT unless these are in the folder, and no others.
 
-    `on_block` is called for every few MiB.
+    Libraries load more than they are asked for, such as an adapter that lies beside the weights.
     """
     manifest = read_manifest(folder)
     files = {} if manifest is None else manifest.files
@@ -79,6 +84,15 @@ def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lam
             raise unsafe_artifact(f"{folder / name}, a part of the 4-bit base, is missing or cut off: {_AGAIN}")
     if other := {path.name for path in folder.glob("*")} - {MANIFEST, *files}:
         raise unsafe_artifact(f"{some_names(other)} does not belong to the 4-bit base in {folder}: {_AGAIN}")
+    return list(files)
+
+
+def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lambda: None) -> None:
+    """Read all files of the base. Raise StepFailure UNSAFE_ARTIFACT unless the sum is what prepare recorded.
+
+    `on_block` is called for every few MiB.
+    """
+    files = require_files(folder)
     found = _sum({name: file_sha256(folder / name, lambda _done: on_block()) for name in files})
     if found != sha256:
         raise unsafe_artifact(

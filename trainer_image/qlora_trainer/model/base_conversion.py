@@ -12,11 +12,19 @@ from torch import Tensor
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import model_unavailable
-from qlora_trainer.core.filesystem import complete_folder, file_sha256, new_folder, partial_path, remove, sync
-from qlora_trainer.model.base_artifact import BaseManifest, has_size, read_manifest, write_manifest
+from qlora_trainer.core.filesystem import (
+    complete_folder,
+    file_sha256,
+    new_folder,
+    partial_path,
+    remove,
+    remove_partials,
+    sync,
+)
+from qlora_trainer.model.base_artifact import BaseManifest, has_files, has_size, read_manifest, write_manifest
 from qlora_trainer.model.base_layout import BaseLayout, Part
 from qlora_trainer.model.four_bit import quantize
-from qlora_trainer.model.source import CONFIG, WEIGHTS_INDEX
+from qlora_trainer.model.source import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
 from qlora_trainer.model.weights_file import DTYPES, write_weights
 from qlora_trainer.stores.contents import PublishedFile
 
@@ -27,16 +35,24 @@ class BaseConversion:
     def __init__(self, target: Path, settings: Path, version: str, layout: BaseLayout) -> None:
         """Delete what was made of another original: there may be no room for both.
 
-        `settings` is the folder with the model's config.json, `version` identifies the original.
+        A base that has lost a file is incomplete again. `settings` is the folder with the model's config.json,
+        `version` identifies the original.
         """
         self._target, self._settings, self._layout = target, settings, layout
-        self._folder = target if _is_of(read_manifest(target), version, layout.quantization) else partial_path(target)
-        found = read_manifest(self._folder)
-        if self._folder != target:
+        self._folder = target
+        found = read_manifest(target)
+        if found is None or not _is_of(found, version, layout.quantization) or not has_files(target, found):
+            self._folder = partial_path(target)
+            if found is not None and _is_of(found, version, layout.quantization):
+                remove(self._folder)
+                target.rename(self._folder)
             remove(target)
+            found = read_manifest(self._folder)
         if found is None or not _is_of(found, version, layout.quantization):
             new_folder(self._folder)
             found = BaseManifest(version=version, quantization=layout.quantization, sources={}, files={})
+        # Of an attempt that was killed while it wrote one of them: the folder may have nothing else in it.
+        remove_partials(self._folder)
         self._manifest = found
 
     @property
@@ -72,12 +88,15 @@ class BaseConversion:
             return self._manifest
         files = {name: _names(self._folder / name) for name in self._manifest.sources}
         self._layout.require_complete({name for names in files.values() for name in names})
-        if len(files) > 1:
+        if files.keys() != {WEIGHTS}:
             weight_map = {name: file for file, names in sorted(files.items()) for name in names}
             total = sum(self._manifest.files[name].size for name in files)
             self._add(WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         settings = json.loads((self._settings / CONFIG).read_bytes())
         self._add(CONFIG, settings | {"quantization_config": self._layout.library_config().to_dict()})
+        generation = self._settings / GENERATION_CONFIG
+        if generation.is_file():
+            self._write(GENERATION_CONFIG, generation.read_bytes())
         complete_folder(self._folder, self._target)
         self._folder = self._target
         return self._manifest
@@ -99,8 +118,11 @@ class BaseConversion:
                     yield _filled(layer[entry.name.removeprefix(name)], entry.shape)
 
     def _add(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write(name, json.dumps(content, indent=2).encode() + b"\n")
+
+    def _write(self, name: str, content: bytes) -> None:
         path = self._folder / name
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_bytes(content)
         self._note({name: PublishedFile(sha256=file_sha256(path), size=path.stat().st_size)}, {})
 
     def _note(self, files: Mapping[str, PublishedFile], sources: Mapping[str, str]) -> None:

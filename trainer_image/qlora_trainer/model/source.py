@@ -25,6 +25,7 @@ from qlora_trainer.core.filesystem import (
 from qlora_trainer.core.paths import require_regular, some_names
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = frozenset(
@@ -109,7 +110,7 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
         raise model_unavailable(
             f"{source} has no tokenizer ({', '.join(sorted(_VOCABULARIES))}); it has {some_names(names)}"
         )
-    wanted = {"generation_config.json", *TOKENIZER_FILES}
+    wanted = {GENERATION_CONFIG, *TOKENIZER_FILES}
     # As transformers does: a single file takes precedence over an index.
     if WEIGHTS not in names:
         wanted.add(WEIGHTS_INDEX)

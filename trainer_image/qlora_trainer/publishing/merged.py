@@ -24,7 +24,7 @@ from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base_artifact import require_sha256
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, write_merged
-from qlora_trainer.model.source import TOKENIZER_FILES
+from qlora_trainer.model.source import GENERATION_CONFIG, TOKENIZER_FILES
 from qlora_trainer.publishing.destination import Destination, publish_folder, reject_occupied
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.report.model_card import merged_model_card
@@ -32,7 +32,7 @@ from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.training.held_out import mean_loss, read_compared
 
-_COPIED = (*sorted(TOKENIZER_FILES), "generation_config.json")
+_COPIED = (*sorted(TOKENIZER_FILES), GENERATION_CONFIG)
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
         return None
     if not is_whole(folder, context.mounts.model_cache):
         return None
+    if spec.lora.initialization == "loftq" and not any(folder.glob("*.safetensors")):
+        return None
     if not is_present(root / record.base_path, record.base_sha256, spec.quantization):
         return None
     if tokenizer_digests(folder) != resolved.tokenizer or not resolved.unchanged(spec.dataset, context.mounts):

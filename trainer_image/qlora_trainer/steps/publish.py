@@ -72,7 +72,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
 def _required(path: Path, step: StepName, kind: type[_Completion]) -> _Completion:
     record = read_completion(path, kind)
     if record is None:
-        raise bad_configuration(f"{path} is missing: run the {step} step first, in this workspace")
+        raise bad_configuration(f"{path} is missing or of another release: run the {step} step in this workspace first")
     return record
 
 

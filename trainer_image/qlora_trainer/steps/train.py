@@ -95,6 +95,8 @@ def train(
             state = run_to_end(run, state)
         if base_check is not None:
             base_check.wait()
+        # Each node has read the base.
+        ranks.wait()
         # All that still needs GPU memory is the comparison, which takes one sequence at a time.
         with shortage(lambda: 1):
             record = _finish(run, state, job) if ranks.main else None
@@ -136,7 +138,7 @@ def _prepared(context: StepContext) -> PrepareRecord:
     path = context.workspace.completion("prepare")
     record = read_completion(path, PrepareRecord)
     if record is None:
-        raise bad_configuration(f"{path} is missing: run the prepare step first")
+        raise bad_configuration(f"{path} is missing or of another release: run the prepare step first")
     return record
 
 

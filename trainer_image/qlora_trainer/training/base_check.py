@@ -3,8 +3,9 @@
 import threading
 from pathlib import Path
 
-from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model.base_artifact import require_sha256
+from qlora_trainer.model.base_artifact import require_files, require_sha256
+
+_SECONDS_TO_END = 5.0
 
 
 class _ClosedError(Exception):
@@ -15,14 +16,17 @@ class BaseCheck:
     """Reads the files of a base in a thread of its own, and compares their sum with what prepare recorded."""
 
     def __init__(self, folder: Path, sha256: str) -> None:
-        self._failure: StepFailure | OSError | None = None
+        """Begin. Raises StepFailure UNSAFE_ARTIFACT at once for a file that is missing, cut off, or not the base's."""
+        require_files(folder)
+        self._failure: Exception | None = None
+        self._passed = False
         self._closed = threading.Event()
         # A daemon: a step that fails ends without it.
         self._thread = threading.Thread(target=self._check, args=(folder, sha256), daemon=True)
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raise what the check has found so far: StepFailure UNSAFE_ARTIFACT, or OSError. Waits for nothing."""
+        """Raise what the check has found so far: StepFailure UNSAFE_ARTIFACT, or why it failed. Waits for nothing."""
         if self._failure is not None:
             raise self._failure
 
@@ -30,19 +34,22 @@ class BaseCheck:
         """Wait until everything is checked. Raises like `raise_failure`."""
         self._thread.join()
         self.raise_failure()
+        if not self._passed:
+            raise AssertionError("a check that has ended has passed, failed, or was closed by its owner")
 
     def close(self) -> None:
-        """End the check, whatever it has found."""
+        """End the check, whatever it has found. A read that does not return is not waited for."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_SECONDS_TO_END)
 
     def _check(self, folder: Path, sha256: str) -> None:
         try:
             require_sha256(folder, sha256, self._require_open)
-        except (StepFailure, OSError) as error:
-            self._failure = error
+            self._passed = True
         except _ClosedError:
             pass
+        except Exception as error:  # noqa: BLE001 - raised in the thread that waits
+            self._failure = error
 
     def _require_open(self) -> None:
         if self._closed.is_set():

@@ -40,6 +40,7 @@ def run_to_end(run: Run, state: RunState) -> RunState:
         # Asked once: a stop between saving and raising would lose the steps since the last checkpoint.
         stopping = run.stopping()
         if _save_due(run, state, stopping):
+            _require_checked_base(run)
             _save(run, state)
         if state.step == run.schedule.total_steps and not _evaluation_due(run, state):
             return state
@@ -49,6 +50,13 @@ def run_to_end(run: Run, state: RunState) -> RunState:
             run.ranks.wait()
             raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
         state = _optimizer_step(run, state)
+
+
+def _require_checked_base(run: Run) -> None:
+    """Wait until every node has read the base: what was trained on other bytes must not be resumed from."""
+    if run.base_check is not None:
+        run.base_check.wait()
+    run.ranks.wait()
 
 
 def _report_interruption(run: Run, state: RunState) -> None:
