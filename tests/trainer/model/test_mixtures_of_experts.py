@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.model_and_output import MergedSpec, OutputSpec
@@ -34,11 +34,14 @@ from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import inspect_family
+from qlora_trainer.steps.prepare import prepare
+from tests.support.experts import BASE as EXPERTS_SHAPE
 from tests.support.experts import EXPERTS
 from tests.support.four_bit import convert
 from tests.support.sequences import CPU
-from tests.support.tiny import SHAPE, save_model
+from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
+from tests.trainer.conftest import MakeContext
 
 SPEC: dict[str, Any] = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
 NF4 = QuantizationSpec()
@@ -350,3 +353,46 @@ def test_the_dry_run_counts_experts_in_4_bit_and_what_is_dequantized(tmp_path: P
     assert found.quantized_parameters == stored.parameters
     # Gate and up of all eight experts take 2 MiB in 16 bit, down another: not those of both blocks, nor in 32 bit.
     assert 2 * 2**20 < found.steps[0].work < 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [
+        (
+            GptOssConfig(**EXPERTS_SHAPE, num_local_experts=4, head_dim=16, sliding_window=8),
+            "eager",
+        ),
+        (
+            DeepseekV3Config(
+                **EXPERTS_SHAPE | {"num_key_value_heads": SHAPE["num_attention_heads"]},
+                n_routed_experts=4,
+                n_group=1,
+                topk_group=1,
+                moe_intermediate_size=64,
+                first_k_dense_replace=1,
+                q_lora_rank=32,
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=16,
+                v_head_dim=16,
+            ),
+            "sdpa",
+        ),
+    ],
+    ids=["sinks", "latent attention"],
+)
+def test_experts_behind_attention_of_another_kind_get_one_row_a_sequence(
+    make_context: MakeContext, tmp_path: Path, config: PretrainedConfig, attention: str
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * 3) for n in range(8)])
+    context = make_context(SPEC, model=save_model(tmp_path / "model", config))
+    record = prepare(context, Recorded())
+    assert (record.attention, record.packed, record.mixture_of_experts) == (attention, False, True)
+    assert record.memory.source == "DryRun"
+    assert {name.split(".")[3] for name in record.target_modules} == {"self_attn"}
+
+    trained = run(context)
+
+    assert trained.bits_per_parameter < 5.6
+    (first, *_, last) = [line["loss"] for line in history(context) if "loss" in line]
+    assert last < first
