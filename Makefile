@@ -114,6 +114,10 @@ generate: $(VENV)/.synced ## Write the generated files: the CustomResourceDefini
 	@$(PYTHON) gitops/generate.py
 	@$(PYTHON) -m docs.generate
 
+.PHONY: families
+families: $(VENV)/.synced ## Probe all model families of transformers, and write the page of those that are trained
+	@$(PYTHON) -m docs.families
+
 .PHONY: images
 images: $(VENV)/.synced ## Build the operator's and the trainer's image
 	@$(DEVCLUSTER) images

@@ -393,6 +393,7 @@ def test_experts_behind_attention_of_another_kind_get_one_row_a_sequence(
 
     trained = run(context)
 
+    assert trained.bits_per_parameter is not None
     assert trained.bits_per_parameter < 5.6
     (first, *_, last) = [line["loss"] for line in history(context) if "loss" in line]
     assert last < first
