@@ -131,13 +131,14 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
         probed = probe(text)
         _reject(model_type, reason_in_probe(probed))
         linears = block_linears(skeleton)
-        refused = refused_by_peft(config, {name.rpartition(".")[2] for name in linears})
+        taken = taken_for_experts(skeleton, linears) if experts else ()
+        others = [name for name in linears if name not in taken]
+        refused = refused_by_peft(config, {name.rpartition(".")[2] for name in others})
         left_out = tuple(
             name
-            for name in linears
+            for name in others
             if place_in_block(name) in probed.without_gradient or name.rpartition(".")[2] in refused
         )
-        taken = taken_for_experts(skeleton, linears) if experts else ()
         targets = resolve_targets(lora.target_modules, linears, left_out, taken if experts else None)
         return Family(
             model_type=model_type,
