@@ -89,9 +89,9 @@ def page(entries: Iterable[Entry]) -> str:
         "",
         (
             f"transformers {transformers.__version__} has {len(known)} types of causal language models. "
-            f"{len(trained)} can be trained: {len(packed)} with packed rows, {len(one_row)} with one row in a sequence. "
-            f"{sum(family.mixture_of_experts for family in trained)} of them are mixtures of experts, whose experts are in "
-            "4-bit and get no adapter."
+            f"{len(trained)} can be trained: {len(packed)} with packed rows, {len(one_row)} with one row in a "
+            f"sequence. {sum(family.mixture_of_experts for family in trained)} of them are mixtures of experts, whose "
+            "experts are in 4-bit and get no adapter."
         ),
         "",
         (

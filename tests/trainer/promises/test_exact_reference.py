@@ -24,6 +24,7 @@ from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model import base as trainer_base
+from qlora_trainer.model import base_layout, four_bit
 from qlora_trainer.model.adapter import adapter_parameters, adapter_tensors, attach_adapter, restore_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
@@ -171,8 +172,9 @@ def in_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     With each LoRA layer: the fused one, which otherwise is for 16 bit only, and PEFT's, which is for dropout and DoRA.
     """
-    monkeypatch.setattr(trainer_base, "COMPUTE_DTYPE", torch.float32)
-    monkeypatch.setattr(loop, "COMPUTE_DTYPE", torch.float32)
+    for module in (trainer_base, base_layout, four_bit, loop):
+        monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
+    monkeypatch.setattr(base_layout.BaseLayout, "_dtype", lambda _layout, _name: "F32")
     if request.param == "fused":
         monkeypatch.setattr(FusedLora, "_is_plain", lambda _layer, _x: torch.is_grad_enabled())
 
