@@ -73,7 +73,8 @@ def test_every_variant_and_family_trains_on_a_sharded_base_as_one_process_does(
 
     succeeded(files.run("train"))
 
-    same_numbers(spread, alone, 1e-4)
+    # The decomposition with which LoftQ begins adds in another order on another number of threads.
+    same_numbers(spread, alone, 5e-4 if lora.get("initialization") == "loftq" else 1e-4)
     holds_half(files)
 
 

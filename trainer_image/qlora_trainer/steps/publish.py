@@ -72,7 +72,9 @@ def _trained_job(context: StepContext) -> TrainedJob:
 def _required(path: Path, step: StepName, kind: type[_Completion]) -> _Completion:
     record = read_completion(path, kind)
     if record is None:
-        raise bad_configuration(f"{path} is missing or of another release: run the {step} step in this workspace first")
+        raise bad_configuration(
+            f"{path} is missing or of another release: run the {step} step first, in this workspace"
+        )
     return record
 
 
