@@ -1,4 +1,4 @@
-"""Quantizes a weight to the 4-bit format of bitsandbytes, in pieces and to the same bytes on every machine."""
+"""Quantizes a weight to the 4-bit format of bitsandbytes, in pieces and to the same bytes for any number of threads."""
 
 import math
 from collections.abc import Mapping
