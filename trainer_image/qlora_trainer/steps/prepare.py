@@ -40,7 +40,7 @@ from qlora_trainer.model.cache import is_whole
 from qlora_trainer.model.check import advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.memory_fit import MemoryFit
-from qlora_trainer.model.source import CONFIG, tokenizer_digests
+from qlora_trainer.model.source import CONFIG, ModelSource, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination, published_addresses
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
@@ -76,14 +76,7 @@ def _prepare(
 ) -> PrepareRecord:
     spec, workspace = context.spec, context.workspace
     training, hub = spec.training, cache(lambda: _open_hub(context))
-    for address in published_addresses(spec):
-        check_destination(
-            address,
-            mounts=context.mounts,
-            secret=context.secret("output") if context.contract_version > 1 else None,
-            registries=context.registries,
-            job_uid=context.job_uid,
-        )
+    _check_destinations(context)
 
     say("reading the model's configuration")
     source = open_model_source(context, hub)
@@ -102,10 +95,7 @@ def _prepare(
     advise_learning_rate(memory.parameters or 0, training.learning_rate)
     tokenizer, tokenizer_files = Tokenizer(folder), tokenizer_digests(folder)
     layout = BaseLayout.of(folder, spec.quantization)
-    beside = max(0, layout.bytes - bytes_below(partial_path(workspace.base)) - bytes_below(workspace.base))
-    source.check_weights(beside)
-    workspace.root.mkdir(parents=True, exist_ok=True)
-    require_space(workspace.root, beside, "the 4-bit base")
+    _require_room(workspace, source, layout)
 
     dataset = DatasetBuilder(
         spec.dataset,
@@ -158,6 +148,25 @@ def _prepare(
             message=source.remark,
         ),
     )
+
+
+def _check_destinations(context: StepContext) -> None:
+    for address in published_addresses(context.spec):
+        check_destination(
+            address,
+            mounts=context.mounts,
+            secret=context.secret("output") if context.contract_version > 1 else None,
+            registries=context.registries,
+            job_uid=context.job_uid,
+        )
+
+
+def _require_room(workspace: WorkspaceLayout, source: ModelSource, layout: BaseLayout) -> None:
+    """Raise StepFailure unless the volumes have room for the weights, and beside them for what the base lacks."""
+    beside = max(0, layout.bytes - bytes_below(partial_path(workspace.base)) - bytes_below(workspace.base))
+    source.check_weights(beside)
+    workspace.root.mkdir(parents=True, exist_ok=True)
+    require_space(workspace.root, beside, "the 4-bit base")
 
 
 def _open_hub(context: StepContext) -> Hub:
