@@ -15,49 +15,53 @@ from tests.trainer.conftest import MakeContext
 NO_MODEL = "describes no model that can be trained here"
 MULTIMODAL = "is a multimodal model"
 QUANTIZED = "already quantized"
-DENSE = "choose a dense decoder, such as Llama"
+ALTERNATIVE = "choose a model of a family that is trained, such as Llama"
 ORIGINAL = "name the original 16-bit model"
 
 # config.json, why it is rejected, and what to do instead.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "jetmoe": ({"model_type": "jetmoe"}, "mixture of experts (num_local_experts 8) that does not use", DENSE),
-    "phimoe": ({"model_type": "phimoe"}, "its routers draw experts at random", DENSE),
-    "deepseek_v2": ({"model_type": "deepseek_v2"}, NO_MODEL, DENSE),
-    "llama4": ({"model_type": "llama4"}, MULTIMODAL, DENSE),
+    "jetmoe": ({"model_type": "jetmoe"}, "mixture of experts (num_local_experts 8) that does not use", ALTERNATIVE),
+    "phimoe": ({"model_type": "phimoe"}, "its routers draw experts at random", ALTERNATIVE),
+    "deepseek_v2": ({"model_type": "deepseek_v2"}, NO_MODEL, ALTERNATIVE),
+    "llama4": ({"model_type": "llama4"}, MULTIMODAL, ALTERNATIVE),
     "llama4_text": (
         {"model_type": "llama4_text"},
         "(num_local_experts 16) that does not use",
-        DENSE,
+        ALTERNATIVE,
     ),
-    "dbrx": ({"model_type": "dbrx"}, NO_MODEL, DENSE),
+    "dbrx": ({"model_type": "dbrx"}, NO_MODEL, ALTERNATIVE),
     "experts-of-odd-size": (
         {"model_type": "qwen3_moe", **SHAPE, "hidden_size": 60, "moe_intermediate_size": 40},
         "experts of 2400 weights (model.layers.0.mlp.experts.gate_up_proj), which must be a multiple of 64",
-        DENSE,
+        ALTERNATIVE,
     ),
     **{
-        name: ({"model_type": name}, "computes with the weights of mixer.dt_proj", DENSE)
+        name: ({"model_type": name}, "computes with the weights of mixer.dt_proj", ALTERNATIVE)
         for name in ("mamba", "falcon_mamba")
     },
-    "ctrl": ({"model_type": "ctrl"}, "cannot recompute its blocks", DENSE),
-    "rwkv": ({"model_type": "rwkv"}, "changes its own weights", DENSE),
-    "recurrent_gemma": ({"model_type": "recurrent_gemma"}, "computes attention or logits in a way", DENSE),
-    **{name: ({"model_type": name}, NO_MODEL, DENSE) for name in ("zamba", "zamba2", "xlstm", "reformer")},
+    "ctrl": ({"model_type": "ctrl"}, "cannot recompute its blocks", ALTERNATIVE),
+    "rwkv": ({"model_type": "rwkv"}, "changes its own weights", ALTERNATIVE),
+    "recurrent_gemma": ({"model_type": "recurrent_gemma"}, "computes attention or logits in a way", ALTERNATIVE),
+    **{name: ({"model_type": name}, NO_MODEL, ALTERNATIVE) for name in ("zamba", "zamba2", "xlstm", "reformer")},
     **{
-        name: ({"model_type": name}, "its tokens attend to later ones", DENSE)
+        name: ({"model_type": name}, "its tokens attend to later ones", ALTERNATIVE)
         for name in ("bert", "roberta", "electra", "xlm-roberta")
     },
-    **{name: ({"model_type": name}, "is an encoder-decoder", DENSE) for name in ("t5", "bart", "mbart", "whisper")},
     **{
-        name: ({"model_type": name}, MULTIMODAL, DENSE) for name in ("llava", "qwen2_vl", "mllama", "gemma3n", "gemma4")
+        name: ({"model_type": name}, "is an encoder-decoder", ALTERNATIVE)
+        for name in ("t5", "bart", "mbart", "whisper")
     },
-    **{name: ({"model_type": name}, "no causal language model", DENSE) for name in ("vit", "wav2vec2")},
-    "falcon": ({"model_type": "falcon"}, "only 0.0% of its parameters", DENSE),
-    "gpt2": ({"model_type": "gpt2"}, "only 0.0% of its parameters", DENSE),
+    **{
+        name: ({"model_type": name}, MULTIMODAL, ALTERNATIVE)
+        for name in ("llava", "qwen2_vl", "mllama", "gemma3n", "gemma4")
+    },
+    **{name: ({"model_type": name}, "no causal language model", ALTERNATIVE) for name in ("vit", "wav2vec2")},
+    "falcon": ({"model_type": "falcon"}, "only 0.0% of its parameters", ALTERNATIVE),
+    "gpt2": ({"model_type": "gpt2"}, "only 0.0% of its parameters", ALTERNATIVE),
     "bidirectional": (
         {"model_type": "gemma3_text", **SHAPE, "use_bidirectional_attention": True},
         "its tokens attend to later ones",
-        DENSE,
+        ALTERNATIVE,
     ),
     **{
         method: ({"model_type": "llama", **SHAPE, "quantization_config": {"quant_method": method}}, method, ORIGINAL)

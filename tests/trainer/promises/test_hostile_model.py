@@ -176,12 +176,12 @@ def a_billion_layers(place: Place) -> None:
     place.config(num_hidden_layers=10**9)
 
 
-@case(CONFIGURATION, "vocab_size is 1125899906842624: must be from 1")
+@case(CONFIGURATION, "vocab_size is 1125899906842624, and at most 10000000 are allowed")
 def a_vocabulary_larger_than_memory(place: Place) -> None:
     place.config(vocab_size=2**50)
 
 
-@case(CONFIGURATION, "Storage size calculation overflowed")
+@case(CONFIGURATION, "hidden_size is 1099511627776, and at most 131072 are allowed")
 def layers_wider_than_memory(place: Place) -> None:
     place.config(hidden_size=2**40, intermediate_size=2**40)
 

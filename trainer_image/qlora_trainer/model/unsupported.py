@@ -9,7 +9,9 @@ from qlora_api.memory.model_shape import LARGEST_SIZES
 from qlora_trainer.model.expert_layout import EXPERT_COUNTS, ExpertLayout, reason_against_experts
 from qlora_trainer.model.probe import Probe
 
-ALTERNATIVE = "choose a dense decoder, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo 2, SmolLM3 or Granite"
+ALTERNATIVE = (
+    "choose a model of a family that is trained, such as Llama, Mistral, Qwen3, Gemma, Phi-3, OLMo 2 or Granite"
+)
 # Multimodal families of which the text decoder is trained, under the names in files that servers expect.
 _TRAINED_TEXT_PARTS = frozenset({"gemma3"})
 
