@@ -143,7 +143,7 @@ class StepResources(ApiModel):
 class Resources(ApiModel):
     """CPU and memory of each step. A job may set those of `train`."""
 
-    prepare: StepResources = Field(StepResources(), description="For downloading, checking and tokenizing.")
+    prepare: StepResources = Field(StepResources(), description="For downloading, checking, tokenizing and quantizing.")
     train: StepResources = Field(StepResources(cpu="4", memory="24Gi"), description="Host side of the training pod.")
     publish: StepResources = Field(
         StepResources(),

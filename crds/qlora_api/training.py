@@ -34,8 +34,8 @@ class LoraSpec(ApiModel):
         ("all-linear",),
         min_length=1,
         max_length=32,
-        description="Layers that get an adapter: all-linear (every linear layer of the decoder blocks), "
-        "or names such as q_proj.",
+        description="Layers that get an adapter: all-linear (every linear layer of the decoder blocks, of a mixture of "
+        "experts those that all tokens use), or names such as q_proj.",
     )
     use_rslora: bool = Field(
         False, description="rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."
@@ -78,7 +78,12 @@ class TrainingSpec(ApiModel):
         None, ge=1, le=1000, description="Passes over the data; 1 if maxSteps is not set either."
     )
     max_steps: int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
-    micro_batch_size: int = Field(1, ge=1, le=1024, description="Sequences in one forward pass. Costs GPU memory.")
+    micro_batch_size: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Sequences in one forward pass. Costs GPU memory. 1 for a model that cannot keep rows apart.",
+    )
     gradient_accumulation_steps: int = Field(
         16, ge=1, le=4096, description="Micro batches in one optimizer step. Costs no memory."
     )
@@ -123,7 +128,11 @@ class TrainingSpec(ApiModel):
         le=131_072,
         description="Tokens per sequence. Longer rows are left out and reported in status.dataset.",
     )
-    packing: bool = Field(True, description="Pack several rows into each sequence. Attention does not cross rows.")
+    packing: bool = Field(
+        True,
+        description="Pack several rows into each sequence. Attention does not cross rows. Without effect on a model "
+        "that cannot keep rows apart.",
+    )
     train_on: Literal["completion", "all"] = Field(
         "completion", description="Tokens that are trained on: those of the answers, or all."
     )

@@ -181,7 +181,7 @@ class MemoryEstimate:
     def high(self) -> int:
         """What a run hardly ever exceeds: 1.25 × `expected`, which is above 45 of the 46 published peaks.
 
-        The exception is 1.35 × its estimate, and it is unclear whether it counts reserved or allocated memory.
+        The exception is 1.37 × its estimate, and it is unclear whether it counts reserved or allocated memory.
         """
         return math.ceil(_HIGH_FACTOR * self.expected)
 
@@ -253,11 +253,11 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
         peak = context + base_weights + gathered_blocks + unquantized_weights + adapters + optimizer
                + (gradients + checkpoints when accumulating, else the larger) + max(layer_working_set, logits)
 
-    x and y are the family's bytes per token (model_families), plus 12 per rank, 14 with dropout. Without accumulation
+    x and y are the family's bytes per token (FAMILIES), plus 12 per rank, 14 with dropout. Without accumulation
     gradients appear as checkpoints are freed; the last layer's work begins after the loss.
     Source: arXiv 2305.14314, section 3, for base weights; dry runs of the real layers for x and y, which
-    benchmarks.memory_table reads off. test_memory_points.py compares it
-    with published GPU peaks. Allocator fragmentation is not in: `verdict` adds a margin.
+    benchmarks.memory_table reads off. test_memory_points.py compares it with published GPU peaks. Allocator
+    fragmentation is not in: `verdict` adds a margin.
     """
     wide_bytes = 4 if training.upcast else 2
     adapter, whole, pageable = _trained_parameters(model, training)
