@@ -18,6 +18,7 @@ from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base_artifact import MANIFEST
 from qlora_trainer.model.base_layout import library_config
 from qlora_trainer.model.decoder import outer_parameters
+from qlora_trainer.model.dequantization import correct_dequantization
 from qlora_trainer.model.expert_loading import load_experts
 from qlora_trainer.model.expert_stack import expert_stacks
 from qlora_trainer.model.experts import EXPERTS, register_experts
@@ -43,6 +44,7 @@ def load_base(
     """
     register_attention()
     register_experts()
+    correct_dequantization()
     in_4_bit = (folder / MANIFEST).is_file()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

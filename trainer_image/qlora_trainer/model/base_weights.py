@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_trainer.core.failures import model_unavailable
+from qlora_trainer.model.dequantization import correct_dequantization
 from qlora_trainer.model.source import WEIGHTS, WEIGHTS_INDEX, weight_files
 
 
@@ -24,6 +25,7 @@ class BaseWeights:
         Raises StepFailure: MODEL_UNAVAILABLE if a file is missing or no safetensors file, UNSAFE_ARTIFACT if the index
         names a file elsewhere.
         """
+        correct_dequantization()
         self._folder = folder
         self._stored: dict[str, tuple[Any, str]] = {}
         self._constants: dict[str, dict[str, Any]] = {}
