@@ -223,8 +223,8 @@ class QLoRAJobSpec(ApiModel):
         None,
         ge=0,
         le=2**31 - 1,
-        description="Seconds from the end to the deletion of pods, checkpoints and prepared data; never if not set. "
-        "The QLoRAJob and the adapter stay.",
+        description="Seconds from the end to the deletion of pods, checkpoints, prepared data and the base; never if "
+        "not set. The QLoRAJob and the adapter stay.",
     )
 
     @model_validator(mode="after")
