@@ -1,16 +1,18 @@
 """A weight that is quantized in pieces gets the bytes that bitsandbytes gives it as a whole, in less memory."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
+from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_4bit, quantize_4bit, quantize_blockwise
 from torch import Tensor
 
 from qlora_api.training import QuantizationSpec
+from qlora_trainer.model.dynamic_map import dynamic_map
 from qlora_trainer.model.four_bit import PIECE, quantize
 
 KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]
@@ -115,9 +117,51 @@ def test_a_value_that_is_no_finite_number_is_refused(value: float, quantization:
         quantize(weight, quantization)
 
 
+DIGEST = """
+import hashlib, sys, torch
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.model.dynamic_map import dynamic_map
+from qlora_trainer.model.four_bit import quantize
+torch.set_num_threads(1)
+weight = torch.frombuffer(bytearray(hashlib.shake_128(b"weights").digest(2**20)), dtype=torch.uint8).view(1024, 1024)
+weight = weight.float().sub_(127.5).mul_(2e-4 * torch.arange(1, 1025).unsqueeze(1))
+digest = hashlib.sha256()
+for kind in ("nf4", "fp4"):
+    for name, tensor in sorted(quantize(weight, QuantizationSpec(type=kind)).items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
+"""
+SHA256 = "ea0893d1c69d97495217a70d246f7791108bcdaac4aae7077b16eecaba3adfbb"
+
+
+def test_the_bytes_do_not_depend_on_the_processor(tmp_path: Path) -> None:
+    """PyTorch computes here with the instructions of AVX2 or later, and then with those that every processor has."""
+    found: dict[str, str] = {}
+    for capability in ("avx2", "default"):
+        done = subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+            env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        )
+        used, digest = done.stdout.split()
+        found[used] = digest
+    assert found["DEFAULT"] == SHA256
+    assert set(found.values()) == {SHA256}
+
+
+def test_the_values_of_constants_are_those_of_bitsandbytes() -> None:
+    """To the bit where PyTorch multiplies and adds at once."""
+    assert torch.allclose(dynamic_map(), create_dynamic_map(), rtol=0, atol=6e-8)
+    assert torch.backends.cpu.get_cpu_capability() == "DEFAULT" or torch.equal(dynamic_map(), create_dynamic_map())
+
+
 MEMORY = """
 import resource, sys, torch
 from qlora_api.training import QuantizationSpec
+from qlora_trainer.model.dynamic_map import dynamic_map
 from qlora_trainer.model.four_bit import quantize
 quantize(torch.ones(1024, 1024, dtype=torch.bfloat16), QuantizationSpec())
 weight = torch.ones(8192, 8192, dtype=torch.bfloat16)

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_4bit, get_4bit_type
+from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from torch import Tensor, nn
 
 from qlora_api.training import QuantizationSpec
+from qlora_trainer.model.dynamic_map import dynamic_map
 from qlora_trainer.model.layer_format import BLOCK, OUTER_BLOCK, layer_bytes
 
 
@@ -51,7 +52,7 @@ class ExpertStack(nn.Module):
             "absmax": torch.empty(experts, blocks, dtype=torch.uint8 if double else torch.float32, device=device),
             "code": get_4bit_type(quantization.type, device="cpu").to(device),
             "outer_absmax": torch.empty(outer_shape, dtype=torch.float32, device=device),
-            "outer_code": create_dynamic_map().to(device) if double else torch.empty(0, device=device),
+            "outer_code": dynamic_map().to(device, copy=True) if double else torch.empty(0, device=device),
             "offset": torch.empty(offset_shape, dtype=torch.float32, device=device),
         }.items():
             self.register_buffer(name, tensor, persistent=False)

@@ -1,14 +1,15 @@
-"""Quantizes a weight to the 4-bit format of bitsandbytes, in pieces and to the same bytes for any number of threads."""
+"""Quantizes a weight to the 4-bit format of bitsandbytes, in pieces and to the same bytes on every machine."""
 
 import math
 from collections.abc import Mapping
 from itertools import chain
 
 import torch
-from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+from bitsandbytes.functional import QuantState, get_4bit_type
 from torch import Tensor
 
 from qlora_api.training import QuantizationSpec
+from qlora_trainer.model.dynamic_map import dynamic_map
 from qlora_trainer.model.layer_format import BLOCK, OUTER_BLOCK
 
 COMPUTE_DTYPE = torch.bfloat16
@@ -25,7 +26,8 @@ def quantize(weight: Tensor, quantization: QuantizationSpec) -> Mapping[str, Ten
     it takes `PIECE` times 14 bytes, and 4 for each block of 64 weights.
 
     Every byte is as bitsandbytes makes it on a CPU, except where the mean of the constants matters, which double
-    quantization subtracts from them. bitsandbytes adds in 32 bit, in an order that depends on the number of threads;
+    quantization subtracts from them, and on one without AVX2, where 42 of its 256 values for constants are others in
+    their last bit (see `dynamic_map`). bitsandbytes adds in 32 bit, in an order that depends on the number of threads;
     here it is the exact sum, divided and rounded once. The two differ in the last bits, by less than 2^-24 times the
     mean and the number of constants; a constant that lies between two of its 256 values may then get the other one.
     Raises ValueError if a weight is infinite or not a number.
@@ -69,6 +71,6 @@ def _mean(values: Tensor) -> Tensor:
 
 def _nested(constants: Tensor) -> tuple[Tensor, QuantState]:
     """Constants of the first level in 8 bit, and those of the second level."""
-    code = create_dynamic_map()
+    code = dynamic_map()
     eight_bit, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(constants, code, OUTER_BLOCK)
     return eight_bit, QuantState(absmax=absmax, code=code, blocksize=OUTER_BLOCK, dtype=torch.float32)
