@@ -4,8 +4,9 @@ import hashlib
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord
@@ -22,6 +23,26 @@ def convert(model: Path, target: Path, quantization: QuantizationSpec) -> str:
     for path in sorted(model.glob("*.safetensors")):
         conversion.convert(path, file_sha256(path))
     return conversion.complete().sha256
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model, with the constants of its 4-bit layers but not their descriptions in JSON."""
+    found = dict(model.named_parameters())
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            found |= {f"{name}.{key}": value for key, value in layer.weight.quant_state.as_dict(packed=True).items()}
+    return found
+
+
+def require_equal(ours_loaded: nn.Module, theirs_loaded: nn.Module) -> None:
+    """Two models have the same tensors, to the bit."""
+    ours, theirs = state(ours_loaded), state(theirs_loaded)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        found, wanted = ours[name].data, tensor.data
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), name
+        # As bytes: packed weights that are read as another type may be no numbers.
+        assert torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)), name
 
 
 def manifest_of(context: StepContext, record: PrepareRecord) -> BaseManifest:

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_api.contract import ExitCode
@@ -26,7 +26,7 @@ from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.training.sharding import STORAGE_DTYPE
 from tests.support.admitted import tiny_config
 from tests.support.families import FAMILIES
-from tests.support.four_bit import convert
+from tests.support.four_bit import convert, require_equal
 from tests.support.tiny import SHAPE, save_model
 
 NF4 = QuantizationSpec()
@@ -36,25 +36,6 @@ KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "f
 CHECKPOINTS = {name: FAMILIES[name][0] for name in ("llama-biased-tied", "gemma3", "phi3", "gpt_neox")} | {
     "gemma3n_text": tiny_config("gemma3n_text")
 }
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model, with the constants of its 4-bit layers but not their descriptions in JSON."""
-    found = dict(model.named_parameters())
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            found |= {f"{name}.{key}": value for key, value in layer.weight.quant_state.as_dict(packed=True).items()}
-    return found
-
-
-def require_equal(ours_loaded: nn.Module, theirs_loaded: nn.Module) -> None:
-    ours, theirs = state(ours_loaded), state(theirs_loaded)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        found, wanted = ours[name].data, tensor.data
-        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), name
-        # As bytes: packed weights that are read as another type may be no numbers.
-        assert torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)), name
 
 
 def in_plain_transformers(folder: Path) -> Any:

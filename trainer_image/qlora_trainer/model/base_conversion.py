@@ -25,6 +25,8 @@ from qlora_trainer.model.base_artifact import BaseManifest, has_files, has_size,
 from qlora_trainer.model.base_layout import BaseLayout, Part
 from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.model.source import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
+from qlora_trainer.model.source_quantization import ORIGINAL
+from qlora_trainer.model.stored_layer import StoredTensor
 from qlora_trainer.model.weights_file import DTYPES, write_weights
 from qlora_trainer.stores.contents import PublishedFile
 
@@ -103,6 +105,10 @@ class BaseConversion:
 
     def _tensors(self, opened: Any, parts: list[Part], file: str) -> Iterator[Tensor]:
         for part in parts:
+            if part.layer is not None:
+                tensor = _ours(part.layer, part.stored, opened.get_tensor(part.stored), file)
+                yield _filled(tensor, part.entries[0].shape)
+                continue
             if not part.four_bit:
                 yield opened.get_tensor(part.stored).to(DTYPES[part.entries[0].dtype])
                 continue
@@ -140,6 +146,13 @@ def _is_of(manifest: BaseManifest | None, version: str, quantization: Quantizati
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
     """Type and shape of a tensor in a file, as its header has them."""
     return tensor.get_dtype(), tuple(tensor.get_shape())
+
+
+def _ours(layer: StoredTensor, stored: str, tensor: Tensor, file: str) -> Tensor:
+    try:
+        return layer.ours(tensor)
+    except ValueError as error:
+        raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
 
 
 def _filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

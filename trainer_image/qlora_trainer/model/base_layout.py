@@ -1,5 +1,6 @@
 """Decides, before any weight is read, which tensors of a base become 4-bit and what its files then hold."""
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,19 +15,23 @@ from transformers.initialization import no_tie_weights
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_api.training import QuantizationSpec
-from qlora_trainer.core.failures import model_unavailable
+from qlora_trainer.core.failures import bad_configuration, model_unavailable
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.base_weights import renaming
 from qlora_trainer.model.expert_layout import ExpertLayout, Place, entry_name, matrices
 from qlora_trainer.model.expert_quantizer import ExpertsConfig
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.layer_format import BLOCK, OUTER_BLOCK, layer_bytes
-from qlora_trainer.model.weights_file import ALIGNMENT, Entry
+from qlora_trainer.model.source import CONFIG
+from qlora_trainer.model.source_quantization import ORIGINAL, SETTINGS, require_agreement, source_quantization
+from qlora_trainer.model.stored_layer import PACKED, StoredTensor, split
+from qlora_trainer.model.weights_file import ALIGNMENT, DTYPES, Entry
 
 STATE_BYTES = 256
 """Bytes of a layer's description in JSON, which is filled up with spaces: its length is known before its numbers."""
-_WEIGHT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of the types that a weight may be stored in."""
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+"""The types that a weight may be stored in."""
+_PACKED_ALIGNMENT = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,18 @@ class Part:
     four_bit: bool
     place: Place | None = None
     """Among the experts, if it is a part of them."""
+    layer: StoredTensor | None = None
+    """Of which 4-bit layer it is a part already, if the original is in 4 bit."""
+
+    @property
+    def alignment(self) -> int:
+        """Where it may begin, and end, is a multiple of this many bytes."""
+        if self.four_bit:
+            return ALIGNMENT
+        (entry,) = self.entries
+        # Packed weights are read as another type too.
+        packed = self.layer is not None and self.layer.role == PACKED and entry.bytes % _PACKED_ALIGNMENT == 0
+        return _PACKED_ALIGNMENT if packed else DTYPES[entry.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -57,13 +74,20 @@ class BaseLayout:
     name_in_model: Callable[[str], str | None]
     """See `renaming`."""
     experts: ExpertLayout
+    stored_in_4_bit: bool = False
+    """Whether the original's layers are in 4 bit already, as `quantization` describes it."""
 
     @classmethod
     def of(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
         """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
 
         The choice of the 4-bit layers is transformers' own: it is asked to replace them in a model without weights.
+        Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit already, but in another format or in other
+        layers.
         """
+        settings = json.loads((config_folder / CONFIG).read_bytes())
+        stored = source_quantization(settings, CONFIG)
+        require_agreement(stored, quantization)
         model = _without_weights(config_folder)
         rename, experts = renaming(model), ExpertLayout.of(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
@@ -72,22 +96,20 @@ class BaseLayout:
             names.setdefault(id(tensor), set()).add(name)
         buffers = frozenset(model.state_dict().keys() - shapes.keys())
         in_32_bit = set(model._keep_in_fp32_modules_strict or ())
-        settings = library_config(quantization, experts=True)
-        quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-        # The library chooses before it ties weights, and what it sees as the last one depends on that.
-        with no_tie_weights():
-            replaced = _without_weights(config_folder)
-        quantizer.preprocess_model(replaced, device_map={"": "cpu"})
-        layers = (name for name, module in replaced.named_modules() if isinstance(module, Linear4bit))
+        four_bit = _chosen(config_folder, library_config(quantization, experts=True))
+        if stored is not None:
+            theirs = BitsAndBytesConfig.from_dict(settings[SETTINGS[0]])
+            _require_same(_chosen(config_folder, theirs), four_bit)
         return cls(
             quantization=quantization,
             shapes=shapes,
-            four_bit=frozenset(f"{layer}.weight" for layer in layers),
+            four_bit=four_bit,
             tied=tuple(frozenset(group) for group in names.values() if not group & experts.stacks.keys()),
             buffers=buffers,
             in_32_bit=frozenset(name for name in shapes if any(part in name for part in in_32_bit)),
             name_in_model=rename,
             experts=experts,
+            stored_in_4_bit=stored is not None,
         )
 
     @property
@@ -116,26 +138,48 @@ class BaseLayout:
         parts = [self._part(name, *stored[name], file) for name in sorted(stored)]
         # A 4-bit layer ends at a multiple of eight bytes. Behind them those of large types precede those of small ones.
         found = [part for part in parts if part is not None]
-        return sorted(found, key=lambda part: (not part.four_bit, -_WEIGHT_SIZES[part.entries[0].dtype]))
+        return sorted(found, key=lambda part: (not part.four_bit, -part.alignment))
 
     def _part(self, stored: str, dtype: str, shape: tuple[int, ...], file: str) -> Part | None:
         place = self.experts.place(stored)
         if place is not None:
             return self._expert_part(stored, dtype, shape, place, file)
-        name = self.name_in_model(stored)
+        weight, role = split(stored) if self.stored_in_4_bit else (stored, PACKED)
+        name = self.name_in_model(weight)
         if name is None:
             raise model_unavailable(
                 f"{file} stores {stored} in another form than the model computes with: use a conversion of the model "
                 "that a present release of transformers has saved"
             )
         if name in self.buffers:
-            return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in _WEIGHT_SIZES else None
+            return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in _WEIGHT_TYPES else None
         if name not in self.shapes:
             return None
+        if self.stored_in_4_bit and (role or name in self.four_bit):
+            return self._layer_part(stored, weight, role, name, dtype, shape, file)
         _require(stored, dtype, shape, self.shapes[name], file)
         if name not in self.four_bit:
             return Part(stored, (Entry(stored, self._dtype(name), shape),), four_bit=False)
         return Part(stored, tuple(_layer(stored, prod(shape), self.quantization)), four_bit=True)
+
+    def _layer_part(
+        self, stored: str, weight: str, role: str, name: str, dtype: str, shape: tuple[int, ...], file: str
+    ) -> Part:
+        """A tensor of a layer that is in 4 bit already, whose weight has these names in the file and in the model."""
+        entries = {entry.name: entry for entry in _layer(weight, prod(self.shapes[name]), self.quantization)}
+        entry = entries.get(stored) if name in self.four_bit else None
+        if entry is None:
+            kind = f"{self.quantization.type}, double quantization {self.quantization.double_quant}"
+            raise model_unavailable(
+                f"{stored} in {file} belongs to no layer that is in 4 bit ({kind}), as config.json describes it; "
+                f"{ORIGINAL}"
+            )
+        layer = StoredTensor(role, entry.dtype, entry.shape, self.shapes[name], self.quantization)
+        try:
+            layer.require_header(dtype, shape)
+        except ValueError as error:
+            raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
+        return Part(stored, (entry,), four_bit=False, layer=layer)
 
     def _dtype(self, name: str) -> str:
         """The type of a parameter that does not become 4-bit."""
@@ -169,6 +213,10 @@ class BaseLayout:
         found = {self.name_in_model(name) for name in stored}
         missing = sorted(min(group) for group in self.tied if not group & found)
         missing += sorted(set(self.experts.entries()).difference(stored))
+        if self.stored_in_4_bit:
+            layers = [name for name in stored if self.name_in_model(name) in self.four_bit]
+            needed = {entry.name for layer in layers for entry in _layer(layer, 0, self.quantization)}
+            missing += sorted(needed.difference(stored))
         if missing:
             raise model_unavailable(
                 f"the weights do not fit config.json: {len(missing)} tensors are missing, first {some_names(missing)}"
@@ -181,14 +229,34 @@ def _without_weights(config_folder: Path) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, trust_remote_code=False)
 
 
+def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
+    """The names of the weights that transformers puts into 4-bit layers with these settings."""
+    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    # The library chooses before it ties weights, and what it sees as the last one depends on that.
+    with no_tie_weights():
+        replaced = _without_weights(config_folder)
+    quantizer.preprocess_model(replaced, device_map={"": "cpu"})
+    layers = (name for name, module in replaced.named_modules() if isinstance(module, Linear4bit))
+    return frozenset(f"{layer}.weight" for layer in layers)
+
+
+def _require_same(theirs: frozenset[str], ours: frozenset[str]) -> None:
+    if theirs != ours:
+        in_16_bit, in_4_bit = map(some_names, (ours - theirs, theirs - ours))
+        raise bad_configuration(
+            f"{CONFIG} describes a model whose 4-bit layers are not those that a job has: it has {in_16_bit} in 16 bit "
+            f"and {in_4_bit} in 4 bit instead (llm_int8_skip_modules); {ORIGINAL}"
+        )
+
+
 def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int, ...], file: str) -> None:
     if shape != wanted:
         raise model_unavailable(
             f"the weights do not fit config.json: {stored} in {file} has shape {list(shape)}, not {list(wanted)}"
         )
-    if dtype not in _WEIGHT_SIZES:
+    if dtype not in _WEIGHT_TYPES:
         raise model_unavailable(
-            f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_SIZES)}: use a "
+            f"{stored} in {file} is stored as {dtype}, and must be one of {', '.join(_WEIGHT_TYPES)}: use a "
             "revision that is not quantized"
         )
 

@@ -83,6 +83,9 @@ class MergeSource:
 def merged_model(model_folder: Path) -> Any:
     """The merged model, with shapes and without weights, from the configuration in `model_folder`."""
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    # What is merged is in 16 bit, also if the base was published in 4.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=_MERGED_DTYPE, trust_remote_code=False)
 

@@ -21,6 +21,7 @@ from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
 from qlora_trainer.model.probe import probe
+from qlora_trainer.model.source_quantization import SETTINGS, require_original, source_quantization, unusable
 from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model, reason_in_probe
 
 MIN_QUANTIZED_FRACTION = 0.98
@@ -103,7 +104,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     """The family of the model whose config.json is in `config_folder`. Reads no weights and runs none of its code.
 
     Raises StepFailure: UNSAFE_ARTIFACT for a model that brings its own code; BAD_CONFIGURATION, naming the family,
-    for one that QLoRA cannot train here (mixture of experts, already quantized, too few linear layers) and for a
+    for one that QLoRA cannot train here (quantized otherwise, too few linear layers) and for a
     target module that the model does not have.
     """
     config = _read_config(config_folder)
@@ -122,6 +123,11 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             )
         _reject_untying(model_type, skeleton, lora)
         experts = bool(ExpertLayout.of(skeleton).stacks)
+        stored_in_4_bit = getattr(config, SETTINGS[0], None) is not None
+        if stored_in_4_bit:
+            require_original(lora.initialization)
+        if stored_in_4_bit and experts:
+            _reject(model_type, "it is a mixture of experts that is quantized already, and its experts are not")
         if experts and lora.initialization == "loftq":
             raise bad_configuration(
                 f"spec.lora.initialization is loftq, and the model (model_type {model_type!r}) is a mixture of "
@@ -190,13 +196,9 @@ def _read_config(folder: Path) -> Any:
                 f"{path} has transformers_weights: other weights than those that are checked and recorded would be "
                 "loaded; remove it, and name the weights' files as usual"
             )
-        if name in ("quantization_config", "compression_config"):
-            method = value.get("quant_method") if isinstance(value, dict) else None
-            raise bad_configuration(
-                f"{path} has {name}: the model (model_type {raw['model_type']!r}) is already quantized "
-                f"({str(method or 'by an unnamed method')[:60]}), which would silently win over spec.quantization; "
-                "name the original 16-bit model instead"
-            )
+        if name in SETTINGS and value is not raw.get(SETTINGS[0]):
+            raise unusable(raw, str(path), name, value)
+    source_quantization(raw, str(path))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _UNUSABLE as error:

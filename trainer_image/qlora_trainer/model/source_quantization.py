@@ -1,0 +1,81 @@
+"""Decides whether a model that is quantized already can be trained as it is, from its config.json alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_api.printable import one_line
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+
+SETTINGS = ("quantization_config", "compression_config")
+"""The keys of config.json under which a quantization is described."""
+ORIGINAL = "name the original 16-bit model instead"
+_METHOD = "bitsandbytes"
+_MAX_NAME = 60
+
+
+def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSpec | None:
+    """How the model with this configuration is stored: bitsandbytes' 4-bit format, or not quantized (None).
+
+    `place` names the file in messages. Raises StepFailure BAD_CONFIGURATION for any other quantization.
+    """
+    found = next((name for name in SETTINGS if name in config), None)
+    if found is None:
+        return None
+    settings = config[found]
+    if not isinstance(settings, dict) or found != SETTINGS[0]:
+        raise unusable(config, place, found, settings)
+    method = settings.get("quant_method")
+    # Models of 2023 do not name it; transformers goes by this setting as well.
+    if settings.get("load_in_4bit") is not True or method not in (None, _METHOD):
+        raise unusable(config, place, found, settings)
+    kind, double = settings.get("bnb_4bit_quant_type", "fp4"), settings.get("bnb_4bit_use_double_quant", False)
+    if kind not in ("nf4", "fp4") or not isinstance(double, bool) or settings.get("load_in_8bit"):
+        raise bad_configuration(
+            f"{place} has {found} with bnb_4bit_quant_type {_shown(kind)}, bnb_4bit_use_double_quant {_shown(double)} "
+            f"and load_in_8bit {_shown(settings.get('load_in_8bit'))}: allowed are nf4 or fp4, true or false, and no 8 "
+            f"bit; {ORIGINAL}"
+        )
+    return QuantizationSpec(type=kind, double_quant=double)
+
+
+def unusable(config: Mapping[str, Any], place: str, name: str, settings: object) -> StepFailure:
+    """The failure of a model whose quantization, under this name in config.json, is not bitsandbytes' 4-bit format."""
+    return bad_configuration(
+        f"{place} has {name}: the model (model_type {config.get('model_type')!r}) is already quantized "
+        f"({_method(settings)}), and of quantized models only those that bitsandbytes has stored in 4 bit (NF4 or FP4) "
+        f"are trained as they are; {ORIGINAL}"
+    )
+
+
+def require_agreement(found: QuantizationSpec | None, wanted: QuantizationSpec) -> None:
+    """Raise StepFailure BAD_CONFIGURATION if a model is stored in another 4-bit format than the job asks for."""
+    if found is not None and found != wanted:
+        raise bad_configuration(
+            f"spec.quantization is type {wanted.type}, doubleQuant {_shown(wanted.double_quant)}, and the model is "
+            f"stored in 4 bit as type {found.type}, doubleQuant {_shown(found.double_quant)} (quantization_config in "
+            "its config.json), which is not quantized again: set spec.quantization to that, or name the original "
+            "16-bit model"
+        )
+
+
+def require_original(initialization: str) -> None:
+    """Raise StepFailure BAD_CONFIGURATION if LoftQ is asked for, of a model that has no weights in 16 bit."""
+    if initialization == "loftq":
+        raise bad_configuration(
+            "spec.lora.initialization is loftq, which compares 4-bit weights with the original ones, and the model is "
+            "stored in 4 bit only: leave it out, or name the original 16-bit model"
+        )
+
+
+def _method(settings: object) -> str:
+    if not isinstance(settings, dict):
+        return "by an unnamed method"
+    method = settings.get("quant_method")
+    if settings.get("load_in_8bit") and method in (None, _METHOD):
+        return "bitsandbytes' 8 bit, load_in_8bit"
+    return one_line(str(method or "by an unnamed method"))[:_MAX_NAME]
+
+
+def _shown(value: object) -> str:
+    return str(value).lower()[:_MAX_NAME] if isinstance(value, bool) else repr(value)[:_MAX_NAME]
