@@ -248,11 +248,11 @@ class WorkspaceLayout:
 
 @dataclass(frozen=True)
 class ModelCacheLayout:
-    """Paths on a claim that the jobs of a namespace share. Other kinds of files come beside `models/`."""
+    """Paths on a claim that the jobs of a namespace share."""
 
     root: Path
 
     @property
-    def models(self) -> Path:
-        """Downloaded base models: `models/<digest>/`, each complete or absent."""
-        return self.root / "models"
+    def quantized(self) -> Path:
+        """Base models in 4-bit: `quantized/<digest>/`, each complete or absent."""
+        return self.root / "quantized"

@@ -185,7 +185,7 @@ class ObjectStoreSettings(ApiModel):
 
 
 class ModelCache(ApiModel):
-    """A claim on which the jobs of a namespace share downloaded base models."""
+    """A claim on which the jobs of a namespace share base models in 4-bit."""
 
     claim_name: ObjectName = Field(
         description="Name of a PersistentVolumeClaim that exists in each namespace with jobs: ReadWriteMany, or a "
@@ -265,7 +265,7 @@ class Profile(ApiModel):
     )
     workspace: WorkspaceDefaults = Field(WorkspaceDefaults(), description="Workspace volumes.")
     model_cache: ModelCache | None = Field(
-        None, description="Where downloaded base models are shared; each job downloads its own if not set."
+        None, description="Where base models in 4-bit are shared; each job downloads and quantizes its own if not set."
     )
     resources: Resources = Field(Resources(), description="CPU and memory of each step.")
     hub_endpoint: str | None = Field(

@@ -147,19 +147,26 @@ class MemoryStatus(ObservedModel):
 
 
 class BaseStatus(ObservedModel):
-    """How prepare got the files of the base model."""
+    """How prepare got the base model in 4-bit."""
 
     origin: Literal["downloaded", "cache", "volume"] = Field(
-        description="Where the weights came from: downloaded by this job, found in the profile's modelCache, or read "
-        "in place from pvc://."
+        description="Where it came from: made by this job of what it downloaded, found in the profile's modelCache, "
+        "or made of what is on pvc://."
+    )
+    sha256: str = Field(
+        "",
+        max_length=64,
+        description="SHA-256 over the SHA-256 of each of its files: the same for every job on this model and "
+        "quantization with this release, whether it has made the base or found it.",
     )
     bytes_fetched: Bytes = Field(0, description="Bytes that this job's latest prepare has fetched from the server.")
     seconds: Count = Field(
         0,
-        description="Seconds that it took to fetch, check and quantize them, and to wait for another job's download.",
+        description="Seconds that it took to fetch, check and quantize it, and to wait for another job that makes the "
+        "same.",
     )
     message: ShortText = Field(
-        "", description="Why the model is not in the cache, or what was wrong with it there; empty if all is well."
+        "", description="Why the base is not in the cache, or what was wrong with it there; empty if all is well."
     )
 
 

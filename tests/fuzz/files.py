@@ -33,7 +33,7 @@ from qlora_trainer.data.statistics import STATISTICS, DataStatistics
 from qlora_trainer.model.base_artifact import MANIFEST as BASE_MANIFEST
 from qlora_trainer.model.base_artifact import require_sha256
 from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.cache import CACHE_MANIFEST, DamagedCacheError, files_of
+from qlora_trainer.model.cache import DamagedCacheError, manifest_of
 from qlora_trainer.model.source import require_whole
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.metrics_log import read_history
@@ -192,8 +192,8 @@ def _indexed_weights(content: bytes, folder: Path) -> None:
 def _cached_model(content: bytes, folder: Path) -> None:
     place = folder / "cached"
     _written(b"{}", place / "config.json")
-    _written(content, place / CACHE_MANIFEST)
-    assert files_of(place)["config.json"].size == 2
+    _written(content, place / BASE_MANIFEST)
+    assert manifest_of(place).files["config.json"].size == 2
 
 
 def _base_manifest(content: bytes, folder: Path) -> None:
@@ -320,7 +320,17 @@ FILES: dict[str, Target] = {
     ),
     "cached-model": Target(
         _cached_model,
-        (_json({"source": "s", "version": "v", "files": {"config.json": {"sha256": "0", "size": 2}}}),),
+        (
+            _json(
+                {
+                    "address": "a",
+                    "version": "v",
+                    "quantization": {},
+                    "sources": {},
+                    "files": {"config.json": {"sha256": "0", "size": 2}},
+                }
+            ),
+        ),
         (DamagedCacheError,),
     ),
     "base-manifest": Target(

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from qlora_api.contract import ExitCode
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model import base_conversion
 from qlora_trainer.model.base import load_base
-from qlora_trainer.model.base_artifact import read_manifest, require_sha256
+from qlora_trainer.model.base_artifact import FORMAT, read_manifest, require_sha256
 from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.four_bit import quantize
@@ -181,6 +182,21 @@ def test_what_a_killed_attempt_has_left_is_not_in_the_base(
     again = BaseConversion(tmp_path / "base", tiny_llama, "v1", layout).complete()
 
     require_sha256(tmp_path / "base", again.sha256)
+
+
+def test_a_release_that_makes_other_bytes_has_another_format(tmp_path: Path) -> None:
+    """Raise FORMAT with the sum: a cache would give jobs of one release what the other has made."""
+    model = save_model(tmp_path / "model", LlamaConfig(**SHAPE))
+    weights = {
+        name: (torch.arange(tensor.numel()) * 7919 % 1009 - 504).reshape(tensor.shape).to(torch.bfloat16) / 4096
+        for name, tensor in load_file(model / WEIGHTS).items()
+    }
+    save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+    convert(model, tmp_path / "base", NF4)
+    assert (FORMAT, file_sha256(tmp_path / "base" / WEIGHTS)) == (
+        1,
+        "ce7d370ab7b245151040fb5c6e87d41975958462908f275bd0d806787a731296",
+    )
 
 
 @pytest.mark.parametrize("lost", ["config.json", WEIGHTS])

@@ -1,4 +1,4 @@
-"""Base models that jobs share: fetched once, verified when read, and never in the way of a job."""
+"""4-bit bases that jobs share: made once, verified when read, and never in the way of a job."""
 
 import errno
 import fcntl
@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, ModelCacheLayout, WorkspaceLayout
 from qlora_api.status import BaseStatus
@@ -23,10 +24,13 @@ from qlora_trainer.core import folder_lock
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest
+from qlora_trainer.core.filesystem import bytes_below
 from qlora_trainer.core.folder_lock import own
 from qlora_trainer.core.outcome import Terminated
-from qlora_trainer.model import cached_source, source
-from qlora_trainer.model.cache import CACHE_MANIFEST, CacheManifest, ModelCache
+from qlora_trainer.model import cache as cache_module
+from qlora_trainer.model import cached_base
+from qlora_trainer.model.base_artifact import MANIFEST
+from qlora_trainer.model.cache import ModelCache
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.train import train
@@ -50,7 +54,7 @@ def hub(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> It
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(cached_source, "_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(cached_base, "_WAIT_SECONDS", 0.02)
     with serve(FakeHub({"models/acme/tiny": tmp_path / "hub" / "tiny"})) as served:
         monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
         yield served
@@ -87,30 +91,64 @@ def base_of(record: PrepareRecord) -> BaseStatus:
 
 
 def cached(cache: Path) -> Path:
-    """The one model in the cache, beside which nothing is left."""
-    (folder,) = (path for path in (cache / "models").iterdir() if path.name != ".lock")
+    """The one base in the cache, beside which nothing is left."""
+    (folder,) = (path for path in (cache / "quantized").iterdir() if path.name != ".lock")
     assert not folder.name.startswith(".")
     return folder
 
 
 def partials(cache: Path) -> list[Path]:
-    return sorted((cache / "models").glob("*.partial"))
+    return sorted((cache / "quantized").glob("*.partial"))
 
 
-def test_ten_jobs_on_one_base_download_its_weights_once(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_ten_jobs_on_one_base_download_and_quantize_once(job: JobOf, hub: FakeHub, cache: Path) -> None:
     contexts = [job(f"job-{number}") for number in range(10)]
-    outcomes = [prepare(context, Recorded()) for context in contexts]
+    outcomes = [prepare(contexts[0], Recorded())]
+    made = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in cached(cache).iterdir()}
+    outcomes += [prepare(context, Recorded()) for context in contexts[1:]]
     assert hub.fetched.count(WEIGHTS) == 1
-    assert {record.model_path for record in outcomes} == {str(cached(cache))}
+    assert made == {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in cached(cache).iterdir()}
+    assert {record.base_path for record in outcomes} == {str(cached(cache))}
     assert [base_of(record).origin for record in outcomes] == ["downloaded"] + ["cache"] * 9
     repository = hub.repositories["models/acme/tiny"]
     size = (repository / WEIGHTS).stat().st_size
     assert base_of(outcomes[0]).bytes_fetched > size > base_of(outcomes[1]).bytes_fetched > 0
-    for path in cached(cache).iterdir():
-        if path.name != CACHE_MANIFEST:
-            assert path.read_bytes() == (repository / path.name).read_bytes()
     for context in contexts:
-        assert not context.workspace.models.exists()
+        assert not context.workspace.base.exists()
+        assert not [*context.workspace.models.rglob("*.safetensors")]
+        assert bytes_below(context.workspace.root) < size
+    alone = replace(job("alone"), mounts=replace(contexts[0].mounts, model_cache=None))
+    record = prepare(alone, Recorded())
+    assert {base_of(outcome).sha256 for outcome in outcomes} == {record.base_sha256} == {base_of(record).sha256}
+    own = contents(alone.workspace.base)
+    assert {name for name, content in contents(cached(cache)).items() if own[name] != content} == {MANIFEST}
+
+
+def test_another_quantization_or_another_release_of_a_library_is_another_base(
+    job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one job reads never changes for another."""
+    kinds: list[dict[str, Any]] = [{}, {"doubleQuant": False}, {"type": "fp4"}]
+    records = [prepare(job(f"job-{n}", {"quantization": kind}), Recorded()) for n, kind in enumerate(kinds)]
+    monkeypatch.setattr(cache_module, "installed", lambda _name: "99.0+cpu")
+    records.append(prepare(job("newer"), Recorded()))
+    monkeypatch.setattr(cache_module, "installed", lambda _name: "99.0+cu130")
+    assert prepare(job("on-a-gpu"), Recorded()).base_path == records[-1].base_path
+    assert {Path(record.base_path) for record in records} == set((cache / "quantized").glob("[0-9a-f]*"))
+    assert len({record.base_path for record in records}) == 4
+    assert [base_of(record).origin for record in records] == ["downloaded"] * 4
+
+
+def test_a_job_that_compares_with_the_original_has_its_own(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    context = job(spec={"lora": {"initialization": "loftq"}})
+    record = prepare(context, Recorded())
+    assert (record.base_path, [*cache.iterdir()]) == ("base", [])
+    assert "spec.lora.initialization loftq" in base_of(record).message
+    assert (context.workspace.root / record.model_path / WEIGHTS).is_file()
 
 
 def test_a_job_trains_and_publishes_from_the_cache_which_clean_leaves(
@@ -137,15 +175,26 @@ def test_a_job_trains_and_publishes_from_the_cache_which_clean_leaves(
     assert (cached(cache) / WEIGHTS).is_file()
 
 
-def test_training_does_not_start_on_a_model_that_has_changed_in_the_cache(
-    job: JobOf, hub: FakeHub, cache: Path
-) -> None:
+def test_training_does_not_start_on_a_base_that_has_changed_in_the_cache(job: JobOf, hub: FakeHub, cache: Path) -> None:
     context = job()
     prepare(context, Recorded())
     (cached(cache) / "adapter_config.json").write_text("{}")
     with pytest.raises(StepFailure, match=r"its manifest and its files differ in adapter_config\.json") as failure:
         train(context, Recorded(), stop=StopRequest(), now=lambda: datetime.now(UTC), monotonic=lambda: 0.0)
     assert failure.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+
+
+def test_nothing_is_kept_of_a_training_on_a_base_that_was_replaced_in_the_cache(
+    job: JobOf, hub: FakeHub, cache: Path
+) -> None:
+    """With a manifest that fits, after prepare: the sum is the one that prepare recorded."""
+    context = job()
+    prepare(context, Recorded())
+    with_a_matching_manifest(cached(cache))
+    with pytest.raises(StepFailure, match="but prepare recorded") as failure:
+        train(context, Recorded(), stop=StopRequest(), now=lambda: datetime.now(UTC), monotonic=lambda: 0.0)
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert not context.workspace.trained.exists()
 
 
 # Permission
@@ -186,35 +235,58 @@ def test_a_branch_that_has_moved_is_downloaded_and_the_older_commit_stays(
     hub.commits["models/acme/tiny"] = "b" * 40
     new = prepare(job("second"), Recorded())
     assert (new.model_revision, base_of(new).origin) == ("b" * 40, "downloaded")
-    assert (Path(new.model_path) / WEIGHTS).read_bytes() == (tiny_qwen2 / WEIGHTS).read_bytes()
-    assert {Path(old.model_path), Path(new.model_path)} == set((cache / "models").glob("[0-9a-f]*"))
+    assert old.base_sha256 != new.base_sha256
+    assert {Path(old.base_path), Path(new.base_path)} == set((cache / "quantized").glob("[0-9a-f]*"))
 
 
 # Damage
 
 
-def overwritten(folder: Path) -> None:
-    content = (folder / WEIGHTS).read_bytes()
-    write(folder / WEIGHTS, content[:-1] + bytes([content[-1] ^ 1]))
+def overwritten(folder: Path, name: str = WEIGHTS) -> None:
+    content = (folder / name).read_bytes()
+    write(folder / name, content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def with_a_matching_manifest(folder: Path) -> None:
-    """As somebody would who knows the format: what the server lists is what counts."""
+    """As somebody would who knows the format."""
     overwritten(folder)
     in_manifest(folder, WEIGHTS)
 
 
-def with_another_template(folder: Path) -> None:
-    """A small file, of which the hub lists no digest, and a manifest that fits it."""
-    content = (folder / "chat_template.jinja").read_bytes()
-    write(folder / "chat_template.jinja", content[::-1])
-    in_manifest(folder, "chat_template.jinja")
+def with_another_configuration(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_bytes()) | {"rms_norm_eps": 0.5}
+    write(folder / "config.json", json.dumps(config).encode())
+    in_manifest(folder, "config.json")
+
+
+def with_one_more_setting(folder: Path) -> None:
+    write(folder / "generation_config.json", b'{"temperature": 9}')
+    in_manifest(folder, "generation_config.json")
+
+
+def with_tensors_of_another_model(folder: Path, name: str = WEIGHTS) -> None:
+    tensors = load_file(folder / name)
+    (folder / name).unlink()
+    save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, folder / name)
+    in_manifest(folder, name)
+
+
+def of_another_original(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["sources"][WEIGHTS] = "0" * 64
+    write(folder / MANIFEST, json.dumps(manifest).encode())
+
+
+def of_another_quantization(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["quantization"]["type"] = "fp4"
+    write(folder / MANIFEST, json.dumps(manifest).encode())
 
 
 def in_manifest(folder: Path, name: str) -> None:
-    manifest = json.loads((folder / CACHE_MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][name] = describe_files({name: folder / name})[name].dump()
-    write(folder / CACHE_MANIFEST, json.dumps(manifest).encode())
+    write(folder / MANIFEST, json.dumps(manifest).encode())
 
 
 def shortened(folder: Path) -> None:
@@ -226,11 +298,11 @@ def without_weights(folder: Path) -> None:
 
 
 def without_a_manifest(folder: Path) -> None:
-    (folder / CACHE_MANIFEST).unlink()
+    (folder / MANIFEST).unlink()
 
 
 def with_a_broken_manifest(folder: Path) -> None:
-    write(folder / CACHE_MANIFEST, b"{")
+    write(folder / MANIFEST, b"{")
 
 
 def with_an_adapter(folder: Path) -> None:
@@ -270,8 +342,11 @@ def write(path: Path, content: bytes) -> None:
     "harm",
     [
         overwritten,
-        with_a_matching_manifest,
-        with_another_template,
+        with_another_configuration,
+        with_one_more_setting,
+        with_tensors_of_another_model,
+        of_another_original,
+        of_another_quantization,
         shortened,
         without_weights,
         without_a_manifest,
@@ -284,36 +359,50 @@ def write(path: Path, content: bytes) -> None:
         a_file_itself,
     ],
 )
-def test_a_cached_model_that_was_changed_is_replaced_from_the_server(
-    job: JobOf, hub: FakeHub, cache: Path, tiny_llama: Path, harm: Callable[[Path], None]
+def test_a_cached_base_that_was_changed_is_made_again(
+    job: JobOf, hub: FakeHub, cache: Path, harm: Callable[[Path], None]
 ) -> None:
-    prepare(job("first"), Recorded())
+    first = prepare(job("first"), Recorded())
+    sound = contents(cached(cache))
     harm(cached(cache))
     record = prepare(job("second"), Recorded())
     assert base_of(record).origin == "downloaded"
-    assert base_of(record).message.startswith("the model in the cache was damaged (")
-    assert {path.name for path in cached(cache).iterdir()} >= {WEIGHTS, "config.json", CACHE_MANIFEST}
-    assert not (cached(cache) / "adapter_config.json").exists()
-    for name in (WEIGHTS, "config.json", "tokenizer.json"):
-        assert not (cached(cache) / name).is_symlink()
-        assert (cached(cache) / name).read_bytes() == (tiny_llama / name).read_bytes()
+    assert base_of(record).message.startswith("the base in the cache was damaged (")
+    assert record.base_sha256 == first.base_sha256
+    assert contents(cached(cache)) == sound
+    assert not [path for path in cached(cache).iterdir() if path.is_symlink()]
+
+
+def test_the_sum_tells_a_base_with_other_numbers_that_somebody_has_planted(
+    job: JobOf, hub: FakeHub, cache: Path
+) -> None:
+    """No server knows the sum of a base: whoever can write to the claim can plant one, and anybody can compare."""
+    first = prepare(job("first"), Recorded())
+    with_a_matching_manifest(cached(cache))
+    second = prepare(job("second"), Recorded())
+    assert base_of(second).origin == "cache"
+    assert base_of(second).sha256 != base_of(first).sha256
 
 
 def in_two_parts(hub: FakeHub) -> list[str]:
     """Lay out the weights of the hub's model in two files; returns their names."""
     repository = hub.repositories["models/acme/tiny"]
     parts = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    shutil.copyfile(repository / WEIGHTS, repository / parts[0])
-    (repository / WEIGHTS).rename(repository / parts[1])
-    index = {"weight_map": {"a": parts[0], "b": parts[1]}}
-    (repository / "model.safetensors.index.json").write_text(json.dumps(index))
+    tensors = sorted(load_file(repository / WEIGHTS).items())
+    (repository / WEIGHTS).unlink()
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts):
+        held = dict(tensors[number::2])
+        save_file(held, repository / part)
+        weight_map |= dict.fromkeys(held, part)
+    (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return parts
 
 
-def test_what_is_sound_in_a_damaged_model_is_not_downloaded_again(job: JobOf, hub: FakeHub, cache: Path) -> None:
+def test_what_is_sound_in_a_damaged_base_is_not_made_again(job: JobOf, hub: FakeHub, cache: Path) -> None:
     parts = in_two_parts(hub)
     prepare(job("first"), Recorded())
-    write(cached(cache) / parts[1], (cached(cache) / parts[0]).read_bytes()[::-1])
+    write(cached(cache) / parts[1], (cached(cache) / parts[1]).read_bytes()[::-1])
     assert parts[1] in base_of(prepare(job("second"), Recorded())).message
     assert [name for name in hub.fetched if name in parts] == [*parts, parts[1]]
 
@@ -321,14 +410,14 @@ def test_what_is_sound_in_a_damaged_model_is_not_downloaded_again(job: JobOf, hu
 # At once, and killed
 
 
-def test_jobs_that_start_at_once_wait_for_one_download(job: JobOf, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+def test_jobs_that_start_at_once_wait_for_one_that_makes_the_base(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
     """Three processes, the first of which is held up while it downloads."""
     go_on, started = threading.Event(), threading.Event()
 
     def hold(method: str, path: str) -> Rejection | None:
         if method == "GET" and path.endswith(WEIGHTS):
             started.set()
-            go_on.wait(60)
+            go_on.wait(180)
         return None
 
     hub.reject = hold
@@ -336,7 +425,7 @@ def test_jobs_that_start_at_once_wait_for_one_download(job: JobOf, hub: FakeHub,
     running = [
         file.start("prepare", QLORA_MODEL_CACHE=str(cache), QLORA_POD_UID=f"pod-{n}") for n, file in enumerate(files)
     ]
-    assert started.wait(60)
+    assert started.wait(180)
     logs = [file.workspace / "records" / "prepare.log" for file in files]
     eventually(lambda: all(log.exists() for log in logs), seconds=60, every=0.05, what="three steps that run")
     go_on.set()
@@ -345,15 +434,14 @@ def test_jobs_that_start_at_once_wait_for_one_download(job: JobOf, hub: FakeHub,
         assert process.returncode == 0, stdout + stderr
     assert hub.fetched.count(WEIGHTS) == 1
     assert (cached(cache) / WEIGHTS).is_file()
+    assert not [path for file in files for path in file.workspace.rglob("model.safetensors")]
 
 
-def test_a_job_whose_model_another_one_has_completed_first_uses_that(
-    job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a volume without locks: both download, and the loser deletes its own."""
+def test_a_job_whose_base_another_one_has_completed_first_uses_that(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    """As on a volume without locks: both make one, and the loser deletes its own."""
     contexts = iter([job("second")])
     records: list[PrepareRecord] = []
-    (cache / "models").mkdir()
+    (cache / "quantized").mkdir()
 
     def meanwhile(_method: str, path: str) -> Rejection | None:
         context = next(contexts, None) if path.endswith(WEIGHTS) and _method == "GET" else None
@@ -367,7 +455,7 @@ def test_a_job_whose_model_another_one_has_completed_first_uses_that(
     hub.reject = meanwhile
     first = prepare(job("first"), Recorded())
     assert hub.fetched.count(WEIGHTS) == 2
-    assert first.model_path == records[0].model_path == str(cached(cache))
+    assert first.base_path == records[0].base_path == str(cached(cache))
     assert base_of(first).origin == "cache"
 
 
@@ -389,12 +477,11 @@ def test_the_next_pod_of_a_killed_job_fetches_what_is_missing(hub: FakeHub, cach
     process.communicate()
     hub.reject = lambda _method, _path: None
     go_on.set()
-    assert len(partials(cache)) == len([*(cache / "models").glob("[!.]*")]) + 1
+    assert len(partials(cache)) == len([*(cache / "quantized").glob("[!.]*")]) + 1
     done = files.run("prepare", QLORA_MODEL_CACHE=str(cache))
     assert done.exit_code == 0, done.stdout + done.stderr
     assert [name for name in hub.fetched if name in parts] == [*parts, parts[1]]
-    for name in parts:
-        assert (cached(cache) / name).read_bytes() == (hub.repositories["models/acme/tiny"] / name).read_bytes()
+    assert {path.name for path in cached(cache).glob("*.safetensors")} == set(parts)
 
 
 def aged(partial: Path, seconds: float) -> None:
@@ -403,6 +490,11 @@ def aged(partial: Path, seconds: float) -> None:
         if path.exists():
             at = path.stat().st_mtime - seconds
             os.utime(path, (at, at))
+
+
+def begun(partial: Path) -> Path:
+    """The folder of the base in that of the pod that makes it."""
+    return partial / ".base.partial"
 
 
 def left_behind(job: JobOf, hub: FakeHub, cache: Path) -> Path:
@@ -423,7 +515,7 @@ def test_what_a_stopped_job_has_left_is_used_by_another_once_it_is_stale(job: Jo
 
     class Told(Recorded):
         def progress(self, record: Any, *, force: bool = False) -> None:
-            if record.activity.startswith("waiting for another job to download model 0.3/0.5 MiB"):
+            if record.activity.startswith("waiting for another job to quantize model 0.1/0.2 MiB"):
                 waited.append(record.activity)
                 aged(partial, 130)
             super().progress(record, force=force)
@@ -433,6 +525,19 @@ def test_what_a_stopped_job_has_left_is_used_by_another_once_it_is_stale(job: Jo
     assert [name for name in hub.fetched if name.endswith(".safetensors")] == ["model-00002-of-00002.safetensors"]
     assert base_of(record).origin == "downloaded"
     cached(cache)
+
+
+@pytest.mark.parametrize("harm", [overwritten, with_tensors_of_another_model], ids=["damaged", "planted"])
+def test_what_a_stopped_job_has_left_is_made_again_unless_it_is_sound(
+    job: JobOf, hub: FakeHub, cache: Path, harm: Callable[[Path, str], None]
+) -> None:
+    partial, name = left_behind(job, hub, cache), "model-00001-of-00002.safetensors"
+    harm(begun(partial), name)
+    aged(partial, 130)
+    record = prepare(job("second"), Recorded())
+    assert name in hub.fetched
+    alone = replace(job("alone"), mounts=replace(job().mounts, model_cache=None))
+    assert record.base_sha256 == prepare(alone, Recorded()).base_sha256
 
 
 def test_a_folder_with_a_live_owner_is_never_taken_or_deleted(job: JobOf, hub: FakeHub, cache: Path) -> None:
@@ -463,8 +568,7 @@ def test_a_stale_folder_with_a_link_in_it_is_deleted_and_not_written_through(
 ) -> None:
     partial = left_behind(job, hub, cache)
     (tmp_path / "precious").write_text("precious")
-    (partial / "config.json").unlink()
-    (partial / "config.json").symlink_to(tmp_path / "precious")
+    (begun(partial) / "config.json").symlink_to(tmp_path / "precious")
     aged(partial, 10**4)
     record = prepare(job("second"), Recorded())
     assert (tmp_path / "precious").read_text() == "precious"
@@ -480,12 +584,14 @@ def test_a_damaged_folder_that_another_pod_has_replaced_meanwhile_is_not_set_asi
     one, other = (ModelCache(ModelCacheLayout(cache), name, "pod") for name in ("one", "other"))
     found = one.find(cached(cache).name)
     assert found is not None
-    manifest = CacheManifest.model_validate_json((found.path / CACHE_MANIFEST).read_bytes())
-    other.set_aside(found, manifest.files)
-    with other.claim(found.path.name) as partial:
-        assert partial is not None
-        assert other.complete(partial, found.path.name, manifest) == found.path
-    one.set_aside(found, [])
+    other.set_aside(found)
+    with other.claim(found.path.name) as place:
+        assert place is not None
+        begun(place.parent).rename(place)
+        write(place / "config.json", b"{}")
+        (place / "config.json").rename(place / "generation_config.json")
+        assert other.complete(place, found.path.name) == found.path
+    one.set_aside(found)
     assert (cached(cache) / WEIGHTS).is_file()
 
 
@@ -504,7 +610,7 @@ def test_a_volume_without_locks_holds_a_cache_too(
 # A cache that cannot be used
 
 
-def test_a_cache_without_room_is_said_and_the_model_goes_into_the_workspace(
+def test_a_cache_without_room_is_said_and_the_base_goes_into_the_workspace(
     job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage
@@ -515,10 +621,10 @@ def test_a_cache_without_room_is_said_and_the_model_goes_into_the_workspace(
     )
     records = Recorded()
     record = prepare(job(), records)
-    assert record.model_path == f"model/{hub.commit}"
+    assert record.base_path == "base"
     assert base_of(record).message == (
-        "the model cache cannot be used (it has 0.0 MiB free, and the model needs 0.3 MiB): the model was downloaded "
-        "into the workspace"
+        "the model cache cannot be used (it has 0.0 MiB free, and the base needs 0.2 MiB): the base was made in the "
+        "workspace"
     )
     assert any("the model cache cannot be used (" in line["activity"] for line in records.written)
     assert partials(cache) == []
@@ -549,7 +655,7 @@ def test_a_cache_that_cannot_be_written_costs_the_job_nothing(
 ) -> None:
     with broken(cache, failing, number):
         record = prepare(job(), Recorded())
-    assert record.model_path == f"model/{hub.commit}"
+    assert record.base_path == "base"
     assert f"the model cache cannot be used ({os.strerror(number)})" in base_of(record).message
     assert partials(cache) == []
 
@@ -575,28 +681,12 @@ def test_a_cache_that_can_only_be_read_is_read(job: JobOf, hub: FakeHub, cache: 
 
 def test_a_cache_whose_folder_is_a_link_is_not_used(job: JobOf, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
-    (cache / "models").symlink_to(tmp_path / "outside")
-    assert "models is a symbolic link" in base_of(prepare(job(), Recorded())).message
+    (cache / "quantized").symlink_to(tmp_path / "outside")
+    assert "quantized is a symbolic link" in base_of(prepare(job(), Recorded())).message
     assert [*(tmp_path / "outside").iterdir()] == []
 
 
 # Files
-
-
-def test_other_small_files_of_the_same_commit_are_another_folder(
-    job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As another release of the trainer would choose them: what one job reads never changes for another."""
-    first = prepare(job("first"), Recorded())
-    names = sorted(path.name for path in Path(first.model_path).iterdir())
-
-    monkeypatch.setattr(source, "TOKENIZER_FILES", source.TOKENIZER_FILES - {"chat_template.jinja"})
-    config = hub.repositories["models/acme/tiny"] / "tokenizer_config.json"
-    template = (hub.repositories["models/acme/tiny"] / "chat_template.jinja").read_text()
-    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
-    second = prepare(job("second"), Recorded())
-    assert not (Path(second.model_path) / "chat_template.jinja").exists()
-    assert sorted(path.name for path in Path(first.model_path).iterdir()) == names
 
 
 def test_pods_of_another_user_with_the_same_group_can_read_and_replace(job: JobOf, hub: FakeHub, cache: Path) -> None:
@@ -606,15 +696,14 @@ def test_pods_of_another_user_with_the_same_group_can_read_and_replace(job: JobO
         prepare(job("first"), Recorded())
     finally:
         os.umask(before)
-    modes = {path.relative_to(cache / "models"): path.stat().st_mode & 0o7777 for path in cached(cache).iterdir()}
-    assert set(modes.values()) == {0o444}
-    assert (cache / "models").stat().st_mode & 0o7777 == cached(cache).stat().st_mode & 0o7777 == 0o2775
-    assert (cache / "models" / ".lock").stat().st_mode & 0o7777 == 0o664
+    assert {path.stat().st_mode & 0o7777 for path in cached(cache).iterdir()} == {0o444}
+    assert (cache / "quantized").stat().st_mode & 0o7777 == cached(cache).stat().st_mode & 0o7777 == 0o2775
+    assert (cache / "quantized" / ".lock").stat().st_mode & 0o7777 == 0o664
 
 
 def test_clean_deletes_nothing_in_the_cache(job: JobOf, hub: FakeHub, cache: Path) -> None:
     context = job()
     prepare(context, Recorded())
-    context.workspace.models.symlink_to(cache / "models")
+    context.workspace.base.symlink_to(cached(cache))
     clean(context.workspace)
     assert (cached(cache) / WEIGHTS).is_file()

@@ -156,13 +156,15 @@ def test_jobs_that_share_a_cache_read_the_weights_once(
 ) -> None:
     first, second = (prepare(in_cache(make_context(MODEL), tmp_path, name), records) for name in ("first", "second"))
     assert weights_read(store) == 1
-    assert first.model_path == second.model_path
+    assert first.base_path == second.base_path
     assert first.model_revision == second.model_revision
     assert second.base is not None
     assert second.base.origin == "cache"
     volume = prepare(make_context(), records)
     assert volume.model_revision == first.model_revision
-    assert volume.base == BaseStatus(origin="volume", seconds=volume.base.seconds if volume.base else 0)
+    assert volume.base == BaseStatus(
+        origin="volume", sha256=first.base_sha256, seconds=volume.base.seconds if volume.base else 0
+    )
 
 
 @pytest.mark.usefixtures("model")

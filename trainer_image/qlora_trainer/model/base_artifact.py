@@ -15,6 +15,8 @@ from qlora_trainer.model.source import content_revision
 from qlora_trainer.stores.contents import PublishedFile
 
 MANIFEST = "base.json"
+FORMAT = 1
+"""Raised by a release that makes other bytes of the same original, for another reason than another library."""
 _MAX_MANIFEST_BYTES = 2**22
 _AGAIN = "create the job again"
 
@@ -22,6 +24,8 @@ _AGAIN = "create the job again"
 class BaseManifest(ObservedModel):
     """What the folder holds so far, and what it was made of."""
 
+    address: str = ""
+    """Of the original, for people who look for it in a cache."""
     version: str
     """Identifies the original: what is made of another one is another base."""
     quantization: QuantizationSpec

@@ -21,10 +21,17 @@ from qlora_trainer.core.filesystem import (
     remove_partials,
     sync,
 )
-from qlora_trainer.model.base_artifact import BaseManifest, has_files, has_size, read_manifest, write_manifest
+from qlora_trainer.model.base_artifact import (
+    MANIFEST,
+    BaseManifest,
+    has_files,
+    has_size,
+    read_manifest,
+    write_manifest,
+)
 from qlora_trainer.model.base_layout import BaseLayout, Part
 from qlora_trainer.model.four_bit import quantize
-from qlora_trainer.model.source import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
+from qlora_trainer.model.source import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, OnBytes
 from qlora_trainer.model.source_quantization import ORIGINAL
 from qlora_trainer.model.stored_layer import StoredTensor
 from qlora_trainer.model.weights_file import DTYPES, write_weights
@@ -34,11 +41,11 @@ from qlora_trainer.stores.contents import PublishedFile
 class BaseConversion:
     """The base in `target`, which is complete or absent, and what an earlier attempt has made of it. See Conversion."""
 
-    def __init__(self, target: Path, settings: Path, version: str, layout: BaseLayout) -> None:
+    def __init__(self, target: Path, settings: Path, version: str, layout: BaseLayout, address: str = "") -> None:
         """Delete what was made of another original: there may be no room for both.
 
         A base that has lost a file is incomplete again. `settings` is the folder with the model's config.json,
-        `version` identifies the original.
+        `version` identifies the original, which people know by its `address`.
         """
         self._target, self._settings, self._layout = target, settings, layout
         self._folder = target
@@ -52,7 +59,9 @@ class BaseConversion:
             found = read_manifest(self._folder)
         if found is None or not _is_of(found, version, layout.quantization):
             new_folder(self._folder)
-            found = BaseManifest(version=version, quantization=layout.quantization, sources={}, files={})
+            found = BaseManifest(
+                address=address, version=version, quantization=layout.quantization, sources={}, files={}
+            )
         # Of an attempt that was killed while it wrote one of them: the folder may have nothing else in it.
         remove_partials(self._folder)
         self._manifest = found
@@ -81,6 +90,32 @@ class BaseConversion:
         sync(self._folder)
         self._note({path.name: written}, {path.name: sha256})
 
+    def keep_sound(self, originals: Mapping[str, str | None], on_bytes: OnBytes) -> None:
+        """Read what is there, and delete all but sound files that were made of these originals, by name with SHA-256.
+
+        For a folder to which others write. Where the server does not know a digest, any counts. The base is
+        incomplete afterwards.
+        """
+        if self._folder == self._target:
+            self._folder = partial_path(self._target)
+            remove(self._folder)
+            self._target.rename(self._folder)
+        known, sources = self._manifest.files, self.digests
+        total, finished, sound = sum(known[name].size for name in sources), 0, {}
+        for name, original in sources.items():
+            read = file_sha256(self._folder / name)
+            if read == known[name].sha256 and name in originals and (originals[name] or original) == original:
+                sound[name] = original
+            finished += known[name].size
+            on_bytes(finished, total)
+        for path in self._folder.iterdir():
+            if path.name not in sound and path.name != MANIFEST:
+                remove(path)
+        self._manifest = self._manifest.model_copy(
+            update={"files": {name: known[name] for name in sound}, "sources": sound}
+        )
+        write_manifest(self._folder, self._manifest)
+
     def complete(self) -> BaseManifest:
         """Add the configuration and the index, and give the folder its name; returns what is in it.
 
@@ -88,17 +123,8 @@ class BaseConversion:
         """
         if self._folder == self._target:
             return self._manifest
-        files = {name: _names(self._folder / name) for name in self._manifest.sources}
-        self._layout.require_complete({name for names in files.values() for name in names})
-        if files.keys() != {WEIGHTS}:
-            weight_map = {name: file for file, names in sorted(files.items()) for name in names}
-            total = sum(self._manifest.files[name].size for name in files)
-            self._add(WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        settings = json.loads((self._settings / CONFIG).read_bytes())
-        self._add(CONFIG, settings | {"quantization_config": self._layout.library_config().to_dict()})
-        generation = self._settings / GENERATION_CONFIG
-        if generation.is_file():
-            self._write(GENERATION_CONFIG, generation.read_bytes())
+        for name, content in small_files(self._folder, self._manifest, self._settings, self._layout).items():
+            self._write(name, content)
         complete_folder(self._folder, self._target)
         self._folder = self._target
         return self._manifest
@@ -123,9 +149,6 @@ class BaseConversion:
                 for entry in islice(entries, len(layer)):
                     yield _filled(layer[entry.name.removeprefix(name)], entry.shape)
 
-    def _add(self, name: str, content: Mapping[str, Any]) -> None:
-        self._write(name, json.dumps(content, indent=2).encode() + b"\n")
-
     def _write(self, name: str, content: bytes) -> None:
         path = self._folder / name
         path.write_bytes(content)
@@ -137,6 +160,28 @@ class BaseConversion:
             update={"files": known.files | dict(files), "sources": known.sources | dict(sources)}
         )
         write_manifest(self._folder, self._manifest)
+
+
+def small_files(folder: Path, manifest: BaseManifest, settings: Path, layout: BaseLayout) -> Mapping[str, bytes]:
+    """What a base has besides the weights, which are in the folder: its configuration and, of several files, an index.
+
+    Raises StepFailure MODEL_UNAVAILABLE if the weights lack a tensor of the model.
+    """
+    files = {name: _names(folder / name) for name in manifest.sources}
+    layout.require_complete({name for names in files.values() for name in names})
+    config = json.loads((settings / CONFIG).read_bytes())
+    found = {CONFIG: _json(config | {"quantization_config": layout.library_config().to_dict()})}
+    if files.keys() != {WEIGHTS}:
+        weight_map = {name: file for file, names in sorted(files.items()) for name in names}
+        total = sum(manifest.files[name].size for name in files)
+        found[WEIGHTS_INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+    if (settings / GENERATION_CONFIG).is_file():
+        found[GENERATION_CONFIG] = (settings / GENERATION_CONFIG).read_bytes()
+    return found
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode() + b"\n"
 
 
 def _is_of(manifest: BaseManifest | None, version: str, quantization: QuantizationSpec) -> bool:

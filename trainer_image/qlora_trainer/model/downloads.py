@@ -5,14 +5,11 @@ from hashlib import sha256
 from pathlib import Path
 from re import fullmatch
 
-from qlora_api.contract import ModelCacheLayout
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, Source, VolumeSource, parse_source
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artifact
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.model.cache import ModelCache
-from qlora_trainer.model.cached_source import CachedDownload
 from qlora_trainer.model.source import DownloadedModel, ModelSource, RemoteModel, VolumeModel, content_revision
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.model_pack import archives, unpack
@@ -128,11 +125,7 @@ def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> ModelSour
         return VolumeModel(context.mounts, source)
     remote = _remote_model(source, context, hub)
     keeps_weights = context.spec.lora.initialization == "loftq"
-    download = DownloadedModel(remote, context.workspace.models, keeps_weights=keeps_weights)
-    folder = context.mounts.model_cache
-    if folder is None or download.is_complete:
-        return download
-    return CachedDownload(remote, download, ModelCache(ModelCacheLayout(folder), context.job_uid, context.pod_uid))
+    return DownloadedModel(remote, context.workspace.models, keeps_weights=keeps_weights)
 
 
 def _remote_model(source: Source, context: StepContext, hub: Callable[[], Hub]) -> RemoteModel:

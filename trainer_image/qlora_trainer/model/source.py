@@ -43,6 +43,7 @@ TOKENIZER_FILES = frozenset(
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 QUANTIZING = "quantizing"
+Origin = Literal["downloaded", "cache", "volume"]
 OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the total."""
 
@@ -63,10 +64,8 @@ class ModelSource(Protocol):
 
     activity: str
     """What `weights` does, for the progress record."""
-    origin: Literal["downloaded", "cache", "volume"]
+    origin: Origin
     """Where the weights came from, once `weights` has returned."""
-    remark: str
-    """What a user should know about a cache that could not be used; empty if there is nothing."""
 
     @property
     def bytes_fetched(self) -> int:
@@ -175,8 +174,7 @@ class DownloadedModel:
     """A model on a server, downloaded into a partial folder until it is complete."""
 
     activity = "downloading"
-    origin: Literal["downloaded", "cache", "volume"] = "downloaded"
-    remark = ""
+    origin: Origin = "downloaded"
 
     def __init__(self, remote: RemoteModel, models: Path, *, keeps_weights: bool = False) -> None:
         """Choose the files. `models`: folder of downloaded models, one folder for each version.
@@ -184,17 +182,12 @@ class DownloadedModel:
         A file of weights is deleted as soon as it is converted, so that one at a time takes room, unless
         `keeps_weights`.
         """
-        self._remote = remote
-        self._keeps_weights = keeps_weights
+        self.remote = remote
+        self.keeps_weights = keeps_weights
         self.small_files = choose_settings(remote.sizes, remote.uri)
         self.bytes_fetched = 0
         self._target = models / remote.version
         self.folder = self._target if self._target.is_dir() else partial_path(self._target)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether an earlier attempt has downloaded all of it."""
-        return self.folder == self._target
 
     def settings(self) -> Path:
         """See ModelSource."""
@@ -207,28 +200,30 @@ class DownloadedModel:
 
     def check_weights(self, beside: int) -> None:
         """See ModelSource."""
-        held = self.weight_bytes() if self._keeps_weights else max(map(self._size, self.weight_names()))
+        held = self.weight_bytes() if self.keeps_weights else max(map(self._size, self.weight_names()))
         missing = max(0, held - bytes_below(self.folder)) + beside
-        require_space(self.folder, missing, f"the download of {self._remote.uri} and its 4-bit base")
+        purpose = f"the download of {self.remote.uri}" + (" and its 4-bit base" if beside else "")
+        require_space(self.folder, missing, purpose)
 
     def version(self, _on_bytes: OnBytes) -> str:
         """See ModelSource."""
-        return self._remote.version
+        return self.remote.version
 
     def weights(self, conversion: Conversion, on_bytes: OnBytes) -> str:
         """See ModelSource."""
-
-        def convert(path: Path) -> None:
-            if path.name not in conversion.digests:
-                conversion.convert(path, self._remote.digests.get(path.name) or file_sha256(path))
-            if not self._keeps_weights:
+        total, finished = self.weight_bytes(), 0
+        for name in self.weight_names():
+            path, before = self.folder / name, finished
+            if self.keeps_weights or name not in conversion.digests:
+                self._fetch(name, self.folder, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
+                require_whole(path, f"{self.remote.uri}/{name}")
+            if name not in conversion.digests:
+                conversion.convert(path, self.remote.digests.get(name) or file_sha256(path))
+            if not self.keeps_weights:
                 remove(path)
-
-        converted = frozenset() if self._keeps_weights else frozenset(conversion.digests)
-        for name in converted:
-            remove(self.folder / name)
-        self.fetch_weights(self.folder, on_bytes, convert, but=converted)
-        return self._remote.revision(lambda: {**self.small_digests(), **conversion.digests})
+            finished += self._size(name)
+            on_bytes(finished, total)
+        return self.remote.revision(lambda: {**self.small_digests(), **conversion.digests})
 
     def small_digests(self) -> dict[str, str]:
         """SHA-256 of each of the small files, once they are there, by its name."""
@@ -236,7 +231,7 @@ class DownloadedModel:
 
     def complete(self) -> Path:
         """See ModelSource."""
-        if not self.is_complete:
+        if self.folder != self._target:
             complete_folder(self.folder, self._target)
             self.folder = self._target
         return self.folder
@@ -244,56 +239,27 @@ class DownloadedModel:
     def weight_names(self) -> list[str]:
         """The names of the weights' files, once the small files are there."""
         index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self.small_files else None
-        return weight_files(index, self._remote.sizes, self._remote.uri)
+        return weight_files(index, self.remote.sizes, self.remote.uri)
 
     def weight_bytes(self) -> int:
         """Bytes of all of them."""
         return sum(map(self._size, self.weight_names()))
 
-    def fetch_weights(
-        self,
-        folder: Path,
-        on_bytes: OnBytes,
-        use: Callable[[Path], None] = lambda _path: None,
-        *,
-        but: Collection[str] = (),
-    ) -> None:
-        """Download them into a folder, each whole; what an earlier attempt has left there is used.
-
-        `use` is called for each when it is there. Files of the names `but` are left out.
-        """
-        total, finished = self.weight_bytes(), 0
-        for name in self.weight_names():
-            if name not in but:
-                before = finished
-                self._fetch(name, folder, lambda done, before=before: on_bytes(before + done, total))  # type: ignore[misc]
-                require_whole(folder / name, f"{self._remote.uri}/{name}")
-                use(folder / name)
-            finished += self._size(name)
-            on_bytes(finished, total)
-
     def _size(self, name: str) -> int:
-        return self._remote.sizes[name]
-
-    def discard(self) -> None:
-        """Delete what has been downloaded here: it is elsewhere."""
-        remove(self.folder)
-        if not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
+        return self.remote.sizes[name]
 
     def _fetch(self, name: str, folder: Path, on_bytes: Callable[[int], None]) -> None:
         before = bytes_below(folder)
-        self._remote.fetch(name, folder, on_bytes)
+        self.remote.fetch(name, folder, on_bytes)
         # The hub's client leaves notes of its own beside the files.
-        self.bytes_fetched += min(max(bytes_below(folder) - before, 0), self._remote.sizes[name])
+        self.bytes_fetched += min(max(bytes_below(folder) - before, 0), self.remote.sizes[name])
 
 
 class VolumeModel:
     """A model in a folder of a mounted volume: read in place, never copied."""
 
-    origin: Literal["downloaded", "cache", "volume"] = "volume"
+    origin: Origin = "volume"
     bytes_fetched = 0
-    remark = ""
 
     def __init__(self, mounts: Mounts, source: VolumeSource) -> None:
         """List the files. Raises StepFailure UNSAFE_ARTIFACT for one that is not a regular file inside the folder."""

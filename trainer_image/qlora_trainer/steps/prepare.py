@@ -17,14 +17,12 @@ from qlora_trainer.core.completion import PrepareRecord, read_completion, record
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import (
-    bytes_below,
     complete_folder,
     is_full,
     new_folder,
     partial_path,
     remove,
     remove_partials,
-    require_space,
     sizes,
 )
 from qlora_trainer.core.records import RecordWriter
@@ -34,13 +32,13 @@ from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.locate import DataAccess
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base_artifact import is_present
-from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.cache import is_whole
+from qlora_trainer.model.cached_base import open_base_source
 from qlora_trainer.model.check import advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.memory_fit import MemoryFit
-from qlora_trainer.model.source import CONFIG, ModelSource, tokenizer_digests
+from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination, published_addresses
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
@@ -95,7 +93,8 @@ def _prepare(
     advise_learning_rate(memory.parameters or 0, training.learning_rate)
     tokenizer, tokenizer_files = Tokenizer(folder), tokenizer_digests(folder)
     layout = BaseLayout.of(folder, spec.quantization)
-    _require_room(workspace, source, layout)
+    bases = open_base_source(context, source, folder, layout)
+    bases.require_room()
 
     dataset = DatasetBuilder(
         spec.dataset,
@@ -115,22 +114,20 @@ def _prepare(
     started = now()
 
     def on_bytes(done: int, total: int) -> None:
-        say(f"{source.activity} model {sizes(done, total)}")
+        say(f"{bases.activity} model {sizes(done, total)}")
 
-    conversion = BaseConversion(workspace.base, folder, source.version(on_bytes), layout)
-    revision = source.weights(conversion, on_bytes)
-    base = conversion.complete()
+    base = bases.base(on_bytes)
     fetching += now() - started
-    resolved = ResolvedInputs(revision, tokenizer_files, dataset.training.sha256, dataset.evaluation_sha256)
+    resolved = ResolvedInputs(base.revision, tokenizer_files, dataset.training.sha256, dataset.evaluation_sha256)
     fingerprint = resolved.fingerprint(spec)
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, workspace.data / fingerprint)
     return PrepareRecord(
         fingerprint=fingerprint,
         model_path=recorded_path(source.complete(), workspace.root),
-        model_revision=revision,
-        base_path=recorded_path(workspace.base, workspace.root),
-        base_sha256=base.sha256,
+        model_revision=base.revision,
+        base_path=recorded_path(base.folder, workspace.root),
+        base_sha256=base.manifest.sha256,
         data_path=recorded_path(workspace.data / fingerprint, workspace.root),
         target_modules=model.family.target_modules,
         packed=packed,
@@ -142,10 +139,11 @@ def _prepare(
         dataset=dataset.status(),
         measured=memory.measured,
         base=BaseStatus(
-            origin=source.origin,
+            origin=bases.origin,
+            sha256=base.manifest.sha256,
             bytes_fetched=source.bytes_fetched,
             seconds=max(0, round(fetching.total_seconds())),
-            message=source.remark,
+            message=bases.remark,
         ),
     )
 
@@ -161,14 +159,6 @@ def _check_destinations(context: StepContext) -> None:
         )
 
 
-def _require_room(workspace: WorkspaceLayout, source: ModelSource, layout: BaseLayout) -> None:
-    """Raise StepFailure unless the volumes have room for the weights, and beside them for what the base lacks."""
-    beside = max(0, layout.bytes - bytes_below(partial_path(workspace.base)) - bytes_below(workspace.base))
-    source.check_weights(beside)
-    workspace.root.mkdir(parents=True, exist_ok=True)
-    require_space(workspace.root, beside, "the 4-bit base")
-
-
 def _open_hub(context: StepContext) -> Hub:
     reference = context.spec.model.token_secret_ref
     secret = None if reference is None else f"Secret {reference.name!r} with key {reference.key!r}"
@@ -181,7 +171,7 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
     if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
         return None
-    if not is_whole(folder, context.mounts.model_cache):
+    if not is_whole(root / record.base_path, context.mounts.model_cache):
         return None
     if spec.lora.initialization == "loftq" and not any(folder.glob("*.safetensors")):
         return None

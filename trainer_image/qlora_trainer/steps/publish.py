@@ -122,7 +122,7 @@ def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
 def _verify(job: TrainedJob, context: StepContext) -> Path:
     """The folder of the trained adapter, after every check. Raises StepFailure."""
     workspace, prepared, trained = context.workspace, job.prepared, job.trained
-    require_whole_in_cache(workspace.root / prepared.model_path, context.mounts.model_cache)
+    require_whole_in_cache(workspace.root / prepared.base_path, context.mounts.model_cache)
     require_own_training(prepared, trained, job.spec, workspace)
     folder = confined(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(

@@ -63,7 +63,7 @@ def train(
     record matches. Raises StepFailure, or Interrupted after saving when `stop` was set.
     """
     prepared = _prepared(context)
-    require_whole_in_cache(context.workspace.root / prepared.model_path, context.mounts.model_cache)
+    require_whole_in_cache(context.workspace.root / prepared.base_path, context.mounts.model_cache)
     rank_info = RankInfo.of(os.environ, context.spec.resources)
     job = _Job(context, prepared, run_fingerprint(context.spec, prepared, context.device, rank_info.size))
     done = _already_trained(context, job.digest)

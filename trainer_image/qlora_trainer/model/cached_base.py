@@ -1,0 +1,220 @@
+"""Gets the 4-bit base from the cache of a namespace, or makes it there for the jobs after this one."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from qlora_api.contract import ModelCacheLayout
+from qlora_api.printable import one_line, shortened
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.filesystem import bytes_below, sizes
+from qlora_trainer.model.base_artifact import BaseManifest
+from qlora_trainer.model.base_conversion import BaseConversion, small_files
+from qlora_trainer.model.base_layout import BaseLayout
+from qlora_trainer.model.base_source import Base, BaseSource, WorkspaceBase
+from qlora_trainer.model.cache import (
+    CachedFolder,
+    DamagedCacheError,
+    ModelCache,
+    UnusableCacheError,
+    cache_key,
+    volume_errors,
+)
+from qlora_trainer.model.source import DownloadedModel, ModelSource, OnBytes, Origin
+from qlora_trainer.stores.contents import describe_files
+
+_MAKING = "downloading and quantizing"
+_WAIT_SECONDS = 2.0
+_MAX_REMARK = 256
+_LOFTQ = "spec.lora.initialization loftq compares with the 16-bit model, which is not cached: the job has its own"
+
+
+def open_base_source(context: StepContext, source: ModelSource, settings: Path, layout: BaseLayout) -> BaseSource:
+    """Where the job's base comes from. `settings`: the folder of the model's config.json.
+
+    A model on a volume is read in place, and its base is the job's own. So is one whose original is kept.
+    """
+    folder, target = context.mounts.model_cache, context.workspace.base
+    if folder is None or not isinstance(source, DownloadedModel):
+        return WorkspaceBase(source, target, settings, layout)
+    if source.keeps_weights:
+        return WorkspaceBase(source, target, settings, layout, remark=_LOFTQ)
+    own = WorkspaceBase(source, target, settings, layout)
+    if own.is_complete(source.remote.version):
+        return own
+    cache = ModelCache(ModelCacheLayout(folder), context.job_uid, context.pod_uid)
+    return CachedBase(source, own, cache, settings, layout)
+
+
+class CachedBase:
+    """A base that is shared. See BaseSource.
+
+    The server is asked for every file with the job's own credentials in any case: a job that may not read the model
+    gets no further. Where the cache cannot be used, the base is made in the workspace, and `remark` has the reason.
+    """
+
+    def __init__(
+        self,
+        download: DownloadedModel,
+        own: WorkspaceBase,
+        cache: ModelCache,
+        settings: Path,
+        layout: BaseLayout,
+        wait: Callable[[], None] = lambda: time.sleep(_WAIT_SECONDS),
+    ) -> None:
+        """`own`: used without the cache. `wait` lets some time pass while another pod makes the same base."""
+        self.activity = _MAKING
+        self.origin: Origin = "downloaded"
+        self.remark = ""
+        self._download, self._own, self._cache, self._wait = download, own, cache, wait
+        self._settings, self._layout = settings, layout
+        self._key = cache_key(download.remote.version, layout.quantization)
+
+    def require_room(self) -> None:
+        """See BaseSource. Whether the cache is sound is found out when it is read."""
+        try:
+            here = self._cache.find(self._key) is not None or self._cache.bytes_being_made(self._key) is not None
+            if here:
+                return
+            if self._layout.bytes <= self._cache.free_bytes():
+                self._download.check_weights(0)
+                return
+        except UnusableCacheError as error:
+            reason = str(error)
+        else:
+            reason = self._no_room(0)
+        try:
+            self._own.require_room()
+        except StepFailure as failure:
+            raise StepFailure(
+                failure.exit_code, f"{failure.message}; the model cache cannot be used: {reason}"
+            ) from None
+
+    def base(self, on_bytes: OnBytes) -> Base:
+        """See BaseSource."""
+        try:
+            base = self._through_cache(on_bytes)
+        except UnusableCacheError as error:
+            reason = str(error)
+        else:
+            self._own.discard()
+            return base
+        self.activity = f"the model cache cannot be used ({reason}): {_MAKING}"
+        self.remark = _remark(f"the model cache cannot be used ({reason}): the base was made in the workspace")
+        self._own.require_room()
+        return self._own.base(on_bytes)
+
+    def _through_cache(self, on_bytes: OnBytes) -> Base:
+        while True:
+            found = self._cache.find(self._key)
+            base = None if found is None else self._use(found, on_bytes)
+            if base is not None:
+                self.origin = "cache"
+                return base
+            with self._cache.claim(self._key) as place:
+                # Another pod may have completed it between the two.
+                if place is not None and self._cache.find(self._key) is None:
+                    base = self._make(place, on_bytes)
+                elif place is not None:
+                    self._cache.discard(place)
+            if base is not None:
+                return base
+            if place is None:
+                self.activity = "waiting for another job to quantize"
+                on_bytes(min(self._cache.bytes_being_made(self._key) or 0, self._layout.bytes), self._layout.bytes)
+                self._wait()
+
+    def _use(self, found: CachedFolder, on_bytes: OnBytes) -> Base | None:
+        """The base in the cache; None if it was damaged, and is then set aside."""
+        self._download.remote.require_readable(self._download.weight_names())
+        self.activity = "checking the cached"
+        try:
+            manifest = found.manifest()
+            found.require_sound(manifest, on_bytes)
+            self._require_of_model(found.path, manifest)
+        except DamagedCacheError as damage:
+            self.remark = _remark(f"the base in the cache was damaged ({damage}): what is wrong was made again")
+            self._cache.set_aside(found)
+            return None
+        return Base(found.path, manifest, self._revision(manifest))
+
+    def _require_of_model(self, folder: Path, manifest: BaseManifest) -> None:
+        """Raise DamagedCacheError unless all but the numbers in it is what this job would have made.
+
+        Of weights nothing tells but their sum, which is the manifest's.
+        """
+        originals = self._originals()
+        made_of = {name: originals.get(name) or digest for name, digest in manifest.sources.items()}
+        wanted = (self._download.remote.version, self._layout.quantization, originals.keys(), manifest.sources)
+        if (manifest.version, manifest.quantization, manifest.sources.keys(), made_of) != wanted:
+            raise DamagedCacheError("it was made of another model")
+        try:
+            small = small_files(folder, manifest, self._settings, self._layout)
+        except (StepFailure, SafetensorError, OSError) as error:
+            raise DamagedCacheError("its weights are not those of the model") from error
+        if manifest.files != {name: manifest.files[name] for name in originals} | describe_files(small):
+            raise DamagedCacheError("its configuration is another one")
+
+    def _make(self, place: Path, on_bytes: OnBytes) -> Base | None:
+        """Make it where the cache has said; None if another pod has been faster."""
+        self._download.remote.require_readable(self._download.weight_names())
+        with volume_errors():
+            present = bytes_below(place.parent)
+        if self._layout.bytes - present > self._cache.free_bytes():
+            raise UnusableCacheError(self._no_room(present))
+        self._download.check_weights(0)
+        remote = self._download.remote
+        with volume_errors():
+            conversion = BaseConversion(place, self._settings, remote.version, self._layout, remote.uri)
+            self.activity = "checking what another job has left of"
+            conversion.keep_sound(self._originals(), on_bytes)
+            kept = bool(conversion.digests)
+        self.activity = _MAKING
+        self._download.weights(_InCache(conversion), on_bytes)
+        try:
+            with volume_errors():
+                manifest = conversion.complete()
+        except (StepFailure, SafetensorError):
+            if not kept:
+                raise
+            # What another pod has left does not fit the model, whatever its sums are: the next round begins anew.
+            self._cache.discard(place)
+            return None
+        folder = self._cache.complete(place, self._key)
+        return None if folder is None else Base(folder, manifest, self._revision(manifest))
+
+    def _originals(self) -> dict[str, str | None]:
+        """SHA-256 of each file of weights, by its name, where the server knows it."""
+        return {name: self._download.remote.digests.get(name) for name in self._download.weight_names()}
+
+    def _revision(self, manifest: BaseManifest) -> str:
+        return self._download.remote.revision(lambda: {**self._download.small_digests(), **manifest.sources})
+
+    def _no_room(self, present: int) -> str:
+        needed = self._layout.bytes - present
+        return f"it has {sizes(self._cache.free_bytes())} free, and the base needs {sizes(needed)}"
+
+
+@dataclass(frozen=True)
+class _InCache:
+    """A conversion whose volume is the cache's. See Conversion."""
+
+    conversion: BaseConversion
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        with volume_errors():
+            return self.conversion.digests
+
+    def convert(self, path: Path, sha256: str) -> None:
+        with volume_errors():
+            self.conversion.convert(path, sha256)
+
+
+def _remark(text: str) -> str:
+    """The text, which may quote the name of a file that anybody has put there, as a status can have it."""
+    return shortened(one_line(text), _MAX_REMARK)
