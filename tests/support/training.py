@@ -104,6 +104,7 @@ def prepared(root: Path, model: Path, spec: dict[str, Any] | None = None, *, pac
         target_modules=family.target_modules,
         packed=packed,
         mixture_of_experts=family.mixture_of_experts,
+        experts_in_mxfp4=family.experts_in_mxfp4,
         model_type=family.model_type,
         attention=None if family.attention == ATTENTION else family.attention,
         memory=MemoryStatus(estimate_bytes=1, low_bytes=1, high_bytes=1, verdict="unknown"),

@@ -22,6 +22,8 @@ _CONTEXT_BYTES = 600_000_000
 # NF4 with one 32-bit constant per block of 64; double quantization makes it an 8-bit constant plus a 32-bit one per
 # 256 blocks (arXiv 2305.14314, section 3): 4.5 and 4.127 bits per parameter.
 _WEIGHT_BITS = 4
+# Two values a byte and a scale of one byte per group of 32 (OCP Microscaling Formats 1.0).
+_MXFP4_BITS = 4 + 8 / 32
 _CONSTANT_BITS_SINGLE = 32 / 64
 _CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
 _OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
@@ -214,6 +216,8 @@ class WeightCounts:
     """Those of the adapter in tensors that are large enough to be paged."""
     whole_parameters: int
     """Of modules that are trained whole."""
+    mxfp4_parameters: int = 0
+    """Of experts in MXFP4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,10 +321,11 @@ def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, 
     constant_bits = _CONSTANT_BITS_DOUBLE if training.double_quantization else _CONSTANT_BITS_SINGLE
     constants = weights.quantized_parameters * constant_bits / 8
     packed = weights.quantized_parameters * _WEIGHT_BITS / 8
+    experts = weights.mxfp4_parameters * _MXFP4_BITS / 8
     if training.sharding == "none" or training.gpus == 1:
-        return math.ceil(packed + constants), 0
+        return math.ceil(packed + constants + experts), 0
     gathered = min(_GATHERED_BLOCKS, weights.blocks) * packed / weights.blocks
-    return math.ceil(packed / training.gpus + constants), math.ceil(gathered)
+    return math.ceil(packed / training.gpus + constants + experts), math.ceil(gathered)
 
 
 def _trained_parameters(model: ModelShape, training: TrainingShape) -> tuple[int, int, int]:

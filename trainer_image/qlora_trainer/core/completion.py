@@ -26,6 +26,7 @@ class PrepareRecord(ObservedModel):
     packed: bool = Field(description="Whether a sequence may hold several rows.")
     rows_apart: bool = Field(False, description="Whether a micro batch may hold several rows.")
     mixture_of_experts: bool = Field(False, description="Whether the base has routed experts, which are in 4-bit too.")
+    experts_in_mxfp4: bool = Field(False, description="Whether these are in MXFP4, as they were published.")
     model_type: str
     attention: str | None = Field(None, description="transformers' attention that the model needs; not set for ours.")
     memory: MemoryStatus

@@ -29,6 +29,7 @@ class MeasuredMemory(ObservedModel):
     blocks: Count = Field(description="Blocks of the decoder.")
     rank: Count = Field(description="The adapter's rank.")
     quantized_parameters: Count = Field(description="Weights in 4-bit layers.")
+    mxfp4_parameters: Count = Field(0, description="Weights of experts in MXFP4.")
     unquantized_bytes: Bytes = Field(description="Frozen weights that are not in 4-bit.")
     adapter_parameters: Count = Field(description="Weights of the adapter.")
     pageable_parameters: Count = Field(description="Those in tensors that are large enough to be paged.")

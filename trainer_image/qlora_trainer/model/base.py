@@ -20,7 +20,7 @@ from qlora_trainer.model.base_layout import library_config
 from qlora_trainer.model.decoder import outer_parameters
 from qlora_trainer.model.dequantization import correct_dequantization
 from qlora_trainer.model.expert_loading import load_experts
-from qlora_trainer.model.expert_stack import expert_stacks
+from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
 from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
@@ -128,7 +128,7 @@ def check_quantization(model: Any, quantization: QuantizationSpec) -> None:
             )
         quantized += state.shape.numel()
     for name, stack in expert_stacks(model):
-        if stack.quantization != quantization:
+        if isinstance(stack, ExpertStack) and stack.quantization != quantization:
             raise _wrongly_loaded(model, f"{name} is quantized as {stack.quantization}")
         quantized += stack.parameters_count
     inner = quantized + _unquantized_inner_parameters(model)

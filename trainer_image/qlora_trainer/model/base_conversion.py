@@ -31,6 +31,7 @@ from qlora_trainer.model.base_artifact import (
 )
 from qlora_trainer.model.base_layout import BaseLayout, Part
 from qlora_trainer.model.four_bit import quantize
+from qlora_trainer.model.mxfp4_stack import Mxfp4Tensor
 from qlora_trainer.model.source import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, OnBytes
 from qlora_trainer.model.source_quantization import ORIGINAL
 from qlora_trainer.model.stored_layer import StoredTensor
@@ -193,7 +194,7 @@ def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
     return tensor.get_dtype(), tuple(tensor.get_shape())
 
 
-def _ours(layer: StoredTensor, stored: str, tensor: Tensor, file: str) -> Tensor:
+def _ours(layer: StoredTensor | Mxfp4Tensor, stored: str, tensor: Tensor, file: str) -> Tensor:
     try:
         return layer.ours(tensor)
     except ValueError as error:

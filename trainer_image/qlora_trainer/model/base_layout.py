@@ -22,8 +22,15 @@ from qlora_trainer.model.expert_layout import ExpertLayout, Place, entry_name, m
 from qlora_trainer.model.expert_quantizer import ExpertsConfig
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.layer_format import BLOCK, OUTER_BLOCK, layer_bytes
+from qlora_trainer.model.mxfp4_stack import Mxfp4Tensor, tensors_of
 from qlora_trainer.model.source import CONFIG
-from qlora_trainer.model.source_quantization import ORIGINAL, SETTINGS, require_agreement, source_quantization
+from qlora_trainer.model.source_quantization import (
+    EXPERTS_FORMAT,
+    ORIGINAL,
+    SETTINGS,
+    require_agreement,
+    source_quantization,
+)
 from qlora_trainer.model.stored_layer import PACKED, StoredTensor, split
 from qlora_trainer.model.weights_file import ALIGNMENT, DTYPES, Entry
 
@@ -43,7 +50,7 @@ class Part:
     four_bit: bool
     place: Place | None = None
     """Among the experts, if it is a part of them."""
-    layer: StoredTensor | None = None
+    layer: StoredTensor | Mxfp4Tensor | None = None
     """Of which 4-bit layer it is a part already, if the original is in 4 bit."""
 
     @property
@@ -118,6 +125,9 @@ class BaseLayout:
         double = self.quantization.double_quant
         weights = sum(layer_bytes(prod(self.shapes[name]), double_quant=double) for name in self.four_bit)
         for stack in self.experts.stacks.values():
+            if stack.mxfp4:
+                weights += sum(prod(tensor.shape) for tensor in tensors_of(stack.shape).values())
+                continue
             weights += (
                 stack.shape[0]
                 * stack.pieces
@@ -175,11 +185,7 @@ class BaseLayout:
                 f"{ORIGINAL}"
             )
         layer = StoredTensor(role, entry.dtype, entry.shape, self.shapes[name], self.quantization)
-        try:
-            layer.require_header(dtype, shape)
-        except ValueError as error:
-            raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
-        return Part(stored, (entry,), four_bit=False, layer=layer)
+        return _kept(layer, entry, stored, dtype, shape, file)
 
     def _dtype(self, name: str) -> str:
         """The type of a parameter that does not become 4-bit."""
@@ -187,6 +193,12 @@ class BaseLayout:
 
     def _expert_part(self, stored: str, dtype: str, shape: tuple[int, ...], place: Place, file: str) -> Part:
         stack = self.experts.stacks[place.stack]
+        if stack.mxfp4:
+            tensor = tensors_of(stack.shape).get(place.role)
+            if tensor is None:
+                raise model_unavailable(f"{stored} in {file} is not in MXFP4, as config.json describes it; {ORIGINAL}")
+            entry = Entry(f"{place.stack}{place.role}", "U8", tensor.shape)
+            return _kept(tensor, entry, stored, dtype, shape, file)
         _require(stored, dtype, shape, stack.shape if place.expert is None else stack.piece_shape, file)
         size = prod(stack.piece_shape)
         entries = (
@@ -206,7 +218,11 @@ class BaseLayout:
 
     def library_config(self) -> BitsAndBytesConfig:
         """How transformers is told of the base's quantization."""
-        return library_config(self.quantization, experts=bool(self.experts.stacks))
+        stacks = self.experts.stacks.values()
+        settings = library_config(self.quantization, experts=bool(stacks))
+        if any(stack.mxfp4 for stack in stacks):
+            setattr(settings, EXPERTS_FORMAT, "mxfp4")
+        return settings
 
     def require_complete(self, stored: Collection[str]) -> None:
         """Raise StepFailure MODEL_UNAVAILABLE unless each parameter of the model is among these stored tensors."""
@@ -238,6 +254,17 @@ def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]
     quantizer.preprocess_model(replaced, device_map={"": "cpu"})
     layers = (name for name, module in replaced.named_modules() if isinstance(module, Linear4bit))
     return frozenset(f"{layer}.weight" for layer in layers)
+
+
+def _kept(
+    layer: StoredTensor | Mxfp4Tensor, entry: Entry, stored: str, dtype: str, shape: tuple[int, ...], file: str
+) -> Part:
+    """The part of a stored tensor that is in 4 bit already. Raises StepFailure if it cannot be `layer`."""
+    try:
+        layer.require_header(dtype, shape)
+    except ValueError as error:
+        raise model_unavailable(f"{stored} in {file} is no part of a 4-bit layer: {error}; {ORIGINAL}") from error
+    return Part(stored, (entry,), four_bit=False, layer=layer)
 
 
 def _require_same(theirs: frozenset[str], ours: frozenset[str]) -> None:

@@ -6,6 +6,7 @@ from math import prod
 from re import search
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -16,8 +17,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.model.expert_stack import ExpertStack
 from qlora_trainer.model.experts import expert_modules
 from qlora_trainer.model.layer_format import BLOCK
+from qlora_trainer.model.mxfp4_stack import BLOCKS, GROUP, SCALES, Mxfp4Stack
+from qlora_trainer.model.source_quantization import experts_in_mxfp4
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """The names that families have for the number of routed experts."""
@@ -31,11 +36,19 @@ class StackShape:
     """Experts, rows, columns."""
     pieces: int
     """One, or more that follow one another, such as gate and up. A checkpoint has them apart, by expert."""
+    mxfp4: bool = False
+    """Whether it is stored in MXFP4, and stays so."""
 
     @property
     def piece_shape(self) -> tuple[int, int]:
         """Rows and columns of a piece."""
         return self.shape[1] // self.pieces, self.shape[2]
+
+    def stack(self, quantization: QuantizationSpec, device: torch.device | str) -> ExpertStack | Mxfp4Stack:
+        """A stack without values."""
+        return (
+            Mxfp4Stack(self.shape, device) if self.mxfp4 else ExpertStack(self.shape, self.pieces, quantization, device)
+        )
 
     def matrices(self, place: "Place") -> Iterator[tuple[int, int]]:
         """Expert and piece of each matrix in the tensor that has this place."""
@@ -54,6 +67,8 @@ class Place:
     expert: int | None
     """None for a tensor that has all experts, with all their pieces."""
     piece: int = 0
+    role: str = ""
+    """Which tensor of a stack in MXFP4 it is: `BLOCKS`, or `SCALES`."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,11 @@ class ExpertLayout:
         """The layout of transformers' model, whose experts are still parameters. Empty for a dense model."""
         mapping = get_model_conversion_mapping(model)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        mxfp4 = experts_in_mxfp4(model.config)
         stacks = {
-            f"{module_name}.{name}": StackShape(tuple(parameter.shape), _pieces(f"{module_name}.{name}", converters))
+            f"{module_name}.{name}": StackShape(
+                tuple(parameter.shape), _pieces(f"{module_name}.{name}", converters), mxfp4
+            )
             for module_name, module in expert_modules(model)
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.ndim == 3
@@ -82,6 +100,10 @@ class ExpertLayout:
 
     def place(self, stored: str) -> Place | None:
         """Where the tensor of this name in a file belongs; None if it is no part of a stack."""
+        for role in (BLOCKS, SCALES):
+            found = self.stacks.get(stored.removesuffix(role)) if stored.endswith(role) else None
+            if found is not None and found.mxfp4:
+                return Place(stored.removesuffix(role), None, role=role)
         stack, _, rest = _split(stored)
         if stack in self.stacks and rest is not None:
             return Place(stack, *rest)
@@ -98,6 +120,9 @@ class ExpertLayout:
     def entries(self) -> Iterator[str]:
         """The name of each piece of each stack in a file of ours."""
         for name, stack in self.stacks.items():
+            if stack.mxfp4:
+                yield from (f"{name}{role}" for role in (BLOCKS, SCALES))
+                continue
             yield from (entry_name(name, *matrix) for matrix in stack.matrices(Place(name, None)))
 
 
@@ -148,6 +173,8 @@ def reason_against_experts(model: Any) -> str | None:
     layout = ExpertLayout.of(model)
     for name, stack in layout.stacks.items():
         size = prod(stack.piece_shape)
+        if stack.mxfp4 and stack.shape[1] % GROUP:
+            return f"it is a mixture of experts in MXFP4 with {stack.shape[1]} inputs ({name}), no multiple of {GROUP}"
         if stack.shape[1] % stack.pieces or size % BLOCK:
             return f"it is a mixture of experts of {size} weights ({name}), which must be a multiple of {BLOCK}"
         if _converted(name, layout.converters):

@@ -15,6 +15,7 @@ from qlora_trainer.model.expert_layout import Place, StackShape, entry_name, mat
 from qlora_trainer.model.expert_quantizer import ExpertsQuantizer, holder
 from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
 from qlora_trainer.model.four_bit import quantize
+from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
 
 
 def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> None:
@@ -26,9 +27,9 @@ def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> No
     quantizer = model.hf_quantizer
     if not isinstance(quantizer, ExpertsQuantizer) or not quantizer.layout.stacks:
         return
-    for name, empty in list(expert_stacks(model)):
+    for name, shape in quantizer.layout.stacks.items():
         module, weight = holder(model, name)
-        setattr(module, weight, ExpertStack(empty.shape, empty.pieces, quantization, model.device))
+        setattr(module, weight, shape.stack(quantization, model.device))
     stacks, missing = dict(expert_stacks(model)), set(quantizer.layout.entries())
     for file in chosen_files(folder):
         with cast("Any", safe_open(folder / file, framework="pt")) as opened:
@@ -38,6 +39,10 @@ def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> No
                 if place is None:
                     continue
                 stack = stacks[place.stack]
+                if isinstance(stack, Mxfp4Stack):
+                    stack.put(place.role, opened.get_tensor(stored))
+                    missing.discard(f"{place.stack}{place.role}")
+                    continue
                 read = _four_bit if f"{stored}.absmax" in names else _quantized
                 try:
                     for expert, piece, layer in read(opened, stored, place, stack):

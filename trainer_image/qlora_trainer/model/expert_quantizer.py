@@ -12,8 +12,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
-from qlora_trainer.model.expert_stack import ExpertStack
 from qlora_trainer.model.experts import expert_modules
+from qlora_trainer.model.source_quantization import EXPERTS_FORMAT
 
 _METHOD = "qlora_4bit"
 """Not bitsandbytes' own name: whoever loads without this module must get an error, not random experts."""
@@ -25,8 +25,12 @@ class ExpertsConfig(BitsAndBytesConfig):
     """bitsandbytes' settings for a model whose experts are stacks, for transformers."""
 
     def __init__(self, **settings: Any) -> None:
+        """The settings of bitsandbytes, and `experts`, which is "mxfp4" if they are stored in that format."""
+        experts = settings.pop(EXPERTS_FORMAT, None)
         super().__init__(**settings | {_IN_4_BIT: True})
         self.quant_method = cast("Any", _METHOD)
+        if experts is not None:
+            setattr(self, EXPERTS_FORMAT, experts)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for config.json, without the one by which transformers would choose bitsandbytes' quantizer."""
@@ -66,7 +70,7 @@ def stack_experts(
     for name, shape in layout.stacks.items():
         module, weight = holder(model, name)
         delattr(module, weight)
-        setattr(module, weight, ExpertStack(shape.shape, shape.pieces, quantization, device))
+        setattr(module, weight, shape.stack(quantization, device))
     for _, module in expert_modules(model):
         # transformers would initialize the weights, which are no parameters any more.
         module._is_hf_initialized = True

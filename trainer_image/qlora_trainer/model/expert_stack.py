@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.model.dynamic_map import dynamic_map
 from qlora_trainer.model.layer_format import BLOCK, OUTER_BLOCK, layer_bytes
+from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
 
 
 class ExpertStack(nn.Module):
@@ -122,6 +123,6 @@ class ExpertStack(nn.Module):
         return values.mul_(outer).add_(self.offset[first:end, :, None]).reshape(end - first, -1)
 
 
-def expert_stacks(model: nn.Module) -> Iterator[tuple[str, ExpertStack]]:
+def expert_stacks(model: nn.Module) -> Iterator[tuple[str, ExpertStack | Mxfp4Stack]]:
     """Name and stack of each weight of routed experts that is in 4-bit."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, ExpertStack))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ExpertStack | Mxfp4Stack))

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_trainer.model.expert_stack import ExpertStack
+from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
 
 EXPERTS = "qlora_experts"
 """Name of the implementation in transformers."""
@@ -165,7 +166,7 @@ def _runs(counts: Sequence[int], expert_bytes: int) -> Iterator[tuple[int, int]]
 
 
 def _dense(weights: Any, first: int, end: int, dtype: torch.dtype) -> Tensor:
-    if isinstance(weights, ExpertStack):
+    if isinstance(weights, ExpertStack | Mxfp4Stack):
         return weights.dense(first, end, dtype)
     return cast("Tensor", weights[first:end].to(dtype))
 

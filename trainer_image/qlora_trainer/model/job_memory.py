@@ -35,6 +35,7 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
     weights = WeightCounts(
         blocks=measured.blocks,
         quantized_parameters=measured.quantized_parameters,
+        mxfp4_parameters=measured.mxfp4_parameters,
         unquantized_bytes=measured.unquantized_bytes,
         adapter_parameters=round(measured.adapter_parameters * share),
         pageable_parameters=round(measured.pageable_parameters * share),
@@ -113,7 +114,8 @@ class MeasuredJob:
     @property
     def parameters(self) -> int:
         """Of the model, without its adapter."""
-        return self.measured.quantized_parameters + self.measured.unquantized_bytes // 2
+        packed = self.measured.quantized_parameters + self.measured.mxfp4_parameters
+        return packed + self.measured.unquantized_bytes // 2
 
     def with_smaller(self) -> "MeasuredJob":
         """The job with the steps measured that settings to save memory are interpolated between."""

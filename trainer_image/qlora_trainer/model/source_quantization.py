@@ -11,12 +11,16 @@ SETTINGS = ("quantization_config", "compression_config")
 """The keys of config.json under which a quantization is described."""
 ORIGINAL = "name the original 16-bit model instead"
 _METHOD = "bitsandbytes"
+_MXFP4, _MXFP4_FAMILY = "mxfp4", "gpt_oss"
+EXPERTS_FORMAT = "experts"
+"""Under this name our own base says that its experts are in MXFP4."""
 _MAX_NAME = 60
 
 
 def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSpec | None:
-    """How the model with this configuration is stored: bitsandbytes' 4-bit format, or not quantized (None).
+    """How the linear layers of a model with this configuration are stored: in bitsandbytes' 4-bit format, or in 16 bit.
 
+    The latter (None) also if only its experts are quantized, to MXFP4, as those of gpt-oss are published.
     `place` names the file in messages. Raises StepFailure BAD_CONFIGURATION for any other quantization.
     """
     found = next((name for name in SETTINGS if name in config), None)
@@ -26,6 +30,8 @@ def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSp
     if not isinstance(settings, dict) or found != SETTINGS[0]:
         raise unusable(config, place, found, settings)
     method = settings.get("quant_method")
+    if (method, config.get("model_type")) == (_MXFP4, _MXFP4_FAMILY):
+        return None
     # Models of 2023 do not name it; transformers goes by this setting as well.
     if settings.get("load_in_4bit") is not True or method not in (None, _METHOD):
         raise unusable(config, place, found, settings)
@@ -44,8 +50,15 @@ def unusable(config: Mapping[str, Any], place: str, name: str, settings: object)
     return bad_configuration(
         f"{place} has {name}: the model (model_type {config.get('model_type')!r}) is already quantized "
         f"({_method(settings)}), and of quantized models only those that bitsandbytes has stored in 4 bit (NF4 or FP4) "
-        f"are trained as they are; {ORIGINAL}"
+        f"and gpt-oss in MXFP4 are trained as they are; {ORIGINAL}"
     )
+
+
+def experts_in_mxfp4(config: Any) -> bool:
+    """Whether transformers' configuration, of a published model or of a base of ours, says so of the routed experts."""
+    settings = getattr(config, SETTINGS[0], None)
+    found = settings if isinstance(settings, dict) else vars(settings) if settings is not None else {}
+    return _MXFP4 in (found.get("quant_method"), found.get(EXPERTS_FORMAT))
 
 
 def require_agreement(found: QuantizationSpec | None, wanted: QuantizationSpec) -> None:

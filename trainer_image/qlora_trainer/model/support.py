@@ -21,7 +21,13 @@ from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
 from qlora_trainer.model.probe import probe
-from qlora_trainer.model.source_quantization import SETTINGS, require_original, source_quantization, unusable
+from qlora_trainer.model.source_quantization import (
+    SETTINGS,
+    experts_in_mxfp4,
+    require_original,
+    source_quantization,
+    unusable,
+)
 from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model, reason_in_probe
 
 MIN_QUANTIZED_FRACTION = 0.98
@@ -62,6 +68,8 @@ class Family:
     """Linear layers of the blocks that get no adapter: no gradient would reach it, or PEFT refuses them."""
     mixture_of_experts: bool = False
     """Whether tokens are routed to experts, which then are in 4-bit and get no adapter."""
+    experts_in_mxfp4: bool = False
+    """Whether these are in MXFP4, as they were published, and stay so."""
     taken_for_experts: tuple[str, ...] = ()
     """Linear layers of the blocks that get no adapter because PEFT would read it as one of routed experts."""
 
@@ -123,7 +131,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             )
         _reject_untying(model_type, skeleton, lora)
         experts = bool(ExpertLayout.of(skeleton).stacks)
-        stored_in_4_bit = getattr(config, SETTINGS[0], None) is not None
+        stored_in_4_bit = getattr(config, SETTINGS[0], None) is not None and not experts_in_mxfp4(config)
         if stored_in_4_bit:
             require_original(lora.initialization)
         if stored_in_4_bit and experts:
@@ -156,6 +164,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             same_rotation_up_to=same_rotation_up_to(text),
             without_adapter=left_out,
             mixture_of_experts=experts,
+            experts_in_mxfp4=experts and experts_in_mxfp4(config),
             taken_for_experts=taken,
         )
     except _UNUSABLE as error:

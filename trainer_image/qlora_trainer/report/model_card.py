@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
-from qlora_trainer.report.serving import rejected_by_vllm, served_rank
+from qlora_trainer.report.serving import loading_settings, rejected_by_vllm, served_rank
 from qlora_trainer.report.trained_job import TrainedJob
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -40,9 +40,12 @@ def adapter_model_card(job: TrainedJob) -> str:
         pipeline_tag="text-generation",
         tags=["lora", "qlora"],
     )
+    settings_kind, settings = loading_settings(job)
     model_card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
+        settings_kind=settings_kind,
+        settings=settings,
         name=job.name,
         base=job.base_name,
         base_path=job.base_name if hub else "PATH/OF/THE/BASE/MODEL",

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from qlora_api.sources import HubSource, parse_source
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.report.trained_job import TrainedJob
 
@@ -44,7 +44,7 @@ def serving_commands(job: TrainedJob) -> Mapping[str, str]:
     """Commands and programs by the name of the tool that runs them, ready to paste except for the adapter's path."""
     hub = isinstance(parse_source(job.spec.model.source), HubSource)
     base, revision = (job.base_name, job.prepared.model_revision) if hub else (BASE_PLACEHOLDER, None)
-    commands = {"PEFT": _peft(job.spec.quantization, base, revision)}
+    commands = {"PEFT": _peft(*loading_settings(job), base, revision)}
     rank = served_rank(job.spec.lora)
     if rank is not None:
         pinned = f" --revision {revision}" if revision else ""
@@ -55,20 +55,32 @@ def serving_commands(job: TrainedJob) -> Mapping[str, str]:
     return commands
 
 
-def _peft(quantization: QuantizationSpec, base: str, revision: str | None) -> str:
-    pinned = f', revision="{revision}"' if revision else ""
-    return f"""import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-base = AutoModelForCausalLM.from_pretrained(
-    "{base}"{pinned},
-    quantization_config=BitsAndBytesConfig(
+def loading_settings(job: TrainedJob) -> tuple[str, str]:
+    """The class of transformers for settings with which the base is most like the one trained on, and such settings."""
+    if job.prepared.experts_in_mxfp4:
+        # transformers does not combine it with another quantization.
+        return "Mxfp4Config", "Mxfp4Config(dequantize=True),\n    dtype=torch.bfloat16"
+    quantization = job.spec.quantization
+    return (
+        "BitsAndBytesConfig",
+        f"""BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="{quantization.type}",
         bnb_4bit_use_double_quant={quantization.double_quant},
         bnb_4bit_compute_dtype=torch.bfloat16,
-    ),
+    )""",
+    )
+
+
+def _peft(kind: str, settings: str, base: str, revision: str | None) -> str:
+    pinned = f', revision="{revision}"' if revision else ""
+    return f"""import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, {kind}
+
+base = AutoModelForCausalLM.from_pretrained(
+    "{base}"{pinned},
+    quantization_config={settings},
 )
 tokenizer = AutoTokenizer.from_pretrained("{base}"{pinned})
 model = PeftModel.from_pretrained(base, "{ADAPTER_PLACEHOLDER}")"""

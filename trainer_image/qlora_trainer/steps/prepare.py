@@ -133,6 +133,7 @@ def _prepare(
         packed=packed,
         rows_apart=rows_apart,
         mixture_of_experts=model.family.mixture_of_experts,
+        experts_in_mxfp4=model.family.experts_in_mxfp4,
         model_type=model.family.model_type,
         attention=None if model.family.attention == ATTENTION else model.family.attention,
         memory=memory.status,

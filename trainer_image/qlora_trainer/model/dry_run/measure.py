@@ -17,7 +17,8 @@ from qlora_trainer.model.dry_run.device import fake_batch, fake_cuda, on_fake_cu
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.skeleton import adapted_skeleton
 from qlora_trainer.model.dry_run.step import full_batch, step_bytes
-from qlora_trainer.model.expert_stack import expert_stacks
+from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
+from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
 from qlora_trainer.model.source import CONFIG
 from qlora_trainer.model.support import inspect_family
 
@@ -69,6 +70,7 @@ def _steps(model: Any, sizes: Sequence[StepSize]) -> list[MeasuredStep]:
 def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], digest: str) -> MeasuredMemory:
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     packed = {id(layer.weight) for layer in layers}
+    stacks = [stack for _, stack in expert_stacks(model)]
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     adapter = [parameter.numel() for name, parameter in trained if ".lora_" in name]
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in packed]
@@ -77,7 +79,8 @@ def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], dige
         blocks=model.config.num_hidden_layers,
         rank=spec.lora.rank,
         quantized_parameters=sum(layer.quant_state.shape.numel() for layer in layers)
-        + sum(stack.parameters_count for _, stack in expert_stacks(model)),
+        + sum(stack.parameters_count for stack in stacks if isinstance(stack, ExpertStack)),
+        mxfp4_parameters=sum(stack.parameters_count for stack in stacks if isinstance(stack, Mxfp4Stack)),
         unquantized_bytes=sum(parameter.nbytes for parameter in frozen),
         adapter_parameters=sum(adapter),
         pageable_parameters=sum(size for size in adapter if size >= SMALLEST_PAGED_TENSOR),
