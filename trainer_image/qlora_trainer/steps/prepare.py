@@ -5,14 +5,16 @@ data. The weights come last. What is not complete is in folders named `.NAME.par
 resumes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import BaseStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -30,6 +32,7 @@ from qlora_trainer.core.filesystem import (
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
+from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.locate import DataAccess
 from qlora_trainer.model.attention import ATTENTION
@@ -37,7 +40,7 @@ from qlora_trainer.model.base_artifact import is_present
 from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.cache import is_whole
-from qlora_trainer.model.check import advise_learning_rate, check_model
+from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, ModelSource, tokenizer_digests
@@ -71,11 +74,28 @@ def prepare(
     return record
 
 
+@dataclass(frozen=True)
+class _Admitted:
+    """What the model's small files decide about a job that can be trained, before data and weights are fetched."""
+
+    folder: Path
+    """The model's, with its small files."""
+    model: CheckedModel
+    memory: MemoryFit
+    tokenizer: Tokenizer
+    tokenizer_files: Mapping[str, str]
+    """SHA-256 of each of the tokenizer's files."""
+    layout: BaseLayout
+    rows_apart: bool
+    """Whether rows can share a sequence."""
+    packed: bool
+    """Whether they do."""
+
+
 def _prepare(
     context: StepContext, records: RecordWriter, say: Callable[[str], None], now: Callable[[], datetime]
 ) -> PrepareRecord:
-    spec, workspace = context.spec, context.workspace
-    training, hub = spec.training, cache(lambda: _open_hub(context))
+    workspace, hub = context.workspace, cache(lambda: _open_hub(context))
     _check_destinations(context)
 
     say("reading the model's configuration")
@@ -83,6 +103,47 @@ def _prepare(
     started = now()
     folder = source.settings()
     fetching = now() - started
+    admitted = _admit(folder, context.spec, records, say)
+    _require_room(workspace, source, admitted.layout)
+
+    dataset = _dataset(context, admitted, hub, say)
+    records.note(dataset=dataset.status())
+    training = context.spec.training
+    sequences = new_folder(partial_path(workspace.data / "layout"))
+    dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=admitted.packed)
+
+    started = now()
+    revision, base_sha256 = _make_base(workspace, source, admitted, say)
+    fetching += now() - started
+
+    resolved = ResolvedInputs(revision, admitted.tokenizer_files, dataset.training.sha256, dataset.evaluation_sha256)
+    fingerprint = resolved.fingerprint(context.spec)
+    resolved.write(sequences, fingerprint)
+    complete_folder(sequences, workspace.data / fingerprint)
+    family = admitted.model.family
+    return PrepareRecord(
+        fingerprint=fingerprint,
+        model_path=recorded_path(source.complete(), workspace.root),
+        model_revision=revision,
+        base_path=recorded_path(workspace.base, workspace.root),
+        base_sha256=base_sha256,
+        data_path=recorded_path(workspace.data / fingerprint, workspace.root),
+        target_modules=family.target_modules,
+        packed=admitted.packed,
+        rows_apart=admitted.rows_apart,
+        mixture_of_experts=family.mixture_of_experts,
+        model_type=family.model_type,
+        attention=None if family.attention == ATTENTION else family.attention,
+        memory=admitted.memory.status,
+        dataset=dataset.status(),
+        measured=admitted.memory.measured,
+        base=_base_status(source, fetching),
+    )
+
+
+def _admit(folder: Path, spec: QLoRAJobSpec, records: RecordWriter, say: Callable[[str], None]) -> _Admitted:
+    """Decide whether and how the job is trained, by its model's small files. Raises StepFailure if it cannot be."""
+    training = spec.training
     require_installed(training.report_to)
     model = check_model(folder, spec.lora, training)
     model.family.require_whole_and_unmerged(training, spec.output)
@@ -93,60 +154,51 @@ def _prepare(
     records.note(memory=memory.status)
     memory.require()
     advise_learning_rate(memory.parameters or 0, training.learning_rate)
-    tokenizer, tokenizer_files = Tokenizer(folder), tokenizer_digests(folder)
-    layout = BaseLayout.of(folder, spec.quantization)
-    _require_room(workspace, source, layout)
+    return _Admitted(
+        folder=folder,
+        model=model,
+        memory=memory,
+        tokenizer=Tokenizer(folder),
+        tokenizer_files=tokenizer_digests(folder),
+        layout=BaseLayout.of(folder, spec.quantization),
+        rows_apart=rows_apart,
+        packed=model.packs(training),
+    )
 
-    dataset = DatasetBuilder(
-        spec.dataset,
-        training,
-        tokenizer,
-        tokenizer_files,
-        vocabulary=model.vocabulary,
+
+def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], say: Callable[[str], None]) -> Dataset:
+    """The job's data set, tokenized."""
+    return DatasetBuilder(
+        context.spec.dataset,
+        context.spec.training,
+        admitted.tokenizer,
+        admitted.tokenizer_files,
+        vocabulary=admitted.model.vocabulary,
         access=DataAccess(context.mounts, hub, context.secret("dataset")),
-        scratch=lambda name: partial_path(workspace.data / name),
+        scratch=lambda name: partial_path(context.workspace.data / name),
         say=say,
     ).build()
-    records.note(dataset=dataset.status())
-    packed = model.packs(training)
-    sequences = new_folder(partial_path(workspace.data / "layout"))
-    dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=packed)
 
-    started = now()
+
+def _make_base(
+    workspace: WorkspaceLayout, source: ModelSource, admitted: _Admitted, say: Callable[[str], None]
+) -> tuple[str, str]:
+    """Fetch the weights, and make the 4-bit base of them; returns the model's revision, and the base's SHA-256."""
 
     def on_bytes(done: int, total: int) -> None:
         say(f"{source.activity} model {sizes(done, total)}")
 
-    conversion = BaseConversion(workspace.base, folder, source.version(on_bytes), layout)
+    conversion = BaseConversion(workspace.base, admitted.folder, source.version(on_bytes), admitted.layout)
     revision = source.weights(conversion, on_bytes)
-    base = conversion.complete()
-    fetching += now() - started
-    resolved = ResolvedInputs(revision, tokenizer_files, dataset.training.sha256, dataset.evaluation_sha256)
-    fingerprint = resolved.fingerprint(spec)
-    resolved.write(sequences, fingerprint)
-    complete_folder(sequences, workspace.data / fingerprint)
-    return PrepareRecord(
-        fingerprint=fingerprint,
-        model_path=recorded_path(source.complete(), workspace.root),
-        model_revision=revision,
-        base_path=recorded_path(workspace.base, workspace.root),
-        base_sha256=base.sha256,
-        data_path=recorded_path(workspace.data / fingerprint, workspace.root),
-        target_modules=model.family.target_modules,
-        packed=packed,
-        rows_apart=rows_apart,
-        mixture_of_experts=model.family.mixture_of_experts,
-        model_type=model.family.model_type,
-        attention=None if model.family.attention == ATTENTION else model.family.attention,
-        memory=memory.status,
-        dataset=dataset.status(),
-        measured=memory.measured,
-        base=BaseStatus(
-            origin=source.origin,
-            bytes_fetched=source.bytes_fetched,
-            seconds=max(0, round(fetching.total_seconds())),
-            message=source.remark,
-        ),
+    return revision, conversion.complete().sha256
+
+
+def _base_status(source: ModelSource, fetching: timedelta) -> BaseStatus:
+    return BaseStatus(
+        origin=source.origin,
+        bytes_fetched=source.bytes_fetched,
+        seconds=max(0, round(fetching.total_seconds())),
+        message=source.remark,
     )
 
 
