@@ -120,11 +120,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 32},
     "opt": {"dropout": 0.0},
     # Smaller parts that no other depends on.
-    "bailing_hybrid": {"num_experts": 64},
+    "bailing_hybrid": {"num_experts": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
     "beam": {"num_experts": 64, "head_dim": 32},
     "deepseek_v32": {"n_routed_experts": 64, "q_lora_rank": 128, "index_n_heads": 4},
     "deepseek_v4": {"head_dim": 64, "q_lora_rank": 128, "o_lora_rank": 32, "index_n_heads": 4},
     "glm_moe_dsa": {"q_lora_rank": 128, "index_n_heads": 4},
+    "kimi_linear": {"linear_num_heads": 4},
     "nemotron_h": {"mamba_num_heads": 16, "moe_shared_expert_intermediate_size": 128},
     "qwen3_5_moe_text": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
     "qwen3_next": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8},

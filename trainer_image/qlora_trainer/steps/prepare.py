@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
@@ -42,6 +42,7 @@ from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.cache import is_whole
 from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
+from qlora_trainer.model.dry_run.limited import measure_within_limits
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, ModelSource, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination, published_addresses
@@ -150,7 +151,13 @@ def _admit(folder: Path, spec: QLoRAJobSpec, records: RecordWriter, say: Callabl
     warn_if_not_served(spec)
     say("measuring the memory that training needs")
     rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
-    memory = MemoryFit.of(folder / CONFIG, spec, model.family.target_modules, rows_apart=rows_apart)
+    memory = MemoryFit.of(
+        folder / CONFIG,
+        spec,
+        model.family.target_modules,
+        rows_apart=rows_apart,
+        measure=partial(measure_within_limits, family=model.family),
+    )
     records.note(memory=memory.status)
     memory.require()
     advise_learning_rate(memory.parameters or 0, training.learning_rate)
