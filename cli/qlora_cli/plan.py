@@ -1,5 +1,6 @@
 """Shows the GPU memory that a job needs: by component, compared with the GPU, and what to change if it does not fit."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from qlora_api.memory.advice import (
     verdict,
 )
 from qlora_api.memory.estimate import GIB, MemoryEstimate, TrainingShape
+from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.model_and_output import BaseModelSpec
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -49,6 +51,8 @@ class MemoryPlan:
     nodes: int = 1
     unknown: str = ""
     """Why the memory is not known."""
+    one_row: str = ""
+    """What it costs that a sequence has a single row; empty if models of this type keep packed rows apart."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -77,6 +81,24 @@ def make_plan(
         gpu_gib=gpu_gib if gpu_gib is not None else spec.resources.gpu_memory,
         nodes=spec.resources.node_count,
         unknown=unknown,
+        one_row=_cost_of_one_row(spec, config),
+    )
+
+
+def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:
+    model_type, training = json.loads(config.read_bytes()).get("model_type"), spec.training
+    if model_type not in ONE_ROW_MODEL_TYPES:
+        return ""
+    if training.micro_batch_size > 1:
+        return (
+            f"models of type {model_type} cannot keep the rows of a batch apart: set training.microBatchSize to 1, and "
+            f"training.gradientAccumulationSteps to {training.micro_batch_size * training.gradient_accumulation_steps}"
+        )
+    rows = training.gradient_accumulation_steps
+    return (
+        f"packing is off, because models of type {model_type} cannot keep packed rows apart. A step has {rows} rows "
+        f"(training.gradientAccumulationSteps) and at most {rows * training.max_sequence_length} tokens, the fewer the "
+        "shorter the rows are: the same data takes more steps than with packing, or more rows in each"
     )
 
 
@@ -142,15 +164,22 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
         console.print(
             f"[bold yellow]unknown[/]: the table of model families does not have this model; {escape(plan.unknown)}."
         )
+        _show_one_row(plan, console)
         return
     memory = plan.job.estimate(plan.training)
     _show_components(plan, memory, console)
+    _show_one_row(plan, console)
     if plan.training.gpus > 1:
         _show_gpus(plan, console)
     if plan.gpu_gib is None:
         _show_gpu_sizes(memory, console)
     else:
-        _show_verdict(plan.job, plan.gpu_gib, console)
+        _show_verdict(plan.job, plan.gpu_gib, console, rows_apart=not plan.one_row)
+
+
+def _show_one_row(plan: MemoryPlan, console: Console) -> None:
+    if plan.one_row:
+        console.print(f"[yellow]One row a sequence[/]: {escape(plan.one_row)}.")
 
 
 def _show_components(plan: MemoryPlan, memory: MemoryEstimate, console: Console) -> None:
@@ -195,7 +224,7 @@ def _show_gpu_sizes(memory: MemoryEstimate, console: Console) -> None:
         console.print(f"  {size:>4}  [{_COLORS[judged]}]{judged}[/]")
 
 
-def _show_verdict(job: JobMemory, gpu_gib: int, console: Console) -> None:
+def _show_verdict(job: JobMemory, gpu_gib: int, console: Console, *, rows_apart: bool) -> None:
     memory = job.estimate(job.training)
     judged = verdict(memory, gpu_gib)
     spare = room(memory, gpu_gib)
@@ -205,7 +234,8 @@ def _show_verdict(job: JobMemory, gpu_gib: int, console: Console) -> None:
         f"{_gib(budget(gpu_gib))} usable, {left}."
     )
     if judged == "fits" and not is_thin(memory, gpu_gib):
-        _show_larger(measured_further(job, job.with_larger), gpu_gib, console)
+        if rows_apart:
+            _show_larger(measured_further(job, job.with_larger), gpu_gib, console)
         return
     job = measured_further(job, job.with_smaller)
     if judged == "fits":

@@ -1,12 +1,17 @@
-"""The model families that are trained, each as a tiny configuration."""
+"""A tiny configuration of each model family that is trained: written by hand, or transformers' default made small."""
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import transformers as hf
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from tests.support.tiny import SHAPE
+from docs.families import PAGE, SETTINGS
+from qlora_trainer.model.shrunken import shrunken
+from tests.support.tiny import SHAPE, VOCABULARY
 
+ATTENTION = "q_proj k_proj v_proj o_proj"
 GATED = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 FUSED = "qkv_proj o_proj gate_up_proj down_proj"
 FUSED_MLP = "q_proj k_proj v_proj o_proj gate_up_proj down_proj"
@@ -47,3 +52,147 @@ FAMILIES: dict[str, tuple[PretrainedConfig, str]] = {
     "ministral": (hf.MinistralConfig(**BASE, head_dim=16, sliding_window=WINDOW, layer_types=KINDS), GATED),
     "seed_oss": (hf.SeedOssConfig(**BASE, head_dim=16, attention_out_bias=True), GATED),
 }
+ROUTED: dict[str, Any] = BASE | {"num_experts_per_tok": 2}
+GROUPS = {"n_group": 2, "topk_group": 1}
+EXPERTS: dict[str, tuple[PretrainedConfig, str]] = {
+    "qwen3_moe": (hf.Qwen3MoeConfig(**ROUTED, num_experts=8, moe_intermediate_size=64, head_dim=16), ATTENTION),
+    "qwen2_moe": (
+        hf.Qwen2MoeConfig(
+            **ROUTED, num_experts=8, moe_intermediate_size=64, shared_expert_intermediate_size=64, mlp_only_layers=[0]
+        ),
+        GATED,
+    ),
+    "mixtral": (hf.MixtralConfig(**ROUTED, num_local_experts=8), ATTENTION),
+    "olmoe": (hf.OlmoeConfig(**ROUTED, num_experts=8), ATTENTION),
+    "glm4_moe": (
+        hf.Glm4MoeConfig(
+            **ROUTED | GROUPS, n_routed_experts=8, moe_intermediate_size=64, first_k_dense_replace=1, head_dim=16
+        ),
+        GATED,
+    ),
+    "ernie4_5_moe": (
+        hf.Ernie4_5_MoeConfig(
+            **BASE,
+            moe_num_experts=8,
+            moe_k=2,
+            moe_num_shared_experts=1,
+            moe_intermediate_size=64,
+            moe_layer_start_index=1,
+        ),
+        GATED,
+    ),
+}
+"""Mixtures of experts, each with what distinguishes it."""
+BY_HAND = FAMILIES | EXPERTS
+# Of each make one: gated, with sliding windows and caps, with fused layers, with another MLP; with parts of their own,
+# with blocks that differ, repeated or sharing keys, with a state, with attention of their own; with experts in every
+# block, with a dense block, shared experts and experts in groups.
+REPRESENTATIVE = frozenset(
+    {
+        "llama",
+        "gemma2",
+        "phi3",
+        "gpt_neox",
+        "apertus",
+        "gemma3n_text",
+        "gemma4_text",
+        "lfm3",
+        "qwen3_5_text",
+        "stablelm",
+        "qwen3_moe",
+        "glm4_moe",
+    }
+)
+"""The families of which `make test` trains a model; `make test-all` trains one of each."""
+
+# What transformers' default leaves out and every published model has, or what shows more of the family.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 6, "global_head_dim": 64},
+    "gemma4_unified_text": {"global_head_dim": 64},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
+    "granitemoehybrid-dense": {
+        "num_local_experts": 0,
+        "layer_types": ["mamba", "attention"] * 2,
+        "num_hidden_layers": 4,
+    },
+    "mamba2": {"state_size": 16},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 32},
+    "opt": {"dropout": 0.0},
+    # Smaller parts that no other depends on.
+    "bailing_hybrid": {"num_experts": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "beam": {"num_experts": 64, "head_dim": 32},
+    "deepseek_v32": {"n_routed_experts": 64, "q_lora_rank": 128, "index_n_heads": 4},
+    "deepseek_v4": {"head_dim": 64, "q_lora_rank": 128, "o_lora_rank": 32, "index_n_heads": 4},
+    "glm_moe_dsa": {"q_lora_rank": 128, "index_n_heads": 4},
+    "kimi_linear": {"linear_num_heads": 4},
+    "nemotron_h": {"mamba_num_heads": 16, "moe_shared_expert_intermediate_size": 128},
+    "qwen3_5_moe_text": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+    "qwen3_next": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+    "zaya": {"head_dim": 32},
+}
+# In which more than 2 % of the weights would be outside linear layers and experts.
+_WIDER: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {"moe_intermediate_size": 256},
+    "zaya": {"moe_intermediate_size": 256},
+}
+_OF_ONE_PIECE = frozenset({"falcon_h1", "mamba2", "minicpm3", "youtu"})
+"""Dense families of which no size can be changed alone."""
+_SIZES = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rotary_dim": 16,
+}
+_VARIANTS = {"llama-biased-tied": "llama", "granitemoehybrid-dense": "granitemoehybrid"}
+"""Configurations beside a type's first one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, by its `model_type` or the name of a variant, and what the page of families says of it."""
+
+    name: str
+    one_row: bool
+    experts: bool
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Last names of the layers of each of two blocks that get an adapter; empty if they are not written down."""
+        return frozenset(BY_HAND[self.name][1].split()) if self.name in BY_HAND else frozenset()
+
+    def config(self) -> PretrainedConfig:
+        """The tiny configuration."""
+        return BY_HAND[self.name][0] if self.name in BY_HAND else tiny_config(self.name, experts=self.experts)
+
+
+def _cases() -> dict[str, Case]:
+    rows = re.findall(r"^\| `(\S+)` \| (packed|one row a sequence) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    types = {name: Case(name, how != "packed", remark == "experts in 4-bit") for name, how, remark in rows}
+    variants = {name: Case(name, types[of].one_row, experts=False) for name, of in _VARIANTS.items()}
+    return types | variants
+
+
+def tiny_config(name: str, *, experts: bool = False) -> PretrainedConfig:
+    """A configuration with a block of each kind, for the vocabulary of the rows in `tests.support.training`."""
+    model_type = _VARIANTS.get(name, name)
+    settings = {**SETTINGS.get(name, {}), **_SETTINGS.get(name, {})}
+    default = AutoConfig.for_model(model_type, **settings)
+    if name not in _OF_ONE_PIECE and not experts:
+        own = {size: default.attribute_map.get(size, size) for size in _SIZES}
+        settings |= {size: value for size, value in _SIZES.items() if vars(default).get(own[size]) is not None}
+    small = shrunken(AutoConfig.for_model(model_type, **settings)).config
+    for size in ("vocab_size", "vocab_size_per_layer_input"):
+        if hasattr(small, size):
+            setattr(small, size, VOCABULARY)
+    if not experts and (wide := vars(small).get("intermediate_size")):
+        small.intermediate_size = [512] * len(wide) if isinstance(wide, list) else 512
+    for size, value in _WIDER.get(name, {}).items():
+        setattr(small, size, value)
+    # Scores matter, and little noise is learned through in a few steps.
+    small.initializer_range = 0.1
+    return small
+
+
+CASES = _cases()

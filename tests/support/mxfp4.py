@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GptOssConfig
 
-from tests.support.experts import BASE
+from tests.support.families import ROUTED
 from tests.support.tiny import save_model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -17,7 +17,7 @@ SETTINGS: dict[str, Any] = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
 }
-GPT_OSS = GptOssConfig(**BASE, num_local_experts=4, head_dim=16, sliding_window=8)
+GPT_OSS = GptOssConfig(**ROUTED, num_local_experts=4, head_dim=16, sliding_window=8)
 
 
 def save_gpt_oss(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,19 @@ from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_artifact import FORMAT, read_manifest, require_sha256
 from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.model.base_layout import BaseLayout
+from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.training.sharding import STORAGE_DTYPE
-from tests.support.admitted import tiny_config
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, tiny_config
 from tests.support.four_bit import convert, require_equal
 from tests.support.tiny import SHAPE, save_model
 
 NF4 = QuantizationSpec()
 KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]
 # Tied weights and biases; a text part in a multimodal checkpoint, under other names; fused layers; another head's
-# name; a linear layer that is the last one unless tied weights count.
+# name; a linear layer that is the last one unless tied weights count; a weight that is stored in three pieces.
 CHECKPOINTS = {name: FAMILIES[name][0] for name in ("llama-biased-tied", "gemma3", "phi3", "gpt_neox")} | {
-    "gemma3n_text": tiny_config("gemma3n_text")
+    name: tiny_config(name) for name in ("gemma3n_text", "olmo_hybrid")
 }
 
 
@@ -258,6 +259,24 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, tiny_llama: Path,
         convert(model, tmp_path / "base", NF4)
     assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
     assert not (tmp_path / "base").exists()
+
+
+def test_a_weight_that_is_stored_in_pieces_is_one_and_a_missing_piece_is_named(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", CHECKPOINTS["olmo_hybrid"])
+    base = in_plain_transformers(model)
+    name = "model.layers.0.linear_attn.conv1d.weight"
+    convert(model, tmp_path / "base", NF4)
+    stored = load_file(model / WEIGHTS)
+    piece = "model.layers.0.linear_attn.k_conv1d.weight"
+
+    assert piece in stored
+    assert torch.equal(BaseWeights(tmp_path / "base", base)[name], base.get_parameter(name))
+
+    del stored[piece]
+    save_file(stored, model / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(StepFailure, match=f"1 tensors are missing, first {re.escape(name)}$") as caught:
+        convert(model, tmp_path / "incomplete", NF4)
+    assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
 
 
 def test_its_size_is_known_before_it_is_made(tmp_path: Path, tiny_llama: Path) -> None:

@@ -1,45 +1,58 @@
 """Each family is trained by the real step: it resumes to the last bit, keeps rows apart, and plain PEFT agrees."""
 
 import math
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.memory.model_shape import SUPPORTED_MODEL_TYPES
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import Interrupted, StopRequest
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.check import check_model
+from qlora_trainer.model.dry_run.backward import backward
+from qlora_trainer.model.dry_run.limited import StepSize, measure_within_limits
+from qlora_trainer.model.dry_run.step import StepBytes, step_bytes
+from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
+from qlora_trainer.model.experts import expert_modules
+from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION, inspect_family
-from tests.support.families import FAMILIES
-from tests.support.sequences import CPU, rows_of
-from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
+from qlora_trainer.model.source import CONFIG
+from qlora_trainer.model.storage import storage_of
+from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION, Family, inspect_family
+from tests.support.families import CASES, REPRESENTATIVE, Case
+from tests.support.sequences import CPU, random_sequence, rows_of
+from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
-# One of each make: gated, with sliding windows and caps, with fused layers, with another MLP. A checkpoint holds the
-# adapter, whatever the family.
-RESUMED_ALWAYS = ("llama", "gemma2", "phi3", "gpt_neox")
 SPEC: dict[str, Any] = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
+NF4 = QuantizationSpec()
 
 
 @dataclass(frozen=True)
 class Trained:
     """A family's model folder, and the step that trained it without interruption."""
 
+    case: Case
     model: Path
-    layers: frozenset[str]
+    family: Family
     context: StepContext
     record: TrainRecord
 
@@ -48,55 +61,74 @@ class Trained:
         return self.context.workspace.trained
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    config, layers = FAMILIES[request.param]
-    root = tmp_path_factory.mktemp(request.param)
+def train_without_interruption(case: Case, root: Path) -> Trained:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(case.config(), dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 # Norms that begin at 1 and biases that begin at 0 would not be missed.
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(root / "model")
-    context = prepared(root / "workspace", root / "model", SPEC)
-    return Trained(root / "model", frozenset(layers.split()), context, run(context))
+    family = inspect_family(root / "model", LoraSpec())
+    context = prepared(root / "workspace", root / "model", SPEC, packed=not family.one_row)
+    return Trained(case, root / "model", family, context, run(context))
 
 
-def test_every_supported_family_is_trained_here() -> None:
-    assert set(SUPPORTED_MODEL_TYPES) <= {config.get_text_config().model_type for config, _ in FAMILIES.values()}
+@pytest.fixture(scope="module")
+def training_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Trained]:
+    """Trains each family once."""
+    return cache(lambda case: train_without_interruption(case, tmp_path_factory.mktemp(case.name)))
 
 
-def test_every_linear_layer_of_every_block_is_quantized_and_learns(trained: Trained) -> None:
-    family = inspect_family(trained.model, LoraSpec())
+@pytest.fixture
+def trained(request: pytest.FixtureRequest, training_of: Callable[[Case], Trained]) -> Trained:
+    return training_of(request.param)
+
+
+def of_each(chosen: Callable[[Case], bool] = lambda _case: True) -> pytest.MarkDecorator:
+    """The test is run for the chosen families, those that are not representative only by `make test-all`."""
+    return pytest.mark.parametrize(
+        "trained",
+        [
+            pytest.param(case, id=name, marks=() if name in REPRESENTATIVE else pytest.mark.slow)
+            for name, case in CASES.items()
+            if chosen(case)
+        ],
+        indirect=True,
+    )
+
+
+def test_every_family_whose_memory_is_in_the_table_has_a_configuration_by_hand() -> None:
+    by_hand = {case.config().get_text_config().model_type for case in CASES.values() if case.layers}
+    assert by_hand >= set(SUPPORTED_MODEL_TYPES)
+
+
+@of_each()
+def test_every_adapted_layer_learns(trained: Trained) -> None:
+    family, layers = trained.family, trained.case.layers
     adapter = load_file(trained.adapter / ADAPTER_FILE)
 
+    assert (family.one_row, family.mixture_of_experts) == (trained.case.one_row, trained.case.experts)
     assert family.quantized_fraction >= MIN_QUANTIZED_FRACTION
-    assert not family.one_row
-    assert len(family.target_modules) == 2 * len(trained.layers)
-    assert {name.rpartition(".")[2] for name in family.target_modules} == trained.layers
-    assert {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapter} == set(
-        family.target_modules
-    )
-    assert all(bool(tensor.any()) for tensor in adapter.values())
+    adapted_layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapter}
+    assert adapted_layers == set(family.target_modules)
+    assert [name for name, tensor in adapter.items() if not bool(tensor.any())] == []
+    if layers:
+        assert len(family.target_modules) == 2 * len(layers)
+        assert {name.rpartition(".")[2] for name in family.target_modules} == layers
     assert trained.record.eval_loss is not None
     assert trained.record.initial_eval_loss is not None
-    assert trained.record.eval_loss < 0.98 * trained.record.initial_eval_loss
+    assert trained.record.eval_loss < trained.record.initial_eval_loss * (0.98 if layers else 1)
 
 
-@pytest.mark.parametrize(
-    "trained",
-    [pytest.param(name, marks=() if name in RESUMED_ALWAYS else pytest.mark.slow) for name in FAMILIES],
-    indirect=True,
-)
+@of_each()
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
-    context = prepared(tmp_path, trained.model, SPEC)
-    stop = StopRequest()
-    with pytest.raises(Interrupted):
-        run(context, stop=stop, records=StopAtStep(3, stop))
+    context = prepared(tmp_path, trained.model, SPEC, packed=not trained.family.one_row)
+    interrupted_at(context, 3)
 
     resumed = run(context)
+
     assert resumed.attempts == 2
     # Memory is that of the whole process, which only grows.
     same = {"peak_memory_bytes": trained.record.peak_memory_bytes, "attempts": trained.record.attempts}
@@ -105,35 +137,91 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Tra
     assert history(context) == history(trained.context)
 
 
-def test_another_row_in_the_sequence_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Trained) -> None:
-    spec = LoraSpec(rank=4, alpha=8)
+def adapted(trained: Trained, *, checkpointing: bool = True) -> Any:
+    """The 4-bit base with the trained adapter, as the train step holds it."""
     model = attach_adapter(
-        load_base(trained.model, QuantizationSpec(), "cpu"),
-        spec,
-        inspect_family(trained.model, spec).target_modules,
+        load_base(trained.context.workspace.base, NF4, "cpu", attention=trained.family.attention),
+        LoraSpec(rank=4, alpha=8),
+        trained.family.target_modules,
         seed=0,
-        gradient_checkpointing=True,
+        gradient_checkpointing=checkpointing,
         base_name="tiny",
         base_revision="0",
     )
     restore_adapter(model, load_file(trained.adapter / ADAPTER_FILE))
+    return model
 
-    def of_the_second(first: Tensor) -> tuple[Tensor, ...]:
-        second = torch.arange(100, 114)
-        labels = torch.cat([torch.full_like(first, IGNORED_LABEL), second])
-        batch = Batch.of([PackedSequence(torch.cat([first, second]), labels, (len(first), len(second)))], CPU)
-        torch.manual_seed(0)  # some families have dropout of their own
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = batch_loss(model.get_base_model(), batch)
-        return (loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values())))
 
-    behind_one, behind_another = (of_the_second(torch.arange(start, start + 11)) for start in (10, 300))
+def loss_and_gradients(model: Any, *rows: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Of the last row, behind the others in one sequence."""
+    labels = torch.cat([*(torch.full_like(row, IGNORED_LABEL) for row in rows[:-1]), rows[-1]])
+    batch = Batch.of([PackedSequence(torch.cat(rows), labels, tuple(map(len, rows)))], CPU)
+    torch.manual_seed(0)  # some families have dropout of their own
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = batch_loss(model.get_base_model(), batch)
+    return [loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values()))]
 
-    assert len(behind_one) == 1 + 2 * 2 * len(trained.layers)
-    assert all(bool(tensor.any()) for tensor in behind_one)
+
+def in_32_bit(model: Any) -> Any:
+    """The model with every operation in float32, in which no token changes its experts for a rounding."""
+    for module in model.float().modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    return model
+
+
+ROW = torch.arange(100, 114)
+OTHERS = tuple(torch.arange(start, start + 11) for start in (10, 300))
+
+
+@of_each(lambda case: not case.one_row and not case.experts)
+def test_another_row_in_the_sequence_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Trained) -> None:
+    model = adapted(trained)
+
+    behind_one, behind_another = (loss_and_gradients(model, other, ROW) for other in OTHERS)
+
+    assert len(behind_one) == 1 + 2 * len(trained.family.target_modules)
+    assert [tensor for tensor in behind_one if not bool(tensor.any())] == []
     assert all(map(torch.equal, behind_one, behind_another))
 
 
+@of_each(lambda case: not case.one_row and case.experts)
+def test_another_row_in_the_sequence_changes_what_experts_compute_by_rounding_only(trained: Trained) -> None:
+    model = in_32_bit(adapted(trained))
+
+    alone = loss_and_gradients(model, ROW, dtype=torch.float32)
+    behind = loss_and_gradients(model, OTHERS[0], ROW, dtype=torch.float32)
+
+    assert max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(behind, alone, strict=True)) < 1e-4
+
+
+@of_each(lambda case: case.one_row)
+def test_a_sequence_before_it_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Trained) -> None:
+    model = adapted(trained)
+
+    before = loss_and_gradients(model, ROW)
+    loss_and_gradients(model, OTHERS[0])
+    after = loss_and_gradients(model, ROW)
+
+    assert [tensor for tensor in before if not bool(tensor.any())] == []
+    assert all(map(torch.equal, before, after))
+
+
+@of_each(lambda case: case.one_row)
+def test_a_family_that_cannot_keep_rows_apart_takes_micro_batches_of_one_row(
+    trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(
+        StepFailure, match=r"set spec\.training\.microBatchSize to 1 and raise gradientAccumulationSteps"
+    ):
+        check_model(trained.model, LoraSpec(), TrainingSpec(micro_batch_size=2, max_sequence_length=64))
+
+    checked = check_model(trained.model, LoraSpec(), TrainingSpec(max_sequence_length=64))
+    assert not checked.packs(TrainingSpec(max_sequence_length=64))
+    assert "no packing" in caplog.text
+
+
+@of_each(lambda case: not case.experts)
 def test_plain_peft_over_plain_transformers_gives_the_loss_that_was_reported(trained: Trained) -> None:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -144,14 +232,106 @@ def test_plain_peft_over_plain_transformers_gives_the_loss_that_was_reported(tra
     base = AutoModelForCausalLM.from_pretrained(
         trained.model, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
     )
+    for layer in base.modules():
+        if isinstance(layer, Linear4bit):
+            # bitsandbytes' own packing for some CPUs cannot hold layers as narrow as some of Gemma 3n's.
+            layer.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(base, trained.adapter).eval()
     data = PreparedDataset.open(trained.context.workspace.data / "rows", "eval")
     total, targets = 0.0, 0
     for index in range(len(data)):
         for tokens, labels in rows_of(data[index]):
             count = int((labels[1:] != IGNORED_LABEL).sum())
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = model(input_ids=tokens[None], labels=labels[None]).loss
             total, targets = total + float(loss) * count, targets + count
 
     assert math.isclose(total / targets, trained.record.eval_loss or 0.0, rel_tol=2e-3)
+
+
+@of_each(lambda case: case.experts)
+def test_plain_peft_reads_the_adapter_over_a_base_with_the_same_experts(trained: Trained) -> None:
+    tokens = torch.arange(20, 60).unsqueeze(0)
+    base = load_base(trained.context.workspace.base, NF4, "cpu", attention=trained.family.attention)
+    plain = AutoModelForCausalLM.from_pretrained(
+        trained.model, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    weights = {name: stack.dense(0, stack.shape[0], torch.float32) for name, stack in expert_stacks(base)}
+    for name, layer in base.named_modules():
+        if isinstance(layer, Linear4bit):
+            # In float32 bitsandbytes multiplies with weights that it does not round to 16 bit.
+            state = copy(layer.weight.quant_state)
+            state.dtype = torch.float32
+            weights[f"{name}.weight"] = dequantize_4bit(layer.weight.data, state)
+    assert plain.load_state_dict(weights, strict=False).unexpected_keys == []
+    served = PeftModel.from_pretrained(plain, trained.adapter).eval()
+    ours = in_32_bit(adapted(trained)).eval().get_base_model()
+    ours.set_attn_implementation("eager")
+    with torch.no_grad():
+        found, expected = (model(input_ids=tokens, use_cache=False).logits for model in (ours, served))
+
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@of_each(lambda case: case.experts)
+def test_every_expert_is_in_4_bit_in_the_base_that_prepare_makes(trained: Trained) -> None:
+    base = load_base(trained.context.workspace.base, NF4, "cpu", attention=trained.family.attention)
+    stacks = {name: stack for name, stack in expert_stacks(base) if isinstance(stack, ExpertStack)}
+    originals = original_stacks(trained.model)
+
+    assert stacks.keys() == originals.keys()
+    assert not stacks.keys() & {name for name, _ in base.named_parameters()}
+    for name, original in originals.items():
+        expected = ExpertStack(stacks[name].shape, stacks[name].pieces, NF4, "cpu")
+        for expert, matrices in enumerate(original):
+            for piece, matrix in enumerate(matrices.chunk(stacks[name].pieces)):
+                expected.put(expert, piece, quantize(matrix, NF4))
+        assert all(map(torch.equal, stacks[name].buffers(), expected.buffers()))
+    storage = storage_of(base)
+    assert storage.parameters == trained.record.quantized_parameters
+    assert storage.parameters > sum(stack.parameters_count for stack in stacks.values())
+    assert {kind.name for kind in storage.layers} > {name.rpartition(".")[2] for name in stacks}
+    # The tables, a kilobyte each, count in tiny layers.
+    assert 4.127 < storage.bits_per_parameter < 5.1
+
+
+def original_stacks(model: Path) -> dict[str, Tensor]:
+    """The weights of all experts of each block, as transformers puts them together from the files."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    return {
+        f"{name}.{kind}": parameter.detach()
+        for name, experts in expert_modules(whole)
+        for kind, parameter in experts.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
+
+
+@of_each(lambda case: case.experts)
+def test_recomputed_blocks_with_experts_give_the_same_gradients(trained: Trained) -> None:
+    rows = (ROW,) if trained.family.one_row else (OTHERS[0], ROW)
+    kept, recomputed = (loss_and_gradients(adapted(trained, checkpointing=way), *rows) for way in (False, True))
+
+    assert all(map(torch.equal, kept, recomputed))
+
+
+@of_each()
+def test_the_dry_run_counts_what_a_step_takes(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measure_within_limits(trained.model / CONFIG, trained.context.spec, [StepSize(1, 64, True)], "")
+    if trained.case.name != "gemma3":  # Its part for images is quantized too, and not in the dry run.
+        assert measured.quantized_parameters == trained.record.quantized_parameters
+    adapter = load_file(trained.adapter / ADAPTER_FILE)
+    assert measured.adapter_parameters == sum(tensor.numel() for tensor in adapter.values())
+
+    # Its walk over the graph, in real training on a CPU.
+    model, batch = adapted(trained), Batch.of([random_sequence((64,), 1)], CPU)
+    counted: list[StepBytes] = []
+    for run_backward in (Tensor.backward, backward):
+        counted.append(step_bytes(model, batch, run_backward))
+        # From here on as within a backward pass of the engine.
+        monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+        for parameter in adapter_parameters(model).values():
+            parameter.grad = None
+    engine, walk = counted
+    assert (walk.kept, walk.loss) == (engine.kept, engine.loss)
+    # Nodes that are ready at the same time are run in an order of their own, and some free more than others.
+    assert walk.work == pytest.approx(engine.work, rel=0.05)

@@ -1,213 +1,54 @@
-"""Mixtures of experts are trained by the real step, with their experts in 4-bit and adapters on attention."""
+"""Experts become 4-bit however they are stored; what is not supported for a mixture of experts is refused."""
 
-from copy import copy
-from dataclasses import dataclass
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DeepseekV3Config,
+    GptOssConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from qlora_api.contract import ExitCode
 from qlora_api.model_and_output import MergedSpec, OutputSpec
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.core.completion import TrainRecord
-from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
+from qlora_trainer.model.adapter import adapter_parameters, save_adapter
 from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.base import check_quantization, load_base
-from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.measure import measure
 from qlora_trainer.model.expert_stack import expert_stacks
-from qlora_trainer.model.four_bit import quantize
-from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.prepare import prepare
-from tests.support.experts import BASE as EXPERTS_SHAPE
-from tests.support.experts import EXPERTS
+from tests.support.adapted import adapted
+from tests.support.families import EXPERTS, ROUTED
 from tests.support.four_bit import convert
 from tests.support.sequences import CPU
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
-from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
+from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 
 SPEC: dict[str, Any] = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
 NF4 = QuantizationSpec()
-# One with experts in every block, one with a dense block, shared experts, and experts in groups.
-ALWAYS = ("qwen3_moe", "glm4_moe")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A family's model folder, and the step that trained it without interruption."""
-
-    name: str
-    model: Path
-    context: StepContext
-    record: TrainRecord
-
-    @property
-    def adapter(self) -> Path:
-        return self.context.workspace.trained
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in EXPERTS],
-)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    root = tmp_path_factory.mktemp(request.param)
-    model = save_model(root / "model", EXPERTS[request.param])
-    context = prepared(root / "workspace", model, SPEC)
-    return Trained(request.param, model, context, run(context))
 
 
 @pytest.fixture(scope="module")
 def tiny_qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("qwen3_moe") / "model", EXPERTS["qwen3_moe"])
-
-
-def original_matrices(model: Path) -> dict[str, list[list[Tensor]]]:
-    """For each stack each expert's matrices, as transformers puts them together from the files."""
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    return {
-        name: [list(expert.detach().chunk(2 if "gate_up" in name else 1)) for expert in parameter]
-        for name, parameter in whole.named_parameters()
-        if parameter.ndim == 3
-    }
-
-
-def test_every_expert_is_in_4_bit_in_the_base_that_prepare_makes(trained: Trained) -> None:
-    base = load_base(trained.context.workspace.base, NF4, "cpu")
-    stacks, originals = dict(expert_stacks(base)), original_matrices(trained.model)
-
-    assert stacks.keys() == originals.keys()
-    assert not any(parameter.ndim == 3 for parameter in base.parameters())
-    for name, matrices_of in originals.items():
-        expected = type(stacks[name])(stacks[name].shape, stacks[name].pieces, NF4, "cpu")
-        for expert, matrices in enumerate(matrices_of):
-            for piece, matrix in enumerate(matrices):
-                expected.put(expert, piece, quantize(matrix, NF4))
-        assert all(map(torch.equal, stacks[name].buffers(), expected.buffers()))
-    storage = storage_of(base)
-    counted = sum(stack.parameters_count for stack in stacks.values())
-    assert storage.parameters == trained.record.quantized_parameters
-    assert storage.parameters > counted
-    assert {kind.name for kind in storage.layers} >= {"gate_up_proj", "down_proj", "q_proj"}
-    # The tables, a kilobyte each, count in tiny layers.
-    assert 4.127 < storage.bits_per_parameter < 5.1
-
-
-def test_attention_gets_an_adapter_and_learns(trained: Trained) -> None:
-    adapter = load_file(trained.adapter / ADAPTER_FILE)
-
-    layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapter}
-    expected = {f"model.layers.{block}.self_attn.{kind}_proj" for block in range(2) for kind in "qkvo"}
-    if trained.name == "qwen2_moe":
-        shared = ("model.layers.0.mlp", "model.layers.1.mlp.shared_expert")
-        expected |= {f"{mlp}.{kind}_proj" for mlp in shared for kind in ("gate", "up", "down")}
-    assert layers == expected
-    assert [name for name, tensor in adapter.items() if not bool(tensor.any())] == []
-    assert trained.record.eval_loss is not None
-    assert trained.record.initial_eval_loss is not None
-    assert trained.record.eval_loss < trained.record.initial_eval_loss
-
-
-def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
-    context = prepared(tmp_path, trained.model, SPEC)
-    interrupted_at(context, 3)
-    run(context)
-
-    assert adapter_bytes(context) == adapter_bytes(trained.context)
-    assert history(context) == history(trained.context)
-
-
-def adapted(trained: Trained, *, checkpointing: bool = True) -> Any:
-    spec = LoraSpec(rank=4, alpha=8)
-    model = attach_adapter(
-        load_base(trained.context.workspace.base, NF4, "cpu"),
-        spec,
-        inspect_family(trained.model, spec).target_modules,
-        seed=0,
-        gradient_checkpointing=checkpointing,
-        base_name="tiny",
-        base_revision="0",
-    )
-    restore_adapter(model, load_file(trained.adapter / ADAPTER_FILE))
-    return model
-
-
-def loss_and_gradients(model: Any, rows: list[Tensor], counted: int, dtype: torch.dtype) -> list[Tensor]:
-    """Of the row of this number, in a sequence with the others."""
-    labels = [row if number == counted else torch.full_like(row, IGNORED_LABEL) for number, row in enumerate(rows)]
-    sequence = PackedSequence(torch.cat(rows), torch.cat(labels), tuple(map(len, rows)))
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = batch_loss(model.get_base_model(), Batch.of([sequence], CPU))
-    return [loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values()))]
-
-
-def in_32_bit(model: Any) -> Any:
-    """The model with every operation in float32, in which no token changes its experts for a rounding."""
-    for module in model.float().modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = torch.float32, True
-    return model
-
-
-def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
-
-
-def test_recomputed_blocks_give_the_same_gradients(trained: Trained) -> None:
-    rows = [torch.arange(10, 30), torch.arange(100, 120)]
-    kept, recomputed = (
-        loss_and_gradients(adapted(trained, checkpointing=on), rows, 1, torch.bfloat16) for on in (False, True)
-    )
-
-    assert all(map(torch.equal, kept, recomputed))
-
-
-def test_another_row_in_the_sequence_changes_a_rows_loss_and_gradients_by_rounding_only(trained: Trained) -> None:
-    model = in_32_bit(adapted(trained))
-    row = torch.arange(100, 114)
-
-    alone = loss_and_gradients(model, [row], 0, torch.float32)
-    behind = loss_and_gradients(model, [torch.arange(10, 30), row], 1, torch.float32)
-
-    assert relative_error(behind, alone) < 1e-4
-
-
-def test_plain_peft_reads_the_adapter_over_a_base_with_the_same_experts(trained: Trained) -> None:
-    tokens = torch.arange(20, 60).unsqueeze(0)
-    base = load_base(trained.context.workspace.base, NF4, "cpu")
-    plain = AutoModelForCausalLM.from_pretrained(trained.model, dtype=torch.float32, experts_implementation="eager")
-    weights = {name: stack.dense(0, stack.shape[0], torch.float32) for name, stack in expert_stacks(base)}
-    for name, layer in base.named_modules():
-        if isinstance(layer, Linear4bit):
-            # In float32 bitsandbytes multiplies with weights that it does not round to 16 bit.
-            state = copy(layer.weight.quant_state)
-            state.dtype = torch.float32
-            weights[f"{name}.weight"] = dequantize_4bit(layer.weight.data, state)
-    plain.load_state_dict(weights, strict=False)
-    served = PeftModel.from_pretrained(plain, trained.adapter).eval()
-    ours = in_32_bit(adapted(trained)).eval().get_base_model()
-    ours.set_attn_implementation("eager")
-    with torch.no_grad():
-        found, expected = (model(input_ids=tokens, use_cache=False).logits for model in (ours, served))
-
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    return save_model(tmp_path_factory.mktemp("qwen3_moe") / "model", EXPERTS["qwen3_moe"][0])
 
 
 def test_a_base_with_experts_of_another_type_is_noticed(tiny_qwen3_moe: Path) -> None:
@@ -233,10 +74,9 @@ def changed(model: Path, folder: Path, change: Any) -> Path:
 def test_experts_that_are_stored_as_stacks_become_the_same_base(tiny_qwen3_moe: Path, tmp_path: Path) -> None:
     def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-        return rest | {
-            name: torch.stack([torch.cat(matrices) for matrices in whole])
-            for name, whole in original_matrices(tiny_qwen3_moe).items()
-        }
+        # As transformers puts them together.
+        whole = AutoModelForCausalLM.from_pretrained(tiny_qwen3_moe, dtype=torch.bfloat16)
+        return rest | {name: stack.detach() for name, stack in whole.named_parameters() if stack.ndim == 3}
 
     apart = convert(tiny_qwen3_moe, tmp_path / "apart", NF4)
     as_stacks = changed(tiny_qwen3_moe, tmp_path / "model", stacked)
@@ -305,18 +145,61 @@ def test_sharding_and_merging_are_refused_for_experts_only(tiny_qwen3_moe: Path,
     assert of_sharding.value.exit_code is of_merging.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_what_peft_would_take_for_a_routed_expert_gets_no_adapter(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", EXPERTS["glm4_moe"])
-    family = inspect_family(model, LoraSpec())
+SHARED = tuple(f"model.layers.1.mlp.shared_experts.{kind}_proj" for kind in ("gate", "up", "down"))
 
-    assert "model.layers.0.mlp.down_proj" in family.taken_for_experts
-    assert "model.layers.1.mlp.shared_experts.up_proj" in family.taken_for_experts
-    with pytest.raises(StepFailure, match="'up_proj', an adapter of which PEFT would read as one of routed experts"):
-        inspect_family(model, LoraSpec(target_modules=("q_proj", "up_proj")))
+
+def adapted_names(model: Any) -> set[str]:
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in trained}
+
+
+@pytest.mark.parametrize("target", [list(SHARED), "|".join(map(re.escape, SHARED))], ids=["names", "pattern"])
+def test_peft_takes_the_names_of_shared_experts_for_routed_ones(target: list[str] | str) -> None:
+    model = AutoModelForCausalLM.from_config(EXPERTS["glm4_moe"][0])
+
+    with_adapter = get_peft_model(model, LoraConfig(r=4, target_modules=target))
+
+    assert {name.removesuffix(".base_layer") for name in adapted_names(with_adapter)} == {"model.layers.1.mlp.experts"}
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_plain_peft_puts_the_tensors_of_shared_experts_in_their_place(tmp_path: Path, bits: int) -> None:
+    """Although the base has its routed experts in 16 bit."""
+    folder = save_model(tmp_path / "model", EXPERTS["glm4_moe"][0])
+    ours = adapted(folder, dropout=0.1)
+    torch.manual_seed(1)
+    for parameter in adapter_parameters(ours).values():
+        torch.nn.init.normal_(parameter)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(ours, tmp_path / "adapter")
+    quantization = BitsAndBytesConfig(load_in_4bit=True) if bits == 4 else None
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
+
+    served = PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False)
+
+    names = {f"base_model.model.{name}.lora_{matrix}.weight" for name in SHARED for matrix in "AB"}
+    expected = load_file(tmp_path / "adapter" / ADAPTER_FILE)
+    found = get_peft_model_state_dict(served)
+    assert names <= found.keys()
+    assert found.keys() == expected.keys()
+    # PEFT may keep them in the type of the base.
+    assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in found.items())
+
+
+def test_what_peft_takes_for_routed_experts_gets_an_adapter_by_its_weight_but_no_dora(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", EXPERTS["glm4_moe"][0])
+
+    family, dora = (inspect_family(model, LoraSpec(use_dora=way)) for way in (False, True))
+
+    assert {"model.layers.0.mlp.down_proj", *SHARED} <= set(family.target_modules)
+    assert set(family.target_modules) == {*dora.target_modules, *dora.without_dora}
+    assert {name.split(".")[3] for name in dora.target_modules} == {"self_attn"}
+    with pytest.raises(StepFailure, match=r"'up_proj', which can have no DoRA \(spec\.lora\.useDora\)"):
+        inspect_family(model, LoraSpec(target_modules=("q_proj", "up_proj"), use_dora=True))
 
 
 def test_the_weight_of_a_shared_expert_stays_in_16_bit_and_gets_no_adapter(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", EXPERTS["qwen2_moe"])
+    model = save_model(tmp_path / "model", EXPERTS["qwen2_moe"][0])
     base = load_base(model, NF4, "cpu")
 
     routing = base.model.layers[1].mlp
@@ -356,15 +239,16 @@ def test_the_dry_run_counts_experts_in_4_bit_and_what_is_dequantized(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("config", "attention"),
+    ("config", "attention", "adapted_parts"),
     [
         (
-            GptOssConfig(**EXPERTS_SHAPE, num_local_experts=4, head_dim=16, sliding_window=8),
+            GptOssConfig(**ROUTED, num_local_experts=4, head_dim=16, sliding_window=8),
             "eager",
+            {"self_attn"},
         ),
         (
             DeepseekV3Config(
-                **EXPERTS_SHAPE | {"num_key_value_heads": SHAPE["num_attention_heads"]},
+                **ROUTED | {"num_key_value_heads": SHAPE["num_attention_heads"]},
                 n_routed_experts=4,
                 n_group=1,
                 topk_group=1,
@@ -377,19 +261,20 @@ def test_the_dry_run_counts_experts_in_4_bit_and_what_is_dequantized(tmp_path: P
                 v_head_dim=16,
             ),
             "sdpa",
+            {"self_attn", "mlp"},
         ),
     ],
     ids=["sinks", "latent attention"],
 )
 def test_experts_behind_attention_of_another_kind_get_one_row_a_sequence(
-    make_context: MakeContext, tmp_path: Path, config: PretrainedConfig, attention: str
+    make_context: MakeContext, tmp_path: Path, config: PretrainedConfig, attention: str, adapted_parts: set[str]
 ) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * 3) for n in range(8)])
     context = make_context(SPEC, model=save_model(tmp_path / "model", config))
     record = prepare(context, Recorded())
     assert (record.attention, record.packed, record.mixture_of_experts) == (attention, False, True)
     assert record.memory.source == "DryRun"
-    assert {name.split(".")[3] for name in record.target_modules} == {"self_attn"}
+    assert {name.split(".")[3] for name in record.target_modules} == adapted_parts
 
     trained = run(context)
 

@@ -27,7 +27,7 @@ from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training.sharding import STORAGE_DTYPE
-from tests.support.experts import EXPERTS
+from tests.support.families import EXPERTS
 from tests.support.four_bit import convert, require_equal
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.training import run
@@ -220,7 +220,7 @@ def test_a_model_with_other_layers_in_4_bit_is_refused(
 def test_loftq_and_experts_need_the_original(tmp_path: Path, in_nf4: Path) -> None:
     with pytest.raises(StepFailure, match=r"spec\.lora\.initialization is loftq.* stored in 4 bit only"):
         inspect_family(in_nf4, LoraSpec(initialization="loftq"))
-    routed = save_model(tmp_path / "routed", EXPERTS["qwen3_moe"])
+    routed = save_model(tmp_path / "routed", EXPERTS["qwen3_moe"][0])
     model = quantized(routed, tmp_path / "model", settings())
     with pytest.raises(StepFailure, match="mixture of experts that is quantized already, and its experts are not"):
         inspect_family(model, LoraSpec())

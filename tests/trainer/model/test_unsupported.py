@@ -39,6 +39,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         name: ({"model_type": name}, "computes with the weights of mixer.dt_proj", ALTERNATIVE)
         for name in ("mamba", "falcon_mamba")
     },
+    "trocr": ({"model_type": "trocr"}, "is the decoder of an encoder-decoder", ALTERNATIVE),
+    "sarvam_moe": ({"model_type": "sarvam_moe"}, "self_attn.q_proj.weight together with others", ALTERNATIVE),
+    "lara_mini": ({"model_type": "lara_mini"}, "linear_attn.in_proj_qkv.weight together with others", ALTERNATIVE),
     "ctrl": ({"model_type": "ctrl"}, "cannot recompute its blocks", ALTERNATIVE),
     "rwkv": ({"model_type": "rwkv"}, "changes its own weights", ALTERNATIVE),
     "recurrent_gemma": ({"model_type": "recurrent_gemma"}, "computes attention or logits in a way", ALTERNATIVE),

@@ -5,6 +5,7 @@ import re
 import transformers
 
 from docs.families import NAMES, PAGE
+from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 
 
 def test_the_page_has_a_line_for_each_type_of_this_transformers() -> None:
@@ -19,3 +20,4 @@ def test_the_page_has_a_line_for_each_type_of_this_transformers() -> None:
         f"trained: {packed} with packed rows, {trained - packed} with one row in a sequence."
     ) in text
     assert trained >= 110
+    assert {name for name, how in rows if how == "one row a sequence"} == ONE_ROW_MODEL_TYPES

@@ -80,3 +80,23 @@ def test_without_the_trainer_a_plan_says_for_which_settings_it_is_rough(tmp_path
 def test_without_the_trainer_an_impossible_size_is_still_rejected(tmp_path: Path) -> None:
     with pytest.raises(StepFailure, match="hidden_size is '4096'"):
         make_plan("tiny", SPEC, written(tmp_path, model_type="llama", hidden_size="4096"), None)
+
+
+BAMBA = {"model_type": "bamba"}
+
+
+@pytest.mark.usefixtures("_no_trainer")
+def test_a_plan_says_what_one_row_a_sequence_costs(tmp_path: Path) -> None:
+    text = shown(SPEC, written(tmp_path, **BAMBA))
+    assert "One row a sequence: packing is off, because models of type bamba cannot keep packed rows apart." in text
+    assert "A step has 16 rows (training.gradientAccumulationSteps) and at most 8192 tokens" in text
+    assert "One row" not in shown(SPEC, written(tmp_path, **LLAMA))
+
+
+@pytest.mark.usefixtures("_no_trainer")
+def test_a_plan_says_which_micro_batch_a_model_with_one_row_a_sequence_takes(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"micro_batch_size": 4})})
+    assert (
+        "models of type bamba cannot keep the rows of a batch apart: set training.microBatchSize to 1, and "
+        "training.gradientAccumulationSteps to 64."
+    ) in shown(spec, written(tmp_path, **BAMBA))

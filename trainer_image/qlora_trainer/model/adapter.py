@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.decoder import compute_as_in_use
+from qlora_trainer.model.decoder import block_linears, compute_as_in_use
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.fused_lora import fuse_lora
 from qlora_trainer.model.loftq import initialize_loftq
@@ -39,13 +39,15 @@ def attach_adapter(
     both are initialized from the `original` weights; without these they are to be restored.
     """
     torch.manual_seed(seed)
+    modules, parameters = peft_targets(base, target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         revision=base_revision,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(target_modules),
+        target_modules=list(modules),
+        target_parameters=list(parameters) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         modules_to_save=list(whole_modules(base, lora)) or None,
@@ -54,7 +56,7 @@ def attach_adapter(
     # PEFT sets the folder from which the base was loaded, which means nothing elsewhere, and shortens long lists of
     # targets to suffixes.
     config.base_model_name_or_path = base_name
-    config.target_modules = set(target_modules)
+    config.target_modules, config.target_parameters = set(modules), set(parameters) or None
     if lora.initialization == "loftq" and original is not None:
         initialize_loftq(model, original)
     for name, parameter in adapter_parameters(model).items():
@@ -67,15 +69,26 @@ def attach_adapter(
     return model.train()
 
 
-def taken_for_experts(model: Any, linears: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of a model's linear layers on which PEFT can neither make nor read an adapter.
+def peft_targets(model: Any, layers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers as PEFT's configuration has them: `target_modules`, and `target_parameters` for the others.
+
+    Those that PEFT takes for routed experts by their own names are named by their weights. On a 4-bit layer PEFT makes
+    the same adapter of both, and its file has the same names for the tensors.
+    """
+    taken = taken_for_experts(model, block_linears(model))
+    modules = tuple(name for name in layers if name not in taken)
+    return modules, tuple(f"{name}.weight" for name in layers if name in taken)
+
+
+def taken_for_experts(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
+    """Those of a model's linear layers of which PEFT takes the names, as `target_modules`, for others.
 
     For files of older releases of transformers, PEFT reads some names, such as `gate_proj`, as those of routed experts,
     wherever in the model they are: also in the shared experts and the dense blocks of the same families.
     """
     config = LoraConfig(target_modules=list(linears))
     convert_peft_config_for_transformers(config, model, None)
-    return tuple(name for name in linears if name not in (config.target_modules or ()))
+    return frozenset(linears).difference(config.target_modules or ())
 
 
 def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:
@@ -118,6 +131,9 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter's two files into `folder`, which exists. The same adapter gives the same bytes."""
     save_file(adapter_tensors(model), folder / ADAPTER_FILE, metadata={"format": "pt"})
     config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
+    if config["target_parameters"]:
+        # On a base in 16 bit PEFT loads such an adapter only without dropout, which has no effect in use.
+        config["lora_dropout"] = 0.0
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
     (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n")
 

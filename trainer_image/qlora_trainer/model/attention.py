@@ -151,7 +151,8 @@ def _row_by_row(
         _one_row(row_query, row_key, row_value, scale, window)
         for row_query, row_key, row_value in zip(*parts, strict=True)
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    # Some families view the result in another shape, as transformers' own attention lets them.
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def _one_row(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Decides, before any weight is read, which tensors of a base become 4-bit and what its files then hold."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.model.base_weights import renaming
+from qlora_trainer.model.base_weights import StoredName, renaming
 from qlora_trainer.model.expert_layout import ExpertLayout, Place, entry_name, matrices
 from qlora_trainer.model.expert_quantizer import ExpertsConfig
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
@@ -78,7 +78,7 @@ class BaseLayout:
     buffers: frozenset[str]
     in_32_bit: frozenset[str]
     """Names of the parameters that transformers keeps in 32 bit, whatever it is asked for."""
-    name_in_model: Callable[[str], str | None]
+    name_in_model: Callable[[str], StoredName | None]
     """See `renaming`."""
     experts: ExpertLayout
     stored_in_4_bit: bool = False
@@ -97,9 +97,10 @@ class BaseLayout:
         require_agreement(stored, quantization)
         model = _without_weights(config_folder)
         rename, experts = renaming(model), ExpertLayout.of(model)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
         names: dict[int, set[str]] = {}
-        for name, tensor in model.named_parameters(remove_duplicate=False):
+        for name, tensor in parameters.items():
             names.setdefault(id(tensor), set()).add(name)
         buffers = frozenset(model.state_dict().keys() - shapes.keys())
         in_32_bit = set(model._keep_in_fp32_modules_strict or ())
@@ -113,7 +114,11 @@ class BaseLayout:
             four_bit=four_bit,
             tied=tuple(frozenset(group) for group in names.values() if not group & experts.stacks.keys()),
             buffers=buffers,
-            in_32_bit=frozenset(name for name in shapes if any(part in name for part in in_32_bit)),
+            in_32_bit=frozenset(
+                name
+                for name, tensor in parameters.items()
+                if tensor.dtype == torch.float32 or any(part in name for part in in_32_bit)
+            ),
             name_in_model=rename,
             experts=experts,
             stored_in_4_bit=stored is not None,
@@ -155,19 +160,22 @@ class BaseLayout:
         if place is not None:
             return self._expert_part(stored, dtype, shape, place, file)
         weight, role = split(stored) if self.stored_in_4_bit else (stored, PACKED)
-        name = self.name_in_model(weight)
-        if name is None:
+        found = self.name_in_model(weight)
+        if found is None or (found.pieces > 1 and found.name in self.four_bit):
             raise model_unavailable(
                 f"{file} stores {stored} in another form than the model computes with: use a conversion of the model "
                 "that a present release of transformers has saved"
             )
+        name = found.name
         if name in self.buffers:
             return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in _WEIGHT_TYPES else None
         if name not in self.shapes:
             return None
         if self.stored_in_4_bit and (role or name in self.four_bit):
             return self._layer_part(stored, weight, role, name, dtype, shape, file)
-        _require(stored, dtype, shape, self.shapes[name], file)
+        # Pieces stay apart, as transformers finds them in the original, and have as many rows together as it needs.
+        rows = self.shapes[name][:1] if found.pieces == 1 else shape[:1]
+        _require(stored, dtype, shape, (*rows, *self.shapes[name][1:]), file)
         if name not in self.four_bit:
             return Part(stored, (Entry(stored, self._dtype(name), shape),), four_bit=False)
         return Part(stored, tuple(_layer(stored, prod(shape), self.quantization)), four_bit=True)
@@ -226,17 +234,26 @@ class BaseLayout:
 
     def require_complete(self, stored: Collection[str]) -> None:
         """Raise StepFailure MODEL_UNAVAILABLE unless each parameter of the model is among these stored tensors."""
-        found = {self.name_in_model(name) for name in stored}
+        places = {name: place for name in stored if (place := self.name_in_model(name)) is not None}
+        found = _whole(places.values())
         missing = sorted(min(group) for group in self.tied if not group & found)
         missing += sorted(set(self.experts.entries()).difference(stored))
         if self.stored_in_4_bit:
-            layers = [name for name in stored if self.name_in_model(name) in self.four_bit]
+            layers = [name for name, place in places.items() if place.name in self.four_bit]
             needed = {entry.name for layer in layers for entry in _layer(layer, 0, self.quantization)}
             missing += sorted(needed.difference(stored))
         if missing:
             raise model_unavailable(
                 f"the weights do not fit config.json: {len(missing)} tensors are missing, first {some_names(missing)}"
             )
+
+
+def _whole(places: Iterable[StoredName]) -> set[str]:
+    """The names of which all pieces are there."""
+    pieces: dict[tuple[str, int], set[int]] = {}
+    for place in places:
+        pieces.setdefault((place.name, place.pieces), set()).add(place.piece)
+    return {name for (name, count), those in pieces.items() if len(those) == count}
 
 
 def _without_weights(config_folder: Path) -> Any:

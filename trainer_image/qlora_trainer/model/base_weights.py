@@ -1,19 +1,31 @@
 """Reads the weights of a base model, in 4-bit or not, one tensor at a time and by their names in the loaded model."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.model.dequantization import correct_dequantization
 from qlora_trainer.model.source import WEIGHTS, WEIGHTS_INDEX, weight_files
+
+
+@dataclass(frozen=True)
+class StoredName:
+    """The place of a file's tensor in the model."""
+
+    name: str
+    """The parameter or buffer; a name that the model does not have, if it has none for the tensor."""
+    piece: int = 0
+    """The tensor's number among those whose rows follow one another in the parameter."""
+    pieces: int = 1
 
 
 class BaseWeights:
@@ -27,7 +39,7 @@ class BaseWeights:
         """
         correct_dequantization()
         self._folder = folder
-        self._stored: dict[str, tuple[Any, str]] = {}
+        self._stored: dict[str, dict[int, tuple[Any, str]]] = {}
         self._constants: dict[str, dict[str, Any]] = {}
         name_in_model = renaming(model)
         for file in chosen_files(folder):
@@ -36,9 +48,9 @@ class BaseWeights:
             except (OSError, SafetensorError) as error:
                 raise model_unavailable(f"{folder / file} cannot be read: {error}") from error
             for stored in opened.keys():  # noqa: SIM118 - it is no dictionary
-                name = name_in_model(stored)
-                if name is not None:
-                    self._stored[name] = (opened, stored)
+                place = name_in_model(stored)
+                if place is not None:
+                    self._stored.setdefault(place.name, {})[place.piece] = (opened, stored)
                 weight, _, constant = stored.partition(".weight.")
                 if constant:
                     self._constants.setdefault(f"{weight}.weight", {})[constant] = opened
@@ -57,7 +69,10 @@ class BaseWeights:
         Raises StepFailure MODEL_UNAVAILABLE if there is none of this name.
         """
         self.require(name)
-        opened, stored = self._stored[name]
+        pieces = [self._dequantized(*self._stored[name][piece]) for piece in sorted(self._stored[name])]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _dequantized(self, opened: Any, stored: str) -> Tensor:
         tensor = cast("Tensor", opened.get_tensor(stored))
         if stored not in self._constants:
             return tensor
@@ -65,11 +80,12 @@ class BaseWeights:
         return dequantize_4bit(tensor, QuantState.from_dict(constants, torch.device("cpu")))
 
 
-def renaming(model: Any) -> Callable[[str], str | None]:
-    """A function from a tensor's name in a file to its name in the model; None for one that is not stored as a weight.
+def renaming(model: Any) -> Callable[[str], StoredName | None]:
+    """A function from a tensor's name in a file to its place in the model.
 
     It renames as transformers does when it loads: a checkpoint of the inner model lacks the inner model's name, and a
-    multimodal one has older names for its parts.
+    multimodal one has older names for its parts. The function returns None for a tensor of which transformers computes
+    the weight by more than putting pieces together.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -77,13 +93,38 @@ def renaming(model: Any) -> Callable[[str], str | None]:
     # With the names of buffers, which some families store under others too.
     names = dict.fromkeys(model.state_dict().keys() | dict(model.named_parameters(remove_duplicate=False)), True)
 
-    def name_in_model(stored: str) -> str | None:
-        name, computed = rename_source_key(stored, renamings, converters, model.base_model_prefix, names)
+    def name_in_model(stored: str) -> StoredName | None:
+        name, source = rename_source_key(stored, renamings, converters, model.base_model_prefix, names)
         if name not in names:
-            return stored
-        return name if computed is None else None
+            return StoredName(stored)
+        if source is None:
+            return StoredName(name)
+        converter = next(entry for entry in converters if source in entry.source_patterns)
+        sources = list(converter.source_patterns)
+        return StoredName(name, sources.index(source), len(sources)) if _joins_rows(converter) else None
 
     return name_in_model
+
+
+def _joins_rows(converter: WeightConverter) -> bool:
+    """Whether it puts the rows of several tensors one below the other."""
+    operations = list(converter.operations)
+    return len(operations) == 1 and type(operations[0]) is Concatenate and operations[0].dim == 0
+
+
+def reason_against_storage(model: Any) -> str | None:
+    """Why a model whose layers' weights are stored in another form than it computes with cannot be kept in 4-bit.
+
+    `model` is without weights. None if each of its linear layers has a weight of its own in a checkpoint.
+    """
+    weights = [f".{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear]
+    for entry in get_model_conversion_mapping(model):
+        for target in entry.target_patterns if isinstance(entry, WeightConverter) else ():
+            ending = f".{target.removesuffix('.weight').lstrip('.')}.weight"
+            name = next((name[1:] for name in weights if name.endswith(ending)), None)
+            if name is not None:
+                return f"its checkpoints store {name} together with others, which are not taken apart here"
+    return None
 
 
 def chosen_files(folder: Path) -> list[str]:

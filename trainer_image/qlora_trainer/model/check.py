@@ -43,9 +43,11 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
             "no adapter on %s: no gradient reaches it, or PEFT refuses it",
             ", ".join(_last_parts(family.without_adapter)),
         )
-    if family.taken_for_experts:
-        taken = ", ".join(_last_parts(family.taken_for_experts))
-        logger.warning("no adapter on %s: PEFT would read it as one of routed experts", taken)
+    if family.without_dora:
+        logger.warning(
+            "no adapter on %s: PEFT reads one with spec.lora.useDora as one of routed experts",
+            ", ".join(_last_parts(family.without_dora)),
+        )
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
     if training.micro_batch_size > 1 and not model.packs(training):

@@ -13,6 +13,9 @@ SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 WEIGHT_DEVIATION = 0.2
 """Standard deviation of the weights: enough for scores to differ, too little for one token to take all attention."""
 _WINDOW = 5
+_CHUNK = 4
+"""Tokens after which a Mamba layer hands on its state: the rows of the probe are longer, and few sums are computed."""
+_CHUNKS = ("mamba_chunk_size", "chunk_size")
 _SOFTCAP = 1.0
 """Low enough to change every score and logit."""
 _MOST_BLOCKS = 8
@@ -22,6 +25,8 @@ _WIDTHS = ("intermediate_size", "moe_intermediate_size", "hidden_size_per_layer_
 _NO_VALUES_OF_BLOCKS = (*SPECIAL_TOKENS, "full_attn_idxs")
 """Lists that may have as many entries as the model has blocks, by chance."""
 _MOST_EXPERTS = 16
+_DENSE_BLOCKS = ("first_k_dense_replace", "num_dense_layers")
+"""Names for the number of first blocks without experts."""
 _SEGMENTS = ("n_input_layers", "n_recurrent_layers", "n_output_layers")
 """Numbers of blocks that follow one another, in families that repeat those in the middle."""
 
@@ -95,6 +100,7 @@ def _small_sizes(settings: Mapping[str, Any], blocks: int) -> dict[str, Any]:
         "vocab_size": VOCABULARY,
         "vocab_size_per_layer_input": VOCABULARY,
     }
+    sizes |= {name: _CHUNK for name in _CHUNKS if (settings.get(name) or 0) > _CHUNK}
     for name in _WIDTHS:
         if value := settings.get(name):
             sizes[name] = [_WIDTH] * blocks if isinstance(value, list) else _WIDTH
@@ -128,7 +134,7 @@ def _experts(config: Any, settings: Mapping[str, Any], blocks: list[int]) -> dic
     """Fewer experts, in those of the remaining blocks that have some; dense blocks are the first ones."""
     dense = sum(not _is_sparse(config, settings, block) for block in blocks)
     changes: dict[str, Any] = {
-        "first_k_dense_replace": dense,
+        **dict.fromkeys(_DENSE_BLOCKS, dense),
         "mlp_only_layers": list(range(dense)),
         "decoder_sparse_step": 1,
         "moe_layer_start_index": dense,
@@ -145,7 +151,7 @@ def _is_sparse(config: Any, settings: Mapping[str, Any], block: int) -> bool:
     """Whether the numbers by which families choose say that a block has routed experts."""
     last = settings.get("moe_layer_end_index", -1)
     return (
-        block >= (settings.get("first_k_dense_replace") or 0)
+        all(block >= (settings.get(name) or 0) for name in _DENSE_BLOCKS)
         and block not in (settings.get("mlp_only_layers") or ())
         and (block + 1) % (settings.get("decoder_sparse_step") or 1) == 0
         and (settings.get("moe_layer_start_index") or 0) <= block <= (last if last >= 0 else config.num_hidden_layers)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ class Family:
     """Whether tokens are routed to experts, which then are in 4-bit and get no adapter."""
     experts_in_mxfp4: bool = False
     """Whether these are in MXFP4, as they were published, and stay so."""
-    taken_for_experts: tuple[str, ...] = ()
-    """Linear layers of the blocks that get no adapter because PEFT would read it as one of routed experts."""
+    without_dora: tuple[str, ...] = ()
+    """Linear layers of the blocks that get no adapter because it is DoRA, and PEFT takes their names for experts'."""
 
     def keeps_rows_apart(self, row_tokens: int) -> bool:
         """Whether rows of up to `row_tokens` tokens can share a sequence without any effect on each other."""
@@ -145,15 +146,11 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
         probed = probe(text)
         _reject(model_type, reason_in_probe(probed))
         linears = block_linears(skeleton)
-        taken = taken_for_experts(skeleton, linears) if experts else ()
-        others = [name for name in linears if name not in taken]
-        refused = refused_by_peft(config, {name.rpartition(".")[2] for name in others})
-        left_out = tuple(
-            name
-            for name in others
-            if place_in_block(name) in probed.without_gradient or name.rpartition(".")[2] in refused
-        )
-        targets = resolve_targets(lora.target_modules, linears, left_out, taken if experts else None)
+        taken = taken_for_experts(skeleton, linears)
+        refused = refused_by_peft(config, (name for name in linears if name not in taken))
+        left_out = tuple(name for name in linears if place_in_block(name) in probed.without_gradient or name in refused)
+        without_dora = tuple(sorted(taken.difference(left_out))) if lora.use_dora else ()
+        targets = resolve_targets(lora.target_modules, linears, left_out, without_dora, experts=experts)
         return Family(
             model_type=model_type,
             target_modules=in_blocks(targets, lora.layers_to_transform),
@@ -165,7 +162,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             without_adapter=left_out,
             mixture_of_experts=experts,
             experts_in_mxfp4=experts and experts_in_mxfp4(config),
-            taken_for_experts=taken,
+            without_dora=without_dora,
         )
     except _UNUSABLE as error:
         raise bad_configuration(
@@ -230,46 +227,52 @@ def quantized_fraction(model: PreTrainedModel) -> float:
 
 
 def refused_by_peft(config: Any, names: Iterable[str]) -> set[str]:
-    """Those of the last parts of linear layers' names on which PEFT attaches no LoRA in a model of this configuration.
+    """Those of the names of linear layers on which PEFT attaches no LoRA in a model of this configuration.
 
     It refuses the output layer of Mamba blocks, which fused kernels read beside its forward pass.
     """
-    refused = set()
-    for name in names:
+    refused: set[str] = set()
+    by_last_part = groupby(sorted(names, key=_last_part), _last_part)
+    for last_part, group in by_last_part:
         stand_in = nn.Module()
         stand_in.config = config
-        stand_in.add_module(name, nn.Linear(1, 1, device="meta"))
+        stand_in.add_module(last_part, nn.Linear(1, 1, device="meta"))
         try:
-            inject_adapter_in_model(LoraConfig(r=1, target_modules=[name]), stand_in, low_cpu_mem_usage=True)
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=[last_part]), stand_in, low_cpu_mem_usage=True)
         except ValueError:
-            refused.add(name)
+            refused.update(group)
     return refused
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def resolve_targets(
     wanted: tuple[str, ...],
     linears: tuple[str, ...],
     left_out: tuple[str, ...] = (),
-    taken_for_experts: tuple[str, ...] | None = None,
+    without_dora: tuple[str, ...] = (),
+    *,
+    experts: bool = False,
 ) -> tuple[str, ...]:
     """Exact, sorted names out of `linears` for the names of spec.lora.targetModules, each of which must match.
 
-    Those `left_out` can get no adapter, nor can those `taken_for_experts`, which is None for a dense model.
+    Those `left_out` can get no adapter, nor can those `without_dora`. `experts`: whether the model has routed experts.
     """
     chosen: set[str] = set()
-    routed = taken_for_experts or ()
-    allowed = [name for name in linears if name not in left_out and name not in routed]
+    allowed = [name for name in linears if name not in left_out and name not in without_dora]
     for target in wanted:
         found = allowed if target == ALL_LINEAR else _named(target, allowed)
         if not found:
             why = "which the model does not have"
             if _named(target, left_out):
                 why = "which can have no adapter in this family"
-            elif _named(target, routed):
-                why = "an adapter of which PEFT would read as one of routed experts"
-            elif taken_for_experts is not None:
+            elif _named(target, without_dora):
+                why = "which can have no DoRA (spec.lora.useDora) in this family"
+            elif experts:
                 why = "which no layer has besides routed experts and routers, and these get no adapter"
-            existing = sorted({name.rpartition(".")[2] for name in allowed})
+            existing = sorted(set(map(_last_part, allowed)))
             raise bad_configuration(
                 f"spec.lora.targetModules names {target!r}, {why}; allowed are {ALL_LINEAR} and {', '.join(existing)}"
             )

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_api.memory.model_shape import LARGEST_SIZES
+from qlora_trainer.model.base_weights import reason_against_storage
 from qlora_trainer.model.expert_layout import EXPERT_COUNTS, ExpertLayout, reason_against_experts
 from qlora_trainer.model.probe import Probe
 
@@ -14,6 +15,8 @@ ALTERNATIVE = (
 )
 # Multimodal families of which the text decoder is trained, under the names in files that servers expect.
 _TRAINED_TEXT_PARTS = frozenset({"gemma3"})
+# What transformers' decoders call their attention to an encoder.
+_CROSS_ATTENTION = ("encoder_attn", "crossattention")
 
 
 def entries(value: Any) -> Iterator[tuple[str, Any]]:
@@ -59,7 +62,7 @@ def reason_in_config(config: Any) -> str | None:
 
 def reason_in_model(model: Any) -> str | None:
     """Why a model, with or without weights, cannot be trained, as far as its layers show; None if it can."""
-    unread = reason_against_experts(model)
+    unread = reason_against_experts(model) or reason_against_storage(model)
     if unread is not None:
         return unread
     if not ExpertLayout.of(model).stacks:
@@ -69,6 +72,9 @@ def reason_in_model(model: Any) -> str | None:
                     f"it is a mixture of experts ({name} {value}) that does not use transformers' interface for "
                     "experts, by which they are kept in 4-bit"
                 )
+    for name, _ in model.named_modules():
+        if name.rpartition(".")[2] in _CROSS_ATTENTION:
+            return f"it is the decoder of an encoder-decoder, to whose encoder it attends ({name})"
     if not model.supports_gradient_checkpointing:
         return "transformers cannot recompute its blocks in the backward pass (spec.training.gradientCheckpointing)"
     return None

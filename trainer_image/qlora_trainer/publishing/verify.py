@@ -20,7 +20,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_a
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import tensor_dtype, whole_modules
+from qlora_trainer.model.adapter import peft_targets, tensor_dtype, whole_modules
 from qlora_trainer.training.fingerprint import digest, run_fingerprint
 from qlora_trainer.training.schedule import Schedule
 
@@ -55,10 +55,12 @@ def verify_adapter(
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    modules, parameters = peft_targets(skeleton, target_modules)
     verify_config(
         folder / ADAPTER_CONFIG_FILE,
         lora,
-        target_modules=target_modules,
+        target_modules=modules,
+        target_parameters=parameters,
         whole_modules=whole_modules(skeleton, lora),
         base_name=base_name,
         base_revision=base_revision,
@@ -145,6 +147,7 @@ def verify_config(
     lora: LoraSpec,
     *,
     target_modules: tuple[str, ...],
+    target_parameters: tuple[str, ...] = (),
     whole_modules: tuple[str, ...],
     base_name: str,
     base_revision: str,
@@ -160,8 +163,9 @@ def verify_config(
         "revision": base_revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
+        "lora_dropout": 0.0 if target_parameters else lora.dropout,
         "target_modules": sorted(target_modules),
+        "target_parameters": sorted(target_parameters) or None,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
         "bias": "none",

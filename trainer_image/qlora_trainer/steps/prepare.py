@@ -5,14 +5,16 @@ data. The weights come last. What is not complete is in folders named `.NAME.par
 resumes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import BaseStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -28,6 +30,7 @@ from qlora_trainer.core.filesystem import (
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
+from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.locate import DataAccess
 from qlora_trainer.model.attention import ATTENTION
@@ -35,8 +38,9 @@ from qlora_trainer.model.base_artifact import is_present
 from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.cache import is_whole
 from qlora_trainer.model.cached_base import open_base_source
-from qlora_trainer.model.check import advise_learning_rate, check_model
+from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
+from qlora_trainer.model.dry_run.limited import measure_within_limits
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination, published_addresses
@@ -69,11 +73,28 @@ def prepare(
     return record
 
 
+@dataclass(frozen=True)
+class _Admitted:
+    """What the model's small files decide about a job that can be trained, before data and weights are fetched."""
+
+    folder: Path
+    """The model's, with its small files."""
+    model: CheckedModel
+    memory: MemoryFit
+    tokenizer: Tokenizer
+    tokenizer_files: Mapping[str, str]
+    """SHA-256 of each of the tokenizer's files."""
+    layout: BaseLayout
+    rows_apart: bool
+    """Whether rows can share a sequence."""
+    packed: bool
+    """Whether they do."""
+
+
 def _prepare(
     context: StepContext, records: RecordWriter, say: Callable[[str], None], now: Callable[[], datetime]
 ) -> PrepareRecord:
-    spec, workspace = context.spec, context.workspace
-    training, hub = spec.training, cache(lambda: _open_hub(context))
+    workspace, hub = context.workspace, cache(lambda: _open_hub(context))
     _check_destinations(context)
 
     say("reading the model's configuration")
@@ -81,47 +102,26 @@ def _prepare(
     started = now()
     folder = source.settings()
     fetching = now() - started
-    require_installed(training.report_to)
-    model = check_model(folder, spec.lora, training)
-    model.family.require_whole_and_unmerged(training, spec.output)
-    warn_if_not_served(spec)
-    say("measuring the memory that training needs")
-    rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
-    memory = MemoryFit.of(folder / CONFIG, spec, model.family.target_modules, rows_apart=rows_apart)
-    records.note(memory=memory.status)
-    memory.require()
-    advise_learning_rate(memory.parameters or 0, training.learning_rate)
-    tokenizer, tokenizer_files = Tokenizer(folder), tokenizer_digests(folder)
-    layout = BaseLayout.of(folder, spec.quantization)
-    bases = open_base_source(context, source, folder, layout)
+    admitted = _admit(folder, context.spec, records, say)
+    bases = open_base_source(context, source, folder, admitted.layout)
     bases.require_room()
 
-    dataset = DatasetBuilder(
-        spec.dataset,
-        training,
-        tokenizer,
-        tokenizer_files,
-        vocabulary=model.vocabulary,
-        access=DataAccess(context.mounts, hub, context.secret("dataset")),
-        scratch=lambda name: partial_path(workspace.data / name),
-        say=say,
-    ).build()
+    dataset = _dataset(context, admitted, hub, say)
     records.note(dataset=dataset.status())
-    packed = model.packs(training)
+    training = context.spec.training
     sequences = new_folder(partial_path(workspace.data / "layout"))
-    dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=packed)
+    dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=admitted.packed)
 
     started = now()
-
-    def on_bytes(done: int, total: int) -> None:
-        say(f"{bases.activity} model {sizes(done, total)}")
-
-    base = bases.base(on_bytes)
+    base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
     fetching += now() - started
-    resolved = ResolvedInputs(base.revision, tokenizer_files, dataset.training.sha256, dataset.evaluation_sha256)
-    fingerprint = resolved.fingerprint(spec)
+
+    digests = dataset.training.sha256, dataset.evaluation_sha256
+    resolved = ResolvedInputs(base.revision, admitted.tokenizer_files, *digests)
+    fingerprint = resolved.fingerprint(context.spec)
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, workspace.data / fingerprint)
+    family = admitted.model.family
     return PrepareRecord(
         fingerprint=fingerprint,
         model_path=recorded_path(source.complete(), workspace.root),
@@ -129,16 +129,16 @@ def _prepare(
         base_path=recorded_path(base.folder, workspace.root),
         base_sha256=base.manifest.sha256,
         data_path=recorded_path(workspace.data / fingerprint, workspace.root),
-        target_modules=model.family.target_modules,
-        packed=packed,
-        rows_apart=rows_apart,
-        mixture_of_experts=model.family.mixture_of_experts,
-        experts_in_mxfp4=model.family.experts_in_mxfp4,
-        model_type=model.family.model_type,
-        attention=None if model.family.attention == ATTENTION else model.family.attention,
-        memory=memory.status,
+        target_modules=family.target_modules,
+        packed=admitted.packed,
+        rows_apart=admitted.rows_apart,
+        mixture_of_experts=family.mixture_of_experts,
+        experts_in_mxfp4=family.experts_in_mxfp4,
+        model_type=family.model_type,
+        attention=None if family.attention == ATTENTION else family.attention,
+        memory=admitted.memory.status,
         dataset=dataset.status(),
-        measured=memory.measured,
+        measured=admitted.memory.measured,
         base=BaseStatus(
             origin=bases.origin,
             sha256=base.manifest.sha256,
@@ -147,6 +147,51 @@ def _prepare(
             message=bases.remark,
         ),
     )
+
+
+def _admit(folder: Path, spec: QLoRAJobSpec, records: RecordWriter, say: Callable[[str], None]) -> _Admitted:
+    """Decide whether and how the job is trained, by its model's small files. Raises StepFailure if it cannot be."""
+    training = spec.training
+    require_installed(training.report_to)
+    model = check_model(folder, spec.lora, training)
+    model.family.require_whole_and_unmerged(training, spec.output)
+    warn_if_not_served(spec)
+    say("measuring the memory that training needs")
+    rows_apart = model.family.keeps_rows_apart(training.max_sequence_length)
+    memory = MemoryFit.of(
+        folder / CONFIG,
+        spec,
+        model.family.target_modules,
+        rows_apart=rows_apart,
+        measure=partial(measure_within_limits, family=model.family),
+    )
+    records.note(memory=memory.status)
+    memory.require()
+    advise_learning_rate(memory.parameters or 0, training.learning_rate)
+    return _Admitted(
+        folder=folder,
+        model=model,
+        memory=memory,
+        tokenizer=Tokenizer(folder),
+        tokenizer_files=tokenizer_digests(folder),
+        layout=BaseLayout.of(folder, spec.quantization),
+        rows_apart=rows_apart,
+        packed=model.packs(training),
+    )
+
+
+def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], say: Callable[[str], None]) -> Dataset:
+    """The job's data set, tokenized."""
+    return DatasetBuilder(
+        context.spec.dataset,
+        context.spec.training,
+        admitted.tokenizer,
+        admitted.tokenizer_files,
+        vocabulary=admitted.model.vocabulary,
+        access=DataAccess(context.mounts, hub, context.secret("dataset")),
+        scratch=lambda name: partial_path(context.workspace.data / name),
+        say=say,
+    ).build()
 
 
 def _check_destinations(context: StepContext) -> None:

@@ -38,14 +38,16 @@ class StepSize:
     gradient_checkpointing: bool
 
 
-def measure_within_limits(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
-    """`measure.measure` in at most ten minutes and 2 GiB.
+def measure_within_limits(
+    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Any = None
+) -> MeasuredMemory:
+    """`measure.measure` in at most ten minutes and 2 GiB. `family` is what is known of the model from an inspection.
 
     Raises StepFailure for a model that cannot be trained, and DryRunFailed for whatever else there is.
     """
     if importlib.util.find_spec("torch") is None:
         raise DryRunFailed("the trainer is not installed: install qlora-operator[cli,trainer]")
-    found: MeasuredMemory = within_limits(_call, (config, spec, tuple(sizes), digest))
+    found: MeasuredMemory = within_limits(_call, (config, spec, tuple(sizes), digest, family))
     return found
 
 

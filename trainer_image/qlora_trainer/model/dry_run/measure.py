@@ -11,6 +11,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig
 
 from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR
+from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.dry_run.device import fake_batch, fake_cuda, on_fake_cuda
@@ -20,19 +21,22 @@ from qlora_trainer.model.dry_run.step import full_batch, step_bytes
 from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
 from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
 from qlora_trainer.model.source import CONFIG
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.support import Family, inspect_family
 
 
-def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+def measure(
+    config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str, family: Family | None = None
+) -> MeasuredMemory:
     """Run a micro batch of each size of the model with this config.json, at full depth. Takes seconds for each.
+
+    `family` is what an inspection for the same adapter has found; without it the model is inspected.
 
     Gradients of an earlier micro batch are there, as when they are accumulated. Raises StepFailure for a model that
     cannot be trained, and what PyTorch and transformers raise for one that they cannot run so.
     """
     # A process that was forked has none of its parent's threads, which PyTorch would wait for.
     torch.set_num_threads(1)
-    with TemporaryDirectory() as folder:
-        family = inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, spec.lora)
+    family = family or _inspected(config, spec.lora)
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
     steps: list[MeasuredStep] = []
     model: Any = None
@@ -42,6 +46,11 @@ def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest:
         wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
         steps += _steps(model, wanted)
     return _counted(model, spec, steps, digest)
+
+
+def _inspected(config: Path, lora: LoraSpec) -> Family:
+    with TemporaryDirectory() as folder:
+        return inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, lora)
 
 
 def _steps(model: Any, sizes: Sequence[StepSize]) -> list[MeasuredStep]:
