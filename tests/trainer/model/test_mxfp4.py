@@ -37,10 +37,10 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.four_bit import convert
 from tests.support.mxfp4 import CONFIG, WEIGHTS, save_gpt_oss
+from tests.support.plain_loss import mean_loss
 from tests.support.tiny import SHAPE, Recorded, chat_row, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
-from tests.trainer.model.test_stored_in_4_bit import mean_loss
 
 NF4 = QuantizationSpec()
 EXPERTS = "model.layers.1.mlp.experts"

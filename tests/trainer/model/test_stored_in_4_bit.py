@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.support import inspect_family
@@ -29,6 +29,7 @@ from qlora_trainer.steps.publish import publish
 from qlora_trainer.training.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS
 from tests.support.four_bit import convert, require_equal
+from tests.support.plain_loss import mean_loss
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.training import run
 from tests.trainer.conftest import MakeContext
@@ -169,20 +170,6 @@ def test_it_is_trained_and_merged_and_plain_libraries_get_the_same_loss(
     merged = context.workspace.merged
     assert "quantization_config" not in json.loads((merged / CONFIG).read_text())
     assert math.isclose(mean_loss(plain(merged), data), trained.eval_loss, rel_tol=1e-2)
-
-
-def mean_loss(model: Any, data: PreparedDataset) -> float:
-    """Of the held-out rows' targets, one row at a time."""
-    total, targets = 0.0, 0
-    for index in range(len(data)):
-        sequence = data[index]
-        lengths = list(sequence.row_lengths)
-        for tokens, labels in zip(sequence.input_ids.split(lengths), sequence.labels.split(lengths), strict=True):
-            count = int((labels[1:] != IGNORED_LABEL).sum())
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=tokens[None], labels=labels[None]).loss
-            total, targets = total + float(loss) * count, targets + count
-    return total / targets
 
 
 def refused(model: Path, root: Path, quantization: QuantizationSpec = NF4) -> StepFailure:
