@@ -47,6 +47,11 @@ def prepared_context(folder: Path, model: Path, training: dict[str, Any], lora: 
     """The train step's context after prepare has run. Raises CalledProcessError if it fails; its record says why."""
     command = prepare_command(folder, model, training, lora)
     subprocess.run(command, check=True, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=sys.stderr)
+    return context_of(folder, model)
+
+
+def context_of(folder: Path, model: Path) -> StepContext:
+    """The train step's context in a folder where prepare has run. Sets the environment, before PyTorch is loaded."""
     workspace = WorkspaceLayout(folder / WORKSPACE)
     set_environment("train", workspace.root)
     mounts = Mounts(claims={"model": model, "data": folder})

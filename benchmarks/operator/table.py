@@ -25,9 +25,9 @@ class Target:
         return found >= self.value if self.at_least else found <= self.value
 
 
-def begin(load: str) -> str:
-    """The line of the page before the tables of a load."""
-    return f"<!-- {load}: written by `python -m benchmarks.operator {load}` -->\n"
+def begin(load: str, command: str = "") -> str:
+    """The line of the page before the tables of a load, which the command measures: its own by default."""
+    return f"<!-- {load}: written by `python -m {command or f'benchmarks.operator {load}'}` -->\n"
 
 
 def end(load: str) -> str:
@@ -35,10 +35,11 @@ def end(load: str) -> str:
     return f"<!-- end of {load} -->\n"
 
 
-def write(load: str, tables: str, page: Path = PAGE) -> None:
+def write(load: str, tables: str, page: Path = PAGE, command: str = "") -> None:
     """Put the tables into the page, in place of those that are there."""
-    before, rest = page.read_text().split(begin(load))
-    page.write_text(f"{before}{begin(load)}\n{tables}\n{end(load)}{rest.split(end(load))[1]}")
+    first = begin(load, command)
+    before, rest = page.read_text().split(first)
+    page.write_text(f"{before}{first}\n{tables}\n{end(load)}{rest.split(end(load))[1]}")
 
 
 def head(*cells: str) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.base import summary
+from benchmarks.base.worker import read_bytes
 from benchmarks.loop import Alternation, Pair, Span, overhead
 from benchmarks.machine import describe_checkout
 from benchmarks.operator import arrival_table, audit, day, progress, seeding, simulation, table, trainer
@@ -93,6 +95,46 @@ def test_the_bare_passes_come_after_the_step_and_before_it_in_turn_and_take_noth
     assert {(pair.loop, pair.optimizer, pair.bare) for pair in alternation.pairs} == {
         (Span(9.0, 9.0), Span(2.0, 2.0), Span(99.0, 99.0))
     }
+
+
+def start(seconds: float, read: int) -> dict[str, float]:
+    """What a start of the train step took."""
+    return {"secondsToLoaded": seconds / 2, "secondsToFirstStep": seconds, "readBytes": read, "peakBytes": 3 * 2**20}
+
+
+def test_the_figures_of_the_base_are_medians_and_memory_above_the_libraries() -> None:
+    quantizer = {"bytesPerSecond": 50e6, "aboveBytes": 70, "weightBytes": 10}
+    made = {
+        "name": "Llama",
+        "parameters": 1_500_000_000,
+        "originalBytes": 3 * 10**9,
+        "baseBytes": 10**9,
+        "seconds": 41.4,
+        "peakBytes": 10**9,
+        "peakAnonymousBytes": 50 * 2**20,
+        "librariesBytes": 20 * 2**20,
+    }
+    measured = {
+        "quantizer": dict.fromkeys(summary.NAMES, quantizer),
+        "bases": [made],
+        "start": {
+            "before": [start(seconds, 300 * 2**20) for seconds in (30.0, 20.0, 90.0)],
+            "after": [start(seconds, 100 * 2**20) for seconds in (12.0, 10.0, 11.0)],
+        },
+    }
+
+    shown = summary.tables({"repetitions": 3, "figures": summary.figures(measured)})
+
+    assert "| bitsandbytes, the whole weight | 50 | 7.0 |" in shown
+    assert "| Llama, 1.50B | 3.00 | 1.00 | 41 | 30 |" in shown
+    assert "| The train step quantizes the original | 15.0 | 30.0 | 300 | 3 |" in shown
+    assert "| The train step maps the base that `prepare` made | 5.5 | 11.0 | 100 | 3 |" in shown
+
+
+def test_what_was_read_from_storage_is_what_the_kernel_says() -> None:
+    assert read_bytes(["rchar: 7", "read_bytes: 4096", "cancelled_write_bytes: 0"]) == 4096
+    with pytest.raises(LookupError, match="read_bytes"):
+        read_bytes(["rchar: 7"])
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.base import summary as base
 from benchmarks.inputs import RESULTS
 from benchmarks.operator import table
 from benchmarks.operator.__main__ import LOADS
@@ -115,3 +116,9 @@ def test_the_figures_of_many_jobs_are_those_measured(load: str) -> None:
     shown = page.split(table.begin(load))[1].split(table.end(load))[0].strip()
     measured = (RESULTS / f"operator-{load}.json").exists()
     assert shown == (LOADS[load].tables(result(f"operator-{load}")).strip() if measured else "")
+
+
+def test_the_figures_of_the_base_are_those_measured() -> None:
+    shown = TEXT.split(table.begin(base.NAME, base.COMMAND))[1].split(table.end(base.NAME))[0].strip()
+    measured = (RESULTS / f"{base.NAME}.json").exists()
+    assert shown == (base.tables(result(base.NAME)).strip() if measured else "")

@@ -1,0 +1,185 @@
+"""Measures how the 4-bit base is made and what it saves; writes `results/base.json` and a table of the documentation.
+
+Each measurement runs in a process of its own. Before each start of the train step the kernel is asked to forget the
+model's files, so that they are read from disk.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.base.summary import COMMAND, NAME, figures, tables
+from benchmarks.base.worker import SUBJECTS, WAYS
+from benchmarks.conversations import CHAT, write_conversations
+from benchmarks.data import watch
+from benchmarks.inputs import RESULTS, model_folder, write_result
+from benchmarks.machine import describe_environment, describe_machine
+from benchmarks.operator import table
+from benchmarks.speed.settings import ALPHA, MAX_LENGTH, RANK, SEED
+from benchmarks.trainer import WORKSPACE, prepare_command
+from qlora_trainer.core.cpu import preloaded_allocator
+
+PAGE = Path(__file__).parents[2] / "docs" / "trainer" / "measurements.md"
+ROWS = 40
+FILE_BYTES = 2**29
+"""Of a random model's files: a file of the original is what prepare holds on disk."""
+RANDOM_BLOCKS = [4, 16]
+"""Blocks of random Llamas with the widths of one of 3B, whose bases are made too."""
+_WIDTHS = {
+    "vocab_size": 128_256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+
+
+def main() -> int:
+    """Measure, write and print; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.base", description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=3, help="starts of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--blocks", type=int, nargs="*", default=RANDOM_BLOCKS, help="blocks of random models (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    options = parser.parse_args()
+    machine, model = describe_machine(), model_folder()
+    with tempfile.TemporaryDirectory(prefix="qlora-base-") as scratch:
+        folder = Path(scratch)
+        measured = {
+            "quantizer": {name: _quantizer(name, options.repetitions) for name in SUBJECTS},
+            "bases": _bases(folder, model, options.blocks),
+            "start": _starts(folder, model, options.repetitions),
+        }
+    result = {
+        "machine": machine,
+        "environment": describe_environment(),
+        "repetitions": options.repetitions,
+        "measured": measured,
+        "figures": figures(measured),
+    }
+    print(tables(result))
+    print(write_result(NAME, result, options.output))
+    if options.output == RESULTS:
+        table.write(NAME, tables(result), PAGE, COMMAND)
+    return 0
+
+
+def _worker(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.base.worker", *arguments]
+
+
+def _printed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _quantizer(subject: str, repetitions: int) -> dict[str, Any]:
+    print(f"quantizing: {subject}", file=sys.stderr, flush=True)
+    return _printed(_worker("quantize", subject, "--repetitions", str(4 * repetitions + 1)), dict(os.environ))
+
+
+def _bases(folder: Path, model: Path, blocks: list[int]) -> list[dict[str, Any]]:
+    measured = [_base("SmolLM2", model, folder)]
+    for count in blocks:
+        random = folder / "random"
+        _write_random_model(random, count)
+        measured.append(_base(f"Llama 3.2 3B with {count} of its 28 blocks", random, folder))
+        for path in random.iterdir():
+            path.unlink()
+    return measured
+
+
+def _base(name: str, model: Path, folder: Path) -> dict[str, Any]:
+    print(f"making the base of {name}", file=sys.stderr, flush=True)
+    target, output = folder / "base", folder / "output"
+    with output.open("w") as file:
+        libraries = watch(_worker("convert", "--nothing", str(model), str(target)), file)
+        watched = watch(_worker("convert", str(model), str(target)), file)
+    original, made = ([path.stat().st_size for path in of.glob("*.safetensors")] for of in (model, target))
+    for path in target.iterdir():
+        path.unlink()
+    target.rmdir()
+    return {
+        "name": name,
+        "parameters": sum(original) // 2,
+        "originalBytes": sum(original),
+        "baseBytes": sum(made),
+        "seconds": json.loads(output.read_text().splitlines()[-1])["seconds"],
+        "peakBytes": watched.peak_bytes,
+        "peakAnonymousBytes": watched.peak_anonymous_bytes,
+        "librariesBytes": libraries.peak_anonymous_bytes,
+    }
+
+
+def _write_random_model(folder: Path, blocks: int) -> None:
+    """A Llama of so many blocks with random weights, in files as a hub has them, and without a tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(**_WIDTHS, num_hidden_layers=blocks)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in AutoModelForCausalLM.from_config(config).named_parameters()}
+    weight_map, waiting = dict[str, str](), dict[str, Any]()
+    for name, shape in shapes.items():
+        waiting[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+        if sum(tensor.nbytes for tensor in waiting.values()) >= FILE_BYTES or name == list(shapes)[-1]:
+            file = f"model-{len(set(weight_map.values()))}.safetensors"
+            save_file(waiting, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(waiting, file)
+            waiting = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _starts(folder: Path, model: Path, repetitions: int) -> dict[str, list[dict[str, float]]]:
+    """What each start of the train step took, each way in turn."""
+    write_conversations(folder / "train.jsonl", ROWS, SEED, CHAT)
+    training = {
+        "maxSteps": 1,
+        "gradientAccumulationSteps": 1,
+        "maxSequenceLength": MAX_LENGTH,
+        "trainOn": "all",
+        "samples": 0,
+    }
+    environment = {**os.environ, "QLORA_DEVICE": "cpu"}
+    command = prepare_command(folder, model, training, {"rank": RANK, "alpha": ALPHA})
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(repetitions):
+        for way, found in runs.items():
+            print(f"starting: {way}", file=sys.stderr, flush=True)
+            for path in (*model.glob("*.safetensors"), *(folder / WORKSPACE / "base").glob("*.safetensors")):
+                forget_content(path)
+            began = time.monotonic()
+            printed = _printed(
+                _worker("start", str(folder), str(model), way), environment | preloaded_allocator(environment)
+            )
+            found.append(
+                {
+                    "secondsToLoaded": printed["loaded"] - began,
+                    "secondsToFirstStep": printed["firstStep"] - began,
+                    "readBytes": printed["readBytes"],
+                    "peakBytes": printed["peakBytes"],
+                }
+            )
+    return runs
+
+
+def forget_content(path: Path) -> None:
+    """Ask the kernel to drop the file's content from main memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
