@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from qlora_trainer.data.examples import IGNORED_LABEL
-from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 
 
 def mean_loss(model: Any, data: PreparedDataset) -> float:
