@@ -144,7 +144,8 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
         status = with_known_facts(status, record).model_copy(update={"progress": None})
     else:
         status = with_training_facts(status, record)
-    status = set_condition(status, facts, DONE[step], "True", Reason("Done", f"the {step} step has succeeded"))
+    done = Reason("Done", record.message or f"the {step} step has succeeded")
+    status = set_condition(status, facts, DONE[step], "True", done)
     return status.model_copy(update={"step": new_step(facts.job, _NEXT[step], status.first_attempt)})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import StableLmConfig
 
 from qlora_api.contract import ExitCode, decode_record
 from qlora_api.training import LoraSpec
@@ -24,7 +25,7 @@ from qlora_trainer.data.sampling import hold_out
 from qlora_trainer.model import check
 from qlora_trainer.model.support import Family, inspect_family
 from qlora_trainer.steps.prepare import prepare
-from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, write_rows
+from tests.support.tiny import JOB_UID, POD_UID, SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.trainer.conftest import MakeContext
 
 
@@ -361,6 +362,14 @@ def test_the_command_line_reports_what_was_prepared(
     code, result = run(make_context(), tmp_path, tiny_llama)
     assert (code, result["outcome"], result["dataset"]["usedRows"]) == (0, "succeeded", 20)
     assert result["modelRevision"].startswith("sha256:")
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_result_says_what_was_done_otherwise_than_asked(make_context: MakeContext, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "stablelm" / "model", StableLmConfig(**SHAPE, initializer_range=0.1))
+    code, result = run(make_context(), tmp_path, model)
+    assert (code, result["outcome"]) == (0, "succeeded")
+    assert "are ready; no packing: rows in one sequence would affect each other in this stablelm" in result["message"]
 
 
 def test_the_command_line_reports_why_data_is_rejected(

@@ -13,6 +13,7 @@ from tests.support.builders import (
     ADAPTER,
     BASE,
     DATASET,
+    FACTS,
     FOUND,
     MEMORY,
     NAME,
@@ -150,6 +151,14 @@ def test_what_prepare_found_out_is_shown_and_train_is_next() -> None:
     assert conditions_of(status)["Prepared"] == "True"
     assert status.step == step_status("train", jobUid="")
     assert status.phase == "Preparing"
+
+
+def test_what_a_step_did_otherwise_than_asked_is_in_its_condition() -> None:
+    said = "2 rows are ready; no packing: rows in one sequence would affect each other"
+    body = pod("prepare")
+    prepared = ended(body, 0, result(body, "prepare", **FACTS["prepare"], message=said))
+    status = follow(make_job(status_in("prepare")), child("prepare", Complete=""), prepared)
+    assert message_of(status, "Prepared") == said
 
 
 def test_once_the_next_job_is_made_the_phase_moves_on_in_the_same_write() -> None:

@@ -35,6 +35,7 @@ class PrepareRecord(ObservedModel):
         None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
     )
     base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
+    remarks: tuple[str, ...] = Field((), description="What is done otherwise than the job asks.")
 
 
 def recorded_path(path: Path, root: Path) -> str:

@@ -176,10 +176,11 @@ def summary(completion: CompletionRecord | None, step: StepName) -> str:
     """One sentence on what a successful step has done."""
     if isinstance(completion, PrepareRecord):
         rows = completion.dataset
-        return (
+        ready = (
             f"{rows.used_rows} rows of format {rows.format} ({rows.eval_rows} held out, {rows.too_long_rows} too long) "
             f"and model revision {completion.model_revision} are ready"
         )
+        return "; ".join((ready, *completion.remarks))
     if isinstance(completion, TrainRecord):
         return f"trained {completion.training_step} steps to loss {completion.loss:.4f}{_remarks(completion)}"
     if isinstance(completion, PublishRecord):

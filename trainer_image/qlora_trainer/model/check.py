@@ -1,8 +1,8 @@
 """Checks, by the small files of a model, that a job can train it: before any weight is fetched."""
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -23,6 +23,8 @@ class CheckedModel:
     vocabulary: int
     """Tokens that it has embeddings for."""
     family: Family
+    remarks: tuple[str, ...] = ()
+    """What is done otherwise than the job asks."""
 
     def packs(self, training: TrainingSpec) -> bool:
         """Whether a sequence may have several rows: the job wants it, and they have no effect on each other."""
@@ -30,7 +32,7 @@ class CheckedModel:
 
 
 def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> CheckedModel:
-    """Check the model whose config.json and tokenizer are in `folder`, and log what is done otherwise than asked.
+    """Check the model whose config.json and tokenizer are in `folder`.
 
     Raises StepFailure: UNSAFE_ARTIFACT for a model with its own code, BAD_CONFIGURATION for one that cannot be trained,
     or not with these settings.
@@ -38,27 +40,29 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     reject_code(folder)
     family = inspect_family(folder, lora)
     family.require_positions(training.max_sequence_length)
-    if family.without_adapter:
-        logger.warning(
-            "no adapter on %s: no gradient reaches it, or PEFT refuses it",
-            ", ".join(_last_parts(family.without_adapter)),
-        )
-    if family.without_dora:
-        logger.warning(
-            "no adapter on %s: PEFT reads one with spec.lora.useDora as one of routed experts",
-            ", ".join(_last_parts(family.without_dora)),
-        )
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
-    if training.micro_batch_size > 1 and not model.packs(training):
+    packs = model.packs(training)
+    if training.micro_batch_size > 1 and not packs:
         family.require_rows_apart(training.max_sequence_length)
-    if training.packing and not model.packs(training):
-        logger.warning(
-            "no packing: rows in one sequence would affect each other in this %s model; each is a sequence of its own, "
-            "so that short rows take more steps for the same tokens",
-            family.model_type,
+    remarks = tuple(_remarks(family, unpacked=training.packing and not packs))
+    for remark in remarks:
+        logger.warning(remark)
+    return replace(model, remarks=remarks)
+
+
+def _remarks(family: Family, *, unpacked: bool) -> Iterator[str]:
+    if family.without_adapter:
+        names = ", ".join(_last_parts(family.without_adapter))
+        yield f"no adapter on {names}: no gradient reaches it, or PEFT refuses it"
+    if family.without_dora:
+        names = ", ".join(_last_parts(family.without_dora))
+        yield f"no adapter on {names}: PEFT reads one with spec.lora.useDora as one of routed experts"
+    if unpacked:
+        yield (
+            f"no packing: rows in one sequence would affect each other in this {family.model_type} model; each is a "
+            "sequence of its own, so that short rows take more steps for the same tokens"
         )
-    return model
 
 
 def advise_learning_rate(parameters: int, learning_rate: float) -> None:

@@ -138,6 +138,7 @@ def _prepare(
         attention=None if family.attention == ATTENTION else family.attention,
         memory=admitted.memory.status,
         dataset=dataset.status(),
+        remarks=admitted.model.remarks,
         measured=admitted.memory.measured,
         base=BaseStatus(
             origin=bases.origin,
