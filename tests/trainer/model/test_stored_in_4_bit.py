@@ -222,6 +222,10 @@ def test_loftq_and_experts_need_the_original(tmp_path: Path, in_nf4: Path) -> No
         ({"quant_method": "gptq"}, "already quantized (gptq)"),
         ({"bnb_4bit_quant_type": "int4"}, "bnb_4bit_quant_type 'int4'"),
         ({"bnb_4bit_use_double_quant": 1}, "bnb_4bit_use_double_quant 1"),
+        ({"llm_int8_skip_modules": "lm_head"}, "llm_int8_skip_modules 'lm_head': allowed is a list"),
+        ({"llm_int8_skip_modules": [7]}, "llm_int8_skip_modules [7]"),
+        ({"llm_int8_skip_modules": ["(a+)+$"]}, "llm_int8_skip_modules ['(a+)+$']"),
+        ({"llm_int8_skip_modules": ["m"] * 5000}, "up to 4096 names of modules"),
     ],
 )
 def test_another_quantization_is_refused_by_name(
@@ -242,6 +246,15 @@ def test_a_model_of_2023_does_not_name_its_method(tmp_path: Path, in_nf4: Path) 
     folder = Path(shutil.copytree(in_nf4, tmp_path / "model"))
     config = json.loads((folder / CONFIG).read_text())
     del config["quantization_config"]["quant_method"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    convert(folder, tmp_path / "base", NF4)
+    require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))
+
+
+def test_what_config_json_says_beside_the_format_has_no_effect(tmp_path: Path, in_nf4: Path) -> None:
+    folder = Path(shutil.copytree(in_nf4, tmp_path / "model"))
+    config = json.loads((folder / CONFIG).read_text())
+    config["quantization_config"] |= {"bnb_4bit_quant_storage": "load", "bnb_4bit_compute_dtype": 5, "more": {}}
     (folder / CONFIG).write_text(json.dumps(config))
     convert(folder, tmp_path / "base", NF4)
     require_equal(load_base(tmp_path / "base", NF4, "cpu"), plain(in_nf4))

@@ -29,6 +29,7 @@ from qlora_trainer.model.source_quantization import (
     ORIGINAL,
     SETTINGS,
     require_agreement,
+    skipped_modules,
     source_quantization,
 )
 from qlora_trainer.model.stored_layer import PACKED, StoredTensor, split
@@ -106,7 +107,9 @@ class BaseLayout:
         in_32_bit = set(model._keep_in_fp32_modules_strict or ())
         four_bit = _chosen(config_folder, library_config(quantization, experts=True))
         if stored is not None:
-            theirs = BitsAndBytesConfig.from_dict(settings[SETTINGS[0]])
+            # Nothing else in them has an effect on the choice.
+            skipped = skipped_modules(settings[SETTINGS[0]])
+            theirs = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
             _require_same(_chosen(config_folder, theirs), four_bit)
         return cls(
             quantization=quantization,

@@ -1,5 +1,6 @@
 """Decides whether a model that is quantized already can be trained as it is, from its config.json alone."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ _MXFP4, _MXFP4_FAMILY = "mxfp4", "gpt_oss"
 EXPERTS_FORMAT = "experts"
 """Under this name our own base says that its experts are in MXFP4."""
 _MAX_NAME = 60
+_SKIPPED = "llm_int8_skip_modules"
+_MODULE = re.compile(r"\w+(\.\w+)*")
+_MOST_SKIPPED = 4096
 
 
 def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSpec | None:
@@ -42,7 +46,21 @@ def source_quantization(config: Mapping[str, Any], place: str) -> QuantizationSp
             f"and load_in_8bit {_shown(settings.get('load_in_8bit'))}: allowed are nf4 or fp4, true or false, and no 8 "
             f"bit; {ORIGINAL}"
         )
+    if skipped_modules(settings) is None and settings.get(_SKIPPED) is not None:
+        # transformers takes each as a regular expression.
+        raise bad_configuration(
+            f"{place} has {found} with {_SKIPPED} {_shown(settings[_SKIPPED])}: allowed is a list of up to "
+            f"{_MOST_SKIPPED} names of modules; {ORIGINAL}"
+        )
     return QuantizationSpec(type=kind, double_quant=double)
+
+
+def skipped_modules(settings: Mapping[str, Any]) -> list[str] | None:
+    """The modules that bitsandbytes has left in 16 bit; None if transformers has chosen, or these are no names."""
+    names = settings.get(_SKIPPED)
+    if not isinstance(names, list) or len(names) > _MOST_SKIPPED:
+        return None
+    return names if all(isinstance(name, str) and _MODULE.fullmatch(name) for name in names) else None
 
 
 def unusable(config: Mapping[str, Any], place: str, name: str, settings: object) -> StepFailure:
