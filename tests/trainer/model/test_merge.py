@@ -19,26 +19,29 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Phi3Config, Qwen2Config
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.training import QuantizationSpec
+from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.adapter import attach_adapter, save_adapter
 from qlora_trainer.model.base import load_base
+from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.model.merge import BYTES_PER_ENTRY, merged_bytes, merged_model, write_merged
+from qlora_trainer.model.merge import BYTES_PER_ENTRY, MergeSource, merged_bytes, merged_model, write_merged
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.merged import merge
 from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training import held_out
+from tests.support.admitted import tiny_config
 from tests.support.families import FAMILIES
+from tests.support.four_bit import convert
 from tests.support.report_page import Page
 from tests.support.tiny import JOB_UID, SHAPE, Recorded, save_model
 from tests.support.training import prepared, run
@@ -324,3 +327,21 @@ def test_a_merged_model_that_keeps_rows_apart_is_read_once_to_compute_its_loss(
 
     assert passes == [26, 5, 7, 3, 11]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_what_a_family_keeps_in_buffers_is_in_the_merged_model(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", tiny_config("gemma4_text"))
+    weights = load_file(model / "model.safetensors")
+    scalars = {name: torch.full_like(tensor, 0.5) for name, tensor in weights.items() if name.endswith("layer_scalar")}
+    save_file(weights | scalars, model / "model.safetensors", metadata={"format": "pt"})
+    convert(model, tmp_path / "base", NF4)
+    save_file({}, tmp_path / "adapter.safetensors")
+
+    whole = merged_model(model)
+    (tmp_path / "merged").mkdir()
+    base = BaseWeights(tmp_path / "base", whole)
+    write_merged(whole, MergeSource(base, tmp_path / "adapter.safetensors", LoraSpec()), tmp_path / "merged")
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert [layer.layer_scalar.item() for layer in loaded.model.layers] == [0.5] * len(scalars)

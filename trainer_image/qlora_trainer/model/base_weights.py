@@ -55,9 +55,13 @@ class BaseWeights:
                 if constant:
                     self._constants.setdefault(f"{weight}.weight", {})[constant] = opened
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._stored
+
     def require(self, name: str) -> None:
         """Raise StepFailure MODEL_UNAVAILABLE unless there is a tensor of this name."""
-        if name not in self._stored:
+        if name not in self:
             raise model_unavailable(
                 f"the weights in {self._folder} have no tensor for {name}: spec.lora.initialization: loftq needs each "
                 "layer's weight as the model computes with it; leave it out, or name a model that stores it so"

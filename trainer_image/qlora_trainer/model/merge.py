@@ -103,6 +103,8 @@ def write_merged(model: Any, source: MergeSource, folder: Path, shard_bytes: int
     """
     # named_parameters has the first of tied tensors; transformers ties the others again when it loads.
     tensors = dict(model.named_parameters())
+    # Gemma 4 multiplies with buffers that its files hold.
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in source.base}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
         save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
