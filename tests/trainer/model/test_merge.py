@@ -39,8 +39,7 @@ from qlora_trainer.publishing.merged import merge
 from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training import held_out
-from tests.support.admitted import tiny_config
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, tiny_config
 from tests.support.four_bit import convert
 from tests.support.report_page import Page
 from tests.support.tiny import JOB_UID, SHAPE, Recorded, save_model
