@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec
+from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.data.chunks import Chunk
@@ -35,6 +35,7 @@ from qlora_trainer.model.base_artifact import require_sha256
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.cache import DamagedCacheError, manifest_of
 from qlora_trainer.model.source import require_whole
+from qlora_trainer.model.stored_layer import StoredTensor
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.report.metrics_log import read_history
 from qlora_trainer.report.samples import read_samples
@@ -184,6 +185,19 @@ def _weights(content: bytes, folder: Path) -> None:
     BaseWeights(folder, _model())
 
 
+def _stored_layer(content: bytes, _folder: Path) -> None:
+    tensor = torch.tensor(list(content), dtype=torch.uint8)
+    _LAYER.require_header("U8", tuple(tensor.shape))
+    described = json.loads(bytes(_LAYER.ours(tensor).tolist()))
+    assert described == json.loads(_LAYER_STATE)
+
+
+_LAYER = StoredTensor(
+    "quant_state.bitsandbytes__fp4", "U8", (256,), (128, 64), QuantizationSpec(type="fp4", double_quant=False)
+)
+_LAYER_STATE = b'{"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 64]}'
+
+
 def _indexed_weights(content: bytes, folder: Path) -> None:
     (folder / "indexed").mkdir(exist_ok=True)
     BaseWeights(_written(content, folder / "indexed" / "model.safetensors.index.json").parent, _model())
@@ -311,8 +325,16 @@ FILES: dict[str, Target] = {
     "bzip2": _data("a.jsonl.bz2", bz2.compress(_LINES)),
     "xz": _data("a.jsonl.xz", lzma.compress(_LINES)),
     "zstandard": _data("a.jsonl.zst", _zstandard(_LINES)),
-    "family": Target(_family, (_json(_LLAMA),), exit_codes=(_CONFIGURATION, _UNSAFE, _UNAVAILABLE)),
+    "family": Target(
+        _family,
+        (
+            _json(_LLAMA),
+            _json(_LLAMA | {"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": ["a.b"]}}),
+        ),
+        exit_codes=(_CONFIGURATION, _UNSAFE, _UNAVAILABLE),
+    ),
     "weights": Target(_weights, (_seed_chunk(),), exit_codes=(_UNAVAILABLE,)),
+    "stored-layer": Target(_stored_layer, (_LAYER_STATE,), rejections=(ValueError,)),
     "indexed-weights": Target(
         _indexed_weights,
         (_json({"weight_map": {"a": "model-1.safetensors"}}),),
