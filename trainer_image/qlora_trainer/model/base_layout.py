@@ -171,7 +171,8 @@ class BaseLayout:
             )
         name = found.name
         if name in self.buffers:
-            return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in _WEIGHT_TYPES else None
+            # Also of whole numbers: DeepSeek V4 has the experts of each token in one.
+            return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in DTYPES else None
         if name not in self.shapes:
             return None
         if self.stored_in_4_bit and (role or name in self.four_bit):

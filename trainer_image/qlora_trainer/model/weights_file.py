@@ -18,6 +18,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
     "U8": torch.uint8,
 }
 """The types of tensors that are written, by their names in the format."""

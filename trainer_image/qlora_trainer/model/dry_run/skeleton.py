@@ -7,6 +7,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.activations import fuse_activations
@@ -45,6 +46,9 @@ def adapted_skeleton(
     places = {place_in_block(name) for name in family.target_modules}
     targets = tuple(name for name in block_linears(model) if place_in_block(name) in places)
     kept = {id(model.get_submodule(name)) for name in routing_linears(model)} | {id(model.get_output_embeddings())}
+    # transformers does not quantize what a family would have in 32 bit.
+    wide = list(model._keep_in_fp32_modules or ())
+    kept |= {id(module) for name, module in model.named_modules() if not should_convert_module(name, wide)}
     stack_experts(model, ExpertLayout.of(model), quantization, "meta")
     with torch.device("meta"):
         _quantize(model, kept, quantization)
@@ -117,7 +121,7 @@ def _quant_state(linear: nn.Linear, size: int, quantization: QuantizationSpec) -
 
 
 def _quantize(module: nn.Module, kept: set[int], quantization: QuantizationSpec) -> None:
-    """Replace what transformers replaces: each exact `nn.Linear` but the output layer and routers, which are `kept`."""
+    """Replace what transformers replaces: each exact `nn.Linear` but those that are `kept`."""
     for name, child in module.named_children():
         if type(child) is nn.Linear and id(child) not in kept:
             setattr(module, name, Linear4bitWithoutData(child, quantization))
