@@ -165,6 +165,7 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
     if "publish" not in ended.results or ended.results["publish"].adapter is None:
         return
     adapter, merged = ended.results["publish"].adapter, ended.results["publish"].merged
+    base = ended.results["publish"].base
     trained = ended.results["train"]
     table = Table.grid(padding=(0, 2))
     table.add_row("Adapter", adapter.uri)
@@ -174,6 +175,8 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
         table.add_row(
             "Held-out loss", f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
         )
+    if base is not None and base.uri is not None:
+        table.add_row("Base in 4-bit", base.uri)
     if merged is not None:
         table.add_row("Merged model", merged.uri)
     if merged is not None and merged.eval_loss is not None:

@@ -123,8 +123,7 @@ def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps:
         "spec.model.source": spec.model.source,
         "spec.dataset.source": spec.dataset.source,
         "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
-        "spec.output.destination": spec.output.destination,
-        "spec.output.merged.destination": spec.output.merged.destination if spec.output.merged else None,
+        **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }
     problems = []
     for field, address in addresses.items():
@@ -280,8 +279,7 @@ def _follow(step: _Step, job_uid: str, display: Display) -> ResultRecord | None:
 
 def _registries(spec: QLoRAJobSpec) -> list[str]:
     """The registries that the job names, in the form of a profile's list; one on this machine is used without TLS."""
-    merged = spec.output.merged.destination if spec.output.merged else None
-    addresses = (parse_source(uri) for uri in (spec.model.source, spec.output.destination, merged) if uri)
+    addresses = (parse_source(uri) for uri in (spec.model.source, *spec.output.destinations.values()))
     hosts = sorted({source.registry for source in addresses if isinstance(source, RegistrySource)})
     return [f"http://{host}" if host.partition(":")[0] in ("localhost", "127.0.0.1") else host for host in hosts]
 

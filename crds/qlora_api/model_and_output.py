@@ -1,5 +1,6 @@
 """The part of a QLoRAJob's spec that says where the base model comes from and where the adapter is published."""
 
+from itertools import combinations
 from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -80,8 +81,37 @@ class MergedSpec(ApiModel):
     )
 
 
+class PublishedBaseSpec(ApiModel):
+    """The base model in 4-bit, with the very bytes that the adapter was trained on, for servers."""
+
+    destination: FolderAddress = Field(
+        description="Folder for the base, as output.destination. Jobs that were trained on the same base can name the "
+        "same folder: it is written once."
+    )
+
+
 _NOTHING_TO_OPEN = "secretRef is for an s3://, hf:// or oci:// destination: set one, or remove secretRef"
-_ONE_IN_THE_OTHER = "adapter and merged model need separate folders: change destination or merged.destination"
+# The field of an address, in CEL whether it is not set, and whose folder it is.
+_DESTINATIONS = {
+    "destination": ("!has(self.destination)", "adapter"),
+    "merged.destination": ("!has(self.merged) || !has(self.merged.destination)", "merged model"),
+    "base.destination": ("!has(self.base)", "base"),
+}
+
+
+def _one_in_the_other(one: str, other: str) -> str:
+    return f"{_DESTINATIONS[one][1]} and {_DESTINATIONS[other][1]} need separate folders: change {one} or {other}"
+
+
+def _apart(one: str, other: str) -> dict[str, str]:
+    """The rule that neither folder is inside of the other."""
+    # An address may end in a slash, and pvc:// loses one of its own on both sides.
+    first, second = (f"(self.{field} + '/').replace('//', '/')" for field in (one, other))
+    return rule(
+        f"{_DESTINATIONS[one][0]} || {_DESTINATIONS[other][0]} || "
+        f"!({first}.startsWith({second}) || {second}.startsWith({first}))",
+        _one_in_the_other(one, other),
+    )
 
 
 class OutputSpec(ApiModel):
@@ -91,18 +121,11 @@ class OutputSpec(ApiModel):
         json_schema_extra=rules(
             rule(
                 "!has(self.secretRef) || (has(self.destination) && !self.destination.startsWith('pvc://')) || "
-                "(has(self.merged) && has(self.merged.destination) && !self.merged.destination.startsWith('pvc://'))",
+                "(has(self.merged) && has(self.merged.destination) && !self.merged.destination.startsWith('pvc://')) "
+                "|| (has(self.base) && !self.base.destination.startsWith('pvc://'))",
                 _NOTHING_TO_OPEN,
             ),
-            rule(
-                "!has(self.destination) || !has(self.merged) || !has(self.merged.destination) || "
-                # An address may end in a slash, and pvc:// loses one of its own on both sides.
-                "!((self.destination + '/').replace('//', '/')"
-                ".startsWith((self.merged.destination + '/').replace('//', '/')) || "
-                "(self.merged.destination + '/').replace('//', '/')"
-                ".startsWith((self.destination + '/').replace('//', '/')))",
-                _ONE_IN_THE_OTHER,
-            ),
+            *(_apart(one, other) for one, other in combinations(_DESTINATIONS, 2)),
         )
     )
 
@@ -118,19 +141,30 @@ class OutputSpec(ApiModel):
     merged: MergedSpec | None = Field(
         None, description="Also publish the adapter merged into the dequantized base; not merged if not set."
     )
+    base: PublishedBaseSpec | None = Field(
+        None, description="Also publish the 4-bit base that the adapter was trained on; not published if not set."
+    )
+
+    @property
+    def destinations(self) -> dict[str, str]:
+        """The addresses that are set, by their fields: `merged.destination`."""
+        found = {
+            "destination": self.destination,
+            "merged.destination": self.merged.destination if self.merged else None,
+            "base.destination": self.base.destination if self.base else None,
+        }
+        return {field: address for field, address in found.items() if address}
 
     @model_validator(mode="after")
     def _secret_has_a_use(self) -> Self:
-        merged = self.merged.destination if self.merged else None
-        if self.secret_ref and not any(uri and not uri.startswith("pvc://") for uri in (self.destination, merged)):
+        if self.secret_ref and all(address.startswith("pvc://") for address in self.destinations.values()):
             raise ValueError(_NOTHING_TO_OPEN)
         return self
 
     @model_validator(mode="after")
     def _own_folders(self) -> Self:
-        merged = self.merged.destination if self.merged else None
-        if self.destination and merged:
-            adapter_folder, merged_folder = (f"{uri.rstrip('/')}/" for uri in (self.destination, merged))
-            if adapter_folder.startswith(merged_folder) or merged_folder.startswith(adapter_folder):
-                raise ValueError(_ONE_IN_THE_OTHER)
+        folders = {field: f"{address.rstrip('/')}/" for field, address in self.destinations.items()}
+        for one, other in combinations(folders, 2):
+            if folders[one].startswith(folders[other]) or folders[other].startswith(folders[one]):
+                raise ValueError(_one_in_the_other(one, other))
         return self

@@ -159,6 +159,9 @@ class BaseStatus(ObservedModel):
         description="SHA-256 over the SHA-256 of each of its files: the same for every job on this model and "
         "quantization with this release, whether it has made the base or found it.",
     )
+    uri: Uri | None = Field(
+        None, description="Folder in which output.base has published it; not set before, or if it is not."
+    )
     bytes_fetched: Bytes = Field(0, description="Bytes that this job's latest prepare has fetched from the server.")
     seconds: Count = Field(
         0,

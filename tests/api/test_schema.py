@@ -145,6 +145,20 @@ REJECTED = {
         ),
         "spec.output: Invalid value: adapter and merged model need separate folders",
     ),
+    "a base inside of the adapter's folder": (
+        with_value(
+            MINIMAL, "spec.output", {"destination": "pvc://out/tiny", "base": {"destination": "pvc://out/tiny/base"}}
+        ),
+        "spec.output: Invalid value: adapter and base need separate folders",
+    ),
+    "a base in the merged model's folder": (
+        with_value(
+            MINIMAL,
+            "spec.output",
+            {"merged": {"destination": "pvc://out/tiny/"}, "base": {"destination": "pvc://out/tiny"}},
+        ),
+        "spec.output: Invalid value: merged model and base need separate folders",
+    ),
     "path traversal": (with_value(MINIMAL, "spec.dataset.source", "pvc://data/../x.jsonl"), "a path has no '..'"),
     "model from a config map": (with_value(MINIMAL, "spec.model.source", "configMap://a/b"), "spec.model.source"),
     "claim and size": (

@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import DatasetStatus, MemoryStatus
+from qlora_api.status import BaseStatus, DatasetStatus, MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import Mounts, StepContext
@@ -94,11 +94,12 @@ def prepared(root: Path, model: Path, spec: dict[str, Any] | None = None, *, pac
     workspace = WorkspaceLayout(root)
     write_data(workspace.data / "rows", packed=packed)
     family = inspect_family(model, document.spec.lora)
+    base_sha256 = convert(model, workspace.base, document.spec.quantization)
     record = PrepareRecord(
         fingerprint="rows",
         model_path=str(model),
         base_path=workspace.base.name,
-        base_sha256=convert(model, workspace.base, document.spec.quantization),
+        base_sha256=base_sha256,
         model_revision="sha256:tiny",
         data_path="data/rows",
         target_modules=family.target_modules,
@@ -109,6 +110,7 @@ def prepared(root: Path, model: Path, spec: dict[str, Any] | None = None, *, pac
         attention=None if family.attention == ATTENTION else family.attention,
         memory=MemoryStatus(estimate_bytes=1, low_bytes=1, high_bytes=1, verdict="unknown"),
         dataset=DatasetStatus(format="text", rows=len(ROW_LENGTHS), used_rows=len(ROW_LENGTHS)),
+        base=BaseStatus(origin="volume", sha256=base_sha256),
     )
     write_completion(workspace.completion("prepare"), record)
     return StepContext(document, workspace, Mounts(), "cpu", POD_UID, 1, str(root))

@@ -149,8 +149,7 @@ def _open_log(invocation: Invocation, workspace: WorkspaceLayout) -> None:
 
 
 def _publishes_to_hub(spec: QLoRAJobSpec) -> bool:
-    merged = spec.output.merged.destination if spec.output.merged else None
-    return any(uri and isinstance(parse_source(uri), HubSource) for uri in (spec.output.destination, merged))
+    return any(isinstance(parse_source(uri), HubSource) for uri in spec.output.destinations.values())
 
 
 def _workspace_uri(workspace: Path, claim: str, document: QLoRAJobDocument) -> str:

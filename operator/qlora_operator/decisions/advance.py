@@ -132,13 +132,16 @@ def _verified(child: ChildJob, facts: Facts, step: StepName) -> ResultRecord | N
 
 def _names_all(record: ResultRecord, output: OutputSpec) -> bool:
     """Whether a result of publish reports everything that the job asks for."""
-    return record.adapter is not None and (output.merged is None or record.merged is not None)
+    merged = output.merged is None or record.merged is not None
+    base = output.base is None or (record.base is not None and record.base.uri is not None)
+    return record.adapter is not None and merged and base
 
 
 def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLoRAJobStatus:
     step = record.step
     if step == "publish":
-        status = status.model_copy(update={"adapter": record.adapter, "merged": record.merged})
+        base = status.base if record.base is None else record.base
+        status = status.model_copy(update={"adapter": record.adapter, "merged": record.merged, "base": base})
         return succeed(status, facts)
     if step == "prepare":
         status = with_known_facts(status, record).model_copy(update={"progress": None})

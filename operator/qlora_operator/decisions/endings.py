@@ -18,7 +18,8 @@ def succeed(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The end of a job that has done all its steps."""
     uri = status.adapter.uri if status.adapter else ""
     merged = f", the merged model at {status.merged.uri}" if status.merged else ""
-    done = Reason("Succeeded", f"the adapter is at {uri}{merged}")
+    base = f", its base at {status.base.uri}" if status.base and status.base.uri else ""
+    done = Reason("Succeeded", f"the adapter is at {uri}{merged}{base}")
     ends: tuple[tuple[ConditionType, Value, Reason], ...] = (
         ("Succeeded", "True", done),
         ("Failed", "False", NOT_FAILED),

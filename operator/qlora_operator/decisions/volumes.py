@@ -82,8 +82,7 @@ def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | 
         "spec.model.source": spec.model.source,
         "spec.dataset.source": spec.dataset.source,
         "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
-        "spec.output.destination": spec.output.destination,
-        "spec.output.merged.destination": spec.output.merged.destination if spec.output.merged else None,
+        **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }.items():
         source = parse_source(uri) if uri else None
         named[field] = source.claim if isinstance(source, VolumeSource) else None
@@ -104,15 +103,10 @@ def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:
     read = [spec.model.source, *(_datasets(spec) if step == "prepare" else ())]
     sources = (parse_source(uri) for uri in read)
     claims = {source.claim: False for source in sources if isinstance(source, VolumeSource)}
-    for destination in (parse_source(uri) for uri in _destinations(spec)):
+    for destination in (parse_source(uri) for uri in spec.output.destinations.values()):
         if isinstance(destination, VolumeSource) and step in ("prepare", "publish"):
             claims[destination.claim] = step == "publish"
     return claims
-
-
-def _destinations(spec: QLoRAJobSpec) -> list[str]:
-    merged = spec.output.merged.destination if spec.output.merged else None
-    return [uri for uri in (spec.output.destination, merged) if uri]
 
 
 def _datasets(spec: QLoRAJobSpec) -> list[str]:
@@ -147,7 +141,7 @@ def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest],
             ("dataset", spec.dataset.secret_ref, _datasets(spec)),
         ]
     if step in ("prepare", "publish"):
-        wanted += [("output", spec.output.secret_ref, _destinations(spec))]
+        wanted += [("output", spec.output.secret_ref, list(spec.output.destinations.values()))]
     for part, reference, addresses in wanted:
         if reference is not None:
             volume = f"{part}-credentials"

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from qlora_api.contract import ExitCode
-from qlora_api.model_and_output import MergedSpec, OutputSpec
+from qlora_api.model_and_output import MergedSpec, OutputSpec, PublishedBaseSpec
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
@@ -132,7 +132,9 @@ def test_adapters_on_experts_and_what_is_not_supported_for_them_is_refused(
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
-def test_sharding_and_merging_are_refused_for_experts_only(tiny_qwen3_moe: Path, tiny_llama: Path) -> None:
+def test_sharding_merging_and_publishing_the_base_are_refused_for_experts_only(
+    tiny_qwen3_moe: Path, tiny_llama: Path
+) -> None:
     sharded, merged = TrainingSpec(sharding="full"), OutputSpec(merged=MergedSpec())
     routed, dense = inspect_family(tiny_qwen3_moe, LoraSpec()), inspect_family(tiny_llama, LoraSpec())
 
@@ -140,7 +142,11 @@ def test_sharding_and_merging_are_refused_for_experts_only(tiny_qwen3_moe: Path,
         routed.require_whole_and_unmerged(sharded, OutputSpec())
     with pytest.raises(StepFailure, match=r"spec\.output\.merged") as of_merging:
         routed.require_whole_and_unmerged(TrainingSpec(), merged)
+    base = OutputSpec(base=PublishedBaseSpec(destination="pvc://out/base"))
+    with pytest.raises(StepFailure, match=r"spec\.output\.base.* no server reads experts"):
+        routed.require_whole_and_unmerged(TrainingSpec(), base)
     dense.require_whole_and_unmerged(sharded, merged)
+    dense.require_whole_and_unmerged(sharded, base)
 
     assert of_sharding.value.exit_code is of_merging.value.exit_code is ExitCode.BAD_CONFIGURATION
 

@@ -306,6 +306,27 @@ def test_a_merged_model_loads_from_the_store(
     assert written(store) == []
 
 
+def test_a_base_loads_from_the_store_and_is_written_once(
+    tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    address = f"s3://{BUCKET}/base"
+    context = prepared(tmp_path / "workspace", tiny_llama, {"output": {"base": {"destination": address}}})
+    run(context)
+    record = publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert record.base is not None
+    assert record.base.uri == address
+    _, report = AutoModelForCausalLM.from_pretrained(
+        pulled(bucket, "base", tmp_path / "pulled"), output_loading_info=True
+    )
+    assert not {kind: names for kind, names in report.items() if names}
+    store.seen.clear()
+    context.workspace.completion("publish").unlink()
+    assert publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 3, tzinfo=UTC)) == record
+    assert written(store) == []
+
+
 def test_a_folder_of_objects_is_listed_without_its_neighbors(
     bucket: S3Store, store: FaultProxy, tmp_path: Path
 ) -> None:

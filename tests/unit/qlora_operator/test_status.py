@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.profile import Profile
-from qlora_api.status import MergedStatus, QLoRAJobStatus
+from qlora_api.status import BaseStatus, MergedStatus, QLoRAJobStatus
 from qlora_operator.decisions.cleanup import cleanup_at
 from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.status import next_status, with_child, with_rejection
@@ -102,6 +102,7 @@ def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field
         ("dataset.eval.source", {"dataset": DATASET | {"eval": {"source": "pvc://models/rows.jsonl"}}}),
         ("output.destination", {"output": {"destination": "pvc://models/models/c0ffee"}}),
         ("output.merged.destination", {"output": {"merged": {"destination": "pvc://models/merged"}}}),
+        ("output.base.destination", {"output": {"base": {"destination": "pvc://models/base"}}}),
     ],
 )
 def test_a_job_that_names_the_claim_of_a_cache_waits_whatever_its_own_profile(field: str, spec: dict[str, Any]) -> None:
@@ -563,6 +564,22 @@ def test_a_merged_model_that_was_asked_for_is_reported_and_without_it_there_is_n
     merged = MergedStatus(uri="pvc://out/merged", sha256="b" * 64, size_bytes=14, eval_loss=1.5, adapter_eval_loss=1.5)
     assert (reported(merged=merged).phase, reported(merged=merged).merged) == ("Succeeded", merged)
     assert reported().step == step_status("publish", 2, jobUid="", unverified=1)
+
+
+def test_a_base_that_was_asked_for_is_reported_and_without_it_there_is_no_success() -> None:
+    body = pod("publish")
+    output: dict[str, Any] = {"base": {"destination": "pvc://out/base"}}
+    found = BaseStatus(origin="cache", sha256="b" * 64)
+
+    def reported(base: BaseStatus | None) -> QLoRAJobStatus:
+        end = ended(body, 0, result(body, "publish", adapter=ADAPTER, base=base))
+        return follow(make_job(status_in("publish"), output=output), child("publish", Complete=""), end)
+
+    there = found.model_copy(update={"uri": "pvc://out/base"})
+    assert (reported(there).phase, reported(there).base) == ("Succeeded", there)
+    assert "its base at pvc://out/base" in message_of(reported(there))
+    for base in (found, None):
+        assert reported(base).step == step_status("publish", 2, jobUid="", unverified=1)
 
 
 def test_a_suspension_is_over_when_no_pod_is_left() -> None:

@@ -95,6 +95,7 @@ class PublishRecord(ObservedModel):
     fingerprint: str
     adapter: AdapterStatus
     merged: MergedStatus | None = None
+    base: BaseStatus | None = Field(None, description="The base, if it was published.")
 
 
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord, PublishRecord)

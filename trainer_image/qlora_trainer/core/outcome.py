@@ -168,7 +168,7 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
         names = ("training_step", "loss", "eval_loss", "initial_eval_loss", "peak_memory_bytes", "goodput")
         known |= {name: getattr(completion, name) for name in names}
     if isinstance(completion, PublishRecord):
-        known |= {"adapter": completion.adapter, "merged": completion.merged}
+        known |= {"adapter": completion.adapter, "merged": completion.merged, "base": completion.base}
     return known
 
 
@@ -185,7 +185,8 @@ def summary(completion: CompletionRecord | None, step: StepName) -> str:
         return f"trained {completion.training_step} steps to loss {completion.loss:.4f}{_remarks(completion)}"
     if isinstance(completion, PublishRecord):
         merged = f", the merged model at {completion.merged.uri}" if completion.merged else ""
-        return f"the adapter is at {completion.adapter.uri}{merged}"
+        base = f", its base at {completion.base.uri}" if completion.base else ""
+        return f"the adapter is at {completion.adapter.uri}{merged}{base}"
     return f"{step} is done"
 
 

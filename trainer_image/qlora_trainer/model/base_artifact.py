@@ -97,7 +97,12 @@ def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lam
     `on_block` is called for every few MiB.
     """
     files = require_files(folder)
-    found = _sum({name: file_sha256(folder / name, lambda _done: on_block()) for name in files})
+    require_sum(folder, {name: file_sha256(folder / name, lambda _done: on_block()) for name in files}, sha256)
+
+
+def require_sum(folder: Path, digests: dict[str, str], sha256: str) -> None:
+    """Raise StepFailure UNSAFE_ARTIFACT unless the sum of files with these SHA-256 is what prepare recorded."""
+    found = _sum(digests)
     if found != sha256:
         raise unsafe_artifact(
             f"the 4-bit base in {folder} has sha256 {found}, but prepare recorded {sha256}: it was changed or damaged "

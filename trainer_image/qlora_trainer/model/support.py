@@ -87,7 +87,7 @@ class Family:
             )
 
     def require_whole_and_unmerged(self, training: TrainingSpec, output: OutputSpec) -> None:
-        """Raise StepFailure if the job shards or merges a mixture of experts, which is not supported."""
+        """Raise StepFailure if the job shards, merges or publishes a mixture of experts, which is not supported."""
         if self.mixture_of_experts and training.sharding == "full":
             raise bad_configuration(
                 f"spec.training.sharding is full, and the model (model_type {self.model_type!r}) is a mixture of "
@@ -97,6 +97,11 @@ class Family:
             raise bad_configuration(
                 f"spec.output.merged: the model (model_type {self.model_type!r}) is a mixture of experts, into which "
                 "no adapter is merged: leave it out, and serve the adapter beside its base"
+            )
+        if self.mixture_of_experts and output.base is not None:
+            raise bad_configuration(
+                f"spec.output.base: the model (model_type {self.model_type!r}) is a mixture of experts, and no server "
+                "reads experts as they are in its 4-bit base: leave it out"
             )
 
     def require_positions(self, row_tokens: int) -> None:

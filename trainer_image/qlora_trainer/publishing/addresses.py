@@ -1,22 +1,16 @@
 """Opens the destination that an address of a job's spec names, and checks it before anything is trained."""
 
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.paths import confined
 from qlora_trainer.publishing.destination import Destination, reject_occupied
 from qlora_trainer.publishing.hub_repository import HubDestination
+from qlora_trainer.publishing.manifest import SHARED_BASE
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.publishing.s3_folder import ObjectDestination
 from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.stores.oci_auth import require_allowed
-
-
-def published_addresses(spec: QLoRAJobSpec) -> list[str]:
-    """The addresses outside the workspace that a job publishes to."""
-    merged = spec.output.merged.destination if spec.output.merged else None
-    return [address for address in (spec.output.destination, merged) if address]
 
 
 def open_destination(
@@ -40,13 +34,19 @@ def open_destination(
 
 
 def check_destination(
-    address: str, *, mounts: Mounts, secret: Secret | None, registries: tuple[str, ...], job_uid: str
+    address: str,
+    *,
+    mounts: Mounts,
+    secret: Secret | None,
+    registries: tuple[str, ...],
+    job_uid: str,
+    shared: bool = False,
 ) -> None:
     """Raise StepFailure if the job could not publish there: not allowed, occupied, or no right to write.
 
     For the prepare step, before a GPU is used. It does not know the run's fingerprint yet, so that any run of the job
-    counts as its own. `secret` is None where the step is not given the credentials, by an operator of the first
-    contract; then only what needs none is checked.
+    counts as its own, and any base if it is where a base is `shared`. `secret` is None where the step is not given
+    the credentials, by an operator of the first contract; then only what needs none is checked.
     """
     source = parse_source(address)
     if isinstance(source, RegistrySource):
@@ -57,7 +57,7 @@ def check_destination(
         return
     else:
         destination = open_destination(address, mounts=mounts, secret=secret, registries=registries, owner=job_uid)
-    reject_occupied(destination, lambda holder: holder.job_uid == job_uid)
+    reject_occupied(destination, lambda holder: holder.job_uid == (SHARED_BASE if shared else job_uid))
     destination.require_writable()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest
 from qlora_trainer.stores.contents import Contents
 
 
@@ -53,6 +53,11 @@ def reject_occupied(destination: Destination, is_own: Callable[[Manifest], bool]
             f"the destination {destination.uri} has files that no QLoRAJob published: choose another one"
         )
     for holder in holders:
+        if not is_own(holder) and holder.job_uid == SHARED_BASE:
+            raise bad_configuration(
+                f"the destination {destination.uri} holds the 4-bit base of {holder.base_model} "
+                f"({holder.base_revision}), and not what is to be published: choose another one, or delete that base"
+            )
         if not is_own(holder):
             raise bad_configuration(
                 f"the destination {destination.uri} holds another adapter, of job {holder.job_name!r} (UID "

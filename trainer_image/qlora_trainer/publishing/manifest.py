@@ -14,6 +14,8 @@ from qlora_trainer.stores.contents import Contents, PublishedFile, describe_file
 
 MAX_MANIFEST_BYTES = 2**22
 """Enough for tens of thousands of files. The size is limited since anybody may have written the file that is there."""
+SHARED_BASE = "base"
+"""In place of a job's UID: the base is of every job that was trained on it."""
 _LIBRARIES = ("qlora-operator", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
@@ -51,6 +53,21 @@ def run_manifest(job: TrainedJob, contents: Contents) -> Manifest:
         libraries={name: version(name) for name in _LIBRARIES},
         files=describe_files(contents),
     )
+
+
+def base_manifest(job: TrainedJob, contents: Contents) -> Manifest:
+    """The manifest of the job's published base: the same for all jobs that were trained on it, so that they share it.
+
+    Raises OSError if a file cannot be read.
+    """
+    quantization = json.dumps(job.spec.quantization.dump(), sort_keys=True)
+    whoever = {
+        "job_uid": SHARED_BASE,
+        "job_name": SHARED_BASE,
+        "fingerprint": job.trained.base_sha256,
+        "spec_sha256": hashlib.sha256(quantization.encode()).hexdigest(),
+    }
+    return run_manifest(job, contents).model_copy(update=whoever)
 
 
 def parse_manifest(content: bytes | None) -> Manifest | None:

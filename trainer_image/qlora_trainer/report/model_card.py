@@ -1,4 +1,4 @@
-"""Writes the model cards of an adapter and of a merged model: what it is, and how to load and serve it."""
+"""Writes the model cards of an adapter, a merged model and a base: what it is, and how to load and serve it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
-from qlora_trainer.report.serving import loading_settings, rejected_by_vllm, served_rank
+from qlora_trainer.report.serving import loading_settings, rejected_by_vllm, served_base, served_rank
 from qlora_trainer.report.trained_job import TrainedJob
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -48,7 +48,7 @@ def adapter_model_card(job: TrainedJob) -> str:
         settings=settings,
         name=job.name,
         base=job.base_name,
-        base_path=job.base_name if hub else "PATH/OF/THE/BASE/MODEL",
+        served=served_base(job),
         hub=hub,
         spec=spec,
         prepared=prepared,
@@ -86,4 +86,26 @@ The base weights in this model are those that the adapter was trained on, dequan
 
 Do not quantize this model to 4-bit without measuring the result: the rounding error can be as large as the adapter's
 effect. To serve in 4-bit, load the original model in 4-bit and the adapter on top of it.
+"""
+
+
+def base_model_card(job: TrainedJob) -> str:
+    """The model card of a published base as Markdown: the same for every job that was trained on it."""
+    return f"""# {job.base_name}, in 4-bit
+
+`{job.base_name}` (`{job.prepared.model_revision}`) in {quantization_label(job.spec.quantization)}, as adapters were
+trained on it: with these bytes they give the answers that were measured in training. Load it like any other model that
+bitsandbytes has quantized, and an adapter on top of it:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("PATH/OF/THIS/FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH/OF/THIS/FOLDER")
+model = PeftModel.from_pretrained(base, "PATH/OF/THE/ADAPTER")
+```
+
+SHA-256 over the lines `SHA-256  NAME` of the weights, `config.json` and what belongs to them:
+`{job.trained.base_sha256}`. `manifest.json` lists the SHA-256 of each file.
 """

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec
@@ -40,16 +41,35 @@ def warn_if_not_served(spec: QLoRAJobSpec) -> None:
         logger.warning("vLLM will not serve the adapter: %s; spec.output.merged makes a model that it serves", rejected)
 
 
+@dataclass(frozen=True)
+class ServedBase:
+    """The base to load an adapter on."""
+
+    path: str
+    """As libraries take it."""
+    revision: str | None
+    in_4_bit: bool
+    """Whether it is quantized already."""
+
+
+def served_base(job: TrainedJob) -> ServedBase:
+    """The published base if there is one, else the model that the job names; placeholders where there is no name."""
+    published = job.spec.output.base
+    source = parse_source(job.spec.model.source if published is None else published.destination)
+    path = source.repository if isinstance(source, HubSource) else BASE_PLACEHOLDER
+    pinned = published is None and isinstance(source, HubSource)
+    return ServedBase(path, job.prepared.model_revision if pinned else None, in_4_bit=published is not None)
+
+
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:
     """Commands and programs by the name of the tool that runs them, ready to paste except for the adapter's path."""
-    hub = isinstance(parse_source(job.spec.model.source), HubSource)
-    base, revision = (job.base_name, job.prepared.model_revision) if hub else (BASE_PLACEHOLDER, None)
-    commands = {"PEFT": _peft(*loading_settings(job), base, revision)}
+    base = served_base(job)
+    commands = {"PEFT": _peft(*loading_settings(job), base)}
     rank = served_rank(job.spec.lora)
     if rank is not None:
-        pinned = f" --revision {revision}" if revision else ""
+        pinned = f" --revision {base.revision}" if base.revision else ""
         commands["vLLM"] = (
-            f"vllm serve {base}{pinned} \\\n  --enable-lora --max-lora-rank {rank} "
+            f"vllm serve {base.path}{pinned} \\\n  --enable-lora --max-lora-rank {rank} "
             f"--lora-modules {job.name}={ADAPTER_PLACEHOLDER}"
         )
     return commands
@@ -72,15 +92,22 @@ def loading_settings(job: TrainedJob) -> tuple[str, str]:
     )
 
 
-def _peft(kind: str, settings: str, base: str, revision: str | None) -> str:
-    pinned = f', revision="{revision}"' if revision else ""
+def _peft(kind: str, settings: str, base: ServedBase) -> str:
+    pinned = f', revision="{base.revision}"' if base.revision else ""
+    tokenizer_and_adapter = f"""tokenizer = AutoTokenizer.from_pretrained("{base.path}"{pinned})
+model = PeftModel.from_pretrained(base, "{ADAPTER_PLACEHOLDER}")"""
+    if base.in_4_bit:
+        return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base.path}")
+{tokenizer_and_adapter}"""
     return f"""import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, {kind}
 
 base = AutoModelForCausalLM.from_pretrained(
-    "{base}"{pinned},
+    "{base.path}"{pinned},
     quantization_config={settings},
 )
-tokenizer = AutoTokenizer.from_pretrained("{base}"{pinned})
-model = PeftModel.from_pretrained(base, "{ADAPTER_PLACEHOLDER}")"""
+{tokenizer_and_adapter}"""

@@ -43,7 +43,7 @@ from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.dry_run.limited import measure_within_limits
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
-from qlora_trainer.publishing.addresses import check_destination, published_addresses
+from qlora_trainer.publishing.addresses import check_destination
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
@@ -196,13 +196,14 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
 
 
 def _check_destinations(context: StepContext) -> None:
-    for address in published_addresses(context.spec):
+    for field, address in context.spec.output.destinations.items():
         check_destination(
             address,
             mounts=context.mounts,
             secret=context.secret("output") if context.contract_version > 1 else None,
             registries=context.registries,
             job_uid=context.job_uid,
+            shared=field == "base.destination",
         )
 
 

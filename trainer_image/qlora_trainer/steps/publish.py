@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from qlora_api.status import AdapterStatus, MergedStatus, StepName
+from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import bad_configuration
@@ -16,6 +16,7 @@ from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.publishing.addresses import open_destination
+from qlora_trainer.publishing.base import base_still_published, publish_base
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.publishing.merged import publish_merged, still_published
@@ -34,7 +35,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     """Verify the trained adapter, write the report and publish to the destination. `now` gives the time for records.
 
     Returns at once if the completion record matches and the files at the destination are still what it says.
-    Raises StepFailure; the adapter is not published then, unless it is the merge that has failed.
+    Raises StepFailure; the adapter is not published then, unless it is the base or the merge that has failed.
     """
 
     def say(activity: str) -> None:
@@ -51,8 +52,10 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     picture = write_report(job, workspace, device=context.device)
     say(f"writing to {destination.uri}")
     adapter = _write(job, folder, picture, destination)
+    base = _publish_base(job, context, say)
     merged = _merge(job, context, say)
-    record = PublishRecord(fingerprint=_fingerprint(job.trained, destination), adapter=adapter, merged=merged)
+    fingerprint = _fingerprint(job.trained, destination)
+    record = PublishRecord(fingerprint=fingerprint, adapter=adapter, merged=merged, base=base)
     write_completion(workspace.completion("publish"), record)
     return record
 
@@ -99,6 +102,12 @@ def _merged_destination(context: StepContext) -> Destination | None:
     return None if wanted is None else _destination(context, wanted.destination, context.workspace.merged)
 
 
+def _base_destination(context: StepContext) -> Destination | None:
+    """The destination of the 4-bit base; None if the job does not ask for one."""
+    wanted = context.spec.output.base
+    return None if wanted is None else _destination(context, wanted.destination, context.workspace.base)
+
+
 def _already_published(context: StepContext, trained: TrainRecord, destination: Destination) -> PublishRecord | None:
     """The completion record, if it is of this adapter and every file is still what its manifest says."""
     record = read_completion(context.workspace.completion("publish"), PublishRecord)
@@ -106,6 +115,9 @@ def _already_published(context: StepContext, trained: TrainRecord, destination: 
         return None
     merged_destination = _merged_destination(context)
     if merged_destination is not None and not still_published(merged_destination, record.merged):
+        return None
+    base_destination = _base_destination(context)
+    if base_destination is not None and not (record.base and base_still_published(base_destination, trained)):
         return None
     manifest = destination.published()
     if manifest is None or ADAPTER_FILE not in manifest.files:
@@ -157,6 +169,15 @@ def _write(job: TrainedJob, folder: Path, picture: bytes, destination: Destinati
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
     )
+
+
+def _publish_base(job: TrainedJob, context: StepContext, say: Callable[[str], None]) -> BaseStatus | None:
+    """Publish the 4-bit base, if the job asks for it."""
+    destination = _base_destination(context)
+    if destination is None:
+        return None
+    say(f"writing the base to {destination.uri}")
+    return publish_base(job, context.workspace, destination)
 
 
 def _merge(job: TrainedJob, context: StepContext, say: Callable[[str], None]) -> MergedStatus | None:

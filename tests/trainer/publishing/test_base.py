@@ -1,0 +1,171 @@
+"""The 4-bit base beside the adapter: what servers load, shared by jobs, and taken for no other."""
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.status import BaseStatus
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.filesystem import sync_tree
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.publishing import volume_folder
+from qlora_trainer.publishing.base import publish_base
+from qlora_trainer.publishing.destination import Destination
+from qlora_trainer.publishing.volume_folder import VolumeFolder
+from qlora_trainer.report.trained_job import TrainedJob
+from qlora_trainer.steps import publish as publish_step
+from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.steps.publish import publish
+from tests.support.command import Files
+from tests.support.published import context
+from tests.support.tiny import Recorded
+
+ADDRESS = "pvc://data/bases/tiny"
+OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
+Row = tuple[torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture
+def job(trained: Files) -> Files:
+    """A trained job that asks for its base."""
+    return trained.with_spec({"output": {"base": {"destination": ADDRESS}}})
+
+
+def run(files: Files, **identity: str) -> Any:
+    return publish(context(files, **identity), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+
+
+def held_out_rows(files: Files) -> list[Row]:
+    """Tokens and labels of each held-out row, out of the sequences that hold several."""
+    record = read_completion(files.workspace / "records" / "prepare.json", PrepareRecord)
+    assert record is not None
+    data = PreparedDataset.open(files.workspace / record.data_path, "eval")
+    rows: list[Row] = []
+    for number in range(len(data)):
+        sequence = data[number]
+        lengths = list(sequence.row_lengths)
+        rows += zip(sequence.input_ids.split(lengths), sequence.labels.split(lengths), strict=True)
+    return rows
+
+
+def loss_of(model: Any, rows: list[Row]) -> float:
+    """Mean loss of the target tokens, by transformers' own formula and attention."""
+    summed, targets = 0.0, 0
+    for tokens, labels in rows:
+        count = int((labels != -100).sum())
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            summed += count * float(model(input_ids=tokens[None], labels=labels[None]).loss)
+        targets += count
+    return summed / targets
+
+
+def test_plain_libraries_compute_the_loss_of_training_on_the_published_base(job: Files) -> None:
+    record = run(job)
+    folder = job.data / "bases" / "tiny"
+    trained = read_completion(job.workspace / "records" / "train.json", TrainRecord)
+    assert trained is not None
+    assert record.base is not None
+    assert (record.base.uri, record.base.sha256) == (ADDRESS, trained.base_sha256)
+    base, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not {kind: names for kind, names in report.items() if names}
+    assert len(AutoTokenizer.from_pretrained(folder)) > 0
+    rows = held_out_rows(job)
+    assert loss_of(base, rows) == pytest.approx(trained.initial_eval_loss, rel=2e-3)
+    model = PeftModel.from_pretrained(base, job.workspace / "adapter").eval()
+    assert loss_of(model, rows) == pytest.approx(trained.eval_loss, rel=2e-3)
+    card = (job.workspace / "adapter" / "README.md").read_text()
+    assert f"`{ADDRESS}` (SHA-256 `{trained.base_sha256}`" in card
+    assert "BitsAndBytesConfig" not in card
+    assert trained.base_sha256 in (folder / "README.md").read_text()
+
+
+def test_jobs_on_the_same_base_share_it(job: Files) -> None:
+    first = run(job)
+    folder = job.data / "bases" / "tiny"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    # As another job that has trained its own adapter.
+    shutil.rmtree(job.workspace / "adapter")
+    (job.workspace / "records" / "publish.json").unlink()
+    assert run(job, uid=OTHER_UID).base == first.base
+    assert run(job, uid=OTHER_UID).base == first.base
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_job_that_another_one_overtakes_finds_the_base_there(job: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = job.data / "bases" / "tiny"
+
+    def overtaken(trained: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> BaseStatus:
+        def sync(stage: Path) -> None:
+            monkeypatch.setattr(volume_folder, "sync_tree", sync_tree)
+            publish_base(trained, workspace, VolumeFolder(folder, ADDRESS, owner="another pod"))
+            sync_tree(stage)
+
+        monkeypatch.setattr(volume_folder, "sync_tree", sync)
+        return publish_base(trained, workspace, destination)
+
+    monkeypatch.setattr(publish_step, "publish_base", overtaken)
+    assert run(job).base.uri == ADDRESS
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+def test_a_damaged_base_is_published_again(job: Files) -> None:
+    first = run(job)
+    weights = job.data / "bases" / "tiny" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.chmod(0o644)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run(job) == first
+    assert weights.read_bytes() == whole
+
+
+def of_another_quantization(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest | {"fingerprint": "0" * 64}
+
+
+def of_an_adapter(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest | {"jobUid": OTHER_UID}
+
+
+@pytest.mark.parametrize(
+    ("holder", "message"),
+    [(of_another_quantization, "holds the 4-bit base of pvc://models/model"), (of_an_adapter, "holds another adapter")],
+)
+def test_another_base_or_an_adapter_is_not_overwritten(
+    job: Files, holder: Callable[[dict[str, Any]], dict[str, Any]], message: str
+) -> None:
+    run(job)
+    path = job.data / "bases" / "tiny" / "manifest.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps(holder(json.loads(path.read_text()))))
+    with pytest.raises(StepFailure, match=message) as failure:
+        run(job)
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+def test_prepare_accepts_a_folder_that_holds_a_base_and_no_other(job: Files) -> None:
+    run(job)
+    prepare(context(job, uid=OTHER_UID), Recorded())
+    (job.workspace / "records" / "prepare.json").unlink()
+    in_its_place = job.with_spec({"output": {"destination": ADDRESS, "base": {"destination": "pvc://data/other"}}})
+    with pytest.raises(StepFailure, match="holds the 4-bit base of"):
+        prepare(context(in_its_place), Recorded())
+
+
+def test_a_base_that_has_changed_since_training_is_not_published(job: Files) -> None:
+    weights = next(iter((job.workspace / "base").glob("*.safetensors")))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(StepFailure, match="but prepare recorded") as failure:
+        run(job)
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert not (job.data / "bases").exists()

@@ -1,0 +1,33 @@
+"""Where a job publishes: each folder apart from the others, and credentials only where something needs them."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_api.model_and_output import OutputSpec
+
+S3 = "s3://bucket/base"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"destination": S3, "base": {"destination": S3}}, "adapter and base need separate folders"),
+        ({"destination": f"{S3}/adapter", "base": {"destination": f"{S3}/"}}, "change destination or base.destination"),
+        (
+            {"merged": {"destination": S3}, "base": {"destination": f"{S3}/quantized"}},
+            "merged model and base need separate folders: change merged.destination or base.destination",
+        ),
+        ({"base": {}}, "base.destination"),
+        ({"base": {"destination": "pvc://out/base"}, "secretRef": {"name": "keys"}}, "secretRef is for an s3://"),
+    ],
+)
+def test_a_base_is_in_a_folder_of_its_own(output: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        OutputSpec.model_validate(output)
+
+
+def test_a_secret_may_be_for_the_base_alone() -> None:
+    output = OutputSpec.model_validate({"base": {"destination": S3}, "secretRef": {"name": "keys"}})
+    assert output.destinations == {"base.destination": S3}
