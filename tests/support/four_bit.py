@@ -1,12 +1,15 @@
 """The 4-bit base of a tiny model, as prepare makes it."""
 
 import hashlib
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.completion import PrepareRecord
@@ -43,6 +46,30 @@ def require_equal(ours_loaded: nn.Module, theirs_loaded: nn.Module) -> None:
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), name
         # As bytes: packed weights that are read as another type may be no numbers.
         assert torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)), name
+
+
+_NF4 = QuantizationSpec()
+
+
+def settings(quantization: QuantizationSpec = _NF4, **more: Any) -> BitsAndBytesConfig:
+    """What transformers is told to quantize a model so."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        **more,
+    )
+
+
+def quantized(model: Path, folder: Path, config: BitsAndBytesConfig, **saving: Any) -> Path:
+    """A model as people publish it: quantized and saved by transformers alone, with its tokenizer."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    loaded.save_pretrained(folder, **saving)
+    return folder
 
 
 def manifest_of(context: StepContext, record: PrepareRecord) -> BaseManifest:

@@ -15,7 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
@@ -28,7 +28,7 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training.sharding import STORAGE_DTYPE
 from tests.support.families import EXPERTS
-from tests.support.four_bit import convert, require_equal
+from tests.support.four_bit import convert, quantized, require_equal, settings
 from tests.support.plain_loss import mean_loss
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.training import run
@@ -39,26 +39,6 @@ KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "f
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 STATE = f"{UP}.quant_state.bitsandbytes__nf4"
-
-
-def settings(quantization: QuantizationSpec = NF4, **more: Any) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        **more,
-    )
-
-
-def quantized(model: Path, folder: Path, config: BitsAndBytesConfig, **saving: Any) -> Path:
-    """A model as people publish it: quantized and saved by transformers alone, with its tokenizer."""
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", CONFIG))
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
-    )
-    loaded.save_pretrained(folder, **saving)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,9 @@ from qlora_trainer.stores.contents import describe_files
 from tests.support.bad_disk import bad_disk
 from tests.support.command import Done, new_files
 from tests.support.fake_hub import FakeHub, Rejection, serve
+from tests.support.four_bit import quantized, settings
 from tests.support.hub_jobs import MODEL
+from tests.support.mxfp4 import save_gpt_oss
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.waiting import eventually
 from tests.trainer.conftest import MakeContext
@@ -126,6 +128,26 @@ def test_ten_jobs_on_one_base_download_and_quantize_once(job: JobOf, hub: FakeHu
     assert {base_of(outcome).sha256 for outcome in outcomes} == {record.base_sha256} == {base_of(record).sha256}
     own = contents(alone.workspace.base)
     assert {name for name, content in contents(cached(cache)).items() if own[name] != content} == {MANIFEST}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda model, to: quantized(model, to, settings()), lambda _model, to: save_gpt_oss(to)],
+    ids=["bitsandbytes", "mxfp4"],
+)
+def test_what_is_published_in_4_bit_is_shared_too(
+    job: JobOf, hub: FakeHub, cache: Path, tiny_llama: Path, make: Callable[[Path, Path], Path]
+) -> None:
+    repository = hub.repositories["models/acme/tiny"]
+    shutil.rmtree(repository)
+    make(tiny_llama, repository)
+    first, second = (prepare(job(name), Recorded()) for name in ("first", "second"))
+    assert [base_of(record).origin for record in (first, second)] == ["downloaded", "cache"]
+    assert first.base_path == second.base_path == str(cached(cache))
+    alone = job("alone")
+    record = prepare(replace(alone, mounts=replace(alone.mounts, model_cache=None)), Recorded())
+    assert record.base_sha256 == second.base_sha256 == first.base_sha256
+    assert hub.fetched.count(WEIGHTS) == 2
 
 
 def test_another_quantization_or_another_release_of_a_library_is_another_base(
