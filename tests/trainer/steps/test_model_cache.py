@@ -562,6 +562,16 @@ def test_what_a_stopped_job_has_left_is_made_again_unless_it_is_sound(
     assert record.base_sha256 == prepare(alone, Recorded()).base_sha256
 
 
+def test_nobody_goes_on_with_files_that_their_token_does_not_open(job: JobOf, hub: FakeHub, cache: Path) -> None:
+    partial = left_behind(job, hub, cache)
+    aged(partial, 130)
+    hub.reject = lambda _method, path: Rejection(403, "GatedRepo") if "00001-of-00002" in path else None
+    with pytest.raises(StepFailure, match="is gated and was asked for with no token") as failure:
+        prepare(job("second"), Recorded())
+    assert failure.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+    assert partials(cache) == [partial]
+
+
 def test_a_folder_with_a_live_owner_is_never_taken_or_deleted(job: JobOf, hub: FakeHub, cache: Path) -> None:
     """Not even if it looks old: of the same model, and of another."""
     partial = left_behind(job, hub, cache)

@@ -95,7 +95,8 @@ class CachedBase:
             ) from None
 
     def base(self, on_bytes: OnBytes) -> Base:
-        """See BaseSource."""
+        """See BaseSource. Nothing in the cache is touched before the server has said that the job may read it."""
+        self._download.remote.require_readable(self._download.weight_names())
         try:
             base = self._through_cache(on_bytes)
         except UnusableCacheError as error:
@@ -130,7 +131,6 @@ class CachedBase:
 
     def _use(self, found: CachedFolder, on_bytes: OnBytes) -> Base | None:
         """The base in the cache; None if it was damaged, and is then set aside."""
-        self._download.remote.require_readable(self._download.weight_names())
         self.activity = "checking the cached"
         try:
             manifest = found.manifest()
@@ -161,7 +161,6 @@ class CachedBase:
 
     def _make(self, place: Path, on_bytes: OnBytes) -> Base | None:
         """Make it where the cache has said; None if another pod has been faster."""
-        self._download.remote.require_readable(self._download.weight_names())
         with volume_errors():
             present = bytes_below(place.parent)
         if self._layout.bytes - present > self._cache.free_bytes():
