@@ -158,6 +158,15 @@ def test_the_values_of_constants_are_those_of_bitsandbytes() -> None:
     assert torch.backends.cpu.get_cpu_capability() == "DEFAULT" or torch.equal(dynamic_map(), create_dynamic_map())
 
 
+def test_the_values_of_8_bit_constants_can_be_asked_for_first_while_a_model_is_built_without_weights() -> None:
+    dynamic_map.cache_clear()
+
+    with torch.device("meta"):
+        found = dynamic_map()
+
+    assert found.device.type == "cpu"
+
+
 MEMORY = """
 import resource, sys, torch
 from qlora_api.training import QuantizationSpec

@@ -17,6 +17,7 @@ from transformers import (
     GptOssConfig,
     PretrainedConfig,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from qlora_api.contract import ExitCode
@@ -30,12 +31,13 @@ from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.base import check_quantization, load_base
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.measure import measure
+from qlora_trainer.model.expert_layout import routing_linears
 from qlora_trainer.model.expert_stack import expert_stacks
 from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.prepare import prepare
 from tests.support.adapted import adapted
-from tests.support.families import EXPERTS, ROUTED
+from tests.support.families import CASES, EXPERTS, ROUTED
 from tests.support.four_bit import convert
 from tests.support.sequences import CPU
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
@@ -215,6 +217,41 @@ def test_the_weight_of_a_shared_expert_stays_in_16_bit_and_gets_no_adapter(tmp_p
     family = inspect_family(model, LoraSpec())
     assert not any(name.endswith("gate") for name in family.target_modules)
     assert "model.layers.1.mlp.shared_expert.gate_proj" in family.target_modules
+
+
+def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
+    config = Qwen3NextConfig(
+        **ROUTED | {"hidden_size": 128},
+        num_experts=64,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=32,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+
+    assert routing_linears(model) == tuple(f"model.layers.{block}.mlp.shared_expert_gate" for block in (0, 1))
+
+
+def test_all_layers_of_a_router_stay_in_16_bit_and_get_no_adapter(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", CASES["zaya"].config())
+
+    base, family = load_base(model, NF4, "cpu"), inspect_family(model, LoraSpec())
+
+    routers = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and ".gate." in name]
+    assert {name.partition(".gate.")[2] for name in routers} == {
+        "down_proj",
+        "router_mlp.fc1",
+        "router_mlp.fc2",
+        "router_mlp.out_proj",
+    }
+    assert {type(base.get_submodule(name)) for name in routers} == {nn.Linear}
+    assert not set(routers) & set(family.target_modules)
 
 
 def test_rows_that_attend_to_each_other_are_noticed_although_experts_round(

@@ -10,14 +10,17 @@ import torch
 import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.afmoe.modeling_afmoe import AfmoeTokenChoiceRouter
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.model import experts
 from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
 from qlora_trainer.model.loss import LogitTransform
 from qlora_trainer.model.shrunken import shrunken
 from qlora_trainer.model.support import inspect_family
+from tests.support.families import CASES
 from tests.support.tiny import SHAPE
 
 IDS: dict[str, Any] = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
@@ -171,6 +174,52 @@ def test_the_shrunken_model_repeats_what_the_model_repeats() -> None:
     segments = [small.n_input_layers, small.n_recurrent_layers, small.n_output_layers]
     assert segments == [2, 2, 2]
     assert small.num_hidden_layers == sum(segments)
+
+
+def test_the_shrunken_model_has_the_kinds_of_blocks_that_are_listed_by_their_numbers() -> None:
+    config = transformers.BambaConfig(attn_layer_indices=[9, 18, 27])
+
+    small = shrunken(config)
+
+    assert small.config.layers_block_type == ["linear_attention", "full_attention", "linear_attention"]
+    assert small.stands_for == tuple(int(block in (9, 18, 27)) for block in range(config.num_hidden_layers))
+
+
+def test_a_model_with_blocks_that_the_small_one_lacks_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_trainer.model.shrunken._NUMBERS_OF_BLOCKS", ())
+    config = CASES["bamba"].config()
+    config.num_hidden_layers, config.attn_layer_indices = 3, [2]
+
+    message = rejection(written(tmp_path, config)).message
+
+    assert "by which it is tested, has other blocks than the whole one (mamba" in message
+
+
+def test_routers_that_begin_at_zero_are_seen_to_draw_experts_at_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = AfmoeTokenChoiceRouter.forward
+
+    def noisy(router: Any, states: Any, bias: Any) -> Any:
+        return forward(router, states + 10 * torch.randn_like(states) if router.training else states, bias)
+
+    monkeypatch.setattr(AfmoeTokenChoiceRouter, "forward", noisy)
+
+    assert "draw experts at random" in rejection(written(tmp_path, CASES["afmoe"].config())).message
+
+
+def test_biases_of_experts_that_are_left_out_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    projected = experts._projected
+
+    def without_bias(module: Any, *tensors: Any) -> Any:
+        module.has_bias = False
+        return projected(module, *tensors)
+
+    monkeypatch.setattr(experts, "_projected", without_bias)
+
+    assert "describes no model that can be trained" in rejection(written(tmp_path, CASES["gpt_oss"].config())).message
 
 
 def _leaky(module: Any, query: Any, key: Any, value: Any, _mask: Any, **settings: Any) -> Any:

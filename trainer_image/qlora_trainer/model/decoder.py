@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -26,6 +27,25 @@ def block_linears(model: Any) -> tuple[str, ...]:
     inside = {id(module) for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)}
     names = {name for name, module in model.named_modules() if id(module) in inside}
     return tuple(sorted(names.difference(routing_linears(model))))
+
+
+def block_structures(model: Any) -> frozenset[frozenset[str]]:
+    """What the blocks consist of: for each kind of block its modules, with their classes, and its parameters.
+
+    How many members a list inside a block has makes no difference.
+    """
+    return frozenset(frozenset(map(_without_numbers, _parts(block))) for block in decoder_blocks(model))
+
+
+def _parts(block: nn.Module) -> Iterator[str]:
+    for name, module in block.named_modules():
+        yield f"{name or 'block'} ({type(module).__name__})"
+    for name, _ in block.named_parameters():
+        yield name
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 def place_in_block(name: str) -> tuple[int, str]:

@@ -27,7 +27,8 @@ def dynamic_map() -> Tensor:
         for low, high in pairwise(edges):
             value = float(power * ((low + high) / numpy.float32(2)))
             values += [value, -value]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    # Models are built on the meta device, and these values are kept.
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def _evenly_spaced(count: int) -> list[numpy.float32]:

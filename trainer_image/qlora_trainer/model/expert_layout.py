@@ -27,6 +27,9 @@ from qlora_trainer.model.source_quantization import experts_in_mxfp4
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """The names that families have for the number of routed experts."""
 
+_ROUTERS = ("gate", "router")
+"""What families call a router, next to the experts."""
+
 
 @dataclass(frozen=True)
 class StackShape:
@@ -193,13 +196,19 @@ def _converted(stack: str, converters: Sequence[WeightConverter]) -> bool:
 def routing_linears(model: nn.Module) -> tuple[str, ...]:
     """Sorted names of linear layers that only decide about experts: they stay in 16 bit, and get no adapter.
 
-    Those are, in a module that holds routed experts, the layers with one output for each expert, or with a single one,
-    which is the weight of what all tokens share.
+    Those are all that are inside a router, which is a neighbor of the routed experts: it is called so, or its last
+    layer has one output for each expert. So does the layer with a single one, the weight of what all tokens share.
     """
     found: set[str] = set()
     for name, experts in expert_modules(model):
         parent = name.rpartition(".")[0]
-        for inner, module in model.get_submodule(parent).named_modules(prefix=parent):
-            if isinstance(module, nn.Linear) and module.out_features in (1, experts.num_experts):
-                found.add(inner)
+        for neighbor, module in model.get_submodule(parent).named_children():
+            inner = {
+                name: layer
+                for name, layer in module.named_modules(prefix=f"{parent}.{neighbor}")
+                if isinstance(layer, nn.Linear)
+            }
+            last = next(reversed(inner.values()), None)
+            if last is not None and (neighbor in _ROUTERS or last.out_features in (1, experts.num_experts)):
+                found.update(inner)
     return tuple(sorted(found))

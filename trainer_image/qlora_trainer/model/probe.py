@@ -11,7 +11,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention
-from qlora_trainer.model.decoder import block_linears, compute_as_in_use, decoder_states, place_in_block
+from qlora_trainer.model.decoder import (
+    block_linears,
+    block_structures,
+    compute_as_in_use,
+    decoder_states,
+    place_in_block,
+)
 from qlora_trainer.model.experts import EXPERTS, expert_modules, register_experts
 from qlora_trainer.model.loss import LogitTransform
 from qlora_trainer.model.shrunken import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrunken
@@ -29,25 +35,30 @@ class Probe:
     """The `attn_implementation` with which a row's logits are those of transformers' own attention, experts and head.
 
     None if there is none."""
-    isolated: bool
+    isolated: bool = False
     """Another row before it in its sequence does not change a bit of them. See `_same_behind`."""
-    causal: bool
+    causal: bool = False
     """Nor does a later token change those of an earlier one, beyond rounding."""
-    stateless: bool
+    stateless: bool = False
     """Nor does a sequence before it change a bit."""
-    steady: bool
+    steady: bool = False
     """They are the same in training mode, as far as experts are concerned."""
-    without_gradient: frozenset[tuple[int, str]]
+    without_gradient: frozenset[tuple[int, str]] = frozenset()
     """Linear layers whose result has no part in the loss: number of the whole model's block, and name in it."""
-    bypassed: tuple[str, ...]
+    bypassed: tuple[str, ...] = ()
     """Names in their blocks of linear layers whose weights have a part in the loss, but not by their forward pass."""
+    unlike: tuple[str, ...] = ()
+    """Parts of blocks that only the whole model has, or only the small one. Little else is known then."""
 
 
-def probe(config: Any) -> Probe:
+def probe(config: Any, whole: Any) -> Probe:
     """Compare a small random model of a text decoder's `config` with our attention, positions and head with itself.
 
     Where our attention does not compute what the family's own does, transformers' is tried, for one row a sequence.
-    Takes some tens of milliseconds. Raises what transformers raises for a configuration that it cannot use.
+    `whole` is the model that it stands for, with weights or without: each kind of block of one must be in the other.
+
+    Takes a tenth of a second for most families, and seconds for recurrent layers. Raises what transformers
+    raises for a configuration that it cannot use.
     """
     register_attention()
     register_experts()
@@ -60,7 +71,9 @@ def probe(config: Any) -> Probe:
             expected = _random_model(small.config, "eager", "eager")(input_ids=second, use_cache=False).logits
             model, attention = _exact_model(small.config, second, expected)
             if model is None:
-                return Probe(None, False, False, False, False, frozenset(), ())
+                return Probe(None)
+            if unlike := _unlike(whole, model):
+                return Probe(attention, unlike=unlike)
             isolated = attention == ATTENTION and _isolates(model, second, (first, other), expected)
             causal, stateless = _is_causal(model, second), _is_stateless(model, second, other)
         silent, bypassed = _without_gradient(model, second)
@@ -72,6 +85,16 @@ def probe(config: Any) -> Probe:
     return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed)
 
 
+def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
+    """Of each kind of block that only one of the two models has, the parts that the others of the other one lack."""
+    kinds, small_kinds = block_structures(whole), block_structures(small)
+    parts: set[str] = set()
+    for kind in kinds ^ small_kinds:
+        others = small_kinds if kind in kinds else kinds
+        parts |= min((kind ^ other for other in others), key=len)
+    return tuple(sorted(parts))
+
+
 def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
     """The model with these implementations of attention and experts, and the same random weights for each."""
     torch.manual_seed(1)
@@ -79,10 +102,15 @@ def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
         config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts
     )
     for parameter in model.eval().parameters():
-        if parameter.ndim == 1:
-            # Biases are initialized with 0 and norms with 1: leaving one out would not change the logits.
+        if parameter.ndim == 1 or _is_constant(parameter):
+            # Biases, and some routers, are initialized with 0 and norms with 1: leaving one out, or drawing experts at
+            # random, would not change the logits.
             parameter.data.add_(WEIGHT_DEVIATION * torch.randn_like(parameter))
     return model
+
+
+def _is_constant(parameter: Tensor) -> bool:
+    return bool((parameter == parameter.flatten()[:1]).all())
 
 
 def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str | None]:

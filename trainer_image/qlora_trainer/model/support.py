@@ -148,7 +148,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
                 "experts, for which it is not supported: leave it out"
             )
         text = config.get_text_config(decoder=True)
-        probed = probe(text)
+        probed = probe(text, skeleton)
         _reject(model_type, reason_in_probe(probed))
         linears = block_linears(skeleton)
         taken = taken_for_experts(skeleton, linears)

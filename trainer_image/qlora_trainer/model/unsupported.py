@@ -6,6 +6,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_api.memory.model_shape import LARGEST_SIZES
+from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.base_weights import reason_against_storage
 from qlora_trainer.model.expert_layout import EXPERT_COUNTS, ExpertLayout, reason_against_experts
 from qlora_trainer.model.probe import Probe
@@ -84,6 +85,11 @@ def reason_in_probe(found: Probe) -> str | None:
     """Why a model cannot be trained, as far as a small one of its family shows; None if it can."""
     if found.attention is None:
         return "it computes attention or logits in a way that this trainer does not support"
+    if found.unlike:
+        return (
+            "a small model of the family, by which it is tested, has other blocks than the whole one "
+            f"({some_names(found.unlike)})"
+        )
     if not found.causal:
         return "its tokens attend to later ones, which this trainer does not support"
     if not found.stateless:
