@@ -22,8 +22,10 @@ _MOST_BLOCKS = 8
 _WIDTH = 64
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "hidden_size_per_layer_input")
 """Sizes that no other depends on."""
-_NO_VALUES_OF_BLOCKS = (*SPECIAL_TOKENS, "full_attn_idxs")
+_NO_VALUES_OF_BLOCKS = (*SPECIAL_TOKENS, "full_attn_idxs", "cross_attention_layers")
 """Lists that may have as many entries as the model has blocks, by chance."""
+_NUMBERS_OF_BLOCKS = ("cross_attention_layers",)
+"""Lists of the blocks that are of another kind, by number."""
 _MOST_EXPERTS = 16
 _DENSE_BLOCKS = ("first_k_dense_replace", "num_dense_layers")
 """Names for the number of first blocks without experts."""
@@ -44,8 +46,21 @@ def shrunken(config: Any) -> Shrunken:
     """The same family with few heads (of the same size, which positions depend on), few tokens and few blocks.
 
     The blocks show each kind that the model has: sliding or global, with or without rotation, with keys of their own or
-    of an earlier block, with sizes of their own.
+    of an earlier block, with sizes of their own. Of a multimodal model the text decoder is small, and the rest as it
+    is.
     """
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return _shrunken_decoder(config)
+    small = _shrunken_decoder(text)
+    whole = copy.copy(config)
+    for name, value in vars(config).items():
+        if value is text:
+            setattr(whole, name, small.config)
+    return Shrunken(whole, small.stands_for)
+
+
+def _shrunken_decoder(config: Any) -> Shrunken:
     settings, overrides = _settings(config), _overrides(config)
     kinds = _kinds_of_blocks(config, settings, overrides)
     blocks = _blocks_of_each_kind(kinds)
@@ -53,6 +68,7 @@ def shrunken(config: Any) -> Shrunken:
         **{name: [values[block] for block in blocks] for name, values in _lists_by_block(config, settings).items()},
         **_small_sizes(settings, len(blocks)),
         **_parts_of_depth(config, settings, blocks),
+        **_numbers_of_blocks(settings, blocks),
         **_experts(config, settings, blocks),
         "num_hidden_layers": len(blocks),
         "initializer_range": WEIGHT_DEVIATION,
@@ -130,6 +146,15 @@ def _parts_of_depth(config: Any, settings: Mapping[str, Any], blocks: list[int])
     return parts
 
 
+def _numbers_of_blocks(settings: Mapping[str, Any], blocks: list[int]) -> dict[str, list[int]]:
+    """Settings that list blocks, with the numbers of those that remain."""
+    return {
+        name: [number for number, block in enumerate(blocks) if block in settings[name]]
+        for name in _NUMBERS_OF_BLOCKS
+        if settings.get(name)
+    }
+
+
 def _experts(config: Any, settings: Mapping[str, Any], blocks: list[int]) -> dict[str, Any]:
     """Fewer experts, in those of the remaining blocks that have some; dense blocks are the first ones."""
     dense = sum(not _is_sparse(config, settings, block) for block in blocks)
@@ -199,6 +224,7 @@ def _kinds_of_blocks(config: Any, settings: Mapping[str, Any], overrides: Mappin
                 block >= first_shared,
                 not _is_sparse(config, settings, block),
                 _segment(settings, block),
+                [block in (settings.get(name) or ()) for name in _NUMBERS_OF_BLOCKS],
             )
         )
         for block in range(blocks)
