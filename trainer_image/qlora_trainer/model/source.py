@@ -38,6 +38,7 @@ TOKENIZER_FILES = frozenset(
         "special_tokens_map.json",
         "added_tokens.json",
         "chat_template.jinja",
+        "chat_template.json",
     }
 )
 PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"})
