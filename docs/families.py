@@ -32,8 +32,8 @@ NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 MULTIMODAL_NAMES = tuple(sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES).difference(NAMES)))
 _SECONDS = 120
 _LONGEST_REASON = 160
-# What every published model of the family has and transformers' default leaves out.
 _ROTATION = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+# What every published model of the family has and transformers' default leaves out.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 6, "topk_method": "greedy"},

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from docs.families import SETTINGS
 from qlora_trainer.model.shrunken import shrunken
 from qlora_trainer.model.text_part import auto_class
 from tests.support.tiny import VOCABULARY, save_tokenizer
@@ -20,6 +21,8 @@ PACKED = (
     "gemma3",
     "gemma4",
     "gemma4_unified",
+    "glm46v",
+    "glm4v",
     "glm_ocr",
     "glmasr",
     "got_ocr2",
@@ -59,6 +62,8 @@ PACKED = (
 """Model types that keep the rows of a sequence apart."""
 ONE_ROW = ("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "paligemma", "qwen3_5")
 """Model types that are trained with one row in a sequence."""
+MIXTURES = ("glm4v_moe", "qwen3_5_moe")
+"""Model types with routed experts."""
 # Sizes of towers, whatever a family calls them.
 _TOWER = {
     "hidden_size": 32,
@@ -74,7 +79,7 @@ _TOWER = {
 
 def tiny_wrapper(model_type: str) -> PretrainedConfig:
     """A configuration with a small tower and a text decoder for the vocabulary of `tests.support.training`'s rows."""
-    small = shrunken(AutoConfig.for_model(model_type)).config
+    small = shrunken(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))).config
     text = small.get_text_config(decoder=True)
     for part in vars(small).values():
         if isinstance(part, PretrainedConfig) and "perceiver" not in part.model_type and part is not text:

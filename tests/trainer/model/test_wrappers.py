@@ -31,6 +31,7 @@ from qlora_trainer.model.check import check_model
 from qlora_trainer.model.decoder import place_in_block
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.measure import measure
+from qlora_trainer.model.expert_stack import expert_stacks
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.merge import MergeSource, merged_model, write_merged
 from qlora_trainer.model.support import Family, inspect_family
@@ -39,7 +40,7 @@ from tests.support.command import new_files
 from tests.support.four_bit import convert
 from tests.support.sequences import CPU, rows_of
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
-from tests.support.wrappers import ONE_ROW, PACKED, save_wrapper, tiny_wrapper
+from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
 
 # One whose decoder is a text model's, and one that has a decoder of its own, with positions on three axes.
 ALWAYS = frozenset({"mistral3", "qwen2_5_vl"})
@@ -77,15 +78,21 @@ class Trained:
         return parts_beside_text(without_weights(AutoConfig.from_pretrained(self.model)))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in (*PACKED, *ONE_ROW)],
-)
+def families(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in names]
+
+
+# Experts are in 4-bit here only, in no merged model, and their products depend on all tokens.
+dense = pytest.mark.parametrize("trained", families(*PACKED, *ONE_ROW), indirect=True)
+
+
+@pytest.fixture(scope="module", params=families(*PACKED, *ONE_ROW, *MIXTURES))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp(request.param)
     model = save_wrapper(root / "model", tiny_wrapper(request.param))
     family = inspect_family(model, LoraSpec())
-    assert family.one_row == (request.param in ONE_ROW)
+    assert family.mixture_of_experts == (request.param in MIXTURES)
+    assert family.mixture_of_experts or family.one_row == (request.param in ONE_ROW)
     context = prepared(root / "workspace", model, SPEC, packed=not family.one_row)
     return Trained(model, family, context, run(context))
 
@@ -134,6 +141,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Tra
     assert history(context) == history(trained.context)
 
 
+@dense
 def test_another_row_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Trained) -> None:
     model, row = adapted(trained), torch.arange(100, 114)
     others = [torch.arange(start, start + 11) for start in (10, 300)]
@@ -147,6 +155,7 @@ def test_another_row_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Tra
     assert all(map(torch.equal, before, after))
 
 
+@dense
 def test_plain_peft_over_the_whole_model_gives_the_loss_that_was_reported(trained: Trained) -> None:
     base = trained.loader.from_pretrained(
         trained.model, quantization_config=NF4, dtype=torch.bfloat16, device_map={"": "cpu"}
@@ -175,6 +184,7 @@ def held_out_loss(trained: Trained, model: Any) -> float:
     return total / targets
 
 
+@dense
 def test_plain_transformers_reads_the_base_whose_towers_are_as_they_were(trained: Trained) -> None:
     base, report = trained.loader.from_pretrained(trained.context.workspace.base, output_loading_info=True)
     original = dict(trained.loader.from_pretrained(trained.model, dtype=torch.bfloat16).named_parameters())
@@ -198,10 +208,12 @@ def test_towers_take_no_memory_while_text_is_trained_and_are_not_in_the_estimate
     )
     layers = [module for module in base.modules() if isinstance(module, Linear4bit)]
     packed = {id(layer.weight) for layer in layers}
-    assert measured.quantized_parameters == sum(layer.weight.quant_state.shape.numel() for layer in layers)
+    in_4_bit = sum(layer.weight.quant_state.shape.numel() for layer in layers)
+    assert measured.quantized_parameters == in_4_bit + sum(stack.parameters_count for _, stack in expert_stacks(base))
     assert measured.unquantized_bytes == sum(p.nbytes for p in loaded.values() if id(p) not in packed)
 
 
+@dense
 def test_a_merged_model_is_the_whole_one_with_its_towers_as_they_were(trained: Trained, tmp_path: Path) -> None:
     whole = merged_model(trained.model)
     base = BaseWeights(trained.context.workspace.base, whole)
