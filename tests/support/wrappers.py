@@ -64,6 +64,7 @@ ONE_ROW = ("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "paligemma", 
 """Model types that are trained with one row in a sequence."""
 MIXTURES = ("glm4v_moe", "qwen3_5_moe")
 """Model types with routed experts."""
+WRAPPERS = frozenset({*PACKED, *ONE_ROW, *MIXTURES})
 # Sizes of towers, whatever a family calls them.
 _TOWER = {
     "hidden_size": 32,
