@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from docs.families import PAGE, SETTINGS
 from qlora_trainer.model.shrunken import shrunken
 from tests.support.tiny import SHAPE, VOCABULARY
+from tests.support.wrappers import WRAPPERS
 
 ATTENTION = "q_proj k_proj v_proj o_proj"
 GATED = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
@@ -168,8 +169,14 @@ class Case:
 
 
 def _cases() -> dict[str, Case]:
-    rows = re.findall(r"^\| `(\S+)` \| (packed|one row a sequence) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
-    types = {name: Case(name, how != "packed", remark == "experts in 4-bit") for name, how, remark in rows}
+    # Multimodal models have a suite of their own.
+    text = PAGE.read_text().partition("## Multimodal models")[0]
+    rows = re.findall(r"^\| `(\S+)` \| (packed|one row a sequence) \| (.*) \|$", text, re.MULTILINE)
+    types = {
+        name: Case(name, how != "packed", remark == "experts in 4-bit")
+        for name, how, remark in rows
+        if name in BY_HAND or name not in WRAPPERS
+    }
     variants = {name: Case(name, types[of].one_row, experts=False) for name, of in _VARIANTS.items()}
     return types | variants
 

@@ -43,6 +43,13 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
+# As SmolVLM's and LLaVA's: it looks for texts among the parts of a message, and leaves out a content that is text.
+IN_PARTS = (
+    "{% for m in messages %}{{ m['role'] | capitalize + ': ' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+
 DIALOGUE = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "One?"},
@@ -60,7 +67,7 @@ class TokenizeRows:
         self._data, self._model, self._tiny_llama = tmp_path / "data", tmp_path / "models" / "model", tiny_llama
 
     def __call__(
-        self, rows: list[dict[str, Any]], template: str | None = CHATML, **spec: Any
+        self, rows: list[dict[str, Any]], template: str | None = CHATML, *, of_processor: bool = False, **spec: Any
     ) -> list[tuple[str, list[str]]]:
         """For each row its text and the stretches of it that are targets."""
         if not self._model.exists():
@@ -69,7 +76,9 @@ class TokenizeRows:
             for file in self._tiny_llama.iterdir():
                 if file.name != "chat_template.jinja":
                     (self._model / file.name).hardlink_to(file)
-            if template is not None:
+            if of_processor:
+                (self._model / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+            elif template is not None:
                 (self._model / "chat_template.jinja").write_text(template)
         write_rows(self._data / "train.jsonl", rows)
         spec = {"training": {"packing": False, "maxSequenceLength": 256}, **spec}
@@ -116,6 +125,21 @@ def test_reasoning_that_a_template_leaves_out_is_not_a_target(tokenize_rows: Tok
     [(text, targets)] = tokenize_rows([{"messages": DIALOGUE}], THINKING)
     assert "hm" not in text
     assert targets == ["First answer.<|im_end|>", "<think>\nwell\n</think>\n\nSecond answer.<|im_end|>"]
+
+
+@pytest.mark.parametrize("of_processor", [False, True])
+def test_a_template_that_takes_the_parts_of_a_message_gets_them(
+    tokenize_rows: TokenizeRows, of_processor: bool
+) -> None:
+    [(text, targets)] = tokenize_rows([{"messages": DIALOGUE[1:3]}], IN_PARTS, of_processor=of_processor)
+    assert text == "User: One?<|im_end|>\nAssistant: <think>hm</think>First answer.<|im_end|>\n"
+    assert targets == ["<think>hm</think>First answer.<|im_end|>"]
+
+
+def test_a_processors_template_that_is_no_text_is_a_bad_configuration(tokenize_rows: TokenizeRows) -> None:
+    with pytest.raises(StepFailure, match=r"chat_template\.json has no chat_template that is text") as failure:
+        tokenize_rows([{"messages": DIALOGUE[1:3]}], None, of_processor=True)
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
 
 
 def test_a_template_without_generation_prompt_works(tokenize_rows: TokenizeRows) -> None:

@@ -13,7 +13,6 @@ from tests.support.tiny import SHAPE, Recorded
 from tests.trainer.conftest import MakeContext
 
 NO_MODEL = "describes no model that can be trained here"
-MULTIMODAL = "is a multimodal model"
 QUANTIZED = "already quantized"
 ALTERNATIVE = "choose a model of a family that is trained, such as Llama"
 ORIGINAL = "name the original 16-bit model"
@@ -23,7 +22,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "jetmoe": ({"model_type": "jetmoe"}, "mixture of experts (num_local_experts 8) that does not use", ALTERNATIVE),
     "phimoe": ({"model_type": "phimoe"}, "its routers draw experts at random", ALTERNATIVE),
     "deepseek_v2": ({"model_type": "deepseek_v2"}, NO_MODEL, ALTERNATIVE),
-    "llama4": ({"model_type": "llama4"}, MULTIMODAL, ALTERNATIVE),
+    "llama4": ({"model_type": "llama4"}, "(num_local_experts 16) that does not use", ALTERNATIVE),
     "llama4_text": (
         {"model_type": "llama4_text"},
         "(num_local_experts 16) that does not use",
@@ -54,10 +53,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         name: ({"model_type": name}, "is an encoder-decoder", ALTERNATIVE)
         for name in ("t5", "bart", "mbart", "whisper")
     },
-    **{
-        name: ({"model_type": name}, MULTIMODAL, ALTERNATIVE)
-        for name in ("llava", "qwen2_vl", "mllama", "gemma3n", "gemma4")
-    },
+    "cohere2_vision": ({"model_type": "cohere2_vision"}, "computes attention or logits in a way", ALTERNATIVE),
+    "gemma3n": ({"model_type": "gemma3n"}, "requires the timm library", ALTERNATIVE),
+    "voxtral_realtime": ({"model_type": "voxtral_realtime"}, "must specify exactly one of input_features", ALTERNATIVE),
     **{name: ({"model_type": name}, "no causal language model", ALTERNATIVE) for name in ("vit", "wav2vec2")},
     "falcon": ({"model_type": "falcon"}, "only 0.0% of its parameters", ALTERNATIVE),
     "gpt2": ({"model_type": "gpt2"}, "only 0.0% of its parameters", ALTERNATIVE),

@@ -176,6 +176,12 @@ def a_billion_layers(place: Place) -> None:
     place.config(num_hidden_layers=10**9)
 
 
+@case(CONFIGURATION, "its num_hidden_layers is 1000000000, and at most 1024 are allowed")
+def a_tower_of_a_billion_layers(place: Place) -> None:
+    tower = {"model_type": "clip_vision_model", "num_hidden_layers": 10**9}
+    place.config(model_type="llava", vision_config=tower)
+
+
 @case(CONFIGURATION, "vocab_size is 1125899906842624, and at most 10000000 are allowed")
 def a_vocabulary_larger_than_memory(place: Place) -> None:
     place.config(vocab_size=2**50)

@@ -28,6 +28,7 @@ class PrepareRecord(ObservedModel):
     mixture_of_experts: bool = Field(False, description="Whether the base has routed experts, which are in 4-bit too.")
     experts_in_mxfp4: bool = Field(False, description="Whether these are in MXFP4, as they were published.")
     model_type: str
+    auto_class: str = Field("AutoModelForCausalLM", description="The one of transformers that loads the whole model.")
     attention: str | None = Field(None, description="transformers' attention that the model needs; not set for ours.")
     memory: MemoryStatus
     dataset: DatasetStatus

@@ -5,6 +5,7 @@ whole, and a token is a target if any of its characters is in such a span: the f
 the space that ends the prompt. Token ids decide nothing: the padding id is often that of the end of text.
 """
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ from qlora_trainer.data.examples import Conversation, Example, Message, PlainTex
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time zone
 # What Qwen3, DeepSeek-R1, SmolLM3 and others put between the reasoning and the answer itself.
 _END_OF_REASONING = "</think>"
+# Where processors of multimodal models kept their template before chat_template.jinja; tokenizers do not read it.
+_TEMPLATE_OF_PROCESSOR = "chat_template.json"
+_MAX_TEMPLATE_BYTES = 2**20
+# A word that no template writes by itself.
+_CONTENT_PROBE = Conversation((Message("user", "probecontent"),))
 _CLOSING_PROBE = Conversation((Message("user", "a"),))
 # A template is a program: its filters raise their errors, and compiling it raises Python's.
 _TEMPLATE_ERRORS = (
@@ -91,6 +97,8 @@ class Tokenizer:
         begin = self._tokenizer.bos_token_id
         first = self._tokenizer("a").input_ids[:1]
         self._begin: list[int] = first if first == [begin] else []
+        if not self._tokenizer.chat_template:
+            self._tokenizer.chat_template = _template_of_processor(folder / _TEMPLATE_OF_PROCESSOR)
         self.has_chat_template = bool(self._tokenizer.chat_template)
         if self.has_chat_template:
             _freeze_date(self._tokenizer)
@@ -178,13 +186,8 @@ class Tokenizer:
     ) -> str:
         """The text of the first `count` messages."""
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [_turn(message) for message in conversation.messages[:count]],
-                    tools=[dict(tool) for tool in conversation.tools] or None,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
+            return self._text(
+                conversation, count, add_generation_prompt=add_generation_prompt, in_parts=self._takes_parts
             )
         except _TEMPLATE_ERRORS as error:
             raise bad_dataset(
@@ -194,6 +197,30 @@ class Tokenizer:
             raise bad_dataset(
                 f"{location}: the model's chat template needs more memory than there is: use another model"
             ) from error
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template takes a message's content as a list of parts only, as of images and texts."""
+
+        def has_content(in_parts: bool) -> bool:
+            try:
+                text = self._text(_CONTENT_PROBE, 1, add_generation_prompt=False, in_parts=in_parts)
+            except (*_TEMPLATE_ERRORS, MemoryError):
+                return False
+            return _CONTENT_PROBE.messages[0].content in text
+
+        return not has_content(in_parts=False) and has_content(in_parts=True)
+
+    def _text(self, conversation: Conversation, count: int, *, add_generation_prompt: bool, in_parts: bool) -> str:
+        """The text of the first `count` messages. Raises what a template raises."""
+        return str(
+            self._tokenizer.apply_chat_template(
+                [_turn(message, in_parts=in_parts) for message in conversation.messages[:count]],
+                tools=[dict(tool) for tool in conversation.tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
 
     def tokenize(self, batch: Sequence[Rendered], train_on: Literal["completion", "all"]) -> Iterator[TokenizedRow]:
         """The tokens of rendered examples. The end-of-text token after a plain text is a target too."""
@@ -218,9 +245,27 @@ class Tokenizer:
             yield TokenizedRow(numpy.array(ids, dtype=numpy.int32), is_target)
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def _template_of_processor(path: Path) -> str | None:
+    """The template in the file; None if there is no file. Raises StepFailure BAD_CONFIGURATION if it has none."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(_MAX_TEMPLATE_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise bad_configuration(
+            f"the model's {path.name} is not JSON of at most {_MAX_TEMPLATE_BYTES} bytes ({error})"
+        ) from error
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    if not isinstance(template, str):
+        raise bad_configuration(f"the model's {path.name} has no chat_template that is text: use another model")
+    return template
+
+
+def _turn(message: Message, *, in_parts: bool) -> dict[str, Any]:
     """The message as a chat template gets it, without keys that are not set."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    content = [{"type": "text", "text": message.content}] if in_parts else message.content
+    turn: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
         turn["tool_calls"] = [_call(call) for call in message.tool_calls]
     if message.name is not None:

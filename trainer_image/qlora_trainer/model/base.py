@@ -7,7 +7,6 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core import cpu
@@ -25,6 +24,7 @@ from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION
+from qlora_trainer.model.text_part import load_text_part
 
 
 def load_base(
@@ -34,7 +34,7 @@ def load_base(
     storage_dtype: torch.dtype = torch.uint8,
     attention: str = ATTENTION,
 ) -> Any:
-    """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode.
+    """The base model of `folder` in 4-bit on the device, frozen and in evaluation mode; see `load_text_part`.
 
     The folder is what `BaseConversion` has made, or a model in 16 bit, which bitsandbytes then quantizes on the device.
     `storage_dtype` is that of the tensors that hold the packed weights, other than uint8 for a base that is to be
@@ -47,15 +47,12 @@ def load_base(
     correct_dequantization()
     in_4_bit = (folder / MANIFEST).is_file()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = load_text_part(
             folder,
             dtype=COMPUTE_DTYPE,
             attn_implementation=attention,
             experts_implementation=EXPERTS,
             device_map={"": torch.cuda.current_device() if device == "cuda" else "cpu"},
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
             **({} if in_4_bit else {"quantization_config": library_config(quantization, storage_dtype, experts=True)}),
         )

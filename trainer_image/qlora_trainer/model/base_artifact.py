@@ -29,6 +29,8 @@ class BaseManifest(ObservedModel):
     version: str
     """Identifies the original: what is made of another one is another base."""
     quantization: QuantizationSpec
+    in_16_bit: tuple[str, ...] = ()
+    """Names of modules that transformers alone would have quantized, such as towers."""
     sources: dict[str, str]
     """SHA-256 of each file of the original that is in it, by name."""
     files: dict[str, PublishedFile]

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import model_unavailable
 from qlora_trainer.core.filesystem import (
     complete_folder,
@@ -51,17 +50,22 @@ class BaseConversion:
         self._target, self._settings, self._layout = target, settings, layout
         self._folder = target
         found = read_manifest(target)
-        if found is None or not _is_of(found, version, layout.quantization) or not has_files(target, found):
+        if found is None or not _is_of(found, version, layout) or not has_files(target, found):
             self._folder = partial_path(target)
-            if found is not None and _is_of(found, version, layout.quantization):
+            if found is not None and _is_of(found, version, layout):
                 remove(self._folder)
                 target.rename(self._folder)
             remove(target)
             found = read_manifest(self._folder)
-        if found is None or not _is_of(found, version, layout.quantization):
+        if found is None or not _is_of(found, version, layout):
             new_folder(self._folder)
             found = BaseManifest(
-                address=address, version=version, quantization=layout.quantization, sources={}, files={}
+                address=address,
+                version=version,
+                quantization=layout.quantization,
+                in_16_bit=layout.in_16_bit,
+                sources={},
+                files={},
             )
         # Of an attempt that was killed while it wrote one of them: the folder may have nothing else in it.
         remove_partials(self._folder)
@@ -185,8 +189,9 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=2).encode() + b"\n"
 
 
-def _is_of(manifest: BaseManifest | None, version: str, quantization: QuantizationSpec) -> bool:
-    return manifest is not None and (manifest.version, manifest.quantization) == (version, quantization)
+def _is_of(manifest: BaseManifest, version: str, layout: BaseLayout) -> bool:
+    found = (manifest.version, manifest.quantization, manifest.in_16_bit)
+    return found == (version, layout.quantization, layout.in_16_bit)
 
 
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:

@@ -10,9 +10,10 @@ from typing import Any, Self
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.initialization import no_tie_weights
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable
@@ -33,6 +34,7 @@ from qlora_trainer.model.source_quantization import (
     source_quantization,
 )
 from qlora_trainer.model.stored_layer import PACKED, StoredTensor, split
+from qlora_trainer.model.text_part import parts_beside_text, without_weights
 from qlora_trainer.model.weights_file import ALIGNMENT, DTYPES, Entry
 
 STATE_BYTES = 256
@@ -84,12 +86,15 @@ class BaseLayout:
     experts: ExpertLayout
     stored_in_4_bit: bool = False
     """Whether the original's layers are in 4 bit already, as `quantization` describes it."""
+    in_16_bit: tuple[str, ...] = ()
+    """Names of all modules that do not become 4-bit, of a model of which transformers alone would leave fewer."""
 
     @classmethod
     def of(cls, config_folder: Path, quantization: QuantizationSpec) -> Self:
         """The layout of the model whose config.json is in the folder, and was checked. Reads no weights.
 
-        The choice of the 4-bit layers is transformers' own: it is asked to replace them in a model without weights.
+        The choice of the 4-bit layers is transformers' own: it is asked to replace them in a model without weights, and
+        told to leave what is beside the text of a multimodal model, which is not adapted to the error of quantization.
         Raises StepFailure BAD_CONFIGURATION for a model that is in 4 bit already, but in another format or in other
         layers.
         """
@@ -105,7 +110,8 @@ class BaseLayout:
             names.setdefault(id(tensor), set()).add(name)
         buffers = frozenset(model.state_dict().keys() - shapes.keys())
         in_32_bit = set(model._keep_in_fp32_modules_strict or ())
-        four_bit = _chosen(config_folder, library_config(quantization, experts=True))
+        in_16_bit = _in_16_bit(config_folder)
+        four_bit = _chosen(config_folder, library_config(quantization, experts=True, in_16_bit=in_16_bit))
         if stored is not None:
             # Nothing else in them has an effect on the choice.
             skipped = skipped_modules(settings[SETTINGS[0]])
@@ -125,6 +131,7 @@ class BaseLayout:
             name_in_model=rename,
             experts=experts,
             stored_in_4_bit=stored is not None,
+            in_16_bit=in_16_bit,
         )
 
     @property
@@ -231,7 +238,7 @@ class BaseLayout:
     def library_config(self) -> BitsAndBytesConfig:
         """How transformers is told of the base's quantization."""
         stacks = self.experts.stacks.values()
-        settings = library_config(self.quantization, experts=bool(stacks))
+        settings = library_config(self.quantization, experts=bool(stacks), in_16_bit=self.in_16_bit)
         if any(stack.mxfp4 for stack in stacks):
             setattr(settings, EXPERTS_FORMAT, "mxfp4")
         return settings
@@ -262,8 +269,16 @@ def _whole(places: Iterable[StoredName]) -> set[str]:
 
 def _without_weights(config_folder: Path) -> Any:
     config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=COMPUTE_DTYPE, trust_remote_code=False)
+    return without_weights(config, dtype=COMPUTE_DTYPE)
+
+
+def _in_16_bit(config_folder: Path) -> tuple[str, ...]:
+    """Modules that stay in 16 bit, if these are others than transformers' own: it takes all or none of them by name."""
+    # Before weights are tied, as in `_chosen`.
+    with no_tie_weights():
+        model = _without_weights(config_folder)
+    beside = parts_beside_text(model)
+    return tuple(sorted({*HfQuantizer.get_modules_to_not_convert(model), *beside})) if beside else ()
 
 
 def _chosen(config_folder: Path, settings: BitsAndBytesConfig) -> frozenset[str]:
@@ -310,9 +325,16 @@ def _require(stored: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int,
 
 
 def library_config(
-    quantization: QuantizationSpec, storage_dtype: torch.dtype = torch.uint8, *, experts: bool
+    quantization: QuantizationSpec,
+    storage_dtype: torch.dtype = torch.uint8,
+    *,
+    experts: bool,
+    in_16_bit: tuple[str, ...] = (),
 ) -> BitsAndBytesConfig:
-    """How transformers is told of the quantization, of a model that has, or may have, routed `experts`."""
+    """How transformers is told of the quantization, of a model that has, or may have, routed `experts`.
+
+    `in_16_bit`: names of all modules that are not quantized; without any, transformers takes the output layer.
+    """
     settings = ExpertsConfig if experts else BitsAndBytesConfig
     return settings(
         load_in_4bit=True,
@@ -320,6 +342,7 @@ def library_config(
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=COMPUTE_DTYPE,
         bnb_4bit_quant_storage=storage_dtype,
+        llm_int8_skip_modules=list(in_16_bit) or None,
     )
 
 

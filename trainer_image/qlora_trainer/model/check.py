@@ -1,6 +1,7 @@
 """Checks, by the small files of a model, that a job can train it: before any weight is fetched."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
 
 def _remarks(family: Family, *, unpacked: bool) -> Iterator[str]:
     if family.without_adapter:
-        names = ", ".join(_last_parts(family.without_adapter))
+        names = ", ".join(_without_adapter(family))
         yield f"no adapter on {names}: no gradient reaches it, or PEFT refuses it"
     if family.without_dora:
         names = ", ".join(_last_parts(family.without_dora))
@@ -69,6 +70,13 @@ def advise_learning_rate(parameters: int, learning_rate: float) -> None:
     """Log advice if the learning rate is high for a model of so many parameters."""
     if parameters > _LARGE_MODEL_PARAMETERS and learning_rate > _LARGE_MODEL_LEARNING_RATE:
         logger.warning("spec.training.learningRate is %g; 1e-4 is advised above 13B parameters", learning_rate)
+
+
+def _without_adapter(family: Family) -> list[str]:
+    """Last parts of the layers' names, with the number of layers where others of the name have an adapter."""
+    counts = Counter(name.rpartition(".")[2] for name in family.without_adapter)
+    adapted = set(_last_parts(family.target_modules))
+    return [f"{name} of {count} blocks" if name in adapted else name for name, count in sorted(counts.items())]
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

@@ -24,9 +24,10 @@ class LogitTransform:
     @classmethod
     def of(cls, config: Any) -> Self:
         """The transform that a model's configuration asks for (Granite divides, Cohere multiplies, Gemma 2 caps)."""
-        multiplier = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(multiplier / divisor, getattr(config, "final_logit_softcapping", None))
+        text = config.get_text_config(decoder=True)
+        multiplier = getattr(text, "logit_scale", None) or 1.0
+        divisor = getattr(text, "logits_scaling", None) or 1.0
+        return cls(multiplier / divisor, getattr(text, "final_logit_softcapping", None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The logits as the model would return them."""

@@ -20,10 +20,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qlora_api.training import LoraSpec
 from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.text_part import without_weights
 
 SHARD_BYTES = 2**30
 """Size of a file of weights, unless one tensor is larger."""
@@ -86,8 +87,7 @@ def merged_model(model_folder: Path) -> Any:
     # What is merged is in 16 bit, also if the base was published in 4.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=_MERGED_DTYPE, trust_remote_code=False)
+    return without_weights(config, dtype=_MERGED_DTYPE)
 
 
 def merged_bytes(model: Any) -> int:

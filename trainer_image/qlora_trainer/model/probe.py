@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention
 from qlora_trainer.model.decoder import (
@@ -21,6 +20,7 @@ from qlora_trainer.model.decoder import (
 from qlora_trainer.model.experts import EXPERTS, expert_modules, register_experts
 from qlora_trainer.model.loss import LogitTransform
 from qlora_trainer.model.shrunken import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrunken
+from qlora_trainer.model.text_part import random_text_part
 
 _OF_TRANSFORMERS = ("sdpa", "eager")
 _ROWS = (7, 12)
@@ -52,7 +52,7 @@ class Probe:
 
 
 def probe(config: Any, whole: Any) -> Probe:
-    """Compare a small random model of a text decoder's `config` with our attention, positions and head with itself.
+    """Compare a small random model of this `config` with our attention, positions and head with itself.
 
     Where our attention does not compute what the family's own does, transformers' is tried, for one row a sequence.
     `whole` is the model that it stands for, with weights or without: each kind of block of one must be in the other.
@@ -98,11 +98,9 @@ def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
 def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
     """The model with these implementations of attention and experts, and the same random weights for each."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts
-    )
+    model = random_text_part(config, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts)
     for parameter in model.eval().parameters():
-        if parameter.ndim == 1 or _is_constant(parameter):
+        if parameter.requires_grad and (parameter.ndim == 1 or _is_constant(parameter)):
             # Biases, and some routers, are initialized with 0 and norms with 1: leaving one out, or drawing experts at
             # random, would not change the logits.
             parameter.data.add_(WEIGHT_DEVIATION * torch.randn_like(parameter))

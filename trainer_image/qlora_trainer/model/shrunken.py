@@ -22,10 +22,10 @@ _MOST_BLOCKS = 8
 _WIDTH = 64
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "hidden_size_per_layer_input")
 """Sizes that no other depends on."""
-_NO_VALUES_OF_BLOCKS = (*SPECIAL_TOKENS, "full_attn_idxs", "attn_layer_indices")
-"""Lists that may have as many entries as the model has blocks, by chance."""
-_NUMBERS_OF_BLOCKS = ("attn_layer_indices",)
+_NUMBERS_OF_BLOCKS = ("attn_layer_indices", "cross_attention_layers")
 """Lists of the blocks that are of another kind, by number."""
+_NO_VALUES_OF_BLOCKS = (*SPECIAL_TOKENS, "full_attn_idxs", *_NUMBERS_OF_BLOCKS)
+"""Lists that may have as many entries as the model has blocks, by chance."""
 _MOST_EXPERTS = 16
 _DENSE_BLOCKS = ("first_k_dense_replace", "num_dense_layers")
 """Names for the number of first blocks without experts."""
@@ -46,8 +46,21 @@ def shrunken(config: Any) -> Shrunken:
     """The same family with few heads (of the same size, which positions depend on), few tokens and few blocks.
 
     The blocks show each kind that the model has: sliding or global, with or without rotation, with keys of their own or
-    of an earlier block, with sizes of their own.
+    of an earlier block, with sizes of their own. Of a multimodal model the text decoder is small, and the rest as it
+    is.
     """
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return _shrunken_decoder(config)
+    small = _shrunken_decoder(text)
+    whole = copy.copy(config)
+    for name, value in vars(config).items():
+        if value is text:
+            setattr(whole, name, small.config)
+    return Shrunken(whole, small.stands_for)
+
+
+def _shrunken_decoder(config: Any) -> Shrunken:
     settings, overrides = _settings(config), _overrides(config)
     kinds = _kinds_of_blocks(config, settings, overrides)
     blocks = _blocks_of_each_kind(kinds)

@@ -38,8 +38,11 @@ TOKENIZER_FILES = frozenset(
         "special_tokens_map.json",
         "added_tokens.json",
         "chat_template.jinja",
+        "chat_template.json",
     }
 )
+PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"})
+"""What servers need of a multimodal model besides. It is copied, and never read here."""
 _VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 QUANTIZING = "quantizing"
@@ -109,7 +112,7 @@ def choose_settings(names: Collection[str], source: str) -> list[str]:
         raise model_unavailable(
             f"{source} has no tokenizer ({', '.join(sorted(_VOCABULARIES))}); it has {some_names(names)}"
         )
-    wanted = {GENERATION_CONFIG, *TOKENIZER_FILES}
+    wanted = {GENERATION_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES}
     # As transformers does: a single file takes precedence over an index.
     if WEIGHTS not in names:
         wanted.add(WEIGHTS_INDEX)

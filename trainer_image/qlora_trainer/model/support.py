@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -29,6 +28,7 @@ from qlora_trainer.model.source_quantization import (
     source_quantization,
     unusable,
 )
+from qlora_trainer.model.text_part import auto_class, text_part
 from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model, reason_in_probe
 
 MIN_QUANTIZED_FRACTION = 0.98
@@ -43,6 +43,7 @@ _UNUSABLE = (
     AssertionError,
     ArithmeticError,
     RuntimeError,
+    ImportError,
     OSError,
     StrictDataclassError,
 )
@@ -73,6 +74,8 @@ class Family:
     """Whether these are in MXFP4, as they were published, and stay so."""
     without_dora: tuple[str, ...] = ()
     """Linear layers of the blocks that get no adapter because it is DoRA, and PEFT takes their names for experts'."""
+    auto_class: str = AutoModelForCausalLM.__name__
+    """The one of transformers that loads the model to whose layers the adapter's names belong."""
 
     def keeps_rows_apart(self, row_tokens: int) -> bool:
         """Whether rows of up to `row_tokens` tokens can share a sequence without any effect on each other."""
@@ -125,8 +128,8 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     model_type = config.model_type
     try:
         _reject(model_type, reason_in_config(config))
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        loader: Any = auto_class(config)
+        skeleton = text_part(config)
         _reject(model_type, reason_in_model(skeleton))
         fraction = quantized_fraction(skeleton)
         if fraction < MIN_QUANTIZED_FRACTION:
@@ -148,7 +151,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
                 "experts, for which it is not supported: leave it out"
             )
         text = config.get_text_config(decoder=True)
-        probed = probe(text, skeleton)
+        probed = probe(config, skeleton)
         _reject(model_type, reason_in_probe(probed))
         linears = block_linears(skeleton)
         taken = taken_for_experts(skeleton, linears)
@@ -168,6 +171,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             mixture_of_experts=experts,
             experts_in_mxfp4=experts and experts_in_mxfp4(config),
             without_dora=without_dora,
+            auto_class=loader.__name__,
         )
     except _UNUSABLE as error:
         raise bad_configuration(

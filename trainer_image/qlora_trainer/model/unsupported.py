@@ -3,19 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
 from qlora_api.memory.model_shape import LARGEST_SIZES
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.base_weights import reason_against_storage
 from qlora_trainer.model.expert_layout import EXPERT_COUNTS, ExpertLayout, reason_against_experts
 from qlora_trainer.model.probe import Probe
+from qlora_trainer.model.text_part import auto_class
 
 ALTERNATIVE = (
     "choose a model of a family that is trained, such as Llama, Mistral, Qwen3, Gemma, Phi-3, OLMo 2 or Granite"
 )
-# Multimodal families of which the text decoder is trained, under the names in files that servers expect.
-_TRAINED_TEXT_PARTS = frozenset({"gemma3"})
 # What transformers' decoders call their attention to an encoder.
 _CROSS_ATTENTION = ("encoder_attn", "crossattention")
 
@@ -52,9 +49,12 @@ def reason_in_config(config: Any) -> str | None:
         found = vars(text).get(text.attribute_map.get(name, name))
         if isinstance(found, int) and found > most:
             return f"its {name} is {min(found, 10**18)}, and at most {most} are allowed"
-    if text is not config and config.model_type not in _TRAINED_TEXT_PARTS:
-        return "it is a multimodal model, and only models of text are trained"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    for name, value in entries(config.to_dict()):
+        # A tower has as many layers as its own configuration says, under a name of its own.
+        limit = LARGEST_SIZES.get("num_hidden_layers" if str(name).endswith(("layers", "depth")) else name)
+        if limit is not None and isinstance(value, int) and value > limit:
+            return f"its {name} is {min(value, 10**18)}, and at most {limit} are allowed"
+    if auto_class(config) is None:
         return "transformers has no causal language model of this type"
     if getattr(text, "rescale_every", 0):
         return f"it changes its own weights between training and use (rescale_every {text.rescale_every})"

@@ -5,7 +5,7 @@ from qlora_api.status import BaseStatus
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.file_names import MODEL_CARD_FILE
 from qlora_trainer.model.base_artifact import require_files, require_sum
-from qlora_trainer.model.source import TOKENIZER_FILES
+from qlora_trainer.model.source import PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
 from qlora_trainer.publishing.manifest import SHARED_BASE, base_manifest
 from qlora_trainer.report.model_card import base_model_card
@@ -24,7 +24,7 @@ def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Desti
     names = require_files(folder)
     contents: Contents = {
         **{name: folder / name for name in names},
-        **{name: model / name for name in sorted(TOKENIZER_FILES) if (model / name).is_file()},
+        **{name: model / name for name in sorted(TOKENIZER_FILES | PROCESSOR_FILES) if (model / name).is_file()},
         MODEL_CARD_FILE: base_model_card(job).encode(),
     }
     manifest = base_manifest(job, contents)

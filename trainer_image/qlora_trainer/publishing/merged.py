@@ -11,7 +11,6 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.status import MergedStatus
@@ -24,7 +23,8 @@ from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base_artifact import require_sha256
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, write_merged
-from qlora_trainer.model.source import GENERATION_CONFIG, TOKENIZER_FILES
+from qlora_trainer.model.source import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_trainer.model.text_part import load_text_part
 from qlora_trainer.publishing.destination import Destination, publish_folder, reject_occupied
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.report.model_card import merged_model_card
@@ -32,7 +32,7 @@ from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 from qlora_trainer.training.held_out import mean_loss, read_compared
 
-_COPIED = (*sorted(TOKENIZER_FILES), GENERATION_CONFIG)
+_COPIED = (*sorted(TOKENIZER_FILES | PROCESSOR_FILES), GENERATION_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,7 @@ def _held_out_loss(folder: Path, held_out: PreparedDataset, compared: Comparison
     if the loss is not finite.
     """
     register_attention()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.bfloat16,
-        attn_implementation=ATTENTION,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    ).eval()
+    model = load_text_part(folder, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
     loss = mean_loss(model, read_compared(held_out, compared.sequences, torch.device("cpu"), together=together))
     if not isfinite(loss):
         raise StepFailure(

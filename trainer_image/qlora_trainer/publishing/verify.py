@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.printable import shortened
@@ -21,6 +21,7 @@ from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import peft_targets, tensor_dtype, whole_modules
+from qlora_trainer.model.text_part import text_part
 from qlora_trainer.training.fingerprint import digest, run_fingerprint
 from qlora_trainer.training.schedule import Schedule
 
@@ -53,8 +54,7 @@ def verify_adapter(
     BAD_CONFIGURATION if training changed nothing, INTERNAL_ERROR if it is not the adapter that the spec describes.
     """
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    skeleton = text_part(config)
     modules, parameters = peft_targets(skeleton, target_modules)
     verify_config(
         folder / ADAPTER_CONFIG_FILE,

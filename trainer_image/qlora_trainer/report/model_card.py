@@ -99,9 +99,9 @@ bitsandbytes has quantized, and an adapter on top of it:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {job.prepared.auto_class}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("PATH/OF/THIS/FOLDER")
+base = {job.prepared.auto_class}.from_pretrained("PATH/OF/THIS/FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH/OF/THIS/FOLDER")
 model = PeftModel.from_pretrained(base, "PATH/OF/THE/ADAPTER")
 ```

@@ -64,7 +64,7 @@ def served_base(job: TrainedJob) -> ServedBase:
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:
     """Commands and programs by the name of the tool that runs them, ready to paste except for the adapter's path."""
     base = served_base(job)
-    commands = {"PEFT": _peft(*loading_settings(job), base)}
+    commands = {"PEFT": _peft(job.prepared.auto_class, *loading_settings(job), base)}
     rank = served_rank(job.spec.lora)
     if rank is not None:
         pinned = f" --revision {base.revision}" if base.revision else ""
@@ -92,21 +92,21 @@ def loading_settings(job: TrainedJob) -> tuple[str, str]:
     )
 
 
-def _peft(kind: str, settings: str, base: ServedBase) -> str:
+def _peft(auto_class: str, kind: str, settings: str, base: ServedBase) -> str:
     pinned = f', revision="{base.revision}"' if base.revision else ""
     tokenizer_and_adapter = f"""tokenizer = AutoTokenizer.from_pretrained("{base.path}"{pinned})
 model = PeftModel.from_pretrained(base, "{ADAPTER_PLACEHOLDER}")"""
     if base.in_4_bit:
         return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base.path}")
+base = {auto_class}.from_pretrained("{base.path}")
 {tokenizer_and_adapter}"""
     return f"""import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, {kind}
+from transformers import {auto_class}, AutoTokenizer, {kind}
 
-base = AutoModelForCausalLM.from_pretrained(
+base = {auto_class}.from_pretrained(
     "{base.path}"{pinned},
     quantization_config={settings},
 )

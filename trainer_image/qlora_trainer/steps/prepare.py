@@ -135,6 +135,7 @@ def _prepare(
         mixture_of_experts=family.mixture_of_experts,
         experts_in_mxfp4=family.experts_in_mxfp4,
         model_type=family.model_type,
+        auto_class=family.auto_class,
         attention=None if family.attention == ATTENTION else family.attention,
         memory=admitted.memory.status,
         dataset=dataset.status(),

@@ -85,7 +85,7 @@ def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], dige
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in packed]
     return MeasuredMemory(
         digest=digest,
-        blocks=model.config.num_hidden_layers,
+        blocks=model.config.get_text_config(decoder=True).num_hidden_layers,
         rank=spec.lora.rank,
         quantized_parameters=sum(layer.quant_state.shape.numel() for layer in layers)
         + sum(stack.parameters_count for stack in stacks if isinstance(stack, ExpertStack)),

@@ -6,20 +6,20 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.model.activations import fuse_activations
 from qlora_trainer.model.adapter import attach_adapter
 from qlora_trainer.model.attention import register_attention
-from qlora_trainer.model.decoder import block_linears, place_in_block
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
 from qlora_trainer.model.expert_quantizer import stack_experts
 from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.model.support import Family
+from qlora_trainer.model.text_part import text_part
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 
@@ -28,13 +28,7 @@ def base_skeleton(config: PretrainedConfig, attention: str) -> Any:
     """The base model on the meta device, in 16 bit, with this `attn_implementation` and the trainer's experts."""
     register_attention()
     register_experts()
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config.get_text_config(decoder=True),
-            dtype=COMPUTE_DTYPE,
-            attn_implementation=attention,
-            experts_implementation=EXPERTS,
-        )
+    return text_part(config, dtype=COMPUTE_DTYPE, attn_implementation=attention, experts_implementation=EXPERTS)
 
 
 def adapted_skeleton(
@@ -42,9 +36,6 @@ def adapted_skeleton(
 ) -> Any:
     """The model with its adapter on the meta device, its linear layers replaced by 4-bit ones."""
     model = base_skeleton(config, family.attention)
-    # The same layers, which have other names inside a multimodal model.
-    places = {place_in_block(name) for name in family.target_modules}
-    targets = tuple(name for name in block_linears(model) if place_in_block(name) in places)
     kept = {id(model.get_submodule(name)) for name in routing_linears(model)} | {id(model.get_output_embeddings())}
     # transformers does not quantize what a family would have in 32 bit.
     wide = list(model._keep_in_fp32_modules or ())
@@ -62,7 +53,7 @@ def adapted_skeleton(
         return attach_adapter(
             model.eval(),
             lora,
-            targets,
+            family.target_modules,
             seed=training.seed,
             gradient_checkpointing=training.gradient_checkpointing,
             base_name="",

@@ -1,0 +1,110 @@
+"""Tiny multimodal models, of which the text decoder is trained, made of transformers' own defaults."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from docs.families import SETTINGS
+from qlora_trainer.model.shrunken import shrunken
+from qlora_trainer.model.text_part import auto_class
+from tests.support.tiny import VOCABULARY, save_tokenizer
+
+PACKED = (
+    "cosmos3_edge",
+    "cosmos3_omni",
+    "deepseek_vl",
+    "exaone4_5",
+    "fun_asr_nano",
+    "fuyu",
+    "gemma3",
+    "gemma4",
+    "gemma4_unified",
+    "glm46v",
+    "glm4v",
+    "glm_ocr",
+    "glmasr",
+    "got_ocr2",
+    "granite_docling",
+    "hyperclovax_vision_v2",
+    "idefics2",
+    "idefics3",
+    "internvl",
+    "janus",
+    "lfm2_vl",
+    "lighton_ocr",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "mllama",
+    "molmo2",
+    "moss_transcribe_diarize",
+    "omniasr",
+    "ovis2",
+    "paddleocr_vl",
+    "qianfan_ocr",
+    "qwen2_5_omni_thinker",
+    "qwen2_5_vl",
+    "qwen2_audio",
+    "qwen2_vl",
+    "qwen3_asr",
+    "qwen3_vl",
+    "smolvlm",
+    "vibevoice_asr",
+    "video_llama_3",
+    "video_llava",
+    "vipllava",
+    "voxtral",
+)
+"""Model types that keep the rows of a sequence apart."""
+ONE_ROW = ("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "paligemma", "qwen3_5")
+"""Model types that are trained with one row in a sequence."""
+MIXTURES = ("glm4v_moe", "qwen3_5_moe")
+"""Model types with routed experts."""
+WRAPPERS = frozenset({*PACKED, *ONE_ROW, *MIXTURES})
+# Sizes of towers, whatever a family calls them.
+_TOWER = {
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "image_size": 28,
+}
+
+
+def tiny_wrapper(model_type: str) -> PretrainedConfig:
+    """A configuration with a small tower and a text decoder for the vocabulary of `tests.support.training`'s rows."""
+    small = shrunken(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))).config
+    text = small.get_text_config(decoder=True)
+    for part in vars(small).values():
+        if isinstance(part, PretrainedConfig) and "perceiver" not in part.model_type and part is not text:
+            for name, size in _TOWER.items():
+                if isinstance(getattr(part, name, None), int):
+                    setattr(part, name, size)
+    text.vocab_size, text.initializer_range = VOCABULARY, 0.1
+    if hasattr(text, "vocab_size_per_layer_input"):
+        text.vocab_size_per_layer_input = VOCABULARY
+    if isinstance(getattr(text, "intermediate_size", None), int):
+        text.intermediate_size = 512
+    return small
+
+
+def save_wrapper(folder: Path, config: PretrainedConfig) -> Path:
+    """A random model of the configuration with its tokenizer, in a folder as a hub has it: whole, with its tower."""
+    loader: Any = auto_class(config)
+    torch.manual_seed(0)
+    model = loader.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                # Norms that begin at 1 and biases that begin at 0 would not be missed.
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder

@@ -1,0 +1,287 @@
+"""Multimodal models, trained on text: the adapter is one of the whole model, and its tower is left alone."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_trainer.core.completion import TrainRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.file_names import ADAPTER_FILE
+from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
+from qlora_trainer.model import base_layout
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.base_weights import BaseWeights
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.check import check_model
+from qlora_trainer.model.decoder import place_in_block
+from qlora_trainer.model.dry_run.limited import StepSize
+from qlora_trainer.model.dry_run.measure import measure
+from qlora_trainer.model.expert_stack import expert_stacks
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.merge import MergeSource, merged_model, write_merged
+from qlora_trainer.model.support import Family, inspect_family
+from qlora_trainer.model.text_part import parts_beside_text, without_weights
+from tests.support.command import new_files
+from tests.support.four_bit import convert
+from tests.support.sequences import CPU, rows_of
+from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
+from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
+
+# One whose decoder is a text model's, and one that has a decoder of its own, with positions on three axes.
+ALWAYS = frozenset({"mistral3", "qwen2_5_vl"})
+SPEC = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
+PROCESSOR = "preprocessor_config.json"
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A family's model folder, and the step that trained it without interruption."""
+
+    model: Path
+    family: Family
+    context: StepContext
+    record: TrainRecord
+
+    @property
+    def adapter(self) -> Path:
+        return self.context.workspace.trained
+
+    @property
+    def loader(self) -> Any:
+        """The class by which users load the base."""
+        return getattr(transformers, self.family.auto_class)
+
+    @cached_property
+    def beside(self) -> tuple[str, ...]:
+        """Names of its towers and projectors."""
+        return parts_beside_text(without_weights(AutoConfig.from_pretrained(self.model)))
+
+
+def families(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in names]
+
+
+# Experts are in 4-bit here only, in no merged model, and their products depend on all tokens.
+dense = pytest.mark.parametrize("trained", families(*PACKED, *ONE_ROW), indirect=True)
+
+
+@pytest.fixture(scope="module", params=families(*PACKED, *ONE_ROW, *MIXTURES))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp(request.param)
+    model = save_wrapper(root / "model", tiny_wrapper(request.param))
+    family = inspect_family(model, LoraSpec())
+    assert family.mixture_of_experts == (request.param in MIXTURES)
+    assert family.mixture_of_experts or family.one_row == (request.param in ONE_ROW)
+    context = prepared(root / "workspace", model, SPEC, packed=not family.one_row)
+    return Trained(model, family, context, run(context))
+
+
+def adapted(trained: Trained) -> Any:
+    """The 4-bit base with the trained adapter, as the train step holds it."""
+    model = attach_adapter(
+        load_base(trained.context.workspace.base, QuantizationSpec(), "cpu", attention=trained.family.attention),
+        LoraSpec(rank=4, alpha=8),
+        trained.family.target_modules,
+        seed=0,
+        gradient_checkpointing=True,
+        base_name="tiny",
+        base_revision="0",
+    )
+    restore_adapter(model, load_file(trained.adapter / ADAPTER_FILE))
+    return model
+
+
+def lesson(model: Any, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Loss and gradients of the last row, behind the others in one sequence."""
+    labels = torch.cat([*(torch.full_like(row, IGNORED_LABEL) for row in rows[:-1]), rows[-1]])
+    batch = Batch.of([PackedSequence(torch.cat(rows), labels, tuple(len(row) for row in rows))], CPU)
+    torch.manual_seed(0)  # some families have dropout of their own
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = batch_loss(model.get_base_model(), batch)
+    return (loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values())))
+
+
+def test_every_adapted_layer_learns_and_none_of_a_tower_is(trained: Trained) -> None:
+    adapter = load_file(trained.adapter / ADAPTER_FILE)
+
+    names = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapter}
+    assert names == set(trained.family.target_modules)
+    assert [name for name in names if name.startswith(trained.beside)] == []
+    assert [name for name, tensor in adapter.items() if not bool(tensor.any())] == []
+    assert (trained.record.eval_loss or math.inf) < (trained.record.initial_eval_loss or 0)
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
+    context = prepared(tmp_path, trained.model, SPEC, packed=not trained.family.one_row)
+    interrupted_at(context, 3)
+    run(context)
+
+    assert adapter_bytes(context) == adapter_bytes(trained.context)
+    assert history(context) == history(trained.context)
+
+
+@dense
+def test_another_row_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Trained) -> None:
+    model, row = adapted(trained), torch.arange(100, 114)
+    others = [torch.arange(start, start + 11) for start in (10, 300)]
+    if trained.family.one_row:
+        before = lesson(model, row)
+        lesson(model, others[0])
+        after = lesson(model, row)
+    else:
+        before, after = (lesson(model, other, row) for other in others)
+
+    assert all(map(torch.equal, before, after))
+
+
+@dense
+def test_plain_peft_over_the_whole_model_gives_the_loss_that_was_reported(trained: Trained) -> None:
+    base = trained.loader.from_pretrained(
+        trained.model, quantization_config=NF4, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    for layer in base.modules():
+        if isinstance(layer, Linear4bit):
+            # bitsandbytes' own packing for some CPUs cannot hold layers as narrow as some here.
+            layer.support_avx512bf16_for_cpu = False
+    model = PeftModel.from_pretrained(base, trained.adapter).eval()
+    adapted_layers = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert adapted_layers == set(trained.family.target_modules)
+
+    assert math.isclose(held_out_loss(trained, model), trained.record.eval_loss or 0.0, rel_tol=2e-3)
+
+
+def held_out_loss(trained: Trained, model: Any) -> float:
+    """What the model's own forward pass gives for the rows on which training was evaluated, one by one."""
+    data = PreparedDataset.open(trained.context.workspace.data / "rows", "eval")
+    total, targets = 0.0, 0
+    for index in range(len(data)):
+        for tokens, labels in rows_of(data[index]):
+            count = int((labels[1:] != IGNORED_LABEL).sum())
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=tokens[None], labels=labels[None]).loss
+            total, targets = total + float(loss) * count, targets + count
+    return total / targets
+
+
+@dense
+def test_plain_transformers_reads_the_base_whose_towers_are_as_they_were(trained: Trained) -> None:
+    base, report = trained.loader.from_pretrained(trained.context.workspace.base, output_loading_info=True)
+    original = dict(trained.loader.from_pretrained(trained.model, dtype=torch.bfloat16).named_parameters())
+
+    assert all(not names for names in report.values())
+    in_4_bit = {name for name, module in base.named_modules() if isinstance(module, Linear4bit)}
+    assert in_4_bit >= set(trained.family.target_modules)
+    parameters = dict(base.named_parameters())
+    of_towers = [name for name in original if name.startswith(trained.beside)]
+    assert of_towers or not trained.beside
+    assert [name for name in of_towers if not torch.equal(parameters[name], original[name])] == []
+
+
+def test_towers_take_no_memory_while_text_is_trained_and_are_not_in_the_estimate(trained: Trained) -> None:
+    base = load_base(trained.context.workspace.base, QuantizationSpec(), "cpu", attention=trained.family.attention)
+    loaded = dict(base.named_parameters())
+
+    assert [name for name in loaded if name.startswith(trained.beside)] == []
+    measured = measure(
+        trained.model / "config.json", trained.context.spec, [StepSize(1, 16, gradient_checkpointing=True)], ""
+    )
+    layers = [module for module in base.modules() if isinstance(module, Linear4bit)]
+    packed = {id(layer.weight) for layer in layers}
+    in_4_bit = sum(layer.weight.quant_state.shape.numel() for layer in layers)
+    assert measured.quantized_parameters == in_4_bit + sum(stack.parameters_count for _, stack in expert_stacks(base))
+    assert measured.unquantized_bytes == sum(p.nbytes for p in loaded.values() if id(p) not in packed)
+
+
+@dense
+def test_a_merged_model_is_the_whole_one_with_its_towers_as_they_were(trained: Trained, tmp_path: Path) -> None:
+    whole = merged_model(trained.model)
+    base = BaseWeights(trained.context.workspace.base, whole)
+    write_merged(whole, MergeSource(base, trained.adapter / ADAPTER_FILE, trained.context.spec.lora), tmp_path)
+
+    model, report = trained.loader.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert all(not names for names in report.values())
+    original = dict(trained.loader.from_pretrained(trained.model, dtype=torch.bfloat16).named_parameters())
+    of_towers = {name: tensor for name, tensor in model.named_parameters() if name.startswith(trained.beside)}
+    changed = [name for name, tensor in of_towers.items() if not torch.equal(tensor, original[name].to(torch.bfloat16))]
+    assert changed == []
+    assert math.isclose(held_out_loss(trained, model.eval()), trained.record.eval_loss or 0.0, rel_tol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral3"])
+def test_a_job_prepares_trains_answers_and_publishes_with_the_commands_for_the_whole_model(
+    name: str, tmp_path: Path
+) -> None:
+    model = save_wrapper(tmp_path / "models" / "model", tiny_wrapper(name))
+    (model / PROCESSOR).write_text('{"patch_size": 14}')
+    spec = {"training": {"maxSteps": 8}, "output": {"merged": {}}}
+    files = new_files(tmp_path / "job", tmp_path / "models", spec)
+    for step in ("prepare", "train", "publish"):
+        done = files.run(step)
+        assert done.exit_code == 0, done.stdout + done.stderr
+        assert not re.search("tower|visual", done.stderr)
+
+    assert json.loads((files.workspace / "report" / "samples.json").read_text())["samples"]
+    for text in ("adapter/README.md", "report/report.html"):
+        assert "AutoModelForImageTextToText.from_pretrained" in (files.workspace / text).read_text()
+    assert (files.workspace / "merged" / PROCESSOR).read_text() == (model / PROCESSOR).read_text()
+    told = json.loads((files.workspace / "records" / "publish.json").read_text())["merged"]
+    assert told["evalLoss"] == pytest.approx(told["adapterEvalLoss"], rel=1e-2)
+
+
+def test_a_base_of_an_earlier_release_whose_tower_is_4_bit_has_the_same_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, spec = save_wrapper(tmp_path / "model", tiny_wrapper("gemma3")), QuantizationSpec()
+    convert(model, tmp_path / "base", spec)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(base_layout, "_in_16_bit", lambda _model: ())
+        convert(model, tmp_path / "earlier", spec)
+
+    found, before = (load_base(tmp_path / name, spec, "cpu") for name in ("base", "earlier"))
+    assert bytes_of(found) == bytes_of(before)
+    sums = [convert(model, tmp_path / name, spec) for name in ("base", "earlier")]
+    assert sums[0] == sums[1], "a new prepare makes it again"
+
+
+def test_layers_that_only_images_reach_get_no_adapter_and_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_config(tmp_path, "mllama")
+    family = check_model(tmp_path, LoraSpec(target_modules=("o_proj", "down_proj")), TrainingSpec()).family
+
+    images_only = {3, 8, 13, 18, 23, 28, 33, 38}
+    adapted_blocks = {place_in_block(name)[0] for name in family.target_modules}
+    assert adapted_blocks == set(range(40)) - images_only
+    assert "no adapter on down_proj of 8 blocks, gate_proj, k_proj, o_proj of 8 blocks" in caplog.text
+
+
+def save_config(folder: Path, model_type: str) -> None:
+    """The configuration that transformers gives a type by default, in a folder."""
+    AutoConfig.for_model(model_type).save_pretrained(folder)
+
+
+def bytes_of(model: Any) -> dict[str, bytes]:
+    """All weights of a loaded base."""
+    return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in model.state_dict().items()}
