@@ -15,6 +15,8 @@ ALTERNATIVE = (
 )
 # Multimodal families of which the text decoder is trained, under the names in files that servers expect.
 _TRAINED_TEXT_PARTS = frozenset({"gemma3"})
+# Types whose probe passes, and of which no small model could be trained.
+_NOT_TRAINED = frozenset({"deepseek_v4"})
 # What transformers' decoders call their attention to an encoder.
 _CROSS_ATTENTION = ("encoder_attn", "crossattention")
 
@@ -45,6 +47,8 @@ def reason_in_config(config: Any) -> str | None:
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, and only decoders are trained"
+    if text.model_type in _NOT_TRAINED:
+        return "no small model of this type could be trained"
     for name, most in LARGEST_SIZES.items():
         # Each block takes memory even without its weights, and a failure while it is created has any type.
         # Not by attribute, which is an error where blocks differ in it.
