@@ -124,7 +124,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_experts": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
     "beam": {"num_experts": 64, "head_dim": 32},
     "deepseek_v32": {"n_routed_experts": 64, "q_lora_rank": 128, "index_n_heads": 4},
-    "deepseek_v4": {"head_dim": 64, "q_lora_rank": 128, "o_lora_rank": 32, "index_n_heads": 4},
     "glm_moe_dsa": {"q_lora_rank": 128, "index_n_heads": 4},
     "kimi_linear": {"linear_num_heads": 4},
     "nemotron_h": {"mamba_num_heads": 16, "moe_shared_expert_intermediate_size": 128},
@@ -134,7 +133,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 # In which more than 2 % of the weights would be outside linear layers and experts.
 _WIDER: dict[str, dict[str, Any]] = {
-    "deepseek_v4": {"moe_intermediate_size": 256},
     "zaya": {"moe_intermediate_size": 256},
 }
 _OF_ONE_PIECE = frozenset({"falcon_h1", "mamba2", "minicpm3", "youtu"})

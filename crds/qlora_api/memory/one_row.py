@@ -10,7 +10,6 @@ ONE_ROW_MODEL_TYPES = frozenset(
         "deepseek_v2",
         "deepseek_v3",
         "deepseek_v32",
-        "deepseek_v4",
         "deepseek_vl_hybrid",
         "falcon_h1",
         "flint",

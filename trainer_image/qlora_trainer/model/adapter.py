@@ -10,6 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
@@ -89,6 +91,17 @@ def taken_for_experts(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
     config = LoraConfig(target_modules=list(linears))
     convert_peft_config_for_transformers(config, model, None)
     return frozenset(linears).difference(config.target_modules or ())
+
+
+def lost_by_peft(model: Any, linears: tuple[str, ...]) -> frozenset[str]:
+    """Those of a model's linear layers whose adapter PEFT renames when it reads it, and then does not find.
+
+    It renames an adapter's tensors as transformers renames those of older checkpoints: Laguna's `shared_expert` became
+    `shared_experts`, and so would `shared_experts` become something else.
+    """
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    weights = {name: f"{name}.weight" for name in linears}
+    return frozenset(name for name, weight in weights.items() if rename_source_key(weight, renamings, [])[0] != weight)
 
 
 def whole_modules(model: Any, lora: LoraSpec) -> tuple[str, ...]:

@@ -178,7 +178,7 @@ class BaseLayout:
             )
         name = found.name
         if name in self.buffers:
-            # Also of whole numbers: DeepSeek V4 has the experts of each token in one.
+            # Also of whole numbers.
             return Part(stored, (Entry(stored, dtype, shape),), four_bit=False) if dtype in DTYPES else None
         if name not in self.shapes:
             return None

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
-from qlora_trainer.model.adapter import taken_for_experts
+from qlora_trainer.model.adapter import lost_by_peft, taken_for_experts
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
@@ -156,6 +156,7 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
         linears = block_linears(skeleton)
         taken = taken_for_experts(skeleton, linears)
         refused = refused_by_peft(config, (name for name in linears if name not in taken))
+        refused |= lost_by_peft(skeleton, linears)
         left_out = tuple(name for name in linears if place_in_block(name) in probed.without_gradient or name in refused)
         without_dora = tuple(sorted(taken.difference(left_out))) if lora.use_dora else ()
         targets = resolve_targets(lora.target_modules, linears, left_out, without_dora, experts=experts)

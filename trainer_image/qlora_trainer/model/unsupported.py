@@ -13,6 +13,8 @@ from qlora_trainer.model.text_part import auto_class
 ALTERNATIVE = (
     "choose a model of a family that is trained, such as Llama, Mistral, Qwen3, Gemma, Phi-3, OLMo 2 or Granite"
 )
+# Types whose probe passes, and of which no small model could be trained.
+_NOT_TRAINED = frozenset({"deepseek_v4"})
 # What transformers' decoders call their attention to an encoder.
 _CROSS_ATTENTION = ("encoder_attn", "crossattention")
 
@@ -43,6 +45,8 @@ def reason_in_config(config: Any) -> str | None:
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, and only decoders are trained"
+    if text.model_type in _NOT_TRAINED:
+        return "no small model of this type could be trained"
     for name, most in LARGEST_SIZES.items():
         # Each block takes memory even without its weights, and a failure while it is created has any type.
         # Not by attribute, which is an error where blocks differ in it.
