@@ -1,6 +1,7 @@
 """prepare rejects what cannot be trained, from config.json alone, with a message that names it and the reason."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,37 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+def described(folder: Path, config: dict[str, Any]) -> Path:
+    """A model of which nothing but config.json is read."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for never_read in ("model.safetensors", "tokenizer.json"):
+        (folder / never_read).touch()
+    return folder
+
+
+def test_a_small_file_that_describes_a_model_too_large_to_inspect_is_rejected_within_limits(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    config = {"model_type": "qwen2_moe", "num_hidden_layers": 2, "shared_expert_intermediate_size": 5_000_000}
+    folder = described(tmp_path / "model", config)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+    with pytest.raises(StepFailure, match=r"the inspection of the model took more than 2\.0 GiB of main") as caught:
+        prepare(make_context(model=folder), Recorded())
+
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert str(folder / "config.json") in caught.value.message
+    assert ALTERNATIVE in caught.value.message
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before, 4 * 2**20)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_prepare_rejects_the_family_by_name_with_the_reason_and_what_to_do(
     name: str, make_context: MakeContext, tmp_path: Path
 ) -> None:
     config, reason, way_out = REFUSED[name]
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    for never_read in ("model.safetensors", "tokenizer.json"):
-        (folder / never_read).touch()
+    folder = described(tmp_path / "model", config)
 
     with pytest.raises(StepFailure) as caught:
         prepare(make_context(model=folder), Recorded())

@@ -67,7 +67,9 @@ def test_a_dry_run_outlives_a_killed_parent_no_longer_than_its_time(monkeypatch:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     # As if nobody waited for it.
-    orphan = context.Process(target=limited._run, args=(sender, time.sleep, (60,), 0.1, 2**30), daemon=True)
+    orphan = context.Process(
+        target=limited._run, args=(sender, time.sleep, (60,), 0.1, 2**30, "the dry run"), daemon=True
+    )
     orphan.start()
     orphan.join()
     assert orphan.exitcode == -signal.SIGALRM

@@ -6,13 +6,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 
 from qlora_api.training import LoraSpec, TrainingSpec
-from qlora_trainer.model.source import reject_code
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.model.dry_run.limited import DryRunFailed, within_limits
+from qlora_trainer.model.source import CONFIG, reject_code
 from qlora_trainer.model.support import Family, inspect_family
+from qlora_trainer.model.unsupported import ALTERNATIVE
 
 logger = logging.getLogger(__name__)
+_INSPECTION_SECONDS = 300
 _LARGE_MODEL_PARAMETERS = 13_500_000_000
 _LARGE_MODEL_LEARNING_RATE = 1e-4
 
@@ -39,7 +44,7 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     or not with these settings.
     """
     reject_code(folder)
-    family = inspect_family(folder, lora)
+    family = _inspected(folder, lora)
     family.require_positions(training.max_sequence_length)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
@@ -50,6 +55,25 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     for remark in remarks:
         logger.warning(remark)
     return replace(model, remarks=remarks)
+
+
+def _inspected(folder: Path, lora: LoraSpec) -> Family:
+    """What `inspect_family` finds, within limits: a small file may describe blocks of any size."""
+    try:
+        family: Family = within_limits(
+            _inspect, (folder, lora), seconds=_INSPECTION_SECONDS, what="the inspection of the model"
+        )
+    except DryRunFailed as failure:
+        raise bad_configuration(
+            f"{folder / CONFIG} describes no model that can be trained here: {failure}; {ALTERNATIVE}"
+        ) from failure
+    return family
+
+
+def _inspect(folder: Path, lora: LoraSpec) -> Family:
+    # A process that was forked has none of its parent's threads, which PyTorch would wait for.
+    torch.set_num_threads(1)
+    return inspect_family(folder, lora)
 
 
 def _remarks(family: Family, *, unpacked: bool) -> Iterator[str]:

@@ -19,6 +19,7 @@ from qlora_trainer.core.failures import bad_configuration, model_unavailable, un
 from qlora_trainer.model.adapter import lost_by_peft, taken_for_experts
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
+from qlora_trainer.model.dry_run.limited import is_out_of_memory
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.source_quantization import (
@@ -121,8 +122,9 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     """The family of the model whose config.json is in `config_folder`. Reads no weights and runs none of its code.
 
     Raises StepFailure: UNSAFE_ARTIFACT for a model that brings its own code; BAD_CONFIGURATION, naming the family,
-    for one that QLoRA cannot train here (quantized otherwise, too few linear layers) and for a
-    target module that the model does not have.
+    for one that QLoRA cannot train here (quantized otherwise, too few layers that become 4-bit, a small model of it
+    that computes otherwise than transformers) and for a target module that the model does not have. Takes as much
+    time and memory as the sizes in the file say: call it within limits for a stranger's.
     """
     config = _read_config(config_folder)
     model_type = config.model_type
@@ -175,6 +177,8 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
             auto_class=loader.__name__,
         )
     except _UNUSABLE as error:
+        if is_out_of_memory(error):
+            raise
         raise bad_configuration(
             f"{config_folder / 'config.json'} (model_type {model_type!r}) describes no model that can be trained here: "
             f"{error}; {ALTERNATIVE}"

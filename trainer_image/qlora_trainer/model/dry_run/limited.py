@@ -1,4 +1,4 @@
-"""Measures a job's memory in a process of its own, with limits of time and memory. Loads no torch itself.
+"""Runs what a stranger's configuration decides in a process of its own, with limits. Loads no torch itself.
 
 A configuration comes from strangers: it may describe a model that takes hours, or all memory, even without data.
 """
@@ -26,7 +26,7 @@ _MEASURE = "qlora_trainer.model.dry_run.measure"
 
 
 class DryRunFailed(Exception):  # noqa: N818 - the dry run is what failed
-    """There is no measurement; the message says why."""
+    """There is no result; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,24 @@ def within_limits(
     *,
     seconds: float = SECONDS,
     memory_bytes: int = MEMORY_BYTES,
+    what: str = "the dry run",
 ) -> Any:
-    """What the function returns, which is called in a forked process. Raises its StepFailure, or DryRunFailed."""
+    """What the function returns, which is called in a forked process. Raises its StepFailure, or DryRunFailed.
+
+    `what` is what a message calls the function.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(sender, function, arguments, seconds, memory_bytes), daemon=True)
+    process = context.Process(target=_run, args=(sender, function, arguments, seconds, memory_bytes, what), daemon=True)
     process.start()
     sender.close()
     try:
         if not receiver.poll(seconds):
-            raise DryRunFailed(f"the dry run took more than {seconds:g} seconds")
+            raise DryRunFailed(f"{what} took more than {seconds:g} seconds")
         answer = receiver.recv()
     except EOFError:
         process.join()
-        raise DryRunFailed(f"the dry run was ended by signal or exit code {process.exitcode}") from None
+        raise DryRunFailed(f"{what} was ended by signal or exit code {process.exitcode}") from None
     finally:
         process.kill()
         process.join()
@@ -86,7 +90,12 @@ def within_limits(
 
 
 def _run(
-    sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float, memory_bytes: int
+    sender: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    seconds: float,
+    memory_bytes: int,
+    what: str,
 ) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
@@ -98,9 +107,9 @@ def _run(
     except StepFailure as failure:
         answer = failure
     except MemoryError:
-        answer = DryRunFailed(f"the dry run took more than {memory_bytes / 2**30:.1f} GiB of main memory")
+        answer = DryRunFailed(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of main memory")
     except Exception as error:  # noqa: BLE001 - libraries raise anything for a model that they cannot run
-        answer = DryRunFailed(_why(error, memory_bytes))
+        answer = DryRunFailed(_why(error, memory_bytes, what))
     sender.send(answer)
 
 
@@ -111,12 +120,17 @@ def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
-def _why(error: Exception, memory_bytes: int) -> str:
+def _why(error: Exception, memory_bytes: int, what: str) -> str:
     # A character may take six bytes in a record, which has a limit.
     text = next(iter(str(error).splitlines()), "").encode("ascii", "replace").decode()[:300]
-    if "allocate memory" in text or "bad_alloc" in text:
-        return f"the dry run took more than {memory_bytes / 2**30:.1f} GiB of main memory ({text})"
-    return f"the dry run failed: {type(error).__name__}: {text}"
+    if is_out_of_memory(error):
+        return f"{what} took more than {memory_bytes / 2**30:.1f} GiB of main memory ({text})"
+    return f"{what} failed: {type(error).__name__}: {text}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is PyTorch's for memory that it does not get."""
+    return "allocate memory" in str(error) or "bad_alloc" in str(error)
 
 
 def _private_bytes() -> int:
