@@ -102,7 +102,9 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     loss = None
     if trained.compared is not None:
         held_out = PreparedDataset.open(workspace.root / prepared.data_path, "eval")
-        loss = _held_out_loss(folder, held_out, trained.compared, together=prepared.packed)
+        loss = _held_out_loss(
+            folder, prepared.attention or ATTENTION, held_out, trained.compared, together=prepared.packed
+        )
     for name in _COPIED:
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, folder / name)
@@ -110,17 +112,19 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     return Merged({path.name: path for path in sorted(folder.iterdir())}, merged_bytes(model), loss)
 
 
-def _held_out_loss(folder: Path, held_out: PreparedDataset, compared: Comparison, *, together: bool) -> float:
+def _held_out_loss(
+    folder: Path, attention: str, held_out: PreparedDataset, compared: Comparison, *, together: bool
+) -> float:
     """Loss of the written files, in nats. Weights are mapped, not in memory, and read once per batch.
 
-    `together` puts all sequences into one batch, for a model that keeps rows apart. Raises StepFailure INTERNAL_ERROR
-    if the loss is not finite.
+    `attention` is the `attn_implementation` that the adapter was trained with. `together` puts all sequences into one
+    batch, for a model that keeps rows apart. Raises StepFailure INTERNAL_ERROR if the loss is not finite.
     """
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
-        attn_implementation=ATTENTION,
+        attn_implementation=attention,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
