@@ -371,3 +371,21 @@ def test_a_merged_model_is_evaluated_with_the_attention_that_its_adapter_was_tra
         )
     assert job.trained.compared is not None
     assert found == pytest.approx(summed / job.trained.compared.targets, rel=2e-3)
+
+
+def test_a_merged_model_that_transformers_does_not_load_whole_is_not_published(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, workspace = mergeable(tmp_path / "job", tiny_llama)
+
+    def without_last_norm(model: Any, source: MergeSource, folder: Path) -> None:
+        write_merged(model, source, folder)
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(publish_merged, "write_merged", without_last_norm)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(StepFailure, match=r"1 missing keys .* model\.norm\.weight: it is not published") as caught:
+        merge(job, workspace, tmp_path / "merged")
+    assert caught.value.exit_code is ExitCode.INTERNAL_ERROR
