@@ -27,7 +27,7 @@ def dynamic_map() -> Tensor:
         for low, high in pairwise(edges):
             value = float(power * ((low + high) / numpy.float32(2)))
             values += [value, -value]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def _evenly_spaced(count: int) -> list[numpy.float32]:
