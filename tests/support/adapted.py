@@ -22,10 +22,11 @@ def adapted(
 ) -> Any:
     """The model of a folder in 4-bit with an adapter."""
     spec = LoraSpec(rank=4, alpha=8, dropout=dropout, **lora)
+    family = inspect_family(model, spec)
     return attach_adapter(
-        load_base(model, NF4, "cpu"),
+        load_base(model, NF4, "cpu", attention=family.attention),
         spec,
-        inspect_family(model, spec).target_modules,
+        family.target_modules,
         seed=3,
         gradient_checkpointing=checkpointing,
         base_name="org/tiny",

@@ -119,7 +119,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"state_size": 16},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 32},
-    "opt": {"dropout": 0.0},
     # Smaller parts that no other depends on.
     "bailing_hybrid": {"num_experts": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
     "beam": {"num_experts": 64, "head_dim": 32},

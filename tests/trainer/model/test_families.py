@@ -156,7 +156,6 @@ def loss_and_gradients(model: Any, *rows: Tensor, dtype: torch.dtype = torch.bfl
     """Of the last row, behind the others in one sequence."""
     labels = torch.cat([*(torch.full_like(row, IGNORED_LABEL) for row in rows[:-1]), rows[-1]])
     batch = Batch.of([PackedSequence(torch.cat(rows), labels, tuple(map(len, rows)))], CPU)
-    torch.manual_seed(0)  # some families have dropout of their own
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = batch_loss(model.get_base_model(), batch)
     return [loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values()))]

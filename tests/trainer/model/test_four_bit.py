@@ -184,3 +184,9 @@ def test_a_large_weight_takes_little_memory_besides_its_bytes(tmp_path: Path) ->
     """As a whole it would take seven times the weight, here 900 MiB. The constants in 32 bit take 4 MiB."""
     found = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert int(found.stdout) < 40 * 2**20
+
+
+def test_the_values_of_constants_exist_also_when_a_model_without_weights_asks_first() -> None:
+    dynamic_map.cache_clear()
+    with torch.device("meta"):
+        assert dynamic_map().device.type == "cpu"

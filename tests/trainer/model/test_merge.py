@@ -28,7 +28,9 @@ from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.completion import Comparison, PrepareRecord, PublishRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.model.adapter import attach_adapter, save_adapter
+from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.batch import Batch
@@ -42,6 +44,7 @@ from qlora_trainer.training import held_out
 from tests.support.families import FAMILIES, tiny_config
 from tests.support.four_bit import convert
 from tests.support.report_page import Page
+from tests.support.sequences import rows_of
 from tests.support.tiny import JOB_UID, SHAPE, Recorded, save_model
 from tests.support.training import prepared, run
 
@@ -243,9 +246,10 @@ def peak_while(work: Callable[[], object]) -> int:
 def mergeable(root: Path, model: Path) -> tuple[TrainedJob, WorkspaceLayout]:
     """A job with an untrained adapter that can be merged. Its four held-out sequences may share a batch."""
     context = prepared(root, model, {"output": {"merged": {}}}, packed=False)
-    base, lora = load_base(context.workspace.base, NF4, "cpu"), context.spec.lora
     record = read_completion(context.workspace.completion("prepare"), PrepareRecord)
     assert record is not None
+    base = load_base(context.workspace.base, NF4, "cpu", attention=record.attention or ATTENTION)
+    lora = context.spec.lora
     adapter = attach_adapter(
         base, lora, record.target_modules, seed=3, gradient_checkpointing=False, base_name="tiny", base_revision="1"
     )
@@ -344,3 +348,44 @@ def test_what_a_family_keeps_in_buffers_is_in_the_merged_model(tmp_path: Path) -
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"]
     assert [layer.layer_scalar.item() for layer in loaded.model.layers] == [0.5] * len(scalars)
+
+
+def test_a_merged_model_is_evaluated_with_the_attention_that_its_adapter_was_trained_with(tmp_path: Path) -> None:
+    """BLOOM adds to scores what depends on the distance, which attention within rows does not compute."""
+    config = tiny_config("bloom")
+    config.initializer_range = 0.4
+    model = save_model(tmp_path / "model", config)
+    job, workspace = mergeable(tmp_path / "job", model)
+    one_row = dataclasses.replace(job, prepared=job.prepared.model_copy(update={"packed": False}))
+    (tmp_path / "merged").mkdir()
+
+    found = merge(one_row, workspace, tmp_path / "merged").loss
+
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
+    held_out_rows = PreparedDataset.open(workspace.root / job.prepared.data_path, "eval")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        summed = sum(
+            float(own(input_ids=tokens[None], labels=labels[None]).loss) * int((labels[1:] != IGNORED_LABEL).sum())
+            for index in range(4)
+            for tokens, labels in rows_of(held_out_rows[index])
+        )
+    assert job.trained.compared is not None
+    assert found == pytest.approx(summed / job.trained.compared.targets, rel=2e-3)
+
+
+def test_a_merged_model_that_transformers_does_not_load_whole_is_not_published(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, workspace = mergeable(tmp_path / "job", tiny_llama)
+
+    def without_last_norm(model: Any, source: MergeSource, folder: Path) -> None:
+        write_merged(model, source, folder)
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(publish_merged, "write_merged", without_last_norm)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(StepFailure, match=r"1 missing keys .* model\.norm\.weight: it is not published") as caught:
+        merge(job, workspace, tmp_path / "merged")
+    assert caught.value.exit_code is ExitCode.INTERNAL_ERROR

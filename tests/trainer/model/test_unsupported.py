@@ -21,7 +21,7 @@ ORIGINAL = "name the original 16-bit model"
 # config.json, why it is rejected, and what to do instead.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "jetmoe": ({"model_type": "jetmoe"}, "mixture of experts (num_local_experts 8) that does not use", ALTERNATIVE),
-    "phimoe": ({"model_type": "phimoe"}, "its routers draw experts at random", ALTERNATIVE),
+    "phimoe": ({"model_type": "phimoe"}, "in training it computes something else than in use", ALTERNATIVE),
     "deepseek_v2": ({"model_type": "deepseek_v2"}, NO_MODEL, ALTERNATIVE),
     "llama4": ({"model_type": "llama4"}, "(num_local_experts 16) that does not use", ALTERNATIVE),
     "llama4_text": (

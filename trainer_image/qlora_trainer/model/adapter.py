@@ -40,6 +40,7 @@ def attach_adapter(
     A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss. With LoftQ
     both are initialized from the `original` weights; without these they are to be restored.
     """
+    compute_as_in_use(base)
     torch.manual_seed(seed)
     modules, parameters = peft_targets(base, target_modules)
     config = LoraConfig(
@@ -63,7 +64,6 @@ def attach_adapter(
         initialize_loftq(model, original)
     for name, parameter in adapter_parameters(model).items():
         parameter.data = parameter.data.to(tensor_dtype(name, lora))
-    compute_as_in_use(base)
     fuse_lora(model, recomputed=gradient_checkpointing)
     if gradient_checkpointing:
         # Without re-entry gradients reach the adapters although the embeddings have none.

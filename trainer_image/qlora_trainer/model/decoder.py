@@ -70,18 +70,28 @@ def decoder_states(model: Any, input_ids: Tensor, position_ids: Tensor, rows: Ro
 
 
 def compute_as_in_use(model: Any) -> None:
-    """Turn off what a family does to its own weights in training mode only: Gemma 3n clips them. Here they are frozen.
+    """Turn off what a family does in training mode only, since the base is frozen: it computes what it does in use.
 
-    Clipping is done beside the layers' forward passes, and would take packed 4-bit weights for numbers. And routers
-    draw noise (Mixtral's jitter).
+    That is every dropout, of values and of whole layers, the noise of routers (Mixtral's jitter), and the clipping of
+    weights by Gemma 3n, which is done beside the layers' forward passes and would take packed weights for numbers.
+    To be called before the model has an adapter, whose dropout is to stay.
     """
     for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        _without_dropout(vars(module))
         if getattr(module, "jitter_noise", 0):
             module.jitter_noise = 0.0
     # In its dictionary, because the field's declared type allows no None, which the layers ask for.
     settings = vars(model.config.get_text_config(decoder=True))
+    _without_dropout(settings)
     if "altup_coef_clip" in settings:
         settings["altup_coef_clip"] = None
+
+
+def _without_dropout(settings: dict[str, Any]) -> None:
+    """Set each probability of dropout to 0, whatever a family calls it: attention_dropout, resid_pdrop, layerdrop."""
+    settings.update({name: 0.0 for name, value in settings.items() if "drop" in name and isinstance(value, float)})
 
 
 def outer_parameters(model: Any) -> set[int]:

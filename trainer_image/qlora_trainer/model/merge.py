@@ -70,7 +70,8 @@ class MergeSource:
             if f"{prefix}.weight" in trained:
                 return adapter.get_tensor(f"{prefix}.weight").to(_MERGED_DTYPE)
             if not (name.endswith(".weight") and f"{prefix}.lora_A.weight" in trained):
-                return self.base[name].to(_MERGED_DTYPE)
+                tensor = self.base[name]
+                return tensor.to(_MERGED_DTYPE) if tensor.is_floating_point() else tensor
             magnitude = f"{prefix}.lora_magnitude_vector"
             return merged_weight(
                 self.base[name],
@@ -104,7 +105,8 @@ def write_merged(model: Any, source: MergeSource, folder: Path, shard_bytes: int
     # named_parameters has the first of tied tensors; transformers ties the others again when it loads.
     tensors = dict(model.named_parameters())
     # Gemma 4 multiplies with buffers that its files hold.
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in source.base}
+    persistent = model.state_dict()
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent and name in source.base}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
         save_file({name: source.tensor(name) for name in names}, folder / file, metadata={"format": "pt"})

@@ -42,7 +42,7 @@ class Probe:
     stateless: bool = False
     """Nor does a sequence before it change a bit."""
     steady: bool = False
-    """They are the same in training mode, as far as experts are concerned."""
+    """They are the same in training mode, without what `compute_as_in_use` turns off."""
     without_gradient: frozenset[tuple[int, str]] = frozenset()
     """Linear layers whose result has no part in the loss: number of the whole model's block, and name in it."""
     bypassed: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def probe(config: Any, whole: Any) -> Probe:
         silent, bypassed = _without_gradient(model, second)
         with torch.no_grad():
             # It is in training mode now.
-            steady = not _has_experts(model) or _close(_logits(model, second, _ROWS[1:]), expected)
+            steady = _close(_logits(model, second, _ROWS[1:]), expected)
     blocks = enumerate(small.stands_for)
     silent_layers = {(block, name) for block, small_block in blocks for number, name in silent if number == small_block}
     return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed)

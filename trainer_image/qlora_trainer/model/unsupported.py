@@ -101,5 +101,5 @@ def reason_in_probe(found: Probe) -> str | None:
     if found.bypassed:
         return f"it computes with the weights of {', '.join(found.bypassed)} themselves, which are packed in 4-bit"
     if not found.steady:
-        return "its routers draw experts at random while it is trained"
+        return "in training it computes something else than in use"
     return None

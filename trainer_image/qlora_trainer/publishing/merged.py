@@ -86,7 +86,7 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     """Merge the trained adapter into the base that it was trained on, write the model into `folder` and evaluate it.
 
     Raises StepFailure: STORAGE_FULL with the numbers if there is no room for it, UNSAFE_ARTIFACT if the base has
-    changed since, INTERNAL_ERROR if the merged model's loss is not finite.
+    changed since, INTERNAL_ERROR if the merged model does not load whole or its loss is not finite.
     """
     prepared, trained = job.prepared, job.trained
     model_folder = workspace.root / prepared.model_path
@@ -102,7 +102,9 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     loss = None
     if trained.compared is not None:
         held_out = PreparedDataset.open(workspace.root / prepared.data_path, "eval")
-        loss = _held_out_loss(folder, held_out, trained.compared, together=prepared.packed)
+        loss = _held_out_loss(
+            folder, prepared.attention or ATTENTION, held_out, trained.compared, together=prepared.packed
+        )
     for name in _COPIED:
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, folder / name)
@@ -110,15 +112,27 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     return Merged({path.name: path for path in sorted(folder.iterdir())}, merged_bytes(model), loss)
 
 
-def _held_out_loss(folder: Path, held_out: PreparedDataset, compared: Comparison, *, together: bool) -> float:
+def _held_out_loss(
+    folder: Path, attention: str, held_out: PreparedDataset, compared: Comparison, *, together: bool
+) -> float:
     """Loss of the written files, in nats. Weights are mapped, not in memory, and read once per batch.
 
-    `together` puts all sequences into one batch, for a model that keeps rows apart. Raises StepFailure INTERNAL_ERROR
-    if the loss is not finite.
+    `attention` is the `attn_implementation` that the adapter was trained with. `together` puts all sequences into one
+    batch, for a model that keeps rows apart. Raises StepFailure INTERNAL_ERROR if the loss is not finite, or if the
+    files lack a tensor of the model or have another one.
     """
     register_attention()
-    model = load_text_part(folder, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
-    loss = mean_loss(model, read_compared(held_out, compared.sequences, torch.device("cpu"), together=together))
+    model, report = load_text_part(
+        folder, dtype=torch.bfloat16, attn_implementation=attention, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(kind) or ())):
+            raise StepFailure(
+                ExitCode.INTERNAL_ERROR,
+                f"transformers reports {len(names)} {kind.replace('_', ' ')} of the merged model, first {names[0]}: it "
+                "is not published; the adapter is",
+            )
+    loss = mean_loss(model.eval(), read_compared(held_out, compared.sequences, torch.device("cpu"), together=together))
     if not isfinite(loss):
         raise StepFailure(
             ExitCode.INTERNAL_ERROR,
