@@ -161,6 +161,16 @@ def test_prepare_accepts_a_folder_that_holds_a_base_and_no_other(job: Files) -> 
         prepare(context(in_its_place), Recorded())
 
 
+def test_prepare_names_another_base_in_the_folder_as_soon_as_it_has_its_own(job: Files) -> None:
+    run(job)
+    path = job.data / "bases" / "tiny" / "manifest.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps(of_another_quantization(json.loads(path.read_text()))))
+    with pytest.raises(StepFailure, match=r"holds the 4-bit base of pvc://models/model .* choose another one") as found:
+        prepare(context(job), Recorded())
+    assert found.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
 def test_a_base_that_has_changed_since_training_is_not_published(job: Files) -> None:
     weights = next(iter((job.workspace / "base").glob("*.safetensors")))
     content = weights.read_bytes()

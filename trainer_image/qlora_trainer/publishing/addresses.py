@@ -41,12 +41,14 @@ def check_destination(
     registries: tuple[str, ...],
     job_uid: str,
     shared: bool = False,
+    base_sha256: str | None = None,
 ) -> None:
     """Raise StepFailure if the job could not publish there: not allowed, occupied, or no right to write.
 
     For the prepare step, before a GPU is used. It does not know the run's fingerprint yet, so that any run of the job
-    counts as its own, and any base if it is where a base is `shared`. `secret` is None where the step is not given
-    the credentials, by an operator of the first contract; then only what needs none is checked.
+    counts as its own. Where a base is `shared`, one with the sum `base_sha256` does, and any base before that is known.
+    `secret` is None where the step is not given the credentials, by an operator of the first contract; then only what
+    needs none is checked.
     """
     source = parse_source(address)
     if isinstance(source, RegistrySource):
@@ -57,7 +59,11 @@ def check_destination(
         return
     else:
         destination = open_destination(address, mounts=mounts, secret=secret, registries=registries, owner=job_uid)
-    reject_occupied(destination, lambda holder: holder.job_uid == (SHARED_BASE if shared else job_uid))
+    owner = SHARED_BASE if shared else job_uid
+    reject_occupied(
+        destination,
+        lambda holder: holder.job_uid == owner and (base_sha256 is None or holder.fingerprint == base_sha256),
+    )
     destination.require_writable()
 
 

@@ -55,7 +55,8 @@ def prepare(
     """Lay out model and data in the workspace and write the completion record; returns at once if it still holds.
 
     Raises StepFailure. After a failure that another attempt cannot fix, nothing is left in the workspace that was not
-    there before; after any other, what has been downloaded and tokenized stays and the next attempt resumes from it.
+    there before, but for a base whose destination turns out to hold another one; after any other, what has been
+    downloaded and tokenized stays and the next attempt resumes from it.
     """
 
     def say(activity: str) -> None:
@@ -67,6 +68,7 @@ def prepare(
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
             record = _prepare(context, records, say, now)
+    _check_destinations(context, record.base_sha256)
     if record != written:
         write_completion(path, record)
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
@@ -196,16 +198,20 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
     ).build()
 
 
-def _check_destinations(context: StepContext) -> None:
+def _check_destinations(context: StepContext, base_sha256: str | None = None) -> None:
+    """Raise StepFailure unless the job can publish where it names; once its base is known, only where that goes."""
     for field, address in context.spec.output.destinations.items():
-        check_destination(
-            address,
-            mounts=context.mounts,
-            secret=context.secret("output") if context.contract_version > 1 else None,
-            registries=context.registries,
-            job_uid=context.job_uid,
-            shared=field == "base.destination",
-        )
+        shared = field == "base.destination"
+        if shared or base_sha256 is None:
+            check_destination(
+                address,
+                mounts=context.mounts,
+                secret=context.secret("output") if context.contract_version > 1 else None,
+                registries=context.registries,
+                job_uid=context.job_uid,
+                shared=shared,
+                base_sha256=base_sha256,
+            )
 
 
 def _open_hub(context: StepContext) -> Hub:
