@@ -1,6 +1,6 @@
 """Writes the page of all model families that transformers has, and the table of `qlora plan`; run by `make families`.
 
-Each is probed as `prepare` does it, from the configuration that transformers gives the family by default.
+Each is probed as `prepare` does it, from the default configuration, with what every published model of it has besides.
 """
 
 import sys
@@ -36,6 +36,7 @@ _ROTATION = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12,
 # What every published model of the family has and transformers' default leaves out.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 6, "topk_method": "greedy"},
     "dots1": {"n_shared_experts": 2, "n_routed_experts": 128, "num_experts_per_tok": 6},
     "glm46v": {"text_config": {"num_attention_heads": 32, "rope_parameters": _ROTATION}},
@@ -43,8 +44,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "glm4v_moe": {"text_config": {"head_dim": 128, "rope_parameters": _ROTATION}},
     "glmga": {"text_config": {"num_attention_heads": 32, "rope_parameters": _ROTATION}},
     "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 30},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
 }
@@ -124,8 +127,8 @@ def page(known: Sequence[Entry], further: Sequence[Entry]) -> str:
         "",
         (
             "`prepare` finds this out from each job's own `config.json`; the table shows what it finds for the "
-            "configuration that transformers gives the type by default. Tests train a tiny model of each of them "
-            "([Promises](../trainer/promises.md))."
+            "configuration that transformers gives the type by default, with the kinds of blocks that published models "
+            "have. Tests train a tiny model of each of them ([Promises](../trainer/promises.md))."
         ),
         "",
         *_table(known),

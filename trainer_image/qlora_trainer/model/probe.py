@@ -48,7 +48,7 @@ class Probe:
     bypassed: tuple[str, ...] = ()
     """Names in their blocks of linear layers whose weights have a part in the loss, but not by their forward pass."""
     unlike: tuple[str, ...] = ()
-    """Parts of blocks that only the whole model has, or only the small one. Little else is known then."""
+    """Parts of blocks that only the whole model has, or only the small one."""
 
 
 def probe(config: Any, whole: Any) -> Probe:
@@ -72,17 +72,16 @@ def probe(config: Any, whole: Any) -> Probe:
             model, attention = _exact_model(small.config, second, expected)
             if model is None:
                 return Probe(None)
-            if unlike := _unlike(whole, model):
-                return Probe(attention, unlike=unlike)
             isolated = attention == ATTENTION and _isolates(model, second, (first, other), expected)
             causal, stateless = _is_causal(model, second), _is_stateless(model, second, other)
         silent, bypassed = _without_gradient(model, second)
         with torch.no_grad():
             # It is in training mode now.
             steady = _close(_logits(model, second, _ROWS[1:]), expected)
+    unlike = _unlike(whole, model)
     blocks = enumerate(small.stands_for)
     silent_layers = {(block, name) for block, small_block in blocks for number, name in silent if number == small_block}
-    return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed)
+    return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed, unlike)
 
 
 def _unlike(whole: Any, small: Any) -> tuple[str, ...]:

@@ -89,11 +89,6 @@ def reason_in_probe(found: Probe) -> str | None:
     """Why a model cannot be trained, as far as a small one of its family shows; None if it can."""
     if found.attention is None:
         return "it computes attention or logits in a way that this trainer does not support"
-    if found.unlike:
-        return (
-            "a small model of the family, by which it is tested, has other blocks than the whole one "
-            f"({some_names(found.unlike)})"
-        )
     if not found.causal:
         return "its tokens attend to later ones, which this trainer does not support"
     if not found.stateless:
@@ -102,4 +97,9 @@ def reason_in_probe(found: Probe) -> str | None:
         return f"it computes with the weights of {', '.join(found.bypassed)} themselves, which are packed in 4-bit"
     if not found.steady:
         return "in training it computes something else than in use"
+    if found.unlike:
+        return (
+            "a small model of the family, by which it is tested, has other blocks than the whole one "
+            f"({some_names(found.unlike)})"
+        )
     return None
