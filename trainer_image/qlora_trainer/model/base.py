@@ -24,6 +24,7 @@ from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
 from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
+from qlora_trainer.model.routers import route_without_autocast
 from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION
 
 
@@ -88,6 +89,7 @@ def load_base(
     check_quantization(model, quantization)
     fuse_norms(model)
     fuse_activations(model)
+    route_without_autocast(model)
     return model.eval()
 
 

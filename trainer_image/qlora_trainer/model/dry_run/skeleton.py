@@ -19,6 +19,7 @@ from qlora_trainer.model.expert_quantizer import stack_experts
 from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.norms import fuse_norms
+from qlora_trainer.model.routers import route_without_autocast
 from qlora_trainer.model.support import Family
 
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -58,6 +59,7 @@ def adapted_skeleton(
         parameter.requires_grad_(False)
     fuse_norms(model)
     fuse_activations(model)
+    route_without_autocast(model)
     with torch.device("meta"):
         return attach_adapter(
             model.eval(),
