@@ -49,7 +49,6 @@ ONE_ROW_MODEL_TYPES = frozenset(
         "qwen3_next",
         "sarvam_mla",
         "stablelm",
-        "unlimited_ocr",
         "xglm",
         "youtu",
         "zaya",
