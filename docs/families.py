@@ -140,7 +140,8 @@ def page(known: Sequence[Entry], further: Sequence[Entry]) -> str:
             f"{_summary([found.family for found in further if found.family is not None])} Only their text part is "
             "trained: towers and projectors stay in 16 bit, are not loaded for training, and get no adapter. The "
             "adapter is one of the whole model, for PEFT and servers "
-            "([why](../decisions/0097-adapters-of-whole-multimodal-models.md))."
+            "([why](../decisions/0097-adapters-of-whole-multimodal-models.md)). "
+            "[Promises](../trainer/promises.md) names those that tests train."
         ),
         "",
         *_table(further),

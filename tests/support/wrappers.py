@@ -40,7 +40,6 @@ PACKED = (
     "llava_onevision",
     "mistral3",
     "mllama",
-    "molmo2",
     "moss_transcribe_diarize",
     "omniasr",
     "ovis2",
