@@ -1,6 +1,8 @@
 """Which models can be trained is decided from config.json alone, and the answer names the family."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.afmoe.modeling_afmoe import AfmoeTokenChoiceRouter
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import LoraSpec
+from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.model import experts
+from qlora_trainer.model import check, experts
 from qlora_trainer.model.attention import ATTENTION, RowBoundaries, register_attention, rows_attention
 from qlora_trainer.model.loss import LogitTransform
 from qlora_trainer.model.shrunken import shrunken
 from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.unsupported import reason_in_model
 from tests.support.families import CASES
 from tests.support.tiny import SHAPE
 
@@ -381,3 +384,30 @@ def test_rows_beyond_the_length_where_longrope_changes_do_not_share_a_sequence(t
     torch.testing.assert_close(behind(30), behind(64))
     with pytest.raises(AssertionError, match="not close"):  # what is avoided
         torch.testing.assert_close(behind(30), behind(65))
+
+
+def test_a_family_with_a_count_of_experts_and_no_experts_is_no_mixture() -> None:
+    """Transformers gives Nemotron-H eight, also where its pattern of blocks has none."""
+    config = transformers.NemotronHConfig(
+        **SHAPE | {"num_hidden_layers": 4}, hybrid_override_pattern="M-*-", n_routed_experts=8
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert reason_in_model(model) is None
+
+
+def test_experts_whose_router_is_not_found_are_refused() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CASES["qwen3_moe"].config())
+    assert reason_in_model(model) is None
+    for block in model.model.layers:
+        block.mlp.gate = torch.nn.Identity()
+    assert "mlp.experts) whose router is not found" in str(reason_in_model(model))
+
+
+def test_an_inspection_that_somebody_ends_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TRAINABLE[0].save_pretrained(tmp_path)
+    monkeypatch.setattr(check, "inspect_family", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(StepFailure, match="the inspection of the model was ended by signal or exit code -9") as failure:
+        check.check_model(tmp_path, LoraSpec(), TrainingSpec())
+    assert failure.value.exit_code is ExitCode.INTERNAL_ERROR

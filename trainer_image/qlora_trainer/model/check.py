@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, TrainingSpec
-from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.model.dry_run.limited import DryRunFailed, within_limits
+from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.model.dry_run.limited import DryRunFailed, LimitReached, within_limits
 from qlora_trainer.model.source import CONFIG, reject_code
 from qlora_trainer.model.support import Family, inspect_family
 from qlora_trainer.model.unsupported import ALTERNATIVE
 
 logger = logging.getLogger(__name__)
-_INSPECTION_SECONDS = 300
+_INSPECTION_SECONDS = 600
 _LARGE_MODEL_PARAMETERS = 13_500_000_000
 _LARGE_MODEL_LEARNING_RATE = 1e-4
 
@@ -63,10 +64,13 @@ def _inspected(folder: Path, lora: LoraSpec) -> Family:
         family: Family = within_limits(
             _inspect, (folder, lora), seconds=_INSPECTION_SECONDS, what="the inspection of the model"
         )
-    except DryRunFailed as failure:
+    except LimitReached as failure:
         raise bad_configuration(
             f"{folder / CONFIG} describes no model that can be trained here: {failure}; {ALTERNATIVE}"
         ) from failure
+    except DryRunFailed as failure:
+        # Not the model's fault as far as is known: somebody has ended the process, or this program has a defect.
+        raise StepFailure(ExitCode.INTERNAL_ERROR, f"{folder / CONFIG}: {failure}") from failure
     return family
 
 

@@ -24,11 +24,17 @@ def routers(model: nn.Module) -> list[nn.Module]:
 
     Layers in 4-bit are none, whatever their sizes.
     """
-    found: list[nn.Module] = []
-    for name, experts in expert_modules(model):
-        beside = (child for child in model.get_submodule(name.rpartition(".")[0]).children() if child is not experts)
-        found += [child for child in beside if _routes(child, experts.num_experts)]
-    return found
+    return [router for name, experts in expert_modules(model) for router in _routers_of(model, name, experts)]
+
+
+def experts_without_router(model: nn.Module) -> str | None:
+    """The name of the first experts beside which no router is found; None if there are none."""
+    return next((name for name, experts in expert_modules(model) if not _routers_of(model, name, experts)), None)
+
+
+def _routers_of(model: nn.Module, name: str, experts: Any) -> list[nn.Module]:
+    beside = (child for child in model.get_submodule(name.rpartition(".")[0]).children() if child is not experts)
+    return [child for child in beside if _routes(child, experts.num_experts)]
 
 
 def _routes(module: nn.Module, experts: int) -> bool:

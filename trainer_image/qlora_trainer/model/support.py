@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.training import LoraSpec, TrainingSpec
-from qlora_trainer.core.failures import bad_configuration, model_unavailable, unsafe_artifact
+from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable, unsafe_artifact
 from qlora_trainer.model.adapter import lost_by_peft, taken_for_experts
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
@@ -85,10 +85,7 @@ class Family:
     def require_rows_apart(self, row_tokens: int) -> None:
         """Raise StepFailure unless a micro batch may hold several rows of up to `row_tokens` tokens."""
         if not self.keeps_rows_apart(row_tokens):
-            raise bad_configuration(
-                f"model_type {self.model_type!r} cannot keep the rows of a batch apart: set "
-                "spec.training.microBatchSize to 1 and raise gradientAccumulationSteps instead"
-            )
+            raise cannot_keep_rows_apart(self.model_type)
 
     def require_whole_and_unmerged(self, training: TrainingSpec, output: OutputSpec) -> None:
         """Raise StepFailure if the job shards, merges or publishes a mixture of experts, which is not supported."""
@@ -116,6 +113,14 @@ class Family:
                 f"positions for {self.longest_row} tokens (max_position_embeddings): set it to {self.longest_row} or "
                 "less, or name a model with a longer context"
             )
+
+
+def cannot_keep_rows_apart(model_type: str) -> StepFailure:
+    """The failure of a job whose micro batches hold several rows of a model that needs one."""
+    return bad_configuration(
+        f"model_type {model_type!r} cannot keep the rows of a batch apart: set spec.training.microBatchSize to 1 and "
+        "raise gradientAccumulationSteps instead"
+    )
 
 
 def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:

@@ -8,6 +8,7 @@ from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.base_weights import reason_against_storage
 from qlora_trainer.model.expert_layout import EXPERT_COUNTS, ExpertLayout, reason_against_experts
 from qlora_trainer.model.probe import Probe
+from qlora_trainer.model.routers import experts_without_router
 from qlora_trainer.model.text_part import auto_class
 
 ALTERNATIVE = (
@@ -70,7 +71,10 @@ def reason_in_model(model: Any) -> str | None:
     unread = reason_against_experts(model) or reason_against_storage(model)
     if unread is not None:
         return unread
-    if not ExpertLayout.of(model).stacks:
+    if unrouted := experts_without_router(model):
+        return f"it is a mixture of experts ({unrouted}) whose router is not found, which must compute without autocast"
+    # A configuration has the family's default count even if none of its blocks has experts (Nemotron-H).
+    if not ExpertLayout.of(model).stacks and _names_experts(model):
         for name, value in entries(model.config.get_text_config(decoder=True).to_dict()):
             if name in EXPERT_COUNTS and isinstance(value, int) and value > 1:
                 return (
@@ -83,6 +87,10 @@ def reason_in_model(model: Any) -> str | None:
     if not model.supports_gradient_checkpointing:
         return "transformers cannot recompute its blocks in the backward pass (spec.training.gradientCheckpointing)"
     return None
+
+
+def _names_experts(model: Any) -> bool:
+    return any("expert" in f"{name} {type(module).__name__}".lower() for name, module in model.named_modules())
 
 
 def reason_in_probe(found: Probe) -> str | None:

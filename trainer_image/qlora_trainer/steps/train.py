@@ -24,7 +24,7 @@ from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.model.storage import storage_of
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.support import cannot_keep_rows_apart
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.answers import leave_samples
@@ -193,8 +193,8 @@ def _load(
     schedule = Schedule.of(len(data), spec.training)
     from_step = 0 if checkpoint is None else checkpoint.step
     _say_loading(context, runtime.records, runtime.now, from_step, schedule.total_steps)
-    if spec.training.micro_batch_size > 1 and not prepared.packed:
-        inspect_family(job.model_folder, spec.lora).require_rows_apart(spec.training.max_sequence_length)
+    if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
+        raise cannot_keep_rows_apart(prepared.model_type)
     base = _load_base(job, ranks.sharded)
     storage = storage_of(base)
     model = _attach_adapter(base, job, initialized=checkpoint is None)

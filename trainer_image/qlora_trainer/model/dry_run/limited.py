@@ -5,6 +5,7 @@ A configuration comes from strangers: it may describe a model that takes hours, 
 
 import importlib
 import importlib.util
+import logging
 import multiprocessing
 import resource
 import signal
@@ -18,6 +19,7 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
 
+logger = logging.getLogger(__name__)
 SECONDS = 600
 MEMORY_BYTES = 2 * 2**30
 """On top of what the process has."""
@@ -27,6 +29,10 @@ _MEASURE = "qlora_trainer.model.dry_run.measure"
 
 class DryRunFailed(Exception):  # noqa: N818 - the dry run is what failed
     """There is no result; the message says why."""
+
+
+class LimitReached(DryRunFailed):
+    """It took more time or memory than allowed."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,10 @@ def within_limits(
     memory_bytes: int = MEMORY_BYTES,
     what: str = "the dry run",
 ) -> Any:
-    """What the function returns, which is called in a forked process. Raises its StepFailure, or DryRunFailed.
+    """What the function returns, which is called in a forked process.
 
-    `what` is what a message calls the function.
+    `what` is what a message calls the function. Raises its StepFailure, LimitReached, or DryRunFailed for any other
+    end.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -75,7 +82,7 @@ def within_limits(
     sender.close()
     try:
         if not receiver.poll(seconds):
-            raise DryRunFailed(f"{what} took more than {seconds:g} seconds")
+            raise LimitReached(f"{what} took more than {seconds:g} seconds")
         answer = receiver.recv()
     except EOFError:
         process.join()
@@ -107,9 +114,10 @@ def _run(
     except StepFailure as failure:
         answer = failure
     except MemoryError:
-        answer = DryRunFailed(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of main memory")
-    except Exception as error:  # noqa: BLE001 - libraries raise anything for a model that they cannot run
-        answer = DryRunFailed(_why(error, memory_bytes, what))
+        answer = LimitReached(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of main memory")
+    except Exception as error:
+        logger.info("%s failed", what, exc_info=True)
+        answer = _failure(error, memory_bytes, what)
     sender.send(answer)
 
 
@@ -120,12 +128,12 @@ def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
-def _why(error: Exception, memory_bytes: int, what: str) -> str:
+def _failure(error: Exception, memory_bytes: int, what: str) -> DryRunFailed:
     # A character may take six bytes in a record, which has a limit.
     text = next(iter(str(error).splitlines()), "").encode("ascii", "replace").decode()[:300]
     if is_out_of_memory(error):
-        return f"{what} took more than {memory_bytes / 2**30:.1f} GiB of main memory ({text})"
-    return f"{what} failed: {type(error).__name__}: {text}"
+        return LimitReached(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of main memory ({text})")
+    return DryRunFailed(f"{what} failed: {type(error).__name__}: {text}")
 
 
 def is_out_of_memory(error: Exception) -> bool:
