@@ -20,11 +20,11 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.model.merge import write_merged
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.destination import publish_folder
-from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest
 from qlora_trainer.publishing.s3_folder import ObjectDestination
 from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import s3 as s3_store
-from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 from qlora_trainer.stores.s3 import ObjectFolder
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
@@ -222,6 +222,25 @@ def test_two_jobs_that_start_at_once_do_not_mix(publish: Publish, store: FaultPr
     store.rule = rule
     message = rejected(publish, ExitCode.BAD_CONFIGURATION)
     assert "the destination s3://team/adapters/tiny holds another adapter, of job 'tiny' (UID two" in message
+    assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
+
+
+def test_two_jobs_that_start_at_once_do_not_mix_their_tokenizers(
+    publish: Publish, store: FaultProxy, bucket: S3Store
+) -> None:
+    """Both publish the same base; the other one claims the folder first."""
+    base = MANIFEST.model_copy(update={"job_uid": SHARED_BASE})
+    files = {"tokenizer.json": PublishedFile(sha256="c" * 64, size=1)}
+    other = base.model_copy(update={"files": files}).text()
+
+    def rule(request: Request) -> Fault | None:
+        if request.method == "PUT" and request.path.endswith(".manifest.partial.json"):
+            obstore.put(bucket, "adapters/tiny/.manifest.partial.json", other)
+        return None
+
+    store.rule = rule
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION, base)
+    assert "the destination s3://team/adapters/tiny holds this base with another tokenizer" in message
     assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
 
 
