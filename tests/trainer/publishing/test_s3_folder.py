@@ -346,6 +346,29 @@ def test_a_base_loads_from_the_store_and_is_written_once(
     assert written(store) == []
 
 
+def test_a_job_that_writes_the_same_base_from_a_mirror_at_once_is_no_failure(
+    tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one writes its manifest after this one has, and before this one reads it back."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    address = f"s3://{BUCKET}/base"
+    context = prepared(tmp_path / "workspace", tiny_llama, {"output": {"base": {"destination": address}}})
+    run(context)
+
+    def rule(request: Request) -> Fault | None:
+        own = stored(bucket).get("base/manifest.json")
+        if own is not None and request.method == "GET" and request.path.endswith("base/manifest.json"):
+            obstore.put(bucket, "base/manifest.json", json.dumps(json.loads(own) | {"baseModel": "hf://a/b"}).encode())
+        return None
+
+    store.rule = rule
+    record = publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert record.base is not None
+    assert record.base.uri == address
+    assert json.loads(stored(bucket)["base/manifest.json"])["baseModel"] == "hf://a/b"
+
+
 def test_a_folder_of_objects_is_listed_without_its_neighbors(
     bucket: S3Store, store: FaultProxy, tmp_path: Path
 ) -> None:
