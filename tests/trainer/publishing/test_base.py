@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_compl
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import sync_tree
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.publishing import manifest as manifests
 from qlora_trainer.publishing import volume_folder
 from qlora_trainer.publishing.base import publish_base
 from qlora_trainer.publishing.destination import Destination
@@ -29,6 +32,7 @@ from qlora_trainer.steps.publish import publish
 from tests.support.command import Files
 from tests.support.published import context
 from tests.support.tiny import Recorded
+from tests.support.training import run as train
 
 ADDRESS = "pvc://data/bases/tiny"
 OTHER_UID = "7d0c2f5e-0000-4000-8000-00000000000f"
@@ -43,6 +47,43 @@ def job(trained: Files) -> Files:
 
 def run(files: Files, **identity: str) -> Any:
     return publish(context(files, **identity), Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+
+
+@pytest.fixture
+def mirrored(job: Files) -> Files:
+    """Another job over the same data, whose model is a copy at another address. Its workspace is empty."""
+    job.workspace.rename(job.root / "first")
+    shutil.copytree(job.models / "model", job.root / "models" / "mirror")
+    changes = {"model": {"source": "pvc://models/mirror"}, "training": {"maxSteps": 1}}
+    return replace(job, models=job.root / "models").with_spec(changes)
+
+
+@contextmanager
+def in_its_own_workspace(job: Files) -> Iterator[None]:
+    """The first job's workspace is back in its place, and the other job's aside."""
+    other, first = job.root / "second", job.root / "first"
+    if job.workspace.exists():
+        job.workspace.rename(other)
+    first.rename(job.workspace)
+    yield
+    job.workspace.rename(first)
+    if other.exists():
+        other.rename(job.workspace)
+
+
+def prepare_and_train(files: Files) -> None:
+    prepare(context(files, uid=OTHER_UID), Recorded())
+    train(context(files, uid=OTHER_UID))
+
+
+def give_another_template(model: Path) -> None:
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# of another release #}")
+
+
+def state(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of the last change of each file."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
 def held_out_rows(files: Files) -> list[Row]:
@@ -99,6 +140,48 @@ def test_jobs_on_the_same_base_share_it(job: Files) -> None:
     assert run(job, uid=OTHER_UID).base == first.base
     assert run(job, uid=OTHER_UID).base == first.base
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_job_shares_the_base_although_its_model_is_of_a_mirror_and_its_libraries_are_newer(
+    job: Files, mirrored: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_and_train(mirrored)
+    with in_its_own_workspace(job):
+        first = run(job)
+    folder = job.data / "bases" / "tiny"
+    (folder / "README.md").chmod(0o644)
+    (folder / "README.md").write_text("# The base of our team\n")
+    before, inode = state(folder), folder.stat().st_ino
+    monkeypatch.setattr(manifests, "version", lambda _library: "99.0")
+    record = run(mirrored, uid=OTHER_UID)
+    assert record.base is not None
+    assert (record.base.uri, record.base.sha256) == (ADDRESS, first.base.sha256)
+    assert (state(folder), folder.stat().st_ino) == (before, inode)
+
+
+def test_the_base_with_another_tokenizer_is_not_overwritten(job: Files, mirrored: Files) -> None:
+    give_another_template(mirrored.models / "mirror")
+    prepare_and_train(mirrored)
+    # The first job publishes while this one is trained.
+    with in_its_own_workspace(job):
+        run(job)
+    before = state(job.data / "bases" / "tiny")
+    message = r"holds this base with another tokenizer: choose another destination.*different: chat_template\.jinja"
+    with pytest.raises(StepFailure, match=message) as failure:
+        run(mirrored, uid=OTHER_UID)
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert state(job.data / "bases" / "tiny") == before
+
+
+def test_prepare_names_another_tokenizer_in_the_folder(job: Files, mirrored: Files) -> None:
+    with in_its_own_workspace(job):
+        run(job)
+    give_another_template(mirrored.models / "mirror")
+    for _again in range(2):
+        with pytest.raises(StepFailure, match="holds this base with another tokenizer") as failure:
+            prepare(context(mirrored, uid=OTHER_UID), Recorded())
+        assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert not (mirrored.workspace / "records" / "prepare.json").exists()
 
 
 def test_a_job_that_another_one_overtakes_finds_the_base_there(job: Files, monkeypatch: pytest.MonkeyPatch) -> None:

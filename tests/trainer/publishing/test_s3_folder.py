@@ -20,11 +20,11 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.model.merge import write_merged
 from qlora_trainer.publishing import merged as publish_merged
 from qlora_trainer.publishing.destination import publish_folder
-from qlora_trainer.publishing.manifest import Manifest
+from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest
 from qlora_trainer.publishing.s3_folder import ObjectDestination
 from qlora_trainer.steps.publish import publish as publish_step
 from qlora_trainer.stores import s3 as s3_store
-from qlora_trainer.stores.contents import Contents, describe_files
+from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 from qlora_trainer.stores.s3 import ObjectFolder
 from tests.support.command import Files
 from tests.support.fault_proxy import Fault, FaultProxy, Request, serve_proxy
@@ -225,6 +225,25 @@ def test_two_jobs_that_start_at_once_do_not_mix(publish: Publish, store: FaultPr
     assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
 
 
+def test_two_jobs_that_start_at_once_do_not_mix_their_tokenizers(
+    publish: Publish, store: FaultProxy, bucket: S3Store
+) -> None:
+    """Both publish the same base; the other one claims the folder first."""
+    base = MANIFEST.model_copy(update={"job_uid": SHARED_BASE})
+    files = {"tokenizer.json": PublishedFile(sha256="c" * 64, size=1)}
+    other = base.model_copy(update={"files": files}).text()
+
+    def rule(request: Request) -> Fault | None:
+        if request.method == "PUT" and request.path.endswith(".manifest.partial.json"):
+            obstore.put(bucket, "adapters/tiny/.manifest.partial.json", other)
+        return None
+
+    store.rule = rule
+    message = rejected(publish, ExitCode.BAD_CONFIGURATION, base)
+    assert "the destination s3://team/adapters/tiny holds this base with another tokenizer" in message
+    assert list(stored(bucket)) == ["adapters/tiny/.manifest.partial.json"]
+
+
 def test_the_adapter_of_a_job_that_was_faster_is_never_replaced(
     publish: Publish, store: FaultProxy, bucket: S3Store
 ) -> None:
@@ -325,6 +344,29 @@ def test_a_base_loads_from_the_store_and_is_written_once(
     context.workspace.completion("publish").unlink()
     assert publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 3, tzinfo=UTC)) == record
     assert written(store) == []
+
+
+def test_a_job_that_writes_the_same_base_from_a_mirror_at_once_is_no_failure(
+    tmp_path: Path, tiny_llama: Path, store: FaultProxy, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one writes its manifest after this one has, and before this one reads it back."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    address = f"s3://{BUCKET}/base"
+    context = prepared(tmp_path / "workspace", tiny_llama, {"output": {"base": {"destination": address}}})
+    run(context)
+
+    def rule(request: Request) -> Fault | None:
+        own = stored(bucket).get("base/manifest.json")
+        if own is not None and request.method == "GET" and request.path.endswith("base/manifest.json"):
+            obstore.put(bucket, "base/manifest.json", json.dumps(json.loads(own) | {"baseModel": "hf://a/b"}).encode())
+        return None
+
+    store.rule = rule
+    record = publish_step(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert record.base is not None
+    assert record.base.uri == address
+    assert json.loads(stored(bucket)["base/manifest.json"])["baseModel"] == "hf://a/b"
 
 
 def test_a_folder_of_objects_is_listed_without_its_neighbors(

@@ -347,6 +347,11 @@ def tokenizer_digests(folder: Path) -> dict[str, str]:
     return {name: file_sha256(folder / name) for name in sorted(TOKENIZER_FILES) if (folder / name).is_file()}
 
 
+def tokenizer_and_processor(folder: Path) -> dict[str, Path]:
+    """Each file of the tokenizer and of the processor in the model's folder, by name."""
+    return {name: folder / name for name in sorted(TOKENIZER_FILES | PROCESSOR_FILES) if (folder / name).is_file()}
+
+
 def file_digests(folder: Path, names: Iterable[str], on_bytes: OnBytes) -> dict[str, str]:
     """SHA-256 of each file's content, by its name."""
     names = sorted(names)

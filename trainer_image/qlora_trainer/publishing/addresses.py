@@ -6,7 +6,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.paths import confined
 from qlora_trainer.publishing.destination import Destination, reject_occupied
 from qlora_trainer.publishing.hub_repository import HubDestination
-from qlora_trainer.publishing.manifest import SHARED_BASE
+from qlora_trainer.publishing.manifest import Publisher
 from qlora_trainer.publishing.oci_artifact import RegistryDestination
 from qlora_trainer.publishing.s3_folder import ObjectDestination
 from qlora_trainer.publishing.volume_folder import VolumeFolder
@@ -39,14 +39,12 @@ def check_destination(
     mounts: Mounts,
     secret: Secret | None,
     registries: tuple[str, ...],
-    job_uid: str,
-    shared: bool = False,
-    base_sha256: str | None = None,
+    publisher: Publisher,
 ) -> None:
-    """Raise StepFailure if the job could not publish there: not allowed, occupied, or no right to write.
+    """Raise StepFailure if the publisher could not publish there: not allowed, occupied, or no right to write.
 
-    For the prepare step, before a GPU is used. It does not know the run's fingerprint yet, so that any run of the job
-    counts as its own. Where a base is `shared`, one with the sum `base_sha256` does, and any base before that is known.
+    For the prepare step, before a GPU is used. What it does not know yet of the publisher is not compared: any run of
+    the job counts as its own, and any base before its own is made.
     `secret` is None where the step is not given the credentials, by an operator of the first contract; then only what
     needs none is checked.
     """
@@ -54,16 +52,14 @@ def check_destination(
     if isinstance(source, RegistrySource):
         require_allowed(source, registries)
     if isinstance(source, VolumeSource):
-        destination: Destination = _volume_folder(source, mounts, job_uid)
+        destination: Destination = _volume_folder(source, mounts, publisher.job_uid)
     elif secret is None:
         return
     else:
-        destination = open_destination(address, mounts=mounts, secret=secret, registries=registries, owner=job_uid)
-    owner = SHARED_BASE if shared else job_uid
-    reject_occupied(
-        destination,
-        lambda holder: holder.job_uid == owner and (base_sha256 is None or holder.fingerprint == base_sha256),
-    )
+        destination = open_destination(
+            address, mounts=mounts, secret=secret, registries=registries, owner=publisher.job_uid
+        )
+    reject_occupied(destination, publisher)
     destination.require_writable()
 
 

@@ -2,21 +2,22 @@
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import BaseStatus
-from qlora_trainer.core.completion import TrainRecord
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import MODEL_CARD_FILE
 from qlora_trainer.model.base_artifact import require_files, require_sum
-from qlora_trainer.model.source import PROCESSOR_FILES, TOKENIZER_FILES
-from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
-from qlora_trainer.publishing.manifest import SHARED_BASE, base_manifest
+from qlora_trainer.model.source import tokenizer_and_processor
+from qlora_trainer.publishing.destination import Destination, reject_occupied
+from qlora_trainer.publishing.manifest import Manifest, Publisher, base_manifest, base_publisher
 from qlora_trainer.report.model_card import base_model_card
 from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
 
 
 def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> BaseStatus:
-    """Publish it with the tokenizer and a model card, unless another job has published the same there.
+    """Publish it with the tokenizer and a model card; writes nothing if another job has published both there.
 
-    Raises StepFailure: UNSAFE_ARTIFACT if the base has changed since training, and as `publish_folder` does.
+    Raises StepFailure: UNSAFE_ARTIFACT if the base has changed since training, BAD_CONFIGURATION if the destination has
+    anything else, the base with another tokenizer included.
     """
     if job.prepared.base is None:
         raise AssertionError("a release without the base's status knows no output.base")
@@ -24,24 +25,36 @@ def publish_base(job: TrainedJob, workspace: WorkspaceLayout, destination: Desti
     names = require_files(folder)
     contents: Contents = {
         **{name: folder / name for name in names},
-        **{name: model / name for name in sorted(TOKENIZER_FILES | PROCESSOR_FILES) if (model / name).is_file()},
+        **tokenizer_and_processor(model),
         MODEL_CARD_FILE: base_model_card(job).encode(),
     }
     manifest = base_manifest(job, contents)
     require_sum(folder, {name: manifest.files[name].sha256 for name in names}, job.trained.base_sha256)
-    try:
-        uri = publish_folder(destination, contents, manifest)
-    except OSError:
-        # Another job that publishes the same has been faster, and has removed what this one had begun.
-        if not is_published(destination, manifest):
-            raise
-        uri = destination.location()
-    return job.prepared.base.model_copy(update={"uri": uri})
+    if not _is_there(destination, manifest, manifest.publisher):
+        reject_occupied(destination, manifest.publisher)
+        try:
+            destination.write(contents, manifest)
+        except (OSError, StepFailure):
+            # Another job with the same base has been faster, and has removed or replaced what this one had begun.
+            if not _is_there(destination, manifest, manifest.publisher):
+                raise
+    return job.prepared.base.model_copy(update={"uri": destination.location()})
 
 
-def base_still_published(destination: Destination, trained: TrainRecord) -> bool:
-    """Whether the base of that training is at the destination, undamaged."""
-    manifest = destination.published()
-    if manifest is None or (manifest.job_uid, manifest.fingerprint) != (SHARED_BASE, trained.base_sha256):
+def base_still_published(job: TrainedJob, workspace: WorkspaceLayout, destination: Destination) -> bool:
+    """Whether the base of the job's training is at the destination with its tokenizer, undamaged."""
+    publisher = base_publisher(job.trained.base_sha256, workspace.root / job.prepared.model_path)
+    found = destination.published()
+    return found is not None and _is_there(destination, found, publisher)
+
+
+def _is_there(destination: Destination, manifest: Manifest, publisher: Publisher) -> bool:
+    """Whether the publisher's is there, by whichever job, with every file of the manifest but the model card.
+
+    The card says where the job that wrote it had the base from, and people may change it.
+    """
+    found = destination.published()
+    if found is None or not publisher.owns(found):
         return False
-    return destination.damaged(manifest) is None
+    files = {name: file for name, file in manifest.files.items() if name != MODEL_CARD_FILE}
+    return destination.damaged(manifest.model_copy(update={"files": files})) is None

@@ -1,10 +1,10 @@
 """Publishes a folder to a destination of any kind, and decides whether a run may write there."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest
+from qlora_trainer.core.paths import some_names
+from qlora_trainer.publishing.manifest import SHARED_BASE, Manifest, Publisher
 from qlora_trainer.stores.contents import Contents
 
 
@@ -40,10 +40,10 @@ class Destination(Protocol):
         """The address of exactly what is published: with a commit or digest where there is one."""
 
 
-def reject_occupied(destination: Destination, is_own: Callable[[Manifest], bool]) -> None:
-    """Raise StepFailure (BAD_CONFIGURATION), naming what is there, unless the destination is free or `is_own` holds.
+def reject_occupied(destination: Destination, publisher: Publisher) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION), naming what is there, unless the destination is free or the publisher's.
 
-    `is_own` states whether a manifest is of the run that asks. Files without a manifest belong to nobody known.
+    Files without a manifest belong to nobody known.
     """
     if destination.is_free():
         return
@@ -53,17 +53,28 @@ def reject_occupied(destination: Destination, is_own: Callable[[Manifest], bool]
             f"the destination {destination.uri} has files that no QLoRAJob published: choose another one"
         )
     for holder in holders:
-        if not is_own(holder) and holder.job_uid == SHARED_BASE:
-            raise bad_configuration(
-                f"the destination {destination.uri} holds the 4-bit base of {holder.base_model} "
-                f"({holder.base_revision}), and not what is to be published: choose another one, or delete that base"
-            )
-        if not is_own(holder):
-            raise bad_configuration(
-                f"the destination {destination.uri} holds another adapter, of job {holder.job_name!r} (UID "
-                f"{holder.job_uid}, trained on {holder.base_model}): give each job a destination of its own, or delete "
-                "that adapter"
-            )
+        if not publisher.owns(holder):
+            raise bad_configuration(f"the destination {destination.uri} {_occupation(holder, publisher)}")
+
+
+def _occupation(holder: Manifest, publisher: Publisher) -> str:
+    """What the holder has there that is not the publisher's, and what to do."""
+    if holder.job_uid != SHARED_BASE:
+        return (
+            f"holds another adapter, of job {holder.job_name!r} (UID {holder.job_uid}, trained on "
+            f"{holder.base_model}): give each job a destination of its own, or delete that adapter"
+        )
+    if (holder.job_uid, holder.fingerprint) != (publisher.job_uid, publisher.fingerprint):
+        return (
+            f"holds the 4-bit base of {holder.base_model} ({holder.base_revision}), and not what is to be published: "
+            "choose another one, or delete that base"
+        )
+    there, own = holder.tokenizer, publisher.tokenizer or {}
+    different = [name for name in {**there, **own} if there.get(name) != own.get(name)]
+    return (
+        "holds this base with another tokenizer: choose another destination, or delete that base (different: "
+        f"{some_names(different)})"
+    )
 
 
 def publish_folder(destination: Destination, contents: Contents, manifest: Manifest) -> str:
@@ -72,7 +83,7 @@ def publish_folder(destination: Destination, contents: Contents, manifest: Manif
     Writes nothing if they are there already. Raises StepFailure: BAD_CONFIGURATION if the destination is occupied.
     """
     if not is_published(destination, manifest):
-        reject_occupied(destination, manifest.same_run)
+        reject_occupied(destination, manifest.publisher)
         destination.write(contents, manifest)
     return destination.location()
 

@@ -70,7 +70,7 @@ class HubDestination:
         listing = self._listing() or self._hub.make(self._repository)
         # The hub rejects a commit whose parent is no longer the newest, so that a run that publishes from here on does
         # not go unnoticed either.
-        reject_occupied(self, manifest.same_run)
+        reject_occupied(self, manifest.publisher)
         everything = {**contents, PUBLISHED_MANIFEST: manifest.text()}
         commit = self._hub.commit(self._repository, everything, f"Publish {manifest.job_name}", parent=listing.commit)
         damaged = self.damaged(manifest)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from qlora_api.schema import ObservedModel
 from qlora_api.v1alpha1 import MUTABLE_FIELDS
+from qlora_trainer.model.source import PROCESSOR_FILES, TOKENIZER_FILES, tokenizer_and_processor
 from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents, PublishedFile, describe_files
 
@@ -35,9 +38,42 @@ class Manifest(ObservedModel):
         """The content of the manifest's file. The same run gives the same bytes."""
         return (json.dumps(self.dump(), indent=2, sort_keys=True) + "\n").encode()
 
-    def same_run(self, other: "Manifest") -> bool:
-        """Whether both are of one job with the same settings, so that one may replace the other."""
-        return (self.job_uid, self.fingerprint) == (other.job_uid, other.fingerprint)
+    @property
+    def publisher(self) -> "Publisher":
+        """Who has published it, or is about to."""
+        return Publisher(self.job_uid, self.fingerprint, self.tokenizer if self.job_uid == SHARED_BASE else None)
+
+    @property
+    def tokenizer(self) -> dict[str, PublishedFile]:
+        """Its files of a tokenizer and of a processor, by name."""
+        return {name: file for name, file in self.files.items() if name in TOKENIZER_FILES | PROCESSOR_FILES}
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Who publishes: a run of a job or, of a base, every job that has it. What is None is not known, and not compared.
+
+    Neither addresses nor versions of libraries are part of it: the same base from a mirror is the same base.
+    """
+
+    job_uid: str
+    """SHARED_BASE for a base."""
+    fingerprint: str | None = None
+    tokenizer: Mapping[str, PublishedFile] | None = None
+    """What lies beside a base, by name."""
+
+    def owns(self, manifest: Manifest) -> bool:
+        """Whether it may replace what that manifest describes."""
+        return (
+            self.job_uid == manifest.job_uid
+            and self.fingerprint in (None, manifest.fingerprint)
+            and self.tokenizer in (None, manifest.tokenizer)
+        )
+
+
+def base_publisher(base_sha256: str, model: Path) -> Publisher:
+    """Whoever publishes the base of that sum with the tokenizer in the folder `model`."""
+    return Publisher(SHARED_BASE, base_sha256, describe_files(tokenizer_and_processor(model)))
 
 
 def run_manifest(job: TrainedJob, contents: Contents) -> Manifest:
@@ -56,7 +92,7 @@ def run_manifest(job: TrainedJob, contents: Contents) -> Manifest:
 
 
 def base_manifest(job: TrainedJob, contents: Contents) -> Manifest:
-    """The manifest of the job's published base: the same for all jobs that were trained on it, so that they share it.
+    """The manifest of the job's published base, which names no job: all that were trained on it share it.
 
     Raises OSError if a file cannot be read.
     """

@@ -53,7 +53,7 @@ def publish_merged(
     Raises StepFailure as `merge` and `publish_folder` do. The folder of the workspace in which the model is merged is
     removed afterwards.
     """
-    reject_occupied(destination, run_manifest(job, {}).same_run)
+    reject_occupied(destination, run_manifest(job, {}).publisher)
     with scratch_folder(workspace.merged) as folder:
         say("merging the adapter into the base")
         merged = merge(job, workspace, folder)

@@ -63,7 +63,7 @@ class RegistryDestination:
         config, artifact = pack(manifest.job_name, described)
         self._registry.upload(Blob(digest_of(config), len(config)), config)
         # A registry moves a tag from any artifact, and uploading may have taken long.
-        reject_occupied(self, manifest.same_run)
+        reject_occupied(self, manifest.publisher)
         self._registry.tag(artifact, self._source.reference)
         found, damaged = self._artifact(), self.damaged(manifest)
         if found is None or found.digest != digest_of(artifact) or damaged is not None:

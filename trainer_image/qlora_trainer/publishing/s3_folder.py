@@ -84,7 +84,7 @@ class ObjectDestination:
         """Create the claim, unless an earlier attempt has. Raises StepFailure if the folder is another run's by now."""
         created = self._folder.create(_CLAIM, manifest.text())
         try:
-            reject_occupied(self, manifest.same_run)
+            reject_occupied(self, manifest.publisher)
         except StepFailure:
             # Another run has published, and removed its own claim, after this one had found the folder free.
             if created:

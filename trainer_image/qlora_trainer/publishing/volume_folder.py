@@ -53,7 +53,7 @@ class VolumeFolder:
             (stage / PUBLISHED_MANIFEST).write_bytes(manifest.text())
             sync_tree(stage)
             _require_intact(stage, manifest)
-            reject_occupied(self, manifest.same_run)
+            reject_occupied(self, manifest.publisher)
             _swap(stage, folder)
         except BaseException:
             # On a full volume its space is needed.

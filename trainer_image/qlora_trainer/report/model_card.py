@@ -90,7 +90,7 @@ effect. To serve in 4-bit, load the original model in 4-bit and the adapter on t
 
 
 def base_model_card(job: TrainedJob) -> str:
-    """The model card of a published base as Markdown: the same for every job that was trained on it."""
+    """The model card of a published base as Markdown. It names the base as the job that writes it does."""
     return f"""# {job.base_name}, in 4-bit
 
 `{job.base_name}` (`{job.prepared.model_revision}`) in {quantization_label(job.spec.quantization)}, as adapters were

@@ -44,6 +44,7 @@ from qlora_trainer.model.dry_run.limited import measure_within_limits
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination
+from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publisher
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
@@ -68,7 +69,8 @@ def prepare(
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
             record = _prepare(context, records, say, now)
-    _check_destinations(context, record.base_sha256)
+    model = context.workspace.root / record.model_path
+    _check_destinations(context, base_publisher(record.base_sha256, model))
     if record != written:
         write_completion(path, record)
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
@@ -198,19 +200,17 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
     ).build()
 
 
-def _check_destinations(context: StepContext, base_sha256: str | None = None) -> None:
-    """Raise StepFailure unless the job can publish where it names; once its base is known, only where that goes."""
+def _check_destinations(context: StepContext, base: Publisher | None = None) -> None:
+    """Raise StepFailure unless the job can publish where it names; once its `base` is known, only where that goes."""
     for field, address in context.spec.output.destinations.items():
         shared = field == "base.destination"
-        if shared or base_sha256 is None:
+        if shared or base is None:
             check_destination(
                 address,
                 mounts=context.mounts,
                 secret=context.secret("output") if context.contract_version > 1 else None,
                 registries=context.registries,
-                job_uid=context.job_uid,
-                shared=shared,
-                base_sha256=base_sha256,
+                publisher=(base or Publisher(SHARED_BASE)) if shared else Publisher(context.job_uid),
             )
 
 

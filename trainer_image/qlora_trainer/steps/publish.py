@@ -43,7 +43,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
 
     workspace, job = context.workspace, _trained_job(context)
     destination = _destination(context, context.spec.output.destination, workspace.adapter)
-    done = _already_published(context, job.trained, destination)
+    done = _already_published(context, job, destination)
     if done is not None:
         return done
     say("verifying the adapter")
@@ -108,21 +108,23 @@ def _base_destination(context: StepContext) -> Destination | None:
     return None if wanted is None else _destination(context, wanted.destination, context.workspace.base)
 
 
-def _already_published(context: StepContext, trained: TrainRecord, destination: Destination) -> PublishRecord | None:
+def _already_published(context: StepContext, job: TrainedJob, destination: Destination) -> PublishRecord | None:
     """The completion record, if it is of this adapter and every file is still what its manifest says."""
     record = read_completion(context.workspace.completion("publish"), PublishRecord)
-    if record is None or record.fingerprint != _fingerprint(trained, destination):
+    if record is None or record.fingerprint != _fingerprint(job.trained, destination):
         return None
     merged_destination = _merged_destination(context)
     if merged_destination is not None and not still_published(merged_destination, record.merged):
         return None
     base_destination = _base_destination(context)
-    if base_destination is not None and not (record.base and base_still_published(base_destination, trained)):
+    if base_destination is not None and not (
+        record.base and base_still_published(job, context.workspace, base_destination)
+    ):
         return None
     manifest = destination.published()
     if manifest is None or ADAPTER_FILE not in manifest.files:
         return None
-    same = manifest.files[ADAPTER_FILE].sha256 == trained.adapter_sha256
+    same = manifest.files[ADAPTER_FILE].sha256 == job.trained.adapter_sha256
     return record if same and is_published(destination, manifest) else None
 
 
