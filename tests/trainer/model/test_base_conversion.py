@@ -24,10 +24,11 @@ from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_artifact import FORMAT, read_manifest, require_sha256
 from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.model.base_layout import BaseLayout
+from qlora_trainer.model.base_tensors import require_tensors
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.training.sharding import STORAGE_DTYPE
-from tests.support.families import FAMILIES, tiny_config
+from tests.support.families import EXPERTS, FAMILIES, tiny_config
 from tests.support.four_bit import convert, require_equal
 from tests.support.tiny import SHAPE, save_model
 
@@ -38,6 +39,9 @@ KINDS = [QuantizationSpec(type=kind, double_quant=double) for kind in ("nf4", "f
 CHECKPOINTS = {name: FAMILIES[name][0] for name in ("llama-biased-tied", "gemma3", "phi3", "gpt_neox")} | {
     name: tiny_config(name) for name in ("gemma3n_text", "olmo_hybrid")
 }
+
+
+ROUTED = {name: EXPERTS[name][0] for name in ("qwen3_moe", "ernie4_5_moe")}
 
 
 def in_plain_transformers(folder: Path) -> Any:
@@ -277,6 +281,21 @@ def test_a_weight_that_is_stored_in_pieces_is_one_and_a_missing_piece_is_named(t
     with pytest.raises(StepFailure, match=f"1 tensors are missing, first {re.escape(name)}$") as caught:
         convert(model, tmp_path / "incomplete", NF4)
     assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS | ROUTED)
+def test_its_tensors_are_those_that_the_layout_announces(tmp_path: Path, family: str) -> None:
+    """Of whichever form: in pieces, of experts, under older names."""
+    model = save_model(tmp_path / "model", (CHECKPOINTS | ROUTED)[family])
+    quantization = QuantizationSpec(type="fp4", double_quant=family == "qwen3_moe")
+    convert(model, tmp_path / "base", quantization)
+    layout = BaseLayout.of(model, quantization)
+    require_tensors(tmp_path / "base", [WEIGHTS], layout)
+    weights = load_file(tmp_path / "base" / WEIGHTS)
+    cut = max(name for name in weights if name.endswith(".absmax"))
+    save_file(weights | {cut: weights[cut][:1].clone()}, tmp_path / "base" / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"{re.escape(cut)} is \w+ \[1\], and must be"):
+        require_tensors(tmp_path / "base", [WEIGHTS], layout)
 
 
 def test_its_size_is_known_before_it_is_made(tmp_path: Path, tiny_llama: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, ModelCacheLayout, WorkspaceLayout
@@ -293,6 +294,47 @@ def with_tensors_of_another_model(folder: Path, name: str = WEIGHTS) -> None:
     in_manifest(folder, name)
 
 
+def replaced(folder: Path, name: str, role: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change the first of the layers' tensors of that role, as somebody would who knows the format."""
+    tensors = load_file(folder / name)
+    chosen = min(tensor for tensor in tensors if f".weight.{role}" in tensor)
+    (folder / name).unlink()
+    save_file(tensors | {chosen: change(tensors[chosen])}, folder / name)
+    in_manifest(folder, name)
+
+
+def with_too_few_constants(folder: Path, name: str = WEIGHTS) -> None:
+    """For which a kernel reads memory that is not the tensor's."""
+    replaced(folder, name, "absmax", lambda tensor: tensor[:1].clone())
+
+
+def with_constants_of_another_type(folder: Path) -> None:
+    replaced(folder, WEIGHTS, "nested_absmax", lambda tensor: tensor.half())
+
+
+def without_constants(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    chosen = min(tensor for tensor in tensors if tensor.endswith(".absmax"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != chosen}, folder / WEIGHTS)
+    in_manifest(folder, WEIGHTS)
+
+
+def described_as_larger(folder: Path, name: str = WEIGHTS) -> None:
+    """The lengths of all tensors fit; the description does not."""
+
+    def larger(tensor: torch.Tensor) -> torch.Tensor:
+        described = json.loads(bytes(tensor.tolist()))
+        described["shape"][0] *= 4
+        return torch.tensor([*json.dumps(described).encode().ljust(len(tensor))], dtype=torch.uint8)
+
+    replaced(folder, name, "quant_state", larger)
+
+
+def with_another_table(folder: Path) -> None:
+    replaced(folder, WEIGHTS, "quant_map", lambda tensor: tensor * 2)
+
+
 def of_another_original(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["sources"][WEIGHTS] = "0" * 64
@@ -367,6 +409,11 @@ def write(path: Path, content: bytes) -> None:
         with_another_configuration,
         with_one_more_setting,
         with_tensors_of_another_model,
+        with_too_few_constants,
+        with_constants_of_another_type,
+        without_constants,
+        described_as_larger,
+        with_another_table,
         of_another_original,
         of_another_quantization,
         shortened,
@@ -549,7 +596,9 @@ def test_what_a_stopped_job_has_left_is_used_by_another_once_it_is_stale(job: Jo
     cached(cache)
 
 
-@pytest.mark.parametrize("harm", [overwritten, with_tensors_of_another_model], ids=["damaged", "planted"])
+@pytest.mark.parametrize(
+    "harm", [overwritten, with_tensors_of_another_model, with_too_few_constants, described_as_larger]
+)
 def test_what_a_stopped_job_has_left_is_made_again_unless_it_is_sound(
     job: JobOf, hub: FakeHub, cache: Path, harm: Callable[[Path, str], None]
 ) -> None:

@@ -235,6 +235,46 @@ class BaseLayout:
         for expert, piece, matrix in matrices(opened, part.stored, part.place, self.experts.stacks[part.place.stack]):
             yield entry_name(part.place.stack, expert, piece), matrix
 
+    def tensors(
+        self, stored: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> Mapping[str, tuple[Entry, StoredTensor | None]]:
+        """What a base has whose files have these tensors, by name with type and shape; of a 4-bit layer, as what.
+
+        These are all tensors of the routed experts, and of each other weight that is stored. What no base has is not
+        among them. Buffers are as they are stored, and so are the rows of a weight that is stored in pieces.
+        """
+        found: dict[str, tuple[Entry, StoredTensor | None]] = {}
+        for name, stack in self.experts.stacks.items():
+            if stack.mxfp4:
+                for role, tensor in tensors_of(stack.shape).items():
+                    found[f"{name}{role}"] = (Entry(f"{name}{role}", "U8", tensor.shape), None)
+                continue
+            for matrix in stack.matrices(Place(name, None)):
+                found |= self._layer_tensors(entry_name(name, *matrix), stack.piece_shape)
+        for name in stored.keys() - found.keys():
+            (dtype, shape), place = stored[name], self.name_in_model(name)
+            if place is None:
+                continue
+            whole = self.shapes.get(place.name)
+            if place.name in self.buffers and dtype in DTYPES:
+                found[name] = (Entry(name, dtype, shape), None)
+            elif whole is not None and place.name not in self.four_bit:
+                rows = whole[:1] if place.pieces == 1 else shape[:1]
+                found[name] = (Entry(name, self._dtype(place.name), (*rows, *whole[1:])), None)
+            elif whole is not None and place.pieces == 1:
+                found |= self._layer_tensors(name, whole)
+        return found
+
+    def _layer_tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[Entry, StoredTensor | None]]:
+        """The tensors of the 4-bit layer whose weight has this name in a file, and this shape."""
+        return {
+            entry.name: (
+                entry,
+                StoredTensor(entry.name[len(name) + 1 :], entry.dtype, entry.shape, shape, self.quantization),
+            )
+            for entry in _layer(name, prod(shape), self.quantization)
+        }
+
     def library_config(self) -> BitsAndBytesConfig:
         """How transformers is told of the base's quantization."""
         stacks = self.experts.stacks.values()

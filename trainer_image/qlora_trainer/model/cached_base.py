@@ -16,6 +16,7 @@ from qlora_trainer.model.base_artifact import BaseManifest
 from qlora_trainer.model.base_conversion import BaseConversion, small_files
 from qlora_trainer.model.base_layout import BaseLayout
 from qlora_trainer.model.base_source import Base, BaseSource, WorkspaceBase
+from qlora_trainer.model.base_tensors import require_tensors
 from qlora_trainer.model.cache import (
     CachedFolder,
     DamagedCacheError,
@@ -154,8 +155,9 @@ class CachedBase:
             raise DamagedCacheError("it was made of another model")
         try:
             small = small_files(folder, manifest, self._settings, self._layout)
-        except (StepFailure, SafetensorError, OSError) as error:
-            raise DamagedCacheError("its weights are not those of the model") from error
+            require_tensors(folder, manifest.sources, self._layout)
+        except (StepFailure, SafetensorError, OSError, ValueError) as error:
+            raise DamagedCacheError(f"its weights are not those of the model: {error}") from error
         if manifest.files != {name: manifest.files[name] for name in originals} | describe_files(small):
             raise DamagedCacheError("its configuration is another one")
 
@@ -177,7 +179,9 @@ class CachedBase:
         try:
             with volume_errors():
                 manifest = conversion.complete()
-        except (StepFailure, SafetensorError):
+                if kept:
+                    require_tensors(place, manifest.sources, self._layout)
+        except (StepFailure, SafetensorError, ValueError):
             if not kept:
                 raise
             # What another pod has left does not fit the model, whatever its sums are: the next round begins anew.
