@@ -1,5 +1,6 @@
 """The 4-bit base that prepare makes: libraries read it, it is what loading would have quantized, and it resumes."""
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
-from qlora_trainer.model import base_conversion
+from qlora_trainer.model import base_artifact, base_conversion
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_artifact import FORMAT, read_manifest, require_sha256
 from qlora_trainer.model.base_conversion import BaseConversion
@@ -321,3 +322,23 @@ def test_a_base_that_has_changed_is_not_used(tmp_path: Path, tiny_llama: Path, d
     with pytest.raises(StepFailure, match="4-bit base") as caught:
         require_sha256(tmp_path / "base", sha256)
     assert caught.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+
+
+@pytest.mark.parametrize("lost", ["folder", "file", "read"])
+def test_a_base_that_cannot_be_read_is_not_said_to_have_changed(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Another job may have set it aside, or the volume has a fault: the step is retried."""
+    sha256 = convert(tiny_llama, tmp_path / "base", NF4)
+
+    def failing(path: Path, _on_bytes: object) -> str:
+        number = errno.ENOENT if lost == "file" else errno.EIO
+        raise OSError(number, os.strerror(number), str(path))
+
+    if lost == "folder":
+        (tmp_path / "base").rename(tmp_path / "aside")
+    else:
+        monkeypatch.setattr(base_artifact, "file_sha256", failing)
+    with pytest.raises(StepFailure, match=r"the 4-bit base .* the step is retried") as caught:
+        require_sha256(tmp_path / "base", sha256)
+    assert caught.value.exit_code is ExitCode.UNREACHABLE

@@ -25,7 +25,7 @@ from qlora_trainer.core import folder_lock
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest
-from qlora_trainer.core.filesystem import bytes_below
+from qlora_trainer.core.filesystem import bytes_below, file_sha256
 from qlora_trainer.core.folder_lock import own
 from qlora_trainer.core.outcome import Terminated
 from qlora_trainer.model import cache as cache_module
@@ -474,6 +474,48 @@ def test_what_is_sound_in_a_damaged_base_is_not_made_again(job: JobOf, hub: Fake
     write(cached(cache) / parts[1], (cached(cache) / parts[1]).read_bytes()[::-1])
     assert parts[1] in base_of(prepare(job("second"), Recorded())).message
     assert [name for name in hub.fetched if name in parts] == [*parts, parts[1]]
+
+
+@contextmanager
+def unreadable(cache: Path, number: int) -> Iterator[None]:
+    """Let no file of the cache's be hashed, as after a fault of its volume."""
+
+    def failing(path: Path, *more: Any) -> str:
+        if cache in path.parents:
+            raise OSError(number, os.strerror(number), str(path))
+        return file_sha256(path, *more)
+
+    with patch.object(cache_module, "file_sha256", failing):
+        yield
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_base_that_one_job_cannot_read_stays_for_the_others(
+    job: JobOf, hub: FakeHub, cache: Path, number: int
+) -> None:
+    prepare(job("first"), Recorded())
+    before = cached(cache).stat().st_ino
+    with unreadable(cache, number):
+        record = prepare(job("second"), Recorded())
+    assert record.base_path == "base"
+    assert f"the model cache cannot be used ({os.strerror(number)})" in base_of(record).message
+    assert cached(cache).stat().st_ino == before
+    assert base_of(prepare(job("third"), Recorded())).origin == "cache"
+
+
+def test_training_is_retried_while_the_cache_does_not_answer(
+    job: JobOf, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = job()
+    prepare(context, Recorded())
+
+    def failing(_folder: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(cache_module, "manifest_of", failing)
+    with pytest.raises(StepFailure, match=r"Stale file handle.*; the step is retried") as failure:
+        train(context, Recorded(), stop=StopRequest(), now=lambda: datetime.now(UTC), monotonic=lambda: 0.0)
+    assert failure.value.exit_code is ExitCode.UNREACHABLE
 
 
 # At once, and killed

@@ -1,14 +1,15 @@
 """The 4-bit base of a job: a folder in the format of transformers, with a manifest of what it was made of."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from qlora_api.schema import ObservedModel
 from qlora_api.training import QuantizationSpec
-from qlora_trainer.core.failures import unsafe_artifact
+from qlora_trainer.core.failures import unreachable, unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256, write_atomically
 from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.source import content_revision
@@ -81,25 +82,31 @@ def has_size(path: Path, size: int) -> bool:
 def require_files(folder: Path) -> list[str]:
     """The names of the base's files. Raises StepFailure UNSAFE_ARTIFACT unless these are in the folder, and no others.
 
-    Libraries load more than they are asked for, such as an adapter that lies beside the weights.
+    Libraries load more than they are asked for, such as an adapter that lies beside the weights. UNREACHABLE if the
+    folder is gone or cannot be read: then nobody knows whether the base has changed.
     """
-    manifest = read_manifest(folder)
-    files = {} if manifest is None else manifest.files
-    for name, file in files.items():
-        if not has_size(folder / name, file.size):
-            raise unsafe_artifact(f"{folder / name}, a part of the 4-bit base, is missing or cut off: {_AGAIN}")
-    if other := {path.name for path in folder.glob("*")} - {MANIFEST, *files}:
-        raise unsafe_artifact(f"{some_names(other)} does not belong to the 4-bit base in {folder}: {_AGAIN}")
-    return list(files)
+    with _reading(folder):
+        if not folder.is_dir():
+            raise unreachable(f"the 4-bit base is no longer in {folder}; the step is retried")
+        manifest = read_manifest(folder)
+        files = {} if manifest is None else manifest.files
+        for name, file in files.items():
+            if not has_size(folder / name, file.size):
+                raise unsafe_artifact(f"{folder / name}, a part of the 4-bit base, is missing or cut off: {_AGAIN}")
+        if other := {path.name for path in folder.glob("*")} - {MANIFEST, *files}:
+            raise unsafe_artifact(f"{some_names(other)} does not belong to the 4-bit base in {folder}: {_AGAIN}")
+        return list(files)
 
 
 def require_sha256(folder: Path, sha256: str, on_block: Callable[[], None] = lambda: None) -> None:
     """Read all files of the base. Raise StepFailure UNSAFE_ARTIFACT unless the sum is what prepare recorded.
 
-    `on_block` is called for every few MiB.
+    UNREACHABLE if they cannot be read. `on_block` is called for every few MiB.
     """
     files = require_files(folder)
-    require_sum(folder, {name: file_sha256(folder / name, lambda _done: on_block()) for name in files}, sha256)
+    with _reading(folder):
+        digests = {name: file_sha256(folder / name, lambda _done: on_block()) for name in files}
+    require_sum(folder, digests, sha256)
 
 
 def require_sum(folder: Path, digests: dict[str, str], sha256: str) -> None:
@@ -110,6 +117,16 @@ def require_sum(folder: Path, digests: dict[str, str], sha256: str) -> None:
             f"the 4-bit base in {folder} has sha256 {found}, but prepare recorded {sha256}: it was changed or damaged "
             f"afterwards, and nothing that was trained on it is published; {_AGAIN}"
         )
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Raise StepFailure UNREACHABLE for an OSError: an error of the volume is no change of the base."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise unreachable(f"the 4-bit base in {folder} cannot be read ({reason}); the step is retried") from error
 
 
 def _sum(digests: dict[str, str]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qlora_api.contract import ModelCacheLayout
 from qlora_api.training import QuantizationSpec
-from qlora_trainer.core.failures import StepFailure, model_unavailable
+from qlora_trainer.core.failures import StepFailure, model_unavailable, unreachable
 from qlora_trainer.core.filesystem import (
     PARTIAL,
     bytes_below,
@@ -49,7 +49,10 @@ class DamagedCacheError(Exception):
 
 
 class UnusableCacheError(Exception):
-    """The cache's volume is full, read-only or broken. The message is a part of a sentence about it."""
+    """The cache's volume is full, read-only or broken. The message is a part of a sentence about it.
+
+    What is in it may be sound, and other jobs may be reading it: nothing is set aside.
+    """
 
 
 @contextmanager
@@ -61,6 +64,16 @@ def volume_errors() -> Iterator[None]:
         raise UnusableCacheError(error.strerror or type(error).__name__) from error
 
 
+@contextmanager
+def read_errors() -> Iterator[None]:
+    """Raise DamagedCacheError for a file that is gone, and UnusableCacheError for one that cannot be read now."""
+    with volume_errors():
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DamagedCacheError("a file of it is missing") from error
+
+
 @dataclass(frozen=True)
 class CachedFolder:
     """A complete folder, or whatever else has its name."""
@@ -69,15 +82,14 @@ class CachedFolder:
     identity: tuple[int, int]
     """Differs once the folder has been replaced, or filled again."""
 
+    @read_errors()
     def manifest(self) -> BaseManifest:
-        """What is in it, without reading it. Raises DamagedCacheError."""
-        try:
-            return manifest_of(self.path)
-        except OSError as error:
-            raise DamagedCacheError(f"it cannot be read: {error.strerror}") from error
+        """What is in it, without reading it. Raises DamagedCacheError, UnusableCacheError."""
+        return manifest_of(self.path)
 
+    @read_errors()
     def require_sound(self, manifest: BaseManifest, on_bytes: Callable[[int, int], None]) -> None:
-        """Read all files. Raises DamagedCacheError unless they are those of the manifest.
+        """Read all files. Raises DamagedCacheError unless they are those of the manifest, UnusableCacheError.
 
         `on_bytes` is called with the bytes that have been read and the total.
         """
@@ -308,24 +320,27 @@ def is_whole(folder: Path, cache: Path | None) -> bool:
 
 
 def require_whole_in_cache(folder: Path, cache: Path | None) -> None:
-    """Raise StepFailure MODEL_UNAVAILABLE if the base is in the cache and no longer complete there."""
+    """Raise StepFailure if the base is in the cache, and MODEL_UNAVAILABLE if it is no longer complete there.
+
+    UNREACHABLE if the volume does not tell.
+    """
     if cache is None or not folder.is_relative_to(cache):
         return
     try:
-        manifest_of(folder)
-    except (DamagedCacheError, OSError) as error:
+        with read_errors():
+            manifest_of(folder)
+    except UnusableCacheError as error:
+        raise unreachable(f"the base model in the model cache cannot be read ({error}); the step is retried") from error
+    except DamagedCacheError as error:
         raise model_unavailable(
             f"the base model is no longer whole in the model cache ({error}): nothing may delete or change files there "
             "while jobs run; create the job again, which makes it again"
         ) from error
 
 
-def _sha256(path: Path, before: int, total: int, on_bytes: Callable[[int, int], None]) -> str | None:
-    """The digest of a file that `before` bytes precede; None for a bad block, or one that this pod may not read."""
-    try:
-        return file_sha256(path, lambda done: on_bytes(before + done, total))
-    except OSError:
-        return None
+def _sha256(path: Path, before: int, total: int, on_bytes: Callable[[int, int], None]) -> str:
+    """The digest of a file that `before` bytes precede."""
+    return file_sha256(path, lambda done: on_bytes(before + done, total))
 
 
 def _is_plain(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from qlora_trainer.model.cache import (
     ModelCache,
     UnusableCacheError,
     cache_key,
+    read_errors,
     volume_errors,
 )
 from qlora_trainer.model.source import DownloadedModel, ModelSource, OnBytes, Origin
@@ -154,9 +155,10 @@ class CachedBase:
         if (manifest.version, manifest.quantization, manifest.sources.keys(), made_of) != wanted:
             raise DamagedCacheError("it was made of another model")
         try:
-            small = small_files(folder, manifest, self._settings, self._layout)
-            require_tensors(folder, manifest.sources, self._layout)
-        except (StepFailure, SafetensorError, OSError, ValueError) as error:
+            with read_errors():
+                small = small_files(folder, manifest, self._settings, self._layout)
+                require_tensors(folder, manifest.sources, self._layout)
+        except (StepFailure, SafetensorError, ValueError) as error:
             raise DamagedCacheError(f"its weights are not those of the model: {error}") from error
         if manifest.files != {name: manifest.files[name] for name in originals} | describe_files(small):
             raise DamagedCacheError("its configuration is another one")

@@ -16,7 +16,7 @@ class BaseCheck:
     """Reads the files of a base in a thread of its own, and compares their sum with what prepare recorded."""
 
     def __init__(self, folder: Path, sha256: str) -> None:
-        """Begin. Raises StepFailure UNSAFE_ARTIFACT at once for a file that is missing, cut off, or not the base's."""
+        """Begin. Raises StepFailure at once, as `require_files` does."""
         require_files(folder)
         self._failure: Exception | None = None
         self._passed = False
@@ -26,7 +26,7 @@ class BaseCheck:
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raise what the check has found so far: StepFailure UNSAFE_ARTIFACT, or why it failed. Waits for nothing."""
+        """Raise what the check has found so far: StepFailure as `require_sha256`, or a bug. Waits for nothing."""
         if self._failure is not None:
             raise self._failure
 
