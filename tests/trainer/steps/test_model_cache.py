@@ -191,11 +191,26 @@ def test_a_job_trains_and_publishes_from_the_cache_which_clean_leaves(
     unpublished = run("publish")
     assert unpublished.exit_code == ExitCode.MODEL_UNAVAILABLE
     assert "no longer whole in the model cache" in unpublished.result.message
+    assert "raise spec.retry.request" in unpublished.result.message
+    assert (files.workspace / "adapter" / "adapter_model.safetensors").is_file()
     for step in ("prepare", "publish", "clean"):
         done = run(step)
         assert done.exit_code == 0, done.stdout + done.stderr
     assert (files.workspace / "merged" / WEIGHTS).is_file()
     assert (cached(cache) / WEIGHTS).is_file()
+
+
+def test_an_adapter_is_published_without_the_base_that_it_was_trained_on(
+    hub: FakeHub, cache: Path, tmp_path: Path
+) -> None:
+    """The adapter is all that the job is for: nothing that was paid for is lost with a file that is not read."""
+    files = new_files(tmp_path / "job", tmp_path, MODEL | {"training": {"maxSteps": 8}})
+    for step in ("prepare", "train"):
+        assert files.run(step, QLORA_MODEL_CACHE=str(cache)).exit_code == 0
+    shutil.rmtree(cached(cache))
+    done = files.run("publish", QLORA_MODEL_CACHE=str(cache))
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert (files.workspace / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_training_does_not_start_on_a_base_that_has_changed_in_the_cache(job: JobOf, hub: FakeHub, cache: Path) -> None:

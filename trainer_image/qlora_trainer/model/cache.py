@@ -334,7 +334,7 @@ def require_whole_in_cache(folder: Path, cache: Path | None) -> None:
     except DamagedCacheError as error:
         raise model_unavailable(
             f"the base model is no longer whole in the model cache ({error}): nothing may delete or change files there "
-            "while jobs run; create the job again, which makes it again"
+            "while jobs run; raise spec.retry.request, and prepare makes it again"
         ) from error
 
 

@@ -136,7 +136,6 @@ def _fingerprint(trained: TrainRecord, destination: Destination) -> str:
 def _verify(job: TrainedJob, context: StepContext) -> Path:
     """The folder of the trained adapter, after every check. Raises StepFailure."""
     workspace, prepared, trained = context.workspace, job.prepared, job.trained
-    require_whole_in_cache(workspace.root / prepared.base_path, context.mounts.model_cache)
     require_own_training(prepared, trained, job.spec, workspace)
     folder = confined(workspace.root / trained.adapter_path, workspace.root)
     verify_adapter(
@@ -173,11 +172,17 @@ def _write(job: TrainedJob, folder: Path, picture: bytes, destination: Destinati
     )
 
 
+def _require_base(job: TrainedJob, context: StepContext) -> None:
+    """Raise StepFailure if the base is in the cache and no longer whole there. The adapter is published without it."""
+    require_whole_in_cache(context.workspace.root / job.prepared.base_path, context.mounts.model_cache)
+
+
 def _publish_base(job: TrainedJob, context: StepContext, say: Callable[[str], None]) -> BaseStatus | None:
     """Publish the 4-bit base, if the job asks for it."""
     destination = _base_destination(context)
     if destination is None:
         return None
+    _require_base(job, context)
     say(f"writing the base to {destination.uri}")
     return publish_base(job, context.workspace, destination)
 
@@ -187,6 +192,7 @@ def _merge(job: TrainedJob, context: StepContext, say: Callable[[str], None]) ->
     destination = _merged_destination(context)
     if destination is None:
         return None
+    _require_base(job, context)
     merged = publish_merged(job, context.workspace, destination, say)
     write_report(job, context.workspace, device=context.device, merged=merged)
     return merged
