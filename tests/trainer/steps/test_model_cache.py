@@ -811,6 +811,35 @@ def test_neither_room_in_the_cache_nor_in_the_workspace_ends_before_the_weights(
     assert WEIGHTS not in hub.fetched
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ESTALE, ExitCode.UNREACHABLE), (errno.EDQUOT, ExitCode.STORAGE_FULL)]
+)
+@pytest.mark.parametrize("call", ["find", "claim"])
+def test_a_fault_of_the_cache_is_retried_by_a_job_whose_workspace_has_no_room(
+    job: JobOf, hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: ExitCode, call: str
+) -> None:
+    """Found out before the download, or only when the base is about to be made."""
+    usage, one_file = shutil.disk_usage, (hub.repositories["models/acme/tiny"] / WEIGHTS).stat().st_size
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: (
+            usage(path) if cache in (path, *Path(path).parents) else usage(path)._replace(free=one_file + 1000)
+        ),
+    )
+
+    def failing(*_arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ModelCache, {"find": "_require_no_link", "claim": "_claim"}[call], failing)
+    with pytest.raises(
+        StepFailure, match=f"MiB free.*; the model cache cannot be used: {os.strerror(number)}"
+    ) as failure:
+        prepare(job(), Recorded())
+    assert failure.value.exit_code is code
+    assert WEIGHTS not in hub.fetched
+
+
 def test_a_cache_that_can_only_be_read_is_read(job: JobOf, hub: FakeHub, cache: Path) -> None:
     prepare(job("first"), Recorded())
     with broken(cache, 1, errno.EROFS):

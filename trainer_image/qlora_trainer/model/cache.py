@@ -23,6 +23,7 @@ from qlora_trainer.core.filesystem import (
     PARTIAL,
     bytes_below,
     file_sha256,
+    is_full,
     new_folder,
     partial_path,
     remove,
@@ -54,6 +55,11 @@ class UnusableCacheError(Exception):
     What is in it may be sound, and other jobs may be reading it: nothing is set aside.
     """
 
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        """`may_pass`: for an error of the volume, which another attempt may not meet."""
+        super().__init__(message)
+        self.may_pass = may_pass
+
 
 @contextmanager
 def volume_errors() -> Iterator[None]:
@@ -61,7 +67,7 @@ def volume_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UnusableCacheError(error.strerror or type(error).__name__) from error
+        raise UnusableCacheError(error.strerror or type(error).__name__, may_pass=not is_full(error)) from error
 
 
 @contextmanager
@@ -265,7 +271,7 @@ class ModelCache:
 
     def _require_no_link(self) -> None:
         if self._bases.is_symlink():
-            raise OSError(errno.ELOOP, f"{self._bases.name} is a symbolic link")
+            raise UnusableCacheError(f"{self._bases.name} is a symbolic link")
 
     @staticmethod
     def _remove(partial: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qlora_api.contract import ModelCacheLayout
+from qlora_api.contract import ExitCode, ModelCacheLayout
 from qlora_api.printable import one_line, shortened
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -85,16 +85,9 @@ class CachedBase:
             if self._layout.bytes <= self._cache.free_bytes():
                 self._download.check_weights(0)
                 return
+            self._require_room_without(UnusableCacheError(self._no_room(0)))
         except UnusableCacheError as error:
-            reason = str(error)
-        else:
-            reason = self._no_room(0)
-        try:
-            self._own.require_room()
-        except StepFailure as failure:
-            raise StepFailure(
-                failure.exit_code, f"{failure.message}; the model cache cannot be used: {reason}"
-            ) from None
+            self._require_room_without(error)
 
     def base(self, on_bytes: OnBytes) -> Base:
         """See BaseSource. Nothing in the cache is touched before the server has said that the job may read it."""
@@ -102,14 +95,28 @@ class CachedBase:
         try:
             base = self._through_cache(on_bytes)
         except UnusableCacheError as error:
-            reason = str(error)
+            reason = error
         else:
             self._own.discard()
             return base
         self.activity = f"the model cache cannot be used ({reason}): {_MAKING}"
         self.remark = _remark(f"the model cache cannot be used ({reason}): the base was made in the workspace")
-        self._own.require_room()
+        self._require_room_without(reason)
         return self._own.base(on_bytes)
+
+    def _require_room_without(self, reason: UnusableCacheError) -> None:
+        """Check whether the base can be made in the workspace.
+
+        A workspace without room for it is no mistake of the user's while there is a cache: that failure is retried if
+        the cache may be back then.
+        """
+        try:
+            self._own.require_room()
+        except StepFailure as failure:
+            passing = reason.may_pass and failure.exit_code is ExitCode.STORAGE_FULL
+            code = ExitCode.UNREACHABLE if passing else failure.exit_code
+            retried = "; the step is retried" if passing else ""
+            raise StepFailure(code, f"{failure.message}; the model cache cannot be used: {reason}{retried}") from None
 
     def _through_cache(self, on_bytes: OnBytes) -> Base:
         while True:
