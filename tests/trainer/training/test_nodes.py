@@ -16,6 +16,7 @@ from qlora_api.contract import ENV_NODE, ENV_NODE_WAIT, ENV_RENDEZVOUS, ExitCode
 from qlora_api.training import ResourcesSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, peer_lost
+from qlora_trainer.training import ranks
 from qlora_trainer.training.launch import ChildRanks, RankInfo
 from qlora_trainer.training.ranks import Meeting, Ranks, is_lost_connection, joined
 from tests.support.command import Files
@@ -255,6 +256,20 @@ UNHARMED = [Case("over", 0), Case("over", 1), Case("saving", 0, "slow"), Case("e
 def ended() -> dict[Case, Ended]:
     """How the other of two nodes ends in each case."""
     return endings([*LOST, *STOPPED, *UNHARMED])
+
+
+def test_a_node_that_falls_silent_between_two_connections_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        def clone(self) -> None:
+            raise torch.distributed.DistNetworkError("The client socket has timed out after 4000ms")
+
+        def check(self, _keys: list[str]) -> None:
+            self.clone()
+
+    monkeypatch.setattr(ranks, "_store", lambda *_: Silent())
+    with pytest.raises(StepFailure, match=r"lost another process of this run \(The client socket") as failure:
+        joined(ChildRanks(RankInfo(1, 2)), "cpu", "none").__enter__()
+    assert failure.value.exit_code is ExitCode.PEER_LOST
 
 
 @pytest.mark.parametrize("case", LOST, ids=lambda case: "-".join(map(str, case)))

@@ -280,8 +280,7 @@ def joined(
         yield Ranks()
         return
     store = _store(rank_info, meeting, child_ranks)
-    # A connection of its own: an exchange may keep the store's for half an hour.
-    endings = _Endings(store.clone(), child_ranks)
+    endings = _Endings(_second_connection(store, child_ranks), child_ranks)
     try:
         _wait_for_all(store, rank_info, endings, meeting)
         # It asks the store too, and would wait without end for one whose node stops now.
@@ -302,6 +301,15 @@ def joined(
         endings.publish(error)
         raise
     torch.distributed.destroy_process_group()
+
+
+def _second_connection(store: Any, child_ranks: ChildRanks) -> Any:
+    """To the same store, for failures: an exchange may keep the first one for half an hour."""
+    try:
+        return store.clone()
+    except torch.distributed.DistNetworkError as error:
+        # The node that serves it may stop between the two.
+        raise _Endings(store, child_ranks)(error) from error
 
 
 def _connect_all(store: Any, rank_info: RankInfo, device: Device) -> None:
