@@ -24,6 +24,7 @@ from benchmarks.operator import table
 from benchmarks.speed.settings import ALPHA, MAX_LENGTH, RANK, SEED
 from benchmarks.trainer import WORKSPACE, prepare_command
 from qlora_trainer.core.cpu import preloaded_allocator
+from qlora_trainer.training.attempts import ATTEMPTS_FILE
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainer" / "measurements.md"
 ROWS = 40
@@ -159,6 +160,8 @@ def _starts(folder: Path, model: Path, repetitions: int) -> dict[str, list[dict[
             print(f"starting: {way}", file=sys.stderr, flush=True)
             for path in (*model.glob("*.safetensors"), *(folder / WORKSPACE / "base").glob("*.safetensors")):
                 forget_content(path)
+            # Each start is ended after a step, and too many such attempts of one job would be refused.
+            (folder / WORKSPACE / "records" / ATTEMPTS_FILE).unlink(missing_ok=True)
             began = time.monotonic()
             printed = _printed(
                 _worker("start", str(folder), str(model), way), environment | preloaded_allocator(environment)
