@@ -9,7 +9,11 @@ from benchmarks.operator.table import head, row
 MIB, MB, GB = 2**20, 10**6, 10**9
 NAME, COMMAND = "base", "benchmarks.base"
 """Of the result, and what measures it."""
-NAMES = {"ours": "In pieces, as `prepare` does", "bitsandbytes": "bitsandbytes, the whole weight", "copy": "A plain copy"}
+NAMES = {
+    "ours": "In pieces, as `prepare` does",
+    "bitsandbytes": "bitsandbytes, the whole weight",
+    "copy": "A plain copy",
+}
 WAYS = {
     "before": "The train step quantizes the original",
     "after": "The train step maps the base that `prepare` made",
