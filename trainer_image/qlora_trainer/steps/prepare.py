@@ -69,8 +69,9 @@ def prepare(
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
             record = _prepare(context, records, say, now)
-    model = context.workspace.root / record.model_path
-    _check_destinations(context, base_publisher(record.base_sha256, model))
+    if context.spec.output.base is not None:
+        model = context.workspace.root / record.model_path
+        _check_destinations(context, base_publisher(record.base_sha256, model))
     if record != written:
         write_completion(path, record)
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
