@@ -1,13 +1,22 @@
-"""A tiny base model with an adapter."""
+"""A tiny base model with an adapter, and what it computes."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer.model.adapter import attach_adapter
+from qlora_trainer.core.file_names import ADAPTER_FILE
+from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.support import inspect_family
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.support import Family, inspect_family
+from tests.support.sequences import CPU
 
 NF4 = QuantizationSpec()
 
@@ -33,3 +42,27 @@ def adapted(
         base_revision="0123abc",
         original=original,
     )
+
+
+def restored(base: Path, adapter: Path, family: Family, *, checkpointing: bool = True) -> Any:
+    """The 4-bit base that prepare has made, with the adapter in a folder, as the train step holds it."""
+    model = attach_adapter(
+        load_base(base, NF4, "cpu", attention=family.attention),
+        LoraSpec(rank=4, alpha=8),
+        family.target_modules,
+        seed=0,
+        gradient_checkpointing=checkpointing,
+        base_name="tiny",
+        base_revision="0",
+    )
+    restore_adapter(model, load_file(adapter / ADAPTER_FILE))
+    return model
+
+
+def loss_and_gradients(model: Any, *rows: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Of the last row, behind the others in one sequence."""
+    labels = torch.cat([*(torch.full_like(row, IGNORED_LABEL) for row in rows[:-1]), rows[-1]])
+    batch = Batch.of([PackedSequence(torch.cat(rows), labels, tuple(map(len, rows)))], CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = batch_loss(model.get_base_model(), batch)
+    return [loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values()))]

@@ -23,8 +23,8 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
+from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
+from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.check import check_model
@@ -34,10 +34,10 @@ from qlora_trainer.model.dry_run.step import StepBytes, step_bytes
 from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
 from qlora_trainer.model.experts import expert_modules
 from qlora_trainer.model.four_bit import quantize
-from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.source import CONFIG
 from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION, Family, inspect_family
+from tests.support.adapted import loss_and_gradients, restored
 from tests.support.families import CASES, REPRESENTATIVE, Case
 from tests.support.sequences import CPU, random_sequence, rows_of
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
@@ -139,26 +139,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Tra
 
 def adapted(trained: Trained, *, checkpointing: bool = True) -> Any:
     """The 4-bit base with the trained adapter, as the train step holds it."""
-    model = attach_adapter(
-        load_base(trained.context.workspace.base, NF4, "cpu", attention=trained.family.attention),
-        LoraSpec(rank=4, alpha=8),
-        trained.family.target_modules,
-        seed=0,
-        gradient_checkpointing=checkpointing,
-        base_name="tiny",
-        base_revision="0",
-    )
-    restore_adapter(model, load_file(trained.adapter / ADAPTER_FILE))
-    return model
-
-
-def loss_and_gradients(model: Any, *rows: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Of the last row, behind the others in one sequence."""
-    labels = torch.cat([*(torch.full_like(row, IGNORED_LABEL) for row in rows[:-1]), rows[-1]])
-    batch = Batch.of([PackedSequence(torch.cat(rows), labels, tuple(map(len, rows)))], CPU)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = batch_loss(model.get_base_model(), batch)
-    return [loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values()))]
+    return restored(trained.context.workspace.base, trained.adapter, trained.family, checkpointing=checkpointing)
 
 
 def in_32_bit(model: Any) -> Any:

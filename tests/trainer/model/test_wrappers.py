@@ -14,31 +14,28 @@ import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.file_names import ADAPTER_FILE
-from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
+from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.model import base_layout
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
-from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.check import check_model
 from qlora_trainer.model.decoder import place_in_block
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.measure import measure
 from qlora_trainer.model.expert_stack import expert_stacks
-from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.merge import MergeSource, merged_model, write_merged
 from qlora_trainer.model.support import Family, inspect_family
 from qlora_trainer.model.text_part import parts_beside_text, without_weights
+from tests.support.adapted import loss_and_gradients, restored
 from tests.support.command import new_files
 from tests.support.four_bit import convert
-from tests.support.sequences import CPU, rows_of
+from tests.support.sequences import rows_of
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
 
@@ -97,31 +94,6 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(model, family, context, run(context))
 
 
-def adapted(trained: Trained) -> Any:
-    """The 4-bit base with the trained adapter, as the train step holds it."""
-    model = attach_adapter(
-        load_base(trained.context.workspace.base, QuantizationSpec(), "cpu", attention=trained.family.attention),
-        LoraSpec(rank=4, alpha=8),
-        trained.family.target_modules,
-        seed=0,
-        gradient_checkpointing=True,
-        base_name="tiny",
-        base_revision="0",
-    )
-    restore_adapter(model, load_file(trained.adapter / ADAPTER_FILE))
-    return model
-
-
-def lesson(model: Any, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Loss and gradients of the last row, behind the others in one sequence."""
-    labels = torch.cat([*(torch.full_like(row, IGNORED_LABEL) for row in rows[:-1]), rows[-1]])
-    batch = Batch.of([PackedSequence(torch.cat(rows), labels, tuple(len(row) for row in rows))], CPU)
-    torch.manual_seed(0)  # some families have dropout of their own
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = batch_loss(model.get_base_model(), batch)
-    return (loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values())))
-
-
 def test_every_adapted_layer_learns_and_none_of_a_tower_is(trained: Trained) -> None:
     adapter = load_file(trained.adapter / ADAPTER_FILE)
 
@@ -143,14 +115,15 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Tra
 
 @dense
 def test_another_row_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Trained) -> None:
-    model, row = adapted(trained), torch.arange(100, 114)
+    model = restored(trained.context.workspace.base, trained.adapter, trained.family)
+    row = torch.arange(100, 114)
     others = [torch.arange(start, start + 11) for start in (10, 300)]
     if trained.family.one_row:
-        before = lesson(model, row)
-        lesson(model, others[0])
-        after = lesson(model, row)
+        before = loss_and_gradients(model, row)
+        loss_and_gradients(model, others[0])
+        after = loss_and_gradients(model, row)
     else:
-        before, after = (lesson(model, other, row) for other in others)
+        before, after = (loss_and_gradients(model, other, row) for other in others)
 
     assert all(map(torch.equal, before, after))
 
