@@ -73,6 +73,21 @@ def test_every_byte_is_that_of_bitsandbytes(
     assert dequantize_4bit(found[""], state).shape == weight.shape
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("largest", [1.0, 3.0, 2.0**-120])
+def test_every_16_bit_number_gets_the_value_that_bitsandbytes_gives_it(kind: str, largest: float) -> None:
+    """Among them those that lie in the middle between two values, and zero with either sign."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = numbers[numbers.abs() <= 1]
+    blocks = torch.ones(-(-len(numbers) // 63), 64, dtype=torch.bfloat16)
+    blocks[:, 1:] = torch.nn.functional.pad(numbers, (0, blocks.shape[0] * 63 - len(numbers))).view(-1, 63)
+    quantization = QuantizationSpec(type=kind, double_quant=False)
+
+    found = quantize(blocks * largest, quantization)
+
+    require_equal(dict(found), expected(blocks * largest, quantization, None))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_weight_of_any_type_is_rounded_to_bfloat16_first(dtype: torch.dtype) -> None:
     weight = weights((65, 127), "normal").to(dtype)
