@@ -1,7 +1,7 @@
 """On a GPU every family takes the fast kernels, forward and backward, and nothing of a step is multiplied in 32 bit."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, PretrainedConfig
 
+from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model import attention
 from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.batch import Batch
@@ -20,13 +21,33 @@ from qlora_trainer.model.dry_run.device import AMPERE, HOPPER, fake_batch, fake_
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.loss import batch_loss
 from tests.support.adapted import adapted
-from tests.support.families import FAMILIES
+from tests.support.families import CASES, FAMILIES
 from tests.support.sequences import CPU, random_sequence
 from tests.support.tiny import SHAPE, save_model
 
 BLOCKS = SHAPE["num_hidden_layers"]
 KERNEL, KERNEL_BACKWARD = "torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"
 MATMULS = ("aten.mm.", "aten.addmm", "aten.bmm.", "aten.baddbmm")
+FUSED = ("torch_attn._varlen_attn", "aten._scaled_dot_product_flash", "aten._scaled_dot_product_efficient")
+# Capped, with sinks, or with a bias or a type of their own: transformers computes them so, too.
+ALL_SCORES = frozenset(
+    {
+        "bloom",
+        "flint",
+        "gpt_neo",
+        "gpt_oss",
+        "granite_swa",
+        "granitemoe_swa",
+        "hy_v4",
+        "mimo_v2_flash",
+        "mpt",
+        "vaultgemma",
+        "xglm",
+    }
+)
+"""Families whose attention is no kernel: all scores of a row are kept in memory until they are used."""
+NO_ATTENTION = frozenset({"granitemoehybrid", "mamba2"})
+"""As transformers configures them by default."""
 SEQUENCES = [random_sequence((40, 30, 58), 1), random_sequence((72,), 2)]
 
 
@@ -53,9 +74,15 @@ class Operations(TorchDispatchMode):
 class Step:
     """One micro batch of a tiny model on a GPU without data, forward and backward."""
 
-    def __init__(self, config: PretrainedConfig, folder: Path, capability: tuple[int, int] = AMPERE) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        folder: Path,
+        capability: tuple[int, int] = AMPERE,
+        sequences: Sequence[PackedSequence] = SEQUENCES,
+    ) -> None:
         model = adapted(save_model(folder, config))
-        batch = Batch.of(SEQUENCES, torch.device("meta"))
+        batch = Batch.of(sequences, torch.device("meta"))
         self.inputs: list[torch.dtype] = []
         for name, _module in model.named_modules():
             if name.endswith(".lora_A"):
@@ -90,6 +117,24 @@ def test_every_attention_and_adapted_layer_takes_the_16_bit_kernel(family: str, 
     expected = [{}] * 3 if capped else [{(name, torch.bfloat16): BLOCKS} for name in (KERNEL, KERNEL, KERNEL_BACKWARD)]
     assert list(kernels) == expected
     assert not step.forward.of("aten._scaled_dot_product", "aten._softmax") or capped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FAMILIES])
+def test_every_other_family_multiplies_in_16_bit_too(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    step = Step(case.config(), tmp_path / "model", sequences=SEQUENCES[1:] if case.one_row else SEQUENCES)
+
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in step.trained.values())
+    # A layer that is used several times in a block has one adapter.
+    assert step.nodes["_LoraMatmulBackward"] >= len(step.trained) // 2
+    in_32_bit = {operation for operation, dtype in step.forward.of(*MATMULS) if dtype == torch.float32}
+    # Routers compute as in use.
+    allowed = {"aten.mm.default"} if case.experts else set()
+    assert in_32_bit <= allowed or name in ALL_SCORES
+    kernels = {dtype for _, dtype in step.forward.of(*FUSED)}
+    assert kernels == (set() if name in ALL_SCORES | NO_ATTENTION else {torch.bfloat16})
+    assert case.experts or name in ALL_SCORES or not step.forward.of("aten._softmax", "aten._safe_softmax")
 
 
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])

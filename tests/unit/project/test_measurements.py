@@ -133,3 +133,13 @@ def test_the_figures_of_the_base_are_those_measured() -> None:
     shown = TEXT.split(table.begin(base.NAME, base.COMMAND))[1].split(table.end(base.NAME))[0].strip()
     measured = (RESULTS / f"{base.NAME}.json").exists()
     assert shown == (base.tables(result(base.NAME)).strip() if measured else "")
+
+
+def test_the_goodput_is_that_measured() -> None:
+    measured = result("goodput")
+    for run in measured["runs"]:
+        cells = row(f"SIG{run['signal']} |").split("|")[2:-1]
+        wanted = (f"{len(run['attempts'])}", f"{100 * run['measured']:.1f} %", f"{100 * run['reported']:.1f} %")
+        assert tuple(cell.strip() for cell in cells[:3]) == wanted
+        assert ("missed" in cells[3]) == (run["measured"] < measured["target"])
+    assert measured["everySeconds"] == 600

@@ -106,6 +106,9 @@ def rows_attention(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if softcap is not None:
         return capped_rows(query, key, value, rows.lengths, scale, sliding_window, softcap), None
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # As for PyTorch's own attention. Norms of some families return 32 bit on a GPU.
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
     if _has_kernel(query, value):
         return _all_rows_at_once(query, key, value, rows, scale, sliding_window), None
     if cpu.fuses_attention(query.device.type):

@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
+from torch.nn.functional import pad
 
 from qlora_trainer.model import attention
 from qlora_trainer.model.attention import RowBoundaries
@@ -21,6 +22,7 @@ from qlora_trainer.model.dry_run.backward import gradients
 
 AMPERE, HOPPER = (8, 0), (9, 0)
 """Compute capabilities."""
+_LARGEST_FLASH_HEAD = 256
 _GRAPH_TASK = 1
 
 
@@ -35,7 +37,8 @@ def fake_cuda(capability: tuple[int, int] = AMPERE) -> Iterator[None]:
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.autograd, "grad", gradients),
         # Gradient checkpointing recomputes a block once for each backward pass, which it knows by its number.
-        (attention, "scaled_dot_product_attention", _efficient_attention),
+        (attention, "scaled_dot_product_attention", _fused_attention),
+        (torch.nn.functional, "scaled_dot_product_attention", _fused_attention),
         (torch._C, "_current_graph_task_id", lambda: _GRAPH_TASK),
     )
     with ExitStack() as stack:
@@ -57,25 +60,40 @@ def _replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def _efficient_attention(
+def _fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     *,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    enable_gqa: bool,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    """What a GPU takes for heads that are too large for FlashAttention; PyTorch asks the GPU, and there is none."""
+    """`scaled_dot_product_attention` with the kernel that a GPU takes; PyTorch asks the GPU, and there is none.
+
+    Without it PyTorch would keep all scores, in 32 bit. As with PyTorch's own, autocast chooses the type.
+    """
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+    size = query.shape[-1]
+    if attn_mask is None and size == value.shape[-1] <= _LARGEST_FLASH_HEAD:
+        # As PyTorch does: FlashAttention takes heads of eight and its multiples.
+        parts = (pad(tensor, (0, -size % 8)) if size % 8 else tensor for tensor in (query, key, value))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        padded: Tensor = flash(*parts, dropout_p, is_causal, scale=size**-0.5 if scale is None else scale)[0]
+        return padded[..., :size]
     if enable_gqa:
         raise ValueError("the memory-efficient kernel takes as many heads of keys as of queries")
     bias = None
     if attn_mask is not None:
-        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        bias = attn_mask.to(query.dtype)
+        if attn_mask.dtype == torch.bool:
+            bias = torch.zeros_like(bias).masked_fill_(~attn_mask, -torch.inf)
         bias = bias.expand(*query.shape[:3], key.shape[2])
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    output: Tensor = kernel(query, key, value, bias, True, is_causal=is_causal, scale=scale)[0]
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    output: Tensor = efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
     return output
 
 
