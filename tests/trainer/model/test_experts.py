@@ -1,5 +1,6 @@
 """Routed experts compute in 4-bit what transformers' own do with the dequantized weights, whatever their class has."""
 
+from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,9 @@ from transformers.integrations.moe import use_experts_implementation
 
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.model import experts
+from qlora_trainer.model.dry_run.backward import backward
+from qlora_trainer.model.dry_run.device import fake_cuda, on_fake_cuda
+from qlora_trainer.model.dry_run.live_bytes import LiveBytes
 from qlora_trainer.model.expert_stack import ExpertStack
 from qlora_trainer.model.experts import EXPERTS, register_experts
 from qlora_trainer.model.four_bit import quantize
@@ -233,3 +237,43 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass() -> None:
 
     assert kept
     assert max(tensor.untyped_storage().nbytes() for tensor in kept) == TOKENS * CHOICES * 2 * INNER * 4
+
+
+EVENLY = torch.arange(24).view(12, 2) % EXPERT_COUNT
+TO_THE_SAME = torch.tensor([[0, 1]] * 12)
+
+
+def most_bytes(module: Any, states: Tensor, chosen: Tensor, run_backward: Callable[[Tensor], None]) -> int:
+    """The largest sum of what is alive at a time in a forward and a backward pass, besides what is given."""
+    module.config._experts_implementation = EXPERTS
+    weights = torch.ones(chosen.shape, dtype=states.dtype, device=states.device)
+    with LiveBytes() as live:
+        for tensor in (states, chosen, weights, *module.buffers()):
+            live.add(tensor)
+        before = live.bytes
+        run_backward(module(states, chosen, weights).sum())
+    return live.peak - before
+
+
+@pytest.mark.parametrize("chosen", [EVENLY, TO_THE_SAME], ids=["evenly", "to the same"])
+def test_a_dry_run_counts_the_experts_that_are_dequantized_at_a_time(
+    chosen: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However tokens are routed, no more than a dry run counts, and what tokens that are spread evenly take."""
+    expert_bytes = 2 * INNER * HIDDEN * 2
+    counted = {}
+    for number in (1, 3):
+        module = made()
+        monkeypatch.setattr(experts, "DENSE_BYTES", number * expert_bytes)
+        states = torch.randn(len(chosen), HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+        real = most_bytes(module, states, chosen, Tensor.backward)
+        with fake_cuda():
+            on_fake_cuda(module)
+            states = torch.empty(len(chosen), HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            without_data = torch.empty(chosen.shape, dtype=torch.int64, device="cuda")
+            counted[number] = most_bytes(module, states, without_data, backward)
+        if chosen is EVENLY:
+            assert real == pytest.approx(counted[number], rel=0.02)
+        else:
+            assert real <= counted[number]
+    assert counted[3] - counted[1] == pytest.approx(2 * expert_bytes, rel=0.05)

@@ -24,6 +24,7 @@ from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
 from tests.support.command import Files
 from tests.support.families import FAMILIES
 from tests.support.four_bit import convert
+from tests.support.parts import packed_weights
 from tests.support.ranks import EXACT, SHARDED, beginning_with, same_numbers, succeeded, workspace
 from tests.support.sequences import CPU
 from tests.support.tiny import SHAPE, merged, save_model
@@ -32,12 +33,19 @@ from tests.support.training import prepared, run
 NF4 = QuantizationSpec()
 
 
+def held(files: Files, rank: int) -> tuple[int, int]:
+    """The bytes of the decoder blocks that the process says it has, and all of them."""
+    log = "train.log" if rank == 0 else f"train.rank-{rank}.log"
+    said = re.search(r"holds (\d+) of (\d+) bytes", (files.workspace / "records" / log).read_text())
+    assert said is not None
+    return int(said[1]), int(said[2])
+
+
 def holds_half(files: Files) -> None:
     """Each process has half of the bytes of the decoder blocks."""
-    for log in ("train.log", "train.rank-1.log"):
-        held = re.search(r"holds (\d+) of (\d+) bytes", (files.workspace / "records" / log).read_text())
-        assert held is not None
-        assert int(held[1]) == pytest.approx(int(held[2]) / 2, rel=0.01)
+    for rank in (0, 1):
+        own, whole = held(files, rank)
+        assert own == pytest.approx(whole / 2, rel=0.01)
 
 
 def test_a_sharded_base_gives_the_same_losses_from_half_of_its_bytes(
@@ -106,6 +114,30 @@ import os
 from pathlib import Path
 from tests.support.gathered import note_gathered
 note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
+"""
+
+
+def test_a_rank_reads_its_part_of_each_packed_weight(tmp_path: Path) -> None:
+    """Reading another part would end its process: the kernel has been asked to refuse it."""
+    model = save_model(tmp_path / "model", LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 1024}))
+    files, context = workspace(tmp_path / "job", model, merged(SHARDED, {"training": {"maxSteps": 2}}))
+    base = context.workspace.base
+
+    succeeded(files.run("train", **beginning_with(tmp_path / "code", BARRED.format(base=base))))
+
+    whole = sum(end - begin for path in base.glob("*.safetensors") for begin, end in packed_weights(path))
+    for rank in (0, 1):
+        noted = json.loads(Path(f"{base}.rank-{rank}").read_text())
+        # The other half, but for the pages in which two parts meet.
+        assert noted["barred"] > 0.4 * whole
+        # What FSDP is given it moves to a GPU before it takes a part of it.
+        assert noted["given"] == 0
+
+
+BARRED = """
+from pathlib import Path
+from tests.support.parts import bar_other_parts
+bar_other_parts(Path("{base}"), 2)
 """
 
 

@@ -146,9 +146,10 @@ def _multiplied(rows: Tensor, weights: Any, counts: Sequence[int], *, transposed
     parts, outputs = rows.split(counts), output.split(counts)
     for first, end in _runs(counts, shape[0] * shape[1] * rows.element_size()):
         dense = _dense(weights, first, end, rows.dtype)
-        for expert in range(first, end):
-            matrix = dense[expert - first]
-            torch.mm(parts[expert], matrix if transposed else matrix.T, out=outputs[expert])
+        for expert, matrix in enumerate(dense if transposed else dense.mT, first):
+            torch.mm(parts[expert], matrix, out=outputs[expert])
+        # The next experts are dequantized when these are gone.
+        del dense, matrix
     return output
 
 

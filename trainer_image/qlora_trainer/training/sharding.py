@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.decoder import decoder_blocks
@@ -29,9 +29,10 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
     """Shard the decoder blocks of a model of `attach_adapter` over the ranks, and move the model to `device`.
 
     The base must be in main memory and asserted to be NF4 or FP4: its shards are plain memory, whose type cannot be
-    checked afterwards. The shards move to the device block by block, so the device never holds the whole base. From
-    then on every rank must run the same number of forward and backward passes, and the bytes of two blocks at most are
-    gathered at a time: those of the block at work, and the buffer through which they or the next block's arrived.
+    checked afterwards. Of a base that is mapped from a file, this rank's part of each weight is all that is read of the
+    blocks' weights, and all that the device gets. From then on every rank must run the same number of forward and
+    backward passes, and the bytes of two blocks at most are gathered at a time: those of the block at work, and the
+    buffer through which they or the next block's arrived.
     Raises StepFailure (BAD_CONFIGURATION) for a block that FSDP cannot gather as it is stored.
     """
     mesh = init_device_mesh(device.type, (processes,))
@@ -39,8 +40,7 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
     whole = sum(_bytes(parameter) for parameter in blocks.parameters() if not parameter.requires_grad)
     for number, block in enumerate(blocks):
         _require_one_dtype(number, block)
-        adapter = {parameter for parameter in block.parameters() if parameter.requires_grad}
-        fully_shard(block, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
+        _shard_block(block, mesh, device)
     # A root without weights of its own: under it the blocks share the streams on which the next one is gathered while
     # one is at work. Each block alone would be a root.
     not_sharded = {parameter for parameter in decoder.parameters() if not isinstance(parameter, DTensor)}
@@ -52,7 +52,38 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
     logger.info("this rank holds %d of %d bytes of the decoder blocks", own, whole)
 
 
-def _require_one_dtype(number: int, block: torch.nn.Module) -> None:
+def _shard_block(block: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Leave this rank's part of each frozen weight in the block, and move it and the constants to the device.
+
+    FSDP would move each weight to the device whole before it takes the part of it. Therefore it is given weights
+    without data, and their parts afterwards, as when a checkpoint is loaded into a sharded model.
+    """
+    adapter = {parameter for parameter in block.parameters() if parameter.requires_grad}
+    whole = {name: parameter.data for name, parameter in block.named_parameters() if not parameter.requires_grad}
+    for name, weight in whole.items():
+        _set_frozen(block, name, weight.to("meta"))
+    fully_shard(block, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
+    for name, weight in whole.items():
+        part = _part(weight, mesh.get_local_rank(), mesh.size()).to(device, copy=True)
+        shape = {"shape": weight.shape, "stride": weight.stride()}
+        _set_frozen(block, name, DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **shape))
+    for module in block.modules():
+        if isinstance(module, Linear4bit):
+            module.quant_state.to(device)
+
+
+def _part(weight: Tensor, rank: int, processes: int) -> Tensor:
+    """The rows that FSDP gives to the rank: as many to each, until there are no more."""
+    parts = weight.chunk(processes)
+    return parts[rank] if rank < len(parts) else weight[:0]
+
+
+def _set_frozen(block: nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, last = name.rpartition(".")
+    setattr(block.get_submodule(module), last, nn.Parameter(tensor, requires_grad=False))
+
+
+def _require_one_dtype(number: int, block: nn.Module) -> None:
     for name, module in block.named_modules():
         if isinstance(module, Linear4bit) and not (
             isinstance(module.weight, Params4bit) and module.weight.quant_state is not None
