@@ -1030,6 +1030,37 @@ TRAINER = (
         ),
     ),
     Mutant(
+        name="a-weight-on-a-mean-gets-the-larger-value",
+        file=f"{_TRAINER}/model/nearest_values.py",
+        old="torch.gt(",
+        new="torch.ge(",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/model/test_four_bit.py"
+                "::test_every_16_bit_number_gets_the_value_that_bitsandbytes_gives_it"
+            ),
+        ),
+    ),
+    Mutant(
+        name="experts-live-until-the-next-are-dequantized",
+        file=f"{_TRAINER}/model/experts.py",
+        old="        del dense, matrix\n",
+        new="",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/model/test_experts.py"
+                "::test_a_dry_run_counts_the_experts_that_are_dequantized_at_a_time"
+            ),
+        ),
+    ),
+    Mutant(
+        name="a-rank-gets-each-weight-whole",
+        file=f"{_TRAINER}/training/sharding.py",
+        old='_set_frozen(block, name, weight.to("meta"))',
+        new="_set_frozen(block, name, weight)",
+        tests=(f"{_TRAINER_TESTS}/training/test_sharding.py::test_a_rank_reads_its_part_of_each_packed_weight",),
+    ),
+    Mutant(
         name="large-logits-overflow",
         file=f"{_TRAINER}/model/loss.py",
         old="    values -= values.amax(dim=1, keepdim=True)\n",
