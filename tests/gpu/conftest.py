@@ -1,4 +1,7 @@
-"""Skips, with the reason, what this machine's GPUs are not enough for, and writes what the others have measured."""
+"""Skips, with the reason, what this machine's GPUs are not enough for, and writes what the others have measured.
+
+A GPU that is there and cannot be used is no reason to skip: then nothing runs, and pytest says so and fails.
+"""
 
 import gc
 import importlib.util
@@ -14,7 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from tests.gpu.cards import Card, lacking
+from tests.gpu.cards import Card, lacking, unusable
 from tests.gpu.figures import Figure, Figures, report
 from tests.support.tiny import SHAPE, save_model
 
@@ -42,14 +45,24 @@ def _cards() -> tuple[Card, ...]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every test of this folder needs a CUDA GPU; the mark `gpu(cards=…, gib=…)` says how many and how large."""
     config.stash[_started] = time.monotonic()
-    for item in items:
-        if not _is_ours(item.path):
-            continue
+    ours = [item for item in items if _is_ours(item.path)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if ours and not _cards():
+        _require_no_driver(visible)
+    for item in ours:
         mark = item.get_closest_marker("gpu")
         wanted = mark.kwargs if mark else {}
-        reason = lacking(_cards(), wanted.get("cards", 1), wanted.get("gib", 0))
+        reason = lacking(_cards(), wanted.get("cards", 1), wanted.get("gib", 0), visible)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _require_no_driver(visible: str | None) -> None:
+    import torch
+
+    problem = unusable(torch.__version__, torch.version.cuda, visible)
+    if problem is not None:
+        raise pytest.UsageError(problem)
 
 
 def _is_ours(path: Path) -> bool:
