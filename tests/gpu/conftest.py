@@ -19,6 +19,8 @@ from transformers import LlamaConfig
 
 from tests.gpu.cards import Card, lacking, unusable
 from tests.gpu.figures import Figure, Figures, report
+from tests.gpu.runs import new_billion, on_gpu
+from tests.support.command import Files, new_files
 from tests.support.tiny import SHAPE, save_model
 
 FILE = "QLORA_GPU_FIGURES"
@@ -134,8 +136,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random model of the shape of Llama 3.2 1B, with the small tokenizer."""
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
+    """A job on the two-layer Llama for which prepare is done. Do not change it: copy it.
+
+    A copy may have other settings for training, as far as prepare does nothing with them: not its `maxSequenceLength`,
+    and none of `lora`.
+    """
+    return on_gpu(new_files(tmp_path_factory.mktemp("tiny") / "job", tiny_llama.parent), "prepare")
+
+
+@pytest.fixture(scope="session")
+def billion(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """As `tiny`, on a random model of the shape of Llama 3.2 1B with the small tokenizer: it is quantized once."""
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=2048,
@@ -148,4 +160,5 @@ def one_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=0,
         eos_token_id=2,
     )
-    return save_model(tmp_path_factory.mktemp("billion") / "model", config)
+    folder = tmp_path_factory.mktemp("billion")
+    return on_gpu(new_billion(folder / "job", save_model(folder / "models" / "model", config).parent), "prepare")
