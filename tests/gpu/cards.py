@@ -2,8 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qlora_trainer.training.device import FIRST_CAPABILITY
+
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+DRIVER_DEVICE = Path("/dev/nvidiactl")
+"""Either is there if the kernel has NVIDIA's driver, whatever PyTorch can do with it."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +24,10 @@ class Card:
         return f"{self.name} ({self.gib:.1f} GiB, capability {'.'.join(map(str, self.capability))})"
 
 
-def lacking(cards: Sequence[Card], wanted: int, gib: float) -> str | None:
+def lacking(cards: Sequence[Card], wanted: int, gib: float, visible: str | None = None) -> str | None:
     """Why a test that needs `wanted` GPUs of at least `gib` GiB cannot run; None if it can.
 
-    The first GPUs count, since those are what a run takes.
+    The first GPUs count, since those are what a run takes. `visible` is the value of CUDA_VISIBLE_DEVICES.
     """
     taken = cards[:wanted]
     if len(taken) == wanted and all(card.capability >= FIRST_CAPABILITY and card.gib >= gib for card in taken):
@@ -30,4 +35,27 @@ def lacking(cards: Sequence[Card], wanted: int, gib: float) -> str | None:
     number = f"{wanted} CUDA GPU{'s' if wanted > 1 else ''}"
     capability = f"compute capability {'.'.join(map(str, FIRST_CAPABILITY))} (bfloat16) or later"
     size = f" and at least {gib:g} GiB" if gib else ""
-    return f"needs {number} of {capability}{size}, this machine has {', '.join(map(str, cards)) or 'none'}"
+    none = "none" if visible != "" else "none to show: CUDA_VISIBLE_DEVICES is set to nothing"
+    return f"needs {number} of {capability}{size}, this machine has {', '.join(map(str, cards)) or none}"
+
+
+def unusable(pytorch: str, cuda: str | None, visible: str | None) -> str | None:
+    """What to do if PyTorch sees no GPU although the machine has a driver for one; None if it has no driver.
+
+    `pytorch` and `cuda` are versions, of PyTorch and of the CUDA that it is built with; `visible` is the value of
+    CUDA_VISIBLE_DEVICES, with which GPUs may be hidden on purpose.
+    """
+    if visible == "":
+        return None
+    if DRIVER_VERSION.exists():
+        driver = DRIVER_VERSION.read_text().partition("\n")[0]
+    elif DRIVER_DEVICE.exists():
+        driver = f"{DRIVER_DEVICE} exists"
+    else:
+        return None
+    chosen = "" if visible is None else f", CUDA_VISIBLE_DEVICES has to name GPUs that there are (it is {visible!r})"
+    return (
+        f"this machine has NVIDIA's driver ({driver}), and PyTorch {pytorch} sees no GPU. The driver has to be new "
+        f"enough for CUDA {cuda} (tests/gpu/README.md says which is), a container needs to be given the GPUs{chosen}. "
+        "To skip the tests that need a GPU, set CUDA_VISIBLE_DEVICES to nothing"
+    )

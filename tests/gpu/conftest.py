@@ -1,4 +1,7 @@
-"""Skips, with the reason, what this machine's GPUs are not enough for, and writes what the others have measured."""
+"""Skips, with the reason, what this machine's GPUs are not enough for, and writes what the others have measured.
+
+A GPU that is there and cannot be used is no reason to skip: then nothing runs, and pytest says so and fails.
+"""
 
 import gc
 import importlib.util
@@ -14,8 +17,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from tests.gpu.cards import Card, lacking
+from tests.gpu.cards import Card, lacking, unusable
 from tests.gpu.figures import Figure, Figures, report
+from tests.gpu.runs import new_billion, on_gpu
+from tests.support.command import Files, new_files
 from tests.support.tiny import SHAPE, save_model
 
 FILE = "QLORA_GPU_FIGURES"
@@ -42,14 +47,24 @@ def _cards() -> tuple[Card, ...]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every test of this folder needs a CUDA GPU; the mark `gpu(cards=…, gib=…)` says how many and how large."""
     config.stash[_started] = time.monotonic()
-    for item in items:
-        if not _is_ours(item.path):
-            continue
+    ours = [item for item in items if _is_ours(item.path)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if ours and not _cards():
+        _require_no_driver(visible)
+    for item in ours:
         mark = item.get_closest_marker("gpu")
         wanted = mark.kwargs if mark else {}
-        reason = lacking(_cards(), wanted.get("cards", 1), wanted.get("gib", 0))
+        reason = lacking(_cards(), wanted.get("cards", 1), wanted.get("gib", 0), visible)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _require_no_driver(visible: str | None) -> None:
+    import torch
+
+    problem = unusable(torch.__version__, torch.version.cuda, visible)
+    if problem is not None:
+        raise pytest.UsageError(problem)
 
 
 def _is_ours(path: Path) -> bool:
@@ -121,8 +136,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random model of the shape of Llama 3.2 1B, with the small tokenizer."""
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
+    """A job on the two-layer Llama for which prepare is done. Do not change it: copy it.
+
+    A copy may have other settings for training, as far as prepare does nothing with them: not its `maxSequenceLength`,
+    and none of `lora`.
+    """
+    return on_gpu(new_files(tmp_path_factory.mktemp("tiny") / "job", tiny_llama.parent), "prepare")
+
+
+@pytest.fixture(scope="session")
+def billion(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """As `tiny`, on a random model of the shape of Llama 3.2 1B with the small tokenizer: it is quantized once."""
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=2048,
@@ -135,4 +160,5 @@ def one_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=0,
         eos_token_id=2,
     )
-    return save_model(tmp_path_factory.mktemp("billion") / "model", config)
+    folder = tmp_path_factory.mktemp("billion")
+    return on_gpu(new_billion(folder / "job", save_model(folder / "models" / "model", config).parent), "prepare")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.command import Files, new_files
-from tests.support.tiny import chat_row, merged, write_rows
+from tests.support.tiny import chat_row, write_rows
 
 
 def on_gpu(files: Files, *steps: str) -> Files:
@@ -32,20 +32,21 @@ def losses(files: Files) -> list[float]:
     return [entry["loss"] for entry in metrics(files) if "loss" in entry]
 
 
-def billion(root: Path, model: Path, spec: dict[str, Any]) -> Files:
-    """A prepared job on the model of a billion parameters, over rows that fill their sequences; `spec` changes it."""
-    default = {
+def new_billion(root: Path, models: Path) -> Files:
+    """A job on the model of a billion parameters in `models`, over rows that fill their sequences; not yet prepared."""
+    spec = {
         "lora": {"rank": 16, "alpha": 16},
         "training": {
             "maxSteps": 4,
             "maxSequenceLength": 2048,
             "evalEverySteps": None,
             "samples": 0,
+            "microBatchSize": 2,
             "gradientAccumulationSteps": 2,
         },
     }
-    files = new_files(root, model.parent, merged(default, spec))
+    files = new_files(root, models, spec)
     write_rows(
         files.data / "train.jsonl", [chat_row("Say it again. " * 20, "the same words " * 220) for _ in range(64)]
     )
-    return on_gpu(files, "prepare")
+    return files

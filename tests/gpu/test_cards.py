@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_trainer.model.dry_run.limited import within_limits
 from qlora_trainer.model.loftq import _largest
 from qlora_trainer.training.device import use_device
 from tests.gpu.figures import Figures
+
+
+def test_no_process_is_forked_from_one_that_sees_a_gpu() -> None:
+    with pytest.raises(RuntimeError, match="CUDA does not survive a fork"):
+        within_limits(len, ("four",))
 
 
 def test_this_gpu_is_accepted() -> None:

@@ -18,6 +18,7 @@ from qlora_api.memory.estimate import TrainingShape, estimate
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.prepared import PackedSequence
+from qlora_trainer.model.activations import fuse_activations
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.base import check_quantization
@@ -25,6 +26,7 @@ from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.decoder import block_linears
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.norms import fuse_norms
 from qlora_trainer.training.optimizer import make_optimizer
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures
@@ -88,6 +90,8 @@ def random_base(config: LlamaConfig, device: str) -> Any:
             setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)
+    fuse_norms(model)
+    fuse_activations(model)
     # PEFT asks for this before it makes its layer for 4-bit weights.
     model.is_loaded_in_4bit = True
     return model.eval()
@@ -107,6 +111,9 @@ def two_steps(config: LlamaConfig, device: str, lora: LoraSpec) -> Trained:
     """Train a random base for two steps as the trainer does."""
     base = random_base(config, device)
     check_quantization(base, QuantizationSpec())
+    assert all(
+        type(module).__name__.startswith("Fused") for module in base.modules() if "Norm" in type(module).__name__
+    )
     model = attach_adapter(
         base,
         lora,

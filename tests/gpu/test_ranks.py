@@ -9,8 +9,8 @@ import pytest
 
 from qlora_api.contract import ExitCode
 from tests.gpu.figures import Figures
-from tests.gpu.runs import billion, on_gpu, record
-from tests.support.command import Files, new_files
+from tests.gpu.runs import record
+from tests.support.command import Files
 from tests.support.ranks import SHARDED, TWO, beginning_with, other, succeeded, until
 from tests.support.tiny import merged
 
@@ -24,9 +24,9 @@ note_gathered(Path("{notes}-" + os.environ.get("RANK", "0")))
 
 @pytest.mark.gpu(cards=2, gib=8)
 def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(
-    tmp_path: Path, one_billion: Path, figures: Figures
+    tmp_path: Path, billion: Files, figures: Figures
 ) -> None:
-    files, notes = billion(tmp_path / "job", one_billion, SHARDED), tmp_path / "gathered"
+    files, notes = billion.copied(tmp_path / "job").with_spec(SHARDED), tmp_path / "gathered"
     code = beginning_with(tmp_path / "code", NOTING.format(notes=notes))
     succeeded(files.run("train", QLORA_DEVICE="cuda", **code))
     for rank in (0, 1):
@@ -35,16 +35,18 @@ def test_two_blocks_at_most_are_gathered_at_a_time_and_none_after_a_pass(
         most = max(line["bytes"] / line["block"] for line in lines)
         figures.add(f"blocks of a sharded base gathered at a time, rank {rank}", most, "", limit=2)
         assert most <= 2
-    figures.add("1B, sharded over two GPUs: memory", record(files, "train")["peakMemoryBytes"] / 2**30, "GiB")
+    figures.add(
+        "1B, 2 × 2048 tokens, sharded over two GPUs: memory", record(files, "train")["peakMemoryBytes"] / 2**30, "GiB"
+    )
 
 
 @pytest.mark.gpu(cards=2)
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_process_that_is_killed_ends_the_other_for_another_attempt(
-    sharding: str, tmp_path: Path, tiny_llama: Path
+    sharding: str, tmp_path: Path, tiny: Files
 ) -> None:
     spec = merged(TWO, {"training": {"sharding": sharding, "maxSteps": 2000, "evalEverySteps": None}})
-    files: Files = on_gpu(new_files(tmp_path / "job", tiny_llama.parent, spec), "prepare")
+    files = tiny.copied(tmp_path / "job").with_spec(spec)
     # The default limit is half an hour.
     hurried = "from datetime import timedelta\nfrom qlora_trainer.training import ranks\n"
     code = beginning_with(tmp_path / "code", hurried + "ranks.TIMEOUT = timedelta(seconds=20)\n")

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from qlora_api.contract import ExitCode, ProgressRecord, decode_record
 from tests.gpu.ballast import GIB, Ballast
 from tests.gpu.figures import Figures
-from tests.gpu.runs import billion, losses, metrics, on_gpu, record
-from tests.support.command import Files, new_files
+from tests.gpu.runs import losses, metrics, on_gpu, record
+from tests.support.command import Files
 from tests.support.tiny import JOB_UID, POD_UID
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Files:
-    return on_gpu(new_files(tmp_path_factory.mktemp("gpu") / "job", tiny_llama.parent), "prepare", "train", "publish")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny: Files) -> Files:
+    return on_gpu(tiny.copied(tmp_path_factory.mktemp("undisturbed") / "job"), "train", "publish")
 
 
 def test_a_run_lowers_the_held_out_loss_and_is_published(undisturbed: Files) -> None:
@@ -32,10 +32,9 @@ def test_a_run_lowers_the_held_out_loss_and_is_published(undisturbed: Files) -> 
     assert all(entry["memoryBytes"] > 0 for entry in metrics(undisturbed) if "loss" in entry)
 
 
-def test_a_run_is_close_to_the_same_on_a_cpu(undisturbed: Files, tmp_path: Path) -> None:
-    there = new_files(tmp_path / "job", undisturbed.models)
-    for step in ("prepare", "train"):
-        assert there.run(step, QLORA_DEVICE="cpu").exit_code == 0
+def test_a_run_is_close_to_the_same_on_a_cpu(undisturbed: Files, tiny: Files, tmp_path: Path) -> None:
+    there = tiny.copied(tmp_path / "job")
+    assert there.run("train", QLORA_DEVICE="cpu").exit_code == 0
     # On a CPU, float32 instead of bfloat16 moves no loss of these 30 steps by more than 1e-3 of itself; other kernels,
     # which sum in another order, change less than another type.
     assert losses(undisturbed) == pytest.approx(losses(there), rel=1e-2)
@@ -52,8 +51,8 @@ def until(process: "subprocess.Popen[str]", reached: Callable[[ProgressRecord], 
     raise AssertionError(f"it ended before: {read}")
 
 
-def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, tmp_path: Path) -> None:
-    files = on_gpu(new_files(tmp_path / "job", undisturbed.models), "prepare")
+def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, tiny: Files, tmp_path: Path) -> None:
+    files = tiny.copied(tmp_path / "job")
     process = files.start("train", QLORA_DEVICE="cuda")
     read = until(process, lambda said: said.training_step >= 2)
     process.send_signal(signal.SIGTERM)
@@ -68,10 +67,9 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_ends(undisturbed: Files, tm
 
 
 def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_nearly_the_same_losses(
-    undisturbed: Files, tmp_path: Path
+    undisturbed: Files, tiny: Files, tmp_path: Path
 ) -> None:
-    spec = {"training": {"saveEverySteps": 5}}
-    files = on_gpu(new_files(tmp_path / "job", undisturbed.models, spec), "prepare")
+    files = tiny.copied(tmp_path / "job").with_spec({"training": {"saveEverySteps": 5}})
     process = files.start("train", QLORA_DEVICE="cuda")
     read = until(process, lambda said: said.checkpoint_step is not None)
     process.kill()
@@ -83,8 +81,8 @@ def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_nearly_the_same_l
 
 
 @pytest.mark.gpu(gib=10)
-def test_the_estimate_is_right_about_the_peak(tmp_path: Path, one_billion: Path, figures: Figures) -> None:
-    files = billion(tmp_path / "job", one_billion, {"training": {"microBatchSize": 2}})
+def test_the_estimate_is_right_about_the_peak(tmp_path: Path, billion: Files, figures: Figures) -> None:
+    files = billion.copied(tmp_path / "job")
     started = time.monotonic()
     process = files.start("train", QLORA_DEVICE="cuda")
     read = until(process, lambda said: said.training_step >= 1)
@@ -102,8 +100,8 @@ def test_the_estimate_is_right_about_the_peak(tmp_path: Path, one_billion: Path,
 
 
 @pytest.mark.gpu(gib=10)
-def test_a_gpu_that_is_full_ends_the_run_with_peak_and_advice(tmp_path: Path, one_billion: Path) -> None:
-    files = billion(tmp_path / "job", one_billion, {"training": {"microBatchSize": 8}})
+def test_a_gpu_that_is_full_ends_the_run_with_peak_and_advice(tmp_path: Path, billion: Files) -> None:
+    files = billion.copied(tmp_path / "job").with_spec({"training": {"microBatchSize": 8}})
     # By the estimate it takes 4.7 GiB, and its weights alone no more than one.
     with Ballast(free=3 * GIB):
         done = files.run("train", QLORA_DEVICE="cuda")
@@ -113,9 +111,9 @@ def test_a_gpu_that_is_full_ends_the_run_with_peak_and_advice(tmp_path: Path, on
 
 
 @pytest.mark.gpu(gib=10)
-def test_micro_batches_are_halved_until_they_fit_and_the_result_says_so(tmp_path: Path, one_billion: Path) -> None:
+def test_micro_batches_are_halved_until_they_fit_and_the_result_says_so(tmp_path: Path, billion: Files) -> None:
     spec = {"training": {"microBatchSize": 8, "autoMicroBatch": True}}
-    files = billion(tmp_path / "job", one_billion, spec)
+    files = billion.copied(tmp_path / "job").with_spec(spec)
     # By the estimate a micro batch of eight takes 4.7 GiB, of four 3.2 and of two 2.4.
     with Ballast(free=7 * GIB // 2):
         done = files.run("train", QLORA_DEVICE="cuda")
@@ -125,18 +123,17 @@ def test_micro_batches_are_halved_until_they_fit_and_the_result_says_so(tmp_path
 
 
 @pytest.mark.gpu(cards=2)
-def test_two_gpus_train_what_one_trains(undisturbed: Files, tmp_path: Path) -> None:
+def test_two_gpus_train_what_one_trains(tiny: Files, tmp_path: Path) -> None:
     spec = {"resources": {"gpus": 2}, "training": {"gradientAccumulationSteps": 2}}
-    both = on_gpu(new_files(tmp_path / "two", undisturbed.models, spec), "prepare", "train")
-    alone = {**spec, "resources": {"gpus": 1}}
-    one = on_gpu(new_files(tmp_path / "one", undisturbed.models, alone), "prepare", "train")
+    both = on_gpu(tiny.copied(tmp_path / "two").with_spec(spec), "train")
+    one = on_gpu(tiny.copied(tmp_path / "one").with_spec({**spec, "resources": {"gpus": 1}}), "train")
     assert losses(both) == pytest.approx(losses(one), rel=2e-2)
 
 
 @pytest.mark.gpu(cards=2, gib=8)
-def test_two_gpus_that_share_the_base_train_the_same_in_less_memory(tmp_path: Path, one_billion: Path) -> None:
+def test_two_gpus_that_share_the_base_train_the_same_in_less_memory(tmp_path: Path, billion: Files) -> None:
     whole, shared = (
-        billion(tmp_path / sharding, one_billion, {"resources": {"gpus": 2}, "training": {"sharding": sharding}})
+        billion.copied(tmp_path / sharding).with_spec({"resources": {"gpus": 2}, "training": {"sharding": sharding}})
         for sharding in ("none", "full")
     )
     for files in (whole, shared):

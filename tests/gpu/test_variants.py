@@ -13,7 +13,7 @@ from qlora_api.training import QuantizationSpec
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.base import load_base
 from qlora_trainer.training.held_out import mean_loss, read_compared
-from tests.gpu.runs import billion, losses, on_gpu, record
+from tests.gpu.runs import losses, on_gpu, record
 from tests.support.command import Files, new_files
 from tests.support.families import FAMILIES
 from tests.support.tiny import save_model
@@ -49,10 +49,10 @@ def test_a_variant_of_lora_is_trained_and_published_and_peft_reads_it_with_the_s
 def test_another_family_trains_close_to_the_same_on_a_cpu(family: str, tmp_path: Path) -> None:
     config, _ = FAMILIES[family]
     models = save_model(tmp_path / "models" / "model", config).parent
-    here = on_gpu(new_files(tmp_path / "here", models), "prepare", "train")
-    there = new_files(tmp_path / "there", models)
-    for step in ("prepare", "train"):
-        assert there.run(step, QLORA_DEVICE="cpu").exit_code == 0
+    prepared = on_gpu(new_files(tmp_path / "prepared", models), "prepare")
+    here, there = (prepared.copied(tmp_path / name) for name in ("here", "there"))
+    on_gpu(here, "train")
+    assert there.run("train", QLORA_DEVICE="cpu").exit_code == 0
     # As for the Llama in test_training.py: ten times what another type moves on a CPU.
     assert losses(here) == pytest.approx(losses(there), rel=1e-2)
 
@@ -67,10 +67,10 @@ def test_an_adapter_that_a_gpu_trained_is_merged_into_the_weights_of_that_gpu(tm
 
 
 @pytest.mark.gpu(gib=10)
-def test_paged_8_bit_state_trains_nearly_as_32_bit_state_and_is_resumed(tmp_path: Path, one_billion: Path) -> None:
+def test_paged_8_bit_state_trains_nearly_as_32_bit_state_and_is_resumed(tmp_path: Path, billion: Files) -> None:
     training = {"learningRate": 1e-3, "saveEverySteps": 2}
     wide, narrow = (
-        on_gpu(billion(tmp_path / name, one_billion, {"training": {**training, "optimizer": name}}), "train")
+        on_gpu(billion.copied(tmp_path / name).with_spec({"training": {**training, "optimizer": name}}), "train")
         for name in ("paged_adamw_32bit", "paged_adamw_8bit")
     )
     uninterrupted = losses(narrow)

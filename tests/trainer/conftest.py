@@ -1,10 +1,14 @@
 """Tiny models made once a session, the context of a step over them, and a registry."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+# As steps do (process.py), which these tests also call in their own process. Before anything loads bitsandbytes.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -239,7 +239,8 @@ def _explain(pod: Pod, job: QLoRAJob, step: StepName, exit_code: int | None) -> 
     return known.reason, (
         f"the trainer ended with exit code {pod.termination.exit_code}"
         f"{f' ({pod.termination.reason})' if pod.termination.reason not in ('', 'Error') else ''} and left no readable "
-        f"record{f': {detail}' if detail else ''}; see `kubectl logs {pod.name}`"
+        f"record{f': {detail}' if detail else ''}; see `kubectl logs {pod.name}`, and the end of records/{step}.log in "
+        "the workspace, where libraries print"
     )
 
 

@@ -28,11 +28,10 @@ SHORTAGES = [
     ),
     RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
-    RuntimeError("Error out of memory at line 534 in file /src/csrc/pythonInterface.cpp"),
 ]
 REPORTERS = (
     *("PyTorch", "cuBLAS", "CUDA", "driver", "NCCL", "cuDNN", "cuDNN's device memory"),
-    *("PyTorch about cuDNN", "cuSOLVER", "Triton", "bitsandbytes"),
+    *("PyTorch about cuDNN", "cuSOLVER", "Triton"),
 )
 OTHERS = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),

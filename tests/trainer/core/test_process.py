@@ -84,6 +84,18 @@ def test_training_on_a_gpu_has_segments_that_grow_unless_the_administrator_has_s
     assert {name: environment[name] for name in (NAME, OLDER) if name in environment} == found
 
 
+@pytest.mark.parametrize(
+    ("step", "device", "found"),
+    [("train", "cuda", "0,1"), ("train", "cpu", ""), ("prepare", "cuda", ""), ("publish", "cuda", "")],
+)
+def test_only_a_step_that_trains_on_a_gpu_sees_one(
+    step: StepName, device: Device, found: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment["CUDA_VISIBLE_DEVICES"] = "0,1"
+    set_environment(step, tmp_path, device=device)
+    assert environment["CUDA_VISIBLE_DEVICES"] == found
+
+
 PRINT_ENVIRONMENT = """
 import os
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qlora_api.contract import ExitCode, ProgressRecord, decode_record
+from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, decode_record
 from tests.support.command import Done, Files, new_files
+from tests.support.ranks import beginning_with
 from tests.support.tiny import JOB_UID, POD_UID
 
 # What ends the step so is tested without a process of its own, by the tests of the step; that the command line reports
@@ -260,3 +262,28 @@ def test_203_an_error_that_nobody_foresaw(tmp_path: Path, finished: Files) -> No
     assert done.stderr.startswith("Traceback ")
     assert "metrics_log.py" in done.stderr
     assert "hf_abcdefghijklmnop" not in done.stderr
+
+
+# Without a GPU, each call of CUDA fails. What bitsandbytes does then does not depend on the reason.
+FAILING_CUDA = """
+import ctypes
+from pathlib import Path
+import bitsandbytes
+from qlora_trainer.training import loop
+
+def batch_loss(model, batch):
+    library = max(Path(bitsandbytes.__file__).parent.glob("libbitsandbytes_cuda13*.so"))
+    ctypes.CDLL(str(library)).cget_managed_ptr(ctypes.c_size_t(4096))
+
+loop.batch_loss = batch_loss
+"""
+
+
+def test_an_error_of_cuda_in_bitsandbytes_leaves_exit_code_1_no_result_and_a_line_in_the_log(
+    prepared: Files, tmp_path: Path
+) -> None:
+    done = prepared.run("train", **beginning_with(tmp_path / "code", FAILING_CUDA))
+    assert done.exit_code == 1, done.stdout + done.stderr
+    assert not any(isinstance(record, ResultRecord) for record in done.records)
+    log = (prepared.workspace / "records" / "train.log").read_text()
+    assert re.search(r"^Error .+ at line \d+ in file ", log.splitlines()[-1])

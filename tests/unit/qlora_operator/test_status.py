@@ -231,6 +231,12 @@ def test_the_end_decides_both_summary_conditions() -> None:
         ),
         (
             "train",
+            [child("train", Failed="BackoffLimitExceeded"), ended(pod("train"), 1)],
+            "InternalError",
+            "the end of records/train.log in the workspace",
+        ),
+        (
+            "train",
             [child("train", Failed="PodFailurePolicy"), ended(pod("train"), 12, "{not a record")],
             "ModelUnavailable",
             "exit code 12",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,6 +75,20 @@ def test_a_dry_run_outlives_a_killed_parent_no_longer_than_its_time(monkeypatch:
     orphan.join()
     assert orphan.exitcode == -signal.SIGALRM
     receiver.close()
+
+
+def test_it_sees_no_gpu_and_hides_none_from_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert within_limits(os.environ.get, ("CUDA_VISIBLE_DEVICES",)) == ""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_process_that_sees_a_gpu_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for PyTorch; `tests/gpu/test_cards.py` has the real one."""
+    seeing = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
+    monkeypatch.setitem(sys.modules, "torch", seeing)
+    with pytest.raises(RuntimeError, match="Start this program with CUDA_VISIBLE_DEVICES set to nothing"):
+        within_limits(len, ("four",))
 
 
 def test_a_rejection_arrives_as_it_is() -> None:

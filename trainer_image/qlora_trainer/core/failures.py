@@ -6,11 +6,12 @@ import sys
 from qlora_api.contract import ExitCode
 
 # What libraries beside PyTorch's allocator report when it has left them nothing: cuBLAS, cuSOLVER, cuDNN (and PyTorch
-# about cuDNN), CUDA, its driver, Triton, NCCL and bitsandbytes. Their errors have no type of their own.
+# about cuDNN), CUDA, its driver, Triton and NCCL. Their errors have no type of their own. bitsandbytes raises none: it
+# prints a line and ends the process with exit code 1.
 _OUT_OF_GPU_MEMORY = re.compile(
     r"(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
     r"|CUDA (driver )?error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|Triton Error \[CUDA\]: out of memory"
-    r"|CUDA (ran )?out of memory|Cuda failure (\d+ )?'out of memory'|Error out of memory at line \d+ in file"
+    r"|CUDA (ran )?out of memory|Cuda failure (\d+ )?'out of memory'"
 )
 
 

@@ -63,15 +63,27 @@ def _send_output_to(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def hide_gpus() -> None:
+    """Let the libraries that this process loads from now on see no GPU.
+
+    bitsandbytes starts CUDA on each GPU that it sees, already when it is imported. A process that is forked afterwards
+    cannot compute: autograd wants a thread for each GPU, and the process is aborted because that cannot be had.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def set_environment(step: StepName, workspace: Path, *, device: Device = "cpu", publishes_to_hub: bool = False) -> None:
     """Switch off telemetry everywhere and the hub where no network is needed; give libraries a folder to write to.
 
-    The root file system of a pod is read-only and its user often has no entry in the password file: libraries that
-    keep caches below the home directory, or ask for the user's name, are given both.
+    Only a step that trains on a GPU sees one: call this before libraries are loaded. The root file system of a pod is
+    read-only and its user often has no entry in the password file: libraries that keep caches below the home directory,
+    or ask for the user's name, are given both.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.update(cpu.library_settings(os.environ))
-    if step == "train" and device == "cuda" and not any(name in os.environ for name in _ALLOCATOR):
+    if step != "train" or device != "cuda":
+        hide_gpus()
+    elif not any(name in os.environ for name in _ALLOCATOR):
         # Nearly every micro batch has another number of tokens. In segments of fixed size that leaves gaps, which no
         # later tensor fits into.
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import resource
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,6 +19,7 @@ from typing import Any
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.core.process import hide_gpus
 
 logger = logging.getLogger(__name__)
 SECONDS = 600
@@ -73,8 +75,9 @@ def within_limits(
     """What the function returns, which is called in a forked process.
 
     `what` is what a message calls the function. Raises its StepFailure, LimitReached, or DryRunFailed for any other
-    end.
+    end; RuntimeError in a process that sees a GPU, from which none can be forked that computes.
     """
+    _require_no_gpu(what)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(sender, function, arguments, seconds, memory_bytes, what), daemon=True)
@@ -96,6 +99,16 @@ def within_limits(
     return answer
 
 
+def _require_no_gpu(what: str) -> None:
+    torch = sys.modules.get("torch")
+    # To ask starts CUDA's driver already: there is no way to fork afterwards if the answer is yes.
+    if torch is not None and torch.cuda.is_available():
+        raise RuntimeError(
+            f"{what} runs in a process that is forked from this one, in which PyTorch sees a GPU: CUDA does not "
+            f"survive a fork. Start this program with CUDA_VISIBLE_DEVICES set to nothing; {what} needs no GPU"
+        )
+
+
 def _run(
     sender: Connection,
     function: Callable[..., Any],
@@ -106,6 +119,8 @@ def _run(
 ) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
+    # The parent may have loaded no library yet.
+    hide_gpus()
     # The parent may be killed and end nothing.
     signal.setitimer(signal.ITIMER_REAL, seconds + _SECONDS_FOR_PARENT)
     try:
