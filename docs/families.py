@@ -20,8 +20,9 @@ from transformers.models.auto.modeling_auto import (
 
 from qlora_api.memory import one_row
 from qlora_api.training import LoraSpec
-from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.model.dry_run.limited import DryRunFailed, within_limits
+from qlora_trainer.model.model_error import UNUSABLE, with_error
 from qlora_trainer.model.support import Family, inspect_family
 from qlora_trainer.model.unsupported import ALTERNATIVE
 
@@ -31,7 +32,7 @@ TABLE = Path(one_row.__file__)
 NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 MULTIMODAL_NAMES = tuple(sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES).difference(NAMES)))
 _SECONDS = 120
-_LONGEST_REASON = 160
+_LONGEST_REASON = 240
 _ROTATION = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
 # What every published model of the family has and transformers' default leaves out.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -75,7 +76,7 @@ def main() -> int:
 def entry(name: str) -> Entry:
     """Probe one family, in a process with limits."""
     try:
-        return Entry(name, within_limits(_family, (name,), seconds=_SECONDS))
+        return Entry(name, within_limits(_family, (name,), seconds=_SECONDS, what="the inspection"))
     except (StepFailure, DryRunFailed) as failure:
         return Entry(name, None, _reason(str(failure)))
 
@@ -84,7 +85,10 @@ def _family(name: str) -> Family:
     # A process that was forked has none of its parent's threads, which PyTorch would wait for.
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
-        AutoConfig.for_model(name, **SETTINGS.get(name, {})).save_pretrained(folder)
+        try:
+            AutoConfig.for_model(name, **SETTINGS.get(name, {})).save_pretrained(folder)
+        except UNUSABLE as error:
+            raise bad_configuration(with_error("transformers' default configuration is invalid", error)) from error
         return inspect_family(Path(folder), LoraSpec())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from qlora_trainer.model.attention import RowBoundaries, rows_attention
+from qlora_trainer.model.model_error import ModelError
 from tests.support.attention import HEADS, LENGTHS, MODULE, tensors, visible
 
 
@@ -81,11 +82,11 @@ def test_a_kernel_is_given_few_numbers_of_rows_and_few_bounds_of_them() -> None:
 def test_an_attention_setting_that_is_not_computed_is_rejected(
     module: Any, mask: Tensor | None, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ModelError, match=message):
         rows_attention(module, *tensors(), mask, **settings)
 
 
 def test_keys_from_a_cache_are_rejected() -> None:
     query, key, value = tensors()
-    with pytest.raises(ValueError, match="no cache"):
+    with pytest.raises(ModelError, match="no cache"):
         rows_attention(MODULE, query[:, :, -1:], key, value, None)

@@ -14,6 +14,7 @@ from tests.support.tiny import SHAPE, Recorded
 from tests.trainer.conftest import MakeContext
 
 NO_MODEL = "describes no model that can be trained here"
+NO_SMALL_RUN = "transformers cannot run on text alone the small model by which this type is tested"
 QUANTIZED = "already quantized"
 ALTERNATIVE = "choose a model of a family that is trained, such as Llama"
 ORIGINAL = "name the original 16-bit model"
@@ -22,14 +23,36 @@ ORIGINAL = "name the original 16-bit model"
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "jetmoe": ({"model_type": "jetmoe"}, "mixture of experts (num_local_experts 8) that does not use", ALTERNATIVE),
     "phimoe": ({"model_type": "phimoe"}, "in training it computes something else than in use", ALTERNATIVE),
-    "deepseek_v2": ({"model_type": "deepseek_v2"}, NO_MODEL, ALTERNATIVE),
+    "deepseek_v2": ({"model_type": "deepseek_v2"}, f"{NO_MODEL}: {NO_SMALL_RUN}: ", ALTERNATIVE),
+    "deepseek_v4": ({"model_type": "deepseek_v4"}, "no small model of this type could be trained", ALTERNATIVE),
     "llama4": ({"model_type": "llama4"}, "(num_local_experts 16) that does not use", ALTERNATIVE),
     "llama4_text": (
         {"model_type": "llama4_text"},
         "(num_local_experts 16) that does not use",
         ALTERNATIVE,
     ),
-    "dbrx": ({"model_type": "dbrx"}, NO_MODEL, ALTERNATIVE),
+    "dbrx": (
+        {"model_type": "dbrx"},
+        f"{NO_MODEL}: transformers cannot build a model from this config.json: AttributeError: ",
+        ALTERNATIVE,
+    ),
+    "blt": (
+        {"model_type": "blt"},
+        f"{NO_MODEL}: this trainer cannot make the small model by which this type is tested: AttributeError: ",
+        ALTERNATIVE,
+    ),
+    "git": ({"model_type": "git"}, f"{NO_MODEL}: this trainer does not find its decoder blocks", ALTERNATIVE),
+    "modernbert-decoder": (
+        {"model_type": "modernbert-decoder"},
+        f"{NO_MODEL}: the small model by which this type is tested cannot be run as in training: TypeError: ",
+        ALTERNATIVE,
+    ),
+    "shieldgemma2": ({"model_type": "shieldgemma2"}, "no layer of its blocks can have an adapter", ALTERNATIVE),
+    "kyutai_speech_to_text": (
+        {"model_type": "kyutai_speech_to_text"},
+        f"{NO_MODEL}: transformers cannot build the small model by which this type is tested: AssertionError: ",
+        ALTERNATIVE,
+    ),
     "experts-of-odd-size": (
         {"model_type": "qwen3_moe", **SHAPE, "hidden_size": 60, "moe_intermediate_size": 40},
         "experts of 2400 weights (model.layers.0.mlp.experts.gate_up_proj), which must be a multiple of 64",
@@ -45,7 +68,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "ctrl": ({"model_type": "ctrl"}, "cannot recompute its blocks", ALTERNATIVE),
     "rwkv": ({"model_type": "rwkv"}, "changes its own weights", ALTERNATIVE),
     "recurrent_gemma": ({"model_type": "recurrent_gemma"}, "computes attention or logits in a way", ALTERNATIVE),
-    **{name: ({"model_type": name}, NO_MODEL, ALTERNATIVE) for name in ("zamba", "zamba2", "xlstm", "reformer")},
+    **{name: ({"model_type": name}, NO_MODEL, ALTERNATIVE) for name in ("zamba", "reformer")},
+    **{
+        name: ({"model_type": name}, f"{NO_MODEL}: {NO_SMALL_RUN}: RuntimeError: ", ALTERNATIVE)
+        for name in ("zamba2", "xlstm")
+    },
     **{
         name: ({"model_type": name}, "its tokens attend to later ones", ALTERNATIVE)
         for name in ("bert", "roberta", "electra", "xlm-roberta")

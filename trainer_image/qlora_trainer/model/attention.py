@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from qlora_trainer.core import cpu
 from qlora_trainer.model.attention_capped import capped_rows
 from qlora_trainer.model.attention_cpu import causal_rows
+from qlora_trainer.model.model_error import ModelError
 
 ATTENTION = "qlora_rows"
 """The name to give as `attn_implementation`."""
@@ -96,11 +97,11 @@ def rows_attention(
     """
     unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)
     if unknown:
-        raise ValueError(f"its attention takes {', '.join(unknown)}, which this trainer does not support")
+        raise ModelError(f"its attention takes {', '.join(unknown)}, which this trainer does not support")
     if not getattr(module, "is_causal", True):
-        raise ValueError("its tokens attend to later ones, which this trainer does not support")
+        raise ModelError("its tokens attend to later ones, which this trainer does not support")
     if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError("attention within rows takes a single batch row, no mask and no cache")
+        raise ModelError("attention within rows takes a single batch row, no mask and no cache")
     if rows is None:
         rows = RowBoundaries.of((query.shape[2],), query.device)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling

@@ -7,19 +7,18 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.attention import RowBoundaries
 from qlora_trainer.model.expert_layout import routing_linears
+from qlora_trainer.model.model_error import ModelError
 
 
 def decoder_blocks(model: Any) -> nn.ModuleList:
-    """The blocks of a causal language model's text decoder. Raises StepFailure (BAD_CONFIGURATION) if it has none."""
-    decoder = model.get_decoder()
-    blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == blocks:
+    """The blocks of a causal language model's text decoder. Raises ModelError if it has none."""
+    number = model.config.get_text_config(decoder=True).num_hidden_layers
+    for child in model.get_decoder().children():
+        if isinstance(child, nn.ModuleList) and len(child) == number:
             return child
-    raise bad_configuration(f"model_type {model.config.model_type!r}: its {blocks} decoder blocks were not found")
+    raise ModelError("this trainer does not find its decoder blocks, whose layers would get the adapter")
 
 
 def block_linears(model: Any) -> tuple[str, ...]:

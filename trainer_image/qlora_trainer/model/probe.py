@@ -19,12 +19,14 @@ from qlora_trainer.model.decoder import (
 )
 from qlora_trainer.model.experts import EXPERTS, expert_modules, register_experts
 from qlora_trainer.model.loss import LogitTransform
+from qlora_trainer.model.model_error import ModelError, explained
 from qlora_trainer.model.shrunken import SPECIAL_TOKENS, VOCABULARY, WEIGHT_DEVIATION, shrunken
 from qlora_trainer.model.text_part import random_text_part
 
 _OF_TRANSFORMERS = ("sdpa", "eager")
 _ROWS = (7, 12)
 """Both longer than the shrunken window."""
+_SMALL_MODEL = "the small model by which this type is tested"
 
 
 @dataclass(frozen=True)
@@ -57,28 +59,30 @@ def probe(config: Any, whole: Any) -> Probe:
     Where our attention does not compute what the family's own does, transformers' is tried, for one row a sequence.
     `whole` is the model that it stands for, with weights or without: each kind of block of one must be in the other.
 
-    Takes a tenth of a second for most families, and seconds for recurrent layers. Raises what transformers
-    raises for a configuration that it cannot use.
+    Takes a tenth of a second for most families, and seconds for recurrent layers. Raises ModelError for a
+    configuration that this trainer cannot make small, and for a small model that transformers cannot build or run.
     """
     register_attention()
     register_experts()
-    small = shrunken(config)
+    with explained(f"this trainer cannot make {_SMALL_MODEL}"):
+        small = shrunken(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokens = VOCABULARY - len(SPECIAL_TOKENS)
         first, other, second = (torch.randint(tokens, (1, length)) for length in (_ROWS[0], *_ROWS))
-        with torch.no_grad():
-            expected = _random_model(small.config, "eager", "eager")(input_ids=second, use_cache=False).logits
-            model, attention = _exact_model(small.config, second, expected)
-            if model is None:
-                return Probe(None)
-            isolated = attention == ATTENTION and _isolates(model, second, (first, other), expected)
-            causal, stateless = _is_causal(model, second), _is_stateless(model, second, other)
-        silent, bypassed = _without_gradient(model, second)
-        with torch.no_grad():
-            # It is in training mode now.
-            steady = _close(_logits(model, second, _ROWS[1:]), expected)
-    unlike = _unlike(whole, model)
+        expected = _expected_logits(small.config, second)
+        with explained(f"{_SMALL_MODEL} cannot be run as in training"):
+            with torch.no_grad():
+                model, attention = _exact_model(small.config, second, expected)
+                if model is None:
+                    return Probe(None)
+                isolated = attention == ATTENTION and _isolates(model, second, (first, other), expected)
+                causal, stateless = _is_causal(model, second), _is_stateless(model, second, other)
+            silent, bypassed = _without_gradient(model, second)
+            with torch.no_grad():
+                # It is in training mode now.
+                steady = _close(_logits(model, second, _ROWS[1:]), expected)
+            unlike = _unlike(whole, model)
     blocks = enumerate(small.stands_for)
     silent_layers = {(block, name) for block, small_block in blocks for number, name in silent if number == small_block}
     return Probe(attention, isolated, causal, stateless, steady, frozenset(silent_layers), bypassed, unlike)
@@ -92,6 +96,14 @@ def _unlike(whole: Any, small: Any) -> tuple[str, ...]:
         others = small_kinds if kind in kinds else kinds
         parts |= min((kind ^ other for other in others), key=len)
     return tuple(sorted(parts))
+
+
+def _expected_logits(config: Any, row: Tensor) -> Tensor:
+    """What transformers computes for the row with its own attention and experts."""
+    with explained(f"transformers cannot build {_SMALL_MODEL}"):
+        model = _random_model(config, "eager", "eager")
+    with explained(f"transformers cannot run on text alone {_SMALL_MODEL}"), torch.no_grad():
+        return model(input_ids=row, use_cache=False).logits
 
 
 def _random_model(config: Any, attention: str, experts: str = EXPERTS) -> Any:
@@ -113,18 +125,18 @@ def _is_constant(parameter: Tensor) -> bool:
 def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str | None]:
     """The model with the first implementation that gives the expected logits, and that; None if there is none.
 
-    Made with it, as it is loaded: some families do not change theirs afterwards. Raises ValueError if ours fails, with
-    what it said, and none is exact.
+    Made with it, as it is loaded: some families do not change theirs afterwards. Raises what ours
+    raises if none is exact.
     """
-    refusal: ValueError | None = None
+    refusal: Exception | None = None
     for attention in (ATTENTION, *_OF_TRANSFORMERS):
         try:
             model = _random_model(config, attention)
             if _close(_logits(model, row, _ROWS[1:]), expected):
                 return model, attention
-        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        except (ModelError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
             # An implementation that a family does not know makes it fail in any of these ways.
-            refusal = ValueError(str(error)) if attention == ATTENTION else refusal
+            refusal = error if attention == ATTENTION else refusal
     if refusal is not None:
         raise refusal
     return None, None

@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -19,8 +18,8 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, model_un
 from qlora_trainer.model.adapter import lost_by_peft, taken_for_experts
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
-from qlora_trainer.model.dry_run.limited import is_out_of_memory
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
+from qlora_trainer.model.model_error import UNUSABLE, ModelError, explained, with_error
 from qlora_trainer.model.probe import probe
 from qlora_trainer.model.source_quantization import (
     SETTINGS,
@@ -35,19 +34,6 @@ from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_conf
 MIN_QUANTIZED_FRACTION = 0.98
 ALL_LINEAR = "all-linear"
 _MAX_CONFIG_BYTES = 2**24
-# transformers checks a value where it is first used: it raises any of these for an unusable one.
-_UNUSABLE = (
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-    OSError,
-    StrictDataclassError,
-)
 
 
 @dataclass(frozen=True)
@@ -132,62 +118,80 @@ def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     time and memory as the sizes in the file say: call it within limits for a stranger's.
     """
     config = _read_config(config_folder)
-    model_type = config.model_type
     try:
-        _reject(model_type, reason_in_config(config))
-        loader: Any = auto_class(config)
+        with explained("this trainer cannot use its settings"):
+            return _inspected(config, lora)
+    except ModelError as error:
+        raise bad_configuration(
+            f"{config_folder / 'config.json'} (model_type {config.model_type!r}) describes no model that can be "
+            f"trained here: {error}; {ALTERNATIVE}"
+        ) from error
+
+
+def _inspected(config: Any, lora: LoraSpec) -> Family:
+    """See `inspect_family`. Raises ModelError if transformers, PyTorch or PEFT cannot use what they are given."""
+    model_type = config.model_type
+    _reject(model_type, reason_in_config(config))
+    loader: Any = auto_class(config)
+    with explained("transformers cannot build a model from this config.json"):
         skeleton = text_part(config)
+    with explained("this trainer cannot read the layers of the model that transformers builds"):
         _reject(model_type, reason_in_model(skeleton))
         fraction = quantized_fraction(skeleton)
-        if fraction < MIN_QUANTIZED_FRACTION:
-            _reject(
-                model_type,
-                f"only {fraction:.1%} of its parameters outside the embeddings are in plain linear layers, which is "
-                f"what is stored in 4-bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
-            )
-        _reject_untying(model_type, skeleton, lora)
         experts = bool(ExpertLayout.of(skeleton).stacks)
-        stored_in_4_bit = getattr(config, SETTINGS[0], None) is not None and not experts_in_mxfp4(config)
-        if stored_in_4_bit:
-            require_original(lora.initialization)
-        if stored_in_4_bit and experts:
-            _reject(model_type, "it is a mixture of experts that is quantized already, and its experts are not")
-        if experts and lora.initialization == "loftq":
-            raise bad_configuration(
-                f"spec.lora.initialization is loftq, and the model (model_type {model_type!r}) is a mixture of "
-                "experts, for which it is not supported: leave it out"
-            )
-        text = config.get_text_config(decoder=True)
-        probed = probe(config, skeleton)
-        _reject(model_type, reason_in_probe(probed))
-        linears = block_linears(skeleton)
-        taken = taken_for_experts(skeleton, linears)
+        _reject_untying(model_type, skeleton, lora)
+    if fraction < MIN_QUANTIZED_FRACTION:
+        _reject(
+            model_type,
+            f"only {fraction:.1%} of its parameters outside the embeddings are in plain linear layers, which is "
+            f"what is stored in 4-bit, and at least {MIN_QUANTIZED_FRACTION:.0%} must be",
+        )
+    _reject_settings(config, lora, experts=experts)
+    probed = probe(config, skeleton)
+    _reject(model_type, reason_in_probe(probed))
+    linears = block_linears(skeleton)
+    taken = taken_for_experts(skeleton, linears)
+    with explained("PEFT cannot attach an adapter to its layers"):
         refused = refused_by_peft(config, (name for name in linears if name not in taken))
         refused |= lost_by_peft(skeleton, linears)
-        left_out = tuple(name for name in linears if place_in_block(name) in probed.without_gradient or name in refused)
-        without_dora = tuple(sorted(taken.difference(left_out))) if lora.use_dora else ()
-        targets = resolve_targets(lora.target_modules, linears, left_out, without_dora, experts=experts)
-        return Family(
-            model_type=model_type,
-            target_modules=in_blocks(targets, lora.layers_to_transform),
-            quantized_fraction=fraction,
-            one_row=not probed.isolated,
-            attention=str(probed.attention),
-            longest_row=longest_row(text),
-            same_rotation_up_to=same_rotation_up_to(text),
-            without_adapter=left_out,
-            mixture_of_experts=experts,
-            experts_in_mxfp4=experts and experts_in_mxfp4(config),
-            without_dora=without_dora,
-            auto_class=loader.__name__,
+    left_out = tuple(name for name in linears if place_in_block(name) in probed.without_gradient or name in refused)
+    if len(left_out) == len(linears):
+        _reject(
+            model_type,
+            "no layer of its blocks can have an adapter: no gradient reaches it, PEFT refuses it, or PEFT does not "
+            "find it by its name when it reads the adapter",
         )
-    except _UNUSABLE as error:
-        if is_out_of_memory(error):
-            raise
+    without_dora = tuple(sorted(taken.difference(left_out))) if lora.use_dora else ()
+    targets = resolve_targets(lora.target_modules, linears, left_out, without_dora, experts=experts)
+    text = config.get_text_config(decoder=True)
+    return Family(
+        model_type=model_type,
+        target_modules=in_blocks(targets, lora.layers_to_transform),
+        quantized_fraction=fraction,
+        one_row=not probed.isolated,
+        attention=str(probed.attention),
+        longest_row=longest_row(text),
+        same_rotation_up_to=same_rotation_up_to(text),
+        without_adapter=left_out,
+        mixture_of_experts=experts,
+        experts_in_mxfp4=experts and experts_in_mxfp4(config),
+        without_dora=without_dora,
+        auto_class=loader.__name__,
+    )
+
+
+def _reject_settings(config: Any, lora: LoraSpec, *, experts: bool) -> None:
+    """Reject what does not go with weights that are stored in 4 bit, or with `experts`."""
+    stored_in_4_bit = getattr(config, SETTINGS[0], None) is not None and not experts_in_mxfp4(config)
+    if stored_in_4_bit:
+        require_original(lora.initialization)
+    if stored_in_4_bit and experts:
+        _reject(config.model_type, "it is a mixture of experts that is quantized already, and its experts are not")
+    if experts and lora.initialization == "loftq":
         raise bad_configuration(
-            f"{config_folder / 'config.json'} (model_type {model_type!r}) describes no model that can be trained here: "
-            f"{error}; {ALTERNATIVE}"
-        ) from error
+            f"spec.lora.initialization is loftq, and the model (model_type {config.model_type!r}) is a mixture of "
+            "experts, for which it is not supported: leave it out"
+        )
 
 
 def _reject(model_type: str, reason: str | None) -> None:
@@ -226,8 +230,11 @@ def _read_config(folder: Path) -> Any:
     source_quantization(raw, str(path))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _UNUSABLE as error:
-        raise bad_configuration(f"{path}: model_type {raw['model_type']!r} cannot be read: {error}") from error
+    except UNUSABLE as error:
+        cannot = with_error(
+            f"{path}: transformers cannot read a configuration of model_type {raw['model_type']!r}", error
+        )
+        raise bad_configuration(cannot) from error
 
 
 def quantized_fraction(model: PreTrainedModel) -> float:

@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from qlora_trainer.model.model_error import explained
+
 # Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
 _TEXT = ((AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),)
 _MULTIMODAL = (
@@ -51,7 +53,8 @@ def without_weights(config: Any, **settings: Any) -> Any:
 def text_part(config: Any, **settings: Any) -> Any:
     """The model `without_weights` as it is trained: of a multimodal one only what text needs."""
     model = without_weights(config, **settings)
-    _leave_text_part(model)
+    with explained("this trainer does not find the text decoder of the model that transformers builds"):
+        _leave_text_part(model)
     return model
 
 

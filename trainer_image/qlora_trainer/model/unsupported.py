@@ -47,7 +47,7 @@ def reason_in_config(config: Any) -> str | None:
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, and only decoders are trained"
     if text.model_type in _NOT_TRAINED:
-        return "no small model of this type could be trained"
+        return "in the tests of this trainer no small model of this type could be trained"
     for name, most in LARGEST_SIZES.items():
         # Each block takes memory even without its weights, and a failure while it is created has any type.
         # Not by attribute, which is an error where blocks differ in it.
