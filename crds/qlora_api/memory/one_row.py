@@ -11,6 +11,7 @@ ONE_ROW_MODEL_TYPES = frozenset(
         "deepseek_v3",
         "deepseek_v32",
         "deepseek_vl_hybrid",
+        "doge",
         "falcon_h1",
         "flint",
         "glm5_next",

@@ -168,8 +168,8 @@ def _stack_shape(
 
 
 def _into(stack: str, converters: Sequence[WeightConverter]) -> list[WeightConverter]:
-    """Those by which transformers computes the stack from what is stored."""
-    return [entry for entry in converters if any(search(target, stack) for target in entry.target_patterns)]
+    """Those by which transformers computes the stack from what is stored. up_proj does not mean gate_up_proj."""
+    return [entry for entry in converters if any(search(rf"\b{target}", stack) for target in entry.target_patterns)]
 
 
 def _merges(converter: WeightConverter) -> bool:
