@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,6 +57,14 @@ def restored(base: Path, adapter: Path, family: Family, *, checkpointing: bool =
         base_revision="0",
     )
     restore_adapter(model, load_file(adapter / ADAPTER_FILE))
+    return model
+
+
+def in_32_bit(model: Any) -> Any:
+    """The model with every operation in float32, in which no token changes its experts for a rounding."""
+    for module in model.float().modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
     return model
 
 

@@ -18,6 +18,9 @@ from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.base_artifact import BaseManifest, read_manifest
 from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.model.base_layout import BaseLayout
+from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
+from qlora_trainer.model.experts import expert_modules
+from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.model.text_part import parts_beside_text
 
 
@@ -51,6 +54,30 @@ def require_equal(ours_loaded: nn.Module, theirs_loaded: nn.Module) -> None:
 
 
 _NF4 = QuantizationSpec()
+
+
+def expert_weights(whole: nn.Module) -> dict[str, Tensor]:
+    """The weights of all experts of each block of transformers' model, by their names."""
+    return {
+        f"{name}.{kind}": parameter.detach()
+        for name, experts in expert_modules(whole)
+        for kind, parameter in experts.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
+
+
+def require_quantized_experts(base: nn.Module, whole: nn.Module) -> None:
+    """All experts of a 4-bit base are what quantization makes of their matrices in transformers' model."""
+    stacks = {name: stack for name, stack in expert_stacks(base) if isinstance(stack, ExpertStack)}
+    originals = expert_weights(whole)
+    assert stacks.keys() == originals.keys()
+    assert not stacks.keys() & {name for name, _ in base.named_parameters()}
+    for name, original in originals.items():
+        expected = ExpertStack(stacks[name].shape, stacks[name].pieces, _NF4, "cpu")
+        for expert, matrices in enumerate(original):
+            for piece, matrix in enumerate(matrices.chunk(stacks[name].pieces)):
+                expected.put(expert, piece, quantize(matrix, _NF4))
+        assert all(map(torch.equal, stacks[name].buffers(), expected.buffers()))
 
 
 def settings(quantization: QuantizationSpec = _NF4, **more: Any) -> BitsAndBytesConfig:

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from docs.families import SETTINGS
 from qlora_trainer.model.shrunken import shrunken
 from qlora_trainer.model.text_part import auto_class
+from tests.support.four_bit import expert_weights
 from tests.support.tiny import VOCABULARY, save_tokenizer
 
 PACKED = (
@@ -61,8 +63,10 @@ PACKED = (
 """Model types that keep the rows of a sequence apart."""
 ONE_ROW = ("lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "paligemma", "qwen3_5")
 """Model types that are trained with one row in a sequence."""
-MIXTURES = ("glm4v_moe", "qwen3_5_moe")
+MIXTURES = ("glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")
 """Model types with routed experts."""
+_TURNED = {"qwen3_5_moe": False, "qwen3_vl_moe": True}
+"""Types whose published files have all experts of a block in one tensor, and whether it has rows for columns."""
 WRAPPERS = frozenset({*PACKED, *ONE_ROW, *MIXTURES})
 # Sizes of towers, whatever a family calls them.
 _TOWER = {
@@ -105,5 +109,17 @@ def save_wrapper(folder: Path, config: PretrainedConfig) -> Path:
                 # Norms that begin at 1 and biases that begin at 0 would not be missed.
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    if config.model_type in _TURNED:
+        _store_stacks(folder / "model.safetensors", model, turned=_TURNED[config.model_type])
     save_tokenizer(folder)
     return folder
+
+
+def _store_stacks(file: Path, model: Any, *, turned: bool) -> None:
+    """Have the experts in a file as they are published: all of a block in one tensor."""
+    stacks = {name: weight.mT.contiguous() if turned else weight for name, weight in expert_weights(model).items()}
+    others = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
+    if model.config.model_type == "qwen3_5_moe":
+        # Of blocks that predict further tokens, which transformers leaves out.
+        others |= {f"mtp.{name[name.index('layers.') :]}": weight.clone() for name, weight in stacks.items()}
+    save_file(others | stacks, file, metadata={"format": "pt"})

@@ -31,14 +31,13 @@ from qlora_trainer.model.check import check_model
 from qlora_trainer.model.dry_run.backward import backward
 from qlora_trainer.model.dry_run.limited import StepSize, measure_within_limits
 from qlora_trainer.model.dry_run.step import StepBytes, step_bytes
-from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
-from qlora_trainer.model.experts import expert_modules
-from qlora_trainer.model.four_bit import quantize
+from qlora_trainer.model.expert_stack import expert_stacks
 from qlora_trainer.model.source import CONFIG
 from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import MIN_QUANTIZED_FRACTION, Family, inspect_family
-from tests.support.adapted import loss_and_gradients, restored
+from tests.support.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.families import CASES, REPRESENTATIVE, Case
+from tests.support.four_bit import require_quantized_experts
 from tests.support.sequences import CPU, random_sequence, rows_of
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 
@@ -140,14 +139,6 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(trained: Tra
 def adapted(trained: Trained, *, checkpointing: bool = True) -> Any:
     """The 4-bit base with the trained adapter, as the train step holds it."""
     return restored(trained.context.workspace.base, trained.adapter, trained.family, checkpointing=checkpointing)
-
-
-def in_32_bit(model: Any) -> Any:
-    """The model with every operation in float32, in which no token changes its experts for a rounding."""
-    for module in model.float().modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = torch.float32, True
-    return model
 
 
 ROW = torch.arange(100, 114)
@@ -254,34 +245,14 @@ def test_plain_peft_reads_the_adapter_over_a_base_with_the_same_experts(trained:
 @of_each(lambda case: case.experts)
 def test_every_expert_is_in_4_bit_in_the_base_that_prepare_makes(trained: Trained) -> None:
     base = load_base(trained.context.workspace.base, NF4, "cpu", attention=trained.family.attention)
-    stacks = {name: stack for name, stack in expert_stacks(base) if isinstance(stack, ExpertStack)}
-    originals = original_stacks(trained.model)
 
-    assert stacks.keys() == originals.keys()
-    assert not stacks.keys() & {name for name, _ in base.named_parameters()}
-    for name, original in originals.items():
-        expected = ExpertStack(stacks[name].shape, stacks[name].pieces, NF4, "cpu")
-        for expert, matrices in enumerate(original):
-            for piece, matrix in enumerate(matrices.chunk(stacks[name].pieces)):
-                expected.put(expert, piece, quantize(matrix, NF4))
-        assert all(map(torch.equal, stacks[name].buffers(), expected.buffers()))
-    storage = storage_of(base)
+    require_quantized_experts(base, AutoModelForCausalLM.from_pretrained(trained.model, dtype=torch.bfloat16))
+    stacks, storage = dict(expert_stacks(base)), storage_of(base)
     assert storage.parameters == trained.record.quantized_parameters
     assert storage.parameters > sum(stack.parameters_count for stack in stacks.values())
     assert {kind.name for kind in storage.layers} > {name.rpartition(".")[2] for name in stacks}
     # The tables, a kilobyte each, count in tiny layers.
     assert 4.127 < storage.bits_per_parameter < 5.1
-
-
-def original_stacks(model: Path) -> dict[str, Tensor]:
-    """The weights of all experts of each block, as transformers puts them together from the files."""
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    return {
-        f"{name}.{kind}": parameter.detach()
-        for name, experts in expert_modules(whole)
-        for kind, parameter in experts.named_parameters(recurse=False)
-        if parameter.ndim == 3
-    }
 
 
 @of_each(lambda case: case.experts)

@@ -38,7 +38,7 @@ from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.prepare import prepare
 from tests.support.adapted import adapted
 from tests.support.families import CASES, EXPERTS, ROUTED
-from tests.support.four_bit import convert
+from tests.support.four_bit import convert, expert_weights
 from tests.support.sequences import CPU
 from tests.support.tiny import SHAPE, Recorded, chat_row, save_model, write_rows
 from tests.support.training import history, run
@@ -73,15 +73,15 @@ def changed(model: Path, folder: Path, change: Any) -> Path:
     return folder
 
 
-def test_experts_that_are_stored_as_stacks_become_the_same_base(tiny_qwen3_moe: Path, tmp_path: Path) -> None:
-    def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-        # As transformers puts them together.
-        whole = AutoModelForCausalLM.from_pretrained(tiny_qwen3_moe, dtype=torch.bfloat16)
-        return rest | {name: stack.detach() for name, stack in whole.named_parameters() if stack.ndim == 3}
+def stacked(model: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model with its experts as transformers puts them together."""
+    rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    return rest | expert_weights(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
 
+
+def test_experts_that_are_stored_as_stacks_become_the_same_base(tiny_qwen3_moe: Path, tmp_path: Path) -> None:
     apart = convert(tiny_qwen3_moe, tmp_path / "apart", NF4)
-    as_stacks = changed(tiny_qwen3_moe, tmp_path / "model", stacked)
+    as_stacks = changed(tiny_qwen3_moe, tmp_path / "model", lambda tensors: stacked(tiny_qwen3_moe, tensors))
     convert(as_stacks, tmp_path / "stacks", NF4)
 
     assert apart
@@ -92,6 +92,20 @@ def test_experts_that_are_stored_as_stacks_become_the_same_base(tiny_qwen3_moe: 
     for name, stack in first.items():
         assert all(map(torch.equal, stack.buffers(), second[name].buffers()))
         assert all(map(torch.equal, stack.buffers(), direct[name].buffers()))
+
+
+def test_stacks_with_rows_for_columns_are_refused_unless_transformers_turns_them(
+    tiny_qwen3_moe: Path, tmp_path: Path
+) -> None:
+    def turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = stacked(tiny_qwen3_moe, tensors)
+        return {name: tensor.mT.contiguous() if tensor.ndim == 3 else tensor for name, tensor in found.items()}
+
+    folder = changed(tiny_qwen3_moe, tmp_path / "model", turned)
+    for read in (lambda: load_base(folder, NF4, "cpu"), lambda: convert(folder, tmp_path / "base", NF4)):
+        with pytest.raises(StepFailure, match=r"layers\.0\.mlp\.experts\.gate_up_proj in .* has shape") as caught:
+            read()
+        assert caught.value.exit_code is ExitCode.MODEL_UNAVAILABLE
 
 
 def test_an_expert_that_is_missing_or_has_another_shape_is_named(tiny_qwen3_moe: Path, tmp_path: Path) -> None:

@@ -81,6 +81,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         name: ({"model_type": name}, "is an encoder-decoder", ALTERNATIVE)
         for name in ("t5", "bart", "mbart", "whisper")
     },
+    "ernie4_5_vl_moe": (
+        {"model_type": "ernie4_5_vl_moe"},
+        "files have text_moe.experts.gate_up_proj and vision_moe.experts.gate_up_proj in one list",
+        ALTERNATIVE,
+    ),
     "cohere2_vision": ({"model_type": "cohere2_vision"}, "computes attention or logits in a way", ALTERNATIVE),
     "gemma3n": ({"model_type": "gemma3n"}, "requires the timm library", ALTERNATIVE),
     "voxtral_realtime": ({"model_type": "voxtral_realtime"}, "must specify exactly one of input_features", ALTERNATIVE),

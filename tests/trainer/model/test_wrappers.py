@@ -28,13 +28,14 @@ from qlora_trainer.model.check import check_model
 from qlora_trainer.model.decoder import place_in_block
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.measure import measure
+from qlora_trainer.model.expert_layout import routing_linears
 from qlora_trainer.model.expert_stack import expert_stacks
 from qlora_trainer.model.merge import MergeSource, merged_model, write_merged
 from qlora_trainer.model.support import Family, inspect_family
 from qlora_trainer.model.text_part import parts_beside_text, without_weights
-from tests.support.adapted import loss_and_gradients, restored
+from tests.support.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.command import new_files
-from tests.support.four_bit import convert
+from tests.support.four_bit import convert, expert_weights, require_quantized_experts, settings
 from tests.support.sequences import rows_of
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
 from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny_wrapper
@@ -43,12 +44,7 @@ from tests.support.wrappers import MIXTURES, ONE_ROW, PACKED, save_wrapper, tiny
 ALWAYS = frozenset({"mistral3", "qwen2_5_vl"})
 SPEC = {"training": {"maxSteps": 4, "maxSequenceLength": 64, "scheduler": "linear"}}
 PROCESSOR = "preprocessor_config.json"
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
+NF4 = QuantizationSpec()
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,20 @@ class Trained:
         return getattr(transformers, self.family.auto_class)
 
     @cached_property
+    def skeleton(self) -> Any:
+        """The whole model without weights."""
+        return without_weights(AutoConfig.from_pretrained(self.model))
+
+    @property
     def beside(self) -> tuple[str, ...]:
         """Names of its towers and projectors."""
-        return parts_beside_text(without_weights(AutoConfig.from_pretrained(self.model)))
+        return parts_beside_text(self.skeleton)
+
+    @property
+    def as_plain(self) -> BitsAndBytesConfig:
+        """What transformers is told to have the same layers of text in 4-bit."""
+        routing = routing_linears(self.skeleton)
+        return settings(llm_int8_skip_modules=["lm_head", *routing] if routing else None)
 
 
 def families(*names: str) -> list[Any]:
@@ -81,6 +88,7 @@ def families(*names: str) -> list[Any]:
 
 # Experts are in 4-bit here only, in no merged model, and their products depend on all tokens.
 dense = pytest.mark.parametrize("trained", families(*PACKED, *ONE_ROW), indirect=True)
+routed = pytest.mark.parametrize("trained", families(*MIXTURES), indirect=True)
 
 
 @pytest.fixture(scope="module", params=families(*PACKED, *ONE_ROW, *MIXTURES))
@@ -128,11 +136,29 @@ def test_another_row_changes_not_a_bit_of_a_rows_loss_and_gradients(trained: Tra
     assert all(map(torch.equal, before, after))
 
 
-@dense
+@routed
+def test_another_row_changes_what_experts_compute_by_rounding_only(trained: Trained) -> None:
+    model = in_32_bit(restored(trained.context.workspace.base, trained.adapter, trained.family))
+    row, other = torch.arange(100, 114), torch.arange(10, 21)
+
+    alone = loss_and_gradients(model, row, dtype=torch.float32)
+    if trained.family.one_row:
+        loss_and_gradients(model, other, dtype=torch.float32)
+        after = loss_and_gradients(model, row, dtype=torch.float32)
+    else:
+        after = loss_and_gradients(model, other, row, dtype=torch.float32)
+
+    assert max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, alone, strict=True)) < 1e-4
+
+
 def test_plain_peft_over_the_whole_model_gives_the_loss_that_was_reported(trained: Trained) -> None:
     base = trained.loader.from_pretrained(
-        trained.model, quantization_config=NF4, dtype=torch.bfloat16, device_map={"": "cpu"}
+        trained.model, quantization_config=trained.as_plain, dtype=torch.bfloat16, device_map={"": "cpu"}
     )
+    ours = load_base(trained.context.workspace.base, NF4, "cpu", attention=trained.family.attention)
+    for name, stack in expert_stacks(ours):
+        # bitsandbytes has none of them in 4-bit.
+        base.get_parameter(name).data.copy_(stack.dense(0, stack.shape[0], torch.bfloat16))
     for layer in base.modules():
         if isinstance(layer, Linear4bit):
             # bitsandbytes' own packing for some CPUs cannot hold layers as narrow as some here.
@@ -171,8 +197,21 @@ def test_plain_transformers_reads_the_base_whose_towers_are_as_they_were(trained
     assert [name for name in of_towers if not torch.equal(parameters[name], original[name])] == []
 
 
+@routed
+def test_every_expert_is_in_4_bit_and_towers_are_as_they_were(trained: Trained) -> None:
+    whole, report = trained.loader.from_pretrained(trained.model, dtype=torch.bfloat16, output_loading_info=True)
+    assert all(not names for names in report.values())
+
+    for folder in (trained.context.workspace.base, trained.model):
+        require_quantized_experts(load_base(folder, NF4, "cpu"), whole)
+    stored = BaseWeights(trained.context.workspace.base, trained.skeleton)
+    of_towers = {name: tensor for name, tensor in whole.named_parameters() if name.startswith(trained.beside)}
+    assert of_towers
+    assert [name for name, tensor in of_towers.items() if not torch.equal(stored[name], tensor)] == []
+
+
 def test_towers_take_no_memory_while_text_is_trained_and_are_not_in_the_estimate(trained: Trained) -> None:
-    base = load_base(trained.context.workspace.base, QuantizationSpec(), "cpu", attention=trained.family.attention)
+    base = load_base(trained.context.workspace.base, NF4, "cpu", attention=trained.family.attention)
     loaded = dict(base.named_parameters())
 
     assert [name for name in loaded if name.startswith(trained.beside)] == []
@@ -223,10 +262,24 @@ def test_a_job_prepares_trains_answers_and_publishes_with_the_commands_for_the_w
     assert told["evalLoss"] == pytest.approx(told["adapterEvalLoss"], rel=1e-2)
 
 
+def test_experts_with_rows_for_columns_become_the_same_base_as_those_that_transformers_saves(tmp_path: Path) -> None:
+    published = save_wrapper(tmp_path / "published", tiny_wrapper("qwen3_vl_moe"))
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(published, dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path / "saved")
+    originals, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("published", "saved"))
+    turned = [name for name, tensor in originals.items() if tensor.shape != saved[name].shape]
+    assert set(turned) == expert_weights(whole).keys()
+
+    first, second = (convert(tmp_path / name, tmp_path / f"{name}-base", NF4) for name in ("published", "saved"))
+
+    assert first == second
+    require_quantized_experts(load_base(tmp_path / "published-base", NF4, "cpu"), whole)
+
+
 def test_a_base_of_an_earlier_release_whose_tower_is_4_bit_has_the_same_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, spec = save_wrapper(tmp_path / "model", tiny_wrapper("gemma3")), QuantizationSpec()
+    model, spec = save_wrapper(tmp_path / "model", tiny_wrapper("gemma3")), NF4
     convert(model, tmp_path / "base", spec)
     with monkeypatch.context() as earlier:
         earlier.setattr(base_layout, "_in_16_bit", lambda _model: ())

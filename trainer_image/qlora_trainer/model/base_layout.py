@@ -218,7 +218,8 @@ class BaseLayout:
                 raise model_unavailable(f"{stored} in {file} is not in MXFP4, as config.json describes it; {ORIGINAL}")
             entry = Entry(f"{place.stack}{place.role}", "U8", tensor.shape)
             return _kept(tensor, entry, stored, dtype, shape, file)
-        _require(stored, dtype, shape, stack.shape if place.expert is None else stack.piece_shape, file)
+        whole = shape if stack.is_turned(shape) else stack.shape
+        _require(stored, dtype, shape, whole if place.expert is None else stack.piece_shape, file)
         size = prod(stack.piece_shape)
         entries = (
             entry

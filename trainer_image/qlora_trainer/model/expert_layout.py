@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -41,11 +42,18 @@ class StackShape:
     """One, or more that follow one another, such as gate and up. A checkpoint has them apart, by expert."""
     mxfp4: bool = False
     """Whether it is stored in MXFP4, and stays so."""
+    turned: bool = False
+    """Whether files may have each matrix the other way round, as the shape of all experts together shows."""
 
     @property
     def piece_shape(self) -> tuple[int, int]:
         """Rows and columns of a piece."""
         return self.shape[1] // self.pieces, self.shape[2]
+
+    def is_turned(self, stored: tuple[int, ...]) -> bool:
+        """Whether a tensor of all experts with this shape has rows for columns. Squares have not, for transformers."""
+        experts, rows, columns = self.shape
+        return self.turned and stored == (experts, columns, rows) != self.shape
 
     def stack(self, quantization: QuantizationSpec, device: torch.device | str) -> ExpertStack | Mxfp4Stack:
         """A stack without values."""
@@ -91,9 +99,7 @@ class ExpertLayout:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         mxfp4 = experts_in_mxfp4(model.config)
         stacks = {
-            f"{module_name}.{name}": StackShape(
-                tuple(parameter.shape), _pieces(f"{module_name}.{name}", converters), mxfp4
-            )
+            f"{module_name}.{name}": _stack_shape(f"{module_name}.{name}", tuple(parameter.shape), converters, mxfp4)
             for module_name, module in expert_modules(model)
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.ndim == 3
@@ -139,8 +145,10 @@ def matrices(opened: Any, stored: str, place: Place, stack: StackShape) -> Itera
     for expert, piece in stack.matrices(place):
         if place.expert is not None:
             yield expert, piece, opened.get_tensor(stored)
-        else:
-            yield expert, piece, opened.get_slice(stored)[expert].chunk(stack.pieces)[piece]
+            continue
+        whole = opened.get_slice(stored)
+        matrix = whole[expert].T if stack.is_turned(tuple(whole.get_shape())) else whole[expert]
+        yield expert, piece, matrix.chunk(stack.pieces)[piece]
 
 
 def _split(name: str) -> tuple[str, str, tuple[int, int] | None]:
@@ -151,11 +159,17 @@ def _split(name: str) -> tuple[str, str, tuple[int, int] | None]:
     return stack, name, None
 
 
-def _pieces(stack: str, converters: Sequence[WeightConverter]) -> int:
-    for converter in converters:
-        if _merges(converter) and search(converter.target_patterns[0], stack):
-            return len(converter.source_patterns)
-    return 1
+def _stack_shape(
+    stack: str, shape: tuple[int, int, int], converters: Sequence[WeightConverter], mxfp4: bool
+) -> StackShape:
+    into = _into(stack, converters)
+    pieces = next((len(converter.source_patterns) for converter in into if _merges(converter)), 1)
+    return StackShape(shape, pieces, mxfp4, any(map(_turns, into)))
+
+
+def _into(stack: str, converters: Sequence[WeightConverter]) -> list[WeightConverter]:
+    """Those by which transformers computes the stack from what is stored. up_proj does not mean gate_up_proj."""
+    return [entry for entry in converters if any(search(rf"\b{target}", stack) for target in entry.target_patterns)]
 
 
 def _merges(converter: WeightConverter) -> bool:
@@ -166,6 +180,12 @@ def _merges(converter: WeightConverter) -> bool:
     others = operations[1:]
     one_below_the_other = len(others) == 1 and type(others[0]) is Concatenate and others[0].dim == 1
     return one_below_the_other if len(converter.source_patterns) > 1 else not others
+
+
+def _turns(converter: WeightConverter) -> bool:
+    """Whether it exchanges rows and columns of each matrix in a tensor of all experts, if its shape asks for it."""
+    turn, *others = converter.operations
+    return not others and type(turn) is Transpose and {turn.dim0, turn.dim1} == {1, 2} and turn.check_dims
 
 
 def reason_against_experts(model: Any) -> str | None:
@@ -180,17 +200,13 @@ def reason_against_experts(model: Any) -> str | None:
             return f"it is a mixture of experts in MXFP4 with {stack.shape[1]} inputs ({name}), no multiple of {GROUP}"
         if stack.shape[1] % stack.pieces or size % BLOCK:
             return f"it is a mixture of experts of {size} weights ({name}), which must be a multiple of {BLOCK}"
-        if _converted(name, layout.converters):
-            return f"it is a mixture of experts whose weights ({name}) are stored in a form that is not read here"
+        for converter in _into(name, layout.converters):
+            if len(converter.target_patterns) > 1:
+                parts = " and ".join(converter.target_patterns)
+                return f"it is a mixture of experts whose files have {parts} in one list, which is not taken apart here"
+            if not _merges(converter) and not _turns(converter):
+                return f"it is a mixture of experts whose weights ({name}) are stored in a form that is not read here"
     return None
-
-
-def _converted(stack: str, converters: Sequence[WeightConverter]) -> bool:
-    """Whether transformers computes the stack from what is stored by more than putting matrices together."""
-    return any(
-        not _merges(converter) and any(search(target, stack) for target in converter.target_patterns)
-        for converter in converters
-    )
 
 
 def routing_linears(model: nn.Module) -> tuple[str, ...]:

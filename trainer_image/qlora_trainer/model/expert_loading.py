@@ -13,7 +13,7 @@ from qlora_trainer.core.paths import some_names
 from qlora_trainer.model.base_weights import chosen_files
 from qlora_trainer.model.expert_layout import Place, StackShape, entry_name, matrices
 from qlora_trainer.model.expert_quantizer import ExpertsQuantizer, holder
-from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
+from qlora_trainer.model.expert_stack import expert_stacks
 from qlora_trainer.model.four_bit import quantize
 from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
 
@@ -30,7 +30,7 @@ def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> No
     for name, shape in quantizer.layout.stacks.items():
         module, weight = holder(model, name)
         setattr(module, weight, shape.stack(quantization, model.device))
-    stacks, missing = dict(expert_stacks(model)), set(quantizer.layout.entries())
+    shapes, stacks, missing = quantizer.layout.stacks, dict(expert_stacks(model)), set(quantizer.layout.entries())
     for file in chosen_files(folder):
         with cast("Any", safe_open(folder / file, framework="pt")) as opened:
             names = set(opened.keys())
@@ -45,7 +45,7 @@ def load_experts(model: Any, folder: Path, quantization: QuantizationSpec) -> No
                     continue
                 read = _four_bit if f"{stored}.absmax" in names else _quantized
                 try:
-                    for expert, piece, layer in read(opened, stored, place, stack):
+                    for expert, piece, layer in read(opened, stored, place, shapes[place.stack], quantization):
                         stack.put(expert, piece, layer)
                         missing.discard(entry_name(place.stack, expert, piece))
                 except (ValueError, IndexError) as error:
@@ -61,17 +61,17 @@ Layers = Iterator[tuple[int, int, Mapping[str, Tensor]]]
 """Expert, piece and 4-bit layer."""
 
 
-def _four_bit(opened: Any, stored: str, place: Place, stack: ExpertStack) -> Layers:
+def _four_bit(opened: Any, stored: str, place: Place, _shape: StackShape, quantization: QuantizationSpec) -> Layers:
     """The layer that a base of ours has."""
-    constants = [".absmax", ".quant_map", f".quant_state.bitsandbytes__{stack.quantization.type}"]
-    if stack.quantization.double_quant:
+    constants = [".absmax", ".quant_map", f".quant_state.bitsandbytes__{quantization.type}"]
+    if quantization.double_quant:
         constants += [".nested_absmax", ".nested_quant_map"]
     yield place.expert or 0, place.piece, {name: opened.get_tensor(f"{stored}{name}") for name in ("", *constants)}
 
 
-def _quantized(opened: Any, stored: str, place: Place, stack: ExpertStack) -> Layers:
+def _quantized(opened: Any, stored: str, place: Place, shape: StackShape, quantization: QuantizationSpec) -> Layers:
     """The layers that quantization makes of a stored tensor."""
-    for expert, piece, matrix in matrices(opened, stored, place, StackShape(stack.shape, stack.pieces)):
-        if tuple(matrix.shape) != stack.piece_shape:
-            raise ValueError(f"it has shape {list(matrix.shape)}, not {list(stack.piece_shape)}")
-        yield expert, piece, quantize(matrix, stack.quantization)
+    for expert, piece, matrix in matrices(opened, stored, place, shape):
+        if tuple(matrix.shape) != shape.piece_shape:
+            raise ValueError(f"it has shape {list(matrix.shape)}, not {list(shape.piece_shape)}")
+        yield expert, piece, quantize(matrix, quantization)
