@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
 _ROW_MARGIN = 128
 """Tokens between the gradients of two rows, so that a kernel's last block of a row needs no bounds."""
+_BACKWARD: Any = torch.ops.torch_attn._varlen_attn_backward.default
 _BACKEND = "backend"
 
 
@@ -16,7 +18,7 @@ def workspace_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
     FlashAttention's backward pass of rows is all that is known. cuDNN decides itself what it takes.
     """
-    if str(func) != "torch_attn._varlen_attn_backward.default":
+    if func is not _BACKWARD:
         return 0
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
