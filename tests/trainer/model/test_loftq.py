@@ -1,11 +1,24 @@
 """LoftQ's decomposition leaves hardly more of the error of quantization than a full one, and is always the same."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.model import loftq
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.loftq import _largest
+from qlora_trainer.model.support import inspect_family
+from qlora_trainer.training.sharding import STORAGE_DTYPE
+from tests.support.four_bit import convert
+from tests.support.sequences import CPU
+
+NF4 = QuantizationSpec()
 
 
 def quantization_error(weight: Tensor) -> Tensor:
@@ -44,6 +57,39 @@ def test_what_is_left_of_the_error_is_at_most_a_thousandth_larger(
 
     assert (missing - (left * values) @ right).norm() <= (1 + 1e-3) * best
     assert bool((values[:-1] >= values[1:]).all())
+
+
+def test_the_layers_of_a_base_in_main_memory_are_decomposed_on_the_device(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a base that is to be sharded. Without a GPU the device is the one without data."""
+    asked: list[torch.device] = []
+    decompose = loftq._largest
+
+    def noted(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        asked.append(matrix.device)
+        return decompose(torch.ones(matrix.shape), rank)
+
+    monkeypatch.setattr(loftq, "_largest", noted)
+    convert(tiny_llama, tmp_path / "base", NF4)
+    base = load_base(tmp_path / "base", NF4, "cpu", STORAGE_DTYPE)
+    spec = LoraSpec(rank=4, alpha=8, initialization="loftq")
+    layers = inspect_family(tiny_llama, spec).target_modules
+    model = attach_adapter(
+        base,
+        spec,
+        layers,
+        seed=0,
+        gradient_checkpointing=True,
+        base_name="tiny",
+        base_revision="0",
+        original=BaseWeights(tiny_llama, base),
+        device=torch.device("meta"),
+    )
+
+    assert [device.type for device in asked] == ["meta"] * len(layers)
+    trained = adapter_parameters(model).values()
+    assert all(parameter.device == CPU and parameter.count_nonzero() for parameter in trained)
 
 
 def test_it_is_the_same_each_time_and_changes_no_other_random_number() -> None:

@@ -1,16 +1,17 @@
 """On a GPU every family takes the fast kernels, forward and backward, and nothing of a step is multiplied in 32 bit."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model import attention
@@ -153,6 +154,72 @@ def test_a_head_size_that_no_kernel_takes_is_padded_to_one_that_it_takes(
     assert set(sizes) == {104}
     assert step.forward.of(KERNEL) == {(KERNEL, torch.bfloat16): BLOCKS}
     assert step.backward.of(KERNEL_BACKWARD) == {(KERNEL_BACKWARD, torch.bfloat16): BLOCKS}
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "rows"),
+    [
+        (AMPERE, {}, 5),
+        (HOPPER, {}, 8),
+        # What cuDNN does not compute.
+        (HOPPER, {"head_dim": 256}, 5),
+        (HOPPER, {"sliding_window": 16}, 5),
+    ],
+    ids=["ampere", "hopper", "large heads", "window"],
+)
+def test_only_cudnn_is_given_rows_without_tokens(
+    capability: tuple[int, int], changes: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It needs few numbers of rows, where FlashAttention takes memory for each. Here are four rows and the padding."""
+    offsets: list[tuple[int, bool]] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_keys: Tensor, *others: Any) -> Any:
+        # Not two tensors: cuDNN would refuse them.
+        offsets.append((len(of_queries) - 1, of_queries is of_keys))
+        return select_backend(query, key, value, of_queries, of_keys, *others)
+
+    select_backend = varlen._select_backend
+    with monkeypatch.context() as patched:
+        patched.setattr(varlen, "_select_backend", kernel)
+        step = Step(MistralConfig(**SHAPE | {"sliding_window": None} | changes), tmp_path / "model", capability)
+
+    # The trainer asks which kernel it will be, and PyTorch then takes it.
+    assert set(offsets[1::2]) == {(rows, True)}
+    assert step.backward.of(KERNEL_BACKWARD) == {(KERNEL_BACKWARD, torch.bfloat16): BLOCKS}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "view", "taken"),
+    [
+        (512, lambda memory: memory.view(1, 8, 4, 16).transpose(1, 2), True),
+        (512, lambda memory: memory.view(1, 4, 8, 16), True),
+        (1024, lambda memory: memory.view(1, 8, 8, 16)[:, :, 4:].transpose(1, 2), False),
+        (513, lambda memory: memory[1:].view(1, 4, 8, 16), False),
+        (128, lambda memory: memory.view(1, 1, 8, 16).expand(1, 4, 8, 16), False),
+        (512, lambda memory: memory.view(1, 4, 16, 8).mT, False),
+    ],
+    ids=["by token", "by head", "a part", "not aligned", "shared", "transposed"],
+)
+def test_heads_are_copied_only_if_a_kernel_cannot_read_them_where_they_are(
+    numbers: int, view: Callable[[Tensor], Tensor], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Tensor] = []
+
+    def kernel(query: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        given.append(query)
+        return varlen_attn(query, *arguments, **settings)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    with fake_cuda():
+        memory = torch.empty(numbers, dtype=torch.bfloat16, device="cuda")
+        heads = view(memory)
+        attention.rows_attention(torch.nn.Module(), heads, heads, heads, None)
+
+    (query,) = given
+    assert (query.untyped_storage()._cdata == memory.untyped_storage()._cdata) is taken
+    assert query.shape == (8, 4, 16)
+    assert query.stride(2) == 1
+    assert taken or query.is_contiguous()
 
 
 def test_the_walk_over_the_graph_gives_the_gradients_of_the_engine(tmp_path: Path) -> None:

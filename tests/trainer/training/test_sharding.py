@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, OPTConfig
 
 from qlora_api.contract import ExitCode
 from qlora_api.training import LoraSpec, QuantizationSpec
@@ -19,6 +20,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.model.adapter import attach_adapter
 from qlora_trainer.model.base import check_quantization, load_base
+from qlora_trainer.model.decoder import decoder_blocks
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
 from tests.support.command import Files
@@ -164,6 +166,40 @@ def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def to_be_sharded(folder: Path) -> Any:
+    """The model of a folder in main memory, with an adapter."""
+    lora = LoraSpec(rank=4, alpha=8)
+    return attach_adapter(
+        load_base(folder, NF4, "cpu", STORAGE_DTYPE),
+        lora,
+        inspect_family(folder, lora).target_modules,
+        seed=0,
+        gradient_checkpointing=True,
+        base_name="tiny",
+        base_revision="0",
+    )
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_the_constants_of_layers_outside_the_blocks_move_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPT has two such layers. Without a GPU nothing has to move: what bitsandbytes is told to move is noted."""
+    config = OPTConfig(
+        vocab_size=512, hidden_size=64, word_embed_proj_dim=32, ffn_dim=512, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = to_be_sharded(save_model(tmp_path / "model", config))
+    blocks = {id(module) for module in decoder_blocks(model.get_base_model()).modules()}
+    outside = [m for m in model.modules() if isinstance(m, Linear4bit) and id(m) not in blocks]
+    moved: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(QuantState, "to", lambda state, device: moved.append((id(state), device)))
+
+    shard_base(model, CPU, 1)
+
+    assert len(outside) == 2
+    assert {(id(layer.quant_state), CPU) for layer in outside} <= set(moved)
+
+
 def never_quantized(block: Any) -> None:
     block.mlp.up_proj.base_layer = Linear4bit(64, 128, bias=False, quant_storage=STORAGE_DTYPE)
 
@@ -192,16 +228,7 @@ def with_a_wide_norm(block: Any) -> None:
     ],
 )
 def test_a_block_that_is_not_4_bit_or_of_two_types_is_not_sharded(tiny_llama: Path, broken: Any, named: str) -> None:
-    lora = LoraSpec(rank=4, alpha=8)
-    model = attach_adapter(
-        load_base(tiny_llama, NF4, "cpu", STORAGE_DTYPE),
-        lora,
-        inspect_family(tiny_llama, lora).target_modules,
-        seed=0,
-        gradient_checkpointing=True,
-        base_name="tiny",
-        base_revision="0",
-    )
+    model = to_be_sharded(tiny_llama)
     broken(model.get_base_model().model.layers[0])
 
     with pytest.raises(StepFailure, match=named) as caught:

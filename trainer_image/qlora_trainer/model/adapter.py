@@ -34,11 +34,13 @@ def attach_adapter(
     base_name: str,
     base_revision: str,
     original: BaseWeights | None = None,
+    device: torch.device | None = None,
 ) -> Any:
     """The base with a LoRA adapter on `target_modules` (exact names), in training mode; only the adapter has gradients.
 
     A is drawn from `seed` (Kaiming uniform), B is 0, so training starts from the base model's own loss. With LoftQ
-    both are initialized from the `original` weights; without these they are to be restored.
+    both are initialized from the `original` weights, on `device` or else on the base's; without these they are to be
+    restored.
     """
     compute_as_in_use(base)
     torch.manual_seed(seed)
@@ -61,7 +63,7 @@ def attach_adapter(
     config.base_model_name_or_path = base_name
     config.target_modules, config.target_parameters = set(modules), set(parameters) or None
     if lora.initialization == "loftq" and original is not None:
-        initialize_loftq(model, original)
+        initialize_loftq(model, original, device or base.device)
     for name, parameter in adapter_parameters(model).items():
         parameter.data = parameter.data.to(tensor_dtype(name, lora))
     fuse_lora(model, recomputed=gradient_checkpointing)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -37,8 +38,9 @@ class RowBoundaries:
     """Where the rows of a sequence start and end.
 
     On Hopper and Blackwell cuDNN computes attention, and builds a graph, which takes tens of milliseconds, for each
-    number of tokens, number of rows and longest row that it is given. Packed batches hardly ever agree in those. So a
-    kernel is given powers of two: rows without tokens follow the real ones, and the longest row is a bound.
+    number of tokens, number of rows and longest row that it is given. Packed batches hardly ever agree in those. So it
+    is given powers of two: rows without tokens follow the real ones, and the longest row is a bound. FlashAttention
+    builds nothing, and takes memory for each row: it is given the real ones.
     """
 
     lengths: tuple[int, ...]
@@ -52,6 +54,11 @@ class RowBoundaries:
         offsets = [0, *accumulate(lengths)]
         offsets += [offsets[-1]] * (_power_of_two(len(lengths)) - len(lengths))
         return cls(lengths, torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True))
+
+    @property
+    def real_offsets(self) -> Tensor:
+        """int32 [rows + 1]: the part of `offsets` without rows that have no tokens."""
+        return self.offsets[: len(self.lengths) + 1]
 
     @property
     def longest(self) -> int:
@@ -129,21 +136,41 @@ def _all_rows_at_once(
     query: Tensor, key: Tensor, value: Tensor, rows: RowBoundaries, scale: float, window: int | None
 ) -> Tensor:
     size = query.shape[3]
-    # Zeros behind each head add nothing to a score, and a weighted sum of them is cut off.
-    parts = (pad(tensor[0], (0, -size % _HEAD_MULTIPLE)).transpose(0, 1) for tensor in (query, key, value))
+    query, key, value = (_for_kernel(tensor.squeeze(0).transpose(0, 1)) for tensor in (query, key, value))
+    # The kernel counts the tokens before the current one, transformers the current one too.
+    window_size = (-1 if window is None else window - 1, 0)
+    # As varlen_attn will choose. cuDNN takes causal rows only if both arguments are the same tensor.
+    chosen = varlen._select_backend(query, key, value, rows.offsets, rows.offsets, rows.longest, list(window_size))
+    offsets = rows.offsets if chosen == varlen._CUDNN_ATTENTION_BACKEND else rows.real_offsets
     # Without the sums of its rows, which are not asked for.
     output: Any = varlen_attn(
-        *parts,
-        rows.offsets,
-        rows.offsets,
+        query,
+        key,
+        value,
+        offsets,
+        offsets,
         rows.longest,
         rows.longest,
         scale=scale,
-        # The kernel counts the tokens before the current one, transformers the current one too.
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=window_size,
         enable_gqa=True,
     )
     return output[..., :size].unsqueeze(0)
+
+
+def _for_kernel(heads: Tensor) -> Tensor:
+    """[tokens, heads, head size] with zeros behind each head up to a size that a kernel takes, or as it is.
+
+    The zeros add nothing to a score, and a weighted sum of them is cut off. Kernels read 16 bytes at a time, and so
+    must each head begin: in a storage of its own it does. A part of another tensor, such as the values that one layer
+    computes together with queries and keys, is copied: the backward pass would keep the whole for it.
+    """
+    missing = -heads.shape[2] % _HEAD_MULTIPLE
+    if missing:
+        return pad(heads, (0, missing))
+    if heads.stride(2) == 1 and heads.untyped_storage().nbytes() == heads.nbytes:
+        return heads
+    return heads.clone(memory_format=torch.contiguous_format)
 
 
 def _row_by_row(

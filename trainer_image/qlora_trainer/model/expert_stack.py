@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.model.dynamic_map import dynamic_map
 from qlora_trainer.model.layer_format import BLOCK, OUTER_BLOCK, layer_bytes
-from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
+from qlora_trainer.model.mxfp4_stack import Mxfp4Stack, looked_up
 
 
 class ExpertStack(nn.Module):
@@ -118,7 +118,7 @@ class ExpertStack(nn.Module):
         """float32 [experts, blocks]: what each block of 64 is multiplied with."""
         if not self.quantization.double_quant:
             return self.absmax[first:end]
-        values = self.outer_code[self.absmax[first:end].int()].view(end - first, self.pieces, -1)
+        values = looked_up(self.outer_code, self.absmax[first:end]).view(end - first, self.pieces, -1)
         outer = self.outer_absmax[first:end].repeat_interleave(OUTER_BLOCK, dim=2)[..., : values.shape[2]]
         return values.mul_(outer).add_(self.offset[first:end, :, None]).reshape(end - first, -1)
 

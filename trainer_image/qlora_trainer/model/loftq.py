@@ -15,14 +15,14 @@ _SEED = 0
 
 
 @torch.no_grad()
-def initialize_loftq(model: PeftModel, weights: BaseWeights) -> None:
+def initialize_loftq(model: PeftModel, weights: BaseWeights, device: torch.device) -> None:
     """Set A and B of each adapted layer so that B A is nearest to the error of its 4-bit weight; the base stays.
 
     With W the original weight and Q the dequantized one, the singular value decomposition W - Q = U S V, cut after
     rank r, and the adapter's scaling s: A = sqrt(S / s) V and B = U sqrt(S / s), so that Q + s B A is as near to W as
-    rank r allows. One step of LoftQ (Li et al. 2023, arXiv 2310.08659, algorithm 1), computed in float32 on the layer's
-    device, with a decomposition of its own (see `_largest`). Raises StepFailure if the original weights have no tensor
-    of the layer's name.
+    rank r allows. One step of LoftQ (Li et al. 2023, arXiv 2310.08659, algorithm 1), computed in float32, with a
+    decomposition of its own (see `_largest`), which is on `device` wherever the model is. Raises StepFailure if the
+    original weights have no tensor of the layer's name.
     """
     adapter = model.active_adapter
     for name, layer in model.get_base_model().named_modules():
@@ -32,7 +32,7 @@ def initialize_loftq(model: PeftModel, weights: BaseWeights) -> None:
         missing = weights[f"{name}.weight"].to(quantized.device, torch.float32)
         missing -= dequantize_4bit(quantized.data, quantized.quant_state)
         rank, scaling = layer.r[adapter], layer.scaling[adapter]
-        left, values, right = _largest(missing, rank)
+        left, values, right = (part.to(quantized.device) for part in _largest(missing.to(device), rank))
         root = (values / scaling).sqrt()
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         for factor in (a, b):

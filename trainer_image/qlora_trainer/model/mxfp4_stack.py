@@ -104,9 +104,17 @@ class Mxfp4Stack(nn.Module):
         They are exact: each is one of sixteen values times a power of two.
         """
         blocks, scales = self.blocks[first:end], self.scales[first:end]
-        weights = self.pairs[blocks.int()].view(*scales.shape, GROUP)
-        weights.mul_(self.powers[scales.int()].unsqueeze(-1))
+        weights = looked_up(self.pairs, blocks).view(*scales.shape, GROUP)
+        weights.mul_(looked_up(self.powers, scales).view(*scales.shape, 1))
         return cast("Tensor", weights.view(end - first, self.shape[2], self.shape[1]).mT.to(dtype))
+
+
+def looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """The entries of a table [256, ...] at `places`, uint8: [places, ...].
+
+    Indexing with them would copy the places to 64 bit (PyTorch's `make_info`): twice the bytes of dequantized MXFP4.
+    """
+    return table.index_select(0, places.reshape(-1).int())
 
 
 def _pairs() -> Tensor:

@@ -9,6 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_api import contract
 from qlora_trainer.core.completion import Comparison, PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
@@ -197,7 +199,7 @@ def _load(
         raise cannot_keep_rows_apart(prepared.model_type)
     base = _load_base(job, ranks.sharded)
     storage = storage_of(base)
-    model = _attach_adapter(base, job, initialized=checkpoint is None)
+    model = _attach_adapter(base, job, device, initialized=checkpoint is None)
     if ranks.sharded:
         shard_base(model, device, ranks.rank_info.size)
     run = Run(
@@ -244,8 +246,11 @@ def _load_base(job: _Job, sharded: bool) -> Any:
     return load_base(job.base_folder, quantization, job.context.device, attention=attention)
 
 
-def _attach_adapter(base: Any, job: _Job, *, initialized: bool) -> Any:
-    """The base with the job's adapter: initialized, or to be restored from a checkpoint."""
+def _attach_adapter(base: Any, job: _Job, device: torch.device, *, initialized: bool) -> Any:
+    """The base with the job's adapter: initialized on the device, or to be restored from a checkpoint.
+
+    Each rank initializes it: the others cannot wait for one longer than `ranks.TIMEOUT`, which a large model may take.
+    """
     spec = job.context.spec
     from_original = initialized and spec.lora.initialization == "loftq"
     return attach_adapter(
@@ -257,6 +262,7 @@ def _attach_adapter(base: Any, job: _Job, *, initialized: bool) -> Any:
         base_name=job.context.base_name,
         base_revision=job.prepared.model_revision,
         original=BaseWeights(job.model_folder, base) if from_original else None,
+        device=device,
     )
 
 

@@ -48,6 +48,9 @@ def shard_base(model: Any, device: torch.device, processes: int) -> None:
     for tensor in chain(model.parameters(), model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
+        if isinstance(tensor, Params4bit):
+            # A layer outside the blocks, as Gemma 3n has one: its constants are no buffers.
+            tensor.quant_state.to(device)
     own = sum(_bytes(parameter.to_local()) for parameter in blocks.parameters() if isinstance(parameter, DTensor))
     logger.info("this rank holds %d of %d bytes of the decoder blocks", own, whole)
 

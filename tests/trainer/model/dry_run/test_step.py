@@ -8,8 +8,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qlora_trainer.model.adapter import adapter_parameters
+from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.dry_run.backward import backward
+from qlora_trainer.model.dry_run.backward import backward, gradients
+from qlora_trainer.model.dry_run.device import AMPERE, HOPPER, fake_cuda
+from qlora_trainer.model.dry_run.live_bytes import LiveBytes
 from qlora_trainer.model.dry_run.step import StepBytes, full_batch, step_bytes
 from tests.support.adapted import adapted
 from tests.support.families import FAMILIES
@@ -46,6 +49,33 @@ def test_capped_attention_is_walked_as_the_engine_goes(tmp_path: Path, monkeypat
         parameter.grad = None
     counted.append(step_bytes(model, BATCH, backward))
     assert counted[0] == counted[1]
+
+
+def attention_peak(capability: tuple[int, int], rows: int, key_heads: int) -> int:
+    """The most that is alive in the backward pass of the attention of 640 tokens, with 8 heads of 40."""
+    boundaries = RowBoundaries.of((640 // rows,) * rows, CPU)
+    with fake_cuda(capability):
+        offsets = torch.empty(boundaries.offsets.shape, dtype=torch.int32, device="cuda")
+        on_gpu = RowBoundaries(boundaries.lengths, offsets)
+        query, key, value = (
+            torch.empty(1, heads, 640, 40, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            for heads in (8, key_heads, key_heads)
+        )
+        output, _ = rows_attention(torch.nn.Module(), query, key, value, None, rows=on_gpu)
+        with LiveBytes() as live:
+            gradients(output, [query, key, value], torch.empty_like(output))
+            return live.take_peak()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("key_heads", "expanded"), [(8, 0), (2, 2 * 2 * 640 * 8 * 40)])
+def test_the_sums_of_flash_attentions_backward_pass_count_while_it_runs(
+    key_heads: int, expanded: int, rows: int
+) -> None:
+    """By `mha_varlen_bwd`: for tokens, and 128 more a row, sums for heads of 64 and one more, in float32."""
+    # Of cuDNN, which computes on a Hopper, it is not known.
+    workspace = attention_peak(AMPERE, rows, key_heads) - attention_peak(HOPPER, rows, key_heads)
+    assert workspace == expanded + 4 * (640 + 128 * rows) * 8 * (64 + 1)
 
 
 def test_a_full_batch_has_the_shapes_that_a_gpu_is_given() -> None:

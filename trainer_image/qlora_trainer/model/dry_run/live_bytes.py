@@ -8,11 +8,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora_trainer.model.dry_run.workspaces import workspace_bytes
+
 
 class LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all storages that operations make, until they are freed, and keeps the largest sum.
 
-    It counts tensors: the CUDA context, the allocator's fragmentation and what a kernel needs inside are not in it.
+    Of what kernels need inside, it counts what `workspaces` knows. The CUDA context and the allocator's fragmentation
+    are not in it.
     """
 
     def __init__(self) -> None:
@@ -46,4 +49,5 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
+        self.peak = max(self.peak, self.bytes + workspace_bytes(func, args, kwargs or {}))
         return result

@@ -31,7 +31,8 @@ class StepBytes:
 def full_batch(sequences: int, tokens: int) -> Batch:
     """A micro batch of full sequences as it is given to a GPU, in main memory: each is a row, all tokens are targets.
 
-    No other batch of this size takes more.
+    Another batch of this size takes more only where FlashAttention computes the gradients of more rows: 128 tokens'
+    worth of sums for each further row, while a block's attention is at work (see `workspaces`).
     """
     anything = torch.zeros(tokens, dtype=torch.int64)
     sequence = PackedSequence(anything, anything, (tokens,))

@@ -1,0 +1,59 @@
+"""Dequantizing experts takes no more memory than a dry run counts, which sees tensors but not inside operations."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.model.dry_run.live_bytes import LiveBytes
+from qlora_trainer.model.expert_stack import ExpertStack
+from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
+
+SHAPE = (4, 512, 512)
+
+
+def zeroed(stack: ExpertStack | Mxfp4Stack) -> ExpertStack | Mxfp4Stack:
+    """Places that are in the tables."""
+    for buffer in stack.buffers():
+        buffer.zero_()
+    return stack
+
+
+def allocated(function: Callable[[], Tensor]) -> int:
+    """The most bytes that PyTorch's allocator has given out at a time, and not had back, while it runs."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = function()
+    assert kept.numel()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    most = now = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        Mxfp4Stack(SHAPE, "cpu"),
+        ExpertStack(SHAPE, 2, QuantizationSpec(), "cpu"),
+        ExpertStack(SHAPE, 2, QuantizationSpec(double_quant=False), "cpu"),
+    ],
+    ids=["mxfp4", "nf4", "nf4 of one level"],
+)
+def test_the_allocator_gives_out_what_a_dry_run_counts(stack: ExpertStack | Mxfp4Stack) -> None:
+    zeroed(stack)
+    live = LiveBytes()
+    with live:
+        for buffer in stack.buffers():
+            live.add(buffer)
+        before = live.bytes
+        live.take_peak()
+        stack.dense(0, 4, torch.bfloat16)
+    counted = live.take_peak() - before
+
+    # Small tensors of bookkeeping are rounded up.
+    assert allocated(lambda: stack.dense(0, 4, torch.bfloat16)) == pytest.approx(counted, rel=0.01)
