@@ -69,6 +69,7 @@ def main() -> int:
         "machine": machine,
         "environment": describe_environment(),
         "everySeconds": options.every,
+        "steps": options.steps,
         "saveEverySteps": SAVE_EVERY_STEPS,
         "runs": [asdict(outcome) | {"measured": outcome.measured} for outcome in outcomes],
         "target": TARGET,

@@ -239,9 +239,16 @@ def _explain(pod: Pod, job: QLoRAJob, step: StepName, exit_code: int | None) -> 
     return known.reason, (
         f"the trainer ended with exit code {pod.termination.exit_code}"
         f"{f' ({pod.termination.reason})' if pod.termination.reason not in ('', 'Error') else ''} and left no readable "
-        f"record{f': {detail}' if detail else ''}; see `kubectl logs {pod.name}`, and the end of records/{step}.log in "
-        "the workspace, where libraries print"
+        f"record{f': {detail}' if detail else ''}; see `kubectl logs {pod.name}`{_log_of(pod, step)}"
     )
+
+
+def _log_of(pod: Pod, step: StepName) -> str:
+    """Where the libraries of a step have printed: the log's name is the trainer's. The clean-up has none."""
+    if step == "clean":
+        return ""
+    name = f"{step}.node-{pod.node}" if pod.node else step
+    return f", and the end of records/{name}.log in the workspace, where libraries print"
 
 
 def _out_of_memory(job: QLoRAJob, step: StepName) -> str:

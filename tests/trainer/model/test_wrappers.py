@@ -32,7 +32,7 @@ from qlora_trainer.model.expert_layout import routing_linears
 from qlora_trainer.model.expert_stack import expert_stacks
 from qlora_trainer.model.merge import MergeSource, merged_model, write_merged
 from qlora_trainer.model.support import Family, inspect_family
-from qlora_trainer.model.text_part import parts_beside_text, without_weights
+from qlora_trainer.model.text_part import parts_beside_text, random_text_part, without_weights
 from tests.support.adapted import in_32_bit, loss_and_gradients, restored
 from tests.support.command import new_files
 from tests.support.four_bit import convert, expert_weights, require_quantized_experts, settings
@@ -260,6 +260,19 @@ def test_a_job_prepares_trains_answers_and_publishes_with_the_commands_for_the_w
     assert (files.workspace / "merged" / PROCESSOR).read_text() == (model / PROCESSOR).read_text()
     told = json.loads((files.workspace / "records" / "publish.json").read_text())["merged"]
     assert told["evalLoss"] == pytest.approx(told["adapterEvalLoss"], rel=1e-2)
+
+
+def test_the_small_model_has_the_constants_with_which_activations_are_made() -> None:
+    """All else is initialized by transformers. Of these it leaves what happens to be in memory."""
+    model = random_text_part(tiny_wrapper("apertus1p5"), dtype=torch.float32)
+    activations = [block.mlp.act_fn for block in model.get_decoder().layers]
+
+    assert activations
+    for activation in activations:
+        made = type(activation)()
+        for name, value in {**made.state_dict(), "beta": made.beta, "eps": made.eps}.items():
+            # Rounded to the type that the configuration names.
+            assert torch.allclose(getattr(activation, name).float(), value.float(), rtol=2**-7), name
 
 
 def test_experts_with_rows_for_columns_become_the_same_base_as_those_that_transformers_saves(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from benchmarks.base import summary as base
 from benchmarks.inputs import RESULTS
 from benchmarks.operator import table
 from benchmarks.operator.__main__ import LOADS
+from benchmarks.speed.summary import tokens_per_second
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "trainer" / "measurements.md").read_text()
@@ -63,22 +64,27 @@ def test_each_comparison_has_its_target_and_whether_it_is_met(what: str, start: 
 
 
 def test_the_comparison_with_one_allocator_is_that_of_its_own_run() -> None:
-    figures = result("same-allocator/speed")["figures"]
-    ours, theirs = figures["ours"], figures["trl-packing"]
-    reached = [
-        (f"{each['tokens_per_second']:.0f} tokens/s", f"{each['above_loaded_bytes'] / MIB:,.0f} MiB")
-        for each in (ours, theirs)
+    measured = result("same-allocator/speed")
+    ours, theirs = (measured["figures"][system]["above_loaded_bytes"] for system in ("ours", "trl-packing"))
+    needs = f"this trainer needs {ours / MIB:,.0f} MiB above the loaded model, TRL with packing {theirs / MIB:,.0f} MiB"
+    assert needs in TEXT
+    # Comparisons are not rounded in this trainer's favor.
+    assert f"({math.ceil(100 * ours / theirs) / 100} × with this" in TEXT
+    # Something else used the machine during one of TRL's repetitions.
+    speed, their_speed = (tokens_per_second(measured["measured"][system][1]) for system in ("ours", "trl-packing"))
+    assert f"{speed:.0f} tokens/s with this trainer, {their_speed:.0f} with TRL" in TEXT
+    assert f"({math.floor(100 * speed / their_speed) / 100} × those of TRL with packing and this" in TEXT
+
+
+def test_the_comparison_with_the_former_trainer_is_that_of_three_pairs() -> None:
+    pairs = [
+        [result(f"former/{commit}-{number}")["figures"]["ours"] for commit in ("8d79f20", "3175eee")]
+        for number in (1, 2, 3)
     ]
-    (speed, above), (their_speed, their_above) = reached
-    assert (
-        f"reaches {speed} with {above} above the loaded model, TRL with packing {their_speed} with {their_above}"
-        in TEXT
-    )
-    faster = ours["tokens_per_second"] / theirs["tokens_per_second"]
-    less = ours["above_loaded_bytes"] / theirs["above_loaded_bytes"]
-    # A comparison is not rounded in this trainer's favor.
-    assert f"({int(100 * faster) / 100} × those of TRL with packing and this" in TEXT
-    assert f"({math.ceil(100 * less) / 100} × with this" in TEXT
+    speeds = [" and ".join(f"{each['tokens_per_second']:.0f}" for each in pair) for pair in pairs]
+    peaks = [" and ".join(f"{each['peak_bytes'] / MIB:,.0f}" for each in pair) for pair in pairs]
+    assert f"{speeds[0]}, {speeds[1]} tokens/s; the peak was {peaks[0]}, {peaks[1]} MiB" in TEXT
+    assert f"In a third pair ({speeds[2]} tokens/s)" in TEXT
 
 
 def test_times_to_the_loss_and_the_overhead_of_the_loop_are_those_measured() -> None:

@@ -28,6 +28,7 @@ from tests.support.builders import (
     follow,
     make_job,
     message_of,
+    node,
     pod,
     progress,
     reason_of,
@@ -234,6 +235,12 @@ def test_the_end_decides_both_summary_conditions() -> None:
             [child("train", Failed="BackoffLimitExceeded"), ended(pod("train"), 1)],
             "InternalError",
             "the end of records/train.log in the workspace",
+        ),
+        (
+            "train",
+            [child("train", Failed="BackoffLimitExceeded"), ended(node(1), 1)],
+            "InternalError",
+            "the end of records/train.node-1.log in the workspace",
         ),
         (
             "train",

@@ -99,7 +99,7 @@ def rows_attention(
     sliding window a token sees itself and the `sliding_window - 1` tokens before it. With a soft cap the scores become
     `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). Returns [1, tokens, heads, head size].
 
-    Raises ValueError for what it does not compute: a mask, several batch rows, keys from a cache, attention to later
+    Raises ModelError for what it does not compute: a mask, several batch rows, keys from a cache, attention to later
     tokens, or anything else that a family passes, such as attention sinks.
     """
     unknown = sorted(name for name in others.keys() - _WITHOUT_EFFECT if others[name] is not None)

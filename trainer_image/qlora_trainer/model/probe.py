@@ -125,8 +125,8 @@ def _is_constant(parameter: Tensor) -> bool:
 def _exact_model(config: Any, row: Tensor, expected: Tensor) -> tuple[Any, str | None]:
     """The model with the first implementation that gives the expected logits, and that; None if there is none.
 
-    Made with it, as it is loaded: some families do not change theirs afterwards. Raises what ours
-    raises if none is exact.
+    Made with it, as it is loaded: some families do not change theirs afterwards. Raises what ours raises if
+    none is exact.
     """
     refusal: Exception | None = None
     for attention in (ATTENTION, *_OF_TRANSFORMERS):

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_trainer.model.model_error import explained
+from qlora_trainer.core.paths import some_names
+from qlora_trainer.model.model_error import ModelError, explained
 
 # Published models of a type are loaded by the first that has it, and those of a single decoder by the first of all.
 _TEXT = ((AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),)
@@ -61,7 +62,8 @@ def text_part(config: Any, **settings: Any) -> Any:
 def random_text_part(config: Any, **settings: Any) -> Any:
     """The model in main memory, initialized at random by transformers, but towers and projectors are of zeros.
 
-    These take no memory. Some models compute with them for any input, and then use none of it.
+    These take no memory. Some models compute with them for any input, and then use none of it. Raises ModelError if
+    something outside the text decoder gets no values.
     """
     loader: Any = auto_class(config)
     if not is_multimodal(config):
@@ -73,10 +75,35 @@ def random_text_part(config: Any, **settings: Any) -> Any:
             module._apply(_zeros_without_memory, recurse=False).requires_grad_(False)
             module._is_hf_initialized = True
         else:
-            module.to_empty(device="cpu", recurse=False)
+            module.to_empty(device="cpu", recurse=False)._apply(_unset, recurse=False)
     model.initialize_weights()
     model.tie_weights()
+    _set_constants(model)
     return model
+
+
+def _unset(tensor: Tensor) -> Tensor:
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.zero_()
+
+
+def _set_constants(model: Any) -> None:
+    """Set what transformers does not initialize, because its modules are made with the values (those of xIELU)."""
+    decoder = model.get_decoder()
+    constants = _unset_tensors(decoder)
+    if constants:
+        made = type(decoder)(decoder.config)
+        values = dict(made.named_parameters()) | dict(made.named_buffers())
+        for name, tensor in constants.items():
+            tensor.detach().copy_(values[name])
+    if left := _unset_tensors(model):
+        raise ModelError(f"transformers does not initialize {some_names(left)} of a model of this type")
+
+
+def _unset_tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    # Not of towers: their zeros would take memory to be looked at.
+    looked_at = {name: tensor for name, tensor in tensors.items() if tensor.untyped_storage().nbytes() >= tensor.nbytes}
+    return {name: tensor for name, tensor in looked_at.items() if bool(tensor.isnan().any())}
 
 
 def load_text_part(folder: Path, **settings: Any) -> Any:

@@ -51,7 +51,8 @@ def measure_within_limits(
 ) -> MeasuredMemory:
     """`measure.measure` in at most ten minutes and 2 GiB. `family` is what is known of the model from an inspection.
 
-    Raises StepFailure for a model that cannot be trained, and DryRunFailed for whatever else there is.
+    Raises StepFailure for a model that cannot be trained, RuntimeError in a process that sees a GPU, and DryRunFailed
+    for whatever else there is.
     """
     if importlib.util.find_spec("torch") is None:
         raise DryRunFailed("the trainer is not installed: install qlora-operator[cli,trainer]")
