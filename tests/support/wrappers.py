@@ -18,9 +18,11 @@ PACKED = (
     "cosmos3_omni",
     "deepseek_vl",
     "exaone4_5",
+    "fast_vlm",
     "fun_asr_nano",
     "fuyu",
     "gemma3",
+    "gemma3n",
     "gemma4",
     "gemma4_unified",
     "glm46v",
@@ -46,6 +48,7 @@ PACKED = (
     "omniasr",
     "ovis2",
     "paddleocr_vl",
+    "perception_lm",
     "qianfan_ocr",
     "qwen2_5_omni_thinker",
     "qwen2_5_vl",
@@ -79,6 +82,11 @@ _TOWER = {
     "num_heads": 2,
     "image_size": 28,
 }
+_TIMM_TOWER: dict[str, dict[str, Any]] = {
+    "fastvit_mci3": {"layers": (1,) * 5, "embed_dims": (32,) * 5},
+    "mobilenetv5_300m_enc": {"channel_multiplier": 0.05},
+    "vit_pe_core_large_patch14_336": {"depth": 1, "embed_dim": 32, "num_heads": 2},
+}
 
 
 def tiny_wrapper(model_type: str) -> PretrainedConfig:
@@ -90,6 +98,9 @@ def tiny_wrapper(model_type: str) -> PretrainedConfig:
             for name, size in _TOWER.items():
                 if isinstance(getattr(part, name, None), int):
                     setattr(part, name, size)
+            if hasattr(part, "architecture"):
+                # The sizes of a tower that timm builds are what the library calls them.
+                part.model_args = {**(part.model_args or {}), **_TIMM_TOWER[part.architecture]}
     text.vocab_size, text.initializer_range = VOCABULARY, 0.1
     if hasattr(text, "vocab_size_per_layer_input"):
         text.vocab_size_per_layer_input = VOCABULARY

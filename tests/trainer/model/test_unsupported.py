@@ -87,7 +87,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         ALTERNATIVE,
     ),
     "cohere2_vision": ({"model_type": "cohere2_vision"}, "computes attention or logits in a way", ALTERNATIVE),
-    "gemma3n": ({"model_type": "gemma3n"}, "requires the timm library", ALTERNATIVE),
     "voxtral_realtime": ({"model_type": "voxtral_realtime"}, "must specify exactly one of input_features", ALTERNATIVE),
     **{name: ({"model_type": name}, "no causal language model", ALTERNATIVE) for name in ("vit", "wav2vec2")},
     "falcon": ({"model_type": "falcon"}, "only 0.0% of its parameters", ALTERNATIVE),

@@ -63,6 +63,27 @@ def other_weights_named_by_the_configuration(place: Place) -> None:
     place.config(transformers_weights="other.safetensors")
 
 
+@case(UNSAFE, "settings of a tower would be read from another place")
+def a_tower_from_a_repository(place: Place) -> None:
+    place.config(model_type="gemma3n", vision_config={"architecture": "hf-hub:attacker/tower"})
+
+
+@case(UNSAFE, "settings of a tower would be read from another place")
+def a_tower_from_a_folder(place: Place) -> None:
+    folder = place.outside / "tower"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architecture": "resnet18"}')
+    tower = {"model_type": "timm_backbone", "backbone": f"local-dir:{folder}"}
+    place.config(model_type="llava", vision_config=tower, text_config={"model_type": "llama"})
+
+
+@case(UNSAFE, "weights of a tower would be read from another file")
+def weights_of_a_tower_from_another_file(place: Place) -> None:
+    pickled = place.outside / "tower.pth"
+    pickled.write_bytes(pickle.dumps(Payload(place.canary)))
+    place.config(model_type="gemma3n", vision_config={"model_args": {"checkpoint_path": str(pickled)}})
+
+
 @case(UNSAFE, "has adapter_config.json")
 def an_adapter_in_the_models_folder(place: Place) -> None:
     (place.model / "adapter_config.json").write_text('{"peft_type": "LORA", "auto_mapping": {"parent_library": "os"}}')

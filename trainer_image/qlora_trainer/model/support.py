@@ -34,6 +34,8 @@ from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_conf
 MIN_QUANTIZED_FRACTION = 0.98
 ALL_LINEAR = "all-linear"
 _MAX_CONFIG_BYTES = 2**24
+_TOWERS_OF_TIMM = ("architecture", "backbone")
+"""Settings that name a model of the library timm, by which transformers builds a tower."""
 
 
 @dataclass(frozen=True)
@@ -215,18 +217,7 @@ def _read_config(folder: Path) -> Any:
         raise bad_configuration(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise bad_configuration(f"{path} names no model_type: it is not the configuration of a transformers model")
-    for name, value in entries(raw):
-        if name == "auto_map":
-            raise unsafe_artifact(f"{path} has auto_map: the model brings its own Python code, which is never run here")
-        if "attn_implementation" in name and isinstance(value, str) and "/" in value:
-            raise unsafe_artifact(f"{path} has {name} {value!r}: it would download and run a kernel")
-        if name == "transformers_weights":
-            raise unsafe_artifact(
-                f"{path} has transformers_weights: other weights than those that are checked and recorded would be "
-                "loaded; remove it, and name the weights' files as usual"
-            )
-        if name in SETTINGS and value is not raw.get(SETTINGS[0]):
-            raise unusable(raw, str(path), name, value)
+    _require_safe(path, raw)
     source_quantization(raw, str(path))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -235,6 +226,33 @@ def _read_config(folder: Path) -> Any:
             f"{path}: transformers cannot read a configuration of model_type {raw['model_type']!r}", error
         )
         raise bad_configuration(cannot) from error
+
+
+def _require_safe(path: Path, raw: dict[str, Any]) -> None:
+    """Raise StepFailure for a configuration with which transformers would run or read what is not the model's."""
+    for name, value in entries(raw):
+        if name == "auto_map":
+            raise unsafe_artifact(f"{path} has auto_map: the model brings its own Python code, which is never run here")
+        if "attn_implementation" in name and isinstance(value, str) and "/" in value:
+            raise unsafe_artifact(f"{path} has {name} {value!r}: it would download and run a kernel")
+        if name in _TOWERS_OF_TIMM and isinstance(value, str) and ":" in value:
+            # timm takes what is before the colon for a place: hf-hub or local-dir.
+            raise unsafe_artifact(
+                f"{path} has {name} {value!r}: the settings of a tower would be read from another place; allowed is "
+                "the name of one of timm's models"
+            )
+        if name == "checkpoint_path":
+            raise unsafe_artifact(
+                f"{path} has {name}: weights of a tower would be read from another file than those that are checked "
+                "and recorded; remove it"
+            )
+        if name == "transformers_weights":
+            raise unsafe_artifact(
+                f"{path} has transformers_weights: other weights than those that are checked and recorded would be "
+                "loaded; remove it, and name the weights' files as usual"
+            )
+        if name in SETTINGS and value is not raw.get(SETTINGS[0]):
+            raise unusable(raw, str(path), name, value)
 
 
 def quantized_fraction(model: PreTrainedModel) -> float:
