@@ -93,8 +93,13 @@ def tiny_wrapper(model_type: str) -> PretrainedConfig:
     """A configuration with a small tower and a text decoder for the vocabulary of `tests.support.training`'s rows."""
     small = shrunken(AutoConfig.for_model(model_type, **SETTINGS.get(model_type, {}))).config
     text = small.get_text_config(decoder=True)
-    for part in vars(small).values():
-        if isinstance(part, PretrainedConfig) and "perceiver" not in part.model_type and part is not text:
+    for place, part in vars(small).items():
+        if place in ("adaptor_config", "perceiver_config"):
+            # It leads from a tower to the text, and has sizes of the text.
+            part.hidden_size = text.hidden_size
+            if place == "adaptor_config":
+                part.intermediate_size = text.hidden_size // 4
+        elif isinstance(part, PretrainedConfig) and part is not text:
             for name, size in _TOWER.items():
                 if isinstance(getattr(part, name, None), int):
                     setattr(part, name, size)

@@ -1,6 +1,8 @@
 """The GPU tests are skipped where a GPU is missing, too old or too small, and fail where its driver is."""
 
+import os
 import re
+import sys
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -66,7 +68,8 @@ def test_a_run_fails_if_there_is_a_driver_and_pytorch_sees_no_gpu(
     pytester.makeconftest(NO_CARD)
     pytester.makepyfile("def test_of_one():\n    pass\n")
     pytester.makefile("", driver=DRIVER)
-    # Not in this process, which may have had other stand-ins for the GPUs.
+    # Not in this process, which may have had other stand-ins for the GPUs. Another one does not know pytest's paths.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     done = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     said = done.stderr.str()
