@@ -49,7 +49,6 @@ PACKED = (
     "ovis2",
     "paddleocr_vl",
     "perception_lm",
-    "qianfan_ocr",
     "qwen2_5_omni_thinker",
     "qwen2_5_vl",
     "qwen2_audio",
@@ -103,6 +102,8 @@ def tiny_wrapper(model_type: str) -> PretrainedConfig:
             for name, size in _TOWER.items():
                 if isinstance(getattr(part, name, None), int):
                     setattr(part, name, size)
+            if hasattr(part, "out_hidden_size"):
+                part.out_hidden_size = text.hidden_size
             if hasattr(part, "architecture"):
                 # The sizes of a tower that timm builds are what the library calls them.
                 part.model_args = {**(part.model_args or {}), **_TIMM_TOWER[part.architecture]}

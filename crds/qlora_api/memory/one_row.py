@@ -24,7 +24,6 @@ ONE_ROW_MODEL_TYPES = frozenset(
         "granitemoeshared",
         "hy_v4",
         "hy_v4_vl",
-        "kimi_k25",
         "kimi_linear",
         "lfm2",
         "lfm2_moe",

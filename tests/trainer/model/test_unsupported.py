@@ -86,6 +86,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "files have text_moe.experts.gate_up_proj and vision_moe.experts.gate_up_proj in one list",
         ALTERNATIVE,
     ),
+    "qianfan_ocr": (
+        {"model_type": "qianfan_ocr"},
+        "store model.vision_tower.layers.0.attention.q_proj.weight together with others",
+        ALTERNATIVE,
+    ),
     "cohere2_vision": ({"model_type": "cohere2_vision"}, "computes attention or logits in a way", ALTERNATIVE),
     "voxtral_realtime": ({"model_type": "voxtral_realtime"}, "must specify exactly one of input_features", ALTERNATIVE),
     **{name: ({"model_type": name}, "no causal language model", ALTERNATIVE) for name in ("vit", "wav2vec2")},

@@ -1,8 +1,9 @@
 """Reads the weights of a base model, in 4-bit or not, one tensor at a time and by their names in the loaded model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from re import search
 from typing import Any, cast
 
 import torch
@@ -126,6 +127,21 @@ def reason_against_storage(model: Any) -> str | None:
         for target in entry.target_patterns if isinstance(entry, WeightConverter) else ():
             ending = f".{target.removesuffix('.weight').lstrip('.')}.weight"
             name = next((name[1:] for name in weights if name.endswith(ending)), None)
+            if name is not None:
+                return f"its checkpoints store {name} together with others, which are not taken apart here"
+    return None
+
+
+def reason_against_stored_parts(model: Any, parts: Iterable[str]) -> str | None:
+    """Why modules of these names, such as towers, cannot be kept as they are stored; None if they can.
+
+    `model` is the whole one, without weights.
+    """
+    prefixes = tuple(f"{part}." for part in parts)
+    names = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+    for entry in get_model_conversion_mapping(model):
+        if isinstance(entry, WeightConverter) and not _joins_rows(entry):
+            name = next((name for name in names if any(search(target, name) for target in entry.target_patterns)), None)
             if name is not None:
                 return f"its checkpoints store {name} together with others, which are not taken apart here"
     return None

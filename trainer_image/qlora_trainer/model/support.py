@@ -17,6 +17,7 @@ from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable, unsafe_artifact
 from qlora_trainer.model.adapter import lost_by_peft, taken_for_experts
 from qlora_trainer.model.attention import ATTENTION
+from qlora_trainer.model.base_weights import reason_against_stored_parts
 from qlora_trainer.model.decoder import block_linears, outer_parameters, place_in_block
 from qlora_trainer.model.expert_layout import ExpertLayout, routing_linears
 from qlora_trainer.model.model_error import UNUSABLE, ModelError, explained, with_error
@@ -28,7 +29,7 @@ from qlora_trainer.model.source_quantization import (
     source_quantization,
     unusable,
 )
-from qlora_trainer.model.text_part import auto_class, text_part
+from qlora_trainer.model.text_part import auto_class, is_multimodal, parts_beside_text, text_part, without_weights
 from qlora_trainer.model.unsupported import ALTERNATIVE, entries, reason_in_config, reason_in_model, reason_in_probe
 
 MIN_QUANTIZED_FRACTION = 0.98
@@ -139,6 +140,8 @@ def _inspected(config: Any, lora: LoraSpec) -> Family:
         skeleton = text_part(config)
     with explained("this trainer cannot read the layers of the model that transformers builds"):
         _reject(model_type, reason_in_model(skeleton))
+        whole = without_weights(config) if is_multimodal(config) else skeleton
+        _reject(model_type, reason_against_stored_parts(whole, parts_beside_text(whole)))
         fraction = quantized_fraction(skeleton)
         experts = bool(ExpertLayout.of(skeleton).stacks)
         _reject_untying(model_type, skeleton, lora)
