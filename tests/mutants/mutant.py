@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 SOURCES = (
-    *("benchmarks", "cli", "crds", "devcluster", "examples", "helm", "operator", "tests", "trainer_image"),
+    *("benchmarks", "cli", "crds", "devcluster", "docs", "examples", "helm", "operator", "tests", "trainer_image"),
     "pyproject.toml",
 )
 """Files and folders of the checkout that the tests of a mutant read."""
