@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "qianfan_ocr": (
         {"model_type": "qianfan_ocr"},
-        "store model.vision_tower.layers.0.attention.q_proj.weight together with others",
+        "store model.vision_tower.layers.0.attention.q_proj.weight in another form than the model computes with",
         ALTERNATIVE,
     ),
     "cohere2_vision": ({"model_type": "cohere2_vision"}, "computes attention or logits in a way", ALTERNATIVE),

@@ -143,7 +143,9 @@ def reason_against_stored_parts(model: Any, parts: Iterable[str]) -> str | None:
         if isinstance(entry, WeightConverter) and not _joins_rows(entry):
             name = next((name for name in names if any(search(target, name) for target in entry.target_patterns)), None)
             if name is not None:
-                return f"its checkpoints store {name} together with others, which are not taken apart here"
+                return (
+                    f"its checkpoints store {name} in another form than the model computes with, which is not read here"
+                )
     return None
 
 
