@@ -125,7 +125,7 @@ def _measure(folder: Path) -> tuple[Phases, list[Operation]]:
     from torch.profiler import ProfilerActivity, profile
 
     from qlora_trainer.model import loss
-    from qlora_trainer.training import loop
+    from qlora_trainer.training import objective
 
     phases = Phases(loss.batch_loss, loss.summed_loss)
     profiler, steps = profile(activities=[ProfilerActivity.CPU]), count(1)
@@ -145,7 +145,7 @@ def _measure(folder: Path) -> tuple[Phases, list[Operation]]:
 
     register_optimizer_step_pre_hook(before_optimizer)
     register_optimizer_step_post_hook(after_optimizer)
-    with patch.object(loop, "batch_loss", phases.loss), patch.object(loss, "summed_loss", phases.head):
+    with patch.object(objective, "batch_loss", phases.loss), patch.object(loss, "summed_loss", phases.head):
         train_here(context)
     return phases, [
         (event.key, event.self_cpu_time_total / 1e6, event.count)

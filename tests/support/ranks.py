@@ -118,13 +118,13 @@ FULL_GPU = """
 import os
 if os.environ.get("RANK") == "1" or os.environ.get("QLORA_NODE") == "1":
     import torch
-    from qlora_trainer.training import loop
-    loss = loop.batch_loss
+    from qlora_trainer.training import objective
+    loss = objective.batch_loss
     def batch_loss(model, batch):
         if len(batch.rows.lengths) > {rows}:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss(model, batch)
-    loop.batch_loss = batch_loss
+    objective.batch_loss = batch_loss
 """
 
 

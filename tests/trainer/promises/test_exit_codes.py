@@ -269,13 +269,13 @@ FAILING_CUDA = """
 import ctypes
 from pathlib import Path
 import bitsandbytes
-from qlora_trainer.training import loop
+from qlora_trainer.training import objective
 
 def batch_loss(model, batch):
     library = max(Path(bitsandbytes.__file__).parent.glob("libbitsandbytes_cuda13*.so"))
     ctypes.CDLL(str(library)).cget_managed_ptr(ctypes.c_size_t(4096))
 
-loop.batch_loss = batch_loss
+objective.batch_loss = batch_loss
 """
 
 

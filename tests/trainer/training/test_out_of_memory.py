@@ -16,7 +16,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import batch_loss
-from qlora_trainer.training import held_out, loop
+from qlora_trainer.training import held_out, loop, objective
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
@@ -40,7 +40,7 @@ class Card:
         self.sizes: list[int] = []
         self._error = error or torch.OutOfMemoryError("CUDA out of memory")
         self._rows, self._loss = rows, batch_loss
-        monkeypatch.setattr(loop, "batch_loss", self._batch_loss)
+        monkeypatch.setattr(objective, "batch_loss", self._batch_loss)
 
     def _batch_loss(self, model: Any, batch: Batch) -> torch.Tensor:
         rows = len(batch.rows.lengths)
@@ -176,7 +176,7 @@ def test_a_repeated_step_drops_the_gradients_of_its_first_micro_batches(
             return runs_out(model, lambda: batch_loss(model, batch))
         return batch_loss(model, batch)
 
-    monkeypatch.setattr(loop, "batch_loss", runs_out_once)
+    monkeypatch.setattr(objective, "batch_loss", runs_out_once)
 
     assert run(halved).micro_batch_size == 2
     assert history(halved) == history(small_throughout)
@@ -218,7 +218,7 @@ def test_what_the_pass_that_ran_out_has_left_is_freed_before_the_step_is_repeate
         alive.append(left[0]() is not None)
         return batch_loss(model, batch)
 
-    monkeypatch.setattr(loop, "batch_loss", runs_out_once)
+    monkeypatch.setattr(objective, "batch_loss", runs_out_once)
     # pytest keeps the error that is logged, with all that its frames refer to.
     monkeypatch.setattr(loop.logger, "disabled", True)
     gc.disable()

@@ -37,6 +37,10 @@ class Checkpoint:
     step: int
     state: Mapping[str, Any]
 
+    def has(self, name: str) -> bool:
+        """Whether there is a `<name>.safetensors`."""
+        return (self.path / f"{name}.safetensors").is_file()
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of `<name>.safetensors`, in main memory."""
         return load_file(self.path / f"{name}.safetensors")

@@ -16,10 +16,10 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_tensors
 from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.training.checkpoint import save_checkpoint
 from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.divergence import Stability, cleared, has_diverged
+from qlora_trainer.training.objective import BatchSums, of_evaluation
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
 from qlora_trainer.training.state import Run, RunState, report
 
@@ -94,9 +94,10 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
         state = _halve_micro_batches(run, state)
         gradient = _gradient(run, state)
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), training.max_grad_norm)
-    loss, grad_norm = float(gradient.loss), float(norm)
+    (loss, *measured), grad_norm = gradient.means.tolist(), float(norm)
     rate = learning_rate(state.step, run.schedule.total_steps, training)
-    state = replace(state, step=state.step + 1, loss=loss, grad_norm=grad_norm, learning_rate=rate)
+    named = dict(zip(run.objective.measures, measured, strict=True))
+    state = replace(state, step=state.step + 1, loss=loss, measured=named, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
         raise _diverged(run, state, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
     state = replace(state, stability=_judge(run, state, loss, grad_norm, gradient))
@@ -113,6 +114,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
         {
             "step": state.step,
             "loss": loss,
+            **named,
             "gradNorm": grad_norm,
             "learningRate": rate,
             "memoryBytes": memory_bytes(run.context.device),
@@ -127,9 +129,10 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
 class _Gradient:
     """The results of a step's backward passes, besides the gradients of the parameters."""
 
-    loss: Tensor
-    """Mean over the targets of the step, a scalar on the device."""
-    targets: int
+    means: Tensor
+    """float32 [1 + measures] on the device: the loss, and what the objective measures with it."""
+    weight: int
+    """Of the whole step: what the sums of the objective were divided by."""
     tokens: int
     """Without padding, of all ranks."""
     batches: Sequence[tuple[Batch, bool]]
@@ -142,17 +145,19 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
     Dropout is drawn from the step's own seed, so a step that is repeated draws the same numbers.
     """
     seed_step(run.schedule.seed, state.step, run.ranks.rank_info.rank)
-    batches = _share(run, run.data, run.schedule.micro_batches(state.step))
+    micro_batches = run.schedule.micro_batches(state.step)
+    batches = _share(run, run.data, micro_batches)
     # Micro batches differ in targets: dividing by those of the whole step gives every target the same weight.
     counted = [batch for batch, counts in batches if counts]
-    of_ranks = run.ranks.gather(sum(batch.target_count for batch in counted), sum(batch.tokens for batch in counted))
-    targets, tokens = max(1, sum(counts[0] for counts in of_ranks)), sum(counts[1] for counts in of_ranks)
-    summed, short = torch.zeros((), device=run.device), False
+    of_ranks = run.ranks.gather(sum(map(run.objective.weight, counted)), sum(batch.tokens for batch in counted))
+    weight, tokens = max(1, sum(counts[0] for counts in of_ranks)), sum(counts[1] for counts in of_ranks)
+    means, short = torch.zeros(1 + len(run.objective.measures), device=run.device), False
+    run.objective.before("train", micro_batches)
     try:
         for batch, counts in batches:
-            loss = _loss(run, batch) * float(counts) / targets
-            loss.backward()
-            summed += loss.detach()
+            sums = _sums(run, batch)
+            (sums.loss * float(counts) / weight).backward()
+            means += sums.values() * float(counts) / weight
             report(run, state, "training")
     except RuntimeError as error:
         if not (is_out_of_gpu_memory(error) and _may_halve(run)):
@@ -162,8 +167,9 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
     # Also where no rank may halve: a lost rank is noticed here at once, and by NCCL's sum after half an hour.
     if run.ranks.any(short):
         return None
-    run.ranks.sum_gradients(run.parameters.values(), summed)
-    return _Gradient(summed, targets, tokens, batches)
+    run.objective.after(run.ranks)
+    run.ranks.sum_gradients(run.parameters.values(), means)
+    return _Gradient(means, weight, tokens, batches)
 
 
 def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch]) -> list[tuple[Batch, bool]]:
@@ -190,11 +196,11 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
     return state
 
 
-def _loss(run: Run, batch: Batch) -> Tensor:
-    """Summed loss of a batch. Matmuls are computed in 16 bit; adapter weights keep their own type."""
+def _sums(run: Run, batch: Batch) -> BatchSums:
+    """The objective's sums of a batch. Matmuls are computed in 16 bit; adapter weights keep their own type."""
     # Without the cache, which would hold a 16-bit copy of the adapter until the loss is done: 1.6 GB at 65B, rank 64.
     with torch.autocast(run.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
-        return batch_loss(run.model.get_base_model(), batch)
+        return run.objective.sums(run.model, batch)
 
 
 def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _Gradient) -> Stability:
@@ -236,19 +242,19 @@ def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: _Gra
 
 
 def _base_loss(run: Run, gradient: _Gradient) -> float:
-    """Mean loss of the step's targets without the adapter."""
+    """Mean loss of the step without the adapter."""
     with run.model.disable_adapter():
         return _loss_without_gradient(run, gradient)
 
 
 def _loss_without_gradient(run: Run, gradient: _Gradient) -> float:
-    """Mean loss of the step's targets, of all ranks. Draws no random number, leaves the gradients alone."""
+    """Mean loss of the step, of all ranks. Draws no random number, leaves the gradients alone."""
     run.model.eval()
     try:
         with torch.no_grad():
-            losses = [_loss(run, batch) * float(counts) for batch, counts in gradient.batches]
+            losses = [_sums(run, batch).loss * float(counts) for batch, counts in gradient.batches]
             summed = torch.stack(losses).sum() if losses else torch.zeros((), device=run.device)
-            return float(run.ranks.sum(summed)) / gradient.targets
+            return float(run.ranks.sum(summed)) / gradient.weight
     finally:
         run.model.train()
 
@@ -265,55 +271,67 @@ def _diverged(run: Run, state: RunState, what: str) -> StepFailure:
 
 
 def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
-    """Mean loss of the held-out targets. Draws no random number, changes no weight; given up if a stop is requested."""
+    """Mean loss of the held-out rows. Draws no random number, changes no weight; given up if a stop is requested."""
     started = run.runtime.monotonic()
     run.model.eval()
     try:
-        loss = _held_out_loss(run, state, data)
-        while loss is None and not run.stopping():
+        means = _held_out_means(run, state, data)
+        while means is None and not run.stopping():
             state = _halve_micro_batches(run, state)
-            loss = _held_out_loss(run, state, data)
+            means = _held_out_means(run, state, data)
     finally:
         run.model.train()
-    if loss is None:
+    if means is None:
         return state
+    loss, *measured = means
     if not isfinite(loss):
         raise _diverged(run, state, f"loss {loss} on the held-out rows")
     seconds = run.runtime.monotonic() - started
     run.pace = run.pace.after_evaluation(seconds)
-    run.note({"step": state.step, "evalLoss": loss})
+    named = {of_evaluation(name): value for name, value in zip(run.objective.measures, measured, strict=True)}
+    run.note({"step": state.step, "evalLoss": loss, **named})
     initial = loss if state.step == 0 else state.initial_eval_loss
-    kept = state.kept_seconds + seconds
-    state = replace(state, evaluated_step=state.step, eval_loss=loss, initial_eval_loss=initial, kept_seconds=kept)
+    state = replace(
+        state,
+        evaluated_step=state.step,
+        eval_loss=loss,
+        eval_measured=named,
+        initial_eval_loss=initial,
+        kept_seconds=state.kept_seconds + seconds,
+    )
     report(run, state, "training", force=True)
     return state
 
 
-def _held_out_loss(run: Run, state: RunState, data: PreparedDataset) -> float | None:
-    """The loss in nats per target. None if a stop was requested, or if memory ran out and micro batches may be halved.
+def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
+    """The loss, and what is measured with it. None if a stop was requested, or if micro batches are to be halved.
 
     Each rank takes its share of the batches, in rounds, between which all ranks agree to continue.
     """
-    summed, targets = torch.zeros((), dtype=torch.float64, device=run.device), 0
+    summed = torch.zeros(1 + len(run.objective.measures), dtype=torch.float64, device=run.device)
+    weight = 0
     size = run.schedule.micro_batch_size
     batches = [tuple(range(first, min(first + size, len(data)))) for first in range(0, len(data), size)]
+    run.objective.before("eval", batches)
     for indices, counts in run.ranks.rounds(batches):
         short = False
         if counts or run.ranks.sharded:
             batch = read_batch(data, indices, run.device)
             try:
                 with torch.no_grad():
-                    summed += _loss(run, batch) * float(counts)
+                    summed += _sums(run, batch).values() * float(counts)
             except RuntimeError as error:
                 if not (is_out_of_gpu_memory(error) and _may_halve(run)):
                     raise
                 short = True
-            targets += batch.target_count if counts else 0
+            weight += run.objective.weight(batch) if counts else 0
         if run.ranks.any(short or run.runtime.stop.requested):
             return None
         report(run, state, "evaluating")
-    all_targets = sum(count for (count,) in run.ranks.gather(targets))
-    return float(run.ranks.sum(summed)) / max(1, all_targets)
+    run.objective.after(run.ranks)
+    of_all = sum(own for (own,) in run.ranks.gather(weight))
+    means: list[float] = (run.ranks.sum(summed) / max(1, of_all)).tolist()
+    return means
 
 
 def _save(run: Run, state: RunState) -> None:
@@ -328,6 +346,7 @@ def _save(run: Run, state: RunState) -> None:
             {
                 "adapter": adapter_tensors(run.model),
                 "optimizer": optimizer_tensors(run.optimizer, run.parameters),
+                **({"objective": objective} if (objective := run.objective.state()) else {}),
             },
             {
                 "fingerprint": run.fingerprint,

@@ -67,6 +67,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> RunState:
     """
     restore_adapter(run.model, checkpoint.tensors("adapter"))
     restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
+    run.objective.restore(checkpoint.tensors("objective") if checkpoint.has("objective") else {})
     before, here = checkpoint.state["processor"], processor(run.context.device)
     if before != here:
         logger.warning(

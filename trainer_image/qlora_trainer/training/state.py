@@ -23,6 +23,7 @@ from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.divergence import Stability
 from qlora_trainer.training.fingerprint import Fingerprint
 from qlora_trainer.training.goodput import goodput, spent_seconds
+from qlora_trainer.training.objective import Objective
 from qlora_trainer.training.pace import Pace
 from qlora_trainer.training.ranks import Ranks
 from qlora_trainer.training.schedule import Schedule
@@ -47,11 +48,15 @@ class RunState:
     step: int = 0
     """Optimizer steps done."""
     loss: float | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What the objective measured with the loss of the latest step."""
     grad_norm: float | None = None
     learning_rate: float | None = None
     evaluated_step: int | None = None
     eval_loss: float | None = None
     initial_eval_loss: float | None = None
+    eval_measured: Mapping[str, float] = field(default_factory=dict)
+    """What it measured in the latest evaluation."""
     peak_memory_bytes: int = 0
     """The largest of all attempts."""
     micro_batch_size: int | None = None
@@ -79,6 +84,7 @@ class Run:
     model: Any
     """The PEFT model."""
     optimizer: torch.optim.Optimizer
+    objective: Objective
     history: MetricsLog | None
     """None in the ranks that do not write."""
     fingerprint: Fingerprint
