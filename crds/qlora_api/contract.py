@@ -212,6 +212,11 @@ class WorkspaceLayout:
         return self.root / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """The adapter of the best evaluation, until a checkpoint holds it."""
+        return self.root / "best"
+
+    @property
     def trained(self) -> Path:
         """The adapter as training left it, not yet verified."""
         return self.root / "trained"

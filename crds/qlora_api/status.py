@@ -102,10 +102,14 @@ class ProgressStatus(ObservedModel):
 
     step: Count = Field(0, description="Optimizer steps done.")
     total_steps: Count = Field(0, description="Optimizer steps in all.")
-    percent: int = Field(0, ge=0, le=100, description="Steps done, in percent.")
+    percent: int = Field(
+        0, ge=0, le=100, description="Steps done, in percent; 100 once training.earlyStopping has ended the run."
+    )
     epoch: Finite = Field(0.0, ge=0, le=1e9, description="Passes over the data so far.")
     loss: Finite | None = Field(None, description="Training loss per target token (natural log) in the latest step.")
-    eval_loss: Finite | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
+    eval_loss: Finite | None = Field(
+        None, description="Loss on the held-out rows in the latest evaluation; of the finished adapter at the end."
+    )
     learning_rate: Finite | None = Field(None, description="Learning rate of the latest step.")
     tokens_per_second: Finite | None = Field(None, description="Tokens per second, without padding.")
     peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
@@ -117,7 +121,9 @@ class ProgressStatus(ObservedModel):
         description="Share of the time of all train pods, from 0 to 1, that is in the adapter: optimizer steps and "
         "evaluations that no interruption has undone. The rest is loading, saving and steps that were repeated.",
     )
-    summary: ShortText = Field("", description='Progress for people, for example "42% 420/1000".')
+    summary: ShortText = Field(
+        "", description='Progress for people, for example "42% 420/1000", or "stopped early 420/1000".'
+    )
     remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')
     updated_at: Timestamp | None = Field(None, description="When the trainer reported this.")
 
@@ -202,6 +208,10 @@ class AdapterStatus(ObservedModel):
     base_model: Uri = Field(description="The base model, as in the spec.")
     base_revision: ShortText = Field(description="Commit or content digest of the base model.")
     rank: int = Field(ge=1, le=8192, description="LoRA rank, as in the spec.")
+    step: Count | None = Field(
+        None,
+        description="Optimizer steps that it was trained for; with training.keep best, up to the best evaluation.",
+    )
     served_rank: int | None = Field(
         None,
         ge=1,

@@ -65,12 +65,41 @@ class LoraSpec(ApiModel):
     )
 
 
+class EarlyStoppingSpec(ApiModel):
+    """When training ends before its last optimizer step: once the loss on the held-out rows no longer falls."""
+
+    patience: int = Field(
+        ge=1,
+        le=10_000,
+        description="Evaluations in a row without an improvement after which training ends, as a success.",
+    )
+    min_delta: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="By how much (nats per target token) an evaluation must be more than below the lowest loss so far, "
+        "that before training included, to count as an improvement.",
+    )
+
+
+_NOTHING_TO_STOP_AT = (
+    "earlyStopping counts evaluations: set evalEverySteps, the number of optimizer steps between them, or remove "
+    "earlyStopping"
+)
+_NOTHING_TO_CHOOSE = (
+    "keep: best chooses among evaluations, and without evalEverySteps only the last adapter is evaluated: set "
+    "evalEverySteps, or remove keep"
+)
+
+
 class TrainingSpec(ApiModel):
     """How long and how the adapter is trained. The defaults are those of the QLoRA paper."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("!(has(self.epochs) && has(self.maxSteps))", "set only one of epochs and maxSteps"),
+            rule("!has(self.earlyStopping) || has(self.evalEverySteps)", _NOTHING_TO_STOP_AT),
+            rule("!has(self.keep) || self.keep != 'best' || has(self.evalEverySteps)", _NOTHING_TO_CHOOSE),
         )
     )
 
@@ -142,6 +171,17 @@ class TrainingSpec(ApiModel):
     eval_every_steps: int | None = Field(
         None, ge=1, le=10_000_000, description="Optimizer steps between evaluations; only at start and end if not set."
     )
+    keep: Literal["last", "best"] | None = Field(
+        None,
+        description="The adapter that is published: that of the last optimizer step, or of the evaluation with the "
+        "lowest loss on the held-out rows (the first of equal ones; never the untrained one). best needs dataset.eval "
+        "and evalEverySteps, and disk for one more adapter. last if not set.",
+    )
+    early_stopping: EarlyStoppingSpec | None = Field(
+        None,
+        description="End training once the loss on the held-out rows no longer falls; needs dataset.eval and "
+        "evalEverySteps. Which adapter is published, keep says. Not set: train to the last step.",
+    )
     save_every_steps: int = Field(50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
     samples: int = Field(
         3,
@@ -155,6 +195,14 @@ class TrainingSpec(ApiModel):
     def _only_one_length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("set only one of epochs and maxSteps")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluated_on_the_way(self) -> Self:
+        if self.eval_every_steps is None and self.early_stopping is not None:
+            raise ValueError(_NOTHING_TO_STOP_AT)
+        if self.eval_every_steps is None and self.keep == "best":
+            raise ValueError(_NOTHING_TO_CHOOSE)
         return self
 
 

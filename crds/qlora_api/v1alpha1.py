@@ -162,6 +162,13 @@ _SHARDED_AND_HALVED = (
     "or set a smaller microBatchSize"
 )
 
+_BEST_OF_NOTHING = (
+    "training.keep: best compares adapters by their loss on held-out rows: set dataset.eval, or remove keep"
+)
+_STOPPED_BY_NOTHING = (
+    "training.earlyStopping watches the loss on held-out rows: set dataset.eval, or remove earlyStopping"
+)
+
 
 def _spec_rules(schema: dict[str, Any]) -> None:
     schema.update(
@@ -178,6 +185,10 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             ),
             rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
             rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
+            rule(
+                "!has(self.training.keep) || self.training.keep != 'best' || has(self.dataset.eval)", _BEST_OF_NOTHING
+            ),
+            rule("!has(self.training.earlyStopping) || has(self.dataset.eval)", _STOPPED_BY_NOTHING),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )
@@ -242,6 +253,14 @@ class QLoRAJobSpec(ApiModel):
                 raise ValueError(_SHARDED_AND_MERGED)
             if self.training.auto_micro_batch:
                 raise ValueError(_SHARDED_AND_HALVED)
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_rows_to_judge_by(self) -> Self:
+        if self.dataset.eval is None and self.training.keep == "best":
+            raise ValueError(_BEST_OF_NOTHING)
+        if self.dataset.eval is None and self.training.early_stopping is not None:
+            raise ValueError(_STOPPED_BY_NOTHING)
         return self
 
 

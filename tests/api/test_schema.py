@@ -51,6 +51,32 @@ REJECTED = {
         with_value(MINIMAL, "spec.training", {"epochs": 1, "maxSteps": 10}),
         "spec.training: Invalid value: set only one of epochs and maxSteps",
     ),
+    "the best of no evaluation": (
+        with_value(MINIMAL, "spec.training", {"keep": "best", "evalEverySteps": 10}),
+        "training.keep: best compares adapters by their loss on held-out rows: set dataset.eval",
+    ),
+    "the best of one evaluation": (
+        with_value(with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1}), "spec.training.keep", "best"),
+        "keep: best chooses among evaluations, and without evalEverySteps only the last adapter is evaluated",
+    ),
+    "early stopping without held-out rows": (
+        with_value(MINIMAL, "spec.training", {"earlyStopping": {"patience": 3}, "evalEverySteps": 10}),
+        "training.earlyStopping watches the loss on held-out rows: set dataset.eval",
+    ),
+    "early stopping without evaluations on the way": (
+        with_value(
+            with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1}), "spec.training.earlyStopping.patience", 3
+        ),
+        "earlyStopping counts evaluations: set evalEverySteps, the number of optimizer steps between them",
+    ),
+    "no patience": (
+        with_value(MINIMAL, "spec.training.earlyStopping", {"patience": 0}),
+        "spec.training.earlyStopping.patience",
+    ),
+    "patience left out": (
+        with_value(MINIMAL, "spec.training.earlyStopping", {"minDelta": 0.1}),
+        "spec.training.earlyStopping.patience: Required value",
+    ),
     "eval source and fraction": (
         with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://a/b.jsonl", "fraction": 0.1}),
         "spec.dataset.eval: Invalid value: set exactly one of source and fraction",

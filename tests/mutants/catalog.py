@@ -1006,6 +1006,27 @@ TRAINER = (
         ),
     ),
     Mutant(
+        name="the-best-adapter-is-not-restored",
+        file=f"{_TRAINER}/training/resume.py",
+        old="    run.best = best_of(checkpoint)\n",
+        new="",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/steps/test_best_adapter.py"
+                "::test_a_disturbed_run_ends_at_the_same_step_with_the_same_best_adapter"
+            ),
+        ),
+    ),
+    Mutant(
+        name="patience-for-one-evaluation-more",
+        file=f"{_TRAINER}/training/evaluations.py",
+        old="self.without_improvement >= early_stopping.patience",
+        new="self.without_improvement > early_stopping.patience",
+        tests=(
+            "tests/unit/qlora_trainer/test_evaluations.py::test_a_run_ends_after_so_many_evaluations_without_improvement",
+        ),
+    ),
+    Mutant(
         name="a-creeping-loss-is-never-suspect",
         file=f"{_TRAINER}/training/divergence.py",
         old="loss > self.lowest_loss_level + LOSS_RISE_NATS",

@@ -48,6 +48,8 @@ FULL: Manifest = {
             "gradientCheckpointing": False,
             "evalEverySteps": 10,
             "saveEverySteps": 20,
+            "keep": "best",
+            "earlyStopping": {"patience": 3, "minDelta": 0.01},
             "seed": 7,
         },
         "output": {"destination": "pvc://adapters/team/full"},

@@ -72,10 +72,16 @@ class TrainRecord(ObservedModel):
     fingerprint: str = Field(description="SHA-256 of everything that determines the adapter.")
     adapter_path: str = Field(description="Folder of the trained adapter, relative to the workspace.")
     adapter_sha256: str = Field(description="SHA-256 of adapter_model.safetensors in it.")
-    training_step: int
+    training_step: int = Field(description="Optimizer steps done.")
+    total_steps: int | None = Field(
+        None, description="Optimizer steps planned; more than were done if the run was stopped early."
+    )
+    adapter_step: int | None = Field(
+        None, description="Optimizer steps after which the adapter was as it is kept; all that were done if not set."
+    )
     loss: float
     initial_eval_loss: float | None = None
-    eval_loss: float | None = None
+    eval_loss: float | None = Field(None, description="Held-out loss of the adapter that is kept.")
     peak_memory_bytes: int | None = None
     ranks: int = Field(1, description="Processes that trained together.")
     micro_batch_size: int | None = Field(
@@ -88,6 +94,16 @@ class TrainRecord(ObservedModel):
     compared: Comparison | None = Field(None, description="What a merged model is compared with; not set without one.")
     attempts: int = Field(1, description="How often the step was started.")
     goodput: Share | None = Field(None, description="Share of the time of all attempts that is in the adapter.")
+
+    @property
+    def kept_step(self) -> int:
+        """The optimizer step that the adapter is of."""
+        return self.training_step if self.adapter_step is None else self.adapter_step
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ended before its last planned step."""
+        return self.total_steps is not None and self.training_step < self.total_steps
 
 
 class PublishRecord(ObservedModel):

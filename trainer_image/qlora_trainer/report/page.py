@@ -48,7 +48,7 @@ def write_report(
         f"{spec.model.source}, {job.prepared.dataset.used_rows} rows, rank {spec.lora.rank}, "
         f"learning rate {spec.training.learning_rate:g}"
     )
-    picture = loss_picture(history, job.name, subtitle)
+    picture = loss_picture(history, job.name, subtitle, job.trained.kept_step)
     write_atomically(folder / CURVE_FILE, picture)
     summary = _summary(job, device) | ({} if merged is None else {"merged": merged.dump()})
     text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
@@ -80,7 +80,7 @@ def _page(
         trained=job.trained,
         quantization=quantization_label(job.spec.quantization),
         figures=_figures(job.prepared, job.trained, history, merged),
-        loss=loss_chart(history),
+        loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device),
         settings=_settings(job.spec),
         data=_data(job.spec.dataset.source, job.prepared.dataset, statistics),
@@ -98,7 +98,10 @@ def _figures(
     prepared: PrepareRecord, trained: TrainRecord, history: MetricsHistory, merged: MergedStatus | None
 ) -> list[Figure]:
     before, after = trained.initial_eval_loss, trained.eval_loss
-    figures = [Figure("Optimizer steps", f"{trained.training_step:,}")]
+    early = f"of {trained.total_steps:,}, stopped early" if trained.stopped_early else ""
+    figures = [Figure("Optimizer steps", f"{trained.training_step:,}", early)]
+    if trained.kept_step != trained.training_step:
+        figures.append(Figure("Adapter of step", f"{trained.kept_step:,}", "the one with the lowest held-out loss"))
     if before is not None and after is not None:
         figures.append(Figure("Held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
     if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
@@ -176,6 +179,8 @@ def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
         },
         "dataset": {"source": spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
         "optimizerSteps": trained.training_step,
+        "plannedSteps": trained.total_steps,
+        "adapterStep": trained.kept_step,
         "attempts": trained.attempts,
         "goodput": trained.goodput,
         "loss": {

@@ -167,6 +167,7 @@ def _write(job: TrainedJob, folder: Path, picture: bytes, destination: Destinati
         base_model=job.spec.model.source,
         base_revision=job.prepared.model_revision,
         rank=job.spec.lora.rank,
+        step=job.trained.kept_step,
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
     )

@@ -20,7 +20,7 @@ from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save_adapter
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter, save_adapter
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
@@ -32,8 +32,10 @@ from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.answers import leave_samples
 from qlora_trainer.training.attempts import PodOfJob, read_attempts
 from qlora_trainer.training.base_check import BaseCheck
+from qlora_trainer.training.best_adapter import read_best
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import use_device
+from qlora_trainer.training.evaluations import Kept, kept
 from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
 from qlora_trainer.training.held_out import compare
 from qlora_trainer.training.launch import RankInfo, started_child_ranks
@@ -285,6 +287,8 @@ def _open_history(job: _Job, checkpoint: Checkpoint | None) -> MetricsLog:
 def _finish(run: Run, state: RunState, job: _Job) -> TrainRecord:
     """Write the adapter, then the completion record that points at it."""
     workspace = run.context.workspace
+    chosen = kept(run.training, state.evaluations, state.step, state.eval_loss)
+    _put_into_model(run, state, chosen)
     with atomic_folder(workspace.trained) as folder:
         save_adapter(run.model, folder)
     if state.loss is None or run.history is None:
@@ -295,9 +299,11 @@ def _finish(run: Run, state: RunState, job: _Job) -> TrainRecord:
         adapter_path=workspace.trained.name,
         adapter_sha256=file_sha256(workspace.trained / ADAPTER_FILE),
         training_step=state.step,
+        total_steps=run.schedule.total_steps,
+        adapter_step=chosen.step,
         loss=state.loss,
         initial_eval_loss=state.initial_eval_loss,
-        eval_loss=state.eval_loss,
+        eval_loss=chosen.eval_loss,
         peak_memory_bytes=state.peak_memory_bytes,
         ranks=run.ranks.rank_info.size,
         micro_batch_size=state.micro_batch_size,
@@ -311,6 +317,15 @@ def _finish(run: Run, state: RunState, job: _Job) -> TrainRecord:
     )
     write_completion(workspace.completion("train"), record)
     return record
+
+
+def _put_into_model(run: Run, state: RunState, chosen: Kept) -> None:
+    """Put the adapter that is kept into the model, for all that follows: it may be that of an earlier step."""
+    if chosen.step == state.step:
+        return
+    if run.best is None:
+        raise AssertionError("the main process writes the best adapter when it is found, and each checkpoint holds it")
+    restore_adapter(run.model, read_best(run.best))
 
 
 def _comparison(run: Run) -> Comparison | None:

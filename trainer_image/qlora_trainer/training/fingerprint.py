@@ -18,11 +18,17 @@ Fingerprint = dict[str, Any]
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
+# Another word for leaving the field out.
+_SAME_AS_NOT_SET = {"keep": "last"}
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
     """Everything that decides the adapter, by name. Another number of processes adds gradients in another order."""
-    training = {name: value for name, value in spec.training.dump().items() if name not in _WITHOUT_EFFECT}
+    training = {
+        name: value
+        for name, value in spec.training.dump().items()
+        if name not in _WITHOUT_EFFECT and _SAME_AS_NOT_SET.get(name) != value
+    }
     return {
         "model": {
             "revision": prepared.model_revision,
