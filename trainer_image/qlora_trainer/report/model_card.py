@@ -53,6 +53,7 @@ def adapter_model_card(job: TrainedJob) -> str:
         spec=spec,
         prepared=prepared,
         trained=job.trained,
+        gate=job.gate,
         curve=CURVE_FILE,
         quantization=quantization_label(spec.quantization),
         modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),
