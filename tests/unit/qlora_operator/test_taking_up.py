@@ -278,7 +278,7 @@ def test_an_adapter_that_did_not_pass_is_judged_again_by_the_gate_of_today() -> 
     assert (stored.phase, reason_of(stored, "Failed"), stored.gate) == ("Failed", "GateFailed", JUDGED)
     assert "minImprovement is 0.5" in message_of(stored, "Failed")
     for gate, read in ((MILD, MILD), (None, None)):
-        spec = {"dataset": GATED, "retry": {"request": 1}} | ({} if gate is None else {"gate": gate})
+        spec: dict[str, Any] = {"dataset": GATED, "retry": {"request": 1}} | ({} if gate is None else {"gate": gate})
         status = follow(make_job(stored, **spec), *seen_then)
         assert status.step is not None
         assert (status.phase, status.step.job_name, status.gate) == ("Publishing", f"{NAME}-publish-2", None)
