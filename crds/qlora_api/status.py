@@ -10,7 +10,7 @@ from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
 
 MAX_MESSAGE_LENGTH = 1024
-MAX_DOCUMENT_LENGTH = 65_536
+MAX_DOCUMENT_LENGTH = 131_072
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 MemorySource = Literal["DryRun", "Table"]
@@ -199,6 +199,31 @@ class CheckpointStatus(ObservedModel):
     saved_at: Timestamp = Field(description="When it was saved.")
 
 
+class GateCriterion(ObservedModel):
+    """One limit of the gate, and what was found."""
+
+    name: ShortText = Field(description="The field of spec.gate.")
+    required: Finite = Field(description="Its value.")
+    found: Finite = Field(description="What the adapter has.")
+    passed: bool = Field(description="Whether that is enough.")
+
+
+class GateStatus(ObservedModel):
+    """Whether the adapter is good enough to be published, and what was measured."""
+
+    passed: bool = Field(description="Whether every limit of spec.gate is met.")
+    adapter_sha256: str = Field(
+        max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the adapter that was judged."
+    )
+    criteria: tuple[GateCriterion, ...] = Field((), max_length=8, description="The limits that spec.gate sets.")
+    eval_loss: Finite | None = Field(None, description="Held-out loss of the adapter.")
+    initial_eval_loss: Finite | None = Field(None, description="Held-out loss before training.")
+    eval_tokens: Count | None = Field(None, description="Number of target tokens that both losses are means of.")
+    score: Share | None = Field(None, description="Share of the adapter's answers that passed the check.")
+    base_score: Share | None = Field(None, description="The same of the base's answers, to the same rows.")
+    score_rows: Count | None = Field(None, description="Number of held-out rows that were answered.")
+
+
 class AdapterStatus(ObservedModel):
     """The finished adapter."""
 
@@ -269,6 +294,7 @@ class QLoRAJobStatus(ObservedModel):
     dataset: DatasetStatus | None = Field(None, description="What prepare found in the data set.")
     base: BaseStatus | None = Field(None, description="How prepare got the base model.")
     checkpoint: CheckpointStatus | None = Field(None, description="The latest checkpoint.")
+    gate: GateStatus | None = Field(None, description="Whether the adapter has passed spec.gate; not set without one.")
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
     merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")
     failures: Count = Field(0, description="Attempts so far that ended with an error.")

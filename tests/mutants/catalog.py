@@ -343,7 +343,7 @@ OPERATOR = (
     Mutant(
         name="an-old-profile-is-kept",
         file=f"{_DECISIONS}/taking_up.py",
-        old='"resolved": with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared")),',
+        old='"resolved": _resolved_again(status, facts),',
         new='"resolved": status.resolved,',
         tests=(
             f"{_OPERATOR_TESTS}/test_taking_up.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
@@ -1037,6 +1037,32 @@ TRAINER = (
                 "::test_a_loss_that_creeps_upward_is_judged_although_no_step_is_far_above_the_latest_level"
             ),
         ),
+    ),
+    Mutant(
+        name="one-limit-that-is-met-opens-the-gate",
+        file=f"{_TRAINER}/publishing/gate.py",
+        old="passed=all(",
+        new="passed=any(",
+        tests=("tests/unit/qlora_trainer/test_gate.py::test_every_limit_must_be_met",),
+    ),
+    Mutant(
+        name="an-adapter-that-did-not-pass-is-published",
+        file=f"{_TRAINER}/steps/publish.py",
+        old="if job.gate is not None and not job.gate.passed:",
+        new="if False and job.gate is not None and not job.gate.passed:",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/steps/test_gate.py"
+                "::test_an_adapter_that_does_not_pass_stays_in_the_workspace_and_describes_itself"
+            ),
+        ),
+    ),
+    Mutant(
+        name="a-score-of-another-adapter-counts",
+        file=f"{_TRAINER}/publishing/gate.py",
+        old="if trained.score.adapter_sha256 != trained.adapter_sha256:",
+        new="if not trained.score.adapter_sha256:",
+        tests=("tests/unit/qlora_trainer/test_gate.py::test_a_score_of_another_adapter_is_rejected",),
     ),
     Mutant(
         name="gradient-norms-may-rise-ninefold-more",

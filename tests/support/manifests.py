@@ -53,6 +53,7 @@ FULL: Manifest = {
             "seed": 7,
         },
         "output": {"destination": "pvc://adapters/team/full"},
+        "gate": {"minImprovement": 0.1, "maxEvalLoss": 1.5},
         "workspace": {
             "size": "100Gi",
             "storageClassName": "fast",

@@ -43,7 +43,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
 
 
 def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with what a step reports about memory, data and model, as a failed step may do too."""
+    """The status with what a step reports about memory, data, model and gate, as a failed step may do too."""
     changes: dict[str, object] = {}
     if record.memory is not None:
         changes["memory"] = record.memory
@@ -51,6 +51,8 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
         changes["dataset"] = record.dataset
     if record.base is not None:
         changes["base"] = record.base
+    if record.gate is not None:
+        changes["gate"] = record.gate
     if status.resolved is not None and record.model_revision is not None:
         changes["resolved"] = status.resolved.model_copy(update={"model_revision": record.model_revision})
     return status.model_copy(update=changes)

@@ -1,5 +1,6 @@
 """The completion records that make a step idempotent: what each step leaves for the next."""
 
+import hashlib
 import json
 from math import prod
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
+from qlora_api.gate import ScoreSpec
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, MemoryStatus, MergedStatus, Share
+from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, GateStatus, MemoryStatus, MergedStatus, Share
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
 
@@ -52,6 +54,21 @@ class Comparison(ObservedModel):
     loss: float = Field(description="Mean loss on these, of the adapter on the 4-bit base.")
 
 
+class Score(ObservedModel):
+    """How many of the answers to some held-out rows pass the check of spec.gate.score."""
+
+    settings: str = Field(description="SHA-256 of spec.gate.score, by which they were measured.")
+    adapter_sha256: str = Field(description="SHA-256 of the adapter that gave the answers.")
+    rows: PositiveInt = Field(description="Rows that were answered.")
+    adapter: Share = Field(description="Share of the adapter's answers that passed.")
+    base: Share = Field(description="The same without the adapter.")
+
+
+def score_settings(spec: ScoreSpec) -> str:
+    """SHA-256 of how answers are scored."""
+    return hashlib.sha256(json.dumps(spec.dump(), sort_keys=True).encode()).hexdigest()
+
+
 class QuantizedLayers(ObservedModel):
     """The base's 4-bit layers of one name and shape, such as the q_proj of every block."""
 
@@ -82,6 +99,8 @@ class TrainRecord(ObservedModel):
     loss: float
     initial_eval_loss: float | None = None
     eval_loss: float | None = Field(None, description="Held-out loss of the adapter that is kept.")
+    eval_tokens: int | None = Field(None, description="Target tokens of the held-out rows; not set without any.")
+    score: Score | None = Field(None, description="Not set if the job asks for none, or before it is measured.")
     peak_memory_bytes: int | None = None
     ranks: int = Field(1, description="Processes that trained together.")
     micro_batch_size: int | None = Field(
@@ -111,6 +130,7 @@ class PublishRecord(ObservedModel):
 
     fingerprint: str
     adapter: AdapterStatus
+    gate: GateStatus | None = Field(None, description="How it was judged; not set without spec.gate.")
     merged: MergedStatus | None = None
     base: BaseStatus | None = Field(None, description="The base, if it was published.")
 

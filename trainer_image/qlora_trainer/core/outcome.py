@@ -160,6 +160,7 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
         "model_revision": findings.model_revision,
         "memory": findings.memory,
         "dataset": findings.dataset,
+        "gate": findings.gate,
     }
     names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
     if findings.progress is not None and findings.progress.step == "train":
@@ -167,7 +168,12 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
     if isinstance(completion, TrainRecord):
         known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss")}
     if isinstance(completion, PublishRecord):
-        known |= {"adapter": completion.adapter, "merged": completion.merged, "base": completion.base}
+        known |= {
+            "adapter": completion.adapter,
+            "gate": completion.gate,
+            "merged": completion.merged,
+            "base": completion.base,
+        }
     return known
 
 
@@ -206,6 +212,11 @@ def _remarks(trained: TrainRecord) -> str:
         remarks += f", with microBatchSize {trained.micro_batch_size} after the GPU had run out of memory"
     if trained.kept_step != trained.training_step:
         remarks += f"; the adapter is that of step {trained.kept_step}, which has the lowest held-out loss"
+    if (score := trained.score) is not None:
+        remarks += (
+            f"; of the answers to {score.rows} held-out rows {score.adapter:.1%} passed, without the adapter "
+            f"{score.base:.1%}"
+        )
     before, after = trained.initial_eval_loss, trained.eval_loss
     if before is not None and after is not None and round(after, 4) > round(before, 4):
         remarks += f"; but on the held-out rows the loss rose from {before:.4f} to {after:.4f}"

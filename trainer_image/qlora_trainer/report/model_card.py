@@ -55,6 +55,7 @@ def adapter_model_card(job: TrainedJob) -> str:
         prepared=prepared,
         trained=job.trained,
         steps=steps_done(job.trained.training_step, job.trained.total_steps, job.trained.kept_step),
+        gate=job.gate,
         curve=CURVE_FILE,
         quantization=quantization_label(spec.quantization),
         modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),

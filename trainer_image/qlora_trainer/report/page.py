@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import DatasetStatus, MergedStatus
+from qlora_api.status import DatasetStatus, GateStatus, MergedStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
@@ -50,7 +50,8 @@ def write_report(
     )
     picture = loss_picture(history, job.name, subtitle, job.trained.kept_step)
     write_atomically(folder / CURVE_FILE, picture)
-    summary = _summary(job, device) | ({} if merged is None else {"merged": merged.dump()})
+    summary = _summary(job, device)
+    summary |= {name: part.dump() for name, part in (("gate", job.gate), ("merged", merged)) if part is not None}
     text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
     write_atomically(folder / SUMMARY_FILE, text.encode() + b"\n")
     statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
@@ -79,7 +80,8 @@ def _page(
         prepared=job.prepared,
         trained=job.trained,
         quantization=quantization_label(job.spec.quantization),
-        figures=_figures(job.prepared, job.trained, history, merged),
+        figures=_figures(job.prepared, job.trained, history, merged, job.gate),
+        gate=job.gate,
         loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device),
         settings=_settings(job.spec),
@@ -95,7 +97,11 @@ def _page(
 
 
 def _figures(
-    prepared: PrepareRecord, trained: TrainRecord, history: MetricsHistory, merged: MergedStatus | None
+    prepared: PrepareRecord,
+    trained: TrainRecord,
+    history: MetricsHistory,
+    merged: MergedStatus | None,
+    gate: GateStatus | None,
 ) -> list[Figure]:
     before, after = trained.initial_eval_loss, trained.eval_loss
     early = f"of {trained.total_steps:,}, stopped early" if trained.stopped_early else ""
@@ -107,6 +113,9 @@ def _figures(
     if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
         same_rows = f"the adapter has {merged.adapter_eval_loss:.4f} on the same {merged.eval_tokens:,} tokens"
         figures.append(Figure("Held-out loss, merged", f"{merged.eval_loss:.4f}", same_rows))
+    if gate is not None and gate.score is not None:
+        others = f"{gate.base_score or 0:.1%} without the adapter, on the same {gate.score_rows} held-out rows"
+        figures.append(Figure("Answers that passed", f"{gate.score:.1%}", others))
     figures.append(Figure("Training loss", f"{trained.loss:.4f}", "of the last step"))
     speed = history.tokens_per_second.median
     if speed is not None:

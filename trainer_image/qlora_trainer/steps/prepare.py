@@ -48,6 +48,7 @@ from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publi
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
+from qlora_trainer.training.scorable import require_readable, require_scorable
 
 
 def prepare(
@@ -101,6 +102,7 @@ def _prepare(
 ) -> PrepareRecord:
     workspace, hub = context.workspace, cache(lambda: _open_hub(context))
     _check_destinations(context)
+    require_readable(context.spec.gate)
 
     say("reading the model's configuration")
     source = open_model_source(context, hub)
@@ -116,6 +118,7 @@ def _prepare(
     training = context.spec.training
     sequences = new_folder(partial_path(workspace.data / "layout"))
     dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=admitted.packed)
+    require_scorable(context.spec.gate, sequences, dataset.status(), folder)
 
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
@@ -240,6 +243,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     )
     records.note(memory=memory.status)
     memory.require()
+    require_readable(spec.gate)
+    require_scorable(spec.gate, root / record.data_path, record.dataset, folder)
     return record.model_copy(update={"memory": memory.status, "measured": memory.measured})
 
 
