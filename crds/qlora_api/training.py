@@ -8,6 +8,7 @@ from qlora_api.profile import Quantity
 from qlora_api.schema import ApiModel, rule, rules
 
 BlockNumber = Annotated[int, Field(ge=0, le=1023)]
+TrainOn = Literal["completion", "last", "marked", "all"]
 ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
@@ -162,8 +163,10 @@ class TrainingSpec(ApiModel):
         description="Pack several rows into each sequence. Attention does not cross rows. Without effect on a model "
         "that cannot keep rows apart.",
     )
-    train_on: Literal["completion", "all"] = Field(
-        "completion", description="Tokens that are trained on: those of the answers, or all."
+    train_on: TrainOn = Field(
+        "completion",
+        description="Tokens that are trained on: those of every answer (completion), of the last answer of each row "
+        "(last), of the assistant messages with train: true or weight: 1 (marked), or all.",
     )
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass. Saves much memory."

@@ -111,6 +111,24 @@ REJECTED = {
         with_value(with_value(MINIMAL, "spec.model.source", "pvc://models/a"), "spec.model.revision", "v1"),
         "revision is for hf:// models",
     ),
+    "unknown chat template": (
+        with_value(MINIMAL, "spec.dataset.chatTemplate", "chatlm"),
+        "spec.dataset.chatTemplate: Invalid value: must be chatml, gemma, llama-3, mistral, zephyr or configMap://",
+    ),
+    "chat template for text": (
+        with_value(with_value(MINIMAL, "spec.dataset.format", "text"), "spec.dataset.chatTemplate", "chatml"),
+        "spec.dataset: Invalid value: chatTemplate and systemPrompt are for rows with turns",
+    ),
+    "system prompt for text": (
+        with_value(
+            MINIMAL, "spec.dataset", MINIMAL["spec"]["dataset"] | {"format": "text", "systemPrompt": {"text": "a"}}
+        ),
+        "spec.dataset: Invalid value: chatTemplate and systemPrompt are for rows with turns",
+    ),
+    "blank system prompt": (
+        with_value(MINIMAL, "spec.dataset.systemPrompt", {"text": " \n"}),
+        "spec.dataset.systemPrompt.text",
+    ),
     "eval empty": (with_value(MINIMAL, "spec.dataset.eval", {}), "set exactly one of source and fraction"),
     "long name": (with_value(MINIMAL, "metadata.name", "a" * 46), "at most 45 characters"),
     "dotted name": (with_value(MINIMAL, "metadata.name", "a.b"), "one DNS label"),

@@ -994,6 +994,25 @@ TRAINER = (
         tests=(f"{_TRAINER_TESTS}/steps/test_prepare_hub.py::test_one_file_of_the_original_at_a_time_takes_room",),
     ),
     Mutant(
+        name="the-last-answer-is-the-first",
+        file=f"{_TRAINER}/data/chat_template.py",
+        old='self.targets[-1:] if train_on == "last"',
+        new='self.targets[:1] if train_on == "last"',
+        tests=(f"{_TRAINER_TESTS}/data/test_turns.py::test_the_last_answer_alone_is_trained_on",),
+    ),
+    Mutant(
+        name="servers-know-every-end-of-an-answer",
+        file=f"{_TRAINER}/data/turn_end.py",
+        old="if ids and ids[0] in known:",
+        new="if ids:",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/data/test_job_template.py"
+                "::test_an_end_of_answers_that_is_another_token_is_named_with_its_id"
+            ),
+        ),
+    ),
+    Mutant(
         name="a-checkpoint-is-not-read-back",
         file=f"{_TRAINER}/training/checkpoint.py",
         old="saved = read_checkpoint(final)",

@@ -26,6 +26,8 @@ FULL: Manifest = {
             "source": "configMap://rows/train.jsonl",
             "format": "instruction",
             "columns": {"instruction": "question", "output": "answer"},
+            "chatTemplate": "configMap://formats/ours.jinja",
+            "systemPrompt": {"text": "Answer in English.", "mode": "replace"},
             "eval": {"fraction": 0.1},
             "maxSamples": 1000,
             "sha256": "0" * 64,

@@ -15,6 +15,22 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
 
 
+class EndOfTurn(ObservedModel):
+    """What the model is taught to end its answers with, where a server does not know it."""
+
+    text: str = Field(description="Empty if nothing follows an answer.")
+    token: int | None = Field(None, description="Its id, if it is one token.")
+    known: tuple[int, ...] = Field((), description="The tokens at which a server stops by itself.")
+
+    @property
+    def request_field(self) -> str:
+        """The field of a request to an OpenAI-compatible server that stops there, as JSON without the braces."""
+        # A server looks for texts in what it shows, which has no special tokens.
+        if self.token is not None:
+            return f'"stop_token_ids": [{self.token}]'
+        return f'"stop": {json.dumps([self.text], ensure_ascii=False)}'
+
+
 class PrepareRecord(ObservedModel):
     """What prepare leaves for the later steps. Paths below the workspace are relative to it; others are absolute."""
 
@@ -38,7 +54,13 @@ class PrepareRecord(ObservedModel):
         None, description="The dry runs that the estimate is from; not set if they failed, or by an earlier release."
     )
     base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
-    remarks: tuple[str, ...] = Field((), description="What is done otherwise than the job asks.")
+    remarks: tuple[str, ...] = Field((), description="What a user should know, such as what is done otherwise.")
+    template_sha256: str | None = Field(
+        None, description="SHA-256 of the job's own chat template, which is beside the sequences; not set without one."
+    )
+    end_of_turn: EndOfTurn | None = Field(
+        None, description="What ends an answer, if no server of the model stops there by itself."
+    )
 
 
 def recorded_path(path: Path, root: Path) -> str:

@@ -14,13 +14,15 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal
 
-from qlora_api.dataset import Columns, RowFormat
+from qlora_api.dataset import Columns, RowFormat, SystemPromptSpec
+from qlora_api.training import TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
+from qlora_trainer.data.examples import Example, PlainText
 from qlora_trainer.data.formats import RowReader
+from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.rows import Row
 
 CHUNK_ROWS = 4096
@@ -48,9 +50,16 @@ class Recipe:
     """Tokens that the model knows."""
     format: RowFormat
     columns: Columns
-    train_on: Literal["completion", "all"]
+    train_on: TrainOn
     longest_allowed: int
     """Tokens; a longer row is left out."""
+    template: JobTemplate | None = None
+    """Instead of the model's chat template."""
+    system_prompt: SystemPromptSpec | None = None
+
+    def row_reader(self) -> RowReader:
+        """Reads the rows. Raises StepFailure BAD_CONFIGURATION if they cannot have what the job asks for."""
+        return RowReader(self.format, self.columns, marked=self.train_on == "marked")
 
 
 class ChunkMaker:
@@ -59,8 +68,8 @@ class ChunkMaker:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
         """`tokenizer`: the recipe's, if it is loaded already."""
         self.recipe = recipe
-        self._tokenizer = tokenizer or Tokenizer(recipe.tokenizer)
-        self._reader = RowReader(recipe.format, recipe.columns)
+        self._tokenizer = tokenizer or Tokenizer(recipe.tokenizer, recipe.template)
+        self._reader = recipe.row_reader()
 
     def make(self, rows: Sequence[Row]) -> Chunk:
         """The chunk of these rows. Raises StepFailure for the first invalid one."""
@@ -81,9 +90,16 @@ class ChunkMaker:
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
         return Chunk.of(used, too_long, dropped)
 
+    def example(self, row: Row) -> Example:
+        """What is trained on in a row. Raises StepFailure for an invalid one."""
+        example, system = self._reader.read(row), self.recipe.system_prompt
+        if system is None or isinstance(example, PlainText):
+            return example
+        return example.with_system(system.text, replace=system.mode == "replace")
+
     def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [self._tokenizer.render(self._reader.read(row), row.location) for row in batch]
+            rendered = [self._tokenizer.render(self.example(row), row.location) for row in batch]
             yield from zip(batch, self._tokenizer.tokenize(rendered, self.recipe.train_on), strict=True)
 
     def _require_known(self, largest: int) -> None:

@@ -17,7 +17,7 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import MetricsHistory, read_history
-from qlora_trainer.report.model_card import quantization_label
+from qlora_trainer.report.model_card import TRAINED_ON, quantization_label
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_commands
 from qlora_trainer.report.trained_job import TrainedJob
@@ -85,7 +85,7 @@ def _page(
         loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device),
         settings=_settings(job.spec),
-        data=_data(job.spec.dataset.source, job.prepared.dataset, statistics),
+        data={**_data(job.spec.dataset.source, job.prepared.dataset, statistics), **_turns(job)},
         lengths=_lengths(statistics),
         samples=samples,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -168,6 +168,20 @@ def _data(source: str, found: DatasetStatus, statistics: DataStatistics) -> Mapp
         "Sequences": f"{train.sequences:,} of at most {train.sequence_length:,} tokens, "
         f"{train.packing_efficiency:.1%} without padding{'' if train.packed else ' (one row each)'}",
     }
+
+
+def _turns(job: TrainedJob) -> Mapping[str, str]:
+    """What the job changes about how rows become turns."""
+    dataset, prepared = job.spec.dataset, job.prepared
+    rows = {"Trained on": TRAINED_ON[job.spec.training.train_on]}
+    if dataset.chat_template is not None:
+        rows["Chat template"] = f"{dataset.chat_template}, SHA-256 {prepared.template_sha256}"
+    if dataset.system_prompt is not None:
+        whose = "in place of the rows' own" if dataset.system_prompt.mode == "replace" else "for rows without one"
+        rows["System message"] = f"{dataset.system_prompt.text} ({whose})"
+    if prepared.end_of_turn is not None:
+        rows["End of an answer"] = prepared.end_of_turn.text or "none, so the model does not learn where to stop"
+    return rows
 
 
 def _lengths(statistics: DataStatistics) -> str:

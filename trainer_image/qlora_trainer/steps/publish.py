@@ -15,11 +15,13 @@ from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CUR
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
+from qlora_trainer.data.job_template import TEMPLATE_FILE
 from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
 from qlora_trainer.publishing.gate import gate_failure, judge
+from qlora_trainer.publishing.job_template import job_template_file
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.publishing.merged import publish_merged, still_published
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
@@ -57,7 +59,8 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     say("writing the report")
     picture = write_report(job, workspace, device=context.device)
     say(f"writing to {destination.uri}")
-    adapter = _write(job, folder, picture, destination)
+    template = job_template_file(job.prepared, workspace)
+    adapter = _write(job, folder, picture, template, destination)
     base = _publish_base(job, context, say)
     merged = _merge(job, context, say)
     fingerprint = _fingerprint(job.trained, destination)
@@ -169,13 +172,16 @@ def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Cal
     return gate_failure(gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
 
 
-def _write(job: TrainedJob, folder: Path, picture: bytes, destination: Destination) -> AdapterStatus:
-    """Publish the adapter of `folder` with its model card and the picture of its loss."""
+def _write(
+    job: TrainedJob, folder: Path, picture: bytes, template: Path | None, destination: Destination
+) -> AdapterStatus:
+    """Publish the adapter of `folder` with its model card, the picture of its loss, and its chat template if any."""
     contents: Contents = {
         ADAPTER_FILE: folder / ADAPTER_FILE,
         ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
         MODEL_CARD_FILE: adapter_model_card(job).encode(),
         CURVE_FILE: picture,
+        **({} if template is None else {TEMPLATE_FILE: template}),
     }
     manifest = run_manifest(job, contents)
     uri = publish_folder(destination, contents, manifest)
