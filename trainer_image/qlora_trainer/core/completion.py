@@ -8,7 +8,15 @@ from typing import TypeVar
 from pydantic import Field, PositiveInt, ValidationError
 
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, MemoryStatus, MergedStatus, Share
+from qlora_api.status import (
+    AdapterStatus,
+    BaseStatus,
+    DatasetStatus,
+    InitialAdapterStatus,
+    MemoryStatus,
+    MergedStatus,
+    Share,
+)
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
 
@@ -37,6 +45,9 @@ class PrepareRecord(ObservedModel):
     )
     base: BaseStatus | None = Field(None, description="How the model was got; not set by an earlier release.")
     remarks: tuple[str, ...] = Field((), description="What is done otherwise than the job asks.")
+    initial_adapter: InitialAdapterStatus | None = Field(
+        None, description="The adapter of spec.lora.from, which is in the workspace; not set without one."
+    )
 
 
 def recorded_path(path: Path, root: Path) -> str:

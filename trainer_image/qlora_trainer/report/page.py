@@ -9,7 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import DatasetStatus, MergedStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
@@ -82,7 +81,7 @@ def _page(
         figures=_figures(job.prepared, job.trained, history, merged),
         loss=loss_chart(history),
         charts=_charts(history, device),
-        settings=_settings(job.spec),
+        settings=_settings(job),
         data=_data(job.spec.dataset.source, job.prepared.dataset, statistics),
         lengths=_lengths(statistics),
         samples=samples,
@@ -132,11 +131,13 @@ def _charts(history: MetricsHistory, device: Device) -> list[str]:
     return [svg for svg in drawn if svg]
 
 
-def _settings(spec: QLoRAJobSpec) -> Mapping[str, Mapping[str, Any]]:
+def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, Any]]:
+    initial = job.prepared.initial_adapter
     return {
-        "Quantization": spec.quantization.dump(),
-        "Adapter": spec.lora.dump(),
-        "Training": spec.training.dump(),
+        "Quantization": job.spec.quantization.dump(),
+        "Adapter": job.spec.lora.model_copy(update={"initial_adapter": None}).dump(),
+        "Training": job.spec.training.dump(),
+        **({} if initial is None else {"Initialized with the adapter": initial.dump()}),
     }
 
 
@@ -175,6 +176,7 @@ def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
             "training": spec.training.dump(),
         },
         "dataset": {"source": spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
+        **({} if prepared.initial_adapter is None else {"initialAdapter": prepared.initial_adapter.dump()}),
         "optimizerSteps": trained.training_step,
         "attempts": trained.attempts,
         "goodput": trained.goodput,

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
+
+from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
@@ -15,6 +18,7 @@ from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CUR
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.model.cache import require_whole_in_cache
+from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
@@ -146,8 +150,15 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
         target_modules=prepared.target_modules,
         base_name=job.base_name,
         base_revision=prepared.model_revision,
+        initial=_initial_adapter(job, workspace),
     )
     return folder
+
+
+def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str, Tensor] | None:
+    """The tensors with which training was initialized; None if it began with a new adapter."""
+    initial = job.prepared.initial_adapter
+    return None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256)
 
 
 def _write(job: TrainedJob, folder: Path, picture: bytes, destination: Destination) -> AdapterStatus:
@@ -169,6 +180,7 @@ def _write(job: TrainedJob, folder: Path, picture: bytes, destination: Destinati
         rank=job.spec.lora.rank,
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
+        initial_adapter=job.prepared.initial_adapter,
     )
 
 
