@@ -167,7 +167,7 @@ def document(job: QLoRAJob, **more: Any) -> str:
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
-        "spec": {field: spec[field] for field in STEP_FIELDS} | more,
+        "spec": {field: spec[field] for field in STEP_FIELDS if field in spec} | more,
     }
     return json.dumps(content, separators=(",", ":"), sort_keys=True)
 
@@ -232,7 +232,7 @@ def _failure_rules(*, together: bool) -> list[Manifest]:
 def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
     profile = resolved.profile
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
-    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step)
+    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step, resolved.continued)
     pod: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
