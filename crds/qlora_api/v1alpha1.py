@@ -161,6 +161,12 @@ _SHARDED_AND_HALVED = (
     "training.autoMicroBatch repeats a step, which training.sharding: full does not support: remove one of them, "
     "or set a smaller microBatchSize"
 )
+_PAIRS_NEEDED = (
+    "training.objective dpo and orpo compare two answers: set dataset.format to preference, or leave it auto"
+)
+_PAIRS_UNUSED = (
+    "dataset.format preference needs an objective that compares two answers: set training.objective to dpo or orpo"
+)
 
 
 def _spec_rules(schema: dict[str, Any]) -> None:
@@ -178,6 +184,11 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             ),
             rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
             rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
+            rule(
+                "self.training.objective == 'supervised' || self.dataset.format in ['auto', 'preference']",
+                _PAIRS_NEEDED,
+            ),
+            rule("self.training.objective != 'supervised' || self.dataset.format != 'preference'", _PAIRS_UNUSED),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )
@@ -242,6 +253,14 @@ class QLoRAJobSpec(ApiModel):
                 raise ValueError(_SHARDED_AND_MERGED)
             if self.training.auto_micro_batch:
                 raise ValueError(_SHARDED_AND_HALVED)
+        return self
+
+    @model_validator(mode="after")
+    def _data_of_the_objective(self) -> Self:
+        if self.training.compares_answers and self.dataset.format not in ("auto", "preference"):
+            raise ValueError(_PAIRS_NEEDED)
+        if not self.training.compares_answers and self.dataset.format == "preference":
+            raise ValueError(_PAIRS_UNUSED)
         return self
 
 

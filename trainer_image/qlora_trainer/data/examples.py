@@ -70,3 +70,13 @@ class PlainText:
 
 
 Example = Conversation | PromptCompletion | PlainText
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt with two answers, of which one is preferred. The prompt is in both."""
+
+    chosen: Conversation | PromptCompletion
+    rejected: Conversation | PromptCompletion
+    shared_answers: int = 0
+    """How many of the first answers in the two conversations are part of the prompt."""

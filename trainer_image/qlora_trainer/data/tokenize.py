@@ -16,11 +16,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
 
+import numpy
+
 from qlora_api.dataset import Columns, RowFormat
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.data.chat_template import Tokenizer
+from qlora_trainer.data.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
-from qlora_trainer.data.formats import RowReader
+from qlora_trainer.data.examples import Preference
+from qlora_trainer.data.formats import PAIRS, RowReader
 from qlora_trainer.data.rows import Row
 
 CHUNK_ROWS = 4096
@@ -83,8 +86,16 @@ class ChunkMaker:
 
     def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [self._tokenizer.render(self._reader.read(row), row.location) for row in batch]
-            yield from zip(batch, self._tokenizer.tokenize(rendered, self.recipe.train_on), strict=True)
+            rendered = [part for row in batch for part in self._rendered(row)]
+            tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
+            yield from zip(batch, _paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
+
+    def _rendered(self, row: Row) -> tuple[Rendered, ...]:
+        """The row's text; of a pair, the two texts."""
+        example = self._reader.read(row)
+        if isinstance(example, Preference):
+            return self._tokenizer.render_pair(example, row.location)
+        return (self._tokenizer.render(example, row.location),)
 
     def _require_known(self, largest: int) -> None:
         if largest >= self.recipe.vocabulary:
@@ -92,6 +103,15 @@ class ChunkMaker:
                 f"the tokenizer makes token {largest}, but the model has only {self.recipe.vocabulary} tokens "
                 "(vocab_size): the tokenizer belongs to another model; use the one that the model was trained with"
             )
+
+
+def _paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
+    """Each two rows as one. Equal answers have no targets: there is nothing to prefer."""
+    for chosen, rejected in zip(tokenized, tokenized, strict=True):
+        is_target = numpy.concatenate([chosen.is_target, rejected.is_target])
+        is_target &= not numpy.array_equal(chosen.input_ids, rejected.input_ids)
+        input_ids = numpy.concatenate([chosen.input_ids, rejected.input_ids])
+        yield TokenizedRow(input_ids, is_target, len(chosen.input_ids))
 
 
 def tokenize(rows: Iterator[Row], maker: ChunkMaker, prefix: Path, workers: int, on_rows: OnRows) -> list[Chunk]:

@@ -19,10 +19,17 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
 
+# Fields that earlier releases did not have, with the values that mean what these did: a run has the same fingerprint.
+_ADDED = {"objective": "supervised"}
+
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
     """Everything that decides the adapter, by name. Another number of processes adds gradients in another order."""
-    training = {name: value for name, value in spec.training.dump().items() if name not in _WITHOUT_EFFECT}
+    training = {
+        name: value
+        for name, value in spec.training.dump().items()
+        if name not in _WITHOUT_EFFECT and _ADDED.get(name) != value
+    }
     return {
         "model": {
             "revision": prepared.model_revision,
