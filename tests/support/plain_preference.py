@@ -43,7 +43,7 @@ class PlainPair:
 
     @property
     def answer_tokens(self) -> Tensor:
-        """int64 [2]"""
+        """How many tokens each answer has, int64 [2]."""
         return self.is_answer.sum(dim=1)
 
 

@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 from qlora_api.training import QuantizationSpec
 from qlora_trainer.core import cpu
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import Interrupted, StopRequest
-from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model import base as trainer_base
 from qlora_trainer.model import base_layout, four_bit
 from qlora_trainer.model.adapter import adapter_tensors, attach_adapter
@@ -25,10 +23,10 @@ from qlora_trainer.model.base import load_base
 from qlora_trainer.model.fused_lora import FusedLora
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.training import loop, reference
+from qlora_trainer.training import loop
 from tests.support.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
 from tests.support.tiny import Recorded, write_rows
-from tests.support.training import StopAtStep, adapter_bytes, history, run
+from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
 
 WORDS = ("list", "the", "pods", "of", "every", "node", "and", "scale", "my", "shop", "to", "three", "replicas", "now")

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_api.sources import HubSource, parse_source
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.training import LoraSpec, PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.report.serving import loading_settings, rejected_by_vllm, served_base, served_rank
 from qlora_trainer.report.trained_job import TrainedJob
@@ -51,6 +51,7 @@ def adapter_model_card(job: TrainedJob) -> str:
         served=served_base(job),
         hub=hub,
         spec=spec,
+        preference=PreferenceSpec(),
         prepared=prepared,
         trained=job.trained,
         curve=CURVE_FILE,

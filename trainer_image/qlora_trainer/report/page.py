@@ -50,7 +50,7 @@ def write_report(
     )
     picture = loss_picture(history, job.name, subtitle)
     write_atomically(folder / CURVE_FILE, picture)
-    summary = _summary(job, device) | ({} if merged is None else {"merged": merged.dump()})
+    summary = _summary(job, device, history) | ({} if merged is None else {"merged": merged.dump()})
     text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
     write_atomically(folder / SUMMARY_FILE, text.encode() + b"\n")
     statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
@@ -99,11 +99,16 @@ def _figures(
 ) -> list[Figure]:
     before, after = trained.initial_eval_loss, trained.eval_loss
     figures = [Figure("Optimizer steps", f"{trained.training_step:,}")]
+    accuracy = history.eval_accuracy.values
+    if accuracy:
+        figures.append(Figure("Held-out accuracy", f"{accuracy[-1]:.1%}", f"{accuracy[0]:.1%} before training"))
     if before is not None and after is not None:
         figures.append(Figure("Held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
     if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
         same_rows = f"the adapter has {merged.adapter_eval_loss:.4f} on the same {merged.eval_tokens:,} tokens"
-        figures.append(Figure("Held-out loss, merged", f"{merged.eval_loss:.4f}", same_rows))
+        # What is compared is always the cross-entropy, whatever the objective is.
+        label = "Cross-entropy, merged" if history.compares_answers else "Held-out loss, merged"
+        figures.append(Figure(label, f"{merged.eval_loss:.4f}", same_rows))
     figures.append(Figure("Training loss", f"{trained.loss:.4f}", "of the last step"))
     speed = history.tokens_per_second.median
     if speed is not None:
@@ -124,6 +129,9 @@ def _figures(
 def _charts(history: MetricsHistory, device: Device) -> list[str]:
     memory = "GPU memory, peak per step" if device == "cuda" else "Resident memory"
     drawn = (
+        chart("accuracy", "Held-out accuracy", history.eval_accuracy),
+        chart("margin", "Reward margin (nats)", history.reward_margin),
+        chart("chosen", "Reward of the chosen answer (nats)", history.chosen_reward),
         chart("rate", "Learning rate", history.learning_rate),
         chart("norm", "Gradient norm", history.grad_norm, logarithmic=True),
         chart("memory", memory, history.memory, unit="B"),
@@ -163,8 +171,8 @@ def _lengths(statistics: DataStatistics) -> str:
     return histogram("lengths", "Tokens per row, at most", {f"{bar.up_to:,}": bar.rows for bar in bars})
 
 
-def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
-    """What people and programs compare between runs. Sizes in bytes, losses in nats per target token."""
+def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[str, Any]:
+    """What people and programs compare between runs. Sizes in bytes, losses in nats per target token, or per pair."""
     spec, prepared, trained = job.spec, job.prepared, job.trained
     return {
         "job": {"name": job.name, "uid": job.uid},
@@ -183,9 +191,25 @@ def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
             "heldOutBefore": trained.initial_eval_loss,
             "heldOutAfter": trained.eval_loss,
         },
+        **_preference(history),
         "memory": {
             **prepared.memory.dump(),
             "peakBytes": trained.peak_memory_bytes,
             "measuredOn": device,
         },
+    }
+
+
+def _preference(history: MetricsHistory) -> dict[str, Any]:
+    """What an objective that compares answers adds to the summary."""
+    if not history.compares_answers:
+        return {}
+    held_out = history.eval_accuracy.values
+    return {
+        "preference": {
+            "rewardMargin": history.reward_margin.values[-1],
+            "accuracy": history.accuracy.values[-1],
+            "heldOutAccuracyBefore": held_out[0] if held_out else None,
+            "heldOutAccuracyAfter": held_out[-1] if held_out else None,
+        }
     }
