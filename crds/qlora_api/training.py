@@ -78,7 +78,8 @@ class PreferenceSpec(ApiModel):
     label_smoothing: float = Field(
         0.0,
         ge=0,
-        lt=0.5,
+        # Not below 0.5: the API server takes a whole number for too large then, 0 included.
+        le=0.5,
         description="dpo: probability that the two answers of a pair were swapped by mistake (conservative DPO).",
     )
 
@@ -100,12 +101,16 @@ class TrainingSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("!(has(self.epochs) && has(self.maxSteps))", "set only one of epochs and maxSteps"),
-            rule("self.objective != 'supervised' || !has(self.preference)", _PREFERENCE_UNUSED),
+            # The default of the whole object has no field of it yet when the API server applies the rules to it.
+            rule("!has(self.preference) || self.objective != 'supervised'", _PREFERENCE_UNUSED),
             rule(
-                "self.objective == 'dpo' || !has(self.preference) || self.preference.labelSmoothing == 0.0",
+                "!has(self.preference) || self.preference.labelSmoothing == 0.0 || self.objective == 'dpo'",
                 _SMOOTHING_IS_DPO,
             ),
-            rule("self.objective == 'supervised' || self.trainOn == 'completion'", _PAIRS_TRAIN_ON_ANSWERS),
+            rule(
+                "!has(self.objective) || self.objective == 'supervised' || self.trainOn == 'completion'",
+                _PAIRS_TRAIN_ON_ANSWERS,
+            ),
         )
     )
 

@@ -13,6 +13,7 @@ from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import row_losses
 from qlora_trainer.training import divergence, loop, reference
 from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
 from tests.support.tiny import Recorded, merged
@@ -38,7 +39,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []
-        self._losses = reference.row_losses
+        self._losses = row_losses
         monkeypatch.setattr(reference, "row_losses", self._row_losses)
 
     def _row_losses(self, model: Any, batch: Batch) -> torch.Tensor:
