@@ -101,10 +101,12 @@ class TrainingSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("!(has(self.epochs) && has(self.maxSteps))", "set only one of epochs and maxSteps"),
-            # The default of the whole object has no field of it yet when the API server applies the rules to it.
-            rule("!has(self.preference) || self.objective != 'supervised'", _PREFERENCE_UNUSED),
             rule(
-                "!has(self.preference) || self.preference.labelSmoothing == 0.0 || self.objective == 'dpo'",
+                "!has(self.preference) || (has(self.objective) && self.objective != 'supervised')", _PREFERENCE_UNUSED
+            ),
+            rule(
+                "!has(self.preference) || self.preference.labelSmoothing == 0.0 || "
+                "(has(self.objective) && self.objective == 'dpo')",
                 _SMOOTHING_IS_DPO,
             ),
             rule(
@@ -114,11 +116,11 @@ class TrainingSpec(ApiModel):
         )
     )
 
-    objective: Literal["supervised", "dpo", "orpo"] = Field(
-        "supervised",
-        description="What is minimized: the cross-entropy of the targets (supervised); or, for data of format "
-        "preference, the loss of direct preference optimization (dpo, arXiv 2305.18290), whose reference is the base "
-        "without the adapter, or of odds ratio preference optimization (orpo, arXiv 2403.07691).",
+    objective: Literal["supervised", "dpo", "orpo"] | None = Field(
+        None,
+        description="What is minimized: the cross-entropy of the targets (supervised, also if not set); or, for data "
+        "of format preference, the loss of direct preference optimization (dpo, arXiv 2305.18290), whose reference is "
+        "the base without the adapter, or of odds ratio preference optimization (orpo, arXiv 2403.07691).",
     )
     preference: PreferenceSpec | None = Field(
         None, description="Settings of the objectives dpo and orpo; their defaults if not set."
@@ -211,7 +213,7 @@ class TrainingSpec(ApiModel):
     @property
     def compares_answers(self) -> bool:
         """Whether the objective is one for pairs of a chosen and a rejected answer."""
-        return self.objective != "supervised"
+        return self.objective is not None and self.objective != "supervised"
 
     @model_validator(mode="after")
     def _settings_of_the_objective(self) -> Self:

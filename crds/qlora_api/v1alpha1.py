@@ -185,10 +185,15 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
             rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
             rule(
-                "self.training.objective == 'supervised' || self.dataset.format in ['auto', 'preference']",
+                "!has(self.training.objective) || self.training.objective == 'supervised' || "
+                "self.dataset.format in ['auto', 'preference']",
                 _PAIRS_NEEDED,
             ),
-            rule("self.training.objective != 'supervised' || self.dataset.format != 'preference'", _PAIRS_UNUSED),
+            rule(
+                "self.dataset.format != 'preference' || "
+                "(has(self.training.objective) && self.training.objective != 'supervised')",
+                _PAIRS_UNUSED,
+            ),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )

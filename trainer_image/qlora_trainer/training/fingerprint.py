@@ -19,8 +19,8 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
 
-# Fields that earlier releases did not have, with the values that mean what these did: a run has the same fingerprint.
-_ADDED = {"objective": "supervised"}
+# Values that mean the same as a field that is not set: a run has the same fingerprint.
+_AS_IF_NOT_SET = {"objective": "supervised"}
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
@@ -28,7 +28,7 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
     training = {
         name: value
         for name, value in spec.training.dump().items()
-        if name not in _WITHOUT_EFFECT and _ADDED.get(name) != value
+        if name not in _WITHOUT_EFFECT and _AS_IF_NOT_SET.get(name) != value
     }
     return {
         "model": {

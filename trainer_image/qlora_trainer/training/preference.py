@@ -27,7 +27,8 @@ def make_objective(
     if training.compares_answers != data.pairs:
         found = "pairs of answers" if data.pairs else "rows with one answer"
         raise bad_configuration(
-            f"spec.training.objective is {training.objective}, and the prepared data are {found}: prepare them again"
+            f"spec.training.objective is {training.objective or 'supervised'}, and the prepared data are {found}: "
+            "prepare them again"
         )
     settings = training.preference or PreferenceSpec()
     if training.objective == "orpo":
