@@ -19,46 +19,26 @@ from benchmarks.machine import describe_environment, describe_machine
 from benchmarks.trainer import prepared_context, train_here
 
 PAIRS = Path(__file__).parent.parent / "examples" / "preference"
-QUESTIONS = ("What is a {}?", "Tell me about a {}.", "How does a {} work?")
+QUESTIONS = ("What is a {}?", "How does a {} work?")
 THINGS = (
-    *(
-        "lighthouse",
-        "compass",
-        "sundial",
-        "telescope",
-        "microscope",
-        "thermometer",
-        "barometer",
-        "pendulum",
-        "windmill",
-    ),
-    *("water wheel", "steam engine", "bicycle", "sailing boat", "canal lock", "bridge", "tunnel", "railway", "kite"),
-    *("piano", "violin", "drum", "trumpet", "clock", "candle", "light bulb", "battery", "magnet", "lens", "mirror"),
-    *("camera", "printing press", "typewriter", "telephone", "radio", "refrigerator", "kettle", "oven", "loom"),
+    *("lighthouse", "compass", "telescope", "thermometer", "pendulum", "windmill", "steam engine", "bicycle"),
+    *("canal lock", "bridge", "railway", "kite", "piano", "drum", "clock", "candle", "battery", "magnet", "mirror"),
+    *("camera", "telephone", "radio", "kettle", "loom"),
 )
-HELD_OUT_THINGS = (
-    "prism",
-    "pulley",
-    "lever",
-    "parachute",
-    "submarine",
-    "greenhouse",
-    "well",
-    "plough",
-    "umbrella",
-    "bell",
-)
-MAX_NEW_TOKENS = 72
+HELD_OUT_THINGS = ("prism", "pulley", "parachute", "submarine", "greenhouse", "umbrella", "bell", "violin")
+MAX_NEW_TOKENS = 56
+# Questions that are answered at a time.
+_TOGETHER = 24
 _SENTENCE = re.compile(r"[^.!?]*[.!?](?=\s|$)")
 TRAINING: dict[str, Any] = {
     "epochs": 2,
-    "microBatchSize": 1,
-    "gradientAccumulationSteps": 2,
-    "maxSequenceLength": 512,
-    "learningRate": 1e-4,
+    "packing": False,
+    "gradientAccumulationSteps": 4,
+    "maxSequenceLength": 256,
+    "learningRate": 2e-4,
     "scheduler": "linear",
-    "warmupSteps": 4,
-    "evalEverySteps": 10,
+    "warmupSteps": 2,
+    "evalEverySteps": 12,
     "gradientCheckpointing": False,
     "samples": 0,
 }
@@ -156,8 +136,8 @@ def answers(model: Path, adapter: Path | None, questions: Sequence[str]) -> Iter
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     if adapter is not None:
         loaded = PeftModel.from_pretrained(loaded, adapter)
-    for first in range(0, len(questions), 8):
-        asked = [[{"role": "user", "content": question}] for question in questions[first : first + 8]]
+    for first in range(0, len(questions), _TOGETHER):
+        asked = [[{"role": "user", "content": question}] for question in questions[first : first + _TOGETHER]]
         inputs = tokenizer.apply_chat_template(
             asked, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )

@@ -18,6 +18,7 @@ from qlora_cli.plan import find_config, make_plan, show_plan
 from qlora_cli.run import Ended, LocalRun, has_gpu, missing_sources, run_steps
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.outcome import steps_done
 
 
 def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
@@ -170,6 +171,7 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("Adapter", adapter.uri)
     table.add_row("SHA-256", adapter.sha256)
+    table.add_row("Optimizer steps", steps_done(trained.training_step or 0, trained.total_steps, adapter.step))
     table.add_row("Training loss", _number(trained.loss))
     if trained.eval_loss is not None:
         table.add_row(

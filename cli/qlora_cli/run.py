@@ -123,6 +123,7 @@ def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps:
         "spec.model.source": spec.model.source,
         "spec.dataset.source": spec.dataset.source,
         "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
+        "spec.dataset.chatTemplate": spec.dataset.template_address,
         **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }
     problems = []

@@ -16,6 +16,7 @@ from qlora_api.status import (
     Count,
     DatasetStatus,
     Finite,
+    GateStatus,
     MemoryStatus,
     MergedStatus,
     Share,
@@ -91,6 +92,7 @@ class ExitCode(IntEnum):
     DOES_NOT_FIT = 17
     RETRIES_EXHAUSTED = 18
     UNSUPPORTED_CONTRACT = 19
+    GATE_FAILED = 20
     INTERRUPTED = 143
     UNREACHABLE = 200
     PEER_LOST = 201
@@ -105,7 +107,7 @@ class ExitCode(IntEnum):
     @property
     def permanent(self) -> bool:
         """Whether another attempt would end in the same way, so that the step is not retried."""
-        return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.UNSUPPORTED_CONTRACT
+        return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.GATE_FAILED
 
 
 PERMANENT_EXIT_CODES = tuple(int(code) for code in ExitCode if code.permanent)
@@ -165,6 +167,7 @@ class ResultRecord(_Record):
     initial_eval_loss: Finite | None = None
     peak_memory_bytes: Bytes | None = None
     goodput: Share | None = None
+    gate: GateStatus | None = None
     adapter: AdapterStatus | None = None
     merged: MergedStatus | None = None
 
@@ -213,6 +216,11 @@ class WorkspaceLayout:
     def checkpoints(self) -> Path:
         """`checkpoints/step-N/`, each complete or absent."""
         return self.root / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The adapter of the best evaluation, until a checkpoint holds it."""
+        return self.root / "best"
 
     @property
     def trained(self) -> Path:

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.model_and_output import Revision, SecretRef
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.sources import DatasetAddress
+from qlora_api.sources import TEMPLATE_NAMES, DatasetAddress, TemplateAddress
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 RowFormat = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text", "preference"]
@@ -104,7 +104,24 @@ class EvalSpec(ApiModel):
         return self
 
 
+class SystemPromptSpec(ApiModel):
+    """A system message for every row. Servers must send the same one: the report and the model card have it."""
+
+    text: str = Field(max_length=16_384, pattern=r"\S", description="The system message.")
+    mode: Literal["add", "replace"] = Field(
+        "add",
+        description="add gives it to the rows that have no system message of their own; replace to all rows, in place "
+        "of their own.",
+    )
+
+
 _NO_OBJECTS = "secretRef is for s3:// data; an hf:// data set is read with spec.model.tokenSecretRef"
+
+
+_TEXT_HAS_NO_TURNS = (
+    "chatTemplate and systemPrompt are for rows with turns, and format: text has none: choose another format, or "
+    "remove them"
+)
 
 
 class DatasetSpec(ApiModel):
@@ -120,6 +137,10 @@ class DatasetSpec(ApiModel):
             rule(
                 "(!has(self.revision) && !has(self.config) && !has(self.split)) || self.source.startsWith('hf://')",
                 _NO_REPOSITORY,
+            ),
+            rule(
+                "self.format != 'text' || (!has(self.chatTemplate) && !has(self.systemPrompt))",
+                _TEXT_HAS_NO_TURNS,
             ),
         )
     )
@@ -140,6 +161,15 @@ class DatasetSpec(ApiModel):
         "auto", description="Format of the rows. auto detects it by the columns and reports it in status.dataset."
     )
     columns: Columns | None = Field(None, description="Names of the columns, if they differ from those of the format.")
+    chat_template: TemplateAddress | None = Field(
+        None,
+        description=f"Chat template that rows are written with, instead of the model's own or where it has none: "
+        f"{', '.join(TEMPLATE_NAMES)}, or configMap://NAME/KEY with a template in Jinja. It is published with the "
+        "adapter, as chat_template.jinja.",
+    )
+    system_prompt: SystemPromptSpec | None = Field(
+        None, description="A system message for every row; only the rows' own if not set."
+    )
     split: ColumnName | None = Field(None, description="Split of an hf:// data set that has several; train if not set.")
     eval: EvalSpec | None = Field(None, description="Rows held out for evaluation; none if not set.")
     max_samples: int | None = Field(
@@ -166,3 +196,14 @@ class DatasetSpec(ApiModel):
         if (self.revision or self.config or self.split) and not self.source.startswith("hf://"):
             raise ValueError(_NO_REPOSITORY)
         return self
+
+    @model_validator(mode="after")
+    def _text_has_no_turns(self) -> Self:
+        if self.format == "text" and (self.chat_template or self.system_prompt):
+            raise ValueError(_TEXT_HAS_NO_TURNS)
+        return self
+
+    @property
+    def template_address(self) -> str | None:
+        """Address of the chat template in a ConfigMap; None for one by name, and without any."""
+        return None if self.chat_template in (None, *TEMPLATE_NAMES) else self.chat_template

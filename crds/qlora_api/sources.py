@@ -27,6 +27,8 @@ _DIGEST = r"@sha256:[0-9a-f]{64}"
 _TAGGED_OR_PINNED = rf"{_ARTIFACT}({_TAG}|({_TAG})?{_DIGEST})"
 
 MAX_SOURCE_LENGTH = 512
+TEMPLATE_NAMES = ("chatml", "gemma", "llama-3", "mistral", "zephyr")
+"""The chat templates that the trainer brings."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,11 @@ def parse_source(uri: str) -> Source:
     return HubSource(f"{head}/{name}", path)
 
 
-def _address(pattern: str, allowed: str) -> tuple[AfterValidator, dict[str, object]]:
-    message = f"must be {allowed}; a path has no '..' and no part that begins with a dot"
+_PATHS = "; a path has no '..' and no part that begins with a dot"
+
+
+def _address(pattern: str, allowed: str, paths: str = _PATHS) -> tuple[AfterValidator, dict[str, object]]:
+    message = f"must be {allowed}{paths}"
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -137,7 +142,11 @@ _folder, _folder_rules = _address(
     rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTIFACT}{_TAG}",
     "pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME or oci://REGISTRY/REPOSITORY:TAG",
 )
+_template, _template_rules = _address(
+    f"{'|'.join(TEMPLATE_NAMES)}|{_CONFIG_MAP}", f"{', '.join(TEMPLATE_NAMES)} or configMap://NAME/KEY", paths=""
+)
 
 ModelAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_model_rules), _model]
 DatasetAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_dataset_rules), _dataset]
 FolderAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_folder_rules), _folder]
+TemplateAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_template_rules), _template]

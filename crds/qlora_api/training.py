@@ -8,6 +8,7 @@ from qlora_api.profile import Quantity
 from qlora_api.schema import ApiModel, rule, rules
 
 BlockNumber = Annotated[int, Field(ge=0, le=1023)]
+TrainOn = Literal["completion", "last", "marked", "all"]
 ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
@@ -95,6 +96,33 @@ _PAIRS_TRAIN_ON_ANSWERS = (
 )
 
 
+class EarlyStoppingSpec(ApiModel):
+    """When training ends before its last optimizer step: once the loss on the held-out rows no longer falls."""
+
+    patience: int = Field(
+        ge=1,
+        le=10_000,
+        description="Evaluations in a row without an improvement after which training ends, as a success.",
+    )
+    min_delta: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="By how much (nats per target token) an evaluation must be more than below the lowest loss so far, "
+        "that before training included, to count as an improvement.",
+    )
+
+
+_NOTHING_TO_STOP_AT = (
+    "earlyStopping counts evaluations: set evalEverySteps, the number of optimizer steps between them, or remove "
+    "earlyStopping"
+)
+_NOTHING_TO_CHOOSE = (
+    "keep: best chooses among evaluations, and without evalEverySteps only the last adapter is evaluated: set "
+    "evalEverySteps, or remove keep"
+)
+
+
 class TrainingSpec(ApiModel):
     """How long and how the adapter is trained. The defaults are those of the QLoRA paper."""
 
@@ -113,6 +141,8 @@ class TrainingSpec(ApiModel):
                 "!has(self.objective) || self.objective == 'supervised' || self.trainOn == 'completion'",
                 _PAIRS_TRAIN_ON_ANSWERS,
             ),
+            rule("!has(self.earlyStopping) || has(self.evalEverySteps)", _NOTHING_TO_STOP_AT),
+            rule("!has(self.keep) || self.keep != 'best' || has(self.evalEverySteps)", _NOTHING_TO_CHOOSE),
         )
     )
 
@@ -186,14 +216,27 @@ class TrainingSpec(ApiModel):
         description="Pack several rows into each sequence. Attention does not cross rows. Without effect on a model "
         "that cannot keep rows apart.",
     )
-    train_on: Literal["completion", "all"] = Field(
-        "completion", description="Tokens that are trained on: those of the answers, or all."
+    train_on: TrainOn = Field(
+        "completion",
+        description="Tokens that are trained on: those of every answer (completion), of the last answer of each row "
+        "(last), of the assistant messages with train: true or weight: 1 (marked), or all.",
     )
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass. Saves much memory."
     )
     eval_every_steps: int | None = Field(
         None, ge=1, le=10_000_000, description="Optimizer steps between evaluations; only at start and end if not set."
+    )
+    keep: Literal["last", "best"] | None = Field(
+        None,
+        description="The adapter that is published: that of the last optimizer step, or of the evaluation with the "
+        "lowest loss on the held-out rows (the first of equal ones; never the untrained one). best needs dataset.eval "
+        "and evalEverySteps, and disk for one more adapter. last if not set.",
+    )
+    early_stopping: EarlyStoppingSpec | None = Field(
+        None,
+        description="End training once the loss on the held-out rows no longer falls; needs dataset.eval and "
+        "evalEverySteps. Which adapter is published, keep says. Not set: train to the last step.",
     )
     save_every_steps: int = Field(50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
     samples: int = Field(
@@ -223,6 +266,14 @@ class TrainingSpec(ApiModel):
             raise ValueError(_SMOOTHING_IS_DPO)
         if self.compares_answers and self.train_on != "completion":
             raise ValueError(_PAIRS_TRAIN_ON_ANSWERS)
+        return self
+
+    @model_validator(mode="after")
+    def _evaluated_on_the_way(self) -> Self:
+        if self.eval_every_steps is None and self.early_stopping is not None:
+            raise ValueError(_NOTHING_TO_STOP_AT)
+        if self.eval_every_steps is None and self.keep == "best":
+            raise ValueError(_NOTHING_TO_CHOOSE)
         return self
 
 

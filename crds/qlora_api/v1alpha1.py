@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.dataset import DatasetSpec
+from qlora_api.gate import GateSpec
 from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
@@ -137,10 +138,13 @@ class RetrySpec(ApiModel):
 
 
 MUTABLE_FIELDS = frozenset(
-    {"suspend", "active_deadline_seconds", "cleanup_after_seconds", "progress_deadline_seconds", "retry"}
+    {"suspend", "active_deadline_seconds", "cleanup_after_seconds", "progress_deadline_seconds", "retry", "gate"}
 )
-"""What may change once a job exists: nothing that decides the adapter. Of `resources`, `memory` may."""
-STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources")
+"""What may change once a job exists: nothing that decides the adapter. Of `resources`, `memory` may.
+
+Of `gate`, `score` may not: training has measured it.
+"""
+STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources", "gate")
 """The parts of the spec that the pods read; the others are for the operator only."""
 _REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
 _RETAIN_MESSAGE = (
@@ -166,6 +170,23 @@ _PAIRS_NEEDED = (
 )
 _PAIRS_UNUSED = (
     "dataset.format preference needs an objective that compares two answers: set training.objective to dpo or orpo"
+)
+_GATE_AND_NO_ROWS = "gate is decided on held-out rows: set dataset.eval, or remove gate"
+_SCORE_AND_SHARDED = (
+    "gate.score needs the whole base in one process, and training.sharding: full shards it: remove one of them"
+)
+_SCORE_AND_NO_PROMPTS = (
+    "gate.score answers the prompts of held-out rows, and training.trainOn: all trains on prompts like answers: set "
+    "trainOn to completion, or remove gate.score"
+)
+_HAS_SCORE = "has(self.gate) && has(self.gate.score)"
+_HAD_SCORE = "has(oldSelf.gate) && has(oldSelf.gate.score)"
+
+_BEST_OF_NOTHING = (
+    "training.keep: best compares adapters by their loss on held-out rows: set dataset.eval, or remove keep"
+)
+_STOPPED_BY_NOTHING = (
+    "training.earlyStopping watches the loss on held-out rows: set dataset.eval, or remove earlyStopping"
 )
 
 
@@ -194,6 +215,17 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 "(has(self.training.objective) && self.training.objective != 'supervised')",
                 _PAIRS_UNUSED,
             ),
+            rule(
+                "!has(self.training.keep) || self.training.keep != 'best' || has(self.dataset.eval)", _BEST_OF_NOTHING
+            ),
+            rule("!has(self.training.earlyStopping) || has(self.dataset.eval)", _STOPPED_BY_NOTHING),
+            rule("!has(self.gate) || has(self.dataset.eval)", _GATE_AND_NO_ROWS),
+            rule(f"!({_HAS_SCORE}) || self.training.sharding != 'full'", _SCORE_AND_SHARDED),
+            rule(f"!({_HAS_SCORE}) || self.training.trainOn != 'all'", _SCORE_AND_NO_PROMPTS),
+            rule(
+                f"({_HAS_SCORE}) == ({_HAD_SCORE}) && (!({_HAS_SCORE}) || self.gate.score == oldSelf.gate.score)",
+                f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
+            ),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )
@@ -203,7 +235,8 @@ def _spec_rules(schema: dict[str, Any]) -> None:
 class QLoRAJobSpec(ApiModel):
     """One fine-tuning run. Immutable, except what does not decide the adapter.
 
-    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, retry and resources.memory.
+    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, retry, gate except its score,
+    and resources.memory.
     """
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
@@ -214,6 +247,11 @@ class QLoRAJobSpec(ApiModel):
     lora: LoraSpec = Field(LoraSpec(), description="The adapter.")
     training: TrainingSpec = Field(TrainingSpec(), description="The training run.")
     output: OutputSpec = Field(OutputSpec(), description="Where the adapter is published.")
+    gate: GateSpec | None = Field(
+        None,
+        description="How good the adapter must be to be published; not judged if not set. A change counts from the "
+        "job's next step on, and for a failed job that is retried.",
+    )
     workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume that the steps share.")
     resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
     scheduling: SchedulingSpec = Field(SchedulingSpec(), description="Where the pods run.")
@@ -266,6 +304,26 @@ class QLoRAJobSpec(ApiModel):
             raise ValueError(_PAIRS_NEEDED)
         if not self.training.compares_answers and self.dataset.format == "preference":
             raise ValueError(_PAIRS_UNUSED)
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_rows_to_judge_by(self) -> Self:
+        if self.dataset.eval is None and self.training.keep == "best":
+            raise ValueError(_BEST_OF_NOTHING)
+        if self.dataset.eval is None and self.training.early_stopping is not None:
+            raise ValueError(_STOPPED_BY_NOTHING)
+        return self
+
+    @model_validator(mode="after")
+    def _gate_can_be_decided(self) -> Self:
+        if self.gate is None:
+            return self
+        if self.dataset.eval is None:
+            raise ValueError(_GATE_AND_NO_ROWS)
+        if self.gate.score is not None and self.training.sharding == "full":
+            raise ValueError(_SCORE_AND_SHARDED)
+        if self.gate.score is not None and self.training.train_on == "all":
+            raise ValueError(_SCORE_AND_NO_PROMPTS)
         return self
 
 

@@ -343,7 +343,7 @@ OPERATOR = (
     Mutant(
         name="an-old-profile-is-kept",
         file=f"{_DECISIONS}/taking_up.py",
-        old='"resolved": with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared")),',
+        old='"resolved": _resolved_again(status, facts),',
         new='"resolved": status.resolved,',
         tests=(
             f"{_OPERATOR_TESTS}/test_taking_up.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
@@ -994,6 +994,25 @@ TRAINER = (
         tests=(f"{_TRAINER_TESTS}/steps/test_prepare_hub.py::test_one_file_of_the_original_at_a_time_takes_room",),
     ),
     Mutant(
+        name="the-last-answer-is-the-first",
+        file=f"{_TRAINER}/data/chat_template.py",
+        old='self.targets[-1:] if train_on == "last"',
+        new='self.targets[:1] if train_on == "last"',
+        tests=(f"{_TRAINER_TESTS}/data/test_turns.py::test_the_last_answer_alone_is_trained_on",),
+    ),
+    Mutant(
+        name="servers-know-every-end-of-an-answer",
+        file=f"{_TRAINER}/data/turn_end.py",
+        old="if ids and ids[0] in known:",
+        new="if ids:",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/data/test_job_template.py"
+                "::test_an_end_of_answers_that_is_another_token_is_named_with_its_id"
+            ),
+        ),
+    ),
+    Mutant(
         name="a-checkpoint-is-not-read-back",
         file=f"{_TRAINER}/training/checkpoint.py",
         old="saved = read_checkpoint(final)",
@@ -1003,6 +1022,27 @@ TRAINER = (
                 f"{_TRAINER_TESTS}/training/test_checkpoint.py"
                 "::test_a_checkpoint_that_does_not_read_back_replaces_no_earlier_one"
             ),
+        ),
+    ),
+    Mutant(
+        name="the-best-adapter-is-not-restored",
+        file=f"{_TRAINER}/training/resume.py",
+        old="    run.best = best_of(checkpoint)\n",
+        new="",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/steps/test_best_adapter.py"
+                "::test_a_disturbed_run_ends_at_the_same_step_with_the_same_best_adapter"
+            ),
+        ),
+    ),
+    Mutant(
+        name="patience-for-one-evaluation-more",
+        file=f"{_TRAINER}/training/evaluations.py",
+        old="self.without_improvement >= early_stopping.patience",
+        new="self.without_improvement > early_stopping.patience",
+        tests=(
+            "tests/unit/qlora_trainer/test_evaluations.py::test_a_run_ends_after_so_many_evaluations_without_improvement",
         ),
     ),
     Mutant(
@@ -1016,6 +1056,32 @@ TRAINER = (
                 "::test_a_loss_that_creeps_upward_is_judged_although_no_step_is_far_above_the_latest_level"
             ),
         ),
+    ),
+    Mutant(
+        name="one-limit-that-is-met-opens-the-gate",
+        file=f"{_TRAINER}/publishing/gate.py",
+        old="passed=all(",
+        new="passed=any(",
+        tests=("tests/unit/qlora_trainer/test_gate.py::test_every_limit_must_be_met",),
+    ),
+    Mutant(
+        name="an-adapter-that-did-not-pass-is-published",
+        file=f"{_TRAINER}/steps/publish.py",
+        old="if job.gate is not None and not job.gate.passed:",
+        new="if False and job.gate is not None and not job.gate.passed:",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/steps/test_gate.py"
+                "::test_an_adapter_that_does_not_pass_stays_in_the_workspace_and_describes_itself"
+            ),
+        ),
+    ),
+    Mutant(
+        name="a-score-of-another-adapter-counts",
+        file=f"{_TRAINER}/publishing/gate.py",
+        old="if trained.score.adapter_sha256 != trained.adapter_sha256:",
+        new="if not trained.score.adapter_sha256:",
+        tests=("tests/unit/qlora_trainer/test_gate.py::test_a_score_of_another_adapter_is_rejected",),
     ),
     Mutant(
         name="gradient-norms-may-rise-ninefold-more",

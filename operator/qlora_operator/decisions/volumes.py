@@ -115,7 +115,8 @@ def _datasets(spec: QLoRAJobSpec) -> list[str]:
 
 
 def _add_config_maps(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
-    sources = (parse_source(uri) for uri in _datasets(spec))
+    template = spec.dataset.template_address
+    sources = (parse_source(uri) for uri in (*_datasets(spec), *([template] if template else ())))
     wanted = sorted({(source.name, source.key) for source in sources if isinstance(source, ConfigMapSource)})
     for number, name in enumerate(dict.fromkeys(name for name, _ in wanted)):
         volume, items = f"config-map-{number}", [{"key": key, "path": key} for owner, key in wanted if owner == name]

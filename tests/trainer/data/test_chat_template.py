@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.chat_template import answer_span
+from qlora_trainer.data.answer_span import answer_span
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import CHATML, SHAPE, Recorded, chat_row, save_model, write_rows
@@ -212,7 +212,7 @@ def test_plain_text_is_a_target_as_a_whole_even_with_a_chat_template(tokenize_ro
 
 
 def test_a_chat_needs_a_template(tokenize_rows: TokenizeRows) -> None:
-    with pytest.raises(StepFailure, match="the model has no chat template: use an instruct model, or a data set") as e:
+    with pytest.raises(StepFailure, match="the model has no chat template: name one in spec") as e:
         tokenize_rows([chat_row("a", "b")], None)
     assert e.value.exit_code is ExitCode.BAD_DATASET
 

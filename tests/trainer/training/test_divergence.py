@@ -173,6 +173,28 @@ def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_t
     assert kept(disturbed) == good
 
 
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_an_adapter_that_does_harm_is_no_success_because_its_run_stops_early(
+    keep: str, tmp_path: Path, fluent: Path
+) -> None:
+    settings = {
+        "learningRate": 1.0,
+        "maxSteps": 40,
+        "scheduler": "constant",
+        "warmupSteps": 0,
+        "keep": keep,
+        "evalEverySteps": 2,
+        "earlyStopping": {"patience": 1},
+    }
+    context = prepared(tmp_path / keep, fluent, {"training": settings})
+
+    message = given_up(context).message
+
+    assert "training diverged at step 2: the run would stop early with loss " in message
+    assert "on the held-out rows (0.0" in message
+    assert not context.workspace.trained.exists()
+
+
 def test_patience_0_never_gives_up(workspace: Prepare) -> None:
     context = workspace("patient", 1.0, divergencePatience=0, warmupSteps=0)
 

@@ -232,6 +232,15 @@ def test_a_merged_model_brings_the_keys_of_its_own_scheme() -> None:
     assert [item["key"] for item in secret["sources"][0]["secret"]["items"]] == [".dockerconfigjson", "token"]
 
 
+def test_prepare_alone_mounts_the_chat_template_with_the_data_of_the_same_config_map() -> None:
+    dataset = {"source": "configMap://rows/a.jsonl", "chatTemplate": "configMap://rows/ours.jinja"}
+    (volume,) = [volume for volume in pod_of(build("prepare", dataset=dataset))["volumes"] if "configMap" in volume]
+    assert [item["key"] for item in volume["configMap"]["items"]] == ["a.jsonl", "ours.jinja"]
+    named = {"source": "hf://org/rows", "chatTemplate": "chatml"}
+    for job in (build("train", dataset=dataset), build("prepare", dataset=named)):
+        assert not any("configMap" in volume for volume in pod_of(job)["volumes"])
+
+
 def test_a_pod_waits_for_objects_that_come_later_and_the_token_is_a_file_of_its_own() -> None:
     volumes = {volume["name"]: volume for volume in pod_of(build("prepare", **EVERYTHING))["volumes"]}
     items = [{"key": "a.jsonl", "path": "a.jsonl"}]

@@ -6,19 +6,20 @@ the space that ends the prompt. Token ids decide nothing: the padding id is ofte
 """
 
 import json
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 from jinja2 import TemplateError
 
 from qlora_api.printable import first_line
+from qlora_api.training import TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
+from qlora_trainer.data.answer_span import answer_span
 from qlora_trainer.data.chunks import TokenizedRow
 from qlora_trainer.data.examples import (
     Conversation,
@@ -29,17 +30,22 @@ from qlora_trainer.data.examples import (
     PromptCompletion,
     ToolCall,
 )
+from qlora_trainer.data.job_template import MAX_TEMPLATE_BYTES, JobTemplate
+from qlora_trainer.data.render_limits import LimitExceeded, limited_time, within_characters
 
 # What a template gets as today's date, so that the same data gives the same tokens on every day.
 FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time zone
-# What Qwen3, DeepSeek-R1, SmolLM3 and others put between the reasoning and the answer itself.
-_END_OF_REASONING = "</think>"
+# The names that templates have for the reasoning before an answer: Qwen3's and DeepSeek's, others, gpt-oss's.
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_REASONING_PROBE = Conversation((Message("user", "question"), Message("assistant", "answer", reasoning="probethought")))
 # Where processors of multimodal models kept their template before chat_template.jinja; tokenizers do not read it.
 _TEMPLATE_OF_PROCESSOR = "chat_template.json"
-_MAX_TEMPLATE_BYTES = 2**20
 # A word that no template writes by itself.
 _CONTENT_PROBE = Conversation((Message("user", "probecontent"),))
 _CLOSING_PROBE = Conversation((Message("user", "a"),))
+_SYSTEM_PROBE = Conversation(
+    (Message("system", "probesystem"), Message("user", "question"), Message("assistant", "answer"))
+)
 # A template is a program: its filters raise their errors, and compiling it raises Python's.
 _TEMPLATE_ERRORS = (
     TemplateError,
@@ -51,6 +57,7 @@ _TEMPLATE_ERRORS = (
     AssertionError,
     RuntimeError,
     SyntaxError,
+    LimitExceeded,
 )
 # Words that no template writes by itself. Mistral's template wants ids of nine letters and digits.
 _TOOL_PROBE_PARTS = ("probetool", "probecall", "probekey", "probevalue", "proberesult")
@@ -80,18 +87,29 @@ class Rendered:
 
     text: str
     targets: tuple[tuple[int, int], ...]
+    """Those of every answer, or of all of a plain text."""
     ends_itself: bool
     """Whether the text has its own begin and end marks, as that of a chat template does."""
+    marked: tuple[tuple[int, int], ...] = ()
+    """Those of the answers that the row marks for training."""
+
+    def trained(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
+        """The spans of characters that are trained on."""
+        if train_on == "all":
+            return ((0, len(self.text)),)
+        if train_on == "marked":
+            return self.marked
+        return self.targets[-1:] if train_on == "last" else self.targets
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template."""
+    """A model's tokenizer and chat template, or the job's template in place of that."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: JobTemplate | None = None) -> None:
         """Load it from the folder; never runs model code. Raises StepFailure BAD_CONFIGURATION if that fails."""
         from transformers import AutoTokenizer
 
-        self.folder = folder
+        self.folder, self.template = folder, template
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
@@ -105,11 +123,36 @@ class Tokenizer:
         begin = self._tokenizer.bos_token_id
         first = self._tokenizer("a").input_ids[:1]
         self._begin: list[int] = first if first == [begin] else []
-        if not self._tokenizer.chat_template:
+        if template is not None:
+            self._tokenizer.chat_template = template.for_tokenizer(begins=bool(self._begin))
+        elif not self._tokenizer.chat_template:
             self._tokenizer.chat_template = _template_of_processor(folder / _TEMPLATE_OF_PROCESSOR)
         self.has_chat_template = bool(self._tokenizer.chat_template)
         if self.has_chat_template:
-            _freeze_date(self._tokenizer)
+            _freeze_date(self._tokenizer, self._whose)
+
+    @property
+    def template_text(self) -> str | None:
+        """The job's chat template, as it is for this tokenizer; None without one."""
+        return None if self.template is None else self.template.for_tokenizer(begins=bool(self._begin))
+
+    @property
+    def end_id(self) -> int:
+        """The id of the end-of-text token."""
+        end: int = self._tokenizer.eos_token_id
+        return end
+
+    def tokens_of(self, text: str, start: int, end: int) -> list[int]:
+        """The ids of the tokens that have any of the characters [start, end) of a rendered text."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [token for token, (first, past) in pairs if first < end and start < past]
+
+    @property
+    def _whose(self) -> str:
+        return (
+            "the model's chat template" if self.template is None else "the chat template of spec.dataset.chatTemplate"
+        )
 
     def render(self, example: Example, location: str) -> Rendered:
         """The example as text. With a chat template, a prompt and its completion become a user's and a model's turn.
@@ -126,8 +169,9 @@ class Tokenizer:
             return Rendered(text, ((len(prompt), len(text)),), ends_itself=False)
         if not self.has_chat_template:
             raise bad_dataset(
-                f"{location}: the data set is of format chat, but the model has no chat template: use an instruct "
-                "model, or a data set of format prompt-completion or text"
+                f"{location}: the data set is of format chat, but the model has no chat template: name one in "
+                "spec.dataset.chatTemplate, such as chatml, or use an instruct model, or a data set of format "
+                "prompt-completion or text"
             )
         conversation = example.as_conversation() if isinstance(example, PromptCompletion) else example
         return self._render_conversation(conversation, location)
@@ -145,6 +189,8 @@ class Tokenizer:
         if conversation.uses_tools:
             self._require_tools(location)
         messages = conversation.messages
+        if conversation.has_reasoning:
+            self._require_reasoning(location)
         text = self._apply_template(conversation, len(messages), location)
         spans = []
         for index, message in enumerate(messages):
@@ -157,18 +203,55 @@ class Tokenizer:
                 span = answer_span(text, prompt, through, answer)
                 if span is None:
                     raise bad_dataset(
-                        f"{location}: in the text that the model's chat template makes, message {index} of the "
+                        f"{location}: in the text that {self._whose} makes, message {index} of the "
                         "conversation cannot be told apart from the rest: use a model whose template keeps every "
                         "answer as it is, or rows with one answer"
                     )
-                spans.append(span)
-        return Rendered(text, tuple(spans), ends_itself=True)
+                spans.append((message, span))
+        marked = tuple(span for message, span in spans if message.trained)
+        return Rendered(text, tuple(span for _, span in spans), ends_itself=True, marked=marked)
 
     def _require_tools(self, location: str) -> None:
         if not self._takes_tools:
             raise bad_dataset(
-                f"{location}: the conversation uses tools, but the model's chat template leaves out tools, calls or "
+                f"{location}: the conversation uses tools, but {self._whose} leaves out tools, calls or "
                 "their results: use a model that supports tools, or leave such rows out"
+            )
+
+    def _require_reasoning(self, location: str) -> None:
+        if self._reasoning_key is None:
+            raise bad_dataset(
+                f"{location}: an answer has reasoning, but {self._whose} leaves it out: use a model that thinks, write "
+                "the reasoning into the content (<think>…</think>), or remove it from the rows"
+            )
+
+    @cached_property
+    def _reasoning_key(self) -> str | None:
+        """What the template calls the reasoning of a message; None if it leaves it out."""
+
+        def writes(key: str) -> bool:
+            try:
+                text = self._text(
+                    _REASONING_PROBE, 2, add_generation_prompt=False, in_parts=self._takes_parts, reasoning_key=key
+                )
+            except (*_TEMPLATE_ERRORS, MemoryError):
+                return False
+            return (_REASONING_PROBE.messages[1].reasoning or "") in text
+
+        return next((key for key in _REASONING_KEYS if writes(key)), None)
+
+    def require_system_message(self) -> None:
+        """Raise StepFailure BAD_CONFIGURATION if the template has no place for spec.dataset.systemPrompt."""
+        if not self.has_chat_template:
+            return
+        try:
+            text, why = self._apply_template(_SYSTEM_PROBE, 3, "a conversation with a system message"), ""
+        except StepFailure as failure:
+            text, why = "", f" ({failure.message})"
+        if _SYSTEM_PROBE.messages[0].content not in text:
+            raise bad_configuration(
+                f"spec.dataset.systemPrompt is set, but {self._whose} takes no system message{why}: remove it, write "
+                "the text into the rows' questions, or name another template in spec.dataset.chatTemplate"
             )
 
     @cached_property
@@ -204,15 +287,19 @@ class Tokenizer:
         """The text of the first `count` messages."""
         try:
             return self._text(
-                conversation, count, add_generation_prompt=add_generation_prompt, in_parts=self._takes_parts
+                conversation,
+                count,
+                add_generation_prompt=add_generation_prompt,
+                in_parts=self._takes_parts,
+                reasoning_key=self._reasoning_key if conversation.has_reasoning else None,
             )
+        except LimitExceeded as error:
+            raise bad_dataset(f"{location}: {self._whose} {error} for this conversation: use another") from error
         except _TEMPLATE_ERRORS as error:
-            raise bad_dataset(
-                f"{location}: the model's chat template rejects this conversation: {first_line(error)}"
-            ) from error
+            raise bad_dataset(f"{location}: {self._whose} rejects this conversation: {first_line(error)}") from error
         except MemoryError as error:
             raise bad_dataset(
-                f"{location}: the model's chat template needs more memory than there is: use another model"
+                f"{location}: {self._whose} needs more memory than there is: use another model"
             ) from error
 
     @cached_property
@@ -228,18 +315,29 @@ class Tokenizer:
 
         return not has_content(in_parts=False) and has_content(in_parts=True)
 
-    def _text(self, conversation: Conversation, count: int, *, add_generation_prompt: bool, in_parts: bool) -> str:
+    def _text(
+        self,
+        conversation: Conversation,
+        count: int,
+        *,
+        add_generation_prompt: bool,
+        in_parts: bool,
+        reasoning_key: str | None = None,
+    ) -> str:
         """The text of the first `count` messages. Raises what a template raises."""
-        return str(
-            self._tokenizer.apply_chat_template(
-                [_turn(message, in_parts=in_parts) for message in conversation.messages[:count]],
+        turns = [
+            _turn(message, in_parts=in_parts, reasoning_key=reasoning_key) for message in conversation.messages[:count]
+        ]
+        with limited_time():
+            text = self._tokenizer.apply_chat_template(
+                turns,
                 tools=[dict(tool) for tool in conversation.tools] or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        )
+        return within_characters(str(text))
 
-    def tokenize(self, batch: Sequence[Rendered], train_on: Literal["completion", "all"]) -> Iterator[TokenizedRow]:
+    def tokenize(self, batch: Sequence[Rendered], train_on: TrainOn) -> Iterator[TokenizedRow]:
         """The tokens of rendered examples. The end-of-text token after a plain text is a target too."""
         encoded = self._tokenizer(
             [rendered.text for rendered in batch],
@@ -250,10 +348,9 @@ class Tokenizer:
             verbose=False,
         )
         for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            targets = rendered.targets if train_on == "completion" else ((0, len(rendered.text)),)
             first, past = numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2).T
             is_target = numpy.zeros(len(ids), dtype=numpy.bool_)
-            for start, end in targets:
+            for start, end in rendered.trained(train_on):
                 is_target |= (first < end) & (start < past)
             if not rendered.ends_itself:
                 ids = [*self._begin, *ids, self._tokenizer.eos_token_id]
@@ -268,10 +365,10 @@ def _template_of_processor(path: Path) -> str | None:
         return None
     try:
         with path.open("rb") as file:
-            content = json.loads(file.read(_MAX_TEMPLATE_BYTES))
+            content = json.loads(file.read(MAX_TEMPLATE_BYTES))
     except (ValueError, RecursionError) as error:
         raise bad_configuration(
-            f"the model's {path.name} is not JSON of at most {_MAX_TEMPLATE_BYTES} bytes ({error})"
+            f"the model's {path.name} is not JSON of at most {MAX_TEMPLATE_BYTES} bytes ({error})"
         ) from error
     template = content.get("chat_template") if isinstance(content, dict) else None
     if not isinstance(template, str):
@@ -279,12 +376,14 @@ def _template_of_processor(path: Path) -> str | None:
     return template
 
 
-def _turn(message: Message, *, in_parts: bool) -> dict[str, Any]:
+def _turn(message: Message, *, in_parts: bool, reasoning_key: str | None = None) -> dict[str, Any]:
     """The message as a chat template gets it, without keys that are not set."""
     content = [{"type": "text", "text": message.content}] if in_parts else message.content
     turn: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
         turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+    if message.reasoning is not None and reasoning_key is not None:
+        turn[reasoning_key] = message.reasoning
     if message.name is not None:
         turn["name"] = message.name
     if message.tool_call_id is not None:
@@ -297,49 +396,20 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return described if call.id is None else {**described, "id": call.id}
 
 
-def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int, int] | None:
-    """The characters [start, end) of the model's answer in a rendered conversation, its end mark included.
-
-    `text` is the whole conversation, `prompt` the part before the answer with the generation prompt, `through` the
-    part up to and including the answer, each rendered on its own. None if they do not fit together.
-
-    Some templates leave the reasoning out of all answers but the last one. `text` then has only the end of what follows
-    the prompt in `through`: the longest such end is taken, and it must have as much of the end of the answer as
-    `through` does, or all that follows its reasoning. Whitespace after the end mark is not part of the answer: a model
-    stops before it.
-    """
-    if not (text.startswith(prompt) and through.startswith(prompt)):
-        return None
-    turn, answer = through[len(prompt) :], answer.strip()
-    answer = answer.rpartition(_END_OF_REASONING)[2].strip() or answer
-    # A longer end of the answer is in the turn only if all shorter ones are.
-    kept_from = bisect_left(range(len(answer)), True, key=lambda start: answer[start:] in turn)
-    ending = answer[kept_from:]
-    if not ending:
-        return None
-    for skipped in range(turn.rfind(ending) + 1):
-        kept = turn[skipped:]
-        if text.startswith(kept, len(prompt)):
-            marked = kept.rstrip()
-            return len(prompt), len(prompt) + len(kept if marked.endswith(ending) else marked)
-    return None
-
-
-def _freeze_date(tokenizer: Any) -> None:
+def _freeze_date(tokenizer: Any, whose: str) -> None:
     """Give the template's `strftime_now` a fixed day. Raises StepFailure BAD_CONFIGURATION if it does not compile."""
     # Functions passed to apply_chat_template never reach the template, its globals do; compiled templates are cached.
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
         # A model may have a template of its own for conversations with tools.
-        templates = [
-            _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, _TOOL_PROBE.tools)
-        ]
+        with limited_time():
+            templates = [
+                _compile_jinja_template(tokenizer.get_chat_template(tools=tools)) for tools in (None, _TOOL_PROBE.tools)
+            ]
     except _TEMPLATE_ERRORS as error:
-        raise bad_configuration(f"the model's chat template cannot be used: {first_line(error)}") from error
+        raise bad_configuration(f"{whose} cannot be used: {first_line(error)}") from error
     except MemoryError as error:
-        raise bad_configuration(
-            "the model's chat template needs more memory than there is: use another model"
-        ) from error
+        raise bad_configuration(f"{whose} needs more memory than there is: use another model") from error
     for template in templates:
         template.globals["strftime_now"] = FROZEN_DATE.strftime

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
 
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.examples import Function, Message, Role, ToolCall
@@ -25,6 +25,10 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
     "observation": "tool",
 }
 _CALL_ROLE = "function_call"
+# What data sets call the reasoning of an answer, besides the content.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# OpenAI's format for fine-tuning marks answers by weight, and trains on those without.
+_MARK, _WEIGHT = "train", "weight"
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,13 @@ def require_unicode(value: str, name: str) -> None:
         raise bad_dataset(f"{name} has an unpaired surrogate at character {error.start}: not valid Unicode") from error
 
 
-def read_turns(value: object, notation: Notation, location: str, column: str, *, columnar: bool) -> tuple[Message, ...]:
+def read_turns(
+    value: object, notation: Notation, location: str, column: str, *, columnar: bool, marked: bool = False
+) -> tuple[Message, ...]:
     """The messages in a list of turns. Raises StepFailure BAD_DATASET naming location and field.
 
-    `columnar`: null may stand for a key that only other rows have (see Row).
+    `columnar`: null may stand for a key that only other rows have (see Row). `marked`: the row must mark the answers
+    to train on; marks are ignored otherwise.
     """
     keys = f"{{{notation.role}, {notation.content}}}"
     if not isinstance(value, list):
@@ -76,8 +83,22 @@ def read_turns(value: object, notation: Notation, location: str, column: str, *,
     messages = []
     for index, entry in enumerate(value):
         reader = _TurnReader(notation, location, f"{column}[{index}]", columnar)
-        messages.append(reader.read(entry))
-    return tuple(messages)
+        messages.append(reader.read(entry, marked=marked))
+    return _with_all_marks(messages, value, location, column) if marked else tuple(messages)
+
+
+def _with_all_marks(messages: list[Message], turns: list[Any], location: str, column: str) -> tuple[Message, ...]:
+    """The messages, each answer with a mark. Raises StepFailure BAD_DATASET if the row has none."""
+    if all(message.trained is None for message in messages):
+        raise bad_dataset(
+            f"{location}: {column!r} has no mark, and spec.training.trainOn is marked: set train: true (or weight: 1) "
+            "in the assistant messages to train on, or choose another trainOn"
+        )
+    unmarked = not any(turn.get(_MARK) is not None for turn in turns)
+    return tuple(
+        replace(message, trained=unmarked) if message.role == "assistant" and message.trained is None else message
+        for message in messages
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ class _TurnReader:
     name: str
     columnar: bool
 
-    def read(self, value: object) -> Message:
+    def read(self, value: object, *, marked: bool) -> Message:
         notation = self.notation
         if not isinstance(value, dict):
             raise bad_dataset(
@@ -108,16 +129,52 @@ class _TurnReader:
         role = self._role(value[notation.role])
         if calls and role != "assistant":
             raise bad_dataset(f"{self._field('tool_calls')} is set in a {role} message: only an assistant calls tools")
-        content = value.get(notation.content)
+        text = value.get(notation.content)
         if value[notation.role] == _CALL_ROLE and notation is SHAREGPT:
-            return Message(role, "", self._calls(self._json(content, notation.content)))
+            content, calls = "", self._calls(self._json(text, notation.content))
+        else:
+            content = self._content(role, text, called=bool(calls))
         return Message(
             role,
-            self._content(role, content, called=bool(calls)),
+            content,
             calls,
             self._optional(value, "name") if role == "tool" else None,
             self._optional(value, "tool_call_id") if role == "tool" else None,
+            self._reasoning(value, role, content),
+            self._mark(value, role) if marked else None,
         )
+
+    def _reasoning(self, value: Mapping[str, object], role: Role, content: str) -> str | None:
+        """What the model thinks before its answer; None for nothing."""
+        found = [key for key in _REASONING if value.get(key) not in (None, "")]
+        if not found:
+            return None
+        if role != "assistant":
+            raise bad_dataset(f"{self._field(found[0])} is set in a {role} message: only an assistant's has reasoning")
+        if len(found) > 1:
+            raise bad_dataset(f"{self._field(found[0])} and {found[1]!r} are both set: keep one")
+        reasoning = checked_text(value[found[0]], self._field(found[0]))
+        if "<think>" in content:
+            raise bad_dataset(
+                f"{self._field(found[0])} is set, and the {self.notation.content} has <think> too: keep the reasoning "
+                "in one of them"
+            )
+        return reasoning
+
+    def _mark(self, value: Mapping[str, object], role: Role) -> bool | None:
+        """Whether the message is marked for training; None without a mark."""
+        train, weight = value.get(_MARK), value.get(_WEIGHT)
+        if train is not None and not isinstance(train, bool):
+            raise bad_dataset(f"{self._field(_MARK)} is {describe(train)}: must be true or false")
+        if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+            shown = weight if isinstance(weight, int | float) else describe(weight)
+            raise bad_dataset(f"{self._field(_WEIGHT)} is {shown}: must be 0 or 1")
+        if None not in (train, weight) and train != bool(weight):
+            raise bad_dataset(f"{self._field(_MARK)} and {_WEIGHT!r} contradict each other: keep one")
+        mark = train if train is not None else None if weight is None else bool(weight)
+        if mark and role != "assistant":
+            raise bad_dataset(f"{self._field(_MARK)} marks a {role} message: only an assistant's is trained on")
+        return mark if role == "assistant" else None
 
     def _role(self, found: object) -> Role:
         role = self.notation.roles.get(found) if isinstance(found, str) else None
@@ -192,6 +249,9 @@ def _tool(value: object, name: str) -> Function:
     function = value.get("function", value) if isinstance(value, dict) else value
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise bad_dataset(f"{name} is not a function with a name: must be {{type: function, function: {{name, …}}}}")
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise bad_dataset(f"{name}: parameters is {describe(parameters)}: must be a JSON schema, an object")
     return value if isinstance(value, dict) and "function" in value else {"type": "function", "function": function}
 
 

@@ -28,6 +28,10 @@ class Message:
     name: str | None = None
     """Role tool: the function that gave this result."""
     tool_call_id: str | None = None
+    reasoning: str | None = None
+    """Role assistant: what the model thinks before its answer, where the row has it apart from the content."""
+    trained: bool | None = None
+    """Role assistant: whether the row marks the answer for training; None without a mark."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,18 @@ class Conversation:
         """Whether it needs a chat template that supports tools."""
         return bool(self.tools) or any(message.tool_calls or message.role == "tool" for message in self.messages)
 
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether it needs a chat template that writes reasoning."""
+        return any(message.reasoning is not None for message in self.messages)
+
+    def with_system(self, text: str, *, replace: bool) -> "Conversation":
+        """The conversation with this system message, also in place of its own if `replace`."""
+        own = self.messages[0].role == "system"
+        if own and not replace:
+            return self
+        return Conversation((Message("system", text), *self.messages[own:]), self.tools)
+
 
 @dataclass(frozen=True)
 class PromptCompletion:
@@ -60,6 +76,12 @@ class PromptCompletion:
         """The same as a question and its answer, for a model with a chat template."""
         system = () if self.system is None else (Message("system", self.system),)
         return Conversation((*system, Message("user", self.prompt), Message("assistant", self.completion)))
+
+    def with_system(self, text: str, *, replace: bool) -> "PromptCompletion":
+        """The same with this system message, also in place of its own if `replace`."""
+        if self.system is not None and not replace:
+            return self
+        return PromptCompletion(self.prompt, self.completion, self.separator, text)
 
 
 @dataclass(frozen=True)
@@ -80,3 +102,8 @@ class Preference:
     rejected: Conversation | PromptCompletion
     shared_answers: int = 0
     """How many of the first answers in the two conversations are part of the prompt."""
+
+    def with_system(self, text: str, *, replace: bool) -> "Preference":
+        """The same with this system message for both answers, also in place of their own if `replace`."""
+        chosen, rejected = (pair.with_system(text, replace=replace) for pair in (self.chosen, self.rejected))
+        return Preference(chosen, rejected, self.shared_answers)

@@ -12,6 +12,7 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.environment import trainer_version
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.data.job_template import template_unchanged
 from qlora_trainer.data.locate import mounted_data
 from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
 
@@ -30,6 +31,8 @@ class ResolvedInputs:
     """SHA-256 of the training data."""
     eval_data: str | None
     """SHA-256 of the evaluation's own data; None if it has none."""
+    template: str | None = None
+    """SHA-256 of the job's own chat template; None if it has none."""
 
     def fingerprint(self, spec: QLoRAJobSpec) -> str:
         """SHA-256 of everything that decides the prepared data of a job with this spec, in hexadecimal."""
@@ -58,7 +61,7 @@ class ResolvedInputs:
             data = None if uri is None else mounted_data(uri, mounts)
             if data is not None and data.sha256() != digest:
                 return False
-        return True
+        return template_unchanged(dataset, mounts, self.template)
 
     def write(self, folder: Path, fingerprint: str) -> None:
         """Write the manifest of a data folder, the last of its files."""
@@ -70,7 +73,8 @@ class ResolvedInputs:
         """The inputs of a data folder by its manifest; None if that is missing or damaged."""
         try:
             found = json.loads((folder / PREPARED_MANIFEST).read_bytes())["resolved"]
-            return cls(found["model"], dict(found["tokenizer"]), found["data"], found["evalData"])
+            template = found.get("template")
+            return cls(found["model"], dict(found["tokenizer"]), found["data"], found["evalData"], template)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -80,6 +84,7 @@ class ResolvedInputs:
             "tokenizer": dict(self.tokenizer),
             "data": self.data,
             "evalData": self.eval_data,
+            **({} if self.template is None else {"template": self.template}),
         }
 
 

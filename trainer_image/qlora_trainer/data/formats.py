@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qlora_api.dataset import Columns, RowFormat
-from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
 from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, Preference, PromptCompletion
 from qlora_trainer.data.preferences import PreferenceColumns
@@ -27,12 +27,18 @@ class Reading:
 class RowReader:
     """Reads the rows of one data set, whose format and column names are known."""
 
-    def __init__(self, format_: RowFormat, columns: Columns | None) -> None:
-        self._format, self._columns = format_, columns or Columns()
+    def __init__(self, format_: RowFormat, columns: Columns | None, *, marked: bool = False) -> None:
+        """`marked`: the row must mark the answers to train on. Raises StepFailure BAD_CONFIGURATION if none can be."""
+        if marked and format_ not in ("chat", "sharegpt"):
+            raise bad_configuration(
+                f"spec.training.trainOn is marked, and rows of format {format_} mark nothing: choose another trainOn, "
+                "or use rows of format chat or sharegpt"
+            )
+        self._format, self._columns, self._marked = format_, columns or Columns(), marked
 
     def read(self, row: Row) -> Example | Preference:
         """The row's example. Raises StepFailure BAD_DATASET naming location and field."""
-        return _FORMATS[self._format].read(_Fields(row, row.values(), self._format, self._columns))
+        return _FORMATS[self._format].read(_Fields(row, row.values(), self._format, self._columns, self._marked))
 
     def reading(self, row: Row) -> Reading:
         """Which of the row's columns are used."""
@@ -112,6 +118,7 @@ class _Fields:
     values: Mapping[str, object]
     format: RowFormat
     columns: Columns
+    marked: bool
 
     def column(self, field: str) -> str:
         """The data set's name for the field."""
@@ -148,13 +155,15 @@ class _Fields:
 
 def _chat(fields: _Fields) -> Conversation:
     value, row = fields.value("messages"), fields.row
-    messages = read_turns(value, CHAT, row.location, fields.column("messages"), columnar=row.columnar)
+    messages = read_turns(
+        value, CHAT, row.location, fields.column("messages"), columnar=row.columnar, marked=fields.marked
+    )
     return _conversation(fields, "messages", messages)
 
 
 def _sharegpt(fields: _Fields) -> Conversation:
     value, row, column = fields.value("conversations"), fields.row, fields.column("conversations")
-    messages = read_turns(value, SHAREGPT, row.location, column, columnar=row.columnar)
+    messages = read_turns(value, SHAREGPT, row.location, column, columnar=row.columnar, marked=fields.marked)
     system = fields.optional_text("system")
     if system and messages[0].role == "system":
         raise bad_dataset(

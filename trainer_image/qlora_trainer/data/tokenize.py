@@ -14,16 +14,17 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal
 
 import numpy
 
-from qlora_api.dataset import Columns, RowFormat
+from qlora_api.dataset import Columns, RowFormat, SystemPromptSpec
+from qlora_api.training import TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
-from qlora_trainer.data.examples import Preference
+from qlora_trainer.data.examples import Example, PlainText, Preference
 from qlora_trainer.data.formats import PAIRS, RowReader
+from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.rows import Row
 
 CHUNK_ROWS = 4096
@@ -51,9 +52,16 @@ class Recipe:
     """Tokens that the model knows."""
     format: RowFormat
     columns: Columns
-    train_on: Literal["completion", "all"]
+    train_on: TrainOn
     longest_allowed: int
     """Tokens; a longer row is left out."""
+    template: JobTemplate | None = None
+    """Instead of the model's chat template."""
+    system_prompt: SystemPromptSpec | None = None
+
+    def row_reader(self) -> RowReader:
+        """Reads the rows. Raises StepFailure BAD_CONFIGURATION if they cannot have what the job asks for."""
+        return RowReader(self.format, self.columns, marked=self.train_on == "marked")
 
 
 class ChunkMaker:
@@ -62,8 +70,8 @@ class ChunkMaker:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
         """`tokenizer`: the recipe's, if it is loaded already."""
         self.recipe = recipe
-        self._tokenizer = tokenizer or Tokenizer(recipe.tokenizer)
-        self._reader = RowReader(recipe.format, recipe.columns)
+        self._tokenizer = tokenizer or Tokenizer(recipe.tokenizer, recipe.template)
+        self._reader = recipe.row_reader()
 
     def make(self, rows: Sequence[Row]) -> Chunk:
         """The chunk of these rows. Raises StepFailure for the first invalid one."""
@@ -84,6 +92,13 @@ class ChunkMaker:
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
         return Chunk.of(used, too_long, dropped)
 
+    def example(self, row: Row) -> Example | Preference:
+        """What is trained on in a row. Raises StepFailure for an invalid one."""
+        example, system = self._reader.read(row), self.recipe.system_prompt
+        if system is None or isinstance(example, PlainText):
+            return example
+        return example.with_system(system.text, replace=system.mode == "replace")
+
     def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
             rendered = [part for row in batch for part in self._rendered(row)]
@@ -92,7 +107,7 @@ class ChunkMaker:
 
     def _rendered(self, row: Row) -> tuple[Rendered, ...]:
         """The row's text; of a pair, the two texts."""
-        example = self._reader.read(row)
+        example = self.example(row)
         if isinstance(example, Preference):
             return self._tokenizer.render_pair(example, row.location)
         return (self._tokenizer.render(example, row.location),)

@@ -49,12 +49,8 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     family.require_positions(training.max_sequence_length)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
-    if (
-        training.objective is not None
-        and training.compares_answers
-        and not family.keeps_rows_apart(training.max_sequence_length)
-    ):
-        raise cannot_compare_answers(family.model_type, training.objective)
+    if training.compares_answers and not family.keeps_rows_apart(training.max_sequence_length):
+        raise cannot_compare_answers(family.model_type)
     packs = model.packs(training)
     if training.micro_batch_size > 1 and not packs:
         family.require_rows_apart(training.max_sequence_length)

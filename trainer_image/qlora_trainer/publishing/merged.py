@@ -26,6 +26,7 @@ from qlora_trainer.model.merge import MergeSource, merged_bytes, merged_model, w
 from qlora_trainer.model.source import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_trainer.model.text_part import load_text_part
 from qlora_trainer.publishing.destination import Destination, publish_folder, reject_occupied
+from qlora_trainer.publishing.job_template import give_template, job_template_file
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.report.model_card import merged_model_card
 from qlora_trainer.report.trained_job import TrainedJob
@@ -108,6 +109,9 @@ def merge(job: TrainedJob, workspace: WorkspaceLayout, folder: Path) -> Merged:
     for name in _COPIED:
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, folder / name)
+    template = job_template_file(prepared, workspace)
+    if template is not None:
+        give_template(folder, template, prepared.end_of_turn)
     (folder / MODEL_CARD_FILE).write_text(merged_model_card(job, loss))
     return Merged({path.name: path for path in sorted(folder.iterdir())}, merged_bytes(model), loss)
 

@@ -17,11 +17,13 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
-from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HISTORY_FILE
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import peft_targets, tensor_dtype, whole_modules
 from qlora_trainer.model.text_part import text_part
+from qlora_trainer.report.metrics_log import read_history
+from qlora_trainer.training.evaluations import expected_end
 from qlora_trainer.training.fingerprint import digest, run_fingerprint
 from qlora_trainer.training.schedule import Schedule
 
@@ -216,7 +218,11 @@ def _wrong_adapter(what: str) -> StepFailure:
 def require_own_training(
     prepared: PrepareRecord, trained: TrainRecord, spec: QLoRAJobSpec, workspace: WorkspaceLayout
 ) -> None:
-    """Raise StepFailure (UNSAFE_ARTIFACT) unless the train record is of this spec, data and number of steps."""
+    """Raise StepFailure (UNSAFE_ARTIFACT) unless the train record is of this spec, data and number of steps.
+
+    Where a run may stop early, or keep an earlier adapter than the last, its evaluations decide again at which steps.
+    Raises OSError if they are missing, ValueError if they cannot be read.
+    """
     path = workspace.completion("train")
     # Publish runs without a GPU and does not know which device training ran on.
     fingerprints = {digest(run_fingerprint(spec, prepared, device, trained.ranks)) for device in get_args(Device)}
@@ -227,8 +233,21 @@ def require_own_training(
         )
     sequences = len(PreparedDataset.open(workspace.root / prepared.data_path, "train"))
     planned = Schedule.of(sequences, spec.training).total_steps
-    if trained.training_step != planned:
+    curve = _evaluations(workspace) if spec.training.early_stopping or spec.training.keep == "best" else []
+    end, kept = expected_end(spec.training, planned, curve)
+    if trained.training_step != end:
         raise unsafe_artifact(
-            f"{path} states {trained.training_step} optimizer steps, but this job has {planned}: an adapter that is "
+            f"{path} states {trained.training_step} optimizer steps, but this job has {end}: an adapter that is "
             "not fully trained is not published; delete the file and run the train step again"
         )
+    if trained.kept_step != kept:
+        raise unsafe_artifact(
+            f"{path} states the adapter of step {trained.kept_step}, but spec.training.keep and the evaluations choose "
+            f"that of step {kept}, so it is not published; delete the file and run the train step again"
+        )
+
+
+def _evaluations(workspace: WorkspaceLayout) -> list[tuple[int, float]]:
+    """Step and held-out loss of each evaluation of the run, in their order."""
+    curve = read_history(workspace.report / HISTORY_FILE).evaluation
+    return list(zip(curve.steps, curve.values, strict=True))

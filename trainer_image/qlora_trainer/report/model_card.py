@@ -7,10 +7,27 @@ from huggingface_hub import ModelCard, ModelCardData
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec, PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
-from qlora_trainer.report.serving import loading_settings, rejected_by_vllm, served_base, served_rank
+from qlora_trainer.core.outcome import steps_done
+from qlora_trainer.report.serving import (
+    loading_settings,
+    rejected_by_vllm,
+    request_command,
+    served_base,
+    served_rank,
+    template_option,
+    tokenizer_settings,
+)
 from qlora_trainer.report.trained_job import TrainedJob
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_THIS_FOLDER = "PATH/OF/THIS/FOLDER"
+TRAINED_ON = {
+    "completion": "completions only",
+    "last": "the last answer of each row only",
+    "marked": "the answers that the rows mark only",
+    "all": "all tokens",
+}
+"""What `spec.training.trainOn` means, for people."""
 
 
 def quantization_label(quantization: QuantizationSpec) -> str:
@@ -54,6 +71,8 @@ def adapter_model_card(job: TrainedJob) -> str:
         preference=PreferenceSpec(),
         prepared=prepared,
         trained=job.trained,
+        steps=steps_done(job.trained.training_step, job.trained.total_steps, job.trained.kept_step),
+        gate=job.gate,
         curve=CURVE_FILE,
         quantization=quantization_label(spec.quantization),
         modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),
@@ -61,6 +80,10 @@ def adapter_model_card(job: TrainedJob) -> str:
         served_rank=served_rank(spec.lora),
         rejected_by_vllm=rejected_by_vllm(spec.lora),
         variant=variant_label(spec.lora),
+        tokenizer_settings=tokenizer_settings(job, _THIS_FOLDER),
+        template_option=template_option(job, _THIS_FOLDER),
+        request=request_command(job),
+        trained_on=TRAINED_ON[spec.training.train_on],
         loss=lambda value: "–" if value is None else f"{value:.4f}",
     )
     return f"{str(model_card).rstrip()}\n"

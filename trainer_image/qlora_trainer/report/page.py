@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import DatasetStatus, MergedStatus
+from qlora_api.status import DatasetStatus, GateStatus, MergedStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
@@ -17,7 +17,7 @@ from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import MetricsHistory, read_history
-from qlora_trainer.report.model_card import quantization_label
+from qlora_trainer.report.model_card import TRAINED_ON, quantization_label
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_commands
 from qlora_trainer.report.trained_job import TrainedJob
@@ -48,9 +48,10 @@ def write_report(
         f"{spec.model.source}, {job.prepared.dataset.used_rows} rows, rank {spec.lora.rank}, "
         f"learning rate {spec.training.learning_rate:g}"
     )
-    picture = loss_picture(history, job.name, subtitle)
+    picture = loss_picture(history, job.name, subtitle, job.trained.kept_step)
     write_atomically(folder / CURVE_FILE, picture)
-    summary = _summary(job, device, history) | ({} if merged is None else {"merged": merged.dump()})
+    summary = _summary(job, device, history)
+    summary |= {name: part.dump() for name, part in (("gate", job.gate), ("merged", merged)) if part is not None}
     text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
     write_atomically(folder / SUMMARY_FILE, text.encode() + b"\n")
     statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
@@ -79,11 +80,12 @@ def _page(
         prepared=job.prepared,
         trained=job.trained,
         quantization=quantization_label(job.spec.quantization),
-        figures=_figures(job.prepared, job.trained, history, merged),
-        loss=loss_chart(history),
+        figures=_figures(job.prepared, job.trained, history, merged, job.gate),
+        gate=job.gate,
+        loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device),
         settings=_settings(job.spec),
-        data=_data(job.spec.dataset.source, job.prepared.dataset, statistics),
+        data={**_data(job.spec.dataset.source, job.prepared.dataset, statistics), **_turns(job)},
         lengths=_lengths(statistics),
         samples=samples,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -95,13 +97,21 @@ def _page(
 
 
 def _figures(
-    prepared: PrepareRecord, trained: TrainRecord, history: MetricsHistory, merged: MergedStatus | None
+    prepared: PrepareRecord,
+    trained: TrainRecord,
+    history: MetricsHistory,
+    merged: MergedStatus | None,
+    gate: GateStatus | None,
 ) -> list[Figure]:
     before, after = trained.initial_eval_loss, trained.eval_loss
-    figures = [Figure("Optimizer steps", f"{trained.training_step:,}")]
-    accuracy = history.eval_accuracy.values
-    if accuracy:
-        figures.append(Figure("Held-out accuracy", f"{accuracy[-1]:.1%}", f"{accuracy[0]:.1%} before training"))
+    early = f"of {trained.total_steps:,}, stopped early" if trained.stopped_early else ""
+    figures = [Figure("Optimizer steps", f"{trained.training_step:,}", early)]
+    if trained.kept_step != trained.training_step:
+        figures.append(Figure("Adapter of step", f"{trained.kept_step:,}", "the one with the lowest held-out loss"))
+    accuracy = dict(zip(history.eval_accuracy.steps, history.eval_accuracy.values, strict=True))
+    if trained.kept_step in accuracy:
+        before_training = f"{history.eval_accuracy.values[0]:.1%} before training"
+        figures.append(Figure("Held-out accuracy", f"{accuracy[trained.kept_step]:.1%}", before_training))
     if before is not None and after is not None:
         figures.append(Figure("Held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
     if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
@@ -109,6 +119,9 @@ def _figures(
         # What is compared is always the cross-entropy, whatever the objective is.
         label = "Cross-entropy, merged" if history.compares_answers else "Held-out loss, merged"
         figures.append(Figure(label, f"{merged.eval_loss:.4f}", same_rows))
+    if gate is not None and gate.score is not None:
+        others = f"{gate.base_score or 0:.1%} without the adapter, on the same {gate.score_rows} held-out rows"
+        figures.append(Figure("Answers that passed", f"{gate.score:.1%}", others))
     figures.append(Figure("Training loss", f"{trained.loss:.4f}", "of the last step"))
     speed = history.tokens_per_second.median
     if speed is not None:
@@ -166,6 +179,20 @@ def _data(source: str, found: DatasetStatus, statistics: DataStatistics) -> Mapp
     }
 
 
+def _turns(job: TrainedJob) -> Mapping[str, str]:
+    """What the job changes about how rows become turns."""
+    dataset, prepared = job.spec.dataset, job.prepared
+    rows = {"Trained on": TRAINED_ON[job.spec.training.train_on]}
+    if dataset.chat_template is not None:
+        rows["Chat template"] = f"{dataset.chat_template}, SHA-256 {prepared.template_sha256}"
+    if dataset.system_prompt is not None:
+        whose = "in place of the rows' own" if dataset.system_prompt.mode == "replace" else "for rows without one"
+        rows["System message"] = f"{dataset.system_prompt.text} ({whose})"
+    if prepared.end_of_turn is not None:
+        rows["End of an answer"] = prepared.end_of_turn.text or "none, so the model does not learn where to stop"
+    return rows
+
+
 def _lengths(statistics: DataStatistics) -> str:
     bars = statistics.sources[0].lengths.histogram
     return histogram("lengths", "Tokens per row, at most", {f"{bar.up_to:,}": bar.rows for bar in bars})
@@ -184,6 +211,8 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
         },
         "dataset": {"source": spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
         "optimizerSteps": trained.training_step,
+        "plannedSteps": trained.total_steps,
+        "adapterStep": trained.kept_step,
         "attempts": trained.attempts,
         "goodput": trained.goodput,
         "loss": {
@@ -191,7 +220,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
             "heldOutBefore": trained.initial_eval_loss,
             "heldOutAfter": trained.eval_loss,
         },
-        **_preference(history),
+        **_preference(history, trained.kept_step),
         "memory": {
             **prepared.memory.dump(),
             "peakBytes": trained.peak_memory_bytes,
@@ -200,16 +229,16 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
     }
 
 
-def _preference(history: MetricsHistory) -> dict[str, Any]:
+def _preference(history: MetricsHistory, kept_step: int) -> dict[str, Any]:
     """What an objective that compares answers adds to the summary."""
     if not history.compares_answers:
         return {}
-    held_out = history.eval_accuracy.values
+    held_out = dict(zip(history.eval_accuracy.steps, history.eval_accuracy.values, strict=True))
     return {
         "preference": {
             "rewardMargin": history.reward_margin.values[-1],
             "accuracy": history.accuracy.values[-1],
-            "heldOutAccuracyBefore": held_out[0] if held_out else None,
-            "heldOutAccuracyAfter": held_out[-1] if held_out else None,
+            "heldOutAccuracyBefore": held_out.get(0),
+            "heldOutAccuracyAfter": held_out.get(kept_step),
         }
     }

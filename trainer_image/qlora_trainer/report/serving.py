@@ -1,12 +1,15 @@
 """Gives the commands that load an adapter in PEFT and vLLM, and the rank that vLLM must be started with."""
 
+import json
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_trainer.data.job_template import TEMPLATE_FILE
 from qlora_trainer.report.trained_job import TrainedJob
 
 logger = logging.getLogger(__name__)
@@ -64,15 +67,54 @@ def served_base(job: TrainedJob) -> ServedBase:
 def serving_commands(job: TrainedJob) -> Mapping[str, str]:
     """Commands and programs by the name of the tool that runs them, ready to paste except for the adapter's path."""
     base = served_base(job)
-    commands = {"PEFT": _peft(job.prepared.auto_class, *loading_settings(job), base)}
+    commands = {
+        "PEFT": _peft(job.prepared.auto_class, *loading_settings(job), base)
+        + tokenizer_settings(job, ADAPTER_PLACEHOLDER)
+    }
     rank = served_rank(job.spec.lora)
     if rank is not None:
         pinned = f" --revision {base.revision}" if base.revision else ""
         commands["vLLM"] = (
             f"vllm serve {base.path}{pinned} \\\n  --enable-lora --max-lora-rank {rank} "
-            f"--lora-modules {job.name}={ADAPTER_PLACEHOLDER}"
+            f"--lora-modules {job.name}={ADAPTER_PLACEHOLDER}{template_option(job, ADAPTER_PLACEHOLDER)}"
         )
+    request = request_command(job)
+    if request is not None:
+        commands["Request to vLLM"] = request
     return commands
+
+
+def template_option(job: TrainedJob, adapter: str) -> str:
+    """The rest of vLLM's command line for a job with a chat template of its own; `adapter` is the adapter's folder."""
+    return "" if job.prepared.template_sha256 is None else f" \\\n  --chat-template {adapter}/{TEMPLATE_FILE}"
+
+
+def tokenizer_settings(job: TrainedJob, adapter: str) -> str:
+    """The lines of a program that let tokenizer and model write and end turns as in training; empty if they do."""
+    lines, end = [], job.prepared.end_of_turn
+    if job.prepared.template_sha256 is not None:
+        lines.append(f'tokenizer.chat_template = open("{adapter}/{TEMPLATE_FILE}", encoding="utf-8").read()')
+    if end is not None and end.token is not None:
+        lines.append(f"model.generation_config.eos_token_id = {[*end.known, end.token]}  # {end.text} ends an answer")
+    elif end is not None and end.text:
+        text = json.dumps(end.text, ensure_ascii=False)
+        lines.append(f"# An answer ends at a text: model.generate(…, stop_strings=[{text}], tokenizer=tokenizer)")
+    return "".join(f"\n{line}" for line in lines)
+
+
+def request_command(job: TrainedJob) -> str | None:
+    """A request to a server that has the system message and the end of an answer of training; None if it needs none."""
+    end, system = job.prepared.end_of_turn, job.spec.dataset.system_prompt
+    fields = [f'"model": {json.dumps(job.name)}']
+    said = [] if system is None else [{"role": "system", "content": system.text}]
+    messages = json.dumps([*said, {"role": "user", "content": "…"}], ensure_ascii=False)
+    fields.append(f'"messages": {messages}')
+    if end is not None and end.text:
+        fields.append(end.request_field)
+    elif system is None:
+        return None
+    body = shlex.quote(f"{{{', '.join(fields)}}}")
+    return f"curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d {body}"
 
 
 def loading_settings(job: TrainedJob) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from qlora_trainer.core.filesystem import remove, remove_partials
 
 
 def clean(workspace: WorkspaceLayout) -> None:
-    """Delete `model/`, `base/`, `data/` and `checkpoints/` of one job's folder, and all `*.partial`.
+    """Delete `model/`, `base/`, `data/`, `checkpoints/` and `best/` of one job's folder, and all `*.partial`.
 
     Once the adapter has been published, `trained/` goes too. Until then it holds its only copy, with which a job whose
     publication failed can be taken up; the base is then made again, to the same bytes.
@@ -19,7 +19,7 @@ def clean(workspace: WorkspaceLayout) -> None:
     """
     published = read_completion(workspace.completion("publish"), PublishRecord) is not None
     only_copy = (workspace.trained,) if published else ()
-    for folder in (workspace.models, workspace.base, workspace.data, workspace.checkpoints, *only_copy):
+    for folder in (workspace.models, workspace.base, workspace.data, workspace.checkpoints, workspace.best, *only_copy):
         remove(folder)
     for folder in (workspace.root, workspace.records, workspace.report):
         # What a link leads to is outside. The root itself may be reached by one.

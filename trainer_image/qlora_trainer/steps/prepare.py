@@ -5,6 +5,7 @@ data. The weights come last. What is not complete is in folders named `.NAME.par
 resumes.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,7 @@ from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import BaseStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_trainer.core.completion import PrepareRecord, read_completion, recorded_path, write_completion
+from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import (
@@ -32,7 +32,9 @@ from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
+from qlora_trainer.data.job_template import TEMPLATE_FILE, job_template, template_sha256
 from qlora_trainer.data.locate import DataAccess
+from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base_artifact import is_present
 from qlora_trainer.model.base_layout import BaseLayout
@@ -48,6 +50,9 @@ from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publi
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
+from qlora_trainer.training.scorable import require_readable, require_scorable
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -101,13 +106,14 @@ def _prepare(
 ) -> PrepareRecord:
     workspace, hub = context.workspace, cache(lambda: _open_hub(context))
     _check_destinations(context)
+    require_readable(context.spec.gate)
 
     say("reading the model's configuration")
     source = open_model_source(context, hub)
     started = now()
     folder = source.settings()
     fetching = now() - started
-    admitted = _admit(folder, context.spec, records, say)
+    admitted = _admit(folder, context, records, say)
     bases = open_base_source(context, source, folder, admitted.layout)
     bases.require_room()
 
@@ -116,17 +122,20 @@ def _prepare(
     training = context.spec.training
     sequences = new_folder(partial_path(workspace.data / "layout"))
     dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=admitted.packed)
+    require_scorable(context.spec.gate, sequences, dataset.status(), folder)
 
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
     fetching += now() - started
 
-    digests = dataset.training.sha256, dataset.evaluation_sha256
+    template = _write_template(admitted.tokenizer, sequences)
+    digests = dataset.training.sha256, dataset.evaluation_sha256, template
     resolved = ResolvedInputs(base.revision, admitted.tokenizer_files, *digests)
     fingerprint = resolved.fingerprint(context.spec)
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, workspace.data / fingerprint)
     family = admitted.model.family
+    end, remarks = _turns(admitted, dataset)
     return PrepareRecord(
         fingerprint=fingerprint,
         model_path=recorded_path(source.complete(), workspace.root),
@@ -144,7 +153,9 @@ def _prepare(
         attention=None if family.attention == ATTENTION else family.attention,
         memory=admitted.memory.status,
         dataset=dataset.status(),
-        remarks=admitted.model.remarks,
+        remarks=(*admitted.model.remarks, *remarks),
+        template_sha256=template,
+        end_of_turn=end,
         measured=admitted.memory.measured,
         base=BaseStatus(
             origin=bases.origin,
@@ -156,9 +167,10 @@ def _prepare(
     )
 
 
-def _admit(folder: Path, spec: QLoRAJobSpec, records: RecordWriter, say: Callable[[str], None]) -> _Admitted:
+def _admit(folder: Path, context: StepContext, records: RecordWriter, say: Callable[[str], None]) -> _Admitted:
     """Decide whether and how the job is trained, by its model's small files. Raises StepFailure if it cannot be."""
-    training = spec.training
+    spec, training = context.spec, context.spec.training
+    template = job_template(spec.dataset, context.mounts)
     require_installed(training.report_to)
     model = check_model(folder, spec.lora, training)
     model.family.require_whole_and_unmerged(training, spec.output)
@@ -179,7 +191,7 @@ def _admit(folder: Path, spec: QLoRAJobSpec, records: RecordWriter, say: Callabl
         folder=folder,
         model=model,
         memory=memory,
-        tokenizer=Tokenizer(folder),
+        tokenizer=Tokenizer(folder, template),
         tokenizer_files=tokenizer_digests(folder),
         layout=BaseLayout.of(folder, spec.quantization),
         rows_apart=rows_apart,
@@ -199,6 +211,27 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
         scratch=lambda name: partial_path(context.workspace.data / name),
         say=say,
     ).build()
+
+
+def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
+    """Write the job's chat template, from where it is published, and return its SHA-256; None without one."""
+    text = tokenizer.template_text
+    if text is None:
+        return None
+    (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8", newline="")
+    return template_sha256(text)
+
+
+def _turns(admitted: _Admitted, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:
+    """How answers end, if servers have to be given that, and what to say of it and of the job's chat template."""
+    tokenizer = admitted.tokenizer
+    if not tokenizer.has_chat_template or dataset.training.reading.format == "text":
+        return None, ()
+    end = end_of_turn(tokenizer, admitted.folder)
+    remarks = template_remarks(end, () if tokenizer.template is None else marks_in_pieces(tokenizer))
+    for remark in remarks:
+        logger.warning("%s", remark)
+    return end, remarks
 
 
 def _check_destinations(context: StepContext, base: Publisher | None = None) -> None:
@@ -240,6 +273,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     )
     records.note(memory=memory.status)
     memory.require()
+    require_readable(spec.gate)
+    require_scorable(spec.gate, root / record.data_path, record.dataset, folder)
     return record.model_copy(update={"memory": memory.status, "measured": memory.measured})
 
 

@@ -18,9 +18,8 @@ Fingerprint = dict[str, Any]
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
-
-# Values that mean the same as a field that is not set: a run has the same fingerprint.
-_AS_IF_NOT_SET = {"objective": "supervised"}
+# Another word for leaving the field out.
+_SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised"}
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
@@ -28,7 +27,7 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
     training = {
         name: value
         for name, value in spec.training.dump().items()
-        if name not in _WITHOUT_EFFECT and _AS_IF_NOT_SET.get(name) != value
+        if name not in _WITHOUT_EFFECT and _SAME_AS_NOT_SET.get(name) != value
     }
     return {
         "model": {
