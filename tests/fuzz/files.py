@@ -58,6 +58,8 @@ _ROWS = (
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
     },
     {"text": "plain"},
+    {"prompt": "p", "chosen": "c", "rejected": "r"},
+    {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}], "rejected": []},
 )
 _LINES = "".join(json.dumps(row) + "\n" for row in _ROWS).encode()
 _LLAMA = {
@@ -145,13 +147,14 @@ def _rows_of(name: str) -> Callable[[bytes, Path], None]:
 
 
 def _read_example(row: Row) -> None:
-    """A row that is no example must not end the reading of the others here."""
-    try:
-        reader = RowReader(*detect_format(row, None))
-        reader.read(row)
-    except StepFailure as failure:
-        if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
-            raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure
+    """A row that is no example, or no pair, must not end the reading of the others here."""
+    for pairs in (False, True):
+        try:
+            reader = RowReader(*detect_format(row, None, pairs=pairs))
+            reader.read(row)
+        except StepFailure as failure:
+            if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
+                raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure
 
 
 def _column_file(values: dict[str, list[object]]) -> bytes:

@@ -7,7 +7,7 @@ the space that ends the prompt. Token ids decide nothing: the padding id is ofte
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,15 @@ from qlora_api.training import TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration, bad_dataset
 from qlora_trainer.data.answer_span import answer_span
 from qlora_trainer.data.chunks import TokenizedRow
-from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, PromptCompletion, ToolCall
+from qlora_trainer.data.examples import (
+    Conversation,
+    Example,
+    Message,
+    PlainText,
+    Preference,
+    PromptCompletion,
+    ToolCall,
+)
 from qlora_trainer.data.job_template import MAX_TEMPLATE_BYTES, JobTemplate
 from qlora_trainer.data.render_limits import LimitExceeded, limited_time, within_characters
 
@@ -167,6 +175,15 @@ class Tokenizer:
             )
         conversation = example.as_conversation() if isinstance(example, PromptCompletion) else example
         return self._render_conversation(conversation, location)
+
+    def render_pair(self, pair: Preference, location: str) -> tuple[Rendered, Rendered]:
+        """The prompt with each of its answers, the chosen one first; only what follows the prompt is trained on.
+
+        Raises StepFailure like `render`.
+        """
+        chosen, rejected = self.render(pair.chosen, location), self.render(pair.rejected, location)
+        first = pair.shared_answers
+        return replace(chosen, targets=chosen.targets[first:]), replace(rejected, targets=rejected.targets[first:])
 
     def _render_conversation(self, conversation: Conversation, location: str) -> Rendered:
         if conversation.uses_tools:

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import numpy
+
 from qlora_api.dataset import Columns, RowFormat, SystemPromptSpec
 from qlora_api.training import TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.data.chat_template import Tokenizer
+from qlora_trainer.data.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
-from qlora_trainer.data.examples import Example, PlainText
-from qlora_trainer.data.formats import RowReader
+from qlora_trainer.data.examples import Example, PlainText, Preference
+from qlora_trainer.data.formats import PAIRS, RowReader
 from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.rows import Row
 
@@ -90,7 +92,7 @@ class ChunkMaker:
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
         return Chunk.of(used, too_long, dropped)
 
-    def example(self, row: Row) -> Example:
+    def example(self, row: Row) -> Example | Preference:
         """What is trained on in a row. Raises StepFailure for an invalid one."""
         example, system = self._reader.read(row), self.recipe.system_prompt
         if system is None or isinstance(example, PlainText):
@@ -99,8 +101,16 @@ class ChunkMaker:
 
     def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [self._tokenizer.render(self.example(row), row.location) for row in batch]
-            yield from zip(batch, self._tokenizer.tokenize(rendered, self.recipe.train_on), strict=True)
+            rendered = [part for row in batch for part in self._rendered(row)]
+            tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
+            yield from zip(batch, _paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
+
+    def _rendered(self, row: Row) -> tuple[Rendered, ...]:
+        """The row's text; of a pair, the two texts."""
+        example = self.example(row)
+        if isinstance(example, Preference):
+            return self._tokenizer.render_pair(example, row.location)
+        return (self._tokenizer.render(example, row.location),)
 
     def _require_known(self, largest: int) -> None:
         if largest >= self.recipe.vocabulary:
@@ -108,6 +118,15 @@ class ChunkMaker:
                 f"the tokenizer makes token {largest}, but the model has only {self.recipe.vocabulary} tokens "
                 "(vocab_size): the tokenizer belongs to another model; use the one that the model was trained with"
             )
+
+
+def _paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
+    """Each two rows as one. Equal answers have no targets: there is nothing to prefer."""
+    for chosen, rejected in zip(tokenized, tokenized, strict=True):
+        is_target = numpy.concatenate([chosen.is_target, rejected.is_target])
+        is_target &= not numpy.array_equal(chosen.input_ids, rejected.input_ids)
+        input_ids = numpy.concatenate([chosen.input_ids, rejected.input_ids])
+        yield TokenizedRow(input_ids, is_target, len(chosen.input_ids))
 
 
 def tokenize(rows: Iterator[Row], maker: ChunkMaker, prefix: Path, workers: int, on_rows: OnRows) -> list[Chunk]:
