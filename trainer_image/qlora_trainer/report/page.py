@@ -148,8 +148,17 @@ def _settings(spec: QLoRAJobSpec) -> Mapping[str, Mapping[str, Any]]:
     return {
         "Quantization": spec.quantization.dump(),
         "Adapter": spec.lora.dump(),
-        "Training": spec.training.dump(),
+        "Training": _flat(spec.training.dump()),
     }
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, those of a part such as earlyStopping by its name and theirs."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= inner
+    return flat
 
 
 def _data(source: str, found: DatasetStatus, statistics: DataStatistics) -> Mapping[str, str]:
