@@ -104,6 +104,11 @@ def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: i
     help="Folder to use for configMap://NAME/….",
 )
 @click.option(
+    "--continues",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Workspace of the run that spec.continues names.",
+)
+@click.option(
     "--device",
     type=click.Choice(get_args(Device)),
     help="Device to train on; by default cuda, if there is a driver.",
@@ -114,6 +119,7 @@ def run(
     resume: bool,
     claims: dict[str, Path],
     config_maps: dict[str, Path],
+    continues: Path | None,
     device: Device | None,
 ) -> None:
     """Run the job in FILE on this machine: prepare, train, publish.
@@ -132,7 +138,8 @@ def run(
     config_maps = {**(earlier.config_maps if earlier else {}), **config_maps}
     if (nodes := document.spec.resources.node_count) > 1:
         _fail(f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE")
-    missing = missing_sources(document.spec, claims, config_maps)
+    continues = continues or (earlier.continues if earlier else None)
+    missing = missing_sources(document.spec, claims, config_maps, continues)
     if missing:
         _fail("\n".join(missing))
     if importlib.util.find_spec("torch") is None:
@@ -142,7 +149,7 @@ def run(
     if device is None:
         device = "cuda" if has_gpu() else "cpu"
         console.print(f"Training on {device}; choose with --device.", highlight=False)
-    local = LocalRun(document, workspace, claims, config_maps, device)
+    local = LocalRun(document, workspace, claims, config_maps, device, continues)
     try:
         ended = run_steps(local, ConsoleDisplay(console, local.layout.records))
     except OSError as error:

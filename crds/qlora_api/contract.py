@@ -48,6 +48,8 @@ MODEL_CACHE_MOUNT = PurePosixPath("/model-cache")
 TOKEN_FILE = PurePosixPath("/secrets/model/token")
 # In it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
 CREDENTIALS_MOUNT = PurePosixPath("/credentials")
+CONTINUED_MOUNT = PurePosixPath("/continued")
+"""The workspace folder of the job that spec.continues names; only prepare has it, and cannot write to it."""
 
 ENV_POD_UID = "QLORA_POD_UID"
 ENV_ATTEMPT = "QLORA_ATTEMPT"
@@ -221,6 +223,11 @@ class WorkspaceLayout:
     def best(self) -> Path:
         """The adapter of the best evaluation, until a checkpoint holds it."""
         return self.root / "best"
+
+    @property
+    def initial_adapter(self) -> Path:
+        """The adapter of spec.lora.from, checked by prepare."""
+        return self.root / "initial-adapter"
 
     @property
     def trained(self) -> Path:

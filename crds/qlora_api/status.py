@@ -51,6 +51,15 @@ class Condition(ObservedModel):
     observed_generation: int = Field(0, ge=-1, le=2**53, description="Generation of the spec that it is about.")
 
 
+class ContinuedRun(ObservedModel):
+    """The workspace of the job that spec.continues names, as it was when this job started."""
+
+    job: ShortText = Field(description="Name of that job.")
+    uid: str = Field(max_length=64, description="Its UID.")
+    claim_name: str = Field(max_length=253, description="The PersistentVolumeClaim of its workspace.")
+    workspace_path: str = Field(max_length=256, description="Its own folder on that claim, which prepare reads.")
+
+
 class Resolved(ObservedModel):
     """What was fixed before the first pod, so that an upgrade of the operator does not change a running job."""
 
@@ -64,6 +73,9 @@ class Resolved(ObservedModel):
         max_length=MAX_DOCUMENT_LENGTH,
         description="What the pods read, as JSON: the part of the spec that the steps need. Not set if an earlier "
         "release has started the job.",
+    )
+    continued: ContinuedRun | None = Field(
+        None, description="Where the run is that spec.continues takes up; not set without it."
     )
     queue_name: ShortText | None = Field(None, description="Kueue's LocalQueue of the train step.")
     queue_priority: ShortText | None = Field(None, description="Kueue's WorkloadPriorityClass of the train step.")
@@ -239,6 +251,15 @@ class GateStatus(ObservedModel):
     score_rows: Count | None = Field(None, description="Number of held-out rows that were answered.")
 
 
+class InitialAdapterStatus(ObservedModel):
+    """The adapter with which training was initialized."""
+
+    source: Uri = Field(description="Its address, with the commit or digest where there is one.")
+    sha256: str = Field(
+        max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of its adapter_model.safetensors."
+    )
+
+
 class AdapterStatus(ObservedModel):
     """The finished adapter."""
 
@@ -261,6 +282,9 @@ class AdapterStatus(ObservedModel):
     )
     quantization: ShortText = Field(
         description="How the base was quantized in training, for example nf4 with double quantization."
+    )
+    initial_adapter: InitialAdapterStatus | None = Field(
+        None, alias="from", description="The adapter of spec.lora.from; not set without one."
     )
 
 

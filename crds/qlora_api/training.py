@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from qlora_api.model_and_output import InitialAdapterSpec
 from qlora_api.profile import Quantity
 from qlora_api.schema import ApiModel, rule, rules
 
@@ -21,8 +22,18 @@ class QuantizationSpec(ApiModel):
     )
 
 
+_TWO_INITIALIZATIONS = (
+    "initialization: loftq and from both say how the adapter is initialized: remove one of them (an adapter that was "
+    "initialized with loftq can be named in from)"
+)
+
+
 class LoraSpec(ApiModel):
     """The low-rank adapter that is trained."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(rule("!has(self.from) || self.initialization != 'loftq'", _TWO_INITIALIZATIONS))
+    )
 
     rank: int = Field(
         64, ge=1, le=1024, description="Rank r of the adapter. A server must allow it (vLLM: --max-lora-rank)."
@@ -64,6 +75,18 @@ class LoraSpec(ApiModel):
         "float32",
         description="Type of the stored adapter weights. bfloat16 saves memory but loses small updates.",
     )
+    initial_adapter: InitialAdapterSpec | None = Field(
+        None,
+        alias="from",
+        description="An earlier adapter to train further, instead of a new one. The base, rank, alpha, useRslora, "
+        "useDora, modulesToSave and the adapted layers must be those of that adapter.",
+    )
+
+    @model_validator(mode="after")
+    def _one_initialization(self) -> Self:
+        if self.initial_adapter is not None and self.initialization == "loftq":
+            raise ValueError(_TWO_INITIALIZATIONS)
+        return self
 
 
 class PreferenceSpec(ApiModel):

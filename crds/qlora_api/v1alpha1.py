@@ -18,6 +18,7 @@ KIND = "QLoRAJob"
 PLURAL = "qlorajobs"
 MAX_NAME_LENGTH = 45
 DEFAULT_PROFILE = "default"
+JobName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH, pattern=DNS_LABEL)]
 
 
 class WorkspaceSpec(ApiModel):
@@ -144,8 +145,8 @@ MUTABLE_FIELDS = frozenset(
 
 Of `gate`, `score` may not: training has measured it.
 """
-STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources", "gate")
-"""The parts of the spec that the pods read; the others are for the operator only."""
+STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources", "gate", "continues")
+"""The parts of the spec that the pods read, if they are set; the others are for the operator only."""
 _REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
 _RETAIN_MESSAGE = (
     "workspace.retain: false would delete the adapter together with the job: set output.destination, or retain: true"
@@ -252,6 +253,11 @@ class QLoRAJobSpec(ApiModel):
         description="How good the adapter must be to be published; not judged if not set. A change counts from the "
         "job's next step on, and for a failed job that is retried.",
     )
+    continues: JobName | None = Field(
+        None,
+        description="Another QLoRAJob of this namespace, whose run is taken up at its newest checkpoint. Model, data "
+        "and settings that decide the adapter must be the same. Starts when that job has ended or is suspended.",
+    )
     workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume that the steps share.")
     resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
     scheduling: SchedulingSpec = Field(SchedulingSpec(), description="Where the pods run.")
@@ -327,6 +333,11 @@ class QLoRAJobSpec(ApiModel):
         return self
 
 
+_CONTINUES_ITSELF = "spec.continues names this job itself: name the job whose checkpoint is to be taken up"
+OTHER_JOB_RULE = rule("!has(self.spec.continues) || self.spec.continues != self.metadata.name", _CONTINUES_ITSELF)
+"""For the whole object: the spec does not know the job's name."""
+
+
 class ObjectMeta(ApiModel):
     """The part of the metadata that the steps use."""
 
@@ -344,3 +355,9 @@ class QLoRAJobDocument(ApiModel):
     kind: Literal["QLoRAJob"]
     metadata: ObjectMeta
     spec: QLoRAJobSpec
+
+    @model_validator(mode="after")
+    def _continues_another_job(self) -> Self:
+        if self.spec.continues == self.metadata.name:
+            raise ValueError(_CONTINUES_ITSELF)
+        return self

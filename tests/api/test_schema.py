@@ -191,6 +191,31 @@ REJECTED = {
         with_value(MINIMAL, "spec.model.secretRef", {"name": "keys"}),
         "secretRef is for s3:// and oci:// models: for an hf:// model set tokenSecretRef",
     ),
+    "credentials of an adapter on a volume": (
+        with_value(MINIMAL, "spec.lora.from", {"source": "pvc://a/b", "secretRef": {"name": "keys"}}),
+        "secretRef is for s3://, hf:// and oci:// adapters",
+    ),
+    "bad sha256 of an adapter": (
+        with_value(MINIMAL, "spec.lora.from", {"source": "pvc://a/b", "sha256": "abc"}),
+        "spec.lora.from.sha256",
+    ),
+    "an adapter in a ConfigMap": (
+        with_value(MINIMAL, "spec.lora.from", {"source": "configMap://a/b"}),
+        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT)",
+    ),
+    "a branch of an adapter": (
+        with_value(MINIMAL, "spec.lora.from", {"source": "hf://org/adapter@main"}),
+        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT)",
+    ),
+    "two initializations": (
+        with_value(MINIMAL, "spec.lora", {"from": {"source": "pvc://a/b"}, "initialization": "loftq"}),
+        "initialization: loftq and from both say how the adapter is initialized",
+    ),
+    "a job that continues itself": (
+        with_value(MINIMAL, "spec.continues", "tune"),
+        "spec.continues names this job itself",
+    ),
+    "a job of another namespace": (with_value(MINIMAL, "spec.continues", "other/tune"), "spec.continues"),
     "credentials of data on a volume": (
         with_value(MINIMAL, "spec.dataset.secretRef", {"name": "keys"}),
         "secretRef is for s3:// data",
@@ -365,6 +390,8 @@ CHANGES = {
     "cpu": with_value(FULL, "spec.resources.cpu", "3"),
     "nodes": with_value(FULL, "spec.resources.nodes", 3),
     "queue": with_value(FULL, "spec.scheduling.queueName", "gpus"),
+    "another run to continue": with_value(FULL, "spec.continues", "other"),
+    "no run to continue": without(FULL, "spec.continues"),
     "optional field added": with_value(FULL, "spec.dataset.columns.system", "role"),
 }
 

@@ -841,6 +841,13 @@ OPERATOR = (
             f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
         ),
     ),
+    Mutant(
+        name="a-running-job-is-continued",
+        file=f"{_DECISIONS}/continued.py",
+        old='if not (is_finished(other.status) or is_true(other.status, "Suspended")):',
+        new="if False:",
+        tests=(f"{_OPERATOR_TESTS}/test_continued.py::test_until_then_it_waits_says_why_and_is_looked_at_again",),
+    ),
 )
 
 TRAINER = (
@@ -1168,6 +1175,22 @@ TRAINER = (
                 "::test_the_losses_of_targets_may_count_with_weights_that_depend_on_them"
             ),
         ),
+    ),
+    Mutant(
+        name="a-run-with-an-earlier-adapter-is-compared-with-the-base",
+        file=f"{_TRAINER}/training/start.py",
+        old="if run.initial_adapter_sha256 is None:\n        with run",
+        new="if True:\n        with run",
+        tests=(
+            f"{_TRAINER_TESTS}/steps/test_initial_adapter.py::test_the_run_is_compared_with_where_it_began_and_goes_on_to_the_last_bit",
+        ),
+    ),
+    Mutant(
+        name="the-metrics-of-a-continued-run-begin-with-its-checkpoint",
+        file=f"{_TRAINER}/training/continued.py",
+        old="file.read(length)",
+        new='b""',
+        tests=(f"{_TRAINER_TESTS}/steps/test_continues.py::test_it_ends_in_the_bytes_of_an_uninterrupted_run",),
     ),
 )
 

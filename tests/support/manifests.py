@@ -33,7 +33,14 @@ FULL: Manifest = {
             "sha256": "0" * 64,
         },
         "quantization": {"type": "nf4", "doubleQuant": True},
-        "lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "targetModules": ["q_proj", "v_proj"], "dtype": "bfloat16"},
+        "lora": {
+            "rank": 16,
+            "alpha": 32,
+            "dropout": 0.05,
+            "targetModules": ["q_proj", "v_proj"],
+            "dtype": "bfloat16",
+            "from": {"source": "s3://adapters/team/first", "sha256": "0" * 64, "secretRef": {"name": "keys"}},
+        },
         "training": {
             "maxSteps": 100,
             "microBatchSize": 2,
@@ -56,6 +63,7 @@ FULL: Manifest = {
         },
         "output": {"destination": "pvc://adapters/team/full"},
         "gate": {"minImprovement": 0.1, "maxEvalLoss": 1.5},
+        "continues": "earlier",
         "workspace": {
             "size": "100Gi",
             "storageClassName": "fast",

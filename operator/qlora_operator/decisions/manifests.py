@@ -246,7 +246,7 @@ def _failure_rules(*, together: bool) -> list[Manifest]:
 def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
     profile = resolved.profile
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
-    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step)
+    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step, resolved.continued)
     pod: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,

@@ -64,11 +64,11 @@ def test_harder_rows_make_a_run_suspect_once_and_the_comparison_with_the_base_cl
     curriculum = [0.1] * 100 + [3.0] * 100 + [6.0] * 100
 
     assert judgements(curriculum) == [100 + PATIENCE, 200 + PATIENCE]
-    assert not has_diverged(3.0, base_loss=3.4)
-    assert not has_diverged(3.0, base_loss=2.5)
-    assert has_diverged(3.0, base_loss=0.2)
-    assert has_diverged(3.0, base_loss=math.nan)
-    assert has_diverged(math.nan, base_loss=3.0)
+    assert not has_diverged(3.0, loss_at_start=3.4)
+    assert not has_diverged(3.0, loss_at_start=2.5)
+    assert has_diverged(3.0, loss_at_start=0.2)
+    assert has_diverged(3.0, loss_at_start=math.nan)
+    assert has_diverged(math.nan, loss_at_start=3.0)
 
 
 def test_the_end_is_judged_after_a_suspect_last_step_and_after_one_that_did_harm_and_not_for_a_noisy_row() -> None:

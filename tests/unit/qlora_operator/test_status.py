@@ -102,6 +102,7 @@ def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field
         ("dataset.source", {"dataset": {"source": "pvc://models/rows.jsonl"}}),
         ("dataset.eval.source", {"dataset": DATASET | {"eval": {"source": "pvc://models/rows.jsonl"}}}),
         ("output.destination", {"output": {"destination": "pvc://models/models/c0ffee"}}),
+        ("lora.from.source", {"lora": {"from": {"source": "pvc://models/adapter"}}}),
         ("output.merged.destination", {"output": {"merged": {"destination": "pvc://models/merged"}}}),
         ("output.base.destination", {"output": {"base": {"destination": "pvc://models/base"}}}),
     ],

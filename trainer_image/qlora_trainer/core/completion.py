@@ -10,7 +10,16 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from qlora_api.gate import ScoreSpec
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, GateStatus, MemoryStatus, MergedStatus, Share
+from qlora_api.status import (
+    AdapterStatus,
+    BaseStatus,
+    DatasetStatus,
+    GateStatus,
+    InitialAdapterStatus,
+    MemoryStatus,
+    MergedStatus,
+    Share,
+)
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
 
@@ -60,6 +69,9 @@ class PrepareRecord(ObservedModel):
     )
     end_of_turn: EndOfTurn | None = Field(
         None, description="What ends an answer, if no server of the model stops there by itself."
+    )
+    initial_adapter: InitialAdapterStatus | None = Field(
+        None, description="The adapter of spec.lora.from, which is in the workspace; not set without one."
     )
 
 

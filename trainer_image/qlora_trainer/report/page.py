@@ -9,7 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import DatasetStatus, GateStatus, MergedStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
@@ -84,7 +83,7 @@ def _page(
         gate=job.gate,
         loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device),
-        settings=_settings(job.spec),
+        settings=_settings(job),
         data={**_data(job.spec.dataset.source, job.prepared.dataset, statistics), **_turns(job)},
         lengths=_lengths(statistics),
         samples=samples,
@@ -153,11 +152,13 @@ def _charts(history: MetricsHistory, device: Device) -> list[str]:
     return [svg for svg in drawn if svg]
 
 
-def _settings(spec: QLoRAJobSpec) -> Mapping[str, Mapping[str, Any]]:
+def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, Any]]:
+    initial = job.prepared.initial_adapter
     return {
-        "Quantization": spec.quantization.dump(),
-        "Adapter": spec.lora.dump(),
-        "Training": spec.training.dump(),
+        "Quantization": job.spec.quantization.dump(),
+        "Adapter": job.spec.lora.model_copy(update={"initial_adapter": None}).dump(),
+        "Training": job.spec.training.dump(),
+        **({} if initial is None else {"Initialized with the adapter": initial.dump()}),
     }
 
 
@@ -210,6 +211,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
             "training": spec.training.dump(),
         },
         "dataset": {"source": spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
+        **({} if prepared.initial_adapter is None else {"initialAdapter": prepared.initial_adapter.dump()}),
         "optimizerSteps": trained.training_step,
         "plannedSteps": trained.total_steps,
         "adapterStep": trained.kept_step,

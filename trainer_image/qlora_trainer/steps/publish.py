@@ -2,11 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
+
+from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import AdapterStatus, BaseStatus, GateStatus, MergedStatus, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
@@ -17,6 +20,7 @@ from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.job_template import TEMPLATE_FILE
 from qlora_trainer.model.cache import require_whole_in_cache
+from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
@@ -157,6 +161,7 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
         target_modules=prepared.target_modules,
         base_name=job.base_name,
         base_revision=prepared.model_revision,
+        initial=_initial_adapter(job, workspace),
     )
     return folder
 
@@ -170,6 +175,12 @@ def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Cal
     for name, content in ((MODEL_CARD_FILE, adapter_model_card(job).encode()), (CURVE_FILE, picture)):
         write_atomically(folder / name, content)
     return gate_failure(gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
+
+
+def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str, Tensor] | None:
+    """The tensors with which training was initialized; None if it began with a new adapter."""
+    initial = job.prepared.initial_adapter
+    return None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256)
 
 
 def _write(
@@ -195,6 +206,7 @@ def _write(
         step=job.trained.kept_step,
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
+        initial_adapter=job.prepared.initial_adapter,
     )
 
 

@@ -33,6 +33,7 @@ from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.cache import require_whole_in_cache
+from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import cannot_keep_rows_apart
 from qlora_trainer.report.metrics_log import MetricsLog
@@ -238,6 +239,7 @@ def _load(
         threads=threads,
         storage=storage,
         base_check=base_check,
+        initial_adapter_sha256=None if prepared.initial_adapter is None else prepared.initial_adapter.sha256,
         attempts=read_attempts(context.workspace.records) if ranks.main else (),
         schedule=schedule,
     )
@@ -269,13 +271,13 @@ def _load_base(job: _Job, sharded: bool) -> Any:
 
 
 def _attach_adapter(base: Any, job: _Job, device: torch.device, *, initialized: bool) -> Any:
-    """The base with the job's adapter: initialized on the device, or to be restored from a checkpoint.
+    """The base with the job's adapter: initialized, on the device or with an earlier one, or to be restored.
 
     Each rank initializes it: the others cannot wait for one longer than `ranks.TIMEOUT`, which a large model may take.
     """
     spec = job.context.spec
     from_original = initialized and spec.lora.initialization == "loftq"
-    return attach_adapter(
+    model = attach_adapter(
         base,
         spec.lora,
         job.prepared.target_modules,
@@ -286,6 +288,10 @@ def _attach_adapter(base: Any, job: _Job, device: torch.device, *, initialized: 
         original=BaseWeights(job.model_folder, base) if from_original else None,
         device=device,
     )
+    if initialized and job.prepared.initial_adapter is not None:
+        folder = job.context.workspace.initial_adapter
+        restore_adapter(model, read_initial_adapter(folder, job.prepared.initial_adapter.sha256))
+    return model
 
 
 def _open_history(job: _Job, checkpoint: Checkpoint | None) -> MetricsLog:

@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, link_or_copy, remove, remove_partials
+from qlora_trainer.core.paths import confined, require_regular
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -75,7 +77,7 @@ def save_checkpoint(
         _write(partial, tensors, stored or {}, {**state, "formatVersion": FORMAT_VERSION, "step": step})
     saved = read_checkpoint(final)
     logger.info("saved %s", final)
-    for _, old in _numbered(folder)[KEPT:]:
+    for _, old in numbered_checkpoints(folder)[KEPT:]:
         remove(old)
     return saved
 
@@ -132,7 +134,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     What a killed attempt left unfinished is removed.
     """
     remove_partials(folder)
-    for _, path in _numbered(folder):
+    for _, path in numbered_checkpoints(folder):
         try:
             return read_checkpoint(path)
         except ValueError as error:
@@ -143,8 +145,35 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Step and path of each checkpoint, newest first."""
+def newest_intact(folder: Path) -> Checkpoint | None:
+    """The same for another run's folder, in which nothing is changed: those that do not verify are only logged."""
+    for _, path in numbered_checkpoints(folder):
+        try:
+            return read_checkpoint(confined(path, folder))
+        except ValueError as error:
+            logger.warning("%s is broken and is passed over: %s", path, error.__cause__)
+    return None
+
+
+def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Copy a verified checkpoint into another run's `folder`, complete and verified again, or not at all.
+
+    Only the files that its manifest names are copied. Raises ValueError if they have changed in the meantime.
+    """
+    manifest = (checkpoint.path / CHECKPOINT_MANIFEST).read_bytes()
+    final = folder / checkpoint.path.name
+    with atomic_folder(final) as partial:
+        for name in json.loads(manifest)["sha256"]:
+            source = checkpoint.path / name
+            require_regular(source, checkpoint.path, str(source))
+            shutil.copyfile(source, partial / name)
+        (partial / CHECKPOINT_MANIFEST).write_bytes(manifest)
+        read_checkpoint(partial)
+    return read_checkpoint(final)
+
+
+def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Step and path of each checkpoint, intact or not, newest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]

@@ -24,6 +24,7 @@ from qlora_trainer.training.divergence import Stability, cleared, has_diverged
 from qlora_trainer.training.evaluations import kept
 from qlora_trainer.training.objective import BatchSums, of_evaluation
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
+from qlora_trainer.training.start import as_at_start, named_start
 from qlora_trainer.training.state import Run, RunState, report
 
 logger = logging.getLogger(__name__)
@@ -214,16 +215,16 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
     stability = state.stability.after_step(state.step, loss, grad_norm)
     if not stability.to_be_judged(state.step, patience):
         return stability
-    base_loss = _base_loss(run, gradient)
-    if not has_diverged(loss, base_loss):
-        logger.info("step %d: loss %.4f is high, but it is %.4f without the adapter", state.step, loss, base_loss)
+    loss_at_start = _loss_at_start(run, gradient)
+    if not has_diverged(loss, loss_at_start):
+        logger.info("step %d: loss %.4f is high, but %s has %.4f", state.step, loss, named_start(run), loss_at_start)
         return cleared(loss, grad_norm)
     raise _diverged(
         run,
         replace(state, stability=stability),
         f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
-        f"loss had come down to {stability.lowest_loss_level:.4g}); the base model without the adapter has "
-        f"{base_loss:.4g} on the same rows",
+        f"loss had come down to {stability.lowest_loss_level:.4g}); {named_start(run)} has {loss_at_start:.4g} on the "
+        "same rows",
     )
 
 
@@ -234,19 +235,19 @@ def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: _Gra
     loss = _loss_without_gradient(run, gradient)
     if not state.stability.end_to_be_judged(loss_before, loss):
         return
-    base_loss = _base_loss(run, gradient)
-    if has_diverged(loss, base_loss):
+    loss_at_start = _loss_at_start(run, gradient)
+    if has_diverged(loss, loss_at_start):
         raise _diverged(
             run,
             state,
             f"loss {loss:.4g} with the finished adapter on the rows of the last step ({loss_before:.4g} before it); "
-            f"the base model without it has {base_loss:.4g} (spec.training.divergencePatience: 0 would publish it)",
+            f"{named_start(run)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
         )
 
 
-def _base_loss(run: Run, gradient: _Gradient) -> float:
-    """Mean loss of the step without the adapter."""
-    with run.model.disable_adapter():
+def _loss_at_start(run: Run, gradient: _Gradient) -> float:
+    """Mean loss of the step as the model was before the first one."""
+    with as_at_start(run):
         return _loss_without_gradient(run, gradient)
 
 

@@ -97,6 +97,8 @@ class Run:
     storage: Storage
     base_check: BaseCheck | None
     """Reads the base's files again, in one process of each node."""
+    initial_adapter_sha256: str | None
+    """Of the adapter in the workspace with which the run was initialized; None if it began with a new one."""
     attempts: Sequence[Attempt]
     """All so far, the running one included."""
     schedule: Schedule
