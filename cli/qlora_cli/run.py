@@ -121,11 +121,28 @@ def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps:
     """One sentence for each claim or ConfigMap that the job names and no option maps to a folder."""
     addresses = {
         "spec.model.source": spec.model.source,
+        **_data_addresses(spec),
+        **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
+    }
+    return _missing(addresses, claims, config_maps)
+
+
+def missing_data(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
+    """The same for what the rows are read and written with."""
+    return _missing(_data_addresses(spec), claims, config_maps)
+
+
+def _data_addresses(spec: QLoRAJobSpec) -> dict[str, str | None]:
+    return {
         "spec.dataset.source": spec.dataset.source,
         "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
         "spec.dataset.chatTemplate": spec.dataset.template_address,
-        **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }
+
+
+def _missing(
+    addresses: Mapping[str, str | None], claims: Mapping[str, Path], config_maps: Mapping[str, Path]
+) -> list[str]:
     problems = []
     for field, address in addresses.items():
         source = parse_source(address) if address else None
