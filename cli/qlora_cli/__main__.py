@@ -19,6 +19,7 @@ from qlora_cli.rows import RowAccess, show_lengths, show_rows
 from qlora_cli.run import Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.outcome import steps_done
 
 
 def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
@@ -164,6 +165,11 @@ def _row_access(
 @_volume
 @_config_map
 @click.option(
+    "--continues",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Workspace of the run that spec.continues names.",
+)
+@click.option(
     "--device",
     type=click.Choice(get_args(Device)),
     help="Device to train on; by default cuda, if there is a driver.",
@@ -174,6 +180,7 @@ def run(
     resume: bool,
     claims: dict[str, Path],
     config_maps: dict[str, Path],
+    continues: Path | None,
     device: Device | None,
 ) -> None:
     """Run the job in FILE on this machine: prepare, train, publish.
@@ -192,7 +199,8 @@ def run(
     config_maps = {**(earlier.config_maps if earlier else {}), **config_maps}
     if (nodes := document.spec.resources.node_count) > 1:
         _fail(f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE")
-    missing = missing_sources(document.spec, claims, config_maps)
+    continues = continues or (earlier.continues if earlier else None)
+    missing = missing_sources(document.spec, claims, config_maps, continues)
     if missing:
         _fail("\n".join(missing))
     if importlib.util.find_spec("torch") is None:
@@ -202,7 +210,7 @@ def run(
     if device is None:
         device = "cuda" if has_gpu() else "cpu"
         console.print(f"Training on {device}; choose with --device.", highlight=False)
-    local = LocalRun(document, workspace, claims, config_maps, device)
+    local = LocalRun(document, workspace, claims, config_maps, device, continues)
     try:
         ended = run_steps(local, ConsoleDisplay(console, local.layout.records))
     except OSError as error:
@@ -231,6 +239,7 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("Adapter", adapter.uri)
     table.add_row("SHA-256", adapter.sha256)
+    table.add_row("Optimizer steps", steps_done(trained.training_step or 0, trained.total_steps, adapter.step))
     table.add_row("Training loss", _number(trained.loss))
     if trained.eval_loss is not None:
         table.add_row(

@@ -82,6 +82,6 @@ def describe(record: ProgressRecord) -> str:
         parts.append(f"held-out {record.eval_loss:.3f}")
     if record.tokens_per_second is not None:
         parts.append(f"{record.tokens_per_second:.0f} tokens/s")
-    if record.remaining_seconds is not None and record.training_step < record.total_steps:
+    if record.remaining_seconds:
         parts.append(f"{format_duration(record.remaining_seconds)} left")
     return ", ".join(parts)

@@ -57,6 +57,8 @@ class LocalRun:
     claims: Mapping[str, Path]
     config_maps: Mapping[str, Path]
     device: Device
+    continues: Path | None = None
+    """Workspace of the job that spec.continues names."""
 
     @property
     def layout(self) -> WorkspaceLayout:
@@ -69,6 +71,7 @@ class LocalRun:
             "device": self.device,
             "claims": {name: str(folder.absolute()) for name, folder in self.claims.items()},
             "configMaps": {name: str(folder.absolute()) for name, folder in self.config_maps.items()},
+            **({} if self.continues is None else {"continues": str(self.continues.absolute())}),
         }
         write_atomically(self.layout.records / _LOCATIONS_FILE, json.dumps(locations, indent=2).encode() + b"\n")
         job = self.layout.records / _JOB_FILE
@@ -85,7 +88,8 @@ class LocalRun:
             claims, config_maps = (
                 {name: Path(folder) for name, folder in locations[key].items()} for key in ("claims", "configMaps")
             )
-            return cls(document, workspace, claims, config_maps, _device(locations["device"]))
+            continues = Path(locations["continues"]) if "continues" in locations else None
+            return cls(document, workspace, claims, config_maps, _device(locations["device"]), continues)
         except FileNotFoundError as missing:
             raise ValueError(f"{workspace} holds no run to resume: {missing.filename} does not exist") from missing
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -117,14 +121,22 @@ def _device(name: object) -> Device:
     raise ValueError(f"device in {_LOCATIONS_FILE} is {str(name)[:80]!r}: must be one of {', '.join(get_args(Device))}")
 
 
-def missing_sources(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
-    """One sentence for each claim or ConfigMap that the job names and no option maps to a folder."""
+def missing_sources(
+    spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path], continues: Path | None
+) -> list[str]:
+    """One sentence for each claim, ConfigMap or other job that the job names and no option maps to a folder."""
     addresses = {
         "spec.model.source": spec.model.source,
+        "spec.lora.from.source": spec.lora.initial_adapter.source if spec.lora.initial_adapter else None,
         **_data_addresses(spec),
         **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }
-    return _missing(addresses, claims, config_maps)
+    problems = _missing(addresses, claims, config_maps)
+    if spec.continues is not None and continues is None:
+        problems.append(f"spec.continues is {spec.continues}: give the workspace of that run with --continues DIR")
+    if spec.continues is None and continues is not None:
+        problems.append("--continues is for a job that names another one in spec.continues: set that in FILE")
+    return problems
 
 
 def missing_data(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
@@ -297,7 +309,8 @@ def _follow(step: _Step, job_uid: str, display: Display) -> ResultRecord | None:
 
 def _registries(spec: QLoRAJobSpec) -> list[str]:
     """The registries that the job names, in the form of a profile's list; one on this machine is used without TLS."""
-    addresses = (parse_source(uri) for uri in (spec.model.source, *spec.output.destinations.values()))
+    initial = [spec.lora.initial_adapter.source] if spec.lora.initial_adapter else []
+    addresses = (parse_source(uri) for uri in (spec.model.source, *initial, *spec.output.destinations.values()))
     hosts = sorted({source.registry for source in addresses if isinstance(source, RegistrySource)})
     return [f"http://{host}" if host.partition(":")[0] in ("localhost", "127.0.0.1") else host for host in hosts]
 
@@ -314,4 +327,6 @@ def _command(run: LocalRun, step: StepName, job_file: Path) -> list[str]:
         command += ["--volume", f"{name}={folder.absolute()}"]
     for name, folder in run.config_maps.items():
         command += ["--config-map", f"{name}={folder.absolute()}"]
+    if run.continues is not None:
+        command += ["--continues", str(run.continues.absolute())]
     return command

@@ -16,6 +16,7 @@ from qlora_api.status import (
     Count,
     DatasetStatus,
     Finite,
+    GateStatus,
     MemoryStatus,
     MergedStatus,
     Share,
@@ -47,6 +48,8 @@ MODEL_CACHE_MOUNT = PurePosixPath("/model-cache")
 TOKEN_FILE = PurePosixPath("/secrets/model/token")
 # In it a folder for each part of the spec whose secretRef a step may read, with a file for each key.
 CREDENTIALS_MOUNT = PurePosixPath("/credentials")
+CONTINUED_MOUNT = PurePosixPath("/continued")
+"""The workspace folder of the job that spec.continues names; only prepare has it, and cannot write to it."""
 
 ENV_POD_UID = "QLORA_POD_UID"
 ENV_ATTEMPT = "QLORA_ATTEMPT"
@@ -91,6 +94,7 @@ class ExitCode(IntEnum):
     DOES_NOT_FIT = 17
     RETRIES_EXHAUSTED = 18
     UNSUPPORTED_CONTRACT = 19
+    GATE_FAILED = 20
     INTERRUPTED = 143
     UNREACHABLE = 200
     PEER_LOST = 201
@@ -105,7 +109,7 @@ class ExitCode(IntEnum):
     @property
     def permanent(self) -> bool:
         """Whether another attempt would end in the same way, so that the step is not retried."""
-        return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.UNSUPPORTED_CONTRACT
+        return ExitCode.BAD_CONFIGURATION <= self <= ExitCode.GATE_FAILED
 
 
 PERMANENT_EXIT_CODES = tuple(int(code) for code in ExitCode if code.permanent)
@@ -162,6 +166,7 @@ class ResultRecord(_Record):
     initial_eval_loss: Finite | None = None
     peak_memory_bytes: Bytes | None = None
     goodput: Share | None = None
+    gate: GateStatus | None = None
     adapter: AdapterStatus | None = None
     merged: MergedStatus | None = None
 
@@ -210,6 +215,16 @@ class WorkspaceLayout:
     def checkpoints(self) -> Path:
         """`checkpoints/step-N/`, each complete or absent."""
         return self.root / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The adapter of the best evaluation, until a checkpoint holds it."""
+        return self.root / "best"
+
+    @property
+    def initial_adapter(self) -> Path:
+        """The adapter of spec.lora.from, checked by prepare."""
+        return self.root / "initial-adapter"
 
     @property
     def trained(self) -> Path:

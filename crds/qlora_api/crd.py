@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from qlora_api.schema import rule, rules
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.v1alpha1 import GROUP, KIND, MAX_NAME_LENGTH, PLURAL, VERSION, QLoRAJobSpec
+from qlora_api.v1alpha1 import GROUP, KIND, MAX_NAME_LENGTH, OTHER_JOB_RULE, PLURAL, VERSION, QLoRAJobSpec
 
 Schema = dict[str, Any]
 
@@ -63,7 +63,7 @@ def custom_resource_definition() -> Schema:
             "spec": spec,
             "status": status,
         },
-        **rules(_NAME_RULE),
+        **rules(_NAME_RULE, OTHER_JOB_RULE),
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",

@@ -1,4 +1,4 @@
-"""The part of a QLoRAJob's spec that says where the base model comes from and where the adapter is published."""
+"""The part of a QLoRAJob's spec that says where models and adapters come from and where the adapter is published."""
 
 from itertools import combinations
 from typing import Annotated, Self
@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.profile import ObjectName
 from qlora_api.schema import ApiModel, rule, rules
-from qlora_api.sources import FolderAddress, ModelAddress
+from qlora_api.sources import AdapterAddress, FolderAddress, ModelAddress
 
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 
@@ -70,6 +70,42 @@ class BaseModelSpec(ApiModel):
     def _revision_of_a_repository(self) -> Self:
         if self.revision is not None and not self.source.startswith("hf://"):
             raise ValueError(_NO_REVISION)
+        return self
+
+
+_NOTHING_TO_READ = "secretRef is for s3://, hf:// and oci:// adapters: remove it, or name another source"
+
+
+class InitialAdapterSpec(ApiModel):
+    """An earlier adapter with which training is initialized. It must be of the same base, rank, alpha and targets."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("!has(self.secretRef) || !self.source.startsWith('pvc://')", _NOTHING_TO_READ),
+        )
+    )
+
+    source: AdapterAddress = Field(
+        description="Folder with adapter_model.safetensors and adapter_config.json, as output.destination or "
+        "status.adapter.uri of another job names it: pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT) or "
+        "oci://REGISTRY/REPOSITORY:TAG (or @sha256:DIGEST). Prepare copies it into the workspace."
+    )
+    sha256: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        max_length=64,
+        description="SHA-256 of adapter_model.safetensors; any other file is rejected. Not compared if not set.",
+    )
+    secret_ref: SecretRef | None = Field(
+        None,
+        description="Credentials for reading the source. Only the prepare step mounts them. Without it, an hf:// "
+        "adapter is read with model.tokenSecretRef.",
+    )
+
+    @model_validator(mode="after")
+    def _secret_of_a_server(self) -> Self:
+        if self.secret_ref is not None and self.source.startswith("pvc://"):
+            raise ValueError(_NOTHING_TO_READ)
         return self
 
 

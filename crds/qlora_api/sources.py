@@ -15,6 +15,7 @@ _REPOSITORY = rf"{_SEGMENT}/{_SEGMENT}"
 
 _HUB_MODEL = rf"hf://{_REPOSITORY}"
 _HUB_DATASET = rf"hf://{_REPOSITORY}(/{_PATH})?"
+_HUB_COMMIT = rf"{_HUB_MODEL}@[0-9a-f]{{40}}"
 _VOLUME = rf"pvc://{_CLAIM}(/{_PATH})?/?"
 _CONFIG_MAP = rf"configMap://{_CLAIM}/[-_a-zA-Z0-9][-._a-zA-Z0-9]*"
 _OBJECTS = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_PATH}/?"
@@ -37,6 +38,8 @@ class HubSource:
 
     repository: str
     path: str = ""
+    commit: str | None = None
+    """None: the newest."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ Source = HubSource | VolumeSource | ConfigMapSource | ObjectStoreSource | Regist
 
 def parse_source(uri: str) -> Source:
     """The parsed form of an address that the schema has admitted. Raises ValueError for any other."""
-    if not re.fullmatch("|".join((_HUB_DATASET, _VOLUME, _CONFIG_MAP, _OBJECTS, _TAGGED_OR_PINNED)), uri):
+    if not re.fullmatch("|".join((_HUB_DATASET, _HUB_COMMIT, _VOLUME, _CONFIG_MAP, _OBJECTS, _TAGGED_OR_PINNED)), uri):
         raise ValueError(
             f"{uri!r} is not an address; allowed are hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH, "
             "oci://REGISTRY/REPOSITORY:TAG and configMap://NAME/KEY"
@@ -111,6 +114,9 @@ def parse_source(uri: str) -> Source:
         tagged, _, digest = tail.partition("@")
         repository, _, tag = tagged.partition(":")
         return RegistrySource(head, repository, tag or None, digest or None)
+    name, _, commit = tail.partition("@")
+    if commit:
+        return HubSource(f"{head}/{name}", commit=commit)
     name, _, path = tail.partition("/")
     return HubSource(f"{head}/{name}", path)
 
@@ -137,6 +143,12 @@ _dataset, _dataset_rules = _address(
     f"{_HUB_DATASET}|{_VOLUME}|{_OBJECTS}|{_CONFIG_MAP}",
     "hf://ORG/NAME, pvc://CLAIM/PATH, s3://BUCKET/PATH or configMap://NAME/KEY",
 )
+# As destinations are written, and as status.adapter.uri names what was published there.
+_adapter, _adapter_rules = _address(
+    f"{_HUB_MODEL}|{_HUB_COMMIT}|{_VOLUME}|{_OBJECTS}|{_TAGGED_OR_PINNED}",
+    "pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT) or oci://REGISTRY/REPOSITORY:TAG (or "
+    "@sha256:DIGEST)",
+)
 # A claim's root is shared, so a destination needs a folder; a digest is not known before the upload.
 _folder, _folder_rules = _address(
     rf"pvc://{_CLAIM}/{_PATH}/?|{_OBJECTS}|{_HUB_MODEL}|{_ARTIFACT}{_TAG}",
@@ -148,5 +160,6 @@ _template, _template_rules = _address(
 
 ModelAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_model_rules), _model]
 DatasetAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_dataset_rules), _dataset]
+AdapterAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_adapter_rules), _adapter]
 FolderAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_folder_rules), _folder]
 TemplateAddress = Annotated[str, Field(max_length=MAX_SOURCE_LENGTH, json_schema_extra=_template_rules), _template]

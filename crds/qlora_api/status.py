@@ -10,7 +10,7 @@ from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
 
 MAX_MESSAGE_LENGTH = 1024
-MAX_DOCUMENT_LENGTH = 65_536
+MAX_DOCUMENT_LENGTH = 131_072
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 MemorySource = Literal["DryRun", "Table"]
@@ -51,6 +51,15 @@ class Condition(ObservedModel):
     observed_generation: int = Field(0, ge=-1, le=2**53, description="Generation of the spec that it is about.")
 
 
+class ContinuedRun(ObservedModel):
+    """The workspace of the job that spec.continues names, as it was when this job started."""
+
+    job: ShortText = Field(description="Name of that job.")
+    uid: str = Field(max_length=64, description="Its UID.")
+    claim_name: str = Field(max_length=253, description="The PersistentVolumeClaim of its workspace.")
+    workspace_path: str = Field(max_length=256, description="Its own folder on that claim, which prepare reads.")
+
+
 class Resolved(ObservedModel):
     """What was fixed before the first pod, so that an upgrade of the operator does not change a running job."""
 
@@ -64,6 +73,9 @@ class Resolved(ObservedModel):
         max_length=MAX_DOCUMENT_LENGTH,
         description="What the pods read, as JSON: the part of the spec that the steps need. Not set if an earlier "
         "release has started the job.",
+    )
+    continued: ContinuedRun | None = Field(
+        None, description="Where the run is that spec.continues takes up; not set without it."
     )
     queue_name: ShortText | None = Field(None, description="Kueue's LocalQueue of the train step.")
     queue_priority: ShortText | None = Field(None, description="Kueue's WorkloadPriorityClass of the train step.")
@@ -102,10 +114,14 @@ class ProgressStatus(ObservedModel):
 
     step: Count = Field(0, description="Optimizer steps done.")
     total_steps: Count = Field(0, description="Optimizer steps in all.")
-    percent: int = Field(0, ge=0, le=100, description="Steps done, in percent.")
+    percent: int = Field(
+        0, ge=0, le=100, description="Steps done, in percent; 100 once training.earlyStopping has ended the run."
+    )
     epoch: Finite = Field(0.0, ge=0, le=1e9, description="Passes over the data so far.")
     loss: Finite | None = Field(None, description="Training loss per target token (natural log) in the latest step.")
-    eval_loss: Finite | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
+    eval_loss: Finite | None = Field(
+        None, description="Loss on the held-out rows in the latest evaluation; of the finished adapter at the end."
+    )
     learning_rate: Finite | None = Field(None, description="Learning rate of the latest step.")
     tokens_per_second: Finite | None = Field(None, description="Tokens per second, without padding.")
     peak_memory_bytes: Bytes | None = Field(None, description="Peak GPU memory (on CPU: resident memory).")
@@ -117,7 +133,9 @@ class ProgressStatus(ObservedModel):
         description="Share of the time of all train pods, from 0 to 1, that is in the adapter: optimizer steps and "
         "evaluations that no interruption has undone. The rest is loading, saving and steps that were repeated.",
     )
-    summary: ShortText = Field("", description='Progress for people, for example "42% 420/1000".')
+    summary: ShortText = Field(
+        "", description='Progress for people, for example "42% 420/1000", or "stopped early 420/1000".'
+    )
     remaining: ShortText = Field("", description='Time left for training, for example "1h12m".')
     updated_at: Timestamp | None = Field(None, description="When the trainer reported this.")
 
@@ -193,6 +211,40 @@ class CheckpointStatus(ObservedModel):
     saved_at: Timestamp = Field(description="When it was saved.")
 
 
+class GateCriterion(ObservedModel):
+    """One limit of the gate, and what was found."""
+
+    name: ShortText = Field(description="The field of spec.gate.")
+    required: Finite = Field(description="Its value.")
+    found: Finite = Field(description="What the adapter has.")
+    passed: bool = Field(description="Whether that is enough.")
+
+
+class GateStatus(ObservedModel):
+    """Whether the adapter is good enough to be published, and what was measured."""
+
+    passed: bool = Field(description="Whether every limit of spec.gate is met.")
+    adapter_sha256: str = Field(
+        max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the adapter that was judged."
+    )
+    criteria: tuple[GateCriterion, ...] = Field((), max_length=8, description="The limits that spec.gate sets.")
+    eval_loss: Finite | None = Field(None, description="Held-out loss of the adapter.")
+    initial_eval_loss: Finite | None = Field(None, description="Held-out loss before training.")
+    eval_tokens: Count | None = Field(None, description="Number of target tokens that both losses are means of.")
+    score: Share | None = Field(None, description="Share of the adapter's answers that passed the check.")
+    base_score: Share | None = Field(None, description="The same of the base's answers, to the same rows.")
+    score_rows: Count | None = Field(None, description="Number of held-out rows that were answered.")
+
+
+class InitialAdapterStatus(ObservedModel):
+    """The adapter with which training was initialized."""
+
+    source: Uri = Field(description="Its address, with the commit or digest where there is one.")
+    sha256: str = Field(
+        max_length=64, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of its adapter_model.safetensors."
+    )
+
+
 class AdapterStatus(ObservedModel):
     """The finished adapter."""
 
@@ -202,6 +254,10 @@ class AdapterStatus(ObservedModel):
     base_model: Uri = Field(description="The base model, as in the spec.")
     base_revision: ShortText = Field(description="Commit or content digest of the base model.")
     rank: int = Field(ge=1, le=8192, description="LoRA rank, as in the spec.")
+    step: Count | None = Field(
+        None,
+        description="Optimizer steps that it was trained for; with training.keep best, up to the best evaluation.",
+    )
     served_rank: int | None = Field(
         None,
         ge=1,
@@ -211,6 +267,9 @@ class AdapterStatus(ObservedModel):
     )
     quantization: ShortText = Field(
         description="How the base was quantized in training, for example nf4 with double quantization."
+    )
+    initial_adapter: InitialAdapterStatus | None = Field(
+        None, alias="from", description="The adapter of spec.lora.from; not set without one."
     )
 
 
@@ -259,6 +318,7 @@ class QLoRAJobStatus(ObservedModel):
     dataset: DatasetStatus | None = Field(None, description="What prepare found in the data set.")
     base: BaseStatus | None = Field(None, description="How prepare got the base model.")
     checkpoint: CheckpointStatus | None = Field(None, description="The latest checkpoint.")
+    gate: GateStatus | None = Field(None, description="Whether the adapter has passed spec.gate; not set without one.")
     adapter: AdapterStatus | None = Field(None, description="The finished adapter.")
     merged: MergedStatus | None = Field(None, description="The merged model, if output.merged is set.")
     failures: Count = Field(0, description="Attempts so far that ended with an error.")

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from qlora_api.model_and_output import InitialAdapterSpec
 from qlora_api.profile import Quantity
 from qlora_api.schema import ApiModel, rule, rules
 
@@ -21,8 +22,18 @@ class QuantizationSpec(ApiModel):
     )
 
 
+_TWO_INITIALIZATIONS = (
+    "initialization: loftq and from both say how the adapter is initialized: remove one of them (an adapter that was "
+    "initialized with loftq can be named in from)"
+)
+
+
 class LoraSpec(ApiModel):
     """The low-rank adapter that is trained."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(rule("!has(self.from) || self.initialization != 'loftq'", _TWO_INITIALIZATIONS))
+    )
 
     rank: int = Field(
         64, ge=1, le=1024, description="Rank r of the adapter. A server must allow it (vLLM: --max-lora-rank)."
@@ -64,6 +75,45 @@ class LoraSpec(ApiModel):
         "float32",
         description="Type of the stored adapter weights. bfloat16 saves memory but loses small updates.",
     )
+    initial_adapter: InitialAdapterSpec | None = Field(
+        None,
+        alias="from",
+        description="An earlier adapter to train further, instead of a new one. The base, rank, alpha, useRslora, "
+        "useDora, modulesToSave and the adapted layers must be those of that adapter.",
+    )
+
+    @model_validator(mode="after")
+    def _one_initialization(self) -> Self:
+        if self.initial_adapter is not None and self.initialization == "loftq":
+            raise ValueError(_TWO_INITIALIZATIONS)
+        return self
+
+
+class EarlyStoppingSpec(ApiModel):
+    """When training ends before its last optimizer step: once the loss on the held-out rows no longer falls."""
+
+    patience: int = Field(
+        ge=1,
+        le=10_000,
+        description="Evaluations in a row without an improvement after which training ends, as a success.",
+    )
+    min_delta: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="By how much (nats per target token) an evaluation must be more than below the lowest loss so far, "
+        "that before training included, to count as an improvement.",
+    )
+
+
+_NOTHING_TO_STOP_AT = (
+    "earlyStopping counts evaluations: set evalEverySteps, the number of optimizer steps between them, or remove "
+    "earlyStopping"
+)
+_NOTHING_TO_CHOOSE = (
+    "keep: best chooses among evaluations, and without evalEverySteps only the last adapter is evaluated: set "
+    "evalEverySteps, or remove keep"
+)
 
 
 class TrainingSpec(ApiModel):
@@ -72,6 +122,8 @@ class TrainingSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("!(has(self.epochs) && has(self.maxSteps))", "set only one of epochs and maxSteps"),
+            rule("!has(self.earlyStopping) || has(self.evalEverySteps)", _NOTHING_TO_STOP_AT),
+            rule("!has(self.keep) || self.keep != 'best' || has(self.evalEverySteps)", _NOTHING_TO_CHOOSE),
         )
     )
 
@@ -145,6 +197,17 @@ class TrainingSpec(ApiModel):
     eval_every_steps: int | None = Field(
         None, ge=1, le=10_000_000, description="Optimizer steps between evaluations; only at start and end if not set."
     )
+    keep: Literal["last", "best"] | None = Field(
+        None,
+        description="The adapter that is published: that of the last optimizer step, or of the evaluation with the "
+        "lowest loss on the held-out rows (the first of equal ones; never the untrained one). best needs dataset.eval "
+        "and evalEverySteps, and disk for one more adapter. last if not set.",
+    )
+    early_stopping: EarlyStoppingSpec | None = Field(
+        None,
+        description="End training once the loss on the held-out rows no longer falls; needs dataset.eval and "
+        "evalEverySteps. Which adapter is published, keep says. Not set: train to the last step.",
+    )
     save_every_steps: int = Field(50, ge=1, le=10_000_000, description="Optimizer steps between checkpoints.")
     samples: int = Field(
         3,
@@ -158,6 +221,14 @@ class TrainingSpec(ApiModel):
     def _only_one_length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("set only one of epochs and maxSteps")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluated_on_the_way(self) -> Self:
+        if self.eval_every_steps is None and self.early_stopping is not None:
+            raise ValueError(_NOTHING_TO_STOP_AT)
+        if self.eval_every_steps is None and self.keep == "best":
+            raise ValueError(_NOTHING_TO_CHOOSE)
         return self
 
 

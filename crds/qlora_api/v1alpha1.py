@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.dataset import DatasetSpec
+from qlora_api.gate import GateSpec
 from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
@@ -17,6 +18,7 @@ KIND = "QLoRAJob"
 PLURAL = "qlorajobs"
 MAX_NAME_LENGTH = 45
 DEFAULT_PROFILE = "default"
+JobName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH, pattern=DNS_LABEL)]
 
 
 class WorkspaceSpec(ApiModel):
@@ -137,11 +139,14 @@ class RetrySpec(ApiModel):
 
 
 MUTABLE_FIELDS = frozenset(
-    {"suspend", "active_deadline_seconds", "cleanup_after_seconds", "progress_deadline_seconds", "retry"}
+    {"suspend", "active_deadline_seconds", "cleanup_after_seconds", "progress_deadline_seconds", "retry", "gate"}
 )
-"""What may change once a job exists: nothing that decides the adapter. Of `resources`, `memory` may."""
-STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources")
-"""The parts of the spec that the pods read; the others are for the operator only."""
+"""What may change once a job exists: nothing that decides the adapter. Of `resources`, `memory` may.
+
+Of `gate`, `score` may not: training has measured it.
+"""
+STEP_FIELDS = ("model", "dataset", "quantization", "lora", "training", "output", "resources", "gate", "continues")
+"""The parts of the spec that the pods read, if they are set; the others are for the operator only."""
 _REMEDY = "delete the QLoRAJob and create it again, or create one with another name"
 _RETAIN_MESSAGE = (
     "workspace.retain: false would delete the adapter together with the job: set output.destination, or retain: true"
@@ -161,6 +166,23 @@ _SHARDED_AND_HALVED = (
     "training.autoMicroBatch repeats a step, which training.sharding: full does not support: remove one of them, "
     "or set a smaller microBatchSize"
 )
+_GATE_AND_NO_ROWS = "gate is decided on held-out rows: set dataset.eval, or remove gate"
+_SCORE_AND_SHARDED = (
+    "gate.score needs the whole base in one process, and training.sharding: full shards it: remove one of them"
+)
+_SCORE_AND_NO_PROMPTS = (
+    "gate.score answers the prompts of held-out rows, and training.trainOn: all trains on prompts like answers: set "
+    "trainOn to completion, or remove gate.score"
+)
+_HAS_SCORE = "has(self.gate) && has(self.gate.score)"
+_HAD_SCORE = "has(oldSelf.gate) && has(oldSelf.gate.score)"
+
+_BEST_OF_NOTHING = (
+    "training.keep: best compares adapters by their loss on held-out rows: set dataset.eval, or remove keep"
+)
+_STOPPED_BY_NOTHING = (
+    "training.earlyStopping watches the loss on held-out rows: set dataset.eval, or remove earlyStopping"
+)
 
 
 def _spec_rules(schema: dict[str, Any]) -> None:
@@ -178,6 +200,17 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             ),
             rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
             rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
+            rule(
+                "!has(self.training.keep) || self.training.keep != 'best' || has(self.dataset.eval)", _BEST_OF_NOTHING
+            ),
+            rule("!has(self.training.earlyStopping) || has(self.dataset.eval)", _STOPPED_BY_NOTHING),
+            rule("!has(self.gate) || has(self.dataset.eval)", _GATE_AND_NO_ROWS),
+            rule(f"!({_HAS_SCORE}) || self.training.sharding != 'full'", _SCORE_AND_SHARDED),
+            rule(f"!({_HAS_SCORE}) || self.training.trainOn != 'all'", _SCORE_AND_NO_PROMPTS),
+            rule(
+                f"({_HAS_SCORE}) == ({_HAD_SCORE}) && (!({_HAS_SCORE}) || self.gate.score == oldSelf.gate.score)",
+                f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
+            ),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )
@@ -187,7 +220,8 @@ def _spec_rules(schema: dict[str, Any]) -> None:
 class QLoRAJobSpec(ApiModel):
     """One fine-tuning run. Immutable, except what does not decide the adapter.
 
-    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, retry and resources.memory.
+    Mutable: suspend, activeDeadlineSeconds, progressDeadlineSeconds, cleanupAfterSeconds, retry, gate except its score,
+    and resources.memory.
     """
 
     model_config = ConfigDict(json_schema_extra=_spec_rules)
@@ -198,6 +232,16 @@ class QLoRAJobSpec(ApiModel):
     lora: LoraSpec = Field(LoraSpec(), description="The adapter.")
     training: TrainingSpec = Field(TrainingSpec(), description="The training run.")
     output: OutputSpec = Field(OutputSpec(), description="Where the adapter is published.")
+    gate: GateSpec | None = Field(
+        None,
+        description="How good the adapter must be to be published; not judged if not set. A change counts from the "
+        "job's next step on, and for a failed job that is retried.",
+    )
+    continues: JobName | None = Field(
+        None,
+        description="Another QLoRAJob of this namespace, whose run is taken up at its newest checkpoint. Model, data "
+        "and settings that decide the adapter must be the same. Starts when that job has ended or is suspended.",
+    )
     workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume that the steps share.")
     resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
     scheduling: SchedulingSpec = Field(SchedulingSpec(), description="Where the pods run.")
@@ -244,6 +288,31 @@ class QLoRAJobSpec(ApiModel):
                 raise ValueError(_SHARDED_AND_HALVED)
         return self
 
+    @model_validator(mode="after")
+    def _held_out_rows_to_judge_by(self) -> Self:
+        if self.dataset.eval is None and self.training.keep == "best":
+            raise ValueError(_BEST_OF_NOTHING)
+        if self.dataset.eval is None and self.training.early_stopping is not None:
+            raise ValueError(_STOPPED_BY_NOTHING)
+        return self
+
+    @model_validator(mode="after")
+    def _gate_can_be_decided(self) -> Self:
+        if self.gate is None:
+            return self
+        if self.dataset.eval is None:
+            raise ValueError(_GATE_AND_NO_ROWS)
+        if self.gate.score is not None and self.training.sharding == "full":
+            raise ValueError(_SCORE_AND_SHARDED)
+        if self.gate.score is not None and self.training.train_on == "all":
+            raise ValueError(_SCORE_AND_NO_PROMPTS)
+        return self
+
+
+_CONTINUES_ITSELF = "spec.continues names this job itself: name the job whose checkpoint is to be taken up"
+OTHER_JOB_RULE = rule("!has(self.spec.continues) || self.spec.continues != self.metadata.name", _CONTINUES_ITSELF)
+"""For the whole object: the spec does not know the job's name."""
+
 
 class ObjectMeta(ApiModel):
     """The part of the metadata that the steps use."""
@@ -262,3 +331,9 @@ class QLoRAJobDocument(ApiModel):
     kind: Literal["QLoRAJob"]
     metadata: ObjectMeta
     spec: QLoRAJobSpec
+
+    @model_validator(mode="after")
+    def _continues_another_job(self) -> Self:
+        if self.spec.continues == self.metadata.name:
+            raise ValueError(_CONTINUES_ITSELF)
+        return self

@@ -14,6 +14,7 @@ from qlora_operator.actions import Actions
 from qlora_operator.cluster import AlreadyExistsError, Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
+from qlora_operator.decisions.continued import waits_for_other_job
 from qlora_operator.decisions.detached import (
     hides_a_pod,
     lacks_earlier_pod,
@@ -132,15 +133,15 @@ class Reconciler:
         `others`: how many jobs of the profile have started; None if they were not counted.
         """
         log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
-        queue = await self._read_queue(view)
-        decision = self._decide(view, log, queue, others or 0)
+        queue, continued = await self._read_queue(view), await self._read_continued(view)
+        decision = self._decide(view, log, queue, others or 0, continued)
         if not view.live and _must_be_confirmed(view, decision):
             confirmed = await self._read(key)
             if confirmed is None:
                 return _Done()
             if self._needs_another_count(confirmed.job, view.job, others):
                 return confirmed
-            decision = self._decide(confirmed, log, queue, others or 0)
+            decision = self._decide(confirmed, log, queue, others or 0, await self._read_continued(confirmed))
         again = self.blocked.until(key, await self._carry_out(decision))
         return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
 
@@ -265,7 +266,21 @@ class Reconciler:
             return None
         return queue_reason(child, workload, condition(job.status, "Succeeded"))
 
-    def _decide(self, view: "_View", log: LogReading, queue: Reason | None, others: int) -> "_Decision":
+    async def _read_continued(self, view: "_View") -> QLoRAJob | None:
+        """The job that spec.continues names, until that is settled; None if there is none that can be read."""
+        job = view.job
+        if not waits_for_other_job(job):
+            return None
+        body = await self.cluster.get_qlora_job(job.namespace, str(job.spec.continues))
+        try:
+            return None if body is None else parse_job(body)
+        except UnreadableJobError as error:
+            logger.warning("%s: %s", job.spec.continues, error, extra={"key": (job.namespace, job.name)})
+            return None
+
+    def _decide(
+        self, view: "_View", log: LogReading, queue: Reason | None, others: int, continued: QLoRAJob | None
+    ) -> "_Decision":
         facts = Facts(
             job=view.job,
             observed=view.observed,
@@ -274,6 +289,7 @@ class Reconciler:
             progress=log.record,
             log_read=log.done,
             queue=queue,
+            continued=continued,
             jobs_of_profile=others,
         )
         status = next_status(facts)

@@ -20,9 +20,11 @@ def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> M
 
 PINNED = {"source": "hf://org/held-out", "revision": "v1", "config": "en", "split": "test", "sha256": "0" * 64}
 EVALUATED = with_value(MINIMAL, "spec.dataset.eval", PINNED)
+SCORE = {"check": "jsonSchema", "schema": '{"type": "object"}', "rows": 10, "maxNewTokens": 64}
+SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 
 
-@pytest.mark.parametrize("manifest", [MINIMAL, FULL, EVALUATED], ids=["minimal", "full", "evaluated"])
+@pytest.mark.parametrize("manifest", [MINIMAL, FULL, EVALUATED, SCORED], ids=["minimal", "full", "evaluated", "scored"])
 def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
     document = QLoRAJobDocument.model_validate(
@@ -50,6 +52,32 @@ REJECTED = {
     "epochs and maxSteps": (
         with_value(MINIMAL, "spec.training", {"epochs": 1, "maxSteps": 10}),
         "spec.training: Invalid value: set only one of epochs and maxSteps",
+    ),
+    "the best of no evaluation": (
+        with_value(MINIMAL, "spec.training", {"keep": "best", "evalEverySteps": 10}),
+        "training.keep: best compares adapters by their loss on held-out rows: set dataset.eval",
+    ),
+    "the best of one evaluation": (
+        with_value(with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1}), "spec.training.keep", "best"),
+        "keep: best chooses among evaluations, and without evalEverySteps only the last adapter is evaluated",
+    ),
+    "early stopping without held-out rows": (
+        with_value(MINIMAL, "spec.training", {"earlyStopping": {"patience": 3}, "evalEverySteps": 10}),
+        "training.earlyStopping watches the loss on held-out rows: set dataset.eval",
+    ),
+    "early stopping without evaluations on the way": (
+        with_value(
+            with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1}), "spec.training.earlyStopping.patience", 3
+        ),
+        "earlyStopping counts evaluations: set evalEverySteps, the number of optimizer steps between them",
+    ),
+    "no patience": (
+        with_value(MINIMAL, "spec.training.earlyStopping", {"patience": 0}),
+        "spec.training.earlyStopping.patience",
+    ),
+    "patience left out": (
+        with_value(MINIMAL, "spec.training.earlyStopping", {"minDelta": 0.1}),
+        "spec.training.earlyStopping.patience: Required value",
     ),
     "eval source and fraction": (
         with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://a/b.jsonl", "fraction": 0.1}),
@@ -133,6 +161,31 @@ REJECTED = {
         with_value(MINIMAL, "spec.model.secretRef", {"name": "keys"}),
         "secretRef is for s3:// and oci:// models: for an hf:// model set tokenSecretRef",
     ),
+    "credentials of an adapter on a volume": (
+        with_value(MINIMAL, "spec.lora.from", {"source": "pvc://a/b", "secretRef": {"name": "keys"}}),
+        "secretRef is for s3://, hf:// and oci:// adapters",
+    ),
+    "bad sha256 of an adapter": (
+        with_value(MINIMAL, "spec.lora.from", {"source": "pvc://a/b", "sha256": "abc"}),
+        "spec.lora.from.sha256",
+    ),
+    "an adapter in a ConfigMap": (
+        with_value(MINIMAL, "spec.lora.from", {"source": "configMap://a/b"}),
+        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT)",
+    ),
+    "a branch of an adapter": (
+        with_value(MINIMAL, "spec.lora.from", {"source": "hf://org/adapter@main"}),
+        "must be pvc://CLAIM/PATH, s3://BUCKET/PATH, hf://ORG/NAME (or @COMMIT)",
+    ),
+    "two initializations": (
+        with_value(MINIMAL, "spec.lora", {"from": {"source": "pvc://a/b"}, "initialization": "loftq"}),
+        "initialization: loftq and from both say how the adapter is initialized",
+    ),
+    "a job that continues itself": (
+        with_value(MINIMAL, "spec.continues", "tune"),
+        "spec.continues names this job itself",
+    ),
+    "a job of another namespace": (with_value(MINIMAL, "spec.continues", "other/tune"), "spec.continues"),
     "credentials of data on a volume": (
         with_value(MINIMAL, "spec.dataset.secretRef", {"name": "keys"}),
         "secretRef is for s3:// data",
@@ -208,6 +261,26 @@ REJECTED = {
     "a base sharded and steps repeated": (
         with_value(SHARDED, "spec.training.autoMicroBatch", True),
         "training.autoMicroBatch repeats a step",
+    ),
+    "a gate without rows": (
+        with_value(MINIMAL, "spec.gate", {"minImprovement": 0.1}),
+        "gate is decided on held-out rows: set dataset.eval",
+    ),
+    "a gate of nothing": (
+        with_value(EVALUATED, "spec.gate", {}),
+        "set at least one of minImprovement, maxEvalLoss, minScore and score",
+    ),
+    "a score of more than all": (with_value(SCORED, "spec.gate.minScore", 1.5), "spec.gate.minScore"),
+    "a lowest score of nothing": (without(SCORED, "spec.gate.score"), "minScore needs score"),
+    "a check without its schema": (without(SCORED, "spec.gate.score.schema"), "check jsonSchema needs schema"),
+    "a pattern for a schema": (with_value(SCORED, "spec.gate.score.pattern", "a"), "check regex needs pattern"),
+    "a score of rows without prompts": (
+        with_value(SCORED, "spec.training.trainOn", "all"),
+        "gate.score answers the prompts of held-out rows",
+    ),
+    "a base sharded and scored": (
+        with_value(with_value(SCORED, "spec.training.sharding", "full"), "spec.resources.gpus", 2),
+        "gate.score needs the whole base",
     ),
     "bad quantity": (with_value(MINIMAL, "spec.resources.memory", "much"), "spec.resources.memory"),
     "bad sha256": (with_value(MINIMAL, "spec.dataset.sha256", "abc"), "spec.dataset.sha256"),
@@ -287,6 +360,8 @@ CHANGES = {
     "cpu": with_value(FULL, "spec.resources.cpu", "3"),
     "nodes": with_value(FULL, "spec.resources.nodes", 3),
     "queue": with_value(FULL, "spec.scheduling.queueName", "gpus"),
+    "another run to continue": with_value(FULL, "spec.continues", "other"),
+    "no run to continue": without(FULL, "spec.continues"),
     "optional field added": with_value(FULL, "spec.dataset.columns.system", "role"),
 }
 
@@ -315,6 +390,8 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
         with_value(FULL, "spec.retry.request", 1),
         with_value(FULL, "spec.retry.maxFailures", 2),
         with_value(FULL, "spec.resources.memory", "99Gi"),
+        with_value(FULL, "spec.gate", {"minImprovement": 0.05}),
+        without(FULL, "spec.gate"),
         without(FULL, "spec.retry"),
         with_value(FULL, "metadata.labels", {"team": "a"}),
     ],
@@ -327,16 +404,27 @@ def test_a_change_of_a_created_job_is_rejected_with_what_to_do(plane: ControlPla
         "request",
         "retries",
         "memory",
+        "gate",
+        "gate removed",
         "retry removed",
         "labels",
     ],
 )
 def test_what_may_change_may_change(plane: ControlPlane, manifest: Manifest) -> None:
     changed = apply(plane, manifest)
-    for field in ("suspend", "activeDeadlineSeconds", "cleanupAfterSeconds", "progressDeadlineSeconds"):
+    for field in ("suspend", "activeDeadlineSeconds", "cleanupAfterSeconds", "progressDeadlineSeconds", "gate"):
         assert changed["spec"].get(field) == manifest["spec"].get(field)
     assert (manifest["spec"].get("retry") or {}).items() <= changed["spec"]["retry"].items()
     assert changed["spec"]["resources"]["memory"] == manifest["spec"]["resources"]["memory"]
+
+
+def test_the_limit_of_a_score_may_change_and_what_is_scored_may_not(plane: ControlPlane) -> None:
+    scored = with_value(with_value(SCORED, "metadata.name", "scored"), "spec.model.source", "hf://org/other")
+    apply(plane, scored, dry_run=False)
+    assert apply(plane, with_value(scored, "spec.gate.minScore", 0.5))["spec"]["gate"]["minScore"] == 0.5
+    for manifest in (with_value(scored, "spec.gate.score.rows", 20), without(scored, "spec.gate")):
+        with pytest.raises(ClusterError, match=r"spec\.gate\.score cannot be changed once the job exists, as training"):
+            apply(plane, manifest)
 
 
 def test_a_merged_model_that_would_be_deleted_with_its_job_is_rejected(plane: ControlPlane) -> None:

@@ -343,7 +343,7 @@ OPERATOR = (
     Mutant(
         name="an-old-profile-is-kept",
         file=f"{_DECISIONS}/taking_up.py",
-        old='"resolved": with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared")),',
+        old='"resolved": _resolved_again(status, facts),',
         new='"resolved": status.resolved,',
         tests=(
             f"{_OPERATOR_TESTS}/test_taking_up.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
@@ -841,6 +841,13 @@ OPERATOR = (
             f"{_OPERATOR_TESTS}/test_handlers.py::test_a_job_that_is_created_anew_is_known_although_the_deletion_of_the_old_one_is_shown_last",
         ),
     ),
+    Mutant(
+        name="a-running-job-is-continued",
+        file=f"{_DECISIONS}/continued.py",
+        old='if not (is_finished(other.status) or is_true(other.status, "Suspended")):',
+        new="if False:",
+        tests=(f"{_OPERATOR_TESTS}/test_continued.py::test_until_then_it_waits_says_why_and_is_looked_at_again",),
+    ),
 )
 
 TRAINER = (
@@ -1025,6 +1032,27 @@ TRAINER = (
         ),
     ),
     Mutant(
+        name="the-best-adapter-is-not-restored",
+        file=f"{_TRAINER}/training/resume.py",
+        old="    run.best = best_of(checkpoint)\n",
+        new="",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/steps/test_best_adapter.py"
+                "::test_a_disturbed_run_ends_at_the_same_step_with_the_same_best_adapter"
+            ),
+        ),
+    ),
+    Mutant(
+        name="patience-for-one-evaluation-more",
+        file=f"{_TRAINER}/training/evaluations.py",
+        old="self.without_improvement >= early_stopping.patience",
+        new="self.without_improvement > early_stopping.patience",
+        tests=(
+            "tests/unit/qlora_trainer/test_evaluations.py::test_a_run_ends_after_so_many_evaluations_without_improvement",
+        ),
+    ),
+    Mutant(
         name="a-creeping-loss-is-never-suspect",
         file=f"{_TRAINER}/training/divergence.py",
         old="loss > self.lowest_loss_level + LOSS_RISE_NATS",
@@ -1035,6 +1063,32 @@ TRAINER = (
                 "::test_a_loss_that_creeps_upward_is_judged_although_no_step_is_far_above_the_latest_level"
             ),
         ),
+    ),
+    Mutant(
+        name="one-limit-that-is-met-opens-the-gate",
+        file=f"{_TRAINER}/publishing/gate.py",
+        old="passed=all(",
+        new="passed=any(",
+        tests=("tests/unit/qlora_trainer/test_gate.py::test_every_limit_must_be_met",),
+    ),
+    Mutant(
+        name="an-adapter-that-did-not-pass-is-published",
+        file=f"{_TRAINER}/steps/publish.py",
+        old="if job.gate is not None and not job.gate.passed:",
+        new="if False and job.gate is not None and not job.gate.passed:",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/steps/test_gate.py"
+                "::test_an_adapter_that_does_not_pass_stays_in_the_workspace_and_describes_itself"
+            ),
+        ),
+    ),
+    Mutant(
+        name="a-score-of-another-adapter-counts",
+        file=f"{_TRAINER}/publishing/gate.py",
+        old="if trained.score.adapter_sha256 != trained.adapter_sha256:",
+        new="if not trained.score.adapter_sha256:",
+        tests=("tests/unit/qlora_trainer/test_gate.py::test_a_score_of_another_adapter_is_rejected",),
     ),
     Mutant(
         name="gradient-norms-may-rise-ninefold-more",
@@ -1090,6 +1144,22 @@ TRAINER = (
                 "::test_logits_whose_exponential_overflows_have_the_loss_and_gradient_of_cross_entropy"
             ),
         ),
+    ),
+    Mutant(
+        name="a-run-with-an-earlier-adapter-is-compared-with-the-base",
+        file=f"{_TRAINER}/training/start.py",
+        old="if run.initial_adapter_sha256 is None:\n        with run",
+        new="if True:\n        with run",
+        tests=(
+            f"{_TRAINER_TESTS}/steps/test_initial_adapter.py::test_the_run_is_compared_with_where_it_began_and_goes_on_to_the_last_bit",
+        ),
+    ),
+    Mutant(
+        name="the-metrics-of-a-continued-run-begin-with-its-checkpoint",
+        file=f"{_TRAINER}/training/continued.py",
+        old="file.read(length)",
+        new='b""',
+        tests=(f"{_TRAINER_TESTS}/steps/test_continues.py::test_it_ends_in_the_bytes_of_an_uninterrupted_run",),
     ),
 )
 

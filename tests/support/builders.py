@@ -21,6 +21,7 @@ from qlora_api.status import (
     AdapterStatus,
     BaseStatus,
     DatasetStatus,
+    GateStatus,
     MemoryStatus,
     QLoRAJobStatus,
     Resolved,
@@ -55,6 +56,7 @@ ADAPTER = AdapterStatus(
     served_rank=64,
     quantization="nf4",
 )
+JUDGED = GateStatus(passed=False, adapter_sha256="0" * 64, eval_loss=1.25, initial_eval_loss=1.5, eval_tokens=90)
 FACTS: dict[StepName, dict[str, Any]] = {
     "prepare": {"model_revision": "c0ffee", "memory": MEMORY, "dataset": FOUND, "base": BASE},
     "train": {"training_step": 10, "total_steps": 10, "loss": 1.234567, "peak_memory_bytes": 99},
@@ -239,10 +241,10 @@ def succeeded(step: StepName, attempt: int = 1) -> dict[str, Any]:
     return ended(body, 0, result(body, step, **FACTS[step]))
 
 
-def failed(step: StepName, code: int, reason: str, message: str, number: int = 1) -> dict[str, Any]:
-    """The pod of a step that ended badly, with its record."""
+def failed(step: StepName, code: int, reason: str, message: str, number: int = 1, **found: Any) -> dict[str, Any]:
+    """The pod of a step that ended badly, with its record and what it has found."""
     body = pod(step, 1, number)
-    return ended(body, code, result(body, step, code, reason=reason, message=message))
+    return ended(body, code, result(body, step, code, reason=reason, message=message, **found))
 
 
 def progress(**fields: Any) -> ProgressRecord:

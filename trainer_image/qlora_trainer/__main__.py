@@ -41,6 +41,12 @@ _OPTIONS = (
     ),
     click.option("--config-map", multiple=True, metavar="NAME=DIR", callback=_folders, help="Folder of a ConfigMap."),
     click.option(
+        "--continues",
+        type=click.Path(path_type=Path),
+        default=Path(contract.CONTINUED_MOUNT),
+        help="Workspace folder of the job that spec.continues names.",
+    ),
+    click.option(
         "--model-cache",
         type=click.Path(path_type=Path),
         envvar=contract.ENV_MODEL_CACHE,
@@ -80,10 +86,14 @@ def main() -> None:
 
 def _add_step(step: StepName, help_text: str) -> None:
     def command(
-        volume: dict[str, Path], config_map: dict[str, Path], model_cache: Path | None, **options: object
+        volume: dict[str, Path],
+        config_map: dict[str, Path],
+        continues: Path,
+        model_cache: Path | None,
+        **options: object,
     ) -> None:
         cache = model_cache and model_cache.absolute()
-        mounts = Mounts(claims=volume, config_map_folders=config_map, model_cache=cache)
+        mounts = Mounts(claims=volume, config_map_folders=config_map, continued=continues.absolute(), model_cache=cache)
         run(Invocation(step=step, mounts=mounts, **options))  # type: ignore[arg-type]
 
     for option in reversed(_OPTIONS):

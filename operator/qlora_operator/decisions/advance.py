@@ -141,7 +141,8 @@ def _complete(status: QLoRAJobStatus, facts: Facts, record: ResultRecord) -> QLo
     step = record.step
     if step == "publish":
         base = status.base if record.base is None else record.base
-        status = status.model_copy(update={"adapter": record.adapter, "merged": record.merged, "base": base})
+        found = {"adapter": record.adapter, "merged": record.merged, "gate": record.gate, "base": base}
+        status = status.model_copy(update=found)
         return succeed(status, facts)
     if step == "prepare":
         status = with_known_facts(status, record).model_copy(update={"progress": None})

@@ -28,6 +28,8 @@ class Facts:
     """Whether the log of the running pod has been read in this pass, so that a missing record means something."""
     queue: Reason | None = None
     """Why the current step's Job waits in a queue, if that could be read."""
+    continued: QLoRAJob | None = None
+    """The job that spec.continues names, as it is now; None if there is none that can be read."""
     jobs_of_profile: int = 0
     """How many other jobs of its profile and namespace have started and not ended, if its profile limits them."""
 

@@ -43,7 +43,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
 
 
 def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
-    """The status with what a step reports about memory, data and model, as a failed step may do too."""
+    """The status with what a step reports about memory, data, model and gate, as a failed step may do too."""
     changes: dict[str, object] = {}
     if record.memory is not None:
         changes["memory"] = record.memory
@@ -51,6 +51,8 @@ def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobSt
         changes["dataset"] = record.dataset
     if record.base is not None:
         changes["base"] = record.base
+    if record.gate is not None:
+        changes["gate"] = record.gate
     if status.resolved is not None and record.model_revision is not None:
         changes["resolved"] = status.resolved.model_copy(update={"model_revision": record.model_revision})
     return status.model_copy(update=changes)
@@ -66,7 +68,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
         "goodput": record.goodput,
     }
     done = record.training_step
-    steps = _steps(done, record.total_steps or done) if done else {}
+    steps = _steps(done, record.total_steps or done, ended=record.outcome == "succeeded") if done else {}
     progress = old.model_copy(
         update={**steps, **{name: value for name, value in known.items() if value is not None}, "remaining": ""}
     )
@@ -93,7 +95,10 @@ def without_remaining(status: QLoRAJobStatus) -> QLoRAJobStatus:
     return status.model_copy(update={"progress": status.progress.model_copy(update={"remaining": ""})})
 
 
-def _steps(step: int, total: int) -> dict[str, object]:
+def _steps(step: int, total: int, *, ended: bool = False) -> dict[str, object]:
+    """How far a run is. One that has ended before its last step was stopped early, and is as done as any other."""
+    if ended and step < total:
+        return {"step": step, "total_steps": total, "percent": 100, "summary": f"stopped early {step}/{total}"}
     percent = min(100, 100 * step // total) if total else 0
     return {"step": step, "total_steps": total, "percent": percent, "summary": f"{percent}% {step}/{total}"}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_api import contract
 from qlora_api.contract import PERMANENT_EXIT_CODES, TRAINER_CONTAINER, ExitCode
+from qlora_api.gate import GateSpec
 from qlora_api.naming import (
     JOB_LABEL,
     JOB_UID_LABEL,
@@ -167,15 +168,28 @@ def document(job: QLoRAJob, **more: Any) -> str:
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
-        "spec": {field: spec[field] for field in STEP_FIELDS} | more,
+        "spec": {field: spec[field] for field in STEP_FIELDS if field in spec} | more,
     }
     return json.dumps(content, separators=(",", ":"), sort_keys=True)
 
 
+def with_gate(document: str, gate: GateSpec | None) -> str:
+    """The document with this gate instead of its own."""
+    content = json.loads(document)
+    content["spec"].pop("gate", None)
+    if gate is not None:
+        content["spec"]["gate"] = gate.dump()
+    return json.dumps(content, separators=(",", ":"), sort_keys=True)
+
+
 def _document(job: QLoRAJob, resolved: Resolved) -> str:
-    """What was fixed when the job started; for a job that an earlier release has started, what its trainer can read."""
+    """What was fixed when the job started; for a job that an earlier release has started, what its trainer can read.
+
+    With the gate as it is now. One that is missing now may have been dropped by an older definition of the resource: it
+    stays, unless the job is taken up.
+    """
     if resolved.document is not None:
-        return resolved.document
+        return resolved.document if job.spec.gate is None else with_gate(resolved.document, job.spec.gate)
     # The trainer of the first contract also counts suspensions: only the operator judges.
     return document(job, **({"retry": {"maxDisruptions": 1000}} if resolved.contract_version == 1 else {}))
 
@@ -232,7 +246,7 @@ def _failure_rules(*, together: bool) -> list[Manifest]:
 def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
     profile = resolved.profile
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
-    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step)
+    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step, resolved.continued)
     pod: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,

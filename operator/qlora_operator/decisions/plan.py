@@ -11,6 +11,7 @@ from qlora_operator.decisions.attempts import active_seconds
 from qlora_operator.decisions.blockers import no_pod_at, stuck_at, volumes_at
 from qlora_operator.decisions.cleanup import clean_job_name, cleanup_at
 from qlora_operator.decisions.conditions import is_finished, is_true
+from qlora_operator.decisions.continued import waits_for_other_job
 from qlora_operator.decisions.deletions import next_job_at
 from qlora_operator.decisions.facts import FIRST_JOB
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
@@ -31,6 +32,8 @@ QUEUE_MOMENT = timedelta(seconds=30)
 QUEUE_INTERVAL, FIRST_QUEUE_INTERVAL = timedelta(seconds=60), timedelta(seconds=3)
 # No watch may show the end of a pod whose labels somebody has taken away.
 DETACHED_INTERVAL = timedelta(seconds=15)
+# What is shown about another job wakes nobody who waits for its end.
+OTHER_JOB_INTERVAL = timedelta(seconds=15)
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,8 @@ def _times(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datet
     yield from (no_pod_at(child) for child in _running(observed) if not observed.pods_of(child.uid))
     yield from (due for pod in observed.live_pods if (due := volumes_at(pod)) is not None)
     yield from _pauses(job, status, observed)
+    if waits_for_other_job(job):
+        yield now + OTHER_JOB_INTERVAL
     yield from (now + DETACHED_INTERVAL for pod in observed.live_pods if pod.detached)
     yield from (_queue_at(child, now) for child in _running(observed) if child.suspended)
 

@@ -6,6 +6,7 @@ from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import QLoRAJobStatus, Resolved
+from qlora_operator.decisions.continued import continued_run, objection_of_other_job
 from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
@@ -38,6 +39,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
+        continued=continued_run(facts),
     )
     return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
 
@@ -66,12 +68,12 @@ def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
 
 
 def objection(facts: Facts) -> Reason | None:
-    """Why the administrator's settings do not let the job start now; None if they do."""
+    """Why the administrator's settings, or the job that spec.continues names, do not let it start now; else None."""
     return objection_to_job(facts) or job_limit_reached(facts)
 
 
 def objection_to_job(facts: Facts) -> Reason | None:
-    """Why they never let it start, as it and they are; None if it needs at most a place among those of its profile."""
+    """Why they do not let it start, as it and they are; None if it needs at most a place among those of its profile."""
     scheduling = facts.job.spec.scheduling
     profile = facts.profiles.get(scheduling.profile)
     if profile is None:
@@ -96,6 +98,7 @@ def objection_to_job(facts: Facts) -> Reason | None:
         reserved_claim(facts.job.spec, facts.profiles.values())
         or _not_shared(facts.job, profile)
         or objection_of_limits(facts)
+        or objection_of_other_job(facts, facts.profiles.values())
     )
 
 

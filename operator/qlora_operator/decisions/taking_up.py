@@ -1,11 +1,12 @@
 """Takes up a failed job when its user asks for it; pure."""
 
 from qlora_api.contract import ExitCode
-from qlora_api.status import QLoRAJobStatus, StepName
+from qlora_api.status import QLoRAJobStatus, Resolved, StepName
 from qlora_operator.decisions.cleanup import clean_job_name
 from qlora_operator.decisions.conditions import is_true
 from qlora_operator.decisions.endings import DONE
 from qlora_operator.decisions.facts import Facts, new_step, set_condition
+from qlora_operator.decisions.manifests import with_gate
 from qlora_operator.decisions.observe import QLoRAJob, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
 
@@ -18,7 +19,7 @@ def is_to_be_taken_up(job: QLoRAJob) -> bool:
 
 
 def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status of a failed job that goes on at the step that failed, with the profile as it is now.
+    """The status of a failed job that goes on at the step that failed, with profile and gate as they are now.
 
     After a clean-up, in the middle of one, or without its base model, it goes on at prepare, which fetches again what
     is missing; a step whose result is still there reports it again.
@@ -39,12 +40,21 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         "disruptions": 0,
         "last_failure": None,
         "first_attempt": first_attempt,
+        "gate": None,
         "step": new_step(job, name, first_attempt),
-        # Only the trainer that began a run goes on with it: its image stays, once there is something to go on with.
-        "resolved": with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared")),
+        "resolved": _resolved_again(status, facts),
     }
     reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
     return set_condition(status.model_copy(update=changes), facts, "Failed", "False", reason)
+
+
+def _resolved_again(status: QLoRAJobStatus, facts: Facts) -> Resolved | None:
+    """What was resolved, with the profile and the gate as they are now."""
+    # Only the trainer that began a run goes on with it: its image stays, once there is something to go on with.
+    resolved = with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared"))
+    if resolved is None or resolved.document is None:
+        return resolved
+    return resolved.model_copy(update={"document": with_gate(resolved.document, facts.job.spec.gate)})
 
 
 def _has_lost_its_model(facts: Facts) -> bool:

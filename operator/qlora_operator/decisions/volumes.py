@@ -8,13 +8,14 @@ from qlora_api.model_and_output import SecretRef
 from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import ModelCache, Profile
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
-from qlora_api.status import StepName
+from qlora_api.status import ContinuedRun, StepName
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.decisions.observe import QLoRAJob, Reason
 
 Manifest = dict[str, Any]
 _WORKSPACE = "workspace"
 _MODEL_CACHE = "model-cache"
+_CONTINUED = "continued"
 _TEMPORARY_SIZE = "4Gi"
 # Processes on several GPUs exchange data through it (NCCL); runtimes give a container 64 MiB. Counts as memory.
 _SHARED_MEMORY_SIZE = "1Gi"
@@ -29,14 +30,15 @@ _OPTIONAL_SECRET_KEYS = {"s3": ("AWS_SESSION_TOKEN",)}
 
 
 def mounts_and_volumes(
-    job: QLoRAJob, workspace_claim: str, cache: ModelCache | None, step: StepName
+    job: QLoRAJob, workspace_claim: str, cache: ModelCache | None, step: StepName, continued: ContinuedRun | None = None
 ) -> tuple[list[Manifest], list[Manifest]]:
     """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
     Every step mounts the workspace, the job's manifest and a small folder for temporary files. Besides these, prepare
-    reads the model, the data and their secrets, and checks the destination with its secret; train reads the model;
-    publish reads the model, writes to the destination and reads its secret. A Secret or ConfigMap that does not exist
-    yet keeps the pod waiting, which costs no retry. Only prepare may write to the cache of models.
+    reads the model, the data, an earlier adapter and their secrets, and the folder of the run that the job continues,
+    and checks the destination with its secret; train reads the model; publish reads the model, writes to the
+    destination and reads its secret. A Secret or ConfigMap that does not exist yet keeps the pod waiting, which costs
+    no retry. Only prepare may write to the cache of models.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -60,6 +62,7 @@ def mounts_and_volumes(
         mounts.append(_mount(_MODEL_CACHE, str(contract.MODEL_CACHE_MOUNT), read_only=step != "prepare"))
         volumes.append({"name": _MODEL_CACHE, "persistentVolumeClaim": {"claimName": cache.claim_name}})
     if step == "prepare":
+        _add_continued(continued, mounts, volumes)
         _add_config_maps(job.spec, mounts, volumes)
         _add_token(job.spec, mounts, volumes)
     _add_credentials(job.spec, step, mounts, volumes)
@@ -76,10 +79,11 @@ def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | 
 
     It could write there what other jobs load, or read a model that its own token does not open.
     """
-    reserved = {profile.model_cache.claim_name for profile in profiles if profile.model_cache is not None}
+    reserved = reserved_claims(profiles)
     named = {"spec.workspace.claimName": spec.workspace.claim_name}
     for field, uri in {
         "spec.model.source": spec.model.source,
+        "spec.lora.from.source": spec.lora.initial_adapter.source if spec.lora.initial_adapter else None,
         "spec.dataset.source": spec.dataset.source,
         "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
         **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
@@ -88,19 +92,29 @@ def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | 
         named[field] = source.claim if isinstance(source, VolumeSource) else None
     for field, claim in named.items():
         if claim in reserved:
-            return Reason(
-                "ClaimNotAllowed",
-                f"{field} names the claim {claim!r}, on which a profile caches models (modelCache): create the job "
-                "again with another claim",
-            )
+            return claim_not_allowed(field, claim)
     return None
+
+
+def reserved_claims(profiles: Iterable[Profile]) -> set[str]:
+    """The claims on which profiles cache models."""
+    return {profile.model_cache.claim_name for profile in profiles if profile.model_cache is not None}
+
+
+def claim_not_allowed(field: str, claim: str) -> Reason:
+    """Why a job must not start whose field names a claim of a cache."""
+    return Reason(
+        "ClaimNotAllowed",
+        f"{field} names the claim {claim!r}, on which a profile caches models (modelCache): create the job again with "
+        "another claim",
+    )
 
 
 def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:
     """The claims besides the workspace that a step mounts, and whether it may write."""
     if step == "clean":
         return {}
-    read = [spec.model.source, *(_datasets(spec) if step == "prepare" else ())]
+    read = [spec.model.source, *((*_datasets(spec), *_initial_adapter(spec)) if step == "prepare" else ())]
     sources = (parse_source(uri) for uri in read)
     claims = {source.claim: False for source in sources if isinstance(source, VolumeSource)}
     for destination in (parse_source(uri) for uri in spec.output.destinations.values()):
@@ -112,6 +126,25 @@ def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:
 def _datasets(spec: QLoRAJobSpec) -> list[str]:
     held_out = spec.dataset.eval.source if spec.dataset.eval else None
     return [spec.dataset.source, *([held_out] if held_out else [])]
+
+
+def _initial_adapter(spec: QLoRAJobSpec) -> list[str]:
+    return [spec.lora.initial_adapter.source] if spec.lora.initial_adapter else []
+
+
+def _add_continued(continued: ContinuedRun | None, mounts: list[Manifest], volumes: list[Manifest]) -> None:
+    """The other job's own folder, and nothing else of its claim, which may be one that the pod mounts already."""
+    if continued is None:
+        return
+    claims = {volume["persistentVolumeClaim"]["claimName"]: volume["name"] for volume in volumes if _is_claim(volume)}
+    name = claims.get(continued.claim_name, _CONTINUED)
+    mounts.append(_mount(name, str(contract.CONTINUED_MOUNT), read_only=True) | {"subPath": continued.workspace_path})
+    if name == _CONTINUED:
+        volumes.append({"name": name, "persistentVolumeClaim": {"claimName": continued.claim_name}})
+
+
+def _is_claim(volume: Manifest) -> bool:
+    return "persistentVolumeClaim" in volume
 
 
 def _add_config_maps(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
@@ -136,10 +169,12 @@ def _add_token(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifes
 
 def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest], volumes: list[Manifest]) -> None:
     wanted: list[tuple[str, SecretRef | None, list[str]]] = []
+    initial = spec.lora.initial_adapter
     if step == "prepare":
         wanted += [
             ("model", spec.model.secret_ref, [spec.model.source]),
             ("dataset", spec.dataset.secret_ref, _datasets(spec)),
+            ("lora", initial.secret_ref if initial else None, _initial_adapter(spec)),
         ]
     if step in ("prepare", "publish"):
         wanted += [("output", spec.output.secret_ref, list(spec.output.destinations.values()))]

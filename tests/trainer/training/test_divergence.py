@@ -64,11 +64,11 @@ def test_harder_rows_make_a_run_suspect_once_and_the_comparison_with_the_base_cl
     curriculum = [0.1] * 100 + [3.0] * 100 + [6.0] * 100
 
     assert judgements(curriculum) == [100 + PATIENCE, 200 + PATIENCE]
-    assert not has_diverged(3.0, base_loss=3.4)
-    assert not has_diverged(3.0, base_loss=2.5)
-    assert has_diverged(3.0, base_loss=0.2)
-    assert has_diverged(3.0, base_loss=math.nan)
-    assert has_diverged(math.nan, base_loss=3.0)
+    assert not has_diverged(3.0, loss_at_start=3.4)
+    assert not has_diverged(3.0, loss_at_start=2.5)
+    assert has_diverged(3.0, loss_at_start=0.2)
+    assert has_diverged(3.0, loss_at_start=math.nan)
+    assert has_diverged(math.nan, loss_at_start=3.0)
 
 
 def test_the_end_is_judged_after_a_suspect_last_step_and_after_one_that_did_harm_and_not_for_a_noisy_row() -> None:
@@ -171,6 +171,28 @@ def test_no_checkpoint_of_a_suspect_run_replaces_a_good_one_and_a_resume_comes_t
 
     assert given_up(disturbed).message == expected
     assert kept(disturbed) == good
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_an_adapter_that_does_harm_is_no_success_because_its_run_stops_early(
+    keep: str, tmp_path: Path, fluent: Path
+) -> None:
+    settings = {
+        "learningRate": 1.0,
+        "maxSteps": 40,
+        "scheduler": "constant",
+        "warmupSteps": 0,
+        "keep": keep,
+        "evalEverySteps": 2,
+        "earlyStopping": {"patience": 1},
+    }
+    context = prepared(tmp_path / keep, fluent, {"training": settings})
+
+    message = given_up(context).message
+
+    assert "training diverged at step 2: the run would stop early with loss " in message
+    assert "on the held-out rows (0.0" in message
+    assert not context.workspace.trained.exists()
 
 
 def test_patience_0_never_gives_up(workspace: Prepare) -> None:

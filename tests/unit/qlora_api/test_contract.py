@@ -112,6 +112,8 @@ def test_a_kubelet_keeps_the_largest_result_of_a_message_in_any_script() -> None
         (16, "StorageFull", True),
         (17, "DoesNotFit", True),
         (18, "RetriesExhausted", True),
+        (19, "UnsupportedContract", True),
+        (20, "GateFailed", True),
         (143, "Interrupted", False),
         (200, "Unreachable", False),
         (203, "InternalError", False),

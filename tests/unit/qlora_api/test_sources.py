@@ -6,6 +6,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_api.sources import (
+    AdapterAddress,
     ConfigMapSource,
     DatasetAddress,
     FolderAddress,
@@ -33,6 +34,7 @@ DIGEST = f"sha256:{'0a' * 32}"
         ("s3://models/llama/7b/", ObjectStoreSource("models", "llama/7b")),
         ("oci://ghcr.io/acme/models/tiny:v1", RegistrySource("ghcr.io", "acme/models/tiny", "v1", None)),
         ("oci://registry:5000/tiny:v1", RegistrySource("registry:5000", "tiny", "v1", None)),
+        (f"hf://acme/tiny@{'0a' * 20}", HubSource("acme/tiny", commit="0a" * 20)),
         (f"oci://ghcr.io/acme/tiny@{DIGEST}", RegistrySource("ghcr.io", "acme/tiny", None, DIGEST)),
         (f"oci://ghcr.io/acme/tiny:v1@{DIGEST}", RegistrySource("ghcr.io", "acme/tiny", "v1", DIGEST)),
     ],
@@ -86,7 +88,7 @@ ESCAPES = [
 def test_anything_else_is_rejected_with_what_is_allowed(uri: str) -> None:
     with pytest.raises(ValueError, match="allowed are"):
         parse_source(uri)
-    for address in (ModelAddress, DatasetAddress, FolderAddress):
+    for address in (ModelAddress, DatasetAddress, AdapterAddress, FolderAddress):
         with pytest.raises(ValidationError, match="must be"):
             TypeAdapter(address).validate_python(uri)
 
@@ -96,6 +98,10 @@ def test_anything_else_is_rejected_with_what_is_allowed(uri: str) -> None:
     [
         (ModelAddress, "configMap://a/b"),
         (ModelAddress, "hf://a/b/c"),
+        (ModelAddress, f"hf://a/b@{'0a' * 20}"),
+        (FolderAddress, f"hf://a/b@{'0a' * 20}"),
+        (AdapterAddress, "configMap://a/b"),
+        (AdapterAddress, "hf://a/b/c"),
         (DatasetAddress, "oci://ghcr.io/acme/rows:v1"),
         (FolderAddress, "hf://a/b/c"),
         (FolderAddress, "pvc://claim/"),

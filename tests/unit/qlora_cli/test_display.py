@@ -34,6 +34,11 @@ from qlora_cli.display import describe
             {"activity": "training", "trainingStep": 4, "totalSteps": 4, "remainingSeconds": 0, "tokensPerSecond": 0},
             "training 4/4, 0 tokens/s",
         ),
+        # Nor of a run that has stopped early.
+        (
+            {"activity": "stopped early", "trainingStep": 120, "totalSteps": 400, "remainingSeconds": 0},
+            "stopped early 120/400",
+        ),
     ],
 )
 def test_a_record_becomes_a_line_of_what_it_knows(fields: dict[str, Any], line: str) -> None:

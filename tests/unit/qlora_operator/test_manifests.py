@@ -17,6 +17,7 @@ WORKSPACE = f"{NAME}-0a1b2c3d"
 EVERYTHING: dict[str, Any] = {
     "model": {"source": "hf://org/model", "tokenSecretRef": {"name": "hub", "key": "read"}},
     "dataset": {"source": "configMap://rows/a.jsonl", "eval": {"source": "pvc://held-out/b.jsonl"}},
+    "lora": {"from": {"source": "pvc://earlier/first"}},
     "output": {"destination": "pvc://adapters/tuned"},
 }
 
@@ -124,6 +125,7 @@ def test_without_an_identity_in_the_profile_the_platform_chooses() -> None:
             "prepare",
             {
                 "/volumes/held-out": ("held-out", False),
+                "/volumes/earlier": ("earlier", False),
                 "/config-maps/rows": ("configMap", False),
                 "/volumes/adapters": ("adapters", False),
                 "/secrets/model": ("secret", False),
@@ -184,6 +186,7 @@ def test_the_steps_with_a_network_know_the_servers_of_the_profile_and_the_others
 OBJECTS: dict[str, Any] = {
     "model": {"source": "oci://ghcr.io/acme/tiny:v1", "secretRef": {"name": "pull"}},
     "dataset": {"source": "s3://rows/a.jsonl", "secretRef": {"name": "read"}},
+    "lora": {"from": {"source": "hf://acme/first", "secretRef": {"name": "earlier"}}},
     "output": {"destination": "s3://adapters/tuned", "secretRef": {"name": "write"}},
 }
 S3_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
@@ -197,6 +200,7 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
             {
                 "/credentials/model": ("pull", {".dockerconfigjson"}),
                 "/credentials/dataset": ("read", S3_KEYS),
+                "/credentials/lora": ("earlier", {"token"}),
                 # The destination is tried before the training, not after.
                 "/credentials/output": ("write", S3_KEYS),
             },

@@ -102,6 +102,7 @@ def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field
         ("dataset.source", {"dataset": {"source": "pvc://models/rows.jsonl"}}),
         ("dataset.eval.source", {"dataset": DATASET | {"eval": {"source": "pvc://models/rows.jsonl"}}}),
         ("output.destination", {"output": {"destination": "pvc://models/models/c0ffee"}}),
+        ("lora.from.source", {"lora": {"from": {"source": "pvc://models/adapter"}}}),
         ("output.merged.destination", {"output": {"merged": {"destination": "pvc://models/merged"}}}),
         ("output.base.destination", {"output": {"base": {"destination": "pvc://models/base"}}}),
     ],
@@ -191,6 +192,25 @@ def test_the_final_figures_of_training_are_shown() -> None:
     assert status.memory.peak_bytes == 99
     assert conditions_of(status)["Trained"] == "True"
     assert status.step == step_status("publish", jobUid="")
+
+
+def test_a_run_that_has_stopped_early_is_done() -> None:
+    body = pod("train")
+    stopped = ended(body, 0, result(body, "train", training_step=120, total_steps=400, loss=1.0, eval_loss=1.23456))
+    status = follow(make_job(status_in("train")), child("train", Complete=""), stopped)
+    assert status.progress is not None
+    assert (status.progress.summary, status.progress.percent) == ("stopped early 120/400", 100)
+    assert (status.progress.step, status.progress.total_steps, status.progress.remaining) == (120, 400, "")
+    assert (status.progress.eval_loss, conditions_of(status)["Trained"]) == (1.2346, "True")
+
+
+def test_a_run_that_was_interrupted_has_not_stopped_early() -> None:
+    body = pod("train")
+    interrupted = ended(body, 143, result(body, "train", 143, training_step=120, total_steps=400))
+    stored = status_in("train", progress={"step": 110, "totalSteps": 400, "percent": 27, "summary": "27% 110/400"})
+    status = follow(make_job(stored), child("train", Failed="BackoffLimitExceeded"), interrupted)
+    assert status.progress is not None
+    assert "stopped early" not in status.progress.summary
 
 
 def test_the_end_decides_both_summary_conditions() -> None:

@@ -1,15 +1,21 @@
 """A failed job that its user takes up: where it goes on, with what, and what it may not lose."""
 
+import json
 from typing import Any
 
 import pytest
 
 from qlora_api.contract import needed_contract
+from qlora_api.naming import SPEC_ANNOTATION
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.cleanup import cleanup_at
+from qlora_operator.decisions.manifests import build_job
+from qlora_operator.decisions.observe import QLoRAJob
 from qlora_operator.decisions.plan import CreateJob, DeleteJob, plan
 from tests.support.builders import (
+    DATASET,
+    JUDGED,
     NAME,
     NOW,
     PROFILE,
@@ -248,3 +254,39 @@ def test_facts_of_a_job_with_a_problem_make_no_new_job() -> None:
     assert actions == (DeleteJob(f"{NAME}-train-1", f"uid-{NAME}-train-1"),)
     limited = make_job(stored, activeDeadlineSeconds=30)
     assert follow(limited, child("train"), running(pod("train"), since=-60)).phase == "Failed"
+
+
+GATED = {"eval": {"fraction": 0.1}} | DATASET
+STRICT, MILD = {"minImprovement": 0.5}, {"minImprovement": 0.1}
+
+
+def gate_read(job: QLoRAJob, status: QLoRAJobStatus) -> Any:
+    """The gate that the next pod reads."""
+    assert status.resolved is not None
+    annotations = build_job(job, status.resolved, "publish", 2)["spec"]["template"]["metadata"]["annotations"]
+    return json.loads(annotations[SPEC_ANNOTATION])["spec"].get("gate")
+
+
+def test_an_adapter_that_did_not_pass_is_judged_again_by_the_gate_of_today() -> None:
+    failure = failed("publish", 20, "GateFailed", "spec.gate.minImprovement is 0.5", gate=JUDGED)
+    seen_then = (child("publish", Failed="PodFailurePolicy"), failure)
+    begun = follow(make_job(dataset=GATED, gate=STRICT))
+    publishing = status_in("publish").model_copy(update={"resolved": begun.resolved})
+
+    stored = follow(make_job(publishing, dataset=GATED, gate=STRICT), *seen_then)
+
+    assert (stored.phase, reason_of(stored, "Failed"), stored.gate) == ("Failed", "GateFailed", JUDGED)
+    assert "minImprovement is 0.5" in message_of(stored, "Failed")
+    for gate, read in ((MILD, MILD), (None, None)):
+        spec: dict[str, Any] = {"dataset": GATED, "retry": {"request": 1}} | ({} if gate is None else {"gate": gate})
+        status = follow(make_job(stored, **spec), *seen_then)
+        assert status.step is not None
+        assert (status.phase, status.step.job_name, status.gate) == ("Publishing", f"{NAME}-publish-2", None)
+        assert gate_read(make_job(status, **spec), status) == read
+
+
+def test_a_gate_that_is_changed_while_the_job_runs_counts_from_the_next_step_on() -> None:
+    begun = follow(make_job(dataset=GATED, gate=STRICT))
+    assert gate_read(make_job(begun, dataset=GATED, gate=MILD), begun) == MILD
+    # An older definition of the resource drops the field: the gate with which the job began holds on.
+    assert gate_read(make_job(begun, dataset=GATED), begun) == STRICT

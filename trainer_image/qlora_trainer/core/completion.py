@@ -1,5 +1,6 @@
 """The completion records that make a step idempotent: what each step leaves for the next."""
 
+import hashlib
 import json
 from math import prod
 from pathlib import Path
@@ -7,8 +8,18 @@ from typing import TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
+from qlora_api.gate import ScoreSpec
 from qlora_api.schema import ObservedModel
-from qlora_api.status import AdapterStatus, BaseStatus, DatasetStatus, MemoryStatus, MergedStatus, Share
+from qlora_api.status import (
+    AdapterStatus,
+    BaseStatus,
+    DatasetStatus,
+    GateStatus,
+    InitialAdapterStatus,
+    MemoryStatus,
+    MergedStatus,
+    Share,
+)
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.measured_memory import MeasuredMemory
 
@@ -59,6 +70,9 @@ class PrepareRecord(ObservedModel):
     end_of_turn: EndOfTurn | None = Field(
         None, description="What ends an answer, if no server of the model stops there by itself."
     )
+    initial_adapter: InitialAdapterStatus | None = Field(
+        None, description="The adapter of spec.lora.from, which is in the workspace; not set without one."
+    )
 
 
 def recorded_path(path: Path, root: Path) -> str:
@@ -72,6 +86,21 @@ class Comparison(ObservedModel):
     sequences: int = Field(description="How many held-out sequences, from the first on.")
     targets: int = Field(description="Target tokens in them.")
     loss: float = Field(description="Mean loss on these, of the adapter on the 4-bit base.")
+
+
+class Score(ObservedModel):
+    """How many of the answers to some held-out rows pass the check of spec.gate.score."""
+
+    settings: str = Field(description="SHA-256 of spec.gate.score, by which they were measured.")
+    adapter_sha256: str = Field(description="SHA-256 of the adapter that gave the answers.")
+    rows: PositiveInt = Field(description="Rows that were answered.")
+    adapter: Share = Field(description="Share of the adapter's answers that passed.")
+    base: Share = Field(description="The same without the adapter.")
+
+
+def score_settings(spec: ScoreSpec) -> str:
+    """SHA-256 of how answers are scored."""
+    return hashlib.sha256(json.dumps(spec.dump(), sort_keys=True).encode()).hexdigest()
 
 
 class QuantizedLayers(ObservedModel):
@@ -94,10 +123,18 @@ class TrainRecord(ObservedModel):
     fingerprint: str = Field(description="SHA-256 of everything that determines the adapter.")
     adapter_path: str = Field(description="Folder of the trained adapter, relative to the workspace.")
     adapter_sha256: str = Field(description="SHA-256 of adapter_model.safetensors in it.")
-    training_step: int
+    training_step: int = Field(description="Optimizer steps done.")
+    total_steps: int | None = Field(
+        None, description="Optimizer steps planned; more than were done if the run was stopped early."
+    )
+    adapter_step: int | None = Field(
+        None, description="Optimizer steps after which the adapter was as it is kept; all that were done if not set."
+    )
     loss: float
     initial_eval_loss: float | None = None
-    eval_loss: float | None = None
+    eval_loss: float | None = Field(None, description="Held-out loss of the adapter that is kept.")
+    eval_tokens: int | None = Field(None, description="Target tokens of the held-out rows; not set without any.")
+    score: Score | None = Field(None, description="Not set if the job asks for none, or before it is measured.")
     peak_memory_bytes: int | None = None
     ranks: int = Field(1, description="Processes that trained together.")
     micro_batch_size: int | None = Field(
@@ -111,12 +148,23 @@ class TrainRecord(ObservedModel):
     attempts: int = Field(1, description="How often the step was started.")
     goodput: Share | None = Field(None, description="Share of the time of all attempts that is in the adapter.")
 
+    @property
+    def kept_step(self) -> int:
+        """The optimizer step that the adapter is of."""
+        return self.training_step if self.adapter_step is None else self.adapter_step
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ended before its last planned step."""
+        return self.total_steps is not None and self.training_step < self.total_steps
+
 
 class PublishRecord(ObservedModel):
     """What publish has done."""
 
     fingerprint: str
     adapter: AdapterStatus
+    gate: GateStatus | None = Field(None, description="How it was judged; not set without spec.gate.")
     merged: MergedStatus | None = None
     base: BaseStatus | None = Field(None, description="The base, if it was published.")
 

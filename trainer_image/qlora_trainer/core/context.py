@@ -30,6 +30,8 @@ class Mounts:
     credentials: Path = Path(contract.CREDENTIALS_MOUNT)
     model_cache: Path | None = None
     """Where downloaded base models are shared; None if each job has its own."""
+    continued: Path = Path(contract.CONTINUED_MOUNT)
+    """The workspace folder of the job that spec.continues names."""
     claims: Mapping[str, Path] = field(default_factory=dict)
     """Claims that are elsewhere: on a laptop, from `--volume CLAIM=DIR`."""
     config_map_folders: Mapping[str, Path] = field(default_factory=dict)
@@ -82,6 +84,14 @@ class StepContext:
         return Secret(
             self.mounts.credentials / part, f"spec.{part}.secretRef", None if reference is None else reference.name
         )
+
+    @property
+    def initial_adapter_secret(self) -> Secret:
+        """The Secret of spec.lora.from.secretRef."""
+        wanted = self.spec.lora.initial_adapter
+        reference = None if wanted is None else wanted.secret_ref
+        name = None if reference is None else reference.name
+        return Secret(self.mounts.credentials / "lora", "spec.lora.from.secretRef", name)
 
     @property
     def base_name(self) -> str:

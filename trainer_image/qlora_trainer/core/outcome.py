@@ -160,15 +160,20 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
         "model_revision": findings.model_revision,
         "memory": findings.memory,
         "dataset": findings.dataset,
+        "gate": findings.gate,
     }
+    names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
     if findings.progress is not None and findings.progress.step == "train":
-        names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
         known |= {name: getattr(findings.progress, name) for name in names}
     if isinstance(completion, TrainRecord):
-        names = ("training_step", "loss", "eval_loss", "initial_eval_loss", "peak_memory_bytes", "goodput")
-        known |= {name: getattr(completion, name) for name in names}
+        known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss")}
     if isinstance(completion, PublishRecord):
-        known |= {"adapter": completion.adapter, "merged": completion.merged, "base": completion.base}
+        known |= {
+            "adapter": completion.adapter,
+            "gate": completion.gate,
+            "merged": completion.merged,
+            "base": completion.base,
+        }
     return known
 
 
@@ -182,7 +187,8 @@ def summary(completion: CompletionRecord | None, step: StepName) -> str:
         )
         return "; ".join((ready, *completion.remarks))
     if isinstance(completion, TrainRecord):
-        return f"trained {completion.training_step} steps to loss {completion.loss:.4f}{_remarks(completion)}"
+        planned = f" of {completion.total_steps}" if completion.stopped_early else ""
+        return f"trained {completion.training_step}{planned} steps to loss {completion.loss:.4f}{_remarks(completion)}"
     if isinstance(completion, PublishRecord):
         merged = f", the merged model at {completion.merged.uri}" if completion.merged else ""
         base = f", its base at {completion.base.uri}" if completion.base else ""
@@ -190,11 +196,27 @@ def summary(completion: CompletionRecord | None, step: StepName) -> str:
     return f"{step} is done"
 
 
+def steps_done(done: int, planned: int | None, kept: int | None) -> str:
+    """How long a run was, and of which step its adapter is if that is not the last."""
+    early = f" of {planned}, stopped early" if planned is not None and done < planned else ""
+    earlier = f"; the adapter is that of step {kept}, with the lowest held-out loss" if kept not in (None, done) else ""
+    return f"{done}{early}{earlier}"
+
+
 def _remarks(trained: TrainRecord) -> str:
     """What a user should know of a training that succeeded; empty if there is nothing."""
     remarks = ""
+    if trained.stopped_early:
+        remarks += ", stopped early because the held-out loss no longer fell"
     if trained.micro_batch_size is not None:
         remarks += f", with microBatchSize {trained.micro_batch_size} after the GPU had run out of memory"
+    if trained.kept_step != trained.training_step:
+        remarks += f"; the adapter is that of step {trained.kept_step}, which has the lowest held-out loss"
+    if (score := trained.score) is not None:
+        remarks += (
+            f"; of the answers to {score.rows} held-out rows {score.adapter:.1%} passed, without the adapter "
+            f"{score.base:.1%}"
+        )
     before, after = trained.initial_eval_loss, trained.eval_loss
     if before is not None and after is not None and round(after, 4) > round(before, 4):
         remarks += f"; but on the held-out rows the loss rose from {before:.4f} to {after:.4f}"

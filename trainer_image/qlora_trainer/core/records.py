@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, ProgressRecord, Record, ResultRecord, encode_record
-from qlora_api.status import DatasetStatus, MemoryStatus
+from qlora_api.status import DatasetStatus, GateStatus, MemoryStatus
 
 # Tokens of model hubs, credentials in headers, passwords in addresses and the parameters that sign an address: never in
 # a record, whatever a library quotes.
@@ -38,6 +38,7 @@ class Findings:
     model_revision: str | None = None
     memory: MemoryStatus | None = None
     dataset: DatasetStatus | None = None
+    gate: GateStatus | None = None
     progress: ProgressRecord | None = None
     """The latest, written or not."""
 
@@ -59,6 +60,7 @@ class RecordWriter:
         model_revision: str | None = None,
         memory: MemoryStatus | None = None,
         dataset: DatasetStatus | None = None,
+        gate: GateStatus | None = None,
     ) -> None:
         """Keep what the step has found, so that the result has it even if the step fails afterwards."""
         self.findings = replace(
@@ -66,6 +68,7 @@ class RecordWriter:
             model_revision=model_revision or self.findings.model_revision,
             memory=memory or self.findings.memory,
             dataset=dataset or self.findings.dataset,
+            gate=gate or self.findings.gate,
         )
 
     def progress(self, record: ProgressRecord, *, force: bool = False) -> None:

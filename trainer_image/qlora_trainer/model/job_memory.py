@@ -158,7 +158,7 @@ def _digest(config: Path, spec: QLoRAJobSpec) -> str:
     training = spec.training
     depends_on: Mapping[str, object] = {
         "config": hashlib.sha256(config.read_bytes()).hexdigest(),
-        "lora": spec.lora.dump(),
+        "lora": spec.lora.model_copy(update={"initial_adapter": None}).dump(),
         "quantization": spec.quantization.dump(),
         "step": [
             training.micro_batch_size,

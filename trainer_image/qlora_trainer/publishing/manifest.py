@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from qlora_api.schema import ObservedModel
+from qlora_api.status import InitialAdapterStatus
 from qlora_api.v1alpha1 import MUTABLE_FIELDS
 from qlora_trainer.model.source import PROCESSOR_FILES, TOKENIZER_FILES, tokenizer_and_processor
 from qlora_trainer.report.trained_job import TrainedJob
@@ -33,6 +34,9 @@ class Manifest(ObservedModel):
     base_revision: str
     libraries: dict[str, str]
     files: dict[str, PublishedFile]
+    initial_adapter: InitialAdapterStatus | None = Field(
+        None, description="The adapter with which training was initialized; not set if it began with a new one."
+    )
 
     def text(self) -> bytes:
         """The content of the manifest's file. The same run gives the same bytes."""
@@ -88,6 +92,7 @@ def run_manifest(job: TrainedJob, contents: Contents) -> Manifest:
         base_revision=job.prepared.model_revision,
         libraries={name: version(name) for name in _LIBRARIES},
         files=describe_files(contents),
+        initial_adapter=job.prepared.initial_adapter,
     )
 
 
@@ -102,6 +107,7 @@ def base_manifest(job: TrainedJob, contents: Contents) -> Manifest:
         "job_name": SHARED_BASE,
         "fingerprint": job.trained.base_sha256,
         "spec_sha256": hashlib.sha256(quantization.encode()).hexdigest(),
+        "initial_adapter": None,
     }
     return run_manifest(job, contents).model_copy(update=whoever)
 

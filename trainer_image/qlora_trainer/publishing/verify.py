@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,25 +16,16 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
-from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, HISTORY_FILE
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import peft_targets, tensor_dtype, whole_modules
+from qlora_trainer.model.adapter import peft_targets, whole_modules
+from qlora_trainer.model.adapter_shapes import B_SUFFIX, MAX_CONFIG_BYTES, Expected, expected_tensors
 from qlora_trainer.model.text_part import text_part
+from qlora_trainer.report.metrics_log import read_history
+from qlora_trainer.training.evaluations import expected_end
 from qlora_trainer.training.fingerprint import digest, run_fingerprint
 from qlora_trainer.training.schedule import Schedule
-
-_B_SUFFIX = ".lora_B.weight"
-# It names every target module: about 50 KB for the largest models.
-_MAX_CONFIG_BYTES = 2**22
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Shape and dtype of a tensor of a complete adapter."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def verify_adapter(
@@ -47,8 +37,11 @@ def verify_adapter(
     target_modules: tuple[str, ...],
     base_name: str,
     base_revision: str,
+    initial: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Check both files of an adapter, `sha256` being what training recorded for its tensors.
+
+    `initial` are the tensors of an earlier adapter with which training was initialized.
 
     Raises StepFailure: UNSAFE_ARTIFACT if they are not what training wrote, DIVERGED if a number is not finite,
     BAD_CONFIGURATION if training changed nothing, INTERNAL_ERROR if it is not the adapter that the spec describes.
@@ -65,29 +58,16 @@ def verify_adapter(
         base_name=base_name,
         base_revision=base_revision,
     )
-    verify_tensors(folder / ADAPTER_FILE, sha256, expected_tensors(skeleton, target_modules, lora), lora)
+    verify_tensors(folder / ADAPTER_FILE, sha256, expected_tensors(skeleton, target_modules, lora), lora, initial)
 
 
-def expected_tensors(skeleton: Any, target_modules: tuple[str, ...], lora: LoraSpec) -> Mapping[str, Expected]:
-    """Each tensor that a complete adapter holds by its name, from a model that has shapes but no weights.
-
-    A of a layer is [rank, inputs], B is [outputs, rank] and DoRA's magnitude [outputs]; the names are those of PEFT's
-    adapter files.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for target in target_modules:
-        layer = skeleton.get_submodule(target)
-        shapes[f"{target}.lora_A.weight"] = (lora.rank, layer.in_features)
-        shapes[f"{target}{_B_SUFFIX}"] = (layer.out_features, lora.rank)
-        if lora.use_dora:
-            shapes[f"{target}.lora_magnitude_vector"] = (layer.out_features,)
-    for path in whole_modules(skeleton, lora):
-        for name, parameter in skeleton.get_submodule(path).named_parameters():
-            shapes[f"{path}.{name}"] = tuple(parameter.shape)
-    return {f"base_model.model.{name}": Expected(shape, tensor_dtype(name, lora)) for name, shape in shapes.items()}
-
-
-def verify_tensors(path: Path, sha256: str, expected: Mapping[str, Expected], lora: LoraSpec) -> None:
+def verify_tensors(
+    path: Path,
+    sha256: str,
+    expected: Mapping[str, Expected],
+    lora: LoraSpec,
+    initial: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Check the adapter's file against its recorded SHA-256, its tensors' names, shapes and types, and every number."""
     _require_regular(path)
     found = file_sha256(path)
@@ -100,12 +80,17 @@ def verify_tensors(path: Path, sha256: str, expected: Mapping[str, Expected], lo
         with safe_open(path, framework="pt") as tensors:
             _require_same_names(set(tensors.keys()), set(expected))
             unmoved = [
-                name for name, wanted in expected.items() if not _checked(name, tensors.get_tensor(name), wanted, lora)
+                name
+                for name, wanted in expected.items()
+                if not _moved(name, _checked(name, tensors.get_tensor(name), wanted, lora), initial)
             ]
     except SafetensorError as error:
         raise _wrong_adapter(f"{path.name} is not a safetensors file: {error}") from error
-    if lora.initialization == "default":
-        _require_learned(unmoved, sum(name.endswith(_B_SUFFIX) for name in expected))
+    layers = sum(name.endswith(B_SUFFIX) for name in expected)
+    if initial is not None:
+        _require_trained_further(unmoved, layers)
+    elif lora.initialization == "default":
+        _require_learned(unmoved, layers)
 
 
 def _require_same_names(found: set[str], expected: set[str]) -> None:
@@ -114,8 +99,8 @@ def _require_same_names(found: set[str], expected: set[str]) -> None:
             raise _wrong_adapter(f"the adapter {what} {len(names)} of {len(expected)} tensors, first {min(names)}")
 
 
-def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> bool:
-    """Check one tensor; False for a B that is still zero, as it was before training."""
+def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec) -> torch.Tensor:
+    """The tensor, once it is checked."""
     if tuple(tensor.shape) != expected.shape:
         raise _wrong_adapter(f"{name} has shape {list(tensor.shape)}, not {list(expected.shape)}")
     if tensor.dtype != expected.dtype:
@@ -127,7 +112,23 @@ def _checked(name: str, tensor: torch.Tensor, expected: Expected, lora: LoraSpec
             f"{name} of the trained adapter holds NaN or infinite numbers, so it is not published: lower "
             "spec.training.learningRate and create the job again",
         )
-    return not name.endswith(_B_SUFFIX) or bool(tensor.any())
+    return tensor
+
+
+def _moved(name: str, tensor: torch.Tensor, initial: Mapping[str, torch.Tensor] | None) -> bool:
+    """False for a B that still is what it was before training: that of an earlier adapter, or zero."""
+    if not name.endswith(B_SUFFIX):
+        return True
+    return bool(tensor.any()) if initial is None else not torch.equal(tensor, initial[name].to(tensor.dtype))
+
+
+def _require_trained_further(unmoved: list[str], layers: int) -> None:
+    """Some layers may stay as they were: rounding takes small updates of numbers that are not zero."""
+    if len(unmoved) == layers:
+        raise bad_configuration(
+            "the trained adapter is that of spec.lora.from, unchanged: each update was rounded away; raise "
+            "spec.training.learningRate, or set spec.lora.dtype: float32"
+        )
 
 
 def _require_learned(unmoved: list[str], layers: int) -> None:
@@ -182,9 +183,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     _require_regular(path)
     try:
         with path.open("rb") as file:
-            config = json.loads(file.read(_MAX_CONFIG_BYTES))
+            config = json.loads(file.read(MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
-        raise _wrong_adapter(f"{path.name} is not JSON of less than {_MAX_CONFIG_BYTES} bytes ({error})") from error
+        raise _wrong_adapter(f"{path.name} is not JSON of less than {MAX_CONFIG_BYTES} bytes ({error})") from error
     if not isinstance(config, dict):
         raise _wrong_adapter(f"{path.name} is not a JSON object")
     return config
@@ -216,7 +217,11 @@ def _wrong_adapter(what: str) -> StepFailure:
 def require_own_training(
     prepared: PrepareRecord, trained: TrainRecord, spec: QLoRAJobSpec, workspace: WorkspaceLayout
 ) -> None:
-    """Raise StepFailure (UNSAFE_ARTIFACT) unless the train record is of this spec, data and number of steps."""
+    """Raise StepFailure (UNSAFE_ARTIFACT) unless the train record is of this spec, data and number of steps.
+
+    Where a run may stop early, or keep an earlier adapter than the last, its evaluations decide again at which steps.
+    Raises OSError if they are missing, ValueError if they cannot be read.
+    """
     path = workspace.completion("train")
     # Publish runs without a GPU and does not know which device training ran on.
     fingerprints = {digest(run_fingerprint(spec, prepared, device, trained.ranks)) for device in get_args(Device)}
@@ -227,8 +232,21 @@ def require_own_training(
         )
     sequences = len(PreparedDataset.open(workspace.root / prepared.data_path, "train"))
     planned = Schedule.of(sequences, spec.training).total_steps
-    if trained.training_step != planned:
+    curve = _evaluations(workspace) if spec.training.early_stopping or spec.training.keep == "best" else []
+    end, kept = expected_end(spec.training, planned, curve)
+    if trained.training_step != end:
         raise unsafe_artifact(
-            f"{path} states {trained.training_step} optimizer steps, but this job has {planned}: an adapter that is "
+            f"{path} states {trained.training_step} optimizer steps, but this job has {end}: an adapter that is "
             "not fully trained is not published; delete the file and run the train step again"
         )
+    if trained.kept_step != kept:
+        raise unsafe_artifact(
+            f"{path} states the adapter of step {trained.kept_step}, but spec.training.keep and the evaluations choose "
+            f"that of step {kept}, so it is not published; delete the file and run the train step again"
+        )
+
+
+def _evaluations(workspace: WorkspaceLayout) -> list[tuple[int, float]]:
+    """Step and held-out loss of each evaluation of the run, in their order."""
+    curve = read_history(workspace.report / HISTORY_FILE).evaluation
+    return list(zip(curve.steps, curve.values, strict=True))

@@ -16,11 +16,14 @@ _BLUE, _ORANGE, _GREY, _LIGHT = "#2563eb", "#d9480f", "#6b7280", "#e5e7eb"
 _SMOOTHED_SHARE = 0.05
 
 
-def loss_picture(history: MetricsHistory, title: str, subtitle: str) -> bytes:
-    """A PNG of 1440 × 810 pixels: training loss per step, the same smoothed, and held-out loss."""
+def loss_picture(history: MetricsHistory, title: str, subtitle: str, kept_step: int | None = None) -> bytes:
+    """A PNG of 1440 × 810 pixels: training loss per step, the same smoothed, and held-out loss.
+
+    `kept_step`: the step whose adapter is kept. Its evaluation has a number, as the first and the last have.
+    """
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": _GREY}):
         figure, axes = _figure(9.6, 5.4)
-        _plot_loss(axes, history)
+        _plot_loss(axes, history, kept_step)
         axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=26)
         axes.annotate(
             subtitle, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=_GREY, fontsize=9
@@ -31,9 +34,9 @@ def loss_picture(history: MetricsHistory, title: str, subtitle: str) -> bytes:
     return image.getvalue()
 
 
-def loss_chart(history: MetricsHistory) -> str:
+def loss_chart(history: MetricsHistory, kept_step: int | None = None) -> str:
     """The same as an SVG element."""
-    return _svg("loss", 9.6, 4.2, lambda axes: _plot_loss(axes, history))
+    return _svg("loss", 9.6, 4.2, lambda axes: _plot_loss(axes, history, kept_step))
 
 
 def chart(name: str, label: str, curve: Curve, *, logarithmic: bool = False, unit: str = "") -> str:
@@ -90,9 +93,9 @@ def _svg(name: str, width: float, height: float, plot: Any, *, x_label: str = "O
     return text[text.index("<svg") :]
 
 
-def _plot_loss(axes: Any, history: MetricsHistory) -> None:
+def _plot_loss(axes: Any, history: MetricsHistory, kept_step: int | None) -> None:
     _plot_training(axes, history.loss)
-    _plot_evaluation(axes, history.evaluation)
+    _plot_evaluation(axes, history.evaluation, kept_step)
     axes.set_xlabel("Optimizer step")
     axes.set_ylabel("Loss per target token (nats)")
     axes.margins(x=0.03, y=0.12)
@@ -114,12 +117,14 @@ def _plot_training(axes: Any, curve: Curve) -> None:
         axes.plot(curve.steps, curve.smoothed(span), color=_BLUE, linewidth=2, label=label)
 
 
-def _plot_evaluation(axes: Any, curve: Curve) -> None:
+def _plot_evaluation(axes: Any, curve: Curve, kept_step: int | None) -> None:
     if not curve.steps:
         return
     axes.plot(curve.steps, curve.values, color=_ORANGE, linewidth=2, marker="o", markersize=6, label="held-out rows")
-    ends = {curve.steps[0]: curve.values[0], curve.steps[-1]: curve.values[-1]}
-    for step, loss in ends.items():
+    ends_and_kept = {curve.steps[0], kept_step, curve.steps[-1]}
+    for step, loss in zip(curve.steps, curve.values, strict=True):
+        if step not in ends_and_kept:
+            continue
         axes.annotate(
             f"{loss:.3f}",
             (step, loss),

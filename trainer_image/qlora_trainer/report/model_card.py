@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
+from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.report.serving import (
     loading_settings,
     rejected_by_vllm,
@@ -69,6 +70,8 @@ def adapter_model_card(job: TrainedJob) -> str:
         spec=spec,
         prepared=prepared,
         trained=job.trained,
+        steps=steps_done(job.trained.training_step, job.trained.total_steps, job.trained.kept_step),
+        gate=job.gate,
         curve=CURVE_FILE,
         quantization=quantization_label(spec.quantization),
         modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),

@@ -8,8 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import DatasetStatus, MergedStatus
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.status import DatasetStatus, GateStatus, MergedStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
@@ -48,9 +47,10 @@ def write_report(
         f"{spec.model.source}, {job.prepared.dataset.used_rows} rows, rank {spec.lora.rank}, "
         f"learning rate {spec.training.learning_rate:g}"
     )
-    picture = loss_picture(history, job.name, subtitle)
+    picture = loss_picture(history, job.name, subtitle, job.trained.kept_step)
     write_atomically(folder / CURVE_FILE, picture)
-    summary = _summary(job, device) | ({} if merged is None else {"merged": merged.dump()})
+    summary = _summary(job, device)
+    summary |= {name: part.dump() for name, part in (("gate", job.gate), ("merged", merged)) if part is not None}
     text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
     write_atomically(folder / SUMMARY_FILE, text.encode() + b"\n")
     statistics = DataStatistics.read(workspace.root / job.prepared.data_path)
@@ -79,10 +79,11 @@ def _page(
         prepared=job.prepared,
         trained=job.trained,
         quantization=quantization_label(job.spec.quantization),
-        figures=_figures(job.prepared, job.trained, history, merged),
-        loss=loss_chart(history),
+        figures=_figures(job.prepared, job.trained, history, merged, job.gate),
+        gate=job.gate,
+        loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device),
-        settings=_settings(job.spec),
+        settings=_settings(job),
         data={**_data(job.spec.dataset.source, job.prepared.dataset, statistics), **_turns(job)},
         lengths=_lengths(statistics),
         samples=samples,
@@ -95,15 +96,25 @@ def _page(
 
 
 def _figures(
-    prepared: PrepareRecord, trained: TrainRecord, history: MetricsHistory, merged: MergedStatus | None
+    prepared: PrepareRecord,
+    trained: TrainRecord,
+    history: MetricsHistory,
+    merged: MergedStatus | None,
+    gate: GateStatus | None,
 ) -> list[Figure]:
     before, after = trained.initial_eval_loss, trained.eval_loss
-    figures = [Figure("Optimizer steps", f"{trained.training_step:,}")]
+    early = f"of {trained.total_steps:,}, stopped early" if trained.stopped_early else ""
+    figures = [Figure("Optimizer steps", f"{trained.training_step:,}", early)]
+    if trained.kept_step != trained.training_step:
+        figures.append(Figure("Adapter of step", f"{trained.kept_step:,}", "the one with the lowest held-out loss"))
     if before is not None and after is not None:
         figures.append(Figure("Held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
     if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
         same_rows = f"the adapter has {merged.adapter_eval_loss:.4f} on the same {merged.eval_tokens:,} tokens"
         figures.append(Figure("Held-out loss, merged", f"{merged.eval_loss:.4f}", same_rows))
+    if gate is not None and gate.score is not None:
+        others = f"{gate.base_score or 0:.1%} without the adapter, on the same {gate.score_rows} held-out rows"
+        figures.append(Figure("Answers that passed", f"{gate.score:.1%}", others))
     figures.append(Figure("Training loss", f"{trained.loss:.4f}", "of the last step"))
     speed = history.tokens_per_second.median
     if speed is not None:
@@ -132,11 +143,13 @@ def _charts(history: MetricsHistory, device: Device) -> list[str]:
     return [svg for svg in drawn if svg]
 
 
-def _settings(spec: QLoRAJobSpec) -> Mapping[str, Mapping[str, Any]]:
+def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, Any]]:
+    initial = job.prepared.initial_adapter
     return {
-        "Quantization": spec.quantization.dump(),
-        "Adapter": spec.lora.dump(),
-        "Training": spec.training.dump(),
+        "Quantization": job.spec.quantization.dump(),
+        "Adapter": job.spec.lora.model_copy(update={"initial_adapter": None}).dump(),
+        "Training": job.spec.training.dump(),
+        **({} if initial is None else {"Initialized with the adapter": initial.dump()}),
     }
 
 
@@ -189,7 +202,10 @@ def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
             "training": spec.training.dump(),
         },
         "dataset": {"source": spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
+        **({} if prepared.initial_adapter is None else {"initialAdapter": prepared.initial_adapter.dump()}),
         "optimizerSteps": trained.training_step,
+        "plannedSteps": trained.total_steps,
+        "adapterStep": trained.kept_step,
         "attempts": trained.attempts,
         "goodput": trained.goodput,
         "loss": {

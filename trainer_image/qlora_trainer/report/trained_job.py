@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qlora_api.status import GateStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 
@@ -18,3 +19,5 @@ class TrainedJob:
     """The base model's name as PEFT and servers know it: ORG/NAME of the hub, else the address."""
     prepared: PrepareRecord
     trained: TrainRecord
+    gate: GateStatus | None = None
+    """How the adapter was judged; None without spec.gate."""

@@ -6,20 +6,22 @@ from qlora_trainer.core.filesystem import remove, remove_partials
 
 
 def clean(workspace: WorkspaceLayout) -> None:
-    """Delete `model/`, `base/`, `data/` and `checkpoints/` of one job's folder, and all `*.partial`.
+    """Delete what only the steps needed in one job's folder, and all `*.partial`.
 
+    That is `model/`, `base/`, `data/`, `initial-adapter/`, `checkpoints/` and `best/`.
     Once the adapter has been published, `trained/` goes too. Until then it holds its only copy, with which a job whose
     publication failed can be taken up; the base is then made again, to the same bytes.
 
-    The latter are what a killed step has left of its writes: of the adapter, the merged model, the base, a
-    record or a part of the report. May be called again.
+    `*.partial` is what a killed step has left of its writes: of the adapter, the merged model, the base, a record or a
+    part of the report. May be called again.
 
     A symbolic link is deleted and its target is not: nothing outside the folder is touched. Raises OSError if something
     cannot be deleted.
     """
     published = read_completion(workspace.completion("publish"), PublishRecord) is not None
     only_copy = (workspace.trained,) if published else ()
-    for folder in (workspace.models, workspace.base, workspace.data, workspace.checkpoints, *only_copy):
+    inputs = (workspace.models, workspace.base, workspace.data, workspace.initial_adapter)
+    for folder in (*inputs, workspace.checkpoints, workspace.best, *only_copy):
         remove(folder)
     for folder in (workspace.root, workspace.records, workspace.report):
         # What a link leads to is outside. The root itself may be reached by one.

@@ -43,6 +43,7 @@ from qlora_trainer.model.cached_base import open_base_source
 from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.dry_run.limited import measure_within_limits
+from qlora_trainer.model.initial_adapter import get_initial_adapter, is_unchanged
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination
@@ -50,6 +51,9 @@ from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publi
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
+from qlora_trainer.training.continued import continue_run, require_something_to_continue
+from qlora_trainer.training.fingerprint import run_fingerprint
+from qlora_trainer.training.scorable import require_readable, require_scorable
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,8 @@ def prepare(
 
     path = context.workspace.completion("prepare")
     written = read_completion(path, PrepareRecord)
+    if written is None and context.spec.continues is not None:
+        require_something_to_continue(context.mounts.continued, context.spec.continues)
     record = None if written is None else _still_valid(written, context, records)
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
@@ -76,10 +82,23 @@ def prepare(
     if context.spec.output.base is not None:
         model = context.workspace.root / record.model_path
         _check_destinations(context, base_publisher(record.base_sha256, model))
+    if context.spec.continues is not None:
+        say(f"copying the checkpoint of {context.spec.continues}")
+        record = _continue_run(context, record, context.spec.continues)
     if record != written:
         write_completion(path, record)
     records.note(model_revision=record.model_revision, memory=record.memory, dataset=record.dataset)
     return record
+
+
+def _continue_run(context: StepContext, record: PrepareRecord, name: str) -> PrepareRecord:
+    """Copy the checkpoint of the job of that name; the record says at which step its run was taken up."""
+    ranks = context.spec.resources.gpu_count
+    fingerprint = run_fingerprint(context.spec, record, context.device, ranks)
+    step = continue_run(context.mounts.continued, name, context.workspace, fingerprint)
+    if step is None:
+        return record
+    return record.model_copy(update={"remarks": (*record.remarks, f"continues {name} from step {step}")})
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,7 @@ def _prepare(
 ) -> PrepareRecord:
     workspace, hub = context.workspace, cache(lambda: _open_hub(context))
     _check_destinations(context)
+    require_readable(context.spec.gate)
 
     say("reading the model's configuration")
     source = open_model_source(context, hub)
@@ -115,11 +135,17 @@ def _prepare(
     bases = open_base_source(context, source, folder, admitted.layout)
     bases.require_room()
 
+    initial = None
+    if context.spec.lora.initial_adapter is not None:
+        say("fetching and checking the adapter of spec.lora.from")
+        initial = get_initial_adapter(context, hub, folder, admitted.model.family.target_modules)
+
     dataset = _dataset(context, admitted, hub, say)
     records.note(dataset=dataset.status())
     training = context.spec.training
     sequences = new_folder(partial_path(workspace.data / "layout"))
     dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=admitted.packed)
+    require_scorable(context.spec.gate, sequences, dataset.status(), folder)
 
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
@@ -132,7 +158,12 @@ def _prepare(
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, workspace.data / fingerprint)
     family = admitted.model.family
-    end, remarks = _turns(admitted, dataset)
+    end, of_turns = _turns(admitted, dataset)
+    remarks = (*admitted.model.remarks, *of_turns)
+    if initial is not None:
+        initial.complete()
+        remark = initial.remark(context.base_name, base.revision)
+        remarks += () if remark is None else (remark,)
     return PrepareRecord(
         fingerprint=fingerprint,
         model_path=recorded_path(source.complete(), workspace.root),
@@ -150,9 +181,10 @@ def _prepare(
         attention=None if family.attention == ATTENTION else family.attention,
         memory=admitted.memory.status,
         dataset=dataset.status(),
-        remarks=(*admitted.model.remarks, *remarks),
+        remarks=remarks,
         template_sha256=template,
         end_of_turn=end,
+        initial_adapter=None if initial is None else initial.status,
         measured=admitted.memory.measured,
         base=BaseStatus(
             origin=bases.origin,
@@ -257,6 +289,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     resolved, folder = ResolvedInputs.read(root / record.data_path), root / record.model_path
     if resolved is None or resolved.fingerprint(spec) != record.fingerprint or not (folder / CONFIG).is_file():
         return None
+    if not is_unchanged(record.initial_adapter, context):
+        return None
     if not is_whole(root / record.base_path, context.mounts.model_cache):
         return None
     if spec.lora.initialization == "loftq" and not any(folder.glob("*.safetensors")):
@@ -270,6 +304,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     )
     records.note(memory=memory.status)
     memory.require()
+    require_readable(spec.gate)
+    require_scorable(spec.gate, root / record.data_path, record.dataset, folder)
     return record.model_copy(update={"memory": memory.status, "measured": memory.measured})
 
 
@@ -283,6 +319,7 @@ def _leaving_what_can_be_resumed(workspace: WorkspaceLayout) -> Iterator[None]:
             _discard_partials(workspace.models)
             _discard_partials(workspace.data)
             remove(partial_path(workspace.base))
+            remove(partial_path(workspace.initial_adapter))
         raise
     except OSError as error:
         if is_full(error):

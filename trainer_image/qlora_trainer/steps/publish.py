@@ -2,23 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from qlora_api.status import AdapterStatus, BaseStatus, MergedStatus, StepName
+from torch import Tensor
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_api.status import AdapterStatus, BaseStatus, GateStatus, MergedStatus, StepName
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CURVE_FILE, MODEL_CARD_FILE
+from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.job_template import TEMPLATE_FILE
 from qlora_trainer.model.cache import require_whole_in_cache
+from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.publishing.addresses import open_destination
 from qlora_trainer.publishing.base import base_still_published, publish_base
 from qlora_trainer.publishing.destination import Destination, is_published, publish_folder
+from qlora_trainer.publishing.gate import gate_failure, judge
 from qlora_trainer.publishing.job_template import job_template_file
 from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.publishing.merged import publish_merged, still_published
@@ -37,17 +43,21 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     """Verify the trained adapter, write the report and publish to the destination. `now` gives the time for records.
 
     Returns at once if the completion record matches and the files at the destination are still what it says.
-    Raises StepFailure; the adapter is not published then, unless it is the base or the merge that has failed.
+    Raises StepFailure; the adapter is not published then, unless it is the base or the merge that has failed. One that
+    does not pass spec.gate (GATE_FAILED) reaches no destination, and neither do its base and a merged model.
     """
 
     def say(activity: str) -> None:
         records.progress(context.progress("publish", now(), activity))
 
     workspace, job = context.workspace, _trained_job(context)
+    records.note(gate=job.gate)
+    if job.gate is not None and not job.gate.passed:
+        raise _held_back(job, job.gate, context, say)
     destination = _destination(context, context.spec.output.destination, workspace.adapter)
     done = _already_published(context, job, destination)
     if done is not None:
-        return done
+        return done.model_copy(update={"gate": job.gate})
     say("verifying the adapter")
     folder = _verify(job, context)
     say("writing the report")
@@ -58,20 +68,22 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     base = _publish_base(job, context, say)
     merged = _merge(job, context, say)
     fingerprint = _fingerprint(job.trained, destination)
-    record = PublishRecord(fingerprint=fingerprint, adapter=adapter, merged=merged, base=base)
+    record = PublishRecord(fingerprint=fingerprint, adapter=adapter, gate=job.gate, merged=merged, base=base)
     write_completion(workspace.completion("publish"), record)
     return record
 
 
 def _trained_job(context: StepContext) -> TrainedJob:
-    """The job with the records of the steps before. Raises StepFailure if one is missing."""
+    """The job with the records of the steps before, judged. Raises StepFailure if one is missing."""
+    trained = _required(context.workspace.completion("train"), "train", TrainRecord)
     return TrainedJob(
         name=context.document.metadata.name,
         uid=context.job_uid,
         spec=context.spec,
         base_name=context.base_name,
         prepared=_required(context.workspace.completion("prepare"), "prepare", PrepareRecord),
-        trained=_required(context.workspace.completion("train"), "train", TrainRecord),
+        trained=trained,
+        gate=judge(context.spec.gate, trained),
     )
 
 
@@ -149,8 +161,26 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
         target_modules=prepared.target_modules,
         base_name=job.base_name,
         base_revision=prepared.model_revision,
+        initial=_initial_adapter(job, workspace),
     )
     return folder
+
+
+def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Callable[[str], None]) -> StepFailure:
+    """Why the adapter is not published. It stays where it is, with its report and model card, for people to look at."""
+    say("verifying the adapter")
+    folder = _verify(job, context)
+    say("writing the report")
+    picture = write_report(job, context.workspace, device=context.device)
+    for name, content in ((MODEL_CARD_FILE, adapter_model_card(job).encode()), (CURVE_FILE, picture)):
+        write_atomically(folder / name, content)
+    return gate_failure(gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
+
+
+def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str, Tensor] | None:
+    """The tensors with which training was initialized; None if it began with a new adapter."""
+    initial = job.prepared.initial_adapter
+    return None if initial is None else read_initial_adapter(workspace.initial_adapter, initial.sha256)
 
 
 def _write(
@@ -173,8 +203,10 @@ def _write(
         base_model=job.spec.model.source,
         base_revision=job.prepared.model_revision,
         rank=job.spec.lora.rank,
+        step=job.trained.kept_step,
         served_rank=served_rank(job.spec.lora),
         quantization=quantization_label(job.spec.quantization),
+        initial_adapter=job.prepared.initial_adapter,
     )
 
 

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from qlora_api import contract
-from qlora_trainer.core.completion import Comparison, PrepareRecord, TrainRecord, read_completion, write_completion
+from qlora_api.gate import GateSpec
+from qlora_trainer.core.completion import (
+    Comparison,
+    PrepareRecord,
+    TrainRecord,
+    read_completion,
+    score_settings,
+    write_completion,
+)
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.environment import available_cpus
 from qlora_trainer.core.failures import StopRequest, bad_configuration
@@ -20,11 +28,12 @@ from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, save_adapter
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter, save_adapter
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.cache import require_whole_in_cache
+from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import cannot_keep_rows_apart
 from qlora_trainer.report.metrics_log import MetricsLog
@@ -32,8 +41,10 @@ from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.training.answers import leave_samples
 from qlora_trainer.training.attempts import PodOfJob, read_attempts
 from qlora_trainer.training.base_check import BaseCheck
+from qlora_trainer.training.best_adapter import read_best
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import use_device
+from qlora_trainer.training.evaluations import Kept, kept
 from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
 from qlora_trainer.training.held_out import compare
 from qlora_trainer.training.launch import RankInfo, started_child_ranks
@@ -44,6 +55,7 @@ from qlora_trainer.training.out_of_memory import explained_shortage
 from qlora_trainer.training.ranks import Meeting, Ranks, joined
 from qlora_trainer.training.resume import agreed_checkpoint, restore, resumed_attempt
 from qlora_trainer.training.schedule import Schedule
+from qlora_trainer.training.scoring import measure_score
 from qlora_trainer.training.sharding import STORAGE_DTYPE, shard_base
 from qlora_trainer.training.state import Run, RunState, Runtime, report
 
@@ -109,6 +121,8 @@ def train(
         # However the others end from here on, the adapter is written.
         together.close()
         if ranks.main:
+            with shortage(lambda: 1):
+                record = _with_score(run, state, job, record)
             _leave_samples(run, job.model_folder)
     return record
 
@@ -146,12 +160,19 @@ def _prepared(context: StepContext) -> PrepareRecord:
 
 
 def _already_trained(context: StepContext, fingerprint: str) -> TrainRecord | None:
-    """The completion record, if it is of this run and the adapter still has the recorded sum."""
+    """The completion record, if it is of this run, with its score, and the adapter still has the recorded sum."""
     record = read_completion(context.workspace.completion("train"), TrainRecord)
-    if record is None or record.fingerprint != fingerprint:
+    if record is None or record.fingerprint != fingerprint or not _has_score(record, context.spec.gate):
         return None
     adapter = context.workspace.root / record.adapter_path / ADAPTER_FILE
     return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
+
+
+def _has_score(record: TrainRecord, gate: GateSpec | None) -> bool:
+    """Whether the record has the score that the job asks for."""
+    if gate is None or gate.score is None:
+        return True
+    return record.score is not None and record.score.settings == score_settings(gate.score)
 
 
 def _agreed_record(ranks: Ranks, record: TrainRecord | None) -> TrainRecord:
@@ -218,6 +239,7 @@ def _load(
         threads=threads,
         storage=storage,
         base_check=base_check,
+        initial_adapter_sha256=None if prepared.initial_adapter is None else prepared.initial_adapter.sha256,
         attempts=read_attempts(context.workspace.records) if ranks.main else (),
         schedule=schedule,
     )
@@ -249,13 +271,13 @@ def _load_base(job: _Job, sharded: bool) -> Any:
 
 
 def _attach_adapter(base: Any, job: _Job, device: torch.device, *, initialized: bool) -> Any:
-    """The base with the job's adapter: initialized on the device, or to be restored from a checkpoint.
+    """The base with the job's adapter: initialized, on the device or with an earlier one, or to be restored.
 
     Each rank initializes it: the others cannot wait for one longer than `ranks.TIMEOUT`, which a large model may take.
     """
     spec = job.context.spec
     from_original = initialized and spec.lora.initialization == "loftq"
-    return attach_adapter(
+    model = attach_adapter(
         base,
         spec.lora,
         job.prepared.target_modules,
@@ -266,6 +288,10 @@ def _attach_adapter(base: Any, job: _Job, device: torch.device, *, initialized: 
         original=BaseWeights(job.model_folder, base) if from_original else None,
         device=device,
     )
+    if initialized and job.prepared.initial_adapter is not None:
+        folder = job.context.workspace.initial_adapter
+        restore_adapter(model, read_initial_adapter(folder, job.prepared.initial_adapter.sha256))
+    return model
 
 
 def _open_history(job: _Job, checkpoint: Checkpoint | None) -> MetricsLog:
@@ -285,6 +311,8 @@ def _open_history(job: _Job, checkpoint: Checkpoint | None) -> MetricsLog:
 def _finish(run: Run, state: RunState, job: _Job) -> TrainRecord:
     """Write the adapter, then the completion record that points at it."""
     workspace = run.context.workspace
+    chosen = kept(run.training, state.evaluations, state.step, state.eval_loss)
+    _put_into_model(run, state, chosen)
     with atomic_folder(workspace.trained) as folder:
         save_adapter(run.model, folder)
     if state.loss is None or run.history is None:
@@ -295,9 +323,12 @@ def _finish(run: Run, state: RunState, job: _Job) -> TrainRecord:
         adapter_path=workspace.trained.name,
         adapter_sha256=file_sha256(workspace.trained / ADAPTER_FILE),
         training_step=state.step,
+        total_steps=run.schedule.total_steps,
+        adapter_step=chosen.step,
         loss=state.loss,
         initial_eval_loss=state.initial_eval_loss,
-        eval_loss=state.eval_loss,
+        eval_loss=chosen.eval_loss,
+        eval_tokens=None if run.eval_data is None else run.eval_data.target_tokens,
         peak_memory_bytes=state.peak_memory_bytes,
         ranks=run.ranks.rank_info.size,
         micro_batch_size=state.micro_batch_size,
@@ -313,11 +344,31 @@ def _finish(run: Run, state: RunState, job: _Job) -> TrainRecord:
     return record
 
 
+def _put_into_model(run: Run, state: RunState, chosen: Kept) -> None:
+    """Put the adapter that is kept into the model, for all that follows: it may be that of an earlier step."""
+    if chosen.step == state.step:
+        return
+    if run.best is None:
+        raise AssertionError("the main process writes the best adapter when it is found, and each checkpoint holds it")
+    restore_adapter(run.model, read_best(run.best))
+
+
 def _comparison(run: Run) -> Comparison | None:
     """The adapter's loss on the rows on which a merged model will be compared with it; None if there will be none."""
     if run.eval_data is None or run.context.spec.output.merged is None:
         return None
     return compare(run.model, run.eval_data, run.storage.parameters, run.device)
+
+
+def _with_score(run: Run, state: RunState, job: _Job, record: TrainRecord) -> TrainRecord:
+    """The completion record, written again with the score of the adapter's answers, if the job asks for that."""
+    gate = run.context.spec.gate
+    if gate is None or gate.score is None or run.eval_data is None:
+        return record
+    score = measure_score(run, state, run.eval_data, gate.score, job.model_folder, record.adapter_sha256)
+    record = record.model_copy(update={"score": score})
+    write_completion(run.context.workspace.completion("train"), record)
+    return record
 
 
 def _leave_samples(run: Run, tokenizer_folder: Path) -> None:

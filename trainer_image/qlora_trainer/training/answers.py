@@ -1,9 +1,11 @@
-"""Generates answers to some prompts without and with the adapter, for the report."""
+"""Generates answers to prompts of rows without and with the adapter: samples for the report, answers to score."""
 
+import hashlib
+import heapq
 import json
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from qlora_api.printable import first_line
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
+from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Sample, Samples
 
-_MAX_PROMPT_TOKENS = 1024
+MAX_PROMPT_TOKENS = 1024
+"""A longer prompt is not answered."""
 logger = logging.getLogger(__name__)
 
 
@@ -28,20 +31,45 @@ class Prompt:
     tokens: tuple[int, ...]
     answer: tuple[int, ...]
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of both, in hexadecimal."""
+        return hashlib.sha256(json.dumps([self.tokens, self.answer]).encode()).hexdigest()
+
 
 def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
     """The prompts of `count` sequences at equal distances in `data`, each from the sequence's first row."""
     every = max(1, len(data) // max(1, count))
     prompts = (_first_prompt(data, index) for index in range(0, len(data), every))
-    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= _MAX_PROMPT_TOKENS]
+    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= MAX_PROMPT_TOKENS]
     return fitting[:count]
 
 
 def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
-    sequence = data[index]
-    length = sequence.row_lengths[0]
-    tokens, is_target = sequence.input_ids[:length].tolist(), (sequence.labels[:length] != IGNORED_LABEL).tolist()
-    first = is_target.index(True)
+    return next(_prompts(data[index]))
+
+
+def scored_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
+    """The prompts of at most `count` rows, those with the lowest SHA-256: the same for every seed and packing."""
+    prompts = (prompt for index in range(len(data)) for prompt in _prompts(data[index]))
+    return heapq.nsmallest(
+        count,
+        (prompt for prompt in prompts if len(prompt.tokens) <= MAX_PROMPT_TOKENS),
+        key=lambda prompt: prompt.sha256,
+    )
+
+
+def _prompts(sequence: PackedSequence) -> Iterator[Prompt]:
+    """The prompt of each row of a sequence."""
+    start = 0
+    for length in sequence.row_lengths:
+        ids, labels = sequence.input_ids[start : start + length], sequence.labels[start : start + length]
+        yield _prompt(ids.tolist(), (labels != IGNORED_LABEL).tolist())
+        start += length
+
+
+def _prompt(tokens: list[int], is_target: list[bool]) -> Prompt:
+    length, first = len(tokens), is_target.index(True)
     if first <= 1:
         # Plain text is trained on from its second token on: its first half is the prompt.
         first = max(1, length // 2)
@@ -49,49 +77,67 @@ def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
     return Prompt(tuple(tokens[:first]), tuple(tokens[first:end]))
 
 
-def write_answers(
-    model: Any, tokenizer_folder: Path, prompts: Iterable[Prompt], stopped: Callable[[], bool], device: torch.device
-) -> Samples:
-    """The samples of a trained PEFT model: greedy, so that the same model gives the same words.
+Stopped = Callable[[], bool]
 
-    The model must not be trained any further: its attention is transformers' own from here on, because answers are
-    generated one token at a time. A sample in progress when `stopped` turns true is dropped, with those after it.
+
+class Answering:
+    """A trained PEFT model that answers prompts: greedily, so that the same model gives the same words.
+
+    It must not be trained any further: its attention is transformers' own from here on, because answers are generated
+    one token at a time. One prompt at a time, since padding changes the last bits of 16-bit sums, and so the words.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
-    base = model.get_base_model()
-    base.activation_checkpointing_disable()
-    base.set_attn_implementation("eager")
-    model.eval()
+
+    def __init__(self, model: Any, tokenizer_folder: Path, stopped: Stopped, device: torch.device) -> None:
+        """An answer in progress when `stopped` turns true is cut off there."""
+        self._model, self._device, self._stopped = model, device, stopped
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_folder, local_files_only=True, trust_remote_code=False
+        )
+        base = model.get_base_model()
+        base.activation_checkpointing_disable()
+        base.set_attn_implementation("eager")
+        model.eval()
+
+    def text(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        """The text of tokens, without special ones unless they are asked for."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not special))
+
+    def answer(self, prompt: Prompt, *, adapter: bool, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
+        """The model's answer, with or without its adapter, without special tokens.
+
+        It ends where the model's configuration says, or with the special token that ends the row's own answer, such as
+        the end of a turn, which the configuration of a base model does not name.
+        """
+        stopped, end = self._stopped, prompt.answer[-1]
+        ends = end if end in self._tokenizer.all_special_ids else -1
+
+        class Stopping(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+                return (input_ids[:, -1] == ends) | stopped()
+
+        input_ids = torch.tensor([prompt.tokens], device=self._device)
+        without = nullcontext() if adapter else self._model.disable_adapter()
+        with without, torch.no_grad(), torch.autocast(self._device.type, dtype=COMPUTE_DTYPE):
+            output = self._model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                stopping_criteria=StoppingCriteriaList([Stopping()]),
+            )
+        return self.text(output[0, len(prompt.tokens) :].tolist())
+
+
+def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped) -> Samples:
+    """The samples; one in progress when `stopped` turns true is dropped, with those after it."""
     samples = []
     for prompt in prompts:
-        before = _answer(model, prompt, model.disable_adapter(), stopped, device)
-        after = _answer(model, prompt, nullcontext(), stopped, device)
+        before, after = (answering.answer(prompt, adapter=adapter) for adapter in (False, True))
         if stopped():
             break
-        text = tokenizer.batch_decode([list(ids) for ids in (prompt.answer, before, after)], skip_special_tokens=True)
-        question = tokenizer.decode(list(prompt.tokens))
-        samples.append(Sample(prompt=question, reference=text[0], before=text[1], after=text[2]))
+        question, reference = answering.text(prompt.tokens, special=True), answering.text(prompt.answer)
+        samples.append(Sample(prompt=question, reference=reference, before=before, after=after))
     return Samples(samples=tuple(samples), missing="" if samples else "the run was stopped")
-
-
-def _answer(
-    model: Any, prompt: Prompt, adapter: AbstractContextManager[Any], stopped: Callable[[], bool], device: torch.device
-) -> list[int]:
-    class Stopped(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), stopped(), device=input_ids.device)
-
-    input_ids = torch.tensor([prompt.tokens], device=device)
-    with adapter, torch.no_grad(), torch.autocast(device.type, dtype=COMPUTE_DTYPE):
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([Stopped()]),
-        )
-    generated: list[int] = output[0, len(prompt.tokens) :].tolist()
-    return generated
 
 
 def leave_samples(
@@ -100,7 +146,7 @@ def leave_samples(
     tokenizer_folder: Path,
     data: PreparedDataset,
     count: int,
-    stopped: Callable[[], bool],
+    stopped: Stopped,
     device: torch.device,
 ) -> None:
     """Write the samples of a trained model to `path`, or why there are none.
@@ -111,7 +157,8 @@ def leave_samples(
         samples = Samples(missing="spec.training.samples is 0, or spec.training.sharding is full")
     else:
         try:
-            samples = write_answers(model, tokenizer_folder, choose_prompts(data, count), stopped, device)
+            answering = Answering(model, tokenizer_folder, stopped, device)
+            samples = _samples(answering, choose_prompts(data, count), stopped)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
             logger.exception("no samples for the report")
             samples = Samples(missing=f"the model could not generate: {first_line(error)}")

@@ -78,7 +78,7 @@ def recorded_attempt(records: Path, from_step: int, pod: PodOfJob, now: Callable
     Raises StepFailure (RETRIES_EXHAUSTED) instead if it would be stuck too, OSError if the record cannot be written.
     An exception of the body takes precedence.
     """
-    earlier = _with_ends(read_attempts(records), records)
+    earlier = ended_attempts(records)
     reject_if_stuck(earlier, from_step, pod.job_attempt)
     attempt = Attempt(
         pod_uid=pod.uid, job_attempt=pod.job_attempt, started_at=_precise(pod.started), from_step=from_step
@@ -112,8 +112,9 @@ def show_life(records: Path) -> None:
     (records / ATTEMPTS_FILE).touch()
 
 
-def _with_ends(attempts: Sequence[Attempt], records: Path) -> list[Attempt]:
-    """The attempts, the latest of which ended at its last sign of life if it was killed."""
+def ended_attempts(records: Path) -> list[Attempt]:
+    """All attempts so far while none runs, the latest of which ended at its last sign of life if it was killed."""
+    attempts = read_attempts(records)
     if not attempts or attempts[-1].ended_at is not None:
         return list(attempts)
     seen = datetime.fromtimestamp((records / ATTEMPTS_FILE).stat().st_mtime, UTC)

@@ -1,13 +1,15 @@
 """Checkpoints on disk: each is there whole and verified, or not at all.
 
 `checkpoints/step-N/` holds safetensors files, `state.json`, and `manifest.json` with the SHA-256 of each. It is written
-beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code.
+beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code. A file that was
+written before, as the best adapter so far, is linked into it.
 """
 
 import errno
 import json
 import logging
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove, remove_partials
+from qlora_trainer.core.filesystem import atomic_folder, file_sha256, link_or_copy, remove, remove_partials
+from qlora_trainer.core.paths import confined, require_regular
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -30,12 +33,22 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file that is complete, and the SHA-256 that it was written with."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A run as it stood after `step` optimizer steps."""
 
     path: Path
     step: int
     state: Mapping[str, Any]
+    sha256: Mapping[str, str]
+    """Of each of its files, by name."""
 
     def has(self, name: str) -> bool:
         """Whether there is a `<name>.safetensors`."""
@@ -47,28 +60,43 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    stored: Mapping[str, StoredFile] | None = None,
 ) -> Checkpoint:
     """Write `folder/step-N` with one file for each entry of `tensors`, read it back, then drop all but the newest two.
 
-    `state` is what JSON can hold. Raises OSError, or SafetensorError with the number of the operating system's error,
-    if it cannot be written, and ValueError if it does not read back; the earlier checkpoints are untouched then.
+    `state` is what JSON can hold; `stored` are further files, by the names that they get. Raises OSError, or
+    SafetensorError with the number of the operating system's error, if it cannot be written, and ValueError if it does
+    not read back, or a stored file has changed; the earlier checkpoints are untouched then.
     """
     final = folder / f"step-{step}"
     with atomic_folder(final) as partial:
-        _write(partial, tensors, {**state, "formatVersion": FORMAT_VERSION, "step": step})
+        _write(partial, tensors, stored or {}, {**state, "formatVersion": FORMAT_VERSION, "step": step})
     saved = read_checkpoint(final)
     logger.info("saved %s", final)
-    for _, old in _numbered(folder)[KEPT:]:
+    for _, old in numbered_checkpoints(folder)[KEPT:]:
         remove(old)
     return saved
 
 
-def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    stored: Mapping[str, StoredFile],
+    state: Mapping[str, Any],
+) -> None:
+    for name, file in stored.items():
+        link_or_copy(file.path, folder / name)
     for name, entries in tensors.items():
         save_file(dict(entries), folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True, allow_nan=False))
     sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    for name, file in stored.items():
+        if sums[name] != file.sha256:
+            raise ValueError(f"{file.path} has sha256 {sums[name]}, not {file.sha256}: it was changed or damaged")
     (folder / CHECKPOINT_MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2, sort_keys=True))
 
 
@@ -97,7 +125,7 @@ def _verified(path: Path) -> Checkpoint:
     state = json.loads((path / STATE).read_bytes())
     if STATE not in sums or state["formatVersion"] != FORMAT_VERSION:
         raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
-    return Checkpoint(path, int(state["step"]), state)
+    return Checkpoint(path, int(state["step"]), state, sums)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -106,7 +134,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     What a killed attempt left unfinished is removed.
     """
     remove_partials(folder)
-    for _, path in _numbered(folder):
+    for _, path in numbered_checkpoints(folder):
         try:
             return read_checkpoint(path)
         except ValueError as error:
@@ -117,8 +145,35 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Step and path of each checkpoint, newest first."""
+def newest_intact(folder: Path) -> Checkpoint | None:
+    """The same for another run's folder, in which nothing is changed: those that do not verify are only logged."""
+    for _, path in numbered_checkpoints(folder):
+        try:
+            return read_checkpoint(confined(path, folder))
+        except ValueError as error:
+            logger.warning("%s is broken and is passed over: %s", path, error.__cause__)
+    return None
+
+
+def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Copy a verified checkpoint into another run's `folder`, complete and verified again, or not at all.
+
+    Only the files that its manifest names are copied. Raises ValueError if they have changed in the meantime.
+    """
+    manifest = (checkpoint.path / CHECKPOINT_MANIFEST).read_bytes()
+    final = folder / checkpoint.path.name
+    with atomic_folder(final) as partial:
+        for name in json.loads(manifest)["sha256"]:
+            source = checkpoint.path / name
+            require_regular(source, checkpoint.path, str(source))
+            shutil.copyfile(source, partial / name)
+        (partial / CHECKPOINT_MANIFEST).write_bytes(manifest)
+        read_checkpoint(partial)
+    return read_checkpoint(final)
+
+
+def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Step and path of each checkpoint, intact or not, newest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]

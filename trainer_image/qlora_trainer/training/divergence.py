@@ -1,7 +1,8 @@
 """Decides when a run is suspect, and when it has diverged; pure, so that a resumed run decides the same.
 
 A jump of the loss alone proves nothing: a curriculum has one wherever harder rows begin, and small batches have many.
-Proof is a comparison with the base model without the adapter, on the same rows. So a cheap test at every step finds
+Proof is a comparison with the model before the first step, on the same rows: the base without the adapter or, where
+training was initialized with an earlier one, with that. So a cheap test at every step finds
 suspect steps, and when they have lasted for the job's patience, that comparison decides. It also decides after a last
 step that is suspect, or that raises the loss of its own rows, which no later step would show.
 """
@@ -13,8 +14,8 @@ LOSS_RISE_NATS = 2.0
 """A loss this far above its lowest level is suspect: each target has become seven times less likely."""
 NORM_RISE = 100.0
 """A gradient norm of this many times its own level is suspect too."""
-WORSE_THAN_BASE_NATS = 1.0
-"""A run whose loss is this far above that of the base model alone, on the same rows, has diverged."""
+WORSE_THAN_START_NATS = 1.0
+"""A run whose loss is this far above that of the model before the first step, on the same rows, has diverged."""
 # Weight of the newest step in the levels: about the last twenty steps count.
 _NEWEST = 0.1
 _SMALLEST_NORM = 1e-12
@@ -61,9 +62,10 @@ def cleared(loss: float, grad_norm: float) -> Stability:
     return Stability(loss, loss, max(grad_norm, _SMALLEST_NORM))
 
 
-def has_diverged(loss: float, base_loss: float) -> bool:
-    """Whether the adapter does harm: `loss` is with it, `base_loss` without, in nats per target of the same rows.
+def has_diverged(loss: float, loss_at_start: float) -> bool:
+    """Whether training does harm: `loss` is now, `loss_at_start` before the first step.
 
-    The same margin decides whether a step did harm: `base_loss` is then the loss before it.
+    Both are in nats per target of the same rows. The same margin decides whether a step did harm: `loss_at_start` is
+    then the loss before it.
     """
-    return not (math.isfinite(base_loss) and loss <= base_loss + WORSE_THAN_BASE_NATS)
+    return not (math.isfinite(loss_at_start) and loss <= loss_at_start + WORSE_THAN_START_NATS)

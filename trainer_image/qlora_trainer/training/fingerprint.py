@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.printable import shortened
+from qlora_api.status import InitialAdapterStatus
+from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
@@ -18,11 +20,17 @@ Fingerprint = dict[str, Any]
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
+# Another word for leaving the field out.
+_SAME_AS_NOT_SET = {"keep": "last"}
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
     """Everything that decides the adapter, by name. Another number of processes adds gradients in another order."""
-    training = {name: value for name, value in spec.training.dump().items() if name not in _WITHOUT_EFFECT}
+    training = {
+        name: value
+        for name, value in spec.training.dump().items()
+        if name not in _WITHOUT_EFFECT and _SAME_AS_NOT_SET.get(name) != value
+    }
     return {
         "model": {
             "revision": prepared.model_revision,
@@ -31,13 +39,19 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
         },
         "data": {"fingerprint": prepared.fingerprint},
         "quantization": spec.quantization.dump(),
-        "lora": spec.lora.dump(),
+        "lora": _lora(spec.lora, prepared.initial_adapter),
         "training": training,
         "device": device,
         "ranks": ranks,
         "libraries": {name: version(name) for name in _LIBRARIES},
         "trainer": trainer_version(),
     }
+
+
+def _lora(lora: LoraSpec, initial: InitialAdapterStatus | None) -> dict[str, Any]:
+    """The settings; of an earlier adapter its digest, wherever it came from."""
+    settings = {name: value for name, value in lora.dump().items() if name != "from"}
+    return settings | ({} if initial is None else {"from": {"sha256": initial.sha256}})
 
 
 def digest(fingerprint: Fingerprint) -> str:
@@ -47,16 +61,19 @@ def digest(fingerprint: Fingerprint) -> str:
 
 def reject_other_run(found: Fingerprint, wanted: Fingerprint, checkpoint: Path) -> None:
     """Raise StepFailure naming what differs, if a checkpoint is of another run than this one."""
-    before, now = _flat(found), _flat(wanted)
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if changed:
-        differences = ", ".join(
-            f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in changed[:3]
-        )
+    different = differences(found, wanted)
+    if different:
         raise bad_configuration(
-            f"{checkpoint} belongs to another run: {differences}; use another workspace, or delete the folder "
+            f"{checkpoint} belongs to another run: {different}; use another workspace, or delete the folder "
             f"{checkpoint.parent} to start over"
         )
+
+
+def differences(found: Fingerprint, wanted: Fingerprint) -> str:
+    """The first differences between two runs, for a message; empty if they are the same."""
+    before, now = _flat(found), _flat(wanted)
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return ", ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in changed[:3])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, evaluations and checkpoints, from the run's current step to its last."""
+"""The training loop: optimizer steps, evaluations and checkpoints, from the run's current step to its end."""
 
 import gc
 import logging
@@ -11,23 +11,27 @@ from torch import Tensor, nn
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_memory
+from qlora_trainer.core.filesystem import remove
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_tensors
 from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
+from qlora_trainer.training.best_adapter import BEST_FILE, best_of, write_best
 from qlora_trainer.training.checkpoint import save_checkpoint
 from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
 from qlora_trainer.training.divergence import Stability, cleared, has_diverged
+from qlora_trainer.training.evaluations import kept
 from qlora_trainer.training.objective import BatchSums, of_evaluation
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
+from qlora_trainer.training.start import as_at_start, named_start
 from qlora_trainer.training.state import Run, RunState, report
 
 logger = logging.getLogger(__name__)
 
 
 def run_to_end(run: Run, state: RunState) -> RunState:
-    """Train to the last step, evaluate and save on the way. Returns the final state.
+    """Train to the last step or until the run stops early, evaluate and save on the way. Returns the final state.
 
     Raises Interrupted when a stop is requested, with the latest step saved unless it is suspect; StepFailure (DIVERGED)
     for a loss or gradient that is not finite, before it can reach the weights, and for a run that has diverged.
@@ -42,7 +46,7 @@ def run_to_end(run: Run, state: RunState) -> RunState:
         if _save_due(run, state, stopping):
             _require_checked_base(run)
             _save(run, state)
-        if state.step == run.schedule.total_steps and not _evaluation_due(run, state):
+        if run.ended(state) and not _evaluation_due(run, state):
             return state
         if stopping:
             _report_interruption(run, state)
@@ -75,7 +79,7 @@ def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
     """Whether to save now. A suspect run is not saved before its end, or until a step is not suspect."""
     if state.step == 0 or state.step == run.checkpoint_step:
         return False
-    if state.step == run.schedule.total_steps:
+    if run.ended(state):
         return True
     every = run.training.save_every_steps
     passed = state.step // every > (run.checkpoint_step or 0) // every
@@ -211,16 +215,16 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
     stability = state.stability.after_step(state.step, loss, grad_norm)
     if not stability.to_be_judged(state.step, patience):
         return stability
-    base_loss = _base_loss(run, gradient)
-    if not has_diverged(loss, base_loss):
-        logger.info("step %d: loss %.4f is high, but it is %.4f without the adapter", state.step, loss, base_loss)
+    loss_at_start = _loss_at_start(run, gradient)
+    if not has_diverged(loss, loss_at_start):
+        logger.info("step %d: loss %.4f is high, but %s has %.4f", state.step, loss, named_start(run), loss_at_start)
         return cleared(loss, grad_norm)
     raise _diverged(
         run,
         replace(state, stability=stability),
         f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
-        f"loss had come down to {stability.lowest_loss_level:.4g}); the base model without the adapter has "
-        f"{base_loss:.4g} on the same rows",
+        f"loss had come down to {stability.lowest_loss_level:.4g}); {named_start(run)} has {loss_at_start:.4g} on the "
+        "same rows",
     )
 
 
@@ -231,19 +235,19 @@ def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: _Gra
     loss = _loss_without_gradient(run, gradient)
     if not state.stability.end_to_be_judged(loss_before, loss):
         return
-    base_loss = _base_loss(run, gradient)
-    if has_diverged(loss, base_loss):
+    loss_at_start = _loss_at_start(run, gradient)
+    if has_diverged(loss, loss_at_start):
         raise _diverged(
             run,
             state,
             f"loss {loss:.4g} with the finished adapter on the rows of the last step ({loss_before:.4g} before it); "
-            f"the base model without it has {base_loss:.4g} (spec.training.divergencePatience: 0 would publish it)",
+            f"{named_start(run)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
         )
 
 
-def _base_loss(run: Run, gradient: _Gradient) -> float:
-    """Mean loss of the step without the adapter."""
-    with run.model.disable_adapter():
+def _loss_at_start(run: Run, gradient: _Gradient) -> float:
+    """Mean loss of the step as the model was before the first one."""
+    with as_at_start(run):
         return _loss_without_gradient(run, gradient)
 
 
@@ -297,10 +301,33 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         eval_loss=loss,
         eval_measured=named,
         initial_eval_loss=initial,
+        evaluations=state.evaluations.after(state.step, loss, run.training.early_stopping),
         kept_seconds=state.kept_seconds + seconds,
     )
+    _keep_if_best(run, state)
+    if run.stopped_early(state):
+        _judge_the_early_end(run, state)
     report(run, state, "training", force=True)
     return state
+
+
+def _keep_if_best(run: Run, state: RunState) -> None:
+    """Write the adapter if the job keeps the best one and this is it, so far. Only the main process writes."""
+    if run.training.keep == "best" and state.evaluations.best_step == state.step and run.history is not None:
+        run.best = write_best(run.context.workspace.best, adapter_tensors(run.model))
+
+
+def _judge_the_early_end(run: Run, state: RunState) -> None:
+    """Check the adapter that a run keeps which stops early, on the held-out rows: no later step would show its harm."""
+    loss, before = kept(run.training, state.evaluations, state.step, state.eval_loss).eval_loss, state.initial_eval_loss
+    if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
+        return
+    raise _diverged(
+        run,
+        state,
+        f"the run would stop early with loss {loss:.4g} on the held-out rows ({before:.4g} before training; "
+        "spec.training.divergencePatience: 0 would publish it)",
+    )
 
 
 def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
@@ -339,8 +366,9 @@ def _save(run: Run, state: RunState) -> None:
     report(run, state, "saving a checkpoint")
     saved_at = timestamp(run.runtime.now())
     if run.history is not None:
+        best = {} if run.best is None else {BEST_FILE: run.best}
         epoch, sequence = run.schedule.position(state.step)
-        save_checkpoint(
+        saved = save_checkpoint(
             run.context.workspace.checkpoints,
             state.step,
             {
@@ -357,6 +385,10 @@ def _save(run: Run, state: RunState) -> None:
                 "historyBytes": run.history.sync(),
                 "savedAt": saved_at,
             },
+            best,
         )
+        # The checkpoint holds it now; the one that held it before may be gone.
+        run.best = best_of(saved)
+        remove(run.context.workspace.best)
     run.checkpoint_step, run.checkpoint_time = state.step, saved_at
     report(run, state, "training", force=True)

@@ -10,6 +10,7 @@ from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.adapter import restore_adapter
 from qlora_trainer.training.attempts import PodOfJob, only_attempt, recorded_attempt
+from qlora_trainer.training.best_adapter import best_of
 from qlora_trainer.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from qlora_trainer.training.device import processor
 from qlora_trainer.training.fingerprint import Fingerprint, reject_other_run
@@ -74,6 +75,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> RunState:
             "%s was made on %s, this is %s: the adapter may differ in its last digits", checkpoint.path, before, here
         )
     run.checkpoint_step, run.checkpoint_time = checkpoint.step, checkpoint.state["savedAt"]
+    run.best = best_of(checkpoint)
     state = RunState.from_json(checkpoint.state["run"])
     if state.micro_batch_size is not None:
         run.schedule = run.schedule.with_micro_batch_size(state.micro_batch_size)

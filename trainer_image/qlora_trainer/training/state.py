@@ -20,7 +20,9 @@ from qlora_trainer.model.storage import Storage
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.training.attempts import Attempt, show_life
 from qlora_trainer.training.base_check import BaseCheck
+from qlora_trainer.training.checkpoint import StoredFile
 from qlora_trainer.training.divergence import Stability
+from qlora_trainer.training.evaluations import Evaluations
 from qlora_trainer.training.fingerprint import Fingerprint
 from qlora_trainer.training.goodput import goodput, spent_seconds
 from qlora_trainer.training.objective import Objective
@@ -64,11 +66,13 @@ class RunState:
     kept_seconds: float = 0.0
     """Time of the optimizer steps and evaluations that led to this state; what an interruption undid is not in it."""
     stability: Stability = field(default_factory=Stability)
+    evaluations: Evaluations = field(default_factory=Evaluations)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
         """The state that `asdict` turned into `saved`."""
-        return cls(**{**saved, "stability": Stability(**saved["stability"])})
+        stability, evaluations = Stability(**saved["stability"]), Evaluations(**saved["evaluations"])
+        return cls(**{**saved, "stability": stability, "evaluations": evaluations})
 
 
 @dataclass
@@ -93,6 +97,8 @@ class Run:
     storage: Storage
     base_check: BaseCheck | None
     """Reads the base's files again, in one process of each node."""
+    initial_adapter_sha256: str | None
+    """Of the adapter in the workspace with which the run was initialized; None if it began with a new one."""
     attempts: Sequence[Attempt]
     """All so far, the running one included."""
     schedule: Schedule
@@ -100,6 +106,8 @@ class Run:
     checkpoint_step: int | None = None
     """Step of the newest checkpoint."""
     checkpoint_time: str | None = None
+    best: StoredFile | None = None
+    """The adapter of the best evaluation so far, in the process that writes; None if the job keeps the last."""
     pace: Pace = field(default_factory=Pace)
     next_sign_of_life: float = float("-inf")
 
@@ -116,6 +124,14 @@ class Run:
     def stopping(self) -> bool:
         """Whether a stop has been requested in any rank; all ranks must ask together."""
         return self.ranks.any(self.runtime.stop.requested)
+
+    def stopped_early(self, state: RunState) -> bool:
+        """Whether the run ends at this state, before its last step."""
+        return state.step < self.schedule.total_steps and state.evaluations.exhaust(self.training.early_stopping)
+
+    def ended(self, state: RunState) -> bool:
+        """Whether no optimizer step follows."""
+        return state.step == self.schedule.total_steps or self.stopped_early(state)
 
     def goodput(self, state: RunState) -> float | None:
         """The share of the attempts' time that is in this state."""
@@ -137,14 +153,15 @@ class Run:
 def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> None:
     """Write a progress record; the writer drops those that follow too fast, unless `force` is set."""
     pace, total = run.pace, run.schedule.total_steps
-    remaining = pace.remaining_seconds(total - state.step, _evaluations_left(run, state))
+    steps_left = 0 if run.ended(state) else total - state.step
+    remaining = pace.remaining_seconds(steps_left, _evaluations_left(run, state))
     if run.ranks.main:
         run.show_life()
     run.runtime.records.progress(
         run.context.progress(
             "train",
             run.runtime.now(),
-            _with_smaller_micro_batches(state) if activity == "training" else activity,
+            _training(run, state) if activity == "training" else activity,
             training_step=state.step,
             total_steps=total,
             epoch=round(run.schedule.epoch(state.step), 4),
@@ -164,7 +181,10 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
     )
 
 
-def _with_smaller_micro_batches(state: RunState) -> str:
+def _training(run: Run, state: RunState) -> str:
+    """What a run does that is training, or that has stopped early."""
+    if run.stopped_early(state):
+        return f"stopped early: {state.evaluations.without_improvement} evaluations without improvement"
     if state.micro_batch_size is None:
         return "training"
     return f"training with microBatchSize {state.micro_batch_size}, lowered because the GPU ran out of memory"
@@ -172,6 +192,6 @@ def _with_smaller_micro_batches(state: RunState) -> str:
 
 def _evaluations_left(run: Run, state: RunState) -> int:
     total, every = run.schedule.total_steps, run.training.eval_every_steps
-    if run.eval_data is None or state.step == total:
+    if run.eval_data is None or run.ended(state):
         return 0
     return 1 if every is None else total // every - state.step // every + (total % every != 0)

@@ -1,0 +1,96 @@
+"""The part of a QLoRAJob's spec that says how good an adapter must be to be published."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from qlora_api.schema import ApiModel, rule, rules
+
+_NEEDS_SCHEMA = "check jsonSchema needs schema, and no other check takes it: set both, or neither"
+_NEEDS_PATTERN = "check regex needs pattern, and no other check takes it: set both, or neither"
+
+
+class ScoreSpec(ApiModel):
+    """How answers to held-out rows are scored: the share of them, from 0 to 1, that passes the check."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule("(self.check == 'jsonSchema') == has(self.schema)", _NEEDS_SCHEMA),
+            rule("(self.check == 'regex') == has(self.pattern)", _NEEDS_PATTERN),
+        )
+    )
+
+    check: Literal["exactMatch", "jsonSchema", "regex"] = Field(
+        description="What an answer must be: the row's own answer, apart from white space at both ends (exactMatch); "
+        "JSON that the schema allows (jsonSchema); or text in which the pattern is found (regex). An answer that takes "
+        "more than two seconds to check has not passed."
+    )
+    json_schema: Annotated[str, Field(min_length=1, max_length=8192)] | None = Field(
+        None,
+        alias="schema",
+        description="Check jsonSchema: the schema, as JSON text; draft 2020-12 if $schema does not name another. It "
+        "may refer to its own parts ($ref), not to other documents.",
+    )
+    pattern: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        None,
+        description="Check regex: a regular expression of Python's re, found anywhere in the answer unless anchored.",
+    )
+    rows: int = Field(
+        100,
+        ge=1,
+        le=1000,
+        description="How many held-out rows are answered at most, by the base and by the adapter. Their content "
+        "decides which, so that they are the same for every seed.",
+    )
+    max_new_tokens: int = Field(128, ge=1, le=1024, description="Tokens of the longest answer.")
+
+    @model_validator(mode="after")
+    def _own_fields_of_the_check(self) -> Self:
+        if (self.check == "jsonSchema") != (self.json_schema is not None):
+            raise ValueError(_NEEDS_SCHEMA)
+        if (self.check == "regex") != (self.pattern is not None):
+            raise ValueError(_NEEDS_PATTERN)
+        return self
+
+
+_EMPTY = "set at least one of minImprovement, maxEvalLoss, minScore and score"
+_NEEDS_SCORE = "minScore needs score, which says how answers are checked: set it, or remove minScore"
+
+
+class GateSpec(ApiModel):
+    """What the adapter must be worth. One that does not pass is not published, and the job fails (GateFailed)."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "has(self.minImprovement) || has(self.maxEvalLoss) || has(self.minScore) || has(self.score)",
+                _EMPTY,
+            ),
+            rule("!has(self.minScore) || has(self.score)", _NEEDS_SCORE),
+        )
+    )
+
+    min_improvement: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="By which share of the loss before training the held-out loss must at least have fallen: 0.1 is "
+        "10 percent.",
+    )
+    max_eval_loss: float | None = Field(
+        None, gt=0, le=1000, description="The highest held-out loss per target token (natural log)."
+    )
+    min_score: float | None = Field(None, ge=0, le=1, description="The lowest score of the adapter's answers.")
+    score: ScoreSpec | None = Field(
+        None,
+        description="How answers are scored, at the end of the train step; not scored if not set. Fixed once the job "
+        "exists. Without minScore the score is reported and requires nothing.",
+    )
+
+    @model_validator(mode="after")
+    def _requires_something(self) -> Self:
+        if self.model_dump(exclude_none=True) == {}:
+            raise ValueError(_EMPTY)
+        if self.min_score is not None and self.score is None:
+            raise ValueError(_NEEDS_SCORE)
+        return self

@@ -1,0 +1,62 @@
+"""Decides whether the run of another job can be taken up, and says where its checkpoints are; pure."""
+
+from collections.abc import Iterable
+
+from qlora_api.profile import Profile
+from qlora_api.status import ContinuedRun
+from qlora_operator.decisions.conditions import is_finished, is_true
+from qlora_operator.decisions.facts import Facts
+from qlora_operator.decisions.observe import QLoRAJob, Reason
+from qlora_operator.decisions.volumes import claim_not_allowed, reserved_claims
+
+
+def waits_for_other_job(job: QLoRAJob) -> bool:
+    """Whether the job that spec.continues names must be looked at, again and again: this one has not started."""
+    return job.spec.continues is not None and job.status.resolved is None and not job.spec.suspend and not job.deleting
+
+
+def continued_run(facts: Facts) -> ContinuedRun | None:
+    """Where the run is that spec.continues takes up; None without it, or if that job has nothing to take up yet.
+
+    Once that is resolved it stays so: the other job may be changed or deleted.
+    Claim and folder are what the operator has written about the other job, so that no manifest can name others.
+    """
+    other, own = facts.continued, facts.job.status.resolved
+    if own is not None:
+        return own.continued
+    if other is None or other.status.resolved is None:
+        return None
+    resolved = other.status.resolved
+    return ContinuedRun(
+        job=other.name, uid=other.uid, claim_name=resolved.claim_name, workspace_path=resolved.workspace_path
+    )
+
+
+def objection_of_other_job(facts: Facts, profiles: Iterable[Profile]) -> Reason | None:
+    """Why the run that spec.continues names cannot be taken up now; None if it can, or none is named."""
+    name, other = facts.job.spec.continues, facts.continued
+    if name is None or facts.job.status.resolved is not None:
+        return None
+    if other is None:
+        return Reason(
+            "ContinuedJobNotFound",
+            f"spec.continues names {name!r}, and there is no such QLoRAJob in namespace {facts.job.namespace!r} that "
+            "this operator can read: create this job again with another name in continues or, as of a deleted job only "
+            "the adapter can be used, with that in spec.lora.from",
+        )
+    run = continued_run(facts)
+    if run is None:
+        return Reason(
+            "ContinuedJobNotStarted",
+            f"QLoRAJob {name!r} (spec.continues) has not started, so that it has no checkpoint to take up: this job "
+            "starts when that one has ended or is suspended",
+        )
+    if not (is_finished(other.status) or is_true(other.status, "Suspended")):
+        return Reason(
+            "ContinuedJobRunning",
+            f"QLoRAJob {name!r} (spec.continues) is not at its end: this job starts when that one has ended or is "
+            "suspended (spec.suspend: true saves a checkpoint)",
+        )
+    if run.claim_name in reserved_claims(profiles):
+        return claim_not_allowed("spec.continues", run.claim_name)
+    return None

@@ -1,0 +1,220 @@
+"""The adapter of the best evaluation is kept to the last bit, and a run that no longer improves ends early."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.completion import TrainRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.outcome import summary
+from qlora_trainer.publishing.verify import require_own_training
+from qlora_trainer.steps import train as train_step
+from qlora_trainer.steps.publish import _trained_job
+from tests.support.tiny import SHAPE, Recorded, merged, save_model
+from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, prepared, run
+
+Prepare = Callable[..., StepContext]
+
+# A learning rate with which the held-out loss falls until step 4, rises twice, and falls again.
+UNSTEADY: dict[str, Any] = {
+    "training": {
+        "maxSteps": 9,
+        "evalEverySteps": 1,
+        "saveEverySteps": 3,
+        "learningRate": 0.03,
+        "scheduler": "constant",
+        "warmupSteps": 0,
+    }
+}
+BEST = merged(UNSTEADY, {"training": {"keep": "best", "earlyStopping": {"patience": 2}}})
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one block."""
+    return save_model(tmp_path_factory.mktemp("small") / "model", LlamaConfig(**(SHAPE | {"num_hidden_layers": 1})))
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, model: Path) -> Prepare:
+    """Makes prepared workspaces, each by its name."""
+    return lambda name="workspace", spec=BEST: prepared(tmp_path / name, model, spec)
+
+
+def losses(context: StepContext) -> dict[int, float]:
+    """The held-out loss after each step."""
+    return {int(line["step"]): line["evalLoss"] for line in history(context) if "evalLoss" in line}
+
+
+def best(curve: dict[int, float]) -> int:
+    return min((step for step in curve if step > 0), key=lambda step: curve[step])
+
+
+def test_a_run_ends_early_and_keeps_the_adapter_of_its_best_evaluation_to_the_last_bit(workspace: Prepare) -> None:
+    context, records = workspace(), Recorded()
+    found = run(context, records=records)
+    curve = losses(context)
+
+    assert list(curve) == [0, 1, 2, 3, 4, 5, 6]
+    assert best(curve) == 4
+    assert (found.training_step, found.total_steps, found.adapter_step) == (6, 9, 4)
+    assert (found.initial_eval_loss, found.eval_loss) == (curve[0], curve[4])
+    assert summary(found, "train").startswith("trained 6 of 9 steps to loss ")
+    assert summary(found, "train").endswith("; the adapter is that of step 4, which has the lowest held-out loss")
+    last = records.written[-1]
+    assert (last["trainingStep"], last["totalSteps"], last["remainingSeconds"]) == (6, 9, 0.0)
+    assert last["activity"] == "stopped early: 2 evaluations without improvement"
+    # With a constant learning rate a shorter run is the beginning of a longer one.
+    four_steps = workspace("four", merged(UNSTEADY, {"training": {"maxSteps": 4}}))
+    run(four_steps)
+    assert adapter_bytes(context) == adapter_bytes(four_steps)
+    assert not context.workspace.best.exists()
+
+
+def test_a_run_that_keeps_the_last_adapter_stops_early_with_that_one(workspace: Prepare) -> None:
+    last = merged(UNSTEADY, {"training": {"earlyStopping": {"patience": 2}}})
+    context, six_steps = workspace("early", last), workspace("six", merged(UNSTEADY, {"training": {"maxSteps": 6}}))
+
+    found = run(context)
+    run(six_steps)
+
+    assert (found.training_step, found.adapter_step, found.eval_loss) == (6, 6, losses(context)[6])
+    assert adapter_bytes(context) == adapter_bytes(six_steps)
+
+
+@pytest.mark.parametrize("disturbed_by", ["stops after every step", "a kill beside a best that no checkpoint holds"])
+def test_a_disturbed_run_ends_at_the_same_step_with_the_same_best_adapter(
+    disturbed_by: str, workspace: Prepare
+) -> None:
+    undisturbed, disturbed = workspace("undisturbed"), workspace("disturbed")
+    expected = run(undisturbed)
+
+    if disturbed_by.startswith("stops"):
+        for step in range(1, 6):
+            interrupted_at(disturbed, step)
+    else:
+        # The best so far is that of step 4; the checkpoint of step 3 holds that of step 3.
+        with pytest.raises(Lost):
+            run(disturbed, records=LostAtStep(5))
+        assert disturbed.workspace.best.exists()
+        assert [path.name for path in disturbed.workspace.checkpoints.iterdir()] == ["step-3"]
+    found = run(disturbed)
+
+    assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
+    assert history(disturbed) == history(undisturbed)
+    assert (found.training_step, found.adapter_step, found.eval_loss) == (
+        expected.training_step,
+        expected.adapter_step,
+        expected.eval_loss,
+    )
+
+
+def test_a_run_that_is_killed_once_it_has_stopped_early_trains_no_further(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, killed, records = workspace("undisturbed"), workspace("killed"), Recorded()
+    run(undisturbed)
+
+    def lost(*_arguments: object) -> None:
+        raise Lost
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_step, "save_adapter", lost)
+        with pytest.raises(Lost):
+            run(killed)
+    found = run(killed, records=records)
+
+    assert (found.training_step, found.adapter_step) == (6, 4)
+    assert {entry["trainingStep"] for entry in records.written} == {6}
+    assert adapter_bytes(killed) == adapter_bytes(undisturbed)
+
+
+def test_a_best_adapter_that_was_found_after_the_checkpoint_does_not_count_until_it_is_found_again(
+    workspace: Prepare,
+) -> None:
+    undisturbed, forged = workspace("undisturbed"), workspace("forged")
+    run(undisturbed)
+    with pytest.raises(Lost):
+        run(forged, records=LostAtStep(5))
+    path = forged.workspace.best / "best.safetensors"
+    path.write_bytes(b"of another run")
+
+    assert run(forged).adapter_step == 4
+    assert adapter_bytes(forged) == adapter_bytes(undisturbed)
+
+
+def test_a_checkpoint_whose_best_adapter_is_damaged_is_set_aside(workspace: Prepare) -> None:
+    undisturbed, damaged = workspace("undisturbed"), workspace("damaged")
+    run(undisturbed)
+    interrupted_at(damaged, 5)
+    path = damaged.workspace.checkpoints / "step-5" / "best.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    assert run(damaged).adapter_step == 4
+    assert (damaged.workspace.checkpoints / "step-5.corrupt").is_dir()
+    assert adapter_bytes(damaged) == adapter_bytes(undisturbed)
+
+
+def test_checkpoints_share_one_copy_of_the_best_adapter(workspace: Prepare) -> None:
+    context = workspace(spec=merged(BEST, {"training": {"saveEverySteps": 1}}))
+    run(context)
+
+    files = [context.workspace.checkpoints / f"step-{step}" / "best.safetensors" for step in (5, 6)]
+    assert files[0].samefile(files[1])
+
+
+def test_a_merged_model_is_compared_with_the_adapter_that_is_kept(workspace: Prepare) -> None:
+    context = workspace(spec=merged(BEST, {"output": {"merged": {}}}))
+
+    found = run(context)
+
+    assert found.compared is not None
+    assert found.compared.loss == pytest.approx(found.eval_loss, rel=2e-4)
+    assert found.compared.loss != pytest.approx(losses(context)[6], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training_step": 5}, "states 5 optimizer steps, but this job has 6"),
+        ({"training_step": 9, "adapter_step": 9}, "states 9 optimizer steps, but this job has 6"),
+        ({"adapter_step": 6}, "states the adapter of step 6, but spec.training.keep and the evaluations choose that"),
+        ({"adapter_step": None}, "states the adapter of step 6, but spec.training.keep and the evaluations choose"),
+    ],
+)
+def test_publish_decides_again_at_which_step_the_run_had_to_end(
+    change: dict[str, Any], said: str, stopped: StepContext
+) -> None:
+    job = _trained_job(stopped)
+    require_own_training(job.prepared, job.trained, job.spec, stopped.workspace)
+    forged = TrainRecord.model_validate(job.trained.model_dump() | change)
+
+    with pytest.raises(StepFailure, match=said) as caught:
+        require_own_training(job.prepared, forged, job.spec, stopped.workspace)
+
+    assert caught.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, model: Path) -> StepContext:
+    """A run that has stopped early. Do not change it."""
+    context = prepared(tmp_path_factory.mktemp("stopped") / "workspace", model, BEST)
+    run(context)
+    return context
+
+
+def test_every_attempt_has_the_same_settings_of_keep_and_early_stopping(workspace: Prepare) -> None:
+    spelled_out = workspace("spelled out", merged(UNSTEADY, {"training": {"keep": "last", "maxSteps": 1}}))
+    left_out = workspace("left out", merged(UNSTEADY, {"training": {"maxSteps": 1}}))
+    assert run(spelled_out).fingerprint == run(left_out).fingerprint
+    assert json.loads(left_out.workspace.completion("train").read_text())["adapterStep"] == 1

@@ -1,0 +1,196 @@
+"""A job that takes up the run of another one: to the same bytes, only if it is the same run, changing nothing there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_trainer.core.completion import PrepareRecord
+from qlora_trainer.core.context import Mounts, StepContext
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.steps import prepare as step
+from qlora_trainer.training.attempts import read_attempts
+from qlora_trainer.training.continued import continue_run, require_something_to_continue
+from qlora_trainer.training.fingerprint import run_fingerprint
+from tests.support.tiny import POD_UID, Recorded, chat_row, merged, write_rows
+from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, job, prepared, run
+from tests.trainer.conftest import MakeContext
+
+Make = Callable[..., StepContext]
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, Path]:
+    """Workspaces of one job: `fresh` from prepare, `stopped` with the checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("roots")
+    context = prepared(folder / "fresh", tiny_llama)
+    shutil.copytree(folder / "fresh", folder / "stopped")
+    interrupted_at(replace(context, workspace=WorkspaceLayout(folder / "stopped")), 4)
+    return {name: folder / name for name in ("fresh", "stopped")}
+
+
+@pytest.fixture
+def make(tmp_path: Path, roots: dict[str, Path]) -> Make:
+    """Makes jobs with a copy of one of the workspaces, by their names."""
+
+    def make(name: str, root: str = "fresh", spec: dict[str, Any] | None = None) -> StepContext:
+        shutil.copytree(roots[root], tmp_path / name)
+        workspace = WorkspaceLayout(tmp_path / name)
+        return StepContext(job(spec), workspace, Mounts(), "cpu", POD_UID, 1, str(tmp_path / name))
+
+    return make
+
+
+def record_of(context: StepContext) -> PrepareRecord:
+    return PrepareRecord.model_validate_json(context.workspace.completion("prepare").read_bytes())
+
+
+def continued(context: StepContext, other: StepContext) -> int | None:
+    fingerprint = run_fingerprint(context.spec, record_of(context), "cpu", 1)
+    return continue_run(other.workspace.root, "other", context.workspace, fingerprint)
+
+
+def rejected(context: StepContext, other: StepContext, *words: str) -> None:
+    with pytest.raises(StepFailure) as failure:
+        continued(context, other)
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    for word in words:
+        assert word in failure.value.message, failure.value.message
+    assert not context.workspace.checkpoints.exists()
+    assert not (context.workspace.records / "attempts.jsonl").exists()
+
+
+def everything_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def killed(context: StepContext) -> None:
+    """The latest attempt was killed before it could record its end."""
+    path = context.workspace.records / "attempts.jsonl"
+    *earlier, latest = path.read_text().splitlines()
+    latest = json.dumps({key: value for key, value in json.loads(latest).items() if not key.startswith("ended")})
+    path.write_text("".join(f"{line}\n" for line in (*earlier, latest)))
+
+
+def test_it_ends_in_the_bytes_of_an_uninterrupted_run(make: Make) -> None:
+    undisturbed, other, context = make("undisturbed"), make("other", "stopped"), make("new")
+    run(undisturbed)
+    with pytest.raises(Lost):
+        run(other, records=LostAtStep(5))
+    killed(other)
+    before = everything_below(other.workspace.root)
+    assert continued(context, other) == 4
+    assert everything_below(other.workspace.root) == before
+    shutil.rmtree(other.workspace.root)  # what was copied is enough from here on
+    trained = run(context)
+    assert adapter_bytes(context) == adapter_bytes(undisturbed)
+    assert history(context) == history(undisturbed)
+    assert trained.attempts == 3
+    attempts = read_attempts(context.workspace.records)
+    assert [(attempt.ended, attempt.from_step, attempt.job_attempt) for attempt in attempts] == [
+        ("interrupted", 0, 0),
+        (None, 4, 0),
+        ("succeeded", 4, 1),
+    ]
+    assert attempts[1].ended_at is not None, "its last sign of life is not that of the copy"
+
+
+def test_a_workspace_with_a_checkpoint_of_its_own_resumes_from_that(make: Make) -> None:
+    other, context = make("other", "stopped"), make("new", "stopped")
+    shutil.rmtree(context.workspace.checkpoints / "step-4")
+    before = everything_below(context.workspace.root)
+    assert continued(context, other) is None
+    assert everything_below(context.workspace.root) == before
+    for file in (context.workspace.checkpoints / "step-2").iterdir():
+        file.write_bytes(b"")
+    assert continued(context, other) == 4, "a damaged one is none"
+
+
+def test_settings_that_do_not_decide_the_adapter_may_differ(make: Make) -> None:
+    training = {"saveEverySteps": 3, "divergencePatience": 7, "samples": 1}
+    assert continued(make("new", spec={"training": training}), make("other", "stopped")) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"training": {"maxSteps": 12}}, "training.maxSteps was 6, is 12"),
+        ({"lora": {"rank": 8}}, "lora.rank was 4, is 8"),
+        ({"training": {"learningRate": 0.02}}, "training.learningRate was 0.01, is 0.02"),
+    ],
+)
+def test_another_run_is_rejected_with_what_differs_and_what_to_use_instead(
+    make: Make, change: dict[str, Any], words: str
+) -> None:
+    rejected(make("new", spec=change), make("other", "stopped"), words, "name that in spec.lora.from instead")
+
+
+def test_data_that_differ_make_it_another_run(make: Make) -> None:
+    context = make("new")
+    path = context.workspace.completion("prepare")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "others"}))
+    rejected(context, make("other", "stopped"), 'data.fingerprint was "rows", is "others"')
+
+
+def test_the_newest_intact_checkpoint_is_taken_and_a_damaged_one_left_as_it_is(make: Make) -> None:
+    other = make("other", "stopped")
+    damaged = other.workspace.checkpoints / "step-4" / "adapter.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert continued(make("new"), other) == 2
+    assert sorted(path.name for path in other.workspace.checkpoints.iterdir()) == ["step-2", "step-4"]
+    shutil.rmtree(other.workspace.checkpoints / "step-2")
+    rejected(make("another"), other, "has no checkpoint that can be taken up")
+
+
+def test_a_workspace_without_checkpoints_has_nothing_to_continue(tmp_path: Path) -> None:
+    with pytest.raises(StepFailure, match="has no checkpoint that can be taken up") as failure:
+        require_something_to_continue(tmp_path, "other")
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    with pytest.raises(StepFailure, match="is not mounted at") as failure:
+        require_something_to_continue(tmp_path / "absent", "other")
+    assert failure.value.exit_code is ExitCode.UNREACHABLE
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-4", "records", "report/metrics.jsonl"])
+def test_links_that_lead_out_of_the_other_workspace_are_not_followed(make: Make, tmp_path: Path, place: str) -> None:
+    """Somebody may have laid them there, and the pod has Secrets."""
+    other, context = make("other", "stopped"), make("new")
+    path, outside = other.workspace.root / place, tmp_path / "outside"
+    path.rename(outside)
+    path.symlink_to(outside)
+    with pytest.raises(StepFailure, match=r"link|leads to") as failure:
+        continued(context, other)
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert not context.workspace.checkpoints.exists()
+
+
+def test_prepare_copies_the_checkpoint_and_says_where_it_goes_on(make_context: MakeContext, tmp_path: Path) -> None:
+    write_rows(
+        tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
+    )
+    spec = {"training": {"saveEverySteps": 2}}
+    other = make_context(spec)
+    step.prepare(other, Recorded())
+    interrupted_at(other, 2)
+    other.workspace.root.rename(tmp_path / "other")
+    context = make_context(merged(spec, {"continues": "other"}))
+    context = replace(context, mounts=replace(context.mounts, continued=tmp_path / "other"))
+    record = step.prepare(context, Recorded())
+    assert record.remarks == ("continues other from step 2",)
+    assert (context.workspace.checkpoints / "step-2").is_dir()
+    shutil.rmtree(tmp_path / "other")
+    assert step.prepare(context, Recorded()) == record, "it needs the other job no more"
+    run(context)
+
+
+def test_prepare_fetches_nothing_when_there_is_nothing_to_continue(make_context: MakeContext, tmp_path: Path) -> None:
+    context = make_context({"continues": "other"})
+    context = replace(context, mounts=replace(context.mounts, continued=tmp_path))
+    with pytest.raises(StepFailure, match="has no checkpoint that can be taken up"):
+        step.prepare(context, Recorded())
+    assert not (tmp_path / "workspace").exists()

@@ -1,0 +1,173 @@
+"""An adapter that does not pass its gate reaches no destination, and is published once the gate lets it pass."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from qlora_api.contract import ExitCode
+from qlora_api.gate import ScoreSpec
+from qlora_trainer.core.completion import Score, TrainRecord, read_completion, score_settings, write_completion
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.outcome import classify, result_record
+from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.steps.publish import publish
+from tests.support.command import Files
+from tests.support.published import context, published
+from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
+from tests.trainer.conftest import MakeContext
+
+OUTPUT = {"destination": "pvc://data/adapter", "merged": {"destination": "pvc://data/merged"}}
+EXACT = {"check": "exactMatch"}
+
+
+def gated(files: Files, gate: dict[str, Any] | None) -> Files:
+    """The same job with this gate, and with destinations outside of the workspace."""
+    return replace(files, spec={**files.spec, "output": OUTPUT} | ({} if gate is None else {"gate": gate}))
+
+
+def with_score(files: Files, adapter: float, *, of: str | None = None) -> TrainRecord:
+    """The record of training, with a score of exact matches."""
+    path = files.workspace / "records" / "train.json"
+    record = read_completion(path, TrainRecord)
+    assert record is not None
+    score = Score(
+        settings=score_settings(ScoreSpec.model_validate(EXACT)),
+        adapter_sha256=of or record.adapter_sha256,
+        rows=10,
+        adapter=adapter,
+        base=0.1,
+    )
+    record = record.model_copy(update={"score": score})
+    write_completion(path, record)
+    return record
+
+
+def held_back(files: Files) -> tuple[StepFailure, Recorded]:
+    """Publish, which must fail; and what it has reported."""
+    records = Recorded()
+    with pytest.raises(StepFailure) as failure:
+        publish(context(files), records, now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert not (files.workspace / "records" / "publish.json").exists()
+    assert sorted(path.name for path in files.data.iterdir()) == ["train.jsonl"]
+    assert not (files.workspace / "adapter").exists()
+    return failure.value, records
+
+
+def test_an_adapter_that_does_not_pass_stays_in_the_workspace_and_describes_itself(trained: Files) -> None:
+    record = with_score(trained, 0.6)
+    gate = {"minImprovement": 0.9, "maxEvalLoss": 100.0, "minScore": 0.8, "score": EXACT}
+
+    failure, records = held_back(gated(trained, gate))
+
+    assert failure.exit_code is ExitCode.GATE_FAILED
+    assert "spec.gate.minScore is 0.8, and 0.6 of the adapter's answers to 10 held-out rows passed" in failure.message
+    assert "it stays in pvc://work/tiny-7d0c2f5e/trained" in failure.message
+    assert "maxEvalLoss" not in failure.message
+    last = result_record(
+        classify(failure), None, records.findings, step="publish", job_uid="u", pod_uid=POD_UID, attempt=1,
+        time="2026-01-02T00:00:00Z",
+    )  # fmt: skip
+    assert (last.exit_code, last.reason) == (20, "GateFailed")
+    assert last.gate is not None
+    assert (last.gate.passed, last.gate.adapter_sha256) == (False, record.adapter_sha256)
+    assert {criterion.name: criterion.passed for criterion in last.gate.criteria} == {
+        "minImprovement": False,
+        "maxEvalLoss": True,
+        "minScore": False,
+    }
+    summary = json.loads((trained.workspace / "report" / "summary.json").read_text())
+    assert summary["gate"] == last.gate.dump()
+    page = (trained.workspace / "report" / "report.html").read_text()
+    assert "Not passed: the adapter was not published." in page
+    card = ModelCard.load(trained.workspace / "trained" / "README.md").text
+    assert "| minScore | 0.8 | 0.6 | no |" in card
+    assert "has not passed, and was not published" in card
+    assert "(loss.png)" in card
+    assert (trained.workspace / "trained" / "loss.png").is_file()
+
+
+def test_it_is_published_without_training_once_the_gate_lets_it_pass(trained: Files) -> None:
+    with_score(trained, 0.6)
+    held_back(gated(trained, {"minScore": 0.8, "score": EXACT}))
+    mild = replace(trained, spec={**trained.spec, "gate": {"minScore": 0.6, "score": EXACT}})
+
+    record = published(mild)
+
+    assert record.gate is not None
+    assert (record.gate.passed, record.gate.score, record.gate.base_score) == (True, 0.6, 0.1)
+    folder = trained.workspace / "adapter"
+    card = ModelCard.load(folder / "README.md").text
+    assert "Of the answers to 10 held-out rows 60.0 % passed the check" in card
+    assert "| minScore | 0.6 | 0.6 | yes |" in card
+    # What is at the destination does not depend on the limits: a run with others finds it there.
+    assert published(mild) == record
+    with pytest.raises(StepFailure) as failure:
+        published(replace(mild, spec={**mild.spec, "gate": {"maxEvalLoss": 0.01}}))
+    assert failure.value.exit_code is ExitCode.GATE_FAILED
+
+
+def test_a_score_of_another_adapter_and_a_changed_adapter_are_not_judged(trained: Files) -> None:
+    with_score(trained, 1.0, of="0" * 64)
+    failure, _ = held_back(gated(trained, {"minScore": 0.5, "score": EXACT}))
+    assert failure.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert "is of the adapter with sha256 " + "0" * 64 in failure.message
+
+    with_score(trained, 0.0)
+    adapter = trained.workspace / "trained" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"\xff")
+    failure, _ = held_back(gated(trained, {"minScore": 0.5, "score": EXACT}))
+    assert failure.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert "was changed or damaged afterwards" in failure.message
+
+
+def test_a_score_that_training_has_not_measured_is_asked_for_in_vain(trained: Files) -> None:
+    failure, _ = held_back(gated(trained, {"minScore": 0.5, "score": EXACT}))
+    assert failure.exit_code is ExitCode.BAD_CONFIGURATION
+    assert "training has measured no score, and publish has no GPU to measure it" in failure.message
+
+
+ANSWERS = [chat_row(f"Which pods has n{i}?", f'{{"pods": {i}}}') for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("score", "rows", "words"),
+    [
+        ({"check": "regex", "pattern": "(pods"}, ANSWERS, "pattern is no regular expression"),
+        (
+            {"check": "regex", "pattern": "^kubectl"},
+            ANSWERS,
+            "not one of the data set's own answers to the 3 held-out rows",
+        ),
+        ({"check": "jsonSchema", "schema": '{"required": ["nodes"]}'}, ANSWERS, 'for example \'{"pods": '),
+        (EXACT, [{"text": f"pods of n{i} and others"} for i in range(12)], "rows of format text have none"),
+    ],
+    ids=["pattern", "pattern that nothing passes", "schema that nothing passes", "no prompts"],
+)
+def test_prepare_rejects_a_score_that_no_adapter_could_have(
+    score: dict[str, Any], rows: list[dict[str, Any]], words: str, make_context: MakeContext, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    job = make_context({"dataset": {"eval": {"fraction": 0.25}}, "gate": {"minScore": 0.5, "score": score}})
+
+    with pytest.raises(StepFailure) as failure:
+        prepare(job, Recorded())
+
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert words in failure.value.message
+    assert not job.workspace.base.exists()
+
+
+def test_prepare_admits_a_score_that_the_data_has_and_data_and_run_stay_the_same(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ANSWERS)
+    held_out = {"dataset": {"eval": {"fraction": 0.25}}}
+    schema = '{"required": ["pods"], "properties": {"pods": {"type": "integer"}}}'
+    score = {"check": "jsonSchema", "schema": schema}
+    scored = prepare(make_context(held_out | {"gate": {"minScore": 0.5, "score": score}}), Recorded())
+    assert prepare(make_context(held_out), Recorded()).fingerprint == scored.fingerprint

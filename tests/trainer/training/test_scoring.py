@@ -1,0 +1,133 @@
+"""The score of a finished adapter: measured on the same rows as its base's, and continued where it was stopped."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.completion import TrainRecord, read_completion
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import Interrupted, StopRequest
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.training.answers import Answering, scored_prompts
+from tests.support.tiny import Recorded
+from tests.support.training import Lost, adapter_bytes, failure, history, job, prepared, run, write_data
+
+PATTERN = {"check": "regex", "pattern": "[a-z]", "rows": 3, "maxNewTokens": 4}
+SCORED = {"gate": {"minScore": 0.5, "score": PATTERN}}
+
+
+class Watched(Recorded):
+    """Records that act as soon as they say that the answer of this number is scored."""
+
+    def __init__(self, number: int, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._activity, self._act = f"scoring answer {number} of 3", act
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        super().progress(record, force=force)
+        if record.activity == self._activity:
+            self._act()
+
+
+def lose() -> None:
+    raise Lost
+
+
+def answers(context: StepContext) -> list[dict[str, Any]]:
+    """The lines of the answers' file, with its heading."""
+    return [json.loads(line) for line in (context.workspace.report / "answers.jsonl").read_text().splitlines()]
+
+
+def assert_is_of_its_answers(record: TrainRecord, context: StepContext) -> None:
+    """Check that the record's score is that of the answers in the file, and that both name the adapter."""
+    heading, *lines = answers(context)
+    assert record.score is not None
+    assert heading == {"adapterSha256": record.adapter_sha256, "settings": record.score.settings}
+    assert (record.score.rows, record.score.adapter_sha256) == (len(lines), record.adapter_sha256)
+    assert record.score.adapter == sum(line["adapterPassed"] for line in lines) / len(lines)
+    assert record.score.base == sum(line["basePassed"] for line in lines) / len(lines)
+    assert any(line["adapter"] != line["base"] for line in lines)
+
+
+@pytest.fixture
+def scored(tmp_path: Path, tiny_llama: Path) -> StepContext:
+    """A prepared workspace of a job whose answers are scored."""
+    return prepared(tmp_path / "workspace", tiny_llama, SCORED)
+
+
+def test_a_stopped_or_killed_score_is_continued_and_training_is_not_repeated(
+    scored: StepContext, tmp_path: Path, tiny_llama: Path
+) -> None:
+    undisturbed = prepared(tmp_path / "undisturbed", tiny_llama, SCORED)
+    expected = run(undisturbed)
+    stop = StopRequest()
+
+    with pytest.raises(Interrupted, match="interrupted at step 6 of 6; the checkpoint of step 6 is saved"):
+        run(scored, stop=stop, records=Watched(2, stop.set))
+    with pytest.raises(Lost):
+        run(scored, records=Watched(3, lose))
+    kept = answers(scored)
+    with (scored.workspace.report / "answers.jsonl").open("ab") as file:
+        file.write(b'{"torn')
+    records = Recorded()
+    record = run(scored, records=records)
+
+    assert len(kept) == 3
+    assert answers(scored) == answers(undisturbed)
+    assert answers(scored)[:3] == kept
+    assert record.score == expected.score
+    assert adapter_bytes(scored) == adapter_bytes(undisturbed)
+    assert history(scored) == history(undisturbed)
+    assert {entry["trainingStep"] for entry in records.written} == {6}
+    assert read_completion(scored.workspace.completion("train"), TrainRecord) == record
+
+
+def test_an_adapter_that_is_there_is_scored_anew_by_another_check_and_stays_as_it_is(scored: StepContext) -> None:
+    first = run(scored)
+    assert_is_of_its_answers(first, scored)
+    before = adapter_bytes(scored)
+    exact = {"check": "exactMatch", "rows": 2, "maxNewTokens": 4}
+    own = dataclasses.replace(scored, document=job({"gate": {"score": exact}}))
+
+    second = run(own)
+
+    assert_is_of_its_answers(second, own)
+    assert first.score is not None
+    assert second.score is not None
+    assert (first.score.rows, second.score.rows) == (3, 2)
+    assert second.score.settings != first.score.settings
+    assert second.adapter_sha256 == first.adapter_sha256
+    assert adapter_bytes(own) == before
+    # With only another limit there is nothing to do.
+    records = Recorded()
+    milder = dataclasses.replace(own, document=job({"gate": {"minScore": 0.1, "score": exact}}))
+    assert run(milder, records=records) == second
+    assert records.written == []
+
+
+def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
+    scored: StepContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise ValueError("no generation here")
+
+    monkeypatch.setattr(Answering, "answer", fail)
+    found = failure(scored)
+    assert found.exit_code is ExitCode.BAD_CONFIGURATION
+    assert "spec.gate.score: the model could not answer (no generation here)" in found.message
+    assert (scored.workspace.trained / "adapter_model.safetensors").is_file()
+
+
+def test_packing_does_not_decide_which_rows_are_answered(tmp_path: Path) -> None:
+    write_data(tmp_path / "packed", packed=True)
+    write_data(tmp_path / "apart", packed=False)
+    packed, apart = (PreparedDataset.open(tmp_path / name, "eval") for name in ("packed", "apart"))
+    assert len(packed) < len(apart) == 4
+    assert scored_prompts(packed, 3) == scored_prompts(apart, 3)
+    assert len(scored_prompts(packed, 3)) == 3
+    assert len({prompt.sha256 for prompt in scored_prompts(packed, 100)}) == 4

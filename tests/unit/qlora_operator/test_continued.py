@@ -1,0 +1,179 @@
+"""A job that takes up the run of another one: when it starts, what its pods see, and what it cannot reach."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from qlora_api.profile import Profile
+from qlora_api.status import ContinuedRun, QLoRAJobStatus, Resolved
+from qlora_operator.decisions.manifests import build_job
+from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.decisions.plan import plan
+from qlora_operator.decisions.starting import held_back
+from qlora_operator.decisions.stored_job import parse_job
+from qlora_operator.metrics import Metrics
+from qlora_operator.reconcile import Reconciler
+from qlora_operator.store import Store
+from tests.support.builders import (
+    NAME,
+    NOW,
+    PROFILE,
+    PROFILES,
+    after,
+    child,
+    condition,
+    facts,
+    follow,
+    job_body,
+    make_job,
+    message_of,
+    reason_of,
+    resolved,
+    seen,
+    starts,
+    status_in,
+)
+
+OTHER_UID = "ffffffff-0000-4000-8000-000000000000"
+ENDED = [condition("Failed", "True", reason="DeadlineExceeded")]
+RUN = ContinuedRun(job="other", uid=OTHER_UID, claim_name="shared", workspace_path="other-ffffffff")
+
+
+def other_body(status: QLoRAJobStatus | None, **spec: Any) -> dict[str, Any]:
+    """The other job as stored, on a claim of its own choice."""
+    body = job_body(status.dump() if status else None, **spec)
+    return body | {"metadata": body["metadata"] | {"name": "other", "uid": OTHER_UID}}
+
+
+def other(*conditions: dict[str, Any], **changes: str) -> QLoRAJob:
+    """The other job with what it has fixed, in a step."""
+    fixed = resolved().model_copy(update={"claim_name": "shared", "workspace_path": "other-ffffffff", **changes})
+    return parse_job(other_body(status_in("train", resolved=fixed.dump(), conditions=list(conditions))))
+
+
+@pytest.mark.parametrize(
+    "conditions",
+    [ENDED, [condition("Succeeded", "True")], [condition("Suspended", "True")]],
+    ids=["failed", "succeeded", "suspended"],
+)
+def test_it_starts_when_the_other_job_has_ended_or_is_suspended(conditions: list[dict[str, Any]]) -> None:
+    status = follow(make_job(continues="other"), continued=other(*conditions))
+    assert status.resolved is not None
+    assert status.resolved.continued == RUN
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "says"),
+    [
+        (None, "ContinuedJobNotFound", "there is no such QLoRAJob in namespace 'team'"),
+        (parse_job(other_body(None)), "ContinuedJobNotStarted", "has not started"),
+        (other(), "ContinuedJobRunning", "spec.suspend: true saves a checkpoint"),
+        (other(condition("Suspended", "False")), "ContinuedJobRunning", "is not at its end"),
+    ],
+)
+def test_until_then_it_waits_says_why_and_is_looked_at_again(found: QLoRAJob | None, reason: str, says: str) -> None:
+    job = make_job(continues="other")
+    status = follow(job, continued=found)
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, reason)
+    assert says in message_of(status)
+    planned = plan(job, status, seen(), NOW)
+    assert (planned.actions, planned.look_again) == ((), after(15))
+
+
+def test_a_suspended_job_waits_for_nobody() -> None:
+    job = make_job(continues="other", suspend=True)
+    assert plan(job, follow(job), seen(), NOW).look_again is None
+
+
+def test_it_takes_no_place_from_others_while_it_waits() -> None:
+    limited = {"default": Profile.model_validate(PROFILE.dump() | {"limits": {"jobs": 1}})}
+    waiting = facts(make_job(continues="other"), continued=other(), profiles=limited, jobs_of_profile=1)
+    assert held_back(waiting) is None
+    ready = facts(make_job(continues="other"), continued=other(*ENDED), profiles=limited, jobs_of_profile=1)
+    assert held_back(ready) is not None
+
+
+def test_a_run_on_the_claim_of_a_cache_is_not_mounted() -> None:
+    cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "shared"}})
+    status = follow(
+        make_job(continues="other"), continued=other(*ENDED), profiles={"default": PROFILE, "cached": cached}
+    )
+    assert (status.resolved, reason_of(status)) == (None, "ClaimNotAllowed")
+    assert message_of(status).startswith("spec.continues names the claim 'shared'")
+
+
+def test_what_was_found_stays_although_the_other_job_goes_and_the_profile_changes() -> None:
+    started = follow(make_job(continues="other"), continued=other(*ENDED))
+    changed = {"default": PROFILE.model_copy(update={"image": "example.org/mended"})}
+    again = follow(make_job(started, continues="other"), profiles=changed)
+    assert again.resolved is not None
+    assert again.resolved.continued == RUN
+    assert again.resolved.profile.image == "example.org/mended"
+    first = build_job(make_job(continues="other"), again.resolved, "prepare", 1)
+    body = child("prepare") | {"metadata": child("prepare")["metadata"] | first["metadata"] | {"uid": "u"}}
+    remembered = follow(make_job(continues="other"), body)
+    assert remembered.resolved is not None
+    assert remembered.resolved.continued == RUN, "the first Job remembers it before the status does"
+
+
+def mounts(fixed: Resolved, step: Any) -> list[dict[str, Any]]:
+    pod = build_job(make_job(continues="other"), fixed, step, 2)["spec"]["template"]["spec"]
+    claims = {each["name"]: each.get("persistentVolumeClaim", {}).get("claimName") for each in pod["volumes"]}
+    assert len(claims) == len(pod["volumes"])
+    found = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == "/continued"]
+    return [{**mount, "name": claims[mount["name"]]} for mount in found]
+
+
+def test_prepare_alone_sees_the_folder_of_the_other_run_and_cannot_write_to_it() -> None:
+    fixed = resolved().model_copy(update={"continued": RUN})
+    expected = {"name": "shared", "mountPath": "/continued", "readOnly": True, "subPath": "other-ffffffff"}
+    assert mounts(fixed, "prepare") == [expected]
+    for step in ("train", "publish", "clean"):
+        assert mounts(fixed, step) == []
+    assert mounts(resolved(), "prepare") == []
+
+
+def test_a_claim_that_both_runs_are_on_is_one_volume_of_the_pod() -> None:
+    own = RUN.model_copy(update={"claim_name": f"{NAME}-0a1b2c3d"})
+    (mount,) = mounts(resolved().model_copy(update={"continued": own}), "prepare")
+    assert mount["name"] == own.claim_name
+
+
+def test_the_trainer_is_told_so_that_an_older_one_rejects_the_job_instead_of_starting_anew() -> None:
+    status = follow(make_job(continues="other"), continued=other(*ENDED))
+    assert status.resolved is not None
+    assert '"continues":"other"' in (status.resolved.document or "")
+    plain = follow(make_job()).resolved
+    assert plain is not None
+    assert "continues" not in (plain.document or "")
+
+
+class TwoJobs:
+    """The calls of the API server that a waiting job needs. `bodies`: the jobs by name."""
+
+    def __init__(self, *bodies: Object) -> None:
+        self.bodies = {body["metadata"]["name"]: body for body in bodies}
+        self.asked: list[str] = []
+        self.written: Object = {}
+
+    async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
+        self.asked.append(f"{namespace}/{name}")
+        return self.bodies.get(name)
+
+    async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
+        self.written = status
+        self.bodies[job.name] = dict(self.bodies[job.name]) | {"status": status}
+        return self.bodies[job.name]
+
+    async def create_event(self, namespace: str, manifest: Object) -> None: ...
+
+
+def test_the_operator_looks_for_it_in_the_jobs_own_namespace_every_quarter_of_a_minute() -> None:
+    cluster, store = TwoJobs(job_body(continues="other"), other_body(None) | {"status": {"step": "?"}}), Store()
+    store.job_changed(cluster.bodies[NAME], created=True)
+    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
+    assert asyncio.run(reconciler.reconcile(("team", NAME))) == 15
+    assert set(cluster.asked) == {"team/other"}
+    reasons = {each["type"]: each["reason"] for each in cluster.written["conditions"]}
+    assert reasons["Succeeded"] == "ContinuedJobNotFound", "nor is one that cannot be read an end of the operator"

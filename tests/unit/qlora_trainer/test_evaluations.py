@@ -1,0 +1,60 @@
+"""Which evaluation is the best, and when a run has no patience left."""
+
+import pytest
+
+from qlora_api.training import EarlyStoppingSpec, TrainingSpec
+from qlora_trainer.training.evaluations import expected_end
+
+Curve = list[tuple[int, float]]
+
+
+def training(keep: str | None = "best", patience: int | None = None, min_delta: float = 0.0) -> TrainingSpec:
+    stopping = None if patience is None else EarlyStoppingSpec(patience=patience, min_delta=min_delta)
+    return TrainingSpec.model_validate({"keep": keep, "earlyStopping": stopping, "evalEverySteps": 10})
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        ([2.0, 1.5, 1.2, 1.4], 20),
+        ([2.0, 1.2, 1.2, 1.2], 10),  # of equal ones the first
+        ([2.0, 1.5, 1.4, 1.3], 30),
+        ([1.0, 1.5, 1.2, 1.4], 20),  # the untrained adapter is none to keep
+    ],
+)
+def test_the_best_adapter_is_the_first_trained_one_with_the_lowest_loss(losses: list[float], step: int) -> None:
+    curve = [(10 * number, loss) for number, loss in enumerate(losses)]
+    assert expected_end(training("best"), 30, curve) == (30, step)
+    assert expected_end(training("last"), 30, curve) == (30, 30)
+    assert expected_end(training(None), 30, curve) == (30, 30)
+
+
+@pytest.mark.parametrize(
+    ("patience", "min_delta", "losses", "end"),
+    [
+        (1, 0.0, [2.0, 1.5, 1.5], 20),  # an equal loss is no improvement
+        (2, 0.0, [2.0, 1.5, 1.6, 1.4, 1.5, 1.5], 50),  # one that is lower starts the count anew
+        (2, 0.0, [2.0, 1.5, 1.6, 1.55, 1.1], 30),  # lower than the one before, but not than the lowest
+        (3, 0.0, [2.0, 1.5, 1.6, 1.7], 100),
+        (1, 0.25, [2.0, 1.75, 1.0], 10),  # exactly minDelta is not more than it
+        (1, 0.25, [2.0, 1.5, 1.0, 0.8], 30),
+        (2, 0.25, [2.0, 1.9, 1.8, 1.7], 20),  # each a little below the lowest so far
+        (2, 0.0, [1.0, 1.3, 1.2, 1.1], 20),  # nothing that is better than before training
+        (1, 0.0, [2.0], 100),
+    ],
+)
+def test_a_run_ends_after_so_many_evaluations_without_improvement(
+    patience: int, min_delta: float, losses: list[float], end: int
+) -> None:
+    curve = [(10 * number, loss) for number, loss in enumerate(losses)]
+    assert expected_end(training("last", patience, min_delta), 100, curve) == (end, end)
+
+
+def test_a_run_that_stops_early_keeps_the_best_before_its_end() -> None:
+    curve = [(0, 2.0), (10, 1.5), (20, 1.2), (30, 1.3), (40, 1.4), (50, 0.1)]
+    assert expected_end(training("best", patience=2), 100, curve) == (40, 20)
+
+
+def test_small_improvements_that_do_not_count_are_kept_all_the_same() -> None:
+    curve = [(0, 2.0), (10, 1.9), (20, 1.8)]
+    assert expected_end(training("best", patience=2, min_delta=0.25), 100, curve) == (20, 20)

@@ -1,0 +1,141 @@
+"""Whether an adapter is good enough to be published, from what training has recorded."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_api.gate import GateSpec
+from qlora_api.status import GateStatus
+from qlora_trainer.core.completion import Score, TrainRecord, score_settings
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.publishing.gate import gate_failure, judge
+
+ADAPTER, OTHER = "a" * 64, "b" * 64
+EXACT = {"check": "exactMatch"}
+
+
+def gate_of(**limits: Any) -> GateSpec:
+    return GateSpec.model_validate(limits)
+
+
+def trained(before: float | None = 2.0, after: float | None = 1.5, score: Score | None = None) -> TrainRecord:
+    return TrainRecord(
+        fingerprint="f",
+        adapter_path="trained",
+        adapter_sha256=ADAPTER,
+        training_step=6,
+        loss=1.0,
+        initial_eval_loss=before,
+        eval_loss=after,
+        eval_tokens=88,
+        score=score,
+    )
+
+
+def scored(adapter: float, base: float = 0.12, of: str = ADAPTER) -> Score:
+    settings = score_settings(gate_of(score=EXACT).score or pytest.fail("it has one"))
+    return Score(settings=settings, adapter_sha256=of, rows=50, adapter=adapter, base=base)
+
+
+def passed(gate: GateSpec, record: TrainRecord) -> dict[str, bool]:
+    """Which of the limits are met, and `all`."""
+    judged = judge(gate, record)
+    assert judged is not None
+    return {criterion.name: criterion.passed for criterion in judged.criteria} | {"all": judged.passed}
+
+
+def test_without_a_gate_nothing_is_judged() -> None:
+    assert judge(None, trained()) is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "met"),
+    [
+        ({"minImprovement": 0.25}, True),
+        ({"minImprovement": 0.26}, False),
+        ({"maxEvalLoss": 1.5}, True),
+        ({"maxEvalLoss": 1.49}, False),
+        ({"minScore": 0.94, "score": EXACT}, True),
+        ({"minScore": 0.95, "score": EXACT}, False),
+    ],
+)
+def test_a_limit_that_is_just_met_passes(limits: dict[str, Any], met: bool) -> None:
+    name = next(iter(limits))
+    assert passed(gate_of(**limits), trained(score=scored(0.94))) == {name: met, "all": met}
+
+
+def test_every_limit_must_be_met() -> None:
+    gate = gate_of(minImprovement=0.2, maxEvalLoss=1.2)
+    assert passed(gate, trained()) == {"minImprovement": True, "maxEvalLoss": False, "all": False}
+
+
+def test_a_loss_that_rose_has_not_improved() -> None:
+    assert passed(gate_of(minImprovement=0), trained(before=1.5, after=1.6)) == {"minImprovement": False, "all": False}
+    assert passed(gate_of(minImprovement=0), trained(before=0.0, after=0.1))["all"] is False
+    assert passed(gate_of(minImprovement=0), trained(before=0.0, after=0.0))["all"] is True
+
+
+def test_the_status_has_what_was_measured_on_how_much_and_of_which_adapter() -> None:
+    judged = judge(gate_of(minImprovement=0.5, score=EXACT), trained(score=scored(0.94)))
+    assert judged is not None
+    assert judged.dump() == {
+        "passed": False,
+        "adapterSha256": ADAPTER,
+        "criteria": [{"name": "minImprovement", "required": 0.5, "found": 0.25, "passed": False}],
+        "evalLoss": 1.5,
+        "initialEvalLoss": 2.0,
+        "evalTokens": 88,
+        "score": 0.94,
+        "baseScore": 0.12,
+        "scoreRows": 50,
+    }
+
+
+def test_a_score_without_a_limit_requires_nothing() -> None:
+    assert passed(gate_of(score=EXACT), trained(score=scored(0.0))) == {"all": True}
+
+
+def rejection(gate: GateSpec, record: TrainRecord) -> StepFailure:
+    with pytest.raises(StepFailure) as failure:
+        judge(gate, record)
+    return failure.value
+
+
+def test_a_score_of_another_adapter_is_rejected() -> None:
+    failure = rejection(gate_of(minScore=0.5, score=EXACT), trained(score=scored(1.0, of=OTHER)))
+    assert failure.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert OTHER in failure.message
+
+
+@pytest.mark.parametrize(
+    ("limits", "record", "words"),
+    [
+        ({"minScore": 0.5, "score": EXACT}, trained(), "training has measured no score"),
+        ({"minScore": 0.5, "score": EXACT | {"rows": 7}}, trained(score=scored(1.0)), "a score by other settings"),
+        ({"minImprovement": 0.1}, trained(before=None), "training has measured no loss on held-out rows"),
+        ({"maxEvalLoss": 1.0}, trained(after=None), "training has measured no loss on held-out rows"),
+    ],
+)
+def test_what_training_has_not_measured_cannot_be_judged(
+    limits: dict[str, Any], record: TrainRecord, words: str
+) -> None:
+    failure = rejection(gate_of(**limits), record)
+    assert failure.exit_code is ExitCode.BAD_CONFIGURATION
+    assert words in failure.message
+
+
+def test_the_failure_has_the_numbers_and_what_to_do() -> None:
+    gate = gate_of(minImprovement=0.5, maxEvalLoss=1.2, minScore=0.95, score=EXACT)
+    judged: GateStatus | None = judge(gate, trained(score=scored(0.94)))
+    assert judged is not None
+    failure = gate_failure(judged, "pvc://work/tune/trained")
+    assert failure.exit_code is ExitCode.GATE_FAILED
+    for words in (
+        "spec.gate.minImprovement is 0.5, and the held-out loss changed by -25.00%, from 2.0000 before training to 1.5",
+        "spec.gate.maxEvalLoss is 1.2, and the held-out loss is 1.5000",
+        "spec.gate.minScore is 0.95, and 0.94 of the adapter's answers to 50 held-out rows passed (of the base's 0.12)",
+        "it stays in pvc://work/tune/trained",
+        "raise spec.retry.request",
+    ):
+        assert words in failure.message

@@ -1,0 +1,82 @@
+"""Takes up the run of another job: copies its newest checkpoint into this job's workspace, before a GPU is used."""
+
+import logging
+from pathlib import Path
+
+from qlora_api.contract import WorkspaceLayout
+from qlora_trainer.core.failures import StepFailure, bad_configuration, unreachable
+from qlora_trainer.core.file_names import HISTORY_FILE
+from qlora_trainer.core.filesystem import bytes_below, require_space, write_atomically
+from qlora_trainer.core.paths import confined, require_regular
+from qlora_trainer.training.attempts import ATTEMPTS_FILE, ended_attempts, write_attempts
+from qlora_trainer.training.checkpoint import Checkpoint, copy_checkpoint, newest_intact, numbered_checkpoints
+from qlora_trainer.training.fingerprint import Fingerprint, differences
+
+logger = logging.getLogger(__name__)
+
+
+def require_something_to_continue(source: Path, name: str) -> None:
+    """Raise StepFailure unless the other job's workspace folder `source` has a checkpoint: cheap, so early."""
+    if not source.is_dir():
+        raise unreachable(f"the workspace of {name} (spec.continues) is not mounted at {source}")
+    if not numbered_checkpoints(_layout(source).checkpoints):
+        raise _nothing_to_continue(name)
+
+
+def continue_run(source: Path, name: str, workspace: WorkspaceLayout, fingerprint: Fingerprint) -> int | None:
+    """Copy the newest intact checkpoint below `source`, with the metrics and attempts that led to it.
+
+    Returns its step; None if the workspace has a checkpoint of its own, from which it resumes. `name` is that of the
+    other job, for messages. Raises StepFailure (BAD_CONFIGURATION) if its run is another one, naming what differs, or
+    has no checkpoint.
+    """
+    if newest_intact(workspace.checkpoints) is not None:
+        return None
+    other = _layout(source)
+    checkpoint = newest_intact(other.checkpoints)
+    if checkpoint is None:
+        raise _nothing_to_continue(name)
+    _require_same_run(checkpoint, fingerprint, name)
+    require_space(workspace.root, bytes_below(checkpoint.path), f"the checkpoint of {name}")
+    _copy_history(other, workspace, int(checkpoint.state["historyBytes"]))
+    if not (workspace.records / ATTEMPTS_FILE).exists():
+        # Of no Job of this QLoRAJob: they count in the goodput, and not as attempts that got nowhere.
+        earlier = ended_attempts(confined(other.records, source))
+        write_attempts(workspace.records, [attempt.model_copy(update={"job_attempt": 0}) for attempt in earlier])
+    # Last: with a checkpoint, everything that belongs to it is here.
+    copy_checkpoint(checkpoint, workspace.checkpoints)
+    logger.info("took up %s at step %d", name, checkpoint.step)
+    return checkpoint.step
+
+
+def _layout(source: Path) -> WorkspaceLayout:
+    """The other workspace, none of whose folders is a link that leads out of it."""
+    confined(source / "checkpoints", source)
+    return WorkspaceLayout(source)
+
+
+def _require_same_run(checkpoint: Checkpoint, fingerprint: Fingerprint, name: str) -> None:
+    different = differences(checkpoint.state["fingerprint"], fingerprint)
+    if different:
+        raise bad_configuration(
+            f"the run of {name} (spec.continues) is another one than this job's: {different}; make these equal or, to "
+            "train its adapter further with other settings, data or length, name that in spec.lora.from instead"
+        )
+
+
+def _copy_history(other: WorkspaceLayout, workspace: WorkspaceLayout, length: int) -> None:
+    """The metrics up to the checkpoint: what follows was measured by steps that are repeated here."""
+    path = other.report / HISTORY_FILE
+    if not path.exists():
+        return
+    require_regular(path, other.root, HISTORY_FILE)
+    with path.open("rb") as file:
+        write_atomically(workspace.report / HISTORY_FILE, file.read(length))
+
+
+def _nothing_to_continue(name: str) -> StepFailure:
+    return bad_configuration(
+        f"the workspace of {name} (spec.continues) has no checkpoint that can be taken up: that job was interrupted "
+        "before the first one, or has been cleaned up; create this job again without continues, or with the other's "
+        "adapter in spec.lora.from"
+    )

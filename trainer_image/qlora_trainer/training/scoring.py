@@ -1,0 +1,151 @@
+"""Scores a finished adapter beside its base: both answer the same held-out rows, and each answer is checked."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Self
+
+from pydantic import Field, ValidationError
+
+from qlora_api.gate import ScoreSpec
+from qlora_api.printable import first_line
+from qlora_api.schema import ObservedModel
+from qlora_trainer.core.answer_check import AnswerChecker
+from qlora_trainer.core.completion import Score, score_settings
+from qlora_trainer.core.failures import Interrupted, bad_configuration, is_out_of_gpu_memory
+from qlora_trainer.core.file_names import ANSWERS_FILE
+from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.training.answers import Answering, Prompt
+from qlora_trainer.training.scorable import scored_rows
+from qlora_trainer.training.state import Run, RunState, report
+
+logger = logging.getLogger(__name__)
+
+
+class Answers(ObservedModel):
+    """The answers to one held-out row, a line of `report/answers.jsonl`."""
+
+    prompt_sha256: str = Field(description="SHA-256 of the row's tokens.")
+    prompt: str
+    reference: str = Field(description="The answer in the data.")
+    base: str = Field(description="The answer of the base model.")
+    adapter: str = Field(description="The answer with the adapter.")
+    base_passed: bool
+    adapter_passed: bool
+
+
+class _Heading(ObservedModel):
+    """The first line of the file: whose answers these are."""
+
+    adapter_sha256: str
+    settings: str = Field(description="SHA-256 of spec.gate.score.")
+
+
+class AnswerLog:
+    """The answers so far, on disk after each: an attempt that is stopped is continued with the next row."""
+
+    def __init__(self, file: IO[bytes], known: dict[str, Answers]) -> None:
+        self._file, self._known = file, known
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path, adapter_sha256: str, settings: str) -> Iterator[Self]:
+        """The log of this adapter and these settings. One of others, or the rest of a torn line, is dropped."""
+        heading = _Heading(adapter_sha256=adapter_sha256, settings=settings)
+        known = _read(path, heading)
+        write_atomically(path, b"".join(_line(entry) for entry in (heading, *known)))
+        with path.open("ab") as file:
+            yield cls(file, {answers.prompt_sha256: answers for answers in known})
+
+    def get(self, prompt: Prompt) -> Answers | None:
+        """The answers to this prompt, if they are known."""
+        return self._known.get(prompt.sha256)
+
+    def add(self, answers: Answers) -> None:
+        """Write the answers to another row. Raises OSError."""
+        if answers.prompt_sha256 not in self._known:
+            self._file.write(_line(answers))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._known[answers.prompt_sha256] = answers
+
+
+def _line(entry: ObservedModel) -> bytes:
+    return json.dumps(entry.dump(), sort_keys=True).encode() + b"\n"
+
+
+def _read(path: Path, heading: _Heading) -> list[Answers]:
+    """The answers of a file with this heading, up to the first line that is not whole."""
+    try:
+        first, *lines = path.read_bytes().splitlines(keepends=True)
+        if first != _line(heading):
+            return []
+    except (FileNotFoundError, ValueError):
+        return []
+    answers = []
+    for line in lines:
+        try:
+            answers.append(Answers.model_validate_json(line))
+        except ValidationError:
+            break
+    return answers
+
+
+def measure_score(
+    run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, tokenizer_folder: Path, adapter_sha256: str
+) -> Score:
+    """The score of the run's adapter, whose file has this sum, and of its base. The run must be over.
+
+    Raises Interrupted when a stop is requested, after which another attempt continues with the next row, and
+    StepFailure BAD_CONFIGURATION for a model that cannot generate.
+    """
+    # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
+    run.optimizer.state.clear()
+    path, stop, settings = run.context.workspace.report / ANSWERS_FILE, run.runtime.stop, score_settings(spec)
+    rows = scored_rows(data, spec)
+    answering = Answering(run.model, tokenizer_folder, lambda: stop.requested, run.device)
+    base = adapter = 0
+    with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
+        for number, prompt in enumerate(rows, start=1):
+            report(run, state, f"scoring answer {number} of {len(rows)}")
+            answers = log.get(prompt) or _answered(answering, checker, prompt, spec.max_new_tokens)
+            if stop.requested:
+                raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
+            log.add(answers)
+            base, adapter = base + answers.base_passed, adapter + answers.adapter_passed
+    return Score(
+        settings=settings,
+        adapter_sha256=adapter_sha256,
+        rows=len(rows),
+        adapter=adapter / len(rows),
+        base=base / len(rows),
+    )
+
+
+def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, max_new_tokens: int) -> Answers:
+    try:
+        base, adapter = (
+            answering.answer(prompt, adapter=with_adapter, max_new_tokens=max_new_tokens)
+            for with_adapter in (False, True)
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        if is_out_of_gpu_memory(error):
+            raise
+        raise bad_configuration(
+            f"spec.gate.score: the model could not answer ({first_line(error)}): create the job again without score. "
+            "The adapter is in trained/ of the workspace"
+        ) from error
+    reference = answering.text(prompt.answer)
+    return Answers(
+        prompt_sha256=prompt.sha256,
+        prompt=answering.text(prompt.tokens, special=True),
+        reference=reference,
+        base=base,
+        adapter=adapter,
+        base_passed=checker.passes(base, reference),
+        adapter_passed=checker.passes(adapter, reference),
+    )
