@@ -1,4 +1,4 @@
-"""The user's command line: the memory that a job needs (`qlora plan`), and the job on this machine (`qlora run`)."""
+"""The user's command line: what a job needs (`qlora plan`) and sees (`qlora data`), and the job here (`qlora run`)."""
 
 import importlib.util
 import shlex
@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_cli.display import ConsoleDisplay
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_cli.plan import find_config, make_plan, show_plan
-from qlora_cli.run import Ended, LocalRun, has_gpu, missing_sources, run_steps
+from qlora_cli.rows import RowAccess, show_lengths, show_rows
+from qlora_cli.run import Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
@@ -50,6 +51,22 @@ _volume = click.option(
 )
 
 
+_config_map = click.option(
+    "--config-map",
+    "config_maps",
+    multiple=True,
+    metavar="NAME=DIR",
+    callback=_folders,
+    help="Folder to use for configMap://NAME/….",
+)
+_tokenizer = click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Folder of the model's tokenizer.",
+)
+
+
 def _load(file: Path) -> QLoRAJobDocument:
     try:
         return load_manifest(file)
@@ -70,19 +87,70 @@ def main() -> None:
 @click.option(
     "--gpu-memory", type=click.IntRange(1, 1024), help="GPU memory in GiB, instead of spec.resources.gpuMemory."
 )
-def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: int | None) -> None:
+@click.option(
+    "--data", is_flag=True, help="Also show how long the rows are, and how many maxSequenceLength leaves out."
+)
+@_config_map
+@_tokenizer
+def plan(
+    file: Path,
+    claims: dict[str, Path],
+    config: Path | None,
+    gpu_memory: int | None,
+    data: bool,
+    config_maps: dict[str, Path],
+    tokenizer: Path | None,
+) -> None:
     """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
 
     Exits with 17 if it cannot fit, as the job itself does.
     """
     document = _load(file)
+    access = _row_access(document.spec, claims, config_maps, tokenizer) if data else None
     try:
         config = config or find_config(document.spec.model, Mounts(claims=claims))
         made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
-    show_plan(made, Console())
+    console = Console()
+    show_plan(made, console)
+    if access is not None:
+        try:
+            show_lengths(document.spec, access, console)
+        except StepFailure as failure:
+            _fail(failure.message, failure.exit_code)
     sys.exit(made.exit_code)
+
+
+@main.command()
+@_file
+@click.option("--rows", type=click.IntRange(1, 1000), default=3, show_default=True, help="Rows to show.")
+@_volume
+@_config_map
+@_tokenizer
+def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None) -> None:
+    """Show the first rows of the job in FILE as the model sees them, and which tokens are trained on.
+
+    These are green on a terminal, and between [[ and ]] elsewhere or with NO_COLOR set.
+    """
+    access = _row_access(_load(file).spec, claims, config_maps, tokenizer)
+    try:
+        with access.preview(rows) as preview:
+            show_rows(preview, Console())
+    except StepFailure as failure:
+        _fail(failure.message, failure.exit_code)
+
+
+def _row_access(
+    spec: QLoRAJobSpec, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None
+) -> RowAccess:
+    """Access to the job's rows; exits with what is missing."""
+    missing = missing_data(spec, claims, config_maps)
+    if missing:
+        _fail("\n".join(missing))
+    if importlib.util.find_spec("torch") is None:
+        _fail("the trainer is not installed: install qlora-operator[cli,trainer]")
+    return RowAccess(spec, Mounts(claims=claims, config_map_folders=config_maps), tokenizer)
 
 
 @main.command()
@@ -95,14 +163,7 @@ def plan(file: Path, claims: dict[str, Path], config: Path | None, gpu_memory: i
 )
 @click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails if there is none.")
 @_volume
-@click.option(
-    "--config-map",
-    "config_maps",
-    multiple=True,
-    metavar="NAME=DIR",
-    callback=_folders,
-    help="Folder to use for configMap://NAME/….",
-)
+@_config_map
 @click.option(
     "--continues",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

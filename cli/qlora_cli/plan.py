@@ -1,6 +1,9 @@
 """Shows the GPU memory that a job needs: by component, compared with the GPU, and what to change if it does not fit."""
 
+import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,15 +145,28 @@ def find_config(model: BaseModelSpec, mounts: Mounts) -> Path:
 
 def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
     offline = "or give the model's config.json with --config FILE"
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
-    except ImportError as missing:
+    require_hub_client(offline)
+    from huggingface_hub import hf_hub_download
+
+    with fetching(model, offline):
+        return Path(hf_hub_download(source.repository, "config.json", revision=model.revision))
+
+
+def require_hub_client(offline: str) -> None:
+    """Raise StepFailure, with `offline` as what else can be done, unless the hub's client is installed."""
+    if importlib.util.find_spec("huggingface_hub") is None:
         raise bad_configuration(
             f"the Hugging Face client is not installed: install qlora-operator[cli,trainer], {offline}"
-        ) from missing
+        )
+
+
+@contextmanager
+def fetching(model: BaseModelSpec, offline: str) -> Iterator[None]:
+    """Raise StepFailure, with `offline` as what else can be done, if the body cannot fetch the model's files."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
     try:
-        return Path(hf_hub_download(source.repository, "config.json", revision=model.revision))
+        yield
     except HFValidationError as error:
         raise bad_configuration(f"spec.model.source is {model.source}: {error}") from error
     except HfHubHTTPError as error:

@@ -128,11 +128,33 @@ def missing_sources(
     addresses = {
         "spec.model.source": spec.model.source,
         "spec.lora.from.source": spec.lora.initial_adapter.source if spec.lora.initial_adapter else None,
+        **_data_addresses(spec),
+        **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
+    }
+    problems = _missing(addresses, claims, config_maps)
+    if spec.continues is not None and continues is None:
+        problems.append(f"spec.continues is {spec.continues}: give the workspace of that run with --continues DIR")
+    if spec.continues is None and continues is not None:
+        problems.append("--continues is for a job that names another one in spec.continues: set that in FILE")
+    return problems
+
+
+def missing_data(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
+    """The same for what the rows are read and written with."""
+    return _missing(_data_addresses(spec), claims, config_maps)
+
+
+def _data_addresses(spec: QLoRAJobSpec) -> dict[str, str | None]:
+    return {
         "spec.dataset.source": spec.dataset.source,
         "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
         "spec.dataset.chatTemplate": spec.dataset.template_address,
-        **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }
+
+
+def _missing(
+    addresses: Mapping[str, str | None], claims: Mapping[str, Path], config_maps: Mapping[str, Path]
+) -> list[str]:
     problems = []
     for field, address in addresses.items():
         source = parse_source(address) if address else None
@@ -142,10 +164,6 @@ def missing_sources(
             problems.append(
                 f"{field} is {address}: give a folder that has its keys as files with --config-map {source.name}=DIR"
             )
-    if spec.continues is not None and continues is None:
-        problems.append(f"spec.continues is {spec.continues}: give the workspace of that run with --continues DIR")
-    if spec.continues is None and continues is not None:
-        problems.append("--continues is for a job that names another one in spec.continues: set that in FILE")
     return problems
 
 

@@ -143,7 +143,7 @@ REJECTED = {
     ),
     "unknown chat template": (
         with_value(MINIMAL, "spec.dataset.chatTemplate", "chatlm"),
-        "spec.dataset.chatTemplate: Invalid value: must be chatml, gemma, llama-3, mistral, zephyr or configMap://",
+        'spec.dataset.chatTemplate: Invalid value: "chatlm": must be chatml, gemma, llama-3, mistral, zephyr or config',
     ),
     "chat template for text": (
         with_value(with_value(MINIMAL, "spec.dataset.format", "text"), "spec.dataset.chatTemplate", "chatml"),

@@ -45,6 +45,12 @@ from tests.fuzz.target import Target
 
 _ROWS = (
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a é"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a", "thinking": "t", "weight": 1},
+        ]
+    },
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
     {"instruction": "i", "input": "n", "output": "o"},
     {"prompt": "p", "completion": "c"},
@@ -150,8 +156,10 @@ def _read_example(row: Row) -> None:
     """A row that is no example, or no pair, must not end the reading of the others here."""
     for pairs in (False, True):
         try:
-            reader = RowReader(*detect_format(row, None, pairs=pairs))
-            reader.read(row)
+            format_, columns = detect_format(row, None, pairs=pairs)
+            RowReader(format_, columns).read(row)
+            if format_ in ("chat", "sharegpt"):
+                RowReader(format_, columns, marked=True).read(row)
         except StepFailure as failure:
             if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
                 raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure

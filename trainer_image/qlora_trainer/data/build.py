@@ -13,7 +13,7 @@ import numpy
 from qlora_api.dataset import Columns, DatasetSpec, EvalSpec, RowFormat
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
-from qlora_trainer.core.failures import bad_configuration, bad_dataset
+from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.dataset import Dataset, TokenizedSource
@@ -92,7 +92,7 @@ class DatasetBuilder:
         first = next(rows)
         format_, columns = self._format_of(first) if like is None else (like.reading.format, like.columns)
         recipe = self._recipe(format_, columns)
-        self._require_place_for_settings(data.uri, format_)
+        recipe.require_place_for_settings(self.tokenizer, data.uri)
         done_before = 0 if like is None else like.rows.rows_read
         chunks = tokenize(
             chain((first,), rows),
@@ -113,28 +113,8 @@ class DatasetBuilder:
             return detect_format(first, self.spec.columns, pairs=self.training.compares_answers)
         return self.spec.format, self.spec.columns or Columns()
 
-    def _require_place_for_settings(self, uri: str, format_: RowFormat) -> None:
-        """Raise StepFailure BAD_CONFIGURATION if rows cannot have the chat template or system message of the job."""
-        for field, value in {"chatTemplate": self.spec.chat_template, "systemPrompt": self.spec.system_prompt}.items():
-            if value is not None and format_ == "text":
-                raise bad_configuration(
-                    f"spec.dataset.{field} is set, but the rows of {uri} are of format text, which has no turns: "
-                    "remove it, or use rows of another format"
-                )
-        if self.spec.system_prompt is not None:
-            self.tokenizer.require_system_message()
-
     def _recipe(self, format_: RowFormat, columns: Columns) -> Recipe:
-        return Recipe(
-            tokenizer=self.tokenizer.folder,
-            vocabulary=self.vocabulary,
-            format=format_,
-            columns=columns,
-            train_on=self.training.train_on,
-            longest_allowed=self.training.max_sequence_length,
-            template=self.tokenizer.template,
-            system_prompt=self.spec.system_prompt,
-        )
+        return Recipe.of(self.spec, self.training, self.tokenizer, format_, columns, vocabulary=self.vocabulary)
 
     def _chunk_prefix(self, split: Split, digest: str, recipe: Recipe) -> Path:
         """How the paths of the chunks begin. Deletes the split's chunks of other data or settings."""

@@ -148,6 +148,23 @@ class Tokenizer:
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [token for token, (first, past) in pairs if first < end and start < past]
 
+    def pieces(self, rendered: Rendered) -> Iterator[str]:
+        """The text of each token that `tokenize` makes, special tokens included; together all of the text.
+
+        Where several tokens make one character, the first of them has it.
+        """
+        if not rendered.ends_itself:
+            yield from self._tokenizer.convert_ids_to_tokens(self._begin)
+        encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        done, ends = 0, [past for _, past in encoded["offset_mapping"]]
+        for position, past in enumerate(ends, start=1):
+            # Offsets leave out blanks before a word that belong to its token, and those at the end.
+            until = len(rendered.text) if position == len(ends) else max(past, done)
+            yield rendered.text[done:until]
+            done = until
+        if not rendered.ends_itself:
+            yield self._tokenizer.eos_token
+
     @property
     def _whose(self) -> str:
         return (

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy
 
-from qlora_api.dataset import Columns, RowFormat, SystemPromptSpec
-from qlora_api.training import TrainOn
+from qlora_api.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
+from qlora_api.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
@@ -59,6 +59,40 @@ class Recipe:
     """Instead of the model's chat template."""
     system_prompt: SystemPromptSpec | None = None
 
+    @classmethod
+    def of(
+        cls,
+        spec: DatasetSpec,
+        training: TrainingSpec,
+        tokenizer: Tokenizer,
+        format_: RowFormat,
+        columns: Columns | None,
+        *,
+        vocabulary: int,
+    ) -> "Recipe":
+        """That of a job whose rows are of this format."""
+        return cls(
+            tokenizer=tokenizer.folder,
+            vocabulary=vocabulary,
+            format=format_,
+            columns=columns or Columns(),
+            train_on=training.train_on,
+            longest_allowed=training.max_sequence_length,
+            template=tokenizer.template,
+            system_prompt=spec.system_prompt,
+        )
+
+    def require_place_for_settings(self, tokenizer: Tokenizer, uri: str) -> None:
+        """Raise StepFailure BAD_CONFIGURATION if rows cannot have the chat template or system message of the job."""
+        for field, value in {"chatTemplate": self.template, "systemPrompt": self.system_prompt}.items():
+            if value is not None and self.format == "text":
+                raise bad_configuration(
+                    f"spec.dataset.{field} is set, but the rows of {uri} are of format text, which has no turns: "
+                    "remove it, or use rows of another format"
+                )
+        if self.system_prompt is not None:
+            tokenizer.require_system_message()
+
     def row_reader(self) -> RowReader:
         """Reads the rows. Raises StepFailure BAD_CONFIGURATION if they cannot have what the job asks for."""
         return RowReader(self.format, self.columns, marked=self.train_on == "marked")
@@ -92,8 +126,14 @@ class ChunkMaker:
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
         return Chunk.of(used, too_long, dropped)
 
-    def example(self, row: Row) -> Example | Preference:
-        """What is trained on in a row. Raises StepFailure for an invalid one."""
+    def rendered(self, row: Row) -> tuple[Rendered, ...]:
+        """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row."""
+        example = self._example(row)
+        if isinstance(example, Preference):
+            return self._tokenizer.render_pair(example, row.location)
+        return (self._tokenizer.render(example, row.location),)
+
+    def _example(self, row: Row) -> Example | Preference:
         example, system = self._reader.read(row), self.recipe.system_prompt
         if system is None or isinstance(example, PlainText):
             return example
@@ -101,16 +141,9 @@ class ChunkMaker:
 
     def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [part for row in batch for part in self._rendered(row)]
+            rendered = [text for row in batch for text in self.rendered(row)]
             tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
             yield from zip(batch, _paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
-
-    def _rendered(self, row: Row) -> tuple[Rendered, ...]:
-        """The row's text; of a pair, the two texts."""
-        example = self.example(row)
-        if isinstance(example, Preference):
-            return self._tokenizer.render_pair(example, row.location)
-        return (self._tokenizer.render(example, row.location),)
 
     def _require_known(self, largest: int) -> None:
         if largest >= self.recipe.vocabulary:

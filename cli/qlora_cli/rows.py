@@ -1,0 +1,173 @@
+"""Shows rows of a job's data set as the model sees them, and how long they are; prepare does the same with all."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_api.model_and_output import BaseModelSpec
+from qlora_api.printable import printable
+from qlora_api.sources import HubSource, VolumeSource, parse_source
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.plan import fetching, require_hub_client
+from qlora_trainer.core.context import Mounts
+from qlora_trainer.core.credentials import Secret
+from qlora_trainer.core.failures import bad_configuration
+
+if TYPE_CHECKING:
+    from qlora_trainer.data.chat_template import Tokenizer
+    from qlora_trainer.data.dataset import Dataset
+    from qlora_trainer.data.locate import DataAccess
+    from qlora_trainer.data.preview import Preview, PreviewedRow
+
+_TRAINED = "bold green"
+_MARKS = ("[[", "]]")
+_BAR_WIDTH = 40
+# Not asked of the model's configuration, which is not at hand for every address.
+_ANY_VOCABULARY = 2**31
+
+
+@dataclass(frozen=True)
+class RowAccess:
+    """How the rows and the tokenizer of a job are got on this machine."""
+
+    spec: QLoRAJobSpec
+    mounts: Mounts
+    tokenizer_folder: Path | None = None
+    """The model's tokenizer, if it is not to be looked for."""
+
+    def tokenizer(self) -> "Tokenizer":
+        """The model's tokenizer with the job's chat template. Raises StepFailure."""
+        from qlora_trainer.data.chat_template import Tokenizer
+        from qlora_trainer.data.job_template import job_template
+
+        folder = self.tokenizer_folder or find_tokenizer(self.spec.model, self.mounts)
+        return Tokenizer(folder, job_template(self.spec.dataset, self.mounts))
+
+    @contextmanager
+    def preview(self, count: int) -> Iterator["Preview"]:
+        """The first `count` rows. What is downloaded is deleted afterwards. Raises StepFailure."""
+        from qlora_trainer.data.preview import preview
+
+        with TemporaryDirectory() as folder:
+            tokenizer = self.tokenizer()
+            dataset, training = self.spec.dataset, self.spec.training
+            yield preview(dataset, training, tokenizer, self._data(), Path(folder), count)
+
+    def dataset(self, folder: Path) -> "Dataset":
+        """The whole data set, tokenized on all cores, with its files in `folder`. Raises StepFailure."""
+        from qlora_trainer.data.build import DatasetBuilder
+
+        return DatasetBuilder(
+            self.spec.dataset,
+            self.spec.training,
+            self.tokenizer(),
+            {},
+            vocabulary=_ANY_VOCABULARY,
+            access=self._data(),
+            scratch=lambda name: folder / name,
+            say=lambda _activity: None,
+        ).build()
+
+    def _data(self) -> "DataAccess":
+        from qlora_trainer.data.locate import DataAccess
+        from qlora_trainer.stores.hub import Hub, hub_token
+
+        secret = Secret(self.mounts.credentials / "dataset", "spec.dataset.secretRef", None)
+        return DataAccess(self.mounts, cache(lambda: Hub(hub_token(self.mounts.token_file, None))), secret)
+
+
+def find_tokenizer(model: BaseModelSpec, mounts: Mounts) -> Path:
+    """The folder of the model's tokenizer, on a volume or fetched from the hub. Raises StepFailure without one."""
+    source, advice = parse_source(model.source), "give the folder of the model's tokenizer with --tokenizer DIR"
+    if isinstance(source, VolumeSource):
+        if source.claim not in mounts.claims:
+            raise bad_configuration(
+                f"spec.model.source is {model.source}: give a folder for the claim with --volume {source.claim}=DIR, "
+                f"or {advice.removeprefix('give ')}"
+            )
+        return mounts.volume(source)
+    if not isinstance(source, HubSource):
+        raise bad_configuration(f"spec.model.source is {model.source}, which this command does not download: {advice}")
+    require_hub_client(f"or {advice}")
+    from huggingface_hub import snapshot_download
+
+    from qlora_trainer.model.source import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+
+    with fetching(model, f"or {advice}"):
+        names = [CONFIG, GENERATION_CONFIG, *sorted(TOKENIZER_FILES)]
+        return Path(snapshot_download(source.repository, revision=model.revision, allow_patterns=names))
+
+
+def show_rows(preview: "Preview", console: Console, environment: Mapping[str, str] = os.environ) -> None:
+    """Print each row's text; what is trained on is green on a terminal, and elsewhere between [[ and ]].
+
+    Raises StepFailure for an invalid row, after those before it.
+    """
+    colored = console.is_terminal and not environment.get("NO_COLOR")
+    reading = preview.reading
+    console.print(Text(printable(f"{preview.uri}: format {reading.format}, columns {', '.join(reading.columns)}")))
+    if reading.ignored:
+        console.print(Text(printable(f"Not used: {', '.join(reading.ignored)}")))
+    how = Text("green", _TRAINED) if colored else Text(f"between {_MARKS[0]} and {_MARKS[1]}")
+    console.print(Text("Tokens that are trained on are ").append_text(how).append("."))
+    for row in preview.rows:
+        console.print()
+        _show_row(row, console, colored=colored)
+
+
+def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:
+    counts = f"{printable(row.location)}: {row.tokens} tokens, {row.targets} trained on"
+    console.print(Text(counts, "bold"), soft_wrap=True)
+    if row.left_out:
+        console.print(Text(f"Left out: {row.left_out}", "yellow"), soft_wrap=True)
+    text = Text()
+    for stretch in row.stretches:
+        shown = "\n".join(map(printable, stretch.text.split("\n")))
+        if stretch.trained and not colored:
+            shown = f"{_MARKS[0]}{shown}{_MARKS[1]}"
+        text.append(shown, _TRAINED if stretch.trained and colored else None)
+    console.print(text, soft_wrap=True, highlight=False, end="" if text.plain.endswith("\n") else "\n")
+
+
+def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> None:
+    """Print how long the rows of each source are, and how many a maxSequenceLength loses. Raises StepFailure."""
+    with TemporaryDirectory() as folder:
+        for source in access.dataset(Path(folder)).sources:
+            _show_source(source.data.uri, source.all_lengths(), spec.training.max_sequence_length, console)
+
+
+def _show_source(uri: str, lengths: Any, chosen: int, console: Console) -> None:
+    """`lengths`: int32 [rows]."""
+    from qlora_trainer.data.statistics import Lengths
+
+    found = Lengths.of(lengths)
+    console.print()
+    console.print(Text(printable(f"{uri}: {len(lengths):,} rows"), "bold"), soft_wrap=True)
+    console.print(
+        f"Tokens per row: {found.shortest:,} to {found.longest:,}, median {found.median:,}, "
+        f"99 % at most {found.p99:,}.",
+        highlight=False,
+    )
+    table = Table("Tokens", "Rows", "", "Longer", box=None, pad_edge=False)
+    most = max(bar.rows for bar in found.histogram)
+    for bar in found.histogram:
+        width = round(_BAR_WIDTH * bar.rows / most)
+        table.add_row(f"≤ {bar.up_to:,}", f"{bar.rows:,}", "█" * width, _lost(lengths, bar.up_to))
+    console.print(table)
+    lost = _lost(lengths, chosen)
+    console.print(f"spec.training.maxSequenceLength is {chosen:,}: it leaves out {lost}.", highlight=False)
+
+
+def _lost(lengths: Any, longest: int) -> str:
+    """The rows that are longer, for people."""
+    rows = int((lengths > longest).sum())
+    return f"{rows:,} of {len(lengths):,} rows ({rows / len(lengths):.1%})" if rows else "none"

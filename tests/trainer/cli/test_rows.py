@@ -1,0 +1,130 @@
+"""What `qlora data` and `qlora plan --data` print of a job's rows."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from qlora_api.contract import ExitCode
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.__main__ import main
+from qlora_cli.rows import RowAccess, show_rows
+from qlora_trainer.core.context import Mounts
+from tests.support.tiny import chat_row, write_rows
+
+ROWS = [chat_row("Which pods?", "kubectl get pods"), chat_row("Which nodes?", "kubectl get nodes " * 20)]
+
+
+def spec_of(**dataset: Any) -> dict[str, Any]:
+    """A job over the tiny model."""
+    return {
+        "model": {"source": "pvc://models/model"},
+        "dataset": {"source": "pvc://data/train.jsonl", **dataset},
+        "training": {"maxSequenceLength": 64},
+    }
+
+
+@pytest.fixture
+def qlora(tmp_path: Path, tiny_llama: Path) -> Any:
+    """Runs a command over rows, in this process and without a terminal."""
+
+    def run(command: str, rows: list[dict[str, Any]], *options: str, **dataset: Any) -> Result:
+        write_rows(tmp_path / "data" / "train.jsonl", rows)
+        document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}}
+        (tmp_path / "job.yaml").write_text(json.dumps(document | {"spec": spec_of(**dataset)}))
+        volumes = ("--volume", f"models={tiny_llama.parent}", "--volume", f"data={tmp_path / 'data'}")
+        return CliRunner().invoke(main, [command, str(tmp_path / "job.yaml"), *volumes, *options])
+
+    return run
+
+
+def test_a_row_is_shown_as_the_model_sees_it_with_what_is_trained_on(qlora: Any) -> None:
+    done = qlora("data", ROWS, "--rows", "1")
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[:3] == [
+        "pvc://data/train.jsonl: format chat, columns messages",
+        "Tokens that are trained on are between [[ and ]].",
+        "",
+    ]
+    assert lines[3].startswith("pvc://data/train.jsonl line 1: ")
+    assert lines[4:] == [
+        "<|im_start|>user",
+        "Which pods?<|im_end|>",
+        "<|im_start|>assistant",
+        "[[kubectl get pods<|im_end|>]]",
+    ]
+
+
+def test_a_row_that_is_left_out_says_so(qlora: Any) -> None:
+    output = qlora("data", ROWS).output
+    assert output.count("Left out") == 1
+    assert "Left out: longer than 64 tokens (spec.training.maxSequenceLength)" in output.partition("line 2: ")[2]
+
+
+def test_template_and_system_prompt_of_the_job_are_shown(qlora: Any) -> None:
+    output = qlora("data", ROWS[:1], chatTemplate="zephyr", systemPrompt={"text": "Be short."}).output
+    assert "<|system|>\nBe short.<|im_end|>\n<|user|>\nWhich pods?<|im_end|>\n" in output
+    assert "<|assistant|>\n[[kubectl get pods<|im_end|>]]\n" in output
+
+
+def test_the_tokens_around_a_plain_text_are_shown(qlora: Any) -> None:
+    """The first token has nothing before it that could predict it."""
+    output = qlora("data", [{"text": "日本 🎉 ünï"}]).output
+    shown = output.splitlines()[-1]
+    assert shown.replace("[[", "").replace("]]", "") == "日本 🎉 ünï<|im_end|>"
+    assert shown.endswith("ünï<|im_end|>]]")
+
+
+def test_columns_that_are_not_used_are_named(qlora: Any) -> None:
+    output = qlora("data", [ROWS[0] | {"id": 3}]).output
+    assert "\nNot used: id\n" in output
+
+
+def test_a_wrong_row_ends_as_the_job_would_after_the_rows_before_it(qlora: Any) -> None:
+    done = qlora("data", [ROWS[0], {"messages": []}])
+    assert done.exit_code == ExitCode.BAD_DATASET
+    assert "[[kubectl get pods<|im_end|>]]" in done.output
+    assert "Error: pvc://data/train.jsonl line 2: 'messages' is empty" in done.output
+
+
+def test_a_row_cannot_control_the_terminal(qlora: Any) -> None:
+    output = qlora("data", [chat_row("a\x1b]0;title\x07b", "c\rd\u202e")]).output
+    assert "\x1b" not in output
+    assert "a\\x1b]0;title\\x07b" in output
+    assert "c\\rd\\u202e" in output
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_on_a_terminal_color_is_the_mark_unless_it_is_not_wanted(
+    tmp_path: Path, tiny_llama: Path, no_color: str
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    mounts = Mounts(claims={"models": tiny_llama.parent, "data": tmp_path / "data"})
+    output = io.StringIO()
+    with RowAccess(QLoRAJobSpec.model_validate(spec_of()), mounts).preview(1) as preview:
+        show_rows(preview, Console(file=output, force_terminal=True, width=200), {"NO_COLOR": no_color})
+    assert ("\x1b[1;32mkubectl get pods<|im_end|>" in output.getvalue()) == (not no_color)
+    assert ("[[kubectl get pods<|im_end|>]]" in output.getvalue()) == bool(no_color)
+
+
+@pytest.mark.parametrize("command", [("data",), ("plan", "--data")])
+def test_a_config_map_that_no_option_maps_to_a_folder_is_named(qlora: Any, command: tuple[str, ...]) -> None:
+    name, *options = command
+    done = qlora(name, ROWS, *options, chatTemplate="configMap://formats/ours.jinja")
+    assert done.exit_code == ExitCode.BAD_CONFIGURATION
+    assert "spec.dataset.chatTemplate is configMap://formats/ours.jinja: give a folder" in done.output
+
+
+def test_a_plan_shows_how_long_rows_are_and_how_many_are_left_out(qlora: Any) -> None:
+    done = qlora("plan", [*ROWS, *ROWS[:1]], "--data")
+    assert done.exit_code == 0, done.output
+    assert "pvc://data/train.jsonl: 3 rows" in done.output
+    short = next(line for line in done.output.splitlines() if line.startswith("≤ 32 "))
+    assert short.split()[2] == "2"
+    assert short.endswith("1 of 3 rows (33.3%)")
+    assert "spec.training.maxSequenceLength is 64: it leaves out 1 of 3 rows (33.3%)." in done.output

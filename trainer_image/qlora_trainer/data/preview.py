@@ -1,0 +1,82 @@
+"""Reads the first rows of a job's data set, and divides the text of each into what is trained on and what is not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+from qlora_api.dataset import DatasetSpec
+from qlora_api.training import TrainingSpec
+from qlora_trainer.data.chat_template import Rendered, Tokenizer
+from qlora_trainer.data.formats import Reading, RowReader, detect_format
+from qlora_trainer.data.hub_splits import training_part
+from qlora_trainer.data.locate import DataAccess, find_data
+from qlora_trainer.data.reading import read_sample
+from qlora_trainer.data.tokenize import ChunkMaker, Recipe
+
+# What the tokens are compared with is in the model's configuration, which a preview does not need.
+_ANY_VOCABULARY = 2**31
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a row's text whose tokens are all trained on, or all not."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class PreviewedRow:
+    """One row as the model sees it."""
+
+    location: str
+    stretches: tuple[Stretch, ...]
+    """The text, special tokens included."""
+    tokens: int
+    targets: int
+    """Tokens that are trained on."""
+    left_out: str
+    """Why prepare leaves the row out; empty if it does not."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The first rows of a data set, and how its rows are read."""
+
+    uri: str
+    reading: Reading
+    rows: Iterator[PreviewedRow]
+    """Reads on each step. Raises StepFailure for the first invalid row."""
+
+
+def preview(
+    spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: DataAccess, download: Path, count: int
+) -> Preview:
+    """The first `count` rows that a job would use. Files of a server are downloaded below `download`.
+
+    Raises StepFailure as prepare does.
+    """
+    data = find_data(spec.source, training_part(spec), access, download)
+    rows = read_sample(data.files, spec.max_samples, training.seed if spec.shuffle else None)
+    first = list(islice(rows, count))
+    format_, columns = spec.format, spec.columns
+    if format_ == "auto":
+        format_, columns = detect_format(first[0], spec.columns)
+    recipe = Recipe.of(spec, training, tokenizer, format_, columns, vocabulary=_ANY_VOCABULARY)
+    recipe.require_place_for_settings(tokenizer, data.uri)
+    maker = ChunkMaker(recipe, tokenizer)
+    shown = (_previewed(tokenizer, rendered, row.location, recipe) for row in first for rendered in maker.rendered(row))
+    return Preview(data.uri, RowReader(format_, columns).reading(first[0]), shown)
+
+
+def _previewed(tokenizer: Tokenizer, rendered: Rendered, location: str, recipe: Recipe) -> PreviewedRow:
+    [row] = tokenizer.tokenize([rendered], recipe.train_on)
+    parts = zip(tokenizer.pieces(rendered), row.is_target.tolist(), strict=True)
+    groups = groupby(parts, key=lambda part: part[1])
+    stretches = tuple(Stretch("".join(piece for piece, _ in group), trained) for trained, group in groups)
+    tokens, targets = len(row.input_ids), int(row.is_target.sum())
+    left_out = "" if targets else "no token is trained on"
+    if tokens > recipe.longest_allowed:
+        left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
+    return PreviewedRow(location, stretches, tokens, targets, left_out)
