@@ -62,7 +62,7 @@ def preview(
     first = list(islice(rows, count))
     format_, columns = spec.format, spec.columns
     if format_ == "auto":
-        format_, columns = detect_format(first[0], spec.columns)
+        format_, columns = detect_format(first[0], spec.columns, pairs=training.compares_answers)
     recipe = Recipe.of(spec, training, tokenizer, format_, columns, vocabulary=_ANY_VOCABULARY)
     recipe.require_place_for_settings(tokenizer, data.uri)
     maker = ChunkMaker(recipe, tokenizer)
