@@ -38,6 +38,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
+        shared_path=job.shares,
     )
     return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
 
