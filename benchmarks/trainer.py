@@ -21,7 +21,9 @@ WORKSPACE = "workspace"
 JOB_UID = "7d0c2f5e-0000-4000-8000-000000000003"
 
 
-def prepare_command(folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any]) -> list[str]:
+def prepare_command(
+    folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], dataset: dict[str, Any] | None = None
+) -> list[str]:
     """The command line that lays `folder`/train.jsonl out in `folder`/workspace; what is not set has its default."""
     (folder / JOB).write_text(
         json.dumps(
@@ -31,7 +33,7 @@ def prepare_command(folder: Path, model: Path, training: dict[str, Any], lora: d
                 "metadata": {"name": "benchmark", "uid": JOB_UID},
                 "spec": {
                     "model": {"source": "pvc://model"},
-                    "dataset": {"source": "pvc://data/train.jsonl"},
+                    "dataset": {"source": "pvc://data/train.jsonl", **(dataset or {})},
                     "lora": lora,
                     "training": training,
                 },
@@ -43,9 +45,11 @@ def prepare_command(folder: Path, model: Path, training: dict[str, Any], lora: d
     return [sys.executable, "-m", "qlora_trainer", "prepare", *paths, *volumes]
 
 
-def prepared_context(folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any]) -> StepContext:
+def prepared_context(
+    folder: Path, model: Path, training: dict[str, Any], lora: dict[str, Any], dataset: dict[str, Any] | None = None
+) -> StepContext:
     """The train step's context after prepare has run. Raises CalledProcessError if it fails; its record says why."""
-    command = prepare_command(folder, model, training, lora)
+    command = prepare_command(folder, model, training, lora, dataset)
     subprocess.run(command, check=True, env={**os.environ, "QLORA_DEVICE": "cpu"}, stdout=sys.stderr)
     return context_of(folder, model)
 

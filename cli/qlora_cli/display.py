@@ -80,6 +80,8 @@ def describe(record: ProgressRecord) -> str:
         parts.append(f"loss {record.loss:.3f}")
     if record.eval_loss is not None:
         parts.append(f"held-out {record.eval_loss:.3f}")
+    if record.eval_accuracy is not None:
+        parts.append(f"held-out accuracy {record.eval_accuracy:.0%}")
     if record.tokens_per_second is not None:
         parts.append(f"{record.tokens_per_second:.0f} tokens/s")
     if record.remaining_seconds:

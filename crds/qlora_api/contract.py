@@ -142,6 +142,9 @@ class ProgressRecord(_Record):
     peak_memory_bytes: Bytes | None = None
     micro_batch_size: Count | None = None
     goodput: Share | None = None
+    reward_margin: Finite | None = None
+    accuracy: Share | None = None
+    eval_accuracy: Share | None = None
     checkpoint_step: Count | None = None
     checkpoint_time: Timestamp | None = None
 

@@ -9,7 +9,7 @@ from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import TEMPLATE_NAMES, DatasetAddress, TemplateAddress
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
-RowFormat = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text"]
+RowFormat = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text", "preference"]
 
 
 class Columns(ApiModel):
@@ -19,12 +19,22 @@ class Columns(ApiModel):
     instruction: ColumnName | None = Field(None, description="Format instruction: the instruction.")
     input: ColumnName | None = Field(None, description="Format instruction: optional further input.")
     output: ColumnName | None = Field(None, description="Format instruction: the answer.")
-    prompt: ColumnName | None = Field(None, description="Format prompt-completion: the prompt.")
+    prompt: ColumnName | None = Field(
+        None,
+        description="Format prompt-completion: the prompt. Format preference: the prompt, as text or as a list of "
+        "{role, content}; optional where chosen and rejected are whole conversations.",
+    )
     completion: ColumnName | None = Field(None, description="Format prompt-completion: the completion.")
     conversations: ColumnName | None = Field(None, description="Format sharegpt: the list of {from, value}.")
     system: ColumnName | None = Field(None, description="Formats sharegpt and instruction: optional system message.")
-    tools: ColumnName | None = Field(None, description="Formats chat and sharegpt: optional tools (JSON schemas).")
+    tools: ColumnName | None = Field(
+        None, description="Formats chat, sharegpt and preference: optional tools (JSON schemas)."
+    )
     text: ColumnName | None = Field(None, description="Format text: the text.")
+    chosen: ColumnName | None = Field(
+        None, description="Format preference: the better answer, as text or as a list of {role, content}."
+    )
+    rejected: ColumnName | None = Field(None, description="Format preference: the worse answer, like chosen.")
 
 
 Sha256 = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]

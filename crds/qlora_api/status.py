@@ -118,9 +118,24 @@ class ProgressStatus(ObservedModel):
         0, ge=0, le=100, description="Steps done, in percent; 100 once training.earlyStopping has ended the run."
     )
     epoch: Finite = Field(0.0, ge=0, le=1e9, description="Passes over the data so far.")
-    loss: Finite | None = Field(None, description="Training loss per target token (natural log) in the latest step.")
+    loss: Finite | None = Field(
+        None,
+        description="Training loss in the latest step (natural log): per target token, or per pair if the objective "
+        "compares two answers.",
+    )
     eval_loss: Finite | None = Field(
         None, description="Loss on the held-out rows in the latest evaluation; of the finished adapter at the end."
+    )
+    reward_margin: Finite | None = Field(
+        None,
+        description="Objectives that compare two answers: by how much the implicit reward of the chosen answer exceeds "
+        "that of the rejected one, in nats, as the mean of the latest step.",
+    )
+    accuracy: Share | None = Field(
+        None, description="Share of the latest step's pairs whose chosen answer has the higher implicit reward."
+    )
+    eval_accuracy: Share | None = Field(
+        None, description="Share of the held-out pairs for which that holds, in the latest evaluation."
     )
     learning_rate: Finite | None = Field(None, description="Learning rate of the latest step.")
     tokens_per_second: Finite | None = Field(None, description="Tokens per second, without padding.")

@@ -89,6 +89,36 @@ class LoraSpec(ApiModel):
         return self
 
 
+class PreferenceSpec(ApiModel):
+    """How strongly an objective that compares two answers moves the model."""
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        le=100,
+        description="dpo: how much the adapter is held to the base; a small value lets it go further. orpo: weight of "
+        "the odds ratio beside the cross-entropy of the chosen answer (lambda of arXiv 2403.07691).",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        # Not below 0.5: the API server takes a whole number for too large then, 0 included.
+        le=0.5,
+        description="dpo: probability that the two answers of a pair were swapped by mistake (conservative DPO).",
+    )
+
+
+_PREFERENCE_UNUSED = (
+    "training.preference is for an objective that compares two answers: set training.objective to dpo or orpo, or "
+    "remove preference"
+)
+_SMOOTHING_IS_DPO = "training.preference.labelSmoothing is for objective dpo: remove it"
+_PAIRS_TRAIN_ON_ANSWERS = (
+    "training.objective dpo and orpo compare answers, whose prompt is the same: set training.trainOn to completion, or "
+    "remove it"
+)
+
+
 class EarlyStoppingSpec(ApiModel):
     """When training ends before its last optimizer step: once the loss on the held-out rows no longer falls."""
 
@@ -122,9 +152,31 @@ class TrainingSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("!(has(self.epochs) && has(self.maxSteps))", "set only one of epochs and maxSteps"),
+            rule(
+                "!has(self.preference) || (has(self.objective) && self.objective != 'supervised')", _PREFERENCE_UNUSED
+            ),
+            rule(
+                "!has(self.preference) || self.preference.labelSmoothing == 0.0 || "
+                "(has(self.objective) && self.objective == 'dpo')",
+                _SMOOTHING_IS_DPO,
+            ),
+            rule(
+                "!has(self.objective) || self.objective == 'supervised' || self.trainOn == 'completion'",
+                _PAIRS_TRAIN_ON_ANSWERS,
+            ),
             rule("!has(self.earlyStopping) || has(self.evalEverySteps)", _NOTHING_TO_STOP_AT),
             rule("!has(self.keep) || self.keep != 'best' || has(self.evalEverySteps)", _NOTHING_TO_CHOOSE),
         )
+    )
+
+    objective: Literal["supervised", "dpo", "orpo"] | None = Field(
+        None,
+        description="What is minimized: the cross-entropy of the targets (supervised, also if not set); or, for data "
+        "of format preference, the loss of direct preference optimization (dpo, arXiv 2305.18290), whose reference is "
+        "the base without the adapter, or of odds ratio preference optimization (orpo, arXiv 2403.07691).",
+    )
+    preference: PreferenceSpec | None = Field(
+        None, description="Settings of the objectives dpo and orpo; their defaults if not set."
     )
 
     epochs: int | None = Field(
@@ -179,7 +231,8 @@ class TrainingSpec(ApiModel):
         512,
         ge=16,
         le=131_072,
-        description="Tokens per sequence. Longer rows are left out and reported in status.dataset.",
+        description="Tokens per sequence. Longer rows are left out and reported in status.dataset. A row of format "
+        "preference has the tokens of both answers, each with the prompt.",
     )
     packing: bool = Field(
         True,
@@ -221,6 +274,21 @@ class TrainingSpec(ApiModel):
     def _only_one_length(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("set only one of epochs and maxSteps")
+        return self
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether the objective is one for pairs of a chosen and a rejected answer."""
+        return self.objective is not None and self.objective != "supervised"
+
+    @model_validator(mode="after")
+    def _settings_of_the_objective(self) -> Self:
+        if self.preference is not None and not self.compares_answers:
+            raise ValueError(_PREFERENCE_UNUSED)
+        if self.preference is not None and self.preference.label_smoothing and self.objective != "dpo":
+            raise ValueError(_SMOOTHING_IS_DPO)
+        if self.compares_answers and self.train_on != "completion":
+            raise ValueError(_PAIRS_TRAIN_ON_ANSWERS)
         return self
 
     @model_validator(mode="after")

@@ -166,6 +166,12 @@ _SHARDED_AND_HALVED = (
     "training.autoMicroBatch repeats a step, which training.sharding: full does not support: remove one of them, "
     "or set a smaller microBatchSize"
 )
+_PAIRS_NEEDED = (
+    "training.objective dpo and orpo compare two answers: set dataset.format to preference, or leave it auto"
+)
+_PAIRS_UNUSED = (
+    "dataset.format preference needs an objective that compares two answers: set training.objective to dpo or orpo"
+)
 _GATE_AND_NO_ROWS = "gate is decided on held-out rows: set dataset.eval, or remove gate"
 _SCORE_AND_SHARDED = (
     "gate.score needs the whole base in one process, and training.sharding: full shards it: remove one of them"
@@ -200,6 +206,16 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             ),
             rule("self.training.sharding != 'full' || !has(self.output.merged)", _SHARDED_AND_MERGED),
             rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
+            rule(
+                "!has(self.training.objective) || self.training.objective == 'supervised' || "
+                "self.dataset.format in ['auto', 'preference']",
+                _PAIRS_NEEDED,
+            ),
+            rule(
+                "self.dataset.format != 'preference' || "
+                "(has(self.training.objective) && self.training.objective != 'supervised')",
+                _PAIRS_UNUSED,
+            ),
             rule(
                 "!has(self.training.keep) || self.training.keep != 'best' || has(self.dataset.eval)", _BEST_OF_NOTHING
             ),
@@ -286,6 +302,14 @@ class QLoRAJobSpec(ApiModel):
                 raise ValueError(_SHARDED_AND_MERGED)
             if self.training.auto_micro_batch:
                 raise ValueError(_SHARDED_AND_HALVED)
+        return self
+
+    @model_validator(mode="after")
+    def _data_of_the_objective(self) -> Self:
+        if self.training.compares_answers and self.dataset.format not in ("auto", "preference"):
+            raise ValueError(_PAIRS_NEEDED)
+        if not self.training.compares_answers and self.dataset.format == "preference":
+            raise ValueError(_PAIRS_UNUSED)
         return self
 
     @model_validator(mode="after")

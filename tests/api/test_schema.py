@@ -20,11 +20,21 @@ def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> M
 
 PINNED = {"source": "hf://org/held-out", "revision": "v1", "config": "en", "split": "test", "sha256": "0" * 64}
 EVALUATED = with_value(MINIMAL, "spec.dataset.eval", PINNED)
+COMPARED = with_value(MINIMAL, "spec.training.objective", "dpo")
+SMOOTHED = with_value(
+    with_value(COMPARED, "spec.training.preference", {"beta": 0.2, "labelSmoothing": 0.1}),
+    "spec.dataset",
+    {"source": "hf://org/pairs", "format": "preference", "columns": {"chosen": "better", "rejected": "worse"}},
+)
 SCORE = {"check": "jsonSchema", "schema": '{"type": "object"}', "rows": 10, "maxNewTokens": 64}
 SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 
 
-@pytest.mark.parametrize("manifest", [MINIMAL, FULL, EVALUATED, SCORED], ids=["minimal", "full", "evaluated", "scored"])
+@pytest.mark.parametrize(
+    "manifest",
+    [MINIMAL, FULL, EVALUATED, SCORED, COMPARED, SMOOTHED],
+    ids=["minimal", "full", "evaluated", "scored", "dpo", "smoothed"],
+)
 def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
     document = QLoRAJobDocument.model_validate(
@@ -49,6 +59,26 @@ REJECTED = {
         'unknown field "spec.training.learningRat"',
     ),
     "unknown enum value": (with_value(MINIMAL, "spec.training.scheduler", "cosin"), 'supported values: "constant"'),
+    "preferences without an objective for them": (
+        with_value(MINIMAL, "spec.training.preference", {"beta": 0.2}),
+        "set training.objective to dpo or orpo",
+    ),
+    "labels smoothed for orpo": (
+        with_value(COMPARED, "spec.training", {"objective": "orpo", "preference": {"labelSmoothing": 0.1}}),
+        "training.preference.labelSmoothing is for objective dpo",
+    ),
+    "pairs trained on with their prompts": (
+        with_value(COMPARED, "spec.training.trainOn", "all"),
+        "set training.trainOn to completion",
+    ),
+    "an objective for pairs and other data": (
+        with_value(COMPARED, "spec.dataset.format", "chat"),
+        "set dataset.format to preference",
+    ),
+    "pairs and an objective for other data": (
+        with_value(MINIMAL, "spec.dataset.format", "preference"),
+        "dataset.format preference needs an objective that compares two answers",
+    ),
     "epochs and maxSteps": (
         with_value(MINIMAL, "spec.training", {"epochs": 1, "maxSteps": 10}),
         "spec.training: Invalid value: set only one of epochs and maxSteps",

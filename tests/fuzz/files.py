@@ -64,6 +64,8 @@ _ROWS = (
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
     },
     {"text": "plain"},
+    {"prompt": "p", "chosen": "c", "rejected": "r"},
+    {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}], "rejected": []},
 )
 _LINES = "".join(json.dumps(row) + "\n" for row in _ROWS).encode()
 _LLAMA = {
@@ -151,15 +153,16 @@ def _rows_of(name: str) -> Callable[[bytes, Path], None]:
 
 
 def _read_example(row: Row) -> None:
-    """A row that is no example must not end the reading of the others here."""
-    try:
-        format_, columns = detect_format(row, None)
-        RowReader(format_, columns).read(row)
-        if format_ in ("chat", "sharegpt"):
-            RowReader(format_, columns, marked=True).read(row)
-    except StepFailure as failure:
-        if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
-            raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure
+    """A row that is no example, or no pair, must not end the reading of the others here."""
+    for pairs in (False, True):
+        try:
+            format_, columns = detect_format(row, None, pairs=pairs)
+            RowReader(format_, columns).read(row)
+            if format_ in ("chat", "sharegpt"):
+                RowReader(format_, columns, marked=True).read(row)
+        except StepFailure as failure:
+            if failure.exit_code is not _DATASET or not failure.message.startswith(row.location):
+                raise AssertionError(f"{failure.exit_code!r}: {failure.message}") from failure
 
 
 def _column_file(values: dict[str, list[object]]) -> bytes:

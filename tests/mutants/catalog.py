@@ -1161,6 +1161,37 @@ TRAINER = (
         new='b""',
         tests=(f"{_TRAINER_TESTS}/steps/test_continues.py::test_it_ends_in_the_bytes_of_an_uninterrupted_run",),
     ),
+    Mutant(
+        name="the-reference-has-the-adapter",
+        file=f"{_TRAINER}/training/reference.py",
+        old="    with torch.no_grad(), model.disable_adapter():\n",
+        new="    with torch.no_grad():\n",
+        tests=(f"{_TRAINER_TESTS}/promises/test_exact_preference.py::test_a_whole_run_is_that_of_a_plain_loop[dpo]",),
+    ),
+    Mutant(
+        name="the-reference-is-computed-in-every-epoch",
+        file=f"{_TRAINER}/training/reference.py",
+        old="        self._missing = bool(self._known[split][rows].isnan().any())\n",
+        new="        self._missing = True\n",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/training/test_preference.py"
+                "::test_each_row_passes_the_base_once_and_a_resumed_run_ends_in_the_same_bytes"
+            ),
+        ),
+    ),
+    Mutant(
+        name="weights-of-rows-do-not-reach-the-gradient",
+        file=f"{_TRAINER}/model/loss.py",
+        old="torch.mul(gradient, weights.unsqueeze(1), out=torch.empty_like(gradient))",
+        new="gradient",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/model/test_loss.py"
+                "::test_the_losses_of_targets_may_count_with_weights_that_depend_on_them"
+            ),
+        ),
+    ),
 )
 
 MUTANTS = (*API, *OPERATOR, *TRAINER)

@@ -57,8 +57,11 @@ def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
     )
 
 
-def write_data(folder: Path, *, packed: bool) -> None:
-    """Rows of a pattern that a model can learn; the latter half of each row is the target. Four rows are held out."""
+def write_data(folder: Path, *, packed: bool, pairs: bool = False) -> None:
+    """Rows of a pattern that a model can learn; the latter half of each row is the target. Four rows are held out.
+
+    As `pairs` each row is a chosen answer, and a rejected one that repeats a token follows it.
+    """
     folder.mkdir(parents=True)
     statistics = {}
     for split, lengths in (("train", ROW_LENGTHS), ("eval", ROW_LENGTHS[:4])):
@@ -67,7 +70,8 @@ def write_data(folder: Path, *, packed: bool) -> None:
             tokens = [3 + (number * 17 + position * 5) % 50 for position in range(length)]
             tokens[0] = RARE_TOKEN if length == max(ROW_LENGTHS) else tokens[0]
             targets = numpy.arange(length) >= length // 2
-            rows.append(TokenizedRow(numpy.array(tokens, dtype=numpy.int32), targets))
+            row = TokenizedRow(numpy.array(tokens, dtype=numpy.int32), targets)
+            rows.append(_with_rejected(row) if pairs else row)
         tokenized = TokenizedRows([Chunk.of(rows)])
         used = numpy.arange(len(rows))
         sequences = pack(used, tokenized.lengths, 64, seed=0) if packed else one_row_each(used)
@@ -88,11 +92,20 @@ def write_data(folder: Path, *, packed: bool) -> None:
     (folder / "manifest.json").write_text(json.dumps({"fingerprint": "rows"}))
 
 
-def prepared(root: Path, model: Path, spec: dict[str, Any] | None = None, *, packed: bool = True) -> StepContext:
+def _with_rejected(row: TokenizedRow) -> TokenizedRow:
+    rejected = numpy.where(row.is_target, 3, row.input_ids).astype(numpy.int32)
+    return TokenizedRow(
+        numpy.concatenate([row.input_ids, rejected]), numpy.tile(row.is_target, 2), chosen_length=len(row.input_ids)
+    )
+
+
+def prepared(
+    root: Path, model: Path, spec: dict[str, Any] | None = None, *, packed: bool = True, pairs: bool = False
+) -> StepContext:
     """The context of the train step in a new workspace that prepare has filled."""
     document = job(spec)
     workspace = WorkspaceLayout(root)
-    write_data(workspace.data / "rows", packed=packed)
+    write_data(workspace.data / "rows", packed=packed, pairs=pairs)
     family = inspect_family(model, document.spec.lora)
     base_sha256 = convert(model, workspace.base, document.spec.quantization)
     record = PrepareRecord(

@@ -26,6 +26,9 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
         "peak_memory_bytes": record.peak_memory_bytes,
         "micro_batch_size": record.micro_batch_size,
         "goodput": record.goodput,
+        "reward_margin": _rounded(record.reward_margin),
+        "accuracy": _rounded(record.accuracy),
+        "eval_accuracy": _rounded(record.eval_accuracy),
     }
     progress = old.model_copy(
         update={

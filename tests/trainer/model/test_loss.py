@@ -13,7 +13,7 @@ from qlora_trainer.core import cpu
 from qlora_trainer.data.prepared import IGNORED_LABEL
 from qlora_trainer.model.attention import ATTENTION, register_attention
 from qlora_trainer.model.batch import Batch, next_token_targets
-from qlora_trainer.model.loss import LogitTransform, batch_loss, summed_loss
+from qlora_trainer.model.loss import LogitTransform, batch_loss, summed_loss, target_losses
 from tests.support.sequences import CPU, random_sequence, rows_of
 from tests.support.tiny import SHAPE
 
@@ -112,6 +112,35 @@ def test_logits_whose_exponential_overflows_have_the_loss_and_gradient_of_cross_
 
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(states.grad, gradient, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.125), LogitTransform(1.0, 5.0)])
+def test_the_losses_of_targets_may_count_with_weights_that_depend_on_them(
+    transform: LogitTransform, frozen: bool
+) -> None:
+    """As those of answers that are compared: the weight of a row is known when all of its losses are."""
+    torch.manual_seed(0)
+    head = CountingHead(16, 300).requires_grad_(not frozen)
+    states = torch.randn(100, 16, requires_grad=True)
+    targets = torch.randint(0, 300, (100,))
+
+    def compared(losses: Tensor) -> Tensor:
+        chosen, rejected = losses.split([60, 40])
+        return -nn.functional.logsigmoid((rejected.sum() - chosen.sum()) / 50)
+
+    logits = nn.functional.linear(states, head.weight) * transform.scale
+    logits = logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
+    expected = cross_entropy(logits, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(compared(expected), states)
+    losses = target_losses(states, targets, head, transform, chunk_tokens=32)
+    compared(losses).backward()
+
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(states.grad, gradient, rtol=1e-5, atol=1e-7)
+    assert max(head.positions) == 32
+    assert sum(head.positions) == (100 if frozen else 200)
+    assert target_losses(states[:0], targets[:0], head, transform, chunk_tokens=32).shape == (0,)
 
 
 def test_positions_without_a_target_are_never_given_to_the_head() -> None:

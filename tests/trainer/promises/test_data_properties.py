@@ -123,10 +123,10 @@ PARQUET = _parquet()
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(COLUMNS, TURNS, min_size=1, max_size=3), st.booleans())
-def test_any_row_is_an_example_or_rejected(values: dict[str, Any], columnar: bool) -> None:
+@given(st.dictionaries(COLUMNS, TURNS, min_size=1, max_size=3), st.booleans(), st.booleans())
+def test_any_row_is_an_example_or_rejected(values: dict[str, Any], columnar: bool, pairs: bool) -> None:
     row = Row("pvc://data/a.jsonl line 1", values, 1, columnar)
-    detected = rejected_or(lambda: detect_format(row, None))
+    detected = rejected_or(lambda: detect_format(row, None, pairs=pairs))
     if detected is not None:
         reader = RowReader(*detected)
         read_example = rejected_or(lambda: reader.read(row))

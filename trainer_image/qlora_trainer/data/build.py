@@ -110,7 +110,7 @@ class DatasetBuilder:
 
     def _format_of(self, first: Row) -> tuple[RowFormat, Columns]:
         if self.spec.format == "auto":
-            return detect_format(first, self.spec.columns)
+            return detect_format(first, self.spec.columns, pairs=self.training.compares_answers)
         return self.spec.format, self.spec.columns or Columns()
 
     def _recipe(self, format_: RowFormat, columns: Columns) -> Recipe:

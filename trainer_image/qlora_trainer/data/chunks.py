@@ -27,6 +27,9 @@ class TokenizedRow:
     """int32 [tokens]"""
     is_target: NDArray[numpy.bool_]
     """bool [tokens]"""
+    chosen_length: int | None = None
+    """Of a row of format preference: how many of the tokens are the prompt with the chosen answer, which come first,
+    before the prompt with the rejected one. None for any other row."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if the two differ in length."""
@@ -61,6 +64,8 @@ class Chunk:
     too_long: Int32s
     """int32 [rows left out because they are too long]: their tokens"""
     dropped: Dropped = Dropped()
+    chosen_lengths: Int32s | None = None
+    """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for other rows"""
 
     @classmethod
     def of(cls, rows: Sequence[TokenizedRow], too_long: Sequence[int] = (), dropped: Dropped = Dropped()) -> "Chunk":
@@ -72,6 +77,7 @@ class Chunk:
             numpy.array([int(row.is_target.sum()) for row in rows], dtype=numpy.int32),
             numpy.array(too_long, dtype=numpy.int32),
             dropped,
+            _chosen_lengths(rows),
         )
 
     @property
@@ -85,8 +91,9 @@ class Chunk:
         write_atomically(path, save(self._tensors(), metadata=facts))
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
-        names = ("input_ids", "is_target", "lengths", "target_counts", "too_long")
-        return {name: getattr(self, name) for name in names}
+        names = ("input_ids", "is_target", "lengths", "target_counts", "too_long", "chosen_lengths")
+        tensors = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
     def read(cls, path: Path) -> "Chunk | None":
@@ -97,6 +104,11 @@ class Chunk:
                 return cls(**tensors, dropped=Dropped(**json.loads(file.metadata()[_FACTS])))
         except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
+
+
+def _chosen_lengths(rows: Sequence[TokenizedRow]) -> Int32s | None:
+    lengths = [row.chosen_length for row in rows if row.chosen_length is not None]
+    return numpy.array(lengths, dtype=numpy.int32) if lengths else None
 
 
 class TokenizedRows:
@@ -112,6 +124,9 @@ class TokenizedRows:
         self.lengths: Int32s = numpy.concatenate([none, *(chunk.lengths for chunk in chunks)])
         self.target_counts: Int32s = numpy.concatenate([none, *(chunk.target_counts for chunk in chunks)])
         """int32 [rows]: tokens of each row that count in the loss"""
+        chosen = [chunk.chosen_lengths for chunk in chunks if chunk.chosen_lengths is not None]
+        self.chosen_lengths: Int32s | None = numpy.concatenate(chosen) if chosen else None
+        """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for others"""
         self._first = numpy.cumsum([0, *(len(chunk.lengths) for chunk in chunks)])
         ends = numpy.cumsum(self.lengths, dtype=numpy.int64)
         before = numpy.concatenate(([0], ends))[self._first[:-1]]

@@ -92,3 +92,18 @@ class PlainText:
 
 
 Example = Conversation | PromptCompletion | PlainText
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt with two answers, of which one is preferred. The prompt is in both."""
+
+    chosen: Conversation | PromptCompletion
+    rejected: Conversation | PromptCompletion
+    shared_answers: int = 0
+    """How many of the first answers in the two conversations are part of the prompt."""
+
+    def with_system(self, text: str, *, replace: bool) -> "Preference":
+        """The same with this system message for both answers, also in place of their own if `replace`."""
+        chosen, rejected = (pair.with_system(text, replace=replace) for pair in (self.chosen, self.rejected))
+        return Preference(chosen, rejected, self.shared_answers)

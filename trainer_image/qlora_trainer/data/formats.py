@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from qlora_api.dataset import Columns, RowFormat
 from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
-from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, PromptCompletion
+from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, Preference, PromptCompletion
+from qlora_trainer.data.preferences import PreferenceColumns
 from qlora_trainer.data.rows import Row, listed
 
+PAIRS: frozenset[RowFormat] = frozenset({"preference"})
+"""Formats whose rows are pairs of answers, for objectives that compare them."""
 _PARAGRAPH = "\n\n"
 
 
@@ -33,7 +36,7 @@ class RowReader:
             )
         self._format, self._columns, self._marked = format_, columns or Columns(), marked
 
-    def read(self, row: Row) -> Example:
+    def read(self, row: Row) -> Example | Preference:
         """The row's example. Raises StepFailure BAD_DATASET naming location and field."""
         return _FORMATS[self._format].read(_Fields(row, row.values(), self._format, self._columns, self._marked))
 
@@ -48,17 +51,22 @@ class RowReader:
         )
 
 
-def detect_format(row: Row, columns: Columns | None) -> tuple[RowFormat, Columns]:
+def detect_format(row: Row, columns: Columns | None, *, pairs: bool = False) -> tuple[RowFormat, Columns]:
     """The format whose columns the row has, and the columns' names.
 
     Data sets call their turns `messages` and `conversations` in either notation, so the turns themselves decide between
-    chat and sharegpt. Raises StepFailure BAD_DATASET if it is not exactly one format.
+    chat and sharegpt. `pairs`: whether the objective compares two answers, which only one format has. Raises
+    StepFailure BAD_DATASET if it is not exactly one format, or one that the objective cannot use.
     """
     names, values = columns or Columns(), row.values()
     needed = {
-        format_: [_column(field, names) for field in definition.required] for format_, definition in _FORMATS.items()
+        format_: [_column(field, names) for field in definition.required]
+        for format_, definition in _FORMATS.items()
+        if pairs == (format_ in PAIRS)
     }
     fitting = [format_ for format_, required in needed.items() if all(column in values for column in required)]
+    if not fitting:
+        _require_no_pairs(row, names, pairs=pairs)
     if len(fitting) == 1:
         return _by_notation(values, fitting[0], names)
     needs = "; ".join(f"{format_}: {', '.join(required)}" for format_, required in needed.items())
@@ -67,6 +75,23 @@ def detect_format(row: Row, columns: Columns | None) -> tuple[RowFormat, Columns
         f"{row.location} {found}; it has the columns {listed(values)}. Formats and the columns that they need are "
         f"{needs}: set spec.dataset.format, and spec.dataset.columns where names differ"
     )
+
+
+def _require_no_pairs(row: Row, names: Columns, *, pairs: bool) -> None:
+    """Explain what fits no format: the data have pairs that the objective cannot use, or none that it needs."""
+    values = row.values()
+    chosen, rejected = (_column(field, names) for field in _FORMATS["preference"].required)
+    if not pairs and chosen in values and rejected in values:
+        raise bad_dataset(
+            f"{row.location} is of format preference ({chosen!r} and {rejected!r}), whose answers only an objective "
+            "that compares them can use: set spec.training.objective to dpo or orpo"
+        )
+    if pairs:
+        raise bad_dataset(
+            f"{row.location} has no {chosen!r} and {rejected!r}, which spec.training.objective compares; it has the "
+            f"columns {listed(values)}: name them in spec.dataset.columns.chosen and rejected, or set objective to "
+            "supervised"
+        )
 
 
 def _by_notation(values: Mapping[str, object], format_: RowFormat, names: Columns) -> tuple[RowFormat, Columns]:
@@ -174,6 +199,20 @@ def _text(fields: _Fields) -> PlainText:
     return PlainText(fields.text("text"))
 
 
+def _preference(fields: _Fields) -> Preference:
+    tools = read_tools(fields.optional_value("tools"), fields.where("tools"), columnar=fields.row.columnar)
+    return PreferenceColumns(
+        location=fields.row.location,
+        prompt=fields.optional_value("prompt"),
+        chosen=fields.value("chosen"),
+        rejected=fields.value("rejected"),
+        prompt_name=fields.column("prompt"),
+        chosen_name=fields.column("chosen"),
+        rejected_name=fields.column("rejected"),
+        columnar=fields.row.columnar,
+    ).read(tools)
+
+
 @dataclass(frozen=True)
 class _Definition:
     """A format: the fields of `Columns` that it reads, and how they become an example."""
@@ -181,7 +220,7 @@ class _Definition:
     required: tuple[str, ...]
     """A row that has all of these is of this format."""
     optional: tuple[str, ...]
-    read: Callable[[_Fields], Example]
+    read: Callable[[_Fields], Example | Preference]
 
 
 _FORMATS: Mapping[RowFormat, _Definition] = {
@@ -190,4 +229,5 @@ _FORMATS: Mapping[RowFormat, _Definition] = {
     "instruction": _Definition(("instruction", "output"), ("input", "system"), _instruction),
     "prompt-completion": _Definition(("prompt", "completion"), (), _prompt_completion),
     "text": _Definition(("text",), (), _text),
+    "preference": _Definition(("chosen", "rejected"), ("prompt", "tools"), _preference),
 }

@@ -8,6 +8,9 @@ which is written last. A split's file has the tensors
     input_ids        int32 [tokens]          all sequences, one after the other, without padding
     segment_lengths  int32 [rows]            tokens of each row, in the order of the tokens
     is_target        uint8 [tokens]          1 where the token counts in the loss
+
+A row of format preference is there as two, which follow each other in one sequence: the prompt with the chosen answer,
+and the prompt with the rejected one.
 """
 
 import json
@@ -48,6 +51,8 @@ class PackedSequence:
     """int64 [tokens], aligned with `input_ids`; -100 where the token is not a target, as the first of every row."""
     row_lengths: tuple[int, ...]
     """Tokens of each row in it; position ids restart at each."""
+    first_row: int | None = None
+    """The number, in the split, of the first of its rows, if they are chosen and rejected in turn; None for others."""
 
 
 def write_split(path: Path, rows: TokenizedRows, arrangement: Arrangement) -> None:
@@ -60,20 +65,25 @@ def write_split(path: Path, rows: TokenizedRows, arrangement: Arrangement) -> No
     token_offsets = numpy.concatenate(([0], numpy.cumsum(lengths, dtype=numpy.int64)))[arrangement.offsets]
     tokens = int(token_offsets[-1])
     facts = {"format": FORMAT_VERSION, "targetTokens": int(rows.target_counts[order].sum(dtype=numpy.int64))}
+    segments, segment_offsets = lengths, arrangement.offsets
+    if rows.chosen_lengths is not None:
+        chosen = rows.chosen_lengths[order]
+        segments, segment_offsets = numpy.stack((chosen, lengths - chosen), axis=1).ravel(), 2 * arrangement.offsets
+        facts["pairs"] = 1
     shapes = {
         "token_offsets": ("I64", len(token_offsets)),
-        "segment_offsets": ("I64", len(arrangement.offsets)),
+        "segment_offsets": ("I64", len(segment_offsets)),
         "input_ids": ("I32", tokens),
-        "segment_lengths": ("I32", len(order)),
+        "segment_lengths": ("I32", len(segments)),
         "is_target": ("U8", tokens),
     }
     batches = [order[first : first + _GATHERED_ROWS] for first in range(0, len(order), _GATHERED_ROWS)]
 
     def contents() -> Iterator[NDArray[Any]]:
         yield token_offsets.astype("<i8")
-        yield arrangement.offsets.astype("<i8")
+        yield segment_offsets.astype("<i8")
         yield from (rows.input_ids(batch).astype("<i4", copy=False) for batch in batches)
-        yield lengths.astype("<i4")
+        yield segments.astype("<i4")
         yield from (rows.is_target(batch) for batch in batches)
 
     with path.open("wb") as file:
@@ -117,6 +127,8 @@ class PreparedDataset:
             raise ValueError(f"{path} has format {found}, this program reads {FORMAT_VERSION}: prepare the data again")
         self.target_tokens: int = facts["targetTokens"]
         """Tokens that count in the loss."""
+        self.pairs = "pairs" in facts
+        """Whether its rows are chosen and rejected in turn."""
         self._input_ids: Tensor = file.get_tensor("input_ids")
         self._is_target: Tensor = file.get_tensor("is_target")
         self._segment_lengths: Tensor = file.get_tensor("segment_lengths")
@@ -146,7 +158,13 @@ class PreparedDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         start, end = self._token_offsets[index : index + 2].tolist()
-        first, past = self._segment_offsets[index : index + 2].tolist()
+        rows = self.row_numbers(index)
         input_ids = self._input_ids[start:end].to(torch.int64)
         labels = input_ids.masked_fill(self._is_target[start:end] == 0, IGNORED_LABEL)
-        return PackedSequence(input_ids, labels, tuple(self._segment_lengths[first:past].tolist()))
+        row_lengths = tuple(self._segment_lengths[rows.start : rows.stop].tolist())
+        return PackedSequence(input_ids, labels, row_lengths, rows.start if self.pairs else None)
+
+    def row_numbers(self, index: int) -> range:
+        """The numbers, in the split, of the rows in the sequence at `index`."""
+        first, past = self._segment_offsets[index : index + 2].tolist()
+        return range(first, past)

@@ -130,6 +130,10 @@ def dropped_rows(rows: TokenizedRows, longest_allowed: int) -> tuple[DroppedRows
             len(rows.too_long),
             first_too_long,
         ),
-        ("no token to train on", unlabeled, first_unlabeled),
+        (
+            "no token to train on" if rows.chosen_lengths is None else "chosen and rejected are the same",
+            unlabeled,
+            first_unlabeled,
+        ),
     )
     return tuple(DroppedRows(reason=reason, rows=rows, first=first) for reason, rows, first in reasons if rows)

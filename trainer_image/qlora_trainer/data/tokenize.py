@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import numpy
+
 from qlora_api.dataset import Columns, DatasetSpec, RowFormat, SystemPromptSpec
 from qlora_api.training import TrainingSpec, TrainOn
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
-from qlora_trainer.data.examples import Example, PlainText
-from qlora_trainer.data.formats import RowReader
+from qlora_trainer.data.examples import Example, PlainText, Preference
+from qlora_trainer.data.formats import PAIRS, RowReader
 from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.rows import Row
 
@@ -125,10 +127,13 @@ class ChunkMaker:
         return Chunk.of(used, too_long, dropped)
 
     def rendered(self, row: Row) -> tuple[Rendered, ...]:
-        """The text of a row. Raises StepFailure for an invalid one."""
-        return (self._tokenizer.render(self._example(row), row.location),)
+        """The row's text; of a pair, the two texts, the chosen one first. Raises StepFailure for an invalid row."""
+        example = self._example(row)
+        if isinstance(example, Preference):
+            return self._tokenizer.render_pair(example, row.location)
+        return (self._tokenizer.render(example, row.location),)
 
-    def _example(self, row: Row) -> Example:
+    def _example(self, row: Row) -> Example | Preference:
         example, system = self._reader.read(row), self.recipe.system_prompt
         if system is None or isinstance(example, PlainText):
             return example
@@ -136,8 +141,9 @@ class ChunkMaker:
 
     def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [text for row in batch for text in self.rendered(row)]
-            yield from zip(batch, self._tokenizer.tokenize(rendered, self.recipe.train_on), strict=True)
+            rendered = [part for row in batch for part in self.rendered(row)]
+            tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
+            yield from zip(batch, _paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
 
     def _require_known(self, largest: int) -> None:
         if largest >= self.recipe.vocabulary:
@@ -145,6 +151,15 @@ class ChunkMaker:
                 f"the tokenizer makes token {largest}, but the model has only {self.recipe.vocabulary} tokens "
                 "(vocab_size): the tokenizer belongs to another model; use the one that the model was trained with"
             )
+
+
+def _paired(tokenized: Iterator[TokenizedRow]) -> Iterator[TokenizedRow]:
+    """Each two rows as one. Equal answers have no targets: there is nothing to prefer."""
+    for chosen, rejected in zip(tokenized, tokenized, strict=True):
+        is_target = numpy.concatenate([chosen.is_target, rejected.is_target])
+        is_target &= not numpy.array_equal(chosen.input_ids, rejected.input_ids)
+        input_ids = numpy.concatenate([chosen.input_ids, rejected.input_ids])
+        yield TokenizedRow(input_ids, is_target, len(chosen.input_ids))
 
 
 def tokenize(rows: Iterator[Row], maker: ChunkMaker, prefix: Path, workers: int, on_rows: OnRows) -> list[Chunk]:

@@ -16,6 +16,32 @@ MicroBatch = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class PairedRows:
+    """The rows of a batch whose rows are chosen and rejected in turn, without a row of padding."""
+
+    numbers: tuple[int, ...]
+    """Of each row, in its split."""
+    target_counts: tuple[int, ...]
+    """Targets of each row, at least one."""
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.numbers) // 2
+
+    @classmethod
+    def of(cls, sequences: Sequence[PackedSequence], next_tokens: Tensor) -> "PairedRows | None":
+        """The rows of `sequences`, with the targets of `next_tokens`; None if they are no pairs."""
+        numbers: list[int] = []
+        for sequence in sequences:
+            if sequence.first_row is None:
+                return None
+            numbers += range(sequence.first_row, sequence.first_row + len(sequence.row_lengths))
+        lengths = [length for sequence in sequences for length in sequence.row_lengths]
+        is_target = next_tokens != IGNORED_LABEL
+        return cls(tuple(numbers), tuple(int(row.sum()) for row in is_target.split(lengths)))
+
+
+@dataclass(frozen=True)
 class Batch:
     """One or more sequences as a single row of tokens. Their rows cannot see each other, so none is padded.
 
@@ -33,6 +59,8 @@ class Batch:
     """int64 [targets]: those tokens."""
     tokens: int
     """Without padding."""
+    pairs: PairedRows | None = None
+    """What its rows are, if they are chosen and rejected in turn."""
 
     @classmethod
     def of(cls, sequences: Sequence[PackedSequence], device: torch.device) -> "Batch":
@@ -54,6 +82,7 @@ class Batch:
             on_device(predicting),
             on_device(next_tokens[predicting]),
             sum(lengths),
+            PairedRows.of(sequences, next_tokens),
         )
 
     @property

@@ -14,7 +14,7 @@ from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.model.dry_run.limited import DryRunFailed, LimitReached, within_limits
 from qlora_trainer.model.source import CONFIG, reject_code
-from qlora_trainer.model.support import Family, inspect_family
+from qlora_trainer.model.support import Family, cannot_compare_answers, inspect_family
 from qlora_trainer.model.unsupported import ALTERNATIVE
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ def check_model(folder: Path, lora: LoraSpec, training: TrainingSpec) -> Checked
     family.require_positions(training.max_sequence_length)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = CheckedModel(config.get_text_config(decoder=True).vocab_size, family)
+    if training.compares_answers and not family.keeps_rows_apart(training.max_sequence_length):
+        raise cannot_compare_answers(family.model_type)
     packs = model.packs(training)
     if training.micro_batch_size > 1 and not packs:
         family.require_rows_apart(training.max_sequence_length)

@@ -166,6 +166,7 @@ def _digest(config: Path, spec: QLoRAJobSpec) -> str:
             training.gradient_checkpointing,
             training.auto_micro_batch,
         ],
+        **({"objective": training.objective} if training.compares_answers else {}),
         "versions": [_version(package) for package in _PACKAGES],
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

@@ -112,6 +112,14 @@ def cannot_keep_rows_apart(model_type: str) -> StepFailure:
     )
 
 
+def cannot_compare_answers(model_type: str) -> StepFailure:
+    """The failure of a job that compares two answers in one pass of a model that needs each row alone."""
+    return bad_configuration(
+        f"model_type {model_type!r} cannot keep the rows of a batch apart, and spec.training.objective compares two "
+        "answers in one pass: set objective to supervised, or use a model whose rows can share a sequence"
+    )
+
+
 def inspect_family(config_folder: Path, lora: LoraSpec) -> Family:
     """The family of the model whose config.json is in `config_folder`. Reads no weights and runs none of its code.
 

@@ -97,7 +97,7 @@ def _plot_loss(axes: Any, history: MetricsHistory, kept_step: int | None) -> Non
     _plot_training(axes, history.loss)
     _plot_evaluation(axes, history.evaluation, kept_step)
     axes.set_xlabel("Optimizer step")
-    axes.set_ylabel("Loss per target token (nats)")
+    axes.set_ylabel(f"Loss per {'pair' if history.compares_answers else 'target token'} (nats)")
     axes.margins(x=0.03, y=0.12)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper right")

@@ -48,7 +48,18 @@ class MetricsLog:
                 tracker.close(finished=failure is None)
 
 
-_Quantity = Literal["loss", "evalLoss", "learningRate", "gradNorm", "tokensPerSecond", "memoryBytes"]
+_Quantity = Literal[
+    "loss",
+    "evalLoss",
+    "learningRate",
+    "gradNorm",
+    "tokensPerSecond",
+    "memoryBytes",
+    "rewardMargin",
+    "chosenReward",
+    "accuracy",
+    "evalAccuracy",
+]
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ class MetricsHistory:
     """What `metrics.jsonl` holds. A quantity that a run did not measure is an empty curve."""
 
     loss: Curve
-    """Nats per target token, for each step."""
+    """Nats per target token, or per pair of answers, for each step."""
     evaluation: Curve
     """The same on the held-out rows, for each evaluation."""
     learning_rate: Curve
@@ -91,6 +102,18 @@ class MetricsHistory:
     tokens_per_second: Curve
     memory: Curve
     """Bytes: on a GPU the peak of the step; on a CPU the resident memory at its end."""
+    reward_margin: Curve = Curve()
+    """Objectives that compare answers: implicit reward of the chosen one, less that of the rejected one, in nats."""
+    chosen_reward: Curve = Curve()
+    accuracy: Curve = Curve()
+    """Share of the pairs with a positive margin, for each step."""
+    eval_accuracy: Curve = Curve()
+    """The same of the held-out pairs, for each evaluation."""
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether the objective was one for pairs of answers."""
+        return bool(self.reward_margin.steps)
 
 
 def _entry(line: Any) -> tuple[int, dict[str, float]]:
@@ -118,4 +141,8 @@ def read_history(metrics: Path) -> MetricsHistory:
         grad_norm=curve("gradNorm"),
         tokens_per_second=curve("tokensPerSecond"),
         memory=curve("memoryBytes"),
+        reward_margin=curve("rewardMargin"),
+        chosen_reward=curve("chosenReward"),
+        accuracy=curve("accuracy"),
+        eval_accuracy=curve("evalAccuracy"),
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora_api.sources import HubSource, parse_source
-from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_api.training import LoraSpec, PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
 from qlora_trainer.report.serving import (
@@ -68,6 +68,7 @@ def adapter_model_card(job: TrainedJob) -> str:
         served=served_base(job),
         hub=hub,
         spec=spec,
+        preference=PreferenceSpec(),
         prepared=prepared,
         trained=job.trained,
         steps=steps_done(job.trained.training_step, job.trained.total_steps, job.trained.kept_step),

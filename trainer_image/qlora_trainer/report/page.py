@@ -49,7 +49,7 @@ def write_report(
     )
     picture = loss_picture(history, job.name, subtitle, job.trained.kept_step)
     write_atomically(folder / CURVE_FILE, picture)
-    summary = _summary(job, device)
+    summary = _summary(job, device, history)
     summary |= {name: part.dump() for name, part in (("gate", job.gate), ("merged", merged)) if part is not None}
     text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False)
     write_atomically(folder / SUMMARY_FILE, text.encode() + b"\n")
@@ -107,11 +107,17 @@ def _figures(
     figures = [Figure("Optimizer steps", f"{trained.training_step:,}", early)]
     if trained.kept_step != trained.training_step:
         figures.append(Figure("Adapter of step", f"{trained.kept_step:,}", "the one with the lowest held-out loss"))
+    accuracy = dict(zip(history.eval_accuracy.steps, history.eval_accuracy.values, strict=True))
+    if trained.kept_step in accuracy:
+        before_training = f"{history.eval_accuracy.values[0]:.1%} before training"
+        figures.append(Figure("Held-out accuracy", f"{accuracy[trained.kept_step]:.1%}", before_training))
     if before is not None and after is not None:
         figures.append(Figure("Held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
     if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
         same_rows = f"the adapter has {merged.adapter_eval_loss:.4f} on the same {merged.eval_tokens:,} tokens"
-        figures.append(Figure("Held-out loss, merged", f"{merged.eval_loss:.4f}", same_rows))
+        # What is compared is always the cross-entropy, whatever the objective is.
+        label = "Cross-entropy, merged" if history.compares_answers else "Held-out loss, merged"
+        figures.append(Figure(label, f"{merged.eval_loss:.4f}", same_rows))
     if gate is not None and gate.score is not None:
         others = f"{gate.base_score or 0:.1%} without the adapter, on the same {gate.score_rows} held-out rows"
         figures.append(Figure("Answers that passed", f"{gate.score:.1%}", others))
@@ -135,6 +141,9 @@ def _figures(
 def _charts(history: MetricsHistory, device: Device) -> list[str]:
     memory = "GPU memory, peak per step" if device == "cuda" else "Resident memory"
     drawn = (
+        chart("accuracy", "Held-out accuracy", history.eval_accuracy),
+        chart("margin", "Reward margin (nats)", history.reward_margin),
+        chart("chosen", "Reward of the chosen answer (nats)", history.chosen_reward),
         chart("rate", "Learning rate", history.learning_rate),
         chart("norm", "Gradient norm", history.grad_norm, logarithmic=True),
         chart("memory", memory, history.memory, unit="B"),
@@ -190,8 +199,8 @@ def _lengths(statistics: DataStatistics) -> str:
     return histogram("lengths", "Tokens per row, at most", {f"{bar.up_to:,}": bar.rows for bar in bars})
 
 
-def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
-    """What people and programs compare between runs. Sizes in bytes, losses in nats per target token."""
+def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[str, Any]:
+    """What people and programs compare between runs. Sizes in bytes, losses in nats per target token, or per pair."""
     spec, prepared, trained = job.spec, job.prepared, job.trained
     return {
         "job": {"name": job.name, "uid": job.uid},
@@ -213,9 +222,25 @@ def _summary(job: TrainedJob, device: Device) -> dict[str, Any]:
             "heldOutBefore": trained.initial_eval_loss,
             "heldOutAfter": trained.eval_loss,
         },
+        **_preference(history, trained.kept_step),
         "memory": {
             **prepared.memory.dump(),
             "peakBytes": trained.peak_memory_bytes,
             "measuredOn": device,
         },
+    }
+
+
+def _preference(history: MetricsHistory, kept_step: int) -> dict[str, Any]:
+    """What an objective that compares answers adds to the summary."""
+    if not history.compares_answers:
+        return {}
+    held_out = dict(zip(history.eval_accuracy.steps, history.eval_accuracy.values, strict=True))
+    return {
+        "preference": {
+            "rewardMargin": history.reward_margin.values[-1],
+            "accuracy": history.accuracy.values[-1],
+            "heldOutAccuracyBefore": held_out.get(0),
+            "heldOutAccuracyAfter": held_out.get(kept_step),
+        }
     }

@@ -22,7 +22,15 @@ _GROUPS = {
     "learningRate": "train/learning_rate",
     "tokensPerSecond": "train/tokens_per_second",
     "memoryBytes": "train/memory_bytes",
+    "chosenReward": "train/chosen_reward",
+    "rejectedReward": "train/rejected_reward",
+    "rewardMargin": "train/reward_margin",
+    "accuracy": "train/accuracy",
     "evalLoss": "eval/loss",
+    "evalChosenReward": "eval/chosen_reward",
+    "evalRejectedReward": "eval/rejected_reward",
+    "evalRewardMargin": "eval/reward_margin",
+    "evalAccuracy": "eval/accuracy",
 }
 logger = logging.getLogger(__name__)
 

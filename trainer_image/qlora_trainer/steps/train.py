@@ -49,9 +49,9 @@ from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerpr
 from qlora_trainer.training.held_out import compare
 from qlora_trainer.training.launch import RankInfo, started_child_ranks
 from qlora_trainer.training.loop import run_to_end
-from qlora_trainer.training.objective import Supervised
 from qlora_trainer.training.optimizer import PAGING_NEEDS_GPU, make_optimizer
 from qlora_trainer.training.out_of_memory import explained_shortage
+from qlora_trainer.training.preference import make_objective
 from qlora_trainer.training.ranks import Meeting, Ranks, joined
 from qlora_trainer.training.resume import agreed_checkpoint, restore, resumed_attempt
 from qlora_trainer.training.schedule import Schedule
@@ -233,7 +233,7 @@ def _load(
         eval_data=eval_data,
         model=model,
         optimizer=make_optimizer(adapter_parameters(model).values(), spec.training),
-        objective=Supervised(),
+        objective=make_objective(spec.training, data, eval_data, device),
         history=_open_history(job, checkpoint) if ranks.main else None,
         fingerprint=job.fingerprint,
         threads=threads,

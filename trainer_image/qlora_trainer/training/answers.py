@@ -60,11 +60,12 @@ def scored_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
 
 
 def _prompts(sequence: PackedSequence) -> Iterator[Prompt]:
-    """The prompt of each row of a sequence."""
-    start = 0
-    for length in sequence.row_lengths:
+    """The prompt of each row of a sequence; of a pair, with the chosen answer."""
+    start, pairs = 0, sequence.first_row is not None
+    for number, length in enumerate(sequence.row_lengths):
         ids, labels = sequence.input_ids[start : start + length], sequence.labels[start : start + length]
-        yield _prompt(ids.tolist(), (labels != IGNORED_LABEL).tolist())
+        if not (pairs and number % 2):
+            yield _prompt(ids.tolist(), (labels != IGNORED_LABEL).tolist())
         start += length
 
 

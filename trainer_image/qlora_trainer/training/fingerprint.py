@@ -21,7 +21,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
 # Another word for leaving the field out.
-_SAME_AS_NOT_SET = {"keep": "last"}
+_SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised"}
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:

@@ -1,5 +1,6 @@
 """The bytes of a step on tensors without data are those that training allocates."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,24 @@ def test_the_walk_over_the_graph_frees_what_the_engine_frees(
     assert (walk.kept, walk.loss) == (engine.kept, engine.loss)
     assert walk.work == pytest.approx(engine.work, rel=0.001)
     assert min(walk.kept, walk.loss, walk.work) > 0
+
+
+def test_pairs_take_the_memory_of_other_rows_with_as_many_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = Batch.of([replace(random_sequence((128, 128), 1), first_row=0)], CPU)
+    model = adapted(save_model(tmp_path / "model", WIDE))
+    for parameter in adapter_parameters(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    supervised, compared = (step_bytes(model, batch, Tensor.backward) for batch in (BATCH, pairs))
+    assert compared.kept == supervised.kept
+    # Besides the same chunk of logits, a loss for each target instead of one for all.
+    assert supervised.loss <= compared.loss <= supervised.loss + 64 * pairs.target_count
+    assert compared.work == pytest.approx(supervised.work, rel=0.01)
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+    walk = step_bytes(model, pairs, backward)
+    assert (walk.kept, walk.loss) == (compared.kept, compared.loss)
+    assert walk.work == pytest.approx(compared.work, rel=0.001)
 
 
 def test_capped_attention_is_walked_as_the_engine_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +103,7 @@ def test_a_full_batch_has_the_shapes_that_a_gpu_is_given() -> None:
     assert batch.rows.lengths == (100, 100, 100, 84)
     assert batch.rows.longest == 256
     assert batch.target_count == 297
+    pairs = full_batch(3, 101, pairs=True)
+    assert pairs.pairs is not None
+    assert pairs.rows.lengths == (51, 50, 51, 50, 51, 50, 81)
+    assert (len(pairs.pairs), pairs.pairs.target_counts) == (3, (50, 49) * 3)

@@ -151,4 +151,5 @@ def fake_batch(batch: Batch) -> Batch:
         _like(batch.predicting),
         _like(batch.targets),
         batch.tokens,
+        batch.pairs,
     )

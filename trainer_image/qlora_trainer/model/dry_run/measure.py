@@ -44,7 +44,7 @@ def measure(
         training = spec.training.model_copy(update={"gradient_checkpointing": checkpointing})
         model = adapted_skeleton(read, family, spec.lora, training, spec.quantization)
         wanted = [size for size in sizes if size.gradient_checkpointing == checkpointing]
-        steps += _steps(model, wanted)
+        steps += _steps(model, wanted, pairs=training.compares_answers)
     return _counted(model, spec, steps, digest)
 
 
@@ -53,8 +53,8 @@ def _inspected(config: Path, lora: LoraSpec) -> Family:
         return inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, lora)
 
 
-def _steps(model: Any, sizes: Sequence[StepSize]) -> list[MeasuredStep]:
-    batches = [full_batch(size.sequences, size.sequence_tokens) for size in sizes]
+def _steps(model: Any, sizes: Sequence[StepSize], *, pairs: bool) -> list[MeasuredStep]:
+    batches = [full_batch(size.sequences, size.sequence_tokens, pairs=pairs) for size in sizes]
     measured = []
     with fake_cuda():
         on_fake_cuda(model)

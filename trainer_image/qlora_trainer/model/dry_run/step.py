@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_api.training import PreferenceSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.dry_run.backward import backward
 from qlora_trainer.model.dry_run.live_bytes import LiveBytes
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.loss import batch_loss, row_losses
+from qlora_trainer.model.preference_loss import dpo
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,17 @@ class StepBytes:
     """The most while the decoder runs, forward or backward, less what is kept."""
 
 
-def full_batch(sequences: int, tokens: int) -> Batch:
+def full_batch(sequences: int, tokens: int, *, pairs: bool = False) -> Batch:
     """A micro batch of full sequences as it is given to a GPU, in main memory: each is a row, all tokens are targets.
 
+    With `pairs` each is two rows of half the tokens.
     Another batch of this size takes more only where FlashAttention computes the gradients of more rows: 128 tokens'
     worth of sums for each further row, while a block's attention is at work (see `workspaces`).
     """
     anything = torch.zeros(tokens, dtype=torch.int64)
     sequence = PackedSequence(anything, anything, (tokens,))
+    if pairs:
+        sequence = PackedSequence(anything, anything, (tokens - tokens // 2, tokens // 2), first_row=0)
     # The batch is not for a CPU, which gets other sizes.
     return Batch.of([sequence] * sequences, torch.device("meta"))
 
@@ -58,7 +63,7 @@ def step_bytes(
         hook = base.get_decoder().register_forward_hook(lambda *_: at_end.append((live.bytes, live.take_peak())))
         try:
             with torch.autocast(device, dtype=COMPUTE_DTYPE, cache_enabled=False):
-                loss = batch_loss(base, batch)
+                loss = _loss(base, batch)
         finally:
             hook.remove()
         kept, forward_peak = at_end[0]
@@ -66,6 +71,14 @@ def step_bytes(
         run_backward(loss)
         work_peak = max(forward_peak, live.take_peak())
     return StepBytes(kept - before, loss_peak - kept, work_peak - kept)
+
+
+def _loss(base: Any, batch: Batch) -> Tensor:
+    """The loss of a batch, if of pairs that of DPO. The pass that finds its reference takes less than this one."""
+    if batch.pairs is None:
+        return batch_loss(base, batch)
+    losses = row_losses(base, batch)
+    return dpo(losses, torch.zeros_like(losses), PreferenceSpec()).loss.sum()
 
 
 def _tensors(model: Any, batch: Batch) -> Iterator[Tensor]:

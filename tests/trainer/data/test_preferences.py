@@ -1,0 +1,188 @@
+"""Which pairs a row of format preference is, and what is compared in them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from qlora_api.contract import ExitCode
+from qlora_api.dataset import Columns
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data.formats import RowReader, detect_format
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.rows import Row
+from qlora_trainer.data.statistics import DataStatistics
+from qlora_trainer.data.tokenize import ChunkMaker, Recipe
+from qlora_trainer.steps.prepare import prepare
+from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.trainer.conftest import MakeContext
+
+ASKED = {"role": "user", "content": "List the pods"}
+AGAIN = {"role": "user", "content": "And the nodes?"}
+SYSTEM = {"role": "system", "content": "Be short."}
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+GOOD, BAD = answer("kubectl get pods"), answer("no idea")
+
+
+def pair_of(model: Path, values: dict[str, Any], columns: Columns | None = None) -> list[tuple[str, str]]:
+    """Chosen and rejected as the model sees them, each with the part of it that counts in the loss."""
+    row = Row("pvc://data/train.jsonl line 1", values, 1)
+    format_, names = detect_format(row, columns, pairs=True)
+    recipe = Recipe(
+        tokenizer=model,
+        vocabulary=512,
+        format=format_,
+        columns=names,
+        train_on="completion",
+        longest_allowed=512,
+    )
+    chunk = ChunkMaker(recipe).make([row])
+    assert format_ == "preference"
+    assert chunk.chosen_lengths is not None
+    tokenizer, end = AutoTokenizer.from_pretrained(model), int(chunk.chosen_lengths[0])
+    return [
+        (tokenizer.decode(chunk.input_ids[part]), tokenizer.decode(chunk.input_ids[part][chunk.is_target[part] == 1]))
+        for part in (slice(end), slice(end, None))
+    ]
+
+
+def chatml(*messages: dict[str, str]) -> str:
+    return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "List the pods", "chosen": "kubectl get pods", "rejected": "no idea"}, {}),
+        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, {}),
+        ({"prompt": "List the pods", "chosen": [GOOD], "rejected": [BAD]}, {}),
+        ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
+        # As UltraFeedback, whose conversations have the prompt once more.
+        ({"prompt": "List the pods", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED]}, {}),
+        ({"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, {}),
+        (
+            {"q": "List the pods", "good": "kubectl get pods", "bad": "no idea"},
+            {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        ),
+        (
+            {
+                "chosen": [{"from": "human", "value": "List the pods"}, {"from": "gpt", "value": "kubectl get pods"}],
+                "rejected": [{"from": "human", "value": "List the pods"}, {"from": "gpt", "value": "no idea"}],
+            },
+            {},
+        ),
+    ],
+)
+def test_a_pair_is_the_prompt_with_each_answer_however_it_is_written(
+    row: dict[str, Any], columns: dict[str, str], tiny_llama: Path
+) -> None:
+    assert pair_of(tiny_llama, row, Columns(**columns)) == [
+        (chatml(ASKED, GOOD), "kubectl get pods<|im_end|>"),
+        (chatml(ASKED, BAD), "no idea<|im_end|>"),
+    ]
+
+
+def test_answers_that_both_conversations_have_are_part_of_the_prompt(tiny_llama: Path) -> None:
+    talk = [SYSTEM, ASKED, GOOD, AGAIN]
+    row = {"chosen": [*talk, answer("kubectl get nodes")], "rejected": [*talk, BAD]}
+    assert pair_of(tiny_llama, row) == [
+        (chatml(*talk, answer("kubectl get nodes")), "kubectl get nodes<|im_end|>"),
+        (chatml(*talk, BAD), "no idea<|im_end|>"),
+    ]
+
+
+def test_pairs_stay_whole_and_what_cannot_be_used_is_counted(make_context: MakeContext, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{number}", "chosen": "yes " * 3, "rejected": "no " * (1 + number)} for number in range(9)]
+    rows += [
+        {"prompt": "q", "chosen": "same", "rejected": "same"},
+        {"prompt": "q", "chosen": " ".join(map(str, range(60))), "rejected": "b"},
+    ]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    context = make_context({"training": {"objective": "dpo", "maxSequenceLength": 96}})
+
+    record = prepare(context, Recorded())
+
+    folder = context.workspace.root / record.data_path
+    data = PreparedDataset.open(folder, "train")
+    assert (record.dataset.format, record.dataset.rows, record.dataset.used_rows) == ("preference", 11, 9)
+    assert record.dataset.too_long_rows == 1
+    assert [dropped.reason for dropped in DataStatistics.read(folder).sources[0].dropped] == [
+        "longer than 96 tokens (spec.training.maxSequenceLength)",
+        "chosen and rejected are the same",
+    ]
+    assert 1 < len(data) < 9
+    lengths = [data[index].row_lengths for index in range(len(data))]
+    assert all(len(rows) % 2 == 0 and sum(rows) <= 96 for rows in lengths)
+    assert [data[index].first_row for index in range(len(data))] == [
+        sum(map(len, lengths[:index])) for index in range(len(data))
+    ]
+
+
+BAD_ROWS = {
+    "no prompt": (
+        {"chosen": "a", "rejected": "b"},
+        " has no 'prompt': 'chosen' and 'rejected' are texts, which need one",
+    ),
+    "text and list": (
+        {"prompt": "p", "chosen": "a", "rejected": [BAD]},
+        ": 'chosen' is text: must be text, or a list of {role, content}; 'chosen' and 'rejected' must be of the same",
+    ),
+    "empty answer": ({"prompt": "p", "chosen": "a", "rejected": " "}, ": 'rejected' is empty: must be text"),
+    "null": ({"prompt": "p", "chosen": None, "rejected": "b"}, ": 'chosen' is null: must be text, or a list of"),
+    "other prompts": (
+        {"chosen": [ASKED, GOOD], "rejected": [AGAIN, BAD]},
+        ": 'chosen' and 'rejected' do not begin with the same prompt",
+    ),
+    "no answer at the end": (
+        {"chosen": [ASKED, GOOD, AGAIN], "rejected": [ASKED, BAD]},
+        ": 'chosen' ends with a message of role 'user': must end with an answer in words",
+    ),
+    "answer first": ({"chosen": [GOOD], "rejected": [BAD]}, ": 'chosen[0].role' is 'assistant' where 'user' is"),
+    "no rejected answer": ({"prompt": "p", "chosen": "a"}, " has no column 'rejected', which format preference needs"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_is_no_pair_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(StepFailure) as raised:
+        RowReader("preference", None).read(Row("pvc://data/a.jsonl line 1", values, 1))
+    assert raised.value.exit_code is ExitCode.BAD_DATASET
+    assert raised.value.message.startswith(f"pvc://data/a.jsonl line 1{message}")
+
+
+@pytest.mark.parametrize(
+    ("row", "objective", "message"),
+    [
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b"},
+            "supervised",
+            "is of format preference ('chosen' and 'rejected'), whose answers only an objective that compares them",
+        ),
+        (
+            chat_row("q", "a"),
+            "dpo",
+            "has no 'chosen' and 'rejected', which spec.training.objective compares; it has the columns 'messages'",
+        ),
+    ],
+)
+def test_data_that_the_objective_cannot_use_are_rejected_with_what_to_do(
+    row: dict[str, Any], objective: str, message: str, make_context: MakeContext, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [row])
+    with pytest.raises(StepFailure) as raised:
+        prepare(make_context({"training": {"objective": objective}}), Recorded())
+    assert raised.value.exit_code is ExitCode.BAD_DATASET
+    assert raised.value.message.startswith(f"pvc://data/train.jsonl line 1 {message}")
+
+
+def test_data_with_answers_in_another_format_too_stay_what_they_were(make_context: MakeContext, tmp_path: Path) -> None:
+    """UltraFeedback's rows have a conversation besides: a job without an objective for pairs trains on that."""
+    row = chat_row("q", "a") | {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    write_rows(tmp_path / "data" / "train.jsonl", [row])
+    assert prepare(make_context(), Recorded()).dataset.format == "chat"

@@ -1,0 +1,126 @@
+"""Preference tuning equals a plain loop over padded pairs, with full logits and a second, frozen model as reference.
+
+The plain loop shares nothing with the trainer but its files. In float32 both differ by the order of sums only: 1e-5 of
+a loss, a reward and a gradient norm is allowed, and of each tensor of the adapter 1e-4 of its length.
+"""
+
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_api.training import QuantizationSpec
+from qlora_trainer.core import cpu
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.model import base as trainer_base
+from qlora_trainer.model import base_layout, four_bit
+from qlora_trainer.model.adapter import adapter_tensors, attach_adapter
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.fused_lora import FusedLora
+from qlora_trainer.model.support import inspect_family
+from qlora_trainer.steps.prepare import prepare
+from qlora_trainer.training import loop
+from tests.support.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
+from tests.support.tiny import Recorded, write_rows
+from tests.support.training import history, run
+from tests.trainer.conftest import MakeContext
+
+WORDS = ("list", "the", "pods", "of", "every", "node", "and", "scale", "my", "shop", "to", "three", "replicas", "now")
+STEPS = 3
+RATE = 0.01
+TOLERANCE = 1e-5
+
+
+def random_pairs(seed: int, count: int) -> list[dict[str, Any]]:
+    """Questions with two answers of 1 to 8 words, which are never the same."""
+    random = Random(seed)
+
+    def words() -> str:
+        return " ".join(random.choices(WORDS, k=random.randint(1, 8)))
+
+    return [{"prompt": words(), "chosen": f"yes {words()}", "rejected": f"no {words()}"} for _ in range(count)]
+
+
+def prepared_pairs(
+    make_context: MakeContext, folder: Path, pairs: list[dict[str, Any]], spec: dict[str, Any] | None = None
+) -> StepContext:
+    """The context of a job whose prepare step has packed the pairs."""
+    write_rows(folder / "data" / "train.jsonl", pairs)
+    context = make_context(spec)
+    prepare(context, Recorded())
+    return context
+
+
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the trainer compute in float32, and the loss in several chunks although the data are small."""
+    for module in (trainer_base, base_layout, four_bit, loop):
+        monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
+    monkeypatch.setattr(base_layout.BaseLayout, "_dtype", lambda _layout, _name: "F32")
+    monkeypatch.setattr(FusedLora, "_is_plain", lambda _layer, _x: torch.is_grad_enabled())
+    monkeypatch.setattr(cpu, "loss_chunk_tokens", lambda _device_type: 16)
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize(
+    ("objective", "preference"),
+    [("dpo", {}), ("dpo", {"beta": 0.5, "labelSmoothing": 0.2}), ("orpo", {"beta": 0.3})],
+    ids=["dpo", "smoothed", "orpo"],
+)
+def test_a_whole_run_is_that_of_a_plain_loop(
+    objective: str, preference: dict[str, float], make_context: MakeContext, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Every step sees every pair, so the order of the data does not matter."""
+    rows = random_pairs(3, 5)
+    training = {
+        "objective": objective,
+        "preference": preference,
+        "maxSteps": STEPS,
+        "microBatchSize": 2,
+        "gradientAccumulationSteps": len(rows),
+        "learningRate": RATE,
+        "optimizer": "adamw",
+        "maxSequenceLength": 128,
+    }
+    context = prepared_pairs(make_context, tmp_path, rows, {"training": training})
+    start = attach_adapter(
+        load_base(tiny_llama, QuantizationSpec(), "cpu"),
+        context.spec.lora,
+        inspect_family(tiny_llama, context.spec.lora).target_modules,
+        seed=0,
+        gradient_checkpointing=False,
+        base_name="tiny",
+        base_revision="0",
+    )
+    model = plain_model(tiny_llama, adapter_tensors(start))
+    pairs = [
+        PlainPair.of([{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"], tiny_llama)
+        for row in rows
+    ]
+    beta, smoothing = preference.get("beta", 0.1), preference.get("labelSmoothing", 0.0)
+    plain = plain_steps(model, frozen_base(tiny_llama), pairs, objective, beta, smoothing, RATE)
+    expected = list(islice(plain, STEPS))
+
+    run(context)
+
+    found = [line for line in history(context) if "loss" in line]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs.loss, rel=TOLERANCE)
+        assert ours["gradNorm"] == pytest.approx(theirs.grad_norm, rel=10 * TOLERANCE)
+        # A reward is a difference of sums of about 50 nats.
+        assert ours["chosenReward"] == pytest.approx(theirs.chosen_reward, rel=TOLERANCE, abs=TOLERANCE)
+        assert ours["rejectedReward"] == pytest.approx(theirs.rejected_reward, rel=TOLERANCE, abs=TOLERANCE)
+        assert ours["rewardMargin"] == pytest.approx(ours["chosenReward"] - ours["rejectedReward"], abs=1e-6)
+    # The first step compares the base with itself.
+    first = 1 if objective == "dpo" else 0
+    assert [line["accuracy"] for line in found[first:]] == pytest.approx([step.accuracy for step in expected[first:]])
+    assert expected[-1].loss < expected[0].loss
+    trained = load_file(context.workspace.trained / "adapter_model.safetensors")
+    for name, parameter in plain_parameters(model).items():
+        error = (trained[name] - parameter.detach()).norm() / parameter.detach().norm()
+        # Adam divides a gradient by its own size, the smallest and least exact ones too.
+        assert error < 10 * TOLERANCE, name

@@ -1,0 +1,147 @@
+"""Runs whose objective compares two answers: the reference is computed once, however they are interrupted or split."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.model.batch import Batch
+from qlora_trainer.model.loss import row_losses
+from qlora_trainer.training import divergence, loop, reference
+from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
+from tests.support.tiny import Recorded, merged
+from tests.support.training import adapter_bytes, failure, history, interrupted_at, prepared, run
+
+# Sixteen pairs in sequences of their own, four in a step: four steps make an epoch.
+DPO: dict[str, Any] = {
+    "lora": {"dropout": 0.0},
+    "training": {"objective": "dpo", "gradientAccumulationSteps": 4, "maxSteps": 6, "scheduler": "constant"},
+}
+
+
+def job(root: Path, model: Path, changes: dict[str, Any] | None = None) -> StepContext:
+    return prepared(root, model, merged(DPO, changes or {}), packed=False, pairs=True)
+
+
+def known(context: StepContext, step: int) -> dict[str, torch.Tensor]:
+    return load_file(context.workspace.checkpoints / f"step-{step}" / "objective.safetensors")
+
+
+class Counted:
+    """Counts how often each row passes the base without the adapter."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        self._losses = row_losses
+        monkeypatch.setattr(reference, "row_losses", self._row_losses)
+
+    def _row_losses(self, model: Any, batch: Batch) -> torch.Tensor:
+        assert batch.pairs is not None
+        self.rows += batch.pairs.numbers
+        return self._losses(model, batch)
+
+
+def test_each_row_passes_the_base_once_and_a_resumed_run_ends_in_the_same_bytes(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    undisturbed = job(tmp_path / "undisturbed", tiny_llama, {"lora": {"dropout": 0.1}})
+    run(undisturbed)
+    # Sixteen pairs are trained on, and four are held out.
+    assert sorted(counted.rows) == sorted([*range(32), *range(8)])
+
+    counted.rows = []
+    resumed = job(tmp_path / "resumed", tiny_llama, {"lora": {"dropout": 0.1}})
+    interrupted_at(resumed, 2)  # half of the first epoch: half of the rows are known
+    assert int(known(resumed, 2)["train"].isnan().sum()) == 16
+    interrupted_at(resumed, 5)  # in the second epoch: all are
+    assert not any(bool(rows.isnan().any()) for rows in known(resumed, 5).values())
+    run(resumed)
+
+    assert sorted(counted.rows) == sorted([*range(32), *range(8)])
+    assert adapter_bytes(resumed) == adapter_bytes(undisturbed)
+    assert history(resumed) == history(undisturbed)
+
+
+def test_the_run_learns_to_prefer_the_chosen_answers_and_says_so(tmp_path: Path, tiny_llama: Path) -> None:
+    context, records = job(tmp_path / "workspace", tiny_llama), Recorded()
+    run(context, records=records)
+
+    evaluations = [line for line in history(context) if "evalLoss" in line]
+    assert evaluations[0]["evalLoss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert evaluations[-1]["evalLoss"] < 0.6
+    assert evaluations[-1]["evalAccuracy"] == 1.0
+    last = [line for line in history(context) if "loss" in line][-1]
+    assert last["rewardMargin"] == pytest.approx(last["chosenReward"] - last["rejectedReward"], abs=1e-5)
+    said = records.written[-1]
+    assert (said["accuracy"], said["evalAccuracy"]) == (last["accuracy"], 1.0)
+    assert said["rewardMargin"] == pytest.approx(last["rewardMargin"])
+
+
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_compute_what_one_does(sharded: bool, tmp_path: Path, tiny_llama: Path) -> None:
+    # Five sequences a step do not divide by two: in the last round one rank has a batch that does not count.
+    training = merged(DPO, {"training": {"gradientAccumulationSteps": 5}})
+    two = SHARDED if sharded else {"resources": {"gpus": 2}}
+    alone, together = (
+        trained(tmp_path / name, tiny_llama, merged(training, changes)) for name, changes in (("one", {}), ("two", two))
+    )
+
+    same_numbers(together, alone, 1e-3)
+    ours, theirs = known(together, 6), known(alone, 6)
+    for split, rows in theirs.items():
+        torch.testing.assert_close(ours[split], rows, rtol=1e-2 if sharded else 1e-5, atol=1e-4)
+
+
+def trained(root: Path, model: Path, spec: dict[str, Any]) -> StepContext:
+    """A workspace in which the command line has trained."""
+    files, context = workspace(root, model, spec, packed=False, pairs=True)
+    succeeded(files.run("train"))
+    return context
+
+
+def test_micro_batches_of_several_pairs_and_packed_pairs_have_the_same_losses(tmp_path: Path, tiny_llama: Path) -> None:
+    """In one step over all pairs their order does not matter."""
+    spec = merged(DPO, {"training": {"maxSteps": 1, "gradientAccumulationSteps": 16}})
+    alone = job(tmp_path / "alone", tiny_llama, spec)
+    run(alone)
+    fewer = {"training": {"microBatchSize": 4, "gradientAccumulationSteps": 4}}
+    several = job(tmp_path / "several", tiny_llama, merged(spec, fewer))
+    run(several)
+    packed = prepared(tmp_path / "packed", tiny_llama, spec, packed=True, pairs=True)
+    run(packed)
+    assert len(PreparedDataset.open(packed.workspace.data / "rows", "train")) < 16
+    same_numbers(several, alone, 1e-2)
+    same_numbers(packed, alone, 1e-2)
+
+
+def test_the_loss_of_the_base_by_which_a_run_is_judged_is_log_2(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the adapter the model is its own reference, whatever the data are."""
+    monkeypatch.setattr(loop, "has_diverged", lambda _loss, _base_loss: True)
+    monkeypatch.setattr(divergence.Stability, "to_be_judged", lambda *_: True)
+    failed = failure(job(tmp_path / "workspace", tiny_llama))
+    assert failed.exit_code is ExitCode.DIVERGED
+    assert "the base model without the adapter has 0.6931 on the same rows" in failed.message
+
+
+def test_data_prepared_for_another_objective_are_rejected(tmp_path: Path, tiny_llama: Path) -> None:
+    context = prepared(tmp_path / "workspace", tiny_llama, DPO, packed=False, pairs=False)
+    failed = failure(context)
+    assert failed.exit_code is ExitCode.BAD_CONFIGURATION
+    assert failed.message.startswith("spec.training.objective is dpo, and the prepared data are rows with one answer")
+
+
+def test_a_supervised_checkpoint_has_nothing_of_an_objective(tmp_path: Path, tiny_llama: Path) -> None:
+    context = prepared(tmp_path / "workspace", tiny_llama, {"training": {"maxSteps": 1}})
+    run(context)
+    sums = json.loads((context.workspace.checkpoints / "step-1" / "manifest.json").read_text())["sha256"]
+    assert sorted(sums) == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
