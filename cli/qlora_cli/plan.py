@@ -92,6 +92,11 @@ def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:
     model_type, training = json.loads(config.read_bytes()).get("model_type"), spec.training
     if model_type not in ONE_ROW_MODEL_TYPES:
         return ""
+    if training.compares_answers:
+        return (
+            f"models of type {model_type} cannot keep the rows of a batch apart, and training.objective compares two "
+            "answers in one pass: set objective to supervised, or use a model whose rows can share a sequence"
+        )
     if training.micro_batch_size > 1:
         return (
             f"models of type {model_type} cannot keep the rows of a batch apart: set training.microBatchSize to 1, and "

@@ -173,8 +173,13 @@ def test_a_save_that_fails_at_any_operation_leaves_the_earlier_checkpoints(numbe
 
 
 SHORT_RUN = {
-    "dataset": {"eval": None},
-    "training": {"maxSteps": 3, "saveEverySteps": 1, "gradientAccumulationSteps": 1},
+    "training": {
+        "maxSteps": 3,
+        "saveEverySteps": 1,
+        "gradientAccumulationSteps": 1,
+        "evalEverySteps": 1,
+        "keep": "best",
+    },
 }
 
 

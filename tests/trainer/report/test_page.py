@@ -136,6 +136,31 @@ def test_a_report_without_samples_states_why(trained: Files) -> None:
     assert "No samples: training did not write any." in Page(page_of(trained)).words
 
 
+def test_the_page_of_a_run_that_compared_answers_shows_rewards_and_accuracy(trained: Files) -> None:
+    metrics = trained.workspace / "report" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        share = line["step"] / lines[-1]["step"]
+        if "loss" in line:
+            line |= {"rewardMargin": share, "chosenReward": share / 2, "rejectedReward": -share / 2, "accuracy": share}
+        else:
+            line |= {"evalAccuracy": 0.5 + 0.4 * share}
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    published(trained)
+    source = page_of(trained)
+    page = Page(source)
+    assert page.elements.count("svg") == 9  # and accuracy, margin, reward
+    assert "Held-out accuracy 90.0% 50.0% before training" in page.words
+    assert "Loss per pair (nats)" in source
+    summary = json.loads((trained.workspace / "report" / "summary.json").read_text())
+    assert summary["preference"] == {
+        "rewardMargin": 1.0,
+        "accuracy": 1.0,
+        "heldOutAccuracyBefore": 0.5,
+        "heldOutAccuracyAfter": 0.9,
+    }
+
+
 def history_of(**curves: Curve) -> MetricsHistory:
     empty = {name: Curve() for name in MetricsHistory.__dataclass_fields__}
     return MetricsHistory(**{**empty, **curves})

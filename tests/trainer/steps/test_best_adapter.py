@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 from transformers import LlamaConfig
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.core.completion import TrainRecord
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.publishing.verify import require_own_training
 from qlora_trainer.steps import train as train_step
-from qlora_trainer.steps.publish import _trained_job
+from qlora_trainer.steps.publish import publish
+from tests.support.report_page import Page
 from tests.support.tiny import SHAPE, Recorded, merged, save_model
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
@@ -195,12 +197,15 @@ def test_a_merged_model_is_compared_with_the_adapter_that_is_kept(workspace: Pre
 def test_publish_decides_again_at_which_step_the_run_had_to_end(
     change: dict[str, Any], said: str, stopped: StepContext
 ) -> None:
-    job = _trained_job(stopped)
-    require_own_training(job.prepared, job.trained, job.spec, stopped.workspace)
-    forged = TrainRecord.model_validate(job.trained.model_dump() | change)
+    workspace = stopped.workspace
+    data = read_completion(workspace.completion("prepare"), PrepareRecord)
+    trained = read_completion(workspace.completion("train"), TrainRecord)
+    assert data is not None
+    assert trained is not None
+    require_own_training(data, trained, stopped.spec, workspace)
 
     with pytest.raises(StepFailure, match=said) as caught:
-        require_own_training(job.prepared, forged, job.spec, stopped.workspace)
+        require_own_training(data, trained.model_copy(update=change), stopped.spec, workspace)
 
     assert caught.value.exit_code is ExitCode.UNSAFE_ARTIFACT
 
@@ -213,7 +218,33 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, model: Path) -> StepContex
     return context
 
 
-def test_every_attempt_has_the_same_settings_of_keep_and_early_stopping(workspace: Prepare) -> None:
+def test_what_is_published_says_of_which_step_it_is(workspace: Prepare) -> None:
+    context = workspace()
+    run(context)
+    curve = losses(context)
+
+    published = publish(context, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+
+    assert published.adapter.step == 4
+    model_card = (context.workspace.adapter / "README.md").read_text()
+    steps = "6 of 9, stopped early; the adapter is that of step 4, with the lowest held-out loss"
+    assert f"| Optimizer steps | {steps} |" in model_card
+    assert f"| held-out rows | {curve[0]:.4f} | {curve[4]:.4f} |" in model_card
+    page = Page((context.workspace.report / "report.html").read_text()).words
+    for shown in (
+        "Optimizer steps 6 of 9, stopped early",
+        "Adapter of step 4",
+        f"{curve[4]:.4f}",
+        f"{curve[4]:.3f}",
+        "earlyStopping.patience 2",
+    ):
+        assert shown in page
+    figures = json.loads((context.workspace.report / "summary.json").read_text())
+    assert (figures["optimizerSteps"], figures["plannedSteps"], figures["adapterStep"]) == (6, 9, 4)
+    assert figures["loss"]["heldOutAfter"] == curve[4]
+
+
+def test_keep_last_is_the_same_run_as_keep_left_out(workspace: Prepare) -> None:
     spelled_out = workspace("spelled out", merged(UNSTEADY, {"training": {"keep": "last", "maxSteps": 1}}))
     left_out = workspace("left out", merged(UNSTEADY, {"training": {"maxSteps": 1}}))
     assert run(spelled_out).fingerprint == run(left_out).fingerprint

@@ -196,6 +196,8 @@ def test_a_family_whose_rows_see_each_other_is_not_packed(
     record = prepare(context, records)
     assert not record.packed
     assert len(opened(context, record)) == 20
+    with pytest.raises(StepFailure, match=r"apart, and spec\.training\.objective compares two answers in one pass"):
+        prepare(make_context({"training": {"objective": "dpo"}}), records)
 
 
 @pytest.mark.usefixtures("rows")

@@ -36,6 +36,34 @@ def test_two_processes_compute_what_one_does(
     assert record.ranks == 2
 
 
+@pytest.mark.parametrize("sharding", ["none", pytest.param("full", marks=pytest.mark.slow)])
+def test_all_processes_end_early_after_the_same_step_and_the_best_adapter_is_kept(
+    sharding: str, tmp_path: Path, tiny_llama: Path
+) -> None:
+    settings = {
+        "sharding": sharding,
+        "maxSteps": 40,
+        "learningRate": 0.05,
+        "evalEverySteps": 1,
+        "saveEverySteps": 40,
+        "keep": "best",
+        "earlyStopping": {"patience": 1},
+    }
+    files, context = workspace(tmp_path / "job", tiny_llama, merged(EXACT, merged(TWO, {"training": settings})))
+
+    succeeded(files.run("train"))
+
+    losses = {line["step"]: line["evalLoss"] for line in history(context) if "evalLoss" in line}
+    record = read_completion(context.workspace.completion("train"), TrainRecord)
+    assert record is not None
+    assert record.training_step == max(losses) < 40
+    assert record.adapter_step == record.training_step - 1
+    assert record.eval_loss == losses[record.adapter_step] == min(losses.values())
+    best = context.workspace.checkpoints / f"step-{record.training_step}" / "best.safetensors"
+    ours, kept = load_file(context.workspace.trained / "adapter_model.safetensors"), load_file(best)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in kept.items())
+
+
 # The next test has torchrun start them as well, on two nodes.
 @pytest.mark.slow
 def test_torchrun_starts_the_processes_too(

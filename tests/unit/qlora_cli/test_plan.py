@@ -94,6 +94,15 @@ def test_a_plan_says_what_one_row_a_sequence_costs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_trainer")
+def test_a_plan_says_that_a_model_with_one_row_a_sequence_compares_no_answers(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"objective": "dpo"})})
+    assert (
+        "models of type bamba cannot keep the rows of a batch apart, and training.objective compares two answers in "
+        "one pass: set objective to supervised"
+    ) in shown(spec, written(tmp_path, **BAMBA))
+
+
+@pytest.mark.usefixtures("_no_trainer")
 def test_a_plan_says_which_micro_batch_a_model_with_one_row_a_sequence_takes(tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"micro_batch_size": 4})})
     assert (

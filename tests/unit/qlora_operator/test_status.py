@@ -731,6 +731,14 @@ def test_progress_is_shown_and_kept_while_nothing_new_is_known() -> None:
     assert newer.checkpoint == status.checkpoint
 
 
+def test_figures_of_preferences_are_shown_with_four_digits() -> None:
+    record = progress(training_step=2, total_steps=4, reward_margin=0.123456, accuracy=0.75, eval_accuracy=2 / 3)
+    status = follow(make_job(status_in("train")), child("train"), running(pod("train")), progress=record)
+    assert status.progress is not None
+    shown = status.progress
+    assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
+
+
 def test_what_prepare_does_is_shown_until_training_has_its_own_figures() -> None:
     record = progress(step="prepare", activity="downloading 40%")
     status = follow(make_job(status_in("prepare")), child("prepare"), running(pod("prepare")), progress=record)

@@ -127,7 +127,7 @@ class ChunkMaker:
         return Chunk.of(used, too_long, dropped)
 
     def rendered(self, row: Row) -> tuple[Rendered, ...]:
-        """The row's text; of a pair, the two texts, the chosen one first. Raises StepFailure for an invalid row."""
+        """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row."""
         example = self._example(row)
         if isinstance(example, Preference):
             return self._tokenizer.render_pair(example, row.location)
@@ -141,7 +141,7 @@ class ChunkMaker:
 
     def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[Row, TokenizedRow]]:
         for batch in _batches(iter(rows), _BATCH_ROWS, _BATCH_BYTES):
-            rendered = [part for row in batch for part in self.rendered(row)]
+            rendered = [text for row in batch for text in self.rendered(row)]
             tokenized = self._tokenizer.tokenize(rendered, self.recipe.train_on)
             yield from zip(batch, _paired(tokenized) if self.recipe.format in PAIRS else tokenized, strict=True)
 

@@ -157,9 +157,18 @@ def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, Any]]:
     return {
         "Quantization": job.spec.quantization.dump(),
         "Adapter": job.spec.lora.model_copy(update={"initial_adapter": None}).dump(),
-        "Training": job.spec.training.dump(),
+        "Training": _flat(job.spec.training.dump()),
         **({} if initial is None else {"Initialized with the adapter": initial.dump()}),
     }
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, those of a part such as earlyStopping by its name and theirs."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= inner
+    return flat
 
 
 def _data(source: str, found: DatasetStatus, statistics: DataStatistics) -> Mapping[str, str]:
