@@ -121,8 +121,7 @@ def train(
         # However the others end from here on, the adapter is written.
         together.close()
         if ranks.main:
-            with shortage(lambda: 1):
-                record = _with_score(run, state, job, record)
+            record = _with_score(run, state, job, record)
             _leave_samples(run, job.model_folder)
     return record
 

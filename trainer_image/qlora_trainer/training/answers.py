@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
+from qlora_api.gate import MAX_PROMPT_TOKENS
 from qlora_api.printable import first_line
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Sample, Samples
 
-MAX_PROMPT_TOKENS = 1024
-"""A longer prompt is not answered."""
 logger = logging.getLogger(__name__)
 
 

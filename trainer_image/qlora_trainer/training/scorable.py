@@ -4,12 +4,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from qlora_api.gate import GateSpec, ScoreSpec
+from qlora_api.gate import MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import MAX_PROMPT_TOKENS, Prompt, scored_prompts
+from qlora_trainer.training.answers import Prompt, scored_prompts
 
 
 def require_readable(gate: GateSpec | None) -> None:

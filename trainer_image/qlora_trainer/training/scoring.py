@@ -10,12 +10,13 @@ from typing import IO, Self
 
 from pydantic import Field, ValidationError
 
+from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
 from qlora_api.printable import first_line
 from qlora_api.schema import ObservedModel
 from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.completion import Score, score_settings
-from qlora_trainer.core.failures import Interrupted, bad_configuration, is_out_of_gpu_memory
+from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, is_out_of_gpu_memory
 from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
@@ -101,7 +102,7 @@ def measure_score(
     """The score of the run's adapter, whose file has this sum, and of its base. The run must be over.
 
     Raises Interrupted when a stop is requested, after which another attempt continues with the next row, and
-    StepFailure BAD_CONFIGURATION for a model that cannot generate.
+    StepFailure: BAD_CONFIGURATION for a model that cannot generate, GPU_OUT_OF_MEMORY.
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()
@@ -134,7 +135,12 @@ def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, max_
         )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         if is_out_of_gpu_memory(error):
-            raise
+            raise StepFailure(
+                ExitCode.GPU_OUT_OF_MEMORY,
+                f"the GPU ran out of memory while answers were scored ({first_line(error)}): the adapter is in "
+                "trained/ of the workspace. Use a GPU with more memory and raise spec.retry.request, or create the job "
+                "again with a lower spec.gate.score.maxNewTokens",
+            ) from error
         raise bad_configuration(
             f"spec.gate.score: the model could not answer ({first_line(error)}): create the job again without score. "
             "The adapter is in trained/ of the workspace"
