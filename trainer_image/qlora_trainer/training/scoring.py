@@ -20,7 +20,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configurat
 from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import Answering, Prompt
+from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt
 from qlora_trainer.training.scorable import scored_rows
 from qlora_trainer.training.state import Run, RunState, report
 
@@ -97,7 +97,7 @@ def _read(path: Path, heading: _Heading) -> list[Answers]:
 
 
 def measure_score(
-    run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, tokenizer_folder: Path, adapter_sha256: str
+    run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, texts: AnswerTexts, adapter_sha256: str
 ) -> Score:
     """The score of the run's adapter, whose file has this sum, and of its base. The run must be over.
 
@@ -108,7 +108,7 @@ def measure_score(
     run.optimizer.state.clear()
     path, stop, settings = run.context.workspace.report / ANSWERS_FILE, run.runtime.stop, score_settings(spec)
     rows = scored_rows(data, spec)
-    answering = Answering(run.model, tokenizer_folder, lambda: stop.requested, run.device)
+    answering = Answering(run.model, texts, lambda: stop.requested, run.device)
     base = adapter = 0
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
@@ -145,10 +145,10 @@ def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, max_
             f"spec.gate.score: the model could not answer ({first_line(error)}): create the job again without score. "
             "The adapter is in trained/ of the workspace"
         ) from error
-    reference = answering.text(prompt.answer)
+    reference = answering.texts.answer(prompt.answer)
     return Answers(
         prompt_sha256=prompt.sha256,
-        prompt=answering.text(prompt.tokens, special=True),
+        prompt=answering.texts.prompt(prompt.tokens),
         reference=reference,
         base=base,
         adapter=adapter,
