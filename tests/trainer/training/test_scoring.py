@@ -1,6 +1,7 @@
 """The score of a finished adapter: measured on the same rows as its base's, and continued where it was stopped."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, scored_prompts
-from tests.support.tiny import Recorded
+from tests.support.ranks import EXACT, TWO, succeeded, workspace
+from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, adapter_bytes, failure, history, job, prepared, run, write_data
 
 PATTERN = {"check": "regex", "pattern": "[a-z]", "rows": 3, "maxNewTokens": 4}
@@ -113,6 +115,7 @@ def test_an_adapter_that_is_there_is_scored_anew_by_another_check_and_stays_as_i
     assert records.written == []
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
     scored: StepContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,13 +164,21 @@ def test_an_answer_is_not_generated_beyond_its_end(tiny_llama: Path) -> None:
     text = tokenizer.decode([tokens[word]])
 
     def generated(end: EndOfTurn | None) -> int:
-        steps: list[None] = []
-        texts = AnswerTexts(tiny_llama, end)
-        Answering(model, texts, lambda: bool(steps.append(None)), torch.device("cpu")).answer(
-            prompt, adapter=True, max_new_tokens=12
-        )
-        return len(steps)
+        asked = itertools.count()
+        answering = Answering(model, AnswerTexts(tiny_llama, end), lambda: next(asked) < 0, torch.device("cpu"))
+        answering.answer(prompt, adapter=True, max_new_tokens=12)
+        return next(asked)
 
     assert generated(None) == len(tokens) == 12
     assert generated(EndOfTurn(text=text, token=tokens[word])) == word + 1
     assert generated(EndOfTurn(text=text)) == word + 1
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_main_one_scores_what_both_have_trained(tmp_path: Path, tiny_llama: Path) -> None:
+    files, context = workspace(tmp_path / "together", tiny_llama, merged(merged(EXACT, TWO), SCORED), packed=False)
+    succeeded(files.run("train"))
+    record = read_completion(context.workspace.completion("train"), TrainRecord)
+    assert record is not None
+    assert record.ranks == 2
+    assert_is_of_its_answers(record, context)
