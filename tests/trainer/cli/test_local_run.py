@@ -339,6 +339,14 @@ def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, t
     assert "Training" not in done.stdout
 
 
+def test_a_run_whose_adapter_does_not_pass_its_gate_ends_with_the_numbers(trained: Files) -> None:
+    done = qlora(*arguments(trained, manifest(trained, {**SPEC, "gate": {"minImprovement": 0.9}})))
+    assert done.returncode == 20, done.stdout + done.stderr
+    assert "GateFailed: spec.gate.minImprovement is 0.9, and the held-out loss changed by -" in done.stdout
+    assert not (trained.workspace / "adapter").exists()
+    assert len((trained.workspace / "records" / "attempts.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("installed", "environment", "added"),
     [
