@@ -65,8 +65,9 @@ def prepare(
     """Lay out model and data in the workspace and write the completion record; returns at once if it still holds.
 
     Raises StepFailure. After a failure that another attempt cannot fix, nothing is left in the workspace that was not
-    there before, but for a base whose destination turns out to hold another one; after any other, what has been
-    downloaded and tokenized stays and the next attempt resumes from it.
+    there before, but for a base whose destination turns out to hold another one, or if the run to continue turns out
+    to be another one; after any other, what has been downloaded and tokenized stays and the next attempt resumes from
+    it.
     """
 
     def say(activity: str) -> None:
