@@ -68,6 +68,11 @@ class Resolved(ObservedModel):
     claim_name: str = Field(max_length=253, description="The workspace's PersistentVolumeClaim.")
     claim_created: bool = Field(description="Whether the operator creates that claim.")
     workspace_path: str = Field(max_length=256, description="The job's own folder on the claim.")
+    shared_path: str | None = Field(
+        None,
+        max_length=256,
+        description="The folder on the claim that the cells of a sweep share; not set for a job that is no cell.",
+    )
     document: str | None = Field(
         None,
         max_length=MAX_DOCUMENT_LENGTH,

@@ -30,8 +30,8 @@ API = (
     Mutant(
         name="jobs-cannot-be-selected-by-phase",
         file=f"{_CONTRACT}/crd.py",
-        old=', {"jsonPath": ".status.phase"}]',
-        new="]",
+        old='(".spec.model.source", ".status.phase"),',
+        new='(".spec.model.source",),',
         tests=(f"{_API_TESTS}/test_crd.py::test_jobs_can_be_selected_by_model_and_by_phase",),
     ),
     Mutant(
@@ -46,6 +46,24 @@ API = (
 )
 
 OPERATOR = (
+    Mutant(
+        name="a-deleted-cell-is-created-again",
+        file=f"{_DECISIONS}/sweep_plan.py",
+        old="{line.name for line in sweep.status.cells if line.uid} | jobs.keys()",
+        new="jobs.keys()",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_sweep.py::test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line",
+        ),
+    ),
+    Mutant(
+        name="a-cell-that-has-not-succeeded-is-the-best",
+        file=f"{_DECISIONS}/sweep_plan.py",
+        old='if line.phase == "Succeeded" and line.eval_loss is not None and line.adapter]',
+        new="if line.eval_loss is not None]",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_sweep.py::test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded",
+        ),
+    ),
     Mutant(
         name="clean-up-starts-beside-a-live-pod",
         file=f"{_DECISIONS}/plan.py",

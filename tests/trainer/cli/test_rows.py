@@ -35,7 +35,10 @@ def qlora(tmp_path: Path, tiny_llama: Path) -> Any:
     def run(command: str, rows: list[dict[str, Any]], *options: str, **dataset: Any) -> Result:
         write_rows(tmp_path / "data" / "train.jsonl", rows)
         document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}}
-        (tmp_path / "job.yaml").write_text(json.dumps(document | {"spec": spec_of(**dataset)}))
+        spec = spec_of(**dataset)
+        if "chosen" in rows[0]:
+            spec["training"]["objective"] = "dpo"
+        (tmp_path / "job.yaml").write_text(json.dumps(document | {"spec": spec}))
         volumes = ("--volume", f"models={tiny_llama.parent}", "--volume", f"data={tmp_path / 'data'}")
         return CliRunner().invoke(main, [command, str(tmp_path / "job.yaml"), *volumes, *options])
 
@@ -78,6 +81,14 @@ def test_the_tokens_around_a_plain_text_are_shown(qlora: Any) -> None:
     shown = output.splitlines()[-1]
     assert shown.replace("[[", "").replace("]]", "") == "日本 🎉 ünï<|im_end|>"
     assert shown.endswith("ünï<|im_end|>]]")
+
+
+def test_the_two_answers_of_a_pair_are_shown_one_after_the_other(qlora: Any) -> None:
+    output = qlora("data", [{"prompt": "Which pods?", "chosen": "get pods", "rejected": "get nodes"}]).output
+    first, second = output.partition("line 1, chosen: ")[2].split("line 1, rejected: ")
+    assert "Which pods?<|im_end|>" in first
+    assert "[[get pods<|im_end|>]]" in first
+    assert "[[get nodes<|im_end|>]]" in second
 
 
 def test_columns_that_are_not_used_are_named(qlora: Any) -> None:

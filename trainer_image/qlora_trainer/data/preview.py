@@ -66,17 +66,23 @@ def preview(
     recipe = Recipe.of(spec, training, tokenizer, format_, columns, vocabulary=_ANY_VOCABULARY)
     recipe.require_place_for_settings(tokenizer, data.uri)
     maker = ChunkMaker(recipe, tokenizer)
-    shown = (_previewed(tokenizer, rendered, row.location, recipe) for row in first for rendered in maker.rendered(row))
+    shown = (shown for row in first for shown in _previewed(tokenizer, maker.rendered(row), row.location, recipe))
     return Preview(data.uri, RowReader(format_, columns).reading(first[0]), shown)
 
 
-def _previewed(tokenizer: Tokenizer, rendered: Rendered, location: str, recipe: Recipe) -> PreviewedRow:
-    [row] = tokenizer.tokenize([rendered], recipe.train_on)
-    parts = zip(tokenizer.pieces(rendered), row.is_target.tolist(), strict=True)
-    groups = groupby(parts, key=lambda part: part[1])
-    stretches = tuple(Stretch("".join(piece for piece, _ in group), trained) for trained, group in groups)
-    tokens, targets = len(row.input_ids), int(row.is_target.sum())
-    left_out = "" if targets else "no token is trained on"
-    if tokens > recipe.longest_allowed:
+def _previewed(
+    tokenizer: Tokenizer, texts: tuple[Rendered, ...], location: str, recipe: Recipe
+) -> Iterator[PreviewedRow]:
+    """What a row has: one text, or the two of a pair, which are used or left out together."""
+    rows = list(tokenizer.tokenize(texts, recipe.train_on))
+    left_out = "" if any(row.is_target.any() for row in rows) else "no token is trained on"
+    if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
-    return PreviewedRow(location, stretches, tokens, targets, left_out)
+    names = ("",) if len(rows) == 1 else (", chosen", ", rejected")
+    for name, text, row in zip(names, texts, rows, strict=True):
+        parts = zip(tokenizer.pieces(text), row.is_target.tolist(), strict=True)
+        stretches = tuple(
+            Stretch("".join(piece for piece, _ in group), trained)
+            for trained, group in groupby(parts, key=lambda part: part[1])
+        )
+        yield PreviewedRow(location + name, stretches, len(row.input_ids), int(row.is_target.sum()), left_out)

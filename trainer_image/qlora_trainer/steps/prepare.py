@@ -51,6 +51,7 @@ from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publi
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
+from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, require_something_to_continue
 from qlora_trainer.training.fingerprint import run_fingerprint
 from qlora_trainer.training.scorable import require_readable, require_scorable
@@ -64,8 +65,9 @@ def prepare(
     """Lay out model and data in the workspace and write the completion record; returns at once if it still holds.
 
     Raises StepFailure. After a failure that another attempt cannot fix, nothing is left in the workspace that was not
-    there before, but for a base whose destination turns out to hold another one; after any other, what has been
-    downloaded and tokenized stays and the next attempt resumes from it.
+    there before, but for a base whose destination turns out to hold another one, or if the run to continue turns out
+    to be another one; after any other, what has been downloaded and tokenized stays and the next attempt resumes from
+    it.
     """
 
     def say(activity: str) -> None:
@@ -145,7 +147,8 @@ def _prepare(
     training = context.spec.training
     sequences = new_folder(partial_path(workspace.data / "layout"))
     dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=admitted.packed)
-    require_scorable(context.spec.gate, sequences, dataset.status(), folder)
+    end, of_turns = _turns(admitted, dataset)
+    require_scorable(context.spec.gate, sequences, dataset.status(), partial(AnswerTexts, folder, end))
 
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
@@ -158,7 +161,6 @@ def _prepare(
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, workspace.data / fingerprint)
     family = admitted.model.family
-    end, of_turns = _turns(admitted, dataset)
     remarks = (*admitted.model.remarks, *of_turns)
     if initial is not None:
         initial.complete()
@@ -305,7 +307,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     records.note(memory=memory.status)
     memory.require()
     require_readable(spec.gate)
-    require_scorable(spec.gate, root / record.data_path, record.dataset, folder)
+    texts = partial(AnswerTexts, folder, record.end_of_turn)
+    require_scorable(spec.gate, root / record.data_path, record.dataset, texts)
     return record.model_copy(update={"memory": memory.status, "measured": memory.measured})
 
 

@@ -38,7 +38,7 @@ from qlora_trainer.model.storage import storage_of
 from qlora_trainer.model.support import cannot_keep_rows_apart
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.report.trackers import open_trackers
-from qlora_trainer.training.answers import leave_samples
+from qlora_trainer.training.answers import AnswerTexts, leave_samples
 from qlora_trainer.training.attempts import PodOfJob, read_attempts
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.best_adapter import read_best
@@ -121,9 +121,8 @@ def train(
         # However the others end from here on, the adapter is written.
         together.close()
         if ranks.main:
-            with shortage(lambda: 1):
-                record = _with_score(run, state, job, record)
-            _leave_samples(run, job.model_folder)
+            record = _with_score(run, state, job, record)
+            _leave_samples(run, job)
     return record
 
 
@@ -144,6 +143,10 @@ class _Job:
     def base_folder(self) -> Path:
         """The base model in 4-bit."""
         return self.context.workspace.root / self.prepared.base_path
+
+    def texts(self) -> AnswerTexts:
+        """What turns tokens into answers."""
+        return AnswerTexts(self.model_folder, self.prepared.end_of_turn)
 
     @cached_property
     def digest(self) -> str:
@@ -365,15 +368,15 @@ def _with_score(run: Run, state: RunState, job: _Job, record: TrainRecord) -> Tr
     gate = run.context.spec.gate
     if gate is None or gate.score is None or run.eval_data is None:
         return record
-    score = measure_score(run, state, run.eval_data, gate.score, job.model_folder, record.adapter_sha256)
+    score = measure_score(run, state, run.eval_data, gate.score, job.texts(), record.adapter_sha256)
     record = record.model_copy(update={"score": score})
     write_completion(run.context.workspace.completion("train"), record)
     return record
 
 
-def _leave_samples(run: Run, tokenizer_folder: Path) -> None:
+def _leave_samples(run: Run, job: _Job) -> None:
     path = run.context.workspace.report / SAMPLES_FILE
     # One rank alone cannot run a sharded base.
     count = 0 if run.ranks.sharded else run.training.samples
     data, stop = run.eval_data or run.data, run.runtime.stop
-    leave_samples(path, run.model, tokenizer_folder, data, count, lambda: stop.requested, run.device)
+    leave_samples(path, run.model, job.texts, data, count, lambda: stop.requested, run.device)
