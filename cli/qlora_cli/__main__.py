@@ -135,8 +135,9 @@ def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, 
     """
     access = _row_access(_load(file).spec, claims, config_maps, tokenizer)
     try:
-        with access.preview(rows) as preview:
-            show_rows(preview, Console())
+        with access.previews(rows) as previews:
+            for preview in previews:
+                show_rows(preview, Console())
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
 

@@ -1210,6 +1210,36 @@ TRAINER = (
             ),
         ),
     ),
+    Mutant(
+        name="every-epoch-of-a-mix-is-the-same-draw",
+        file=f"{_TRAINER}/data/mix.py",
+        old="(epoch, source)",
+        new="(0, source)",
+        tests=(
+            f"{_TRAINER_TESTS}/data/test_mix.py::test_an_epoch_has_no_row_twice_before_it_has_all_rows_of_the_source",
+        ),
+    ),
+    Mutant(
+        name="every-epoch-of-a-mix-trains-on-the-first-ones-rows",
+        file=f"{_TRAINER}/training/schedule.py",
+        old="begin, sequences = self._of_epoch(epoch)",
+        new="begin, sequences = self._of_epoch(0)",
+        tests=(f"{_TRAINER_TESTS}/data/test_mix.py::test_every_epoch_has_the_shares_of_all_sources_in_a_new_draw",),
+    ),
+    Mutant(
+        name="rows-that-differ-in-their-targets-are-equal",
+        file=f"{_TRAINER}/data/chunks.py",
+        old="    digest.update(row.is_target.tobytes())\n",
+        new="",
+        tests=(f"{_TRAINER_TESTS}/data/test_duplicates.py::test_rows_are_equal_if_all_their_tokens_and_targets_are",),
+    ),
+    Mutant(
+        name="an-overlap-is-missed-where-the-rows-are-of-different-sources",
+        file=f"{_TRAINER}/data/duplicates.py",
+        old="numpy.isin(first_equal_[training], first_equal_[held_out])",
+        new="numpy.isin(training, held_out)",
+        tests=(f"{_TRAINER_TESTS}/data/test_duplicates.py::test_the_overlap_names_its_first_rows",),
+    ),
 )
 
 MUTANTS = (*API, *OPERATOR, *TRAINER)

@@ -218,10 +218,14 @@ def arguments(files: Files, path: Path) -> list[str]:
 
 
 def test_a_run_without_its_volumes_names_them_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(MANIFEST + "  output:\n    merged:\n      destination: pvc://whole/model\n")
+    mixed = MANIFEST.replace(
+        "    source: pvc://data/train.jsonl\n", "    mix:\n      - source: pvc://data/train.jsonl\n"
+    )
+    (tmp_path / "job.yaml").write_text(mixed + "  output:\n    merged:\n      destination: pvc://whole/model\n")
     done = qlora("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
     assert done.returncode == 10
     assert "--volume models=DIR" in done.stderr
+    assert "spec.dataset.mix[0].source is pvc://data/train.jsonl: give a folder for the claim" in done.stderr
     assert "--volume data=DIR" in done.stderr
     assert "spec.output.merged.destination is pvc://whole/model: give a folder for the claim" in done.stderr
     assert not (tmp_path / "work").exists()

@@ -110,6 +110,15 @@ def test_a_row_cannot_control_the_terminal(qlora: Any) -> None:
     assert "c\\rd\\u202e" in output
 
 
+def test_the_first_rows_of_each_source_of_a_mix_are_shown(qlora: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "more.jsonl", [chat_row("Which jobs?", "kubectl get jobs")])
+    mix = [{"source": "pvc://data/train.jsonl"}, {"source": "pvc://data/more.jsonl", "format": "chat"}]
+    done = qlora("data", ROWS, "--rows", "1", source=None, mix=mix)
+    assert done.exit_code == 0, done.output
+    assert "[[kubectl get pods<|im_end|>]]" in done.output
+    assert "[[kubectl get jobs<|im_end|>]]" in done.output.partition("pvc://data/more.jsonl: format chat")[2]
+
+
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_on_a_terminal_color_is_the_mark_unless_it_is_not_wanted(
     tmp_path: Path, tiny_llama: Path, no_color: str
@@ -117,7 +126,7 @@ def test_on_a_terminal_color_is_the_mark_unless_it_is_not_wanted(
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     mounts = Mounts(claims={"models": tiny_llama.parent, "data": tmp_path / "data"})
     output = io.StringIO()
-    with RowAccess(QLoRAJobSpec.model_validate(spec_of()), mounts).preview(1) as preview:
+    with RowAccess(QLoRAJobSpec.model_validate(spec_of()), mounts).previews(1) as (preview,):
         show_rows(preview, Console(file=output, force_terminal=True, width=200), {"NO_COLOR": no_color})
     assert ("\x1b[1;32mkubectl get pods<|im_end|>" in output.getvalue()) == (not no_color)
     assert ("[[kubectl get pods<|im_end|>]]" in output.getvalue()) == bool(no_color)

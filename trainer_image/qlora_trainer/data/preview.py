@@ -50,20 +50,35 @@ class Preview:
     """Reads on each step. Raises StepFailure for the first invalid row."""
 
 
-def preview(
+def previews(
     spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: DataAccess, download: Path, count: int
-) -> Preview:
-    """The first `count` rows that a job would use. Files of a server are downloaded below `download`.
+) -> Iterator[Preview]:
+    """The first `count` rows that a job would use of each source. Files of a server are downloaded below `download`.
 
     Raises StepFailure as prepare does.
     """
-    data = find_data(spec.source, training_part(spec), access, download)
+    for number, field in enumerate(spec.training_sources):
+        yield _preview(spec, field, training, tokenizer, access, download / str(number), count)
+
+
+def _preview(
+    spec: DatasetSpec,
+    field: str,
+    training: TrainingSpec,
+    tokenizer: Tokenizer,
+    access: DataAccess,
+    download: Path,
+    count: int,
+) -> Preview:
+    """The first rows of the source that the job's `field` names."""
+    source = spec.training_sources[field]
+    data = find_data(source.source, training_part(source, field), access, download)
     rows = read_sample(data.files, spec.max_samples, training.seed if spec.shuffle else None)
     first = list(islice(rows, count))
-    format_, columns = spec.format, spec.columns
+    format_, columns = source.format, source.columns
     if format_ == "auto":
-        format_, columns = detect_format(first[0], spec.columns, pairs=training.compares_answers)
-    recipe = Recipe.of(spec, training, tokenizer, format_, columns, vocabulary=_ANY_VOCABULARY)
+        format_, columns = detect_format(first[0], source.columns, field, pairs=training.compares_answers)
+    recipe = Recipe.of(spec, training, tokenizer, format_, columns, field, vocabulary=_ANY_VOCABULARY)
     recipe.require_place_for_settings(tokenizer, data.uri)
     maker = ChunkMaker(recipe, tokenizer)
     shown = (shown for row in first for shown in _previewed(tokenizer, maker.rendered(row), row.location, recipe))

@@ -144,9 +144,13 @@ def _prepare(
 
     dataset = _dataset(context, admitted, hub, say)
     records.note(dataset=dataset.status())
-    training = context.spec.training
     sequences = new_folder(partial_path(workspace.data / "layout"))
-    dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=admitted.packed)
+    dataset.write(
+        sequences,
+        context.spec.training,
+        packed=admitted.packed,
+        on_epoch=lambda number: say(f"drawing the rows of epoch {number + 1}"),
+    )
     end, of_turns = _turns(admitted, dataset)
     require_scorable(context.spec.gate, sequences, dataset.status(), partial(AnswerTexts, folder, end))
 
@@ -155,13 +159,18 @@ def _prepare(
     fetching += now() - started
 
     template = _write_template(admitted.tokenizer, sequences)
-    digests = dataset.training.sha256, dataset.evaluation_sha256, template
-    resolved = ResolvedInputs(base.revision, admitted.tokenizer_files, *digests)
+    resolved = ResolvedInputs(
+        base.revision,
+        admitted.tokenizer_files,
+        tuple(source.sha256 for source in dataset.training),
+        None if dataset.own_evaluation is None else dataset.own_evaluation.sha256,
+        template,
+    )
     fingerprint = resolved.fingerprint(context.spec)
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, workspace.data / fingerprint)
     family = admitted.model.family
-    remarks = (*admitted.model.remarks, *of_turns)
+    remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks)
     if initial is not None:
         initial.complete()
         remark = initial.remark(context.base_name, base.revision)
@@ -256,7 +265,7 @@ def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
 def _turns(admitted: _Admitted, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:
     """How answers end, if servers have to be given that, and what to say of it and of the job's chat template."""
     tokenizer = admitted.tokenizer
-    if not tokenizer.has_chat_template or dataset.training.reading.format == "text":
+    if not tokenizer.has_chat_template or all(source.reading.format == "text" for source in dataset.training):
         return None, ()
     end = end_of_turn(tokenizer, admitted.folder)
     remarks = template_remarks(end, () if tokenizer.template is None else marks_in_pieces(tokenizer))

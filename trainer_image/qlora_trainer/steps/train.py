@@ -217,7 +217,7 @@ def _load(
     data_folder = context.workspace.root / prepared.data_path
     data = PreparedDataset.open(data_folder, "train")
     eval_data = PreparedDataset.open(data_folder, "eval") if spec.dataset.eval else None
-    schedule = Schedule.of(len(data), spec.training)
+    schedule = Schedule.of(len(data), spec.training, data.epoch_offsets)
     from_step = 0 if checkpoint is None else checkpoint.step
     _say_loading(context, runtime.records, runtime.now, from_step, schedule.total_steps)
     if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:

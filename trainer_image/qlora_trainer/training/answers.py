@@ -61,7 +61,7 @@ def scored_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
 
 def _prompts(sequence: PackedSequence) -> Iterator[Prompt]:
     """The prompt of each row of a sequence; of a pair, with the chosen answer."""
-    start, pairs = 0, sequence.first_row is not None
+    start, pairs = 0, sequence.row_numbers is not None
     for number, length in enumerate(sequence.row_lengths):
         ids, labels = sequence.input_ids[start : start + length], sequence.labels[start : start + length]
         if not (pairs and number % 2):
