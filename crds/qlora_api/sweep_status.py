@@ -79,5 +79,9 @@ class QLoRASweepStatus(ObservedModel):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
     claim_name: str = Field("", max_length=253, description="The workspace's PersistentVolumeClaim, for all cells.")
+    report: Uri | None = Field(
+        None,
+        description="Page with the curves of the cells over each other, which each cell that is published writes anew.",
+    )
     start_time: Timestamp | None = Field(None, description="When the operator first saw the sweep.")
     completion_time: Timestamp | None = Field(None, description="When the last cell ended.")

@@ -12,6 +12,7 @@ from qlora_api.naming import (
     SUSPENDED_ANNOTATION,
     SWEEP_LABEL,
     SWEEP_UID_LABEL,
+    shared_folder,
     workspace_claim_name,
 )
 from qlora_api.profile import Profile
@@ -48,6 +49,11 @@ class QLoRASweep:
     def claim_name(self) -> str:
         """The claim that all cells use as their workspace: the template's, or one that is created for the sweep."""
         return self.spec.template.spec.workspace.claim_name or workspace_claim_name(self.name, self.uid)
+
+    @property
+    def shared_folder(self) -> str:
+        """The folder on that claim that the cells share."""
+        return shared_folder(self.name, self.uid)
 
     def cells(self) -> tuple[Cell, ...]:
         """The cells in their order. Raises ValueError: see `qlora_api.sweep.cells`."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from qlora_api.contract import SWEEP_REPORT
 from qlora_api.profile import Profile
 from qlora_api.sweep import Cell
 from qlora_api.sweep_status import BestCell, CellStatus, QLoRASweepStatus, SweepPhase
@@ -148,6 +149,7 @@ def next_status(
             "best": _best(best),
             "cells": lines,
             "claim_name": sweep.claim_name,
+            "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}" if succeeded else before.report,
         }
     )
     if finished:

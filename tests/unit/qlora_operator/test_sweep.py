@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from qlora_api.profile import Profile
+from qlora_api.status import StepName
 from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_operator.decisions.manifests import build_job
 from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.sweep import (
@@ -19,7 +21,7 @@ from qlora_operator.decisions.sweep import (
     sweep_of,
 )
 from qlora_operator.decisions.sweep_plan import CreateCell, SetSuspend, next_status, objection_to_sweep, plan, table
-from tests.support.builders import ADAPTER, NOW, PROFILE, PROFILES, UID, after, condition, job_body
+from tests.support.builders import ADAPTER, NOW, PROFILE, PROFILES, UID, after, condition, job_body, resolved
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 NAME = "rates"
@@ -120,6 +122,7 @@ def test_a_sweep_ends_when_its_last_cell_does() -> None:
     assert "1 of 4 cells have failed" in message
     assert (of(status, "Failed")[0], of(status, "Stalled")[0]) == ("False", "False")
     assert status.completion_time is not None
+    assert status.report == "pvc://rates-0a1b2c3d/rates-0a1b2c3d/report.html"
 
 
 def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
@@ -265,6 +268,25 @@ def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> N
     assert shares(name="a" * 43) is None
     assert shares(uid="../../..") is None
     assert parse_job(job_body()).shares is None
+
+
+def test_cells_share_a_base_unless_the_profile_has_a_cache_and_publish_writes_the_report_of_all() -> None:
+    body = job_body()
+    body["metadata"] |= {"ownerReferences": [OWNER]}
+    cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "model-cache"}})
+
+    def environment(step: StepName, profile: Profile, body: dict[str, Any] = body) -> dict[str, str]:
+        job = parse_job(body)
+        shared = resolved(profile).model_copy(update={"shared_path": job.shares})
+        (container,) = build_job(job, shared, step, 1)["spec"]["template"]["spec"]["containers"]
+        return {entry["name"]: entry.get("value", "") for entry in container["env"]}
+
+    folder = f"/workspace/{NAME}-0a1b2c3d"
+    steps: tuple[StepName, ...] = ("prepare", "train", "publish")
+    assert [environment(step, PROFILE).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
+    assert [environment(step, cached).get("QLORA_MODEL_CACHE") for step in steps] == ["/model-cache"] * 3
+    assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [None, None, folder]
+    assert not environment("publish", PROFILE, job_body()).keys() & {"QLORA_MODEL_CACHE", "QLORA_SWEEP_FOLDER"}
 
 
 def test_a_sweep_of_another_release_is_said_to_be_unreadable() -> None:
