@@ -212,6 +212,7 @@ class SweepTemplate(ApiModel):
         return self
 
 
+_NO_SCORE = "best: score compares the scores of spec.template.spec.gate.score: set that, or leave best out"
 MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend"})
 
 
@@ -219,6 +220,10 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
     schema.update(
         rules(
             rule("has(self.grid) != has(self.cells)", _ONE_SOURCE),
+            rule(
+                "self.best != 'score' || (has(self.template.spec.gate) && has(self.template.spec.gate.score))",
+                _NO_SCORE,
+            ),
             rule(
                 "!((has(self.grid) && has(self.grid.seed)) || (has(self.cells) && self.cells.exists(c, has(c.seed)))) "
                 "|| !has(self.template.spec.dataset.eval) || has(self.template.spec.dataset.eval.source)",
@@ -238,6 +243,11 @@ class QLoRASweepSpec(ApiModel):
     grid: Grid | None = Field(None, description="Values of fields, of which each combination is a cell; or set cells.")
     cells: Annotated[tuple[Overrides, ...], Field(min_length=1, max_length=MAX_CELLS)] | None = Field(
         None, description="The cells one by one, each by what it changes in the template; or set grid."
+    )
+    best: Literal["evalLoss", "score"] = Field(
+        "evalLoss",
+        description="What the best cell has: the lowest loss on the held-out rows (evalLoss), or the highest score of "
+        "the template's gate, and the lower loss of two with the same score.",
     )
     parallelism: int = Field(
         1,
@@ -259,6 +269,13 @@ class QLoRASweepSpec(ApiModel):
         seeded = any(overrides.seed is not None for overrides in self.overrides())
         if seeded and held_out is not None and held_out.source is None:
             raise ValueError(_OTHER_ROWS)
+        return self
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        gate = self.template.spec.gate
+        if self.best == "score" and (gate is None or gate.score is None):
+            raise ValueError(_NO_SCORE)
         return self
 
     def overrides(self) -> tuple[Overrides, ...]:

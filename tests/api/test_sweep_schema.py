@@ -63,6 +63,7 @@ REJECTED = {
         with_value(with_value(SWEEP, f"{TEMPLATE}.dataset.eval", {"fraction": 0.1}), "spec.grid", {"seed": [0, 1]}),
         "cells with different seeds could not be compared",
     ),
+    "scores that nobody computes": (with_value(SWEEP, "spec.best", "score"), "set that, or leave best out"),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),

@@ -86,6 +86,7 @@ class CellJob:
     progress: str = ""
     loss: float | None = None
     eval_loss: float | None = None
+    score: float | None = None
     adapter: str = ""
     sha256: str = ""
     reason: str = ""
@@ -135,6 +136,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         progress=progress.summary if progress else "",
         loss=progress.loss if progress else None,
         eval_loss=progress.eval_loss if progress else None,
+        score=status.gate.score if status.gate else None,
         adapter=adapter.uri if adapter else "",
         sha256=adapter.sha256 if adapter else "",
         reason=failed.reason if failed is not None and is_true(status, "Failed") else "",

@@ -55,7 +55,7 @@ def created(sweep: QLoRASweep, *jobs: CellJob, objection: Reason | None = None) 
 
 
 def status_of(sweep: QLoRASweep, *jobs: CellJob, **why: Reason | None) -> QLoRASweepStatus:
-    lines = table(sweep.cells(), by_name(*jobs), sweep.status)
+    lines = table(sweep, sweep.cells(), by_name(*jobs))
     return next_status(sweep, lines, why.get("objection"), why.get("blocked"), NOW)
 
 
@@ -76,7 +76,7 @@ def test_cells_are_created_in_order_and_no_more_at_a_time_than_asked_for() -> No
 def test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line() -> None:
     before = status_of(make(), done(0, 1.5), cell(1))
     sweep = make(before)
-    lines = table(sweep.cells(), {}, sweep.status)
+    lines = table(sweep, sweep.cells(), {})
     assert [line.phase for line in lines] == ["Succeeded", "Deleted", "Pending", "Pending"]
     assert created(sweep) == ["rates-02"]
     status = status_of(sweep)
@@ -111,6 +111,19 @@ def test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded(
     tied = status_of(make(), done(0, 1.5), done(1, 1.5))
     assert tied.best is not None
     assert tied.best.cell == "rates-00"
+
+
+def test_the_best_by_score_has_the_highest_and_of_two_the_lower_loss() -> None:
+    gate = {"gate": {"score": {"check": "exactMatch"}}}
+    jobs = (done(0, 1.0, score=0.5), done(1, 1.5, score=0.75), done(2, 1.25, score=0.75), done(3, 0.5))
+    status = status_of(make(template=gate, best="score"), *jobs)
+    assert status.best is not None
+    assert (status.best.cell, status.best.score, status.best.eval_loss) == ("rates-02", 0.75, 1.25)
+    assert [line.rank for line in status.cells] == [3, 2, 1, None]
+    assert "with loss 1.25 on the held-out rows, score 0.75, its adapter" in of(status, "Succeeded")[2]
+    by_loss = status_of(make(template=gate), *jobs)
+    assert by_loss.best is not None
+    assert by_loss.best.cell == "rates-03"
 
 
 def test_a_sweep_ends_when_its_last_cell_does() -> None:
@@ -161,7 +174,7 @@ def test_what_keeps_the_next_cell_waiting_is_said_and_nothing_changes_with_time_
     why = Reason("CellRejected", "the quota is used up")
     status = status_of(make(), done(0, 1.0), blocked=why)
     assert of(status, "Succeeded") == ("Unknown", "CellRejected", "the quota is used up")
-    lines = table(make().cells(), by_name(done(0, 1.0)), status)
+    lines = table(make(status), make().cells(), by_name(done(0, 1.0)))
     assert next_status(make(status), lines, None, why, after(60)) == status
     all_created = status_of(make(), *(cell(number) for number in range(4)), objection=why)
     assert of(all_created, "Succeeded")[1] == "Running"
