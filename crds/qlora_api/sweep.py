@@ -170,6 +170,7 @@ _ONE_ADAPTER = (
     "remove an hf:// or oci:// destination, and upload the adapter of status.best yourself"
 )
 _MERGED = "output.merged would merge the adapter of every cell: remove it, and merge that of status.best"
+_CONTINUED = "continues takes up one run with the same settings, which cells change: remove it, or set lora.from"
 _ONE_SOURCE = "set exactly one of grid and cells"
 _OTHER_ROWS = (
     "training.seed chooses the rows of dataset.eval.fraction, so that cells with different seeds could not be "
@@ -190,6 +191,7 @@ class SweepTemplate(ApiModel):
                 _ONE_ADAPTER,
             ),
             rule("!has(self.spec.output.merged)", _MERGED),
+            rule("!has(self.spec.continues)", _CONTINUED),
         )
     )
 
@@ -209,6 +211,8 @@ class SweepTemplate(ApiModel):
             raise ValueError(_ONE_ADAPTER)
         if output.merged is not None:
             raise ValueError(_MERGED)
+        if self.spec.continues is not None:
+            raise ValueError(_CONTINUED)
         return self
 
 

@@ -73,6 +73,7 @@ REJECTED = {
         with_value(SWEEP, f"{TEMPLATE}.output", {"merged": {}}),
         "would merge the adapter of every cell",
     ),
+    "the run of another job": (with_value(SWEEP, f"{TEMPLATE}.continues", "tune"), "continues takes up one run"),
     "what a job does not admit": (
         with_value(SWEEP, f"{TEMPLATE}.training", {"epochs": 1, "maxSteps": 10}),
         "set only one of epochs and maxSteps",
