@@ -58,8 +58,8 @@ OPERATOR = (
     Mutant(
         name="a-cell-that-has-not-succeeded-is-the-best",
         file=f"{_DECISIONS}/sweep_plan.py",
-        old='if line.phase == "Succeeded" and line.eval_loss is not None and line.adapter]',
-        new="if line.eval_loss is not None]",
+        old='[line for line in lines if line.phase == "Succeeded" and line.adapter]',
+        new="list(lines)",
         tests=(
             f"{_OPERATOR_TESTS}/test_sweep.py::test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded",
         ),
