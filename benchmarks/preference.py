@@ -36,7 +36,7 @@ TRAINING: dict[str, Any] = {
     "microBatchSize": 4,
     "gradientAccumulationSteps": 1,
     "maxSequenceLength": 256,
-    "learningRate": 5e-4,
+    "learningRate": 1e-4,
     "scheduler": "linear",
     "warmupSteps": 2,
     "gradientCheckpointing": False,

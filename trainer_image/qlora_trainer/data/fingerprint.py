@@ -50,6 +50,8 @@ class ResolvedInputs:
             "maxSequenceLength": training.max_sequence_length,
             "packing": training.packing,
             "trainOn": training.train_on,
+            # Which columns are read may depend on it.
+            **({"pairs": True} if training.compares_answers else {}),
             # It chooses rows, and which of them share a sequence.
             "seed": training.seed,
         }
