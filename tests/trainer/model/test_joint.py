@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from qlora_trainer.model.adapter import (
 )
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
-from qlora_trainer.model.joint import joint_losses
+from qlora_trainer.model.joint import joint_losses, routed
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.support import inspect_family
 from tests.support.adapted import NF4
@@ -74,7 +73,9 @@ def alone_results(model: Any, batch: Batch) -> list[Tensor]:
 
 def together_results(model: Any, batches: dict[str, Batch]) -> dict[str, list[Tensor]]:
     """The same of each adapter, from one pass."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False), joint_losses(model, batches) as losses:
+    with routed(model, batches):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            losses = joint_losses(model, batches)
         torch.stack(list(losses.values())).sum().backward()
     results = {}
     for name, loss in losses.items():

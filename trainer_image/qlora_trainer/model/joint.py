@@ -19,31 +19,40 @@ from qlora_trainer.model.loss import LogitTransform, summed_loss
 
 
 @contextmanager
-def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[dict[str, Tensor]]:
-    """For each adapter the summed loss of its batch's targets, a float32 scalar, for the backward pass in the body.
+def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
+    """In the body, forward passes are `joint_losses` of these batches, by the names of their adapters.
 
-    The base computes all tokens at once, and each adapter its own. The backward pass has to be inside: gradient
-    checkpointing computes the blocks again. Raises ModelError for a model whose layers cannot tell whose a token is.
+    Their backward passes have to be in it too: gradient checkpointing computes the blocks again.
+    """
+    routing = _routing(model)
+    offsets = list(accumulate((batch.tokens for batch in batches.values()), initial=0))
+    routing.tokens = offsets[-1] + cpu.padding(offsets[-1], model.device.type)
+    routing.segments = tuple(
+        Segment(name, start, start + batch.tokens)
+        for (name, batch), start in zip(batches.items(), offsets, strict=False)
+    )
+    try:
+        yield
+    finally:
+        routing.segments = ()
+
+
+def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+    """For each adapter the summed loss of its batch's targets, a float32 scalar. To be called where they are `routed`.
+
+    The base computes the tokens of all at once, and each adapter its own. Raises ModelError for a model whose layers
+    cannot tell whose a token is.
     """
     base: Any = model.get_base_model()
     batch = joined(tuple(batches.values()))
-    routing = _routing(base)
-    offsets = accumulate((part.tokens for part in batches.values()), initial=0)
-    routing.tokens = batch.input_ids.shape[1]
-    routing.segments = tuple(
-        Segment(name, start, start + part.tokens) for (name, part), start in zip(batches.items(), offsets, strict=False)
-    )
-    try:
-        states = decoder_states(base, batch.input_ids, batch.position_ids, batch.rows)[0]
-        counts = [part.target_count for part in batches.values()]
-        head, transform = base.get_output_embeddings(), LogitTransform.of(base.config)
-        chunk_tokens = cpu.loss_chunk_tokens(states.device.type)
-        yield {
-            name: summed_loss(states[predicting], part.targets, head, transform, chunk_tokens)
-            for (name, part), predicting in zip(batches.items(), batch.predicting.split(counts), strict=True)
-        }
-    finally:
-        routing.segments = ()
+    states = decoder_states(base, batch.input_ids, batch.position_ids, batch.rows)[0]
+    positions = batch.predicting.split([part.target_count for part in batches.values()])
+    head, transform = base.get_output_embeddings(), LogitTransform.of(base.config)
+    chunk_tokens = cpu.loss_chunk_tokens(states.device.type)
+    return {
+        name: summed_loss(states[predicting], part.targets, head, transform, chunk_tokens)
+        for (name, part), predicting in zip(batches.items(), positions, strict=True)
+    }
 
 
 def joined(batches: tuple[Batch, ...]) -> Batch:
@@ -68,6 +77,6 @@ def _without_padding(batch: Batch) -> tuple[int, ...]:
     return batch.rows.lengths[: -1 if batch.tokens < batch.input_ids.shape[1] else None]
 
 
-def _routing(base: Any) -> Routing:
+def _routing(model: PeftModel) -> Routing:
     """What the fused layers share."""
-    return next(module.routing for module in base.modules() if isinstance(module, FusedLora))
+    return next(module.routing for module in model.modules() if isinstance(module, FusedLora))
