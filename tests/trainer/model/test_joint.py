@@ -33,7 +33,7 @@ ADAPTERS = {
 }
 ROWS = {"default": (40, 25, 70), "job00": (90, 31), "job01": (12, 55, 64, 8)}
 BATCHES = {name: Batch.of([random_sequence(rows, seed=len(rows))], CPU) for name, rows in ROWS.items()}
-ORIGIN = {"base_name": "org/tiny", "base_revision": "0123abc"}
+NAME, REVISION = "org/tiny", "0123abc"
 
 
 def alone(folder: Path, name: str) -> Any:
@@ -41,7 +41,9 @@ def alone(folder: Path, name: str) -> Any:
     lora, seed = ADAPTERS[name]
     targets = inspect_family(folder, lora).target_modules
     base = load_base(folder, NF4, "cpu")
-    return attach_adapter(base, lora, targets, seed=seed, gradient_checkpointing=True, **ORIGIN)
+    return attach_adapter(
+        base, lora, targets, seed=seed, gradient_checkpointing=True, base_name=NAME, base_revision=REVISION
+    )
 
 
 def together(folder: Path) -> Any:
@@ -50,7 +52,15 @@ def together(folder: Path) -> Any:
     model = alone(folder, first)
     for name in others:
         lora, seed = ADAPTERS[name]
-        attach_further_adapter(model, name, lora, inspect_family(folder, lora).target_modules, seed=seed, **ORIGIN)
+        attach_further_adapter(
+            model,
+            name,
+            lora,
+            inspect_family(folder, lora).target_modules,
+            seed=seed,
+            base_name=NAME,
+            base_revision=REVISION,
+        )
     return model
 
 

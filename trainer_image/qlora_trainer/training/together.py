@@ -55,11 +55,13 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
             if is_done(member.run, member.state):
                 training.remove(member)
                 yield member, member.state
+                # Whatever finishing it needed: the others still train.
+                member.run.model.train()
         if interrupted is not None:
             raise interrupted
-        for member, failure in _step(training):
-            training.remove(member)
-            yield member, failure
+        for failed in _step(training):
+            training.remove(failed[0])
+            yield failed
 
 
 def _step(members: Sequence[Member]) -> list[tuple[Member, StepFailure]]:
