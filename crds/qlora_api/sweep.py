@@ -170,6 +170,7 @@ _ONE_ADAPTER = (
     "remove an hf:// or oci:// destination, and upload the adapter of status.best yourself"
 )
 _MERGED = "output.merged would merge the adapter of every cell: remove it, and merge that of status.best"
+_CONTINUED = "continues takes up one run with the same settings, which cells change: remove it, or set lora.from"
 _ONE_SOURCE = "set exactly one of grid and cells"
 _OTHER_ROWS = (
     "training.seed chooses the rows of dataset.eval.fraction, so that cells with different seeds could not be "
@@ -190,6 +191,7 @@ class SweepTemplate(ApiModel):
                 _ONE_ADAPTER,
             ),
             rule("!has(self.spec.output.merged)", _MERGED),
+            rule("!has(self.spec.continues)", _CONTINUED),
         )
     )
 
@@ -209,9 +211,12 @@ class SweepTemplate(ApiModel):
             raise ValueError(_ONE_ADAPTER)
         if output.merged is not None:
             raise ValueError(_MERGED)
+        if self.spec.continues is not None:
+            raise ValueError(_CONTINUED)
         return self
 
 
+_NO_SCORE = "best: score compares the scores of spec.template.spec.gate.score: set that, or leave best out"
 MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend"})
 
 
@@ -219,6 +224,10 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
     schema.update(
         rules(
             rule("has(self.grid) != has(self.cells)", _ONE_SOURCE),
+            rule(
+                "self.best != 'score' || (has(self.template.spec.gate) && has(self.template.spec.gate.score))",
+                _NO_SCORE,
+            ),
             rule(
                 "!((has(self.grid) && has(self.grid.seed)) || (has(self.cells) && self.cells.exists(c, has(c.seed)))) "
                 "|| !has(self.template.spec.dataset.eval) || has(self.template.spec.dataset.eval.source)",
@@ -238,6 +247,11 @@ class QLoRASweepSpec(ApiModel):
     grid: Grid | None = Field(None, description="Values of fields, of which each combination is a cell; or set cells.")
     cells: Annotated[tuple[Overrides, ...], Field(min_length=1, max_length=MAX_CELLS)] | None = Field(
         None, description="The cells one by one, each by what it changes in the template; or set grid."
+    )
+    best: Literal["evalLoss", "score"] = Field(
+        "evalLoss",
+        description="What the best cell has: the lowest loss on the held-out rows (evalLoss), or the highest score of "
+        "the template's gate, and the lower loss of two with the same score.",
     )
     parallelism: int = Field(
         1,
@@ -259,6 +273,13 @@ class QLoRASweepSpec(ApiModel):
         seeded = any(overrides.seed is not None for overrides in self.overrides())
         if seeded and held_out is not None and held_out.source is None:
             raise ValueError(_OTHER_ROWS)
+        return self
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        gate = self.template.spec.gate
+        if self.best == "score" and (gate is None or gate.score is None):
+            raise ValueError(_NO_SCORE)
         return self
 
     def overrides(self) -> tuple[Overrides, ...]:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from qlora_api.schema import ObservedModel
-from qlora_api.status import Condition, Count, Finite, ShortText, Timestamp, Uri
+from qlora_api.status import Condition, Count, Finite, Share, ShortText, Timestamp, Uri
 
 SweepPhase = Literal["Pending", "Running", "Suspended", "Succeeded", "Failed"]
 CellPhase = Literal[
@@ -35,8 +35,9 @@ class CellStatus(ObservedModel):
     progress: ShortText = Field("", description="Training steps done.")
     loss: Finite | None = Field(None, description="Training loss in the latest step.")
     eval_loss: Finite | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
+    score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
     rank: int | None = Field(
-        None, ge=1, le=1000, description="Its place among the cells that have succeeded, by evalLoss; 1 is the best."
+        None, ge=1, le=1000, description="Its place among the cells that have succeeded, by spec.best; 1 is the best."
     )
     adapter: Uri = Field("", description="Folder of its adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
@@ -44,11 +45,12 @@ class CellStatus(ObservedModel):
 
 
 class BestCell(ObservedModel):
-    """The cell with the lowest loss on the held-out rows, of those that have succeeded so far."""
+    """The best cell, by spec.best, of those that have succeeded so far."""
 
     cell: str = Field(max_length=63, description="Name of its QLoRAJob.")
     overrides: ShortText = Field(description="What it changes in the template.")
-    eval_loss: Finite = Field(description="Its loss on the held-out rows at the end.")
+    eval_loss: Finite | None = Field(None, description="Loss of its adapter on the held-out rows.")
+    score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
     adapter: Uri = Field(description="Folder of its adapter, which stays when the sweep is deleted.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
 
@@ -79,5 +81,9 @@ class QLoRASweepStatus(ObservedModel):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
     claim_name: str = Field("", max_length=253, description="The workspace's PersistentVolumeClaim, for all cells.")
+    report: Uri | None = Field(
+        None,
+        description="Page with the curves of the cells over each other, which each cell that is published writes anew.",
+    )
     start_time: Timestamp | None = Field(None, description="When the operator first saw the sweep.")
     completion_time: Timestamp | None = Field(None, description="When the last cell ended.")

@@ -96,7 +96,7 @@ class SweepReconciler:
             except _BlockedError as error:
                 logger.warning("%s", error, extra={"key": key})
                 blocked = error.reason
-        lines = table(cells, jobs, sweep.status)
+        lines = table(sweep, cells, jobs)
         await self._write(sweep, next_status(sweep, lines, objection, blocked, self.clock()))
         if blocked is not None:
             return self.blocked.next(key)

@@ -540,7 +540,7 @@ def test_the_server_keeps_what_a_status_says_about_the_base_and_its_cache(plane:
 
 @pytest.mark.usefixtures("created")
 def test_jobs_can_be_selected_by_model(plane: ControlPlane) -> None:
-    found = plane.kubectl.get("qlora", "--field-selector=spec.model.source=hf://org/model")
+    found = plane.kubectl.get("qlorajobs", "--field-selector=spec.model.source=hf://org/model")
     assert [item["metadata"]["name"] for item in found["items"]] == ["full"]
 
 

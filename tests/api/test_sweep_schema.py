@@ -63,6 +63,7 @@ REJECTED = {
         with_value(with_value(SWEEP, f"{TEMPLATE}.dataset.eval", {"fraction": 0.1}), "spec.grid", {"seed": [0, 1]}),
         "cells with different seeds could not be compared",
     ),
+    "scores that nobody computes": (with_value(SWEEP, "spec.best", "score"), "set that, or leave best out"),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),
@@ -72,6 +73,7 @@ REJECTED = {
         with_value(SWEEP, f"{TEMPLATE}.output", {"merged": {}}),
         "would merge the adapter of every cell",
     ),
+    "the run of another job": (with_value(SWEEP, f"{TEMPLATE}.continues", "tune"), "continues takes up one run"),
     "what a job does not admit": (
         with_value(SWEEP, f"{TEMPLATE}.training", {"epochs": 1, "maxSteps": 10}),
         "set only one of epochs and maxSteps",

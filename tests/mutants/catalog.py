@@ -58,8 +58,8 @@ OPERATOR = (
     Mutant(
         name="a-cell-that-has-not-succeeded-is-the-best",
         file=f"{_DECISIONS}/sweep_plan.py",
-        old='if line.phase == "Succeeded" and line.eval_loss is not None and line.adapter]',
-        new="if line.eval_loss is not None]",
+        old='[line for line in lines if line.phase == "Succeeded" and line.adapter]',
+        new="list(lines)",
         tests=(
             f"{_OPERATOR_TESTS}/test_sweep.py::test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded",
         ),
@@ -1239,6 +1239,15 @@ TRAINER = (
         old="numpy.isin(first_equal_[training], first_equal_[held_out])",
         new="numpy.isin(training, held_out)",
         tests=(f"{_TRAINER_TESTS}/data/test_duplicates.py::test_the_overlap_names_its_first_rows",),
+    ),
+    Mutant(
+        name="adapters-in-one-pass-have-the-scale-of-the-first",
+        file=f"{_TRAINER}/model/fused_lora.py",
+        old="self.scaling[part.adapter]) for part in parts)",
+        new="self.scaling[parts[0].adapter]) for part in parts)",
+        tests=(
+            f"{_TRAINER_TESTS}/model/test_joint.py::test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone",
+        ),
     ),
 )
 

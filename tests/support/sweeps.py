@@ -14,7 +14,13 @@ SWEEP: Manifest = {
 FULL_SWEEP: Manifest = {
     **SWEEP,
     "spec": {
-        "template": {"spec": {**TEMPLATE, "output": {"destination": "s3://bucket/adapters"}}},
+        "template": {
+            "spec": {
+                **TEMPLATE,
+                "output": {"destination": "s3://bucket/adapters"},
+                "gate": {"maxEvalLoss": 2.0, "score": {"check": "exactMatch"}},
+            }
+        },
         "cells": [
             {},
             {
@@ -34,6 +40,7 @@ FULL_SWEEP: Manifest = {
             },
             {"epochs": 3},
         ],
+        "best": "score",
         "parallelism": 2,
         "suspend": True,
     },

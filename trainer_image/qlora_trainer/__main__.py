@@ -1,5 +1,6 @@
 """The trainer's command line: one command per step."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -54,6 +55,13 @@ _OPTIONS = (
         help="Folder in which downloaded base models are shared.",
     ),
     click.option(
+        "--sweep-folder",
+        type=click.Path(path_type=Path),
+        envvar=contract.ENV_SWEEP_FOLDER,
+        show_envvar=True,
+        help="Folder that the cells of a sweep share.",
+    ),
+    click.option(
         "--termination-log",
         type=click.Path(path_type=Path),
         default=_EXISTING_LOG,
@@ -84,19 +92,42 @@ def main() -> None:
     """Fine-tune a language model with QLoRA, one step at a time. Standard output carries records only."""
 
 
+_FURTHER = {
+    "train": (
+        click.option(
+            "--with",
+            "others",
+            multiple=True,
+            metavar="JOB=DIR",
+            callback=_folders,
+            help="Document and workspace of another job, which is trained together with this one, on the same base.",
+        ),
+    )
+}
+"""Options of one step only."""
+
+
 def _add_step(step: StepName, help_text: str) -> None:
     def command(
         volume: dict[str, Path],
         config_map: dict[str, Path],
         continues: Path,
         model_cache: Path | None,
+        sweep_folder: Path | None,
+        others: Mapping[str, Path] | None = None,
         **options: object,
     ) -> None:
-        cache = model_cache and model_cache.absolute()
-        mounts = Mounts(claims=volume, config_map_folders=config_map, continued=continues.absolute(), model_cache=cache)
-        run(Invocation(step=step, mounts=mounts, **options))  # type: ignore[arg-type]
+        mounts = Mounts(
+            claims=volume,
+            config_map_folders=config_map,
+            continued=continues.absolute(),
+            model_cache=model_cache and model_cache.absolute(),
+            sweep=sweep_folder,
+        )
+        jobs = {Path(job): folder for job, folder in (others or {}).items()}
+        run(Invocation(step=step, mounts=mounts, others=jobs, **options))  # type: ignore[arg-type]
 
-    for option in reversed(_OPTIONS):
+    for option in reversed((*_OPTIONS, *_FURTHER.get(step, ()))):
         command = option(command)
     main.command(step, help=help_text)(command)
 

@@ -12,6 +12,7 @@ from qlora_api.naming import (
     SUSPENDED_ANNOTATION,
     SWEEP_LABEL,
     SWEEP_UID_LABEL,
+    shared_folder,
     workspace_claim_name,
 )
 from qlora_api.profile import Profile
@@ -49,6 +50,11 @@ class QLoRASweep:
         """The claim that all cells use as their workspace: the template's, or one that is created for the sweep."""
         return self.spec.template.spec.workspace.claim_name or workspace_claim_name(self.name, self.uid)
 
+    @property
+    def shared_folder(self) -> str:
+        """The folder on that claim that the cells share."""
+        return shared_folder(self.name, self.uid)
+
     def cells(self) -> tuple[Cell, ...]:
         """The cells in their order. Raises ValueError: see `qlora_api.sweep.cells`."""
         return cells(self.name, self.spec, self.claim_name)
@@ -80,6 +86,7 @@ class CellJob:
     progress: str = ""
     loss: float | None = None
     eval_loss: float | None = None
+    score: float | None = None
     adapter: str = ""
     sha256: str = ""
     reason: str = ""
@@ -129,6 +136,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         progress=progress.summary if progress else "",
         loss=progress.loss if progress else None,
         eval_loss=progress.eval_loss if progress else None,
+        score=status.gate.score if status.gate else None,
         adapter=adapter.uri if adapter else "",
         sha256=adapter.sha256 if adapter else "",
         reason=failed.reason if failed is not None and is_true(status, "Failed") else "",

@@ -1,9 +1,11 @@
 """Decides what a sweep does next and what its status says, from its cells as they are now; pure."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from qlora_api.contract import SWEEP_REPORT
 from qlora_api.profile import Profile
 from qlora_api.sweep import Cell
 from qlora_api.sweep_status import BestCell, CellStatus, QLoRASweepStatus, SweepPhase
@@ -64,10 +66,11 @@ def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
     )
 
 
-def table(cells: Sequence[Cell], jobs: Mapping[str, CellJob], stored: QLoRASweepStatus) -> tuple[CellStatus, ...]:
+def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> tuple[CellStatus, ...]:
     """A line for each cell, by its QLoRAJob; by the stored line if that is gone."""
-    before = {line.name: line for line in stored.cells}
-    return _ranked([_line(cell, jobs.get(cell.name), before.get(cell.name)) for cell in cells])
+    before = {line.name: line for line in sweep.status.cells}
+    lines = [_line(cell, jobs.get(cell.name), before.get(cell.name)) for cell in cells]
+    return _ranked(lines, by_score=sweep.spec.best == "score")
 
 
 def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellStatus:
@@ -81,6 +84,7 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
             progress=job.progress,
             loss=job.loss,
             eval_loss=job.eval_loss,
+            score=job.score,
             adapter=job.adapter,
             sha256=job.sha256,
             reason=job.reason,
@@ -91,11 +95,16 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
     return before if before.phase in _ENDED else before.model_copy(update={"phase": "Deleted", "progress": ""})
 
 
-def _ranked(lines: Sequence[CellStatus]) -> tuple[CellStatus, ...]:
-    """The lines with the places of the cells that have succeeded; of two with the same loss, the first is before."""
-    done = [line for line in lines if line.phase == "Succeeded" and line.eval_loss is not None and line.adapter]
-    done.sort(key=lambda line: line.eval_loss if line.eval_loss is not None else 0.0)
-    places = {line.name: place for place, line in enumerate(done, 1)}
+def _ranked(lines: Sequence[CellStatus], *, by_score: bool) -> tuple[CellStatus, ...]:
+    """The lines with the places of the cells that have succeeded; of two that are equal, the first is before."""
+
+    def key(line: CellStatus) -> tuple[float, float]:
+        loss = math.inf if line.eval_loss is None else line.eval_loss
+        return (-(line.score or 0.0), loss) if by_score else (loss, 0.0)
+
+    done = [line for line in lines if line.phase == "Succeeded" and line.adapter]
+    done = [line for line in done if (line.score if by_score else line.eval_loss) is not None]
+    places = {line.name: place for place, line in enumerate(sorted(done, key=key), 1)}
     return tuple(line.model_copy(update={"rank": places.get(line.name)}) for line in lines)
 
 
@@ -148,6 +157,7 @@ def next_status(
             "best": _best(best),
             "cells": lines,
             "claim_name": sweep.claim_name,
+            "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}" if succeeded else before.report,
         }
     )
     if finished:
@@ -171,12 +181,13 @@ def _ended(line: CellStatus) -> bool:
 
 
 def _best(line: CellStatus | None) -> BestCell | None:
-    if line is None or line.eval_loss is None:
+    if line is None:
         return None
     return BestCell(
         cell=line.name,
         overrides=line.overrides,
         eval_loss=line.eval_loss,
+        score=line.score,
         adapter=line.adapter,
         sha256=line.sha256,
     )
@@ -189,13 +200,14 @@ def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
         why = f" ({', '.join(words)[:_SHORT]})" if words else ""
         sentence = f"none of the {len(status.cells)} cells has succeeded{why}: the condition Failed of each reports why"
         return Reason("AllCellsFailed", sentence)
-    if status.best is None:
-        return Reason("Succeeded", f"no cell has a loss on held-out rows to be chosen by{failed}")
     best = status.best
+    if best is None:
+        return Reason("Succeeded", f"no cell has what spec.best chooses by{failed}")
+    score = "" if best.score is None else f", score {best.score}"
     return Reason(
         "Succeeded",
-        f"the best is {best.cell} ({best.overrides}) with loss {best.eval_loss} on the held-out rows, its adapter is "
-        f"at {best.adapter}{failed}",
+        f"the best is {best.cell} ({best.overrides}) with loss {best.eval_loss} on the held-out rows{score}, its "
+        f"adapter is at {best.adapter}{failed}",
     )
 
 

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from qlora_api.profile import Profile
+from qlora_api.status import StepName
 from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_operator.decisions.manifests import build_job
 from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.sweep import (
@@ -19,7 +21,7 @@ from qlora_operator.decisions.sweep import (
     sweep_of,
 )
 from qlora_operator.decisions.sweep_plan import CreateCell, SetSuspend, next_status, objection_to_sweep, plan, table
-from tests.support.builders import ADAPTER, NOW, PROFILE, PROFILES, UID, after, condition, job_body
+from tests.support.builders import ADAPTER, NOW, PROFILE, PROFILES, UID, after, condition, job_body, resolved
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 NAME = "rates"
@@ -53,7 +55,7 @@ def created(sweep: QLoRASweep, *jobs: CellJob, objection: Reason | None = None) 
 
 
 def status_of(sweep: QLoRASweep, *jobs: CellJob, **why: Reason | None) -> QLoRASweepStatus:
-    lines = table(sweep.cells(), by_name(*jobs), sweep.status)
+    lines = table(sweep, sweep.cells(), by_name(*jobs))
     return next_status(sweep, lines, why.get("objection"), why.get("blocked"), NOW)
 
 
@@ -74,7 +76,7 @@ def test_cells_are_created_in_order_and_no_more_at_a_time_than_asked_for() -> No
 def test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line() -> None:
     before = status_of(make(), done(0, 1.5), cell(1))
     sweep = make(before)
-    lines = table(sweep.cells(), {}, sweep.status)
+    lines = table(sweep, sweep.cells(), {})
     assert [line.phase for line in lines] == ["Succeeded", "Deleted", "Pending", "Pending"]
     assert created(sweep) == ["rates-02"]
     status = status_of(sweep)
@@ -111,6 +113,19 @@ def test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded(
     assert tied.best.cell == "rates-00"
 
 
+def test_the_best_by_score_has_the_highest_and_of_two_the_lower_loss() -> None:
+    gate = {"gate": {"score": {"check": "exactMatch"}}}
+    jobs = (done(0, 1.0, score=0.5), done(1, 1.5, score=0.75), done(2, 1.25, score=0.75), done(3, 0.5))
+    status = status_of(make(template=gate, best="score"), *jobs)
+    assert status.best is not None
+    assert (status.best.cell, status.best.score, status.best.eval_loss) == ("rates-02", 0.75, 1.25)
+    assert [line.rank for line in status.cells] == [3, 2, 1, None]
+    assert "with loss 1.25 on the held-out rows, score 0.75, its adapter" in of(status, "Succeeded")[2]
+    by_loss = status_of(make(template=gate), *jobs)
+    assert by_loss.best is not None
+    assert by_loss.best.cell == "rates-03"
+
+
 def test_a_sweep_ends_when_its_last_cell_does() -> None:
     status = status_of(make(), done(0, 1.5), done(1, 1.25), done(2, 2.0), cell(3, "Failed", reason="Diverged"))
     assert (status.phase, status.summary) == ("Succeeded", "4/4")
@@ -120,6 +135,7 @@ def test_a_sweep_ends_when_its_last_cell_does() -> None:
     assert "1 of 4 cells have failed" in message
     assert (of(status, "Failed")[0], of(status, "Stalled")[0]) == ("False", "False")
     assert status.completion_time is not None
+    assert status.report == "pvc://rates-0a1b2c3d/rates-0a1b2c3d/report.html"
 
 
 def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
@@ -158,7 +174,7 @@ def test_what_keeps_the_next_cell_waiting_is_said_and_nothing_changes_with_time_
     why = Reason("CellRejected", "the quota is used up")
     status = status_of(make(), done(0, 1.0), blocked=why)
     assert of(status, "Succeeded") == ("Unknown", "CellRejected", "the quota is used up")
-    lines = table(make().cells(), by_name(done(0, 1.0)), status)
+    lines = table(make(status), make().cells(), by_name(done(0, 1.0)))
     assert next_status(make(status), lines, None, why, after(60)) == status
     all_created = status_of(make(), *(cell(number) for number in range(4)), objection=why)
     assert of(all_created, "Succeeded")[1] == "Running"
@@ -265,6 +281,25 @@ def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> N
     assert shares(name="a" * 43) is None
     assert shares(uid="../../..") is None
     assert parse_job(job_body()).shares is None
+
+
+def test_cells_share_a_base_unless_the_profile_has_a_cache_and_publish_writes_the_report_of_all() -> None:
+    body = job_body()
+    body["metadata"] |= {"ownerReferences": [OWNER]}
+    cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "model-cache"}})
+
+    def environment(step: StepName, profile: Profile, body: dict[str, Any] = body) -> dict[str, str]:
+        job = parse_job(body)
+        shared = resolved(profile).model_copy(update={"shared_path": job.shares})
+        (container,) = build_job(job, shared, step, 1)["spec"]["template"]["spec"]["containers"]
+        return {entry["name"]: entry.get("value", "") for entry in container["env"]}
+
+    folder = f"/workspace/{NAME}-0a1b2c3d"
+    steps: tuple[StepName, ...] = ("prepare", "train", "publish")
+    assert [environment(step, PROFILE).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
+    assert [environment(step, cached).get("QLORA_MODEL_CACHE") for step in steps] == ["/model-cache"] * 3
+    assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [None, None, folder]
+    assert not environment("publish", PROFILE, job_body()).keys() & {"QLORA_MODEL_CACHE", "QLORA_SWEEP_FOLDER"}
 
 
 def test_a_sweep_of_another_release_is_said_to_be_unreadable() -> None:
