@@ -95,6 +95,10 @@ def test_a_suspended_sweep_suspends_its_cells_and_takes_back_only_what_it_has_do
     resumed = make(parallelism=2)
     actions = list(plan(resumed, resumed.cells(), by_name(ours, theirs), None))
     assert actions == [SetSuspend(ours, False)]
+    resumed_by_the_user = cell(0, suspended_by_sweep=True)
+    assert list(plan(resumed, resumed.cells(), by_name(resumed_by_the_user, theirs), None)) == [
+        SetSuspend(resumed_by_the_user, False)
+    ]
     assert suspension(ours, True)["metadata"] == {
         "uid": "uid-0",
         "annotations": {"qlora.dev/suspended-by-sweep": "true"},
@@ -189,6 +193,13 @@ def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
     too_large = objection_to_sweep(make(template={"workspace": {"size": "2Gi"}}), {"default": limited}, NOW)
     assert too_large is not None
     assert too_large.word == "LimitExceeded"
+    # What keeps each cell from starting keeps the sweep from creating them.
+    prompt = {"systemPrompt": {"text": "a" + "\x01" * 16_000}}
+    score = {"check": "jsonSchema", "schema": "\x01" * 8192}
+    texts = {"dataset": TEMPLATE["dataset"] | prompt, "gate": {"minScore": 0.5, "score": score}}
+    too_long = objection_to_sweep(make(template=texts), PROFILES, NOW)
+    assert too_long is not None
+    assert too_long.word == "SpecTooLarge"
 
 
 @pytest.mark.parametrize(
