@@ -368,6 +368,22 @@ OPERATOR = (
         ),
     ),
     Mutant(
+        name="characters-beyond-ascii-make-a-document-too-large",
+        file=f"{_DECISIONS}/manifests.py",
+        old=", ensure_ascii=False",
+        new="",
+        tests=(f"{_OPERATOR_TESTS}/test_starts.py::test_a_system_prompt_of_any_characters_reaches_the_pods",),
+    ),
+    Mutant(
+        name="a-document-of-any-size-is-resolved",
+        file=f"{_DECISIONS}/resolution.py",
+        old="    if size <= limit:",
+        new="    if size:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_starts.py::test_a_spec_that_no_annotation_holds_waits_and_says_which_texts_are_too_long",
+        ),
+    ),
+    Mutant(
         name="the-document-changes-with-the-operator",
         file=f"{_DECISIONS}/manifests.py",
         old="if resolved.document is not None:",
