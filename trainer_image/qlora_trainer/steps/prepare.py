@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import BaseStatus
+from qlora_api.status import BaseStatus, InitialAdapterStatus
 from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -54,6 +54,7 @@ from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, require_something_to_continue
 from qlora_trainer.training.fingerprint import run_fingerprint
+from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.scorable import require_readable, require_scorable
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def prepare(
     record = None if written is None else _still_valid(written, context, records)
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
-            record = _prepare(context, records, say, now)
+            record = _prepare(context, records, say, now, None if written is None else written.initial_adapter)
     if context.spec.output.base is not None:
         model = context.workspace.root / record.model_path
         _check_destinations(context, base_publisher(record.base_sha256, model))
@@ -95,12 +96,13 @@ def prepare(
 
 def _continue_run(context: StepContext, record: PrepareRecord, name: str) -> PrepareRecord:
     """Copy the checkpoint of the job of that name; the record says at which step its run was taken up."""
-    ranks = context.spec.resources.gpu_count
-    fingerprint = run_fingerprint(context.spec, record, context.device, ranks)
-    step = continue_run(context.mounts.continued, name, context.workspace, fingerprint)
+    fingerprint = run_fingerprint(context.spec, record, context.device, context.spec.resources.gpu_count)
+    step = continue_run(context.mounts.continued, name, PreparedJob(context, record, fingerprint))
     if step is None:
         return record
-    return record.model_copy(update={"remarks": (*record.remarks, f"continues {name} from step {step}")})
+    earlier = f"continues {name} from step "
+    remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
+    return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}")})
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,11 @@ class _Admitted:
 
 
 def _prepare(
-    context: StepContext, records: RecordWriter, say: Callable[[str], None], now: Callable[[], datetime]
+    context: StepContext,
+    records: RecordWriter,
+    say: Callable[[str], None],
+    now: Callable[[], datetime],
+    earlier_adapter: InitialAdapterStatus | None,
 ) -> PrepareRecord:
     workspace, hub = context.workspace, cache(lambda: _open_hub(context))
     _check_destinations(context)
@@ -140,7 +146,8 @@ def _prepare(
     initial = None
     if context.spec.lora.initial_adapter is not None:
         say("fetching and checking the adapter of spec.lora.from")
-        initial = get_initial_adapter(context, hub, folder, admitted.model.family.target_modules)
+        target_modules = admitted.model.family.target_modules
+        initial = get_initial_adapter(context, hub, folder, target_modules, earlier_adapter)
 
     dataset = _dataset(context, admitted, hub, say)
     records.note(dataset=dataset.status())
@@ -182,6 +189,7 @@ def _prepare(
         base_path=recorded_path(base.folder, workspace.root),
         base_sha256=base.manifest.sha256,
         data_path=recorded_path(workspace.data / fingerprint, workspace.root),
+        data_content=resolved.content(context.spec.dataset),
         target_modules=family.target_modules,
         packed=admitted.packed,
         rows_apart=admitted.rows_apart,
