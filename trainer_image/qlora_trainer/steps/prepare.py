@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import BaseStatus
+from qlora_api.status import BaseStatus, InitialAdapterStatus
 from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -55,6 +55,7 @@ from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, require_something_to_continue
 from qlora_trainer.training.fingerprint import run_fingerprint
+from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.scorable import require_readable, require_scorable
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def prepare(
     record = None if written is None else _still_valid(written, context, records)
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
-            record = _prepare(context, records, say, now)
+            record = _prepare(context, records, say, now, None if written is None else written.initial_adapter)
     if context.spec.output.base is not None:
         model = context.workspace.root / record.model_path
         _check_destinations(context, base_publisher(record.base_sha256, model))
@@ -96,12 +97,13 @@ def prepare(
 
 def _continue_run(context: StepContext, record: PrepareRecord, name: str) -> PrepareRecord:
     """Copy the checkpoint of the job of that name; the record says at which step its run was taken up."""
-    ranks = context.spec.resources.gpu_count
-    fingerprint = run_fingerprint(context.spec, record, context.device, ranks)
-    step = continue_run(context.mounts.continued, name, context.workspace, fingerprint)
+    fingerprint = run_fingerprint(context.spec, record, context.device, context.spec.resources.gpu_count)
+    step = continue_run(context.mounts.continued, name, PreparedJob(context, record, fingerprint))
     if step is None:
         return record
-    return record.model_copy(update={"remarks": (*record.remarks, f"continues {name} from step {step}")})
+    earlier = f"continues {name} from step "
+    remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
+    return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}")})
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,11 @@ class _Admitted:
 
 
 def _prepare(
-    context: StepContext, records: RecordWriter, say: Callable[[str], None], now: Callable[[], datetime]
+    context: StepContext,
+    records: RecordWriter,
+    say: Callable[[str], None],
+    now: Callable[[], datetime],
+    earlier_adapter: InitialAdapterStatus | None,
 ) -> PrepareRecord:
     hub = cache(lambda: _open_hub(context))
     _check_destinations(context)
@@ -138,7 +144,7 @@ def _prepare(
     bases = open_base_source(context, source, folder, admitted.layout)
     bases.require_room()
 
-    initial = _initial_adapter(context, admitted, hub, say)
+    initial = _initial_adapter(context, admitted, hub, say, earlier_adapter)
     dataset = _dataset(context, admitted, hub, say)
     records.note(dataset=dataset.status())
     sequences = _write_sequences(dataset, context, admitted, say)
@@ -150,7 +156,8 @@ def _prepare(
     fetching += now() - started
 
     template = _write_template(admitted.tokenizer, sequences)
-    data = _complete_data(sequences, dataset, context, admitted, revision=base.revision, template=template)
+    resolved = _resolved(dataset, admitted, base.revision, template)
+    data = _complete_data(sequences, resolved, context)
     remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks)
     if initial is not None:
         initial.complete()
@@ -164,6 +171,7 @@ def _prepare(
         base_path=recorded_path(base.folder, root),
         base_sha256=base.manifest.sha256,
         data_path=recorded_path(data, root),
+        data_content=resolved.content(context.spec.dataset),
         target_modules=family.target_modules,
         packed=admitted.packed,
         rows_apart=admitted.rows_apart,
@@ -230,13 +238,17 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
 
 
 def _initial_adapter(
-    context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], say: Callable[[str], None]
+    context: StepContext,
+    admitted: _Admitted,
+    hub: Callable[[], Hub],
+    say: Callable[[str], None],
+    earlier: InitialAdapterStatus | None,
 ) -> InitialAdapter | None:
-    """The adapter of spec.lora.from, fetched and checked; None without one."""
+    """The adapter of spec.lora.from, fetched and checked; None without one. `earlier`: what an earlier attempt found."""
     if context.spec.lora.initial_adapter is None:
         return None
     say("fetching and checking the adapter of spec.lora.from")
-    return get_initial_adapter(context, hub, admitted.folder, admitted.model.family.target_modules)
+    return get_initial_adapter(context, hub, admitted.folder, admitted.model.family.target_modules, earlier)
 
 
 def _write_sequences(dataset: Dataset, context: StepContext, admitted: _Admitted, say: Callable[[str], None]) -> Path:
@@ -251,23 +263,18 @@ def _write_sequences(dataset: Dataset, context: StepContext, admitted: _Admitted
     return folder
 
 
-def _complete_data(
-    sequences: Path,
-    dataset: Dataset,
-    context: StepContext,
-    admitted: _Admitted,
-    *,
-    revision: str,
-    template: str | None,
-) -> Path:
-    """The data folder, named by its fingerprint, that the folder of the sequences becomes."""
-    resolved = ResolvedInputs(
+def _resolved(dataset: Dataset, admitted: _Admitted, revision: str, template: str | None) -> ResolvedInputs:
+    return ResolvedInputs(
         revision,
         admitted.tokenizer_files,
         tuple(source.sha256 for source in dataset.training),
         None if dataset.own_evaluation is None else dataset.own_evaluation.sha256,
         template,
     )
+
+
+def _complete_data(sequences: Path, resolved: ResolvedInputs, context: StepContext) -> Path:
+    """The data folder, named by its fingerprint, that the folder of the sequences becomes."""
     fingerprint = resolved.fingerprint(context.spec)
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, context.workspace.data / fingerprint)
