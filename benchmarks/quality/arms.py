@@ -1,0 +1,139 @@
+"""The arms: how each stores the base, and what it trains. All else is the same for all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+from qlora_api.training import LoraSpec, QuantizationSpec
+from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.model.activations import fuse_activations
+from qlora_trainer.model.adapter import adapter_parameters, attach_adapter
+from qlora_trainer.model.attention import ATTENTION, register_attention
+from qlora_trainer.model.base import load_base
+from qlora_trainer.model.base_conversion import BaseConversion
+from qlora_trainer.model.base_layout import BaseLayout
+from qlora_trainer.model.decoder import block_linears
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
+from qlora_trainer.model.norms import fuse_norms
+from qlora_trainer.model.support import resolve_targets
+from qlora_trainer.model.text_part import load_text_part
+
+QUANTIZATIONS: Mapping[str, QuantizationSpec] = {
+    "nf4-dq": QuantizationSpec(type="nf4", double_quant=True),
+    "nf4": QuantizationSpec(type="nf4", double_quant=False),
+    "fp4-dq": QuantizationSpec(type="fp4", double_quant=True),
+}
+"""Of the arms whose base is in 4-bit."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what is trained of it: the adapter's parameters."""
+
+    model: Any
+    """What generates: the network, or the PEFT model around it."""
+    network: Any
+    """The causal language model of transformers, whose loss is computed."""
+    parameters: Sequence[nn.Parameter]
+    """What the optimizer updates, in 32 bit."""
+
+    def collect_gradients(self) -> None:
+        """Give the parameters the gradients of the backward passes. An adapter's have them."""
+
+    def apply_update(self) -> None:
+        """Give the model what the optimizer has made of the parameters. An adapter's are the model's."""
+
+
+@dataclass(frozen=True)
+class MasterWeights(Subject):
+    """All weights of a model in 16 bit, updated through copies in 32 bit (Micikevicius et al. 2018, arXiv 1710.03740).
+
+    The passes are those of the other arms, in 16 bit, and updates too small for 16 bit are not lost.
+    """
+
+    weights: Sequence[nn.Parameter]
+    """Those of the model, in the order of `parameters`."""
+
+    @classmethod
+    def of(cls, model: Any) -> "MasterWeights":
+        """All parameters of the model; one that is tied to another counts once."""
+        weights = list(model.parameters())
+        masters = [nn.Parameter(weight.detach().float()) for weight in weights]
+        return cls(model, model, masters, weights)
+
+    def collect_gradients(self) -> None:
+        """The gradients of the weights, in 32 bit."""
+        for master, weight in zip(self.parameters, self.weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+
+    @torch.no_grad()
+    def apply_update(self) -> None:
+        """The weights are the copies, rounded to 16 bit."""
+        for master, weight in zip(self.parameters, self.weights, strict=True):
+            weight.copy_(master)
+
+
+def load_subject(arm: str, model: Path, bases: Path, lora: LoraSpec, seed: int) -> Subject:
+    """The arm's model, ready to be trained. `bases` is a folder that keeps bases in 4-bit from run to run."""
+    if arm == "full":
+        # Not with fused norms, which have no gradient for their weights. Both compute the same function.
+        return MasterWeights.of(load_16_bit(model).train())
+    if arm == "lora":
+        base = load_16_bit(model)
+        base.requires_grad_(False)
+        fuse_norms(base)
+        fuse_activations(base)
+    else:
+        base = load_base(_base_in_4_bit(arm, model, bases), QUANTIZATIONS[arm], "cpu")
+    tuned = attach_adapter(
+        base,
+        lora,
+        resolve_targets(lora.target_modules, block_linears(base)),
+        seed=seed,
+        gradient_checkpointing=False,
+        base_name="study",
+        base_revision="study",
+    )
+    return Subject(tuned, tuned.get_base_model(), list(adapter_parameters(tuned).values()))
+
+
+def load_16_bit(model: Path) -> Any:
+    """The base in 16 bit, with the attention that keeps the rows of a sequence apart."""
+    register_attention()
+    return load_text_part(model, dtype=COMPUTE_DTYPE, attn_implementation=ATTENTION, device_map={"": "cpu"})
+
+
+def _base_in_4_bit(arm: str, model: Path, bases: Path) -> Path:
+    """The arm's base, as the prepare step makes it."""
+    target, quantization = bases / arm, QUANTIZATIONS[arm]
+    conversion = BaseConversion(target, model, "study", BaseLayout.of(model, quantization))
+    for path in sorted(model.glob("*.safetensors")):
+        if path.name not in conversion.digests:
+            conversion.convert(path, file_sha256(path))
+    conversion.complete()
+    return target
+
+
+@torch.no_grad()
+def store_in_16_bit(model: nn.Module) -> None:
+    """Replace each 4-bit layer by the linear layer that it computes with at each call: answers take less time."""
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, Linear4bit):
+                setattr(module, name, _linear(layer))
+
+
+def _linear(layer: Any) -> nn.Linear:
+    weight: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(COMPUTE_DTYPE)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = layer.bias
+    return plain

@@ -1,0 +1,123 @@
+"""Makes the tables of the documentation of the study's runs."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+from benchmarks.operator.table import head, row
+from benchmarks.quality.analysis import CLAIMED, Interval, Rights, compared, ratios, scores, verdict
+from benchmarks.quality.plan import ARMS, BASE, FULL, OTHER_RANKS, QLORA, RANK, chosen_rate
+from benchmarks.quality.results import Run, of_purpose
+from benchmarks.quality.tasks import TASKS
+
+NAME, COMMAND = "quality", "benchmarks.quality"
+"""Of the block in the documentation, and what writes it."""
+NOTHING = "No task has two runs of each arm yet.\n"
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """All tables in Markdown; a sentence if no task has been compared yet."""
+    by_task = compared(runs)
+    if not by_task:
+        return NOTHING
+    parts = [_scores(runs, list(by_task)), _claim(by_task), _rates(runs, list(by_task))]
+    parts += [part for part in (_ranks(runs), _rows(runs)) if part]
+    return "\n".join([*("\n".join(part) + "\n" for part in parts), _spent(runs)]) + "\n"
+
+
+def claim_table(runs: Sequence[Run]) -> str:
+    """Only the table of each arm's share of full fine-tuning's score; a sentence if no task has been compared yet."""
+    by_task = compared(runs)
+    return "\n".join(_claim(by_task)) + "\n" if by_task else NOTHING
+
+
+def _claim(by_task: Mapping[str, Mapping[str, Rights]]) -> list[str]:
+    seeds = {len(rights[FULL]) for rights in by_task.values()}
+    counts = f"{len(by_task)} tasks, {_range(seeds)} seeds"
+    lines = head(f"Share of full fine-tuning's score ({counts})", f"Claimed: ≥ {CLAIMED:.0%}", "")
+    for arm, share in ratios(by_task).items():
+        if arm != FULL:
+            lines.append(row(ARMS[arm], _percent(share, over=True), verdict(share)))
+    return lines
+
+
+def _scores(runs: Sequence[Run], tasks: Sequence[str]) -> list[str]:
+    lines = head("Right answers, %", *tasks, "mean")
+    untuned = [scores(runs, purpose="main", task=task, arm=BASE) for task in tasks]
+    if all(untuned):
+        cells = [Interval.of_seeds(found) for found in untuned]
+        lines.append(row("The base, not tuned", *map(_percent, cells), f"{100 * mean(c.value for c in cells):.1f}"))
+    by_task = compared(runs)
+    for arm, label in ARMS.items():
+        found = [Interval.of_seeds([float(seed.mean()) for seed in by_task[task][arm]]) for task in tasks]
+        lines.append(row(label, *map(_percent, found), f"{100 * mean(each.value for each in found):.1f}"))
+    return lines
+
+
+def _rates(runs: Sequence[Run], tasks: Sequence[str]) -> list[str]:
+    lines = head("Learning rate chosen on the validation set", *tasks)
+    for arm, label in ARMS.items():
+        chosen = [chosen_rate(runs, task, arm) for task in tasks]
+        lines.append(row(label, *("" if rate is None else f"{rate:g}" for rate in chosen)))
+    return lines
+
+
+def _ranks(runs: Sequence[Run]) -> list[str]:
+    varied = of_purpose(runs, "rank", "targets")
+    tasks = [task for task in TASKS if any(run.cell.task == task for run in varied)]
+    if not tasks:
+        return []
+    lines = head("QLoRA (NF4, double quantization), right answers, %", *tasks)
+    settings = [(f"rank {rank}", {"rank": rank, "targets": "all-linear"}) for rank in sorted((*OTHER_RANKS, RANK))]
+    settings.append((f"rank {RANK}, attention only", {"rank": RANK, "targets": "attention"}))
+    seeds = {run.cell.seed for run in varied}
+    for label, values in settings:
+        cells = []
+        for task in tasks:
+            usual = [run for run in runs if run.cell.purpose == "main" and run.cell.seed in seeds]
+            cells.append(_cell_of(scores([*varied, *usual], task=task, arm=QLORA, **values)))
+        lines.append(row(label, *cells))
+    return lines
+
+
+def _rows(runs: Sequence[Run]) -> list[str]:
+    varied = of_purpose(runs, "rows")
+    tasks = [task for task in TASKS if any(run.cell.task == task for run in varied)]
+    if not tasks:
+        return []
+    lines = head("Right answers, %, by rows to train on", *tasks)
+    seeds = {run.cell.seed for run in varied}
+    usual = [run for run in runs if run.cell.purpose == "main" and run.cell.seed in seeds]
+    for divisor, label in ((4, "a quarter"), (2, "half"), (1, "all")):
+        for arm in (FULL, QLORA):
+            counts = {task: TASKS[task].train_rows // divisor for task in tasks}
+            source = varied if divisor > 1 else usual
+            cells = [_cell_of(scores(source, task=task, arm=arm, rows=counts[task])) for task in tasks]
+            lines.append(row(f"{label}, {ARMS[arm]}", *cells))
+    return lines
+
+
+def _spent(runs: Sequence[Run]) -> str:
+    hours = sum(run.processor_seconds for run in runs) / 3600
+    commits = dict.fromkeys((run.commit or "unknown")[:7] for run in runs)
+    processors = dict.fromkeys(run.processor for run in runs)
+    return (
+        f"{len(runs)} runs, {hours:.1f} hours of processor time; code at {', '.join(commits)}; "
+        f"processors: {'; '.join(processors)}."
+    )
+
+
+def _cell_of(found: Sequence[float]) -> str:
+    return _percent(Interval.of_seeds(found)) if found else ""
+
+
+def _percent(value: Interval, *, over: bool = False) -> str:
+    """In percent with the interval: as ± for a mean, as bounds for a share."""
+    if value.low is None or value.high is None:
+        return f"{100 * value.value:.1f}"
+    if over:
+        return f"{100 * value.value:.1f} % ({100 * value.low:.1f} to {100 * value.high:.1f})"
+    return f"{100 * value.value:.1f} ± {100 * (value.high - value.value):.1f}"
+
+
+def _range(counts: set[int]) -> str:
+    return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
