@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,14 @@ MAX_NEW_TOKENS = 56
 _TOGETHER = 24
 _SENTENCE = re.compile(r"[^.!?]*[.!?](?=\s|$)")
 TRAINING: dict[str, Any] = {
-    "epochs": 2,
+    "epochs": 1,
     "packing": False,
-    "gradientAccumulationSteps": 4,
+    "microBatchSize": 4,
+    "gradientAccumulationSteps": 1,
     "maxSequenceLength": 256,
-    "learningRate": 2e-4,
+    "learningRate": 1e-4,
     "scheduler": "linear",
     "warmupSteps": 2,
-    "evalEverySteps": 12,
     "gradientCheckpointing": False,
     "samples": 0,
 }
@@ -53,9 +53,11 @@ def main() -> int:
     options = parser.parse_args()
     machine, model = describe_machine(), model_folder()
     if not (PAIRS / "train.jsonl").is_file():
-        write_pairs(model)
-    held_out = [question.format(thing) for question in QUESTIONS for thing in HELD_OUT_THINGS]
+        asked = _questions(THINGS)
+        write_pairs("train", asked, answers(model, None, asked))
+    held_out = _questions(HELD_OUT_THINGS)
     before = list(answers(model, None, held_out))
+    write_pairs("held-out", held_out, before)
     runs = {objective: _run(objective, model, held_out) for objective in options.objectives}
     result = {
         "machine": machine,
@@ -74,13 +76,15 @@ def main() -> int:
     return 0
 
 
-def write_pairs(model: Path) -> None:
-    """Ask the model, and write the pairs that its answers give: those of some things are held out."""
+def _questions(things: Sequence[str]) -> list[str]:
+    return [question.format(thing) for question in QUESTIONS for thing in things]
+
+
+def write_pairs(name: str, questions: Sequence[str], given: Iterable[str]) -> None:
+    """Write the pairs that the model's answers give."""
     PAIRS.mkdir(exist_ok=True)
-    for name, things in (("train", THINGS), ("held-out", HELD_OUT_THINGS)):
-        questions = [question.format(thing) for question in QUESTIONS for thing in things]
-        pairs = [pair(*asked) for asked in zip(questions, answers(model, None, questions), strict=True)]
-        (PAIRS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs if row))
+    pairs = [pair(*asked) for asked in zip(questions, given, strict=True)]
+    (PAIRS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs if row))
 
 
 def pair(question: str, answer: str) -> dict[str, str] | None:

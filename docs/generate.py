@@ -10,7 +10,8 @@ import yaml
 
 from helm.values_schema import definitions
 from qlora_api.contract import ExitCode
-from qlora_api.crd import custom_resource_definition, default_sentence
+from qlora_api.crd import custom_resource_definition, default_sentence, sweep_definition
+from qlora_api.sweep import MUTABLE_SWEEP_FIELDS
 from qlora_api.v1alpha1 import API_VERSION, MUTABLE_FIELDS
 from qlora_cli.__main__ import main as qlora
 from qlora_operator.metrics import Metrics
@@ -18,7 +19,7 @@ from qlora_operator.metrics import Metrics
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 # Objects whose fields another page has.
-ELSEWHERE = {"status.resolved.profile": "chart.md#a-profile"}
+ELSEWHERE = {"status.resolved.profile": "chart.md#a-profile", "spec.template.spec": "resource.md#what-you-write"}
 VALUES = ROOT / "helm" / "qlora-operator" / "values.yaml"
 
 Schema = Mapping[str, Any]
@@ -28,6 +29,7 @@ def pages() -> dict[Path, str]:
     """Every generated page: its file, and its text in Markdown."""
     texts = {
         "resource.md": _resource(),
+        "sweep.md": _sweep(),
         "chart.md": _chart(),
         "cli.md": _command_line(),
         "metrics.md": _metrics(),
@@ -37,19 +39,31 @@ def pages() -> dict[Path, str]:
 
 
 def _resource() -> str:
-    version = custom_resource_definition()["spec"]["versions"][0]
-    properties = version["schema"]["openAPIV3Schema"]["properties"]
     mutable = ", ".join(f"`spec.{_camel(name)}`" for name in sorted(MUTABLE_FIELDS))
+    return _kind(
+        custom_resource_definition(),
+        f"Once a job exists, only {mutable} and `spec.resources.memory` can be changed.",
+    )
+
+
+def _sweep() -> str:
+    mutable = " and ".join(f"`spec.{_camel(name)}`" for name in sorted(MUTABLE_SWEEP_FIELDS))
+    return _kind(sweep_definition(), f"Once a sweep exists, only {mutable} can be changed.")
+
+
+def _kind(definition: Schema, mutable: str) -> str:
+    names, version = definition["spec"]["names"], definition["spec"]["versions"][0]
+    properties = version["schema"]["openAPIV3Schema"]["properties"]
     columns = [
         (f"`{column['name']}`", column["description"], "with `-o wide`" if column.get("priority") else "always")
         for column in version["additionalPrinterColumns"]
     ]
     return _page(
-        "QLoRAJob",
+        names["kind"],
         "`crds/qlora_api`",
-        f"`apiVersion: {API_VERSION}`, `kind: QLoRAJob`, short name `qj`. `kubectl explain qlorajob.spec` prints the "
-        "same text.",
-        f"Once a job exists, only {mutable} and `spec.resources.memory` can be changed.",
+        f"`apiVersion: {API_VERSION}`, `kind: {names['kind']}`, short name `{names['shortNames'][0]}`. "
+        f"`kubectl explain {names['singular']}.spec` prints the same text.",
+        mutable,
         "## Columns of `kubectl get`",
         _table(("Column", "Meaning", "Shown"), columns),
         "## What you write",
@@ -189,7 +203,7 @@ def _objects(schema: Schema, path: str, level: int, defaults: Schema | None = No
     ]
     yield _table(("Field", "Meaning"), rows)
     messages = [rule["message"] for rule in schema.get("x-kubernetes-validations", ())]
-    if rules := [message for message in messages if "cannot be changed once the job exists" not in message]:
+    if rules := [message for message in messages if "cannot be changed once the " not in message]:
         yield "Rules:"
         yield "\n".join(f"- {message}" for message in rules)
     for name, field in fields.items():

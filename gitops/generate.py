@@ -7,8 +7,10 @@ import yaml
 ARGO_CD = Path(__file__).parent / "argocd"
 VALUES = ARGO_CD / "values.yaml"
 _KIND = "qlora.dev_QLoRAJob"
+# Its conditions are those of a job.
+_SWEEP = "qlora.dev_QLoRASweep"
 _HEADER = """\
-# Values of the chart argo-cd: the health of a QLoRAJob, and its actions suspend, resume and retry.
+# Values of the chart argo-cd: the health of QLoRAJobs and QLoRASweeps, and the actions of jobs: suspend, resume, retry.
 # Without the chart: the keys below `cm` belong to `data` of the ConfigMap argocd-cm.
 # Generated from the Lua files in this folder by `make generate`; do not edit.
 """
@@ -38,8 +40,10 @@ def settings() -> dict[str, str]:
         if file.stem != "discovery"
     ]
     offered = {"discovery.lua": _Block((actions / "discovery.lua").read_text()), "definitions": definitions}
+    health = (ARGO_CD / "health.lua").read_text()
     return {
-        f"resource.customizations.health.{_KIND}": (ARGO_CD / "health.lua").read_text(),
+        f"resource.customizations.health.{_KIND}": health,
+        f"resource.customizations.health.{_SWEEP}": health,
         f"resource.customizations.actions.{_KIND}": _dump(offered),
     }
 

@@ -30,10 +30,11 @@ _END_SECONDS = 30
 def control_plane(namespaces: Sequence[str], controllers: Sequence[str] = UNHURRIED) -> Iterator[ControlPlane]:
     """Etcd, an API server with the resource and these namespaces, and the controllers with these options."""
     with running(controller_manager=True, controller_options=controllers) as plane:
-        plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
+        for definition in sorted((ROOT / "crds").glob("*.yaml")):
+            plane.kubectl.apply(definition.read_text())
         for namespace in namespaces:
             plane.kubectl("create", "namespace", namespace)
-        plane.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev")
+        plane.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "crd/qlorasweeps.qlora.dev")
         yield plane
 
 

@@ -135,8 +135,9 @@ def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, 
     """
     access = _row_access(_load(file).spec, claims, config_maps, tokenizer)
     try:
-        with access.preview(rows) as preview:
-            show_rows(preview, Console())
+        with access.previews(rows) as previews:
+            for preview in previews:
+                show_rows(preview, Console())
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
 
@@ -234,7 +235,7 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
     if "publish" not in ended.results or ended.results["publish"].adapter is None:
         return
     adapter, merged = ended.results["publish"].adapter, ended.results["publish"].merged
-    base = ended.results["publish"].base
+    base, gate = ended.results["publish"].base, ended.results["publish"].gate
     trained = ended.results["train"]
     table = Table.grid(padding=(0, 2))
     table.add_row("Adapter", adapter.uri)
@@ -245,6 +246,9 @@ def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
         table.add_row(
             "Held-out loss", f"{_number(trained.initial_eval_loss)} before, {_number(trained.eval_loss)} after"
         )
+    if gate is not None and gate.score is not None:
+        others = f"{gate.base_score or 0:.1%} without the adapter, {gate.score_rows} held-out rows"
+        table.add_row("Answers that passed", f"{gate.score:.1%} ({others})")
     if base is not None and base.uri is not None:
         table.add_row("Base in 4-bit", base.uri)
     if merged is not None:

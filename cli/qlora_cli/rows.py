@@ -53,14 +53,14 @@ class RowAccess:
         return Tokenizer(folder, job_template(self.spec.dataset, self.mounts))
 
     @contextmanager
-    def preview(self, count: int) -> Iterator["Preview"]:
-        """The first `count` rows. What is downloaded is deleted afterwards. Raises StepFailure."""
-        from qlora_trainer.data.preview import preview
+    def previews(self, count: int) -> Iterator[Iterator["Preview"]]:
+        """The first `count` rows of each source. What is downloaded is deleted afterwards. Raises StepFailure."""
+        from qlora_trainer.data.preview import previews
 
         with TemporaryDirectory() as folder:
             tokenizer = self.tokenizer()
             dataset, training = self.spec.dataset, self.spec.training
-            yield preview(dataset, training, tokenizer, self._data(), Path(folder), count)
+            yield previews(dataset, training, tokenizer, self._data(), Path(folder), count)
 
     def dataset(self, folder: Path) -> "Dataset":
         """The whole data set, tokenized on all cores, with its files in `folder`. Raises StepFailure."""

@@ -125,9 +125,10 @@ def missing_sources(
     spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Mapping[str, Path], continues: Path | None
 ) -> list[str]:
     """One sentence for each claim, ConfigMap or other job that the job names and no option maps to a folder."""
+    initial = spec.lora.initial_adapter
     addresses = {
         "spec.model.source": spec.model.source,
-        "spec.lora.from.source": spec.lora.initial_adapter.source if spec.lora.initial_adapter else None,
+        **({} if initial is None else {"spec.lora.from.source": initial.source}),
         **_data_addresses(spec),
         **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }
@@ -144,20 +145,15 @@ def missing_data(spec: QLoRAJobSpec, claims: Mapping[str, Path], config_maps: Ma
     return _missing(_data_addresses(spec), claims, config_maps)
 
 
-def _data_addresses(spec: QLoRAJobSpec) -> dict[str, str | None]:
-    return {
-        "spec.dataset.source": spec.dataset.source,
-        "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
-        "spec.dataset.chatTemplate": spec.dataset.template_address,
-    }
+def _data_addresses(spec: QLoRAJobSpec) -> dict[str, str]:
+    template = spec.dataset.template_address
+    return {**spec.dataset.addresses, **({} if template is None else {"spec.dataset.chatTemplate": template})}
 
 
-def _missing(
-    addresses: Mapping[str, str | None], claims: Mapping[str, Path], config_maps: Mapping[str, Path]
-) -> list[str]:
+def _missing(addresses: Mapping[str, str], claims: Mapping[str, Path], config_maps: Mapping[str, Path]) -> list[str]:
     problems = []
     for field, address in addresses.items():
-        source = parse_source(address) if address else None
+        source = parse_source(address)
         if isinstance(source, VolumeSource) and source.claim not in claims:
             problems.append(f"{field} is {address}: give a folder for the claim with --volume {source.claim}=DIR")
         if isinstance(source, ConfigMapSource) and source.name not in config_maps:

@@ -6,17 +6,22 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from qlora_api.schema import rule, rules
+from qlora_api.schema import VALIDATIONS, rule, rules
 from qlora_api.status import QLoRAJobStatus
+from qlora_api.sweep import MAX_SWEEP_NAME_LENGTH, SWEEP_KIND, SWEEP_PLURAL, QLoRASweepSpec
+from qlora_api.sweep_status import QLoRASweepStatus
 from qlora_api.v1alpha1 import GROUP, KIND, MAX_NAME_LENGTH, OTHER_JOB_RULE, PLURAL, VERSION, QLoRAJobSpec
 
 Schema = dict[str, Any]
 
-_NAME_RULE = rule(
-    f"self.metadata.name.size() <= {MAX_NAME_LENGTH} && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-    f"metadata.name must be one DNS label (a-z, 0-9 and '-', no dots) of at most {MAX_NAME_LENGTH} characters: "
-    "the names of the job's pods derive from it",
-)
+
+def _name_rule(longest: int, of: str) -> dict[str, str]:
+    return rule(
+        f"self.metadata.name.size() <= {longest} && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        f"metadata.name must be one DNS label (a-z, 0-9 and '-', no dots) of at most {longest} characters: "
+        f"the names of {of} derive from it",
+    )
+
 
 # Keywords that a structural schema must not have; where they matter, a CEL rule says the same.
 _DROPPED = frozenset({"title", "propertyNames", "discriminator"})
@@ -44,17 +49,78 @@ _COLUMNS = [
 ]
 
 
+_SWEEP_COLUMNS = [
+    _column("Phase", ".status.phase", description="Phase of the sweep."),
+    _column("Cells", ".status.summary", description="Cells that have ended, of all."),
+    _column("Best", ".status.best.cell", description="The best cell so far."),
+    _column("Eval-Loss", ".status.best.evalLoss", type_="number", description="Loss of that cell on held-out rows."),
+    _column("Changes", ".status.best.overrides", wide=True, description="What that cell changes in the template."),
+    _column("Adapter", ".status.best.adapter", wide=True, description="Address of that cell's adapter."),
+    _column(
+        "Reason",
+        '.status.conditions[?(@.type=="Succeeded")].reason',
+        wide=True,
+        description="Reason for the phase.",
+    ),
+    _column("Age", ".metadata.creationTimestamp", type_="date", description="Time since the sweep was created."),
+]
+
+
 def custom_resource_definition() -> Schema:
     """The complete CustomResourceDefinition of QLoRAJob as a plain object."""
-    spec = structural_schema(QLoRAJobSpec, defaults=True)
-    status = structural_schema(QLoRAJobStatus, defaults=False)
-    # Until the operator has seen a job, tools that follow kstatus must read it as "in progress".
+    return _definition(
+        KIND,
+        PLURAL,
+        "qj",
+        "QLoRAJob fine-tunes a language model: a frozen 4-bit base, a trained adapter (QLoRA).",
+        (_name_rule(MAX_NAME_LENGTH, "the job's pods"), OTHER_JOB_RULE),
+        (structural_schema(QLoRAJobSpec, defaults=True), structural_schema(QLoRAJobStatus, defaults=False)),
+        _COLUMNS,
+        (".spec.model.source", ".status.phase"),
+    )
+
+
+def sweep_definition() -> Schema:
+    """The complete CustomResourceDefinition of QLoRASweep as a plain object."""
+    spec = structural_schema(QLoRASweepSpec, defaults=True)
+    # The template never changes, which a rule of the sweep says: those of a job would name fields that are not here.
+    template = spec["properties"]["template"]["properties"]
+    template["spec"] = _without_transitions(template["spec"])
+    return _definition(
+        SWEEP_KIND,
+        SWEEP_PLURAL,
+        "qs",
+        "QLoRASweep fine-tunes a language model several times, with other numbers each time, and names the best.",
+        (_name_rule(MAX_SWEEP_NAME_LENGTH, "its cells"),),
+        (spec, structural_schema(QLoRASweepStatus, defaults=False)),
+        _SWEEP_COLUMNS,
+        (".status.phase",),
+    )
+
+
+def definitions() -> dict[str, Schema]:
+    """Every CustomResourceDefinition, by its kind."""
+    return {KIND: custom_resource_definition(), SWEEP_KIND: sweep_definition()}
+
+
+def _definition(
+    kind: str,
+    plural: str,
+    short_name: str,
+    description: str,
+    object_rules: tuple[dict[str, str], ...],
+    spec_and_status: tuple[Schema, Schema],
+    columns: list[Schema],
+    selectable: tuple[str, ...],
+) -> Schema:
+    spec, status = spec_and_status
+    # Until the operator has seen an object, tools that follow kstatus must read it as "in progress".
     status["default"] = {"observedGeneration": -1}
     # One writer owns all of it: the API server then keeps no note of the owner of each field, nor computes one.
     status["x-kubernetes-map-type"] = "atomic"
     root: Schema = {
         "type": "object",
-        "description": "QLoRAJob fine-tunes a language model: a frozen 4-bit base, a trained adapter (QLoRA).",
+        "description": description,
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"},
@@ -63,21 +129,21 @@ def custom_resource_definition() -> Schema:
             "spec": spec,
             "status": status,
         },
-        **rules(_NAME_RULE, OTHER_JOB_RULE),
+        **rules(*object_rules),
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "metadata": {"name": f"{plural}.{GROUP}"},
         "spec": {
             "group": GROUP,
             "scope": "Namespaced",
             "names": {
-                "kind": KIND,
-                "listKind": f"{KIND}List",
-                "plural": PLURAL,
-                "singular": KIND.lower(),
-                "shortNames": ["qj"],
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": plural,
+                "singular": kind.lower(),
+                "shortNames": [short_name],
                 "categories": ["qlora"],
             },
             "versions": [
@@ -87,12 +153,28 @@ def custom_resource_definition() -> Schema:
                     "storage": True,
                     "schema": {"openAPIV3Schema": root},
                     "subresources": {"status": {}},
-                    "additionalPrinterColumns": _COLUMNS,
-                    "selectableFields": [{"jsonPath": ".spec.model.source"}, {"jsonPath": ".status.phase"}],
+                    "additionalPrinterColumns": columns,
+                    "selectableFields": [{"jsonPath": path} for path in selectable],
                 }
             ],
         },
     }
+
+
+def _without_transitions(schema: Schema) -> Schema:
+    """The schema without the rules that compare with the stored object, but for those that admit a new one."""
+    result: Schema = {}
+    for key, value in schema.items():
+        if key == VALIDATIONS:
+            kept = [entry for entry in value if "oldSelf" not in entry["rule"] or entry.get("optionalOldSelf")]
+            result |= {key: kept} if kept else {}
+        elif key == "properties":
+            result[key] = {name: _without_transitions(child) for name, child in value.items()}
+        elif key in ("items", "additionalProperties"):
+            result[key] = _without_transitions(value)
+        else:
+            result[key] = value
+    return result
 
 
 def structural_schema(model: type[BaseModel], *, defaults: bool) -> Schema:

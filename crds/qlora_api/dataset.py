@@ -1,5 +1,6 @@
 """The part of a QLoRAJob's spec that describes the training data."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -9,6 +10,7 @@ from qlora_api.schema import ApiModel, rule, rules
 from qlora_api.sources import TEMPLATE_NAMES, DatasetAddress, TemplateAddress
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
+MAX_MIX_SOURCES = 16
 RowFormat = Literal["chat", "sharegpt", "instruction", "prompt-completion", "text", "preference"]
 
 
@@ -65,17 +67,17 @@ class EvalSpec(ApiModel):
     )
 
     source: DatasetAddress | None = Field(
-        None, description="Address of the evaluation rows, in the format of the training rows."
+        None, description="Address of the evaluation rows, in the format of the training rows; of a mix's first source."
     )
     revision: Revision | None = Field(
         None,
-        description="Branch, tag or commit of an hf:// source; if not set, dataset.revision for the same repository, "
-        "main for another.",
+        description="Branch, tag or commit of an hf:// source; if not set, that of the training rows for the same "
+        "repository, main for another.",
     )
     config: ColumnName | None = Field(
         None,
-        description="Configuration (subset) of an hf:// source that has several; if not set, dataset.config for the "
-        "same repository, default for another.",
+        description="Configuration (subset) of an hf:// source that has several; if not set, that of the training rows "
+        "for the same repository, default for another.",
     )
     split: ColumnName | None = Field(
         None, description="Split of an hf:// source that has several; validation, or else test, if not set."
@@ -85,7 +87,12 @@ class EvalSpec(ApiModel):
         description="Expected SHA-256 of the evaluation's own data, as for dataset.sha256; not checked if not set.",
     )
     fraction: float | None = Field(
-        None, gt=0, lt=1, description="Fraction of the rows to hold out, chosen by training.seed."
+        None, gt=0, lt=1, description="Fraction of the rows to hold out, of each source of a mix, by training.seed."
+    )
+    overlap: Literal["report", "refuse", "drop"] | None = Field(
+        None,
+        description="What to do about rows that are trained on and also held out, token for token: report counts them "
+        "in status.dataset.overlapRows, refuse fails the job, drop leaves them out of training; report if not set.",
     )
 
     @model_validator(mode="after")
@@ -115,13 +122,67 @@ class SystemPromptSpec(ApiModel):
     )
 
 
+_ROWS_ADDRESS = (
+    "Address of the rows: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH or "
+    "configMap://NAME/KEY; a .jsonl, .json, .csv (each optionally followed by .gz, .bz2, .xz or .zst) or .parquet "
+    "file, or a folder of such files of one kind."
+)
+_REVISION = "Branch, tag or commit of an hf:// data set; main if not set."
+_CONFIG = "Configuration (subset) of an hf:// data set that has several; default if not set."
+_SPLIT = "Split of an hf:// data set that has several; train if not set."
+_FORMAT = "Format of the rows. auto detects it by the columns and reports it in status.dataset."
+_COLUMNS = "Names of the columns, if they differ from those of the format."
+_SHA256 = (
+    "Expected SHA-256 of the data file; for several files, of the lines that sha256sum prints for them in the order of "
+    "their names. Not checked if not set."
+)
+
+
+class MixSource(ApiModel):
+    """One of the sources whose rows are mixed."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "(!has(self.revision) && !has(self.config) && !has(self.split)) || self.source.startsWith('hf://')",
+                _NO_REPOSITORY,
+            ),
+        )
+    )
+
+    source: DatasetAddress = Field(description=_ROWS_ADDRESS)
+    weight: float | None = Field(
+        None,
+        gt=0,
+        le=1_000_000,
+        description="Share of the rows of each epoch, relative to the weights of the other sources. Set it for all "
+        "sources or for none: without weights each row is in each epoch once.",
+    )
+    revision: Revision | None = Field(None, description=_REVISION)
+    config: ColumnName | None = Field(None, description=_CONFIG)
+    split: ColumnName | None = Field(None, description=_SPLIT)
+    format: Literal["auto", RowFormat] = Field("auto", description=_FORMAT)
+    columns: Columns | None = Field(None, description=_COLUMNS)
+    sha256: Sha256 | None = Field(None, description=_SHA256)
+
+    @model_validator(mode="after")
+    def _parts_of_a_repository(self) -> Self:
+        if (self.revision or self.config or self.split) and not self.source.startswith("hf://"):
+            raise ValueError(_NO_REPOSITORY)
+        return self
+
+
 _NO_OBJECTS = "secretRef is for s3:// data; an hf:// data set is read with spec.model.tokenSecretRef"
-
-
 _TEXT_HAS_NO_TURNS = (
     "chatTemplate and systemPrompt are for rows with turns, and format: text has none: choose another format, or "
     "remove them"
 )
+_ONE_OR_A_MIX = "set exactly one of source and mix"
+_OF_EACH_SOURCE = (
+    "revision, config, split, format, columns and sha256 are for source: in a mix, set them for each of its sources"
+)
+_NO_SAMPLES_OF_A_MIX = "maxSamples and shuffle are for source: a mix draws its rows by weight, in each epoch anew"
+_ALL_WEIGHTS_OR_NONE = "set the weight of every source of the mix, or of none"
 
 
 class DatasetSpec(ApiModel):
@@ -129,14 +190,27 @@ class DatasetSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
+            rule("has(self.source) != has(self.mix)", _ONE_OR_A_MIX),
             rule(
-                "!has(self.secretRef) || self.source.startsWith('s3://') || "
+                "!has(self.secretRef) || (has(self.source) && self.source.startsWith('s3://')) || "
+                "(has(self.mix) && self.mix.exists(part, part.source.startsWith('s3://'))) || "
                 "(has(self.eval) && has(self.eval.source) && self.eval.source.startsWith('s3://'))",
                 _NO_OBJECTS,
             ),
             rule(
-                "(!has(self.revision) && !has(self.config) && !has(self.split)) || self.source.startsWith('hf://')",
+                "!has(self.source) || (!has(self.revision) && !has(self.config) && !has(self.split)) || "
+                "self.source.startsWith('hf://')",
                 _NO_REPOSITORY,
+            ),
+            rule(
+                "!has(self.mix) || (!has(self.revision) && !has(self.config) && !has(self.split) && "
+                "self.format == 'auto' && !has(self.columns) && !has(self.sha256))",
+                _OF_EACH_SOURCE,
+            ),
+            rule("!has(self.mix) || (!has(self.maxSamples) && !self.shuffle)", _NO_SAMPLES_OF_A_MIX),
+            rule(
+                "!has(self.mix) || self.mix.all(part, has(part.weight)) || !self.mix.exists(part, has(part.weight))",
+                _ALL_WEIGHTS_OR_NONE,
             ),
             rule(
                 "self.format != 'text' || (!has(self.chatTemplate) && !has(self.systemPrompt))",
@@ -145,22 +219,21 @@ class DatasetSpec(ApiModel):
         )
     )
 
-    source: DatasetAddress = Field(
-        description="Address of the rows: hf://ORG/NAME[/PATH], pvc://CLAIM/PATH, s3://BUCKET/PATH or "
-        "configMap://NAME/KEY; a .jsonl, .json, .csv (each optionally followed by .gz, .bz2, .xz or .zst) or .parquet "
-        "file, or a folder of such files of one kind."
+    source: DatasetAddress | None = Field(None, description=f"{_ROWS_ADDRESS} Set either source or mix.")
+    mix: tuple[MixSource, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_MIX_SOURCES,
+        description="Several sources instead of one. An epoch has as many rows as all of them have together; each "
+        "source gives its share by weight, drawn anew in each epoch by training.seed.",
     )
-    revision: Revision | None = Field(None, description="Branch, tag or commit of an hf:// data set; main if not set.")
-    config: ColumnName | None = Field(
-        None, description="Configuration (subset) of an hf:// data set that has several; default if not set."
-    )
+    revision: Revision | None = Field(None, description=_REVISION)
+    config: ColumnName | None = Field(None, description=_CONFIG)
     secret_ref: SecretRef | None = Field(
         None, description="Credentials for reading s3:// data. Only the prepare step mounts them."
     )
-    format: Literal["auto", RowFormat] = Field(
-        "auto", description="Format of the rows. auto detects it by the columns and reports it in status.dataset."
-    )
-    columns: Columns | None = Field(None, description="Names of the columns, if they differ from those of the format.")
+    format: Literal["auto", RowFormat] = Field("auto", description=_FORMAT)
+    columns: Columns | None = Field(None, description=_COLUMNS)
     chat_template: TemplateAddress | None = Field(
         None,
         description=f"Chat template that rows are written with, instead of the model's own or where it has none: "
@@ -170,7 +243,7 @@ class DatasetSpec(ApiModel):
     system_prompt: SystemPromptSpec | None = Field(
         None, description="A system message for every row; only the rows' own if not set."
     )
-    split: ColumnName | None = Field(None, description="Split of an hf:// data set that has several; train if not set.")
+    split: ColumnName | None = Field(None, description=_SPLIT)
     eval: EvalSpec | None = Field(None, description="Rows held out for evaluation; none if not set.")
     max_samples: int | None = Field(
         None, ge=1, le=2**31 - 1, description="Use only this many rows, the first ones; all if not set."
@@ -178,22 +251,60 @@ class DatasetSpec(ApiModel):
     shuffle: bool = Field(
         False, description="Choose the maxSamples rows at random, by training.seed, instead of using the first ones."
     )
-    sha256: Sha256 | None = Field(
+    deduplicate: bool | None = Field(
         None,
-        description="Expected SHA-256 of the data file; for several files, of the lines that sha256sum prints for them "
-        "in the order of their names. Not checked if not set.",
+        description="Leave out training rows whose tokens are those of an earlier row, also of another source of the "
+        "mix; they are trained on if not set. status.dataset.duplicateRows counts them in any case.",
     )
+    sha256: Sha256 | None = Field(None, description=_SHA256)
+
+    @property
+    def training_sources(self) -> Mapping[str, MixSource]:
+        """What the training rows are read from, by the path of the fields in the job: the mix, or the one source."""
+        if self.mix is not None:
+            return {f"spec.dataset.mix[{number}]": part for number, part in enumerate(self.mix)}
+        if self.source is None:
+            raise AssertionError("a validated data set has a source or a mix")
+        names = ("source", "revision", "config", "split", "format", "columns", "sha256")
+        return {"spec.dataset": MixSource(**{name: getattr(self, name) for name in names})}
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """The addresses that are read, by the path of their fields in the job."""
+        training = {f"{field}.source": part.source for field, part in self.training_sources.items()}
+        held_out = self.eval.source if self.eval else None
+        return training if held_out is None else {**training, "spec.dataset.eval.source": held_out}
+
+    @model_validator(mode="after")
+    def _source_or_mix(self) -> Self:
+        if (self.source is None) == (self.mix is None):
+            raise ValueError(_ONE_OR_A_MIX)
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_a_mix(self) -> Self:
+        if self.mix is None:
+            return self
+        if self.revision or self.config or self.split or self.columns or self.sha256 or self.format != "auto":
+            raise ValueError(_OF_EACH_SOURCE)
+        if self.max_samples is not None or self.shuffle:
+            raise ValueError(_NO_SAMPLES_OF_A_MIX)
+        if len({part.weight is None for part in self.mix}) > 1:
+            raise ValueError(_ALL_WEIGHTS_OR_NONE)
+        return self
 
     @model_validator(mode="after")
     def _secret_has_a_use(self) -> Self:
         held_out = self.eval.source if self.eval else None
-        if self.secret_ref and not any(uri and uri.startswith("s3://") for uri in (self.source, held_out)):
+        sources = (self.source, *(part.source for part in self.mix or ()), held_out)
+        if self.secret_ref and not any(uri and uri.startswith("s3://") for uri in sources):
             raise ValueError(_NO_OBJECTS)
         return self
 
     @model_validator(mode="after")
     def _parts_of_a_repository(self) -> Self:
-        if (self.revision or self.config or self.split) and not self.source.startswith("hf://"):
+        of_a_repository = self.revision or self.config or self.split
+        if self.source is not None and of_a_repository and not self.source.startswith("hf://"):
             raise ValueError(_NO_REPOSITORY)
         return self
 

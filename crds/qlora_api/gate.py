@@ -6,6 +6,9 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.schema import ApiModel, rule, rules
 
+MAX_PROMPT_TOKENS = 1024
+"""A longer prompt is not answered, for a score or a sample."""
+
 _NEEDS_SCHEMA = "check jsonSchema needs schema, and no other check takes it: set both, or neither"
 _NEEDS_PATTERN = "check regex needs pattern, and no other check takes it: set both, or neither"
 

@@ -9,6 +9,11 @@ from qlora_api.status import StepName
 JOB_LABEL = "qlora.dev/job"
 JOB_UID_LABEL = "qlora.dev/job-uid"
 STEP_LABEL = "qlora.dev/step"
+# Labels of the cells of a sweep, and of the claim that was created for them.
+SWEEP_LABEL = "qlora.dev/sweep"
+SWEEP_UID_LABEL = "qlora.dev/sweep-uid"
+# Annotation of a cell whose spec.suspend its sweep has set.
+SUSPENDED_ANNOTATION = "qlora.dev/suspended-by-sweep"
 # Annotation of a step's pod: the manifest that the pod reads as a file (contract.JOB_FILE), by the downward API.
 SPEC_ANNOTATION = "qlora.dev/spec"
 # Kueue's labels of a Job that waits in a queue; on a QLoRAJob they say the same as spec.scheduling.
@@ -36,6 +41,11 @@ def workspace_claim_name(job_name: str, uid: str) -> str:
 def workspace_folder(job_name: str, uid: str) -> str:
     """The job's own folder on its workspace claim, which other jobs may share."""
     return f"{job_name}-{short_uid(uid)}"
+
+
+def shared_folder(sweep_name: str, sweep_uid: str) -> str:
+    """The folder that the cells of a sweep share on their workspace claim, beside that of each."""
+    return f"{sweep_name}-{short_uid(sweep_uid)}"
 
 
 def peers_name(uid: str) -> str:

@@ -24,6 +24,12 @@ def shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…" * (limit > 0)
 
 
+def shortened_in_the_middle(text: str, limit: int) -> str:
+    """The text if it has at most `limit` characters, at least 3, else its beginning and its end around an ellipsis."""
+    end = (limit - 1) // 2
+    return text if len(text) <= limit else f"{text[: limit - 1 - end]}…{text[-end:]}"
+
+
 def first_line(error: BaseException, limit: int = 300) -> str:
     """The first line of the error's message, without a final period, in at most `limit` characters.
 

@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from qlora_api.dataset import MAX_MIX_SOURCES
 from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
 
 MAX_MESSAGE_LENGTH = 1024
 MAX_DOCUMENT_LENGTH = 131_072
+MAX_MIXED_SOURCE_LENGTH = 48
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 MemorySource = Literal["DryRun", "Table"]
@@ -68,6 +70,11 @@ class Resolved(ObservedModel):
     claim_name: str = Field(max_length=253, description="The workspace's PersistentVolumeClaim.")
     claim_created: bool = Field(description="Whether the operator creates that claim.")
     workspace_path: str = Field(max_length=256, description="The job's own folder on the claim.")
+    shared_path: str | None = Field(
+        None,
+        max_length=256,
+        description="The folder on the claim that the cells of a sweep share; not set for a job that is no cell.",
+    )
     document: str | None = Field(
         None,
         max_length=MAX_DOCUMENT_LENGTH,
@@ -206,6 +213,16 @@ class BaseStatus(ObservedModel):
     )
 
 
+class MixedSourceStatus(ObservedModel):
+    """What prepare found in one source of the mix. Short: a step's result has at most 4096 bytes."""
+
+    source: str = Field(max_length=MAX_MIXED_SOURCE_LENGTH, description="Its address, shortened in the middle.")
+    rows: Count = Field(description="Rows read.")
+    used_rows: Count = Field(description="Rows of which an epoch's are drawn.")
+    epoch_rows: Count = Field(description="Rows drawn in each epoch; if more than usedRows, some of them repeatedly.")
+    tokens: Count = Field(description="Tokens of these, on average over the epochs.")
+
+
 class DatasetStatus(ObservedModel):
     """What prepare found in the data set."""
 
@@ -215,8 +232,22 @@ class DatasetStatus(ObservedModel):
     eval_rows: Count = Field(0, description="Rows that are held out.")
     too_long_rows: Count = Field(0, description="Rows left out because they exceed training.maxSequenceLength.")
     longest_row_tokens: Count = Field(0, description="Tokens of the longest row.")
-    tokens: Count = Field(0, description="Tokens trained on in one epoch.")
-    sha256: str = Field("", max_length=64, description="SHA-256 of the data file.")
+    duplicate_rows: Count = Field(
+        0, description="Rows whose tokens are those of an earlier row; left out if dataset.deduplicate is set."
+    )
+    overlap_rows: Count = Field(
+        0, description="Rows for training that are also held out, token for token; left out if eval.overlap is drop."
+    )
+    tokens: Count = Field(0, description="Tokens trained on in one epoch; with a mix, on average.")
+    sha256: str = Field(
+        "", max_length=64, description="SHA-256 of the data file; of a mix, of the lines SHA-256, two spaces, address."
+    )
+    sources: tuple[MixedSourceStatus, ...] | None = Field(
+        None,
+        max_length=MAX_MIX_SOURCES,
+        description="The sources of the mix, in its order; not set without one, or if prepare's result would be too "
+        "long.",
+    )
 
 
 class CheckpointStatus(ObservedModel):

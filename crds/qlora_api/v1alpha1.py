@@ -208,11 +208,13 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             rule("self.training.sharding != 'full' || !self.training.autoMicroBatch", _SHARDED_AND_HALVED),
             rule(
                 "!has(self.training.objective) || self.training.objective == 'supervised' || "
-                "self.dataset.format in ['auto', 'preference']",
+                "(self.dataset.format in ['auto', 'preference'] && (!has(self.dataset.mix) || "
+                "self.dataset.mix.all(part, part.format in ['auto', 'preference'])))",
                 _PAIRS_NEEDED,
             ),
             rule(
-                "self.dataset.format != 'preference' || "
+                "(self.dataset.format != 'preference' && (!has(self.dataset.mix) || "
+                "!self.dataset.mix.exists(part, part.format == 'preference'))) || "
                 "(has(self.training.objective) && self.training.objective != 'supervised')",
                 _PAIRS_UNUSED,
             ),
@@ -306,9 +308,10 @@ class QLoRAJobSpec(ApiModel):
 
     @model_validator(mode="after")
     def _data_of_the_objective(self) -> Self:
-        if self.training.compares_answers and self.dataset.format not in ("auto", "preference"):
+        formats = {source.format for source in self.dataset.training_sources.values()}
+        if self.training.compares_answers and formats - {"auto", "preference"}:
             raise ValueError(_PAIRS_NEEDED)
-        if not self.training.compares_answers and self.dataset.format == "preference":
+        if not self.training.compares_answers and "preference" in formats:
             raise ValueError(_PAIRS_UNUSED)
         return self
 

@@ -1,4 +1,4 @@
--- The health of a QLoRAJob, which Argo CD passes as `obj`. Its Lua has the libraries base, table and a part of os only.
+-- The health of a QLoRAJob or QLoRASweep, which Argo CD passes as `obj`. Its Lua has the libraries base, table and a part of os only.
 local status = obj.status or {}
 local conditions = {}
 for _, condition in ipairs(status.conditions or {}) do
@@ -10,7 +10,7 @@ local function holds(kind)
 end
 
 if conditions.Succeeded == nil then
-  return {status = "Progressing", message = "the operator has not seen the job yet"}
+  return {status = "Progressing", message = "the operator has not seen it yet"}
 end
 -- What the conditions report may be over, for example the failure of a job that is being retried.
 if status.observedGeneration ~= obj.metadata.generation then

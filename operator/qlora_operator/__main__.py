@@ -28,11 +28,16 @@ from qlora_operator.schema_check import SchemaCheck
 from qlora_operator.settings import ENV_SETTINGS, Settings, SettingsError, find_settings, load_settings
 from qlora_operator.starts import Starts
 from qlora_operator.store import Store
+from qlora_operator.sweep_resync import look_at_all_sweeps
+from qlora_operator.sweeps import SweepReconciler
 from qlora_operator.workqueue import Key, WorkQueue
 
 logger = logging.getLogger("qlora_operator")
 
 _GC_THRESHOLDS = (20_000, 20, 20)
+
+# Of sweeps there are few, and their passes read from the API server.
+_SWEEP_WORKERS = 2
 
 FAILED = 1
 BAD_SETTINGS = 2
@@ -168,18 +173,21 @@ class Operator:
 
     async def _work(self) -> None:
         settings = self._settings
-        queue, resync, hooks = self._wired()
-        with self._at_work(queue, resync):
+        queue, sweeps, resync, hooks = self._wired()
+        with self._at_work((queue, sweeps), resync):
             await resync.first()
             _keep_what_is_there()
             where = ", ".join(settings.namespaces) or "all namespaces"
             logger.info("watching %s; profiles: %s", where, ", ".join(sorted(settings.profiles)))
             async with asyncio.TaskGroup() as group:
                 group.create_task(queue.run())
+                group.create_task(sweeps.run())
                 group.create_task(resync.run())
+                listing = look_at_all_sweeps(self._cluster, settings.namespaces, sweeps.add, settings.resync_seconds)
+                group.create_task(listing)
                 group.create_task(watch(settings, hooks))
 
-    def _wired(self) -> tuple[WorkQueue, Resync, Hooks]:
+    def _wired(self) -> tuple[WorkQueue, WorkQueue, Resync, Hooks]:
         """What works together, around one store; nothing runs yet."""
         settings, metrics, store = self._settings, self._metrics, Store()
         queue = WorkQueue(
@@ -188,6 +196,12 @@ class Operator:
             monotonic=time.monotonic,
             workers=settings.workers,
             namespaces=settings.namespaces,
+            on_error=metrics.reconcile_errors.inc,
+        )
+        sweeps = WorkQueue(
+            SweepReconciler(self._cluster, settings.profiles, clock=lambda: datetime.now(UTC)).reconcile,
+            monotonic=time.monotonic,
+            workers=_SWEEP_WORKERS,
             on_error=metrics.reconcile_errors.inc,
         )
         resync = Resync(
@@ -206,24 +220,27 @@ class Operator:
             self._signals.take,
             store,
             objects_per_page=lambda: self._cluster.shortest_page,
+            enqueue_sweep=sweeps.add,
         )
-        return queue, resync, hooks
+        return queue, sweeps, resync, hooks
 
     @contextmanager
-    def _at_work(self, queue: WorkQueue, resync: Resync) -> Iterator[None]:
+    def _at_work(self, queues: tuple[WorkQueue, WorkQueue], resync: Resync) -> Iterator[None]:
         """Probes and metrics tell of the work, and it pauses while the schema lacks fields, until the block ends."""
         health, candidate = self._health, dict(self._health.ready)
 
         def follow_schema(lacks: bool) -> None:
-            queue.pause(lacks)
+            for queue in queues:
+                queue.pause(lacks)
             if not lacks:
                 resync.look_at_all()
 
         health.ready = {"resync": lambda: resync.problem() or resync.starting(), "schema": self._schema_problem}
         health.note = resync.note
-        queue.pause(self._check.problem is not None)
+        for queue in queues:
+            queue.pause(self._check.problem is not None)
         self._follow_in_work = follow_schema
-        self._metrics.works(lambda: queue.depth)
+        self._metrics.works(lambda: sum(queue.depth for queue in queues))
         try:
             yield
         finally:

@@ -19,10 +19,12 @@ from kubernetes.aio import client, config
 from kubernetes.aio.client import rest
 
 from qlora_api.contract import TRAINER_CONTAINER
-from qlora_api.naming import JOB_UID_LABEL
+from qlora_api.naming import JOB_UID_LABEL, SWEEP_UID_LABEL
+from qlora_api.sweep import SWEEP_KIND, SWEEP_PLURAL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.decisions.observe import Object, QLoRAJob
 from qlora_operator.decisions.parsing import profile_in_use
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep, parse_cell
 from qlora_operator.listing import (
     OBJECTS_PER_PAGE,
     ChildList,
@@ -220,15 +222,54 @@ class Cluster:
 
         Raises ConflictError if the job has changed since it was read, or is another one of the same name.
         """
+        return await self._apply_status(KIND, PLURAL, job, status)
+
+    async def get_sweep(self, namespace: str, name: str) -> Object | None:
+        """The QLoRASweep as stored now; None if it does not exist."""
+        try:
+            return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{SWEEP_PLURAL}/{name}")
+        except NotFoundError:
+            return None
+
+    async def sweep_names(self, namespace: str | None) -> list[tuple[str, str]]:
+        """Namespace and name of each QLoRASweep in one namespace or in all (None)."""
+        where = f"/namespaces/{namespace}" if namespace else ""
+        pages = self._pages(f"{_QLORA}{where}/{SWEEP_PLURAL}", [], _name_of, accept=_METADATA_ONLY)
+        return [name async for page in pages for name in page.items]
+
+    async def list_cells(self, namespace: str, sweep_uid: str) -> list[CellJob]:
+        """The QLoRAJobs that have the label of this QLoRASweep and are controlled by it, as stored now."""
+        read = partial(parse_cell, sweep_uid=sweep_uid)
+        pages = self._pages(f"{_QLORA}/namespaces/{namespace}/{PLURAL}", _labelled(SWEEP_UID_LABEL, sweep_uid), read)
+        return [cell async for page in pages for cell in page.items if cell is not None]
+
+    async def get_cell(self, namespace: str, name: str) -> Object:
+        """One QLoRAJob as stored now. Raises NotFoundError."""
+        return await self._json("GET", f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}")
+
+    async def create_cell(self, namespace: str, manifest: Object) -> Object:
+        """Create a QLoRAJob. Raises AlreadyExistsError if the name is taken, RejectedError with the server's reason."""
+        return await self._json("POST", f"{_QLORA}/namespaces/{namespace}/{PLURAL}", body=manifest)
+
+    async def change_cell(self, namespace: str, name: str, change: Object) -> Object:
+        """Merge the change into a QLoRAJob. Raises ConflictError if its UID is not that of the change."""
+        path = f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"
+        return await self._json("PATCH", path, body=change, content_type="application/merge-patch+json")
+
+    async def apply_sweep_status(self, sweep: QLoRASweep, status: Object) -> None:
+        """Replace the sweep's status, as `apply_status` does."""
+        await self._apply_status(SWEEP_KIND, SWEEP_PLURAL, sweep, status)
+
+    async def _apply_status(self, kind: str, plural: str, stored: QLoRAJob | QLoRASweep, status: Object) -> Object:
         body = {
             "apiVersion": API_VERSION,
-            "kind": KIND,
-            "metadata": {"name": job.name, "uid": job.uid, "resourceVersion": job.resource_version},
+            "kind": kind,
+            "metadata": {"name": stored.name, "uid": stored.uid, "resourceVersion": stored.resource_version},
             "status": status,
         }
         return await self._json(
             "PATCH",
-            f"{_QLORA}/namespaces/{job.namespace}/{PLURAL}/{job.name}/status",
+            f"{_QLORA}/namespaces/{stored.namespace}/{plural}/{stored.name}/status",
             query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
             body=body,
             content_type="application/apply-patch+yaml",
@@ -341,6 +382,10 @@ def _read_page(page: Object, read: Callable[[Object], T]) -> tuple[_Page[T], str
     metadata = page["metadata"]
     items = [read(body) for body in page.get("items") or ()]
     return _Page(items, metadata.get("resourceVersion", "")), metadata.get("continue") or ""
+
+
+def _name_of(body: Object) -> tuple[str, str]:
+    return body["metadata"]["namespace"], body["metadata"]["name"]
 
 
 def _labelled(label: str, value: str) -> Query:

@@ -14,12 +14,15 @@ from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from qlora_api.naming import JOB_UID_LABEL
 from qlora_api.status import Phase
+from qlora_api.sweep import SWEEP_PLURAL
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
+from qlora_operator.decisions.sweep import sweep_of
 from qlora_operator.listing import ChildKind, Kind
 from qlora_operator.metrics import PHASES
 from qlora_operator.resync import WatchMonitor
 from qlora_operator.settings import Settings
 from qlora_operator.store import Store
+from qlora_operator.sweeps import SECONDS_BETWEEN_PASSES
 from qlora_operator.task_scope import Task, end_all, task_scope
 from qlora_operator.workqueue import Key
 
@@ -61,6 +64,8 @@ class Hooks:
     store: Store
     objects_per_page: Callable[[], int]
     """How many objects kopf may list at a time: it does not see how large they are."""
+    enqueue_sweep: Callable[[Key, float], None] = lambda _key, _after: None
+    """Requests a sweep, so many seconds from now."""
 
 
 # A list has to end before its token expires, after five minutes. The largest pods, two at a time, take 140 MiB, and
@@ -244,8 +249,15 @@ def _register_events(registry: kopf.OperatorRegistry, hooks: Hooks) -> None:
         phase = None if deleted or status.get("phase") not in PHASES else status["phase"]
         hooks.count(key, metadata["uid"], phase, progresses=not _is_stalled(status))
         _show(hooks, "qlorajobs", event)
+        if sweep := sweep_of(body):
+            hooks.enqueue_sweep((key[0], sweep), SECONDS_BETWEEN_PASSES)
         if hooks.store.job_changed(body, deleted=deleted, created=event["type"] == "ADDED"):
             hooks.enqueue(key, first=not deleted and "startTime" not in body.get("status", {}))
+
+    @kopf.on.event(GROUP, VERSION, SWEEP_PLURAL, registry=registry)
+    async def sweep_changed(event: kopf.RawEvent, **_: Any) -> None:
+        metadata = event["object"]["metadata"]
+        hooks.enqueue_sweep((metadata["namespace"], metadata["name"]), 0.0)
 
     @kopf.on.event("batch", "v1", "jobs", labels={JOB_UID_LABEL: kopf.PRESENT}, registry=registry)
     async def child_changed(event: kopf.RawEvent, **_: Any) -> None:

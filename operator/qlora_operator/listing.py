@@ -115,6 +115,13 @@ def compact(job: Object) -> dict[str, Any]:
     labels = metadata.get("labels") or {}
     if read := {name: labels[name] for name in _READ_LABELS if name in labels}:
         kept["labels"] = read
+    if (owner := _controller(metadata)) is not None:
+        kept["ownerReferences"] = [owner]
     if ORPHANED in (metadata.get("finalizers") or ()):
         kept["finalizers"] = [ORPHANED]
     return {**job, "metadata": kept}
+
+
+def _controller(metadata: Object) -> dict[str, Any] | None:
+    """The reference to the object's controller; None if it has none."""
+    return next((owner for owner in metadata.get("ownerReferences") or () if owner.get("controller")), None)

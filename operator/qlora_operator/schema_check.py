@@ -1,4 +1,4 @@
-"""Compares the schema that the API server serves with the fields that this operator reads and writes.
+"""Compares the schemas that the API server serves with the fields that this operator reads and writes.
 
 The API server drops a field of the spec that it does not know, and rejects a status with one: an operator that is newer
 than the CustomResourceDefinition can start no job, whether it finds the older one or somebody applies it meanwhile.
@@ -12,14 +12,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from qlora_api.crd import custom_resource_definition
+from qlora_api.crd import definitions
 from qlora_api.v1alpha1 import GROUP, KIND, VERSION
 from qlora_operator.cluster import ClusterError, NotFoundError
 from qlora_operator.decisions.observe import Object
 
 logger = logging.getLogger(__name__)
 
-NO_DEFINITION = "the cluster does not know QLoRAJob: apply the CustomResourceDefinition of this release"
+NO_DEFINITION = "the cluster does not know QLoRAJob: apply the CustomResourceDefinitions of this release"
 _LONGEST_PAUSE, _PAUSE_WHILE_WAITING, _SHORTEST_PAUSE = 30.0, 3.0, 1.0
 _MOST_NAMED = 3
 
@@ -120,26 +120,33 @@ def _lack(missing: list[str]) -> str | None:
     more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
     return (
         f"the cluster's CustomResourceDefinition ({GROUP}/{VERSION}) lacks {', '.join(missing[:_MOST_NAMED])}{more}, "
-        "which this operator needs: apply the CustomResourceDefinition of this release"
+        "which this operator needs: apply the CustomResourceDefinitions of this release"
     )
 
 
 def missing_fields(document: Schema) -> list[str]:
-    """Fields of the operator's own definition that the OpenAPI document lacks, as `status.phase`; outermost only."""
-    served = _served_schema(document)
+    """Fields of the operator's own definitions that the OpenAPI document lacks, as `status.phase`; outermost only.
+
+    Those of another kind than QLoRAJob begin with it: `QLoRASweep.status.phase`.
+    """
+    return [path for kind, definition in definitions().items() for path in _missing_of(kind, definition, document)]
+
+
+def _missing_of(kind: str, definition: Schema, document: Schema) -> list[str]:
+    served = _served_schema(document, kind)
     if served is None:
-        return [KIND]
-    own = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    return sorted(
-        path for part in ("spec", "status") for path in _missing(own["properties"][part], _property(served, part), part)
-    )
+        return [kind]
+    own = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    prefix = "" if kind == KIND else f"{kind}."
+    parts = ("spec", "status")
+    return sorted(path for part in parts for path in _missing(own[part], _property(served, part), f"{prefix}{part}"))
 
 
-def _served_schema(document: Schema) -> Schema | None:
+def _served_schema(document: Schema, wanted: str) -> Schema | None:
     schemas = (document.get("components") or {}).get("schemas") or {}
     for schema in schemas.values():
         kinds = schema.get("x-kubernetes-group-version-kind") or ()
-        if any(kind.get("kind") == KIND for kind in kinds):
+        if any(kind.get("kind") == wanted for kind in kinds):
             return dict(schema)
     return None
 

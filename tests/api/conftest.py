@@ -1,23 +1,19 @@
-"""A real API server with the CustomResourceDefinition: on its own, or with the operator and without a node."""
+"""A real API server with the CustomResourceDefinitions: on its own, or with the operator and without a node."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from devcluster.controlplane import ControlPlane, running
+from tests.support.definitions import apply_definitions
 from tests.support.nodeless import Nodeless, nodeless
-from tests.support.waiting import eventually
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
 def plane() -> Iterator[ControlPlane]:
     """Nothing else: no operator, no controllers, no webhook."""
     with running() as plane:
-        plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
-        eventually(lambda: plane.kubectl("get", "qlorajobs") or True, seconds=60, what="the new kind")
+        apply_definitions(plane)
         yield plane
 
 

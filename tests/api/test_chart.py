@@ -49,8 +49,10 @@ EVERYTHING_OPTIONAL = {
 
 # What the operator may do, and all of it: resource -> verbs.
 RIGHTS = {
-    "qlorajobs.qlora.dev": {"get", "list", "watch"},
+    "qlorajobs.qlora.dev": {"get", "list", "watch", "create", "patch"},
     "qlorajobs.qlora.dev/status": {"patch"},
+    "qlorasweeps.qlora.dev": {"get", "list", "watch"},
+    "qlorasweeps.qlora.dev/status": {"patch"},
     "jobs.batch": {"get", "list", "watch", "create", "delete"},
     "pods": {"list", "watch"},
     "pods/log": {"get"},
@@ -123,14 +125,19 @@ def test_helm_finds_nothing_to_complain_about(helm: Helm) -> None:
     assert "0 chart(s) failed" in helm("lint", "--strict", str(CHART))
 
 
-def test_the_definition_is_that_of_the_models_and_outlives_the_release(helm: Helm) -> None:
-    rendered = only(helm.template(), "CustomResourceDefinition")
-    annotations = rendered["metadata"].pop("annotations")
-    assert rendered == yaml.safe_load((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
-    assert annotations == {"helm.sh/resource-policy": "keep"}
+def definitions_in(objects: list[Object]) -> list[Object]:
+    found = [each for each in objects if each["kind"] == "CustomResourceDefinition"]
+    return sorted(found, key=lambda definition: str(definition["metadata"]["name"]))
 
-    unkept = only(helm.template({"crds": {"keep": False}}), "CustomResourceDefinition")
-    assert "annotations" not in unkept["metadata"]
+
+def test_the_definition_is_that_of_the_models_and_outlives_the_release(helm: Helm) -> None:
+    rendered = definitions_in(helm.template())
+    annotations = [definition["metadata"].pop("annotations") for definition in rendered]
+    assert rendered == [yaml.safe_load(file.read_text()) for file in sorted((ROOT / "crds").glob("*.yaml"))]
+    assert annotations == [{"helm.sh/resource-policy": "keep"}] * 2
+
+    unkept = definitions_in(helm.template({"crds": {"keep": False}}))
+    assert ["annotations" in definition["metadata"] for definition in unkept] == [False, False]
     kinds = {document["kind"] for document in helm.template({"crds": {"install": False}})}
     assert "CustomResourceDefinition" not in kinds
 

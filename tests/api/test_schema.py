@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from devcluster.controlplane import ControlPlane
 from devcluster.errors import ClusterError
 from qlora_api.v1alpha1 import QLoRAJobDocument
-from tests.support.manifests import FULL, MINIMAL, Manifest, with_value, without
+from tests.support.manifests import FULL, MINIMAL, MIXED, Manifest, with_value, without
 
 
 def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> Manifest:
@@ -32,8 +32,8 @@ SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 
 @pytest.mark.parametrize(
     "manifest",
-    [MINIMAL, FULL, EVALUATED, SCORED, COMPARED, SMOOTHED],
-    ids=["minimal", "full", "evaluated", "scored", "dpo", "smoothed"],
+    [MINIMAL, FULL, EVALUATED, SCORED, COMPARED, SMOOTHED, MIXED],
+    ids=["minimal", "full", "evaluated", "scored", "dpo", "smoothed", "mixed"],
 )
 def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
@@ -140,6 +140,57 @@ REJECTED = {
     "revision of a model on a volume": (
         with_value(with_value(MINIMAL, "spec.model.source", "pvc://models/a"), "spec.model.revision", "v1"),
         "revision is for hf:// models",
+    ),
+    "rows from nowhere": (without(MINIMAL, "spec.dataset.source"), "set exactly one of source and mix"),
+    "a source and a mix": (
+        with_value(MIXED, "spec.dataset.source", "pvc://a/b.jsonl"),
+        "spec.dataset: Invalid value: set exactly one of source and mix",
+    ),
+    "an empty mix": (with_value(MIXED, "spec.dataset.mix", []), "spec.dataset.mix"),
+    "a mix of too many": (with_value(MIXED, "spec.dataset.mix", [{"source": "hf://a/b"}] * 17), "must have at most 16"),
+    "a format for a mix": (
+        with_value(MIXED, "spec.dataset.format", "chat"),
+        "sha256 are for source: in a mix, set them for each of its sources",
+    ),
+    "a digest for a mix": (
+        with_value(MIXED, "spec.dataset.sha256", "0" * 64),
+        "sha256 are for source: in a mix, set them for each of its sources",
+    ),
+    "some samples of a mix": (
+        with_value(MIXED, "spec.dataset.maxSamples", 5),
+        "maxSamples and shuffle are for source: a mix draws its rows by weight",
+    ),
+    "a source of a mix without a weight": (
+        with_value(MIXED, "spec.dataset.mix", [{"source": "hf://a/b", "weight": 1}, {"source": "hf://a/c"}]),
+        "set the weight of every source of the mix, or of none",
+    ),
+    "rows without pairs in a mix": (
+        with_value(MIXED, "spec.training.objective", "dpo"),
+        "dpo and orpo compare two answers: set dataset.format to preference",
+    ),
+    "pairs in a mix without an objective": (
+        with_value(MIXED, "spec.dataset.mix", [{"source": "s3://a-bucket/rows", "format": "preference"}]),
+        "dataset.format preference needs an objective that compares two answers",
+    ),
+    "a weight of nothing": (
+        with_value(MIXED, "spec.dataset.mix", [{"source": "hf://a/b", "weight": 0}]),
+        "spec.dataset.mix[0].weight",
+    ),
+    "revision of a mixed volume": (
+        with_value(MIXED, "spec.dataset.mix", [{"source": "pvc://a/b.jsonl", "revision": "v1"}]),
+        "spec.dataset.mix[0]: Invalid value: revision, config and split are for an hf:// data set",
+    ),
+    "path traversal in a mix": (
+        with_value(MIXED, "spec.dataset.mix", [{"source": "pvc://data/../x.jsonl"}]),
+        "a path has no '..'",
+    ),
+    "credentials of a mix without a bucket": (
+        with_value(MIXED, "spec.dataset.mix", [{"source": "hf://a/b"}]),
+        "secretRef is for s3:// data",
+    ),
+    "another way with an overlap": (
+        with_value(MINIMAL, "spec.dataset.eval", {"fraction": 0.1, "overlap": "ignore"}),
+        "spec.dataset.eval.overlap",
     ),
     "unknown chat template": (
         with_value(MINIMAL, "spec.dataset.chatTemplate", "chatlm"),
@@ -489,7 +540,7 @@ def test_the_server_keeps_what_a_status_says_about_the_base_and_its_cache(plane:
 
 @pytest.mark.usefixtures("created")
 def test_jobs_can_be_selected_by_model(plane: ControlPlane) -> None:
-    found = plane.kubectl.get("qlora", "--field-selector=spec.model.source=hf://org/model")
+    found = plane.kubectl.get("qlorajobs", "--field-selector=spec.model.source=hf://org/model")
     assert [item["metadata"]["name"] for item in found["items"]] == ["full"]
 
 

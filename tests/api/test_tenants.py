@@ -16,6 +16,7 @@ from qlora_api.naming import JOB_LABEL, workspace_claim_name
 from tests.support.harmless_attempts import HARMLESS, batch_job, forged, result, submit
 from tests.support.manifests import MINIMAL
 from tests.support.rejected_attempts import REJECTED, pod
+from tests.support.sweeps import SWEEP
 from tests.support.tenancy import (
     TENANT,
     TENANT_USER,
@@ -192,6 +193,10 @@ def test_the_operators_rights_are_those_that_it_uses(attacked: Attacked) -> None
     prepare = tenants.wait_for_pod("exercise-nodes", "prepare")
     tenants.end(prepare, result(several, prepare))
     tenants.wait_for_pod("exercise-nodes", "train")
+    tenants.tenant.create(TENANT, "qlorasweeps", SWEEP | {"metadata": {"name": "exercise"}})
+    tenants.wait_for_pod("exercise-00", "prepare")
+    tenants.tenant.patch(TENANT, "qlorasweeps", "exercise", {"spec": {"suspend": True}})
+    tenants.wait("exercise-00", phase="Suspended")
     pod = tenants.wait_for_pod("exercise", "prepare")
     since = tenants.audit_size()
     tenants.run(pod)

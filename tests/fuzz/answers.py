@@ -20,6 +20,7 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import StepFailure, bad_configuration, model_unavailable
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.examples import Conversation, Message, ToolCall
+from qlora_trainer.model.initial_adapter_check import check_config
 from qlora_trainer.publishing.verify import verify_config
 from qlora_trainer.stores.oci import Registry
 from qlora_trainer.stores.s3 import ObjectFolder
@@ -102,6 +103,12 @@ def _adapter_config(content: bytes, folder: Path) -> None:
         base_name="org/model",
         base_revision="c0ffee",
     )
+
+
+def _initial_adapter_config(content: bytes, folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_bytes(content)
+    check_config(path, "hf://org/adapter", LoraSpec())
 
 
 def _run(content: bytes, folder: Path) -> None:
@@ -203,6 +210,7 @@ ANSWERS: dict[str, Target] = {
         exit_codes=(_CONFIGURATION, _UNREACHABLE),
     ),
     "adapter-config": Target(_adapter_config, (_json(_ADAPTER),), exit_codes=(_DEFECT,)),
+    "initial-adapter-config": Target(_initial_adapter_config, (_json(_ADAPTER),), exit_codes=(_CONFIGURATION,)),
     "run": Target(
         _run,
         (_json({"device": "cpu", "claims": {"data": "/data"}, "configMaps": {}}),),

@@ -30,8 +30,8 @@ API = (
     Mutant(
         name="jobs-cannot-be-selected-by-phase",
         file=f"{_CONTRACT}/crd.py",
-        old=', {"jsonPath": ".status.phase"}]',
-        new="]",
+        old='(".spec.model.source", ".status.phase"),',
+        new='(".spec.model.source",),',
         tests=(f"{_API_TESTS}/test_crd.py::test_jobs_can_be_selected_by_model_and_by_phase",),
     ),
     Mutant(
@@ -46,6 +46,24 @@ API = (
 )
 
 OPERATOR = (
+    Mutant(
+        name="a-deleted-cell-is-created-again",
+        file=f"{_DECISIONS}/sweep_plan.py",
+        old="{line.name for line in sweep.status.cells if line.uid} | jobs.keys()",
+        new="jobs.keys()",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_sweep.py::test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line",
+        ),
+    ),
+    Mutant(
+        name="a-cell-that-has-not-succeeded-is-the-best",
+        file=f"{_DECISIONS}/sweep_plan.py",
+        old='[line for line in lines if line.phase == "Succeeded" and line.adapter]',
+        new="list(lines)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_sweep.py::test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded",
+        ),
+    ),
     Mutant(
         name="clean-up-starts-beside-a-live-pod",
         file=f"{_DECISIONS}/plan.py",
@@ -1191,6 +1209,36 @@ TRAINER = (
                 "::test_the_losses_of_targets_may_count_with_weights_that_depend_on_them"
             ),
         ),
+    ),
+    Mutant(
+        name="every-epoch-of-a-mix-is-the-same-draw",
+        file=f"{_TRAINER}/data/mix.py",
+        old="(epoch, source)",
+        new="(0, source)",
+        tests=(
+            f"{_TRAINER_TESTS}/data/test_mix.py::test_an_epoch_has_no_row_twice_before_it_has_all_rows_of_the_source",
+        ),
+    ),
+    Mutant(
+        name="every-epoch-of-a-mix-trains-on-the-first-ones-rows",
+        file=f"{_TRAINER}/training/schedule.py",
+        old="begin, sequences = self._of_epoch(epoch)",
+        new="begin, sequences = self._of_epoch(0)",
+        tests=(f"{_TRAINER_TESTS}/data/test_mix.py::test_every_epoch_has_the_shares_of_all_sources_in_a_new_draw",),
+    ),
+    Mutant(
+        name="rows-that-differ-in-their-targets-are-equal",
+        file=f"{_TRAINER}/data/chunks.py",
+        old="    digest.update(row.is_target.tobytes())\n",
+        new="",
+        tests=(f"{_TRAINER_TESTS}/data/test_duplicates.py::test_rows_are_equal_if_all_their_tokens_and_targets_are",),
+    ),
+    Mutant(
+        name="an-overlap-is-missed-where-the-rows-are-of-different-sources",
+        file=f"{_TRAINER}/data/duplicates.py",
+        old="numpy.isin(first_equal_[training], first_equal_[held_out])",
+        new="numpy.isin(training, held_out)",
+        tests=(f"{_TRAINER_TESTS}/data/test_duplicates.py::test_the_overlap_names_its_first_rows",),
     ),
 )
 

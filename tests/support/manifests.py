@@ -28,8 +28,9 @@ FULL: Manifest = {
             "columns": {"instruction": "question", "output": "answer"},
             "chatTemplate": "configMap://formats/ours.jinja",
             "systemPrompt": {"text": "Answer in English.", "mode": "replace"},
-            "eval": {"fraction": 0.1},
+            "eval": {"fraction": 0.1, "overlap": "drop"},
             "maxSamples": 1000,
+            "deduplicate": True,
             "sha256": "0" * 64,
         },
         "quantization": {"type": "nf4", "doubleQuant": True},
@@ -81,6 +82,24 @@ FULL: Manifest = {
         "suspend": True,
         "activeDeadlineSeconds": 3600,
         "cleanupAfterSeconds": 0,
+    },
+}
+
+MIXED: Manifest = {
+    **MINIMAL,
+    "spec": {
+        "model": {"source": "hf://org/model"},
+        "dataset": {
+            "mix": [
+                {"source": "pvc://data/ours.jsonl", "weight": 0.7, "format": "chat", "columns": {"messages": "turns"}},
+                {"source": "hf://org/theirs", "weight": 3, "revision": "v1", "config": "en", "split": "train"},
+                {"source": "s3://a-bucket/rows", "weight": 1, "sha256": "0" * 64},
+                {"source": "configMap://rows/train.jsonl", "weight": 1},
+            ],
+            "secretRef": {"name": "store"},
+            "eval": {"fraction": 0.1, "overlap": "refuse"},
+            "deduplicate": True,
+        },
     },
 }
 

@@ -18,6 +18,7 @@ from devcluster.kubectl import Kubectl
 from qlora_api.contract import ResultRecord, encode_record
 from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, STEP_LABEL
 from qlora_api.status import AdapterStatus, DatasetStatus, MemoryStatus, StepName
+from tests.support.definitions import apply_definitions
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,10 @@ class Nodeless:
         """The steps end well, one after the other; all of them by default."""
         for step in steps or STEPS:
             self._end(name, step, 0, "Done", _FOUND[step])
+
+    def train(self, name: str, eval_loss: float) -> None:
+        """The train step ends well, with that loss on the held-out rows."""
+        self._end(name, "train", 0, "Done", _FOUND["train"] | {"eval_loss": eval_loss})
 
     def fail(self, name: str, step: StepName, code: int, reason: str, message: str) -> None:
         """The step ends with that exit code and record."""
@@ -173,8 +178,7 @@ def nodeless(folder: Path, **profile: object) -> Iterator[Nodeless]:
     The profile `shared` is the same, for jobs of several nodes.
     """
     with running(controller_manager=True) as plane:
-        plane.kubectl.apply((ROOT / "crds" / "qlorajobs.qlora.dev.yaml").read_text())
-        eventually(lambda: plane.kubectl("get", "qlorajobs") or True, seconds=60, what="the new kind")
+        apply_definitions(plane)
         plane.kubectl("create", "namespace", NAMESPACE)
         # Pods of a node that does not exist are taken for disrupted after a while.
         plane.kubectl.apply(json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}))

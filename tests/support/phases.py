@@ -62,7 +62,7 @@ def cases() -> Sequence[Case]:
     rejected = pod("train", phase="Failed", reason="UnexpectedAdmissionError", message="no healthy devices present")
     rejecting = [child("train", Failed="BackoffLimitExceeded"), rejected]
     return [
-        Case("new", _stored(None), "Progressing", "the operator has not seen the job yet", "suspend"),
+        Case("new", _stored(None), "Progressing", "the operator has not seen it yet", "suspend"),
         Case("pending", _stored(follow(make_job())), "Progressing", "the first Job is about to be created", "suspend"),
         Case(
             "without a profile",

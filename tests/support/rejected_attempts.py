@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.support.manifests import MINIMAL, with_value
+from tests.support.sweeps import SWEEP
 from tests.support.tenancy import CAPPED, OPERATOR_NAMESPACE, TENANT, VICTIM, path_of
 
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
@@ -169,6 +170,40 @@ MANIFESTS = {
         "POST", path_of(TENANT, "qlorajobs"), job(namespace=VICTIM), 400, "does not match"
     ),
 }
+SWEEPS = {
+    "another model in a cell": Rejected(
+        "POST",
+        path_of(TENANT, "qlorasweeps"),
+        with_value(SWEEP | {"metadata": {"name": "attempt"}}, "spec.grid.model", ["pvc://victim/model"]),
+        400,
+        'unknown field "spec.grid.model"',
+    ),
+    "cells beyond any number": Rejected(
+        "POST",
+        path_of(TENANT, "qlorasweeps"),
+        with_value(
+            SWEEP | {"metadata": {"name": "attempt"}},
+            "spec.grid",
+            {"rank": list(range(1, 65)), "alpha": list(range(1, 65))},
+        ),
+        422,
+        "more than 64 cells",
+    ),
+    "a path out of a claim in a template": Rejected(
+        "POST",
+        path_of(TENANT, "qlorasweeps"),
+        with_value(
+            SWEEP | {"metadata": {"name": "attempt"}}, "spec.template.spec.dataset.source", "pvc://data/../../etc"
+        ),
+        422,
+        _ADDRESS,
+    ),
+    "a sweep for another": forbidden("POST", path_of(VICTIM, "qlorasweeps"), SWEEP),
+    "the sweeps of another": forbidden("GET", path_of(VICTIM, "qlorasweeps")),
+    "the status of a sweep": forbidden(
+        "PATCH", path_of(TENANT, "qlorasweeps", "any", "status"), {"status": {"phase": "Succeeded"}}
+    ),
+}
 _SECRET = path_of(VICTIM, "secrets", "hub")
 _JOB = path_of(VICTIM, "qlorajobs", "tune")
 RIGHTS = {
@@ -275,4 +310,4 @@ PODS = {
         "unknown field",
     ),
 }
-REJECTED = MANIFESTS | RIGHTS | PODS
+REJECTED = MANIFESTS | SWEEPS | RIGHTS | PODS

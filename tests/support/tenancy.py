@@ -49,6 +49,7 @@ Object = dict[str, Any]
 
 PATHS = {
     "qlorajobs": "/apis/qlora.dev/v1alpha1",
+    "qlorasweeps": "/apis/qlora.dev/v1alpha1",
     "jobs": "/apis/batch/v1",
     "roles": "/apis/rbac.authorization.k8s.io/v1",
     "rolebindings": "/apis/rbac.authorization.k8s.io/v1",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from urllib3.util import Retry
 
 from qlora_api.contract import WorkspaceLayout
@@ -47,6 +47,22 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a two-layer Qwen2 (biases, tied embeddings) with a ChatML template. Do not change it: copy it."""
     return save_model(tmp_path_factory.mktemp("qwen2") / "model", Qwen2Config(**SHAPE, tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="session")
+def fluent(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The tiny Llama after it has learned the pattern of the test's rows, so that there is something to lose."""
+    folder = tmp_path_factory.mktemp("fluent") / "model"
+    shutil.copytree(tiny_llama, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = torch.tensor([[3 + (number * 17 + position * 5) % 50 for position in range(30)] for number in range(16)])
+    for _ in range(60):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,13 @@ _OPTIONS = (
         help="Folder in which downloaded base models are shared.",
     ),
     click.option(
+        "--sweep-folder",
+        type=click.Path(path_type=Path),
+        envvar=contract.ENV_SWEEP_FOLDER,
+        show_envvar=True,
+        help="Folder that the cells of a sweep share.",
+    ),
+    click.option(
         "--termination-log",
         type=click.Path(path_type=Path),
         default=_EXISTING_LOG,
@@ -90,10 +97,16 @@ def _add_step(step: StepName, help_text: str) -> None:
         config_map: dict[str, Path],
         continues: Path,
         model_cache: Path | None,
+        sweep_folder: Path | None,
         **options: object,
     ) -> None:
-        cache = model_cache and model_cache.absolute()
-        mounts = Mounts(claims=volume, config_map_folders=config_map, continued=continues.absolute(), model_cache=cache)
+        mounts = Mounts(
+            claims=volume,
+            config_map_folders=config_map,
+            continued=continues.absolute(),
+            model_cache=model_cache and model_cache.absolute(),
+            sweep=sweep_folder,
+        )
         run(Invocation(step=step, mounts=mounts, **options))  # type: ignore[arg-type]
 
     for option in reversed(_OPTIONS):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
+from qlora_api.memory.answers import AnswerBytes
 from qlora_api.memory.families import BlockBytes
 from qlora_api.memory.model_shape import ModelShape
 
@@ -68,6 +69,8 @@ class TrainingShape:
     gpus: int = 1
     sharding: Sharding = "none"
     """`full`: each GPU holds a part of the quantized blocks, and all of everything else."""
+    answer_tokens: tuple[int, int] | None = None
+    """Of the longest answer that is scored after training: those of its prompt, and those of both; None without."""
     loss_chunk_tokens: int | None = GPU_LOSS_CHUNK_TOKENS
     """Tokens whose logits exist at the same time; None builds those of the whole micro batch."""
     upcast: bool = False
@@ -154,6 +157,7 @@ class MemoryEstimate:
     checkpoints: int
     layer_working_set: int
     logits: int
+    answers: int = 0
     pageable_optimizer: int
     """The part of `optimizer` that the driver may move to host memory."""
     absent_at_peak: frozenset[str] = frozenset()
@@ -199,6 +203,7 @@ _LABELS: Mapping[str, str] = {
     "checkpoints": "Activation checkpoints",
     "layer_working_set": "Working set of the layers",
     "logits": "Logits and their gradient",
+    "answers": "Answers that are scored",
 }
 
 
@@ -249,6 +254,9 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
         checkpoints           2·T·L·h, one input per layer; 4·T·L·h with upcast; 0 without gradient checkpointing
         layer_working_set     T·x for the one layer being recomputed and differentiated, or T·y and its largest linear
                               layer dequantized; without gradient checkpointing T·y more for each of the other layers
+        answers               with gate.score, after training: 2 bytes for each key and value of prompt and answer, and
+                              8 bytes per attention head for each pair of the prompt's tokens. Gradients and what
+                              training works with are gone then: the larger of both counts
         logits                6·V bytes per token of a chunk: the logits in 16-bit, and in 32-bit what becomes their
                               gradient; plus the last states with their gradient and what the final norm keeps, 8·T·h.
                               In other trainers 12·V: log-probabilities in 32-bit and two gradients; plus 6·T·h, 9·T·h
@@ -282,10 +290,13 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
         layers=layers,
         logits=_loss_working_set(model, training),
     )
-    return combined(weights, activations, training)
+    answers = AnswerBytes.of(model.num_hidden_layers, model.num_attention_heads, keys_and_values=2 * model.widths.key)
+    return combined(weights, activations, training, answers)
 
 
-def combined(weights: WeightCounts, activations: ActivationBytes, training: TrainingShape) -> MemoryEstimate:
+def combined(
+    weights: WeightCounts, activations: ActivationBytes, training: TrainingShape, answers: AnswerBytes
+) -> MemoryEstimate:
     """The peak of a run with these weights and activations: what is on the GPU at the same time. See `estimate`."""
     state, whole_state = (_optimizer_bytes(training, size) for size in (training.adapter_bytes, 2))
     gradients = weights.adapter_parameters * training.adapter_bytes + weights.whole_parameters * 2
@@ -301,6 +312,17 @@ def combined(weights: WeightCounts, activations: ActivationBytes, training: Trai
         layers = activations.kept
     if training.gradient_checkpointing and training.gradient_accumulation_steps == 1:
         absent.add("gradients" if gradients <= activations.checkpoints else "checkpoints")
+    works = {
+        "gradients": gradients,
+        "checkpoints": activations.checkpoints,
+        "layer_working_set": layers,
+        "logits": activations.logits,
+    }
+    answering = answers.of_longest(training.answer_tokens)
+    if answering > sum(size for name, size in works.items() if name not in absent):
+        absent |= works.keys()
+    elif answering:
+        absent.add("answers")
     return MemoryEstimate(
         context=_CONTEXT_BYTES,
         base_weights=base_weights,
@@ -312,6 +334,7 @@ def combined(weights: WeightCounts, activations: ActivationBytes, training: Trai
         checkpoints=activations.checkpoints,
         layer_working_set=layers,
         logits=activations.logits,
+        answers=answering,
         pageable_optimizer=weights.pageable_parameters * state + weights.whole_parameters * whole_state if paged else 0,
         absent_at_peak=frozenset(absent),
     )

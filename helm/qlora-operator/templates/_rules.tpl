@@ -1,11 +1,15 @@
-{{/* All rights of the operator: no secrets, no wildcard, and of a QLoRAJob only the status may be written. */}}
+{{/* All rights of the operator: no secrets, no wildcard. Of a job it writes the status, and of a cell spec.suspend. */}}
 {{- define "qlora-operator.rules" -}}
 - apiGroups: [qlora.dev]
-  resources: [qlorajobs]
+  resources: [qlorajobs, qlorasweeps]
   verbs: [get, list, watch]
 - apiGroups: [qlora.dev]
-  resources: [qlorajobs/status]
+  resources: [qlorajobs/status, qlorasweeps/status]
   verbs: [patch]
+# The cells of a sweep, which it also suspends and resumes.
+- apiGroups: [qlora.dev]
+  resources: [qlorajobs]
+  verbs: [create, patch]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]

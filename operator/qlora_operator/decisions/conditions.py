@@ -1,10 +1,11 @@
 """Sets conditions and derives the phase from them; pure."""
 
 from datetime import datetime
-from typing import Literal
+from typing import Literal, TypeVar
 
 from qlora_api.printable import one_line
 from qlora_api.status import MAX_MESSAGE_LENGTH, Condition, Phase, QLoRAJobStatus
+from qlora_api.sweep_status import QLoRASweepStatus
 from qlora_operator.decisions.observe import Reason, format_time
 
 ConditionType = Literal[
@@ -20,6 +21,8 @@ ConditionType = Literal[
     "CleanedUp",
 ]
 Value = Literal["True", "False", "Unknown"]
+Status = QLoRAJobStatus | QLoRASweepStatus
+StatusT = TypeVar("StatusT", QLoRAJobStatus, QLoRASweepStatus)
 
 
 def truncate(text: str, limit: int = MAX_MESSAGE_LENGTH) -> str:
@@ -28,12 +31,12 @@ def truncate(text: str, limit: int = MAX_MESSAGE_LENGTH) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def condition(status: QLoRAJobStatus, kind: ConditionType) -> Condition | None:
+def condition(status: Status, kind: ConditionType) -> Condition | None:
     """The condition of that type."""
     return next((entry for entry in status.conditions if entry.type == kind), None)
 
 
-def is_true(status: QLoRAJobStatus, kind: ConditionType) -> bool:
+def is_true(status: Status, kind: ConditionType) -> bool:
     """Whether the condition exists and is True."""
     found = condition(status, kind)
     return found is not None and found.status == "True"
@@ -57,8 +60,8 @@ def has_begun(status: QLoRAJobStatus) -> bool:
 
 
 def with_condition(
-    status: QLoRAJobStatus, kind: ConditionType, value: Value, reason: Reason, *, generation: int, now: datetime
-) -> QLoRAJobStatus:
+    status: StatusT, kind: ConditionType, value: Value, reason: Reason, *, generation: int, now: datetime
+) -> StatusT:
     """The status with this condition set. The transition time changes only when the value does."""
     old = condition(status, kind)
     word, sentence = truncate(reason.word, 128), truncate(reason.sentence)

@@ -18,8 +18,8 @@ def waits_for_other_job(job: QLoRAJob) -> bool:
 def continued_run(facts: Facts) -> ContinuedRun | None:
     """Where the run is that spec.continues takes up; None without it, or if that job has nothing to take up yet.
 
-    Once that is resolved it stays so: the other job may be changed or deleted.
-    Claim and folder are what the operator has written about the other job, so that no manifest can name others.
+    Claim and folder are what the operator has written about the other job, so that no manifest can name others. Once
+    that is resolved it stays so: the other job may be changed or deleted.
     """
     other, own = facts.continued, facts.job.status.resolved
     if own is not None:

@@ -1,13 +1,16 @@
-"""Builds the Events of a job; pure."""
+"""Builds the Events of a job, and of a sweep; pure."""
 
 import hashlib
 from datetime import datetime
 from typing import Any
 
 from qlora_api.status import Phase, QLoRAJobStatus
+from qlora_api.sweep import SWEEP_KIND
+from qlora_api.sweep_status import QLoRASweepStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
 from qlora_operator.decisions.conditions import condition, truncate
 from qlora_operator.decisions.observe import QLoRAJob, format_time
+from qlora_operator.decisions.sweep import QLoRASweep
 
 _COMPONENT = "qlora-operator"
 # kubectl shows the Events of one second in the order of their names.
@@ -39,18 +42,30 @@ def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
     return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
 
 
-def unreadable_event(body: dict[str, Any], message: str, now: datetime) -> dict[str, Any]:
-    """The Event of a job that this version of the operator cannot read, and whose status it cannot write."""
+def sweep_event(sweep: QLoRASweep, status: QLoRASweepStatus, now: datetime) -> dict[str, Any] | None:
+    """The Event of the change from the stored phase of a sweep to that of `status`; None if the phase stays."""
+    before, phase = sweep.status.phase, status.phase
+    if phase is None or phase == before:
+        return None
+    found = condition(status, "Succeeded")
+    reason = found.reason if found and phase == "Failed" else phase
+    name = _digest(f"{sweep.uid} {sweep.resource_version} {before} {phase}")
+    message = found.message if found else ""
+    return _build(_metadata(sweep), reason, message, now, warning=phase == "Failed", name=name, kind=SWEEP_KIND)
+
+
+def unreadable_event(body: dict[str, Any], message: str, now: datetime, kind: str = KIND) -> dict[str, Any]:
+    """The Event of a job, or a sweep, that this operator cannot read, and whose status it cannot write."""
     metadata = body["metadata"]
     identity = f"unreadable {metadata['uid']} {metadata.get('generation')}"
-    return _build(metadata, "InvalidSpec", message, now, warning=True, name=_digest(identity))
+    return _build(metadata, "InvalidSpec", message, now, warning=True, name=_digest(identity), kind=kind)
 
 
 def _identity(job: QLoRAJob, status: QLoRAJobStatus) -> str:
     return f"{job.uid} {job.resource_version} {job.status.phase} {status.phase}"
 
 
-def _metadata(job: QLoRAJob) -> dict[str, Any]:
+def _metadata(job: QLoRAJob | QLoRASweep) -> dict[str, Any]:
     return {"namespace": job.namespace, "name": job.name, "uid": job.uid, "resourceVersion": job.resource_version}
 
 
@@ -64,7 +79,14 @@ def _digest(identity: str) -> str:
 
 
 def _build(
-    metadata: dict[str, Any], reason: str, message: str, now: datetime, *, warning: bool, name: str
+    metadata: dict[str, Any],
+    reason: str,
+    message: str,
+    now: datetime,
+    *,
+    warning: bool,
+    name: str,
+    kind: str = KIND,
 ) -> dict[str, Any]:
     time = format_time(now)
     return {
@@ -73,7 +95,7 @@ def _build(
         "metadata": {"name": f"{metadata['name']}.{name}", "namespace": metadata["namespace"]},
         "involvedObject": {
             "apiVersion": API_VERSION,
-            "kind": KIND,
+            "kind": kind,
             "namespace": metadata["namespace"],
             "name": metadata["name"],
             "uid": metadata["uid"],

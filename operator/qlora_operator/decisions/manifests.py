@@ -300,8 +300,10 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
     }
     if step in ("prepare", "publish"):
         values |= _servers(resolved.profile)
-    if resolved.profile.model_cache is not None and uses_cache(job.spec, step):
-        values[contract.ENV_MODEL_CACHE] = str(contract.MODEL_CACHE_MOUNT)
+    if uses_cache(job.spec, step):
+        values |= _model_cache(resolved)
+    if step == "publish" and resolved.shared_path is not None:
+        values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
     if step == "train" and job.spec.resources.gpu_count > 1:
         values |= resolved.profile.nccl or {}
     if _nodes(job, step) > 1:
@@ -319,6 +321,15 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
         fields.append({"name": contract.ENV_NODE, "valueFrom": {"fieldRef": index}})
     return [*fields, *({"name": name, "value": value} for name, value in values.items())]
+
+
+def _model_cache(resolved: Resolved) -> dict[str, str]:
+    """Where the job shares its base; without a cache for all jobs, the cells of a sweep do on their common claim."""
+    if resolved.profile.model_cache is not None:
+        return {contract.ENV_MODEL_CACHE: str(contract.MODEL_CACHE_MOUNT)}
+    if resolved.shared_path is not None:
+        return {contract.ENV_MODEL_CACHE: str(contract.WORKSPACE_MOUNT / resolved.shared_path)}
+    return {}
 
 
 def _servers(profile: Profile) -> dict[str, str]:

@@ -46,6 +46,8 @@ class QLoRAJob:
     """Kueue's WorkloadPriorityClass: of the spec, else of the label."""
     orphans: bool = False
     """Whether its children stay when it is deleted, as `kubectl delete --cascade=orphan` asks for."""
+    shares: str | None = None
+    """The folder of its workspace claim that it shares with the other cells of its sweep; None if it is no cell."""
     problem: str = ""
     """Why this operator must not go on with the job, which it only stops when that is asked for; empty if it can."""
 

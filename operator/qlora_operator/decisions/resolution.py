@@ -40,6 +40,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
         continued=continued_run(facts),
+        shared_path=job.shares,
     )
     return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
 

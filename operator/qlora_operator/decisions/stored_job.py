@@ -2,17 +2,22 @@
 
 import json
 import logging
+import re
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_api.contract import CONTRACT_VERSION, needed_contract
-from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL
+from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, shared_folder
+from qlora_api.profile import DNS_LABEL
 from qlora_api.status import QLoRAJobStatus, Resolved
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.sweep import MAX_SWEEP_NAME_LENGTH, SWEEP_KIND
+from qlora_api.v1alpha1 import API_VERSION, QLoRAJobSpec
 from qlora_operator.decisions.observe import ORPHANED, Object, QLoRAJob
 
 logger = logging.getLogger(__name__)
+
+_UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class UnreadableJobError(ValueError):
@@ -29,7 +34,7 @@ def parse_job(body: Object) -> QLoRAJob:
         # After a downgrade the stored profile may have fields that this version does not know: the job continues.
         status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
     except ValidationError as error:
-        raise UnreadableJobError(f"this version of the operator cannot read the status: {_problems(error)}") from error
+        raise UnreadableJobError(f"this version of the operator cannot read the status: {explain(error)}") from error
     spec, problem = _parse_spec(body["spec"], status.resolved)
     spec = _with_fixed_nodes(spec, status.resolved)
     return QLoRAJob(
@@ -43,9 +48,26 @@ def parse_job(body: Object) -> QLoRAJob:
         status=status,
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
+        shares=_shared_folder(metadata),
         orphans=ORPHANED in (metadata.get("finalizers") or ()),
         problem=problem or _unknown_contract(status.resolved),
     )
+
+
+def _shared_folder(metadata: Object) -> str | None:
+    """The folder that the job shares with the other cells of the sweep that controls it; None if none does.
+
+    Whoever creates a job writes its owner, and the API server checks nothing of it: what is no name and no UID, and so
+    could lead out of the claim, is no sweep.
+    """
+    owners = metadata.get("ownerReferences") or ()
+    owner: Object = next((owner for owner in owners if owner.get("controller")), {})
+    name, uid = str(owner.get("name")), str(owner.get("uid"))
+    if (owner.get("apiVersion"), owner.get("kind")) != (API_VERSION, SWEEP_KIND):
+        return None
+    if len(name) > MAX_SWEEP_NAME_LENGTH or not re.fullmatch(DNS_LABEL, name) or not _UID.fullmatch(uid):
+        return None
+    return shared_folder(name, uid)
 
 
 def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:
@@ -53,7 +75,7 @@ def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpe
     try:
         return QLoRAJobSpec.model_validate(content), ""
     except ValidationError as error:
-        problem = f"this version of the operator cannot read the spec: {_problems(error)}"
+        problem = f"this version of the operator cannot read the spec: {explain(error)}"
     if resolved is not None and resolved.document is not None:
         try:
             # What the pods read was fixed by an operator that knew these fields.
@@ -93,7 +115,8 @@ def _unknown_contract(resolved: Resolved | None) -> str:
     )
 
 
-def _problems(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """The first problems, each with its field."""
     return "; ".join(
         f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
         for problem in error.errors(include_url=False)[:3]

@@ -80,15 +80,14 @@ def reserved_claim(spec: QLoRAJobSpec, profiles: Iterable[Profile]) -> Reason | 
     It could write there what other jobs load, or read a model that its own token does not open.
     """
     reserved = reserved_claims(profiles)
-    named = {"spec.workspace.claimName": spec.workspace.claim_name}
+    named, initial = {"spec.workspace.claimName": spec.workspace.claim_name}, spec.lora.initial_adapter
     for field, uri in {
         "spec.model.source": spec.model.source,
-        "spec.lora.from.source": spec.lora.initial_adapter.source if spec.lora.initial_adapter else None,
-        "spec.dataset.source": spec.dataset.source,
-        "spec.dataset.eval.source": spec.dataset.eval.source if spec.dataset.eval else None,
+        **({} if initial is None else {"spec.lora.from.source": initial.source}),
+        **spec.dataset.addresses,
         **{f"spec.output.{field}": address for field, address in spec.output.destinations.items()},
     }.items():
-        source = parse_source(uri) if uri else None
+        source = parse_source(uri)
         named[field] = source.claim if isinstance(source, VolumeSource) else None
     for field, claim in named.items():
         if claim in reserved:
@@ -114,18 +113,14 @@ def _claims(spec: QLoRAJobSpec, step: StepName) -> dict[str, bool]:
     """The claims besides the workspace that a step mounts, and whether it may write."""
     if step == "clean":
         return {}
-    read = [spec.model.source, *((*_datasets(spec), *_initial_adapter(spec)) if step == "prepare" else ())]
+    data = spec.dataset.addresses.values()
+    read = [spec.model.source, *((*data, *_initial_adapter(spec)) if step == "prepare" else ())]
     sources = (parse_source(uri) for uri in read)
     claims = {source.claim: False for source in sources if isinstance(source, VolumeSource)}
     for destination in (parse_source(uri) for uri in spec.output.destinations.values()):
         if isinstance(destination, VolumeSource) and step in ("prepare", "publish"):
             claims[destination.claim] = step == "publish"
     return claims
-
-
-def _datasets(spec: QLoRAJobSpec) -> list[str]:
-    held_out = spec.dataset.eval.source if spec.dataset.eval else None
-    return [spec.dataset.source, *([held_out] if held_out else [])]
 
 
 def _initial_adapter(spec: QLoRAJobSpec) -> list[str]:
@@ -149,7 +144,8 @@ def _is_claim(volume: Manifest) -> bool:
 
 def _add_config_maps(spec: QLoRAJobSpec, mounts: list[Manifest], volumes: list[Manifest]) -> None:
     template = spec.dataset.template_address
-    sources = (parse_source(uri) for uri in (*_datasets(spec), *([template] if template else ())))
+    addresses = (*spec.dataset.addresses.values(), *([template] if template else ()))
+    sources = (parse_source(uri) for uri in addresses)
     wanted = sorted({(source.name, source.key) for source in sources if isinstance(source, ConfigMapSource)})
     for number, name in enumerate(dict.fromkeys(name for name, _ in wanted)):
         volume, items = f"config-map-{number}", [{"key": key, "path": key} for owner, key in wanted if owner == name]
@@ -173,7 +169,7 @@ def _add_credentials(spec: QLoRAJobSpec, step: StepName, mounts: list[Manifest],
     if step == "prepare":
         wanted += [
             ("model", spec.model.secret_ref, [spec.model.source]),
-            ("dataset", spec.dataset.secret_ref, _datasets(spec)),
+            ("dataset", spec.dataset.secret_ref, list(spec.dataset.addresses.values())),
             ("lora", initial.secret_ref if initial else None, _initial_adapter(spec)),
         ]
     if step in ("prepare", "publish"):

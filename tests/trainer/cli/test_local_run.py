@@ -218,13 +218,31 @@ def arguments(files: Files, path: Path) -> list[str]:
 
 
 def test_a_run_without_its_volumes_names_them_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(MANIFEST + "  output:\n    merged:\n      destination: pvc://whole/model\n")
+    mixed = MANIFEST.replace(
+        "    source: pvc://data/train.jsonl\n", "    mix:\n      - source: pvc://data/train.jsonl\n"
+    )
+    (tmp_path / "job.yaml").write_text(mixed + "  output:\n    merged:\n      destination: pvc://whole/model\n")
     done = qlora("run", str(tmp_path / "job.yaml"), "--workspace", str(tmp_path / "work"))
     assert done.returncode == 10
     assert "--volume models=DIR" in done.stderr
+    assert "spec.dataset.mix[0].source is pvc://data/train.jsonl: give a folder for the claim" in done.stderr
     assert "--volume data=DIR" in done.stderr
     assert "spec.output.merged.destination is pvc://whole/model: give a folder for the claim" in done.stderr
     assert not (tmp_path / "work").exists()
+
+
+def test_a_run_that_continues_another_one_is_given_its_workspace(tmp_path: Path) -> None:
+    manifest, work = tmp_path / "job.yaml", tmp_path / "work"
+    volumes = [f"--volume={name}={tmp_path}" for name in ("models", "data", "adapters")]
+    manifest.write_text(f"{MANIFEST}  continues: first\n")
+    done = qlora("run", str(manifest), "--workspace", str(work), *volumes)
+    assert "spec.continues is first: give the workspace of that run with --continues DIR" in done.stderr
+    initial = MANIFEST.replace("    rank: 8\n", "    rank: 8\n    from: {source: pvc://adapters/first}\n")
+    manifest.write_text(initial)
+    done = qlora("run", str(manifest), "--workspace", str(work), f"--continues={tmp_path}", *volumes[:2])
+    assert "spec.lora.from.source is pvc://adapters/first: give a folder for the claim with --volume" in done.stderr
+    assert "--continues is for a job that names another one in spec.continues: set that in FILE" in done.stderr
+    assert not work.exists()
 
 
 def test_a_run_shows_a_bar_stops_on_ctrl_c_and_resumes(tmp_path: Path, tiny_llama: Path) -> None:
@@ -337,6 +355,14 @@ def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, t
     assert "BadDataset" in done.stdout
     assert str(files.workspace / "records" / "prepare.log") in done.stdout
     assert "Training" not in done.stdout
+
+
+def test_a_run_whose_adapter_does_not_pass_its_gate_ends_with_the_numbers(trained: Files) -> None:
+    done = qlora(*arguments(trained, manifest(trained, {**SPEC, "gate": {"minImprovement": 0.9}})))
+    assert done.returncode == 20, done.stdout + done.stderr
+    assert "GateFailed: spec.gate.minImprovement is 0.9, and the held-out loss changed by -" in done.stdout
+    assert not (trained.workspace / "adapter").exists()
+    assert len((trained.workspace / "records" / "attempts.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

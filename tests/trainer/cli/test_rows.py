@@ -35,7 +35,10 @@ def qlora(tmp_path: Path, tiny_llama: Path) -> Any:
     def run(command: str, rows: list[dict[str, Any]], *options: str, **dataset: Any) -> Result:
         write_rows(tmp_path / "data" / "train.jsonl", rows)
         document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}}
-        (tmp_path / "job.yaml").write_text(json.dumps(document | {"spec": spec_of(**dataset)}))
+        spec = spec_of(**dataset)
+        if "chosen" in rows[0]:
+            spec["training"]["objective"] = "dpo"
+        (tmp_path / "job.yaml").write_text(json.dumps(document | {"spec": spec}))
         volumes = ("--volume", f"models={tiny_llama.parent}", "--volume", f"data={tmp_path / 'data'}")
         return CliRunner().invoke(main, [command, str(tmp_path / "job.yaml"), *volumes, *options])
 
@@ -80,6 +83,14 @@ def test_the_tokens_around_a_plain_text_are_shown(qlora: Any) -> None:
     assert shown.endswith("ünï<|im_end|>]]")
 
 
+def test_the_two_answers_of_a_pair_are_shown_one_after_the_other(qlora: Any) -> None:
+    output = qlora("data", [{"prompt": "Which pods?", "chosen": "get pods", "rejected": "get nodes"}]).output
+    first, second = output.partition("line 1, chosen: ")[2].split("line 1, rejected: ")
+    assert "Which pods?<|im_end|>" in first
+    assert "[[get pods<|im_end|>]]" in first
+    assert "[[get nodes<|im_end|>]]" in second
+
+
 def test_columns_that_are_not_used_are_named(qlora: Any) -> None:
     output = qlora("data", [ROWS[0] | {"id": 3}]).output
     assert "\nNot used: id\n" in output
@@ -99,6 +110,15 @@ def test_a_row_cannot_control_the_terminal(qlora: Any) -> None:
     assert "c\\rd\\u202e" in output
 
 
+def test_the_first_rows_of_each_source_of_a_mix_are_shown(qlora: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "more.jsonl", [chat_row("Which jobs?", "kubectl get jobs")])
+    mix = [{"source": "pvc://data/train.jsonl"}, {"source": "pvc://data/more.jsonl", "format": "chat"}]
+    done = qlora("data", ROWS, "--rows", "1", source=None, mix=mix)
+    assert done.exit_code == 0, done.output
+    assert "[[kubectl get pods<|im_end|>]]" in done.output
+    assert "[[kubectl get jobs<|im_end|>]]" in done.output.partition("pvc://data/more.jsonl: format chat")[2]
+
+
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_on_a_terminal_color_is_the_mark_unless_it_is_not_wanted(
     tmp_path: Path, tiny_llama: Path, no_color: str
@@ -106,7 +126,7 @@ def test_on_a_terminal_color_is_the_mark_unless_it_is_not_wanted(
     write_rows(tmp_path / "data" / "train.jsonl", ROWS)
     mounts = Mounts(claims={"models": tiny_llama.parent, "data": tmp_path / "data"})
     output = io.StringIO()
-    with RowAccess(QLoRAJobSpec.model_validate(spec_of()), mounts).preview(1) as preview:
+    with RowAccess(QLoRAJobSpec.model_validate(spec_of()), mounts).previews(1) as (preview,):
         show_rows(preview, Console(file=output, force_terminal=True, width=200), {"NO_COLOR": no_color})
     assert ("\x1b[1;32mkubectl get pods<|im_end|>" in output.getvalue()) == (not no_color)
     assert ("[[kubectl get pods<|im_end|>]]" in output.getvalue()) == bool(no_color)

@@ -8,9 +8,12 @@ import sys
 import pytest
 import torch
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, ResultRecord, decode_record, encode_record
+from qlora_api.dataset import MAX_MIX_SOURCES
+from qlora_api.status import DatasetStatus, MemoryStatus, MixedSourceStatus
 from qlora_trainer.core.failures import Interrupted, bad_dataset, is_out_of_gpu_memory
-from qlora_trainer.core.outcome import Terminated, classify
+from qlora_trainer.core.outcome import Ending, Terminated, classify, result_record
+from qlora_trainer.core.records import Findings
 
 SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -101,3 +104,22 @@ def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: ExitCo
 
 def test_an_error_without_a_message_is_named_by_its_type() -> None:
     assert classify(AssertionError()).message.startswith("unexpected AssertionError: no message;")
+
+
+def test_a_result_that_would_be_too_long_loses_its_words_and_then_the_sources_of_a_mix() -> None:
+    source = MixedSourceStatus(source="x" * 48, rows=10**12, used_rows=10**12, epoch_rows=10**12, tokens=10**15)
+    dataset = DatasetStatus(format="chat", rows=1, used_rows=1, sources=(source,) * MAX_MIX_SOURCES)
+
+    def record(explanation: str) -> ResultRecord:
+        memory = MemoryStatus(verdict="unknown", message=explanation)
+        found = Findings(dataset=dataset, memory=memory)
+        ending = Ending(ExitCode.BAD_DATASET, "what is wrong " * 70)
+        names = {"job_uid": "job", "pod_uid": "pod", "time": "2026-01-02T03:04:05Z"}
+        return result_record(ending, None, found, step="prepare", attempt=1, **names)
+
+    short, long = record("no GPU"), record("y" * 1024)
+    assert short.dataset == dataset
+    assert long.dataset == dataset.model_copy(update={"sources": None})
+    for found in (short, long):
+        assert found.message.startswith("what is wrong what")
+        assert decode_record(encode_record(found), job_uid="job", pod_uid="pod") == found

@@ -119,9 +119,9 @@ def test_pairs_stay_whole_and_what_cannot_be_used_is_counted(make_context: MakeC
     assert 1 < len(data) < 9
     lengths = [data[index].row_lengths for index in range(len(data))]
     assert all(len(rows) % 2 == 0 and sum(rows) <= 96 for rows in lengths)
-    assert [data[index].first_row for index in range(len(data))] == [
-        sum(map(len, lengths[:index])) for index in range(len(data))
-    ]
+    numbers = [data[index].row_numbers or () for index in range(len(data))]
+    assert [number for sequence in numbers for number in sequence] == list(range(sum(map(len, lengths))))
+    assert [len(sequence) for sequence in numbers] == [len(rows) for rows in lengths]
 
 
 BAD_ROWS = {

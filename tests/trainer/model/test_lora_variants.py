@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.training import LoraSpec, QuantizationSpec
-from qlora_trainer.core.completion import TrainRecord
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
@@ -24,10 +24,12 @@ from qlora_trainer.model.adapter import adapter_tensors
 from qlora_trainer.model.base import load_base
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.batch import read_batch
+from qlora_trainer.model.initial_adapter import get_initial_adapter
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.publishing.verify import verify_adapter
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank
+from qlora_trainer.stores.hub import Hub
 from tests.support.adapted import adapted
 from tests.support.families import FAMILIES
 from tests.support.sequences import CPU
@@ -99,6 +101,25 @@ def test_plain_peft_computes_the_same_loss(trained: tuple[StepContext, TrainReco
         batches = [read_batch(data, (index,), CPU) for index in range(len(data))]
         summed = sum(batch_loss(loaded.get_base_model(), batch).double() for batch in batches)
     assert float(summed) / sum(batch.target_count for batch in batches) == record.eval_loss
+
+
+@pytest.mark.slow
+def test_a_variant_is_trained_further_from_the_loss_that_it_ended_with(
+    trained: tuple[StepContext, TrainRecord, Path], tmp_path: Path
+) -> None:
+    first, record, model = trained
+    lora = {name: value for name, value in first.spec.lora.dump().items() if name != "initialization"}
+    lora |= {"from": {"source": "pvc://adapters/trained"}}
+    context = prepared(tmp_path / "workspace", model, {"lora": lora, "training": {"maxSteps": 1}})
+    mounts = dataclasses.replace(context.mounts, claims={"adapters": first.workspace.root})
+    context = dataclasses.replace(context, mounts=mounts)
+    path = context.workspace.completion("prepare")
+    done = PrepareRecord.model_validate_json(path.read_bytes())
+    initial = get_initial_adapter(context, lambda: Hub(None), model, done.target_modules)
+    assert initial is not None
+    initial.complete()
+    write_completion(path, done.model_copy(update={"initial_adapter": initial.status}))
+    assert run(context).initial_eval_loss == record.eval_loss
 
 
 def test_the_check_before_publication_knows_every_tensor(

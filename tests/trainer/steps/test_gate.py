@@ -143,10 +143,9 @@ ANSWERS = [chat_row(f"Which pods has n{i}?", f'{{"pods": {i}}}') for i in range(
             ANSWERS,
             "not one of the data set's own answers to the 3 held-out rows",
         ),
-        ({"check": "jsonSchema", "schema": '{"required": ["nodes"]}'}, ANSWERS, 'for example \'{"pods": '),
         (EXACT, [{"text": f"pods of n{i} and others"} for i in range(12)], "rows of format text have none"),
     ],
-    ids=["pattern", "pattern that nothing passes", "schema that nothing passes", "no prompts"],
+    ids=["pattern", "pattern that nothing passes", "no prompts"],
 )
 def test_prepare_rejects_a_score_that_no_adapter_could_have(
     score: dict[str, Any], rows: list[dict[str, Any]], words: str, make_context: MakeContext, tmp_path: Path

@@ -131,6 +131,19 @@ def test_ten_jobs_on_one_base_download_and_quantize_once(job: JobOf, hub: FakeHu
     assert {name for name, content in contents(cached(cache)).items() if own[name] != content} == {MANIFEST}
 
 
+def test_the_cells_of_a_sweep_share_a_folder_that_the_first_of_them_makes(
+    job: JobOf, hub: FakeHub, tmp_path: Path
+) -> None:
+    shared = tmp_path / "workspaces" / "sweep-0a1b2c3d"
+    contexts = [job(f"sweep-0{number}", {"lora": {"rank": 4 + number}}) for number in range(2)]
+    cells = [replace(context, mounts=replace(context.mounts, model_cache=shared)) for context in contexts]
+    outcomes = [base_of(prepare(cell, Recorded())) for cell in cells]
+    assert hub.fetched.count(WEIGHTS) == 1
+    assert [(base.origin, base.message) for base in outcomes] == [("downloaded", ""), ("cache", "")]
+    assert not any(cell.workspace.base.exists() for cell in cells)
+    assert cached(shared)
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda model, to: quantized(model, to, settings()), lambda _model, to: save_gpt_oss(to)],

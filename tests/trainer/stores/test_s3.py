@@ -370,9 +370,10 @@ def test_data_that_were_replaced_between_two_attempts_are_read_as_they_are_now(
 
 def find_stored(context: StepContext) -> DataFiles:
     """The job's data, downloaded where prepare has them."""
+    source = context.spec.dataset.training_sources["spec.dataset"]
     return find_data(
-        context.spec.dataset.source,
-        training_part(context.spec.dataset),
+        source.source,
+        training_part(source),
         DataAccess(context.mounts, lambda: pytest.fail("no hub is needed"), context.secret("dataset")),
         context.workspace.data / ".download-train.partial",
     )

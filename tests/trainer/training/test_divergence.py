@@ -3,14 +3,11 @@
 import math
 import random
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
@@ -79,22 +76,6 @@ def test_the_end_is_judged_after_a_suspect_last_step_and_after_one_that_did_harm
     assert sound.end_to_be_judged(loss_before=2.0, loss_after=3.5)
     assert sound.end_to_be_judged(loss_before=2.0, loss_after=math.nan)
     assert suspect.end_to_be_judged(loss_before=4.5, loss_after=4.4)
-
-
-@pytest.fixture(scope="module")
-def fluent(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """The tiny Llama after it has learned the pattern of the test's rows, so that there is something to lose."""
-    folder = tmp_path_factory.mktemp("fluent") / "model"
-    shutil.copytree(tiny_llama, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = torch.tensor([[3 + (number * 17 + position * 5) % 50 for position in range(30)] for number in range(16)])
-    for _ in range(60):
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 Prepare = Callable[..., StepContext]

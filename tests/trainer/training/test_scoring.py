@@ -1,20 +1,25 @@
 """The score of a finished adapter: measured on the same rows as its base's, and continued where it was stopped."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.core.completion import TrainRecord, read_completion
+from qlora_trainer.core.completion import EndOfTurn, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import Answering, scored_prompts
-from tests.support.tiny import Recorded
+from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, scored_prompts
+from tests.support.ranks import EXACT, TWO, succeeded, workspace
+from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, adapter_bytes, failure, history, job, prepared, run, write_data
 
 PATTERN = {"check": "regex", "pattern": "[a-z]", "rows": 3, "maxNewTokens": 4}
@@ -110,6 +115,7 @@ def test_an_adapter_that_is_there_is_scored_anew_by_another_check_and_stays_as_i
     assert records.written == []
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
     scored: StepContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,3 +137,48 @@ def test_packing_does_not_decide_which_rows_are_answered(tmp_path: Path) -> None
     assert scored_prompts(packed, 3) == scored_prompts(apart, 3)
     assert len(scored_prompts(packed, 3)) == 3
     assert len({prompt.sha256 for prompt in scored_prompts(packed, 100)}) == 4
+
+
+def test_an_answer_ends_where_the_model_was_taught_to_end_it(tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokens = tokenizer("get pods<end>and more").input_ids
+    last = tokenizer.eos_token_id
+
+    known = AnswerTexts(tiny_llama, None)
+    assert known.answer(tokens) == "get pods<end>and more"
+    assert (known.last_tokens(Prompt((1,), (5, last))), known.last_tokens(Prompt((1,), (5, 6)))) == ((last,), ())
+    assert known.stop_strings is None
+    pieces = AnswerTexts(tiny_llama, EndOfTurn(text="<end>"))
+    assert (pieces.answer(tokens), pieces.stop_strings) == ("get pods", ["<end>"])
+    taught = AnswerTexts(tiny_llama, EndOfTurn(text="<end>", token=0))
+    assert (taught.last_tokens(Prompt((1,), (5, last))), taught.stop_strings) == ((last, 0), None)
+
+
+def test_an_answer_is_not_generated_beyond_its_end(tiny_llama: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(target_modules="all-linear"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    prompt = Prompt(tuple(tokenizer("<|im_start|>user\nList").input_ids), (5,))
+    output = model.generate(input_ids=torch.tensor([prompt.tokens]), do_sample=False, max_new_tokens=12)
+    tokens = output[0, len(prompt.tokens) :].tolist()
+    word = next(n for n, token in enumerate(tokens) if n and tokenizer.decode([token]).strip().isalpha())
+    text = tokenizer.decode([tokens[word]])
+
+    def generated(end: EndOfTurn | None) -> int:
+        asked = itertools.count()
+        answering = Answering(model, AnswerTexts(tiny_llama, end), lambda: next(asked) < 0, torch.device("cpu"))
+        answering.answer(prompt, adapter=True, max_new_tokens=12)
+        return next(asked)
+
+    assert generated(None) == len(tokens) == 12
+    assert generated(EndOfTurn(text=text, token=tokens[word])) == word + 1
+    assert generated(EndOfTurn(text=text)) == word + 1
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_main_one_scores_what_both_have_trained(tmp_path: Path, tiny_llama: Path) -> None:
+    files, context = workspace(tmp_path / "together", tiny_llama, merged(merged(EXACT, TWO), SCORED), packed=False)
+    succeeded(files.run("train"))
+    record = read_completion(context.workspace.completion("train"), TrainRecord)
+    assert record is not None
+    assert record.ranks == 2
+    assert_is_of_its_answers(record, context)

@@ -10,7 +10,11 @@ import yaml
 from lupa.lua51 import LuaRuntime, lua_type
 
 from gitops import generate
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep, parse_sweep
+from qlora_operator.decisions.sweep_plan import next_status, table
+from tests.support.builders import NOW, UID
 from tests.support.phases import Case, cases, changed_spec
+from tests.support.sweeps import SWEEP
 
 SETTINGS = yaml.safe_load(generate.VALUES.read_text())["configs"]["cm"]
 HEALTH = SETTINGS["resource.customizations.health.qlora.dev_QLoRAJob"]
@@ -50,6 +54,31 @@ def test_the_values_are_those_of_the_lua_files() -> None:
     assert (folder / "actions" / "discovery.lua").read_text() == ACTIONS["discovery.lua"]
     files = {file.stem: file.read_text() for file in (folder / "actions").glob("*.lua") if file.stem != "discovery"}
     assert {entry["name"]: entry["action.lua"] for entry in ACTIONS["definitions"]} == files
+
+
+def test_a_sweep_has_the_same_health_from_the_same_conditions() -> None:
+    assert SETTINGS["resource.customizations.health.qlora.dev_QLoRASweep"] == HEALTH
+    sweep = make_sweep()
+    jobs = {"rates-00": CellJob("rates-00", "1", "Training", suspend=False, suspended_by_sweep=False)}
+    body: dict[str, Any] = {"metadata": {"generation": sweep.generation}}
+    unseen = evaluate(HEALTH, body | {"status": {"observedGeneration": -1}})
+    assert unseen == {"status": "Progressing", "message": "the operator has not seen it yet"}
+    status = next_status(sweep, table(sweep, sweep.cells(), jobs), None, None, NOW)
+    running = evaluate(HEALTH, body | {"status": status.dump()})
+    assert running == {"status": "Progressing", "message": "0 of 4 cells have ended"}
+    ended = {
+        cell.name: CellJob(cell.name, "1", "Failed", suspend=False, suspended_by_sweep=False, reason="BadDataset")
+        for cell in sweep.cells()
+    }
+    status = next_status(sweep, table(sweep, sweep.cells(), ended), None, None, NOW)
+    failed = evaluate(HEALTH, body | {"status": status.dump()})
+    assert failed["status"] == "Degraded"
+    assert failed["message"].startswith("AllCellsFailed: none of the 4 cells has succeeded (BadDataset)")
+
+
+def make_sweep() -> QLoRASweep:
+    metadata = {"namespace": "team", "name": "rates", "uid": UID, "generation": 1, "resourceVersion": "7"}
+    return parse_sweep({"metadata": metadata, "spec": SWEEP["spec"]})
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)

@@ -12,7 +12,9 @@ from docs.generate import pages
 from docs.screenshots import watch_lines
 from qlora_api.contract import ExitCode
 from qlora_api.profile import Profile
+from qlora_api.sweep import SWEEP_KIND, QLoRASweepSpec
 from qlora_cli.manifest import load_manifest
+from tests.support.sweeps import TEMPLATE
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -47,7 +49,7 @@ SHIPPED = [file.read_text() for file in sorted((ROOT / "gitops").rglob("*.yaml")
 
 
 @pytest.mark.parametrize("block", yaml_blocks())
-def test_every_yaml_block_is_a_valid_job_a_part_of_one_or_profiles_or_from_a_shipped_file(
+def test_every_yaml_block_is_a_valid_job_or_sweep_a_part_of_one_or_profiles_or_from_a_shipped_file(
     block: str, tmp_path: Path
 ) -> None:
     if any(block in text for text in SHIPPED):
@@ -56,6 +58,9 @@ def test_every_yaml_block_is_a_valid_job_a_part_of_one_or_profiles_or_from_a_shi
     if "profiles" in content:
         for profile in content["profiles"].values():
             Profile.model_validate({"image": "trainer", **profile})
+        return
+    if content.get("kind") == SWEEP_KIND or "cells" in content.get("spec", ()):
+        QLoRASweepSpec.model_validate({"template": {"spec": TEMPLATE}} | content["spec"])
         return
     if set(content) == {"spec"}:
         content = {
@@ -79,7 +84,7 @@ def reasons_of_the_operator() -> set[str]:
     assert {"HostOutOfMemory", "DeadlineExceeded"} <= found
     # A state, not a trouble: `docs/concepts/life-of-a-job.md` has those.
     return found - {
-        "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning",
+        "CleanedUp", "Done", "False", "Finished", "NotEnded", "NotFailed", "NotReached", "NotRunning", "Running",
         "NotScheduled", "NotStalled", "NotSuspended", "Pending", "Preparing", "Progressing", "Publishing", "Queued",
         "Scheduled", "Started", "Succeeded", "Suspended", "Suspending", "TakenUp", "Training", "True", "Unknown",
     }  # fmt: skip

@@ -14,6 +14,7 @@ from qlora_api.contract import (
     decode_record,
     encode_record,
 )
+from qlora_api.dataset import MAX_MIX_SOURCES
 from qlora_api.status import MergedStatus
 
 OURS = {"job_uid": "job-1", "pod_uid": "pod-1"}
@@ -97,6 +98,23 @@ def test_a_kubelet_keeps_the_largest_result_of_a_message_in_any_script() -> None
     assert MAX_RESULT_BYTES == 4096
     with pytest.raises(ValueError, match="larger than the 4096 bytes"):
         encode_record(ResultRecord.model_validate(RESULT.dump() | {"message": "é" * 1024}))
+
+
+def test_a_result_has_room_for_the_largest_mix() -> None:
+    """All sources that a mix may have, with addresses as long as they are shown, and ten billion rows each."""
+    source = {"source": f"{'x' * 23}…{'y' * 24}", "rows": 10**10, "usedRows": 10**10, "epochRows": 10**10}
+    counts = ("rows", "usedRows", "evalRows", "tooLongRows", "longestRowTokens", "duplicateRows", "overlapRows")
+    dataset = {
+        **dict.fromkeys(counts, 10**11),
+        "format": "chat, instruction, prompt-completion, sharegpt, text",
+        "tokens": 10**15,
+        "sha256": "0" * 64,
+        "sources": [source | {"tokens": 10**14}] * MAX_MIX_SOURCES,
+    }
+    memory = {"estimateBytes": 10**12, "lowBytes": 10**12, "highBytes": 10**12, "verdict": "unknown"}
+    base = {"origin": "downloaded", "sha256": "0" * 64, "bytesFetched": 10**12, "seconds": 10**5}
+    known = {"modelRevision": "0" * 71, "dataset": dataset, "memory": memory, "base": base, "message": ""}
+    assert len(encode_record(ResultRecord.model_validate(RESULT.dump() | known))) < MAX_RESULT_BYTES - 400
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,7 @@ def test_the_rows_of_the_table_add_up() -> None:
         "checkpoints",
         "layer_working_set",
         "logits",
+        "answers",
     ]
     assert all(row.label for row in rows)
     assert sum(row.size for row in rows if row.at_peak) == memory.expected
@@ -240,6 +241,26 @@ def test_what_never_meets_on_the_card_is_not_added_up() -> None:
     assert absent(loss_chunk_tokens=128, gradient_accumulation_steps=1) == ["checkpoints", "logits"]
     assert absent(loss_chunk_tokens=128, gradient_accumulation_steps=1, rank=8) == ["gradients", "logits"]
     assert absent(gradient_checkpointing=False) == []
+
+
+def test_answers_that_are_scored_count_where_they_take_more_than_a_step() -> None:
+    small, long_answer = TrainingShape(rank=8, sequence_length=512), (512, 512 + 1024)
+    without, scored = (
+        estimate(LLAMA_2_7B_SHAPE, replace(small, answer_tokens=tokens)) for tokens in (None, long_answer)
+    )
+    # Keys and values of 4096 numbers each in 32 blocks, of 2 bytes; scores of 32 heads, of 8 bytes.
+    assert scored.answers == 1536 * 32 * 2 * 4096 * 2 + 512**2 * 32 * 8
+    assert {row.name for row in scored.components() if not row.at_peak} == {
+        "gradients",
+        "checkpoints",
+        "layer_working_set",
+        "logits",
+    }
+    assert scored.expected > without.expected
+    # Of a model with few keys and values a step takes more.
+    short = estimate(LLAMA_3_8B_SHAPE, replace(TrainingShape(), answer_tokens=(512, 640)))
+    assert short.expected == estimate(LLAMA_3_8B_SHAPE, TrainingShape()).expected
+    assert "answers" in {row.name for row in short.components() if not row.at_peak}
 
 
 MODELS = st.builds(

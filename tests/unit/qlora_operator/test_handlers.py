@@ -37,7 +37,16 @@ class Watches:
 
         monkeypatch.setattr(kopf.on, "event", register)
         self.monitor = WatchMonitor(150)
-        hooks = Hooks(self._ask, self.monitor, self.metrics.job_is_in, lambda: None, Store(), lambda: 1)
+        self.sweeps: list[tuple[Key, float]] = []
+        hooks = Hooks(
+            self._ask,
+            self.monitor,
+            self.metrics.job_is_in,
+            lambda: None,
+            Store(),
+            lambda: 1,
+            lambda key, after: self.sweeps.append((key, after)),
+        )
         _register_events(kopf.OperatorRegistry(), hooks)
         self._handlers = handlers
 
@@ -55,6 +64,21 @@ class Watches:
 @pytest.fixture
 def watches(monkeypatch: pytest.MonkeyPatch) -> Watches:
     return Watches(monkeypatch)
+
+
+def test_a_sweep_is_looked_at_when_it_changes_and_soon_after_a_cell_has(watches: Watches) -> None:
+    sweep = {"metadata": {"namespace": "team", "name": "rates", "uid": "1"}}
+    for event in (None, "MODIFIED", "DELETED"):
+        watches.show("qlorasweeps", event, 10, sweep)
+    assert watches.sweeps == [(("team", "rates"), 0.0)] * 3
+    owner = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": "1", "controller": True}
+    cell = job_body()
+    cell["metadata"] |= {"ownerReferences": [owner]}
+    for event in ("ADDED", "MODIFIED", "DELETED"):
+        watches.show("qlorajobs", event, 11, cell)
+    assert watches.sweeps[3:] == [(("team", "rates"), 2.0)] * 3
+    watches.show("qlorajobs", "ADDED", 12, job_body())
+    assert len(watches.sweeps) == 6
 
 
 def test_a_new_job_goes_first_and_a_started_one_does_not(watches: Watches) -> None:

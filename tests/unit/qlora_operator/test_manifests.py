@@ -271,6 +271,29 @@ def test_a_model_on_a_volume_is_mounted_read_only(step: StepName, expected: dict
     assert {path: mount for path, mount in mounts.items() if path.startswith("/volumes")} == expected
 
 
+def test_the_sources_of_a_mix_are_mounted_for_prepare_alone() -> None:
+    mix = [
+        *({"source": f"pvc://rows/{name}.jsonl"} for name in "ab"),
+        *({"source": f"configMap://small/{name}.jsonl"} for name in "cd"),
+        {"source": "s3://bucket/rows"},
+    ]
+    dataset = {"source": None, "mix": mix, "secretRef": {"name": "store"}, "eval": {"source": "pvc://held-out/e.jsonl"}}
+    job = build("prepare", dataset=dataset)
+    read = ("/volumes", "/config-maps", "/credentials")
+    assert {path: mount for path, mount in mounts_of(job).items() if path.startswith(read)} == {
+        "/volumes/rows": ("rows", False),
+        "/volumes/held-out": ("held-out", False),
+        "/config-maps/small": ("configMap", False),
+        "/credentials/dataset": ("projected", False),
+    }
+    volumes = {volume["name"]: volume for volume in pod_of(job)["volumes"]}
+    assert [item["key"] for item in volumes["config-map-0"]["configMap"]["items"]] == ["c.jsonl", "d.jsonl"]
+    keys = volumes["dataset-credentials"]["projected"]["sources"][0]["secret"]["items"]
+    assert [item["key"] for item in keys] == ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+    trained = mounts_of(build("train", dataset=dataset))
+    assert not [path for path in trained if path.startswith(read)]
+
+
 CACHED = {"modelCache": {"claimName": "models"}}
 
 

@@ -7,21 +7,25 @@ from typing import Any
 
 import pytest
 
-from qlora_api.crd import custom_resource_definition
+from qlora_api.crd import definitions
 from qlora_operator.cluster import ClusterError, NotFoundError
 from qlora_operator.schema_check import SchemaCheck, missing_fields
 from tests.support.builders import VirtualLoop
 
 
 def document(change: Callable[[dict[str, Any]], object] = lambda _properties: None) -> dict[str, Any]:
-    """What the API server publishes for our definition, after a change of its properties."""
-    schema = copy.deepcopy(custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
-    change(schema["properties"])
-    schema["x-kubernetes-group-version-kind"] = [{"group": "qlora.dev", "kind": "QLoRAJob", "version": "v1alpha1"}]
+    """What the API server publishes for our definitions, after a change of a QLoRAJob's properties."""
+    schemas = {kind: published(kind) for kind in definitions()}
+    change(schemas["QLoRAJob"]["properties"])
     listed = {"x-kubernetes-group-version-kind": [{"kind": "QLoRAJobList"}]}
-    return {
-        "components": {"schemas": {"dev.qlora.v1alpha1.QLoRAJobList": listed, "dev.qlora.v1alpha1.QLoRAJob": schema}}
-    }
+    named = {f"dev.qlora.v1alpha1.{kind}": schema for kind, schema in schemas.items()}
+    return {"components": {"schemas": {"dev.qlora.v1alpha1.QLoRAJobList": listed} | named}}
+
+
+def published(kind: str) -> dict[str, Any]:
+    schema: dict[str, Any] = copy.deepcopy(definitions()[kind]["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    schema["x-kubernetes-group-version-kind"] = [{"group": "qlora.dev", "kind": kind, "version": "v1alpha1"}]
+    return schema
 
 
 def without(*path: str) -> Callable[[dict[str, Any]], object]:
@@ -51,6 +55,14 @@ def test_fields_that_this_release_has_and_the_cluster_has_not(
     change: Callable[[dict[str, Any]], object], missing: list[str]
 ) -> None:
     assert missing_fields(document(change)) == missing
+
+
+def test_a_kind_that_the_cluster_does_not_know_and_a_field_of_it() -> None:
+    served = document()
+    del served["components"]["schemas"]["dev.qlora.v1alpha1.QLoRASweep"]["properties"]["status"]["properties"]["best"]
+    assert missing_fields(served) == ["QLoRASweep.status.best"]
+    del served["components"]["schemas"]["dev.qlora.v1alpha1.QLoRASweep"]
+    assert missing_fields(served) == ["QLoRASweep"]
 
 
 def test_it_waits_says_why_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -100,6 +100,7 @@ def test_a_job_that_wants_more_than_its_profile_allows_waits_and_says_what(field
         ("workspace.claimName", {"workspace": {"claimName": "models"}}),
         ("model.source", {"model": {"source": "pvc://models/models/c0ffee"}}),
         ("dataset.source", {"dataset": {"source": "pvc://models/rows.jsonl"}}),
+        ("dataset.mix[1].source", {"dataset": {"mix": [DATASET, {"source": "pvc://models/rows.jsonl"}]}}),
         ("dataset.eval.source", {"dataset": DATASET | {"eval": {"source": "pvc://models/rows.jsonl"}}}),
         ("output.destination", {"output": {"destination": "pvc://models/models/c0ffee"}}),
         ("lora.from.source", {"lora": {"from": {"source": "pvc://models/adapter"}}}),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
+from qlora_api.gate import GateSpec, ScoreSpec
 from qlora_api.memory.estimate import TrainingShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
@@ -44,7 +45,8 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
             "resources": {"gpus": 2},
         }
     )
-    shape = training_shape(spec, ["model.layers.0.self_attn.q_proj", "v_proj"])
+    scored = spec.model_copy(update={"gate": GateSpec(score=ScoreSpec(check="exactMatch", max_new_tokens=64))})
+    shape = training_shape(scored, ["model.layers.0.self_attn.q_proj", "v_proj"])
     assert shape == TrainingShape(
         rank=8,
         adapter_bytes=2,
@@ -61,6 +63,7 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
         dropout=0.1,
         gpus=2,
         sharding="full",
+        answer_tokens=(256, 320),
     )
     default = TrainingShape()
     same = {field.name for field in fields(shape) if getattr(shape, field.name) == getattr(default, field.name)}

@@ -32,6 +32,8 @@ class Mounts:
     """Where downloaded base models are shared; None if each job has its own."""
     continued: Path = Path(contract.CONTINUED_MOUNT)
     """The workspace folder of the job that spec.continues names."""
+    sweep: Path | None = None
+    """The folder that the cells of a sweep share; None if the job is no cell."""
     claims: Mapping[str, Path] = field(default_factory=dict)
     """Claims that are elsewhere: on a laptop, from `--volume CLAIM=DIR`."""
     config_map_folders: Mapping[str, Path] = field(default_factory=dict)

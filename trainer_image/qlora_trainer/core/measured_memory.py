@@ -34,4 +34,6 @@ class MeasuredMemory(ObservedModel):
     adapter_parameters: Count = Field(description="Weights of the adapter.")
     pageable_parameters: Count = Field(description="Those in tensors that are large enough to be paged.")
     whole_parameters: Count = Field(description="Weights of modules that are trained whole.")
+    answer_bytes_per_token: Bytes = Field(0, description="Keys and values of a token that is answered with or to.")
+    answer_bytes_per_pair: Bytes = Field(0, description="Attention's scores for each pair of a prompt's tokens.")
     steps: tuple[MeasuredStep, ...]

@@ -13,6 +13,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configurat
 from qlora_trainer.core.filesystem import is_full
 from qlora_trainer.core.records import Findings, redact
 
+_SHORT_MESSAGE = 256
 CompletionRecord = PrepareRecord | TrainRecord | PublishRecord
 
 
@@ -116,9 +117,10 @@ def result_record(
     attempt: int,
     time: str,
 ) -> ResultRecord:
-    """The step's last record, redacted and within its size: a message that is too long is cut, nothing else.
+    """The step's last record, redacted and within its size: a message that is too long is cut.
 
-    It has what was known when the step ended, also when the step failed.
+    If the message is short by then, the sources of a mix are left out first. The record has what was known when the
+    step ended, also when the step failed.
     """
     message = shortened(one_line(redact(ending.message)), MAX_MESSAGE_LENGTH)
     record = ResultRecord(
@@ -133,9 +135,14 @@ def result_record(
         message=message,
         **_known(completion, findings),
     )
-    while message and not _is_encodable(record):
-        message = shortened(message, len(message) // 2)
-        record = record.model_copy(update={"message": message})
+    while not _is_encodable(record):
+        if len(message) <= _SHORT_MESSAGE and record.dataset is not None and record.dataset.sources is not None:
+            record = record.model_copy(update={"dataset": record.dataset.model_copy(update={"sources": None})})
+        elif message:
+            message = shortened(message, len(message) // 2)
+            record = record.model_copy(update={"message": message})
+        else:
+            return record
     return record
 
 

@@ -2,7 +2,7 @@
 
 This is the way of a row, from top to bottom; each arrow is one call, and nothing is converted back:
 
-    spec.dataset.source    an address
+    spec.dataset.source    an address; or those of spec.dataset.mix
       locate.find_data -> files.DataFiles           the files, downloaded or mounted; hub_splits chooses them on the hub
       reading.read_rows -> rows.Row                 one row, unparsed, with its location; json_reader, table_reader
       formats.RowReader.read -> examples.Example    what is trained on: Conversation, PromptCompletion or PlainText
@@ -10,7 +10,9 @@ This is the way of a row, from top to bottom; each arrow is one call, and nothin
       chat_template.Tokenizer.tokenize -> chunks.TokenizedRow    its token ids, and which of them are targets
       tokenize.tokenize -> chunks.Chunk             4096 rows in a file, so that an interrupted attempt resumes
       chunks.TokenizedRows                          the rows of all chunks; from here on a row is an index into them
-      sampling.hold_out, packing.pack -> Arrangement    which rows each sequence of a split has
+      duplicates.first_equal, selection.select_rows -> Selection    which rows are trained on and held out
+      packing.pack -> Arrangement                   which rows each sequence of a split has
+      mix.Mix, epochs.EpochArrangements             with a mix: the rows of each epoch, and its sequences
       prepared.write_split                          the file of a split
     train: prepared.PreparedDataset -> PackedSequence    one sequence, read back; model.batch makes batches of them
 

@@ -2,30 +2,29 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-import numpy
-
-from qlora_api.dataset import Columns, DatasetSpec, EvalSpec, RowFormat
+from qlora_api.dataset import Columns, DatasetSpec, EvalSpec
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.dataset import Dataset, TokenizedSource
-from qlora_trainer.data.files import DataFiles
+from qlora_trainer.data.duplicates import first_equal
+from qlora_trainer.data.files import MAX_FILES, DataFiles
 from qlora_trainer.data.fingerprint import library_versions
 from qlora_trainer.data.formats import RowReader, detect_format
 from qlora_trainer.data.hub_splits import Wanted, evaluation_part, training_part
 from qlora_trainer.data.locate import DataAccess, find_data
-from qlora_trainer.data.prepared import Split
+from qlora_trainer.data.mix import Mix
 from qlora_trainer.data.reading import read_rows, read_sample
 from qlora_trainer.data.rows import Row
-from qlora_trainer.data.sampling import hold_out
+from qlora_trainer.data.selection import select_rows
 from qlora_trainer.data.tokenize import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, Recipe, tokenize
 
 logger = logging.getLogger(__name__)
@@ -50,54 +49,98 @@ class DatasetBuilder:
 
     def build(self) -> Dataset:
         """The data set: all rows tokenized, and which of them are trained on and held out."""
-        if self.spec.shuffle and self.spec.max_samples is None:
+        spec = self.spec
+        if spec.shuffle and spec.max_samples is None:
             logger.warning(
                 "spec.dataset.shuffle has no effect without spec.dataset.maxSamples, whose rows it chooses: set "
                 "maxSamples, or leave shuffle out; training.seed orders the rows of each epoch anyway"
             )
-        training = self._training_source()
-        everything = numpy.arange(len(training.rows))
-        evaluation = self.spec.eval
-        if evaluation is None:
-            return Dataset(training, everything, None, everything[:0])
-        if evaluation.fraction is not None:
-            seed, name = self.training.seed, training.data.uri
-            kept, held_out = hold_out(len(training.rows), evaluation.fraction, seed, name)
-            return Dataset(training, kept, training, held_out)
-        own = self._evaluation_source(evaluation, training)
-        return Dataset(training, everything, own, numpy.arange(len(own.rows)))
+        training = self._training_sources()
+        own = self._evaluation_source(spec.eval, training) if spec.eval is not None and spec.eval.source else None
+        rows = TokenizedRows.joined([source.rows for source in (*training, *([own] if own else []))])
+        self.say("looking for rows that are equal")
+        selection = select_rows(
+            spec,
+            self.training.seed,
+            {name: len(source.rows) for name, source in zip(self._names(), training, strict=True)},
+            0 if own is None else len(own.rows),
+            first_equal(rows.digests()),
+        )
+        dataset = Dataset(training, own, rows, selection)
+        _judge_overlap(dataset, spec.eval)
+        if spec.mix is None:
+            return dataset
+        weights = tuple(source.weight for source in spec.mix)
+        mix = Mix.of([len(part) for part in selection.training], weights)
+        for name, share in zip(self._names(), mix.shares, strict=True):
+            if not share:
+                raise bad_dataset(
+                    f"{name} gives none of the {sum(mix.shares)} rows of an epoch: raise its weight, or leave it out"
+                )
+        return replace(dataset, mix=mix, weights=weights)
 
-    def _training_source(self) -> TokenizedSource:
-        spec = self.spec
-        data = self._find("train", spec.source, training_part(spec))
-        digest = _checked_sha256(data, spec.sha256, "spec.dataset.sha256")
-        rows = read_sample(data.files, spec.max_samples, self.training.seed if spec.shuffle else None)
-        return self._tokenized("train", data, digest, rows)
+    def _names(self) -> list[str]:
+        """What messages call the training sources."""
+        of_a_mix = self.spec.mix is not None
+        sources = self.spec.training_sources.items()
+        return [f"{source.source} ({field})" if of_a_mix else source.source for field, source in sources]
 
-    def _evaluation_source(self, spec: EvalSpec, training: TokenizedSource) -> TokenizedSource:
-        """The evaluation's own source, read in the format of the training source."""
+    def _training_sources(self) -> tuple[TokenizedSource, ...]:
+        seed = self.training.seed if self.spec.shuffle else None
+        sources: list[TokenizedSource] = []
+        for number, (field, source) in enumerate(self.spec.training_sources.items()):
+            part = "train" if self.spec.mix is None else f"train{number}"
+            data = self._find(part, source.source, training_part(source, field))
+            _require_few_files([*(earlier.data for earlier in sources), data])
+            digest = _checked_sha256(data, source.sha256, f"{field}.sha256")
+            rows = read_sample(data.files, self.spec.max_samples, seed)
+            sources.append(self._tokenized(part, data, digest, rows, field, earlier=sources))
+        return tuple(sources)
+
+    def _evaluation_source(self, spec: EvalSpec, training: Sequence[TokenizedSource]) -> TokenizedSource:
+        """The evaluation's own source, read in the format of the first training source."""
         data = self._find("eval", spec.source or "", evaluation_part(self.spec, spec))
         digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
-        return self._tokenized("eval", data, digest, read_rows(data.files), like=training)
+        field = next(iter(self.spec.training_sources))
+        return self._tokenized("eval", data, digest, read_rows(data.files), field, earlier=training, like=training[0])
 
-    def _find(self, split: Split, uri: str, wanted: Wanted) -> DataFiles:
+    def _find(self, part: str, uri: str, wanted: Wanted) -> DataFiles:
         self.say("reading the data set")
-        return find_data(uri, wanted, self.access, self.scratch(f"download-{split}"))
+        return find_data(uri, wanted, self.access, self.scratch(f"download-{part}"))
 
     def _tokenized(
-        self, split: Split, data: DataFiles, digest: str, rows: Iterator[Row], like: TokenizedSource | None = None
+        self,
+        part: str,
+        data: DataFiles,
+        digest: str,
+        rows: Iterator[Row],
+        field: str,
+        *,
+        earlier: Sequence[TokenizedSource],
+        like: TokenizedSource | None = None,
     ) -> TokenizedSource:
-        """The rows of the files, tokenized; in the format of `like` if it is set."""
+        """The rows of the files, tokenized, with the settings of the job's `field`; in the format of `like` if set.
+
+        `earlier`: the sources that have been tokenized before, whose rows the progress counts too.
+        """
         before = data.versions()
         first = next(rows)
-        format_, columns = self._format_of(first) if like is None else (like.reading.format, like.columns)
-        recipe = self._recipe(format_, columns)
+        settings = self.spec.training_sources[field]
+        if like is not None:
+            format_, columns = like.reading.format, like.columns
+        elif settings.format == "auto":
+            format_, columns = detect_format(first, settings.columns, field, pairs=self.training.compares_answers)
+        else:
+            format_, columns = settings.format, settings.columns or Columns()
+        recipe = Recipe.of(
+            self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
+        )
         recipe.require_place_for_settings(self.tokenizer, data.uri)
-        done_before = 0 if like is None else like.rows.rows_read
+        done_before = sum(source.rows.rows_read for source in earlier)
         chunks = tokenize(
             chain((first,), rows),
             ChunkMaker(recipe, self.tokenizer),
-            self._chunk_prefix(split, digest, recipe),
+            self._chunk_prefix(part, digest, recipe),
             available_cpus(),
             lambda done: self.say(f"tokenizing: {done_before + done} rows done"),
         )
@@ -108,16 +151,8 @@ class DatasetBuilder:
         _require_usable(source, recipe.longest_allowed)
         return source
 
-    def _format_of(self, first: Row) -> tuple[RowFormat, Columns]:
-        if self.spec.format == "auto":
-            return detect_format(first, self.spec.columns, pairs=self.training.compares_answers)
-        return self.spec.format, self.spec.columns or Columns()
-
-    def _recipe(self, format_: RowFormat, columns: Columns) -> Recipe:
-        return Recipe.of(self.spec, self.training, self.tokenizer, format_, columns, vocabulary=self.vocabulary)
-
-    def _chunk_prefix(self, split: Split, digest: str, recipe: Recipe) -> Path:
-        """How the paths of the chunks begin. Deletes the split's chunks of other data or settings."""
+    def _chunk_prefix(self, part: str, digest: str, recipe: Recipe) -> Path:
+        """How the paths of the chunks begin. Deletes the part's chunks of other data or settings."""
         inputs = {
             "data": digest,
             "identity": {
@@ -139,10 +174,32 @@ class DatasetBuilder:
         key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
         folder = self.scratch("rows")
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{split}-*"):
-            if not path.name.startswith(f"{split}-{key}-"):
+        for path in folder.glob(f"{part}-*"):
+            if not path.name.startswith(f"{part}-{key}-"):
                 path.unlink()
-        return folder / f"{split}-{key}"
+        return folder / f"{part}-{key}"
+
+
+def _judge_overlap(dataset: Dataset, spec: EvalSpec | None) -> None:
+    """Report rows that are trained on and held out. Raises StepFailure BAD_DATASET if the job rejects them."""
+    overlap = dataset.overlap
+    if overlap is None or spec is None:
+        return
+    if spec.overlap == "refuse":
+        raise bad_dataset(
+            f"{overlap.sentence()}; spec.dataset.eval.overlap is refuse: remove them from one of the two, or set it to "
+            "drop to leave them out of training"
+        )
+    logger.warning("%s", overlap.remark())
+
+
+def _require_few_files(sources: Sequence[DataFiles]) -> None:
+    """Raise StepFailure BAD_DATASET if the sources together have more files than one may have."""
+    count = sum(len(data.files) for data in sources)
+    if count > MAX_FILES:
+        raise bad_dataset(
+            f"the sources of the mix have {count} data files, at most {MAX_FILES} are allowed: merge them"
+        )
 
 
 def _checked_sha256(data: DataFiles, expected: str | None, field: str) -> str:

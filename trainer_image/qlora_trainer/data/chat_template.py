@@ -5,7 +5,6 @@ whole, and a token is a target if any of its characters is in such a span: the f
 the space that ends the prompt. Token ids decide nothing: the padding id is often that of the end of text.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,7 +29,8 @@ from qlora_trainer.data.examples import (
     PromptCompletion,
     ToolCall,
 )
-from qlora_trainer.data.job_template import MAX_TEMPLATE_BYTES, JobTemplate
+from qlora_trainer.data.job_template import JobTemplate
+from qlora_trainer.data.processor_template import processor_template
 from qlora_trainer.data.render_limits import LimitExceeded, limited_time, within_characters
 
 # What a template gets as today's date, so that the same data gives the same tokens on every day.
@@ -38,8 +38,6 @@ FROZEN_DATE = datetime(2025, 1, 1)  # noqa: DTZ001 - a printed date has no time 
 # The names that templates have for the reasoning before an answer: Qwen3's and DeepSeek's, others, gpt-oss's.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _REASONING_PROBE = Conversation((Message("user", "question"), Message("assistant", "answer", reasoning="probethought")))
-# Where processors of multimodal models kept their template before chat_template.jinja; tokenizers do not read it.
-_TEMPLATE_OF_PROCESSOR = "chat_template.json"
 # A word that no template writes by itself.
 _CONTENT_PROBE = Conversation((Message("user", "probecontent"),))
 _CLOSING_PROBE = Conversation((Message("user", "a"),))
@@ -126,7 +124,7 @@ class Tokenizer:
         if template is not None:
             self._tokenizer.chat_template = template.for_tokenizer(begins=bool(self._begin))
         elif not self._tokenizer.chat_template:
-            self._tokenizer.chat_template = _template_of_processor(folder / _TEMPLATE_OF_PROCESSOR)
+            self._tokenizer.chat_template = processor_template(folder)
         self.has_chat_template = bool(self._tokenizer.chat_template)
         if self.has_chat_template:
             _freeze_date(self._tokenizer, self._whose)
@@ -374,23 +372,6 @@ class Tokenizer:
                 is_target = numpy.concatenate([numpy.zeros(len(self._begin), numpy.bool_), is_target, [True]])
             is_target[:1] = False
             yield TokenizedRow(numpy.array(ids, dtype=numpy.int32), is_target)
-
-
-def _template_of_processor(path: Path) -> str | None:
-    """The template in the file; None if there is no file. Raises StepFailure BAD_CONFIGURATION if it has none."""
-    if not path.is_file():
-        return None
-    try:
-        with path.open("rb") as file:
-            content = json.loads(file.read(MAX_TEMPLATE_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise bad_configuration(
-            f"the model's {path.name} is not JSON of at most {MAX_TEMPLATE_BYTES} bytes ({error})"
-        ) from error
-    template = content.get("chat_template") if isinstance(content, dict) else None
-    if not isinstance(template, str):
-        raise bad_configuration(f"the model's {path.name} has no chat_template that is text: use another model")
-    return template
 
 
 def _turn(message: Message, *, in_parts: bool, reasoning_key: str | None = None) -> dict[str, Any]:

@@ -1,19 +1,35 @@
 """A job's data set, tokenized: which rows each split has, and the files that the train step reads."""
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy
 
 from qlora_api.dataset import Columns
-from qlora_api.status import DatasetStatus
+from qlora_api.printable import printable, shortened_in_the_middle
+from qlora_api.status import MAX_MIXED_SOURCE_LENGTH, DatasetStatus, MixedSourceStatus
+from qlora_api.training import TrainingSpec
 from qlora_trainer.data.chunks import Int32s, TokenizedRows
+from qlora_trainer.data.epochs import EpochArrangements
 from qlora_trainer.data.files import DataFiles
 from qlora_trainer.data.formats import Reading
-from qlora_trainer.data.packing import one_row_each, pack
+from qlora_trainer.data.mix import Mix
+from qlora_trainer.data.packing import Arrangement, one_row_each, pack
 from qlora_trainer.data.prepared import Split, split_file, write_split
 from qlora_trainer.data.sampling import RowIndices
-from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics, dropped_rows
+from qlora_trainer.data.selection import Selection
+from qlora_trainer.data.statistics import (
+    DataStatistics,
+    Lengths,
+    OverlapStatistics,
+    SourceStatistics,
+    SplitStatistics,
+    dropped_rows,
+)
 
 _LISTED_FILES = 100
 
@@ -32,8 +48,8 @@ class TokenizedSource:
         """int32 [rows]: tokens of each row, those of rows that are too long last."""
         return numpy.concatenate([self.rows.lengths, self.rows.too_long])
 
-    def statistics(self, longest_allowed: int) -> SourceStatistics:
-        """Its part of `statistics.json`. `longest_allowed`: tokens of a sequence."""
+    def statistics(self, longest_allowed: int, counts: Mapping[str, Any]) -> SourceStatistics:
+        """Its part of `statistics.json`, with these `counts`. `longest_allowed`: tokens of a sequence."""
         return SourceStatistics(
             uri=self.data.uri,
             files=self.data.relative_names[:_LISTED_FILES],
@@ -45,6 +61,7 @@ class TokenizedSource:
             rows_read=self.rows.rows_read,
             dropped=dropped_rows(self.rows, longest_allowed),
             lengths=Lengths.of(self.all_lengths()),
+            **counts,
         )
 
 
@@ -52,53 +69,128 @@ class TokenizedSource:
 class Dataset:
     """The rows of a job: where they come from, and which of them are trained on and held out."""
 
-    training: TokenizedSource
-    training_rows: RowIndices
-    """Into `training.rows`."""
-    evaluation: TokenizedSource | None
-    """The source of the held-out rows: `training` itself where a fraction of it is held out; None without any."""
-    evaluation_rows: RowIndices
-    """Into `evaluation.rows`."""
+    training: tuple[TokenizedSource, ...]
+    """The one source, or those of the mix."""
+    own_evaluation: TokenizedSource | None
+    """The source of the held-out rows; None without any, and where they are a fraction of the training sources."""
+    rows: TokenizedRows
+    """Of all sources: of the training sources, then the evaluation's own."""
+    selection: Selection
+    """Which of `rows` each split has."""
+    mix: Mix | None = None
+    weights: tuple[float | None, ...] = ()
+    """Of the mix's sources."""
 
     @property
     def sources(self) -> tuple[TokenizedSource, ...]:
-        """The training source, and the evaluation source if that is another one."""
-        own = None if self.evaluation is self.training else self.evaluation
-        return (self.training,) if own is None else (self.training, own)
-
-    @property
-    def evaluation_sha256(self) -> str | None:
-        """SHA-256 of the evaluation's own data; None if it has none."""
-        return self.sources[1].sha256 if len(self.sources) > 1 else None
+        """The training sources, and the evaluation's own."""
+        return self.training if self.own_evaluation is None else (*self.training, self.own_evaluation)
 
     def status(self) -> DatasetStatus:
         """The data set as the job's status reports it."""
         return DatasetStatus(
-            format=self.training.reading.format,
-            rows=self.training.rows.rows_read,
-            used_rows=len(self.training_rows),
-            eval_rows=len(self.evaluation_rows),
+            format=", ".join(sorted({source.reading.format for source in self.training})),
+            rows=sum(source.rows.rows_read for source in self.training),
+            used_rows=sum(map(len, self.selection.training)),
+            eval_rows=sum(map(len, self.selection.held_out)),
             too_long_rows=sum(len(source.rows.too_long) for source in self.sources),
             longest_row_tokens=max(int(source.all_lengths().max()) for source in self.sources),
-            tokens=int(self.training.rows.lengths[self.training_rows].sum(dtype=numpy.int64)),
-            sha256=self.training.sha256,
+            duplicate_rows=sum(self.selection.duplicates),
+            overlap_rows=self.selection.overlap.count,
+            tokens=sum(map(self._epoch_tokens, range(len(self.training)))),
+            sha256=self.training[0].sha256 if self.mix is None else _sha256_of(self.training),
+            sources=None if self.mix is None else tuple(self._mixed_sources(self.mix)),
         )
 
-    def write(self, folder: Path, *, capacity: int, seed: int, packed: bool) -> None:
+    def _mixed_sources(self, mix: Mix) -> Iterator[MixedSourceStatus]:
+        for number, source in enumerate(self.training):
+            yield MixedSourceStatus(
+                source=shortened_in_the_middle(source.data.uri, MAX_MIXED_SOURCE_LENGTH),
+                rows=source.rows.rows_read,
+                used_rows=len(self.selection.training[number]),
+                epoch_rows=mix.shares[number],
+                tokens=self._epoch_tokens(number),
+            )
+
+    def _epoch_tokens(self, source: int) -> int:
+        """Tokens that a source gives to an epoch; with a mix, on average."""
+        used = self.selection.training[source]
+        tokens = int(self.rows.lengths[used].sum(dtype=numpy.int64))
+        return tokens if self.mix is None else round(Fraction(tokens * self.mix.shares[source], len(used)))
+
+    @property
+    def overlap(self) -> OverlapStatistics | None:
+        """The rows for training that are also held out; None if there are none."""
+        found = self.selection.overlap
+        if found.first is None:
+            return None
+        first, held_out = (printable(self.rows.location(row)) for row in found.first)
+        left_out = self.selection.overlap_left_out
+        return OverlapStatistics(rows=found.count, left_out=left_out, first=first, held_out=held_out)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of the rows."""
+        return () if self.overlap is None else (self.overlap.remark(),)
+
+    def write(self, folder: Path, training: TrainingSpec, *, packed: bool, on_epoch: Callable[[int], None]) -> None:
         """Write the files of the splits, and their statistics.
 
-        `capacity`: tokens of a sequence. `packed`: whether a sequence may have several rows; `seed` then chooses them.
-        Raises OSError if the disk is full.
+        `packed`: whether a sequence may have several rows; the seed then chooses them. `on_epoch` is called with the
+        number of each epoch whose rows are drawn. Raises OSError if the disk is full.
         """
+        capacity = training.max_sequence_length
+        used, epochs = numpy.concatenate(self.selection.training), None
+        lengths = self.rows.lengths[used]
 
-        def write(split: Split, rows: TokenizedRows, used: RowIndices) -> SplitStatistics:
-            arrangement = pack(used, rows.lengths[used], capacity, seed) if packed else one_row_each(used)
-            write_split(split_file(folder, split), rows, arrangement)
-            return SplitStatistics.of(rows, arrangement, capacity, packed=packed)
+        def arrange(rows: RowIndices, lengths: Int32s) -> Arrangement:
+            return pack(rows, lengths, capacity, training.seed) if packed else one_row_each(rows)
 
-        train = write("train", self.training.rows, self.training_rows)
-        evaluation = None
-        if self.evaluation is not None:
-            evaluation = write("eval", self.evaluation.rows, self.evaluation_rows)
-        sources = tuple(source.statistics(capacity) for source in self.sources)
-        DataStatistics(sources=sources, train=train, eval=evaluation).write(folder)
+        def statistics(arrangement: Arrangement) -> SplitStatistics:
+            return SplitStatistics.of(self.rows, arrangement, capacity, packed=packed)
+
+        def write(split: Split, rows: RowIndices) -> SplitStatistics:
+            arrangement = arrange(rows, self.rows.lengths[rows])
+            write_split(split_file(folder, split), self.rows, arrangement)
+            return statistics(arrangement)
+
+        if self.mix is None:
+            train = write("train", used)
+        else:
+            drawn = self.mix.epochs(training.seed)
+            epochs = EpochArrangements.of(drawn, lambda rows: arrange(rows, lengths[rows]), training, folder, on_epoch)
+            write_split(split_file(folder, "train"), self.rows, one_row_each(used), epochs)
+            train = statistics(Arrangement(used[epochs.first.rows], epochs.first.offsets))
+        held_out = self.selection.held_out
+        evaluation = write("eval", numpy.concatenate(held_out)) if held_out else None
+        DataStatistics(
+            sources=tuple(self._source_statistics(capacity)),
+            train=train,
+            epochs=None if epochs is None else len(epochs.epoch_offsets) - 1,
+            eval=evaluation,
+            overlap=self.overlap,
+        ).write(folder)
+
+    def _source_statistics(self, capacity: int) -> Iterator[SourceStatistics]:
+        selection, mix, own = self.selection, self.mix, self.own_evaluation
+        held_out = list(map(len, selection.held_out))
+        for number, source in enumerate(self.training):
+            counts: dict[str, Any] = {
+                "duplicate_rows": selection.duplicates[number],
+                "held_out_rows": held_out[number] if held_out and own is None else 0,
+                "used_rows": len(selection.training[number]),
+            }
+            if mix is not None:
+                counts |= {
+                    "weight": self.weights[number],
+                    "epoch_rows": mix.shares[number],
+                    "epoch_tokens": self._epoch_tokens(number),
+                }
+            yield source.statistics(capacity, counts)
+        if own is not None:
+            yield own.statistics(capacity, {"held_out_rows": held_out[0]})
+
+
+def _sha256_of(sources: tuple[TokenizedSource, ...]) -> str:
+    """SHA-256 of the lines `SHA-256  ADDRESS` of several sources."""
+    return sha256("".join(f"{source.sha256}  {source.data.uri}\n" for source in sources).encode()).hexdigest()

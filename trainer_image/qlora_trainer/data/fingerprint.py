@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from qlora_api.dataset import DatasetSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -27,8 +28,8 @@ class ResolvedInputs:
     """Revision of the model."""
     tokenizer: Mapping[str, str]
     """SHA-256 of each of the tokenizer's files."""
-    data: str
-    """SHA-256 of the training data."""
+    data: tuple[str, ...]
+    """SHA-256 of the data of each training source."""
     eval_data: str | None
     """SHA-256 of the evaluation's own data; None if it has none."""
     template: str | None = None
@@ -45,20 +46,29 @@ class ResolvedInputs:
             "model": {"source": spec.model.source, "revision": spec.model.revision},
             "targetModules": spec.lora.target_modules,
             "layersToTransform": spec.lora.layers_to_transform,
-            "dataset": spec.dataset.dump(),
+            "dataset": _without_defaults(spec.dataset),
             "maxSequenceLength": training.max_sequence_length,
             "packing": training.packing,
             "trainOn": training.train_on,
+            # Which columns are read may depend on it.
+            **({"pairs": True} if training.compares_answers else {}),
             # It chooses rows, and which of them share a sequence.
             "seed": training.seed,
         }
+        if spec.dataset.mix is not None:
+            # So many epochs are drawn.
+            inputs["length"] = {
+                "epochs": training.epochs,
+                "maxSteps": training.max_steps,
+                "sequencesPerStep": training.micro_batch_size * training.gradient_accumulation_steps,
+            }
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def unchanged(self, dataset: DatasetSpec, mounts: Mounts) -> bool:
         """Whether mounted data still has this content. Data that is gone, or on a server, counts as unchanged."""
-        own_evaluation = dataset.eval.source if dataset.eval is not None else None
-        for uri, digest in ((dataset.source, self.data), (own_evaluation, self.eval_data)):
-            data = None if uri is None else mounted_data(uri, mounts)
+        digests = (*self.data, *([] if self.eval_data is None else [self.eval_data]))
+        for uri, digest in zip(dataset.addresses.values(), digests, strict=True):
+            data = mounted_data(uri, mounts)
             if data is not None and data.sha256() != digest:
                 return False
         return template_unchanged(dataset, mounts, self.template)
@@ -73,8 +83,10 @@ class ResolvedInputs:
         """The inputs of a data folder by its manifest; None if that is missing or damaged."""
         try:
             found = json.loads((folder / PREPARED_MANIFEST).read_bytes())["resolved"]
+            data = found["data"]
+            of_each = (data,) if isinstance(data, str) else tuple(data)
             template = found.get("template")
-            return cls(found["model"], dict(found["tokenizer"]), found["data"], found["evalData"], template)
+            return cls(found["model"], dict(found["tokenizer"]), of_each, found["evalData"], template)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -82,10 +94,20 @@ class ResolvedInputs:
         return {
             "model": self.model,
             "tokenizer": dict(self.tokenizer),
-            "data": self.data,
+            "data": self.data[0] if len(self.data) == 1 else list(self.data),
             "evalData": self.eval_data,
             **({} if self.template is None else {"template": self.template}),
         }
+
+
+def _without_defaults(dataset: DatasetSpec) -> dict[str, Any]:
+    """The data set without settings that are as if they were not set."""
+    described = dataset.dump()
+    if not dataset.deduplicate:
+        described.pop("deduplicate", None)
+    if dataset.eval is not None and dataset.eval.overlap == "report":
+        del described["eval"]["overlap"]
+    return described
 
 
 def library_versions() -> dict[str, str]:

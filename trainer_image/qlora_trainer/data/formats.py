@@ -10,6 +10,7 @@ from qlora_trainer.data.examples import Conversation, Example, Message, PlainTex
 from qlora_trainer.data.preferences import PreferenceColumns
 from qlora_trainer.data.rows import Row, listed
 
+DATASET = "spec.dataset"
 PAIRS: frozenset[RowFormat] = frozenset({"preference"})
 """Formats whose rows are pairs of answers, for objectives that compare them."""
 _PARAGRAPH = "\n\n"
@@ -27,18 +28,24 @@ class Reading:
 class RowReader:
     """Reads the rows of one data set, whose format and column names are known."""
 
-    def __init__(self, format_: RowFormat, columns: Columns | None, *, marked: bool = False) -> None:
-        """`marked`: the row must mark the answers to train on. Raises StepFailure BAD_CONFIGURATION if none can be."""
+    def __init__(
+        self, format_: RowFormat, columns: Columns | None, field: str = DATASET, *, marked: bool = False
+    ) -> None:
+        """`field`: the job's field that has format and columns, for messages. `marked`: rows mark what to train on.
+
+        Raises StepFailure BAD_CONFIGURATION if rows of the format can mark nothing.
+        """
         if marked and format_ not in ("chat", "sharegpt"):
             raise bad_configuration(
                 f"spec.training.trainOn is marked, and rows of format {format_} mark nothing: choose another trainOn, "
                 "or use rows of format chat or sharegpt"
             )
-        self._format, self._columns, self._marked = format_, columns or Columns(), marked
+        self._format, self._columns, self._field, self._marked = format_, columns or Columns(), field, marked
 
     def read(self, row: Row) -> Example | Preference:
         """The row's example. Raises StepFailure BAD_DATASET naming location and field."""
-        return _FORMATS[self._format].read(_Fields(row, row.values(), self._format, self._columns, self._marked))
+        fields = _Fields(row, row.values(), self._format, self._columns, self._field, self._marked)
+        return _FORMATS[self._format].read(fields)
 
     def reading(self, row: Row) -> Reading:
         """Which of the row's columns are used."""
@@ -51,8 +58,10 @@ class RowReader:
         )
 
 
-def detect_format(row: Row, columns: Columns | None, *, pairs: bool = False) -> tuple[RowFormat, Columns]:
-    """The format whose columns the row has, and the columns' names.
+def detect_format(
+    row: Row, columns: Columns | None, field: str = DATASET, *, pairs: bool = False
+) -> tuple[RowFormat, Columns]:
+    """The format whose columns the row has, and the columns' names. `field`: the job's field that sets them.
 
     Data sets call their turns `messages` and `conversations` in either notation, so the turns themselves decide between
     chat and sharegpt. `pairs`: whether the objective compares two answers, which only one format has. Raises
@@ -66,18 +75,18 @@ def detect_format(row: Row, columns: Columns | None, *, pairs: bool = False) -> 
     }
     fitting = [format_ for format_, required in needed.items() if all(column in values for column in required)]
     if not fitting:
-        _require_no_pairs(row, names, pairs=pairs)
+        _require_no_pairs(row, names, field, pairs=pairs)
     if len(fitting) == 1:
         return _by_notation(values, fitting[0], names)
     needs = "; ".join(f"{format_}: {', '.join(required)}" for format_, required in needed.items())
     found = "fits more than one format, " + " and ".join(fitting) if fitting else "fits no format"
     raise bad_dataset(
         f"{row.location} {found}; it has the columns {listed(values)}. Formats and the columns that they need are "
-        f"{needs}: set spec.dataset.format, and spec.dataset.columns where names differ"
+        f"{needs}: set {field}.format, and {field}.columns where names differ"
     )
 
 
-def _require_no_pairs(row: Row, names: Columns, *, pairs: bool) -> None:
+def _require_no_pairs(row: Row, names: Columns, field: str, *, pairs: bool) -> None:
     """Explain what fits no format: the data have pairs that the objective cannot use, or none that it needs."""
     values = row.values()
     chosen, rejected = (_column(field, names) for field in _FORMATS["preference"].required)
@@ -89,7 +98,7 @@ def _require_no_pairs(row: Row, names: Columns, *, pairs: bool) -> None:
     if pairs:
         raise bad_dataset(
             f"{row.location} has no {chosen!r} and {rejected!r}, which spec.training.objective compares; it has the "
-            f"columns {listed(values)}: name them in spec.dataset.columns.chosen and rejected, or set objective to "
+            f"columns {listed(values)}: name them in {field}.columns.chosen and rejected, or set objective to "
             "supervised"
         )
 
@@ -118,6 +127,8 @@ class _Fields:
     values: Mapping[str, object]
     format: RowFormat
     columns: Columns
+    field: str
+    """The job's field that has format and columns."""
     marked: bool
 
     def column(self, field: str) -> str:
@@ -130,7 +141,7 @@ class _Fields:
         if column not in self.values:
             raise bad_dataset(
                 f"{self.row.location} has no column {column!r}, which format {self.format} needs; it has "
-                f"{listed(self.values)}: name it in spec.dataset.columns.{field} or choose another spec.dataset.format"
+                f"{listed(self.values)}: name it in {self.field}.columns.{field} or choose another {self.field}.format"
             )
         return self.values[column]
 

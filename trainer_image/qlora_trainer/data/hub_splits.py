@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from qlora_api.dataset import DatasetSpec, EvalSpec
+from qlora_api.dataset import DatasetSpec, EvalSpec, MixSource
 from qlora_api.sources import HubSource, parse_source
 from qlora_trainer.core.failures import bad_dataset
 from qlora_trainer.core.paths import some_names
@@ -47,17 +47,16 @@ TRAINING = Wanted(("train",))
 EVALUATION = Wanted(("validation", "test"), field="spec.dataset.eval")
 
 
-def training_part(spec: DatasetSpec) -> Wanted:
-    """The part that the job trains on."""
-    return replace(
-        TRAINING, splits=(spec.split,) if spec.split else TRAINING.splits, config=spec.config, revision=spec.revision
-    )
+def training_part(source: MixSource, field: str = TRAINING.field) -> Wanted:
+    """The part of a source, whose settings are in the job's `field`, that the job trains on."""
+    return Wanted((source.split,) if source.split else TRAINING.splits, source.config, source.revision, field)
 
 
 def evaluation_part(spec: DatasetSpec, own: EvalSpec) -> Wanted:
     """The part that the job evaluates with. From the same repository it inherits configuration and revision."""
-    same_repository = own.source is not None and _repository(own.source) == _repository(spec.source)
-    inherited = spec if same_repository else own
+    repository = _repository(own.source or "")
+    same = (source for source in spec.training_sources.values() if _repository(source.source) == repository is not None)
+    inherited = next(same, own)
     return replace(
         EVALUATION,
         splits=(own.split,) if own.split else EVALUATION.splits,

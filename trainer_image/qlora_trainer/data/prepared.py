@@ -11,10 +11,16 @@ which is written last. A split's file has the tensors
 
 A row of format preference is there as two, which follow each other in one sequence: the prompt with the chosen answer,
 and the prompt with the rejected one.
+
+With a mix, each epoch has sequences of its own. What is a sequence above is then one row, stored once, and there are
+
+    sequence_offsets int64 [sequences + 1]   where a sequence begins in `sequence_rows`; all of one epoch, then the next
+    epoch_offsets    int64 [epochs + 1]      the first sequence of each epoch
+    sequence_rows    int32 [rows of all epochs]  the rows of a sequence
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_trainer.data.chunks import TokenizedRows
+from qlora_trainer.data.epochs import EpochArrangements
 from qlora_trainer.data.packing import Arrangement
 
 FORMAT_VERSION = 2
@@ -51,13 +58,28 @@ class PackedSequence:
     """int64 [tokens], aligned with `input_ids`; -100 where the token is not a target, as the first of every row."""
     row_lengths: tuple[int, ...]
     """Tokens of each row in it; position ids restart at each."""
-    first_row: int | None = None
-    """The number, in the split, of the first of its rows, if they are chosen and rejected in turn; None for others."""
+    row_numbers: tuple[int, ...] | None = None
+    """The numbers, in the split, of its rows, if they are chosen and rejected in turn; None for others."""
+
+    @classmethod
+    def joined(cls, parts: "Sequence[PackedSequence]") -> "PackedSequence":
+        """The sequence with the rows of all parts."""
+        return cls(
+            torch.cat([part.input_ids for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            tuple(length for part in parts for length in part.row_lengths),
+            None
+            if any(part.row_numbers is None for part in parts)
+            else tuple(number for part in parts for number in part.row_numbers or ()),
+        )
 
 
-def write_split(path: Path, rows: TokenizedRows, arrangement: Arrangement) -> None:
+def write_split(
+    path: Path, rows: TokenizedRows, arrangement: Arrangement, epochs: EpochArrangements | None = None
+) -> None:
     """Write the file of a split: the sequences of the arrangement, whose rows are indices into `rows`.
 
+    With `epochs`, the arrangement has one row in each sequence, and the sequences of each epoch consist of these.
     Copies the tokens of some rows at a time. Raises OSError if the disk is full. The caller syncs the file to disk.
     """
     order = arrangement.rows
@@ -73,8 +95,10 @@ def write_split(path: Path, rows: TokenizedRows, arrangement: Arrangement) -> No
     shapes = {
         "token_offsets": ("I64", len(token_offsets)),
         "segment_offsets": ("I64", len(segment_offsets)),
+        **({} if epochs is None else epochs.offset_shapes),
         "input_ids": ("I32", tokens),
         "segment_lengths": ("I32", len(segments)),
+        **({} if epochs is None else {"sequence_rows": ("I32", len(epochs.rows))}),
         "is_target": ("U8", tokens),
     }
     batches = [order[first : first + _GATHERED_ROWS] for first in range(0, len(order), _GATHERED_ROWS)]
@@ -82,8 +106,12 @@ def write_split(path: Path, rows: TokenizedRows, arrangement: Arrangement) -> No
     def contents() -> Iterator[NDArray[Any]]:
         yield token_offsets.astype("<i8")
         yield segment_offsets.astype("<i8")
+        if epochs is not None:
+            yield from (epochs.sequence_offsets.astype("<i8"), epochs.epoch_offsets.astype("<i8"))
         yield from (rows.input_ids(batch).astype("<i4", copy=False) for batch in batches)
         yield segments.astype("<i4")
+        if epochs is not None:
+            yield epochs.rows.astype("<i4", copy=False)
         yield from (rows.is_target(batch) for batch in batches)
 
     with path.open("wb") as file:
@@ -134,6 +162,13 @@ class PreparedDataset:
         self._segment_lengths: Tensor = file.get_tensor("segment_lengths")
         self._token_offsets: Tensor = file.get_tensor("token_offsets")
         self._segment_offsets: Tensor = file.get_tensor("segment_offsets")
+        self._sequence_offsets: Tensor | None = None
+        self.epoch_offsets: tuple[int, ...] = ()
+        """The first sequence of each epoch, and the end of the last; empty if every epoch has all sequences."""
+        if "epoch_offsets" in file.keys():  # noqa: SIM118 - no mapping
+            self._sequence_offsets = file.get_tensor("sequence_offsets")
+            self._sequence_rows: Tensor = file.get_tensor("sequence_rows")
+            self.epoch_offsets = tuple(file.get_tensor("epoch_offsets").tolist())
 
     @classmethod
     def open(cls, folder: Path, split: Split) -> "PreparedDataset":
@@ -142,29 +177,48 @@ class PreparedDataset:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences."""
+        """Tokens of all rows."""
         return len(self._input_ids)
 
     @property
     def rows(self) -> int:
-        """Rows in all sequences."""
+        """Rows in all sequences, each counted once."""
         return len(self._segment_lengths)
 
     def __len__(self) -> int:
-        return len(self._token_offsets) - 1
+        """Sequences; with a mix, of all epochs."""
+        return len(self._token_offsets if self._sequence_offsets is None else self._sequence_offsets) - 1
 
     def __getitem__(self, index: int) -> PackedSequence:
         """The sequence at `index`, from 0. Raises IndexError beyond the last one."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
+        if self._sequence_offsets is None:
+            return self._stored(index)
+        return PackedSequence.joined([self._stored(row) for row in self._drawn(index)])
+
+    def _stored(self, index: int) -> PackedSequence:
         start, end = self._token_offsets[index : index + 2].tolist()
-        rows = self.row_numbers(index)
+        rows = self._stored_rows(index)
         input_ids = self._input_ids[start:end].to(torch.int64)
         labels = input_ids.masked_fill(self._is_target[start:end] == 0, IGNORED_LABEL)
         row_lengths = tuple(self._segment_lengths[rows.start : rows.stop].tolist())
-        return PackedSequence(input_ids, labels, row_lengths, rows.start if self.pairs else None)
+        return PackedSequence(input_ids, labels, row_lengths, tuple(rows) if self.pairs else None)
 
-    def row_numbers(self, index: int) -> range:
+    def row_numbers(self, index: int) -> Sequence[int]:
         """The numbers, in the split, of the rows in the sequence at `index`."""
+        if self._sequence_offsets is None:
+            return self._stored_rows(index)
+        return [number for row in self._drawn(index) for number in self._stored_rows(row)]
+
+    def _stored_rows(self, index: int) -> range:
         first, past = self._segment_offsets[index : index + 2].tolist()
         return range(first, past)
+
+    def _drawn(self, index: int) -> list[int]:
+        """What the sequence at `index` consists of, where each epoch has its own."""
+        if self._sequence_offsets is None:
+            raise AssertionError("all epochs have the sequences that are stored")
+        first, past = self._sequence_offsets[index : index + 2].tolist()
+        drawn: list[int] = self._sequence_rows[first:past].tolist()
+        return drawn

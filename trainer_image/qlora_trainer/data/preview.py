@@ -50,33 +50,54 @@ class Preview:
     """Reads on each step. Raises StepFailure for the first invalid row."""
 
 
-def preview(
+def previews(
     spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: DataAccess, download: Path, count: int
-) -> Preview:
-    """The first `count` rows that a job would use. Files of a server are downloaded below `download`.
+) -> Iterator[Preview]:
+    """The first `count` rows that a job would use of each source. Files of a server are downloaded below `download`.
 
     Raises StepFailure as prepare does.
     """
-    data = find_data(spec.source, training_part(spec), access, download)
+    for number, field in enumerate(spec.training_sources):
+        yield _preview(spec, field, training, tokenizer, access, download / str(number), count)
+
+
+def _preview(
+    spec: DatasetSpec,
+    field: str,
+    training: TrainingSpec,
+    tokenizer: Tokenizer,
+    access: DataAccess,
+    download: Path,
+    count: int,
+) -> Preview:
+    """The first rows of the source that the job's `field` names."""
+    source = spec.training_sources[field]
+    data = find_data(source.source, training_part(source, field), access, download)
     rows = read_sample(data.files, spec.max_samples, training.seed if spec.shuffle else None)
     first = list(islice(rows, count))
-    format_, columns = spec.format, spec.columns
+    format_, columns = source.format, source.columns
     if format_ == "auto":
-        format_, columns = detect_format(first[0], spec.columns, pairs=training.compares_answers)
-    recipe = Recipe.of(spec, training, tokenizer, format_, columns, vocabulary=_ANY_VOCABULARY)
+        format_, columns = detect_format(first[0], source.columns, field, pairs=training.compares_answers)
+    recipe = Recipe.of(spec, training, tokenizer, format_, columns, field, vocabulary=_ANY_VOCABULARY)
     recipe.require_place_for_settings(tokenizer, data.uri)
     maker = ChunkMaker(recipe, tokenizer)
-    shown = (_previewed(tokenizer, rendered, row.location, recipe) for row in first for rendered in maker.rendered(row))
+    shown = (shown for row in first for shown in _previewed(tokenizer, maker.rendered(row), row.location, recipe))
     return Preview(data.uri, RowReader(format_, columns).reading(first[0]), shown)
 
 
-def _previewed(tokenizer: Tokenizer, rendered: Rendered, location: str, recipe: Recipe) -> PreviewedRow:
-    [row] = tokenizer.tokenize([rendered], recipe.train_on)
-    parts = zip(tokenizer.pieces(rendered), row.is_target.tolist(), strict=True)
-    groups = groupby(parts, key=lambda part: part[1])
-    stretches = tuple(Stretch("".join(piece for piece, _ in group), trained) for trained, group in groups)
-    tokens, targets = len(row.input_ids), int(row.is_target.sum())
-    left_out = "" if targets else "no token is trained on"
-    if tokens > recipe.longest_allowed:
+def _previewed(
+    tokenizer: Tokenizer, texts: tuple[Rendered, ...], location: str, recipe: Recipe
+) -> Iterator[PreviewedRow]:
+    """What a row has: one text, or the two of a pair, which are used or left out together."""
+    rows = list(tokenizer.tokenize(texts, recipe.train_on))
+    left_out = "" if any(row.is_target.any() for row in rows) else "no token is trained on"
+    if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
-    return PreviewedRow(location, stretches, tokens, targets, left_out)
+    names = ("",) if len(rows) == 1 else (", chosen", ", rejected")
+    for name, text, row in zip(names, texts, rows, strict=True):
+        parts = zip(tokenizer.pieces(text), row.is_target.tolist(), strict=True)
+        stretches = tuple(
+            Stretch("".join(piece for piece, _ in group), trained)
+            for trained, group in groupby(parts, key=lambda part: part[1])
+        )
+        yield PreviewedRow(location + name, stretches, len(row.input_ids), int(row.is_target.sum()), left_out)

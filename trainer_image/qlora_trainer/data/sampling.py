@@ -21,11 +21,16 @@ class Purpose(IntEnum):
     USED = 2**32
     HELD_OUT = 2**32 + 1
     PACKING = 2**32 + 2
+    MIX = 2**32 + 3
 
 
-def permutation(count: int, seed: int, purpose: Purpose) -> RowIndices:
-    """The numbers from 0 to `count` - 1 in an order that the arguments alone decide."""
-    drawn = numpy.random.Philox(key=numpy.array([seed, purpose], dtype=numpy.uint64)).random_raw(count)
+def permutation(count: int, seed: int, purpose: Purpose, part: tuple[int, int] = (0, 0)) -> RowIndices:
+    """The numbers from 0 to `count` - 1 in an order that the arguments alone decide.
+
+    `part` is the upper half of the generator's counter: no two parts have numbers of one stream in common.
+    """
+    key, counter = (numpy.array(words, dtype=numpy.uint64) for words in ((seed, purpose), (0, 0, *part)))
+    drawn = numpy.random.Philox(key=key, counter=counter).random_raw(count)
     return numpy.argsort(drawn, kind="stable")
 
 

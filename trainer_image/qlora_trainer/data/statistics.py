@@ -98,15 +98,41 @@ class SourceStatistics(ObservedModel):
     ignored_columns: tuple[str, ...]
     rows_read: int
     dropped: tuple[DroppedRows, ...] = ()
+    duplicate_rows: int = Field(0, description="Rows with the tokens of an earlier one, also of an earlier source.")
+    held_out_rows: int = 0
+    used_rows: int = Field(0, description="Rows that are trained on.")
+    weight: float | None = Field(None, description="As in the mix; not set without one.")
+    epoch_rows: int | None = Field(None, description="Rows drawn in each epoch; not set without a mix.")
+    epoch_tokens: int | None = Field(None, description="Tokens of these on average; not set without a mix.")
     lengths: Lengths
+
+
+class OverlapStatistics(ObservedModel):
+    """Rows for training that are also held out, token for token."""
+
+    rows: int
+    left_out: bool = Field(description="Whether they are left out of training.")
+    first: str = Field(description="Location of the first of them.")
+    held_out: str = Field(description="Location of the first held-out row that is equal to it.")
+
+    def sentence(self) -> str:
+        """How many there are, and where the first is."""
+        subject = "1 row for training is" if self.rows == 1 else f"{self.rows:,} rows for training are"
+        return f"{subject} also held out: the first, {self.first}, is equal to {self.held_out}"
+
+    def remark(self) -> str:
+        """The same, and what is done about it."""
+        return f"{self.sentence()}; {'left out of training' if self.left_out else 'trained on nevertheless'}"
 
 
 class DataStatistics(ObservedModel):
     """The file `statistics.json` of a data folder."""
 
     sources: tuple[SourceStatistics, ...] = Field(description="The training rows', then the evaluation's own.")
-    train: SplitStatistics
+    train: SplitStatistics = Field(description="With a mix, of the first epoch.")
+    epochs: int | None = Field(None, description="Epochs whose rows are drawn; not set without a mix.")
     eval: SplitStatistics | None = None
+    overlap: OverlapStatistics | None = Field(None, description="Not set if no row is trained on and held out.")
 
     def write(self, folder: Path) -> None:
         """Write it to a data folder."""

@@ -23,7 +23,7 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.data.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.chunks import Chunk, Dropped, TokenizedRow
 from qlora_trainer.data.examples import Example, PlainText, Preference
-from qlora_trainer.data.formats import PAIRS, RowReader
+from qlora_trainer.data.formats import DATASET, PAIRS, RowReader
 from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.rows import Row
 
@@ -55,6 +55,8 @@ class Recipe:
     train_on: TrainOn
     longest_allowed: int
     """Tokens; a longer row is left out."""
+    field: str = DATASET
+    """The job's field that has format and columns, for messages."""
     template: JobTemplate | None = None
     """Instead of the model's chat template."""
     system_prompt: SystemPromptSpec | None = None
@@ -67,10 +69,11 @@ class Recipe:
         tokenizer: Tokenizer,
         format_: RowFormat,
         columns: Columns | None,
+        field: str,
         *,
         vocabulary: int,
     ) -> "Recipe":
-        """That of a job whose rows are of this format."""
+        """That of a job whose rows are of this format, which its `field` sets."""
         return cls(
             tokenizer=tokenizer.folder,
             vocabulary=vocabulary,
@@ -78,6 +81,7 @@ class Recipe:
             columns=columns or Columns(),
             train_on=training.train_on,
             longest_allowed=training.max_sequence_length,
+            field=field,
             template=tokenizer.template,
             system_prompt=spec.system_prompt,
         )
@@ -95,7 +99,7 @@ class Recipe:
 
     def row_reader(self) -> RowReader:
         """Reads the rows. Raises StepFailure BAD_CONFIGURATION if they cannot have what the job asks for."""
-        return RowReader(self.format, self.columns, marked=self.train_on == "marked")
+        return RowReader(self.format, self.columns, self.field, marked=self.train_on == "marked")
 
 
 class ChunkMaker:
@@ -110,6 +114,7 @@ class ChunkMaker:
     def make(self, rows: Sequence[Row]) -> Chunk:
         """The chunk of these rows. Raises StepFailure for the first invalid one."""
         used: list[TokenizedRow] = []
+        locations: list[str] = []
         too_long: list[int] = []
         unlabeled: list[str] = []
         first_too_long: str | None = None
@@ -123,8 +128,9 @@ class ChunkMaker:
             else:
                 self._require_known(int(tokens.input_ids.max()))
                 used.append(tokens)
+                locations.append(row.location)
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
-        return Chunk.of(used, too_long, dropped)
+        return Chunk.of(used, too_long, dropped, locations)
 
     def rendered(self, row: Row) -> tuple[Rendered, ...]:
         """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row."""

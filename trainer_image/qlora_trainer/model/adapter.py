@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,24 +45,9 @@ def attach_adapter(
     """
     compute_as_in_use(base)
     torch.manual_seed(seed)
-    modules, parameters = peft_targets(base, target_modules)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        revision=base_revision,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(modules),
-        target_parameters=list(parameters) or None,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        modules_to_save=list(whole_modules(base, lora)) or None,
-    )
+    config = _configuration(base, lora, target_modules)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    # PEFT sets the folder from which the base was loaded, which means nothing elsewhere, and shortens long lists of
-    # targets to suffixes.
-    config.base_model_name_or_path = base_name
-    config.target_modules, config.target_parameters = set(modules), set(parameters) or None
+    _name_origin(config, base, target_modules, base_name, base_revision)
     if lora.initialization == "loftq" and original is not None:
         initialize_loftq(model, original, device or base.device)
     for name, parameter in adapter_parameters(model).items():
@@ -71,6 +57,65 @@ def attach_adapter(
         # Without re-entry gradients reach the adapters although the embeddings have none.
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def attach_further_adapter(
+    model: PeftModel,
+    name: str,
+    lora: LoraSpec,
+    target_modules: tuple[str, ...],
+    *,
+    seed: int,
+    base_name: str,
+    base_revision: str,
+) -> None:
+    """Another adapter beside those of `attach_adapter`, initialized as that would do, and active. All have gradients.
+
+    PEFT finds an adapter's tensors by its name: it must not be part of the name of another adapter or module.
+    """
+    torch.manual_seed(seed)
+    base = model.get_base_model()
+    config = _configuration(base, lora, target_modules)
+    model.add_adapter(name, config, autocast_adapter_dtype=False)
+    _name_origin(config, base, target_modules, base_name, base_revision)
+    activate_adapter(model, name)
+    for tensor, parameter in adapter_parameters(model).items():
+        parameter.data = parameter.data.to(tensor_dtype(tensor, lora))
+
+
+def activate_adapter(model: PeftModel, name: str) -> None:
+    """Make one of several adapters that which the model computes with, saves and restores. All keep their gradients."""
+    model.set_adapter(name)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for layers in (module.lora_A, module.lora_B):
+                layers.requires_grad_(True)
+
+
+def _configuration(base: Any, lora: LoraSpec, target_modules: tuple[str, ...]) -> LoraConfig:
+    modules, parameters = peft_targets(base, target_modules)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(modules),
+        target_parameters=list(parameters) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(whole_modules(base, lora)) or None,
+    )
+
+
+def _name_origin(config: LoraConfig, base: Any, target_modules: tuple[str, ...], name: str, revision: str) -> None:
+    """Name the base and the targets in the configuration of an attached adapter.
+
+    PEFT sets the folder from which the base was loaded, which means nothing elsewhere, and shortens long lists of
+    targets to suffixes.
+    """
+    modules, parameters = peft_targets(base, target_modules)
+    config.base_model_name_or_path, config.revision = name, revision
+    config.target_modules, config.target_parameters = set(modules), set(parameters) or None
 
 
 def peft_targets(model: Any, layers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -33,9 +33,9 @@ class PairedRows:
         """The rows of `sequences`, with the targets of `next_tokens`; None if they are no pairs."""
         numbers: list[int] = []
         for sequence in sequences:
-            if sequence.first_row is None:
+            if sequence.row_numbers is None:
                 return None
-            numbers += range(sequence.first_row, sequence.first_row + len(sequence.row_lengths))
+            numbers += sequence.row_numbers
         lengths = [length for sequence in sequences for length in sequence.row_lengths]
         is_target = next_tokens != IGNORED_LABEL
         return cls(tuple(numbers), tuple(int(row.sum()) for row in is_target.split(lengths)))

@@ -137,7 +137,7 @@ class ModelCache:
     @volume_errors()
     def free_bytes(self) -> int:
         """Free on the volume."""
-        return shutil.disk_usage(self._bases if self._bases.is_dir() else self._bases.parent).free
+        return shutil.disk_usage(next(folder for folder in (self._bases, *self._bases.parents) if folder.is_dir())).free
 
     @contextmanager
     def claim(self, key: str) -> Iterator[Path | None]:
@@ -205,9 +205,11 @@ class ModelCache:
 
     def _claim(self, key: str) -> tuple[Path, Ownership] | None:
         self._require_no_link()
-        if not self._bases.is_dir():
-            self._bases.mkdir(exist_ok=True)
-            _set_mode(self._bases, _FOLDER_MODE)
+        # Of the cells of a sweep, the first also makes the folder that they share.
+        for folder in (self._bases.parent, self._bases):
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                _set_mode(folder, _FOLDER_MODE)
         with exclusive(self._bases / _LOCK_FILE) as now, ExitStack() as held:
             abandoned: dict[Path, Ownership] = {}
             for partial in self._partials():

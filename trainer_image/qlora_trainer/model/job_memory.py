@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_api.memory.advice import SHORTEST_SEQUENCE, larger_micro_batches
+from qlora_api.memory.answers import AnswerBytes
 from qlora_api.memory.estimate import ActivationBytes, MemoryEstimate, TrainingShape, WeightCounts, combined, estimate
 from qlora_api.memory.model_shape import ModelShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -49,7 +50,8 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
         layers=work if checkpointing else kept + work,
         logits=loss,
     )
-    return combined(weights, activations, training)
+    answers = AnswerBytes(measured.answer_bytes_per_token, measured.answer_bytes_per_pair)
+    return combined(weights, activations, training, answers)
 
 
 def _at(training: TrainingShape, steps: Sequence[MeasuredStep]) -> tuple[int, int, int]:

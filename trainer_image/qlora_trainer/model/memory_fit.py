@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_api.contract import ExitCode
+from qlora_api.gate import MAX_PROMPT_TOKENS
 from qlora_api.memory.advice import Advice, Verdict, advice, budget, larger_micro_batch, verdict
 from qlora_api.memory.estimate import GIB, TrainingShape
 from qlora_api.memory.model_shape import ModelShape, NotInTableError, UnsupportedModelError
@@ -54,7 +55,16 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
         whole_modules=frozenset(spec.lora.modules_to_save or ()),
         gpus=spec.resources.gpu_count,
         sharding=spec.training.sharding,
+        answer_tokens=_answer_tokens(spec),
     )
+
+
+def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
+    """Tokens of the longest prompt that is answered for a score, and of it with its answer."""
+    if spec.gate is None or spec.gate.score is None:
+        return None
+    prompt = min(MAX_PROMPT_TOKENS, spec.training.max_sequence_length)
+    return prompt, prompt + spec.gate.score.max_new_tokens
 
 
 def job_of_table(shape: ModelShape, training: TrainingShape) -> TableJob:

@@ -9,10 +9,8 @@ from qlora_trainer.core.completion import EndOfTurn, PrepareRecord
 from qlora_trainer.core.failures import unsafe_artifact
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.data.job_template import TEMPLATE_FILE
+from qlora_trainer.data.processor_template import PROCESSOR_TEMPLATE
 from qlora_trainer.model.source import GENERATION_CONFIG
-
-# Where processors of multimodal models look for a template first.
-_OF_PROCESSOR = "chat_template.json"
 
 
 def job_template_file(prepared: PrepareRecord, workspace: WorkspaceLayout) -> Path | None:
@@ -34,7 +32,7 @@ def job_template_file(prepared: PrepareRecord, workspace: WorkspaceLayout) -> Pa
 def give_template(folder: Path, template: Path, end: EndOfTurn | None) -> None:
     """Give a model's folder this chat template instead of its own, and let servers stop where it ends an answer."""
     (folder / TEMPLATE_FILE).write_bytes(template.read_bytes())
-    (folder / _OF_PROCESSOR).unlink(missing_ok=True)
+    (folder / PROCESSOR_TEMPLATE).unlink(missing_ok=True)
     if end is None or end.token is None:
         return
     path = folder / GENERATION_CONFIG

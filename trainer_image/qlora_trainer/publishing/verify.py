@@ -230,8 +230,8 @@ def require_own_training(
             f"{path} belongs to another run: model, data, settings or versions differ from this job's, so its adapter "
             "is not published; create the job again, and keep one version of the trainer for all of its steps"
         )
-    sequences = len(PreparedDataset.open(workspace.root / prepared.data_path, "train"))
-    planned = Schedule.of(sequences, spec.training).total_steps
+    data = PreparedDataset.open(workspace.root / prepared.data_path, "train")
+    planned = Schedule.of(len(data), spec.training, data.epoch_offsets).total_steps
     curve = _evaluations(workspace) if spec.training.early_stopping or spec.training.keep == "best" else []
     end, kept = expected_end(spec.training, planned, curve)
     if trained.training_step != end:

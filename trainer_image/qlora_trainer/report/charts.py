@@ -14,6 +14,8 @@ from qlora_trainer.report.metrics_log import Curve, MetricsHistory
 _BLUE, _ORANGE, _GREY, _LIGHT = "#2563eb", "#d9480f", "#6b7280", "#e5e7eb"
 # The smoothed curve averages over about this share of the run.
 _SMOOTHED_SHARE = 0.05
+# The others have no room in a legend.
+_LISTED_CURVES = 12
 
 
 def loss_picture(history: MetricsHistory, title: str, subtitle: str, kept_step: int | None = None) -> bytes:
@@ -55,6 +57,29 @@ def chart(name: str, label: str, curve: Curve, *, logarithmic: bool = False, uni
             axes.yaxis.set_major_formatter(EngFormatter(unit))
 
     return _svg(name, 4.7, 2.8, plot) if curve.steps else ""
+
+
+def curves_chart(name: str, label: str, curves: Mapping[str, Curve]) -> str:
+    """Curves of one quantity over each other, the first in front, as an SVG element; nothing if all are empty."""
+    drawn = {key: curve for key, curve in curves.items() if curve.steps}
+
+    def plot(axes: Any) -> None:
+        colors = mpl.colormaps["viridis"].resampled(max(2, len(drawn)))
+        for number, (key, curve) in enumerate(drawn.items()):
+            front, listed = number == 0, number < _LISTED_CURVES
+            axes.plot(
+                curve.steps,
+                curve.values,
+                color=_ORANGE if front else colors(number),
+                linewidth=2.4 if front else 1.2,
+                marker="o" if len(curve.steps) < 2 else None,
+                zorder=3 if front else 2,
+                label=key if listed else None,
+            )
+        axes.set_ylabel(label)
+        axes.legend(frameon=False, loc="upper right", fontsize=8)
+
+    return _svg(name, 9.6, 4.2, plot) if drawn else ""
 
 
 def histogram(name: str, label: str, counts: Mapping[str, int]) -> str:

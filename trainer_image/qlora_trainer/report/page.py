@@ -1,6 +1,7 @@
 """Writes the report of a run: one self-contained HTML page, the picture of the loss, and a summary for programs."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
+from qlora_api.dataset import DatasetSpec
 from qlora_api.status import DatasetStatus, GateStatus, MergedStatus
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.data.statistics import DataStatistics
+from qlora_trainer.data.statistics import DataStatistics, SourceStatistics
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import MetricsHistory, read_history
 from qlora_trainer.report.model_card import TRAINED_ON, quantization_label
@@ -84,7 +86,8 @@ def _page(
         loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device),
         settings=_settings(job),
-        data={**_data(job.spec.dataset.source, job.prepared.dataset, statistics), **_turns(job)},
+        data={**_data(job.spec.dataset, job.prepared.dataset, statistics), **_turns(job)},
+        mix=_mix(statistics),
         lengths=_lengths(statistics),
         samples=samples,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -171,22 +174,32 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _data(source: str, found: DatasetStatus, statistics: DataStatistics) -> Mapping[str, str]:
-    train = statistics.train
+def _data(spec: DatasetSpec, found: DatasetStatus, statistics: DataStatistics) -> Mapping[str, str]:
+    train, overlap = statistics.train, statistics.overlap
+    of_epoch = "Tokens per epoch" if statistics.epochs is None else "Tokens of the first epoch"
     dropped = [f"{rows.rows:,} {rows.reason}" for part in statistics.sources for rows in part.dropped]
     lengths = statistics.sources[0].lengths
+    per_row = f"{lengths.shortest:,} to {lengths.longest:,}, median {lengths.median:,}, mean {lengths.mean:,}"
     return {
-        "Source": source,
+        "Source": ", ".join(source.source for source in spec.training_sources.values()),
         "SHA-256": found.sha256,
         "Format": found.format,
         "Rows": f"{found.rows:,} read, {found.used_rows:,} trained on, {found.eval_rows:,} held out",
         "Left out": "; ".join(dropped) or "none",
-        "Tokens per row": f"{lengths.shortest:,} to {lengths.longest:,}, "
-        f"median {lengths.median:,}, mean {lengths.mean:,}",
-        "Tokens per epoch": f"{train.tokens:,}, of which {train.target_tokens:,} count in the loss",
+        "Duplicates": f"{found.duplicate_rows:,} rows, {'left out' if spec.deduplicate else 'kept'}"
+        if found.duplicate_rows
+        else "none",
+        **({} if overlap is None else {"Overlap": overlap.remark()}),
+        **({"Tokens per row": per_row} if statistics.epochs is None else {"Epochs drawn": f"{statistics.epochs:,}"}),
+        of_epoch: f"{train.tokens:,}, of which {train.target_tokens:,} count in the loss",
         "Sequences": f"{train.sequences:,} of at most {train.sequence_length:,} tokens, "
         f"{train.packing_efficiency:.1%} without padding{'' if train.packed else ' (one row each)'}",
     }
+
+
+def _mix(statistics: DataStatistics) -> list[SourceStatistics]:
+    """The sources that were mixed; none without a mix."""
+    return [source for source in statistics.sources if source.epoch_rows is not None]
 
 
 def _turns(job: TrainedJob) -> Mapping[str, str]:
@@ -204,8 +217,15 @@ def _turns(job: TrainedJob) -> Mapping[str, str]:
 
 
 def _lengths(statistics: DataStatistics) -> str:
-    bars = statistics.sources[0].lengths.histogram
-    return histogram("lengths", "Tokens per row, at most", {f"{bar.up_to:,}": bar.rows for bar in bars})
+    rows: Counter[int] = Counter()
+    for source in _mix(statistics) or statistics.sources[:1]:
+        rows.update({bar.up_to: bar.rows for bar in source.lengths.histogram})
+    return histogram("lengths", "Tokens per row, at most", {f"{up_to:,}": rows[up_to] for up_to in sorted(rows)})
+
+
+def _addresses(spec: DatasetSpec) -> dict[str, Any]:
+    """What the job names as its training data."""
+    return {"source": spec.source} if spec.mix is None else {"mix": [source.dump() for source in spec.mix]}
 
 
 def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[str, Any]:
@@ -219,7 +239,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
             "lora": spec.lora.dump(),
             "training": spec.training.dump(),
         },
-        "dataset": {"source": spec.dataset.source, "packed": prepared.packed, **prepared.dataset.dump()},
+        "dataset": {**_addresses(spec.dataset), "packed": prepared.packed, **prepared.dataset.dump()},
         **({} if prepared.initial_adapter is None else {"initialAdapter": prepared.initial_adapter.dump()}),
         "optimizerSteps": trained.training_step,
         "plannedSteps": trained.total_steps,

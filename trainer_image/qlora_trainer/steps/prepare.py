@@ -51,6 +51,7 @@ from qlora_trainer.publishing.manifest import SHARED_BASE, Publisher, base_publi
 from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
+from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, require_something_to_continue
 from qlora_trainer.training.fingerprint import run_fingerprint
 from qlora_trainer.training.scorable import require_readable, require_scorable
@@ -64,8 +65,9 @@ def prepare(
     """Lay out model and data in the workspace and write the completion record; returns at once if it still holds.
 
     Raises StepFailure. After a failure that another attempt cannot fix, nothing is left in the workspace that was not
-    there before, but for a base whose destination turns out to hold another one; after any other, what has been
-    downloaded and tokenized stays and the next attempt resumes from it.
+    there before, but for a base whose destination turns out to hold another one, or if the run to continue turns out
+    to be another one; after any other, what has been downloaded and tokenized stays and the next attempt resumes from
+    it.
     """
 
     def say(activity: str) -> None:
@@ -142,24 +144,33 @@ def _prepare(
 
     dataset = _dataset(context, admitted, hub, say)
     records.note(dataset=dataset.status())
-    training = context.spec.training
     sequences = new_folder(partial_path(workspace.data / "layout"))
-    dataset.write(sequences, capacity=training.max_sequence_length, seed=training.seed, packed=admitted.packed)
-    require_scorable(context.spec.gate, sequences, dataset.status(), folder)
+    dataset.write(
+        sequences,
+        context.spec.training,
+        packed=admitted.packed,
+        on_epoch=lambda number: say(f"drawing the rows of epoch {number + 1}"),
+    )
+    end, of_turns = _turns(admitted, dataset)
+    require_scorable(context.spec.gate, sequences, dataset.status(), partial(AnswerTexts, folder, end))
 
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
     fetching += now() - started
 
     template = _write_template(admitted.tokenizer, sequences)
-    digests = dataset.training.sha256, dataset.evaluation_sha256, template
-    resolved = ResolvedInputs(base.revision, admitted.tokenizer_files, *digests)
+    resolved = ResolvedInputs(
+        base.revision,
+        admitted.tokenizer_files,
+        tuple(source.sha256 for source in dataset.training),
+        None if dataset.own_evaluation is None else dataset.own_evaluation.sha256,
+        template,
+    )
     fingerprint = resolved.fingerprint(context.spec)
     resolved.write(sequences, fingerprint)
     complete_folder(sequences, workspace.data / fingerprint)
     family = admitted.model.family
-    end, of_turns = _turns(admitted, dataset)
-    remarks = (*admitted.model.remarks, *of_turns)
+    remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks)
     if initial is not None:
         initial.complete()
         remark = initial.remark(context.base_name, base.revision)
@@ -254,7 +265,7 @@ def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:
 def _turns(admitted: _Admitted, dataset: Dataset) -> tuple[EndOfTurn | None, tuple[str, ...]]:
     """How answers end, if servers have to be given that, and what to say of it and of the job's chat template."""
     tokenizer = admitted.tokenizer
-    if not tokenizer.has_chat_template or dataset.training.reading.format == "text":
+    if not tokenizer.has_chat_template or all(source.reading.format == "text" for source in dataset.training):
         return None, ()
     end = end_of_turn(tokenizer, admitted.folder)
     remarks = template_remarks(end, () if tokenizer.template is None else marks_in_pieces(tokenizer))
@@ -305,7 +316,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     records.note(memory=memory.status)
     memory.require()
     require_readable(spec.gate)
-    require_scorable(spec.gate, root / record.data_path, record.dataset, folder)
+    texts = partial(AnswerTexts, folder, record.end_of_turn)
+    require_scorable(spec.gate, root / record.data_path, record.dataset, texts)
     return record.model_copy(update={"memory": memory.status, "measured": memory.measured})
 
 

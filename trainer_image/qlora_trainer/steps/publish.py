@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -33,8 +34,11 @@ from qlora_trainer.publishing.volume_folder import VolumeFolder
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
 from qlora_trainer.report.page import write_report
 from qlora_trainer.report.serving import served_rank
+from qlora_trainer.report.sweep_page import add_to_sweep_report
 from qlora_trainer.report.trained_job import TrainedJob
 from qlora_trainer.stores.contents import Contents
+
+logger = logging.getLogger(__name__)
 
 _Completion = TypeVar("_Completion", PrepareRecord, TrainRecord)
 
@@ -62,6 +66,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     folder = _verify(job, context)
     say("writing the report")
     picture = write_report(job, workspace, device=context.device)
+    _add_to_sweep(job, context)
     say(f"writing to {destination.uri}")
     template = job_template_file(job.prepared, workspace)
     adapter = _write(job, folder, picture, template, destination)
@@ -71,6 +76,16 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     record = PublishRecord(fingerprint=fingerprint, adapter=adapter, gate=job.gate, merged=merged, base=base)
     write_completion(workspace.completion("publish"), record)
     return record
+
+
+def _add_to_sweep(job: TrainedJob, context: StepContext) -> None:
+    """Write the report of the sweep anew, if the job is a cell of one. The adapter does not wait for it."""
+    if context.mounts.sweep is None:
+        return
+    try:
+        add_to_sweep_report(job, context.workspace.report, context.mounts.sweep)
+    except OSError as error:
+        logger.warning("the report of the sweep cannot be written: %s", error)
 
 
 def _trained_job(context: StepContext) -> TrainedJob:

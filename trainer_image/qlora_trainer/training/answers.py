@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
+from qlora_api.gate import MAX_PROMPT_TOKENS
 from qlora_api.printable import first_line
+from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Sample, Samples
 
-MAX_PROMPT_TOKENS = 1024
-"""A longer prompt is not answered."""
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +61,7 @@ def scored_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
 
 def _prompts(sequence: PackedSequence) -> Iterator[Prompt]:
     """The prompt of each row of a sequence; of a pair, with the chosen answer."""
-    start, pairs = 0, sequence.first_row is not None
+    start, pairs = 0, sequence.row_numbers is not None
     for number, length in enumerate(sequence.row_lengths):
         ids, labels = sequence.input_ids[start : start + length], sequence.labels[start : start + length]
         if not (pairs and number % 2):
@@ -81,6 +81,37 @@ def _prompt(tokens: list[int], is_target: list[bool]) -> Prompt:
 Stopped = Callable[[], bool]
 
 
+class AnswerTexts:
+    """Turns tokens into the texts of prompts and answers."""
+
+    def __init__(self, tokenizer_folder: Path, end: EndOfTurn | None) -> None:
+        """`end`: what the model is taught to end its answers with, where its configuration does not name it."""
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(
+            tokenizer_folder, local_files_only=True, trust_remote_code=False
+        )
+        self._end = end
+
+    def prompt(self, tokens: Iterable[int]) -> str:
+        """The text of a prompt, with special tokens."""
+        return str(self.tokenizer.decode(list(tokens)))
+
+    def answer(self, tokens: Iterable[int]) -> str:
+        """The text of an answer up to its end, without special tokens."""
+        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return text.partition(self._end.text)[0] if self._end is not None and self._end.text else text
+
+    def last_tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """Tokens with which an answer ends: the special one that ends the row's own, such as the end of a turn."""
+        own = prompt.answer[-1]
+        ends = (own if own in self.tokenizer.all_special_ids else None, None if self._end is None else self._end.token)
+        return tuple(token for token in ends if token is not None)
+
+    @property
+    def stop_strings(self) -> list[str] | None:
+        """Texts with which an answer ends, if they are several tokens."""
+        return [self._end.text] if self._end is not None and self._end.text and self._end.token is None else None
+
+
 class Answering:
     """A trained PEFT model that answers prompts: greedily, so that the same model gives the same words.
 
@@ -88,33 +119,22 @@ class Answering:
     one token at a time. One prompt at a time, since padding changes the last bits of 16-bit sums, and so the words.
     """
 
-    def __init__(self, model: Any, tokenizer_folder: Path, stopped: Stopped, device: torch.device) -> None:
+    def __init__(self, model: Any, texts: AnswerTexts, stopped: Stopped, device: torch.device) -> None:
         """An answer in progress when `stopped` turns true is cut off there."""
-        self._model, self._device, self._stopped = model, device, stopped
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder, local_files_only=True, trust_remote_code=False
-        )
+        self._model, self.texts, self._device, self._stopped = model, texts, device, stopped
         base = model.get_base_model()
         base.activation_checkpointing_disable()
         base.set_attn_implementation("eager")
         model.eval()
 
-    def text(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """The text of tokens, without special ones unless they are asked for."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not special))
-
     def answer(self, prompt: Prompt, *, adapter: bool, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
-        """The model's answer, with or without its adapter, without special tokens.
-
-        It ends where the model's configuration says, or with the special token that ends the row's own answer, such as
-        the end of a turn, which the configuration of a base model does not name.
-        """
-        stopped, end = self._stopped, prompt.answer[-1]
-        ends = end if end in self._tokenizer.all_special_ids else -1
+        """The model's answer, with or without its adapter, up to its end, which a base model need not know."""
+        stopped = self._stopped
+        ends = torch.tensor(self.texts.last_tokens(prompt), dtype=torch.int64, device=self._device)
 
         class Stopping(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
-                return (input_ids[:, -1] == ends) | stopped()
+                return torch.isin(input_ids[:, -1], ends) | stopped()
 
         input_ids = torch.tensor([prompt.tokens], device=self._device)
         without = nullcontext() if adapter else self._model.disable_adapter()
@@ -125,8 +145,10 @@ class Answering:
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 stopping_criteria=StoppingCriteriaList([Stopping()]),
+                stop_strings=self.texts.stop_strings,
+                tokenizer=self.texts.tokenizer,
             )
-        return self.text(output[0, len(prompt.tokens) :].tolist())
+        return self.texts.answer(output[0, len(prompt.tokens) :].tolist())
 
 
 def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped) -> Samples:
@@ -136,7 +158,7 @@ def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped) 
         before, after = (answering.answer(prompt, adapter=adapter) for adapter in (False, True))
         if stopped():
             break
-        question, reference = answering.text(prompt.tokens, special=True), answering.text(prompt.answer)
+        question, reference = answering.texts.prompt(prompt.tokens), answering.texts.answer(prompt.answer)
         samples.append(Sample(prompt=question, reference=reference, before=before, after=after))
     return Samples(samples=tuple(samples), missing="" if samples else "the run was stopped")
 
@@ -144,7 +166,7 @@ def _samples(answering: Answering, prompts: Iterable[Prompt], stopped: Stopped) 
 def leave_samples(
     path: Path,
     model: Any,
-    tokenizer_folder: Path,
+    texts: Callable[[], AnswerTexts],
     data: PreparedDataset,
     count: int,
     stopped: Stopped,
@@ -158,7 +180,7 @@ def leave_samples(
         samples = Samples(missing="spec.training.samples is 0, or spec.training.sharding is full")
     else:
         try:
-            answering = Answering(model, tokenizer_folder, stopped, device)
+            answering = Answering(model, texts(), stopped, device)
             samples = _samples(answering, choose_prompts(data, count), stopped)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
             logger.exception("no samples for the report")

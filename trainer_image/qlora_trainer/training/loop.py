@@ -36,24 +36,34 @@ def run_to_end(run: Run, state: RunState) -> RunState:
     Raises Interrupted when a stop is requested, with the latest step saved unless it is suspect; StepFailure (DIVERGED)
     for a loss or gradient that is not finite, before it can reach the weights, and for a run that has diverged.
     """
-    while True:
-        if run.base_check is not None:
-            run.base_check.raise_failure()
-        if run.eval_data is not None and _evaluation_due(run, state) and not run.stopping():
-            state = _evaluate(run, state, run.eval_data)
-        # Asked once: a stop between saving and raising would lose the steps since the last checkpoint.
-        stopping = run.stopping()
-        if _save_due(run, state, stopping):
-            _require_checked_base(run)
-            _save(run, state)
-        if run.ended(state) and not _evaluation_due(run, state):
-            return state
-        if stopping:
-            _report_interruption(run, state)
-            # What started the ranks may end the others when the first one has ended.
-            run.ranks.wait()
-            raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
-        state = _optimizer_step(run, state)
+    state = between_steps(run, state)
+    while not is_done(run, state):
+        state = between_steps(run, _optimizer_step(run, state))
+    return state
+
+
+def is_done(run: Run, state: RunState) -> bool:
+    """Whether the run is at its end, with all that is due there."""
+    return run.ended(state) and not _evaluation_due(run, state)
+
+
+def between_steps(run: Run, state: RunState) -> RunState:
+    """Evaluate and save what is due before the next optimizer step, or at the end. Raises as `run_to_end` does."""
+    if run.base_check is not None:
+        run.base_check.raise_failure()
+    if run.eval_data is not None and _evaluation_due(run, state) and not run.stopping():
+        state = _evaluate(run, state, run.eval_data)
+    # Asked once: a stop between saving and raising would lose the steps since the last checkpoint.
+    stopping = run.stopping()
+    if _save_due(run, state, stopping):
+        _require_checked_base(run)
+        _save(run, state)
+    if stopping and not is_done(run, state):
+        _report_interruption(run, state)
+        # What started the ranks may end the others when the first one has ended.
+        run.ranks.wait()
+        raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
+    return state
 
 
 def _require_checked_base(run: Run) -> None:
@@ -86,17 +96,39 @@ def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
     return (passed or stopping) and not state.stability.suspect
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """The results of a step's backward passes, besides the gradients of the parameters."""
+
+    means: Tensor
+    """float32 [1 + measures] on the device: the loss, and what the objective measures with it."""
+    weight: int
+    """Of the whole step: what the sums of the objective were divided by."""
+    tokens: int
+    """Without padding, of all ranks."""
+    batches: Sequence[tuple[Batch, bool]]
+    """This rank's share, each with whether it counts."""
+
+
 def _optimizer_step(run: Run, state: RunState) -> RunState:
     """One step: gradients of all micro batches, clipped, checked, applied. Waits for the GPU once.
 
     Every rank has the same gradients, and so the same weights and decisions.
     """
-    training = run.training
     started = run.runtime.monotonic()
     gradient = _gradient(run, state)
     while gradient is None:
         state = _halve_micro_batches(run, state)
         gradient = _gradient(run, state)
+    return apply_gradient(run, state, gradient, started)
+
+
+def apply_gradient(run: Run, state: RunState, gradient: Gradient, started: float) -> RunState:
+    """The step whose gradients are computed: clipped, checked, applied. `started` is when the step began, in seconds.
+
+    Raises StepFailure as `run_to_end` does.
+    """
+    training = run.training
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), training.max_grad_norm)
     (loss, *measured), grad_norm = gradient.means.tolist(), float(norm)
     rate = learning_rate(state.step, run.schedule.total_steps, training)
@@ -129,21 +161,7 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     return state
 
 
-@dataclass(frozen=True)
-class _Gradient:
-    """The results of a step's backward passes, besides the gradients of the parameters."""
-
-    means: Tensor
-    """float32 [1 + measures] on the device: the loss, and what the objective measures with it."""
-    weight: int
-    """Of the whole step: what the sums of the objective were divided by."""
-    tokens: int
-    """Without padding, of all ranks."""
-    batches: Sequence[tuple[Batch, bool]]
-    """This rank's share, each with whether it counts."""
-
-
-def _gradient(run: Run, state: RunState) -> _Gradient | None:
+def _gradient(run: Run, state: RunState) -> Gradient | None:
     """Compute the gradients of the next step. None, with no gradients, if memory ran out and the job allows halving.
 
     Dropout is drawn from the step's own seed, so a step that is repeated draws the same numbers.
@@ -173,7 +191,7 @@ def _gradient(run: Run, state: RunState) -> _Gradient | None:
         return None
     run.objective.after(run.ranks)
     run.ranks.sum_gradients(run.parameters.values(), means)
-    return _Gradient(means, weight, tokens, batches)
+    return Gradient(means, weight, tokens, batches)
 
 
 def _share(run: Run, data: PreparedDataset, micro_batches: Sequence[MicroBatch]) -> list[tuple[Batch, bool]]:
@@ -207,7 +225,7 @@ def _sums(run: Run, batch: Batch) -> BatchSums:
         return run.objective.sums(run.model, batch)
 
 
-def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _Gradient) -> Stability:
+def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: Gradient) -> Stability:
     """The run's stability after this step. Raises StepFailure (DIVERGED) if it is suspect too long."""
     patience = run.training.divergence_patience
     if patience == 0:
@@ -228,7 +246,7 @@ def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: _
     )
 
 
-def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: _Gradient) -> None:
+def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: Gradient) -> None:
     """Check what the last step did to the loss of its own rows, since no later step would show it."""
     if run.training.divergence_patience == 0:
         return
@@ -245,13 +263,13 @@ def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: _Gra
         )
 
 
-def _loss_at_start(run: Run, gradient: _Gradient) -> float:
+def _loss_at_start(run: Run, gradient: Gradient) -> float:
     """Mean loss of the step as the model was before the first one."""
     with as_at_start(run):
         return _loss_without_gradient(run, gradient)
 
 
-def _loss_without_gradient(run: Run, gradient: _Gradient) -> float:
+def _loss_without_gradient(run: Run, gradient: Gradient) -> float:
     """Mean loss of the step, of all ranks. Draws no random number, leaves the gradients alone."""
     run.model.eval()
     try:

@@ -1,13 +1,14 @@
 """Schedules which sequences each optimizer step trains on, drawn from the seed."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil
 
 import numpy
 from numpy.typing import NDArray
 
 from qlora_api.training import TrainingSpec
+from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.batch import MicroBatch
 
 
@@ -16,19 +17,31 @@ class Schedule:
     """The run's data as a function of the step: no state, so a resumed run sees the same data as an undisturbed one."""
 
     sequences: int
+    """Of the data: each epoch has all of them, unless each epoch has its own."""
     micro_batch_size: int
     sequences_per_step: int
     """Sequences in every step but an epoch's last."""
     total_steps: int
     seed: int
+    epoch_offsets: tuple[int, ...] = ()
+    """Where epochs have sequences of their own, as with a mix: the first of each epoch, and the end of the last."""
 
     @classmethod
-    def of(cls, sequences: int, training: TrainingSpec) -> "Schedule":
-        """The schedule for `sequences` sequences. An epoch ends with a smaller step if they do not divide."""
+    def of(cls, sequences: int, training: TrainingSpec, epoch_offsets: tuple[int, ...] = ()) -> "Schedule":
+        """The schedule for `sequences` sequences. An epoch ends with a smaller step if they do not divide.
+
+        Raises StepFailure (BAD_CONFIGURATION) if epochs have sequences of their own, and too few of them are prepared.
+        """
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
-        steps_per_epoch = ceil(sequences / sequences_per_step)
-        total = training.max_steps or (training.epochs or 1) * steps_per_epoch
-        return cls(sequences, training.micro_batch_size, sequences_per_step, total, training.seed)
+        schedule = cls(sequences, training.micro_batch_size, sequences_per_step, 0, training.seed, epoch_offsets)
+        epochs, drawn = training.epochs or 1, len(epoch_offsets) - 1
+        if epoch_offsets and (
+            schedule.first_step(drawn) < training.max_steps if training.max_steps else drawn < epochs
+        ):
+            raise bad_configuration(
+                f"the rows of {drawn} epochs are drawn, but the job trains on more: run the prepare step again"
+            )
+        return replace(schedule, total_steps=training.max_steps or schedule.first_step(epochs))
 
     def with_micro_batch_size(self, size: int) -> "Schedule":
         """The same sequences in the same steps and order, in other micro batches."""
@@ -39,27 +52,48 @@ class Schedule:
         """Micro batches in every step but an epoch's last."""
         return ceil(self.sequences_per_step / self.micro_batch_size)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
-        return ceil(self.sequences / self.sequences_per_step)
+    def first_step(self, epoch: int) -> int:
+        """Optimizer steps in the epochs before this one, counted from 0."""
+        if self.epoch_offsets:
+            return int(self._first_steps[epoch])
+        return epoch * ceil(self.sequences / self.sequences_per_step)
 
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
-        whole, rest = divmod(step, self.steps_per_epoch)
-        return whole + min(rest * self.sequences_per_step, self.sequences) / self.sequences
+        whole, done = self.position(step)
+        if not done:
+            return float(whole)
+        _, sequences = self._of_epoch(whole)
+        return whole + min(done, sequences) / sequences
 
     def position(self, step: int) -> tuple[int, int]:
         """Epoch, and sequences of it already trained on, before the step that is number `step`, counted from 0."""
-        epoch, in_epoch = divmod(step, self.steps_per_epoch)
-        return epoch, in_epoch * self.sequences_per_step
+        if self.epoch_offsets:
+            epoch = int(numpy.searchsorted(self._first_steps, step, side="right")) - 1
+        else:
+            epoch = step // self.first_step(1)
+        return epoch, (step - self.first_step(epoch)) * self.sequences_per_step
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro batches of the step that is number `step`, counted from 0."""
         epoch, start = self.position(step)
-        chosen = _order(self.sequences, self.seed, epoch)[start : start + self.sequences_per_step].tolist()
-        size = self.micro_batch_size
+        begin, sequences = self._of_epoch(epoch)
+        order = _order(sequences, self.seed, epoch)[start : start + self.sequences_per_step]
+        chosen, size = (begin + order).tolist(), self.micro_batch_size
         return [tuple(chosen[first : first + size]) for first in range(0, len(chosen), size)]
+
+    def _of_epoch(self, epoch: int) -> tuple[int, int]:
+        """The first sequence of an epoch, and how many it has."""
+        if not self.epoch_offsets:
+            return 0, self.sequences
+        first, end = self.epoch_offsets[epoch : epoch + 2]
+        return first, end - first
+
+    @cached_property
+    def _first_steps(self) -> NDArray[numpy.int64]:
+        """int64 [epochs + 1]: the first step of each epoch that has sequences of its own, and the end of the last."""
+        steps = -(-numpy.diff(self.epoch_offsets) // self.sequences_per_step)
+        return numpy.concatenate(([0], numpy.cumsum(steps, dtype=numpy.int64)))
 
 
 @lru_cache(maxsize=2)

@@ -1,15 +1,14 @@
 """Decides which held-out rows are answered for a score, and rejects a score that cannot be measured."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from qlora_api.gate import GateSpec, ScoreSpec
+from qlora_api.gate import MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import MAX_PROMPT_TOKENS, Prompt, scored_prompts
+from qlora_trainer.training.answers import AnswerTexts, Prompt, scored_prompts
 
 
 def require_readable(gate: GateSpec | None) -> None:
@@ -19,7 +18,9 @@ def require_readable(gate: GateSpec | None) -> None:
             pass
 
 
-def require_scorable(gate: GateSpec | None, data_folder: Path, found: DatasetStatus, tokenizer_folder: Path) -> None:
+def require_scorable(
+    gate: GateSpec | None, data_folder: Path, found: DatasetStatus, texts: Callable[[], AnswerTexts]
+) -> None:
     """Raise StepFailure BAD_CONFIGURATION for a score that no answer to the prepared rows could have.
 
     `found` is what the data set is.
@@ -34,10 +35,10 @@ def require_scorable(gate: GateSpec | None, data_folder: Path, found: DatasetSta
     rows = scored_rows(PreparedDataset.open(data_folder, "eval"), gate.score)
     if gate.score.check == "exactMatch":
         return
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+    decoded = texts()
     with AnswerChecker(gate.score) as checker:
         for row in rows:
-            own = tokenizer.decode(list(row.answer), skip_special_tokens=True)
+            own = decoded.answer(row.answer)
             if checker.passes(own, own):
                 return
     raise bad_configuration(

@@ -10,16 +10,17 @@ from typing import IO, Self
 
 from pydantic import Field, ValidationError
 
+from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
 from qlora_api.printable import first_line
 from qlora_api.schema import ObservedModel
 from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.completion import Score, score_settings
-from qlora_trainer.core.failures import Interrupted, bad_configuration, is_out_of_gpu_memory
+from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, is_out_of_gpu_memory
 from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import Answering, Prompt
+from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt
 from qlora_trainer.training.scorable import scored_rows
 from qlora_trainer.training.state import Run, RunState, report
 
@@ -96,18 +97,18 @@ def _read(path: Path, heading: _Heading) -> list[Answers]:
 
 
 def measure_score(
-    run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, tokenizer_folder: Path, adapter_sha256: str
+    run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, texts: AnswerTexts, adapter_sha256: str
 ) -> Score:
     """The score of the run's adapter, whose file has this sum, and of its base. The run must be over.
 
     Raises Interrupted when a stop is requested, after which another attempt continues with the next row, and
-    StepFailure BAD_CONFIGURATION for a model that cannot generate.
+    StepFailure: BAD_CONFIGURATION for a model that cannot generate, GPU_OUT_OF_MEMORY.
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()
     path, stop, settings = run.context.workspace.report / ANSWERS_FILE, run.runtime.stop, score_settings(spec)
     rows = scored_rows(data, spec)
-    answering = Answering(run.model, tokenizer_folder, lambda: stop.requested, run.device)
+    answering = Answering(run.model, texts, lambda: stop.requested, run.device)
     base = adapter = 0
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
@@ -134,15 +135,20 @@ def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, max_
         )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         if is_out_of_gpu_memory(error):
-            raise
+            raise StepFailure(
+                ExitCode.GPU_OUT_OF_MEMORY,
+                f"the GPU ran out of memory while answers were scored ({first_line(error)}): the adapter is in "
+                "trained/ of the workspace. Use a GPU with more memory and raise spec.retry.request, or create the job "
+                "again with a lower spec.gate.score.maxNewTokens",
+            ) from error
         raise bad_configuration(
             f"spec.gate.score: the model could not answer ({first_line(error)}): create the job again without score. "
             "The adapter is in trained/ of the workspace"
         ) from error
-    reference = answering.text(prompt.answer)
+    reference = answering.texts.answer(prompt.answer)
     return Answers(
         prompt_sha256=prompt.sha256,
-        prompt=answering.text(prompt.tokens, special=True),
+        prompt=answering.texts.prompt(prompt.tokens),
         reference=reference,
         base=base,
         adapter=adapter,

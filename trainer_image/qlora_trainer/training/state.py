@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -15,7 +14,6 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.model.adapter import adapter_parameters
 from qlora_trainer.model.storage import Storage
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.training.attempts import Attempt, show_life
@@ -86,7 +84,9 @@ class Run:
     data: PreparedDataset
     eval_data: PreparedDataset | None
     model: Any
-    """The PEFT model."""
+    """The PEFT model, whose active adapter is the run's while the loop works on the run."""
+    parameters: Mapping[str, nn.Parameter]
+    """The adapter's parameters by name."""
     optimizer: torch.optim.Optimizer
     objective: Objective
     history: MetricsLog | None
@@ -115,11 +115,6 @@ class Run:
     def training(self) -> TrainingSpec:
         """The job's settings of the loop."""
         return self.context.spec.training
-
-    @cached_property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name."""
-        return adapter_parameters(self.model)
 
     def stopping(self) -> bool:
         """Whether a stop has been requested in any rank; all ranks must ask together."""

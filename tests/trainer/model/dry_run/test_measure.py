@@ -1,5 +1,6 @@
 """A job's memory measured on its model's real layers: every share, for every kind of adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def test_what_a_llama_consists_of_is_counted(tmp_path: Path) -> None:
     assert (memory.adapters, memory.optimizer) == (table.adapters, table.optimizer)
     assert memory.pageable_optimizer == table.pageable_optimizer
     assert memory.expected == pytest.approx(table.expected, rel=0.05)
+    answering = replace(training_shape(job(), ("all-linear",)), answer_tokens=(128, 256))
+    assert measured_estimate(found, answering).answers == estimate(shape, answering).answers > 0
 
 
 def test_dropout_keeps_a_masked_input_of_each_layer(tmp_path: Path) -> None:

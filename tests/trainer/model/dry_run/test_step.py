@@ -45,7 +45,7 @@ def test_the_walk_over_the_graph_frees_what_the_engine_frees(
 def test_pairs_take_the_memory_of_other_rows_with_as_many_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = Batch.of([replace(random_sequence((128, 128), 1), first_row=0)], CPU)
+    pairs = Batch.of([replace(random_sequence((128, 128), 1), row_numbers=(0, 1))], CPU)
     model = adapted(save_model(tmp_path / "model", WIDE))
     for parameter in adapter_parameters(model).values():
         parameter.grad = torch.zeros_like(parameter)

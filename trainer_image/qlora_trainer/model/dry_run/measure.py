@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig
 
+from qlora_api.memory.answers import AnswerBytes
 from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -83,9 +84,11 @@ def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], dige
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     adapter = [parameter.numel() for name, parameter in trained if ".lora_" in name]
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in packed]
+    config = model.config.get_text_config(decoder=True)
+    answers = answer_bytes(config)
     return MeasuredMemory(
         digest=digest,
-        blocks=model.config.get_text_config(decoder=True).num_hidden_layers,
+        blocks=config.num_hidden_layers,
         rank=spec.lora.rank,
         quantized_parameters=sum(layer.quant_state.shape.numel() for layer in layers)
         + sum(stack.parameters_count for stack in stacks if isinstance(stack, ExpertStack)),
@@ -94,5 +97,27 @@ def _counted(model: Any, spec: QLoRAJobSpec, steps: Sequence[MeasuredStep], dige
         adapter_parameters=sum(adapter),
         pageable_parameters=sum(size for size in adapter if size >= SMALLEST_PAGED_TENSOR),
         whole_parameters=sum(parameter.numel() for name, parameter in trained if ".lora_" not in name),
+        answer_bytes_per_token=answers.per_token,
+        answer_bytes_per_pair=answers.per_pair,
         steps=tuple(steps),
     )
+
+
+def answer_bytes(config: Any) -> AnswerBytes:
+    """What an answer takes, by the text model's configuration, with every block counted as attention.
+
+    Of multi-head latent attention transformers keeps the keys and values of each head. A size that differs between
+    blocks counts as its largest.
+    """
+
+    def size(name: str, default: int) -> int:
+        value = getattr(config, name, None)
+        return max(value) if isinstance(value, list | tuple) and value else value if isinstance(value, int) else default
+
+    heads = size("num_attention_heads", 1)
+    width = size("head_dim", size("hidden_size", 0) // heads)
+    groups, key, value = size("num_key_value_heads", heads), width, width
+    if size("kv_lora_rank", 0):
+        groups, value = heads, size("v_head_dim", width)
+        key = size("qk_nope_head_dim", width) + size("qk_rope_head_dim", 0)
+    return AnswerBytes.of(config.num_hidden_layers, heads, keys_and_values=groups * (key + value))

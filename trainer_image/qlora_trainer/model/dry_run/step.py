@@ -40,7 +40,7 @@ def full_batch(sequences: int, tokens: int, *, pairs: bool = False) -> Batch:
     anything = torch.zeros(tokens, dtype=torch.int64)
     sequence = PackedSequence(anything, anything, (tokens,))
     if pairs:
-        sequence = PackedSequence(anything, anything, (tokens - tokens // 2, tokens // 2), first_row=0)
+        sequence = PackedSequence(anything, anything, (tokens - tokens // 2, tokens // 2), row_numbers=(0, 1))
     # The batch is not for a CPU, which gets other sizes.
     return Batch.of([sequence] * sequences, torch.device("meta"))
 

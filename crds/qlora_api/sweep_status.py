@@ -1,0 +1,89 @@
+"""The status of a QLoRASweep: what the operator reports."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from qlora_api.schema import ObservedModel
+from qlora_api.status import Condition, Count, Finite, Share, ShortText, Timestamp, Uri
+
+SweepPhase = Literal["Pending", "Running", "Suspended", "Succeeded", "Failed"]
+CellPhase = Literal[
+    "Pending",
+    "Preparing",
+    "Queued",
+    "Training",
+    "Publishing",
+    "Succeeded",
+    "Failed",
+    "Suspended",
+    "Deleted",
+]
+
+
+class CellStatus(ObservedModel):
+    """One line of the table: a cell, and how it does."""
+
+    name: str = Field(max_length=63, description="Name of its QLoRAJob.")
+    overrides: ShortText = Field(description="What it changes in the template.")
+    phase: CellPhase = Field(
+        "Pending",
+        description="Phase of its QLoRAJob; Pending before it is created, too. Deleted: somebody has deleted it before "
+        "its end, and it is not created again.",
+    )
+    uid: str = Field("", max_length=64, description="UID of its QLoRAJob; empty before it is created.")
+    progress: ShortText = Field("", description="Training steps done.")
+    loss: Finite | None = Field(None, description="Training loss in the latest step.")
+    eval_loss: Finite | None = Field(None, description="Loss on the held-out rows in the latest evaluation.")
+    score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
+    rank: int | None = Field(
+        None, ge=1, le=1000, description="Its place among the cells that have succeeded, by spec.best; 1 is the best."
+    )
+    adapter: Uri = Field("", description="Folder of its adapter.")
+    sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
+    reason: str = Field("", max_length=128, description="Why it has failed, in one word.")
+
+
+class BestCell(ObservedModel):
+    """The best cell, by spec.best, of those that have succeeded so far."""
+
+    cell: str = Field(max_length=63, description="Name of its QLoRAJob.")
+    overrides: ShortText = Field(description="What it changes in the template.")
+    eval_loss: Finite | None = Field(None, description="Loss of its adapter on the held-out rows.")
+    score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
+    adapter: Uri = Field(description="Folder of its adapter, which stays when the sweep is deleted.")
+    sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
+
+
+class QLoRASweepStatus(ObservedModel):
+    """What the operator reports about a sweep: a table of its cells, and the best of them."""
+
+    observed_generation: int | None = Field(
+        None, ge=-1, le=2**53, description="Generation of the spec that the status is about."
+    )
+    phase: SweepPhase | None = Field(None, description="Summary of the conditions, for people.")
+    conditions: tuple[Condition, ...] = Field(
+        (),
+        max_length=16,
+        description="Observations by type; `kubectl wait --for=condition=Succeeded` works.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    summary: ShortText = Field("", description='Cells that have ended, of all, for example "3/12".')
+    succeeded: Count = Field(0, description="Cells that have succeeded.")
+    failed: Count = Field(0, description="Cells that have failed, or were deleted before their end.")
+    running: Count = Field(0, description="Cells that were created and have not ended.")
+    pending: Count = Field(0, description="Cells that were not created yet.")
+    best: BestCell | None = Field(None, description="The best cell so far; not set before one has succeeded.")
+    cells: tuple[CellStatus, ...] = Field(
+        (),
+        max_length=64,
+        description="The cells in their order.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
+    claim_name: str = Field("", max_length=253, description="The workspace's PersistentVolumeClaim, for all cells.")
+    report: Uri | None = Field(
+        None,
+        description="Page with the curves of the cells over each other, which each cell that is published writes anew.",
+    )
+    start_time: Timestamp | None = Field(None, description="When the operator first saw the sweep.")
+    completion_time: Timestamp | None = Field(None, description="When the last cell ended.")

@@ -1,0 +1,256 @@
+"""Decides what a sweep does next and what its status says, from its cells as they are now; pure."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from qlora_api.contract import SWEEP_REPORT
+from qlora_api.profile import Profile
+from qlora_api.sweep import Cell
+from qlora_api.sweep_status import BestCell, CellStatus, QLoRASweepStatus, SweepPhase
+from qlora_operator.decisions.conditions import ConditionType, Value, truncate, with_condition
+from qlora_operator.decisions.facts import Facts
+from qlora_operator.decisions.observe import Observed, Reason, format_time
+from qlora_operator.decisions.resolution import objection_to_job
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep
+
+_ENDED = frozenset({"Succeeded", "Failed", "Deleted"})
+_SHORT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class CreateCell:
+    """Create the QLoRAJob of the cell, and the claim before it if it is the sweep's own."""
+
+    cell: Cell
+
+
+@dataclass(frozen=True, slots=True)
+class SetSuspend:
+    """Suspend a cell, or resume one that the sweep has suspended."""
+
+    cell: CellJob
+    suspend: bool
+
+
+Action = CreateCell | SetSuspend
+
+
+def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
+    """Why no cell may be created, as the sweep and the administrator's settings are; None if they may."""
+    job = sweep.as_job()
+    return objection_to_job(Facts(job=job, observed=Observed(), profiles=profiles, now=now)) or _not_shared(
+        sweep, profiles[job.spec.scheduling.profile]
+    )
+
+
+def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
+    """Why several cells could not mount the workspace at the same time; None if they can.
+
+    A volume of one node brings all pods to that node. An existing claim is believed to be as the profile says.
+    """
+    template, topology = sweep.spec.template.spec, profile.workspace.topology
+    if sweep.spec.parallelism == 1 or topology == "node-local":
+        return None
+    modes = template.workspace.access_modes or (profile.workspace.access_mode,)
+    found = f"workspace.topology of profile {template.scheduling.profile!r} is {topology}, and must be shared"
+    if topology == "shared":
+        if template.workspace.claim_name is not None or "ReadWriteMany" in modes:
+            return None
+        found = f"it would be {', '.join(modes)}, and must be ReadWriteMany"
+    return Reason(
+        "WorkspaceNotShared",
+        f"spec.parallelism is {sweep.spec.parallelism}, and cells on several nodes could not mount the workspace "
+        f"({found}): set spec.parallelism to 1, or create the sweep again with another workspace",
+    )
+
+
+def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> tuple[CellStatus, ...]:
+    """A line for each cell, by its QLoRAJob; by the stored line if that is gone."""
+    before = {line.name: line for line in sweep.status.cells}
+    lines = [_line(cell, jobs.get(cell.name), before.get(cell.name)) for cell in cells]
+    return _ranked(lines, by_score=sweep.spec.best == "score")
+
+
+def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellStatus:
+    overrides = truncate(cell.overrides.text(), _SHORT)
+    if job is not None:
+        return CellStatus(
+            name=cell.name,
+            overrides=overrides,
+            phase=job.phase,
+            uid=job.uid,
+            progress=job.progress,
+            loss=job.loss,
+            eval_loss=job.eval_loss,
+            score=job.score,
+            adapter=job.adapter,
+            sha256=job.sha256,
+            reason=job.reason,
+        )
+    if before is None or not before.uid:
+        return CellStatus(name=cell.name, overrides=overrides)
+    # What has ended keeps its line: its adapter is still there.
+    return before if before.phase in _ENDED else before.model_copy(update={"phase": "Deleted", "progress": ""})
+
+
+def _ranked(lines: Sequence[CellStatus], *, by_score: bool) -> tuple[CellStatus, ...]:
+    """The lines with the places of the cells that have succeeded; of two that are equal, the first is before."""
+
+    def key(line: CellStatus) -> tuple[float, float]:
+        loss = math.inf if line.eval_loss is None else line.eval_loss
+        return (-(line.score or 0.0), loss) if by_score else (loss, 0.0)
+
+    done = [line for line in lines if line.phase == "Succeeded" and line.adapter]
+    done = [line for line in done if (line.score if by_score else line.eval_loss) is not None]
+    places = {line.name: place for place, line in enumerate(sorted(done, key=key), 1)}
+    return tuple(line.model_copy(update={"rank": places.get(line.name)}) for line in lines)
+
+
+def plan(
+    sweep: QLoRASweep,
+    cells: Sequence[Cell],
+    jobs: Mapping[str, CellJob],
+    objection: Reason | None,
+) -> Iterator[Action]:
+    """What to do now. A cell that somebody has deleted is not created again: the stored table still knows it."""
+    alive = [job for cell in cells if (job := jobs.get(cell.name)) is not None and job.phase not in _ENDED]
+    if sweep.spec.suspend:
+        yield from (SetSuspend(job, True) for job in alive if not job.suspend)
+        return
+    yield from (SetSuspend(job, False) for job in alive if job.suspend and job.suspended_by_sweep)
+    if objection is not None:
+        return
+    created = {line.name for line in sweep.status.cells if line.uid} | jobs.keys()
+    missing = [cell for cell in cells if cell.name not in created]
+    yield from map(CreateCell, missing[: max(0, sweep.spec.parallelism - len(alive))])
+
+
+def next_status(
+    sweep: QLoRASweep,
+    lines: tuple[CellStatus, ...],
+    objection: Reason | None,
+    blocked: Reason | None,
+    now: datetime,
+) -> QLoRASweepStatus:
+    """The status that follows; equal to the stored one if nothing has changed.
+
+    `objection`: why no cell may be created. `blocked`: why what was to be done could not be.
+    """
+    ended = sum(line.phase in _ENDED for line in lines)
+    succeeded = sum(line.phase == "Succeeded" for line in lines)
+    pending = sum(not line.uid for line in lines)
+    finished = bool(lines) and ended == len(lines)
+    best = next((line for line in lines if line.rank == 1), None)
+    before = sweep.status
+    status = before.model_copy(
+        update={
+            "observed_generation": sweep.generation,
+            "start_time": before.start_time or format_time(now),
+            "completion_time": (before.completion_time or format_time(now)) if finished else None,
+            "summary": f"{ended}/{len(lines)}" if lines else "",
+            "succeeded": succeeded,
+            "failed": ended - succeeded,
+            "running": len(lines) - ended - pending,
+            "pending": pending,
+            "best": _best(best),
+            "cells": lines,
+            "claim_name": sweep.claim_name,
+            "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}" if succeeded else before.report,
+        }
+    )
+    if finished:
+        phase: SweepPhase = "Succeeded" if succeeded else "Failed"
+        return _with_conditions(sweep, status, phase, _reason_of_the_end(status), now)
+    suspended = sweep.spec.suspend and all(line.phase == "Suspended" or not line.uid or _ended(line) for line in lines)
+    phase = "Suspended" if suspended else "Pending" if pending == len(lines) else "Running"
+    held_back = blocked or (objection if pending else None)
+    return _with_conditions(sweep, status, phase, _reason_to_go_on(sweep, status, phase, held_back), now)
+
+
+def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
+    """The status of a sweep whose cells cannot be made of its template, which never changes."""
+    started = sweep.status.start_time or format_time(now)
+    status = sweep.status.model_copy(update={"observed_generation": sweep.generation, "start_time": started})
+    return _with_conditions(sweep, status, "Failed", reason, now)
+
+
+def _ended(line: CellStatus) -> bool:
+    return line.phase in _ENDED
+
+
+def _best(line: CellStatus | None) -> BestCell | None:
+    if line is None:
+        return None
+    return BestCell(
+        cell=line.name,
+        overrides=line.overrides,
+        eval_loss=line.eval_loss,
+        score=line.score,
+        adapter=line.adapter,
+        sha256=line.sha256,
+    )
+
+
+def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
+    failed = f"; {status.failed} of {len(status.cells)} cells have failed" if status.failed else ""
+    if not status.succeeded:
+        words = sorted({line.reason for line in status.cells if line.reason})
+        why = f" ({', '.join(words)[:_SHORT]})" if words else ""
+        sentence = f"none of the {len(status.cells)} cells has succeeded{why}: the condition Failed of each reports why"
+        return Reason("AllCellsFailed", sentence)
+    best = status.best
+    if best is None:
+        return Reason("Succeeded", f"no cell has what spec.best chooses by{failed}")
+    score = "" if best.score is None else f", score {best.score}"
+    return Reason(
+        "Succeeded",
+        f"the best is {best.cell} ({best.overrides}) with loss {best.eval_loss} on the held-out rows{score}, its "
+        f"adapter is at {best.adapter}{failed}",
+    )
+
+
+def _reason_to_go_on(
+    sweep: QLoRASweep, status: QLoRASweepStatus, phase: SweepPhase, held_back: Reason | None
+) -> Reason:
+    if phase == "Suspended":
+        return Reason("Suspended", "spec.suspend is true; false resumes the sweep")
+    if sweep.spec.suspend:
+        return Reason("Suspending", "the cells that run save a checkpoint and stop")
+    if held_back is not None:
+        return held_back
+    done, all_ = status.succeeded + status.failed, len(status.cells)
+    return Reason("Running" if phase == "Running" else "Pending", f"{done} of {all_} cells have ended")
+
+
+def _with_conditions(
+    sweep: QLoRASweep, status: QLoRASweepStatus, phase: SweepPhase, reason: Reason, now: datetime
+) -> QLoRASweepStatus:
+    """The status with that phase, and with the conditions that it summarizes; kstatus as for a job."""
+    failed, ended = phase == "Failed", phase in ("Failed", "Succeeded")
+    accepted = phase != "Pending"
+    undecided: Value = "True" if phase == "Succeeded" else "False" if failed else "Unknown"
+    values: tuple[tuple[ConditionType, Value, Reason], ...] = (
+        ("Succeeded", undecided, reason),
+        ("Failed", "True" if failed else "False", reason if failed else Reason("NotFailed", "")),
+        (
+            "Suspended",
+            "True" if phase == "Suspended" else "False",
+            reason if sweep.spec.suspend and not ended else Reason("NotSuspended", ""),
+        ),
+        (
+            "Reconciling",
+            "False" if accepted else "True",
+            Reason("Started", "the sweep has been started") if accepted else reason,
+        ),
+        (
+            "Ready",
+            "True" if accepted and not failed else "False",
+            Reason("Started", "the sweep has been started") if accepted and not failed else reason,
+        ),
+        ("Stalled", "True" if failed else "False", reason if failed else Reason("NotStalled", "")),
+    )
+    for kind, value, why in values:
+        status = with_condition(status, kind, value, why, generation=sweep.generation, now=now)
+    return status.model_copy(update={"phase": phase})

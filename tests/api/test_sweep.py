@@ -1,0 +1,173 @@
+"""The life of a sweep on a real API server with the real controllers and the real operator, and no node."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from devcluster.errors import ClusterError
+from tests.support.nodeless import NAMESPACE, SHARED, Nodeless
+from tests.support.sweeps import SWEEP, TEMPLATE
+from tests.support.waiting import eventually
+
+Object = dict[str, Any]
+
+
+class Sweeps:
+    """Sweeps of the namespace, as their users see them."""
+
+    def __init__(self, cluster: Nodeless) -> None:
+        self.cluster = cluster
+
+    def create(self, name: str, template: Object | None = None, labels: Object | None = None, **spec: Any) -> Object:
+        metadata = {"name": name, "namespace": NAMESPACE, "labels": labels or {}}
+        content = SWEEP["spec"] | {"template": {"spec": TEMPLATE | (template or {})}} | spec
+        created = self.cluster.kubectl(
+            "create",
+            "--output=json",
+            "--filename=-",
+            input_text=json.dumps(SWEEP | {"metadata": metadata, "spec": content}),
+        )
+        return dict(json.loads(created))
+
+    def get(self, name: str) -> Object:
+        return self.cluster.kubectl.get("qlorasweep", name, f"--namespace={NAMESPACE}")
+
+    def patch(self, name: str, **spec: Any) -> None:
+        change = json.dumps({"spec": spec})
+        self.cluster.kubectl(
+            "patch", "qlorasweep", name, f"--namespace={NAMESPACE}", "--type=merge", f"--patch={change}"
+        )
+
+    def wait(self, name: str, **status: Any) -> Object:
+        """The sweep, once its status has these fields."""
+
+        def reached() -> Object | None:
+            sweep = self.get(name)
+            return sweep if status.items() <= sweep["status"].items() else None
+
+        return eventually(reached, seconds=60, every=0.2, what=f"{name} with {status}") or {}
+
+    def cells(self, name: str) -> list[str]:
+        selector = f"--selector=qlora.dev/sweep={name}"
+        listed = self.cluster.kubectl.get("qlorajobs", f"--namespace={NAMESPACE}", selector)
+        return sorted(item["metadata"]["name"] for item in listed["items"])
+
+    def wait_for_cells(self, name: str, count: int) -> list[str]:
+        wanted = [f"{name}-{number:02}" for number in range(count)]
+        eventually(lambda: self.cells(name) == wanted, seconds=60, every=0.2, what=f"{count} cells of {name}")
+        return wanted
+
+    def succeed(self, cell: str, eval_loss: float) -> None:
+        self.cluster.succeed(cell, "prepare")
+        self.cluster.train(cell, eval_loss)
+        self.cluster.succeed(cell, "publish")
+
+
+@pytest.fixture
+def sweeps(operated: Nodeless) -> Iterator[Sweeps]:
+    yield Sweeps(operated)
+    operated.kubectl("delete", "qlorasweeps,qlorajobs", "--all", f"--namespace={NAMESPACE}")
+
+
+def reason(sweep: Object) -> str:
+    (found,) = [entry["reason"] for entry in sweep["status"]["conditions"] if entry["type"] == "Succeeded"]
+    return str(found)
+
+
+def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps) -> None:
+    cluster = sweeps.cluster
+    template = {"scheduling": {"profile": SHARED}, "workspace": {"size": "3Gi"}}
+    sweeps.create("life", template, grid={"rank": [8, 16, 32]}, parallelism=2)
+    first, second = sweeps.wait_for_cells("life", 2)
+    sweeps.wait("life", phase="Running", running=2, pending=1, summary="0/3")
+
+    # A cell is a plain job on the claim of all, which belongs to nobody.
+    claim = sweeps.get("life")["status"]["claimName"]
+    assert cluster.job(first)["spec"]["workspace"] == {"claimName": claim, "retain": True}
+    stored = cluster.kubectl.get("persistentvolumeclaim", claim, f"--namespace={NAMESPACE}")
+    assert stored["spec"]["resources"]["requests"]["storage"] == "3Gi"
+    assert "ownerReferences" not in stored["metadata"]
+    # Its pods find there what the other cells have downloaded and quantized.
+    (pod,) = [pod for pod in cluster.pods() if pod["metadata"]["name"].startswith(f"{first}-prepare")]
+    environment = {entry["name"]: entry.get("value") for entry in pod["spec"]["containers"][0]["env"]}
+    assert environment["QLORA_MODEL_CACHE"] == f"/workspace/{claim}"
+
+    sweeps.succeed(first, 1.5)
+    cluster.fail(second, "prepare", 11, "BadDataset", "row 3 is empty")
+    third = sweeps.wait_for_cells("life", 3)[2]
+    running = sweeps.wait("life", succeeded=1, failed=1, running=1)["status"]
+    assert (running["best"]["cell"], running["best"]["evalLoss"]) == (first, 1.5)
+    sweeps.succeed(third, 1.25)
+
+    status = sweeps.wait("life", phase="Succeeded", summary="3/3")["status"]
+    assert (status["best"]["cell"], status["best"]["overrides"]) == (third, "rank=32")
+    assert [(cell["phase"], cell.get("rank"), cell["reason"]) for cell in status["cells"]] == [
+        ("Succeeded", 2, ""),
+        ("Failed", None, "BadDataset"),
+        ("Succeeded", 1, ""),
+    ]
+    table = cluster.kubectl("get", "qs", "life", f"--namespace={NAMESPACE}")
+    assert ["life", "Succeeded", "3/3", third, "1.25"] == table.splitlines()[1].split()[:5]
+    events = cluster.kubectl.get("events", f"--namespace={NAMESPACE}", "--field-selector=involvedObject.name=life")
+    assert {"Running", "Succeeded"} <= {event["reason"] for event in events["items"]}
+
+    cluster.kubectl("delete", "qlorasweep", "life", f"--namespace={NAMESPACE}")
+    eventually(lambda: not sweeps.cells("life"), seconds=60, every=0.2, what="the end of the cells")
+    assert cluster.kubectl.get("persistentvolumeclaim", claim, f"--namespace={NAMESPACE}")["metadata"]["name"] == claim
+
+
+def test_a_suspended_sweep_suspends_its_cells_and_goes_on_later(sweeps: Sweeps) -> None:
+    sweeps.create("pause", labels={"kueue.x-k8s.io/queue-name": "gpus"})
+    (first,) = sweeps.wait_for_cells("pause", 1)
+    assert sweeps.cluster.job(first)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    sweeps.patch("pause", suspend=True)
+    eventually(lambda: sweeps.cluster.job(first)["spec"]["suspend"], seconds=60, every=0.2)
+    sweeps.patch("pause", suspend=False)
+    eventually(lambda: not sweeps.cluster.job(first)["spec"]["suspend"], seconds=60, every=0.2)
+    assert sweeps.cells("pause") == [first]
+
+
+def test_a_cell_that_cannot_be_created_keeps_the_sweep_waiting_with_the_reason(sweeps: Sweeps) -> None:
+    cluster = sweeps.cluster
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "jobs", "namespace": NAMESPACE}}
+    cluster.kubectl.apply(json.dumps(quota | {"spec": {"hard": {"count/qlorajobs.qlora.dev": "0"}}}))
+    try:
+        where = (f"--namespace={NAMESPACE}", "jobs")
+        eventually(lambda: cluster.kubectl.get("resourcequota", *where)["status"].get("hard"), seconds=60)
+        sweeps.create("denied")
+        eventually(lambda: reason(sweeps.wait("denied", phase="Pending")) == "CellRejected", seconds=60, every=0.2)
+        assert sweeps.cells("denied") == []
+    finally:
+        cluster.kubectl("delete", "resourcequota", "jobs", f"--namespace={NAMESPACE}")
+
+
+def test_a_job_of_the_name_of_a_cell_is_left_alone(sweeps: Sweeps) -> None:
+    metadata = {"name": "taken-00", "namespace": NAMESPACE}
+    job = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": TEMPLATE}
+    sweeps.cluster.kubectl("create", "--filename=-", input_text=json.dumps(job))
+    sweeps.create("taken")
+    eventually(lambda: reason(sweeps.wait("taken", phase="Pending")) == "NameTaken", seconds=60, every=0.2)
+    assert "ownerReferences" not in sweeps.cluster.job("taken-00")["metadata"]
+
+
+def test_cells_that_could_not_mount_their_workspace_together_wait_until_one_runs_at_a_time(sweeps: Sweeps) -> None:
+    sweeps.create("apart", parallelism=2)
+    eventually(lambda: reason(sweeps.wait("apart", phase="Pending")) == "WorkspaceNotShared", seconds=60, every=0.2)
+    sweeps.patch("apart", parallelism=1)
+    sweeps.wait_for_cells("apart", 1)
+
+
+def test_a_cell_cannot_be_changed_by_its_users_more_than_any_job(sweeps: Sweeps) -> None:
+    sweeps.create("plain")
+    (cell,) = sweeps.wait_for_cells("plain", 1)
+    with pytest.raises(ClusterError, match=r"spec\.lora cannot be changed once the job exists"):
+        sweeps.cluster.kubectl(
+            "patch",
+            "qlorajob",
+            cell,
+            f"--namespace={NAMESPACE}",
+            "--type=merge",
+            '--patch={"spec":{"lora":{"rank":3}}}',
+        )

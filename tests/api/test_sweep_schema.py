@@ -1,0 +1,118 @@
+"""The API server alone, without the operator, admits good sweeps and rejects bad ones with a reason."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from devcluster.controlplane import ControlPlane
+from devcluster.errors import ClusterError
+from qlora_api.sweep import QLoRASweepSpec
+from tests.support.manifests import Manifest, with_value, without
+from tests.support.sweeps import FULL_SWEEP, SWEEP
+
+
+def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> Manifest:
+    flags = ["--dry-run=server"] if dry_run else []
+    answer = plane.kubectl("apply", *flags, "--output=json", "--filename=-", input_text=json.dumps(manifest))
+    applied: Manifest = json.loads(answer)
+    return applied
+
+
+@pytest.mark.parametrize("manifest", [SWEEP, FULL_SWEEP], ids=["grid", "every field"])
+def test_a_good_sweep_is_admitted_with_the_defaults_of_the_models(plane: ControlPlane, manifest: Manifest) -> None:
+    assert apply(plane, manifest)["spec"] == QLoRASweepSpec.model_validate(manifest["spec"]).dump()
+
+
+def test_a_grid_of_as_many_cells_as_there_may_be_is_admitted(plane: ControlPlane) -> None:
+    grid = {"rank": [8, 16, 32, 64], "alpha": [8, 16, 32, 64], "warmupSteps": [0, 1, 2, 3]}
+    assert apply(plane, with_value(SWEEP, "spec.grid", grid))["spec"]["grid"] == grid
+
+
+TEMPLATE = "spec.template.spec"
+REJECTED = {
+    "no rows to compare by": (without(SWEEP, f"{TEMPLATE}.dataset.eval"), "chooses by the loss on held-out rows"),
+    "neither grid nor cells": (without(SWEEP, "spec.grid"), "set exactly one of grid and cells"),
+    "grid and cells": (with_value(SWEEP, "spec.cells", [{"rank": 8}]), "set exactly one of grid and cells"),
+    "an empty grid": (with_value(SWEEP, "spec.grid", {}), "name at least one field with its values"),
+    "a list without values": (with_value(SWEEP, "spec.grid.rank", []), "should have at least 1 items"),
+    "a value twice": (with_value(SWEEP, "spec.grid.rank", [8, 8]), "Duplicate value"),
+    "too many cells": (
+        with_value(SWEEP, "spec.grid", {"rank": list(range(1, 14)), "alpha": [1, 2, 3, 4, 5]}),
+        "more than 64 cells",
+    ),
+    "too many cells in a list": (with_value(SWEEP, "spec.cells", [{"rank": 1}] * 65), "must have at most 64 items"),
+    "a rank out of bounds": (with_value(SWEEP, "spec.grid.rank", [8, 1025]), "less than or equal to 1024"),
+    "epochs and maxSteps": (
+        with_value(SWEEP, "spec.grid", {"epochs": [1], "maxSteps": [10]}),
+        "epochs and maxSteps both set the length",
+    ),
+    "epochs and maxSteps of a cell": (
+        with_value(without(SWEEP, "spec.grid"), "spec.cells", [{"epochs": 1, "maxSteps": 10}]),
+        "epochs and maxSteps both set the length",
+    ),
+    "a field that cells have in common": (
+        with_value(SWEEP, "spec.grid.maxSequenceLength", [128, 256]),
+        'unknown field "spec.grid.maxSequenceLength"',
+    ),
+    "sources in a cell": (
+        with_value(without(SWEEP, "spec.grid"), "spec.cells", [{"model": {"source": "hf://other/model"}}]),
+        'unknown field "spec.cells[0].model"',
+    ),
+    "seeds that choose the held-out rows": (
+        with_value(with_value(SWEEP, f"{TEMPLATE}.dataset.eval", {"fraction": 0.1}), "spec.grid", {"seed": [0, 1]}),
+        "cells with different seeds could not be compared",
+    ),
+    "scores that nobody computes": (with_value(SWEEP, "spec.best", "score"), "set that, or leave best out"),
+    "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
+    "one repository for all adapters": (
+        with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),
+        "a folder of its own below output.destination",
+    ),
+    "a merged model for each cell": (
+        with_value(SWEEP, f"{TEMPLATE}.output", {"merged": {}}),
+        "would merge the adapter of every cell",
+    ),
+    "the run of another job": (with_value(SWEEP, f"{TEMPLATE}.continues", "tune"), "continues takes up one run"),
+    "what a job does not admit": (
+        with_value(SWEEP, f"{TEMPLATE}.training", {"epochs": 1, "maxSteps": 10}),
+        "set only one of epochs and maxSteps",
+    ),
+    "no parallelism": (with_value(SWEEP, "spec.parallelism", 0), "greater than or equal to 1"),
+    "a long name": (with_value(SWEEP, "metadata.name", "a" * 43), "at most 42 characters"),
+    "a name with a dot": (with_value(SWEEP, "metadata.name", "a.b"), "must be one DNS label"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_a_bad_sweep_is_rejected_with_a_reason(plane: ControlPlane, case: str) -> None:
+    manifest, message = REJECTED[case]
+    with pytest.raises(ClusterError) as caught:
+        apply(plane, manifest)
+    assert message in str(caught.value)
+    if "name" not in case and "unknown field" not in message:
+        with pytest.raises(ValidationError):
+            QLoRASweepSpec.model_validate(manifest["spec"])
+
+
+CHANGES = {
+    "the template": (f"{TEMPLATE}.training", {"learningRate": 1e-3}),
+    "a mutable field of a job": (f"{TEMPLATE}.retry", {"maxFailures": 1}),
+    "the grid": ("spec.grid.rank", [8, 16, 32]),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_decides_the_cells_cannot_be_changed(plane: ControlPlane, case: str) -> None:
+    stored = with_value(SWEEP, "metadata.name", f"fixed-{list(CHANGES).index(case)}")
+    apply(plane, stored, dry_run=False)
+    path, value = CHANGES[case]
+    with pytest.raises(ClusterError, match="cannot be changed once the sweep exists"):
+        apply(plane, with_value(stored, path, value))
+
+
+def test_parallelism_and_suspension_can_be_changed(plane: ControlPlane) -> None:
+    stored = with_value(SWEEP, "metadata.name", "mutable")
+    apply(plane, stored, dry_run=False)
+    changed = with_value(with_value(stored, "spec.parallelism", 3), "spec.suspend", True)
+    assert apply(plane, changed)["spec"]["parallelism"] == 3

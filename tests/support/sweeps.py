@@ -1,0 +1,47 @@
+"""QLoRASweep manifests for tests, as plain objects."""
+
+from tests.support.manifests import MINIMAL, Manifest, with_value
+
+TEMPLATE: Manifest = with_value(MINIMAL, "spec.dataset.eval", {"source": "pvc://data/held-out.jsonl"})["spec"]
+
+SWEEP: Manifest = {
+    "apiVersion": "qlora.dev/v1alpha1",
+    "kind": "QLoRASweep",
+    "metadata": {"name": "rates", "namespace": "default"},
+    "spec": {"template": {"spec": TEMPLATE}, "grid": {"rank": [8, 16], "learningRate": [1e-4, 2e-4]}},
+}
+
+FULL_SWEEP: Manifest = {
+    **SWEEP,
+    "spec": {
+        "template": {
+            "spec": {
+                **TEMPLATE,
+                "output": {"destination": "s3://bucket/adapters"},
+                "gate": {"maxEvalLoss": 2.0, "score": {"check": "exactMatch"}},
+            }
+        },
+        "cells": [
+            {},
+            {
+                "rank": 8,
+                "alpha": 16,
+                "dropout": 0.1,
+                "targetModules": ["q_proj", "v_proj"],
+                "learningRate": 1e-4,
+                "scheduler": "cosine",
+                "warmupSteps": 10,
+                "weightDecay": 0.01,
+                "maxGradNorm": 1,
+                "microBatchSize": 2,
+                "gradientAccumulationSteps": 8,
+                "maxSteps": 100,
+                "seed": 7,
+            },
+            {"epochs": 3},
+        ],
+        "best": "score",
+        "parallelism": 2,
+        "suspend": True,
+    },
+}

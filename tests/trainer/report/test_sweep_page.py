@@ -1,0 +1,86 @@
+"""The report of a sweep: what a person sees of its cells in a browser, however many have ended."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from qlora_trainer.report.charts import curves_chart
+from qlora_trainer.report.metrics_log import Curve
+from qlora_trainer.report.sweep_page import add_to_sweep_report
+from qlora_trainer.steps.publish import _trained_job, publish
+from tests.support.command import Files
+from tests.support.published import context
+from tests.support.report_page import Page
+from tests.support.tiny import Recorded
+
+
+def add(files: Files, shared: Path, name: str, rank: int, eval_loss: float) -> None:
+    """What `publish` of a cell with that rank and result would leave."""
+    job = _trained_job(context(files))
+    spec = job.spec.model_copy(update={"lora": job.spec.lora.model_copy(update={"rank": rank})})
+    trained = job.trained.model_copy(update={"eval_loss": eval_loss})
+    add_to_sweep_report(replace(job, name=name, spec=spec, trained=trained), files.workspace / "report", shared)
+
+
+def page_of(shared: Path) -> Page:
+    return Page((shared / "report.html").read_text())
+
+
+def test_the_page_has_the_curves_of_all_cells_and_the_best_first(finished: Files, tmp_path: Path) -> None:
+    add(finished, tmp_path, "rates-00", 4, 1.5)
+    alone = page_of(tmp_path)
+    assert "rates-00" in alone.words
+    add(finished, tmp_path, "rates-01", 8, 1.25)
+    add(finished, tmp_path, "rates-02", 16, 1.75)
+
+    page = page_of(tmp_path)
+    assert page.open == []
+    assert page.fetched == [] or all(address.startswith("#") for address in page.fetched)
+    assert page.elements.count("svg") == 2
+    assert "rates-01 is the best of 3 cells" in page.words
+    assert "Cell rank Held-out loss rates-01 8 1.2500 rates-00 4 1.5000 rates-02 16 1.7500" in page.words
+    # A cell whose publish step runs again is there once.
+    before = (tmp_path / "report.html").read_text()
+    add(finished, tmp_path, "rates-01", 8, 1.25)
+    assert (tmp_path / "report.html").read_text() == before
+
+
+def test_what_another_pod_has_left_is_shown_as_text_or_left_out(finished: Files, tmp_path: Path) -> None:
+    add(finished, tmp_path, "rates-00", 4, 1.5)
+    cells = tmp_path / "cells"
+    (cells / "a.json").write_text("{")
+    (cells / "b.json").write_bytes(b" " * 300_000)
+    (cells / "c.json").symlink_to("/etc/passwd")
+    entry = json.loads((cells / "rates-00.json").read_text())
+    entry |= {"name": "<script>alert(1)</script>", "settings": {"rank": "<b>"}, "evalLoss": 9.0}
+    (cells / "d.json").write_text(json.dumps(entry))
+    add(finished, tmp_path, "rates-01", 8, 1.25)
+    page = page_of(tmp_path)
+    assert "script" not in page.elements
+    assert "b" not in page.elements
+    assert "rates-01 is the best of 3 cells" in page.words
+
+
+def test_publish_of_a_cell_writes_the_page_and_that_of_another_job_none(trained: Files, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    alone = context(trained)
+    cell = replace(alone, mounts=replace(alone.mounts, sweep=shared))
+    publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert "tiny" in page_of(shared).words
+
+
+def test_a_page_that_cannot_be_written_costs_no_adapter(trained: Files, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    alone = context(trained)
+    cell = replace(alone, mounts=replace(alone.mounts, sweep=tmp_path / "file"))
+    record = publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    assert record.adapter.uri.endswith("/adapter")
+
+
+def test_curves_over_each_other_name_a_dozen_and_draw_all() -> None:
+    curves = {f"cell-{number:02}": Curve((0, 1), (1.0 + number, 0.5)) for number in range(14)}
+    page = Page(curves_chart("loss", "Loss", curves))
+    assert "cell-11" in page.words
+    assert "cell-12" not in page.words
+    assert curves_chart("loss", "Loss", {"cell-00": Curve()}) == ""

@@ -1,0 +1,116 @@
+"""Jobs that are trained together end as each of them does alone."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_trainer.core.completion import TrainRecord
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.core.file_names import ADAPTER_FILE
+from qlora_trainer.steps.train_together import train_together
+from tests.support.tiny import Recorded, merged
+from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
+
+# What differs between the jobs: the length, the adapter, the rate, the evaluations, what is kept.
+PLAIN: dict[str, Any] = {"lora": {"dropout": 0}}
+JOBS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "wide": {"lora": {"dropout": 0, "rank": 8}, "training": {"seed": 5, "learningRate": 0.02}},
+    "long": {"lora": {"dropout": 0}, "training": {"seed": 7, "maxSteps": 9, "gradientAccumulationSteps": 3}},
+    "best": {
+        "lora": {"dropout": 0},
+        "training": {"seed": 9, "keep": "best", "optimizer": "adamw", "evalEverySteps": 1},
+    },
+}
+
+
+def contexts(root: Path, model: Path, jobs: dict[str, dict[str, Any]] = JOBS) -> list[StepContext]:
+    """A prepared workspace for each job."""
+    return [prepared(root / name, model, spec) for name, spec in jobs.items()]
+
+
+def together(jobs: list[StepContext], records: list[Recorded] | None = None, stop: StopRequest | None = None) -> Any:
+    """The results of training the jobs together."""
+    records = records or [Recorded() for _ in jobs]
+    return train_together(
+        jobs, records, stop=stop or StopRequest(), now=lambda: datetime(2026, 1, 1, tzinfo=UTC), monotonic=lambda: 0.0
+    )
+
+
+def test_each_ends_as_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    jobs = contexts(tmp_path / "together", tiny_llama)
+    for job, alone, result in zip(jobs, contexts(tmp_path / "alone", tiny_llama), together(jobs), strict=True):
+        expected = run(alone)
+        assert isinstance(result, TrainRecord)
+        same = ("fingerprint", "training_step", "total_steps", "base_sha256")
+        assert {name: getattr(result, name) for name in same} == {name: getattr(expected, name) for name in same}
+        assert result.loss == pytest.approx(expected.loss, rel=1e-2)
+        assert result.eval_loss == pytest.approx(expected.eval_loss, rel=1e-2)
+        steps = [(line["step"], sorted(line)) for line in history(alone)]
+        assert [(line["step"], sorted(line)) for line in history(job)] == steps
+        assert apart(job, alone) < 0.02
+
+
+def apart(job: StepContext, other: StepContext) -> float:
+    """The distance of two adapters, relative to the norm of the second."""
+    one, two = (
+        torch.cat([t.flatten() for _, t in sorted(load_file(of.workspace.trained / ADAPTER_FILE).items())])
+        for of in (job, other)
+    )
+    return float((one - two).norm() / two.norm())
+
+
+def test_stopped_at_any_step_they_resume_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    undisturbed = contexts(tmp_path / "undisturbed", tiny_llama)
+    together(undisturbed)
+    for step in (4, 7):
+        jobs, stop = contexts(tmp_path / f"stopped-{step}", tiny_llama), StopRequest()
+        # The longest job, which is the last to end.
+        records = [StopAtStep(step, stop) if name == "long" else Recorded() for name in JOBS]
+        with pytest.raises(Interrupted):
+            together(jobs, records, stop)
+        together(jobs)
+        assert [adapter_bytes(job) for job in jobs] == [adapter_bytes(job) for job in undisturbed]
+
+
+def test_one_that_diverges_leaves_the_others_as_they_are(fluent: Path, tmp_path: Path) -> None:
+    training = {"learningRate": 1.0, "maxSteps": 40, "scheduler": "constant", "warmupSteps": 0, "evalEverySteps": 40}
+    wild = {"lora": {"dropout": 0}, "training": {**training, "divergencePatience": 6}}
+    specs = {"plain": PLAIN, "wild": wild, "wide": JOBS["wide"]}
+    jobs = contexts(tmp_path / "together", fluent, specs)
+    first, failed, last = together(jobs)
+    assert isinstance(failed, StepFailure)
+    assert failed.exit_code.reason == "Diverged"
+    assert isinstance(first, TrainRecord)
+    assert isinstance(last, TrainRecord)
+    alone = contexts(tmp_path / "alone", fluent, {"plain": PLAIN})
+    run(alone[0])
+    assert apart(jobs[0], alone[0]) < 0.02
+
+
+def test_those_that_are_trained_already_take_no_part(tiny_llama: Path, tmp_path: Path) -> None:
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
+    expected = run(jobs[0])
+    again, _ = together(jobs)
+    assert again == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ({"lora": {"dropout": 0.1}}, "spec.lora.dropout"),
+        ({"lora": {"dropout": 0, "useDora": True}}, "spec.lora.useDora"),
+        ({"lora": {"dropout": 0}, "quantization": {"type": "fp4"}}, "4-bit base"),
+        ({"lora": {"dropout": 0}, "training": {"gradientCheckpointing": False}}, "gradientCheckpointing"),
+    ],
+)
+def test_what_cannot_be_shared_is_named(spec: dict[str, Any], named: str, tiny_llama: Path, tmp_path: Path) -> None:
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "other": merged({}, spec)})
+    with pytest.raises(StepFailure, match=named) as failure:
+        together(jobs)
+    assert failure.value.exit_code.reason == "BadConfiguration"

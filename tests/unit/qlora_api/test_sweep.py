@@ -1,0 +1,107 @@
+"""Which QLoRAJobs a sweep stands for, and which manifests of a sweep are rejected."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_api.sweep import Grid, Overrides, QLoRASweepSpec, cells
+from qlora_api.training import LoraSpec, TrainingSpec
+from tests.support.sweeps import FULL_SWEEP, SWEEP, TEMPLATE
+
+CLAIM = "rates-0a1b2c3d"
+
+
+def sweep(template: dict[str, Any] | None = None, **spec: Any) -> QLoRASweepSpec:
+    return QLoRASweepSpec.model_validate({"template": {"spec": TEMPLATE | (template or {})}} | spec)
+
+
+def test_a_grid_is_every_combination_and_the_last_field_changes_first() -> None:
+    spec = sweep(grid={"learningRate": [1e-4, 2e-4], "rank": [8, 16]})
+    assert [(cell.name, cell.overrides.text()) for cell in cells("rates", spec, CLAIM)] == [
+        ("rates-00", "rank=8 learningRate=0.0001"),
+        ("rates-01", "rank=8 learningRate=0.0002"),
+        ("rates-02", "rank=16 learningRate=0.0001"),
+        ("rates-03", "rank=16 learningRate=0.0002"),
+    ]
+
+
+def test_a_cell_is_the_template_with_its_changes_on_the_claim_of_all() -> None:
+    spec = QLoRASweepSpec.model_validate(FULL_SWEEP["spec"])
+    plain, changed, longer = cells("full", spec, CLAIM)
+    template = spec.template.spec
+    assert (plain.overrides.text(), plain.spec.training, plain.spec.lora) == (
+        "template",
+        template.training,
+        template.lora,
+    )
+    assert plain.spec.workspace.claim_name == CLAIM
+    assert plain.spec.output.destination == "s3://bucket/adapters/full-00"
+    assert changed.spec.output.destination == "s3://bucket/adapters/full-01"
+    wanted = FULL_SWEEP["spec"]["cells"][1]
+    found = changed.spec.lora.dump() | changed.spec.training.dump()
+    assert {name: found[name] for name in wanted} == wanted
+    assert longer.spec.training.epochs == 3
+    assert changed.spec.model_copy(
+        update={name: getattr(plain.spec, name) for name in ("lora", "training", "output")}
+    ) == (plain.spec)
+
+
+def test_the_length_of_a_cell_replaces_that_of_the_template() -> None:
+    (cell,) = cells("rates", sweep({"training": {"epochs": 3}}, cells=[{"maxSteps": 10}]), CLAIM)
+    assert (cell.spec.training.epochs, cell.spec.training.max_steps) == (None, 10)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, "set exactly one of grid and cells"),
+        ({"grid": {"rank": [8]}, "cells": [{"rank": 8}]}, "set exactly one of grid and cells"),
+        ({"grid": {}}, "name at least one field"),
+        ({"grid": {"rank": [8, 8]}}, "rank: a value is there twice"),
+        ({"grid": {"targetModules": [["q_proj"], ["q_proj"]]}}, "target_modules: a value is there twice"),
+        ({"grid": {"rank": list(range(1, 14)), "alpha": [1, 2, 3, 4, 5]}}, "more than 64 cells"),
+        ({"grid": {"rank": [8], "suspend": [True]}}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_sweep_that_is_no_sweep(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        sweep(**spec)
+
+
+def test_cells_that_could_not_be_compared() -> None:
+    with pytest.raises(ValidationError, match="different seeds could not be compared"):
+        sweep({"dataset": {"source": "pvc://a/b.jsonl", "eval": {"fraction": 0.1}}}, cells=[{"seed": 1}, {}])
+
+
+@pytest.mark.parametrize("name", Overrides.model_fields)
+def test_a_value_of_a_cell_has_the_bounds_of_the_field_that_it_stands_for(name: str) -> None:
+    schema = Overrides.model_json_schema(by_alias=False)["properties"][name]["anyOf"][0]
+    origin = (LoraSpec if name in LoraSpec.model_fields else TrainingSpec).model_json_schema(by_alias=False)
+    expected = origin["properties"][name]
+    expected = expected.get("anyOf", [expected])[0]
+    keys = (
+        "type",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "enum",
+        "items",
+        "minItems",
+        "maxItems",
+    )
+    assert {key: schema[key] for key in keys if key in schema} == {
+        key: expected[key] for key in keys if key in expected
+    }
+
+
+def test_a_grid_has_the_fields_of_a_cell() -> None:
+    assert list(Grid.model_fields) == list(Overrides.model_fields)
+    grid = Grid.model_json_schema()["properties"]
+    for name, schema in Overrides.model_json_schema()["properties"].items():
+        assert grid[name]["anyOf"][0]["items"] == schema["anyOf"][0]
+
+
+def test_the_manifest_of_the_tests_is_read() -> None:
+    assert len(QLoRASweepSpec.model_validate(SWEEP["spec"]).overrides()) == 4

@@ -1,0 +1,307 @@
+"""What a sweep does next, and what its table, its choice and its conditions say."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.profile import Profile
+from qlora_api.status import StepName
+from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_operator.decisions.manifests import build_job
+from qlora_operator.decisions.observe import Reason
+from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
+from qlora_operator.decisions.sweep import (
+    CellJob,
+    QLoRASweep,
+    build_cell,
+    build_sweep_claim,
+    parse_cell,
+    parse_sweep,
+    suspension,
+    sweep_of,
+)
+from qlora_operator.decisions.sweep_plan import CreateCell, SetSuspend, next_status, objection_to_sweep, plan, table
+from tests.support.builders import ADAPTER, NOW, PROFILE, PROFILES, UID, after, condition, job_body, resolved
+from tests.support.sweeps import SWEEP, TEMPLATE
+
+NAME = "rates"
+SHARED = Profile.model_validate(PROFILE.dump() | {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}})
+OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": NAME, "uid": UID, "controller": True}
+
+
+def make(status: QLoRASweepStatus | None = None, template: dict[str, Any] | None = None, **spec: Any) -> QLoRASweep:
+    content = SWEEP["spec"] | {"template": {"spec": TEMPLATE | (template or {})}} | spec
+    metadata = {"namespace": "team", "name": NAME, "uid": UID, "generation": 2, "resourceVersion": "7"}
+    return parse_sweep({"metadata": metadata, "spec": content, "status": status.dump() if status else {}})
+
+
+def cell(number: int, phase: str = "Training", **fields: Any) -> CellJob:
+    values: dict[str, Any] = {"suspend": False, "suspended_by_sweep": False, **fields}
+    return CellJob(name=f"{NAME}-{number:02}", uid=f"uid-{number}", phase=phase, **values)  # type: ignore[arg-type]
+
+
+def done(number: int, eval_loss: float | None, **fields: Any) -> CellJob:
+    uri = f"pvc://{NAME}/{number}"
+    return cell(number, "Succeeded", eval_loss=eval_loss, adapter=uri, sha256="a" * 64, **fields)
+
+
+def by_name(*jobs: CellJob) -> dict[str, CellJob]:
+    return {job.name: job for job in jobs}
+
+
+def created(sweep: QLoRASweep, *jobs: CellJob, objection: Reason | None = None) -> list[str]:
+    actions = plan(sweep, sweep.cells(), by_name(*jobs), objection)
+    return [action.cell.name for action in actions if isinstance(action, CreateCell)]
+
+
+def status_of(sweep: QLoRASweep, *jobs: CellJob, **why: Reason | None) -> QLoRASweepStatus:
+    lines = table(sweep, sweep.cells(), by_name(*jobs))
+    return next_status(sweep, lines, why.get("objection"), why.get("blocked"), NOW)
+
+
+def of(status: QLoRASweepStatus, kind: str) -> tuple[str, str, str]:
+    (found,) = [entry for entry in status.conditions if entry.type == kind]
+    return found.status, found.reason, found.message
+
+
+def test_cells_are_created_in_order_and_no_more_at_a_time_than_asked_for() -> None:
+    assert created(make()) == ["rates-00"]
+    assert created(make(), cell(0)) == []
+    assert created(make(parallelism=3)) == ["rates-00", "rates-01", "rates-02"]
+    assert created(make(parallelism=3), done(0, 1.0), cell(1), cell(2, "Failed")) == ["rates-03"]
+    assert created(make(parallelism=3), *(cell(number) for number in range(4))) == []
+    assert created(make(), objection=Reason("ProfileNotFound", "")) == []
+
+
+def test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line() -> None:
+    before = status_of(make(), done(0, 1.5), cell(1))
+    sweep = make(before)
+    lines = table(sweep, sweep.cells(), {})
+    assert [line.phase for line in lines] == ["Succeeded", "Deleted", "Pending", "Pending"]
+    assert created(sweep) == ["rates-02"]
+    status = status_of(sweep)
+    assert status.best is not None
+    assert (status.best.cell, status.best.eval_loss, status.best.adapter) == ("rates-00", 1.5, "pvc://rates/0")
+    assert (status.succeeded, status.failed, status.running, status.pending) == (1, 1, 0, 2)
+
+
+def test_a_suspended_sweep_suspends_its_cells_and_takes_back_only_what_it_has_done() -> None:
+    theirs = cell(1, "Suspended", suspend=True)
+    running, ended = cell(0), cell(2, "Failed")
+    sweep = make(suspend=True, parallelism=4)
+    actions = list(plan(sweep, sweep.cells(), by_name(running, theirs, ended), None))
+    assert actions == [SetSuspend(running, True)]
+    ours = cell(0, "Suspended", suspend=True, suspended_by_sweep=True)
+    resumed = make(parallelism=2)
+    actions = list(plan(resumed, resumed.cells(), by_name(ours, theirs), None))
+    assert actions == [SetSuspend(ours, False)]
+    assert suspension(ours, True)["metadata"] == {
+        "uid": "uid-0",
+        "annotations": {"qlora.dev/suspended-by-sweep": "true"},
+    }
+    assert suspension(ours, False)["metadata"]["annotations"] == {"qlora.dev/suspended-by-sweep": None}
+
+
+def test_the_best_is_the_cell_with_the_lowest_loss_of_those_that_have_succeeded() -> None:
+    unfinished = cell(2, eval_loss=0.1)
+    status = status_of(make(), done(0, 1.5), done(1, 1.25), unfinished, cell(3, "Failed", eval_loss=0.2, adapter="x"))
+    assert status.best is not None
+    assert status.best.cell == "rates-01"
+    assert [line.rank for line in status.cells] == [2, 1, None, None]
+    tied = status_of(make(), done(0, 1.5), done(1, 1.5))
+    assert tied.best is not None
+    assert tied.best.cell == "rates-00"
+
+
+def test_the_best_by_score_has_the_highest_and_of_two_the_lower_loss() -> None:
+    gate = {"gate": {"score": {"check": "exactMatch"}}}
+    jobs = (done(0, 1.0, score=0.5), done(1, 1.5, score=0.75), done(2, 1.25, score=0.75), done(3, 0.5))
+    status = status_of(make(template=gate, best="score"), *jobs)
+    assert status.best is not None
+    assert (status.best.cell, status.best.score, status.best.eval_loss) == ("rates-02", 0.75, 1.25)
+    assert [line.rank for line in status.cells] == [3, 2, 1, None]
+    assert "with loss 1.25 on the held-out rows, score 0.75, its adapter" in of(status, "Succeeded")[2]
+    by_loss = status_of(make(template=gate), *jobs)
+    assert by_loss.best is not None
+    assert by_loss.best.cell == "rates-03"
+
+
+def test_a_sweep_ends_when_its_last_cell_does() -> None:
+    status = status_of(make(), done(0, 1.5), done(1, 1.25), done(2, 2.0), cell(3, "Failed", reason="Diverged"))
+    assert (status.phase, status.summary) == ("Succeeded", "4/4")
+    value, reason, message = of(status, "Succeeded")
+    assert (value, reason) == ("True", "Succeeded")
+    assert "the best is rates-01 (rank=8 learningRate=0.0002) with loss 1.25" in message
+    assert "1 of 4 cells have failed" in message
+    assert (of(status, "Failed")[0], of(status, "Stalled")[0]) == ("False", "False")
+    assert status.completion_time is not None
+    assert status.report == "pvc://rates-0a1b2c3d/rates-0a1b2c3d/report.html"
+
+
+def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
+    status = status_of(make(), *(cell(number, "Failed", reason="BadDataset") for number in range(4)))
+    assert status.phase == "Failed"
+    assert of(status, "Succeeded")[:2] == ("False", "AllCellsFailed")
+    assert of(status, "Failed")[0] == of(status, "Stalled")[0] == "True"
+    assert "(BadDataset)" in of(status, "Failed")[2]
+
+
+def test_a_failed_cell_that_is_retried_starts_its_sweep_again() -> None:
+    ended = make(status_of(make(), *(cell(number, "Failed", reason="BadDataset") for number in range(4))))
+    status = status_of(ended, cell(0), *(cell(number, "Failed") for number in range(1, 4)))
+    assert (status.phase, status.completion_time, of(status, "Failed")[0]) == ("Running", None, "False")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "spec", "phase", "reason", "reconciling"),
+    [
+        ((), {}, "Pending", "Pending", "True"),
+        ((cell(0),), {}, "Running", "Running", "False"),
+        ((cell(0),), {"suspend": True}, "Running", "Suspending", "False"),
+        ((cell(0, "Suspended", suspend=True),), {"suspend": True}, "Suspended", "Suspended", "False"),
+        ((), {"suspend": True}, "Suspended", "Suspended", "False"),
+    ],
+)
+def test_the_phase_on_the_way(
+    jobs: tuple[CellJob, ...], spec: dict[str, Any], phase: str, reason: str, reconciling: str
+) -> None:
+    status = status_of(make(**spec), *jobs)
+    assert (status.phase, of(status, "Succeeded")[:2]) == (phase, ("Unknown", reason))
+    assert of(status, "Reconciling")[0] == reconciling
+
+
+def test_what_keeps_the_next_cell_waiting_is_said_and_nothing_changes_with_time_alone() -> None:
+    why = Reason("CellRejected", "the quota is used up")
+    status = status_of(make(), done(0, 1.0), blocked=why)
+    assert of(status, "Succeeded") == ("Unknown", "CellRejected", "the quota is used up")
+    lines = table(make(status), make().cells(), by_name(done(0, 1.0)))
+    assert next_status(make(status), lines, None, why, after(60)) == status
+    all_created = status_of(make(), *(cell(number) for number in range(4)), objection=why)
+    assert of(all_created, "Succeeded")[1] == "Running"
+
+
+def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
+    assert objection_to_sweep(make(), PROFILES, NOW) is None
+    unknown = objection_to_sweep(make(template={"scheduling": {"profile": "other"}}), PROFILES, NOW)
+    assert unknown is not None
+    assert unknown.word == "ProfileNotFound"
+    limited = Profile.model_validate(PROFILE.dump() | {"limits": {"workspaceSize": "1Gi"}})
+    too_large = objection_to_sweep(make(template={"workspace": {"size": "2Gi"}}), {"default": limited}, NOW)
+    assert too_large is not None
+    assert too_large.word == "LimitExceeded"
+
+
+@pytest.mark.parametrize(
+    ("profile", "workspace", "parallelism", "waits"),
+    [
+        (PROFILE, {}, 1, False),
+        (PROFILE, {}, 2, True),
+        (PROFILE, {"claimName": "mine"}, 2, True),
+        (SHARED, {}, 2, False),
+        (SHARED, {"claimName": "mine"}, 2, False),
+        (SHARED, {"accessModes": ["ReadWriteOnce"]}, 2, True),
+    ],
+)
+def test_cells_that_could_not_mount_their_workspace_together_wait(
+    profile: Profile, workspace: dict[str, Any], parallelism: int, waits: bool
+) -> None:
+    sweep = make(template={"workspace": workspace}, parallelism=parallelism)
+    found = objection_to_sweep(sweep, {"default": profile}, NOW)
+    assert (found is not None and found.word == "WorkspaceNotShared") == waits
+
+
+def test_a_cell_is_a_job_that_the_sweep_controls_without_its_other_labels() -> None:
+    body = {
+        "metadata": {
+            "namespace": "team",
+            "name": NAME,
+            "uid": UID,
+            "labels": {"kueue.x-k8s.io/queue-name": "gpus", "argocd.argoproj.io/instance": "app"},
+            "annotations": {"a": "b"},
+        },
+        "spec": SWEEP["spec"],
+    }
+    sweep = parse_sweep(body)
+    manifest = build_cell(sweep, sweep.cells()[0])
+    metadata = manifest["metadata"]
+    assert metadata["labels"] == {
+        "app.kubernetes.io/part-of": "qlora",
+        "app.kubernetes.io/managed-by": "qlora-operator",
+        "qlora.dev/sweep": NAME,
+        "qlora.dev/sweep-uid": UID,
+        "kueue.x-k8s.io/queue-name": "gpus",
+    }
+    assert "annotations" not in metadata
+    assert metadata["ownerReferences"] == [OWNER | {"blockOwnerDeletion": False}]
+    assert sweep_of(manifest) == NAME
+    job = parse_job({"metadata": metadata | {"uid": "x"}, "spec": manifest["spec"]})
+    assert (job.problem, job.queue_name, job.spec.workspace.claim_name) == ("", "gpus", f"{NAME}-0a1b2c3d")
+
+
+def test_the_claim_of_the_cells_outlives_the_sweep_unless_that_is_not_wanted() -> None:
+    kept = build_sweep_claim(make(template={"workspace": {"size": "7Gi"}}), PROFILE)
+    assert kept["metadata"]["name"] == f"{NAME}-0a1b2c3d"
+    assert kept["spec"] == {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "7Gi"}}}
+    assert "ownerReferences" not in kept["metadata"]
+    template = {"workspace": {"retain": False}, "output": {"destination": "s3://bucket/adapters"}}
+    (owner,) = build_sweep_claim(make(template=template), PROFILE)["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["uid"]) == ("QLoRASweep", UID)
+
+
+def test_what_is_read_of_a_cell() -> None:
+    status = {
+        "phase": "Succeeded",
+        "conditions": [condition("Succeeded", "True"), condition("Failed", "False")],
+        "progress": {"summary": "100% 10/10", "loss": 1.0, "evalLoss": 1.5},
+        "adapter": ADAPTER.dump(),
+    }
+    body = job_body(status, suspend=True)
+    assert parse_cell(body, UID) is None, "no owner"
+    body["metadata"] |= {"ownerReferences": [OWNER]}
+    found = parse_cell(body, UID)
+    assert found is not None
+    assert (found.phase, found.eval_loss, found.adapter, found.suspend) == ("Succeeded", 1.5, ADAPTER.uri, True)
+    assert parse_cell(body, "another") is None
+    unreadable = parse_cell(body | {"status": {"phase": 3}}, UID)
+    assert unreadable is not None
+    assert unreadable.phase == "Pending"
+
+
+def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> None:
+    def shares(**owner: Any) -> str | None:
+        body = job_body()
+        body["metadata"] |= {"ownerReferences": [OWNER | owner]}
+        return parse_job(body).shares
+
+    assert shares() == f"{NAME}-0a1b2c3d"
+    assert shares(kind="CronJob") is None
+    assert shares(controller=False) is None
+    assert shares(name="../../etc") is None
+    assert shares(name="a\n") is None
+    assert shares(name="a" * 43) is None
+    assert shares(uid="../../..") is None
+    assert parse_job(job_body()).shares is None
+
+
+def test_cells_share_a_base_unless_the_profile_has_a_cache_and_publish_writes_the_report_of_all() -> None:
+    body = job_body()
+    body["metadata"] |= {"ownerReferences": [OWNER]}
+    cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "model-cache"}})
+
+    def environment(step: StepName, profile: Profile, body: dict[str, Any] = body) -> dict[str, str]:
+        job = parse_job(body)
+        shared = resolved(profile).model_copy(update={"shared_path": job.shares})
+        (container,) = build_job(job, shared, step, 1)["spec"]["template"]["spec"]["containers"]
+        return {entry["name"]: entry.get("value", "") for entry in container["env"]}
+
+    folder = f"/workspace/{NAME}-0a1b2c3d"
+    steps: tuple[StepName, ...] = ("prepare", "train", "publish")
+    assert [environment(step, PROFILE).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
+    assert [environment(step, cached).get("QLORA_MODEL_CACHE") for step in steps] == ["/model-cache"] * 3
+    assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [None, None, folder]
+    assert not environment("publish", PROFILE, job_body()).keys() & {"QLORA_MODEL_CACHE", "QLORA_SWEEP_FOLDER"}
+
+
+def test_a_sweep_of_another_release_is_said_to_be_unreadable() -> None:
+    with pytest.raises(UnreadableJobError, match="newer: Extra inputs"):
+        make(newer={})

@@ -1,0 +1,72 @@
+"""Arranges the rows of one epoch after the other in sequences, where each epoch has rows of its own."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Self
+
+import numpy
+from numpy.typing import NDArray
+
+from qlora_api.training import TrainingSpec
+from qlora_trainer.data.packing import Arrangement
+from qlora_trainer.data.sampling import RowIndices
+
+
+@dataclass(frozen=True)
+class EpochArrangements:
+    """The sequences of all epochs of a run."""
+
+    rows: NDArray[numpy.int32]
+    """int32 [rows of all epochs]: indices of the rows, sequence after sequence; memory-mapped."""
+    sequence_offsets: NDArray[numpy.int64]
+    """int64 [sequences + 1]: where a sequence begins in `rows`."""
+    epoch_offsets: NDArray[numpy.int64]
+    """int64 [epochs + 1]: the first sequence of each epoch."""
+
+    @classmethod
+    def of(
+        cls,
+        epochs: Iterable[RowIndices],
+        arrange: Callable[[RowIndices], Arrangement],
+        training: TrainingSpec,
+        scratch: Path,
+        on_epoch: Callable[[int], None],
+    ) -> Self:
+        """The arrangement of as many of `epochs` as the run has, which `training` decides.
+
+        Memory: one epoch at a time, and 8 bytes per sequence; the rows are in an unnamed file in the folder `scratch`.
+        `on_epoch` is called with the number of each. Raises OSError if the disk is full.
+        """
+        sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
+        sizes, epoch_offsets, steps = [numpy.zeros(1, numpy.int64)], [0], 0
+        with TemporaryFile(dir=scratch) as file:
+            for number, rows in enumerate(epochs):
+                on_epoch(number)
+                arrangement = arrange(rows)
+                file.write(arrangement.rows.astype("<i4").data)
+                sizes.append(numpy.diff(arrangement.offsets))
+                epoch_offsets.append(epoch_offsets[-1] + len(arrangement))
+                steps += ceil(len(arrangement) / sequences_per_step)
+                if steps >= training.max_steps if training.max_steps else number + 1 == (training.epochs or 1):
+                    break
+            file.flush()
+            mapped = numpy.memmap(file, dtype="<i4", mode="r")
+        offsets = numpy.cumsum(numpy.concatenate(sizes), dtype=numpy.int64)
+        return cls(mapped, offsets, numpy.array(epoch_offsets, dtype=numpy.int64))
+
+    @property
+    def offset_shapes(self) -> dict[str, tuple[str, int]]:
+        """The offsets' tensors in the file of a split: type and length of each, by name."""
+        return {
+            "sequence_offsets": ("I64", len(self.sequence_offsets)),
+            "epoch_offsets": ("I64", len(self.epoch_offsets)),
+        }
+
+    @property
+    def first(self) -> Arrangement:
+        """The arrangement of the first epoch."""
+        offsets = self.sequence_offsets[: self.epoch_offsets[1] + 1]
+        return Arrangement(self.rows[: offsets[-1]].astype(numpy.int64), offsets)

@@ -1,0 +1,79 @@
+"""Decides which of the tokenized rows are trained on and which are held out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy
+
+from qlora_api.dataset import DatasetSpec
+from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.data.duplicates import Overlap
+from qlora_trainer.data.sampling import RowIndices, hold_out
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of each split, as indices into the rows of all sources, one source after another, ascending."""
+
+    training: tuple[RowIndices, ...]
+    """Of each training source: those that are trained on."""
+    held_out: tuple[RowIndices, ...]
+    """Of each training source; or those of the evaluation's own source."""
+    duplicates: tuple[int, ...]
+    """Of each training source: how many rows are equal to an earlier row, also of an earlier source."""
+    overlap: Overlap
+    """Of training and held-out rows, before any are left out for it."""
+    overlap_left_out: bool = False
+    """Whether the training rows of the overlap are left out."""
+
+
+def select_rows(
+    spec: DatasetSpec, seed: int, sources: Mapping[str, int], own_rows: int, first_equal: RowIndices
+) -> Selection:
+    """The rows of each split. Duplicates are left out first, then rows are held out, then the overlap is left out.
+
+    `sources` has the number of rows of each training source, by its name for messages; `own_rows` is that of the
+    evaluation's own source, whose rows follow those of all others. `first_equal` is each row's first equal one.
+    Raises StepFailure (BAD_DATASET) if a source has no rows left to train on.
+    """
+    bounds = numpy.cumsum([0, *sources.values()])
+    ranges = [numpy.arange(first, end) for first, end in pairwise(bounds.tolist())]
+    firsts = [rows[first_equal[rows] == rows] for rows in ranges]
+    usable = firsts if spec.deduplicate else ranges
+    for name, rows in zip(sources, usable, strict=True):
+        _require_rows(rows, name, "is a duplicate of an earlier row: leave the source out, or unset deduplicate")
+    training: tuple[RowIndices, ...] = tuple(usable)
+    held_out: tuple[RowIndices, ...] = ()
+    evaluation = spec.eval
+    if evaluation is not None and evaluation.fraction is not None:
+        training, held_out = _divided(dict(zip(sources, usable, strict=True)), evaluation.fraction, seed)
+    elif evaluation is not None:
+        held_out = (numpy.arange(bounds[-1], bounds[-1] + own_rows),)
+    overlap = Overlap.of(first_equal, numpy.concatenate(training), numpy.concatenate([bounds[:0], *held_out]))
+    drops = evaluation is not None and evaluation.overlap == "drop"
+    if drops:
+        training = _without(training, overlap)
+        for name, rows in zip(sources, training, strict=True):
+            _require_rows(rows, name, "is held out too: hold out others, or set spec.dataset.eval.overlap to report")
+    duplicates = tuple(len(rows) - len(kept) for rows, kept in zip(ranges, firsts, strict=True))
+    return Selection(training, held_out, duplicates, overlap, drops)
+
+
+def _divided(
+    sources: Mapping[str, RowIndices], fraction: float, seed: int
+) -> tuple[tuple[RowIndices, ...], tuple[RowIndices, ...]]:
+    """The rows of each source that are kept, and those that are held out."""
+    parts = [(rows, *hold_out(len(rows), fraction, seed, name)) for name, rows in sources.items()]
+    return tuple(rows[kept] for rows, kept, _ in parts), tuple(rows[chosen] for rows, _, chosen in parts)
+
+
+def _without(training: tuple[RowIndices, ...], overlap: Overlap) -> tuple[RowIndices, ...]:
+    ends = numpy.cumsum([len(rows) for rows in training])[:-1]
+    flags = numpy.split(overlap.is_held_out, ends)
+    return tuple(rows[~held_out] for rows, held_out in zip(training, flags, strict=True))
+
+
+def _require_rows(rows: RowIndices, name: str, why: str) -> None:
+    if not len(rows):
+        raise bad_dataset(f"{name} has no row left to train on, as each of its rows {why}")

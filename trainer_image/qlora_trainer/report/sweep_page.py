@@ -1,0 +1,126 @@
+"""Writes the report of a sweep: one HTML page with the curves of its cells over each other.
+
+Nobody but its cells can read their volume. Each of them leaves its curves in the folder that they share, and writes the
+page anew from those of all, so that the last to end has written the whole one.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import Field, ValidationError
+
+from qlora_api.contract import SWEEP_REPORT
+from qlora_api.schema import ObservedModel
+from qlora_api.status import Finite
+from qlora_trainer.core.file_names import HISTORY_FILE
+from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.folder_lock import exclusive
+from qlora_trainer.report.charts import curves_chart
+from qlora_trainer.report.metrics_log import Curve, read_history
+from qlora_trainer.report.trained_job import TrainedJob
+
+logger = logging.getLogger(__name__)
+
+CELLS = "cells"
+"""Folder with a file for each cell."""
+_LOCK_FILE = ".lock"
+_MOST_CELLS, _MOST_POINTS, _MOST_BYTES = 64, 400, 262_144
+
+_Steps = Annotated[tuple[Annotated[int, Field(ge=0, le=2**53)], ...], Field(max_length=_MOST_POINTS)]
+_Values = Annotated[tuple[Finite, ...], Field(max_length=_MOST_POINTS)]
+
+
+class _Points(ObservedModel):
+    """A curve, with as many points as a chart needs."""
+
+    steps: _Steps
+    values: _Values
+
+    @classmethod
+    def of(cls, curve: Curve) -> "_Points":
+        stride = max(1, -(-len(curve.steps) // (_MOST_POINTS - 1)))
+        # The last point, which is compared, is always among them.
+        kept = sorted({*range(0, len(curve.steps), stride), *range(len(curve.steps))[-1:]})
+        return cls(
+            steps=tuple(curve.steps[point] for point in kept), values=tuple(curve.values[point] for point in kept)
+        )
+
+    def curve(self) -> Curve:
+        return Curve(self.steps, self.values)
+
+
+class _CellCurves(ObservedModel):
+    """What a cell leaves for the page."""
+
+    name: str = Field(max_length=63)
+    settings: dict[str, Any]
+    """`lora` and `training` of its spec, by field."""
+    loss: _Points
+    """Smoothed."""
+    evaluation: _Points
+    eval_loss: Finite | None = None
+    """On the held-out rows, at the end."""
+
+
+def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
+    """Leave the curves of this cell in the folder `shared`, and write the page there anew.
+
+    `report`: the cell's own report. Raises OSError if a file cannot be written, ValueError for broken metrics.
+    """
+    history = read_history(report / HISTORY_FILE)
+    span = max(1.0, len(history.loss.steps) / 20)
+    own = _CellCurves(
+        name=job.name,
+        settings=job.spec.lora.dump() | job.spec.training.dump(),
+        loss=_Points.of(Curve(history.loss.steps, history.loss.smoothed(span))),
+        evaluation=_Points.of(history.evaluation),
+        eval_loss=job.trained.eval_loss,
+    )
+    folder = shared / CELLS
+    if shared.is_symlink() or folder.is_symlink():
+        raise OSError(f"{folder} leads through a symbolic link")
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / _LOCK_FILE):
+        write_atomically(folder / f"{job.name}.json", json.dumps(own.dump(), allow_nan=False).encode())
+        write_atomically(shared / SWEEP_REPORT, _page(_read_all(folder)).encode())
+
+
+def _read_all(folder: Path) -> list[_CellCurves]:
+    """The cells that have left their curves, the best first. What cannot be read is left out, and logged."""
+    found = [cell for path in sorted(folder.glob("*.json"))[:_MOST_CELLS] if (cell := _read(path)) is not None]
+    return sorted(found, key=lambda cell: (cell.eval_loss is None, cell.eval_loss, cell.name))
+
+
+def _read(path: Path) -> _CellCurves | None:
+    if path.is_symlink() or path.stat().st_size > _MOST_BYTES:
+        logger.warning("%s is left out of the sweep's report: it is a link, or too large", path)
+        return None
+    try:
+        return _CellCurves.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        logger.warning("%s is left out of the sweep's report: %s", path, error)
+        return None
+
+
+def _page(cells: Sequence[_CellCurves]) -> str:
+    # Names and settings come from files that other pods have written: everything is escaped except our own charts.
+    environment = Environment(
+        loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    differing = _differing([cell.settings for cell in cells])
+    return environment.get_template("sweep.html.jinja").render(
+        cells=cells,
+        differing=differing,
+        evaluation=curves_chart("evaluation", "Held-out loss", {c.name: c.evaluation.curve() for c in cells}),
+        loss=curves_chart("loss", "Training loss, smoothed", {c.name: c.loss.curve() for c in cells}),
+    )
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields that are not the same for all."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]

@@ -1,0 +1,94 @@
+"""A job that prepare has laid out, as the train step finds it in the workspace."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from qlora_api.gate import GateSpec
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, score_settings
+from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.file_names import ADAPTER_FILE
+from qlora_trainer.core.filesystem import file_sha256
+from qlora_trainer.model.cache import require_whole_in_cache
+from qlora_trainer.training.answers import AnswerTexts
+from qlora_trainer.training.attempts import PodOfJob
+from qlora_trainer.training.checkpoint import Checkpoint
+from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
+from qlora_trainer.training.resume import resumed_attempt
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """What this process is to train, known before anything is loaded."""
+
+    context: StepContext
+    prepared: PrepareRecord
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, context: StepContext, ranks: int) -> "PreparedJob":
+        """The job of a workspace, to be trained by so many processes.
+
+        Raises StepFailure if it is not prepared, or its base is no longer whole.
+        """
+        prepared = _prepared(context)
+        require_whole_in_cache(context.workspace.root / prepared.base_path, context.mounts.model_cache)
+        return cls(context, prepared, run_fingerprint(context.spec, prepared, context.device, ranks))
+
+    @property
+    def model_folder(self) -> Path:
+        """The base model's configuration and tokenizer, and the original weights if they are kept."""
+        return self.context.workspace.root / self.prepared.model_path
+
+    @property
+    def base_folder(self) -> Path:
+        """The base model in 4-bit."""
+        return self.context.workspace.root / self.prepared.base_path
+
+    @property
+    def data_folder(self) -> Path:
+        """The rows, tokenized and in sequences."""
+        return self.context.workspace.root / self.prepared.data_path
+
+    def texts(self) -> AnswerTexts:
+        """What turns tokens into answers."""
+        return AnswerTexts(self.model_folder, self.prepared.end_of_turn)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the fingerprint."""
+        return digest(self.fingerprint)
+
+    def already_trained(self) -> TrainRecord | None:
+        """The completion record, if it is of this run, with its score, and the adapter still has the recorded sum."""
+        workspace = self.context.workspace
+        record = read_completion(workspace.completion("train"), TrainRecord)
+        if record is None or record.fingerprint != self.digest or not _has_score(record, self.context.spec.gate):
+            return None
+        adapter = workspace.root / record.adapter_path / ADAPTER_FILE
+        return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
+
+    def attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[Checkpoint | None]:
+        """In the body this process alone trains the job, from the checkpoint that it is given, if there is one."""
+        context = self.context
+        pod = PodOfJob(context.pod_uid, context.attempt, context.started or now())
+        return resumed_attempt(context.workspace, self.fingerprint, pod, now)
+
+
+def _prepared(context: StepContext) -> PrepareRecord:
+    path = context.workspace.completion("prepare")
+    record = read_completion(path, PrepareRecord)
+    if record is None:
+        raise bad_configuration(f"{path} is missing or of another release: run the prepare step first")
+    return record
+
+
+def _has_score(record: TrainRecord, gate: GateSpec | None) -> bool:
+    """Whether the record has the score that the job asks for."""
+    if gate is None or gate.score is None:
+        return True
+    return record.score is not None and record.score.settings == score_settings(gate.score)

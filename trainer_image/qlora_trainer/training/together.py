@@ -1,0 +1,119 @@
+"""Trains several runs on one base: the micro batches of all runs go through the model in the same pass.
+
+Each run has its own adapter, optimizer, schedule, evaluations and checkpoints, and computes what it computes alone, up
+to the rounding of the base's matmuls, whose order of additions depends on how many tokens are multiplied at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+
+from qlora_trainer.core.failures import Interrupted, StepFailure
+from qlora_trainer.model.adapter import activate_adapter
+from qlora_trainer.model.batch import Batch, read_batch
+from qlora_trainer.model.four_bit import COMPUTE_DTYPE
+from qlora_trainer.model.joint import joint_losses, routed
+from qlora_trainer.training.loop import Gradient, apply_gradient, between_steps, is_done
+from qlora_trainer.training.state import Run, RunState, report
+
+
+@dataclass
+class Member:
+    """One of the runs that share a base, by the name of its adapter in the model."""
+
+    adapter: str
+    run: Run
+    state: RunState
+
+
+Ended = RunState | StepFailure
+"""How a run ended: its final state, or why it failed."""
+
+
+def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
+    """Train all members to their ends, which may be at different steps, and give each as it ends.
+
+    A member that has ended is the model's active adapter until the next is asked for. One that fails does not stop the
+    others. Raises Interrupted when a stop is requested, after every member that still trains has been saved as alone.
+    """
+    training = list(members)
+    while training:
+        interrupted: Interrupted | None = None
+        for member in tuple(training):
+            activate_adapter(member.run.model, member.adapter)
+            try:
+                member.state = between_steps(member.run, member.state)
+            except Interrupted as stop:
+                interrupted = stop
+                continue
+            except StepFailure as failure:
+                training.remove(member)
+                yield member, failure
+                continue
+            if is_done(member.run, member.state):
+                training.remove(member)
+                yield member, member.state
+                # Whatever finishing it needed: the others still train.
+                member.run.model.train()
+        if interrupted is not None:
+            raise interrupted
+        for failed in _step(training):
+            training.remove(failed[0])
+            yield failed
+
+
+def _step(members: Sequence[Member]) -> list[tuple[Member, StepFailure]]:
+    """One optimizer step of each member. Returns those that failed."""
+    if not members:
+        return []
+    started = members[0].run.runtime.monotonic()
+    gradients, failed = _gradients(members), []
+    for member, gradient in zip(members, gradients, strict=True):
+        activate_adapter(member.run.model, member.adapter)
+        try:
+            member.state = apply_gradient(member.run, member.state, gradient, started)
+        except StepFailure as failure:
+            failed.append((member, failure))
+    return failed
+
+
+@dataclass
+class _Share:
+    """A member's part of a step."""
+
+    batches: list[Batch]
+    weight: int
+    """What its losses are divided by."""
+    means: torch.Tensor
+    """float32 [1] on the device: the loss so far."""
+
+
+def _gradients(members: Sequence[Member]) -> list[Gradient]:
+    """The gradients of each member's next step. In each pass are the next micro batches of all that have one left."""
+    model, device = members[0].run.model, members[0].run.device
+    shares = {member.adapter: _share(member.run, member.state) for member in members}
+    for batches in zip_longest(*(share.batches for share in shares.values())):
+        present = {name: batch for name, batch in zip(shares, batches, strict=True) if batch is not None}
+        with routed(model, present):
+            with torch.autocast(device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
+                losses = joint_losses(model, present)
+            means = {name: loss / shares[name].weight for name, loss in losses.items()}
+            torch.stack(list(means.values())).sum().backward()
+        for name, mean in means.items():
+            shares[name].means += mean.detach()
+        for member in members:
+            report(member.run, member.state, "training")
+    return [
+        Gradient(
+            share.means, share.weight, sum(batch.tokens for batch in share.batches), [(b, True) for b in share.batches]
+        )
+        for share in shares.values()
+    ]
+
+
+def _share(run: Run, state: RunState) -> _Share:
+    batches = [read_batch(run.data, item, run.device) for item in run.schedule.micro_batches(state.step)]
+    weight = max(1, sum(map(run.objective.weight, batches)))
+    return _Share(batches, weight, torch.zeros(1, device=run.device))
