@@ -56,14 +56,17 @@ def waiting_cells(runs: Sequence[Run], part: int = 0, parts: int = 1) -> Iterato
     another.
     """
     done = {run.cell for run in runs}
-    for cell in _cells(runs):
+    for cell in planned_cells(runs):
         pair = list(TASKS).index(cell.task) + [*ARMS, BASE].index(cell.arm)
         if cell not in done and pair % parts == part:
             yield cell
 
 
-def _cells(runs: Sequence[Run]) -> Iterator[Cell]:
-    """Task by task, so that each has all arms and seeds as early as possible; then what varies only QLoRA."""
+def planned_cells(runs: Sequence[Run]) -> Iterator[Cell]:
+    """All cells whose learning rate is known by these runs, in the order of the study, done or not.
+
+    Task by task, so that each has all arms and seeds as early as possible; then ranks, targets and fewer rows.
+    """
     rate_of = {(task, arm): chosen_rate(runs, task, arm) for task in TASKS for arm in ARMS}
     for task in TASKS:
         yield _cell("main", task, BASE, TUNING_SEED, 0.0, rank=0, rows=0)

@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"\s*(-?\d+)\s*")
 def _rows(random: Random) -> Iterator[Row]:
     while True:
         name, things = pick(random, _NAMES), pick(random, _THINGS)
-        a, b, c = number(random, 11, 49), number(random, 2, 9), number(random, 2, 5)
+        a, b, c = number(random, 6, 19), number(random, 2, 5), number(random, 2, 4)
         problem, result = pick(
             random,
             (
@@ -34,9 +34,9 @@ def _is_right(answer: str, expected: str) -> bool:
 
 TASK = Task(
     name="arithmetic",
-    says="solve a word problem with one or two operations on numbers below 60",
+    says="solve a word problem with one or two operations on numbers below 25",
     rows=_rows,
     is_right=_is_right,
-    train_rows=128,
+    train_rows=160,
     max_answer_tokens=6,
 )

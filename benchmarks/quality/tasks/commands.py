@@ -22,6 +22,6 @@ TASK = Task(
     says="answer a request with one kubectl command (the rows of the demo)",
     rows=_rows,
     is_right=is_right,
-    train_rows=64,
+    train_rows=112,
     max_answer_tokens=40,
 )

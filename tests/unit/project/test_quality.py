@@ -11,7 +11,7 @@ from benchmarks.quality import summary
 from benchmarks.quality.__main__ import FIGURE, MEASUREMENTS, PAGE
 from benchmarks.quality.analysis import Interval, compared, ratios, verdict
 from benchmarks.quality.figure import scores_figure
-from benchmarks.quality.plan import ARMS, BASE, FULL, QLORA, SEEDS, chosen_rate, rates, waiting_cells
+from benchmarks.quality.plan import ARMS, BASE, FULL, QLORA, SEEDS, chosen_rate, planned_cells, rates, waiting_cells
 from benchmarks.quality.results import Cell, Run, append_run, read_runs
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Task, rows_of, sets_of
@@ -184,6 +184,11 @@ def test_the_tables_have_every_arm_and_what_was_spent() -> None:
 @pytest.fixture(scope="module")
 def measured() -> list[Run]:
     return read_runs()
+
+
+def test_the_results_are_of_the_plan_and_none_was_chosen_by_its_held_out_score(measured: list[Run]) -> None:
+    assert len({run.cell for run in measured}) == len(measured)
+    assert {run.cell for run in measured} <= set(planned_cells(measured))
 
 
 def test_the_documentation_has_the_tables_of_the_results(measured: list[Run]) -> None:

@@ -244,7 +244,7 @@ def _initial_adapter(
     say: Callable[[str], None],
     earlier: InitialAdapterStatus | None,
 ) -> InitialAdapter | None:
-    """The adapter of spec.lora.from, fetched and checked; None without one. `earlier`: what an earlier attempt found."""
+    """The adapter of spec.lora.from, fetched and checked. `earlier`: what an attempt before this one found."""
     if context.spec.lora.initial_adapter is None:
         return None
     say("fetching and checking the adapter of spec.lora.from")
