@@ -361,7 +361,7 @@ OPERATOR = (
     Mutant(
         name="an-old-profile-is-kept",
         file=f"{_DECISIONS}/taking_up.py",
-        old='"resolved": _resolved_again(status, facts),',
+        old='"resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),',
         new='"resolved": status.resolved,',
         tests=(
             f"{_OPERATOR_TESTS}/test_taking_up.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
