@@ -139,14 +139,19 @@ def test_a_setting_that_does_not_affect_the_data_changes_the_estimate_only(
     assert (first.memory.verdict, second.memory.verdict) == ("unknown", "fits")
 
 
+def clock() -> datetime:
+    """Stands still: the record has the seconds that fetching the base took, which differ from run to run."""
+    return datetime(2026, 1, 2, tzinfo=UTC)
+
+
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("lost", ["manifest.json", "record"])
 def test_what_is_lost_is_made_again(make_context: MakeContext, records: Recorded, lost: str) -> None:
     context = make_context()
-    record = prepare(context, records)
+    record = prepare(context, records, now=clock)
     path = context.workspace.completion("prepare")
     (path if lost == "record" else context.workspace.root / record.data_path / lost).unlink()
-    assert prepare(context, records) == record
+    assert prepare(context, records, now=clock) == record
     assert opened(context, record).rows == 20
 
 
@@ -156,9 +161,9 @@ def test_data_with_a_damaged_manifest_are_made_again(
     make_context: MakeContext, records: Recorded, resolved: dict[str, Any] | None
 ) -> None:
     context = make_context()
-    record = prepare(context, records)
+    record = prepare(context, records, now=clock)
     (context.workspace.root / record.data_path / "manifest.json").write_text(json.dumps({"resolved": resolved}))
-    assert prepare(context, records) == record
+    assert prepare(context, records, now=clock) == record
 
 
 @pytest.mark.usefixtures("rows")
