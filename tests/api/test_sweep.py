@@ -92,7 +92,7 @@ def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps)
     # Its pods find there what the other cells have downloaded and quantized.
     (pod,) = [pod for pod in cluster.pods() if pod["metadata"]["name"].startswith(f"{first}-prepare")]
     environment = {entry["name"]: entry.get("value") for entry in pod["spec"]["containers"][0]["env"]}
-    assert environment["QLORA_MODEL_CACHE"] == f"/workspace/{claim}"
+    assert environment["QLORA_MODEL_CACHE"] == f"/workspace/{claim}.sweep"
 
     sweeps.succeed(first, 1.5)
     cluster.fail(second, "prepare", 11, "BadDataset", "row 3 is empty")
