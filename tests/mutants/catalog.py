@@ -1240,6 +1240,15 @@ TRAINER = (
         new="numpy.isin(training, held_out)",
         tests=(f"{_TRAINER_TESTS}/data/test_duplicates.py::test_the_overlap_names_its_first_rows",),
     ),
+    Mutant(
+        name="adapters-in-one-pass-have-the-scale-of-the-first",
+        file=f"{_TRAINER}/model/fused_lora.py",
+        old="self.scaling[part.adapter]) for part in parts)",
+        new="self.scaling[parts[0].adapter]) for part in parts)",
+        tests=(
+            f"{_TRAINER_TESTS}/model/test_joint.py::test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone",
+        ),
+    ),
 )
 
 BENCHMARKS = (

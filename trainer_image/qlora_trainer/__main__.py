@@ -1,5 +1,6 @@
 """The trainer's command line: one command per step."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -91,6 +92,21 @@ def main() -> None:
     """Fine-tune a language model with QLoRA, one step at a time. Standard output carries records only."""
 
 
+_FURTHER = {
+    "train": (
+        click.option(
+            "--with",
+            "others",
+            multiple=True,
+            metavar="JOB=DIR",
+            callback=_folders,
+            help="Document and workspace of another job, which is trained together with this one, on the same base.",
+        ),
+    )
+}
+"""Options of one step only."""
+
+
 def _add_step(step: StepName, help_text: str) -> None:
     def command(
         volume: dict[str, Path],
@@ -98,6 +114,7 @@ def _add_step(step: StepName, help_text: str) -> None:
         continues: Path,
         model_cache: Path | None,
         sweep_folder: Path | None,
+        others: Mapping[str, Path] | None = None,
         **options: object,
     ) -> None:
         mounts = Mounts(
@@ -107,9 +124,10 @@ def _add_step(step: StepName, help_text: str) -> None:
             model_cache=model_cache and model_cache.absolute(),
             sweep=sweep_folder,
         )
-        run(Invocation(step=step, mounts=mounts, **options))  # type: ignore[arg-type]
+        jobs = {Path(job): folder for job, folder in (others or {}).items()}
+        run(Invocation(step=step, mounts=mounts, others=jobs, **options))  # type: ignore[arg-type]
 
-    for option in reversed(_OPTIONS):
+    for option in reversed((*_OPTIONS, *_FURTHER.get(step, ()))):
         command = option(command)
     main.command(step, help=help_text)(command)
 

@@ -1,12 +1,13 @@
 """Runs one step as a process: sets up streams and signals, and ends with a result record and an exit code."""
 
 import json
+import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -34,6 +35,8 @@ from qlora_trainer.core.process import Streams
 from qlora_trainer.core.records import RecordWriter, redact, timestamp
 from qlora_trainer.training.launch import end_with_parent, named_node, named_rank
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -55,6 +58,8 @@ class Invocation:
     """Which of the processes that train together this is, as torchrun sets it."""
     node: int = 0
     """Which of the train pods this is, if there are several."""
+    others: Mapping[Path, Path] = field(default_factory=dict)
+    """Documents and workspaces of further jobs, which are trained together with the job."""
 
 
 def _now() -> datetime:
@@ -121,7 +126,17 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         contract_version=int(version),
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
     )
+    if invocation.others:
+        return _train_together((context, *_others(invocation, context)), records, stop)
     return _STEPS[invocation.step](context, records, stop)
+
+
+def _others(invocation: Invocation, context: StepContext) -> Iterator[StepContext]:
+    """The contexts of the further jobs, in this pod."""
+    for job, folder in invocation.others.items():
+        document, workspace = load_document(job), WorkspaceLayout(folder.absolute())
+        uri = _workspace_uri(workspace.root, invocation.claim, document)
+        yield replace(context, document=document, workspace=workspace, workspace_uri=uri)
 
 
 def require_known_contract(version: str) -> None:
@@ -212,6 +227,20 @@ def _train(context: StepContext, records: RecordWriter, stop: StopRequest) -> Co
 
     command = [sys.executable, *sys.orig_argv[1:]]
     return train(context, records, stop=stop, now=_now, monotonic=time.monotonic, command=command)
+
+
+def _train_together(contexts: Sequence[StepContext], records: RecordWriter, stop: StopRequest) -> CompletionRecord:
+    """Train the first job and others. How one of the others ended is in its workspace, for a step of its own."""
+    from qlora_trainer.steps.train_together import train_together
+
+    writers = [records, *(records.beside() for _ in contexts[1:])]
+    results = train_together(contexts, writers, stop=stop, now=_now, monotonic=time.monotonic)
+    for context, result in zip(contexts[1:], results[1:], strict=True):
+        if isinstance(result, StepFailure):
+            logger.warning("%s failed: %s", context.document.metadata.name, result.message)
+    if isinstance(results[0], StepFailure):
+        raise results[0]
+    return results[0]
 
 
 def _publish(context: StepContext, records: RecordWriter, _stop: StopRequest) -> CompletionRecord:

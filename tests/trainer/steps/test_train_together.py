@@ -1,5 +1,9 @@
 """Jobs that are trained together end as each of them does alone."""
 
+import json
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -8,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.steps.train_together import train_together
-from tests.support.tiny import Recorded, merged
+from tests.support.tiny import POD_UID, Recorded, merged
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
 
 # What differs between the jobs: the length, the adapter, the rate, the evaluations, what is kept.
@@ -98,6 +103,44 @@ def test_those_that_are_trained_already_take_no_part(tiny_llama: Path, tmp_path:
     expected = run(jobs[0])
     again, _ = together(jobs)
     assert again == expected
+
+
+def test_the_command_reports_each_job_under_its_own_uid_and_their_own_steps_find_them_trained(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
+    documents = []
+    for number, job in enumerate(jobs):
+        metadata = {"name": f"job-{number}", "uid": f"uid-{number}"}
+        documents.append(tmp_path / f"{number}.json")
+        documents[-1].write_text(json.dumps({**job.document.dump(), "metadata": metadata}))
+    first, second = (job.workspace.root for job in jobs)
+    done = trained(documents[0], first, "--with", f"{documents[1]}={second}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for uid in ("uid-0", "uid-1"):
+        found = [decode_record(line, job_uid=uid, pod_uid=POD_UID) for line in done.stdout.splitlines()]
+        steps = [record.training_step for record in found if isinstance(record, ProgressRecord)]
+        assert steps[-1] == 6, uid
+    adapter = adapter_bytes(jobs[1])
+    again = trained(documents[1], second)
+    result = decode_record(again.stdout.splitlines()[-1], job_uid="uid-1", pod_uid=POD_UID)
+    assert isinstance(result, ResultRecord)
+    assert (result.exit_code, result.training_step) == (0, 6)
+    assert "Loading weights" not in (second / "records" / "train.log").read_text()
+    assert adapter_bytes(jobs[1]) == adapter
+
+
+def trained(job: Path, workspace: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    """The train step's process, after its end."""
+    command = ["train", "--job", str(job), "--workspace", str(workspace), "--device", "cpu", "--pod-uid", POD_UID]
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_trainer", *command, *options],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,10 @@ class RecordWriter:
         self._next_progress = float("-inf")
         self.findings = Findings()
 
+    def beside(self) -> "RecordWriter":
+        """A writer on the same stream, for another job of this process, whose records have its UID."""
+        return RecordWriter(self._stream, self._monotonic, reports_progress=self._reports_progress)
+
     def note(
         self,
         *,

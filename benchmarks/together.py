@@ -1,0 +1,198 @@
+"""Measures several adapters trained together on one base, beside the same adapters one after the other.
+
+Writes `results/together.json`. One process measures both ways in turn, with the same batches, so that neither has
+another machine; a process of its own for each number of adapters measures memory. A step is what a step of training
+is: forward and backward passes, clipping, the optimizer.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.inputs import RESULTS, model_folder, write_result
+from benchmarks.machine import ROOT, describe_machine
+from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
+from qlora_trainer.core.cpu import preloaded_allocator
+
+RANK, ALPHA = 16, 16
+ADAPTERS = (1, 2, 4, 8)
+TOKENS = (64, 128, 256, 512)
+"""Of each adapter's micro batch."""
+TARGET_SPEEDUP, TARGET_MEMORY = 1.5, 0.05
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of wall time of each step of all adapters, measured in turn."""
+
+    adapters: int
+    tokens: int
+    """Of each adapter in a step."""
+    together: tuple[float, ...]
+    one_by_one: tuple[float, ...]
+
+    @property
+    def speedup(self) -> float:
+        """How many times as many tokens per second are trained on together."""
+        return median(self.one_by_one) / median(self.together)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident bytes of a process that trains so many adapters."""
+
+    adapters: int
+    tokens: int
+    base_bytes: int
+    """With the base, before there is an adapter."""
+    peak_bytes: int
+    """During the steps."""
+
+
+class _Adapters:
+    """The model with so many adapters, and a batch and an optimizer for each."""
+
+    def __init__(self, number: int, tokens: int) -> None:
+        import torch
+
+        from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
+        from qlora_trainer.data.prepared import PackedSequence
+        from qlora_trainer.model.adapter import (
+            activate_adapter,
+            adapter_parameters,
+            attach_adapter,
+            attach_further_adapter,
+        )
+        from qlora_trainer.model.base import load_base
+        from qlora_trainer.model.batch import Batch
+        from qlora_trainer.model.support import inspect_family
+        from qlora_trainer.training.optimizer import make_optimizer
+
+        folder, lora, training = model_folder(), LoraSpec(rank=RANK, alpha=ALPHA), TrainingSpec(optimizer="adamw")
+        targets = inspect_family(folder, lora).target_modules
+        base = load_base(folder, QuantizationSpec(), "cpu")
+        self.base_bytes = resident_bytes()
+        self.model = attach_adapter(
+            base, lora, targets, seed=0, gradient_checkpointing=True, base_name="model", base_revision="main"
+        )
+        names = ["default", *(f"adapter{index:03}" for index in range(1, number))]
+        for index, name in enumerate(names[1:], start=1):
+            attach_further_adapter(self.model, name, lora, targets, seed=index, base_name="model", base_revision="main")
+        generator = torch.Generator().manual_seed(0)
+        self.batches, self.parameters, self.optimizers = {}, {}, {}
+        for name in names:
+            activate_adapter(self.model, name)
+            input_ids = torch.randint(0, 1000, (tokens,), generator=generator)
+            rows = (tokens // 2, tokens - tokens // 2)
+            self.batches[name] = Batch.of([PackedSequence(input_ids, input_ids, rows)], torch.device("cpu"))
+            self.parameters[name] = adapter_parameters(self.model)
+            self.optimizers[name] = make_optimizer(self.parameters[name].values(), training)
+
+    def together(self) -> None:
+        """A step of all in one pass."""
+        import torch
+
+        from qlora_trainer.model.joint import joint_losses, routed
+
+        with routed(self.model, self.batches):
+            with _autocast():
+                losses = joint_losses(self.model, self.batches)
+            scaled = [loss / self.batches[name].target_count for name, loss in losses.items()]
+            torch.stack(scaled).sum().backward()
+        for name in self.batches:
+            self._apply(name)
+
+    def one_by_one(self) -> None:
+        """A step of each."""
+        from qlora_trainer.model.adapter import activate_adapter
+        from qlora_trainer.model.loss import batch_loss
+
+        for name, batch in self.batches.items():
+            activate_adapter(self.model, name)
+            with _autocast():
+                loss = batch_loss(self.model.get_base_model(), batch)
+            (loss / batch.target_count).backward()
+            self._apply(name)
+
+    def _apply(self, name: str) -> None:
+        from torch import nn
+
+        nn.utils.clip_grad_norm_(self.parameters[name].values(), 0.3)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+
+
+def _autocast() -> Any:
+    import torch
+
+    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+
+
+def measure_turns(number: int, tokens: int, steps: int) -> Turns:
+    """Steps in turn, after one of each that pays for what is made once."""
+    adapters = _Adapters(number, tokens)
+    ways: dict[Callable[[], None], list[float]] = {adapters.one_by_one: [], adapters.together: []}
+    for step in range(steps + 1):
+        for way, seconds in ways.items() if step % 2 else reversed(ways.items()):
+            began = time.monotonic()
+            way()
+            seconds.append(time.monotonic() - began)
+    one_by_one, together = (tuple(round(each, 3) for each in seconds[1:]) for seconds in ways.values())
+    return Turns(number, tokens, together, one_by_one)
+
+
+def measure_memory(number: int, tokens: int, steps: int) -> Memory:
+    """The peak of so many steps together."""
+    adapters = _Adapters(number, tokens)
+    forget_peak()
+    for _ in range(steps):
+        adapters.together()
+    return Memory(number, tokens, adapters.base_bytes, peak_resident_bytes())
+
+
+_MEASURES: dict[str, Callable[[int, int, int], Any]] = {"turns": measure_turns, "memory": measure_memory}
+
+
+def _in_a_process(measure: str, number: int, tokens: int, steps: int) -> dict[str, Any]:
+    """The result of a measure in a process of its own, which has the allocator that pods have."""
+    command = [sys.executable, "-m", "benchmarks.together", "--worker", measure, str(number), str(tokens), str(steps)]
+    environment = {**os.environ, **preloaded_allocator(os.environ), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def main() -> None:
+    """Measure all, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of each way")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--worker", nargs=4, metavar=("MEASURE", "ADAPTERS", "TOKENS", "STEPS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        measure, *numbers = arguments.worker
+        print(json.dumps(asdict(_MEASURES[measure](*map(int, numbers)))))
+        return
+    result = {
+        "machine": describe_machine(),
+        "model": "SmolLM2-135M",
+        "rank": RANK,
+        "turns": [
+            _in_a_process("turns", number, tokens, arguments.steps) for tokens in TOKENS for number in ADAPTERS[1:]
+        ],
+        "memory": [_in_a_process("memory", number, TOKENS[1], 3) for number in ADAPTERS],
+    }
+    print(write_result("together", result, arguments.output))
+
+
+if __name__ == "__main__":
+    main()
