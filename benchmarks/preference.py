@@ -1,4 +1,4 @@
-"""Measures what DPO and ORPO teach a small model: to answer in one sentence; writes `results/preference.json`.
+"""Measures what DPO, or ORPO, teaches a small model: to answer in one sentence; writes `results/preference.json`.
 
 The pairs are the model's own: of its answer to a question, the first sentence is preferred to the first three. What is
 scored is what it then says to other questions: the share of answers that are one sentence and end there.
@@ -31,7 +31,7 @@ MAX_NEW_TOKENS = 56
 _TOGETHER = 24
 _SENTENCE = re.compile(r"[^.!?]*[.!?](?=\s|$)")
 TRAINING: dict[str, Any] = {
-    "epochs": 1,
+    "epochs": 3,
     "packing": False,
     "microBatchSize": 4,
     "gradientAccumulationSteps": 1,
@@ -39,6 +39,7 @@ TRAINING: dict[str, Any] = {
     "learningRate": 1e-4,
     "scheduler": "linear",
     "warmupSteps": 2,
+    "evalEverySteps": 12,
     "gradientCheckpointing": False,
     "samples": 0,
 }
@@ -48,7 +49,7 @@ LORA = {"rank": 16, "alpha": 32}
 def main() -> int:
     """Make the pairs if they are not there, train with each objective, score, write and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preference", description=__doc__)
-    parser.add_argument("--objectives", nargs="+", choices=("dpo", "orpo"), default=("dpo", "orpo"))
+    parser.add_argument("--objectives", nargs="+", choices=("dpo", "orpo"), default=("dpo",))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     machine, model = describe_machine(), model_folder()

@@ -44,8 +44,11 @@ def workspace_folder(job_name: str, uid: str) -> str:
 
 
 def shared_folder(sweep_name: str, sweep_uid: str) -> str:
-    """The folder that the cells of a sweep share on their workspace claim, beside that of each."""
-    return f"{sweep_name}-{short_uid(sweep_uid)}"
+    """The folder that the cells of a sweep share on their workspace claim, beside that of each.
+
+    No job has a folder of that name, as no job's name or UID has a dot: who forges a sweep cannot name one.
+    """
+    return f"{sweep_name}-{short_uid(sweep_uid)}.sweep"
 
 
 def peers_name(uid: str) -> str:

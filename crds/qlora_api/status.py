@@ -12,6 +12,7 @@ from qlora_api.schema import ObservedModel
 
 MAX_MESSAGE_LENGTH = 1024
 MAX_DOCUMENT_LENGTH = 131_072
+"""Of a job's document, in UTF-8 bytes: half of what all annotations of a pod may have together."""
 MAX_MIXED_SOURCE_LENGTH = 48
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]

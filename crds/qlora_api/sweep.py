@@ -142,9 +142,6 @@ class Grid(ApiModel):
         lists = self._lists()
         if not lists:
             raise ValueError(_EMPTY)
-        for name, values in lists.items():
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name}: a value is there twice, which would be the same cell twice")
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError(_ONE_LENGTH)
         if sum(1 for _ in product(*lists.values())) > MAX_CELLS:
@@ -300,14 +297,19 @@ def cells(name: str, spec: QLoRASweepSpec, claim: str) -> tuple[Cell, ...]:
     """The cells of the sweep `name`, in their order; all use the workspace `claim`.
 
     It depends on nothing else, so that a cell has the same name and spec each time. Raises ValueError if the changes of
-    a cell do not fit the template: it names the cell.
+    a cell do not fit the template, or are those of another cell of the grid: it names the cell.
     """
     return tuple(_cells(name, spec, claim))
 
 
 def _cells(name: str, spec: QLoRASweepSpec, claim: str) -> Iterator[Cell]:
+    known: set[Overrides] = set()
     for number, overrides in enumerate(spec.overrides()):
         cell = f"{name}-{number:02}"
+        # The schema compares no lists, and takes 0 and 0.0 for two values.
+        if spec.grid is not None and overrides in known:
+            raise ValueError(f"cell {cell} ({overrides.text()}) is there twice: a list of the grid repeats a value")
+        known.add(overrides)
         try:
             yield Cell(cell, overrides, _cell_spec(cell, spec.template.spec, overrides, claim))
         except ValidationError as error:

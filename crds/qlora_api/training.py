@@ -254,7 +254,7 @@ class TrainingSpec(ApiModel):
         None,
         description="The adapter that is published: that of the last optimizer step, or of the evaluation with the "
         "lowest loss on the held-out rows (the first of equal ones; never the untrained one). best needs dataset.eval "
-        "and evalEverySteps, and disk for one more adapter. last if not set.",
+        "and evalEverySteps, and disk for up to three more adapters. last if not set.",
     )
     early_stopping: EarlyStoppingSpec | None = Field(
         None,

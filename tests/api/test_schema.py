@@ -67,6 +67,10 @@ REJECTED = {
         with_value(COMPARED, "spec.training", {"objective": "orpo", "preference": {"labelSmoothing": 0.1}}),
         "training.preference.labelSmoothing is for objective dpo",
     ),
+    "a reference that the run does not begin with": (
+        with_value(COMPARED, "spec.lora", {"initialization": "loftq"}),
+        "training.objective dpo is measured against the base without the adapter",
+    ),
     "pairs trained on with their prompts": (
         with_value(COMPARED, "spec.training.trainOn", "all"),
         "set training.trainOn to completion",

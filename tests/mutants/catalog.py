@@ -361,10 +361,26 @@ OPERATOR = (
     Mutant(
         name="an-old-profile-is-kept",
         file=f"{_DECISIONS}/taking_up.py",
-        old='"resolved": _resolved_again(status, facts),',
+        old='"resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),',
         new='"resolved": status.resolved,',
         tests=(
             f"{_OPERATOR_TESTS}/test_taking_up.py::test_the_profile_of_today_is_used_because_the_administrator_may_have_mended_it",
+        ),
+    ),
+    Mutant(
+        name="characters-beyond-ascii-make-a-document-too-large",
+        file=f"{_DECISIONS}/manifests.py",
+        old=", ensure_ascii=False",
+        new="",
+        tests=(f"{_OPERATOR_TESTS}/test_starts.py::test_a_system_prompt_of_any_characters_reaches_the_pods",),
+    ),
+    Mutant(
+        name="a-document-of-any-size-is-resolved",
+        file=f"{_DECISIONS}/resolution.py",
+        old="    if size <= limit:",
+        new="    if size:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_starts.py::test_a_spec_that_no_annotation_holds_waits_and_says_which_texts_are_too_long",
         ),
     ),
     Mutant(

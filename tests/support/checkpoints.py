@@ -11,6 +11,9 @@ from qlora_trainer.training.checkpoint import newest_checkpoint, save_checkpoint
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
+# What every checkpoint of a run states.
+STATE = {"fingerprint": {"seed": 0}, "historyBytes": 0}
+
 
 def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint of this step holds."""
@@ -19,7 +22,7 @@ def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, Tensor]]:
 
 def save(folder: Path, *steps: int, size: int = 100) -> None:
     for step in steps:
-        save_checkpoint(folder, step, tensors_of(step, size), {"note": f"step {step}"})
+        save_checkpoint(folder, step, tensors_of(step, size), {"note": f"step {step}", **STATE})
 
 
 def newest_step(folder: Path) -> int | None:

@@ -170,7 +170,7 @@ def document(job: QLoRAJob, **more: Any) -> str:
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid},
         "spec": {field: spec[field] for field in STEP_FIELDS if field in spec} | more,
     }
-    return json.dumps(content, separators=(",", ":"), sort_keys=True)
+    return _as_json(content)
 
 
 def with_gate(document: str, gate: GateSpec | None) -> str:
@@ -179,7 +179,12 @@ def with_gate(document: str, gate: GateSpec | None) -> str:
     content["spec"].pop("gate", None)
     if gate is not None:
         content["spec"]["gate"] = gate.dump()
-    return json.dumps(content, separators=(",", ":"), sort_keys=True)
+    return _as_json(content)
+
+
+def _as_json(content: Any) -> str:
+    # Characters are written as they are: escaped, one beyond the basic plane would be twelve.
+    return json.dumps(content, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
 
 
 def _document(job: QLoRAJob, resolved: Resolved) -> str:

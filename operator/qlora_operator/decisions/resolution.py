@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from qlora_api.contract import needed_contract
 from qlora_api.naming import child_job_name, workspace_claim_name, workspace_folder
 from qlora_api.profile import Limits, Profile, amount
-from qlora_api.status import QLoRAJobStatus, Resolved
+from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
 from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
 from qlora_operator.decisions.manifests import document
@@ -13,6 +13,8 @@ from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
 
 _NOT_SHARED = "WorkspaceNotShared"
+_ROOM_FOR_A_GATE = 1024
+"""Bytes of the document: a job may get a gate, without a score, when it has started."""
 
 
 def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -100,6 +102,19 @@ def objection_to_job(facts: Facts) -> Reason | None:
         or _not_shared(facts.job, profile)
         or objection_of_limits(facts)
         or objection_of_other_job(facts, facts.profiles.values())
+        or _too_large(facts.job)
+    )
+
+
+def _too_large(job: QLoRAJob) -> Reason | None:
+    """Why the pods could not be given the job's spec; None if they can."""
+    size, limit = len(document(job).encode()), MAX_DOCUMENT_LENGTH - _ROOM_FOR_A_GATE
+    if size <= limit:
+        return None
+    return Reason(
+        "SpecTooLarge",
+        f"the spec that pods read has {size} bytes as JSON, and may have {limit}: create the job again with a shorter "
+        "spec.dataset.systemPrompt.text, spec.gate.score.schema or spec.gate.score.pattern",
     )
 
 

@@ -119,7 +119,8 @@ def plan(
     if sweep.spec.suspend:
         yield from (SetSuspend(job, True) for job in alive if not job.suspend)
         return
-    yield from (SetSuspend(job, False) for job in alive if job.suspend and job.suspended_by_sweep)
+    # Also one that its user has resumed since: with the mark, a suspension of the user's would be taken back later.
+    yield from (SetSuspend(job, False) for job in alive if job.suspended_by_sweep)
     if objection is not None:
         return
     created = {line.name for line in sweep.status.cells if line.uid} | jobs.keys()

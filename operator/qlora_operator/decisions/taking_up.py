@@ -28,10 +28,10 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if step is None:
         return status
     cleaned = is_true(status, "CleanedUp") or facts.observed.child(clean_job_name(job)) is not None
-    cleaned = cleaned or _has_lost_its_model(facts)
+    again = cleaned or _has_lost_its_model(facts)
     first_attempt = max(status.highest_attempt, step.attempt) + 1
-    name: StepName = "prepare" if cleaned else step.name
-    forgotten = {"CleanedUp", *(DONE.values() if cleaned else ()), *([DONE[name]] if name in DONE else ())}
+    name: StepName = "prepare" if again else step.name
+    forgotten = {"CleanedUp", *(DONE.values() if again else ()), *([DONE[name]] if name in DONE else ())}
     conditions = tuple(entry for entry in status.conditions if entry.type not in forgotten)
     changes = {
         "conditions": conditions,
@@ -42,16 +42,24 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         "first_attempt": first_attempt,
         "gate": None,
         "step": new_step(job, name, first_attempt),
-        "resolved": _resolved_again(status, facts),
+        "resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),
     }
     reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
     return set_condition(status.model_copy(update=changes), facts, "Failed", "False", reason)
 
 
-def _resolved_again(status: QLoRAJobStatus, facts: Facts) -> Resolved | None:
+def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:
+    """Whether the workspace has the checkpoint that prepare has copied, or the adapter, which a clean-up leaves."""
+    return is_true(status, "Trained") or (is_true(status, "Prepared") and not cleaned)
+
+
+def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) -> Resolved | None:
     """What was resolved, with the profile and the gate as they are now."""
     # Only the trainer that began a run goes on with it: its image stays, once there is something to go on with.
     resolved = with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared"))
+    if resolved is not None and has_its_run:
+        # A pod whose volume is gone would wait for ever, and the other job's claim may be deleted by now.
+        resolved = resolved.model_copy(update={"continued": None})
     if resolved is None or resolved.document is None:
         return resolved
     return resolved.model_copy(update={"document": with_gate(resolved.document, facts.job.spec.gate)})

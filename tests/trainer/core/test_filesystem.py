@@ -1,6 +1,5 @@
 """Files and folders are written complete or not at all, and what is incomplete is found by its name."""
 
-import errno
 import os
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 from qlora_trainer.core.filesystem import (
     atomic_folder,
     complete_folder,
-    link_or_copy,
     new_folder,
     partial_path,
     remove,
@@ -127,24 +125,6 @@ def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
     for path in (linked, dangling, tmp_path / "absent"):
         remove(path)
     assert os.listdir(tmp_path) == ["outside"]
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_a_file_gets_a_second_name_or_a_copy_where_there_are_no_hard_links(
-    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_links(*_arguments: object) -> None:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    source, target = tmp_path / "adapter", tmp_path / "best"
-    source.write_bytes(b"weights")
-    if not links:
-        monkeypatch.setattr(os, "link", no_links)
-
-    link_or_copy(source, target)
-
-    assert target.read_bytes() == b"weights"
-    assert source.samefile(target) == links
 
 
 def test_partials_are_removed_except_the_one_to_resume(tmp_path: Path) -> None:

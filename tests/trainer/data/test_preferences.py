@@ -124,6 +124,15 @@ def test_pairs_stay_whole_and_what_cannot_be_used_is_counted(make_context: MakeC
     assert [len(sequence) for sequence in numbers] == [len(rows) for rows in lengths]
 
 
+def test_rows_that_are_pairs_too_are_prepared_again_for_another_objective(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    both = {"messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    write_rows(tmp_path / "data" / "train.jsonl", [both] * 3)
+    assert prepare(make_context(), Recorded()).dataset.format == "chat"
+    assert prepare(make_context({"training": {"objective": "dpo"}}), Recorded()).dataset.format == "preference"
+
+
 BAD_ROWS = {
     "no prompt": (
         {"chosen": "a", "rejected": "b"},

@@ -189,7 +189,7 @@ def test_a_changed_row_reaches_the_train_step_as_other_data(make_context: MakeCo
     write_rows(tmp_path / "data" / "train.jsonl", [*rows[:-1], chat_row("Which pods? 7", "kubectl get pods 8")])
     prepare(context, Recorded())
 
-    assert "data.fingerprint was " in rejection(context)
+    assert "data.rows was " in rejection(context)
 
 
 def test_data_that_another_version_of_the_trainer_prepared_are_prepared_again(

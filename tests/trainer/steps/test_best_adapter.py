@@ -12,11 +12,15 @@ from transformers import LlamaConfig
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.outcome import summary
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.publishing.verify import require_own_training
-from qlora_trainer.steps import train as train_step
 from qlora_trainer.steps.publish import publish
+from qlora_trainer.training import finishing, loop
+from qlora_trainer.training.best_adapter import best_of
+from qlora_trainer.training.checkpoint import newest_checkpoint
+from qlora_trainer.training.state import Run, RunState
 from tests.support.report_page import Page
 from tests.support.tiny import SHAPE, Recorded, merged, save_model
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, prepared, run
@@ -129,7 +133,7 @@ def test_a_run_that_is_killed_once_it_has_stopped_early_trains_no_further(
         raise Lost
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_step, "save_adapter", lost)
+        patched.setattr(finishing, "save_adapter", lost)
         with pytest.raises(Lost):
             run(killed)
     found = run(killed, records=records)
@@ -167,12 +171,41 @@ def test_a_checkpoint_whose_best_adapter_is_damaged_is_set_aside(workspace: Prep
     assert adapter_bytes(damaged) == adapter_bytes(undisturbed)
 
 
-def test_checkpoints_share_one_copy_of_the_best_adapter(workspace: Prepare) -> None:
+def test_damage_to_the_best_adapter_of_one_checkpoint_leaves_the_other_one(workspace: Prepare) -> None:
     context = workspace(spec=merged(BEST, {"training": {"saveEverySteps": 1}}))
     run(context)
+    newest, before = (context.workspace.checkpoints / f"step-{step}" for step in (6, 5))
+    with (newest / "best.safetensors").open("r+b") as file:
+        file.write(b"damaged!")
 
-    files = [context.workspace.checkpoints / f"step-{step}" / "best.safetensors" for step in (5, 6)]
-    assert files[0].samefile(files[1])
+    found = newest_checkpoint(context.workspace.checkpoints)
+
+    assert found is not None
+    assert found.path == before
+    assert best_of(found) is not None
+
+
+def test_a_best_adapter_that_was_found_after_the_last_checkpoint_is_not_left_behind(
+    workspace: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falling = merged(BEST, {"training": {"maxSteps": 2, "earlyStopping": None}})
+    context = workspace(spec=falling)
+    stop = StopRequest()
+    evaluated = loop._held_out_means
+
+    def stopped_at_the_end(of: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
+        if state.step == 2:
+            stop.set()
+        return evaluated(of, state, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_held_out_means", stopped_at_the_end)
+        with pytest.raises(Interrupted):
+            run(context, stop=stop)
+    assert (context.workspace.checkpoints / "step-2").is_dir(), "saved without its evaluation"
+
+    assert run(context).adapter_step == 2
+    assert not context.workspace.best.exists()
 
 
 def test_a_merged_model_is_compared_with_the_adapter_that_is_kept(workspace: Prepare) -> None:

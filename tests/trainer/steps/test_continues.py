@@ -1,6 +1,7 @@
 """A job that takes up the run of another one: to the same bytes, only if it is the same run, changing nothing there."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +14,13 @@ from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.steps import prepare as step
+from qlora_trainer.steps.clean import clean
 from qlora_trainer.training.attempts import read_attempts
 from qlora_trainer.training.continued import continue_run, require_something_to_continue
 from qlora_trainer.training.fingerprint import run_fingerprint
+from qlora_trainer.training.prepared_job import PreparedJob
 from tests.support.tiny import POD_UID, Recorded, chat_row, merged, write_rows
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, job, prepared, run
 from tests.trainer.conftest import MakeContext
@@ -52,7 +56,7 @@ def record_of(context: StepContext) -> PrepareRecord:
 
 def continued(context: StepContext, other: StepContext) -> int | None:
     fingerprint = run_fingerprint(context.spec, record_of(context), "cpu", 1)
-    return continue_run(other.workspace.root, "other", context.workspace, fingerprint)
+    return continue_run(other.workspace.root, "other", PreparedJob(context, record_of(context), fingerprint))
 
 
 def rejected(context: StepContext, other: StepContext, *words: str) -> None:
@@ -89,6 +93,8 @@ def test_it_ends_in_the_bytes_of_an_uninterrupted_run(make: Make) -> None:
     shutil.rmtree(other.workspace.root)  # what was copied is enough from here on
     trained = run(context)
     assert adapter_bytes(context) == adapter_bytes(undisturbed)
+    clean(context.workspace)
+    assert continued(context, other) is None, "trained/ has all that it needs"
     assert history(context) == history(undisturbed)
     assert trained.attempts == 3
     attempts = read_attempts(context.workspace.records)
@@ -169,6 +175,69 @@ def test_links_that_lead_out_of_the_other_workspace_are_not_followed(make: Make,
     assert not context.workspace.checkpoints.exists()
 
 
+SECRET = "hf_0123456789abcdef"
+
+
+def test_a_link_for_the_record_of_attempts_is_not_followed(make: Make, tmp_path: Path) -> None:
+    other, context = make("other", "stopped"), make("new")
+    (tmp_path / "token").write_text(SECRET)
+    path = other.workspace.records / "attempts.jsonl"
+    path.unlink()
+    path.symlink_to(tmp_path / "token")
+    with pytest.raises(StepFailure, match=r"attempts\.jsonl is a link that leads out") as failure:
+        continued(context, other)
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert not context.workspace.checkpoints.exists()
+
+
+def test_what_is_no_record_of_an_attempt_is_named_by_its_line_and_not_logged(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = make("other", "stopped")
+    with (other.workspace.records / "attempts.jsonl").open("a") as file:
+        file.write(SECRET + "\n")
+    assert continued(make("new"), other) == 4
+    assert "attempts.jsonl:2 is not a record of an attempt and is ignored: json_invalid" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def lay_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def lay_zeros(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def lay_terabyte(path: Path) -> None:
+    with path.open("ab") as file:
+        file.truncate(2**40)
+
+
+def lay_foreign_state(path: Path) -> None:
+    path.write_text('{"formatVersion": 1, "step": 4}')
+    sums = {"sha256": {"state.json": file_sha256(path)}}
+    (path.parent / "manifest.json").write_text(json.dumps(sums))
+
+
+@pytest.mark.parametrize(
+    ("name", "lay"),
+    [
+        *((name, lay) for name in ("manifest.json", "state.json") for lay in (lay_pipe, lay_zeros, lay_terabyte)),
+        ("state.json", lay_foreign_state),
+    ],
+)
+def test_a_checkpoint_with_a_trap_for_its_reader_is_a_damaged_one(
+    make: Make, name: str, lay: Callable[[Path], None]
+) -> None:
+    other = make("other", "stopped")
+    lay(other.workspace.checkpoints / "step-4" / name)
+    assert continued(make("new"), other) == 2
+
+
+@pytest.mark.slow
 def test_prepare_copies_the_checkpoint_and_says_where_it_goes_on(make_context: MakeContext, tmp_path: Path) -> None:
     write_rows(
         tmp_path / "data" / "train.jsonl", [chat_row(f"Question {n}?", "pods " * (n % 7 + 1)) for n in range(20)]
@@ -183,9 +252,14 @@ def test_prepare_copies_the_checkpoint_and_says_where_it_goes_on(make_context: M
     record = step.prepare(context, Recorded())
     assert record.remarks == ("continues other from step 2",)
     assert (context.workspace.checkpoints / "step-2").is_dir()
+    shutil.rmtree(context.workspace.checkpoints)
+    assert step.prepare(context, Recorded()).remarks == record.remarks, "not said twice"
     shutil.rmtree(tmp_path / "other")
     assert step.prepare(context, Recorded()) == record, "it needs the other job no more"
     run(context)
+    clean(context.workspace)
+    step.prepare(context, Recorded())
+    assert not context.workspace.checkpoints.exists()
 
 
 def test_prepare_fetches_nothing_when_there_is_nothing_to_continue(make_context: MakeContext, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
+from qlora_api.status import InitialAdapterStatus
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.completion import PublishRecord, TrainRecord
@@ -22,6 +23,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter
 from qlora_trainer.publishing.manifest import read_manifest
+from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.stores.hub import Hub
@@ -91,10 +93,10 @@ def targets(lora: LoraSpec) -> tuple[str, ...]:
     return tuple(name for name in names if {"all-linear", name.rpartition(".")[2]} & set(lora.target_modules))
 
 
-def checked(context: StepContext) -> InitialAdapter:
+def checked(context: StepContext, earlier: InitialAdapterStatus | None = None) -> InitialAdapter:
     """What prepare does about the earlier adapter, without the rest of it."""
     model = context.mounts.claims["models"] / "model"
-    found = get_initial_adapter(context, lambda: Hub(None), model, targets(context.spec.lora))
+    found = get_initial_adapter(context, lambda: Hub(None), model, targets(context.spec.lora), earlier)
     assert found is not None
     return found
 
@@ -390,6 +392,33 @@ def test_an_adapter_of_another_digest_than_the_job_states_is_rejected(place: Pla
     rejected(context, ExitCode.UNSAFE_ARTIFACT, f"and spec.lora.from.sha256 is {'0' * 64}")
 
 
+def test_an_adapter_that_has_changed_since_the_job_was_prepared_is_rejected(place: Place) -> None:
+    """As after a clean-up: the run that has been trained began with another one."""
+    context = place.context("second", {"lora": {"from": FROM}})
+    before = checked(context).status
+    assert checked(context, before).status == before
+    edit_tensors(lambda tensors: tensors[min(tensors)].add_(1))(place.adapter)
+
+    with pytest.raises(StepFailure, match="the adapter at pvc://adapters/first has changed since") as failure:
+        checked(context, before)
+
+    assert failure.value.exit_code is ExitCode.UNSAFE_ARTIFACT
+    assert f"sha256 was {before.sha256}, is " in failure.value.message
+    elsewhere = before.model_copy(update={"source": "pvc://adapters/other"})
+    assert checked(context, elsewhere).status.sha256 != before.sha256, "the job names another one now"
+
+
+@pytest.mark.slow
+def test_prepare_begins_with_the_adapter_that_it_had_got_before_or_with_none(place: Place) -> None:
+    context = place.context("second", {"lora": {"from": FROM}})
+    prepare(context, Recorded())
+    clean(context.workspace)
+    edit_tensors(lambda tensors: tensors[min(tensors)].add_(1))(place.adapter)
+    with pytest.raises(StepFailure, match="has changed since this job was prepared"):
+        prepare(context, Recorded())
+
+
+@pytest.mark.slow
 def test_the_run_is_compared_with_where_it_began_and_goes_on_to_the_last_bit(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

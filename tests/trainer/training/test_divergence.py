@@ -12,7 +12,9 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.training import loop
 from qlora_trainer.training.divergence import Stability, has_diverged
+from qlora_trainer.training.optimizer import learning_rate
 from tests.support.training import StopAtStep, history, prepared, run
 
 PATIENCE = 20
@@ -173,6 +175,33 @@ def test_an_adapter_that_does_harm_is_no_success_because_its_run_stops_early(
 
     assert "training diverged at step 2: the run would stop early with loss " in message
     assert "on the held-out rows (0.0" in message
+    assert not context.workspace.trained.exists()
+
+
+def test_a_last_step_that_does_harm_is_no_failure_of_a_run_that_keeps_an_earlier_adapter(
+    workspace: Prepare, tmp_path: Path, fluent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        loop, "learning_rate", lambda step, steps, of: 1.0 if step == 3 else learning_rate(step, steps, of)
+    )
+    settings = {"learningRate": 1e-5, "maxSteps": 4, "scheduler": "constant", "warmupSteps": 0, "evalEverySteps": 2}
+    last, best = (
+        prepared(tmp_path / keep, fluent, {"training": settings | {"keep": keep}}) for keep in ("last", "best")
+    )
+
+    assert "with the finished adapter on the rows of the last step (" in given_up(last).message
+
+    found = run(best)
+    assert (found.training_step, found.adapter_step) == (4, 2)
+    assert {entry["step"]: entry["evalLoss"] for entry in history(best) if "evalLoss" in entry}[4] > 1.0
+
+
+def test_a_run_whose_best_adapter_does_harm_is_no_success_at_its_end(tmp_path: Path, fluent: Path) -> None:
+    settings = {"learningRate": 1.0, "maxSteps": 2, "scheduler": "constant", "warmupSteps": 0, "evalEverySteps": 1}
+    context = prepared(tmp_path / "best", fluent, {"training": settings | {"keep": "best"}})
+
+    assert "training diverged at step 2: the run would end with loss " in given_up(context).message
+    assert kept(context) == []
     assert not context.workspace.trained.exists()
 
 

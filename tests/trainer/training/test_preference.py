@@ -76,6 +76,8 @@ def test_the_run_learns_to_prefer_the_chosen_answers_and_says_so(tmp_path: Path,
 
     evaluations = [line for line in history(context) if "evalLoss" in line]
     assert evaluations[0]["evalLoss"] == pytest.approx(math.log(2), abs=1e-3)
+    # A new adapter's B is 0: policy and reference are the same model, by two implementations of its layers.
+    assert next(line for line in history(context) if "loss" in line)["rewardMargin"] == 0.0
     assert evaluations[-1]["evalLoss"] < 0.6
     assert evaluations[-1]["evalAccuracy"] == 1.0
     last = [line for line in history(context) if "loss" in line][-1]

@@ -58,8 +58,6 @@ def test_the_length_of_a_cell_replaces_that_of_the_template() -> None:
         ({}, "set exactly one of grid and cells"),
         ({"grid": {"rank": [8]}, "cells": [{"rank": 8}]}, "set exactly one of grid and cells"),
         ({"grid": {}}, "name at least one field"),
-        ({"grid": {"rank": [8, 8]}}, "rank: a value is there twice"),
-        ({"grid": {"targetModules": [["q_proj"], ["q_proj"]]}}, "target_modules: a value is there twice"),
         ({"grid": {"rank": list(range(1, 14)), "alpha": [1, 2, 3, 4, 5]}}, "more than 64 cells"),
         ({"grid": {"rank": [8], "suspend": [True]}}, "Extra inputs are not permitted"),
     ],
@@ -67,6 +65,14 @@ def test_the_length_of_a_cell_replaces_that_of_the_template() -> None:
 def test_a_sweep_that_is_no_sweep(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         sweep(**spec)
+
+
+@pytest.mark.parametrize(
+    "grid", [{"rank": [8, 8]}, {"dropout": [0, 0.0]}, {"targetModules": [["q_proj"], ["q_proj"]], "rank": [8, 16]}]
+)
+def test_a_cell_that_is_there_twice_is_named(grid: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"cell rates-0\d \(.*\) is there twice: a list of the grid repeats a value"):
+        cells("rates", sweep(grid=grid), CLAIM)
 
 
 def test_cells_that_could_not_be_compared() -> None:

@@ -149,6 +149,34 @@ def test_the_trainer_is_told_so_that_an_older_one_rejects_the_job_instead_of_sta
     assert "continues" not in (plain.document or "")
 
 
+@pytest.mark.parametrize(
+    ("reached", "cleaned", "still_mounted"),
+    [
+        (("Prepared", "Trained"), True, False),
+        (("Prepared", "Trained"), False, False),
+        (("Prepared",), False, False),
+        (("Prepared",), True, True),
+        ((), False, True),
+    ],
+)
+def test_a_job_that_is_taken_up_mounts_the_other_run_only_if_it_still_needs_it(
+    reached: tuple[str, ...], cleaned: bool, still_mounted: bool
+) -> None:
+    """The other job's claim may be gone, for which a pod would wait for ever."""
+    conditions = [condition(name, "True") for name in (*reached, "Failed", *(["CleanedUp"] if cleaned else []))]
+    fixed = resolved().model_copy(update={"continued": RUN}).dump()
+    cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "models"}})
+    step: Any = ("prepare", "train", "publish")[len(reached)]
+    stored = status_in(step, resolved=fixed, conditions=conditions)
+
+    status = follow(make_job(stored, continues="other", retry={"request": 1}), profiles={"default": cached})
+
+    assert status.resolved is not None
+    assert status.step is not None
+    assert status.step.job_name == f"{NAME}-prepare-2"
+    assert bool(mounts(status.resolved, "prepare")) == still_mounted
+
+
 class TwoJobs:
     """The calls of the API server that a waiting job needs. `bodies`: the jobs by name."""
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from qlora_api.naming import JOB_LABEL
+from qlora_api.naming import JOB_LABEL, SPEC_ANNOTATION
 from qlora_api.profile import Profile, amount
+from qlora_api.status import Resolved
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_operator.decisions.manifests import build_job
 from qlora_operator.decisions.observe import Observed
 from qlora_operator.decisions.parsing import profile_in_use
 from qlora_operator.decisions.plan import is_settled
@@ -19,6 +22,7 @@ from qlora_operator.reconcile import Reconciler
 from qlora_operator.starts import SECONDS_BETWEEN_LOOKS, SECONDS_FULL, Starts
 from qlora_operator.store import Store
 from tests.support.builders import (
+    DATASET,
     NOW,
     PROFILE,
     child,
@@ -58,6 +62,32 @@ def test_a_job_beyond_what_its_profile_allows_waits_and_says_why(
     status = follow(job, profiles=limited(**settings), jobs_of_profile=2)
     assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, reason)
     assert says in message_of(status)
+
+
+def prompted(text: str, **score: str) -> dict[str, Any]:
+    """A data set with that system prompt, and a gate if there is a score."""
+    spec = {"dataset": DATASET | {"systemPrompt": {"text": text}, "eval": {"fraction": 0.1}}}
+    return spec | ({"gate": {"minScore": 0.5, "score": score}} if score else {})
+
+
+def test_a_system_prompt_of_any_characters_reaches_the_pods() -> None:
+    text = "\N{PARROT}" * 16_384
+    job = make_job(**prompted(text))
+    resolved = follow(job).resolved
+    assert resolved is not None
+    assert resolved == Resolved.model_validate(resolved.dump())  # as the API server bounds it
+    annotations = build_job(job, resolved, "prepare", 1)["spec"]["template"]["metadata"]["annotations"]
+    assert sum(len(name.encode()) + len(text.encode()) for name, text in annotations.items()) < 256 * 1024
+    read = QLoRAJobDocument.model_validate_json(annotations[SPEC_ANNOTATION])
+    assert read.spec.dataset.system_prompt is not None
+    assert read.spec.dataset.system_prompt.text == text
+
+
+def test_a_spec_that_no_annotation_holds_waits_and_says_which_texts_are_too_long() -> None:
+    schema = "\x01" * 8192  # six bytes each, in JSON
+    status = follow(make_job(**prompted("\x01" * 16_383 + "a", check="jsonSchema", schema=schema)))
+    assert (status.phase, status.resolved, reason_of(status)) == ("Pending", None, "SpecTooLarge")
+    assert "and may have 130048: create the job again with a shorter spec.dataset.systemPrompt" in message_of(status)
 
 
 @pytest.mark.parametrize(

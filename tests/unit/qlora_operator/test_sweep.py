@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from qlora_api.naming import workspace_folder
 from qlora_api.profile import Profile
 from qlora_api.status import StepName
 from qlora_api.sweep_status import QLoRASweepStatus
@@ -95,6 +96,10 @@ def test_a_suspended_sweep_suspends_its_cells_and_takes_back_only_what_it_has_do
     resumed = make(parallelism=2)
     actions = list(plan(resumed, resumed.cells(), by_name(ours, theirs), None))
     assert actions == [SetSuspend(ours, False)]
+    resumed_by_the_user = cell(0, suspended_by_sweep=True)
+    assert list(plan(resumed, resumed.cells(), by_name(resumed_by_the_user, theirs), None)) == [
+        SetSuspend(resumed_by_the_user, False)
+    ]
     assert suspension(ours, True)["metadata"] == {
         "uid": "uid-0",
         "annotations": {"qlora.dev/suspended-by-sweep": "true"},
@@ -135,7 +140,7 @@ def test_a_sweep_ends_when_its_last_cell_does() -> None:
     assert "1 of 4 cells have failed" in message
     assert (of(status, "Failed")[0], of(status, "Stalled")[0]) == ("False", "False")
     assert status.completion_time is not None
-    assert status.report == "pvc://rates-0a1b2c3d/rates-0a1b2c3d/report.html"
+    assert status.report == "pvc://rates-0a1b2c3d/rates-0a1b2c3d.sweep/report.html"
 
 
 def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
@@ -189,6 +194,13 @@ def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
     too_large = objection_to_sweep(make(template={"workspace": {"size": "2Gi"}}), {"default": limited}, NOW)
     assert too_large is not None
     assert too_large.word == "LimitExceeded"
+    # What keeps each cell from starting keeps the sweep from creating them.
+    prompt = {"systemPrompt": {"text": "a" + "\x01" * 16_000}}
+    score = {"check": "jsonSchema", "schema": "\x01" * 8192}
+    texts = {"dataset": TEMPLATE["dataset"] | prompt, "gate": {"minScore": 0.5, "score": score}}
+    too_long = objection_to_sweep(make(template=texts), PROFILES, NOW)
+    assert too_long is not None
+    assert too_long.word == "SpecTooLarge"
 
 
 @pytest.mark.parametrize(
@@ -273,7 +285,8 @@ def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> N
         body["metadata"] |= {"ownerReferences": [OWNER | owner]}
         return parse_job(body).shares
 
-    assert shares() == f"{NAME}-0a1b2c3d"
+    assert shares() == f"{NAME}-0a1b2c3d.sweep"
+    assert shares(name="rates", uid=UID) != workspace_folder("rates", UID), "a job's own folder is never shared"
     assert shares(kind="CronJob") is None
     assert shares(controller=False) is None
     assert shares(name="../../etc") is None
@@ -294,7 +307,7 @@ def test_cells_share_a_base_unless_the_profile_has_a_cache_and_publish_writes_th
         (container,) = build_job(job, shared, step, 1)["spec"]["template"]["spec"]["containers"]
         return {entry["name"]: entry.get("value", "") for entry in container["env"]}
 
-    folder = f"/workspace/{NAME}-0a1b2c3d"
+    folder = f"/workspace/{NAME}-0a1b2c3d.sweep"
     steps: tuple[StepName, ...] = ("prepare", "train", "publish")
     assert [environment(step, PROFILE).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
     assert [environment(step, cached).get("QLORA_MODEL_CACHE") for step in steps] == ["/model-cache"] * 3

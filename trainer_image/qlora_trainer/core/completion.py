@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
@@ -49,6 +50,11 @@ class PrepareRecord(ObservedModel):
     base_path: str = Field(description="Folder of the base model in 4-bit, as transformers loads it.")
     base_sha256: str = Field(description="SHA-256 over the SHA-256 of each of its files.")
     data_path: str = Field(description="Folder of the packed sequences.")
+    data_content: Mapping[str, Any] | None = Field(
+        None,
+        description="What decides the sequences besides the settings of model, adapter and training, wherever it was "
+        "read from: by it runs are compared. Not set by an earlier release.",
+    )
     target_modules: tuple[str, ...] = Field(description="Exact names of the linear layers that get an adapter.")
     packed: bool = Field(description="Whether a sequence may hold several rows.")
     rows_apart: bool = Field(False, description="Whether a micro batch may hold several rows.")

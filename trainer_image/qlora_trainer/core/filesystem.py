@@ -19,8 +19,6 @@ GIB = 2**30
 PARTIAL = ".partial"
 """Ends the name of every file and folder that is not complete yet."""
 _BLOCK_BYTES = 2**22
-# Of a file system without hard links, or with no room for another one on the file.
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # safetensors writes in Rust, and only its message has the operating system's error number.
 _QUOTED_NUMBER = re.compile(r"\(os error (\d+)\)")
@@ -111,16 +109,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 def partial_path(target: Path) -> Path:
     """Where the file or folder `target` is written until it is complete: beside it, `.NAME.partial`."""
     return target.with_name(f".{target.name}{PARTIAL}")
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that does not change a second name; where the file system has no hard links, a copy of that name."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        shutil.copyfile(source, target)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Which paths may be read or written: regular files that stay inside their folder."""
 
 import errno
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +19,21 @@ def require_regular(path: Path, folder: Path, name: str) -> None:
         raise unsafe_artifact(f"{name} is a link that leads out of its folder: put the file itself there")
     if not path.is_file():
         raise unsafe_artifact(f"{name} is not a regular file: put the file itself there")
+
+
+def read_regular(path: Path, largest: int) -> bytes:
+    """The content of a file of at most `largest` bytes. Raises ValueError if it is no regular file, or larger.
+
+    Raises OSError if it is a link (ELOOP), missing or unreadable. Never waits for a writer, as that of a pipe.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path.name} is not a regular file")
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"{path.name} has more than {largest} bytes")
+    return content
 
 
 def leads_to_itself(path: Path) -> bool:

@@ -105,5 +105,5 @@ class Preference:
 
     def with_system(self, text: str, *, replace: bool) -> "Preference":
         """The same with this system message for both answers, also in place of their own if `replace`."""
-        chosen, rejected = (pair.with_system(text, replace=replace) for pair in (self.chosen, self.rejected))
+        chosen, rejected = (one.with_system(text, replace=replace) for one in (self.chosen, self.rejected))
         return Preference(chosen, rejected, self.shared_answers)

@@ -17,6 +17,8 @@ from qlora_trainer.data.job_template import template_unchanged
 from qlora_trainer.data.locate import mounted_data
 from qlora_trainer.data.prepared import FORMAT_VERSION, PREPARED_MANIFEST
 
+# Of these the content is known.
+_OF_AN_ADDRESS = ("source", "revision", "sha256", "secretRef", "chatTemplate")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
 
@@ -64,6 +66,21 @@ class ResolvedInputs:
             }
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
+    def content(self, dataset: DatasetSpec) -> dict[str, Any]:
+        """What decides the sequences besides the settings of model, adapter and training, by name.
+
+        An address, a revision or a Secret is not in it: the same bytes may have been read from elsewhere.
+        """
+        optional = {"evalRows": self.eval_data, "template": self.template}
+        return {
+            "rows": list(self.data),
+            **{name: digest for name, digest in optional.items() if digest is not None},
+            "tokenizer": dict(self.tokenizer),
+            "dataset": _without_addresses(dataset),
+            "format": FORMAT_VERSION,
+            "libraries": library_versions(),
+        }
+
     def unchanged(self, dataset: DatasetSpec, mounts: Mounts) -> bool:
         """Whether mounted data still has this content. Data that is gone, or on a server, counts as unchanged."""
         digests = (*self.data, *([] if self.eval_data is None else [self.eval_data]))
@@ -108,6 +125,16 @@ def _without_defaults(dataset: DatasetSpec) -> dict[str, Any]:
     if dataset.eval is not None and dataset.eval.overlap == "report":
         del described["eval"]["overlap"]
     return described
+
+
+def _without_addresses(dataset: DatasetSpec) -> dict[str, Any]:
+    """The settings that decide which rows are used, and how they are read and written; sources of a mix by number."""
+    described = _without_defaults(dataset)
+    sources = described.get("mix", ())
+    for part in (described, described.get("eval", {}), *sources):
+        for name in _OF_AN_ADDRESS:
+            part.pop(name, None)
+    return described | ({"mix": {str(number): part for number, part in enumerate(sources)}} if sources else {})
 
 
 def library_versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode
+from qlora_api.model_and_output import InitialAdapterSpec
 from qlora_api.sources import HubSource, ObjectStoreSource, RegistrySource, VolumeSource, parse_source
 from qlora_api.status import InitialAdapterStatus
 from qlora_trainer.core.context import StepContext
@@ -57,12 +58,17 @@ class InitialAdapter:
 
 
 def get_initial_adapter(
-    context: StepContext, hub: Callable[[], Hub], model_folder: Path, target_modules: tuple[str, ...]
+    context: StepContext,
+    hub: Callable[[], Hub],
+    model_folder: Path,
+    target_modules: tuple[str, ...],
+    earlier: InitialAdapterStatus | None = None,
 ) -> InitialAdapter | None:
     """Fetch and check the adapter that the job is to begin with; None if it begins with a new one.
 
-    Raises StepFailure: BAD_CONFIGURATION if it is not there or does not fit the job, UNSAFE_ARTIFACT if it is only a
-    pickle, a link out of its folder, too large, or has another SHA-256 than the job states.
+    `earlier` is the one that prepare has got for this job before, which it must still be. Raises StepFailure:
+    BAD_CONFIGURATION if it is not there or does not fit the job, UNSAFE_ARTIFACT if it is only a pickle, a link out of
+    its folder, too large, or has another SHA-256 than the job states or `earlier` has.
     """
     lora = context.spec.lora
     if lora.initial_adapter is None:
@@ -71,13 +77,20 @@ def get_initial_adapter(
     expected = expected_tensors(text_part(config), target_modules, lora)
     folder = context.workspace.initial_adapter
     partial = new_folder(partial_path(folder))
-    location = _fetch(context, hub, partial, largest_file(expected))
+    known = earlier if earlier is not None and _is_wanted(earlier, lora.initial_adapter) else None
+    address = _without_slash(lora.initial_adapter.source) if known is None else known.source
+    location = _fetch(context, hub, address, partial, largest_file(expected))
     found = check_config(partial / ADAPTER_CONFIG_FILE, location, lora)
     sha256, stated = file_sha256(partial / ADAPTER_FILE), lora.initial_adapter.sha256
     if stated not in (None, sha256):
         raise unsafe_artifact(
             f"{location}/{ADAPTER_FILE} has sha256 {sha256}, and {_FIELD}.sha256 is {stated}: name the adapter that is "
             "meant, or correct the digest"
+        )
+    if known is not None and known.sha256 != sha256:
+        raise unsafe_artifact(
+            f"{_FIELD}.source: the adapter at {location} has changed since this job was prepared (sha256 was "
+            f"{known.sha256}, is {sha256}): put the earlier one back, or create the job again to begin with this one"
         )
     check_tensors(partial / ADAPTER_FILE, location, lora, expected)
     status = InitialAdapterStatus(source=location, sha256=sha256)
@@ -89,7 +102,7 @@ def is_unchanged(record: InitialAdapterStatus | None, context: StepContext) -> b
     wanted = context.spec.lora.initial_adapter
     if wanted is None or record is None:
         return wanted is None and record is None
-    if wanted.sha256 not in (None, record.sha256) or not _names(wanted.source, record.source):
+    if not _is_wanted(record, wanted):
         return False
     path = context.workspace.initial_adapter / ADAPTER_FILE
     return path.is_file() and not path.is_symlink() and file_sha256(path) == record.sha256
@@ -106,9 +119,12 @@ def read_initial_adapter(folder: Path, sha256: str) -> Mapping[str, Tensor]:
     return load_file(path)
 
 
-def _names(address: str, location: str) -> bool:
-    """Whether a location, which may have a commit or digest, is of this address."""
-    return location == _without_slash(address) or location.startswith(f"{_without_slash(address)}@")
+def _is_wanted(record: InitialAdapterStatus, wanted: InitialAdapterSpec) -> bool:
+    """Whether the record, whose location may have a commit or digest, is of the adapter that the job names."""
+    address = _without_slash(wanted.source)
+    return wanted.sha256 in (None, record.sha256) and (
+        record.source == address or record.source.startswith(f"{address}@")
+    )
 
 
 def _without_slash(address: str) -> str:
@@ -116,9 +132,8 @@ def _without_slash(address: str) -> str:
     return address.rstrip("/")
 
 
-def _fetch(context: StepContext, hub: Callable[[], Hub], folder: Path, largest: int) -> str:
-    """Copy both files into the folder; returns the address of exactly these."""
-    address = _without_slash(context.spec.lora.initial_adapter.source)  # type: ignore[union-attr]
+def _fetch(context: StepContext, hub: Callable[[], Hub], address: str, folder: Path, largest: int) -> str:
+    """Copy both files from the address into the folder; returns the address of exactly these."""
     source = parse_source(address)
     if isinstance(source, VolumeSource):
         _copy(context, source, folder, largest)

@@ -9,12 +9,12 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_api.status import BaseStatus
+from qlora_api.status import BaseStatus, InitialAdapterStatus
 from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
@@ -38,12 +38,13 @@ from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_r
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base_artifact import is_present
 from qlora_trainer.model.base_layout import BaseLayout
+from qlora_trainer.model.base_source import Base, BaseSource
 from qlora_trainer.model.cache import is_whole
 from qlora_trainer.model.cached_base import open_base_source
 from qlora_trainer.model.check import CheckedModel, advise_learning_rate, check_model
 from qlora_trainer.model.downloads import open_model_source
 from qlora_trainer.model.dry_run.limited import measure_within_limits
-from qlora_trainer.model.initial_adapter import get_initial_adapter, is_unchanged
+from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter, is_unchanged
 from qlora_trainer.model.memory_fit import MemoryFit
 from qlora_trainer.model.source import CONFIG, tokenizer_digests
 from qlora_trainer.publishing.addresses import check_destination
@@ -54,6 +55,7 @@ from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, require_something_to_continue
 from qlora_trainer.training.fingerprint import run_fingerprint
+from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.scorable import require_readable, require_scorable
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ def prepare(
     record = None if written is None else _still_valid(written, context, records)
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):
-            record = _prepare(context, records, say, now)
+            record = _prepare(context, records, say, now, None if written is None else written.initial_adapter)
     if context.spec.output.base is not None:
         model = context.workspace.root / record.model_path
         _check_destinations(context, base_publisher(record.base_sha256, model))
@@ -95,12 +97,13 @@ def prepare(
 
 def _continue_run(context: StepContext, record: PrepareRecord, name: str) -> PrepareRecord:
     """Copy the checkpoint of the job of that name; the record says at which step its run was taken up."""
-    ranks = context.spec.resources.gpu_count
-    fingerprint = run_fingerprint(context.spec, record, context.device, ranks)
-    step = continue_run(context.mounts.continued, name, context.workspace, fingerprint)
+    fingerprint = run_fingerprint(context.spec, record, context.device, context.spec.resources.gpu_count)
+    step = continue_run(context.mounts.continued, name, PreparedJob(context, record, fingerprint))
     if step is None:
         return record
-    return record.model_copy(update={"remarks": (*record.remarks, f"continues {name} from step {step}")})
+    earlier = f"continues {name} from step "
+    remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
+    return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}")})
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,13 @@ class _Admitted:
 
 
 def _prepare(
-    context: StepContext, records: RecordWriter, say: Callable[[str], None], now: Callable[[], datetime]
+    context: StepContext,
+    records: RecordWriter,
+    say: Callable[[str], None],
+    now: Callable[[], datetime],
+    earlier_adapter: InitialAdapterStatus | None,
 ) -> PrepareRecord:
-    workspace, hub = context.workspace, cache(lambda: _open_hub(context))
+    hub = cache(lambda: _open_hub(context))
     _check_destinations(context)
     require_readable(context.spec.gate)
 
@@ -137,20 +144,10 @@ def _prepare(
     bases = open_base_source(context, source, folder, admitted.layout)
     bases.require_room()
 
-    initial = None
-    if context.spec.lora.initial_adapter is not None:
-        say("fetching and checking the adapter of spec.lora.from")
-        initial = get_initial_adapter(context, hub, folder, admitted.model.family.target_modules)
-
+    initial = _initial_adapter(context, admitted, hub, say, earlier_adapter)
     dataset = _dataset(context, admitted, hub, say)
     records.note(dataset=dataset.status())
-    sequences = new_folder(partial_path(workspace.data / "layout"))
-    dataset.write(
-        sequences,
-        context.spec.training,
-        packed=admitted.packed,
-        on_epoch=lambda number: say(f"drawing the rows of epoch {number + 1}"),
-    )
+    sequences = _write_sequences(dataset, context, admitted, say)
     end, of_turns = _turns(admitted, dataset)
     require_scorable(context.spec.gate, sequences, dataset.status(), partial(AnswerTexts, folder, end))
 
@@ -159,29 +156,22 @@ def _prepare(
     fetching += now() - started
 
     template = _write_template(admitted.tokenizer, sequences)
-    resolved = ResolvedInputs(
-        base.revision,
-        admitted.tokenizer_files,
-        tuple(source.sha256 for source in dataset.training),
-        None if dataset.own_evaluation is None else dataset.own_evaluation.sha256,
-        template,
-    )
-    fingerprint = resolved.fingerprint(context.spec)
-    resolved.write(sequences, fingerprint)
-    complete_folder(sequences, workspace.data / fingerprint)
-    family = admitted.model.family
+    resolved = _resolved(dataset, admitted, base.revision, template)
+    data = _complete_data(sequences, resolved, context)
     remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks)
     if initial is not None:
         initial.complete()
         remark = initial.remark(context.base_name, base.revision)
         remarks += () if remark is None else (remark,)
+    root, family = context.workspace.root, admitted.model.family
     return PrepareRecord(
-        fingerprint=fingerprint,
-        model_path=recorded_path(source.complete(), workspace.root),
+        fingerprint=data.name,
+        model_path=recorded_path(source.complete(), root),
         model_revision=base.revision,
-        base_path=recorded_path(base.folder, workspace.root),
+        base_path=recorded_path(base.folder, root),
         base_sha256=base.manifest.sha256,
-        data_path=recorded_path(workspace.data / fingerprint, workspace.root),
+        data_path=recorded_path(data, root),
+        data_content=resolved.content(context.spec.dataset),
         target_modules=family.target_modules,
         packed=admitted.packed,
         rows_apart=admitted.rows_apart,
@@ -197,13 +187,7 @@ def _prepare(
         end_of_turn=end,
         initial_adapter=None if initial is None else initial.status,
         measured=admitted.memory.measured,
-        base=BaseStatus(
-            origin=bases.origin,
-            sha256=base.manifest.sha256,
-            bytes_fetched=source.bytes_fetched,
-            seconds=max(0, round(fetching.total_seconds())),
-            message=bases.remark,
-        ),
+        base=_base_status(bases, base, source.bytes_fetched, fetching),
     )
 
 
@@ -251,6 +235,61 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
         scratch=lambda name: partial_path(context.workspace.data / name),
         say=say,
     ).build()
+
+
+def _initial_adapter(
+    context: StepContext,
+    admitted: _Admitted,
+    hub: Callable[[], Hub],
+    say: Callable[[str], None],
+    earlier: InitialAdapterStatus | None,
+) -> InitialAdapter | None:
+    """The adapter of spec.lora.from, fetched and checked. `earlier`: what an attempt before this one found."""
+    if context.spec.lora.initial_adapter is None:
+        return None
+    say("fetching and checking the adapter of spec.lora.from")
+    return get_initial_adapter(context, hub, admitted.folder, admitted.model.family.target_modules, earlier)
+
+
+def _write_sequences(dataset: Dataset, context: StepContext, admitted: _Admitted, say: Callable[[str], None]) -> Path:
+    """A new folder with the data set's sequences, incomplete until `_complete_data`."""
+    folder = new_folder(partial_path(context.workspace.data / "layout"))
+    dataset.write(
+        folder,
+        context.spec.training,
+        packed=admitted.packed,
+        on_epoch=lambda number: say(f"drawing the rows of epoch {number + 1}"),
+    )
+    return folder
+
+
+def _resolved(dataset: Dataset, admitted: _Admitted, revision: str, template: str | None) -> ResolvedInputs:
+    return ResolvedInputs(
+        revision,
+        admitted.tokenizer_files,
+        tuple(source.sha256 for source in dataset.training),
+        None if dataset.own_evaluation is None else dataset.own_evaluation.sha256,
+        template,
+    )
+
+
+def _complete_data(sequences: Path, resolved: ResolvedInputs, context: StepContext) -> Path:
+    """The data folder, named by its fingerprint, that the folder of the sequences becomes."""
+    fingerprint = resolved.fingerprint(context.spec)
+    resolved.write(sequences, fingerprint)
+    complete_folder(sequences, context.workspace.data / fingerprint)
+    return context.workspace.data / fingerprint
+
+
+def _base_status(bases: BaseSource, base: Base, fetched: int, fetching: timedelta) -> BaseStatus:
+    """How the base came here. `fetched`: bytes of the model, in the time `fetching`."""
+    return BaseStatus(
+        origin=bases.origin,
+        sha256=base.manifest.sha256,
+        bytes_fetched=fetched,
+        seconds=max(0, round(fetching.total_seconds())),
+        message=bases.remark,
+    )
 
 
 def _write_template(tokenizer: Tokenizer, folder: Path) -> str | None:

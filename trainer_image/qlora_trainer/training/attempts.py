@@ -122,7 +122,7 @@ def ended_attempts(records: Path) -> list[Attempt]:
 
 
 def read_attempts(records: Path) -> list[Attempt]:
-    """All attempts so far, oldest first. A line that cannot be read is logged and left out."""
+    """All attempts so far, oldest first. A line that cannot be read is left out, and logged without what is in it."""
     attempts = []
     try:
         lines = (records / ATTEMPTS_FILE).read_bytes().splitlines()
@@ -132,7 +132,8 @@ def read_attempts(records: Path) -> list[Attempt]:
         try:
             attempts.append(Attempt.model_validate_json(line))
         except ValidationError as error:
-            logger.warning("%s:%d is not a record of an attempt and is ignored: %s", ATTEMPTS_FILE, number, error)
+            kind = error.errors(include_input=False)[0]["type"]
+            logger.warning("%s:%d is not a record of an attempt and is ignored: %s", ATTEMPTS_FILE, number, kind)
     return attempts
 
 

@@ -2,7 +2,7 @@
 
 `checkpoints/step-N/` holds safetensors files, `state.json`, and `manifest.json` with the SHA-256 of each. It is written
 beside under a hidden name, synced, and renamed. Nothing is pickled, so reading one cannot run code. A file that was
-written before, as the best adapter so far, is linked into it.
+written before, as the best adapter so far, is copied into it: one damaged block must not be in both checkpoints.
 """
 
 import errno
@@ -18,14 +18,15 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_trainer.core.filesystem import atomic_folder, file_sha256, link_or_copy, remove, remove_partials
-from qlora_trainer.core.paths import confined, require_regular
+from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove, remove_partials
+from qlora_trainer.core.paths import confined, read_regular, require_regular
 
 FORMAT_VERSION = 1
 KEPT = 2
 CHECKPOINT_MANIFEST = "manifest.json"
 STATE = "state.json"
 CORRUPT = ".corrupt"
+_MAX_JSON_BYTES = 2**24
 # What a damaged checkpoint answers. Anything else, as a network volume that is away, may pass.
 _DAMAGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO})
 _NAME = re.compile(r"step-(\d+)")
@@ -89,7 +90,7 @@ def _write(
     state: Mapping[str, Any],
 ) -> None:
     for name, file in stored.items():
-        link_or_copy(file.path, folder / name)
+        shutil.copyfile(file.path, folder / name)
     for name, entries in tensors.items():
         save_file(dict(entries), folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(state, indent=2, sort_keys=True, allow_nan=False))
@@ -97,7 +98,11 @@ def _write(
     for name, file in stored.items():
         if sums[name] != file.sha256:
             raise ValueError(f"{file.path} has sha256 {sums[name]}, not {file.sha256}: it was changed or damaged")
-    (folder / CHECKPOINT_MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2, sort_keys=True))
+    _write_manifest(folder, sums)
+
+
+def _write_manifest(folder: Path, sums: Mapping[str, str]) -> None:
+    (folder / CHECKPOINT_MANIFEST).write_text(json.dumps({"sha256": dict(sums)}, indent=2, sort_keys=True))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -114,7 +119,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _verified(path: Path) -> Checkpoint:
-    sums = json.loads((path / CHECKPOINT_MANIFEST).read_bytes())["sha256"]
+    sums = json.loads(read_regular(path / CHECKPOINT_MANIFEST, _MAX_JSON_BYTES))["sha256"]
+    state = json.loads(read_regular(path / STATE, _MAX_JSON_BYTES))
     present = {entry.name for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()}
     for name, expected in sums.items():
         if name not in present:
@@ -122,9 +128,14 @@ def _verified(path: Path) -> Checkpoint:
         found = file_sha256(path / name)
         if found != expected:
             raise ValueError(f"{name} has sha256 {found}, not {expected}")
-    state = json.loads((path / STATE).read_bytes())
     if STATE not in sums or state["formatVersion"] != FORMAT_VERSION:
         raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
+    if (
+        not isinstance(state["fingerprint"], dict)
+        or type(state["historyBytes"]) is not int
+        or state["historyBytes"] < 0
+    ):
+        raise ValueError(f"{STATE} is not that of a run")
     return Checkpoint(path, int(state["step"]), state, sums)
 
 
@@ -160,14 +171,13 @@ def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
     Only the files that its manifest names are copied. Raises ValueError if they have changed in the meantime.
     """
-    manifest = (checkpoint.path / CHECKPOINT_MANIFEST).read_bytes()
     final = folder / checkpoint.path.name
     with atomic_folder(final) as partial:
-        for name in json.loads(manifest)["sha256"]:
+        for name in checkpoint.sha256:
             source = checkpoint.path / name
             require_regular(source, checkpoint.path, str(source))
             shutil.copyfile(source, partial / name)
-        (partial / CHECKPOINT_MANIFEST).write_bytes(manifest)
+        _write_manifest(partial, checkpoint.sha256)
         read_checkpoint(partial)
     return read_checkpoint(final)
 

@@ -1,6 +1,7 @@
 """Takes up the run of another job: copies its newest checkpoint into this job's workspace, before a GPU is used."""
 
 import logging
+import os
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
@@ -8,9 +9,10 @@ from qlora_trainer.core.failures import StepFailure, bad_configuration, unreacha
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import bytes_below, require_space, write_atomically
 from qlora_trainer.core.paths import confined, require_regular
-from qlora_trainer.training.attempts import ATTEMPTS_FILE, ended_attempts, write_attempts
+from qlora_trainer.training.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
 from qlora_trainer.training.checkpoint import Checkpoint, copy_checkpoint, newest_intact, numbered_checkpoints
 from qlora_trainer.training.fingerprint import Fingerprint, differences
+from qlora_trainer.training.prepared_job import PreparedJob
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +25,26 @@ def require_something_to_continue(source: Path, name: str) -> None:
         raise _nothing_to_continue(name)
 
 
-def continue_run(source: Path, name: str, workspace: WorkspaceLayout, fingerprint: Fingerprint) -> int | None:
+def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     """Copy the newest intact checkpoint below `source`, with the metrics and attempts that led to it.
 
-    Returns its step; None if the workspace has a checkpoint of its own, from which it resumes. `name` is that of the
-    other job, for messages. Raises StepFailure (BAD_CONFIGURATION) if its run is another one, naming what differs, or
-    has no checkpoint.
+    Returns its step; None if the job has a checkpoint of its own, from which it resumes, or is trained: then the other
+    job, whose name for messages is `name`, may be gone. Raises StepFailure (BAD_CONFIGURATION) if its run is another
+    one, naming what differs, or has no checkpoint.
     """
-    if newest_intact(workspace.checkpoints) is not None:
+    workspace = job.context.workspace
+    if newest_intact(workspace.checkpoints) is not None or job.already_trained() is not None:
         return None
     other = _layout(source)
     checkpoint = newest_intact(other.checkpoints)
     if checkpoint is None:
         raise _nothing_to_continue(name)
-    _require_same_run(checkpoint, fingerprint, name)
+    _require_same_run(checkpoint, job.fingerprint, name)
     require_space(workspace.root, bytes_below(checkpoint.path), f"the checkpoint of {name}")
     _copy_history(other, workspace, int(checkpoint.state["historyBytes"]))
     if not (workspace.records / ATTEMPTS_FILE).exists():
         # Of no Job of this QLoRAJob: they count in the goodput, and not as attempts that got nowhere.
-        earlier = ended_attempts(confined(other.records, source))
+        earlier = _attempts(other)
         write_attempts(workspace.records, [attempt.model_copy(update={"job_attempt": 0}) for attempt in earlier])
     # Last: with a checkpoint, everything that belongs to it is here.
     copy_checkpoint(checkpoint, workspace.checkpoints)
@@ -72,6 +75,15 @@ def _copy_history(other: WorkspaceLayout, workspace: WorkspaceLayout, length: in
     require_regular(path, other.root, HISTORY_FILE)
     with path.open("rb") as file:
         write_atomically(workspace.report / HISTORY_FILE, file.read(length))
+
+
+def _attempts(other: WorkspaceLayout) -> list[Attempt]:
+    """The other run's; none if it has no record of them."""
+    path = confined(other.records, other.root) / ATTEMPTS_FILE
+    if not os.path.lexists(path):
+        return []
+    require_regular(path, other.root, ATTEMPTS_FILE)
+    return ended_attempts(path.parent)
 
 
 def _nothing_to_continue(name: str) -> StepFailure:

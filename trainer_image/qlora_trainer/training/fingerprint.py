@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_api.printable import shortened
 from qlora_api.status import InitialAdapterStatus
-from qlora_api.training import LoraSpec
+from qlora_api.training import LoraSpec, PreferenceSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
@@ -21,7 +21,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
 # How often to save, where to draw curves and when to give up decide nothing about what is computed.
 _WITHOUT_EFFECT = ("saveEverySteps", "divergencePatience", "reportTo", "samples", "autoMicroBatch")
 # Another word for leaving the field out.
-_SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised"}
+_SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised", "preference": PreferenceSpec().dump()}
 
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
@@ -37,7 +37,7 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
             "base": prepared.base_sha256,
             "targetModules": list(prepared.target_modules),
         },
-        "data": {"fingerprint": prepared.fingerprint},
+        "data": _data(prepared),
         "quantization": spec.quantization.dump(),
         "lora": _lora(spec.lora, prepared.initial_adapter),
         "training": training,
@@ -46,6 +46,13 @@ def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device,
         "libraries": {name: version(name) for name in _LIBRARIES},
         "trainer": trainer_version(),
     }
+
+
+def _data(prepared: PrepareRecord) -> dict[str, Any]:
+    """The content of the data and what decides the rows, by name: where they were read from decides nothing."""
+    if prepared.data_content is None:
+        return {"fingerprint": prepared.fingerprint}
+    return dict(prepared.data_content)
 
 
 def _lora(lora: LoraSpec, initial: InitialAdapterStatus | None) -> dict[str, Any]:

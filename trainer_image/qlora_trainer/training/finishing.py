@@ -2,7 +2,7 @@
 
 from qlora_trainer.core.completion import Comparison, TrainRecord, write_completion
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
-from qlora_trainer.core.filesystem import atomic_folder, file_sha256
+from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove
 from qlora_trainer.model.adapter import restore_adapter, save_adapter
 from qlora_trainer.training.answers import leave_samples as write_samples
 from qlora_trainer.training.best_adapter import read_best
@@ -46,6 +46,8 @@ def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
         goodput=run.goodput(state),
     )
     write_completion(workspace.completion("train"), record)
+    # One that was found after the last checkpoint was saved is in no checkpoint, and is needed no more.
+    remove(workspace.best)
     return record
 
 

@@ -143,7 +143,8 @@ def apply_gradient(run: Run, state: RunState, gradient: Gradient, started: float
     seconds = run.runtime.monotonic() - started
     run.pace = run.pace.after_step(seconds, gradient.tokens)
     state = replace(state, kept_seconds=state.kept_seconds + seconds)
-    if state.step == run.schedule.total_steps:
+    # Which adapter is the best is known only after the last evaluation, which judges it then.
+    if state.step == run.schedule.total_steps and run.training.keep != "best":
         _judge_the_end(run, state, loss, gradient)
     state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
     run.note(
@@ -323,8 +324,8 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         kept_seconds=state.kept_seconds + seconds,
     )
     _keep_if_best(run, state)
-    if run.stopped_early(state):
-        _judge_the_early_end(run, state)
+    if run.stopped_early(state) or (run.ended(state) and run.training.keep == "best"):
+        _judge_what_is_kept(run, state)
     report(run, state, "training", force=True)
     return state
 
@@ -335,16 +336,16 @@ def _keep_if_best(run: Run, state: RunState) -> None:
         run.best = write_best(run.context.workspace.best, adapter_tensors(run.model))
 
 
-def _judge_the_early_end(run: Run, state: RunState) -> None:
-    """Check the adapter that a run keeps which stops early, on the held-out rows: no later step would show its harm."""
+def _judge_what_is_kept(run: Run, state: RunState) -> None:
+    """Check the adapter that a run keeps at its end, on the held-out rows: no later step would show its harm."""
     loss, before = kept(run.training, state.evaluations, state.step, state.eval_loss).eval_loss, state.initial_eval_loss
     if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
         return
     raise _diverged(
         run,
         state,
-        f"the run would stop early with loss {loss:.4g} on the held-out rows ({before:.4g} before training; "
-        "spec.training.divergencePatience: 0 would publish it)",
+        f"the run would {'stop early' if run.stopped_early(state) else 'end'} with loss {loss:.4g} on the held-out "
+        f"rows ({before:.4g} before training; spec.training.divergencePatience: 0 would publish it)",
     )
 
 

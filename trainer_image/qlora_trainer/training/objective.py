@@ -58,21 +58,11 @@ class Objective(Protocol):
         """Take over what `state` has returned."""
 
 
-class Supervised:
-    """Cross-entropy of the targets: their mean over an optimizer step, whichever rows they are in."""
-
-    measures: tuple[str, ...] = ()
-
-    def weight(self, batch: Batch) -> int:
-        """Its targets."""
-        return batch.target_count
+class Stateless:
+    """What objectives have in common that need nothing but the batch."""
 
     def before(self, split: Split, micro_batches: Sequence[MicroBatch]) -> None:
         """Nothing to do."""
-
-    def sums(self, model: Any, batch: Batch) -> BatchSums:
-        """The summed loss of its targets."""
-        return BatchSums(batch_loss(model.get_base_model(), batch))
 
     def after(self, ranks: Ranks) -> None:
         """Nothing to do."""
@@ -83,3 +73,17 @@ class Supervised:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to do."""
+
+
+class Supervised(Stateless):
+    """Cross-entropy of the targets: their mean over an optimizer step, whichever rows they are in."""
+
+    measures: tuple[str, ...] = ()
+
+    def weight(self, batch: Batch) -> int:
+        """Its targets."""
+        return batch.target_count
+
+    def sums(self, model: Any, batch: Batch) -> BatchSums:
+        """The summed loss of its targets."""
+        return BatchSums(batch_loss(model.get_base_model(), batch))

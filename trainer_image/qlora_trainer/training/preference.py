@@ -12,7 +12,7 @@ from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.model.batch import Batch, MicroBatch, PairedRows
 from qlora_trainer.model.loss import row_losses
 from qlora_trainer.model.preference_loss import PairLosses, dpo, orpo
-from qlora_trainer.training.objective import BatchSums, Objective, Supervised
+from qlora_trainer.training.objective import BatchSums, Objective, Stateless, Supervised
 from qlora_trainer.training.ranks import Ranks
 from qlora_trainer.training.reference import ReferenceLosses
 
@@ -82,30 +82,17 @@ class DirectPreference(_OfPairs):
         self._reference.restore(state)
 
 
-class OddsRatio(_OfPairs):
+class OddsRatio(_OfPairs, Stateless):
     """ORPO, which needs no reference."""
 
     def __init__(self, settings: PreferenceSpec) -> None:
         self._settings = settings
-
-    def before(self, split: Split, micro_batches: Sequence[MicroBatch]) -> None:
-        """Nothing to do."""
 
     def sums(self, model: Any, batch: Batch) -> BatchSums:
         """Those of its pairs."""
         losses = row_losses(model.get_base_model(), batch)
         targets = torch.tensor(_pairs(batch).target_counts).to(losses.device, non_blocking=True)
         return self._summed(orpo(losses, targets, self._settings))
-
-    def after(self, ranks: Ranks) -> None:
-        """Nothing to do."""
-
-    def state(self) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to do."""
 
 
 def _pairs(batch: Batch) -> PairedRows:

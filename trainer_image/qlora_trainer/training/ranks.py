@@ -121,14 +121,14 @@ class Ranks:
         """Wait until every rank has come here."""
         self.gather(0)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> None:
-        """Replace each gradient, and the loss, by the sum over the ranks, the same bits in each.
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], means: Tensor) -> None:
+        """Replace each gradient, and the rank's part of the means, by the sum over the ranks, the same bits in each.
 
         A parameter without a gradient, in a rank that had no micro batch, counts as 0. Sums are in float32.
         """
         if self.rank_info.size == 1:
             return
-        gradients = [loss.unsqueeze(0)]
+        gradients = [means]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

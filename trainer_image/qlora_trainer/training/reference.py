@@ -76,6 +76,10 @@ class ReferenceLosses:
 
 
 def _without_adapter(model: Any, batch: Batch) -> Tensor:
-    """In the model's mode, so that what is compared with it is rounded alike; the base computes the same in both."""
+    """By PEFT's layers, without a gradient; what is compared with it comes from `FusedLora` while it has one.
+
+    With a new adapter, whose B is 0, the two losses of a row are the same bits on a CPU. On a GPU, where the two take
+    other kernels, they may differ in rounding.
+    """
     with torch.no_grad(), model.disable_adapter():
         return row_losses(model.get_base_model(), batch)
