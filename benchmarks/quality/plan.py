@@ -27,6 +27,12 @@ FEWER_ROWS = (4, 2)
 """Divisors of a task's rows."""
 FEWER_SEEDS = 3
 """The first so many seeds are enough where rank, targets or rows vary."""
+CELLS = len(TASKS) * (
+    1
+    + len(ARMS) * (len(ADAPTER_RATES) + len(SEEDS))
+    + FEWER_SEEDS * (len(OTHER_RANKS) + 1 + len((FULL, QLORA)) * len(FEWER_ROWS))
+)
+"""Of the whole study."""
 
 
 def rates(arm: str) -> tuple[float, ...]:

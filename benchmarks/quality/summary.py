@@ -5,7 +5,7 @@ from statistics import mean
 
 from benchmarks.operator.table import head, row
 from benchmarks.quality.analysis import CLAIMED, Interval, Rights, compared, ratios, scores, verdict
-from benchmarks.quality.plan import ARMS, BASE, FULL, OTHER_RANKS, QLORA, RANK, chosen_rate
+from benchmarks.quality.plan import ARMS, BASE, CELLS, FULL, OTHER_RANKS, QLORA, RANK, chosen_rate
 from benchmarks.quality.results import Run, of_purpose
 from benchmarks.quality.tasks import TASKS
 
@@ -15,10 +15,10 @@ NOTHING = "No task has two runs of each arm yet.\n"
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """All tables in Markdown; a sentence if no task has been compared yet."""
+    """All tables in Markdown; sentences if no task has been compared yet."""
     by_task = compared(runs)
     if not by_task:
-        return NOTHING
+        return f"{NOTHING}\n{_spent(runs)}\n" if runs else NOTHING
     parts = [_scores(runs, list(by_task)), _claim(by_task), _rates(runs, list(by_task))]
     parts += [part for part in (_ranks(runs), _rows(runs)) if part]
     return "\n".join([*("\n".join(part) + "\n" for part in parts), _spent(runs)]) + "\n"
@@ -101,7 +101,7 @@ def _spent(runs: Sequence[Run]) -> str:
     commits = dict.fromkeys((run.commit or "unknown")[:7] for run in runs)
     processors = dict.fromkeys(run.processor for run in runs)
     return (
-        f"{len(runs)} runs, {hours:.1f} hours of processor time; code at {', '.join(commits)}; "
+        f"{len(runs)} of {CELLS} runs, {hours:.1f} hours of processor time; code at {', '.join(commits)}; "
         f"processors: {'; '.join(processors)}."
     )
 

@@ -11,7 +11,18 @@ from benchmarks.quality import summary
 from benchmarks.quality.__main__ import FIGURE, MEASUREMENTS, PAGE
 from benchmarks.quality.analysis import Interval, compared, ratios, verdict
 from benchmarks.quality.figure import scores_figure
-from benchmarks.quality.plan import ARMS, BASE, FULL, QLORA, SEEDS, chosen_rate, planned_cells, rates, waiting_cells
+from benchmarks.quality.plan import (
+    ARMS,
+    BASE,
+    CELLS,
+    FULL,
+    QLORA,
+    SEEDS,
+    chosen_rate,
+    planned_cells,
+    rates,
+    waiting_cells,
+)
 from benchmarks.quality.results import Cell, Run, append_run, read_runs
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import Task, rows_of, sets_of
@@ -129,6 +140,14 @@ def test_the_study_continues_where_the_results_end_and_its_parts_do_the_whole() 
     assert first | second == everything
 
 
+def test_the_whole_study_has_the_runs_that_it_says() -> None:
+    runs: list[Run] = []
+    # Once every rate is known, all cells are.
+    while waiting := list(waiting_cells(runs)):
+        runs += [run_of(cell, SHARES[cell.arm]) for cell in waiting]
+    assert len({run.cell for run in runs}) == len(runs) == CELLS
+
+
 def test_no_run_on_held_out_rows_has_a_rate_that_was_not_chosen() -> None:
     assert {cell.arm for cell in waiting_cells([]) if cell.scored_on == "held-out"} == {BASE}
 
@@ -176,7 +195,7 @@ def test_the_tables_have_every_arm_and_what_was_spent() -> None:
     runs = study(SHARES)
     text = summary.tables(runs)
     assert all(label in text for label in ARMS.values())
-    assert f"{len(runs)} runs, 0.2 hours of processor time; code at 1234567; processors: AVX512." in text
+    assert f"{len(runs)} of {CELLS} runs, 0.2 hours of processor time; code at 1234567; processors: AVX512." in text
     assert "97.5 %" in summary.claim_table(runs)
     assert summary.tables([]) == summary.claim_table([]) == summary.NOTHING
 
