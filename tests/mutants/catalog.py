@@ -1185,7 +1185,7 @@ TRAINER = (
         old="if run.initial_adapter_sha256 is None:\n        with run",
         new="if True:\n        with run",
         tests=(
-            f"{_TRAINER_TESTS}/steps/test_initial_adapter.py::test_the_run_is_compared_with_where_it_began_and_goes_on_to_the_last_bit",
+            f"{_TRAINER_TESTS}/training/test_divergence.py::test_a_run_that_began_with_a_worse_adapter_than_none_is_not_given_up_for_that",
         ),
     ),
     Mutant(

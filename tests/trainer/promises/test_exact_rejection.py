@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qlora_api.contract import ExitCode
-from qlora_api.training import EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.status import InitialAdapterStatus
+from qlora_api.training import EarlyStoppingSpec, LoraSpec, PreferenceSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.core import environment
 from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
@@ -39,9 +40,12 @@ WITHOUT_EFFECT = {
 OTHER_VALUES: dict[str, Any] = {
     "training.keep": "best",
     "training.early_stopping": EarlyStoppingSpec(patience=1),
+    "training.objective": "dpo",
+    "training.preference": PreferenceSpec(beta=0.2),
 }
 FIELDS = [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
-DECIDING = [field for field in FIELDS if field not in WITHOUT_EFFECT]
+# Where an earlier adapter came from decides nothing: its SHA-256, which prepare records, does.
+DECIDING = [field for field in FIELDS if field not in (*WITHOUT_EFFECT, "lora.initial_adapter")]
 
 
 def another_value(field: FieldInfo, current: Any) -> Any:
@@ -141,6 +145,10 @@ def test_a_field_that_may_change_between_attempts_changes_no_byte(field: str, ti
         ({"model_revision": "sha256:other"}, 'model.revision was "sha256:tiny", is "sha256:other"'),
         ({"fingerprint": "other"}, 'data.fingerprint was "rows", is "other"'),
         ({"target_modules": ("q_proj",)}, "model.targetModules was "),
+        (
+            {"initial_adapter": InitialAdapterStatus(source="pvc://adapters/first", sha256="0" * 64)},
+            f'lora.from.sha256 was null, is "{"0" * 64}"'[:60],
+        ),
     ],
 )
 def test_another_model_and_other_data_are_rejected(

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
+from qlora_api.status import InitialAdapterStatus
+from qlora_trainer.core.completion import PrepareRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.training import loop
@@ -203,6 +206,27 @@ def test_a_run_whose_best_adapter_does_harm_is_no_success_at_its_end(tmp_path: P
     assert "training diverged at step 2: the run would end with loss " in given_up(context).message
     assert kept(context) == []
     assert not context.workspace.trained.exists()
+
+
+def test_a_run_that_began_with_a_worse_adapter_than_none_is_not_given_up_for_that(
+    tmp_path: Path, fluent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"learningRate": 1.0, "maxSteps": 2, "scheduler": "constant", "warmupSteps": 0, "divergencePatience": 0}
+    first = prepared(tmp_path / "first", fluent, {"training": settings})
+    earlier = run(first)
+    assert earlier.loss > 2.0
+    begins = {"lora": {"from": {"source": "pvc://adapters/first"}}}
+    gentle = {"learningRate": 1e-5, "maxSteps": 1, "divergencePatience": 1}
+    context = prepared(tmp_path / "second", fluent, begins | {"training": settings | gentle})
+    shutil.copytree(first.workspace.trained, context.workspace.initial_adapter)
+    path = context.workspace.completion("prepare")
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    status = InitialAdapterStatus(source="pvc://adapters/first", sha256=earlier.adapter_sha256)
+    write_completion(path, record.model_copy(update={"initial_adapter": status}))
+    monkeypatch.setattr(Stability, "to_be_judged", lambda *_: True)
+
+    assert run(context).loss > 2.0
 
 
 def test_patience_0_never_gives_up(workspace: Prepare) -> None:
