@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 _TRAINED = "bold green"
 _MARKS = ("[[", "]]")
 _BAR_WIDTH = 40
-# Not asked of the model's configuration, which is not at hand for every address.
-_ANY_VOCABULARY = 2**31
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,14 @@ class RowAccess:
     def dataset(self, folder: Path) -> "Dataset":
         """The whole data set, tokenized on all cores, with its files in `folder`. Raises StepFailure."""
         from qlora_trainer.data.build import DatasetBuilder
+        from qlora_trainer.data.tokenize import ANY_VOCABULARY
 
         return DatasetBuilder(
             self.spec.dataset,
             self.spec.training,
             self.tokenizer(),
             {},
-            vocabulary=_ANY_VOCABULARY,
+            vocabulary=ANY_VOCABULARY,
             access=self._data(),
             scratch=lambda name: folder / name,
             say=lambda _activity: None,

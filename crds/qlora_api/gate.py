@@ -25,8 +25,9 @@ class ScoreSpec(ApiModel):
 
     check: Literal["exactMatch", "jsonSchema", "regex"] = Field(
         description="What an answer must be: the row's own answer, apart from white space at both ends (exactMatch); "
-        "JSON that the schema allows (jsonSchema); or text in which the pattern is found (regex). An answer that takes "
-        "more than two seconds to check has not passed."
+        "JSON that the schema allows (jsonSchema); or text in which the pattern is found (regex). Reasoning "
+        "up to </think> is not looked at. An answer that takes more than two seconds of computing to check has not "
+        "passed."
     )
     json_schema: Annotated[str, Field(min_length=1, max_length=8192)] | None = Field(
         None,
@@ -81,7 +82,11 @@ class GateSpec(ApiModel):
         "10 percent.",
     )
     max_eval_loss: float | None = Field(
-        None, gt=0, le=1000, description="The highest held-out loss per target token (natural log)."
+        None,
+        gt=0,
+        le=1000,
+        description="The highest held-out loss (natural log): per target token, or per pair if the objective compares "
+        "answers.",
     )
     min_score: float | None = Field(None, ge=0, le=1, description="The lowest score of the adapter's answers.")
     score: ScoreSpec | None = Field(

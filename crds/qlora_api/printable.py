@@ -1,5 +1,7 @@
 """Makes text of unknown origin safe to show in a record, a status, a log or a terminal."""
 
+import json
+
 
 def printable(text: str) -> str:
     """The text with a backslash escape for each character that is not printable.
@@ -28,6 +30,14 @@ def shortened_in_the_middle(text: str, limit: int) -> str:
     """The text if it has at most `limit` characters, at least 3, else its beginning and its end around an ellipsis."""
     end = (limit - 1) // 2
     return text if len(text) <= limit else f"{text[: limit - 1 - end]}…{text[-end:]}"
+
+
+def shortened_json(value: object, limit: int = 80) -> str:
+    """The value as JSON, in at most `limit` characters."""
+    try:
+        return shortened(json.dumps(value), limit)
+    except RecursionError:
+        return "a value that is nested too deeply"
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

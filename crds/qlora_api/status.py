@@ -277,10 +277,17 @@ class GateStatus(ObservedModel):
     criteria: tuple[GateCriterion, ...] = Field((), max_length=8, description="The limits that spec.gate sets.")
     eval_loss: Finite | None = Field(None, description="Held-out loss of the adapter.")
     initial_eval_loss: Finite | None = Field(None, description="Held-out loss before training.")
-    eval_tokens: Count | None = Field(None, description="Number of target tokens that both losses are means of.")
+    eval_tokens: Count | None = Field(
+        None,
+        description="Number of target tokens that both losses are means of. Not set if the objective compares answers: "
+        "they are means over pairs.",
+    )
     score: Share | None = Field(None, description="Share of the adapter's answers that passed the check.")
     base_score: Share | None = Field(None, description="The same of the base's answers, to the same rows.")
     score_rows: Count | None = Field(None, description="Number of held-out rows that were answered.")
+    score_too_long_rows: Count | None = Field(
+        None, description="Number of held-out rows that could not be: their prompt has more than 1024 tokens."
+    )
 
 
 class InitialAdapterStatus(ObservedModel):

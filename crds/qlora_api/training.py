@@ -131,8 +131,8 @@ class EarlyStoppingSpec(ApiModel):
         0.0,
         ge=0,
         le=1000,
-        description="By how much (nats per target token) an evaluation must be more than below the lowest loss so far, "
-        "that before training included, to count as an improvement.",
+        description="By how much (nats per target token, or per pair if the objective compares answers) an evaluation "
+        "must be more than below the lowest loss so far, that before training included, to count as an improvement.",
     )
 
 

@@ -262,7 +262,7 @@ class QLoRAJobSpec(ApiModel):
     gate: GateSpec | None = Field(
         None,
         description="How good the adapter must be to be published; not judged if not set. A change counts from the "
-        "job's next step on, and for a failed job that is retried.",
+        "job's next step on, and for a failed job that is retried; removing the whole gate only for the latter.",
     )
     continues: JobName | None = Field(
         None,

@@ -16,6 +16,8 @@ _USABLE_SHARE = 0.98
 _THIN_MARGIN = 0.05
 SHORTEST_SEQUENCE = 256
 """Tokens below which no sequence is advised to be cut."""
+SHORTEST_ANSWER = 16
+"""Tokens below which no answer is advised to be cut off."""
 LARGEST_MICRO_BATCH_TOKENS = 4096
 """Tokens of a micro batch beyond which a larger one hardly trains faster."""
 _SMALLEST_RANK = 8
@@ -176,11 +178,22 @@ def _smaller_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
             yield replace(training, micro_batch_size=smaller, gradient_accumulation_steps=steps)
 
 
+def _shorter_answers(training: TrainingShape) -> Iterator[TrainingShape]:
+    if training.answer_tokens is None:
+        return
+    prompt, both = training.answer_tokens
+    new = (both - prompt) // 2
+    while new >= SHORTEST_ANSWER:
+        yield replace(training, answer_tokens=(prompt, prompt + new))
+        new //= 2
+
+
 _REMEDIES: tuple[tuple[str, Callable[[TrainingShape], Iterator[TrainingShape]]], ...] = (
     ("Activations are computed twice: slower, with the same result.", _set("gradient_checkpointing", True)),
     ("The same batch in more, smaller micro batches: slower, with the same result.", _smaller_micro_batches),
     ("The quantization constants are quantized too: without measurable loss.", _set("double_quantization", True)),
     ("Adam's moments are stored in 8-bit: results hardly differ.", _set("optimizer", "paged_adamw_8bit")),
+    ("Longer answers are cut off, and do not pass.", _shorter_answers),
     ("Rows longer than this are left out.", _halve("sequence_length", SHORTEST_SEQUENCE)),
     (
         "The adapter has less capacity; lower lora.alpha in proportion to keep its scale.",
@@ -195,6 +208,7 @@ _SPEC_PATHS: Mapping[str, str] = {
     "gradient_accumulation_steps": "training.gradientAccumulationSteps",
     "double_quantization": "quantization.doubleQuant",
     "optimizer": "training.optimizer",
+    "answer_tokens": "gate.score.maxNewTokens",
     "sequence_length": "training.maxSequenceLength",
     "rank": "lora.rank",
     "adapter_bytes": "lora.dtype",
@@ -213,4 +227,7 @@ def _changes(before: TrainingShape, after: TrainingShape) -> tuple[Change, ...]:
 def _spec_value(name: str, value: object) -> str:
     if name == "adapter_bytes":
         return "bfloat16" if value == 2 else "float32"
+    if isinstance(value, tuple):
+        prompt, both = value
+        return str(both - prompt)
     return str(value).lower()

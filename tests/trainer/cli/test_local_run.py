@@ -357,6 +357,7 @@ def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, t
     assert "Training" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_whose_adapter_does_not_pass_its_gate_ends_with_the_numbers(trained: Files) -> None:
     done = qlora(*arguments(trained, manifest(trained, {**SPEC, "gate": {"minImprovement": 0.9}})))
     assert done.returncode == 20, done.stdout + done.stderr

@@ -1,11 +1,16 @@
 """Answers are checked as spec.gate.score says, and no pattern, schema or answer holds up the step."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from typing import Any
 
 import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
+from qlora_trainer.core import answer_check
 from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.failures import StepFailure
 
@@ -30,6 +35,35 @@ def test_an_exact_match_ignores_white_space_around_the_answer_only() -> None:
 def test_a_pattern_is_found_anywhere_unless_it_is_anchored() -> None:
     assert passing(score(check="regex", pattern=r"n\d+"), ["pods of n7", "pods"]) == [True, False]
     assert passing(score(check="regex", pattern=r"^n\d+$"), ["pods of n7", "n7"]) == [False, True]
+
+
+def test_reasoning_before_an_answer_is_not_looked_at() -> None:
+    own = "<think>\nThe user wants pods.\n</think>\n\nget pods"
+    answers = ["<think>\nOther thoughts.\n</think>\n\nget pods", "get pods", "<think>\nget pods\n</think>\n\nget"]
+    assert passing(score(check="exactMatch"), answers, own) == [True, True, False]
+    assert passing(score(check="jsonSchema", schema=OBJECT), ['<think>{}</think>{"city": "Bonn"}']) == [True]
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ('{"enum": [{"$ref": "abc"}]}', '{"$ref": "abc"}', "{}"),
+        (
+            '{"$id": "https://example.org/a", "$ref": "/b", "$defs": {"b": {"$id": "/b", "required": ["x"], \
+"properties": {"x": {"$ref": "#/$defs/c"}}, "$defs": {"c": {"type": "string"}}}}}',
+            '{"x": "y"}',
+            '{"x": 1}',
+        ),
+        ('{"multipleOf": 0.1}', "7", "1e400"),
+    ],
+    ids=["a $ref that is data", "a $ref relative to an $id", "a number that is too large"],
+)
+def test_a_valid_schema_is_used_and_what_its_check_raises_does_not_end_it(schema: str, good: str, bad: str) -> None:
+    with AnswerChecker(score(check="jsonSchema", schema=schema)) as checker:
+        workers = multiprocessing.active_children()
+        assert not checker.passes(bad, "")
+        assert checker.passes(good, "")
+        assert multiprocessing.active_children() == workers
 
 
 def test_an_answer_must_be_json_that_the_schema_allows_and_nothing_else() -> None:
@@ -76,13 +110,45 @@ def test_an_answer_that_takes_too_long_has_not_passed_and_the_next_one_is_checke
         assert checker.passes(good, "")
 
 
+def test_an_answer_has_its_time_of_the_processor_and_not_of_the_clock() -> None:
+    with AnswerChecker(score(check="regex", pattern="pods"), seconds=0.05) as checker:
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid or 0, signal.SIGSTOP)
+        wake = threading.Timer(0.5, os.kill, (worker.pid, signal.SIGCONT))
+        wake.start()
+        assert checker.passes("get pods", "")
+        wake.join()
+
+
+def test_a_process_that_ends_is_replaced_until_it_has_ended_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill() -> None:
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        worker.join()
+
+    monkeypatch.setattr(answer_check, "_MOST_RESTARTS", 1)
+    with AnswerChecker(score(check="regex", pattern="pods")) as checker:
+        kill()
+        assert not checker.passes("get pods", "")
+        assert checker.passes("get pods", "")
+        kill()
+        with pytest.raises(StepFailure, match="the last time because its process ended with exit code -9: simplify it"):
+            checker.passes("get pods", "")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"check": "regex", "pattern": "(a"}, "pattern is no regular expression of Python: missing )"),
         ({"check": "jsonSchema", "schema": "{"}, "schema is no JSON schema"),
         ({"check": "jsonSchema", "schema": '{"type": 5}'}, "schema is no JSON schema"),
-        ({"check": "jsonSchema", "schema": "[]"}, "schema is no JSON schema"),
+        ({"check": "jsonSchema", "schema": "[]"}, "schema is no JSON schema: it is [], and must be an object"),
+        ({"check": "jsonSchema", "schema": "null"}, "schema is no JSON schema: it is null, and must be an object"),
+        ({"check": "jsonSchema", "schema": '{"$schema": []}'}, "schema is no JSON schema"),
+        (
+            {"check": "jsonSchema", "schema": '{"$dynamicRef": "#none"}'},
+            "a $ref must lead to a part of the same schema",
+        ),
         (
             {"check": "jsonSchema", "schema": '{"$ref": "#/$defs/none"}'},
             "a $ref must lead to a part of the same schema",

@@ -15,6 +15,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.publishing.gate import judge
 from qlora_trainer.publishing.verify import require_own_training
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training import finishing, loop
@@ -83,6 +84,21 @@ def test_a_run_ends_early_and_keeps_the_adapter_of_its_best_evaluation_to_the_la
     run(four_steps)
     assert adapter_bytes(context) == adapter_bytes(four_steps)
     assert not context.workspace.best.exists()
+
+
+def test_loss_and_score_of_a_gate_are_those_of_the_adapter_that_is_kept(workspace: Prepare) -> None:
+    scored = {"gate": {"score": {"check": "regex", "pattern": "[a-z]", "rows": 3, "maxNewTokens": 4}}}
+    best_of_six = workspace("best", merged(BEST, scored))
+    four_steps = workspace("four", merged(UNSTEADY, merged({"training": {"maxSteps": 4}}, scored)))
+
+    records = [run(context) for context in (best_of_six, four_steps)]
+
+    kept, expected = (judge(best_of_six.spec.gate, record) for record in records)
+    assert kept == expected
+    assert kept is not None
+    assert (kept.eval_loss, kept.score_rows) == (losses(best_of_six)[4], 3)
+    answers = [(context.workspace.report / "answers.jsonl").read_text() for context in (best_of_six, four_steps)]
+    assert answers[0] == answers[1]
 
 
 def test_a_run_that_keeps_the_last_adapter_stops_early_with_that_one(workspace: Prepare) -> None:

@@ -17,7 +17,7 @@ from qlora_trainer.core.completion import EndOfTurn, TrainRecord, read_completio
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, scored_prompts
+from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, adapter_bytes, failure, history, job, prepared, run, write_data
@@ -86,12 +86,14 @@ def test_a_stopped_or_killed_score_is_continued_and_training_is_not_repeated(
     assert answers(scored) == answers(undisturbed)
     assert answers(scored)[:3] == kept
     assert record.score == expected.score
+    assert_is_of_its_answers(record, scored)
     assert adapter_bytes(scored) == adapter_bytes(undisturbed)
     assert history(scored) == history(undisturbed)
     assert {entry["trainingStep"] for entry in records.written} == {6}
     assert read_completion(scored.workspace.completion("train"), TrainRecord) == record
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_there_is_scored_anew_by_another_check_and_stays_as_it_is(scored: StepContext) -> None:
     first = run(scored)
     assert_is_of_its_answers(first, scored)
@@ -134,9 +136,9 @@ def test_packing_does_not_decide_which_rows_are_answered(tmp_path: Path) -> None
     write_data(tmp_path / "apart", packed=False)
     packed, apart = (PreparedDataset.open(tmp_path / name, "eval") for name in ("packed", "apart"))
     assert len(packed) < len(apart) == 4
-    assert scored_prompts(packed, 3) == scored_prompts(apart, 3)
-    assert len(scored_prompts(packed, 3)) == 3
-    assert len({prompt.sha256 for prompt in scored_prompts(packed, 100)}) == 4
+    assert ScoredPrompts.of(packed, 3) == ScoredPrompts.of(apart, 3)
+    assert len(ScoredPrompts.of(packed, 3).chosen) == 3
+    assert len({prompt.sha256 for prompt in ScoredPrompts.of(packed, 100).chosen}) == 4
 
 
 def test_an_answer_ends_where_the_model_was_taught_to_end_it(tiny_llama: Path) -> None:

@@ -419,6 +419,15 @@ def test_gradient_checkpointing_is_advised_before_anything_that_costs_quality() 
     assert [change.setting for change in step.changes] == ["training.gradientCheckpointing"]
 
 
+def test_shorter_answers_are_advised_where_answers_make_the_peak() -> None:
+    training = TrainingShape(rank=8, sequence_length=256, optimizer="paged_adamw_8bit", answer_tokens=(256, 1280))
+    before = estimate(LLAMA_2_7B_SHAPE, training)
+    steps = advice(of(LLAMA_2_7B_SHAPE), training, before.expected * 1.04 / GIB / 0.98)
+    changes = [(change.setting, change.current, change.proposed) for step in steps for change in step.changes]
+    assert ("gate.score.maxNewTokens", "1024", "512") in changes
+    assert steps[-1].verdict == "fits"
+
+
 def test_steps_build_on_each_other_until_the_run_fits() -> None:
     steps = advice(
         of(LLAMA_65B), TrainingShape(micro_batch_size=4, sequence_length=2048, double_quantization=False), 48

@@ -35,7 +35,7 @@ def trained(before: float | None = 2.0, after: float | None = 1.5, score: Score 
 
 def scored(adapter: float, base: float = 0.12, of: str = ADAPTER) -> Score:
     settings = score_settings(gate_of(score=EXACT).score or pytest.fail("it has one"))
-    return Score(settings=settings, adapter_sha256=of, rows=50, adapter=adapter, base=base)
+    return Score(settings=settings, adapter_sha256=of, rows=50, too_long_rows=7, adapter=adapter, base=base)
 
 
 def passed(gate: GateSpec, record: TrainRecord) -> dict[str, bool]:
@@ -89,7 +89,14 @@ def test_the_status_has_what_was_measured_on_how_much_and_of_which_adapter() -> 
         "score": 0.94,
         "baseScore": 0.12,
         "scoreRows": 50,
+        "scoreTooLongRows": 7,
     }
+
+
+def test_losses_that_are_means_over_pairs_are_not_said_to_be_of_tokens() -> None:
+    judged = judge(gate_of(maxEvalLoss=0.7), trained(), pairs=True)
+    assert judged is not None
+    assert judged.eval_tokens is None
 
 
 def test_a_score_without_a_limit_requires_nothing() -> None:

@@ -100,6 +100,7 @@ class Score(ObservedModel):
     settings: str = Field(description="SHA-256 of spec.gate.score, by which they were measured.")
     adapter_sha256: str = Field(description="SHA-256 of the adapter that gave the answers.")
     rows: PositiveInt = Field(description="Rows that were answered.")
+    too_long_rows: int | None = Field(None, ge=0, description="Rows that could not be, as their prompt is too long.")
     adapter: Share = Field(description="Share of the adapter's answers that passed.")
     base: Share = Field(description="The same without the adapter.")
 

@@ -12,10 +12,7 @@ from qlora_trainer.data.formats import Reading, RowReader, detect_format
 from qlora_trainer.data.hub_splits import training_part
 from qlora_trainer.data.locate import DataAccess, find_data
 from qlora_trainer.data.reading import read_sample
-from qlora_trainer.data.tokenize import ChunkMaker, Recipe
-
-# What the tokens are compared with is in the model's configuration, which a preview does not need.
-_ANY_VOCABULARY = 2**31
+from qlora_trainer.data.tokenize import ANY_VOCABULARY, ChunkMaker, Recipe
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def _preview(
     format_, columns = source.format, source.columns
     if format_ == "auto":
         format_, columns = detect_format(first[0], source.columns, field, pairs=training.compares_answers)
-    recipe = Recipe.of(spec, training, tokenizer, format_, columns, field, vocabulary=_ANY_VOCABULARY)
+    recipe = Recipe.of(spec, training, tokenizer, format_, columns, field, vocabulary=ANY_VOCABULARY)
     recipe.require_place_for_settings(tokenizer, data.uri)
     maker = ChunkMaker(recipe, tokenizer)
     shown = (shown for row in first for shown in _previewed(tokenizer, maker.rendered(row), row.location, recipe))

@@ -38,6 +38,8 @@ _BATCH_BYTES = 2**20
 # Workers need some seconds to load the tokenizer's libraries, in which this process makes this many chunks.
 _CHUNKS_ALONE = 4
 _PENDING_CHUNKS_PER_WORKER = 2
+ANY_VOCABULARY = 2**31
+"""For rows that are only shown: the vocabulary is in the model's configuration, which is not at hand for that."""
 OnRows = Callable[[int], None]
 """Called with the rows tokenized so far."""
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from qlora_api.printable import shortened
+from qlora_api.printable import shortened, shortened_json
 from qlora_api.training import LoraSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.core.paths import some_names
@@ -59,7 +59,8 @@ def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
     config = _read(path, location)
     if config.get("peft_type") != "LORA":
         raise bad_configuration(
-            f"the adapter of spec.lora.from, {location}, is of type {_brief(config.get('peft_type'))}: must be LORA"
+            f"the adapter of spec.lora.from, {location}, is of type "
+            f"{shortened_json(config.get('peft_type'))}: must be LORA"
         )
     wanted: dict[str, tuple[str, object]] = {
         "r": ("rank", lora.rank),
@@ -68,7 +69,7 @@ def check_config(path: Path, location: str, lora: LoraSpec) -> AdapterConfig:
         "use_dora": ("useDora", lora.use_dora),
     }
     different = [
-        f"spec.lora.{field} is {_brief(value)}, and the adapter has {_brief(found)}"
+        f"spec.lora.{field} is {shortened_json(value)}, and the adapter has {shortened_json(found)}"
         for key, (field, value) in wanted.items()
         if (found := config.get(key, False)) != value
     ]
@@ -109,16 +110,18 @@ def _require_plain(config: Mapping[str, Any], location: str, compared: set[str])
     initialized = config.get("init_lora_weights")
     if isinstance(initialized, str) and initialized.startswith(_CHANGE_THE_BASE):
         raise bad_configuration(
-            f"the adapter of spec.lora.from, {location}, was initialized with {_brief(initialized)}, for which PEFT "
-            "changed the base: convert it with PEFT's path_initial_model_for_weight_conversion"
+            f"the adapter of spec.lora.from, {location}, was initialized with "
+            f"{shortened_json(initialized)}, for which PEFT changed the base: convert it with PEFT's "
+            "path_initial_model_for_weight_conversion"
         )
     defaults = LoraConfig().to_dict()
     for key in sorted(config.keys() - compared - _WITHOUT_EFFECT - {"init_lora_weights"}):
         value = config[key]
         if value and value != defaults.get(key):
             raise bad_configuration(
-                f"the adapter of spec.lora.from, {location}, has {_brief(key)}: {_brief(value)}, which this trainer "
-                "does not support: name an adapter that was trained without it"
+                f"the adapter of spec.lora.from, {location}, has {shortened_json(key)}: "
+                f"{shortened_json(value)}, which this trainer does not support: name an adapter that was trained "
+                "without it"
             )
 
 
@@ -183,11 +186,3 @@ def _does_not_match(location: str, different: list[str]) -> StepFailure:
     return bad_configuration(
         f"the adapter of spec.lora.from, {location}, does not match this job: {'; '.join(different)}; {_REMEDY}"
     )
-
-
-def _brief(value: object) -> str:
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        text = "a value that is nested too deeply"
-    return shortened(text, 80)

@@ -9,8 +9,10 @@ from qlora_trainer.core.completion import Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 
 
-def judge(gate: GateSpec | None, trained: TrainRecord) -> GateStatus | None:
+def judge(gate: GateSpec | None, trained: TrainRecord, *, pairs: bool = False) -> GateStatus | None:
     """What the gate says of the adapter that training recorded; None without a gate.
+
+    `pairs`: the losses are means over pairs of answers, not over target tokens.
 
     Raises StepFailure: BAD_CONFIGURATION if training has not measured what the gate asks for, UNSAFE_ARTIFACT if it has
     measured another adapter.
@@ -25,10 +27,11 @@ def judge(gate: GateSpec | None, trained: TrainRecord) -> GateStatus | None:
         criteria=criteria,
         eval_loss=trained.eval_loss,
         initial_eval_loss=trained.initial_eval_loss,
-        eval_tokens=trained.eval_tokens,
+        eval_tokens=None if pairs else trained.eval_tokens,
         score=None if score is None else score.adapter,
         base_score=None if score is None else score.base,
         score_rows=None if score is None else score.rows,
+        score_too_long_rows=None if score is None else score.too_long_rows,
     )
 
 

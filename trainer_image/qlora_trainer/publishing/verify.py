@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from qlora_api.contract import ExitCode, WorkspaceLayout
-from qlora_api.printable import shortened
+from qlora_api.printable import shortened_json
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord
@@ -176,7 +176,8 @@ def verify_config(
     config = _read_config(path)
     for key, value in expected.items():
         if config.get(key) != value:
-            raise _wrong_adapter(f"{path.name} has {key}: {_brief(config.get(key))}, not {_brief(value)}")
+            found = shortened_json(config.get(key))
+            raise _wrong_adapter(f"{path.name} has {key}: {found}, not {shortened_json(value)}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -198,14 +199,6 @@ def _require_regular(path: Path) -> None:
             f"{path} is missing or not a regular file, although training wrote one: it was removed or replaced "
             "afterwards and nothing is published; keep others from writing to the workspace, and create the job again"
         )
-
-
-def _brief(value: object) -> str:
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        text = "a value that is nested too deeply"
-    return shortened(text, 80)
 
 
 def _wrong_adapter(what: str) -> StepFailure:

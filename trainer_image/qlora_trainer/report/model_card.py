@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_api.printable import printable
 from qlora_api.sources import HubSource, parse_source
 from qlora_api.training import LoraSpec, PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
@@ -83,6 +84,7 @@ def adapter_model_card(job: TrainedJob) -> str:
         tokenizer_settings=tokenizer_settings(job, _THIS_FOLDER),
         template_option=template_option(job, _THIS_FOLDER),
         request=request_command(job),
+        end_text=printable(prepared.end_of_turn.text if prepared.end_of_turn else ""),
         trained_on=TRAINED_ON[spec.training.train_on],
         loss=lambda value: "–" if value is None else f"{value:.4f}",
     )

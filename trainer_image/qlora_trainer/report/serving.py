@@ -92,12 +92,13 @@ def template_option(job: TrainedJob, adapter: str) -> str:
 def tokenizer_settings(job: TrainedJob, adapter: str) -> str:
     """The lines of a program that let tokenizer and model write and end turns as in training; empty if they do."""
     lines, end = [], job.prepared.end_of_turn
+    # A stranger's tokenizer has written it, and a line break would end the comment.
+    text = json.dumps("" if end is None else end.text, ensure_ascii=False)
     if job.prepared.template_sha256 is not None:
         lines.append(f'tokenizer.chat_template = open("{adapter}/{TEMPLATE_FILE}", encoding="utf-8").read()')
     if end is not None and end.token is not None:
-        lines.append(f"model.generation_config.eos_token_id = {[*end.known, end.token]}  # {end.text} ends an answer")
+        lines.append(f"model.generation_config.eos_token_id = {[*end.known, end.token]}  # {text} ends an answer")
     elif end is not None and end.text:
-        text = json.dumps(end.text, ensure_ascii=False)
         lines.append(f"# An answer ends at a text: model.generate(…, stop_strings=[{text}], tokenizer=tokenizer)")
     return "".join(f"\n{line}" for line in lines)
 

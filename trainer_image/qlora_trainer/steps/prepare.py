@@ -56,7 +56,7 @@ from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, require_something_to_continue
 from qlora_trainer.training.fingerprint import run_fingerprint
 from qlora_trainer.training.prepared_job import PreparedJob
-from qlora_trainer.training.scorable import require_readable, require_scorable
+from qlora_trainer.training.scorable import SCORE, require_readable, require_scorable
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _prepare(
     records.note(dataset=dataset.status())
     sequences = _write_sequences(dataset, context, admitted, say)
     end, of_turns = _turns(admitted, dataset)
-    require_scorable(context.spec.gate, sequences, dataset.status(), partial(AnswerTexts, folder, end))
+    of_score = require_scorable(context.spec.gate, sequences, dataset.status(), partial(AnswerTexts, folder, end))
 
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
@@ -158,7 +158,7 @@ def _prepare(
     template = _write_template(admitted.tokenizer, sequences)
     resolved = _resolved(dataset, admitted, base.revision, template)
     data = _complete_data(sequences, resolved, context)
-    remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks)
+    remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks, *of_score)
     if initial is not None:
         initial.complete()
         remark = initial.remark(context.base_name, base.revision)
@@ -356,8 +356,9 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     memory.require()
     require_readable(spec.gate)
     texts = partial(AnswerTexts, folder, record.end_of_turn)
-    require_scorable(spec.gate, root / record.data_path, record.dataset, texts)
-    return record.model_copy(update={"memory": memory.status, "measured": memory.measured})
+    of_score = require_scorable(spec.gate, root / record.data_path, record.dataset, texts)
+    remarks = (*(remark for remark in record.remarks if not remark.startswith(SCORE)), *of_score)
+    return record.model_copy(update={"memory": memory.status, "measured": memory.measured, "remarks": remarks})
 
 
 @contextmanager

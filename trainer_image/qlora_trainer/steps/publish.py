@@ -98,7 +98,7 @@ def _trained_job(context: StepContext) -> TrainedJob:
         base_name=context.base_name,
         prepared=_required(context.workspace.completion("prepare"), "prepare", PrepareRecord),
         trained=trained,
-        gate=judge(context.spec.gate, trained),
+        gate=judge(context.spec.gate, trained, pairs=context.spec.training.compares_answers),
     )
 
 

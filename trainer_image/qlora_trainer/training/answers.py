@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
@@ -49,14 +49,31 @@ def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
     return next(_prompts(data[index]))
 
 
-def scored_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
-    """The prompts of at most `count` rows, those with the lowest SHA-256: the same for every seed and packing."""
-    prompts = (prompt for index in range(len(data)) for prompt in _prompts(data[index]))
-    return heapq.nsmallest(
-        count,
-        (prompt for prompt in prompts if len(prompt.tokens) <= MAX_PROMPT_TOKENS),
-        key=lambda prompt: prompt.sha256,
-    )
+@dataclass(frozen=True)
+class ScoredPrompts:
+    """What is answered for a score."""
+
+    chosen: tuple[Prompt, ...]
+    fitting: int
+    """Rows whose prompt is short enough."""
+    too_long: int
+    """Rows whose prompt is not."""
+
+    @classmethod
+    def of(cls, data: PreparedDataset, count: int) -> Self:
+        """At most `count` of the rows, those with the lowest SHA-256: the same for every seed and packing."""
+        fitting = rows = 0
+
+        def short_enough() -> Iterator[Prompt]:
+            nonlocal fitting, rows
+            for prompt in (prompt for index in range(len(data)) for prompt in _prompts(data[index])):
+                rows += 1
+                if len(prompt.tokens) <= MAX_PROMPT_TOKENS:
+                    fitting += 1
+                    yield prompt
+
+        chosen = heapq.nsmallest(count, short_enough(), key=lambda prompt: prompt.sha256)
+        return cls(tuple(chosen), fitting, rows - fitting)
 
 
 def _prompts(sequence: PackedSequence) -> Iterator[Prompt]:

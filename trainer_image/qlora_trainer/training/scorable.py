@@ -1,5 +1,6 @@
 """Decides which held-out rows are answered for a score, and rejects a score that cannot be measured."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,10 @@ from qlora_api.status import DatasetStatus
 from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import AnswerTexts, Prompt, scored_prompts
+from qlora_trainer.training.answers import AnswerTexts, ScoredPrompts
+
+SCORE = "spec.gate.score"
+logger = logging.getLogger(__name__)
 
 
 def require_readable(gate: GateSpec | None) -> None:
@@ -20,40 +24,63 @@ def require_readable(gate: GateSpec | None) -> None:
 
 def require_scorable(
     gate: GateSpec | None, data_folder: Path, found: DatasetStatus, texts: Callable[[], AnswerTexts]
-) -> None:
-    """Raise StepFailure BAD_CONFIGURATION for a score that no answer to the prepared rows could have.
+) -> tuple[str, ...]:
+    """What a user should know of the rows that are scored; each begins with the name of the setting.
 
-    `found` is what the data set is.
+    `found` is what the data set is. Raises StepFailure BAD_CONFIGURATION for a score that no answer to the prepared
+    rows could have.
     """
     if gate is None or gate.score is None:
-        return
+        return ()
     if found.format == "text":
         raise bad_configuration(
-            "spec.gate.score answers the prompts of held-out rows, and rows of format text have none: use a format "
+            f"{SCORE} answers the prompts of held-out rows, and rows of format text have none: use a format "
             "with answers, or remove gate.score"
         )
-    rows = scored_rows(PreparedDataset.open(data_folder, "eval"), gate.score)
-    if gate.score.check == "exactMatch":
-        return
-    decoded = texts()
-    with AnswerChecker(gate.score) as checker:
-        for row in rows:
-            own = decoded.answer(row.answer)
-            if checker.passes(own, own):
-                return
-    raise bad_configuration(
-        f"spec.gate.score: not one of the data set's own answers to the {len(rows)} held-out rows passes check "
-        f"{gate.score.check}, for example {own.strip()[:80]!r}: an adapter that answers like the data could not pass; "
-        "correct the pattern or schema, or the data"
-    )
-
-
-def scored_rows(data: PreparedDataset, spec: ScoreSpec) -> list[Prompt]:
-    """The rows that are answered. Raises StepFailure BAD_CONFIGURATION if there is none."""
-    prompts = scored_prompts(data, spec.rows)
-    if not prompts:
+    scored, spec = scored_rows(PreparedDataset.open(data_folder, "eval"), gate.score), gate.score
+    failed = _own_answers_that_fail(scored, spec, texts())
+    if len(failed) == len(scored.chosen):
         raise bad_configuration(
-            f"spec.gate.score: none of the {data.rows} held-out rows has a prompt of at most {MAX_PROMPT_TOKENS} "
+            f"{SCORE}: not one of the data set's own answers to the {len(failed)} held-out rows passes check "
+            f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens), for example "
+            f"{failed[0].strip()[:80]!r}: an adapter that answers like the data could not pass; raise maxNewTokens, or "
+            "correct the pattern or schema, or the data"
+        )
+    remarks = []
+    if scored.too_long:
+        remarks.append(
+            f"{SCORE} is decided on {len(scored.chosen)} rows: {scored.too_long} of the "
+            f"{scored.fitting + scored.too_long} held-out rows have a prompt of more than {MAX_PROMPT_TOKENS} tokens, "
+            "which is not answered"
+        )
+    if failed:
+        remarks.append(
+            f"{SCORE}: the data set's own answers to {len(failed)} of the {len(scored.chosen)} rows do not pass check "
+            f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens), so an adapter that answers like the "
+            f"data has {1 - len(failed) / len(scored.chosen):.3g}"
+        )
+    for remark in remarks:
+        logger.warning("%s", remark)
+    return tuple(remarks)
+
+
+def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: AnswerTexts) -> list[str]:
+    """The answers of the data that would not pass, cut off where an adapter's are."""
+    failed = []
+    with AnswerChecker(spec) as checker:
+        for row in scored.chosen:
+            own = texts.answer(row.answer)
+            if not checker.passes(texts.answer(row.answer[: spec.max_new_tokens]), own):
+                failed.append(own)
+    return failed
+
+
+def scored_rows(data: PreparedDataset, spec: ScoreSpec) -> ScoredPrompts:
+    """The rows that are answered. Raises StepFailure BAD_CONFIGURATION if there is none."""
+    scored = ScoredPrompts.of(data, spec.rows)
+    if not scored.chosen:
+        raise bad_configuration(
+            f"{SCORE}: none of the {scored.too_long} held-out rows has a prompt of at most {MAX_PROMPT_TOKENS} "
             "tokens, which is what is answered: shorten some, or remove gate.score"
         )
-    return prompts
+    return scored

@@ -107,7 +107,8 @@ def measure_score(
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()
     path, stop, settings = run.context.workspace.report / ANSWERS_FILE, run.runtime.stop, score_settings(spec)
-    rows = scored_rows(data, spec)
+    scored = scored_rows(data, spec)
+    rows = scored.chosen
     answering = Answering(run.model, texts, lambda: stop.requested, run.device)
     base = adapter = 0
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
@@ -122,6 +123,7 @@ def measure_score(
         settings=settings,
         adapter_sha256=adapter_sha256,
         rows=len(rows),
+        too_long_rows=scored.too_long,
         adapter=adapter / len(rows),
         base=base / len(rows),
     )

@@ -1,0 +1,69 @@
+"""Before the GPU is used, a job learns which held-out rows its score is decided on, and what their own answers have."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_api.gate import GateSpec
+from qlora_api.status import DatasetStatus
+from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.training import answers, scorable
+from qlora_trainer.training.answers import AnswerTexts
+from qlora_trainer.training.scorable import require_scorable
+from tests.support.training import write_data
+
+CHATS = DatasetStatus(format="messages", rows=20, used_rows=16)
+
+
+def remarks(folder: Path, model: Path, *, pairs: bool = False, **score: Any) -> tuple[str, ...]:
+    """What is said of four rows, whose prompts have 2 to 10 tokens and whose answers have 3 to 11."""
+    if not folder.exists():
+        write_data(folder, packed=False, pairs=pairs)
+    gate = GateSpec.model_validate({"score": {"check": "exactMatch", **score}})
+    return require_scorable(gate, folder, CHATS, partial(AnswerTexts, model, None))
+
+
+def rejection(folder: Path, model: Path, *, pairs: bool = False, **score: Any) -> str:
+    with pytest.raises(StepFailure) as failure:
+        remarks(folder, model, pairs=pairs, **score)
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    return failure.value.message
+
+
+def longest_prompt(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    for module in (answers, scorable):
+        monkeypatch.setattr(module, "MAX_PROMPT_TOKENS", tokens)
+
+
+def test_a_row_whose_own_answer_is_longer_than_an_answer_may_be_is_counted(tmp_path: Path, tiny_llama: Path) -> None:
+    data = tmp_path / "data"
+    assert remarks(data, tiny_llama) == ()
+    assert remarks(data, tiny_llama, maxNewTokens=11) == ()
+    (remark,) = remarks(data, tiny_llama, maxNewTokens=6)
+    assert remark == (
+        "spec.gate.score: the data set's own answers to 2 of the 4 rows do not pass check exactMatch within 6 tokens "
+        "(maxNewTokens), so an adapter that answers like the data has 0.5"
+    )
+    message = rejection(data, tiny_llama, maxNewTokens=2)
+    assert "not one of the data set's own answers to the 4 held-out rows passes check exactMatch" in message
+    assert "within 2 tokens (maxNewTokens)" in message
+
+
+def test_rows_whose_prompt_is_too_long_are_counted(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest_prompt(monkeypatch, 4)
+    (remark,) = remarks(tmp_path / "data", tiny_llama)
+    assert remark == (
+        "spec.gate.score is decided on 2 rows: 2 of the 4 held-out rows have a prompt of more than 4 tokens, which is "
+        "not answered"
+    )
+
+
+def test_a_pair_is_one_row(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest_prompt(monkeypatch, 1)
+    message = rejection(tmp_path / "data", tiny_llama, pairs=True)
+    assert "none of the 4 held-out rows has a prompt of at most 1 tokens" in message
