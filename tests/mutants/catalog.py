@@ -1125,6 +1125,18 @@ TRAINER = (
         tests=("tests/unit/qlora_trainer/test_gate.py::test_a_score_of_another_adapter_is_rejected",),
     ),
     Mutant(
+        name="answers-that-no-adapter-may-finish-are-hoped-for",
+        file=f"{_TRAINER}/training/scorable.py",
+        old="row.answer[: spec.max_new_tokens]",
+        new="row.answer",
+        tests=(
+            (
+                f"{_TRAINER_TESTS}/training/test_scorable.py"
+                "::test_a_row_whose_own_answer_is_longer_than_an_answer_may_be_is_counted"
+            ),
+        ),
+    ),
+    Mutant(
         name="gradient-norms-may-rise-ninefold-more",
         file=f"{_TRAINER}/training/divergence.py",
         old="NORM_RISE = 100.0",

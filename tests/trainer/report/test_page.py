@@ -10,12 +10,17 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from qlora_api.training import TrainingSpec
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
 from qlora_trainer.report.charts import chart, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import Curve, MetricsHistory, read_history
+from qlora_trainer.report.model_card import adapter_model_card
 from qlora_trainer.report.samples import Sample, Samples
+from qlora_trainer.report.trained_job import TrainedJob
 from tests.support.command import Files
-from tests.support.published import published
+from tests.support.published import context, published
 from tests.support.report_page import Page
+from tests.support.tiny import JOB_UID
 
 
 def page_of(files: Files) -> str:
@@ -159,6 +164,21 @@ def test_the_page_of_a_run_that_compared_answers_shows_rewards_and_accuracy(trai
         "heldOutAccuracyBefore": 0.5,
         "heldOutAccuracyAfter": 0.9,
     }
+
+
+@pytest.mark.parametrize(
+    ("training", "unit"), [({}, "target tokens"), ({"objective": "orpo"}, "pairs of answers")], ids=["tokens", "pairs"]
+)
+def test_the_card_states_what_losses_are_means_over(finished: Files, training: dict[str, str], unit: str) -> None:
+    job = context(finished)
+    prepared = read_completion(job.workspace.completion("prepare"), PrepareRecord)
+    record = read_completion(job.workspace.completion("train"), TrainRecord)
+    assert prepared is not None
+    assert record is not None
+    settings = TrainingSpec.model_validate(job.spec.training.dump() | training)
+    spec = job.spec.model_copy(update={"training": settings})
+    card = adapter_model_card(TrainedJob("tiny", JOB_UID, spec, "tiny", prepared, record))
+    assert f"Losses are in nats, averaged over the {unit}." in card
 
 
 def history_of(**curves: Curve) -> MetricsHistory:

@@ -169,4 +169,8 @@ def test_prepare_admits_a_score_that_the_data_has_and_data_and_run_stay_the_same
     schema = '{"required": ["pods"], "properties": {"pods": {"type": "integer"}}}'
     score = {"check": "jsonSchema", "schema": schema}
     scored = prepare(make_context(held_out | {"gate": {"minScore": 0.5, "score": score}}), Recorded())
-    assert prepare(make_context(held_out), Recorded()).fingerprint == scored.fingerprint
+    partly = prepare(make_context(held_out | {"gate": {"score": {"check": "regex", "pattern": "[5-9]"}}}), Recorded())
+    assert "the data set's own answers to" in partly.remarks[-1]
+    without = prepare(make_context(held_out), Recorded())
+    assert without == scored.model_copy(update={"memory": without.memory})
+    assert without.fingerprint == partly.fingerprint
