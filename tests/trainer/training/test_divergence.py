@@ -131,7 +131,7 @@ def test_a_finished_adapter_that_does_harm_is_no_success_even_if_only_the_last_s
 
     assert f"training diverged at step {steps}: loss " in message
     assert "with the finished adapter on the rows of the last step (" in message
-    assert "the base model without it has 0.0" in message
+    assert "the base model without the adapter has 0.0" in message
     assert kept(context) == []
     assert not context.workspace.trained.exists()
 
