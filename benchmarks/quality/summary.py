@@ -11,15 +11,16 @@ from benchmarks.quality.tasks import TASKS
 
 NAME, COMMAND = "quality", "benchmarks.quality"
 """Of the block in the documentation, and what writes it."""
+PICTURE = "![Right answers on held-out rows, for each task and arm, with 95 % intervals](../images/quality.svg)"
 NOTHING = "No task has two runs of each arm yet.\n"
 
 
 def tables(runs: Sequence[Run]) -> str:
-    """All tables in Markdown; sentences if no task has been compared yet."""
+    """The figure and all tables in Markdown; sentences if no task has been compared yet."""
     by_task = compared(runs)
     if not by_task:
         return f"{NOTHING}\n{_spent(runs)}\n" if runs else NOTHING
-    parts = [_scores(runs, list(by_task)), _claim(by_task), _rates(runs, list(by_task))]
+    parts = [[PICTURE], _scores(runs, list(by_task)), _claim(by_task), _rates(runs, list(by_task))]
     parts += [part for part in (_ranks(runs), _rows(runs)) if part]
     return "\n".join([*("\n".join(part) + "\n" for part in parts), _spent(runs)]) + "\n"
 
