@@ -171,6 +171,9 @@ class ResultRecord(_Record):
     loss: Finite | None = None
     eval_loss: Finite | None = None
     initial_eval_loss: Finite | None = None
+    reward_margin: Finite | None = None
+    accuracy: Share | None = None
+    eval_accuracy: Share | None = None
     peak_memory_bytes: Bytes | None = None
     goodput: Share | None = None
     gate: GateStatus | None = None

@@ -26,9 +26,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
         "peak_memory_bytes": record.peak_memory_bytes,
         "micro_batch_size": record.micro_batch_size,
         "goodput": record.goodput,
-        "reward_margin": _rounded(record.reward_margin),
-        "accuracy": _rounded(record.accuracy),
-        "eval_accuracy": _rounded(record.eval_accuracy),
+        **_of_pairs(record),
     }
     progress = old.model_copy(
         update={
@@ -43,6 +41,15 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
     if record.checkpoint_step is not None and record.checkpoint_time is not None:
         changes["checkpoint"] = CheckpointStatus(step=record.checkpoint_step, saved_at=record.checkpoint_time)
     return status.model_copy(update=changes)
+
+
+def _of_pairs(record: ProgressRecord | ResultRecord) -> dict[str, float | None]:
+    """What an objective that compares answers measures beside the loss."""
+    return {
+        "reward_margin": _rounded(record.reward_margin),
+        "accuracy": _rounded(record.accuracy),
+        "eval_accuracy": _rounded(record.eval_accuracy),
+    }
 
 
 def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
@@ -69,6 +76,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
         "eval_loss": _rounded(record.eval_loss),
         "peak_memory_bytes": record.peak_memory_bytes,
         "goodput": record.goodput,
+        **_of_pairs(record),
     }
     done = record.training_step
     steps = _steps(done, record.total_steps or done, ended=record.outcome == "succeeded") if done else {}

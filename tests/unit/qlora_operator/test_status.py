@@ -740,6 +740,16 @@ def test_figures_of_preferences_are_shown_with_four_digits() -> None:
     assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
 
 
+def test_figures_of_preferences_come_with_the_result_of_a_training_whose_progress_nobody_has_read() -> None:
+    body = pod("train")
+    record = result(body, "train", reward_margin=0.123456, accuracy=0.75, eval_accuracy=2 / 3, training_step=4)
+    bodies = [child("train", Complete=""), ended(body, 0, record)]
+    status = follow(make_job(status_in("train")), *bodies)
+    assert status.progress is not None
+    shown = status.progress
+    assert (shown.reward_margin, shown.accuracy, shown.eval_accuracy) == (0.1235, 0.75, 0.6667)
+
+
 def test_what_prepare_does_is_shown_until_training_has_its_own_figures() -> None:
     record = progress(step="prepare", activity="downloading 40%")
     status = follow(make_job(status_in("prepare")), child("prepare"), running(pod("prepare")), progress=record)

@@ -154,6 +154,10 @@ def _is_encodable(record: ResultRecord) -> bool:
     return True
 
 
+# What an objective that compares answers measures beside the loss.
+_OF_PAIRS = ("reward_margin", "accuracy", "eval_accuracy")
+
+
 def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str, object]:
     """Fields of the result record: from the completion record, else from what the step has found so far."""
     if isinstance(completion, PrepareRecord):
@@ -171,7 +175,7 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
     }
     names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
     if findings.progress is not None and findings.progress.step == "train":
-        known |= {name: getattr(findings.progress, name) for name in names}
+        known |= {name: getattr(findings.progress, name) for name in (*names, *_OF_PAIRS)}
     if isinstance(completion, TrainRecord):
         known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss")}
     if isinstance(completion, PublishRecord):

@@ -1,0 +1,90 @@
+"""What builds on the life of one job: a sweep, a gate that is loosened, a job that continues another, preferences."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.cluster.environment import INPUTS, SHORT, Object, Tenant, tiny_job
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.slow
+
+
+def sweep(name: str, **spec: Any) -> Object:
+    """A sweep over two learning rates of the tiny job."""
+    template = tiny_job(name)["spec"]
+    return {
+        "apiVersion": "qlora.dev/v1alpha1",
+        "kind": "QLoRASweep",
+        "metadata": {"name": name},
+        "spec": {"template": {"spec": template}, "grid": {"learningRate": [1e-5, 5e-3]}, **spec},
+    }
+
+
+def test_a_sweep_trains_its_cells_names_the_best_and_leaves_it_when_it_is_deleted(tenant: Tenant) -> None:
+    name = tenant.apply(sweep("rates"))
+
+    def ended() -> Object | None:
+        status = tenant.get("qlorasweep", name).get("status", {})
+        return status if status.get("phase") in ("Succeeded", "Failed") else None
+
+    status = eventually(ended, seconds=900, every=2, what="the end of the sweep") or {}
+    assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
+    losses = {cell["name"]: cell["evalLoss"] for cell in status["cells"]}
+    best = status["best"]
+    assert best["cell"] == min(losses, key=lambda cell: losses[cell]) == "rates-01"
+    job = tenant.status("rates-01")
+    assert best["sha256"] == job["adapter"]["sha256"]
+    claim, _, report = status["report"].removeprefix("pvc://").partition("/")
+    tenant.kubectl("delete", "qlorasweep", name, "--wait=true")
+    eventually(lambda: not tenant.children("rates-01", "pods"), seconds=120, what="the cells' pods are gone")
+    assert tenant.adapter_sum(job) == best["sha256"]
+    with tenant.volume(claim) as pod:
+        page = pod.run("cat", f"/volume/{report}")
+    assert "rates-00" in page
+    assert "rates-01" in page
+
+
+def test_a_gate_holds_an_adapter_back_until_it_is_loosened_and_nothing_is_trained_again(tenant: Tenant) -> None:
+    name = tenant.apply(tiny_job("gated", gate={"maxEvalLoss": 0.0001}))
+    status = tenant.wait_for_end(name)
+    assert status["phase"] == "Failed"
+    assert tenant.condition(name, "Failed")["reason"] == "GateFailed"
+    assert status["gate"]["passed"] is False
+    assert "adapter" not in status
+    change = {"spec": {"gate": {"maxEvalLoss": 100}, "retry": {"request": 1}}}
+    tenant.kubectl("patch", "qlorajob", name, "--type=merge", f"--patch={json.dumps(change)}")
+    status = tenant.wait(name, lambda s: s.get("phase") == "Succeeded", seconds=300, what="the gate passes")
+    assert status["gate"]["adapterSha256"] == status["adapter"]["sha256"]
+    assert tenant.adapter_sum(status) == status["adapter"]["sha256"]
+
+
+def test_a_job_that_continues_a_failed_one_begins_at_its_checkpoint(tenant: Tenant) -> None:
+    first = tenant.apply(tiny_job("first", steps=4000, activeDeadlineSeconds=3600))
+    tenant.wait(first, lambda s: s.get("checkpoint", {}).get("step", 0) >= 20, seconds=300, what="a checkpoint")
+    tenant.kubectl("patch", "qlorajob", first, "--type=merge", '--patch={"spec": {"suspend": true}}')
+    status = tenant.wait_for_phase(first, "Suspended", seconds=300)
+    saved = status["checkpoint"]["step"]
+    second = tenant.apply(tiny_job("second", steps=4000, continues=first))
+    progress = tenant.wait(
+        second, lambda s: s.get("progress", {}).get("step", 0) > 0, seconds=300, what="the second job trains"
+    )
+    assert progress["progress"]["step"] >= saved
+    tenant.kubectl("delete", "qlorajob", first, second, "--wait=false")
+
+
+def test_a_job_that_compares_answers_reports_how_often_it_prefers_the_chosen(tenant: Tenant) -> None:
+    pairs = "".join(
+        json.dumps({"prompt": f"Pods of n{number}?", "chosen": f"kubectl get pods -n n{number}", "rejected": "no"})
+        + "\n"
+        for number in range(40)
+    )
+    tenant.kubectl("create", "configmap", "pairs", f"--from-literal=pairs.jsonl={pairs}")
+    training = {**tiny_job("x")["spec"]["training"], "objective": "dpo", "maxSteps": SHORT}
+    dataset = {"source": "configMap://pairs/pairs.jsonl", "eval": {"fraction": 0.2}}
+    name = tenant.apply(tiny_job("prefers", dataset=dataset, training=training))
+    status = tenant.succeed(name)
+    assert status["dataset"]["format"] == "preference"
+    assert status["progress"]["evalAccuracy"] > 0.5
+    assert status["adapter"]["baseModel"] == f"pvc://{INPUTS}/model"
