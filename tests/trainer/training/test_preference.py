@@ -87,7 +87,8 @@ def test_the_run_learns_to_prefer_the_chosen_answers_and_says_so(tmp_path: Path,
     assert said["rewardMargin"] == pytest.approx(last["rewardMargin"])
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_compute_what_one_does(sharded: bool, tmp_path: Path, tiny_llama: Path) -> None:
     # Five sequences a step do not divide by two: in the last round one rank has a batch that does not count.
     training = merged(DPO, {"training": {"gradientAccumulationSteps": 5}})
