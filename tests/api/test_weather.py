@@ -30,8 +30,8 @@ OWN = "weather-system"
 """The namespace of the operators' account and of their Lease."""
 QUICK = {"resyncSeconds": 5, "watchSilenceSeconds": 5, "progress": {"enabled": False}}
 RULES = [
-    {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["get", "list", "watch"]},
-    {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs/status"], "verbs": ["patch"]},
+    {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs", "qlorasweeps"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs/status", "qlorasweeps/status"], "verbs": ["patch"]},
     {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "watch", "create", "delete"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["persistentvolumeclaims"], "verbs": ["get", "create"]},
@@ -367,7 +367,8 @@ def test_a_namespace_that_is_lost_stops_only_itself(site: Site, neighbor: Tenant
         neighbor.grant()
         neighbor.wait_for_phase("waits", "Preparing")
         eventually(lambda: operator.metric(series) == 0, seconds=60, every=0.2)
-        assert sum("cannot be listed" in line for line in problems(operator)) == 1
+        for said in ("its jobs wait", "the sweeps cannot be listed"):
+            assert sum(said in line for line in problems(operator)) == 1, said
 
 
 def test_an_operator_that_may_do_nothing_is_alive_not_ready_and_recovers(site: Site) -> None:
