@@ -63,6 +63,7 @@ def test_the_command_reports_the_adapter_that_is_there(finished: Files) -> None:
         "baseModel": "pvc://models/model",
         "baseRevision": adapter["baseRevision"],
         "rank": 4,
+        "step": 30,
         "servedRank": 8,
         "quantization": "nf4 with double quantization",
     }
