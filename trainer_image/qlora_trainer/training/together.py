@@ -40,13 +40,13 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
     """
     training = list(members)
     while training:
-        interrupted: Interrupted | None = None
+        interrupted: list[Interrupted] = []
         for member in tuple(training):
             activate_adapter(member.run.model, member.adapter)
             try:
                 member.state = between_steps(member.run, member.state)
             except Interrupted as stop:
-                interrupted = stop
+                interrupted.append(stop)
                 continue
             except StepFailure as failure:
                 training.remove(member)
@@ -57,8 +57,11 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
                 yield member, member.state
                 # Whatever finishing it needed: the others still train.
                 member.run.model.train()
-        if interrupted is not None:
-            raise interrupted
+        if interrupted and len(interrupted) < len(training):
+            # The stop came between two of them: those before it are not saved yet.
+            continue
+        if interrupted:
+            raise interrupted[0]
         for failed in _step(training):
             training.remove(failed[0])
             yield failed
