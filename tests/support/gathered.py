@@ -19,14 +19,14 @@ _SECONDS_BETWEEN_LOOKS = 0.01
 
 def note_gathered(path: Path) -> None:
     """Let the train step of this process note, in lines of JSON, what is gathered when (see `Gathered`)."""
-    from qlora_trainer.steps import train
+    from qlora_trainer.training import opening
     from qlora_trainer.training.sharding import shard_base
 
     def sharded(model: Any, device: torch.device, processes: int) -> None:
         shard_base(model, device, processes)
         Gathered(model.get_base_model().get_decoder(), path)
 
-    vars(train)["shard_base"] = sharded
+    vars(opening)["shard_base"] = sharded
 
 
 class Gathered:

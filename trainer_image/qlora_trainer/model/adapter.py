@@ -124,7 +124,9 @@ def peft_targets(model: Any, layers: tuple[str, ...]) -> tuple[tuple[str, ...], 
     Those that PEFT takes for routed experts by their own names are named by their weights. On a 4-bit layer PEFT makes
     the same adapter of both, and its file has the same names for the tensors.
     """
-    taken = taken_for_experts(model, block_linears(model))
+    # Of a model that has adapters already, the layers that they adapt are inside PEFT's.
+    linears = tuple(name.removesuffix(".base_layer") for name in block_linears(model))
+    taken = taken_for_experts(model, linears)
     modules = tuple(name for name in layers if name not in taken)
     return modules, tuple(f"{name}.weight" for name in layers if name in taken)
 

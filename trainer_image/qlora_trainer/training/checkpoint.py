@@ -120,7 +120,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _verified(path: Path) -> Checkpoint:
     sums = json.loads(read_regular(path / CHECKPOINT_MANIFEST, _MAX_JSON_BYTES))["sha256"]
-    state = json.loads(read_regular(path / STATE, _MAX_JSON_BYTES))
     present = {entry.name for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()}
     for name, expected in sums.items():
         if name not in present:
@@ -128,6 +127,7 @@ def _verified(path: Path) -> Checkpoint:
         found = file_sha256(path / name)
         if found != expected:
             raise ValueError(f"{name} has sha256 {found}, not {expected}")
+    state = json.loads(read_regular(path / STATE, _MAX_JSON_BYTES))
     if STATE not in sums or state["formatVersion"] != FORMAT_VERSION:
         raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
     if (
