@@ -109,6 +109,14 @@ def answer_bytes(config: Any) -> AnswerBytes:
     Of multi-head latent attention transformers keeps the keys and values of each head. A size that differs between
     blocks counts as its largest.
     """
+    # transformers refuses to read a size from the configuration of all blocks if theirs are different.
+    blocks = list(config.per_layer_config) if config.is_heterogeneous else [config]
+    heads, sizes = zip(*map(_attention_sizes, blocks), strict=True)
+    return AnswerBytes.of(config.num_hidden_layers, max(heads), keys_and_values=max(sizes))
+
+
+def _attention_sizes(config: Any) -> tuple[int, int]:
+    """The heads of a block, and the elements of a token's keys and values."""
 
     def size(name: str, default: int) -> int:
         value = getattr(config, name, None)
@@ -120,4 +128,4 @@ def answer_bytes(config: Any) -> AnswerBytes:
     if size("kv_lora_rank", 0):
         groups, value = heads, size("v_head_dim", width)
         key = size("qk_nope_head_dim", width) + size("qk_rope_head_dim", 0)
-    return AnswerBytes.of(config.num_hidden_layers, heads, keys_and_values=groups * (key + value))
+    return heads, groups * (key + value)
