@@ -17,7 +17,10 @@ from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
+from qlora_trainer.data import epochs
+from qlora_trainer.data.epochs import EpochArrangements
 from qlora_trainer.data.mix import Mix
+from qlora_trainer.data.packing import one_row_each
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.steps.prepare import prepare
@@ -234,3 +237,53 @@ def test_each_source_must_have_rows_to_hold_out(make_mixed: MakeContext, tmp_pat
     write_rows(tmp_path / "data" / "jobs.jsonl", [chat_row("jobs 0?", "done")])
     message = failure(make_mixed({"dataset": {"eval": {"fraction": 0.5}}}))
     assert message.startswith("pvc://data/jobs.jsonl (spec.dataset.mix[2]) has 1 usable row: to hold out a fraction")
+
+
+def drawn(sizes: tuple[int, ...], folder: Path, **training: Any) -> int:
+    """How many epochs of the sources are drawn for a run, in steps of 12 rows; up to the rejection if there is one."""
+    epochs: list[int] = []
+
+    def arranged() -> EpochArrangements:
+        return EpochArrangements.of(
+            Mix.of(sizes, [None] * len(sizes)).epochs(seed=0),
+            one_row_each,
+            TrainingSpec.model_validate({"gradientAccumulationSteps": 12, **training}),
+            folder,
+            epochs.append,
+        )
+
+    try:
+        assert len(arranged().epoch_offsets) == len(epochs) + 1
+    except StepFailure:
+        assert len(epochs) == 1
+        raise
+    return len(epochs)
+
+
+def test_a_run_of_more_epochs_than_can_be_drawn_is_rejected_after_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StepFailure) as caught:
+        drawn((24, 9, 3), tmp_path, maxSteps=5_000_000)
+    assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert caught.value.message == (
+        "spec.training.maxSteps is 5000000: with spec.dataset.mix that is about 1666667 epochs of 36 rows, which "
+        "prepare would have to draw one by one, and it draws at most 100000 epochs and 1000000000 rows: set maxSteps "
+        "to at most about 300000, or mix larger sources"
+    )
+    # Large sources are bounded by their rows.
+    monkeypatch.setattr(epochs, "MAX_DRAWN_ROWS", 36 * 4)
+    with pytest.raises(StepFailure, match=r"spec\.training\.epochs is 5: .* set epochs to at most about 4"):
+        drawn((24, 9, 3), tmp_path, epochs=5)
+    assert drawn((24, 9, 3), tmp_path, epochs=4) == 4
+    assert drawn((24, 9, 3), tmp_path, maxSteps=12) == 4
+
+
+@pytest.mark.slow
+def test_prepare_rejects_a_run_of_more_epochs_than_can_be_drawn(make_mixed: MakeContext) -> None:
+    context, records = make_mixed({"training": {"maxSteps": 5_000_000}}), Recorded()
+    with pytest.raises(StepFailure, match=r"spec\.training\.maxSteps is 5000000: with spec\.dataset\.mix"):
+        prepare(context, records)
+    assert [said for said in [record["activity"] for record in records.written] if said.startswith("drawing")] == [
+        "drawing the rows of epoch 1"
+    ]

@@ -11,8 +11,13 @@ import numpy
 from numpy.typing import NDArray
 
 from qlora_api.training import TrainingSpec
+from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.data.packing import Arrangement
 from qlora_trainer.data.sampling import RowIndices
+
+MAX_EPOCHS = 100_000
+MAX_DRAWN_ROWS = 10**9
+"""Of all epochs together: some twenty minutes of drawing and packing, and 4 GB on the volume."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class EpochArrangements:
         """The arrangement of as many of `epochs` as the run has, which `training` decides.
 
         Memory: one epoch at a time, and 8 bytes per sequence; the rows are in an unnamed file in the folder `scratch`.
-        `on_epoch` is called with the number of each. Raises OSError if the disk is full.
+        `on_epoch` is called with the number of each. Raises OSError if the disk is full, and after the first epoch
+        StepFailure (BAD_CONFIGURATION) if there would be too many.
         """
         sequences_per_step = training.micro_batch_size * training.gradient_accumulation_steps
         sizes, epoch_offsets, steps = [numpy.zeros(1, numpy.int64)], [0], 0
@@ -50,6 +56,8 @@ class EpochArrangements:
                 sizes.append(numpy.diff(arrangement.offsets))
                 epoch_offsets.append(epoch_offsets[-1] + len(arrangement))
                 steps += ceil(len(arrangement) / sequences_per_step)
+                if number == 0:
+                    _require_few_epochs(training, len(rows), steps)
                 if steps >= training.max_steps if training.max_steps else number + 1 == (training.epochs or 1):
                     break
             file.flush()
@@ -70,3 +78,22 @@ class EpochArrangements:
         """The arrangement of the first epoch."""
         offsets = self.sequence_offsets[: self.epoch_offsets[1] + 1]
         return Arrangement(self.rows[: offsets[-1]].astype(numpy.int64), offsets)
+
+
+def _require_few_epochs(training: TrainingSpec, rows: int, steps: int) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION) if a run of epochs like the first would be hours of drawing.
+
+    That epoch has so many rows, and makes so many optimizer steps.
+    """
+    epochs = ceil(training.max_steps / steps) if training.max_steps else training.epochs or 1
+    most = min(MAX_EPOCHS, max(1, MAX_DRAWN_ROWS // rows))
+    if epochs <= most:
+        return
+    field, value, allowed = "epochs", training.epochs, most
+    if training.max_steps:
+        field, value, allowed = "maxSteps", training.max_steps, most * steps
+    raise bad_configuration(
+        f"spec.training.{field} is {value}: with spec.dataset.mix that is about {epochs} epochs of {rows} rows, which "
+        f"prepare would have to draw one by one, and it draws at most {MAX_EPOCHS} epochs and {MAX_DRAWN_ROWS} rows: "
+        f"set {field} to at most about {allowed}, or mix larger sources"
+    )
