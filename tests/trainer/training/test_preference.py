@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import row_losses
-from qlora_trainer.training import divergence, loop, reference
+from qlora_trainer.training import divergence, loop, preference, reference
 from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
 from tests.support.tiny import Recorded, merged
-from tests.support.training import adapter_bytes, failure, history, interrupted_at, prepared, run
+from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
 # Sixteen pairs in sequences of their own, four in a step: four steps make an epoch.
 DPO: dict[str, Any] = {
@@ -148,3 +150,100 @@ def test_a_supervised_checkpoint_has_nothing_of_an_objective(tmp_path: Path, tin
     run(context)
     sums = json.loads((context.workspace.checkpoints / "step-1" / "manifest.json").read_text())["sha256"]
     assert sorted(sums) == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
+
+
+class Card:
+    """A GPU that runs out of memory in the passes, with and without the adapter, that `fits` does not admit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fits: Callable[[int], bool]) -> None:
+        """`fits` is asked for each pass, with its pairs."""
+        self._fits, self._losses = fits, row_losses
+        for module in (preference, reference):
+            monkeypatch.setattr(module, "row_losses", self._row_losses)
+
+    def _row_losses(self, model: Any, batch: Batch) -> torch.Tensor:
+        assert batch.pairs is not None
+        losses = self._losses(model, batch)
+        if not self._fits(len(batch.pairs)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses
+
+
+HALVED: dict[str, Any] = {
+    "lora": {"dropout": 0.1},
+    "training": {"microBatchSize": 4, "gradientAccumulationSteps": 1, "autoMicroBatch": True},
+}
+SMALL: dict[str, Any] = {"training": {"microBatchSize": 2, "gradientAccumulationSteps": 2}}
+
+
+def same_reference(one: StepContext, other: StepContext) -> None:
+    """Check that two runs have kept the same of their rows, if their objective keeps anything."""
+    files = [context.workspace.checkpoints / "step-6" / "objective.safetensors" for context in (one, other)]
+    assert files[0].exists() == files[1].exists()
+    if files[0].exists():
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=pytest.mark.slow)])
+def test_micro_batches_of_pairs_are_halved_and_a_resumed_run_keeps_them(
+    objective: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = merged(HALVED, {"training": {"objective": objective}})
+    small = job(tmp_path / "small", tiny_llama, merged(spec, SMALL))
+    run(small)
+    halved, disturbed = (job(tmp_path / name, tiny_llama, spec) for name in ("halved", "disturbed"))
+    Card(monkeypatch, lambda pairs: pairs <= 2)
+    found = run(halved)
+    assert (found.micro_batch_size, found.training_step) == (2, 6)
+    with pytest.raises(Lost):
+        run(disturbed, records=LostAtStep(1))
+    interrupted_at(disturbed, 3)
+    monkeypatch.undo()
+    assert run(disturbed).micro_batch_size == 2
+
+    for context in (halved, disturbed):
+        assert adapter_bytes(context) == adapter_bytes(small)
+        assert history(context) == history(small)
+        same_reference(context, small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "at"), [("dpo", 1), ("dpo", 2), ("dpo", 3), ("orpo", 2)])
+def test_a_step_that_is_repeated_for_pairs_keeps_nothing_of_its_first_try(
+    objective: str, at: int, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the pass of this number: with the adapter or without, in the first micro batch or later."""
+    steps = {"dataset": {"eval": None}, "training": {"objective": objective, "gradientAccumulationSteps": 4}}
+    spec = merged(merged(HALVED, steps), {"training": {"microBatchSize": 2}})
+    small = job(
+        tmp_path / "small",
+        tiny_llama,
+        merged(spec, {"training": {"microBatchSize": 1, "gradientAccumulationSteps": 8}}),
+    )
+    run(small)
+    halved, passes = job(tmp_path / "halved", tiny_llama, spec), count(1)
+    Card(monkeypatch, lambda _pairs: next(passes) != at)
+
+    assert run(halved).micro_batch_size == 1
+    assert adapter_bytes(halved) == adapter_bytes(small)
+    assert history(halved) == history(small)
+    same_reference(halved, small)
+
+
+@pytest.mark.slow
+def test_rows_that_were_seen_before_memory_ran_out_pass_the_base_once(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the second epoch: the references of the first, from larger micro batches, are kept."""
+    context = job(tmp_path / "workspace", tiny_llama, merged(HALVED, {"dataset": {"eval": None}}))
+    counted = Counted(monkeypatch)
+    passes = count(1)
+
+    def late(model: Any, batch: Batch) -> torch.Tensor:
+        if next(passes) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return row_losses(model, batch)
+
+    monkeypatch.setattr(preference, "row_losses", late)
+    assert run(context).micro_batch_size == 2
+    assert sorted(counted.rows) == list(range(32))
