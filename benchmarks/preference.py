@@ -1,4 +1,6 @@
-"""Measures what DPO, or ORPO, teaches a small model: to answer in one sentence; writes `results/preference.json`.
+"""Measures what DPO teaches a small model: to answer in one sentence; writes `results/preference.json`.
+
+With `--objectives orpo` it is ORPO, and `results/preference-orpo.json`.
 
 The pairs are the model's own: of its answer to a question, the first sentence is preferred to the first three. What is
 scored is what it then says to other questions: the share of answers that are one sentence and end there.
@@ -73,7 +75,8 @@ def main() -> int:
     print(f"{'before':10} {score(before):14.0%}")
     for name, run in runs.items():
         print(f"{name:10} {run['score']:14.0%} {run['evaluations'][-1]['evalAccuracy']:20.0%}")
-    print(f"\n{write_result('preference', result, options.output)}")
+    name = "-".join(("preference", *(objective for objective in options.objectives if objective != "dpo")))
+    print(f"\n{write_result(name, result, options.output)}")
     return 0
 
 
