@@ -37,6 +37,11 @@ class Columns(ApiModel):
         None, description="Format preference: the better answer, as text or as a list of {role, content}."
     )
     rejected: ColumnName | None = Field(None, description="Format preference: the worse answer, like chosen.")
+    check: ColumnName | None = Field(
+        None,
+        description="Any format with answers: the row's own check for gate.score, a regular expression as text, or a "
+        "JSON schema as text or object. Every row that may be held out must have one.",
+    )
 
 
 Sha256 = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]
@@ -267,6 +272,16 @@ class DatasetSpec(ApiModel):
             raise AssertionError("a validated data set has a source or a mix")
         names = ("source", "revision", "config", "split", "format", "columns", "sha256")
         return {"spec.dataset": MixSource(**{name: getattr(self, name) for name in names})}
+
+    def check_column(self, field: str, *, own_evaluation: bool = False) -> str | None:
+        """The column with the checks of the rows of the training source that `field` names.
+
+        None for rows that are not held out: those that are trained on if the evaluation has a source of its own, whose
+        rows are read with the columns of `field` (`own_evaluation`).
+        """
+        columns = self.training_sources[field].columns
+        apart = self.eval is not None and self.eval.source is not None
+        return columns.check if columns is not None and apart == own_evaluation else None
 
     @property
     def addresses(self) -> Mapping[str, str]:

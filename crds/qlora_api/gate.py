@@ -8,9 +8,10 @@ from qlora_api.schema import ApiModel, rule, rules
 
 MAX_PROMPT_TOKENS = 1024
 """A longer prompt is not answered, for a score or a sample."""
+MAX_SCHEMA_CHARACTERS, MAX_PATTERN_CHARACTERS = 8192, 1024
 
-_NEEDS_SCHEMA = "check jsonSchema needs schema, and no other check takes it: set both, or neither"
-_NEEDS_PATTERN = "check regex needs pattern, and no other check takes it: set both, or neither"
+_SCHEMA_IS_FOR_JSON = "only check jsonSchema needs schema: set check to jsonSchema, or remove schema"
+_PATTERN_IS_FOR_REGEX = "only check regex needs pattern: set check to regex, or remove pattern"
 
 
 class ScoreSpec(ApiModel):
@@ -18,26 +19,27 @@ class ScoreSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            rule("(self.check == 'jsonSchema') == has(self.schema)", _NEEDS_SCHEMA),
-            rule("(self.check == 'regex') == has(self.pattern)", _NEEDS_PATTERN),
+            rule("!has(self.schema) || self.check == 'jsonSchema'", _SCHEMA_IS_FOR_JSON),
+            rule("!has(self.pattern) || self.check == 'regex'", _PATTERN_IS_FOR_REGEX),
         )
     )
 
     check: Literal["exactMatch", "jsonSchema", "regex"] = Field(
         description="What an answer must be: the row's own answer, apart from white space at both ends (exactMatch); "
-        "JSON that the schema allows (jsonSchema); or text in which the pattern is found (regex). Reasoning "
-        "up to </think> is not looked at. An answer that takes more than two seconds of computing to check has not "
-        "passed."
+        "JSON that a schema allows (jsonSchema); or text in which a pattern is found (regex). Schema and pattern are "
+        "the same for all rows, or those that each row brings (dataset.columns.check). Reasoning up to </think> is not "
+        "looked at. An answer that takes more than two seconds of computing to check has not passed."
     )
-    json_schema: Annotated[str, Field(min_length=1, max_length=8192)] | None = Field(
+    json_schema: Annotated[str, Field(min_length=1, max_length=MAX_SCHEMA_CHARACTERS)] | None = Field(
         None,
         alias="schema",
         description="Check jsonSchema: the schema, as JSON text; draft 2020-12 if $schema does not name another. It "
-        "may refer to its own parts ($ref), not to other documents.",
+        "may refer to its own parts ($ref), not to other documents. Not set if each row brings its own.",
     )
-    pattern: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+    pattern: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN_CHARACTERS)] | None = Field(
         None,
-        description="Check regex: a regular expression of Python's re, found anywhere in the answer unless anchored.",
+        description="Check regex: a regular expression of Python's re, found anywhere in the answer unless anchored. "
+        "Not set if each row brings its own.",
     )
     rows: int = Field(
         100,
@@ -50,11 +52,16 @@ class ScoreSpec(ApiModel):
 
     @model_validator(mode="after")
     def _own_fields_of_the_check(self) -> Self:
-        if (self.check == "jsonSchema") != (self.json_schema is not None):
-            raise ValueError(_NEEDS_SCHEMA)
-        if (self.check == "regex") != (self.pattern is not None):
-            raise ValueError(_NEEDS_PATTERN)
+        if self.json_schema is not None and self.check != "jsonSchema":
+            raise ValueError(_SCHEMA_IS_FOR_JSON)
+        if self.pattern is not None and self.check != "regex":
+            raise ValueError(_PATTERN_IS_FOR_REGEX)
         return self
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether each row brings the schema or pattern for its answer."""
+        return self.check != "exactMatch" and self.json_schema is None and self.pattern is None
 
 
 _EMPTY = "set at least one of minImprovement, maxEvalLoss, minScore and score"

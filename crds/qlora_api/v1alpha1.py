@@ -184,8 +184,30 @@ _SCORE_AND_NO_PROMPTS = (
     "gate.score answers the prompts of held-out rows, and training.trainOn: all trains on prompts like answers: set "
     "trainOn to completion, or remove gate.score"
 )
+_CHECKS_NEEDED = (
+    "gate.score: check jsonSchema needs schema, check regex needs pattern; or each row brings its own: then name the "
+    "column in dataset.columns.check, with a mix in the columns of each source of held-out rows"
+)
+_CHECKS_UNUSED = (
+    "dataset.columns.check is for a gate.score whose check is regex or jsonSchema and that has no pattern or schema: "
+    "remove one of them"
+)
 _HAS_SCORE = "has(self.gate) && has(self.gate.score)"
 _HAD_SCORE = "has(oldSelf.gate) && has(oldSelf.gate.score)"
+_SCORE_OF_ROWS = (
+    f"({_HAS_SCORE} && self.gate.score.check != 'exactMatch' && !has(self.gate.score.schema) && "
+    "!has(self.gate.score.pattern))"
+)
+_HAS_CHECK = "(has({0}.columns) && has({0}.columns.check))"
+_HAVE_CHECKS = (
+    f"(has(self.dataset.mix) ? (has(self.dataset.eval) && has(self.dataset.eval.source) ? "
+    f"{_HAS_CHECK.format('self.dataset.mix[0]')} : self.dataset.mix.all(part, {_HAS_CHECK.format('part')})) : "
+    f"{_HAS_CHECK.format('self.dataset')})"
+)
+_HAS_ANY_CHECK = (
+    f"({_HAS_CHECK.format('self.dataset')} || (has(self.dataset.mix) && "
+    f"self.dataset.mix.exists(part, {_HAS_CHECK.format('part')})))"
+)
 
 _BEST_OF_NOTHING = (
     "training.keep: best compares adapters by their loss on held-out rows: set dataset.eval, or remove keep"
@@ -234,6 +256,8 @@ def _spec_rules(schema: dict[str, Any]) -> None:
             rule("!has(self.gate) || has(self.dataset.eval)", _GATE_AND_NO_ROWS),
             rule(f"!({_HAS_SCORE}) || self.training.sharding != 'full'", _SCORE_AND_SHARDED),
             rule(f"!({_HAS_SCORE}) || self.training.trainOn != 'all'", _SCORE_AND_NO_PROMPTS),
+            rule(f"!{_SCORE_OF_ROWS} || {_HAVE_CHECKS}", _CHECKS_NEEDED),
+            rule(f"{_SCORE_OF_ROWS} || !{_HAS_ANY_CHECK}", _CHECKS_UNUSED),
             rule(
                 f"({_HAS_SCORE}) == ({_HAD_SCORE}) && (!({_HAS_SCORE}) || self.gate.score == oldSelf.gate.score)",
                 f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
@@ -336,6 +360,18 @@ class QLoRAJobSpec(ApiModel):
             raise ValueError(_BEST_OF_NOTHING)
         if self.dataset.eval is None and self.training.early_stopping is not None:
             raise ValueError(_STOPPED_BY_NOTHING)
+        return self
+
+    @model_validator(mode="after")
+    def _rows_bring_what_is_asked_for(self) -> Self:
+        score = None if self.gate is None else self.gate.score
+        of_rows = score is not None and score.of_rows
+        named = [source.columns and source.columns.check for source in self.dataset.training_sources.values()]
+        of_first = self.dataset.eval is not None and self.dataset.eval.source is not None
+        if of_rows and None in (named[:1] if of_first else named):
+            raise ValueError(_CHECKS_NEEDED)
+        if not of_rows and any(named):
+            raise ValueError(_CHECKS_UNUSED)
         return self
 
     @model_validator(mode="after")

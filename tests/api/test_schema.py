@@ -29,12 +29,30 @@ SMOOTHED = with_value(
 SCORE = {"check": "jsonSchema", "schema": '{"type": "object"}', "rows": 10, "maxNewTokens": 64}
 SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 
+BY_ROWS = with_value(
+    with_value(EVALUATED, "spec.gate", {"score": {"check": "regex"}}), "spec.dataset.columns", {"check": "expected"}
+)
+
+
+def mixed_by_rows(evaluation: Manifest, *checked: bool) -> Manifest:
+    """A mix, of whose sources those bring checks that are `checked`."""
+    sources = [
+        {"source": f"pvc://data/{number}.jsonl", **({"columns": {"check": "expected"}} if brings else {})}
+        for number, brings in enumerate(checked)
+    ]
+    return with_value(BY_ROWS, "spec.dataset", {"mix": sources, "eval": evaluation})
+
+
+FRACTION, HELD_OUT = {"fraction": 0.1}, {"source": "pvc://data/held-out.jsonl"}
+
 
 @pytest.mark.parametrize(
     "manifest",
-    [MINIMAL, FULL, EVALUATED, SCORED, COMPARED, SMOOTHED, MIXED],
-    ids=["minimal", "full", "evaluated", "scored", "dpo", "smoothed", "mixed"],
-)
+    [MINIMAL, FULL, EVALUATED, SCORED, BY_ROWS, mixed_by_rows(FRACTION, True, True),
+     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED],
+    ids=["minimal", "full", "evaluated", "scored", "by rows", "mixed by rows", "held out by rows", "dpo", "smoothed",
+         "mixed"],
+)  # fmt: skip
 def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
     document = QLoRAJobDocument.model_validate(
@@ -359,6 +377,16 @@ REJECTED = {
     "a lowest score of nothing": (without(SCORED, "spec.gate.score"), "minScore needs score"),
     "a check without its schema": (without(SCORED, "spec.gate.score.schema"), "check jsonSchema needs schema"),
     "a pattern for a schema": (with_value(SCORED, "spec.gate.score.pattern", "a"), "check regex needs pattern"),
+    "checks of rows in no column": (
+        without(BY_ROWS, "spec.dataset.columns"),
+        "name the column in dataset.columns.check",
+    ),
+    "checks of rows in some sources": (mixed_by_rows(FRACTION, True, False), "in the columns of each source"),
+    "checks of held-out rows in no column": (mixed_by_rows(HELD_OUT, False, True), "in the columns of each source"),
+    "checks of rows beside one for all": (
+        with_value(BY_ROWS, "spec.gate.score.pattern", "a"),
+        "dataset.columns.check is for a gate.score whose check is regex or jsonSchema",
+    ),
     "a score of rows without prompts": (
         with_value(SCORED, "spec.training.trainOn", "all"),
         "gate.score answers the prompts of held-out rows",

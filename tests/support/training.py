@@ -1,6 +1,7 @@
 """A workspace in which prepare is done, and the train step over it, for the trainer's tests."""
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.chunks import Chunk, TokenizedRow, TokenizedRows
 from qlora_trainer.data.packing import one_row_each, pack
 from qlora_trainer.data.prepared import split_file, write_split
+from qlora_trainer.data.row_check import RowCheck
 from qlora_trainer.data.statistics import DataStatistics, Lengths, SourceStatistics, SplitStatistics
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.support import inspect_family
@@ -57,10 +59,11 @@ def job(spec: dict[str, Any] | None = None) -> QLoRAJobDocument:
     )
 
 
-def write_data(folder: Path, *, packed: bool, pairs: bool = False) -> None:
+def write_data(folder: Path, *, packed: bool, pairs: bool = False, checks: Sequence[str] | None = None) -> None:
     """Rows of a pattern that a model can learn; the latter half of each row is the target. Four rows are held out.
 
-    As `pairs` each row is a chosen answer, and a rejected one that repeats a token follows it.
+    As `pairs` each row is a chosen answer, and a rejected one that repeats a token follows it. `checks` are those that
+    the held-out rows bring, in their order.
     """
     folder.mkdir(parents=True)
     statistics = {}
@@ -75,7 +78,10 @@ def write_data(folder: Path, *, packed: bool, pairs: bool = False) -> None:
         tokenized = TokenizedRows([Chunk.of(rows)])
         used = numpy.arange(len(rows))
         sequences = pack(used, tokenized.lengths, 64, seed=0) if packed else one_row_each(used)
-        write_split(split_file(folder, "train" if split == "train" else "eval"), tokenized, sequences)
+        brought = None
+        if checks is not None and split == "eval":
+            brought = [RowCheck(f"row {row}", checks[row]).dump() for row in sequences.rows]
+        write_split(split_file(folder, "train" if split == "train" else "eval"), tokenized, sequences, checks=brought)
         statistics[split] = SplitStatistics.of(tokenized, sequences, 64, packed=packed)
     source = SourceStatistics(
         uri="pvc://data/rows.jsonl",
@@ -100,12 +106,18 @@ def _with_rejected(row: TokenizedRow) -> TokenizedRow:
 
 
 def prepared(
-    root: Path, model: Path, spec: dict[str, Any] | None = None, *, packed: bool = True, pairs: bool = False
+    root: Path,
+    model: Path,
+    spec: dict[str, Any] | None = None,
+    *,
+    packed: bool = True,
+    pairs: bool = False,
+    checks: Sequence[str] | None = None,
 ) -> StepContext:
     """The context of the train step in a new workspace that prepare has filled."""
     document = job(spec)
     workspace = WorkspaceLayout(root)
-    write_data(workspace.data / "rows", packed=packed, pairs=pairs)
+    write_data(workspace.data / "rows", packed=packed, pairs=pairs, checks=checks)
     family = inspect_family(model, document.spec.lora)
     base_sha256 = convert(model, workspace.base, document.spec.quantization)
     record = PrepareRecord(

@@ -11,7 +11,7 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
 from qlora_trainer.core import answer_check
-from qlora_trainer.core.answer_check import AnswerChecker
+from qlora_trainer.core.answer_check import AnswerChecker, Criterion
 from qlora_trainer.core.failures import StepFailure
 
 OBJECT = '{"type": "object", "required": ["city"], "properties": {"city": {"$ref": "#/$defs/name"}}, \
@@ -110,6 +110,18 @@ def test_an_answer_that_takes_too_long_has_not_passed_and_the_next_one_is_checke
         assert checker.passes(good, "")
 
 
+def test_the_checks_of_rows_are_used_in_turn_and_none_holds_up_the_next() -> None:
+    evil, digits = (Criterion("regex", text, f"line {text}: 'check'") for text in ("^(a+)+$", r"^\d+$"))
+    with AnswerChecker(score(check="regex"), seconds=0.5) as checker:
+        assert checker.passes("7", "", digits)
+        assert not checker.passes("a" * 60 + "b", "", evil)
+        assert checker.passes("<think>a</think>7", "", digits)
+        assert checker.passes("aaa", "", evil)
+        # Prepare rejects it; where it is met all the same, one answer has not passed.
+        assert not checker.passes("aaa", "", Criterion("regex", "(", "line 3: 'check'"))
+        assert checker.passes("8", "", digits)
+
+
 def test_an_answer_has_its_time_of_the_processor_and_not_of_the_clock() -> None:
     with AnswerChecker(score(check="regex", pattern="pods"), seconds=0.05) as checker:
         (worker,) = multiprocessing.active_children()
@@ -161,6 +173,21 @@ def test_a_check_that_cannot_be_used_is_rejected(settings: dict[str, str], words
         pass
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert failure.value.message.startswith("spec.gate.score.")
+    assert words in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("check", "text", "words"),
+    [
+        ("regex", "(a", "is no regular expression of Python: missing )"),
+        ("jsonSchema", '{"$ref": "http://127.0.0.1:9/s.json"}', "a $ref must lead to a part"),
+    ],
+)
+def test_a_row_whose_check_cannot_be_used_is_rejected(check: Any, text: str, words: str) -> None:
+    with AnswerChecker(score(check=check)) as checker, pytest.raises(StepFailure) as failure:
+        checker.require_usable(Criterion(check, text, "a.jsonl line 3: 'check'"))
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+    assert failure.value.message.startswith("a.jsonl line 3: 'check' ")
     assert words in failure.value.message
 
 

@@ -1,6 +1,7 @@
 """An adapter that does not pass its gate reaches no destination, and is published once the gate lets it pass."""
 
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,11 +12,15 @@ from huggingface_hub import ModelCard
 
 from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
+from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.completion import Score, TrainRecord, read_completion, score_settings, write_completion
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
+from qlora_trainer.training.answers import AnswerTexts, ScoredPrompts
+from qlora_trainer.training.scorable import row_criterion
 from tests.support.command import Files
 from tests.support.published import context, published
 from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
@@ -174,3 +179,75 @@ def test_prepare_admits_a_score_that_the_data_has_and_data_and_run_stay_the_same
     without = prepare(make_context(held_out), Recorded())
     assert without == scored.model_copy(update={"memory": without.memory})
     assert without.fingerprint == partly.fingerprint
+
+
+def brought(answers: list[Any], kind: str = "regex") -> dict[str, Any]:
+    """A job that checks answers by what the rows have in the column `expected`, one in four of them held out."""
+    return {
+        "dataset": {"eval": {"fraction": 0.25}, "columns": {"check": "expected"}},
+        "gate": {"minScore": 0.5, "score": {"check": kind, "rows": len(answers)}},
+    }
+
+
+def with_checks(checks: list[Any]) -> list[dict[str, Any]]:
+    return [row | {"expected": check} for row, check in zip(ANSWERS, checks, strict=True)]
+
+
+OWN = [f"^.{{0,9}} {i}}}$" for i in range(12)]
+"""Of each row a pattern that its own answer has, and no other row's."""
+SCHEMAS = [{"required": ["pods"], "properties": {"pods": {"const": i}}} for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "checks"),
+    [
+        ("regex", OWN),
+        pytest.param("jsonSchema", SCHEMAS, marks=pytest.mark.slow),
+        pytest.param("jsonSchema", [json.dumps(schema) for schema in SCHEMAS], marks=pytest.mark.slow),
+    ],
+    ids=["patterns", "schemas", "schemas as text"],
+)
+def test_each_held_out_row_is_checked_by_what_it_brings(
+    kind: str, checks: list[Any], make_context: MakeContext, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", with_checks(checks))
+    job = make_context(brought(checks, kind))
+    record = prepare(job, Recorded())
+    assert not any(remark.startswith("spec.gate.score") for remark in record.remarks)
+
+    data = PreparedDataset.open(job.workspace.root / record.data_path, "eval")
+    texts = AnswerTexts(job.workspace.root / record.model_path, record.end_of_turn)
+    spec = ScoreSpec.model_validate({"check": kind})
+    rows = ScoredPrompts.of(data, 12).chosen
+    with AnswerChecker(spec) as checker:
+        for answered in rows:
+            criterion = row_criterion(spec, answered)
+            found = [checker.passes(texts.answer(row.answer), "", criterion) for row in rows]
+            assert found == [row == answered for row in rows]
+    # The same rows without their checks are the same sequences, by which runs are compared.
+    without = prepare(make_context({"dataset": {"eval": {"fraction": 0.25}}}), Recorded())
+    assert without.fingerprint != record.fingerprint
+    assert {**(without.data_content or {}), "rows": 0} == {**(record.data_content or {}), "rows": 0}
+
+
+def test_a_row_whose_check_cannot_be_read_is_named(make_context: MakeContext, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", with_checks(["(pods"] * 12))
+    with pytest.raises(StepFailure) as failure:
+        prepare(make_context(brought(OWN)), Recorded())
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+    assert re.match(
+        r"pvc://data/train.jsonl line \d+: 'expected' is no regular expression of Python: missing \), .*: correct it",
+        failure.value.message,
+    )
+
+
+@pytest.mark.slow
+def test_with_held_out_rows_of_their_own_source_only_these_bring_checks(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", ANSWERS[:8])
+    write_rows(tmp_path / "data" / "held-out.jsonl", with_checks(OWN)[8:])
+    job = brought(OWN)
+    job["dataset"]["eval"] = {"source": "pvc://data/held-out.jsonl"}
+    record = prepare(make_context(job), Recorded())
+    assert (record.dataset.used_rows, record.dataset.eval_rows) == (8, 4)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ExitCode
-from qlora_api.gate import GateSpec
+from qlora_api.gate import GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data.row_check import RowCheck
 from qlora_trainer.training import answers, scorable
-from qlora_trainer.training.answers import AnswerTexts
-from qlora_trainer.training.scorable import require_scorable
+from qlora_trainer.training.answers import AnswerTexts, Prompt
+from qlora_trainer.training.scorable import require_scorable, row_criterion
 from tests.support.training import write_data
 
 CHATS = DatasetStatus(format="messages", rows=20, used_rows=16)
@@ -61,6 +62,21 @@ def test_rows_whose_prompt_is_too_long_are_counted(
         "spec.gate.score is decided on 2 rows: 2 of the 4 held-out rows have a prompt of more than 4 tokens, which is "
         "not answered"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"type": "object"}, "line 3: 'check' is a JSON schema, and spec.gate.score.check is regex"),
+        ("a" * 1025, "line 3: 'check' has 1025 characters: a regular expression has at most 1024"),
+    ],
+)
+def test_a_row_that_brings_no_regular_expression_is_named(value: Any, words: str) -> None:
+    row, spec = Prompt((1,), (2,), RowCheck("a.jsonl line 3: 'check'", value)), ScoreSpec(check="regex")
+    with pytest.raises(StepFailure) as failure:
+        row_criterion(spec, row)
+    assert failure.value.exit_code is ExitCode.BAD_DATASET
+    assert words in failure.value.message
 
 
 def test_a_pair_is_one_row(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

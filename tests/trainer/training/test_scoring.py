@@ -20,7 +20,7 @@ from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.tiny import Recorded, merged
-from tests.support.training import Lost, adapter_bytes, failure, history, job, prepared, run, write_data
+from tests.support.training import ROW_LENGTHS, Lost, adapter_bytes, failure, history, job, prepared, run, write_data
 
 PATTERN = {"check": "regex", "pattern": "[a-z]", "rows": 3, "maxNewTokens": 4}
 SCORED = {"gate": {"minScore": 0.5, "score": PATTERN}}
@@ -91,6 +91,31 @@ def test_a_stopped_or_killed_score_is_continued_and_training_is_not_repeated(
     assert history(scored) == history(undisturbed)
     assert {entry["trainingStep"] for entry in records.written} == {6}
     assert read_completion(scored.workspace.completion("train"), TrainRecord) == record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [False, True])
+def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Path, tiny_llama: Path) -> None:
+    """Of four rows in packed sequences, two bring a pattern that every text has, and two one that none has."""
+    some, none = "^", "^(?!)"
+    brought = {
+        "dataset": {"columns": {"check": "expected"}},
+        "gate": {"score": {"check": "regex", "maxNewTokens": 2}},
+        "training": {"objective": "dpo" if pairs else None},
+    }
+    checks = [some, none, none, some]
+    context = prepared(tmp_path / "workspace", tiny_llama, brought, pairs=pairs, checks=checks)
+    record = run(context)
+
+    assert record.score is not None
+    assert (record.score.rows, record.score.adapter, record.score.base) == (4, 0.5, 0.5)
+    _, *lines = answers(context)
+    assert [line["adapterPassed"] for line in lines] == [line["check"] == some for line in lines]
+    # Each row has its own: the prompts tell which.
+    lengths = {check: {ROW_LENGTHS[row] // 2 for row in range(4) if checks[row] == check} for check in (some, none)}
+    data = PreparedDataset.open(context.workspace.data / "rows", "eval")
+    rows = ScoredPrompts.of(data, 4).chosen
+    assert all(row.check is not None and len(row.tokens) in lengths[str(row.check.value)] for row in rows)
 
 
 @pytest.mark.slow

@@ -8,19 +8,21 @@ import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from jsonschema.protocols import Validator
 from jsonschema.validators import Draft202012Validator, validator_for
 from referencing import Registry, Resource
 from referencing.jsonschema import specification_with
 
+from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
 from qlora_api.printable import first_line, shortened
-from qlora_trainer.core.failures import StepFailure, bad_configuration
+from qlora_trainer.core.failures import StepFailure
 
 SECONDS = 2.0
 """For one answer, of the processor and not of the clock: a busy node changes nothing. Afterwards it has not passed."""
@@ -39,44 +41,66 @@ Check = Callable[[str], bool]
 _Result = TypeVar("_Result")
 
 
-def compiled(spec: ScoreSpec) -> Check:
-    """Whether an answer passes, for a check that needs no answer of the row.
+@dataclass(frozen=True)
+class Criterion:
+    """What answers are checked by, if not by the row's own answer: that of the job, or the one that a row brings."""
 
-    Raises StepFailure BAD_CONFIGURATION for a pattern or schema that cannot be used.
-    """
-    if spec.pattern is not None:
-        return _pattern(spec.pattern)
-    return _schema(spec.json_schema or "")
+    check: Literal["regex", "jsonSchema"]
+    text: str
+    """The regular expression, or the schema as JSON."""
+    source: str
+    """The field of the job, or the place in the data, for messages."""
+    exit_code: ExitCode = ExitCode.BAD_DATASET
+    """Of a criterion that cannot be used."""
+    seconds_to_read: float = SECONDS
 
+    @classmethod
+    def of_job(cls, spec: ScoreSpec) -> "Criterion | None":
+        """The job's, for all rows; None if there is none."""
+        if spec.check == "exactMatch" or spec.of_rows:
+            return None
+        field, text = ("pattern", spec.pattern) if spec.check == "regex" else ("schema", spec.json_schema)
+        source = f"spec.gate.score.{field}"
+        return cls(spec.check, text or "", source, ExitCode.BAD_CONFIGURATION, _SECONDS_TO_READ)
 
-def _pattern(text: str) -> Check:
-    try:
-        pattern = re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise bad_configuration(
-            f"spec.gate.score.pattern is no regular expression of Python: {first_line(error)}: found "
-            f"{shortened(text, 100)!r}"
-        ) from error
-    return lambda answer: pattern.search(answer) is not None
+    def unusable(self, why: str) -> StepFailure:
+        """The failure of a criterion that cannot be used."""
+        return self._failure(f"cannot be used: {why}: simplify it")
 
+    def compiled(self) -> Check:
+        """Whether an answer passes. Raises StepFailure for a pattern or schema that is none."""
+        return self._pattern() if self.check == "regex" else self._schema()
 
-def _schema(text: str) -> Check:
-    try:
-        schema = _object_or_boolean(text)
-        kind = validator_for(schema, default=Draft202012Validator)
-        kind.check_schema(schema)
-        _require_own_references(schema, kind)
-    except TimeoutError:
-        raise
-    except Exception as error:
-        # Libraries raise whatever a malformed schema leads them to.
-        raise bad_configuration(
-            f"spec.gate.score.schema is no JSON schema: {first_line(error)}: correct it; a $ref must lead to a part of "
-            "the same schema, such as #/$defs/NAME"
-        ) from error
-    # With a registry of its own nothing is looked up elsewhere, as jsonschema would do over the network.
-    validator: Validator = kind(schema, registry=Registry())
-    return lambda answer: validator.is_valid(json.loads(answer, parse_constant=_reject_constant))
+    def _failure(self, what: str) -> StepFailure:
+        return StepFailure(self.exit_code, f"{self.source} {what}")
+
+    def _pattern(self) -> Check:
+        try:
+            pattern = re.compile(self.text)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise self._failure(
+                f"is no regular expression of Python: {first_line(error)}: correct it; found "
+                f"{shortened(self.text, 100)!r}"
+            ) from error
+        return lambda answer: pattern.search(answer) is not None
+
+    def _schema(self) -> Check:
+        try:
+            schema = _object_or_boolean(self.text)
+            kind = validator_for(schema, default=Draft202012Validator)
+            kind.check_schema(schema)
+            _require_own_references(schema, kind)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            # Libraries raise whatever a malformed schema leads them to.
+            raise self._failure(
+                f"is no JSON schema: {first_line(error)}: correct it; a $ref must lead to a part of the same schema, "
+                "such as #/$defs/NAME"
+            ) from error
+        # With a registry of its own nothing is looked up elsewhere, as jsonschema would do over the network.
+        validator: Validator = kind(schema, registry=Registry())
+        return lambda answer: validator.is_valid(json.loads(answer, parse_constant=_reject_constant))
 
 
 def _object_or_boolean(text: str) -> Any:
@@ -118,30 +142,25 @@ class _Worker:
     connection: Connection
 
     @classmethod
-    def start(cls, spec: ScoreSpec, seconds: float) -> "_Worker":
-        """Start one. Raises StepFailure BAD_CONFIGURATION for a pattern or schema that cannot be used."""
+    def start(cls, seconds: float) -> "_Worker":
+        """Start one, which takes `seconds` of the processor for an answer at most."""
         # Spawned, not forked: CUDA does not survive a fork.
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        worker = cls(context.Process(target=_serve, args=(there, spec, seconds), daemon=True), here)
+        worker = cls(context.Process(target=_serve, args=(there, seconds), daemon=True), here)
         worker.process.start()
         there.close()
-        problem = worker.received()
-        if problem is not None:
-            worker.stop()
-            raise _unusable(spec, problem.why) if isinstance(problem, _Ended) else problem
         return worker
 
-    def ask(self, answer: str) -> Any:
-        """Whether the answer passes, why it could not be checked, or that the process has ended."""
+    def ask(self, criterion: Criterion, answer: str | None = None) -> Any:
+        """Whether the answer passes, why it could not be checked, or that the process has ended.
+
+        Without an answer: None if the criterion can be used, else the StepFailure.
+        """
         try:
-            self.connection.send(answer)
+            self.connection.send((criterion, answer))
         except OSError:
             return self._ended()
-        return self.received()
-
-    def received(self) -> Any:
-        """What it sends next."""
         try:
             if self.connection.poll(_PATIENCE_SECONDS):
                 return self.connection.recv()
@@ -160,33 +179,33 @@ class _Worker:
         self.connection.close()
 
 
-def _unusable(spec: ScoreSpec, why: str) -> StepFailure:
-    field = "pattern" if spec.pattern is not None else "schema"
-    return bad_configuration(f"spec.gate.score.{field} cannot be used: {why}: simplify it")
-
-
-def _serve(connection: Connection, spec: ScoreSpec, seconds: float) -> None:
-    """Send None or what is wrong with the check; then, for each answer that comes, whether it passes, or why not."""
+def _serve(connection: Connection, seconds: float) -> None:
+    """Answer each question of `_Worker.ask` that comes."""
     for number in (signal.SIGTERM, signal.SIGINT):
         # The parent decides when to stop, and may have been killed.
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGVTALRM, _late)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    try:
-        check = _limited(lambda: compiled(spec), _SECONDS_TO_READ)
-    except StepFailure as failure:
-        connection.send(failure)
-        return
-    except TimeoutError:
-        connection.send(_unusable(spec, f"reading it takes more than {_SECONDS_TO_READ:g} seconds"))
-        return
-    connection.send(None)
+    # Mostly the same one is asked for again: that of the job, or of the row whose second answer follows.
+    read = lru_cache(maxsize=1)(_read)
     while True:
         try:
-            answer = connection.recv()
+            criterion, answer = connection.recv()
         except EOFError:
             return
-        connection.send(_checked(check, answer, seconds))
+        try:
+            check = read(criterion)
+            connection.send(None if answer is None else _checked(check, answer, seconds))
+        except StepFailure as failure:
+            connection.send(failure if answer is None else failure.message)
+
+
+def _read(criterion: Criterion) -> Check:
+    """The criterion, compiled. Raises StepFailure if it cannot be used."""
+    try:
+        return _limited(criterion.compiled, criterion.seconds_to_read)
+    except TimeoutError as error:
+        raise criterion.unusable(f"reading it takes more than {criterion.seconds_to_read:g} seconds") from error
 
 
 def _checked(check: Check, answer: str, seconds: float) -> bool | str:
@@ -218,44 +237,64 @@ class AnswerChecker:
     """Checks one answer after the other. Use it as a context manager: it keeps a process."""
 
     def __init__(self, spec: ScoreSpec, *, seconds: float = SECONDS) -> None:
-        self._spec, self._seconds = spec, seconds
+        self._exact, self._of_job = spec.check == "exactMatch", Criterion.of_job(spec)
+        self._seconds = seconds
         self._worker: _Worker | None = None
         self._restarts = 0
 
     def __enter__(self) -> Self:
-        """Start. Raises StepFailure BAD_CONFIGURATION for a pattern or schema that cannot be used."""
-        if self._spec.check != "exactMatch":
-            self._worker = _Worker.start(self._spec, self._seconds)
+        """Start. Raises StepFailure BAD_CONFIGURATION for a pattern or schema of the job that cannot be used."""
+        if not self._exact:
+            self._worker = _Worker.start(self._seconds)
+        if self._of_job is not None:
+            try:
+                self.require_usable(self._of_job)
+            except StepFailure:
+                self._stop()
+                raise
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         """Stop."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self._worker is not None:
             self._worker.stop()
 
-    def passes(self, answer: str, own: str) -> bool:
+    def require_usable(self, criterion: Criterion) -> None:
+        """Raise StepFailure for a pattern or schema that cannot be used."""
+        if self._worker is None:
+            raise AssertionError("an exact match has no criterion")
+        problem = self._worker.ask(criterion)
+        if problem is not None:
+            raise criterion.unusable(problem.why) if isinstance(problem, _Ended) else problem
+
+    def passes(self, answer: str, own: str, criterion: Criterion | None = None) -> bool:
         """Whether the answer passes. `own` is that of the row. Reasoning before either is not looked at.
 
-        Raises StepFailure BAD_CONFIGURATION for a pattern or schema with which the checking process ends every time.
+        `criterion`: the row's, if the job has none. Raises its StepFailure if the checking process ends too often.
         """
         answer, own = (text.rpartition(_END_OF_REASONING)[2] for text in (answer, own))
         if self._worker is None:
             return answer.strip() == own.strip()
-        found = self._worker.ask(answer)
+        criterion = self._of_job or criterion
+        if criterion is None:
+            raise AssertionError("data whose rows bring no check were rejected when they were prepared")
+        found = self._worker.ask(criterion, answer)
         if isinstance(found, bool):
             return found
         why = found.why if isinstance(found, _Ended) else found
         logger.warning("an answer could not be checked, and has not passed: %s", why)
         if isinstance(found, _Ended):
-            self._restart(why)
+            self._restart(criterion, why)
         return False
 
-    def _restart(self, why: str) -> None:
+    def _restart(self, criterion: Criterion, why: str) -> None:
         self._restarts += 1
         if self._restarts > _MOST_RESTARTS:
-            raise _unusable(self._spec, f"with {self._restarts} answers it failed, the last time because {why}")
-        if self._worker is not None:
-            self._worker.stop()
-        self._worker = _Worker.start(self._spec, self._seconds)
+            raise criterion.unusable(f"with {self._restarts} answers it failed, the last time because {why}")
+        self._stop()
+        self._worker = _Worker.start(self._seconds)

@@ -132,6 +132,8 @@ class DatasetBuilder:
             format_, columns = detect_format(first, settings.columns, field, pairs=self.training.compares_answers)
         else:
             format_, columns = settings.format, settings.columns or Columns()
+        of_rows = self.spec.check_column(field, own_evaluation=like is not None)
+        columns = columns.model_copy(update={"check": of_rows})
         recipe = Recipe.of(
             self.spec, self.training, self.tokenizer, format_, columns, field, vocabulary=self.vocabulary
         )

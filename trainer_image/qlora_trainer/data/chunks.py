@@ -22,7 +22,7 @@ Digests = NDArray[numpy.uint8]
 """uint8 [rows, 16]: the digest of each row, see `row_digest`."""
 DIGEST_BYTES = 16
 _FACTS = "facts"
-_BETWEEN_LOCATIONS = "\0"
+_BETWEEN = "\0"
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Chunk:
     dropped: Dropped = Dropped()
     chosen_lengths: Int32s | None = None
     """int32 [rows]: of each row of format preference, the tokens of prompt and chosen answer; None for other rows"""
+    checks: Flags | None = None
+    """uint8 [bytes]: the check that each row brings, as JSON, compressed; None if rows bring none."""
 
     @classmethod
     def of(
@@ -96,8 +98,9 @@ class Chunk:
         too_long: Sequence[int] = (),
         dropped: Dropped = Dropped(),
         locations: Sequence[str] = (),
+        checks: Sequence[str] | None = None,
     ) -> "Chunk":
-        """The chunk of the used rows, and their `locations`.
+        """The chunk of the used rows, their `locations`, and their `checks` as JSON if they bring any.
 
         `too_long`: tokens of each row that is left out because of its length.
         """
@@ -109,16 +112,22 @@ class Chunk:
             numpy.array(too_long, dtype=numpy.int32),
             numpy.frombuffer(b"".join(map(row_digest, rows)), numpy.uint8).reshape(-1, DIGEST_BYTES),
             # The name of the file is in each of them: level 1 already leaves some five bytes per row.
-            numpy.frombuffer(
-                zlib.compress(_BETWEEN_LOCATIONS.join(locations).encode(errors="surrogateescape"), 1), numpy.uint8
-            ),
+            _compressed(locations),
             dropped,
             _chosen_lengths(rows),
+            None if checks is None else _compressed(checks),
         )
 
     def location(self, row: int) -> str:
         """File and line of the row at `row`."""
-        return zlib.decompress(self.locations.tobytes()).decode(errors="surrogateescape").split(_BETWEEN_LOCATIONS)[row]
+        return _decompressed(self.locations)[row]
+
+    def check(self, rows: Sequence[int]) -> list[str]:
+        """The checks of these rows, as JSON. Raises ValueError if rows bring none."""
+        if self.checks is None:
+            raise ValueError("the rows of this chunk bring no check")
+        checks = _decompressed(self.checks)
+        return [checks[row] for row in rows]
 
     @property
     def rows_read(self) -> int:
@@ -132,7 +141,7 @@ class Chunk:
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
         names = ("input_ids", "is_target", "lengths", "target_counts", "too_long", "digests", "locations")
-        tensors = {name: getattr(self, name) for name in (*names, "chosen_lengths")}
+        tensors = {name: getattr(self, name) for name in (*names, "chosen_lengths", "checks")}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
@@ -144,6 +153,14 @@ class Chunk:
                 return cls(**tensors, dropped=Dropped(**json.loads(file.metadata()[_FACTS])))
         except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
+
+
+def _compressed(texts: Sequence[str]) -> Flags:
+    return numpy.frombuffer(zlib.compress(_BETWEEN.join(texts).encode(errors="surrogateescape"), 1), numpy.uint8)
+
+
+def _decompressed(texts: Flags) -> list[str]:
+    return zlib.decompress(texts.tobytes()).decode(errors="surrogateescape").split(_BETWEEN)
 
 
 def _chosen_lengths(rows: Sequence[TokenizedRow]) -> Int32s | None:
@@ -194,6 +211,19 @@ class TokenizedRows:
         """File and line of the row at `row`."""
         chunk = int(numpy.searchsorted(self._first, row, side="right")) - 1
         return self._chunks[chunk].location(row - int(self._first[chunk]))
+
+    def checks(self, rows: RowIndices) -> list[str] | None:
+        """The checks of the rows, as JSON, in their order; None if rows bring none."""
+        chunks = numpy.searchsorted(self._first, rows, side="right") - 1
+        found = [""] * len(rows)
+        for number in numpy.unique(chunks).tolist():
+            if self._chunks[number].checks is None:
+                return None
+            at = numpy.flatnonzero(chunks == number)
+            of_chunk = self._chunks[number].check((rows[at] - self._first[number]).tolist())
+            for index, check in zip(at.tolist(), of_chunk, strict=True):
+                found[index] = check
+        return found
 
     def input_ids(self, rows: RowIndices) -> Int32s:
         """int32 [tokens]: the token ids of the rows, in their order."""

@@ -151,7 +151,8 @@ class Dataset:
 
         def write(split: Split, rows: RowIndices) -> SplitStatistics:
             arrangement = arrange(rows, self.rows.lengths[rows])
-            write_split(split_file(folder, split), self.rows, arrangement)
+            checks = self.rows.checks(arrangement.rows) if split == "eval" else None
+            write_split(split_file(folder, split), self.rows, arrangement, checks=checks)
             return statistics(arrangement)
 
         if self.mix is None:

@@ -134,6 +134,9 @@ def _without_addresses(dataset: DatasetSpec) -> dict[str, Any]:
     for part in (described, described.get("eval", {}), *sources):
         for name in _OF_AN_ADDRESS:
             part.pop(name, None)
+        # What answers are checked by decides no sequence.
+        if part.get("columns", {}).pop("check", None) is not None and not part["columns"]:
+            del part["columns"]
     return described | ({"mix": {str(number): part for number, part in enumerate(sources)}} if sources else {})
 
 

@@ -8,6 +8,7 @@ from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.conversations import CHAT, SHAREGPT, check_turns, checked_text, read_tools, read_turns
 from qlora_trainer.data.examples import Conversation, Example, Message, PlainText, Preference, PromptCompletion
 from qlora_trainer.data.preferences import PreferenceColumns
+from qlora_trainer.data.row_check import RowCheck
 from qlora_trainer.data.rows import Row, listed
 
 DATASET = "spec.dataset"
@@ -47,10 +48,16 @@ class RowReader:
         fields = _Fields(row, row.values(), self._format, self._columns, self._field, self._marked)
         return _FORMATS[self._format].read(fields)
 
+    def check(self, row: Row) -> RowCheck | None:
+        """The check that the row brings, if a column for it is named. Raises StepFailure BAD_DATASET without one."""
+        column = self._columns.check
+        return None if column is None else RowCheck.of(row, column, f"{self._field}.columns.check")
+
     def reading(self, row: Row) -> Reading:
         """Which of the row's columns are used."""
         definition, values = _FORMATS[self._format], row.values()
-        columns = tuple(_column(field, self._columns) for field in (*definition.required, *definition.optional))
+        named = (*definition.required, *definition.optional, *(["check"] if self._columns.check else []))
+        columns = tuple(_column(field, self._columns) for field in named)
         return Reading(
             self._format,
             tuple(column for column in columns if column in values),

@@ -9,6 +9,11 @@ which is written last. A split's file has the tensors
     segment_lengths  int32 [rows]            tokens of each row, in the order of the tokens
     is_target        uint8 [tokens]          1 where the token counts in the loss
 
+If the rows bring the checks of their answers, the held-out split also has
+
+    check_offsets    int64 [rows + 1]        where a row's check begins in `checks`
+    checks           uint8 [bytes]           of each row its check as JSON, in UTF-8
+
 A row of format preference is there as two, which follow each other in one sequence: the prompt with the chosen answer,
 and the prompt with the rejected one.
 
@@ -34,6 +39,7 @@ from torch import Tensor
 from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.epochs import EpochArrangements
 from qlora_trainer.data.packing import Arrangement
+from qlora_trainer.data.row_check import RowCheck
 
 FORMAT_VERSION = 2
 PREPARED_MANIFEST = "manifest.json"
@@ -75,9 +81,15 @@ class PackedSequence:
 
 
 def write_split(
-    path: Path, rows: TokenizedRows, arrangement: Arrangement, epochs: EpochArrangements | None = None
+    path: Path,
+    rows: TokenizedRows,
+    arrangement: Arrangement,
+    epochs: EpochArrangements | None = None,
+    checks: Sequence[str] | None = None,
 ) -> None:
     """Write the file of a split: the sequences of the arrangement, whose rows are indices into `rows`.
+
+    `checks`: of each row of the arrangement, as JSON, if the rows bring any.
 
     With `epochs`, the arrangement has one row in each sequence, and the sequences of each epoch consist of these.
     Copies the tokens of some rows at a time. Raises OSError if the disk is full. The caller syncs the file to disk.
@@ -92,14 +104,18 @@ def write_split(
         chosen = rows.chosen_lengths[order]
         segments, segment_offsets = numpy.stack((chosen, lengths - chosen), axis=1).ravel(), 2 * arrangement.offsets
         facts["pairs"] = 1
+    checks_in_utf8 = [check.encode() for check in checks or ()]
+    check_offsets = numpy.cumsum([0, *map(len, checks_in_utf8)], dtype=numpy.int64)
     shapes = {
         "token_offsets": ("I64", len(token_offsets)),
         "segment_offsets": ("I64", len(segment_offsets)),
         **({} if epochs is None else epochs.offset_shapes),
+        **({} if checks is None else {"check_offsets": ("I64", len(check_offsets))}),
         "input_ids": ("I32", tokens),
         "segment_lengths": ("I32", len(segments)),
         **({} if epochs is None else {"sequence_rows": ("I32", len(epochs.rows))}),
         "is_target": ("U8", tokens),
+        **({} if checks is None else {"checks": ("U8", int(check_offsets[-1]))}),
     }
     batches = [order[first : first + _GATHERED_ROWS] for first in range(0, len(order), _GATHERED_ROWS)]
 
@@ -108,11 +124,15 @@ def write_split(
         yield segment_offsets.astype("<i8")
         if epochs is not None:
             yield from (epochs.sequence_offsets.astype("<i8"), epochs.epoch_offsets.astype("<i8"))
+        if checks is not None:
+            yield check_offsets.astype("<i8")
         yield from (rows.input_ids(batch).astype("<i4", copy=False) for batch in batches)
         yield segments.astype("<i4")
         if epochs is not None:
             yield epochs.rows.astype("<i4", copy=False)
         yield from (rows.is_target(batch) for batch in batches)
+        if checks is not None:
+            yield numpy.frombuffer(b"".join(checks_in_utf8), numpy.uint8)
 
     with path.open("wb") as file:
         file.write(_header(shapes, facts))
@@ -169,6 +189,9 @@ class PreparedDataset:
             self._sequence_offsets = file.get_tensor("sequence_offsets")
             self._sequence_rows: Tensor = file.get_tensor("sequence_rows")
             self.epoch_offsets = tuple(file.get_tensor("epoch_offsets").tolist())
+        self._checks: tuple[Tensor, Tensor] | None = None
+        if "checks" in file.keys():  # noqa: SIM118 - no mapping
+            self._checks = file.get_tensor("check_offsets"), file.get_tensor("checks")
 
     @classmethod
     def open(cls, folder: Path, split: Split) -> "PreparedDataset":
@@ -210,6 +233,14 @@ class PreparedDataset:
         if self._sequence_offsets is None:
             return self._stored_rows(index)
         return [number for row in self._drawn(index) for number in self._stored_rows(row)]
+
+    def check(self, row: int) -> RowCheck | None:
+        """The check that a row of the split brings, a pair counted as one row; None if rows bring none."""
+        if self._checks is None:
+            return None
+        offsets, checks = self._checks
+        start, end = offsets[row : row + 2].tolist()
+        return RowCheck.load(checks[start:end].numpy().tobytes().decode())
 
     def _stored_rows(self, index: int) -> range:
         first, past = self._segment_offsets[index : index + 2].tolist()

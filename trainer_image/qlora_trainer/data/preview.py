@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
-from qlora_api.dataset import DatasetSpec
+from qlora_api.dataset import Columns, DatasetSpec
 from qlora_api.training import TrainingSpec
 from qlora_trainer.data.chat_template import Rendered, Tokenizer
 from qlora_trainer.data.formats import Reading, RowReader, detect_format
@@ -75,6 +75,7 @@ def _preview(
     format_, columns = source.format, source.columns
     if format_ == "auto":
         format_, columns = detect_format(first[0], source.columns, field, pairs=training.compares_answers)
+    columns = (columns or Columns()).model_copy(update={"check": spec.check_column(field)})
     recipe = Recipe.of(spec, training, tokenizer, format_, columns, field, vocabulary=ANY_VOCABULARY)
     recipe.require_place_for_settings(tokenizer, data.uri)
     maker = ChunkMaker(recipe, tokenizer)

@@ -117,6 +117,7 @@ class ChunkMaker:
         """The chunk of these rows. Raises StepFailure for the first invalid one."""
         used: list[TokenizedRow] = []
         locations: list[str] = []
+        checks: list[str] = []
         too_long: list[int] = []
         unlabeled: list[str] = []
         first_too_long: str | None = None
@@ -131,8 +132,10 @@ class ChunkMaker:
                 self._require_known(int(tokens.input_ids.max()))
                 used.append(tokens)
                 locations.append(row.location)
+                check = self._reader.check(row)
+                checks += [] if check is None else [check.dump()]
         dropped = Dropped(len(unlabeled), unlabeled[0] if unlabeled else None, first_too_long)
-        return Chunk.of(used, too_long, dropped, locations)
+        return Chunk.of(used, too_long, dropped, locations, checks if self.recipe.columns.check else None)
 
     def rendered(self, row: Row) -> tuple[Rendered, ...]:
         """The row's text; of a pair, the two texts. Raises StepFailure for an invalid row."""

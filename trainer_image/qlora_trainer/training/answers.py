@@ -17,7 +17,8 @@ from qlora_api.gate import MAX_PROMPT_TOKENS
 from qlora_api.printable import first_line
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.filesystem import write_atomically
-from qlora_trainer.data.prepared import IGNORED_LABEL, PackedSequence, PreparedDataset
+from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
+from qlora_trainer.data.row_check import RowCheck
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Sample, Samples
 
@@ -30,11 +31,14 @@ class Prompt:
 
     tokens: tuple[int, ...]
     answer: tuple[int, ...]
+    check: RowCheck | None = None
+    """The one that the row brings for its answer."""
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of both, in hexadecimal."""
-        return hashlib.sha256(json.dumps([self.tokens, self.answer]).encode()).hexdigest()
+        """SHA-256 of prompt, answer and check, in hexadecimal; not of where the row was read."""
+        brought = () if self.check is None else (self.check.value,)
+        return hashlib.sha256(json.dumps([self.tokens, self.answer, *brought], sort_keys=True).encode()).hexdigest()
 
 
 def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
@@ -46,7 +50,7 @@ def choose_prompts(data: PreparedDataset, count: int) -> list[Prompt]:
 
 
 def _first_prompt(data: PreparedDataset, index: int) -> Prompt:
-    return next(_prompts(data[index]))
+    return next(_prompts(data, index))
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class ScoredPrompts:
 
         def short_enough() -> Iterator[Prompt]:
             nonlocal fitting, rows
-            for prompt in (prompt for index in range(len(data)) for prompt in _prompts(data[index])):
+            for prompt in (prompt for index in range(len(data)) for prompt in _prompts(data, index)):
                 rows += 1
                 if len(prompt.tokens) <= MAX_PROMPT_TOKENS:
                     fitting += 1
@@ -76,23 +80,23 @@ class ScoredPrompts:
         return cls(tuple(chosen), fitting, rows - fitting)
 
 
-def _prompts(sequence: PackedSequence) -> Iterator[Prompt]:
+def _prompts(data: PreparedDataset, index: int) -> Iterator[Prompt]:
     """The prompt of each row of a sequence; of a pair, with the chosen answer."""
-    start, pairs = 0, sequence.row_numbers is not None
-    for number, length in enumerate(sequence.row_lengths):
+    sequence, start, answers = data[index], 0, 2 if data.pairs else 1
+    for number, length in zip(data.row_numbers(index), sequence.row_lengths, strict=True):
         ids, labels = sequence.input_ids[start : start + length], sequence.labels[start : start + length]
-        if not (pairs and number % 2):
-            yield _prompt(ids.tolist(), (labels != IGNORED_LABEL).tolist())
+        if number % answers == 0:
+            yield _prompt(ids.tolist(), (labels != IGNORED_LABEL).tolist(), data.check(number // answers))
         start += length
 
 
-def _prompt(tokens: list[int], is_target: list[bool]) -> Prompt:
+def _prompt(tokens: list[int], is_target: list[bool], check: RowCheck | None) -> Prompt:
     length, first = len(tokens), is_target.index(True)
     if first <= 1:
         # Plain text is trained on from its second token on: its first half is the prompt.
         first = max(1, length // 2)
     end = next((position for position in range(first, length) if not is_target[position]), length)
-    return Prompt(tuple(tokens[:first]), tuple(tokens[first:end]))
+    return Prompt(tuple(tokens[:first]), tuple(tokens[first:end]), check)
 
 
 Stopped = Callable[[], bool]

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_api.gate import MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
+from qlora_api.gate import MAX_PATTERN_CHARACTERS, MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
 from qlora_api.status import DatasetStatus
-from qlora_trainer.core.answer_check import AnswerChecker
-from qlora_trainer.core.failures import bad_configuration
+from qlora_trainer.core.answer_check import AnswerChecker, Criterion
+from qlora_trainer.core.failures import bad_configuration, bad_dataset
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import AnswerTexts, ScoredPrompts
+from qlora_trainer.training.answers import AnswerTexts, Prompt, ScoredPrompts
 
 SCORE = "spec.gate.score"
 logger = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ def require_scorable(
 ) -> tuple[str, ...]:
     """What a user should know of the rows that are scored; each begins with the name of the setting.
 
-    `found` is what the data set is. Raises StepFailure BAD_CONFIGURATION for a score that no answer to the prepared
-    rows could have.
+    `found` is what the data set is. Raises StepFailure: BAD_CONFIGURATION for a score that no answer to the prepared
+    rows could have, BAD_DATASET for a row whose own check cannot be used.
     """
     if gate is None or gate.score is None:
         return ()
@@ -65,14 +65,42 @@ def require_scorable(
 
 
 def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: AnswerTexts) -> list[str]:
-    """The answers of the data that would not pass, cut off where an adapter's are."""
+    """The answers of the data that would not pass, cut off where an adapter's are.
+
+    Raises StepFailure BAD_DATASET for a row with a check that cannot be used.
+    """
     failed = []
     with AnswerChecker(spec) as checker:
         for row in scored.chosen:
-            own = texts.answer(row.answer)
-            if not checker.passes(texts.answer(row.answer[: spec.max_new_tokens]), own):
+            own, criterion = texts.answer(row.answer), row_criterion(spec, row)
+            if criterion is not None:
+                checker.require_usable(criterion)
+            if not checker.passes(texts.answer(row.answer[: spec.max_new_tokens]), own, criterion):
                 failed.append(own)
     return failed
+
+
+def row_criterion(spec: ScoreSpec, row: Prompt) -> Criterion | None:
+    """What the answers to a row are checked by, if the row brings it; None if all rows are checked by the same.
+
+    Raises StepFailure BAD_DATASET for a row with a schema where the job asks for a regular expression.
+    """
+    if not spec.of_rows or spec.check == "exactMatch":
+        return None
+    if row.check is None:
+        raise AssertionError("a job whose rows bring no check was rejected, and its data are prepared with the column")
+    brought, regex = row.check, spec.check == "regex"
+    if regex and not isinstance(brought.value, str):
+        raise bad_dataset(
+            f"{brought.source} is a JSON schema, and {SCORE}.check is regex: write a regular expression as text, or "
+            "create the job with check: jsonSchema"
+        )
+    if regex and len(brought.text) > MAX_PATTERN_CHARACTERS:
+        raise bad_dataset(
+            f"{brought.source} has {len(brought.text)} characters: a regular expression has at most "
+            f"{MAX_PATTERN_CHARACTERS}"
+        )
+    return Criterion(spec.check, brought.text, brought.source)
 
 
 def scored_rows(data: PreparedDataset, spec: ScoreSpec) -> ScoredPrompts:

@@ -21,7 +21,7 @@ from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt
-from qlora_trainer.training.scorable import scored_rows
+from qlora_trainer.training.scorable import row_criterion, scored_rows
 from qlora_trainer.training.state import Run, RunState, report
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Answers(ObservedModel):
     reference: str = Field(description="The answer in the data.")
     base: str = Field(description="The answer of the base model.")
     adapter: str = Field(description="The answer with the adapter.")
+    check: str | None = Field(None, description="The row's own regular expression or schema; not set without one.")
     base_passed: bool
     adapter_passed: bool
 
@@ -114,7 +115,7 @@ def measure_score(
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
             report(run, state, f"scoring answer {number} of {len(rows)}")
-            answers = log.get(prompt) or _answered(answering, checker, prompt, spec.max_new_tokens)
+            answers = log.get(prompt) or _answered(answering, checker, prompt, spec)
             if stop.requested:
                 raise Interrupted(state.step, run.schedule.total_steps, run.checkpoint_step or 0)
             log.add(answers)
@@ -129,10 +130,10 @@ def measure_score(
     )
 
 
-def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, max_new_tokens: int) -> Answers:
+def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec) -> Answers:
     try:
         base, adapter = (
-            answering.answer(prompt, adapter=with_adapter, max_new_tokens=max_new_tokens)
+            answering.answer(prompt, adapter=with_adapter, max_new_tokens=spec.max_new_tokens)
             for with_adapter in (False, True)
         )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
@@ -147,13 +148,14 @@ def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, max_
             f"spec.gate.score: the model could not answer ({first_line(error)}): create the job again without score. "
             "The adapter is in trained/ of the workspace"
         ) from error
-    reference = answering.texts.answer(prompt.answer)
+    reference, criterion = answering.texts.answer(prompt.answer), row_criterion(spec, prompt)
     return Answers(
         prompt_sha256=prompt.sha256,
         prompt=answering.texts.prompt(prompt.tokens),
         reference=reference,
         base=base,
         adapter=adapter,
-        base_passed=checker.passes(base, reference),
-        adapter_passed=checker.passes(adapter, reference),
+        check=None if criterion is None else criterion.text,
+        base_passed=checker.passes(base, reference, criterion),
+        adapter_passed=checker.passes(adapter, reference, criterion),
     )
