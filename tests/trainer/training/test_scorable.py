@@ -1,5 +1,6 @@
 """Before the GPU is used, a job learns which held-out rows its score is decided on, and what their own answers have."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from tests.support.training import write_data
 CHATS = DatasetStatus(format="messages", rows=20, used_rows=16)
 
 
-def remarks(folder: Path, model: Path, *, pairs: bool = False, **score: Any) -> tuple[str, ...]:
+def remarks(
+    folder: Path, model: Path, *, pairs: bool = False, checks: Sequence[str] | None = None, **score: Any
+) -> tuple[str, ...]:
     """What is said of four rows, whose prompts have 2 to 10 tokens and whose answers have 3 to 11."""
     if not folder.exists():
-        write_data(folder, packed=False, pairs=pairs)
+        write_data(folder, packed=False, pairs=pairs, checks=checks)
     gate = GateSpec.model_validate({"score": {"check": "exactMatch", **score}})
     return require_scorable(gate, folder, CHATS, partial(AnswerTexts, model, None))
 
@@ -62,6 +65,12 @@ def test_rows_whose_prompt_is_too_long_are_counted(
         "spec.gate.score is decided on 2 rows: 2 of the 4 held-out rows have a prompt of more than 4 tokens, which is "
         "not answered"
     )
+
+
+def test_a_row_whose_own_answer_does_not_pass_its_check_is_named(tmp_path: Path, tiny_llama: Path) -> None:
+    (remark,) = remarks(tmp_path / "data", tiny_llama, check="regex", checks=["^", "^", "^(?!)", "^"])
+    assert "own answers to 1 of the 4 rows do not pass check regex within 128 tokens" in remark
+    assert "(the first: row 2)" in remark
 
 
 @pytest.mark.parametrize(

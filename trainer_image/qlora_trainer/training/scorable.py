@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_api.gate import MAX_PATTERN_CHARACTERS, MAX_PROMPT_TOKENS, GateSpec, ScoreSpec
@@ -39,12 +40,14 @@ def require_scorable(
         )
     scored, spec = scored_rows(PreparedDataset.open(data_folder, "eval"), gate.score), gate.score
     failed = _own_answers_that_fail(scored, spec, texts())
+    # The row is only known of a check that it brings.
+    first = f" (the first: {failed[0].source})" if failed and failed[0].source else ""
     if len(failed) == len(scored.chosen):
         raise bad_configuration(
             f"{SCORE}: not one of the data set's own answers to the {len(failed)} held-out rows passes check "
             f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens), for example "
-            f"{failed[0].strip()[:80]!r}: an adapter that answers like the data could not pass; raise maxNewTokens, or "
-            "correct the pattern or schema, or the data"
+            f"{failed[0].answer.strip()[:80]!r}{first}: an adapter that answers like the data could not pass; raise "
+            "maxNewTokens, or correct the pattern or schema, or the data"
         )
     remarks = []
     if scored.too_long:
@@ -56,15 +59,24 @@ def require_scorable(
     if failed:
         remarks.append(
             f"{SCORE}: the data set's own answers to {len(failed)} of the {len(scored.chosen)} rows do not pass check "
-            f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens), so an adapter that answers like the "
-            f"data has {1 - len(failed) / len(scored.chosen):.3g}"
+            f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens){first}, so an adapter that answers like "
+            f"the data has {1 - len(failed) / len(scored.chosen):.3g}"
         )
     for remark in remarks:
         logger.warning("%s", remark)
     return tuple(remarks)
 
 
-def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: AnswerTexts) -> list[str]:
+@dataclass(frozen=True)
+class _Failed:
+    """An answer of the data that would not pass."""
+
+    answer: str
+    source: str
+    """Where its row's check was read; empty if the row brings none."""
+
+
+def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: AnswerTexts) -> list[_Failed]:
     """The answers of the data that would not pass, cut off where an adapter's are.
 
     Raises StepFailure BAD_DATASET for a row with a check that cannot be used.
@@ -76,7 +88,7 @@ def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: Answer
             if criterion is not None:
                 checker.require_usable(criterion)
             if not checker.passes(texts.answer(row.answer[: spec.max_new_tokens]), own, criterion):
-                failed.append(own)
+                failed.append(_Failed(own, "" if criterion is None else criterion.source))
     return failed
 
 
