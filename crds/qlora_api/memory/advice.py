@@ -94,7 +94,7 @@ def advice(estimate: Estimator, training: TrainingShape, gpu_gib: float) -> tupl
         before = estimate(training)
         if verdict(before, gpu_gib) == "fits":
             break
-        proposal = _mildest_that_fits(estimate, candidates(training), gpu_gib)
+        proposal = _mildest_that_fits(estimate, _admitted(candidates, training), gpu_gib)
         if proposal is None:
             continue
         after = estimate(proposal)
@@ -110,7 +110,7 @@ def first_change(estimate: Estimator, training: TrainingShape, gpu_gib: float) -
     """The setting to change first for more room, whether the run fits or not; None if there is none that helps."""
     before = estimate(training)
     for effect, candidates in _REMEDIES:
-        proposal = next(candidates(training), None)
+        proposal = next(_admitted(candidates, training), None)
         if proposal is None:
             continue
         after = estimate(proposal)
@@ -134,6 +134,8 @@ def larger_micro_batch(estimate: Estimator, training: TrainingShape, gpu_gib: fl
 
 def larger_micro_batches(training: TrainingShape) -> Iterator[TrainingShape]:
     """The same batch in larger micro batches, the largest first; no GPU gets more sequences than it has now."""
+    if "micro_batch_size" in training.fixed:
+        return
     size, steps, gpus = training.micro_batch_size, training.gradient_accumulation_steps, training.gpus
     for larger in range(LARGEST_MICRO_BATCH_TOKENS // training.sequence_length, size, -1):
         fewer, left = divmod(size * steps, larger)
@@ -150,6 +152,15 @@ def _mildest_that_fits(
         if verdict(estimate(candidate), gpu_gib) == "fits":
             break
     return candidate
+
+
+def _admitted(
+    candidates: Callable[[TrainingShape], Iterator[TrainingShape]], training: TrainingShape
+) -> Iterator[TrainingShape]:
+    """The candidates that leave alone what is fixed."""
+    for candidate in candidates(training):
+        if all(getattr(candidate, field) == getattr(training, field) for field in training.fixed):
+            yield candidate
 
 
 def _set(field: str, value: Any) -> Callable[[TrainingShape], Iterator[TrainingShape]]:
@@ -202,6 +213,8 @@ _REMEDIES: tuple[tuple[str, Callable[[TrainingShape], Iterator[TrainingShape]]],
     ("Adapter weights have no 32-bit copy: small updates are lost to rounding.", _set("adapter_bytes", 2)),
 )
 _LARGER = "The same batch in fewer, larger micro batches: faster, with the same result."
+ADAPTER_FIELDS = frozenset({"rank", "adapter_bytes"})
+"""Fields that an earlier adapter to begin with decides. One in 16 bit could be trained in 32, and not the reverse."""
 _SPEC_PATHS: Mapping[str, str] = {
     "gradient_checkpointing": "training.gradientCheckpointing",
     "micro_batch_size": "training.microBatchSize",
@@ -213,6 +226,10 @@ _SPEC_PATHS: Mapping[str, str] = {
     "rank": "lora.rank",
     "adapter_bytes": "lora.dtype",
 }
+
+
+RUN_FIELDS = frozenset(_SPEC_PATHS) - {"answer_tokens"}
+"""Fields with which a run is another one. What is scored after it is no part of it."""
 
 
 def _changes(before: TrainingShape, after: TrainingShape) -> tuple[Change, ...]:

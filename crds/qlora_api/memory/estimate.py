@@ -71,6 +71,8 @@ class TrainingShape:
     """`full`: each GPU holds a part of the quantized blocks, and all of everything else."""
     answer_tokens: tuple[int, int] | None = None
     """Of the longest answer that is scored after training: those of its prompt, and those of both; None without."""
+    fixed: frozenset[str] = frozenset()
+    """Names of fields that no advice may change."""
     loss_chunk_tokens: int | None = GPU_LOSS_CHUNK_TOKENS
     """Tokens whose logits exist at the same time; None builds those of the whole micro batch."""
     upcast: bool = False

@@ -3,22 +3,26 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from qlora_api.contract import ExitCode
 from qlora_api.gate import GateSpec, ScoreSpec
+from qlora_api.memory.advice import advice
 from qlora_api.memory.estimate import TrainingShape
+from qlora_api.memory.model_shape import ModelShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.dry_run.limited import DryRunFailed
-from qlora_trainer.model.memory_fit import MemoryFit, training_shape
+from qlora_trainer.model.memory_fit import MemoryFit, job_of_table, read_shape, training_shape
 
 SOURCES = {"model": {"source": "hf://org/model"}, "dataset": {"source": "hf://org/rows"}}
 # Fields that describe other trainers.
 OF_OTHER_TRAINERS = {"loss_chunk_tokens", "composed", "upcast", "loss_bytes_per_logit"}
+# What decides the advice, and not the memory.
+OF_ADVICE = {"fixed"}
 
 
 def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
@@ -67,7 +71,7 @@ def test_every_setting_that_decides_the_memory_reaches_the_estimate() -> None:
     )
     default = TrainingShape()
     same = {field.name for field in fields(shape) if getattr(shape, field.name) == getattr(default, field.name)}
-    assert same == OF_OTHER_TRAINERS
+    assert same == OF_OTHER_TRAINERS | OF_ADVICE
 
 
 LLAMA_8B = {
@@ -81,10 +85,16 @@ LLAMA_8B = {
 }
 
 
-def fit(folder: Path, config: dict[str, Any], targets: tuple[str, ...] = ("all-linear",)) -> MemoryFit:
-    """The verdict on a job on a GPU of 24 GiB, when the dry run fails."""
+def fit(
+    folder: Path,
+    config: dict[str, Any],
+    targets: tuple[str, ...] = ("all-linear",),
+    gpu_gib: int = 24,
+    settings: dict[str, Any] | None = None,
+) -> MemoryFit:
+    """The verdict on a job, when the dry run fails."""
     (folder / "config.json").write_text(json.dumps(config))
-    spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": 24}})
+    spec = QLoRAJobSpec.model_validate(SOURCES | {"resources": {"gpuMemory": gpu_gib}} | (settings or {}))
     return MemoryFit.of(folder / "config.json", spec, targets, measure=failing)
 
 
@@ -116,3 +126,33 @@ def test_a_target_module_that_the_family_does_not_have_is_rejected_by_field(tmp_
     with pytest.raises(StepFailure, match=r"spec\.lora\.targetModules: .*embed_tokens") as failure:
         fit(tmp_path, LLAMA_8B, ("embed_tokens",))
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+
+
+EARLIER = {"lora": {"rank": 1024, "from": {"source": "hf://org/adapter"}}}
+
+
+def test_a_job_that_begins_with_an_earlier_adapter_is_not_told_to_change_it(tmp_path: Path) -> None:
+    """Another rank or a shorter type would not be that adapter's, and prepare would reject the job."""
+    with_new, with_earlier = (
+        fit(tmp_path, LLAMA_8B, gpu_gib=8, settings={"lora": {"rank": 1024}} if new else EARLIER).objection
+        for new in (True, False)
+    )
+    assert with_new is not None
+    assert with_earlier is not None
+    assert "set spec.training.optimizer: paged_adamw_8bit" in with_earlier
+    spec = QLoRAJobSpec.model_validate(SOURCES | EARLIER)
+    job = job_of_table(cast("ModelShape", read_shape(tmp_path / "config.json")), training_shape(spec, ["all-linear"]))
+    changed = {change.setting for step in advice(job.estimate, job.training, 8) for change in step.changes}
+    assert "training.optimizer" in changed
+    assert not any(setting.startswith("lora.") for setting in changed)
+
+
+def test_a_job_that_continues_a_run_is_not_told_to_make_another_one_of_it(tmp_path: Path) -> None:
+    settings = {"continues": "earlier", "training": {"microBatchSize": 4, "maxSequenceLength": 4096}}
+    too_large = fit(tmp_path, LLAMA_8B, gpu_gib=6, settings=settings)
+    assert too_large.objection is not None
+    assert too_large.objection.endswith(
+        "use a larger GPU: with other settings it would be another run than that of spec.continues"
+    )
+    with_room = fit(tmp_path, LLAMA_8B, gpu_gib=80, settings={"continues": "earlier"})
+    assert "microBatchSize" not in with_room.status.message

@@ -8,7 +8,16 @@ from typing import Literal
 
 from qlora_api.contract import ExitCode
 from qlora_api.gate import MAX_PROMPT_TOKENS
-from qlora_api.memory.advice import Advice, Verdict, advice, budget, larger_micro_batch, verdict
+from qlora_api.memory.advice import (
+    ADAPTER_FIELDS,
+    RUN_FIELDS,
+    Advice,
+    Verdict,
+    advice,
+    budget,
+    larger_micro_batch,
+    verdict,
+)
 from qlora_api.memory.estimate import GIB, TrainingShape
 from qlora_api.memory.model_shape import ModelShape, NotInTableError, UnsupportedModelError
 from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
@@ -56,7 +65,15 @@ def training_shape(spec: QLoRAJobSpec, target_modules: Iterable[str]) -> Trainin
         gpus=spec.resources.gpu_count,
         sharding=spec.training.sharding,
         answer_tokens=_answer_tokens(spec),
+        fixed=_fixed(spec),
     )
+
+
+def _fixed(spec: QLoRAJobSpec) -> frozenset[str]:
+    """What the job cannot be created again with, for it would not be what it begins with."""
+    if spec.continues is not None:
+        return RUN_FIELDS
+    return frozenset() if spec.lora.initial_adapter is None else ADAPTER_FIELDS
 
 
 def _answer_tokens(spec: QLoRAJobSpec) -> tuple[int, int] | None:
@@ -135,7 +152,7 @@ def _judged(job: JobMemory, gpu_gib: int | None, remark: str, rows_apart: bool) 
         objection = (
             f"training needs about {memory.expected / GIB:.1f} GiB of GPU memory (at least {memory.low / GIB:.1f}), "
             f"but a GPU of {gpu_gib} GiB (spec.resources.gpuMemory) has {budget(gpu_gib) / GIB:.1f} to use: "
-            f"{_remedy(advice(job.estimate, job.training, gpu_gib))}"
+            f"{_remedy(advice(job.estimate, job.training, gpu_gib), job.training)}"
         )
     elif gpu_gib is not None and judged == "fits" and rows_apart:
         job = measured_further(job, job.with_larger)
@@ -158,7 +175,9 @@ def _recommended(step: Advice) -> str:
     return f"{changes} fits too ({step.expected / GIB:.1f} GiB) and is faster, with the same result"
 
 
-def _remedy(steps: tuple[Advice, ...]) -> str:
+def _remedy(steps: tuple[Advice, ...], training: TrainingShape) -> str:
+    if not steps and training.fixed >= RUN_FIELDS:
+        return "use a larger GPU: with other settings it would be another run than that of spec.continues"
     if not steps:
         return "use a larger GPU or a smaller model"
     first = steps[0]
