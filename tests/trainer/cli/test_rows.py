@@ -36,6 +36,8 @@ def qlora(tmp_path: Path, tiny_llama: Path) -> Any:
         write_rows(tmp_path / "data" / "train.jsonl", rows)
         document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tiny"}}
         spec = spec_of(**dataset)
+        if "columns" in dataset:
+            spec["gate"] = {"score": {"check": "regex"}}
         if "chosen" in rows[0]:
             spec["training"]["objective"] = "dpo"
         (tmp_path / "job.yaml").write_text(json.dumps(document | {"spec": spec}))
@@ -101,6 +103,17 @@ def test_a_wrong_row_ends_as_the_job_would_after_the_rows_before_it(qlora: Any) 
     assert done.exit_code == ExitCode.BAD_DATASET
     assert "[[kubectl get pods<|im_end|>]]" in done.output
     assert "Error: pvc://data/train.jsonl line 2: 'messages' is empty" in done.output
+
+
+def test_a_row_without_the_check_of_its_answer_is_named_as_the_job_would(qlora: Any) -> None:
+    by_rows = {"columns": {"check": "expected"}, "eval": {"fraction": 0.5}}
+    done = qlora("data", [ROWS[0] | {"expected": "pods"}, ROWS[1], ROWS[0]], **by_rows)
+    assert done.exit_code == ExitCode.BAD_DATASET
+    assert "format chat, columns messages, expected\n" in done.output
+    # The second row is too long, and left out.
+    assert "Error: pvc://data/train.jsonl line 3: 'expected' (spec.dataset.columns.check) is missing" in done.output
+    apart = by_rows | {"eval": {"source": "pvc://data/held-out.jsonl"}}
+    assert qlora("data", ROWS, **apart).exit_code == 0
 
 
 def test_a_row_cannot_control_the_terminal(qlora: Any) -> None:

@@ -1,6 +1,6 @@
 """Reads the first rows of a job's data set, and divides the text of each into what is trained on and what is not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from qlora_trainer.data.formats import Reading, RowReader, detect_format
 from qlora_trainer.data.hub_splits import training_part
 from qlora_trainer.data.locate import DataAccess, find_data
 from qlora_trainer.data.reading import read_sample
+from qlora_trainer.data.rows import Row
 from qlora_trainer.data.tokenize import ANY_VOCABULARY, ChunkMaker, Recipe
 
 
@@ -79,8 +80,17 @@ def _preview(
     recipe = Recipe.of(spec, training, tokenizer, format_, columns, field, vocabulary=ANY_VOCABULARY)
     recipe.require_place_for_settings(tokenizer, data.uri)
     maker = ChunkMaker(recipe, tokenizer)
-    shown = (shown for row in first for shown in _previewed(tokenizer, maker.rendered(row), row.location, recipe))
-    return Preview(data.uri, RowReader(format_, columns).reading(first[0]), shown)
+    return Preview(data.uri, RowReader(format_, columns).reading(first[0]), _shown(first, maker, tokenizer))
+
+
+def _shown(rows: Sequence[Row], maker: ChunkMaker, tokenizer: Tokenizer) -> Iterator[PreviewedRow]:
+    reader = maker.recipe.row_reader()
+    for row in rows:
+        shown = list(_previewed(tokenizer, maker.rendered(row), row.location, maker.recipe))
+        if not any(text.left_out for text in shown):
+            # A row that is used must have all that prepare asks for.
+            reader.check(row)
+        yield from shown
 
 
 def _previewed(
