@@ -18,7 +18,7 @@ from qlora_trainer.data.dataset import Dataset, TokenizedSource
 from qlora_trainer.data.duplicates import first_equal
 from qlora_trainer.data.files import MAX_FILES, DataFiles
 from qlora_trainer.data.fingerprint import library_versions
-from qlora_trainer.data.formats import RowReader, detect_format
+from qlora_trainer.data.formats import PAIRS, RowReader, detect_format
 from qlora_trainer.data.hub_splits import Wanted, evaluation_part, training_part
 from qlora_trainer.data.locate import DataAccess, find_data
 from qlora_trainer.data.mix import Mix
@@ -224,6 +224,12 @@ def _require_usable(source: TokenizedSource, longest_allowed: int) -> None:
             f"{name}: all {len(rows.too_long)} rows are longer than spec.training.maxSequenceLength "
             f"({longest_allowed}), the longest has {source.all_lengths().max()} tokens: raise it up to that, or "
             "shorten the rows"
+        )
+    if source.reading.format in PAIRS:
+        raise bad_dataset(
+            f"{name}: in all {rows.rows_read} rows {source.columns.chosen or 'chosen'!r} and "
+            f"{source.columns.rejected or 'rejected'!r} are the same, so that there is nothing to prefer: check which "
+            "columns have the two answers (columns.chosen and rejected)"
         )
     raise bad_dataset(
         f"{name}: none of the {rows.rows_read} rows has a token to train on: check the column with the answers"

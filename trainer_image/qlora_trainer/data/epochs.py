@@ -17,7 +17,7 @@ from qlora_trainer.data.sampling import RowIndices
 
 MAX_EPOCHS = 100_000
 MAX_DRAWN_ROWS = 10**9
-"""Of all epochs together: some twenty minutes of drawing and packing, and 4 GB on the volume."""
+"""Of all epochs together: some ten minutes of drawing and packing, and 4 GB on the volume."""
 
 
 @dataclass(frozen=True)

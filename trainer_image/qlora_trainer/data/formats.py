@@ -228,6 +228,7 @@ def _preference(fields: _Fields) -> Preference:
         chosen_name=fields.column("chosen"),
         rejected_name=fields.column("rejected"),
         columnar=fields.row.columnar,
+        field=fields.field,
     ).read(tools)
 
 

@@ -24,6 +24,8 @@ class PreferenceColumns:
     chosen_name: str
     rejected_name: str
     columnar: bool
+    field: str
+    """The job's field that has the names of columns."""
 
     def read(self, tools: tuple[Function, ...]) -> Preference:
         """The row's example. Raises StepFailure BAD_DATASET naming location and column."""
@@ -39,7 +41,7 @@ class PreferenceColumns:
         if self.prompt is None:
             raise bad_dataset(
                 f"{self.location} has no {self.prompt_name!r}: {self.chosen_name!r} and {self.rejected_name!r} are "
-                "texts, which need one; name it in spec.dataset.columns.prompt, or write whole conversations as lists "
+                f"texts, which need one; name it in {self.field}.columns.prompt, or write whole conversations as lists "
                 "of {role, content}"
             )
         prompt = checked_text(self.prompt, self._where(self.prompt_name))
@@ -73,7 +75,7 @@ class PreferenceColumns:
         if not any(message.role == "user" for message in shared):
             raise bad_dataset(
                 f"{self.location}: {self.chosen_name!r} and {self.rejected_name!r} do not begin with the same prompt: "
-                "both must be answers to one prompt; name its column in spec.dataset.columns.prompt if there is one"
+                f"both must be answers to one prompt; name its column in {self.field}.columns.prompt if there is one"
             )
         answers = sum(message.role == "assistant" for message in shared)
         return Preference(Conversation(chosen, tools), Conversation(rejected, tools), answers)
