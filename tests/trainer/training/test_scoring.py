@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.core.completion import EndOfTurn, TrainRecord, read_completion
+from qlora_api.gate import GateSpec
+from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import Interrupted, StopRequest
+from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.publishing.gate import judge
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.tiny import Recorded, merged
@@ -93,18 +96,27 @@ def test_a_stopped_or_killed_score_is_continued_and_training_is_not_repeated(
     assert read_completion(scored.workspace.completion("train"), TrainRecord) == record
 
 
+def note_data(context: StepContext, fingerprint: str) -> None:
+    """Note the fingerprint of the prepared data, whose sequences stay the same."""
+    path = context.workspace.completion("prepare")
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    write_completion(path, record.model_copy(update={"data_content": {}, "fingerprint": fingerprint}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pairs", [False, True])
 def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Path, tiny_llama: Path) -> None:
     """Of four rows in packed sequences, two bring a pattern that every text has, and two one that none has."""
     some, none = "^", "^(?!)"
-    brought = {
+    brought: dict[str, Any] = {
         "dataset": {"columns": {"check": "expected"}},
         "gate": {"score": {"check": "regex", "maxNewTokens": 2}},
         "training": {"objective": "dpo" if pairs else None},
     }
     checks = [some, none, none, some]
     context = prepared(tmp_path / "workspace", tiny_llama, brought, pairs=pairs, checks=checks)
+    note_data(context, "rows")
     record = run(context)
 
     assert record.score is not None
@@ -116,6 +128,20 @@ def test_each_answer_is_checked_by_what_its_row_brings(pairs: bool, tmp_path: Pa
     data = PreparedDataset.open(context.workspace.data / "rows", "eval")
     rows = ScoredPrompts.of(data, 4).chosen
     assert all(row.check is not None and len(row.tokens) in lengths[str(row.check.value)] for row in rows)
+
+    # With other checks the same adapter has another score.
+    checks = [some] * 4
+    shutil.rmtree(context.workspace.data)
+    write_data(context.workspace.data / "rows", packed=True, pairs=pairs, checks=checks)
+    note_data(context, "other rows")
+    again = run(context)
+    assert again.adapter_sha256 == record.adapter_sha256
+    assert again.score is not None
+    assert again.score.adapter == 1.0
+    gate = GateSpec.model_validate({"minScore": 0.9, **brought["gate"]})
+    assert judge(gate, again, prepared="other rows") is not None
+    with pytest.raises(StepFailure, match="a score by other settings"):
+        judge(gate, record, prepared="other rows")
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ class Comparison(ObservedModel):
 class Score(ObservedModel):
     """How many of the answers to some held-out rows pass the check of spec.gate.score."""
 
-    settings: str = Field(description="SHA-256 of spec.gate.score, by which they were measured.")
+    settings: str = Field(description="SHA-256 of spec.gate.score, and of the rows' own checks, if they bring any.")
     adapter_sha256: str = Field(description="SHA-256 of the adapter that gave the answers.")
     rows: PositiveInt = Field(description="Rows that were answered.")
     too_long_rows: int | None = Field(None, ge=0, description="Rows that could not be, as their prompt is too long.")
@@ -105,9 +105,10 @@ class Score(ObservedModel):
     base: Share = Field(description="The same without the adapter.")
 
 
-def score_settings(spec: ScoreSpec) -> str:
-    """SHA-256 of how answers are scored."""
-    return hashlib.sha256(json.dumps(spec.dump(), sort_keys=True).encode()).hexdigest()
+def score_settings(spec: ScoreSpec, prepared: str = "") -> str:
+    """SHA-256 of how answers are scored. `prepared`: fingerprint of the data, which has the checks that rows bring."""
+    settings = spec.dump() | ({"checks": prepared} if spec.of_rows else {})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 class QuantizedLayers(ObservedModel):

@@ -9,17 +9,17 @@ from qlora_trainer.core.completion import Score, TrainRecord, score_settings
 from qlora_trainer.core.failures import StepFailure, bad_configuration, unsafe_artifact
 
 
-def judge(gate: GateSpec | None, trained: TrainRecord, *, pairs: bool = False) -> GateStatus | None:
+def judge(gate: GateSpec | None, trained: TrainRecord, *, pairs: bool = False, prepared: str = "") -> GateStatus | None:
     """What the gate says of the adapter that training recorded; None without a gate.
 
-    `pairs`: the losses are means over pairs of answers, not over target tokens.
+    `pairs`: the losses are means over pairs of answers, not over target tokens. `prepared`: fingerprint of the data.
 
     Raises StepFailure: BAD_CONFIGURATION if training has not measured what the gate asks for, UNSAFE_ARTIFACT if it has
     measured another adapter.
     """
     if gate is None:
         return None
-    score = _score(gate, trained)
+    score = _score(gate, trained, prepared)
     criteria = tuple(_criteria(gate, trained, score))
     return GateStatus(
         passed=all(criterion.passed for criterion in criteria),
@@ -35,11 +35,11 @@ def judge(gate: GateSpec | None, trained: TrainRecord, *, pairs: bool = False) -
     )
 
 
-def _score(gate: GateSpec, trained: TrainRecord) -> Score | None:
+def _score(gate: GateSpec, trained: TrainRecord, prepared: str) -> Score | None:
     """The score that training has measured, if the gate has one."""
     if gate.score is None:
         return None
-    if trained.score is None or trained.score.settings != score_settings(gate.score):
+    if trained.score is None or trained.score.settings != score_settings(gate.score, prepared):
         found = "no score" if trained.score is None else "a score by other settings"
         raise bad_configuration(
             f"spec.gate.score: training has measured {found}, and publish has no GPU to measure it: restore "

@@ -91,14 +91,16 @@ def _add_to_sweep(job: TrainedJob, context: StepContext) -> None:
 def _trained_job(context: StepContext) -> TrainedJob:
     """The job with the records of the steps before, judged. Raises StepFailure if one is missing."""
     trained = _required(context.workspace.completion("train"), "train", TrainRecord)
+    prepared = _required(context.workspace.completion("prepare"), "prepare", PrepareRecord)
+    pairs = context.spec.training.compares_answers
     return TrainedJob(
         name=context.document.metadata.name,
         uid=context.job_uid,
         spec=context.spec,
         base_name=context.base_name,
-        prepared=_required(context.workspace.completion("prepare"), "prepare", PrepareRecord),
+        prepared=prepared,
         trained=trained,
-        gate=judge(context.spec.gate, trained, pairs=context.spec.training.compares_answers),
+        gate=judge(context.spec.gate, trained, pairs=pairs, prepared=prepared.fingerprint),
     )
 
 

@@ -72,7 +72,7 @@ def with_score(run: Run, state: RunState, job: PreparedJob, record: TrainRecord)
     gate = run.context.spec.gate
     if gate is None or gate.score is None or run.eval_data is None:
         return record
-    score = measure_score(run, state, run.eval_data, gate.score, job.texts(), record.adapter_sha256)
+    score = measure_score(run, state, run.eval_data, gate.score, job, record.adapter_sha256)
     record = record.model_copy(update={"score": score})
     write_completion(run.context.workspace.completion("train"), record)
     return record

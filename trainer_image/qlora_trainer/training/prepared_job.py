@@ -7,7 +7,6 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from qlora_api.gate import GateSpec
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, score_settings
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import bad_configuration
@@ -67,10 +66,19 @@ class PreparedJob:
         """The completion record, if it is of this run, with its score, and the adapter still has the recorded sum."""
         workspace = self.context.workspace
         record = read_completion(workspace.completion("train"), TrainRecord)
-        if record is None or record.fingerprint != self.digest or not _has_score(record, self.context.spec.gate):
+        if record is None or record.fingerprint != self.digest or not self._has_score(record):
             return None
         adapter = workspace.root / record.adapter_path / ADAPTER_FILE
         return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
+
+    def _has_score(self, record: TrainRecord) -> bool:
+        """Whether the record has the score that the job asks for."""
+        gate = self.context.spec.gate
+        if gate is None or gate.score is None:
+            return True
+        return record.score is not None and record.score.settings == score_settings(
+            gate.score, self.prepared.fingerprint
+        )
 
     def attempt(self, now: Callable[[], datetime]) -> AbstractContextManager[Checkpoint | None]:
         """In the body this process alone trains the job, from the checkpoint that it is given, if there is one."""
@@ -85,10 +93,3 @@ def _prepared(context: StepContext) -> PrepareRecord:
     if record is None:
         raise bad_configuration(f"{path} is missing or of another release: run the prepare step first")
     return record
-
-
-def _has_score(record: TrainRecord, gate: GateSpec | None) -> bool:
-    """Whether the record has the score that the job asks for."""
-    if gate is None or gate.score is None:
-        return True
-    return record.score is not None and record.score.settings == score_settings(gate.score)

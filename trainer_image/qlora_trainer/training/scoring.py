@@ -20,7 +20,8 @@ from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configurat
 from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt
+from qlora_trainer.training.answers import Answering, Prompt
+from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.scorable import row_criterion, scored_rows
 from qlora_trainer.training.state import Run, RunState, report
 
@@ -44,7 +45,7 @@ class _Heading(ObservedModel):
     """The first line of the file: whose answers these are."""
 
     adapter_sha256: str
-    settings: str = Field(description="SHA-256 of spec.gate.score.")
+    settings: str = Field(description="SHA-256 of how they are checked.")
 
 
 class AnswerLog:
@@ -98,7 +99,7 @@ def _read(path: Path, heading: _Heading) -> list[Answers]:
 
 
 def measure_score(
-    run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, texts: AnswerTexts, adapter_sha256: str
+    run: Run, state: RunState, data: PreparedDataset, spec: ScoreSpec, job: PreparedJob, adapter_sha256: str
 ) -> Score:
     """The score of the run's adapter, whose file has this sum, and of its base. The run must be over.
 
@@ -107,10 +108,11 @@ def measure_score(
     """
     # Gradients are gone, and what the optimizer holds is not needed any more: answers need memory.
     run.optimizer.state.clear()
-    path, stop, settings = run.context.workspace.report / ANSWERS_FILE, run.runtime.stop, score_settings(spec)
+    path, stop = run.context.workspace.report / ANSWERS_FILE, run.runtime.stop
+    settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
     rows = scored.chosen
-    answering = Answering(run.model, texts, lambda: stop.requested, run.device)
+    answering = Answering(run.model, job.texts(), lambda: stop.requested, run.device)
     base = adapter = 0
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
