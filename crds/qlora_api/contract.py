@@ -24,22 +24,25 @@ from qlora_api.status import (
     Timestamp,
 )
 
-CONTRACT_VERSION = 3
+CONTRACT_VERSION = 4
 """Raised by a release whose operator and trainer expect something new of each other.
 
 1: the trainer ends a job that was interrupted too often. 2: the operator does, because only it can tell a suspension.
-3: the trainer meets those of other nodes; only jobs with several nodes need it.
+3: the trainer meets those of other nodes; only jobs with several nodes need it. 4: the trainer trains further jobs in
+the same process; only jobs of a group need it.
 """
 
 
-def needed_contract(nodes: int) -> int:
+def needed_contract(nodes: int, *, grouped: bool = False) -> int:
     """The lowest version with which a job of so many nodes works: older operators and trainers do the others too."""
-    return 3 if nodes > 1 else 2
+    return 4 if grouped else 3 if nodes > 1 else 2
 
 
 TRAINER_CONTAINER = "trainer"
 
 JOB_FILE = PurePosixPath("/etc/qlora/job.json")
+OTHER_JOBS = JOB_FILE.parent / "with"
+"""Folder of the documents of the further jobs that a train pod trains: `NAME.json`."""
 TERMINATION_LOG = PurePosixPath("/dev/termination-log")
 WORKSPACE_MOUNT = PurePosixPath("/workspace")
 VOLUMES_MOUNT = PurePosixPath("/volumes")

@@ -51,6 +51,11 @@ def shared_folder(sweep_name: str, sweep_uid: str) -> str:
     return f"{sweep_name}-{short_uid(sweep_uid)}.sweep"
 
 
+def other_spec_annotation(job_name: str) -> str:
+    """Annotation of a train pod: the manifest of a further job that it trains."""
+    return f"{SPEC_ANNOTATION}-of-{job_name}"
+
+
 def peers_name(uid: str) -> str:
     """Name of the Service of a job's train pods, and the first part of their NetworkPolicy's: begins with a letter."""
     return f"qlora-{uid}"

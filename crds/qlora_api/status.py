@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from qlora_api.dataset import MAX_MIX_SOURCES
+from qlora_api.group import GroupStatus
 from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
 
@@ -367,6 +368,9 @@ class QLoRAJobStatus(ObservedModel):
     )
     resolved: Resolved | None = Field(None, description="Settings that were fixed before the first pod was created.")
     step: StepStatus | None = Field(None, description="The step that runs, or ran last.")
+    group: GroupStatus | None = Field(
+        None, description="With which jobs this one is trained; not set without spec.group, or before it is known."
+    )
     progress: ProgressStatus | None = Field(None, description="Progress of training.")
     memory: MemoryStatus | None = Field(None, description="GPU memory, estimated and measured.")
     dataset: DatasetStatus | None = Field(None, description="What prepare found in the data set.")

@@ -168,6 +168,7 @@ _ONE_ADAPTER = (
 )
 _MERGED = "output.merged would merge the adapter of every cell: remove it, and merge that of status.best"
 _CONTINUED = "continues takes up one run with the same settings, which cells change: remove it, or set lora.from"
+_GROUPED = "group is for jobs that are created one by one: remove it, and set parallelism"
 _ONE_SOURCE = "set exactly one of grid and cells"
 _OTHER_ROWS = (
     "training.seed chooses the rows of dataset.eval.fraction, so that cells with different seeds could not be "
@@ -189,6 +190,7 @@ class SweepTemplate(ApiModel):
             ),
             rule("!has(self.spec.output.merged)", _MERGED),
             rule("!has(self.spec.continues)", _CONTINUED),
+            rule("!has(self.spec.group)", _GROUPED),
         )
     )
 
@@ -210,6 +212,8 @@ class SweepTemplate(ApiModel):
             raise ValueError(_MERGED)
         if self.spec.continues is not None:
             raise ValueError(_CONTINUED)
+        if self.spec.group is not None:
+            raise ValueError(_GROUPED)
         return self
 
 

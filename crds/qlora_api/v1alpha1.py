@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from qlora_api.dataset import DatasetSpec
 from qlora_api.gate import GateSpec
+from qlora_api.group import GroupSpec, group_rules, reject_ungroupable
 from qlora_api.model_and_output import BaseModelSpec, OutputSpec
 from qlora_api.profile import DNS_LABEL, AccessMode, NodeSelector, ObjectName, Quantity, Tolerations
 from qlora_api.schema import ApiModel, immutable, rule, rule_at_creation, rules
@@ -262,6 +263,7 @@ def _spec_rules(schema: dict[str, Any]) -> None:
                 f"({_HAS_SCORE}) == ({_HAD_SCORE}) && (!({_HAS_SCORE}) || self.gate.score == oldSelf.gate.score)",
                 f"spec.gate.score cannot be changed once the job exists, as training measures it: {_REMEDY}",
             ),
+            *group_rules(),
             *immutable(QLoRAJobSpec, except_for=MUTABLE_FIELDS | {"resources"}, remedy=_REMEDY),
             *immutable(ResourcesSpec, except_for=frozenset({"memory"}), remedy=_REMEDY, path="resources."),
         )
@@ -292,6 +294,11 @@ class QLoRAJobSpec(ApiModel):
         None,
         description="Another QLoRAJob of this namespace, whose run is taken up at its newest checkpoint. Model, data "
         "and settings that decide the adapter must be the same. Starts when that job has ended or is suspended.",
+    )
+    group: GroupSpec | None = Field(
+        None,
+        description="Trains this job together with others of this namespace, on one base in one pod; alone if not set. "
+        "Model, quantization, workspace.claimName and scheduling must be the same in all of them.",
     )
     workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume that the steps share.")
     resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")
@@ -372,6 +379,11 @@ class QLoRAJobSpec(ApiModel):
             raise ValueError(_CHECKS_NEEDED)
         if not of_rows and any(named):
             raise ValueError(_CHECKS_UNUSED)
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_grouped(self) -> Self:
+        reject_ungroupable(self)
         return self
 
     @model_validator(mode="after")

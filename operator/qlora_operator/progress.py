@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from qlora_api.contract import ProgressRecord, decode_record
 from qlora_api.status import QLoRAJobStatus, StepName
 from qlora_operator.decisions.figures import with_progress
-from qlora_operator.decisions.observe import Observed, Pod, QLoRAJob
+from qlora_operator.decisions.group import reporting
+from qlora_operator.decisions.members import GroupFacts, PodName
+from qlora_operator.decisions.observe import Observed, Pod, QLoRAJob, parse_time
 from qlora_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class LogReading:
     """What one pass has learned from the log of a job."""
 
     record: ProgressRecord | None = None
+    beside: ProgressRecord | None = None
+    """The latest of the other jobs that the pod trains."""
     again: float | None = None
     """Seconds until the next reading; None if the job does not run."""
     done: bool = False
@@ -81,10 +85,13 @@ class ProgressReader:
         self._monotonic = monotonic
         self._schedule = ReadSchedule()
 
-    async def read(self, key: Key, job: QLoRAJob, observed: Observed) -> LogReading:
-        """The latest record of the job's running pod, if it is time to look for one."""
+    async def read(self, key: Key, job: QLoRAJob, observed: Observed, group: GroupFacts | None = None) -> LogReading:
+        """The latest record of the job in the running pod that reports on it, if it is time to look for one.
+
+        `group`: the other jobs of its group, the pod of one of which may train it.
+        """
         step = job.status.step
-        pod = observed.reporting_pod(step.job_uid) if step else None
+        pod, beside = reporting(job, observed, group)
         if pod is None or step is None:
             self._schedule.forget(key)
             return LogReading()
@@ -101,14 +108,16 @@ class ProgressReader:
         if text is None:
             return LogReading(again=self._schedule.done(key, self._monotonic(), pause=SECONDS_AFTER_FAILURE))
         record = latest_record(text, job.uid, pod, step.name)
-        return LogReading(record, self._schedule.done(key, self._monotonic()), done=True)
+        others = [found for uid in beside if (found := latest_record(text, uid, pod, step.name)) is not None]
+        newest = max(others, key=lambda found: parse_time(found.time), default=None)
+        return LogReading(record, newest, self._schedule.done(key, self._monotonic()), done=True)
 
     def forget(self, key: Key) -> None:
         """Drop a job that is gone."""
         self._schedule.forget(key)
 
 
-def latest_record(log: str, job_uid: str, pod: Pod, step: StepName) -> ProgressRecord | None:
+def latest_record(log: str, job_uid: str, pod: Pod | PodName, step: StepName) -> ProgressRecord | None:
     """The last line of the log that is a progress record of this job, pod and step, and that a status can hold."""
     for line in reversed(log.splitlines()):
         record = decode_record(line, job_uid=job_uid, pod_uid=pod.uid)

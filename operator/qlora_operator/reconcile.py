@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
@@ -23,7 +24,9 @@ from qlora_operator.decisions.detached import (
 )
 from qlora_operator.decisions.events import phase_event, progress_event, unreadable_event
 from qlora_operator.decisions.facts import Facts
+from qlora_operator.decisions.group import look_again_after, waiting_for
 from qlora_operator.decisions.manifests import DNS_PORTS
+from qlora_operator.decisions.members import GroupFacts
 from qlora_operator.decisions.observe import Object, Observed, Pod, QLoRAJob, Reason
 from qlora_operator.decisions.parsing import controller_uid, parse_child
 from qlora_operator.decisions.plan import (
@@ -37,6 +40,7 @@ from qlora_operator.decisions.queue import queue_reason
 from qlora_operator.decisions.starting import held_back, limit_of_jobs
 from qlora_operator.decisions.status import next_status
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
+from qlora_operator.groups import Groups
 from qlora_operator.listing import ChildView
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import AtOnce, Blocked, Later, NextPass, Pauses
@@ -59,6 +63,16 @@ class _View:
     observed: Observed
     live: bool
     fresh: bool
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a pass has read besides the job and its children."""
+
+    log: LogReading
+    queue: Reason | None
+    continued: QLoRAJob | None
+    group: GroupFacts | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,10 @@ class Reconciler:
     suspect_schema: Callable[[], None] = lambda: None
     """Called when the API server does not know a field of the status."""
 
+    @cached_property
+    def _groups(self) -> Groups:
+        return Groups(self.cluster, self.store)
+
     async def reconcile(self, key: Key) -> float | None:
         """Seconds until the job is reconciled again; None if the next event is enough. Raises RetryError."""
         with self.metrics.reconcile_duration.time():
@@ -123,8 +141,9 @@ class Reconciler:
         """A pass with a true count of the jobs of the profile, if that is limited and the job needs a place."""
         limit = limit_of_jobs(view.job, self.profiles)
         if limit is None:
-            return await self._pass(key, view, None)
-        async with self.starts.count(view.job, limit) as others:
+            async with self._groups.joining(view.job):
+                return await self._pass(key, view, None)
+        async with self.starts.count(view.job, limit) as others, self._groups.joining(view.job):
             return await self._pass(key, view, others)
 
     async def _pass(self, key: Key, view: "_View", others: int | None) -> "_Done | _View":
@@ -132,16 +151,20 @@ class Reconciler:
 
         `others`: how many jobs of the profile have started; None if they were not counted.
         """
-        log = await self.progress.read(key, view.job, view.observed) if self.progress else LogReading()
-        queue, continued = await self._read_queue(view), await self._read_continued(view)
-        decision = self._decide(view, log, queue, others or 0, continued)
+        group = await self._groups.read(view.job, live=view.live)
+        log = await self.progress.read(key, view.job, view.observed, group) if self.progress else LogReading()
+        queue = await self._read_queue(view)
+        around = _Around(log, queue, await self._read_continued(view), group)
+        decision = self._decide(view, around, others or 0)
         if not view.live and _must_be_confirmed(view, decision):
             confirmed = await self._read(key)
             if confirmed is None:
                 return _Done()
             if self._needs_another_count(confirmed.job, view.job, others):
                 return confirmed
-            decision = self._decide(confirmed, log, queue, others or 0, await self._read_continued(confirmed))
+            group = await self._groups.read(confirmed.job, live=True)
+            around = _Around(log, queue, await self._read_continued(confirmed), group)
+            decision = self._decide(confirmed, around, others or 0)
         again = self.blocked.until(key, await self._carry_out(decision))
         return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
 
@@ -278,24 +301,25 @@ class Reconciler:
             logger.warning("%s: %s", job.spec.continues, error, extra={"key": (job.namespace, job.name)})
             return None
 
-    def _decide(
-        self, view: "_View", log: LogReading, queue: Reason | None, others: int, continued: QLoRAJob | None
-    ) -> "_Decision":
+    def _decide(self, view: "_View", around: "_Around", others: int) -> "_Decision":
         facts = Facts(
             job=view.job,
             observed=view.observed,
             profiles=self.profiles,
             now=self.clock(),
-            progress=log.record,
-            log_read=log.done,
-            queue=queue,
-            continued=continued,
+            progress=around.log.record,
+            progress_beside=around.log.beside,
+            log_read=around.log.done,
+            queue=around.queue,
+            continued=around.continued,
+            group=around.group,
             jobs_of_profile=others,
         )
         status = next_status(facts)
         # A job counts once its status says that it has started, which a Job alone does not.
         counts_itself = limit_of_jobs(view.job, self.profiles) is not None
-        planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself)
+        group_again = look_again_after(status, facts)
+        planned = plan(view.job, status, view.observed, facts.now, counts_itself=counts_itself, group_again=group_again)
         return _Decision(facts, status, planned, held_back(facts))
 
     async def _carry_out(self, decision: "_Decision") -> NextPass:
@@ -324,6 +348,8 @@ class Reconciler:
         written = await self.cluster.apply_status(job, content)
         self.store.job_changed(written)
         self.metrics.status_writes.inc()
+        for name in waiting_for(job, status, facts.group.others if facts.group else ()):
+            self.starts.enqueue((job.namespace, name))
         self.metrics.job_is_in(key, job.uid, status.phase, progresses=not is_false(status, "Progressing"))
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})

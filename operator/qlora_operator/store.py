@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_operator.decisions.observe import ChildJob, Object, Observed, Pod, collect
+from qlora_operator.group_index import GroupIndex
 from qlora_operator.listing import (
     ChildKind,
     ChildList,
@@ -94,6 +95,7 @@ class Store:
         self._ids: dict[Key, _JobId] = {}
         self._homes: dict[str, _Entry] = {}
         """Where each child is held, by its UID: whoever may change it can give it the label of another job."""
+        self.groups = GroupIndex()
         self._buried: dict[str, int] = {}
         self._ordered = True
 
@@ -134,6 +136,7 @@ class Store:
         entry.distrusted = entry.distrusted or any(child.version == 0 for child in entry.children["jobs"].values())
         entry.key, entry.version, entry.marks = key, version, marks
         entry.body = _packed(json.dumps(kept, separators=(",", ":")).encode())
+        self.groups.note(body)
         entry.settled = entry.settled and not news
         if (body.get("status") or {}).get("resolved"):
             self._forget_resolved(entry)
@@ -304,6 +307,7 @@ class Store:
         if entry.key is not None and self._ids.get(entry.key) == job_id:
             del self._ids[entry.key]
         entry.key, entry.body, entry.marks = None, b"", b""
+        self.groups.drop(job_id[1])
         if entry.empty:
             del self._entries[job_id]
 

@@ -29,6 +29,11 @@ SMOOTHED = with_value(
 SCORE = {"check": "jsonSchema", "schema": '{"type": "object"}', "rows": 10, "maxNewTokens": 64}
 SCORED = with_value(EVALUATED, "spec.gate", {"minScore": 0.8, "score": SCORE})
 
+GROUPED = with_value(
+    with_value(MINIMAL, "spec.group", {"name": "rates", "size": 4}), "spec.workspace", {"claimName": "team"}
+)
+
+
 BY_ROWS = with_value(
     with_value(EVALUATED, "spec.gate", {"score": {"check": "regex"}}), "spec.dataset.columns", {"check": "expected"}
 )
@@ -49,9 +54,9 @@ FRACTION, HELD_OUT = {"fraction": 0.1}, {"source": "pvc://data/held-out.jsonl"}
 @pytest.mark.parametrize(
     "manifest",
     [MINIMAL, FULL, EVALUATED, SCORED, BY_ROWS, mixed_by_rows(FRACTION, True, True),
-     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED],
+     mixed_by_rows(HELD_OUT, True, False), COMPARED, SMOOTHED, MIXED, GROUPED],
     ids=["minimal", "full", "evaluated", "scored", "by rows", "mixed by rows", "held out by rows", "dpo", "smoothed",
-         "mixed"],
+         "mixed", "grouped"],
 )  # fmt: skip
 def test_a_good_manifest_is_admitted_and_parses(plane: ControlPlane, manifest: Manifest) -> None:
     applied = apply(plane, manifest)
@@ -284,6 +289,27 @@ REJECTED = {
         with_value(MINIMAL, "spec.lora", {"from": {"source": "pvc://a/b"}, "initialization": "loftq"}),
         "initialization: loftq and from both say how the adapter is initialized",
     ),
+    "a group of one": (with_value(GROUPED, "spec.group.size", 1), "spec.group.size"),
+    "a group of seventeen": (with_value(GROUPED, "spec.group.size", 17), "spec.group.size"),
+    "a group without a name": (without(GROUPED, "spec.group.name"), "spec.group.name"),
+    "a group of another namespace": (with_value(GROUPED, "spec.group.name", "other/rates"), "spec.group.name"),
+    "a group on claims of their own": (without(GROUPED, "spec.workspace"), "set workspace.claimName to the same claim"),
+    **{
+        f"a group with {field} {value}": (
+            with_value(GROUPED, f"spec.{field}", value),
+            f"in one process, which {named} does not support",
+        )
+        for field, value, named in (
+            ("resources.gpus", 2, "resources.gpus or nodes above 1"),
+            ("resources.nodes", 2, "resources.gpus or nodes above 1"),
+            ("lora.dropout", 0.1, "lora.dropout"),
+            ("lora.useDora", True, "lora.useDora"),
+            ("lora.modulesToSave", ["embed_tokens"], "lora.modulesToSave"),
+            ("lora.initialization", "loftq", "lora.initialization"),
+            ("training.autoMicroBatch", True, "training.autoMicroBatch"),
+            ("training.objective", "orpo", "training.objective"),
+        )
+    },
     "a job that continues itself": (
         with_value(MINIMAL, "spec.continues", "tune"),
         "spec.continues names this job itself",
@@ -475,6 +501,7 @@ CHANGES = {
     "queue": with_value(FULL, "spec.scheduling.queueName", "gpus"),
     "another run to continue": with_value(FULL, "spec.continues", "other"),
     "no run to continue": without(FULL, "spec.continues"),
+    "group": with_value(FULL, "spec.group", {"name": "rates", "size": 4}),
     "optional field added": with_value(FULL, "spec.dataset.columns.system", "role"),
 }
 

@@ -72,6 +72,7 @@ REJECTED = {
         with_value(SWEEP, f"{TEMPLATE}.output", {"merged": {}}),
         "would merge the adapter of every cell",
     ),
+    "a group": (with_value(SWEEP, f"{TEMPLATE}.group", {"name": "rates", "size": 2}), "group is for jobs"),
     "the run of another job": (with_value(SWEEP, f"{TEMPLATE}.continues", "tune"), "continues takes up one run"),
     "what a job does not admit": (
         with_value(SWEEP, f"{TEMPLATE}.training", {"epochs": 1, "maxSteps": 10}),

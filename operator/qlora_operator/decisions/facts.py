@@ -9,6 +9,7 @@ from qlora_api.naming import child_job_name
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus, StepName, StepStatus
 from qlora_operator.decisions.conditions import ConditionType, Value, with_condition
+from qlora_operator.decisions.members import GroupFacts
 from qlora_operator.decisions.observe import Observed, QLoRAJob, Reason
 
 FIRST_JOB: tuple[StepName, int] = ("prepare", 1)
@@ -30,6 +31,10 @@ class Facts:
     """Why the current step's Job waits in a queue, if that could be read."""
     continued: QLoRAJob | None = None
     """The job that spec.continues names, as it is now; None if there is none that can be read."""
+    group: GroupFacts | None = None
+    """The other jobs of its group; None if it is in none, or nothing depends on them."""
+    progress_beside: ProgressRecord | None = None
+    """The latest record of the other jobs that the job's pod trains."""
     jobs_of_profile: int = 0
     """How many other jobs of its profile and namespace have started and not ended, if its profile limits them."""
 

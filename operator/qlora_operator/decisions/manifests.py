@@ -1,7 +1,7 @@
 """Builds the objects that the operator creates: a step's Job and the workspace's claim; pure."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from qlora_api import contract
@@ -17,6 +17,7 @@ from qlora_api.naming import (
     STEP_LABEL,
     child_job_name,
     node_host,
+    other_spec_annotation,
     peers_name,
 )
 from qlora_api.profile import Profile, StepResources, Toleration
@@ -41,10 +42,17 @@ _UNDISTURBED = {
 }
 
 
-def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, failures: int = 0) -> Manifest:
+def build_job(
+    job: QLoRAJob,
+    resolved: Resolved,
+    step: StepName,
+    attempt: int,
+    failures: int = 0,
+    others: Sequence[QLoRAJob] = (),
+) -> Manifest:
     """The batch/v1 Job of one step. `failures`: how often the step has failed in earlier Jobs.
 
-    It depends on the spec and on what was resolved only.
+    `others`: the jobs that train trains together with this one. It depends on the specs and on what was resolved only.
     """
     labels, nodes = _labels(job, step), _nodes(job, step)
     queue = _queue(resolved) if step == "train" else {}
@@ -77,9 +85,9 @@ def build_job(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, f
             "template": {
                 "metadata": {
                     "labels": labels | {"sidecar.istio.io/inject": "false"},
-                    "annotations": _UNDISTURBED | {SPEC_ANNOTATION: _document(job, resolved)},
+                    "annotations": _UNDISTURBED | {SPEC_ANNOTATION: _document(job, resolved)} | _documents(others),
                 },
-                "spec": _pod(job, resolved, step, attempt),
+                "spec": _pod(job, resolved, step, attempt, others),
             },
         },
     }
@@ -199,6 +207,12 @@ def _document(job: QLoRAJob, resolved: Resolved) -> str:
     return document(job, **({"retry": {"maxDisruptions": 1000}} if resolved.contract_version == 1 else {}))
 
 
+def _documents(others: Sequence[QLoRAJob]) -> dict[str, str]:
+    """The same of further jobs, by annotation."""
+    fixed = ((other, other.status.resolved) for other in others)
+    return {other_spec_annotation(other.name): _document(other, it) for other, it in fixed if it is not None}
+
+
 def _nodes(job: QLoRAJob, step: StepName) -> int:
     """Pods of the step's Job."""
     return job.spec.resources.node_count if step == "train" else 1
@@ -248,17 +262,18 @@ def _failure_rules(*, together: bool) -> list[Manifest]:
     ]
 
 
-def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
+def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others: Sequence[QLoRAJob]) -> Manifest:
     profile = resolved.profile
     grace = profile.termination_grace_period_seconds if step == "train" else _SHORT_GRACE_SECONDS
-    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step, resolved.continued)
+    names = [other.name for other in others]
+    mounts, volumes = mounts_and_volumes(job, resolved.claim_name, profile.model_cache, step, resolved.continued, names)
     pod: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": grace,
         "securityContext": _pod_security(profile),
-        "containers": [_container(job, resolved, step, attempt) | {"volumeMounts": mounts}],
+        "containers": [_container(job, resolved, step, attempt, others) | {"volumeMounts": mounts}],
         "volumes": volumes,
     }
     optional: Manifest = {
@@ -275,14 +290,14 @@ def _pod(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Man
     return pod | {key: value for key, value in optional.items() if value}
 
 
-def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> Manifest:
+def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int, others: Sequence[QLoRAJob]) -> Manifest:
     profile = resolved.profile
     workspace = contract.WORKSPACE_MOUNT / resolved.workspace_path
     return {
         "name": TRAINER_CONTAINER,
         "image": profile.image,
         "imagePullPolicy": profile.image_pull_policy,
-        "args": [step, "--job", str(contract.JOB_FILE), "--workspace", str(workspace)],
+        "args": [step, "--job", str(contract.JOB_FILE), "--workspace", str(workspace), *_further(others)],
         "env": _environment(job, resolved, step, attempt),
         "resources": _resources(job, profile, step),
         "securityContext": {
@@ -293,6 +308,17 @@ def _container(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) 
         "terminationMessagePath": str(contract.TERMINATION_LOG),
         "terminationMessagePolicy": "File",
     }
+
+
+def _further(others: Sequence[QLoRAJob]) -> list[str]:
+    """The arguments for further jobs, whose workspaces are on the same claim."""
+    fixed = ((other.name, other.status.resolved) for other in others)
+    return [
+        argument
+        for name, it in fixed
+        if it is not None
+        for argument in ("--with", f"{contract.OTHER_JOBS / name}.json={contract.WORKSPACE_MOUNT / it.workspace_path}")
+    ]
 
 
 def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int) -> list[Manifest]:

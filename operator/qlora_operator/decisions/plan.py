@@ -14,6 +14,7 @@ from qlora_operator.decisions.conditions import is_finished, is_true
 from qlora_operator.decisions.continued import waits_for_other_job
 from qlora_operator.decisions.deletions import next_job_at
 from qlora_operator.decisions.facts import FIRST_JOB
+from qlora_operator.decisions.group import leads
 from qlora_operator.decisions.observe import ChildJob, Observed, QLoRAJob
 from qlora_operator.decisions.rejections import (
     LONGEST_PAUSE_AFTER_REJECTED_POD,
@@ -78,11 +79,18 @@ class Plan:
 
 
 def plan(
-    job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime, *, counts_itself: bool = False
+    job: QLoRAJob,
+    status: QLoRAJobStatus,
+    observed: Observed,
+    now: datetime,
+    *,
+    counts_itself: bool = False,
+    group_again: timedelta | None = None,
 ) -> Plan:
     """The plan for the job, whose stored status is `job.status` and whose next one is `status`.
 
     `counts_itself`: whether the job counts among those of its profile once its status tells that it has started.
+    `group_again`: how long until the others of its group are looked at again, if it waits for them.
     """
     if job.deleting:
         # A finalizer of somebody else may keep it for days, in which nobody would stop what it runs.
@@ -95,8 +103,12 @@ def plan(
     if _is_restarted(job.status.step, status.step, observed):
         # Why its Job is deleted is stored before: after a kill in between it would look like somebody else's work.
         return Plan(store_first=True)
-    actions = tuple(_on_the_way(job, status, observed, now))
-    look_again = _earliest(_times(job, status, observed, now), now)
+    if leads(job, status) and status.group != job.status.group:
+        # Whom its train Job trains is stored before: nobody could know from that Job.
+        return Plan(store_first=True)
+    actions = tuple(_on_the_way(job, status, observed, now, waits=group_again is not None))
+    times = list(_times(job, status, observed, now))
+    look_again = _earliest(iter([*times, now + group_again] if group_again else times), now)
     return Plan(actions, look_again, store_first=counts_itself and _creates_a_job(actions))
 
 
@@ -126,7 +138,8 @@ def creates_first_job(action: Action) -> bool:
 def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Action, ...]) -> bool:
     """Whether this must not be decided by what the watches have shown, which may be late.
 
-    That is: to delete, to create any Job but the first, to leave a step or an attempt, to count one, to end the job.
+    That is: to delete, to create any Job but the first, to leave a step or an attempt, to count one, to join a group,
+    to end the job.
     """
     if any(
         isinstance(action, DeleteJob) or (isinstance(action, CreateJob) and not creates_first_job(action))
@@ -134,6 +147,8 @@ def cannot_be_undone(job: QLoRAJob, status: QLoRAJobStatus, actions: tuple[Actio
     ):
         return True
     if _verdicts(status) != _verdicts(job.status):
+        return True
+    if status.group != job.status.group:
         return True
     return status.step is not None and _attempt(status.step) != _attempt(job.status.step)
 
@@ -154,7 +169,9 @@ def _is_restarted(stored: StepStatus | None, step: StepStatus | None, observed: 
     return child is not None and child in tuple(_running(observed))
 
 
-def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime) -> Iterator[Action]:
+def _on_the_way(
+    job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: datetime, *, waits: bool
+) -> Iterator[Action]:
     step = status.step
     wanted = None if step is None or job.spec.suspend else step.job_name
     if job.problem and not job.spec.suspend:
@@ -169,7 +186,7 @@ def _on_the_way(job: QLoRAJob, status: QLoRAJobStatus, observed: Observed, now: 
     if trains_together(job, step.name) and any(pod.starting for pod in observed.pods_of(step.job_uid)):
         # A queue may have resumed their Job days after it was created.
         yield ConnectNodes()
-    if step.job_uid or observed.child(wanted) is not None or observed.live_pods:
+    if step.job_uid or observed.child(wanted) is not None or observed.live_pods or waits:
         return
     if any(now < due for due in _pauses(job, status, observed)):
         return

@@ -8,6 +8,7 @@ from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
 from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
+from qlora_operator.decisions.group import objection_of_group
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
@@ -33,7 +34,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         return status
     own_claim = job.spec.workspace.claim_name
     resolved = Resolved(
-        contract_version=needed_contract(job.spec.resources.node_count),
+        contract_version=_contract(job),
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
@@ -45,6 +46,10 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         shared_path=job.shares,
     )
     return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
+
+
+def _contract(job: QLoRAJob) -> int:
+    return needed_contract(job.spec.resources.node_count, grouped=job.spec.group is not None)
 
 
 def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
@@ -71,7 +76,7 @@ def _resolved_by(first: ChildJob, job: QLoRAJob) -> Resolved | None:
 
 
 def objection(facts: Facts) -> Reason | None:
-    """Why the administrator's settings, or the job that spec.continues names, do not let it start now; else None."""
+    """Why the administrator's settings, or other jobs that it names, do not let it start now; else None."""
     return objection_to_job(facts) or job_limit_reached(facts)
 
 
@@ -102,6 +107,7 @@ def objection_to_job(facts: Facts) -> Reason | None:
         or _not_shared(facts.job, profile)
         or objection_of_limits(facts)
         or objection_of_other_job(facts, facts.profiles.values())
+        or objection_of_group(facts)
         or _too_large(facts.job)
     )
 
@@ -191,8 +197,7 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
     copied = as_copied(profile)
     if same_trainer:
         return resolved.model_copy(update={"profile": copied.model_copy(update={"image": resolved.profile.image})})
-    needed = needed_contract(facts.job.spec.resources.node_count)
-    return resolved.model_copy(update={"profile": copied, "contract_version": needed})
+    return resolved.model_copy(update={"profile": copied, "contract_version": _contract(facts.job)})
 
 
 def as_copied(profile: Profile) -> Profile:

@@ -11,8 +11,9 @@ from qlora_operator.decisions.detached import keep_earlier_pod
 from qlora_operator.decisions.endings import not_ready
 from qlora_operator.decisions.facts import Facts, next_attempt, set_condition
 from qlora_operator.decisions.figures import with_progress
+from qlora_operator.decisions.group import join_group
 from qlora_operator.decisions.limits import enforce_deadline, enforce_disruptions, enforce_failures, enforce_progress
-from qlora_operator.decisions.observe import Reason, format_time
+from qlora_operator.decisions.observe import Reason, format_time, parse_time
 from qlora_operator.decisions.resolution import job_limit_reached, objection_of_limits, resolve, with_profile_of_today
 from qlora_operator.decisions.summary import summarize
 from qlora_operator.decisions.taking_up import is_to_be_taken_up, take_up
@@ -96,13 +97,17 @@ def _watch_pod(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 
 
 def _show_progress(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    record, step = facts.progress, status.step
-    if record is None or is_finished(status) or step is None or record.step != step.name:
+    step = status.step
+    if is_finished(status) or step is None:
         return status
-    if record.time != step.reported_at:
-        changes = {"reported_at": record.time, "progressed_at": format_time(facts.now)}
+    # Of several jobs that one pod trains, the one whose Job it is may have ended before the others.
+    records = [record for record in (facts.progress, facts.progress_beside) if record and record.step == step.name]
+    newest = max((record.time for record in records), key=parse_time, default=step.reported_at)
+    if newest != step.reported_at:
+        changes = {"reported_at": newest, "progressed_at": format_time(facts.now)}
         status = status.model_copy(update={"step": step.model_copy(update=changes)})
-    return with_progress(status, record)
+    own = facts.progress
+    return with_progress(status, own) if own is not None and own in records else status
 
 
 Transition = Callable[[QLoRAJobStatus, Facts], QLoRAJobStatus]
@@ -115,6 +120,7 @@ _TRANSITIONS: tuple[Transition, ...] = (
     _count,
     _watch_pod,
     advance,
+    join_group,
     enforce_failures,
     enforce_disruptions,
     enforce_deadline,

@@ -7,6 +7,7 @@ from qlora_operator.decisions.deletions import deletion
 from qlora_operator.decisions.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import without_remaining
+from qlora_operator.decisions.group import suffix, waits_for_group
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
 from qlora_operator.decisions.observe import ChildJob, Reason
 from qlora_operator.decisions.queue import WAITING
@@ -46,11 +47,14 @@ def _count_nodes(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
 def _phase(status: QLoRAJobStatus, facts: Facts) -> Phase:
     step = status.step
     child = facts.observed.child(step.job_name) if step else None
-    return phase_of(
+    phase = phase_of(
         status,
         running=step is not None and facts.observed.is_running(step.job_uid),
         queued=child is not None and child.suspended,
     )
+    if phase in ("Preparing", "Queued") and (waits := waits_for_group(status, facts)):
+        return "Training" if waits.word == "Training" else "Queued"
+    return phase
 
 
 def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -118,6 +122,8 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
         return Reason("InvalidSpec", job.problem)
     if status.resolved is None or step is None:
         return objection(facts) or Reason("Pending", _DOING["Pending"])
+    if waits := waits_for_group(status, facts):
+        return waits
     child = observed.child(step.job_name)
     if child is not None and child.suspended:
         return facts.queue or _held(child)
@@ -136,7 +142,7 @@ def _reason(status: QLoRAJobStatus, facts: Facts) -> Reason:
     if last is not None and last.step == step.name and has_begun(status) and not running:
         return Reason("Retrying", f"the latest attempt failed and is retried: {last.reason}: {last.message}")
     phase = phase_of(status, running=running)
-    return Reason(phase, _DOING.get(phase, ""))
+    return Reason(phase, _DOING.get(phase, "") + suffix(job, status))
 
 
 def _held(child: ChildJob) -> Reason:

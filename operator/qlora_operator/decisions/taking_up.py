@@ -6,6 +6,7 @@ from qlora_operator.decisions.cleanup import clean_job_name
 from qlora_operator.decisions.conditions import is_true
 from qlora_operator.decisions.endings import DONE
 from qlora_operator.decisions.facts import Facts, new_step, set_condition
+from qlora_operator.decisions.group import alone
 from qlora_operator.decisions.manifests import with_gate
 from qlora_operator.decisions.observe import QLoRAJob, Reason
 from qlora_operator.decisions.resolution import with_profile_of_today
@@ -45,7 +46,7 @@ def take_up(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         "resolved": _resolved_again(status, facts, has_its_run=_has_its_run(status, cleaned=cleaned)),
     }
     reason = Reason("TakenUp", f"spec.retry.request is {job.spec.retry.request}")
-    return set_condition(status.model_copy(update=changes), facts, "Failed", "False", reason)
+    return set_condition(alone(job, status.model_copy(update=changes)), facts, "Failed", "False", reason)
 
 
 def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:

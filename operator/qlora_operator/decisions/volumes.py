@@ -1,11 +1,11 @@
 """Decides which volumes a step's pod mounts, where, and whether it may write to them; pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_api import contract
 from qlora_api.model_and_output import SecretRef
-from qlora_api.naming import SPEC_ANNOTATION
+from qlora_api.naming import SPEC_ANNOTATION, other_spec_annotation
 from qlora_api.profile import ModelCache, Profile
 from qlora_api.sources import ConfigMapSource, VolumeSource, parse_source
 from qlora_api.status import ContinuedRun, StepName
@@ -30,7 +30,12 @@ _OPTIONAL_SECRET_KEYS = {"s3": ("AWS_SESSION_TOKEN",)}
 
 
 def mounts_and_volumes(
-    job: QLoRAJob, workspace_claim: str, cache: ModelCache | None, step: StepName, continued: ContinuedRun | None = None
+    job: QLoRAJob,
+    workspace_claim: str,
+    cache: ModelCache | None,
+    step: StepName,
+    continued: ContinuedRun | None = None,
+    others: Sequence[str] = (),
 ) -> tuple[list[Manifest], list[Manifest]]:
     """`volumeMounts` of the trainer and `volumes` of the pod, each volume once.
 
@@ -38,7 +43,8 @@ def mounts_and_volumes(
     reads the model, the data, an earlier adapter and their secrets, and the folder of the run that the job continues,
     and checks the destination with its secret; train reads the model; publish reads the model, writes to the
     destination and reads its secret. A Secret or ConfigMap that does not exist yet keeps the pod waiting, which costs
-    no retry. Only prepare may write to the cache of models.
+    no retry. Only prepare may write to the cache of models. `others`: the names of the jobs that train trains too,
+    whose manifests are beside the job's.
     """
     mounts = [
         _mount("job", str(contract.JOB_FILE.parent), read_only=True),
@@ -46,7 +52,7 @@ def mounts_and_volumes(
         _mount("tmp", "/tmp"),  # noqa: S108 - a volume of the pod's own
     ]
     volumes = [
-        {"name": "job", "downwardAPI": {"items": [_document_file()]}},
+        {"name": "job", "downwardAPI": {"items": [_document_file(), *map(_other_document_file, others)]}},
         {"name": _WORKSPACE, "persistentVolumeClaim": {"claimName": workspace_claim}},
         {"name": "tmp", "emptyDir": {"sizeLimit": _TEMPORARY_SIZE}},
     ]
@@ -199,6 +205,13 @@ def _document_file() -> Manifest:
     return {
         "path": contract.JOB_FILE.name,
         "fieldRef": {"fieldPath": f"metadata.annotations['{SPEC_ANNOTATION}']"},
+    }
+
+
+def _other_document_file(name: str) -> Manifest:
+    return {
+        "path": f"{contract.OTHER_JOBS.name}/{name}.json",
+        "fieldRef": {"fieldPath": f"metadata.annotations['{other_spec_annotation(name)}']"},
     }
 
 

@@ -18,6 +18,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.steps.train_together import train_together
+from qlora_trainer.training.attempts import only_attempt, read_attempts
 from tests.support.tiny import POD_UID, Recorded, merged
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
 
@@ -96,6 +97,34 @@ def test_one_that_diverges_leaves_the_others_as_they_are(fluent: Path, tmp_path:
     alone = contexts(tmp_path / "alone", fluent, {"plain": PLAIN})
     run(alone[0])
     assert apart(jobs[0], alone[0]) < 0.02
+
+
+@pytest.mark.parametrize("broken", ["report/metrics.jsonl", "checkpoints"])
+def test_one_whose_files_cannot_be_written_ends_alone(broken: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """A file is where a folder should be, or the other way round, in the workspace of the job that leads."""
+    jobs = contexts(tmp_path, tiny_llama, {"bad": PLAIN, "wide": JOBS["wide"]})
+    path = jobs[0].workspace.root / broken
+    if broken == "report/metrics.jsonl":
+        path.mkdir(parents=True)
+    else:
+        path.write_text("")
+    failed, record = together(jobs)
+    assert isinstance(failed, StepFailure)
+    assert failed.exit_code.reason == "InternalError"
+    assert isinstance(record, TrainRecord)
+    assert [attempt.ended for job in jobs for attempt in read_attempts(job.workspace.records)] == [
+        "failed",
+        "succeeded",
+    ]
+
+
+def test_one_that_another_pod_still_trains_is_left_to_that(tiny_llama: Path, tmp_path: Path) -> None:
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
+    with only_attempt(jobs[1].workspace.records):
+        record, busy = together(jobs)
+    assert isinstance(record, TrainRecord)
+    assert isinstance(busy, StepFailure)
+    assert busy.exit_code.reason == "Unreachable"
 
 
 def test_those_that_are_trained_already_take_no_part(tiny_llama: Path, tmp_path: Path) -> None:

@@ -49,6 +49,16 @@ def classify(error: BaseException) -> Ending:
     return _storage(error) or _gpu_memory(error) or _network(error) or _internal(error)
 
 
+def as_failure(error: StepFailure | OSError) -> StepFailure:
+    """The failure of one of several jobs of a process that go on without it: what would end the step of it alone."""
+    if isinstance(error, StepFailure):
+        return error
+    ending = classify(error)
+    failure = StepFailure(ending.exit_code, ending.message)
+    failure.__cause__ = error
+    return failure
+
+
 def workspace_unusable(error: OSError, folder: Path) -> StepFailure:
     """The failure of a step that cannot even write its log into the workspace."""
     storage = _storage(error)

@@ -1,17 +1,23 @@
 """Trains the adapters of several jobs on one base: load it once, loop, finish each."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
+from qlora_api.contract import ExitCode
 from qlora_trainer.core.completion import TrainRecord
-from qlora_trainer.core.context import StepContext
-from qlora_trainer.core.failures import StepFailure, StopRequest
+from qlora_trainer.core.context import Device, StepContext
+from qlora_trainer.core.failures import StepFailure, StopRequest, is_out_of_gpu_memory
+from qlora_trainer.core.filesystem import GIB
+from qlora_trainer.core.outcome import as_failure
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.model.adapter import activate_adapter, attach_further_adapter
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import Checkpoint
+from qlora_trainer.training.device import peak_memory_bytes
 from qlora_trainer.training.finishing import finish_run, leave_samples, with_score
 from qlora_trainer.training.joinable import reject_unjoinable
 from qlora_trainer.training.opening import (
@@ -30,14 +36,37 @@ from qlora_trainer.training.together import Member, run_together
 # PEFT's name of a model's only adapter, and those of further ones: none is a part of another or of a module's name.
 _FIRST, _FURTHER = "default", "adapter{:03}"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class _Entry:
-    """A job that is to be trained, and what it resumes from."""
+    """A job that is to be trained."""
 
+    number: int
+    """Its place among all jobs."""
     job: PreparedJob
-    checkpoint: Checkpoint | None
-    process: ProcessSettings
+    runtime: Runtime
+    held: ExitStack
+    """Ends its attempt, and closes the files of its run."""
+
+
+class _Results(dict[int, TrainRecord | StepFailure]):
+    """How jobs have ended, by their place among all jobs."""
+
+    @contextmanager
+    def failing_alone(self, number: int, held: ExitStack) -> Iterator[None]:
+        """What fails in the body, also because a file cannot be read or written, ends that job, and no other."""
+        try:
+            yield
+        except (StepFailure, OSError) as error:
+            logger.warning("job %d ends", number, exc_info=True)
+            self[number] = as_failure(error)
+            try:
+                with held:
+                    raise
+            except (StepFailure, OSError):
+                logger.debug("its attempt has ended")
 
 
 def train_together(
@@ -51,66 +80,122 @@ def train_together(
     """Train each job as the train step does, and return the records, or why one failed, in the order of the jobs.
 
     What one of them computes does not depend on the others, except for rounding. Jobs that are trained already take no
-    part. Raises StepFailure if they cannot be trained together, and Interrupted after saving all when `stop` was set.
+    part. Raises StepFailure if they cannot be trained together, or not in this memory, and Interrupted after saving all
+    when `stop` was set.
     """
-    jobs = [PreparedJob.of(context, ranks=1) for context in contexts]
-    reject_unjoinable(jobs)
-    results: list[TrainRecord | StepFailure | None] = [job.already_trained() for job in jobs]
-    waiting = [number for number, result in enumerate(results) if result is None]
-    with ExitStack() as held:
-        entries = {}
-        base_check: BaseCheck | None = None
-        for number in waiting:
-            checkpoint = held.enter_context(jobs[number].attempt(now))
-            if base_check is None:
-                base_check = BaseCheck(jobs[number].base_folder, jobs[number].prepared.base_sha256)
-                held.callback(base_check.close)
-            process = ProcessSettings(Runtime(records[number], stop, now, monotonic), Ranks(), base_check)
-            entries[number] = _Entry(jobs[number], checkpoint, process)
-        members = _open_all(entries, held)
+    results = _Results()
+    with ExitStack() as outer, _explained_shortage(contexts):
+        held = [outer.enter_context(ExitStack()) for _ in contexts]
+        jobs: dict[int, PreparedJob] = {}
+        for number, context in enumerate(contexts):
+            with results.failing_alone(number, held[number]):
+                jobs[number] = PreparedJob.of(context, ranks=1)
+        reject_unjoinable(list(jobs.values()))
+        entries = {
+            number: _Entry(number, job, Runtime(records[number], stop, now, monotonic), held[number])
+            for number, job in jobs.items()
+        }
+        base = _SharedBase(outer)
+        members: dict[int, Member] = {}
+        for entry in entries.values():
+            with results.failing_alone(entry.number, entry.held):
+                if (done := entry.job.already_trained()) is not None:
+                    results[entry.number] = done
+                    continue
+                members[entry.number] = base.open(entry, now)
         numbers = {member.adapter: number for number, member in members.items()}
         for member, ended in run_together(list(members.values())):
-            number = numbers[member.adapter]
-            if isinstance(ended, StepFailure):
-                results[number] = ended
-                continue
-            if base_check is not None:
-                base_check.wait()
-            results[number] = finish_run(member.run, ended, jobs[number])
+            entry = entries[numbers[member.adapter]]
+            with results.failing_alone(entry.number, entry.held):
+                if isinstance(ended, StepFailure):
+                    raise ended
+                base.wait()
+                results[entry.number] = finish_run(member.run, ended, entry.job)
         # After the last step: what generates answers leaves the model unfit for training.
         for number, member in members.items():
-            record = results[number]
-            if isinstance(record, TrainRecord):
-                activate_adapter(member.run.model, member.adapter)
-                results[number] = with_score(member.run, member.state, jobs[number], record)
-                leave_samples(member.run, jobs[number])
-    return [result for result in results if result is not None]
+            _measure_answers(entries[number], member, results)
+    return [results[number] for number in range(len(contexts))]
 
 
-def _open_all(entries: dict[int, _Entry], held: ExitStack) -> dict[int, Member]:
-    """The runs of all jobs, on the base of the first."""
-    members: dict[int, Member] = {}
-    base: LoadedBase | None = None
-    for position, (number, entry) in enumerate(entries.items()):
-        job, initialized = entry.job, entry.checkpoint is None
+def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
+    """Add the score to the record of a job that has just been trained, if it asks for one, and leave samples."""
+    record = results[entry.number]
+    if isinstance(record, StepFailure):
+        return
+    activate_adapter(member.run.model, member.adapter)
+    with results.failing_alone(entry.number, entry.held), entry.held:
+        results[entry.number] = with_score(member.run, member.state, entry.job, record)
+        leave_samples(member.run, entry.job)
+
+
+class _SharedBase:
+    """The base of the first job that can be opened, with the adapters of all."""
+
+    def __init__(self, outer: ExitStack) -> None:
+        self._outer = outer
+        self._base: LoadedBase | None = None
+        self._check: BaseCheck | None = None
+        self._model: Any = None
+
+    def open(self, entry: _Entry, now: Callable[[], datetime]) -> Member:
+        """The job's run, from its checkpoint if there is one. Raises what ends the job alone."""
+        job, checkpoint = entry.job, entry.held.enter_context(entry.job.attempt(now))
+        if self._base is None:
+            self._load(entry, checkpoint)
+        base, process = self._base, ProcessSettings(entry.runtime, Ranks(), self._check)
         if base is None:
-            base = open_base(job, entry.process, entry.checkpoint)
-            name, model = _FIRST, attach_job_adapter(base, job, initialized=initialized)
-        else:
-            name = _FURTHER.format(position)
-            attach_further_adapter(
-                model,
-                name,
-                job.context.spec.lora,
-                job.prepared.target_modules,
-                seed=job.context.spec.training.seed,
-                base_name=job.context.base_name,
-                base_revision=job.prepared.model_revision,
-            )
-            if initialized:
-                begin_with_earlier(model, job)
-        run, state = open_on_model(job, entry.process, entry.checkpoint, base, model)
+            raise AssertionError("it has just been loaded")
+        name = self._attach(base, entry)
+        if checkpoint is None:
+            begin_with_earlier(self._model, job)
+        run, state = open_on_model(job, process, checkpoint, base, self._model)
         if run.history is not None:
-            held.enter_context(run.history)
-        members[number] = Member(name, run, state)
-    return members
+            entry.held.enter_context(run.history)
+        return Member(name, run, state)
+
+    def wait(self) -> None:
+        """Wait until the bytes of the base are checked. Raises StepFailure if they are not those of prepare."""
+        if self._check is not None:
+            self._check.wait()
+
+    def _load(self, entry: _Entry, checkpoint: Checkpoint | None) -> None:
+        check = BaseCheck(entry.job.base_folder, entry.job.prepared.base_sha256)
+        self._outer.callback(check.close)
+        self._base = open_base(entry.job, ProcessSettings(entry.runtime, Ranks(), check), checkpoint)
+        self._check = check
+
+    def _attach(self, base: LoadedBase, entry: _Entry) -> str:
+        """Give the model the job's adapter, and return its name."""
+        job = entry.job
+        if self._model is None:
+            self._model = attach_job_adapter(base, job, initialized=False)
+            return _FIRST
+        name = _FURTHER.format(entry.number)
+        attach_further_adapter(
+            self._model,
+            name,
+            job.context.spec.lora,
+            job.prepared.target_modules,
+            seed=job.context.spec.training.seed,
+            base_name=job.context.base_name,
+            base_revision=job.prepared.model_revision,
+        )
+        return name
+
+
+@contextmanager
+def _explained_shortage(contexts: Sequence[StepContext]) -> Iterator[None]:
+    """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) that says how many jobs were trained."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_gpu_memory(error):
+            raise
+        device: Device = contexts[0].device
+        raise StepFailure(
+            ExitCode.GPU_OUT_OF_MEMORY,
+            f"the GPU is out of memory at a measured peak of {peak_memory_bytes(device) / GIB:.1f} GiB with "
+            f"{len(contexts)} jobs on one base: train fewer of them together (spec.group.size), or lower their "
+            "training.microBatchSize or maxSequenceLength; checkpoints are kept, and a job of a group that is retried "
+            "(spec.retry.request) is trained alone",
+        ) from error

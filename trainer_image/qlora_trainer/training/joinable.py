@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from qlora_api.group import trained_alone
 from qlora_trainer.core.failures import StepFailure, bad_configuration
 from qlora_trainer.training.prepared_job import PreparedJob
 
@@ -24,19 +25,9 @@ def _not_joinable(job: PreparedJob, reason: str) -> StepFailure:
 
 def _reason_alone(job: PreparedJob) -> str:
     """The setting with which a job is trained alone only; empty for none."""
-    spec, prepared = job.context.spec, job.prepared
-    alone = {
-        "spec.resources.gpus": spec.resources.gpu_count > 1,
-        "spec.lora.dropout": spec.lora.dropout > 0,
-        "spec.lora.useDora": spec.lora.use_dora,
-        "spec.lora.modulesToSave": spec.lora.modules_to_save is not None,
-        "spec.lora.initialization": spec.lora.initialization != "default",
-        "spec.training.autoMicroBatch": spec.training.auto_micro_batch,
-        "spec.training.objective": spec.training.compares_answers,
-    }
-    for field, is_set in alone.items():
-        if is_set:
-            return f"{field} is set, which that does not support: {_ALONE}"
+    prepared = job.prepared
+    if field := trained_alone(job.context.spec):
+        return f"spec.{field} is set, which that does not support: {_ALONE}"
     if not prepared.packed and not prepared.rows_apart:
         return f"models of type {prepared.model_type} cannot keep the rows of several jobs apart: train it alone"
     return ""

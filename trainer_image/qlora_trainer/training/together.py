@@ -11,6 +11,7 @@ from itertools import zip_longest
 import torch
 
 from qlora_trainer.core.failures import Interrupted, StepFailure
+from qlora_trainer.core.outcome import as_failure
 from qlora_trainer.model.adapter import activate_adapter
 from qlora_trainer.model.batch import Batch, read_batch
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
@@ -35,8 +36,9 @@ Ended = RunState | StepFailure
 def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
     """Train all members to their ends, which may be at different steps, and give each as it ends.
 
-    A member that has ended is the model's active adapter until the next is asked for. One that fails does not stop the
-    others. Raises Interrupted when a stop is requested, after every member that still trains has been saved as alone.
+    A member that has ended is the model's active adapter until the next is asked for. One that fails, also because its
+    files cannot be read or written, does not stop the others. Raises Interrupted when a stop is requested, after every
+    member that still trains has been saved as alone.
     """
     training = list(members)
     while training:
@@ -48,9 +50,10 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
             except Interrupted as stop:
                 interrupted.append(stop)
                 continue
-            except StepFailure as failure:
+            except (StepFailure, OSError) as error:
                 training.remove(member)
-                yield member, failure
+                yield member, as_failure(error)
+                member.run.model.train()
                 continue
             if is_done(member.run, member.state):
                 training.remove(member)
@@ -72,13 +75,13 @@ def _step(members: Sequence[Member]) -> list[tuple[Member, StepFailure]]:
     if not members:
         return []
     started = members[0].run.runtime.monotonic()
-    gradients, failed = _gradients(members), []
-    for member, gradient in zip(members, gradients, strict=True):
+    shares, failed = _shares(members)
+    for member, gradient in _gradients(shares):
         activate_adapter(member.run.model, member.adapter)
         try:
             member.state = apply_gradient(member.run, member.state, gradient, started)
-        except StepFailure as failure:
-            failed.append((member, failure))
+        except (StepFailure, OSError) as error:
+            failed.append((member, as_failure(error)))
     return failed
 
 
@@ -86,6 +89,7 @@ def _step(members: Sequence[Member]) -> list[tuple[Member, StepFailure]]:
 class _Share:
     """A member's part of a step."""
 
+    member: Member
     batches: list[Batch]
     weight: int
     """What its losses are divided by."""
@@ -93,10 +97,23 @@ class _Share:
     """float32 [1] on the device: the loss so far."""
 
 
-def _gradients(members: Sequence[Member]) -> list[Gradient]:
+def _shares(members: Sequence[Member]) -> tuple[dict[str, _Share], list[tuple[Member, StepFailure]]]:
+    """What each member computes in its next step, by its adapter, and those whose data cannot be read."""
+    shares, failed = {}, []
+    for member in members:
+        try:
+            shares[member.adapter] = _share(member)
+        except OSError as error:
+            failed.append((member, as_failure(error)))
+    return shares, failed
+
+
+def _gradients(shares: dict[str, _Share]) -> list[tuple[Member, Gradient]]:
     """The gradients of each member's next step. In each pass are the next micro batches of all that have one left."""
-    model, device = members[0].run.model, members[0].run.device
-    shares = {member.adapter: _share(member.run, member.state) for member in members}
+    if not shares:
+        return []
+    first = next(iter(shares.values())).member.run
+    model, device = first.model, first.device
     for batches in zip_longest(*(share.batches for share in shares.values())):
         present = {name: batch for name, batch in zip(shares, batches, strict=True) if batch is not None}
         with routed(model, present):
@@ -106,17 +123,18 @@ def _gradients(members: Sequence[Member]) -> list[Gradient]:
             torch.stack(list(means.values())).sum().backward()
         for name, mean in means.items():
             shares[name].means += mean.detach()
-        for member in members:
-            report(member.run, member.state, "training")
-    return [
-        Gradient(
-            share.means, share.weight, sum(batch.tokens for batch in share.batches), [(b, True) for b in share.batches]
-        )
-        for share in shares.values()
-    ]
+        for share in shares.values():
+            report(share.member.run, share.member.state, "training")
+    return [(share.member, _gradient(share)) for share in shares.values()]
 
 
-def _share(run: Run, state: RunState) -> _Share:
-    batches = [read_batch(run.data, item, run.device) for item in run.schedule.micro_batches(state.step)]
+def _gradient(share: _Share) -> Gradient:
+    tokens = sum(batch.tokens for batch in share.batches)
+    return Gradient(share.means, share.weight, tokens, [(batch, True) for batch in share.batches])
+
+
+def _share(member: Member) -> _Share:
+    run = member.run
+    batches = [read_batch(run.data, item, run.device) for item in run.schedule.micro_batches(member.state.step)]
     weight = max(1, sum(map(run.objective.weight, batches)))
-    return _Share(batches, weight, torch.zeros(1, device=run.device))
+    return _Share(member, batches, weight, torch.zeros(1, device=run.device))

@@ -1,0 +1,104 @@
+"""Reads the other jobs of a job's group, and lets the jobs of one group join it one after the other."""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from qlora_operator.cluster import Cluster
+from qlora_operator.decisions.conditions import is_finished
+from qlora_operator.decisions.group import lingering, trains_now
+from qlora_operator.decisions.members import GroupFacts, Member, member_of, waiting_members
+from qlora_operator.decisions.observe import ChildJob, Pod, QLoRAJob, collect
+from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
+from qlora_operator.decisions.taking_up import is_to_be_taken_up
+from qlora_operator.store import Store
+
+logger = logging.getLogger(__name__)
+
+_Group = tuple[str, str]
+"""Namespace and name."""
+
+
+@dataclass
+class Groups:
+    """The groups of jobs that are trained together.
+
+    Who leads a group is decided from all of its jobs and stored in one of them. In between, no other job of the group
+    is decided about: as there is one operator, a job is never trained by two others.
+    """
+
+    cluster: Cluster
+    store: Store
+    _locks: dict[_Group, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+
+    @asynccontextmanager
+    async def joining(self, job: QLoRAJob) -> AsyncIterator[None]:
+        """In the body, no other job of its group is about to join it, if the job may be."""
+        group = job.spec.group
+        if group is None or not _takes_part(job) or job.status.group is not None:
+            yield
+            return
+        async with self._locks[job.namespace, group.name]:
+            yield
+
+    async def read(self, job: QLoRAJob, *, live: bool) -> GroupFacts | None:
+        """The others: as the watches have shown them or, with `live`, as those are now that matter for the job."""
+        if job.spec.group is None or not _takes_part(job):
+            return None
+        shown = [each for each in self.store.groups.of(job.namespace, job.spec.group.name) if each.uid != job.uid]
+        if not live:
+            return GroupFacts(tuple(shown))
+        asked_for = _that_matter(job, shown)
+        bodies = await self._read_all(job.namespace, asked_for)
+        members = (member_of(body) for body in bodies if body.uid != job.uid)
+        others = [
+            *(member for member in members if member is not None),
+            *(each for each in shown if each not in asked_for),
+        ]
+        led = tuple(body for body in bodies if trains_now(job, body))
+        return GroupFacts(tuple(others), led, await self._lingering(job, bodies))
+
+    async def _read_all(self, namespace: str, members: Iterable[Member]) -> list[QLoRAJob]:
+        """The jobs as they are now, in the order of their names, without those that are gone or cannot be read."""
+        bodies = []
+        for member in sorted(members, key=lambda each: each.name):
+            body = await self.cluster.get_qlora_job(namespace, member.name)
+            try:
+                bodies += [] if body is None else [parse_job(body)]
+            except UnreadableJobError as error:
+                logger.warning("%s: %s", member.name, error, extra={"key": (namespace, member.name)})
+        return bodies
+
+    async def _lingering(self, job: QLoRAJob, bodies: Iterable[QLoRAJob]) -> str:
+        """What is left of the train Jobs in which the job's leader has trained it; empty for nothing."""
+        joined = job.status.group
+        if joined is None or joined.leader_uid == job.uid:
+            return ""
+        leader = next((body for body in bodies if body.uid == joined.leader_uid), None)
+        pods = await self.cluster.list_pods(job.namespace, joined.leader_uid)
+        # Afterwards: a Job that has not ended may have made a pod in between.
+        jobs = await self.cluster.list_jobs(job.namespace, joined.leader, joined.leader_uid)
+        observed = collect(
+            (view.value for view in jobs.items if isinstance(view.value, ChildJob)),
+            (view.value for view in pods.items if isinstance(view.value, Pod)),
+        )
+        return lingering(job, leader, observed)
+
+
+def _takes_part(job: QLoRAJob) -> bool:
+    """Whether the others must be known before anything is decided about the job."""
+    return not job.deleting and (not is_finished(job.status) or is_to_be_taken_up(job))
+
+
+def _that_matter(job: QLoRAJob, shown: list[Member]) -> list[Member]:
+    """Those of the group by which it is decided now what becomes of the job."""
+    joined, own = job.status.group, member_of(job)
+    if joined is None and own is not None:
+        leaders = [member for member in shown if own.uid in member.leads]
+        # Some of them may not fit the others.
+        return leaders or [each for each in waiting_members(own, shown)[: 2 * own.size] if each.uid != own.uid]
+    members = {member.uid for member in (joined.members or ())} if joined is not None else set[str]()
+    return [member for member in shown if member.uid in members or (joined and member.uid == joined.leader_uid)]

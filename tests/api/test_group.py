@@ -1,0 +1,89 @@
+"""Jobs that are trained together, on a real API server with the real operator and no node."""
+
+import json
+from typing import Any
+
+from tests.support.manifests import MINIMAL
+from tests.support.nodeless import NAMESPACE, Nodeless
+from tests.support.waiting import eventually
+
+GROUPED: dict[str, Any] = {"group": {"name": "rates", "size": 3}, "workspace": {"claimName": "team"}}
+
+
+def create(cluster: Nodeless, name: str, group: str, **spec: Any) -> None:
+    named = {"group": {"name": group, "size": 3}}
+    manifest = {
+        **MINIMAL,
+        "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {**MINIMAL["spec"], **GROUPED, **named, **spec},
+    }
+    cluster.kubectl.apply(json.dumps(manifest))
+
+
+def summary(cluster: Nodeless, name: str) -> dict[str, Any]:
+    """The condition that explains what the job does."""
+    conditions = cluster.job(name).get("status", {}).get("conditions", ())
+    return next((each for each in conditions if each["type"] == "Succeeded"), {"reason": "", "message": ""})
+
+
+def reaches(cluster: Nodeless, name: str, reason: str) -> str:
+    """The message, once that is the reason."""
+    return str(
+        eventually(
+            lambda: found["message"] if (found := summary(cluster, name))["reason"] == reason else None,
+            seconds=60,
+            every=0.2,
+            what=f"{name}: {reason}",
+        )
+    )
+
+
+def arguments(cluster: Nodeless, child: str) -> list[str]:
+    job = cluster.kubectl.get("job", child, f"--namespace={NAMESPACE}")
+    return list(job["spec"]["template"]["spec"]["containers"][0]["args"])
+
+
+def test_one_pod_trains_three_jobs_and_each_ends_with_a_step_of_its_own(operated: Nodeless) -> None:
+    create(operated, "rates-c", "rates")
+    operated.succeed("rates-c", "prepare")
+    assert "1 of 3 jobs" in reaches(operated, "rates-c", "WaitingForGroup")
+    create(operated, "rates-x", "rates", workspace={"claimName": "other"})
+    assert "spec.workspace.claimName is other" in reaches(operated, "rates-x", "GroupMismatch")
+    assert operated.children("rates-x") == []
+    for name in ("rates-b", "rates-a"):
+        create(operated, name, "rates")
+        operated.succeed(name, "prepare")
+    operated.run("rates-a", "train")
+    assert operated.wait_for_phase("rates-b", "Training")["status"]["group"]["leader"] == "rates-a"
+    assert "QLoRAJob rates-a" in reaches(operated, "rates-c", "Training")
+    given = arguments(operated, "rates-a-train-1")
+    assert [each.partition("=")[0] for each in given if each.startswith("/etc/qlora/with/")] == [
+        "/etc/qlora/with/rates-b.json",
+        "/etc/qlora/with/rates-c.json",
+    ]
+    assert operated.children("rates-b") == ["rates-b-prepare-1"]
+
+    operated.succeed("rates-a", "train", "publish")
+    for name in ("rates-a", "rates-b", "rates-c"):
+        if name != "rates-a":
+            operated.succeed(name, "train", "publish")
+            assert "--with" not in arguments(operated, f"{name}-train-1")
+        operated.wait_for_phase(name, "Succeeded")
+    operated.kubectl("delete", "qlorajob", "rates-x", f"--namespace={NAMESPACE}")
+
+
+def test_when_the_leader_is_deleted_the_others_wait_for_its_pod_and_go_on(operated: Nodeless) -> None:
+    for name in ("lost-a", "lost-b", "lost-c"):
+        create(operated, name, "lost")
+    for name in ("lost-a", "lost-b", "lost-c"):
+        operated.succeed(name, "prepare")
+    operated.run("lost-a", "train")
+    operated.wait_for_phase("lost-b", "Training")
+    (pod,) = [pod for pod in operated.pods() if pod["metadata"]["name"].startswith("lost-a-train")]
+    operated.start_pod(pod)
+    operated.kubectl("delete", "qlorajob", "lost-a", f"--namespace={NAMESPACE}")
+    assert pod["metadata"]["name"] in reaches(operated, "lost-b", "WaitingForPod")
+    assert operated.children("lost-b") == ["lost-b-prepare-1"]
+    operated.stop_pod(pod, 143)
+    operated.run("lost-b", "train")
+    assert "lost-a trains it no more" in reaches(operated, "lost-b", "Training")
