@@ -67,6 +67,7 @@ class _Adapters:
         from qlora_trainer.data.prepared import PackedSequence
         from qlora_trainer.model.adapter import (
             activate_adapter,
+            adapter_name,
             adapter_parameters,
             attach_adapter,
             attach_further_adapter,
@@ -83,7 +84,7 @@ class _Adapters:
         self.model = attach_adapter(
             base, lora, targets, seed=0, gradient_checkpointing=True, base_name="model", base_revision="main"
         )
-        names = ["default", *(f"adapter{index:03}" for index in range(1, number))]
+        names = list(map(adapter_name, range(number)))
         for index, name in enumerate(names[1:], start=1):
             attach_further_adapter(self.model, name, lora, targets, seed=index, base_name="model", base_revision="main")
         generator = torch.Generator().manual_seed(0)
