@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from qlora_api.training import LoraSpec
-from qlora_trainer.model.adapter import adapter_names, adapter_parameters, attach_further_adapter
+from qlora_trainer.model.adapter import adapter_name, adapter_parameters, attach_further_adapter
 from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.dry_run.backward import backward, gradients
@@ -49,7 +49,7 @@ def test_a_joint_pass_of_several_adapters_is_walked_as_the_engine_goes(
 ) -> None:
     model = adapted(save_model(tmp_path / "model", WIDE))
     targets = inspect_family(tmp_path / "model", LoraSpec()).target_modules
-    names = adapter_names(3)
+    names = [adapter_name(position) for position in range(3)]
     for name in names[1:]:
         attach_further_adapter(model, name, LoraSpec(rank=8), targets, seed=1, base_name="", base_revision="")
     for parameter in model.parameters():

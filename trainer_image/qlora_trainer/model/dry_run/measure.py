@@ -16,7 +16,7 @@ from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR, ActivationBytes
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
-from qlora_trainer.model.adapter import adapter_names, attach_further_adapter
+from qlora_trainer.model.adapter import adapter_name, attach_further_adapter
 from qlora_trainer.model.dry_run.device import fake_batch, fake_cuda, on_fake_cuda
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.skeleton import adapted_skeleton
@@ -62,7 +62,7 @@ def measure_together(
     first = specs[0]
     read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
     model = adapted_skeleton(read, _inspected(config, first.lora), first.lora, first.training, first.quantization)
-    names = adapter_names(len(specs))
+    names = [adapter_name(position) for position in range(len(specs))]
     for name, spec in zip(names[1:], specs[1:], strict=True):
         targets = _inspected(config, spec.lora).target_modules
         with torch.device("meta"):
