@@ -137,6 +137,10 @@ def _show_plan(
     [document] = documents
     made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
     show_plan(made, console)
+    if (group := document.spec.group) is not None:
+        console.print(
+            f"This is the memory of the job alone. Its group trains {group.size} jobs together: give the files of all."
+        )
     return made.exit_code
 
 

@@ -33,6 +33,8 @@ class JointPlan:
     gpu_gib: int | None
     unknown: str = ""
     """Why the memory is not known."""
+    group_size: int | None = None
+    """How many jobs their group has."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -81,6 +83,7 @@ def make_joint_plan(
         memory=memory,
         gpu_gib=gpu_gib if gpu_gib is not None else min(named, default=None),
         unknown=unknown,
+        group_size=next((spec.group.size for spec in specs if spec.group is not None), None),
     )
 
 
@@ -93,6 +96,11 @@ def show_joint_plan(plan: JointPlan, console: Console) -> None:
         return
     show_components(title, plan.memory, console)
     console.print(_jobs(plan, plan.memory))
+    if plan.group_size is not None and plan.group_size != len(plan.names):
+        console.print(
+            f"[yellow]spec.group.size is {plan.group_size}[/], and this is the memory of {len(plan.names)} jobs: give "
+            "the files of all."
+        )
     if plan.gpu_gib is None:
         console.print("\nVerdict by GPU memory in GiB (to choose one, set spec.resources.gpuMemory or --gpu-memory):")
         console.print(_gpu_sizes(plan, plan.memory))

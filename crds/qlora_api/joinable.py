@@ -21,7 +21,12 @@ def unjoinable(documents: Sequence[QLoRAJobDocument]) -> str | None:
     first = documents[0]
     for document in documents:
         name, spec = first.metadata.name, document.spec
-        reason = setting_alone(spec) or different_base(spec, first.spec, name) or different_pass(spec, first.spec, name)
+        reason = (
+            setting_alone(spec)
+            or _different_group(spec, first.spec, name)
+            or _different_base(spec, first.spec, name)
+            or different_pass(spec, first.spec, name)
+        )
         if reason:
             return not_joinable(document.metadata.name, reason)
     return None
@@ -38,7 +43,14 @@ def rows_not_apart(model_type: str) -> str:
     return f"models of type {model_type} cannot keep the rows of several jobs apart: train it alone"
 
 
-def different_base(spec: QLoRAJobSpec, first: QLoRAJobSpec, name: str) -> str:
+def _different_group(spec: QLoRAJobSpec, first: QLoRAJobSpec, name: str) -> str:
+    """That the job is of another group than the first, whose `name` is given; empty if one of them is of none."""
+    if spec.group is None or first.group is None or spec.group == first.group:
+        return ""
+    return f"spec.group differs from that of {name}: give both the same name and size"
+
+
+def _different_base(spec: QLoRAJobSpec, first: QLoRAJobSpec, name: str) -> str:
     """Which setting of the base differs from that of the first job, whose `name` is given; empty for none."""
     shared = {
         "spec.model.source": (spec.model.source, first.model.source),

@@ -218,3 +218,10 @@ def test_what_cannot_be_shared_is_named(spec: dict[str, Any], named: str, tiny_l
     with pytest.raises(StepFailure, match=named) as failure:
         together(jobs)
     assert failure.value.exit_code.reason == "BadConfiguration"
+
+
+def test_a_workspace_is_of_one_job(tiny_llama: Path, tmp_path: Path) -> None:
+    [job] = contexts(tmp_path, tiny_llama, {"plain": PLAIN})
+    with pytest.raises(StepFailure, match="is the workspace of two jobs: give each job its own") as failure:
+        together([job, job])
+    assert failure.value.exit_code.reason == "BadConfiguration"

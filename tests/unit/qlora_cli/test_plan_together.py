@@ -29,6 +29,8 @@ SPEC: dict[str, Any] = {
     "dataset": {"source": "hf://acme/rows"},
     "lora": {"rank": 16},
     "training": {"maxSequenceLength": 1024},
+    # Asked for in a group.
+    "workspace": {"claimName": "experiments"},
 }
 
 
@@ -88,6 +90,13 @@ def test_jobs_that_each_fit_may_not_fit_together(tmp_path: Path) -> None:
     assert "Train fewer of them together" in shown(plan)
 
 
+def test_a_plan_of_a_part_of_a_group_says_so(tmp_path: Path) -> None:
+    group = {"group": {"name": "rates", "size": 3}}
+    plan = planned(tmp_path, LLAMA, support=group, billing=group)
+    assert "spec.group.size is 3, and this is the memory of 2 jobs: give the files of all." in shown(plan)
+    assert "spec.group.size" not in shown(planned(tmp_path, LLAMA, support=group, billing=group, legal=group))
+
+
 def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(tmp_path: Path) -> None:
     plan = planned(tmp_path, {"model_type": "starcoder2"}, support={}, billing={})
     assert plan.exit_code is ExitCode.DONE
@@ -106,12 +115,14 @@ def test_a_model_with_one_row_a_sequence_is_trained_alone(tmp_path: Path) -> Non
         ({"model": {"source": "hf://acme/other"}}, "spec.model.source differs from that of first: give both the same"),
         ({"model": {"revision": "v2"}}, "spec.model.revision differs from that of first: give both the same model"),
         ({"quantization": {"type": "fp4"}}, "spec.quantization differs from that of first: give both the same model"),
+        ({"group": {"name": "others", "size": 3}}, "spec.group differs from that of first: give both the same name"),
         ({"training": {"gradientCheckpointing": False}}, "spec.training.gradientCheckpointing differs from that of"),
     ],
 )
 def test_what_the_manifests_show_to_be_impossible_is_named(changes: dict[str, Any], reason: str) -> None:
+    group = {"group": {"name": "rates", "size": 3}}
     with pytest.raises(StepFailure) as failure:
-        require_joinable(documents(first={}, second={"model": {"revision": "main"}}, third=changes))
+        require_joinable(documents(first=group, second={"model": {"revision": "main"}}, third=changes))
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     assert failure.value.message.startswith(f"third cannot be trained together with other jobs: {reason}")
 

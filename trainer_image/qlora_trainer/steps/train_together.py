@@ -83,6 +83,7 @@ def train_together(
     part. Raises StepFailure if they cannot be trained together, or not in this memory, and Interrupted after saving all
     when `stop` was set.
     """
+    _reject_shared_folders(contexts)
     results = _Results()
     with ExitStack() as outer, _explained_shortage(contexts):
         held = [outer.enter_context(ExitStack()) for _ in contexts]
@@ -117,6 +118,13 @@ def train_together(
         for number, member in members.items():
             _measure_answers(entries[number], member, results)
     return [results[number] for number in range(len(contexts))]
+
+
+def _reject_shared_folders(contexts: Sequence[StepContext]) -> None:
+    folders = [context.workspace.root.resolve() for context in contexts]
+    for number, folder in enumerate(folders):
+        if folder in folders[:number]:
+            raise bad_configuration(f"{folder} is the workspace of two jobs: give each job its own, and name each once")
 
 
 def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
