@@ -1,8 +1,8 @@
 """Measures several adapters trained together on one base, beside the same adapters one after the other.
 
-Writes `results/together.json`. One process measures both ways in turn, with the same batches, so that neither has
-another machine; a process of its own for each number of adapters measures memory. A step is what a step of training
-is: forward and backward passes, clipping, the optimizer.
+Writes `results/together.json`, and its tables into the documentation. One process measures both ways in turn, with the
+same batches, so that neither has another machine; a process of its own for each number of adapters measures memory. A
+step is what a step of training is: forward and backward passes, clipping, the optimizer.
 """
 
 import argparse
@@ -20,13 +20,15 @@ from typing import Any
 from benchmarks.inputs import RESULTS, model_folder, write_result
 from benchmarks.machine import ROOT, describe_machine
 from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
+from benchmarks.operator import table
+from benchmarks.together_tables import COMMAND, NAME, tables
 from qlora_trainer.core.cpu import preloaded_allocator
 
 RANK, ALPHA = 16, 16
 ADAPTERS = (1, 2, 4, 8)
 TOKENS = (64, 128, 256, 512)
 """Of each adapter's micro batch."""
-TARGET_SPEEDUP, TARGET_MEMORY = 1.5, 0.05
+PAGE = ROOT / "docs" / "trainer" / "measurements.md"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class _Adapters:
         from qlora_trainer.data.prepared import PackedSequence
         from qlora_trainer.model.adapter import (
             activate_adapter,
+            adapter_name,
             adapter_parameters,
             attach_adapter,
             attach_further_adapter,
@@ -83,7 +86,7 @@ class _Adapters:
         self.model = attach_adapter(
             base, lora, targets, seed=0, gradient_checkpointing=True, base_name="model", base_revision="main"
         )
-        names = ["default", *(f"adapter{index:03}" for index in range(1, number))]
+        names = list(map(adapter_name, range(number)))
         for index, name in enumerate(names[1:], start=1):
             attach_further_adapter(self.model, name, lora, targets, seed=index, base_name="model", base_revision="main")
         generator = torch.Generator().manual_seed(0)
@@ -191,7 +194,9 @@ def main() -> None:
         ],
         "memory": [_in_a_process("memory", number, TOKENS[1], 3) for number in ADAPTERS],
     }
-    print(write_result("together", result, arguments.output))
+    print(write_result(NAME, result, arguments.output))
+    if arguments.output == RESULTS:
+        table.write(NAME, tables(result), PAGE, COMMAND)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -12,11 +13,13 @@ from rich.table import Table
 
 from qlora_api.contract import ExitCode
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
-from qlora_cli.display import ConsoleDisplay
+from qlora_cli.display import ConsoleDisplay, progress_bar
 from qlora_cli.manifest import ManifestError, load_manifest
 from qlora_cli.plan import find_config, make_plan, show_plan
+from qlora_cli.plan_together import make_joint_plan, require_joinable, show_joint_plan
 from qlora_cli.rows import RowAccess, show_lengths, show_rows
 from qlora_cli.run import Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
+from qlora_cli.run_together import earlier_runs, joint_runs, run_jobs_together
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
@@ -41,6 +44,7 @@ def _folders(_context: click.Context, parameter: click.Parameter, values: tuple[
 
 
 _file = click.argument("file", type=click.Path(path_type=Path))
+_files = click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 _volume = click.option(
     "--volume",
     "claims",
@@ -81,7 +85,7 @@ def main() -> None:
 
 
 @main.command()
-@_file
+@_files
 @_volume
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The model's config.json.")
 @click.option(
@@ -93,7 +97,7 @@ def main() -> None:
 @_config_map
 @_tokenizer
 def plan(
-    file: Path,
+    files: tuple[Path, ...],
     claims: dict[str, Path],
     config: Path | None,
     gpu_memory: int | None,
@@ -103,23 +107,41 @@ def plan(
 ) -> None:
     """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
 
-    Exits with 17 if it cannot fit, as the job itself does.
+    With several files, show whether the jobs can be trained together, and what they need then. Exits with 17 if it
+    cannot fit, as the job itself does.
     """
-    document = _load(file)
-    access = _row_access(document.spec, claims, config_maps, tokenizer) if data else None
+    documents = [_load(file) for file in files]
+    console, first = Console(), documents[0]
+    accesses = [_row_access(each.spec, claims, config_maps, tokenizer) for each in documents] if data else []
     try:
-        config = config or find_config(document.spec.model, Mounts(claims=claims))
-        made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
+        if len(documents) > 1:
+            require_joinable(documents)
+        config = config or find_config(first.spec.model, Mounts(claims=claims))
+        exit_code = _show_plan(documents, config, gpu_memory, console)
+        for document, access in zip(documents, accesses, strict=False):
+            if len(documents) > 1:
+                console.print(f"\n{document.metadata.name}", style="bold", markup=False, highlight=False)
+            show_lengths(document.spec, access, console)
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
-    console = Console()
+    sys.exit(exit_code)
+
+
+def _show_plan(
+    documents: Sequence[QLoRAJobDocument], config: Path, gpu_memory: int | None, console: Console
+) -> ExitCode:
+    if len(documents) > 1:
+        joint = make_joint_plan(documents, config, gpu_memory)
+        show_joint_plan(joint, console)
+        return joint.exit_code
+    [document] = documents
+    made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
     show_plan(made, console)
-    if access is not None:
-        try:
-            show_lengths(document.spec, access, console)
-        except StepFailure as failure:
-            _fail(failure.message, failure.exit_code)
-    sys.exit(made.exit_code)
+    if (group := document.spec.group) is not None:
+        console.print(
+            f"This is the memory of the job alone. Its group trains {group.size} jobs together: give the files of all."
+        )
+    return made.exit_code
 
 
 @main.command()
@@ -155,12 +177,12 @@ def _row_access(
 
 
 @main.command()
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--workspace",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the run; kept between runs.",
+    help="Folder of the run; kept between runs. With several files, each job has a folder by its name in it.",
 )
 @click.option("--resume", is_flag=True, help="Resume the run in the workspace; fails if there is none.")
 @_volume
@@ -176,7 +198,7 @@ def _row_access(
     help="Device to train on; by default cuda, if there is a driver.",
 )
 def run(
-    file: Path | None,
+    files: tuple[Path, ...],
     workspace: Path,
     resume: bool,
     claims: dict[str, Path],
@@ -186,52 +208,83 @@ def run(
 ) -> None:
     """Run the job in FILE on this machine: prepare, train, publish.
 
-    Ctrl-C saves a checkpoint and stops. With --resume, FILE and the options default to those of the run in the
-    workspace. The exit code is that of the step that failed.
+    With several files, all are prepared, then trained together on one base in one process, then published. Ctrl-C saves
+    a checkpoint and stops. With --resume, FILE and the options default to those of the run in the workspace. The exit
+    code is that of the step that failed first.
     """
-    earlier = _earlier_run(workspace) if resume else None
-    if file is not None:
-        document = _load(file)
-    elif earlier is not None:
-        document = earlier.document
-    else:
+    earlier = _earlier_runs(workspace, files) if resume else []
+    documents = [_load(file) for file in files] or [each.document for each in earlier]
+    if not documents:
         raise click.UsageError("Missing argument 'FILE': name the manifest, or resume an earlier run with --resume.")
-    claims = {**(earlier.claims if earlier else {}), **claims}
-    config_maps = {**(earlier.config_maps if earlier else {}), **config_maps}
-    if (nodes := document.spec.resources.node_count) > 1:
-        _fail(f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE")
-    continues = continues or (earlier.continues if earlier else None)
-    missing = missing_sources(document.spec, claims, config_maps, continues)
-    if missing:
-        _fail("\n".join(missing))
+    chosen = device or next((each.device for each in earlier), None)
+    options = LocalRun(
+        documents[0], workspace, claims, config_maps, chosen or ("cuda" if has_gpu() else "cpu"), continues
+    )
+    try:
+        runs = joint_runs(documents, earlier, options) if len(documents) > 1 else [options.resuming(*earlier)]
+    except StepFailure as failure:
+        _fail(failure.message, failure.exit_code)
+    problems = [problem for each in runs for problem in _problems(each, named=len(runs) > 1)]
+    if problems:
+        _fail("\n".join(problems))
     if importlib.util.find_spec("torch") is None:
         _fail("the trainer is not installed: install qlora-operator[cli,trainer]")
     console = Console()
-    device = device or (earlier.device if earlier else None)
-    if device is None:
-        device = "cuda" if has_gpu() else "cpu"
-        console.print(f"Training on {device}; choose with --device.", highlight=False)
-    local = LocalRun(document, workspace, claims, config_maps, device, continues)
+    if chosen is None:
+        console.print(f"Training on {options.device}; choose with --device.", highlight=False)
+    bar = progress_bar(console)
     try:
-        ended = run_steps(local, ConsoleDisplay(console, local.layout.records))
+        if len(runs) == 1:
+            ended = [run_steps(runs[0], ConsoleDisplay(console, runs[0].layout.records, bar=bar))]
+        else:
+            displays = [
+                ConsoleDisplay(console, each.layout.records, job=each.document.metadata.name, bar=bar) for each in runs
+            ]
+            ended = run_jobs_together(workspace, runs, displays)
     except OSError as error:
         _fail(f"--workspace {workspace} cannot be written: {error.strerror}")
-    _show_end(ended, local, console)
-    sys.exit(ended.exit_code)
+    finally:
+        bar.stop()
+    _show_ends(ended, runs, workspace, console)
+    sys.exit(next((each.exit_code for each in ended if each.exit_code), 0))
 
 
-def _earlier_run(workspace: Path) -> LocalRun:
+def _problems(run: LocalRun, *, named: bool) -> list[str]:
+    """What keeps the job from running here, one sentence each, which begins with its name if it is to be `named`."""
+    if (nodes := run.document.spec.resources.node_count) > 1:
+        found = [f"spec.resources.nodes is {nodes}, and this command runs a job on one machine: remove it from FILE"]
+    else:
+        found = missing_sources(run.document.spec, run.claims, run.config_maps, run.continues)
+    return [f"{run.document.metadata.name}: {problem}" if named else problem for problem in found]
+
+
+def _earlier_runs(workspace: Path, files: tuple[Path, ...]) -> list[LocalRun]:
+    """The runs in the workspace, of the jobs in the files if there are any."""
     try:
-        return LocalRun.recall(workspace)
+        together = earlier_runs(workspace)
+        if together is None and len(files) < 2:
+            return [LocalRun.recall(workspace)]
     except ValueError as error:
         _fail(str(error))
+    if together is None:
+        _fail(f"{workspace} holds no run of several jobs to resume: leave --resume out to start one")
+    if len(files) == 1:
+        _fail(f"{workspace} holds a run of {len(together)} jobs: give the FILEs of all, or none")
+    return together
+
+
+def _show_ends(ended: Sequence[Ended], runs: Sequence[LocalRun], workspace: Path, console: Console) -> None:
+    if any(each.stopped_by is not None for each in ended):
+        command = shlex.join(["qlora", "run", "--resume", "--workspace", str(workspace)])
+        console.print(f"To resume:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+        return
+    for each, local in zip(ended, runs, strict=False):
+        if len(runs) > 1 and "publish" in each.results:
+            console.print(f"\n{local.document.metadata.name}", style="bold", markup=False, highlight=False)
+        _show_end(each, local, console)
 
 
 def _show_end(ended: Ended, local: LocalRun, console: Console) -> None:
-    if ended.stopped_by is not None:
-        command = shlex.join(["qlora", "run", "--resume", "--workspace", str(local.workspace)])
-        console.print(f"To resume:\n  {command}", highlight=False, markup=False, soft_wrap=True)
-        return
     if "publish" not in ended.results or ended.results["publish"].adapter is None:
         return
     adapter, merged = ended.results["publish"].adapter, ended.results["publish"].merged

@@ -13,27 +13,37 @@ from qlora_api.status import StepName
 _DOING: dict[StepName, str] = {"prepare": "Preparing", "train": "Training", "publish": "Publishing"}
 
 
-class ConsoleDisplay:
-    """Draws on a console. `logs`: folder of the steps' logs, which is named when a step fails."""
+def progress_bar(console: Console) -> Progress:
+    """A bar for each job that a step of is running, on a terminal."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[details]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
-    def __init__(self, console: Console, logs: Path) -> None:
+
+class ConsoleDisplay:
+    """Draws on a console. `logs`: folder of the steps' logs, which is named when a step fails.
+
+    Where several jobs run, each has a display with the `job`'s name, and they share a `bar`.
+    """
+
+    def __init__(self, console: Console, logs: Path, *, job: str = "", bar: Progress | None = None) -> None:
         self._console = console
         self._logs = logs
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[details]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._job = f"{job}: " if job else ""
+        self._bar = bar or progress_bar(console)
         self._task: TaskID | None = None
 
     def begin(self, step: StepName) -> None:
         """Start the step's bar, without a total until the number of steps is known."""
         self._bar.start()
-        self._task = self._bar.add_task(_DOING[step], total=None, details="starting")
+        if self._task is None:
+            self._task = self._bar.add_task(escape(self._job) + _DOING[step], total=None, details="starting")
 
     def progress(self, record: ProgressRecord) -> None:
         """Move the bar; where there is no terminal, print a line."""
@@ -42,14 +52,15 @@ class ConsoleDisplay:
             total = record.total_steps or None
             self._bar.update(self._task, total=total, completed=record.training_step, details=escape(details))
         if not self._console.is_terminal:
-            self._console.print(f"{record.step}: {details}", markup=False, soft_wrap=True)
+            self._console.print(f"{self._job}{record.step}: {details}", markup=False, soft_wrap=True)
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
         """Remove the bar and print how the step ended."""
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
-        self._bar.stop()
+        if not self._bar.tasks:
+            self._bar.stop()
         if result is None:
             sign, text = "[red]✗[/]", f"ended with exit code {exit_code} and without a result; see {self._log(step)}"
         elif result.outcome == "succeeded":
@@ -58,7 +69,7 @@ class ConsoleDisplay:
             sign, text = "[yellow]■[/]", result.message
         else:
             sign, text = "[red]✗[/]", f"{result.reason}: {result.message} (log: {self._log(step)})"
-        self._console.print(f"{sign} {step}: {escape(text)}", highlight=False, soft_wrap=True)
+        self._console.print(f"{sign} {escape(self._job)}{step}: {escape(text)}", highlight=False, soft_wrap=True)
 
     def stopping(self, *, again: bool) -> None:
         """Print what happens now, and what a further Ctrl-C does."""

@@ -22,8 +22,9 @@ from qlora_api.memory.advice import (
     room,
     verdict,
 )
-from qlora_api.memory.estimate import GIB, MemoryEstimate, TrainingShape
+from qlora_api.memory.estimate import GIB, MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
+from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.model_and_output import BaseModelSpec
 from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -33,9 +34,9 @@ from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_within_lim
 from qlora_trainer.model.job_memory import JobMemory, Measure, MeasuredJob, measured_further
 from qlora_trainer.model.memory_fit import job_of_table, read_shape, training_shape
 
-_GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
-_COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
-_MEANING = {
+GPU_SIZES_GIB = (16, 24, 32, 40, 48, 80, 96, 141)
+COLORS = {"fits": "green", "tight": "yellow", "exceeds": "red"}
+MEANING = {
     "fits": "the run fits",
     "tight": "the run may fit, or may run out of memory,",
     "exceeds": "the run cannot fit",
@@ -188,7 +189,8 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
         _show_one_row(plan, console)
         return
     memory = plan.job.estimate(plan.training)
-    _show_components(plan, memory, console)
+    show_components(plan.title, memory, console)
+    _show_origin(plan, console)
     _show_one_row(plan, console)
     if plan.training.gpus > 1:
         _show_gpus(plan, console)
@@ -203,21 +205,25 @@ def _show_one_row(plan: MemoryPlan, console: Console) -> None:
         console.print(f"[yellow]One row a sequence[/]: {escape(plan.one_row)}.")
 
 
-def _show_components(plan: MemoryPlan, memory: MemoryEstimate, console: Console) -> None:
-    table = Table(title=plan.title, title_justify="left", title_style="bold", show_footer=True)
+def show_components(title: str, memory: MemoryEstimate, console: Console) -> None:
+    """Print the estimate by component, and its range."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)
     table.add_column("GPU memory", footer="Expected peak")
-    table.add_column("GiB", justify="right", footer=_gib(memory.expected))
+    table.add_column("GiB", justify="right", footer=gib(memory.expected))
     table.add_column("", style="dim")
     for component in memory.components():
         if not component.size:
             continue
         note = "" if component.at_peak else "not at the peak"
-        table.add_row(component.label, _gib(component.size), note, style=None if component.at_peak else "dim")
+        table.add_row(component.label, gib(component.size), note, style=None if component.at_peak else "dim")
     console.print(table)
     console.print(
-        f"Low {_gib(memory.low)}, expected {_gib(memory.expected)}, high {_gib(memory.high)} GiB. "
+        f"Low {gib(memory.low)}, expected {gib(memory.expected)}, high {gib(memory.high)} GiB. "
         "Low assumes that the optimizer's pages are in host memory."
     )
+
+
+def _show_origin(plan: MemoryPlan, console: Console) -> None:
     if isinstance(plan.job, MeasuredJob):
         console.print("Activations and logits are from a dry run of the model's layers.")
     elif plan.unknown:
@@ -240,19 +246,19 @@ def _show_gpus(plan: MemoryPlan, console: Console) -> None:
 
 def _show_gpu_sizes(memory: MemoryEstimate, console: Console) -> None:
     console.print("\nVerdict by GPU memory in GiB (to choose one, set spec.resources.gpuMemory or --gpu-memory):")
-    for size in _GPU_SIZES_GIB:
+    for size in GPU_SIZES_GIB:
         judged = verdict(memory, size)
-        console.print(f"  {size:>4}  [{_COLORS[judged]}]{judged}[/]")
+        console.print(f"  {size:>4}  [{COLORS[judged]}]{judged}[/]")
 
 
 def _show_verdict(job: JobMemory, gpu_gib: int, console: Console, *, rows_apart: bool) -> None:
     memory = job.estimate(job.training)
     judged = verdict(memory, gpu_gib)
     spare = room(memory, gpu_gib)
-    left = f"{_gib(spare)} GiB are left" if spare >= 0 else f"{_gib(-spare)} GiB are missing"
+    left = f"{gib(spare)} GiB are left" if spare >= 0 else f"{gib(-spare)} GiB are missing"
     console.print(
-        f"\n[bold {_COLORS[judged]}]{judged}[/]: {_MEANING[judged]} on a GPU of {gpu_gib} GiB: of "
-        f"{_gib(budget(gpu_gib))} usable, {left}."
+        f"\n[bold {COLORS[judged]}]{judged}[/]: {MEANING[judged]} on a GPU of {gpu_gib} GiB: of "
+        f"{gib(budget(gpu_gib))} usable, {left}."
     )
     if judged == "fits" and not is_thin(memory, gpu_gib):
         if rows_apart:
@@ -276,7 +282,7 @@ def _show_larger(job: JobMemory, gpu_gib: int, console: Console) -> None:
         return
     console.print("To train faster, with the same result, if the model can keep the rows of a batch apart:")
     _show_changes(step, console)
-    console.print(f"  {_gib(step.expected)} GiB, [{_COLORS[step.verdict]}]{step.verdict}[/].")
+    console.print(f"  {gib(step.expected)} GiB, [{COLORS[step.verdict]}]{step.verdict}[/].")
 
 
 def _show_first_change(job: JobMemory, gpu_gib: int, expected: int, console: Console) -> None:
@@ -285,7 +291,7 @@ def _show_first_change(job: JobMemory, gpu_gib: int, expected: int, console: Con
     if step is None:
         console.print("That is little, and no setting frees more: use a larger GPU.")
         return
-    gain = _gib(expected - step.expected)
+    gain = gib(expected - step.expected)
     console.print(f"That is little. To free {gain} GiB more, first change:")
     _show_changes(step, console)
     console.print(f"  {step.effect}")
@@ -302,11 +308,12 @@ def _show_advice(steps: tuple[Advice, ...], expected: int, console: Console) -> 
         for change in step.changes:
             console.print(f"  {number}. spec.{change.setting}: {change.current} → [bold]{change.proposed}[/]")
         console.print(
-            f"     frees {_gib(expected - step.expected)} GiB: {_gib(step.expected)} GiB, "
-            f"[{_COLORS[step.verdict]}]{step.verdict}[/]. {step.effect}"
+            f"     frees {gib(expected - step.expected)} GiB: {gib(step.expected)} GiB, "
+            f"[{COLORS[step.verdict]}]{step.verdict}[/]. {step.effect}"
         )
         expected = step.expected
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """The size in GiB, with two decimals."""
     return f"{size / GIB:.2f}"

@@ -9,11 +9,11 @@ import sys
 import threading
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Protocol, get_args
+from typing import IO, Protocol, Self, get_args
 
 from qlora_api import contract
 from qlora_api.contract import ExitCode, ProgressRecord, ResultRecord, WorkspaceLayout, decode_record
@@ -59,6 +59,8 @@ class LocalRun:
     device: Device
     continues: Path | None = None
     """Workspace of the job that spec.continues names."""
+    model_cache: Path | None = None
+    """Where runs share downloaded base models; None for what the environment says."""
 
     @property
     def layout(self) -> WorkspaceLayout:
@@ -72,11 +74,24 @@ class LocalRun:
             "claims": {name: str(folder.absolute()) for name, folder in self.claims.items()},
             "configMaps": {name: str(folder.absolute()) for name, folder in self.config_maps.items()},
             **({} if self.continues is None else {"continues": str(self.continues.absolute())}),
+            **({} if self.model_cache is None else {"modelCache": str(self.model_cache.absolute())}),
         }
         write_atomically(self.layout.records / _LOCATIONS_FILE, json.dumps(locations, indent=2).encode() + b"\n")
         job = self.layout.records / _JOB_FILE
         write_atomically(job, json.dumps(self.document.dump(), indent=2).encode() + b"\n")
         return job
+
+    def resuming(self, earlier: "LocalRun | None" = None) -> "LocalRun":
+        """This run with the folders of the earlier one where it names no others."""
+        if earlier is None:
+            return self
+        return replace(
+            self,
+            claims={**earlier.claims, **self.claims},
+            config_maps={**earlier.config_maps, **self.config_maps},
+            continues=self.continues or earlier.continues,
+            model_cache=self.model_cache or earlier.model_cache,
+        )
 
     @classmethod
     def recall(cls, workspace: Path) -> "LocalRun":
@@ -88,8 +103,10 @@ class LocalRun:
             claims, config_maps = (
                 {name: Path(folder) for name, folder in locations[key].items()} for key in ("claims", "configMaps")
             )
-            continues = Path(locations["continues"]) if "continues" in locations else None
-            return cls(document, workspace, claims, config_maps, _device(locations["device"]), continues)
+            continues, cache = (
+                Path(locations[key]) if key in locations else None for key in ("continues", "modelCache")
+            )
+            return cls(document, workspace, claims, config_maps, _device(locations["device"]), continues, cache)
         except FileNotFoundError as missing:
             raise ValueError(f"{workspace} holds no run to resume: {missing.filename} does not exist") from missing
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -177,21 +194,43 @@ def run_steps(run: LocalRun, display: Display) -> Ended:
 
     Raises OSError if the workspace cannot be written.
     """
-    job_file = run.remember()
+    shown = ShownRun.of(run, display)
+    with Stop(display) as stop:
+        return go_through(STEPS, shown, stop)
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """A run whose steps are started and shown."""
+
+    run: LocalRun
+    job_file: Path
+    """The job's document, JSON."""
+    job_uid: str
+    """The UID in that document, which the records of its steps have."""
+    display: Display
+
+    @classmethod
+    def of(cls, run: LocalRun, display: Display) -> Self:
+        """The run, stored in its workspace. Raises OSError."""
+        return cls(run, run.remember(), run.document.metadata.uid or _LOCAL_UID, display)
+
+
+def go_through(steps: Sequence[StepName], shown: ShownRun, stop: "Stop") -> Ended:
+    """Run the steps until one fails or the user stops the run."""
     results: dict[StepName, ResultRecord] = {}
-    with _Stop(display) as stop:
-        for step in STEPS:
-            display.begin(step)
-            exit_code, result = _run_step(run, step, job_file, display, stop)
-            display.end(step, result, exit_code)
-            if result is not None:
-                results[step] = result
-            if exit_code != 0 or stop.signal is not None:
-                return Ended(exit_code, stop.signal, results)
+    for step in steps:
+        shown.display.begin(step)
+        exit_code, result = run_step(step, [shown], stop)
+        shown.display.end(step, result, exit_code)
+        if result is not None:
+            results[step] = result
+        if exit_code != 0 or stop.signal is not None:
+            return Ended(exit_code, stop.signal, results)
     return Ended(0, None, results)
 
 
-class _Stop:
+class Stop:
     """Passes Ctrl-C and SIGTERM on to the step that runs: first as SIGTERM, like a kubelet, then as SIGKILL."""
 
     def __init__(self, display: Display) -> None:
@@ -200,7 +239,7 @@ class _Stop:
         self._process: subprocess.Popen[str] | None = None
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> "_Stop":
+    def __enter__(self) -> "Stop":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -240,24 +279,25 @@ class _Step:
     drain: threading.Thread
 
 
-def _run_step(
-    run: LocalRun, step: StepName, job_file: Path, display: Display, stop: _Stop
-) -> tuple[int, ResultRecord | None]:
-    """Exit code of the step, as a shell has it, and the step's result if it left one."""
-    running = _start(run, step, job_file)
+def run_step(step: StepName, jobs: Sequence[ShownRun], stop: Stop) -> tuple[int, ResultRecord | None]:
+    """Run a step of the first job; the train step trains the others together with it, and shows the progress of all.
+
+    Returns the exit code, as a shell has it, and the first job's result if the step left one.
+    """
+    running = _start(step, jobs)
     with stop.of(running.process):
-        result = _follow(running, _job_uid(run.document), display)
+        result = _follow(running, jobs)
         exit_code = running.process.wait()
     running.drain.join()
     sys.stderr.writelines(running.errors)
     return (exit_code if exit_code >= 0 else 128 - exit_code), result
 
 
-def _start(run: LocalRun, step: StepName, job_file: Path) -> _Step:
+def _start(step: StepName, jobs: Sequence[ShownRun]) -> _Step:
     pod_uid = str(uuid.uuid4())
     process = subprocess.Popen(
-        _command(run, step, job_file),
-        env=_environment(run, step, pod_uid),
+        _command(step, jobs),
+        env=_environment(jobs[0].run, step, pod_uid),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -284,16 +324,17 @@ def _environment(run: LocalRun, step: StepName, pod_uid: str) -> dict[str, str]:
     return environment
 
 
-def _follow(step: _Step, job_uid: str, display: Display) -> ResultRecord | None:
+def _follow(step: _Step, jobs: Sequence[ShownRun]) -> ResultRecord | None:
     """Show progress until the step closes its output. Returns its result; raises what the display raises."""
     result: ResultRecord | None = None
     try:
         for line in step.output:
-            record = decode_record(line.rstrip("\n"), job_uid=job_uid, pod_uid=step.pod_uid)
-            if isinstance(record, ProgressRecord):
-                display.progress(record)
-            elif record is not None:
-                result = record
+            for job in jobs:
+                record = decode_record(line.rstrip("\n"), job_uid=job.job_uid, pod_uid=step.pod_uid)
+                if isinstance(record, ProgressRecord):
+                    job.display.progress(record)
+                elif record is not None:
+                    result = record
     except BaseException:
         # The display is gone, as when a pipe's reader ends. Read on: the step cannot save while its output is blocked.
         step.process.terminate()
@@ -311,12 +352,12 @@ def _registries(spec: QLoRAJobSpec) -> list[str]:
     return [f"http://{host}" if host.partition(":")[0] in ("localhost", "127.0.0.1") else host for host in hosts]
 
 
-def _job_uid(document: QLoRAJobDocument) -> str:
-    return document.metadata.uid or _LOCAL_UID
-
-
-def _command(run: LocalRun, step: StepName, job_file: Path) -> list[str]:
-    command = [sys.executable, "-m", "qlora_trainer", step, "--job", str(job_file), "--workspace", str(run.layout.root)]
+def _command(step: StepName, jobs: Sequence[ShownRun]) -> list[str]:
+    run = jobs[0].run
+    command = [sys.executable, "-m", "qlora_trainer", step]
+    command += ["--job", str(jobs[0].job_file), "--workspace", str(run.layout.root)]
+    for other in jobs[1:]:
+        command += ["--with", f"{other.job_file}={other.run.layout.root}"]
     # `qlora run` may itself run in a pod, whose termination message is not the step's to write.
     command += ["--termination-log", os.devnull, "--claim", ""]
     for name, folder in run.claims.items():
@@ -325,4 +366,6 @@ def _command(run: LocalRun, step: StepName, job_file: Path) -> list[str]:
         command += ["--config-map", f"{name}={folder.absolute()}"]
     if run.continues is not None:
         command += ["--continues", str(run.continues.absolute())]
+    if run.model_cache is not None:
+        command += ["--model-cache", str(run.model_cache.absolute())]
     return command

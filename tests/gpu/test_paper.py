@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from qlora_api.memory.advice import budget
-from qlora_api.memory.estimate import TrainingShape, estimate
+from qlora_api.memory.estimate import estimate
 from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.training import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.prepared import PackedSequence
 from qlora_trainer.model.activations import fuse_activations

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from qlora_api.memory.estimate import GIB, MemoryEstimate, TrainingShape
+from qlora_api.memory.estimate import GIB, MemoryEstimate
+from qlora_api.memory.training_shape import TrainingShape
 
 Estimator = Callable[[TrainingShape], MemoryEstimate]
 """The memory of one model with these settings."""

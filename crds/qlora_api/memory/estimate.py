@@ -4,21 +4,16 @@ Pure arithmetic: sizes are bytes unless a name says otherwise, and one GB of a p
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Self
 
-from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_api.memory.answers import AnswerBytes
 from qlora_api.memory.families import BlockBytes
 from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import TrainingShape
 
-Optimizer = Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]
-Sharding = Literal["none", "full"]
 GIB = 2**30
-ALL_LINEAR = frozenset({"all-linear"})
-WHOLE_MODULES = frozenset({"embed_tokens", "lm_head"})
-"""Modules that can be trained whole."""
 _CONTEXT_BYTES = 600_000_000
 # NF4 with one 32-bit constant per block of 64; double quantization makes it an 8-bit constant plus a 32-bit one per
 # 256 blocks (arXiv 2305.14314, section 3): 4.5 and 4.127 bits per parameter.
@@ -27,7 +22,6 @@ _WEIGHT_BITS = 4
 _MXFP4_BITS = 4 + 8 / 32
 _CONSTANT_BITS_SINGLE = 32 / 64
 _CONSTANT_BITS_DOUBLE = 8 / 64 + 32 / (64 * 256)
-_OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw")
 SMALLEST_PAGED_TENSOR = 100_000
 """Parameters. bitsandbytes keeps the state of smaller tensors in ordinary device memory."""
 # Sharded blocks that are whole on a GPU at the same time: the one at work, and the next one, fetched ahead.
@@ -37,100 +31,6 @@ _CAPPED_QUERIES = 256
 _BYTES_PER_CAPPED_SCORE = 26
 _LOW_FACTOR = 0.80
 _HIGH_FACTOR = 1.25
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingShape:
-    """Settings of a run that decide its memory. Raises ValueError, naming the field, for an impossible value.
-
-    The defaults are what the trainer of this project does: norms and embeddings stay in 16-bit, adapters are stored in
-    32-bit and multiplied in 16-bit, the loss is computed in chunks of tokens, and a norm is one operation. The last
-    three fields describe other trainers, whose published peaks test the formula.
-    """
-
-    rank: int = 64
-    adapter_bytes: Literal[2, 4] = 4
-    """Bytes per adapter weight and per gradient entry: 2 is bfloat16, 4 is float32."""
-    target_modules: frozenset[str] = ALL_LINEAR
-    """`{"all-linear"}`, or names of linear layers in the blocks."""
-    adapted_layers: int | None = None
-    """Blocks that get an adapter; None means all."""
-    use_dora: bool = False
-    whole_modules: frozenset[str] = frozenset()
-    """Names out of WHOLE_MODULES that are trained whole, on top of the adapter."""
-    micro_batch_size: int = 1
-    sequence_length: int = 512
-    """Tokens per sequence, padding included."""
-    gradient_accumulation_steps: int = 16
-    optimizer: Optimizer = "paged_adamw_32bit"
-    double_quantization: bool = True
-    gradient_checkpointing: bool = True
-    dropout: float = 0.0
-    gpus: int = 1
-    sharding: Sharding = "none"
-    """`full`: each GPU holds a part of the quantized blocks, and all of everything else."""
-    answer_tokens: tuple[int, int] | None = None
-    """Of the longest answer that is scored after training: those of its prompt, and those of both; None without."""
-    fixed: frozenset[str] = frozenset()
-    """Names of fields that no advice may change."""
-    loss_chunk_tokens: int | None = GPU_LOSS_CHUNK_TOKENS
-    """Tokens whose logits exist at the same time; None builds those of the whole micro batch."""
-    upcast: bool = False
-    """PEFT's `prepare_model_for_kbit_training`: embeddings, norms and with them the residual stream in 32-bit."""
-    composed: bool = False
-    """transformers' own norms, each of several operations whose results are kept for the backward pass."""
-    loss_bytes_per_logit: Literal[6, 12, 16] = 6
-    """Of transformers' cross-entropy: 12 measured with release 5.24, 16 fits figures of 2023 and 2024."""
-
-    def __post_init__(self) -> None:
-        for field in _COUNTS:
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field} is {value}: must be at least 1")
-        for field, allowed in _CHOICES.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}: must be one of {', '.join(map(str, allowed))}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: must be at least 0 and below 1")
-        if self.whole_modules:
-            _only("whole_modules", self.whole_modules, WHOLE_MODULES, "some of ")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one micro batch."""
-        return self.micro_batch_size * self.sequence_length
-
-    def targets(self, model: ModelShape) -> frozenset[str]:
-        """Names of the model's layers that get an adapter. Raises ValueError for one that it does not have."""
-        linears = frozenset(model.projections)
-        if self.target_modules == ALL_LINEAR:
-            return linears
-        _only("target_modules", self.target_modules, linears, f"for a {model.model_type} all-linear, or some of ")
-        return self.target_modules
-
-
-_COUNTS = (
-    "rank",
-    "micro_batch_size",
-    "sequence_length",
-    "gradient_accumulation_steps",
-    "loss_chunk_tokens",
-    "adapted_layers",
-    "gpus",
-)
-_CHOICES: Mapping[str, tuple[object, ...]] = {
-    "adapter_bytes": (2, 4),
-    "optimizer": _OPTIMIZERS,
-    "sharding": ("none", "full"),
-    "loss_bytes_per_logit": (6, 12, 16),
-}
-
-
-def _only(field: str, names: frozenset[str], allowed: frozenset[str], what: str) -> None:
-    """Raise ValueError, naming `field`, unless `names` are some of `allowed`."""
-    unknown = sorted(names - allowed)
-    if unknown or not names:
-        raise ValueError(f"{field} is {', '.join(unknown) or 'empty'}: must be {what}{', '.join(sorted(allowed))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +129,7 @@ class WeightCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationBytes:
-    """Bytes of one micro batch beyond weights and gradients."""
+    """Bytes of one pass of the model, beyond weights and gradients."""
 
     checkpoints: int
     """Inputs of the blocks; 0 without gradient checkpointing."""
@@ -239,6 +139,16 @@ class ActivationBytes:
     """The most that the blocks take in the backward pass, `kept` included and `checkpoints` not."""
     logits: int
     """The most that the loss takes."""
+
+    @classmethod
+    def of_measured(cls, *, kept: int, loss: int, work: int, gradient_checkpointing: bool) -> Self:
+        """Of a pass that keeps so many bytes for the backward pass, and takes more for the loss, and in the layers."""
+        return cls(
+            checkpoints=kept if gradient_checkpointing else 0,
+            kept=0 if gradient_checkpointing else kept,
+            layers=work if gradient_checkpointing else kept + work,
+            logits=loss,
+        )
 
 
 def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
@@ -274,45 +184,94 @@ def estimate(model: ModelShape, training: TrainingShape) -> MemoryEstimate:
     fragmentation is not in: `verdict` adds a margin. Nor is what FlashAttention takes for each row: a Llama's MLP
     takes more unless rows are very short (docs/decisions/0121).
     """
-    wide_bytes = 4 if training.upcast else 2
+    return estimate_together(model, [training])
+
+
+def estimate_together(model: ModelShape, trainings: Sequence[TrainingShape]) -> MemoryEstimate:
+    """Estimate the peak of runs that are trained together on one base, as `estimate` does for one.
+
+    Base and context are there once. Each run adds its adapter, gradients and optimizer state. The micro batches of all
+    go through the model in one pass, so checkpoints and working set are those of the sum of their tokens. Of the
+    logits, those of one run's chunk exist at a time, and the last states of all.
+    """
+    runs = [CountedRun(_counted(model, training), training) for training in trainings]
+    answers = AnswerBytes.of(model.num_hidden_layers, model.num_attention_heads, keys_and_values=2 * model.widths.key)
+    return combined(runs, lambda passing: _activations(model, passing), answers)
+
+
+def _counted(model: ModelShape, training: TrainingShape) -> WeightCounts:
     adapter, whole, pageable = _trained_parameters(model, training)
-    weights = WeightCounts(
+    return WeightCounts(
         blocks=model.num_hidden_layers,
         quantized_parameters=model.linear_parameters,
-        unquantized_bytes=model.embedding_parameters * wide_bytes,
+        unquantized_bytes=model.embedding_parameters * (4 if training.upcast else 2),
         adapter_parameters=adapter,
         pageable_parameters=pageable,
         whole_parameters=whole,
     )
-    inputs = model.num_hidden_layers if training.gradient_checkpointing else 0
-    layers, kept = _layer_working_set(model, training)
-    activations = ActivationBytes(
-        checkpoints=wide_bytes * training.tokens * inputs * model.hidden_size,
+
+
+def _activations(model: ModelShape, trainings: Sequence[TrainingShape]) -> ActivationBytes:
+    """Of a pass with a micro batch of each run."""
+    first = trainings[0]
+    inputs = model.num_hidden_layers if first.gradient_checkpointing else 0
+    layers, kept = _layer_working_set(model, trainings)
+    return ActivationBytes(
+        checkpoints=(4 if first.upcast else 2) * _tokens(trainings) * inputs * model.hidden_size,
         kept=kept,
         layers=layers,
-        logits=_loss_working_set(model, training),
+        logits=_loss_working_set(model, trainings),
     )
-    answers = AnswerBytes.of(model.num_hidden_layers, model.num_attention_heads, keys_and_values=2 * model.widths.key)
-    return combined(weights, activations, training, answers)
+
+
+def _tokens(trainings: Sequence[TrainingShape]) -> int:
+    return sum(training.tokens for training in trainings)
+
+
+@dataclass(frozen=True, slots=True)
+class CountedRun:
+    """A run: what its model and adapter consist of, and its settings."""
+
+    weights: WeightCounts
+    training: TrainingShape
 
 
 def combined(
-    weights: WeightCounts, activations: ActivationBytes, training: TrainingShape, answers: AnswerBytes
+    runs: Sequence[CountedRun],
+    activations: Callable[[Sequence[TrainingShape]], ActivationBytes],
+    answers: AnswerBytes,
 ) -> MemoryEstimate:
-    """The peak of a run with these weights and activations: what is on the GPU at the same time. See `estimate`."""
-    state, whole_state = (_optimizer_bytes(training, size) for size in (training.adapter_bytes, 2))
-    gradients = weights.adapter_parameters * training.adapter_bytes + weights.whole_parameters * 2
-    base_weights, gathered_blocks = _base_weights(weights, training)
-    layers, paged = activations.layers, training.optimizer.startswith("paged_")
+    """The peak of one run, or of several on one base: what is on the GPU at the same time. See `estimate`.
+
+    `activations` gives those of a pass with a micro batch of each of some runs. In a step's first pass all take part,
+    and there are no gradients yet. In later ones are those that accumulate, beside the gradients of all.
+    """
+    trainings = [run.training for run in runs]
+    accumulating = [training for training in trainings if training.gradient_accumulation_steps > 1]
+    answering = max(answers.of_longest(training.answer_tokens) for training in trainings)
+    passes = [_at_peak(runs, activations(trainings), answering, accumulated=False)]
+    if accumulating:
+        passes.insert(0, _at_peak(runs, activations(accumulating), answering, accumulated=True))
+    return max(passes, key=lambda memory: memory.expected)
+
+
+def _at_peak(
+    runs: Sequence[CountedRun], activations: ActivationBytes, answering: int, *, accumulated: bool
+) -> MemoryEstimate:
+    """The peak of a pass; `accumulated`: with the gradients of earlier ones."""
+    first, trained = runs[0], [_trained_bytes(run) for run in runs]
+    gradients, optimizer, pageable = (sum(sizes) for sizes in zip(*trained, strict=True))
+    base_weights, gathered_blocks = _base_weights(first.weights, first.training)
+    layers, checkpointing = activations.layers, first.training.gradient_checkpointing
 
     absent: set[str] = set()
     if activations.logits <= layers - activations.kept:
         absent.add("logits")
-    elif training.gradient_checkpointing:
+    elif checkpointing:
         absent.add("layer_working_set")
     else:
         layers = activations.kept
-    if training.gradient_checkpointing and training.gradient_accumulation_steps == 1:
+    if checkpointing and not accumulated:
         absent.add("gradients" if gradients <= activations.checkpoints else "checkpoints")
     works = {
         "gradients": gradients,
@@ -320,7 +279,6 @@ def combined(
         "layer_working_set": layers,
         "logits": activations.logits,
     }
-    answering = answers.of_longest(training.answer_tokens)
     if answering > sum(size for name, size in works.items() if name not in absent):
         absent |= works.keys()
     elif answering:
@@ -329,17 +287,27 @@ def combined(
         context=_CONTEXT_BYTES,
         base_weights=base_weights,
         gathered_blocks=gathered_blocks,
-        unquantized_weights=weights.unquantized_bytes,
+        unquantized_weights=first.weights.unquantized_bytes,
         adapters=gradients,
         gradients=gradients,
-        optimizer=weights.adapter_parameters * state + weights.whole_parameters * whole_state,
+        optimizer=optimizer,
         checkpoints=activations.checkpoints,
         layer_working_set=layers,
         logits=activations.logits,
         answers=answering,
-        pageable_optimizer=weights.pageable_parameters * state + weights.whole_parameters * whole_state if paged else 0,
+        pageable_optimizer=pageable,
         absent_at_peak=frozenset(absent),
     )
+
+
+def _trained_bytes(run: CountedRun) -> tuple[int, int, int]:
+    """Bytes of a run's gradients, which its trained weights take too, of its optimizer, and of what of it can page."""
+    weights, training = run.weights, run.training
+    state, whole_state = (_optimizer_bytes(training, size) for size in (training.adapter_bytes, 2))
+    gradients = weights.adapter_parameters * training.adapter_bytes + weights.whole_parameters * 2
+    whole = weights.whole_parameters * whole_state
+    pageable = weights.pageable_parameters * state + whole if training.optimizer.startswith("paged_") else 0
+    return gradients, weights.adapter_parameters * state + whole, pageable
 
 
 def _base_weights(weights: WeightCounts, training: TrainingShape) -> tuple[int, int]:
@@ -373,39 +341,42 @@ def _optimizer_bytes(training: TrainingShape, parameter_bytes: int) -> int:
     return 2 if training.optimizer == "paged_adamw_8bit" else 8
 
 
-def _layer_working_set(model: ModelShape, training: TrainingShape) -> tuple[int, int]:
+def _layer_working_set(model: ModelShape, trainings: Sequence[TrainingShape]) -> tuple[int, int]:
     """Bytes of the layers at the peak of the backward pass, and when it begins. Counted as if all were adapted.
 
     The layer at work takes the most of some moments: between two matmuls, in the matmul of each of its linear
     layers, whose weight is dequantized for it, and in attention if its scores have to be built. Without gradient
     checkpointing each layer keeps something from the forward pass on. With upcast the numbers are a fit over Llamas.
     """
-    block, widths, tokens = _block(model, training), model.widths, training.tokens
+    training, tokens = trainings[0], _tokens(trainings)
+    ranks = sum(each.tokens * each.rank for each in trainings)
+    block, widths = _block(model, training), model.widths
     layers = 0 if training.gradient_checkpointing else model.num_hidden_layers
     if training.upcast:
         hidden = max(widths.hidden, widths.query)
-        per_token = 84.7 * hidden + 24 * widths.mlp + 7.7 * widths.key + 27 * training.rank
+        size = tokens * (84.7 * hidden + 24 * widths.mlp + 7.7 * widths.key) + 27 * ranks
         dequantized = max(inputs * outputs for inputs, outputs in model.projections.values())
-        return round(max(layers, 1) * tokens * per_token) + 2 * dequantized, round(layers * tokens * per_token)
+        return round(max(layers, 1) * size) + 2 * dequantized, round(layers * size)
     moments = block.backward_with_dropout if training.dropout else block.backward
-    rank_bytes = (14 if training.dropout else 12) * training.rank
+    inners = (14 if training.dropout else 12) * ranks
     *_, last = model.projections
     adapted = training.targets(model) if training.dropout else frozenset[str]()
     # In 16-bit with a byte of mask; other trainers cast it to 32-bit.
     masked_bytes = 4 if training.composed else 3
     masked = {name: masked_bytes * inputs if name in adapted else 0 for name, (inputs, _) in model.projections.items()}
-    kept = block.kept.at(widths) + sum(masked.values()) + rank_bytes
+    kept = block.kept.at(widths) + sum(masked.values())
     # The backward pass begins with the MLP's last layer; what was kept inside the MLP is gone before the others' turn.
     at_work = {name: kept - masked[last] - (0 if name == last else block.kept.mlp * widths.mlp) for name in masked}
-    largest = max(
-        tokens * (max(moment.at(widths) for moment in moments) + rank_bytes),
-        _capped_scores(model, training) + tokens * (kept - block.kept.mlp * widths.mlp),
+    largest = inners + max(
+        tokens * max(moment.at(widths) for moment in moments),
+        _capped_scores(model, trainings) + tokens * (kept - block.kept.mlp * widths.mlp),
         *(
             tokens * (at_work[name] + 2 * (widths.hidden + inputs + outputs)) + 2 * inputs * outputs
             for name, (inputs, outputs) in model.projections.items()
         ),
     )
-    return max(layers - 1, 0) * tokens * kept + largest, layers * tokens * kept
+    of_layer = tokens * kept + inners
+    return max(layers - 1, 0) * of_layer + largest, layers * of_layer
 
 
 def _block(model: ModelShape, training: TrainingShape) -> BlockBytes:
@@ -418,26 +389,28 @@ def _block(model: ModelShape, training: TrainingShape) -> BlockBytes:
     return model.family.composed
 
 
-def _capped_scores(model: ModelShape, training: TrainingShape) -> int:
+def _capped_scores(model: ModelShape, trainings: Sequence[TrainingShape]) -> int:
     """Bytes of the scores of a block of queries, for a family that caps them; a sequence is taken as one row."""
     if model.attn_logit_softcapping is None:
         return 0
-    queries = min(_CAPPED_QUERIES, training.sequence_length)
-    return _BYTES_PER_CAPPED_SCORE * model.num_attention_heads * queries * training.sequence_length
+    longest = max(training.sequence_length for training in trainings)
+    queries = min(_CAPPED_QUERIES, longest)
+    return _BYTES_PER_CAPPED_SCORE * model.num_attention_heads * queries * longest
 
 
-def _loss_working_set(model: ModelShape, training: TrainingShape) -> int:
+def _loss_working_set(model: ModelShape, trainings: Sequence[TrainingShape]) -> int:
     """Bytes of the logits of a chunk, or of all tokens, and of the hidden states that are kept for the final norm."""
-    tokens_at_once = min(training.tokens, training.loss_chunk_tokens or training.tokens)
+    training, tokens = trainings[0], _tokens(trainings)
+    tokens_at_once = max(min(each.tokens, each.loss_chunk_tokens or each.tokens) for each in trainings)
     capped = model.final_logit_softcapping is not None
     if not training.composed:
         # In 16-bit and in 32-bit; a cap makes two more in 16-bit; a head that is trained has autograd's own loss.
         per_logit = (12 if "lm_head" in training.whole_modules else 6) + (4 if capped else 0)
-        return per_logit * model.vocab_size * tokens_at_once + 8 * model.hidden_size * training.tokens
+        return per_logit * model.vocab_size * tokens_at_once + 8 * model.hidden_size * tokens
     # The cap keeps the output of its hyperbolic tangent, in 16-bit.
     per_logit = training.loss_bytes_per_logit + (2 if capped else 0)
     kept = 9 if training.upcast else 6
-    whole = (per_logit * model.vocab_size + kept * model.hidden_size) * training.tokens
+    whole = (per_logit * model.vocab_size + kept * model.hidden_size) * tokens
     kept = 9 if training.upcast else 10
-    chunked = per_logit * model.vocab_size * tokens_at_once + kept * model.hidden_size * training.tokens
+    chunked = per_logit * model.vocab_size * tokens_at_once + kept * model.hidden_size * tokens
     return min(whole, chunked)

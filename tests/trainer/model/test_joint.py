@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from qlora_api.training import LoraSpec
@@ -21,15 +23,16 @@ from qlora_trainer.model.base import load_base
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.joint import joint_losses, routed
 from qlora_trainer.model.loss import batch_loss
+from qlora_trainer.model.model_error import ModelError
 from qlora_trainer.model.support import inspect_family
 from tests.support.adapted import NF4
 from tests.support.sequences import CPU, random_sequence
 
-# The first is of its own shape and scale.
+# The first is of its own shape and scale, and lacks layers that others adapt.
 ADAPTERS = {
-    "default": (LoraSpec(rank=8, alpha=4), 3),
+    "default": (LoraSpec(rank=8, alpha=4, target_modules=("q_proj", "o_proj", "up_proj")), 3),
     "job00": (LoraSpec(rank=4, alpha=8), 4),
-    "job01": (LoraSpec(rank=4, alpha=8), 5),
+    "job01": (LoraSpec(rank=4, alpha=8, layers_to_transform=(1,)), 5),
 }
 ROWS = {"default": (40, 25, 70), "job00": (90, 31), "job01": (12, 55, 64, 8)}
 BATCHES = {name: Batch.of([random_sequence(rows, seed=len(rows))], CPU) for name, rows in ROWS.items()}
@@ -140,3 +143,11 @@ def test_after_a_joint_pass_a_plain_one_is_of_the_active_adapter(tiny_llama: Pat
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         losses = [batch_loss(one.get_base_model(), BATCHES["job01"]) for one in (model, single)]
     assert torch.equal(*losses)
+
+
+def test_a_layer_that_cannot_tell_whose_a_token_is_is_rejected_before_the_pass(tiny_llama: Path) -> None:
+    model = together(tiny_llama)
+    layer: Any = model.get_base_model().model.layers[0].self_attn.k_proj
+    layer.__class__ = Linear4bit
+    with pytest.raises(ModelError, match="does not take the tokens of several adapters"), routed(model, BATCHES):
+        pass

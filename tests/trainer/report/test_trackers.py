@@ -15,6 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
+from qlora_trainer.report.trackers import open_trackers
 from qlora_trainer.steps.prepare import prepare
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import Lost, LostAtStep, StopAtStep, history, prepared, run
@@ -125,6 +126,30 @@ def weights_and_biases_losses(folder: Path) -> dict[int, float]:
 def test_weights_and_biases_gets_files_to_upload(report: tuple[Path, list[dict[str, float]]]) -> None:
     folder, metrics = report
     assert weights_and_biases_losses(folder) == pytest.approx(losses(metrics))
+
+
+def test_runs_of_one_process_have_records_of_their_own(tmp_path: Path) -> None:
+    tools, losses_of = ("tensorboard", "mlflow", "wandb"), {"first": 1.0, "second": 2.0}
+    opened = {
+        name: open_trackers(tools, tmp_path / name, run_name=name, run_id=name, settings={}, from_step=0)
+        for name in losses_of
+    }
+    for step in (1, 2):
+        for name, trackers in opened.items():
+            for tracker in trackers:
+                tracker.log(step, {"loss": losses_of[name]})
+    for trackers in opened.values():
+        for tracker in trackers:
+            tracker.close(finished=True)
+    for name, loss in losses_of.items():
+        assert weights_and_biases_losses(tmp_path / name) == {1: loss, 2: loss}
+        events = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
+        assert {event.step: event.value for event in events.Scalars("train/loss")} == {1: loss, 2: loss}
+        client = MlflowClient(tracking_uri=(tmp_path / name / "mlflow").as_uri())
+        experiment = client.get_experiment_by_name("qlora")
+        assert experiment is not None
+        [found] = client.search_runs([experiment.experiment_id])
+        assert found.data.metrics["train/loss"] == loss
 
 
 def test_a_tool_that_is_not_installed_is_named_before_anything_is_done(

@@ -22,11 +22,14 @@ from qlora_trainer.training.attempts import only_attempt, read_attempts
 from tests.support.tiny import POD_UID, Recorded, merged
 from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
 
-# What differs between the jobs: the length, the adapter, the rate, the evaluations, what is kept.
+# What differs between the jobs: the length, the adapter, its layers, the rate, the evaluations, what is kept.
 PLAIN: dict[str, Any] = {"lora": {"dropout": 0}}
 JOBS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
-    "wide": {"lora": {"dropout": 0, "rank": 8}, "training": {"seed": 5, "learningRate": 0.02}},
+    "wide": {
+        "lora": {"dropout": 0, "rank": 8, "targetModules": ["q_proj", "up_proj"]},
+        "training": {"seed": 5, "learningRate": 0.02},
+    },
     "long": {"lora": {"dropout": 0}, "training": {"seed": 7, "maxSteps": 9, "gradientAccumulationSteps": 3}},
     "best": {
         "lora": {"dropout": 0},
@@ -80,6 +83,35 @@ def test_stopped_at_any_step_they_resume_to_the_same_bytes(step: int, tiny_llama
     records = [StopAtStep(step, stop) if name == "long" else Recorded() for name in JOBS]
     with pytest.raises(Interrupted):
         together(jobs, records, stop)
+    together(jobs)
+    assert [adapter_bytes(job) for job in jobs] == [adapter_bytes(job) for job in undisturbed]
+
+
+class StopInEvaluation(Recorded):
+    """Records that set a stop request while a job is evaluated after its first step, between two steps of all."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        super().progress(record, force=force)
+        if record.activity == "evaluating" and record.training_step:
+            self._stop.set()
+
+
+@pytest.mark.slow
+def test_a_stop_between_two_of_them_saves_those_that_have_passed_it_too(tiny_llama: Path, tmp_path: Path) -> None:
+    rarely = {"lora": {"dropout": 0}, "training": {"evalEverySteps": 3, "saveEverySteps": 50}}
+    specs = {"first": rarely, "second": merged(rarely, {"training": {"seed": 5}}), "third": rarely}
+    undisturbed = contexts(tmp_path / "undisturbed", tiny_llama, specs)
+    together(undisturbed)
+    jobs, stop = contexts(tmp_path / "stopped", tiny_llama, specs), StopRequest()
+    with pytest.raises(Interrupted) as interrupted:
+        together(jobs, [Recorded(), StopInEvaluation(stop), Recorded()], stop)
+    assert interrupted.value.training_step == 3
+    saved = [[folder.name for folder in job.workspace.checkpoints.glob("step-*")] for job in jobs]
+    assert saved == [["step-3"]] * 3
     together(jobs)
     assert [adapter_bytes(job) for job in jobs] == [adapter_bytes(job) for job in undisturbed]
 
@@ -185,4 +217,11 @@ def test_what_cannot_be_shared_is_named(spec: dict[str, Any], named: str, tiny_l
     jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "other": merged({}, spec)})
     with pytest.raises(StepFailure, match=named) as failure:
         together(jobs)
+    assert failure.value.exit_code.reason == "BadConfiguration"
+
+
+def test_a_workspace_is_of_one_job(tiny_llama: Path, tmp_path: Path) -> None:
+    [job] = contexts(tmp_path, tiny_llama, {"plain": PLAIN})
+    with pytest.raises(StepFailure, match="is the workspace of two jobs: give each job its own") as failure:
+        together([job, job])
     assert failure.value.exit_code.reason == "BadConfiguration"

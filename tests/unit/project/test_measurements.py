@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import together_tables
 from benchmarks.base import summary as base
 from benchmarks.inputs import RESULTS
 from benchmarks.operator import table
@@ -139,6 +140,13 @@ def test_the_figures_of_the_base_are_those_measured() -> None:
     shown = TEXT.split(table.begin(base.NAME, base.COMMAND))[1].split(table.end(base.NAME))[0].strip()
     measured = (RESULTS / f"{base.NAME}.json").exists()
     assert shown == (base.tables(result(base.NAME)).strip() if measured else "")
+
+
+def test_the_figures_of_adapters_trained_together_are_those_measured() -> None:
+    begin, end = table.begin(together_tables.NAME, together_tables.COMMAND), table.end(together_tables.NAME)
+    shown = TEXT.split(begin)[1].split(end)[0].strip()
+    measured = (RESULTS / f"{together_tables.NAME}.json").exists()
+    assert shown == (together_tables.tables(result(together_tables.NAME)).strip() if measured else "")
 
 
 def test_the_goodput_is_that_measured() -> None:

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from qlora_api.memory.advice import verdict
-from qlora_api.memory.estimate import GIB, TrainingShape, estimate
+from qlora_api.memory.estimate import GIB, estimate
 from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import TrainingShape
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "how-to" / "choose-a-model.md"

@@ -18,8 +18,9 @@ from qlora_api.memory.advice import (
     room,
     verdict,
 )
-from qlora_api.memory.estimate import ALL_LINEAR, GIB, TrainingShape, estimate
+from qlora_api.memory.estimate import GIB, estimate, estimate_together
 from qlora_api.memory.model_shape import ModelShape, UnsupportedModelError
+from qlora_api.memory.training_shape import ALL_LINEAR, TrainingShape
 
 # What stands in the models' own config.json, without the fields that nothing here reads.
 LLAMA_2_7B = {
@@ -576,3 +577,48 @@ def test_a_larger_micro_batch_leaves_room() -> None:
 )
 def test_a_batch_that_does_not_come_in_larger_micro_batches_gets_no_such_advice(training: TrainingShape) -> None:
     assert larger_micro_batch(of(LLAMA_2_7B_SHAPE), training, 80) is None
+
+
+# Of other ranks, optimizers and lengths; the last accumulates nothing.
+TOGETHER = (
+    TrainingShape(rank=16, sequence_length=1024),
+    TrainingShape(rank=64, sequence_length=256, optimizer="adamw"),
+    TrainingShape(rank=8, sequence_length=2048, gradient_accumulation_steps=1, adapter_bytes=2),
+)
+
+
+def test_jobs_that_are_trained_together_have_one_base_and_all_else_of_each() -> None:
+    alone = [estimate(LLAMA_3_8B_SHAPE, training) for training in TOGETHER]
+    memory = estimate_together(LLAMA_3_8B_SHAPE, TOGETHER)
+    for shared in ("context", "base_weights", "unquantized_weights"):
+        assert {getattr(memory, shared)} == {getattr(one, shared) for one in alone}
+    for own in ("adapters", "optimizer", "pageable_optimizer"):
+        assert getattr(memory, own) == sum(getattr(one, own) for one in alone)
+    base = memory.context + memory.base_weights + memory.unquantized_weights
+    assert max(one.expected for one in alone) < memory.expected < sum(one.expected - base for one in alone) + base
+
+
+def test_one_job_trained_together_with_none_takes_what_it_takes_alone() -> None:
+    for training in TOGETHER:
+        assert estimate_together(LLAMA_3_8B_SHAPE, [training]) == estimate(LLAMA_3_8B_SHAPE, training)
+
+
+def test_micro_batches_in_one_pass_take_what_one_of_as_many_tokens_takes() -> None:
+    one, four = TrainingShape(sequence_length=512), TrainingShape(sequence_length=2048)
+    together, single = estimate_together(LLAMA_2_7B_SHAPE, [one] * 4), estimate(LLAMA_2_7B_SHAPE, four)
+    for shared in ("checkpoints", "layer_working_set", "logits"):
+        assert getattr(together, shared) == getattr(single, shared)
+
+
+def test_jobs_that_do_not_accumulate_are_in_the_first_pass_of_a_step_only() -> None:
+    """There are no gradients yet then; in the passes after it there are those of all."""
+    several = TrainingShape(sequence_length=256)
+    single = TrainingShape(sequence_length=256, gradient_accumulation_steps=1)
+    first, later = (
+        estimate_together(LLAMA_2_7B_SHAPE, [several, replace(single, sequence_length=tokens)])
+        for tokens in (16384, 256)
+    )
+    assert first.checkpoints == 2 * (256 + 16384) * 32 * 4096
+    assert "gradients" in first.absent_at_peak
+    assert later.checkpoints == 2 * 256 * 32 * 4096
+    assert not later.absent_at_peak & {"gradients", "checkpoints"}

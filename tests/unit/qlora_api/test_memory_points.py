@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_api.memory.estimate import TrainingShape, estimate
+from qlora_api.memory.estimate import estimate
 from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import TrainingShape
 
 POINTS = yaml.safe_load(Path(__file__).with_name("memory_points.yaml").read_text())
 UNITS = {"B": 1, "MiB": 2**20, "GB": 1e9, "GiB": 2**30}

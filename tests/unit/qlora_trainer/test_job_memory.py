@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_api.memory.advice import advice, larger_micro_batch, larger_micro_batches
-from qlora_api.memory.estimate import TrainingShape
+from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.dry_run.limited import DryRunFailed, StepSize

@@ -19,7 +19,7 @@ from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qlora_trainer.model.base_weights import BaseWeights
 from qlora_trainer.model.decoder import block_linears, compute_as_in_use
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
-from qlora_trainer.model.fused_lora import fuse_lora
+from qlora_trainer.model.fused_lora import fuse_further_lora, fuse_lora
 from qlora_trainer.model.loftq import initialize_loftq
 
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,6 +59,14 @@ def attach_adapter(
     return model.train()
 
 
+def adapter_name(position: int) -> str:
+    """A name for one of several adapters of a model; that at position 0 has PEFT's own for the only one.
+
+    None is a part of another, or of a module's name.
+    """
+    return f"adapter{position:03}" if position else "default"
+
+
 def attach_further_adapter(
     model: PeftModel,
     name: str,
@@ -77,6 +85,7 @@ def attach_further_adapter(
     base = model.get_base_model()
     config = _configuration(base, lora, target_modules)
     model.add_adapter(name, config, autocast_adapter_dtype=False)
+    fuse_further_lora(model)
     _name_origin(config, base, target_modules, base_name, base_revision)
     activate_adapter(model, name)
     for tensor, parameter in adapter_parameters(model).items():

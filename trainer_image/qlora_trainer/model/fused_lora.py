@@ -14,12 +14,15 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_trainer.core import cpu
 from qlora_trainer.model.model_error import ModelError
+
+_NOT_APART = "one of its layers does not take the tokens of several adapters together"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class FusedLora(Linear4bit):
         """
         if arguments or keywords or not self._is_plain(x):
             if self.routing.segments:
-                raise ModelError("one of its layers does not take the tokens of several adapters together")
+                raise ModelError(_NOT_APART)
             return cast("Tensor", super().forward(x, *arguments, **keywords))
         base, parts = self.get_base_layer(), self._parts(x)
         # Wider only behind what autocast computes in float32: it would multiply in 16 bit too.
@@ -81,8 +84,10 @@ class FusedLora(Linear4bit):
         return cast("Tensor", output)
 
     def _parts(self, x: Tensor) -> tuple[Segment, ...]:
+        """The tokens that have an adapter in this layer: jobs that are trained together may adapt other layers."""
         tokens = x.numel() // x.shape[-1]
-        return self.routing.segments or (Segment(self.active_adapters[0], 0, tokens),)
+        segments = self.routing.segments or (Segment(self.active_adapters[0], 0, tokens),)
+        return tuple(segment for segment in segments if segment.adapter in self.lora_A)
 
     def _is_plain(self, x: Tensor) -> bool:
         device, routing = x.device.type, self.routing
@@ -103,27 +108,41 @@ class FusedLora(Linear4bit):
         )
 
     def _has_plain(self, name: str) -> bool:
-        return (
-            name in self.lora_A
-            and name not in self.lora_variant
+        return name not in self.lora_A or (
+            name not in self.lora_variant
             and not self.lora_bias[name]
             and isinstance(self.lora_dropout[name], nn.Identity)
         )
 
 
-def fuse_lora(model: nn.Module, *, recomputed: bool) -> Routing:
-    """Make every LoRA layer over a 4-bit layer a FusedLora; `recomputed` is its attribute, False on the meta device.
+def fuse_lora(model: nn.Module, *, recomputed: bool) -> None:
+    """Make every LoRA layer over a 4-bit layer a FusedLora; `recomputed` is its attribute, False on the meta device."""
+    _fuse(model, Routing(), recomputed=recomputed)
 
-    Returns the routing that they share.
-    """
-    routing = Routing()
+
+def fuse_further_lora(model: nn.Module) -> None:
+    """The same for layers that a further adapter is the first in; they share the others' routing."""
+    first = next((module for module in model.modules() if isinstance(module, FusedLora)), None)
+    if first is not None:
+        _fuse(model, first.routing, recomputed=first.recomputed)
+
+
+def _fuse(model: nn.Module, routing: Routing, *, recomputed: bool) -> None:
     for module in model.modules():
         if type(module) is Linear4bit:
             layer: Any = module
             layer.__class__ = FusedLora
             layer.recomputed = recomputed and layer.get_base_layer().weight.device.type != "meta"
             layer.routing = routing
-    return routing
+
+
+def require_routing(model: nn.Module) -> Routing:
+    """What the fused layers share. Raises ModelError unless every layer with an adapter is one of them."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        if not isinstance(layer, FusedLora):
+            raise ModelError(_NOT_APART)
+    return next(layer.routing for layer in layers if isinstance(layer, FusedLora))
 
 
 def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
@@ -168,7 +187,7 @@ class _LoraMatmul(torch.autograd.Function):
         context.set_materialize_grads(False)
         context.weight, context.state, context.parts, context.shape = weight, state, parts, x.shape
         # Not returned as a view: OLMo clamps its queries in place, which autograd forbids for a view made here.
-        return x.new_empty(*x.shape[:-1], adapters[1].shape[0]), dense, *inners
+        return x.new_empty(*x.shape[:-1], state.shape[0]), dense, *inners
 
     @staticmethod
     @once_differentiable

@@ -11,8 +11,16 @@ from pathlib import Path
 from qlora_api.contract import GPU_LOSS_CHUNK_TOKENS
 from qlora_api.memory.advice import SHORTEST_SEQUENCE, larger_micro_batches
 from qlora_api.memory.answers import AnswerBytes
-from qlora_api.memory.estimate import ActivationBytes, MemoryEstimate, TrainingShape, WeightCounts, combined, estimate
+from qlora_api.memory.estimate import (
+    ActivationBytes,
+    CountedRun,
+    MemoryEstimate,
+    WeightCounts,
+    combined,
+    estimate,
+)
 from qlora_api.memory.model_shape import ModelShape
+from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
 from qlora_trainer.model.dry_run.limited import DryRunFailed, StepSize, measure_within_limits
@@ -32,8 +40,22 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
     A smaller rank is given the activations of the measured one, and gradient checkpointing what there is without it if
     no step was measured with it.
     """
+    return measured_together([(measured, training)], lambda trainings: _activations(measured.steps, trainings[0]))
+
+
+def measured_together(
+    runs: Sequence[tuple[MeasuredMemory, TrainingShape]],
+    activations: Callable[[Sequence[TrainingShape]], ActivationBytes],
+) -> MemoryEstimate:
+    """The estimate of measured runs on one base with these activations. See `combined`."""
+    first, _ = runs[0]
+    answers = AnswerBytes(first.answer_bytes_per_token, first.answer_bytes_per_pair)
+    return combined([CountedRun(_counted(*run), run[1]) for run in runs], activations, answers)
+
+
+def _counted(measured: MeasuredMemory, training: TrainingShape) -> WeightCounts:
     share = training.rank / measured.rank
-    weights = WeightCounts(
+    return WeightCounts(
         blocks=measured.blocks,
         quantized_parameters=measured.quantized_parameters,
         mxfp4_parameters=measured.mxfp4_parameters,
@@ -42,16 +64,13 @@ def measured_estimate(measured: MeasuredMemory, training: TrainingShape) -> Memo
         pageable_parameters=round(measured.pageable_parameters * share),
         whole_parameters=measured.whole_parameters,
     )
-    kept, loss, work = _at(training, measured.steps)
-    checkpointing = training.gradient_checkpointing
-    activations = ActivationBytes(
-        checkpoints=kept if checkpointing else 0,
-        kept=0 if checkpointing else kept,
-        layers=work if checkpointing else kept + work,
-        logits=loss,
+
+
+def _activations(steps: Sequence[MeasuredStep], training: TrainingShape) -> ActivationBytes:
+    kept, loss, work = _at(training, steps)
+    return ActivationBytes.of_measured(
+        kept=kept, loss=loss, work=work, gradient_checkpointing=training.gradient_checkpointing
     )
-    answers = AnswerBytes(measured.answer_bytes_per_token, measured.answer_bytes_per_pair)
-    return combined(weights, activations, training, answers)
 
 
 def _at(training: TrainingShape, steps: Sequence[MeasuredStep]) -> tuple[int, int, int]:

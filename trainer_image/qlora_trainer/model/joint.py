@@ -14,7 +14,7 @@ from qlora_trainer.core import cpu
 from qlora_trainer.model.attention import RowBoundaries
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.decoder import decoder_states
-from qlora_trainer.model.fused_lora import FusedLora, Routing, Segment
+from qlora_trainer.model.fused_lora import Segment, require_routing
 from qlora_trainer.model.loss import LogitTransform, summed_loss
 
 
@@ -22,9 +22,10 @@ from qlora_trainer.model.loss import LogitTransform, summed_loss
 def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
     """In the body, forward passes are `joint_losses` of these batches, by the names of their adapters.
 
-    Their backward passes have to be in it too: gradient checkpointing computes the blocks again.
+    Their backward passes have to be in it too: gradient checkpointing computes the blocks again. Raises ModelError for
+    a model with layers that cannot tell whose a token is.
     """
-    routing = _routing(model)
+    routing = require_routing(model)
     offsets = list(accumulate((batch.tokens for batch in batches.values()), initial=0))
     routing.tokens = offsets[-1] + cpu.padding(offsets[-1], model.device.type)
     routing.segments = tuple(
@@ -40,8 +41,8 @@ def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
 def joint_losses(model: PeftModel, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
     """For each adapter the summed loss of its batch's targets, a float32 scalar. To be called where they are `routed`.
 
-    The base computes the tokens of all at once, and each adapter its own. Raises ModelError for a model whose layers
-    cannot tell whose a token is.
+    The base computes the tokens of all at once, and each adapter its own. Raises ModelError for layers that are given
+    other tokens.
     """
     base: Any = model.get_base_model()
     batch = joined(tuple(batches.values()))
@@ -75,8 +76,3 @@ def joined(batches: tuple[Batch, ...]) -> Batch:
 
 def _without_padding(batch: Batch) -> tuple[int, ...]:
     return batch.rows.lengths[: -1 if batch.tokens < batch.input_ids.shape[1] else None]
-
-
-def _routing(model: PeftModel) -> Routing:
-    """What the fused layers share."""
-    return next(module.routing for module in model.modules() if isinstance(module, FusedLora))

@@ -18,8 +18,9 @@ from qlora_api.memory.advice import (
     larger_micro_batch,
     verdict,
 )
-from qlora_api.memory.estimate import GIB, TrainingShape
+from qlora_api.memory.estimate import GIB
 from qlora_api.memory.model_shape import ModelShape, NotInTableError, UnsupportedModelError
+from qlora_api.memory.training_shape import TrainingShape
 from qlora_api.status import MAX_MESSAGE_LENGTH, MemoryStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure, bad_configuration

@@ -186,6 +186,8 @@ class _WeightsAndBiases:
             resume="allow",
             config=dict(settings),
             dir=str(folder),
+            # By default a second run of a process is the first one again: jobs may be trained together.
+            reinit="create_new",
             settings=wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True),
         )
 

@@ -8,13 +8,16 @@ from datetime import datetime
 from typing import Any
 
 from qlora_api.contract import ExitCode
+from qlora_api.joinable import not_joinable, rows_not_apart
 from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import Device, StepContext
-from qlora_trainer.core.failures import StepFailure, StopRequest, is_out_of_gpu_memory
+from qlora_trainer.core.failures import StepFailure, StopRequest, bad_configuration, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import GIB
 from qlora_trainer.core.outcome import as_failure
 from qlora_trainer.core.records import RecordWriter
-from qlora_trainer.model.adapter import activate_adapter, attach_further_adapter
+from qlora_trainer.model.adapter import activate_adapter, adapter_name, attach_further_adapter
+from qlora_trainer.model.fused_lora import require_routing
+from qlora_trainer.model.model_error import ModelError
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import peak_memory_bytes
@@ -32,9 +35,6 @@ from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.ranks import Ranks
 from qlora_trainer.training.state import Runtime
 from qlora_trainer.training.together import Member, run_together
-
-# PEFT's name of a model's only adapter, and those of further ones: none is a part of another or of a module's name.
-_FIRST, _FURTHER = "default", "adapter{:03}"
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ def train_together(
     part. Raises StepFailure if they cannot be trained together, or not in this memory, and Interrupted after saving all
     when `stop` was set.
     """
+    _reject_shared_folders(contexts)
     results = _Results()
     with ExitStack() as outer, _explained_shortage(contexts):
         held = [outer.enter_context(ExitStack()) for _ in contexts]
@@ -103,6 +104,8 @@ def train_together(
                     results[entry.number] = done
                     continue
                 members[entry.number] = base.open(entry, now)
+        if len(members) > 1:
+            base.require_apart(jobs[max(members)])
         numbers = {member.adapter: number for number, member in members.items()}
         for member, ended in run_together(list(members.values())):
             entry = entries[numbers[member.adapter]]
@@ -115,6 +118,13 @@ def train_together(
         for number, member in members.items():
             _measure_answers(entries[number], member, results)
     return [results[number] for number in range(len(contexts))]
+
+
+def _reject_shared_folders(contexts: Sequence[StepContext]) -> None:
+    folders = [context.workspace.root.resolve() for context in contexts]
+    for number, folder in enumerate(folders):
+        if folder in folders[:number]:
+            raise bad_configuration(f"{folder} is the workspace of two jobs: give each job its own, and name each once")
 
 
 def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
@@ -153,6 +163,14 @@ class _SharedBase:
             entry.held.enter_context(run.history)
         return Member(name, run, state)
 
+    def require_apart(self, job: PreparedJob) -> None:
+        """Raise StepFailure (BAD_CONFIGURATION) if a layer cannot tell the tokens of this job from those of others."""
+        try:
+            require_routing(self._model)
+        except ModelError as error:
+            reason = f"{rows_not_apart(job.prepared.model_type)} ({error})"
+            raise bad_configuration(not_joinable(job.context.document.metadata.name, reason)) from error
+
     def wait(self) -> None:
         """Wait until the bytes of the base are checked. Raises StepFailure if they are not those of prepare."""
         if self._check is not None:
@@ -169,8 +187,8 @@ class _SharedBase:
         job = entry.job
         if self._model is None:
             self._model = attach_job_adapter(base, job, initialized=False)
-            return _FIRST
-        name = _FURTHER.format(entry.number)
+            return adapter_name(0)
+        name = adapter_name(entry.number)
         attach_further_adapter(
             self._model,
             name,

@@ -14,9 +14,10 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.dry_run.limited import StepSize
-from qlora_trainer.model.dry_run.measure import measure
-from qlora_trainer.model.job_memory import measured_estimate
+from qlora_trainer.model.dry_run.measure import measure, measure_together
+from qlora_trainer.model.job_memory import MeasuredJob, TableJob, measured_estimate
 from qlora_trainer.model.memory_fit import training_shape
+from qlora_trainer.model.memory_together import memory_together
 
 WIDE: dict[str, Any] = {
     "vocab_size": 4096,
@@ -116,3 +117,38 @@ def test_heads_that_are_too_large_for_flash_attention_take_memory_in_proportion_
         measured(tmp_path, job(training={"maxSequenceLength": tokens}), config).steps[0].work for tokens in (2048, 8192)
     )
     assert long < 4.5 * short
+
+
+JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "small": ({"rank": 8, "targetModules": ["q_proj", "v_proj"]}, {"maxSequenceLength": 512}),
+    "large": ({"rank": 64}, {"microBatchSize": 2}),
+    "unaccumulated": ({"dtype": "bfloat16"}, {"gradientAccumulationSteps": 1, "optimizer": "adamw"}),
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("large",), marks=pytest.mark.slow),
+        pytest.param(("small", "large"), marks=pytest.mark.slow),
+        ("large", "small", "unaccumulated"),
+    ],
+)
+def test_the_table_has_a_joint_pass_within_five_percent(names: tuple[str, ...], tmp_path: Path) -> None:
+    LlamaConfig(**WIDE).save_pretrained(tmp_path)
+    config, specs = tmp_path / "config.json", [job(*JOBS[name]) for name in names]
+    trainings = [training_shape(spec, spec.lora.target_modules) for spec in specs]
+    shape = ModelShape.from_config(WIDE | {"model_type": "llama"})
+    table = memory_together(config, specs, [TableJob(shape, training) for training in trainings])
+    measured = memory_together(
+        config,
+        specs,
+        [
+            MeasuredJob.of(config, spec, training, measure=measure)
+            for spec, training in zip(specs, trainings, strict=True)
+        ],
+        measure_together,
+    )
+    assert table.base_weights == measured.base_weights
+    assert (table.adapters, table.optimizer) == (measured.adapters, measured.optimizer)
+    assert table.expected - table.context == pytest.approx(measured.expected - measured.context, rel=0.05)

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_trainer.model.adapter import adapter_parameters
+from qlora_api.training import LoraSpec
+from qlora_trainer.model.adapter import adapter_name, adapter_parameters, attach_further_adapter
 from qlora_trainer.model.attention import RowBoundaries, rows_attention
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.dry_run.backward import backward, gradients
 from qlora_trainer.model.dry_run.device import AMPERE, HOPPER, fake_cuda
 from qlora_trainer.model.dry_run.live_bytes import LiveBytes
-from qlora_trainer.model.dry_run.step import StepBytes, full_batch, step_bytes
+from qlora_trainer.model.dry_run.step import StepBytes, full_batch, joint_step_bytes, step_bytes
+from qlora_trainer.model.support import inspect_family
 from tests.support.adapted import adapted
 from tests.support.families import FAMILIES
 from tests.support.sequences import CPU, random_sequence
@@ -40,6 +42,24 @@ def test_the_walk_over_the_graph_frees_what_the_engine_frees(
     assert (walk.kept, walk.loss) == (engine.kept, engine.loss)
     assert walk.work == pytest.approx(engine.work, rel=0.001)
     assert min(walk.kept, walk.loss, walk.work) > 0
+
+
+def test_a_joint_pass_of_several_adapters_is_walked_as_the_engine_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(save_model(tmp_path / "model", WIDE))
+    targets = inspect_family(tmp_path / "model", LoraSpec()).target_modules
+    names = [adapter_name(position) for position in range(3)]
+    for name in names[1:]:
+        attach_further_adapter(model, name, LoraSpec(rank=8), targets, seed=1, base_name="", base_revision="")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    batches = dict(zip(names, (BATCH, BATCH, Batch.of([random_sequence((64,), 2)], CPU)), strict=True))
+    engine = joint_step_bytes(model, batches, Tensor.backward)
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+    walk = joint_step_bytes(model, batches, backward)
+    assert (walk.kept, walk.loss) == (engine.kept, engine.loss)
+    assert walk.work == pytest.approx(engine.work, rel=0.001)
 
 
 def test_pairs_take_the_memory_of_other_rows_with_as_many_tokens(

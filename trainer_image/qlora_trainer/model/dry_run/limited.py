@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from qlora_api.memory.estimate import ActivationBytes
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.measured_memory import MeasuredMemory
@@ -54,15 +55,34 @@ def measure_within_limits(
     Raises StepFailure for a model that cannot be trained, RuntimeError in a process that sees a GPU, and DryRunFailed
     for whatever else there is.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise DryRunFailed("the trainer is not installed: install qlora-operator[cli,trainer]")
+    _require_trainer()
     found: MeasuredMemory = within_limits(_call, (config, spec, tuple(sizes), digest, family))
     return found
 
 
+def measure_together_within_limits(
+    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
+) -> tuple[ActivationBytes, ...]:
+    """`measure.measure_together`, with the same limits. Raises as `measure_within_limits` does."""
+    _require_trainer()
+    found: tuple[ActivationBytes, ...] = within_limits(_call_together, (config, tuple(specs), tuple(passes)))
+    return found
+
+
+def _require_trainer() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise DryRunFailed("the trainer is not installed: install qlora-operator[cli,trainer]")
+
+
+# By its name: whoever imports this module does not load torch.
+
+
 def _call(*arguments: Any) -> Any:
-    # By its name: whoever imports this module does not load torch.
     return importlib.import_module(_MEASURE).measure(*arguments)
+
+
+def _call_together(*arguments: Any) -> Any:
+    return importlib.import_module(_MEASURE).measure_together(*arguments)
 
 
 def within_limits(

@@ -1,7 +1,8 @@
 """Measures a job's memory: builds its model without data, counts what it consists of, and runs micro batches."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,14 +12,15 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig
 
 from qlora_api.memory.answers import AnswerBytes
-from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR
+from qlora_api.memory.estimate import SMALLEST_PAGED_TENSOR, ActivationBytes
 from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.model.adapter import adapter_name, attach_further_adapter
 from qlora_trainer.model.dry_run.device import fake_batch, fake_cuda, on_fake_cuda
 from qlora_trainer.model.dry_run.limited import StepSize
 from qlora_trainer.model.dry_run.skeleton import adapted_skeleton
-from qlora_trainer.model.dry_run.step import full_batch, step_bytes
+from qlora_trainer.model.dry_run.step import full_batch, joint_step_bytes, step_bytes
 from qlora_trainer.model.expert_stack import ExpertStack, expert_stacks
 from qlora_trainer.model.mxfp4_stack import Mxfp4Stack
 from qlora_trainer.model.source import CONFIG
@@ -49,6 +51,50 @@ def measure(
     return _counted(model, spec, steps, digest)
 
 
+def measure_together(
+    config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
+) -> tuple[ActivationBytes, ...]:
+    """Run passes with a micro batch of each of several jobs, given by their numbers, of one model with all adapters.
+
+    Raises as `measure` does.
+    """
+    torch.set_num_threads(1)
+    first = specs[0]
+    read = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+    model = adapted_skeleton(read, _inspected(config, first.lora), first.lora, first.training, first.quantization)
+    names = [adapter_name(position) for position in range(len(specs))]
+    for name, spec in zip(names[1:], specs[1:], strict=True):
+        targets = _inspected(config, spec.lora).target_modules
+        with torch.device("meta"):
+            attach_further_adapter(
+                model, name, spec.lora, targets, seed=spec.training.seed, base_name="", base_revision=""
+            )
+    full = [full_batch(spec.training.micro_batch_size, spec.training.max_sequence_length) for spec in specs]
+    with _trained_on_fake_cuda(model):
+        steps = [
+            joint_step_bytes(model, {names[number]: fake_batch(full[number]) for number in numbers})
+            for numbers in passes
+        ]
+    checkpointing = first.training.gradient_checkpointing
+    return tuple(
+        ActivationBytes.of_measured(
+            kept=step.kept, loss=step.loss, work=step.work, gradient_checkpointing=checkpointing
+        )
+        for step in steps
+    )
+
+
+@contextmanager
+def _trained_on_fake_cuda(model: Any) -> Iterator[None]:
+    """In the body the model is on a GPU, without data, with the gradients of an earlier micro batch."""
+    with fake_cuda():
+        on_fake_cuda(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        yield
+
+
 def _inspected(config: Path, lora: LoraSpec) -> Family:
     with TemporaryDirectory() as folder:
         return inspect_family(Path(shutil.copyfile(config, Path(folder) / CONFIG)).parent, lora)
@@ -57,11 +103,7 @@ def _inspected(config: Path, lora: LoraSpec) -> Family:
 def _steps(model: Any, sizes: Sequence[StepSize], *, pairs: bool) -> list[MeasuredStep]:
     batches = [full_batch(size.sequences, size.sequence_tokens, pairs=pairs) for size in sizes]
     measured = []
-    with fake_cuda():
-        on_fake_cuda(model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
+    with _trained_on_fake_cuda(model):
         for size, batch in zip(sizes, batches, strict=True):
             found = step_bytes(model, fake_batch(batch))
             measured.append(

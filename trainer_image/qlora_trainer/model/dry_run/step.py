@@ -1,7 +1,7 @@
 """Runs one micro batch, forward and backward, and says how many bytes it takes beyond those that are there before."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.dry_run.backward import backward
 from qlora_trainer.model.dry_run.live_bytes import LiveBytes
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
+from qlora_trainer.model.joint import joint_losses, routed
 from qlora_trainer.model.loss import batch_loss, row_losses
 from qlora_trainer.model.preference_loss import dpo
 
@@ -52,10 +53,37 @@ def step_bytes(
 
     When gradients are accumulated, those of an earlier micro batch are there already, and are not counted.
     """
-    base, device = model.get_base_model(), batch.input_ids.device.type
+    return _bytes(model, [batch], lambda: _loss(model.get_base_model(), batch), run_backward, live or LiveBytes())
+
+
+def joint_step_bytes(
+    model: Any,
+    batches: Mapping[str, Batch],
+    run_backward: Callable[[Tensor], None] = backward,
+    live: LiveBytes | None = None,
+) -> StepBytes:
+    """The same of a pass with a micro batch of each of several adapters, by their names."""
+    with routed(model, batches):
+        return _bytes(
+            model,
+            batches.values(),
+            lambda: torch.stack(list(joint_losses(model, batches).values())).sum(),
+            run_backward,
+            live or LiveBytes(),
+        )
+
+
+def _bytes(
+    model: Any,
+    batches: Collection[Batch],
+    loss_of: Callable[[], Tensor],
+    run_backward: Callable[[Tensor], None],
+    live: LiveBytes,
+) -> StepBytes:
+    base, device = model.get_base_model(), model.device.type
     gc.collect()
-    with live or LiveBytes() as live:
-        for tensor in _tensors(model, batch):
+    with live:
+        for tensor in _tensors(model, batches):
             live.add(tensor)
         before = live.bytes
         live.take_peak()
@@ -63,7 +91,7 @@ def step_bytes(
         hook = base.get_decoder().register_forward_hook(lambda *_: at_end.append((live.bytes, live.take_peak())))
         try:
             with torch.autocast(device, dtype=COMPUTE_DTYPE, cache_enabled=False):
-                loss = _loss(base, batch)
+                loss = loss_of()
         finally:
             hook.remove()
         kept, forward_peak = at_end[0]
@@ -81,10 +109,11 @@ def _loss(base: Any, batch: Batch) -> Tensor:
     return dpo(losses, torch.zeros_like(losses), PreferenceSpec()).loss.sum()
 
 
-def _tensors(model: Any, batch: Batch) -> Iterator[Tensor]:
+def _tensors(model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
     for parameter in model.parameters():
         yield parameter
         if parameter.grad is not None:
             yield parameter.grad
     yield from model.buffers()
-    yield from (batch.input_ids, batch.position_ids, batch.rows.offsets, batch.predicting, batch.targets)
+    for batch in batches:
+        yield from (batch.input_ids, batch.position_ids, batch.rows.offsets, batch.predicting, batch.targets)

@@ -1,0 +1,136 @@
+"""The plan of several jobs: whether they can be trained together, and in how much memory."""
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qlora_api.contract import ExitCode
+from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_cli.plan_together import JointPlan, make_joint_plan, require_joinable, show_joint_plan
+from qlora_trainer.core.failures import StepFailure
+from tests.support.tiny import merged
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+SPEC: dict[str, Any] = {
+    "model": {"source": "hf://acme/model"},
+    "dataset": {"source": "hf://acme/rows"},
+    "lora": {"rank": 16},
+    "training": {"maxSequenceLength": 1024},
+    # Asked for in a group.
+    "workspace": {"claimName": "experiments"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+
+
+def documents(**changes: dict[str, Any]) -> list[QLoRAJobDocument]:
+    """A job of each name."""
+    return [
+        QLoRAJobDocument.model_validate(
+            {
+                "apiVersion": "qlora.dev/v1alpha1",
+                "kind": "QLoRAJob",
+                "metadata": {"name": name},
+                "spec": merged(SPEC, changed),
+            }
+        )
+        for name, changed in changes.items()
+    ]
+
+
+def planned(folder: Path, config: dict[str, Any], **changes: dict[str, Any]) -> JointPlan:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return make_joint_plan(documents(**changes), path, None)
+
+
+def shown(plan: JointPlan) -> str:
+    output = io.StringIO()
+    show_joint_plan(plan, Console(file=output, width=200))
+    return output.getvalue()
+
+
+def test_the_jobs_are_shown_beside_each_other_with_one_base_for_all(tmp_path: Path) -> None:
+    plan = planned(tmp_path, LLAMA, support={}, billing={"lora": {"rank": 64}})
+    assert plan.memory is not None
+    alone = [one.job.estimate(one.training) for one in plan.alone if one.job is not None]
+    assert plan.memory.base_weights == alone[0].base_weights
+    assert plan.memory.adapters == sum(memory.adapters for memory in alone)
+    text = shown(plan)
+    assert "2 jobs trained together: hf://acme/model" in text
+    for name, memory in zip(("support", "billing", "All together"), (*alone, plan.memory), strict=True):
+        assert any(name in line and f"{memory.expected / 2**30:.2f}" in line for line in text.splitlines())
+    verdicts = [line.split() for line in text.splitlines() if line.strip().startswith("16 ")]
+    assert verdicts == [["16", "fits", "fits", "fits"]]
+
+
+def test_jobs_that_each_fit_may_not_fit_together(tmp_path: Path) -> None:
+    many = {f"job{number}": {"resources": {"gpuMemory": 24 - number}} for number in range(16)}
+    plan = planned(tmp_path, LLAMA, **many)
+    # Of the smallest GPU that a job names.
+    assert plan.gpu_gib == 9
+    assert plan.exit_code is ExitCode.DOES_NOT_FIT
+    assert "exceeds: trained together, the run cannot fit on a GPU of 9 GiB" in shown(plan)
+    assert "Train fewer of them together" in shown(plan)
+
+
+def test_a_plan_of_a_part_of_a_group_says_so(tmp_path: Path) -> None:
+    group = {"group": {"name": "rates", "size": 3}}
+    plan = planned(tmp_path, LLAMA, support=group, billing=group)
+    assert "spec.group.size is 3, and this is the memory of 2 jobs: give the files of all." in shown(plan)
+    assert "spec.group.size" not in shown(planned(tmp_path, LLAMA, support=group, billing=group, legal=group))
+
+
+def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"model_type": "starcoder2"}, support={}, billing={})
+    assert plan.exit_code is ExitCode.DONE
+    assert "unknown: the trainer is not installed" in shown(plan)
+
+
+def test_a_model_with_one_row_a_sequence_is_trained_alone(tmp_path: Path) -> None:
+    with pytest.raises(StepFailure, match="models of type bamba cannot keep the rows of several jobs apart"):
+        planned(tmp_path, {"model_type": "bamba"}, support={}, billing={})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lora": {"useDora": True}}, "spec.lora.useDora is set, which that does not support: remove it, or"),
+        ({"model": {"source": "hf://acme/other"}}, "spec.model.source differs from that of first: give both the same"),
+        ({"model": {"revision": "v2"}}, "spec.model.revision differs from that of first: give both the same model"),
+        ({"quantization": {"type": "fp4"}}, "spec.quantization differs from that of first: give both the same model"),
+        ({"group": {"name": "others", "size": 3}}, "spec.group differs from that of first: give both the same name"),
+        ({"training": {"gradientCheckpointing": False}}, "spec.training.gradientCheckpointing differs from that of"),
+    ],
+)
+def test_what_the_manifests_show_to_be_impossible_is_named(changes: dict[str, Any], reason: str) -> None:
+    group = {"group": {"name": "rates", "size": 3}}
+    with pytest.raises(StepFailure) as failure:
+        require_joinable(documents(first=group, second={"model": {"revision": "main"}}, third=changes))
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    assert failure.value.message.startswith(f"third cannot be trained together with other jobs: {reason}")
+
+
+def test_jobs_may_differ_in_all_else() -> None:
+    other = {
+        "dataset": {"source": "hf://acme/others", "eval": {"fraction": 0.1}},
+        "lora": {"rank": 64, "targetModules": ["q_proj"]},
+        "training": {"epochs": 3, "optimizer": "adamw", "keep": "best", "evalEverySteps": 5, "packing": False},
+    }
+    require_joinable(documents(first={}, second=other))
