@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qlora_api.contract import ExitCode
 from qlora_api.memory.advice import (
+    RUN_FIELDS,
     Advice,
     advice,
     budget,
@@ -271,7 +272,11 @@ def _show_verdict(job: JobMemory, gpu_gib: int, console: Console, *, rows_apart:
     steps = advice(job.estimate, job.training, gpu_gib)
     if steps:
         _show_advice(steps, memory.expected, console)
-    if not steps or steps[-1].verdict != "fits":
+    if steps and steps[-1].verdict == "fits":
+        return
+    if job.training.fixed >= RUN_FIELDS:
+        console.print("Only a larger GPU is sure to fit: with other settings the run of spec.continues is another one.")
+    else:
         console.print("Even with all of this, only a larger GPU or a smaller model is sure to fit.")
 
 

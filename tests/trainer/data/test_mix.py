@@ -1,5 +1,6 @@
 """A mix: each source gives its share to each epoch, drawn anew, and the rows of a run are those that were drawn."""
 
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from qlora_trainer.data.statistics import DataStatistics
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.training.schedule import Schedule
 from tests.support.tiny import Recorded, chat_row, write_rows
+from tests.support.training import adapter_bytes, history, interrupted_at, run
 from tests.trainer.conftest import MakeContext
 
 SIZES = {"pods": 24, "nodes": 9, "jobs": 3}
@@ -287,3 +289,33 @@ def test_prepare_rejects_a_run_of_more_epochs_than_can_be_drawn(make_mixed: Make
     assert [said for said in [record["activity"] for record in records.written] if said.startswith("drawing")] == [
         "drawing the rows of epoch 1"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_pairs_of_which_a_step_has_some_twice_are_resumed_to_the_same_bytes(
+    packing: bool, make_mixed: MakeContext, tmp_path: Path
+) -> None:
+    """Of a small source with a large weight; what the base makes of a pair is computed once."""
+    for name, size in (("many", 12), ("few", 4)):
+        pairs = [{"prompt": f"{name} {n}?", "chosen": f"get {name} {n}", "rejected": "delete"} for n in range(size)]
+        write_rows(tmp_path / "data" / f"{name}.jsonl", pairs)
+    mix = [{"source": "pvc://data/many.jsonl", "weight": 1}, {"source": "pvc://data/few.jsonl", "weight": 3}]
+    training = {"objective": "dpo", "packing": packing, "maxSteps": 6, "microBatchSize": 2, "saveEverySteps": 2}
+    spec = {
+        "dataset": {"eval": {"fraction": 0.25}},
+        "training": {**training, "gradientAccumulationSteps": 4, "maxSequenceLength": 128, "evalEverySteps": 2},
+    }
+    context = make_mixed(spec, mix)
+    assert prepare(context, Recorded()).dataset.format == "preference"
+    run(context)
+    undisturbed = adapter_bytes(context), history(context)
+    for folder in (context.workspace.checkpoints, context.workspace.trained, context.workspace.report):
+        shutil.rmtree(folder)
+    context.workspace.completion("train").unlink()
+
+    interrupted_at(context, 1)
+    interrupted_at(context, 3)
+    run(context)
+
+    assert (adapter_bytes(context), history(context)) == undisturbed

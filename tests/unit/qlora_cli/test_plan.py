@@ -86,6 +86,17 @@ BAMBA = {"model_type": "bamba"}
 
 
 @pytest.mark.usefixtures("_no_trainer")
+def test_a_plan_of_a_job_that_continues_a_run_advises_no_other_settings(tmp_path: Path) -> None:
+    large = {**LLAMA, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672}
+    config, settings = written(tmp_path, **large), {"continues": "earlier", "training": {"microBatchSize": 4}}
+    output = shown(SPEC.model_validate(SPEC.dump() | settings), config)
+    assert "exceeds: the run cannot fit on a GPU of 24 GiB" in output
+    assert "Only a larger GPU is sure to fit: with other settings the run of spec.continues is another one." in output
+    assert "What to change" not in output
+    assert "What to change" in shown(SPEC, config)
+
+
+@pytest.mark.usefixtures("_no_trainer")
 def test_a_plan_says_what_one_row_a_sequence_costs(tmp_path: Path) -> None:
     text = shown(SPEC, written(tmp_path, **BAMBA))
     assert "One row a sequence: packing is off, because models of type bamba cannot keep packed rows apart." in text
