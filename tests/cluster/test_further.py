@@ -1,10 +1,12 @@
-"""What builds on the life of one job: a sweep, a gate that is loosened, a job that continues another, preferences."""
+"""What builds on the life of one job: sweeps, a gate that is loosened, continued jobs, preferences, groups."""
 
 import json
 from typing import Any
 
 import pytest
 
+from devcluster.files import claim
+from qlora_api.naming import STEP_LABEL
 from tests.cluster.environment import INPUTS, SHORT, Object, Tenant, tiny_job
 from tests.support.waiting import eventually
 
@@ -88,3 +90,26 @@ def test_a_job_that_compares_answers_reports_how_often_it_prefers_the_chosen(ten
     assert status["dataset"]["format"] == "preference"
     assert status["progress"]["evalAccuracy"] > 0.5
     assert status["adapter"]["baseModel"] == f"pvc://{INPUTS}/model"
+
+
+def test_jobs_of_a_group_are_trained_by_one_pod_and_each_publishes_its_adapter(tenant: Tenant) -> None:
+    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim("together", tenant.namespace)))
+    names = ["group-a", "group-b", "group-c"]
+    for number, name in enumerate(names):
+        lora = {"rank": 4 * (number + 1), "alpha": 8}
+        training = {**tiny_job(name)["spec"]["training"], "maxSteps": SHORT + 10 * number}
+        group = {"name": "ranks", "size": len(names)}
+        workspace = {"claimName": "together"}
+        tenant.apply(tiny_job(name, lora=lora, training=training, group=group, workspace=workspace))
+    statuses = {name: tenant.succeed(name, seconds=900) for name in names}
+    assert {status["group"]["leader"] for status in statuses.values()} == {"group-a"}
+    (pod,) = [each for each in tenant.children("group-a", "pods") if each["metadata"]["labels"][STEP_LABEL] == "train"]
+    with tenant.volume("together") as files:
+        for number, name in enumerate(names):
+            status = statuses[name]
+            assert (status["adapter"]["rank"], status["adapter"]["step"]) == (4 * (number + 1), SHORT + 10 * number)
+            folder = status["resolved"]["workspacePath"]
+            attempts = files.run("cat", f"/volume/{folder}/records/attempts.jsonl").splitlines()
+            assert [json.loads(line)["podUid"] for line in attempts] == [pod["metadata"]["uid"]], name
+    for name in names:
+        assert tenant.adapter_sum(statuses[name]) == statuses[name]["adapter"]["sha256"]

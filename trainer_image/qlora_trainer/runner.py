@@ -136,7 +136,8 @@ def _others(invocation: Invocation, context: StepContext) -> Iterator[StepContex
     for job, folder in invocation.others.items():
         document, workspace = load_document(job), WorkspaceLayout(folder.absolute())
         uri = _workspace_uri(workspace.root, invocation.claim, document)
-        yield replace(context, document=document, workspace=workspace, workspace_uri=uri)
+        # Of no Job of its own: what kills this pod says nothing about whether it could be trained alone.
+        yield replace(context, document=document, workspace=workspace, workspace_uri=uri, attempt=0)
 
 
 def require_known_contract(version: str) -> None:

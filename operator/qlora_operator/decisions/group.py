@@ -17,8 +17,9 @@ from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.members import GroupFacts, Member, PodName, difference, member_of, waiting_members
 from qlora_operator.decisions.observe import Observed, QLoRAJob, Reason
 
-MAX_DOCUMENTS = 250_000
-"""Bytes of what one pod reads of all its jobs: all annotations of a pod may have 262,144 together."""
+MAX_DOCUMENTS = 240_000
+"""Bytes of what one pod reads of all its jobs: all annotations of a pod may have 262,144 together, and each job may get
+a gate when it has started."""
 LOOK_INTERVAL = timedelta(seconds=15)
 """What is shown about the others wakes few of those who wait for it."""
 _JOBS_AT_THAT_PACE = 64
@@ -56,6 +57,9 @@ def join_group(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     if own.leader_uid:
         return _without_absent(status, own, others)
     leader = next((member for member in others if own.uid in member.leads), None)
+    if leader is not None and leader.state in ("trains", "ended"):
+        # Its Job was created without this job, which had failed when the group was formed, and is retried.
+        return _led_by(own, status, [_named(own)])
     if leader is not None:
         return status.model_copy(update={"group": GroupStatus(leader=leader.name, leader_uid=leader.uid)})
     chosen = _chosen(own, others)
@@ -105,6 +109,14 @@ def reporting(job: QLoRAJob, observed: Observed, group: GroupFacts | None) -> tu
         return None, ()
     leader = _leader(joined, group.others)
     return (leader.pod if leader is not None and job.uid in leader.leads else None), ()
+
+
+def trained_by(status: QLoRAJobStatus, facts: Facts) -> str:
+    """The job whose pod trains this one now; empty if none does."""
+    joined, group = status.group, facts.group
+    leader = None if joined is None or group is None else _leader(joined, group.others)
+    trains = leader is not None and leader.pod is not None and facts.job.uid in leader.leads
+    return leader.name if trains and leader is not None and leader.uid != facts.job.uid else ""
 
 
 def suffix(job: QLoRAJob, status: QLoRAJobStatus) -> str:

@@ -7,7 +7,7 @@ from qlora_operator.decisions.deletions import deletion
 from qlora_operator.decisions.endings import DONE, NOT_FAILED, NOT_STALLED, NOT_SUSPENDED
 from qlora_operator.decisions.facts import Facts, set_condition
 from qlora_operator.decisions.figures import without_remaining
-from qlora_operator.decisions.group import suffix, waits_for_group
+from qlora_operator.decisions.group import suffix, trained_by, waits_for_group
 from qlora_operator.decisions.limits import DEFAULT_PROGRESS_DEADLINE_SECONDS, idle_seconds, no_progress
 from qlora_operator.decisions.observe import ChildJob, Reason
 from qlora_operator.decisions.queue import WAITING
@@ -66,9 +66,13 @@ def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatu
         return set_condition(
             status, facts, "Suspended", "False", blocking_reason(None, observed, facts.now) or stopping
         )
-    status = set_condition(
-        status, facts, "Suspended", "True", Reason("Suspended", "spec.suspend is true; false resumes the job")
+    leader = trained_by(status, facts)
+    sentence = (
+        f"spec.suspend is true, but the pod of QLoRAJob {leader} trains this job on: suspend that one to stop it"
+        if leader
+        else "spec.suspend is true; false resumes the job"
     )
+    status = set_condition(status, facts, "Suspended", "True", Reason("Suspended", sentence))
     return without_remaining(status)
 
 

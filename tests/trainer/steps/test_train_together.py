@@ -150,6 +150,22 @@ def test_one_whose_files_cannot_be_written_ends_alone(broken: str, tiny_llama: P
     ]
 
 
+def test_too_little_memory_for_all_says_how_many_they_were(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nothing raises what CUDA does."""
+
+    def out_of_memory(_members: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qlora_trainer.steps.train_together.run_together", out_of_memory)
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
+    with pytest.raises(StepFailure, match=r"with 2 jobs on one base: train fewer of them together") as failure:
+        together(jobs)
+    assert failure.value.exit_code.reason == "GPUOutOfMemory"
+    assert [read_attempts(job.workspace.records)[-1].ended for job in jobs] == ["failed", "failed"]
+
+
 def test_one_that_another_pod_still_trains_is_left_to_that(tiny_llama: Path, tmp_path: Path) -> None:
     jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
     with only_attempt(jobs[1].workspace.records):
@@ -182,6 +198,8 @@ def test_the_command_reports_each_job_under_its_own_uid_and_their_own_steps_find
         found = [decode_record(line, job_uid=uid, pod_uid=POD_UID) for line in done.stdout.splitlines()]
         steps = [record.training_step for record in found if isinstance(record, ProgressRecord)]
         assert steps[-1] == 6, uid
+    attempts = [read_attempts(job.workspace.records)[-1].job_attempt for job in jobs]
+    assert attempts == [1, 0], "five pods of the first that are killed do not keep the second from its own step"
     adapter = adapter_bytes(jobs[1])
     again = trained(documents[1], second)
     result = decode_record(again.stdout.splitlines()[-1], job_uid="uid-1", pod_uid=POD_UID)

@@ -102,9 +102,12 @@ def test_what_has_ended_holds_nobody_back_and_is_not_waited_for_again() -> None:
     status, _ = planned(seen_with(again, job(joined=status.group), bodies=[child("prepare")]))
     assert status.group is None
     prepared = job(name="alpha")
-    status, todo = planned(seen_with(prepared, job("trained", joined=led_by(NAME, NAME, "zulu", "alpha"))))
-    assert status.group == led_by(NAME)
-    assert todo.actions == (CreateJob("train", 1),), "it trains alone"
+    for doing in ("training", "trained"):
+        status, todo = planned(seen_with(prepared, job(doing, joined=led_by(NAME, NAME, "zulu", "alpha"))))
+        assert status.group == led_by("alpha", "alpha"), "retried, it trains alone"
+        assert todo.store_first
+    status, todo = planned(seen_with(job(name="alpha", joined=status.group), job(doing, joined=led_by(NAME, NAME))))
+    assert todo.actions == (CreateJob("train", 1),)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +224,15 @@ def test_who_is_trained_by_another_one_shows_that_and_gets_no_job(
     assert (status.phase, reason_of(status)) == (phase, reason)
     assert says in message_of(status)
     assert (todo.actions, todo.look_again) == ((), after(15))
+
+
+def test_a_suspended_job_that_a_pod_trains_on_says_how_to_stop_that() -> None:
+    own, leader = job("suspended", joined=FOLLOWER), job("training", "alpha", ALL)
+    status, todo = planned(seen_with(own, leader))
+    assert (status.phase, todo.actions, todo.look_again) == ("Suspended", (), after(15))
+    assert "the pod of QLoRAJob alpha trains this job on" in message_of(status)
+    status, _ = planned(seen_with(own, job("trained", "alpha", ALL)))
+    assert message_of(status) == "spec.suspend is true; false resumes the job"
 
 
 @pytest.mark.parametrize(

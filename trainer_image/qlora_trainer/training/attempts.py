@@ -33,7 +33,7 @@ class PodOfJob:
 
     uid: str
     job_attempt: int
-    """Number of the step's Job, counted from 1."""
+    """Number of the step's Job, counted from 1; 0 if it is the Job of another one, with which the job is trained."""
     started: datetime
     """When its trainer started."""
 
@@ -46,7 +46,7 @@ class Attempt(ObservedModel):
     from_step: int
     """Step of the checkpoint from which it resumed; 0 without one."""
     job_attempt: int = 0
-    """Number of the step's Job that it belongs to; 0 if an earlier release has recorded it."""
+    """Number of the step's Job that it belongs to; 0 if it was another job's, or an earlier release has recorded it."""
     ended: Literal["succeeded", "interrupted", "failed"] | None = None
     """None if it was killed before it could record its end."""
     ended_at: Timestamp | None = None
