@@ -13,6 +13,7 @@ import pytest
 from qlora_api.contract import WorkspaceLayout
 from qlora_trainer.core.completion import PublishRecord, TrainRecord, read_completion
 from tests.support.command import SPEC, Files, new_files, qlora
+from tests.support.fake_hub import FakeHub, serve
 from tests.support.tiny import merged
 
 Jobs = dict[str, dict[str, Any]]
@@ -39,10 +40,20 @@ def arguments(files: Files, jobs: Jobs) -> list[str]:
     return ["run", *manifests(files, jobs), "--workspace", str(files.workspace), *volumes, "--device", "cpu"]
 
 
-def test_each_job_ends_with_its_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+def test_each_job_ends_with_its_adapter_on_a_base_that_is_downloaded_once(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "jobs", tiny_llama.parent)
-    done = qlora(*arguments(files, JOBS))
+    jobs: Jobs = {name: merged(job, {"model": {"source": "hf://acme/tiny"}}) for name, job in JOBS.items()}
+    with serve(FakeHub({"models/acme/tiny": tiny_llama})) as hub:
+        environment = {
+            "NO_PROXY": "127.0.0.1",
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "QLORA_MODEL_CACHE": "",
+        }
+        done = qlora(*arguments(files, jobs), **environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert hub.fetched.count("model.safetensors") == 1
+    assert len(list((files.workspace / "models" / "quantized").glob("[!.]*"))) == 1
     for name, steps in (("plain", 4), ("wide", 3)):
         layout = WorkspaceLayout(files.workspace / name)
         trained = read_completion(layout.completion("train"), TrainRecord)
