@@ -20,7 +20,7 @@ Jobs = dict[str, dict[str, Any]]
 """What each job changes in the spec, by its name."""
 SHORT: dict[str, Any] = {"training": {"maxSteps": 4}}
 JOBS: Jobs = {"plain": SHORT, "wide": {"lora": {"rank": 8, "targetModules": ["q_proj"]}, "training": {"maxSteps": 3}}}
-LONG = {name: merged(job, {"training": {"maxSteps": 200}}) for name, job in JOBS.items()}
+LONG = {name: merged(job, {"training": {"maxSteps": 200, "evalEverySteps": 100}}) for name, job in JOBS.items()}
 
 
 def manifests(files: Files, jobs: Jobs) -> list[str]:
@@ -80,13 +80,10 @@ def test_a_run_that_is_stopped_saves_all_and_resumes(tmp_path: Path, tiny_llama:
     assert f"qlora run --resume --workspace {files.workspace}" in said
     for name in JOBS:
         assert list(WorkspaceLayout(files.workspace / name).checkpoints.glob("step-*"))
-    done = qlora(*arguments(files, LONG), "--resume")
+    done = qlora("run", "--resume", "--workspace", str(files.workspace))
     assert done.returncode == 0, done.stdout + done.stderr
     attempts = (files.workspace / "wide" / "records" / "attempts.jsonl").read_text().splitlines()
     assert [json.loads(line)["ended"] for line in attempts] == ["interrupted", "succeeded"]
-    again = qlora("run", "--resume", "--workspace", str(files.workspace))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert (files.workspace / "wide" / "records" / "attempts.jsonl").read_text().splitlines() == attempts
     one = qlora("run", "--resume", str(files.root / "plain.yaml"), "--workspace", str(files.workspace))
     assert f"{files.workspace} holds a run of 2 jobs: give the FILEs of all, or none" in one.stderr
 
