@@ -174,16 +174,25 @@ def _in_a_process(measure: str, number: int, tokens: int, steps: int) -> dict[st
     return result
 
 
+def write_tables(result: dict[str, Any]) -> None:
+    """Put them into the page of the documentation."""
+    table.write(NAME, tables(result), PAGE, COMMAND)
+
+
 def main() -> None:
     """Measure all, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each way")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--tables", action="store_true", help="only write the tables, of the result that is there")
     parser.add_argument("--worker", nargs=4, metavar=("MEASURE", "ADAPTERS", "TOKENS", "STEPS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
         measure, *numbers = arguments.worker
         print(json.dumps(asdict(_MEASURES[measure](*map(int, numbers)))))
+        return
+    if arguments.tables:
+        write_tables(json.loads((RESULTS / f"{NAME}.json").read_text()))
         return
     result = {
         "machine": describe_machine(),
@@ -196,7 +205,7 @@ def main() -> None:
     }
     print(write_result(NAME, result, arguments.output))
     if arguments.output == RESULTS:
-        table.write(NAME, tables(result), PAGE, COMMAND)
+        write_tables(result)
 
 
 if __name__ == "__main__":

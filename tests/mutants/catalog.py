@@ -1277,6 +1277,31 @@ TRAINER = (
             f"{_TRAINER_TESTS}/model/test_joint.py::test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone",
         ),
     ),
+    Mutant(
+        name="layers-that-only-a-further-job-adapts-have-the-active-adapter-for-all-tokens",
+        file=f"{_TRAINER}/model/adapter.py",
+        old="    fuse_further_lora(model)\n",
+        new="",
+        tests=(
+            f"{_TRAINER_TESTS}/model/test_joint.py::test_losses_and_gradients_of_one_pass_are_those_of_each_adapter_alone",
+        ),
+    ),
+    Mutant(
+        name="a-stop-between-two-jobs-loses-the-steps-of-the-first",
+        file=f"{_TRAINER}/training/together.py",
+        old="        if interrupted and len(interrupted) < len(training):\n",
+        new="        if not training:\n",
+        tests=(
+            f"{_TRAINER_TESTS}/steps/test_train_together.py::test_a_stop_between_two_of_them_saves_those_that_have_passed_it_too",
+        ),
+    ),
+    Mutant(
+        name="jobs-that-train-together-write-into-one-record-of-weights-and-biases",
+        file=f"{_TRAINER}/report/trackers.py",
+        old='reinit="create_new"',
+        new='reinit="default"',
+        tests=(f"{_TRAINER_TESTS}/report/test_trackers.py::test_runs_of_one_process_have_records_of_their_own",),
+    ),
 )
 
 BENCHMARKS = (

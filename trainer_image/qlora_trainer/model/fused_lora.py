@@ -136,13 +136,16 @@ def _fuse(model: nn.Module, routing: Routing, *, recomputed: bool) -> None:
             layer.routing = routing
 
 
-def require_routing(model: nn.Module) -> Routing:
-    """What the fused layers share. Raises ModelError unless every layer with an adapter is one of them."""
+def routing_of(model: nn.Module) -> Routing:
+    """What the fused layers of a model share."""
+    return next(module.routing for module in model.modules() if isinstance(module, FusedLora))
+
+
+def require_apart(model: nn.Module) -> None:
+    """Raise ModelError unless every layer with an adapter is a fused one, which can tell whose a token is."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        if not isinstance(layer, FusedLora):
-            raise ModelError(_NOT_APART)
-    return next(layer.routing for layer in layers if isinstance(layer, FusedLora))
+    if not all(isinstance(layer, FusedLora) for layer in layers):
+        raise ModelError(_NOT_APART)
 
 
 def _matmul_into(output: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from qlora_trainer.core import cpu
 from qlora_trainer.model.attention import RowBoundaries
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.decoder import decoder_states
-from qlora_trainer.model.fused_lora import Segment, require_routing
+from qlora_trainer.model.fused_lora import Segment, routing_of
 from qlora_trainer.model.loss import LogitTransform, summed_loss
 
 
@@ -22,10 +22,10 @@ from qlora_trainer.model.loss import LogitTransform, summed_loss
 def routed(model: PeftModel, batches: Mapping[str, Batch]) -> Iterator[None]:
     """In the body, forward passes are `joint_losses` of these batches, by the names of their adapters.
 
-    Their backward passes have to be in it too: gradient checkpointing computes the blocks again. Raises ModelError for
-    a model with layers that cannot tell whose a token is.
+    Their backward passes have to be in it too: gradient checkpointing computes the blocks again. `require_apart` says
+    whether the model's layers can tell whose a token is.
     """
-    routing = require_routing(model)
+    routing = routing_of(model)
     offsets = list(accumulate((batch.tokens for batch in batches.values()), initial=0))
     routing.tokens = offsets[-1] + cpu.padding(offsets[-1], model.device.type)
     routing.segments = tuple(

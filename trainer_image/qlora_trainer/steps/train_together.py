@@ -15,8 +15,8 @@ from qlora_trainer.core.failures import StepFailure, StopRequest, bad_configurat
 from qlora_trainer.core.filesystem import GIB
 from qlora_trainer.core.outcome import as_failure
 from qlora_trainer.core.records import RecordWriter
-from qlora_trainer.model.adapter import activate_adapter, adapter_name, attach_further_adapter
-from qlora_trainer.model.fused_lora import require_routing
+from qlora_trainer.model.adapter import adapter_name, attach_further_adapter
+from qlora_trainer.model.fused_lora import require_apart
 from qlora_trainer.model.model_error import ModelError
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import Checkpoint
@@ -132,7 +132,6 @@ def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
     record = results[entry.number]
     if isinstance(record, StepFailure):
         return
-    activate_adapter(member.run.model, member.adapter)
     with results.failing_alone(entry.number, entry.held), entry.held:
         results[entry.number] = with_score(member.run, member.state, entry.job, record)
         leave_samples(member.run, entry.job)
@@ -166,7 +165,7 @@ class _SharedBase:
     def require_apart(self, job: PreparedJob) -> None:
         """Raise StepFailure (BAD_CONFIGURATION) if a layer cannot tell the tokens of this job from those of others."""
         try:
-            require_routing(self._model)
+            require_apart(self._model)
         except ModelError as error:
             reason = f"{rows_not_apart(job.prepared.model_type)} ({error})"
             raise bad_configuration(not_joinable(job.context.document.metadata.name, reason)) from error

@@ -14,6 +14,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.model.adapter import activate_adapter
 from qlora_trainer.model.storage import Storage
 from qlora_trainer.report.metrics_log import MetricsLog
 from qlora_trainer.training.attempts import Attempt, show_life
@@ -83,8 +84,10 @@ class Run:
     device: torch.device
     data: PreparedDataset
     eval_data: PreparedDataset | None
-    model: Any
-    """The PEFT model, whose active adapter is the run's while the loop works on the run."""
+    adapted_base: Any
+    """The PEFT model, which may have the adapters of other runs too."""
+    adapter: str
+    """The name of the run's adapter in it."""
     parameters: Mapping[str, nn.Parameter]
     """The adapter's parameters by name."""
     optimizer: torch.optim.Optimizer
@@ -110,6 +113,13 @@ class Run:
     """The adapter of the best evaluation so far, in the process that writes; None if the job keeps the last."""
     pace: Pace = field(default_factory=Pace)
     next_sign_of_life: float = float("-inf")
+
+    @property
+    def model(self) -> Any:
+        """The PEFT model, with the run's adapter active. To change the active one takes as long as a short pass."""
+        if self.adapted_base.active_adapter != self.adapter:
+            activate_adapter(self.adapted_base, self.adapter)
+        return self.adapted_base
 
     @property
     def training(self) -> TrainingSpec:

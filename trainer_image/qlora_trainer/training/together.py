@@ -12,7 +12,6 @@ import torch
 
 from qlora_trainer.core.failures import Interrupted, StepFailure
 from qlora_trainer.core.outcome import as_failure
-from qlora_trainer.model.adapter import activate_adapter
 from qlora_trainer.model.batch import Batch, read_batch
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.joint import joint_losses, routed
@@ -36,15 +35,13 @@ Ended = RunState | StepFailure
 def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
     """Train all members to their ends, which may be at different steps, and give each as it ends.
 
-    A member that has ended is the model's active adapter until the next is asked for. One that fails, also because its
-    files cannot be read or written, does not stop the others. Raises Interrupted when a stop is requested, after every
-    member that still trains has been saved as alone.
+    A member that fails, also because its files cannot be read or written, does not stop the others. Raises Interrupted
+    when a stop is requested, after every member that still trains has been saved as alone.
     """
     training = list(members)
     while training:
         interrupted: list[Interrupted] = []
         for member in tuple(training):
-            activate_adapter(member.run.model, member.adapter)
             try:
                 member.state = between_steps(member.run, member.state)
             except Interrupted as stop:
@@ -77,7 +74,6 @@ def _step(members: Sequence[Member]) -> list[tuple[Member, StepFailure]]:
     started = members[0].run.runtime.monotonic()
     shares, failed = _shares(members)
     for member, gradient in _gradients(shares):
-        activate_adapter(member.run.model, member.adapter)
         try:
             member.state = apply_gradient(member.run, member.state, gradient, started)
         except (StepFailure, OSError) as error:
@@ -113,7 +109,7 @@ def _gradients(shares: dict[str, _Share]) -> list[tuple[Member, Gradient]]:
     if not shares:
         return []
     first = next(iter(shares.values())).member.run
-    model, device = first.model, first.device
+    model, device = first.adapted_base, first.device
     for batches in zip_longest(*(share.batches for share in shares.values())):
         present = {name: batch for name, batch in zip(shares, batches, strict=True) if batch is not None}
         with routed(model, present):
