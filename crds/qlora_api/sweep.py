@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from qlora_api.halving import HalvingSpec
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.training import ModuleName
@@ -217,6 +218,14 @@ class SweepTemplate(ApiModel):
         return self
 
 
+_NO_RUNG = (
+    "halving compares cells at the evaluations after minSteps, minSteps · factor and so on: set "
+    "spec.template.spec.training.evalEverySteps to minSteps, or to a number of which that is a multiple"
+)
+_RUNG_AFTER_THE_END = (
+    "halving.minSteps is not below spec.template.spec.training.maxSteps, so that no cell would be stopped: set a lower "
+    "minSteps, or remove halving"
+)
 _NO_SCORE = "best: score compares the scores of spec.template.spec.gate.score: set that, or leave best out"
 MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend"})
 
@@ -233,6 +242,16 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
                 "!((has(self.grid) && has(self.grid.seed)) || (has(self.cells) && self.cells.exists(c, has(c.seed)))) "
                 "|| !has(self.template.spec.dataset.eval) || has(self.template.spec.dataset.eval.source)",
                 _OTHER_ROWS,
+            ),
+            rule(
+                "!has(self.halving) || (has(self.template.spec.training.evalEverySteps) && "
+                "self.halving.minSteps % self.template.spec.training.evalEverySteps == 0)",
+                _NO_RUNG,
+            ),
+            rule(
+                "!has(self.halving) || !has(self.template.spec.training.maxSteps) || "
+                "self.halving.minSteps < self.template.spec.training.maxSteps",
+                _RUNG_AFTER_THE_END,
             ),
             *immutable(QLoRASweepSpec, except_for=MUTABLE_SWEEP_FIELDS, remedy=_REMEDY, of="the sweep"),
         )
@@ -253,6 +272,11 @@ class QLoRASweepSpec(ApiModel):
         "evalLoss",
         description="What the best cell has: the lowest loss on the held-out rows (evalLoss), or the highest score of "
         "the template's gate, and the lower loss of two with the same score.",
+    )
+    halving: HalvingSpec | None = Field(
+        None,
+        description="Stop cells early whose loss on the held-out rows is not among the best at a rung; not set: each "
+        "cell runs to its end. Needs training.evalEverySteps in the template.",
     )
     parallelism: int = Field(
         1,
@@ -281,6 +305,17 @@ class QLoRASweepSpec(ApiModel):
         gate = self.template.spec.gate
         if self.best == "score" and (gate is None or gate.score is None):
             raise ValueError(_NO_SCORE)
+        return self
+
+    @model_validator(mode="after")
+    def _evaluated_at_rungs(self) -> Self:
+        training = self.template.spec.training
+        if self.halving is None:
+            return self
+        if training.eval_every_steps is None or self.halving.min_steps % training.eval_every_steps:
+            raise ValueError(_NO_RUNG)
+        if training.max_steps is not None and self.halving.min_steps >= training.max_steps:
+            raise ValueError(_RUNG_AFTER_THE_END)
         return self
 
     def overrides(self) -> tuple[Overrides, ...]:

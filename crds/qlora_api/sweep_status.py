@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from qlora_api.halving import MAX_RUNGS
 from qlora_api.schema import ObservedModel
 from qlora_api.status import Condition, Count, Finite, Share, ShortText, Timestamp, Uri
 
@@ -17,8 +18,19 @@ CellPhase = Literal[
     "Succeeded",
     "Failed",
     "Suspended",
+    "Stopped",
     "Deleted",
 ]
+
+
+class RungStatus(ObservedModel):
+    """How a cell compares at a rung of spec.halving, with the losses that were known when its own became known."""
+
+    step: Count = Field(description="Optimizer steps of the rung.")
+    eval_loss: Finite = Field(description="Loss of the cell on the held-out rows there.")
+    rank: int = Field(ge=1, le=1000, description="Its place among those losses; 1 is the lowest.")
+    cells: int = Field(ge=1, le=1000, description="How many these were, with its own.")
+    goes_on: bool = Field(description="Whether it is among the best of them, which go on.")
 
 
 class CellStatus(ObservedModel):
@@ -28,8 +40,8 @@ class CellStatus(ObservedModel):
     overrides: ShortText = Field(description="What it changes in the template.")
     phase: CellPhase = Field(
         "Pending",
-        description="Phase of its QLoRAJob; Pending before it is created, too. Deleted: somebody has deleted it before "
-        "its end, and it is not created again.",
+        description="Phase of its QLoRAJob; Pending before it is created, too. Stopped: spec.halving has stopped it; "
+        "its QLoRAJob is suspended. Deleted: somebody has deleted it before its end, and it is not created again.",
     )
     uid: str = Field("", max_length=64, description="UID of its QLoRAJob; empty before it is created.")
     progress: ShortText = Field("", description="Training steps done.")
@@ -41,7 +53,13 @@ class CellStatus(ObservedModel):
     )
     adapter: Uri = Field("", description="Folder of its adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
-    reason: str = Field("", max_length=128, description="Why it has failed, in one word.")
+    reason: str = Field("", max_length=128, description="Why it has failed, or was stopped, in one word.")
+    message: ShortText = Field("", description="Why it was stopped, for people.")
+    rungs: tuple[RungStatus, ...] | None = Field(
+        None,
+        max_length=MAX_RUNGS,
+        description="The rungs of spec.halving at which it was compared; not set before the first.",
+    )
 
 
 class BestCell(ObservedModel):
@@ -71,6 +89,7 @@ class QLoRASweepStatus(ObservedModel):
     summary: ShortText = Field("", description='Cells that have ended, of all, for example "3/12".')
     succeeded: Count = Field(0, description="Cells that have succeeded.")
     failed: Count = Field(0, description="Cells that have failed, or were deleted before their end.")
+    stopped: Count = Field(0, description="Cells that spec.halving has stopped.")
     running: Count = Field(0, description="Cells that were created and have not ended.")
     pending: Count = Field(0, description="Cells that were not created yet.")
     best: BestCell | None = Field(None, description="The best cell so far; not set before one has succeeded.")

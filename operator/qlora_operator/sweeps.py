@@ -31,13 +31,17 @@ from qlora_operator.decisions.sweep import (
     is_of_sweep,
     parse_cell,
     parse_sweep,
+    stop,
     suspension,
 )
 from qlora_operator.decisions.sweep_plan import (
+    ENDED,
     Action,
     CreateCell,
     SetSuspend,
+    StopCell,
     invalid,
+    judges_anew,
     next_status,
     objection_to_sweep,
     plan,
@@ -89,6 +93,9 @@ class SweepReconciler:
             return None
         jobs = await self._jobs(sweep)
         objection = objection_to_sweep(sweep, self.profiles, self.clock())
+        if judges_anew(sweep, lines := table(sweep, cells, jobs)):
+            await self._write(sweep, next_status(sweep, lines, objection, None, self.clock()))
+            return 0.0
         blocked: Reason | None = None
         for action in tuple(plan(sweep, cells, jobs, objection)):
             try:
@@ -107,7 +114,11 @@ class SweepReconciler:
         """The cell that the action has created or changed, by its name. Raises _BlockedError."""
         match action:
             case SetSuspend(job, suspend):
-                return await self._set_suspend(sweep, job, suspend)
+                word = "suspension" if suspend else "resumption"
+                return await self._change(sweep, job, suspension(job, suspend), word)
+            case StopCell(job, why):
+                logger.info("%s %s", job.name, why, extra={"key": (sweep.namespace, sweep.name)})
+                return await self._change(sweep, job, stop(job, why), "suspension")
             case CreateCell(cell):
                 await self._create_claim(sweep)
                 return await self._create(sweep, cell)
@@ -127,7 +138,7 @@ class SweepReconciler:
         """
         jobs = {job.name: job for job in await self.cluster.list_cells(sweep.namespace, sweep.uid)}
         for line in sweep.status.cells:
-            if line.uid and line.name not in jobs and line.phase not in ("Succeeded", "Failed", "Deleted"):
+            if line.uid and line.name not in jobs and line.phase not in ENDED:
                 try:
                     found = parse_cell(await self.cluster.get_cell(sweep.namespace, line.name), sweep.uid)
                 except NotFoundError:
@@ -135,14 +146,14 @@ class SweepReconciler:
                 jobs |= {line.name: found} if found is not None else {}
         return jobs
 
-    async def _set_suspend(self, sweep: QLoRASweep, job: CellJob, suspend: bool) -> dict[str, CellJob]:
+    async def _change(self, sweep: QLoRASweep, job: CellJob, change: Object, word: str) -> dict[str, CellJob]:
+        """The cell after the change, which is a `word` for people. Raises _BlockedError."""
         try:
-            changed = await self.cluster.change_cell(sweep.namespace, job.name, suspension(job, suspend))
+            changed = await self.cluster.change_cell(sweep.namespace, job.name, change)
         except (NotFoundError, ConflictError):
             logger.debug("cell %s is already gone", job.name, extra={"key": (sweep.namespace, sweep.name)})
             return {}
         except RejectedError as error:
-            word = "suspension" if suspend else "resumption"
             sentence = f"the API server rejects the {word} of QLoRAJob {job.name}: {error}"
             raise _BlockedError(Reason("CellRejected", sentence)) from error
         return _parsed(changed, sweep)

@@ -29,6 +29,11 @@ def test_a_grid_of_as_many_cells_as_there_may_be_is_admitted(plane: ControlPlane
 
 
 TEMPLATE = "spec.template.spec"
+HALVED = with_value(
+    with_value(SWEEP, f"{TEMPLATE}.training", {"maxSteps": 100, "evalEverySteps": 10}),
+    "spec.halving",
+    {"minSteps": 20, "factor": 2},
+)
 REJECTED = {
     "no rows to compare by": (without(SWEEP, f"{TEMPLATE}.dataset.eval"), "chooses by the loss on held-out rows"),
     "neither grid nor cells": (without(SWEEP, "spec.grid"), "set exactly one of grid and cells"),
@@ -63,6 +68,13 @@ REJECTED = {
         "cells with different seeds could not be compared",
     ),
     "scores that nobody computes": (with_value(SWEEP, "spec.best", "score"), "set that, or leave best out"),
+    "rungs without evaluations": (
+        with_value(SWEEP, "spec.halving", {"minSteps": 20}),
+        "set spec.template.spec.training.evalEverySteps",
+    ),
+    "rungs between evaluations": (with_value(HALVED, "spec.halving.minSteps", 25), "of which that is a multiple"),
+    "a first rung at the end": (with_value(HALVED, "spec.halving.minSteps", 100), "no cell would be stopped"),
+    "a factor of 1": (with_value(HALVED, "spec.halving.factor", 1), "greater than or equal to 2"),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),
@@ -99,12 +111,13 @@ CHANGES = {
     "the template": (f"{TEMPLATE}.training", {"learningRate": 1e-3}),
     "a mutable field of a job": (f"{TEMPLATE}.retry", {"maxFailures": 1}),
     "the grid": ("spec.grid.rank", [8, 16, 32]),
+    "halving": ("spec.halving", {"minSteps": 10}),
 }
 
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_what_decides_the_cells_cannot_be_changed(plane: ControlPlane, case: str) -> None:
-    stored = with_value(SWEEP, "metadata.name", f"fixed-{list(CHANGES).index(case)}")
+    stored = with_value(HALVED, "metadata.name", f"fixed-{list(CHANGES).index(case)}")
     apply(plane, stored, dry_run=False)
     path, value = CHANGES[case]
     with pytest.raises(ClusterError, match="cannot be changed once the sweep exists"):

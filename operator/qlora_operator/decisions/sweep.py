@@ -9,6 +9,8 @@ from pydantic import ValidationError
 from qlora_api.naming import (
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
+    RUNGS_ANNOTATION,
+    STOPPED_ANNOTATION,
     SUSPENDED_ANNOTATION,
     SWEEP_LABEL,
     SWEEP_UID_LABEL,
@@ -83,13 +85,25 @@ class CellJob:
     suspend: bool
     suspended_by_sweep: bool
     """Whether its `suspend` was set by its sweep, and so is the sweep's to take back."""
+    stopped_by_sweep: bool = False
+    """Whether its sweep has stopped it for good; whoever resumes it lets it run to its end."""
     progress: str = ""
+    total_steps: int = 0
+    """Optimizer steps of its run; 0 if that is not known."""
+    evaluations: tuple[tuple[int, float], ...] = ()
+    """Steps and held-out losses at the rungs that it has reached."""
     loss: float | None = None
     eval_loss: float | None = None
     score: float | None = None
     adapter: str = ""
     sha256: str = ""
     reason: str = ""
+
+    @property
+    def rests(self) -> bool:
+        """Whether its sweep has stopped it for good, and it has come to rest since: its GPU is free."""
+        stopped = self.stopped_by_sweep and self.suspend and not self.suspended_by_sweep
+        return stopped and self.phase == "Suspended"
 
 
 def parse_sweep(body: Object) -> QLoRASweep:
@@ -121,6 +135,7 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
     if controller_uid(body) != sweep_uid:
         return None
     metadata = body["metadata"]
+    annotations = metadata.get("annotations") or {}
     try:
         status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
     except ValidationError:
@@ -132,8 +147,11 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         uid=metadata["uid"],
         phase=phase,
         suspend=bool((body.get("spec") or {}).get("suspend")),
-        suspended_by_sweep=SUSPENDED_ANNOTATION in (metadata.get("annotations") or {}),
+        suspended_by_sweep=SUSPENDED_ANNOTATION in annotations,
+        stopped_by_sweep=STOPPED_ANNOTATION in annotations,
         progress=progress.summary if progress else "",
+        total_steps=progress.total_steps if progress else 0,
+        evaluations=tuple((found.step, found.eval_loss) for found in (progress and progress.evaluations) or ()),
         loss=progress.loss if progress else None,
         eval_loss=progress.eval_loss if progress else None,
         score=status.gate.score if status.gate else None,
@@ -156,6 +174,8 @@ def sweep_of(body: Object) -> str | None:
 
 def build_cell(sweep: QLoRASweep, cell: Cell) -> Manifest:
     """The QLoRAJob of a cell. Of the sweep's labels it gets Kueue's only: others would be taken for its own."""
+    halving = sweep.spec.halving
+    rungs = halving.rungs(cell.spec.training.max_steps) if halving is not None else ()
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -163,6 +183,7 @@ def build_cell(sweep: QLoRASweep, cell: Cell) -> Manifest:
             "name": cell.name,
             "namespace": sweep.namespace,
             "labels": _labels(sweep) | dict(sweep.queue_labels),
+            **({"annotations": {RUNGS_ANNOTATION: ",".join(map(str, rungs))}} if rungs else {}),
             "ownerReferences": [_owner(sweep, controller=True)],
         },
         "spec": cell.spec.dump(),
@@ -193,6 +214,12 @@ def suspension(cell: CellJob, suspend: bool) -> Manifest:
     """The change by which a sweep suspends this very cell, or takes that back."""
     mark = {SUSPENDED_ANNOTATION: "true" if suspend else None}
     return {"metadata": {"uid": cell.uid, "annotations": mark}, "spec": {"suspend": suspend}}
+
+
+def stop(cell: CellJob, why: str) -> Manifest:
+    """The change by which a sweep stops this very cell for good. It keeps its checkpoint."""
+    marks = {STOPPED_ANNOTATION: why, SUSPENDED_ANNOTATION: None}
+    return {"metadata": {"uid": cell.uid, "annotations": marks}, "spec": {"suspend": True}}
 
 
 def _labels(sweep: QLoRASweep) -> dict[str, str]:

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from qlora_api.contract import SWEEP_REPORT
+from qlora_api.halving import HalvingSpec
 from qlora_api.profile import Profile
 from qlora_api.sweep import Cell
 from qlora_api.sweep_status import BestCell, CellStatus, QLoRASweepStatus, SweepPhase
 from qlora_operator.decisions.conditions import ConditionType, Value, truncate, with_condition
 from qlora_operator.decisions.facts import Facts
+from qlora_operator.decisions.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
 from qlora_operator.decisions.observe import Observed, Reason, format_time
 from qlora_operator.decisions.resolution import objection_to_job
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep
 
-_ENDED = frozenset({"Succeeded", "Failed", "Deleted"})
+ENDED = frozenset({"Succeeded", "Failed", "Stopped", "Deleted"})
+"""Phases of a cell that holds no place among those that run at the same time."""
 _SHORT = 256
 
 
@@ -34,7 +37,15 @@ class SetSuspend:
     suspend: bool
 
 
-Action = CreateCell | SetSuspend
+@dataclass(frozen=True, slots=True)
+class StopCell:
+    """Suspend a cell for good, because it has lost a rung of spec.halving."""
+
+    cell: CellJob
+    why: str
+
+
+Action = CreateCell | SetSuspend | StopCell
 
 
 def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
@@ -67,9 +78,10 @@ def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
 
 
 def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> tuple[CellStatus, ...]:
-    """A line for each cell, by its QLoRAJob; by the stored line if that is gone."""
-    before = {line.name: line for line in sweep.status.cells}
-    lines = [_line(cell, jobs.get(cell.name), before.get(cell.name)) for cell in cells]
+    """A line for each cell, by its QLoRAJob; by the stored line if that is gone. Judged at each rung it has reached."""
+    before, halving = {line.name: line for line in sweep.status.cells}, sweep.spec.halving
+    found = [_line(cell, jobs.get(cell.name), before.get(cell.name)) for cell in cells]
+    lines = [_with_reason(line, jobs.get(line.name), halving) for line in judged(found, jobs, halving)]
     return _ranked(lines, by_score=sweep.spec.best == "score")
 
 
@@ -79,7 +91,7 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
         return CellStatus(
             name=cell.name,
             overrides=overrides,
-            phase=job.phase,
+            phase="Stopped" if job.rests else job.phase,
             uid=job.uid,
             progress=job.progress,
             loss=job.loss,
@@ -88,11 +100,28 @@ def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellSta
             adapter=job.adapter,
             sha256=job.sha256,
             reason=job.reason,
+            rungs=before.rungs if before is not None else None,
         )
     if before is None or not before.uid:
         return CellStatus(name=cell.name, overrides=overrides)
     # What has ended keeps its line: its adapter is still there.
-    return before if before.phase in _ENDED else before.model_copy(update={"phase": "Deleted", "progress": ""})
+    return before if before.phase in ENDED else before.model_copy(update={"phase": "Deleted", "progress": ""})
+
+
+def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | None) -> CellStatus:
+    """With why it was stopped, or is being; not if its user has resumed it since."""
+    if job is None or not (job.rests or is_to_be_stopped(line, job) or (job.stopped_by_sweep and job.suspend)):
+        return line
+    return line.model_copy(update={"reason": NOT_AMONG_BEST, "message": truncate(why_stopped(line, halving), _SHORT)})
+
+
+def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
+    """Whether a cell was judged that had not been: that is stored before anything is done about it.
+
+    Other losses may be known by the next pass, which must not decide otherwise.
+    """
+    before = {line.name: line.rungs for line in sweep.status.cells}
+    return any(line.rungs is not None and line.rungs != before.get(line.name) for line in lines)
 
 
 def _ranked(lines: Sequence[CellStatus], *, by_score: bool) -> tuple[CellStatus, ...]:
@@ -115,12 +144,16 @@ def plan(
     objection: Reason | None,
 ) -> Iterator[Action]:
     """What to do now. A cell that somebody has deleted is not created again: the stored table still knows it."""
-    alive = [job for cell in cells if (job := jobs.get(cell.name)) is not None and job.phase not in _ENDED]
+    alive = [job for cell in cells if (job := jobs.get(cell.name)) is not None and not _has_ended(job)]
+    lost = {line.name: line for line in sweep.status.cells if lost_rung(line) is not None}
+    losers = [job for job in alive if job.name in lost and is_to_be_stopped(lost[job.name], job)]
+    yield from (StopCell(job, why_stopped(lost[job.name], sweep.spec.halving)) for job in losers)
+    others = [job for job in alive if job not in losers]
     if sweep.spec.suspend:
-        yield from (SetSuspend(job, True) for job in alive if not job.suspend)
+        yield from (SetSuspend(job, True) for job in others if not job.suspend)
         return
     # Also one that its user has resumed since: with the mark, a suspension of the user's would be taken back later.
-    yield from (SetSuspend(job, False) for job in alive if job.suspended_by_sweep)
+    yield from (SetSuspend(job, False) for job in others if job.suspended_by_sweep)
     if objection is not None:
         return
     created = {line.name for line in sweep.status.cells if line.uid} | jobs.keys()
@@ -139,8 +172,9 @@ def next_status(
 
     `objection`: why no cell may be created. `blocked`: why what was to be done could not be.
     """
-    ended = sum(line.phase in _ENDED for line in lines)
+    ended = sum(line.phase in ENDED for line in lines)
     succeeded = sum(line.phase == "Succeeded" for line in lines)
+    stopped = sum(line.phase == "Stopped" for line in lines)
     pending = sum(not line.uid for line in lines)
     finished = bool(lines) and ended == len(lines)
     best = next((line for line in lines if line.rank == 1), None)
@@ -152,7 +186,8 @@ def next_status(
             "completion_time": (before.completion_time or format_time(now)) if finished else None,
             "summary": f"{ended}/{len(lines)}" if lines else "",
             "succeeded": succeeded,
-            "failed": ended - succeeded,
+            "failed": ended - succeeded - stopped,
+            "stopped": stopped,
             "running": len(lines) - ended - pending,
             "pending": pending,
             "best": _best(best),
@@ -178,7 +213,11 @@ def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatu
 
 
 def _ended(line: CellStatus) -> bool:
-    return line.phase in _ENDED
+    return line.phase in ENDED
+
+
+def _has_ended(job: CellJob) -> bool:
+    return job.phase in ENDED or job.rests
 
 
 def _best(line: CellStatus | None) -> BestCell | None:
@@ -196,10 +235,16 @@ def _best(line: CellStatus | None) -> BestCell | None:
 
 def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
     failed = f"; {status.failed} of {len(status.cells)} cells have failed" if status.failed else ""
+    failed += f"; {status.stopped} were stopped" if status.stopped else ""
     if not status.succeeded:
-        words = sorted({line.reason for line in status.cells if line.reason})
+        words = sorted({line.reason for line in status.cells if line.reason and line.phase != "Stopped"})
         why = f" ({', '.join(words)[:_SHORT]})" if words else ""
         sentence = f"none of the {len(status.cells)} cells has succeeded{why}: the condition Failed of each reports why"
+        if status.stopped:
+            sentence += (
+                f"; {status.stopped} were stopped, and can be resumed from their checkpoints by spec.suspend: false of "
+                "their QLoRAJobs"
+            )
         return Reason("AllCellsFailed", sentence)
     best = status.best
     if best is None:
@@ -221,7 +266,7 @@ def _reason_to_go_on(
         return Reason("Suspending", "the cells that run save a checkpoint and stop")
     if held_back is not None:
         return held_back
-    done, all_ = status.succeeded + status.failed, len(status.cells)
+    done, all_ = status.succeeded + status.failed + status.stopped, len(status.cells)
     return Reason("Running" if phase == "Running" else "Pending", f"{done} of {all_} cells have ended")
 
 
