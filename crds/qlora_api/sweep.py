@@ -175,6 +175,11 @@ _OTHER_ROWS = (
     "training.seed chooses the rows of dataset.eval.fraction, so that cells with different seeds could not be "
     "compared: set dataset.eval.source, or leave seed out"
 )
+_OTHER_ADAPTER = (
+    "lora.from begins each cell with an adapter whose rank, alpha and targetModules it must have: remove these from "
+    "grid and cells, or remove lora.from"
+)
+_OF_THE_ADAPTER = ("rank", "alpha", "targetModules")
 _REMEDY = "delete the QLoRASweep and create it again, or create one with another name"
 
 
@@ -231,8 +236,15 @@ MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend"})
 
 
 def _sweep_rules(schema: dict[str, Any]) -> None:
+    in_grid = " || ".join(f"has(self.grid.{field})" for field in _OF_THE_ADAPTER)
+    in_a_cell = " || ".join(f"has(c.{field})" for field in _OF_THE_ADAPTER)
     schema.update(
         rules(
+            rule(
+                "!has(self.template.spec.lora.from) || !((has(self.grid) && "
+                f"({in_grid})) || (has(self.cells) && self.cells.exists(c, {in_a_cell})))",
+                _OTHER_ADAPTER,
+            ),
             rule("has(self.grid) != has(self.cells)", _ONE_SOURCE),
             rule(
                 "self.best != 'score' || (has(self.template.spec.gate) && has(self.template.spec.gate.score))",
@@ -298,6 +310,15 @@ class QLoRASweepSpec(ApiModel):
         seeded = any(overrides.seed is not None for overrides in self.overrides())
         if seeded and held_out is not None and held_out.source is None:
             raise ValueError(_OTHER_ROWS)
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_earlier_adapter(self) -> Self:
+        if self.template.spec.lora.initial_adapter is None:
+            return self
+        changed = {name for overrides in self.overrides() for name in overrides.dump()}
+        if changed & set(_OF_THE_ADAPTER):
+            raise ValueError(_OTHER_ADAPTER)
         return self
 
     @model_validator(mode="after")

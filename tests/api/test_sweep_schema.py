@@ -18,7 +18,16 @@ def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> M
     return applied
 
 
-@pytest.mark.parametrize("manifest", [SWEEP, FULL_SWEEP], ids=["grid", "every field"])
+FURTHER_TRAINED = with_value(
+    with_value(SWEEP, "spec.template.spec.lora", {"from": {"source": "pvc://data/adapter"}}),
+    "spec.grid",
+    {"learningRate": [1e-4, 2e-4], "dropout": [0.0, 0.1]},
+)
+
+
+@pytest.mark.parametrize(
+    "manifest", [SWEEP, FULL_SWEEP, FURTHER_TRAINED], ids=["grid", "every field", "of an earlier adapter"]
+)
 def test_a_good_sweep_is_admitted_with_the_defaults_of_the_models(plane: ControlPlane, manifest: Manifest) -> None:
     assert apply(plane, manifest)["spec"] == QLoRASweepSpec.model_validate(manifest["spec"]).dump()
 
@@ -34,6 +43,7 @@ HALVED = with_value(
     "spec.halving",
     {"minSteps": 20, "factor": 2},
 )
+FURTHER = with_value(SWEEP, f"{TEMPLATE}.lora", {"from": {"source": "pvc://data/adapter"}})
 REJECTED = {
     "no rows to compare by": (without(SWEEP, f"{TEMPLATE}.dataset.eval"), "chooses by the loss on held-out rows"),
     "neither grid nor cells": (without(SWEEP, "spec.grid"), "set exactly one of grid and cells"),
@@ -75,6 +85,11 @@ REJECTED = {
     "rungs between evaluations": (with_value(HALVED, "spec.halving.minSteps", 25), "of which that is a multiple"),
     "a first rung at the end": (with_value(HALVED, "spec.halving.minSteps", 100), "no cell would be stopped"),
     "a factor of 1": (with_value(HALVED, "spec.halving.factor", 1), "greater than or equal to 2"),
+    "another rank than the earlier adapter": (FURTHER, "rank, alpha and targetModules it must have"),
+    "other layers than the earlier adapter": (
+        with_value(without(FURTHER, "spec.grid"), "spec.cells", [{}, {"targetModules": ["q_proj"]}]),
+        "rank, alpha and targetModules it must have",
+    ),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),

@@ -75,6 +75,27 @@ class QLoRASweep:
         )
 
 
+@dataclass(frozen=True)
+class StoredSweep:
+    """A sweep whose spec this version cannot read, so that it can only say so."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    status: QLoRASweepStatus
+
+
+class UnreadableSweepError(UnreadableJobError):
+    """A QLoRASweep that another version of the schema admitted and that this operator cannot read."""
+
+    def __init__(self, message: str, stored: StoredSweep | None) -> None:
+        """`stored`: what is to have the message in its status; None if that cannot be read either."""
+        super().__init__(message)
+        self.stored = stored
+
+
 @dataclass(frozen=True, slots=True)
 class CellJob:
     """What is read of the QLoRAJob of a cell."""
@@ -87,6 +108,8 @@ class CellJob:
     """Whether its `suspend` was set by its sweep, and so is the sweep's to take back."""
     stopped_by_sweep: bool = False
     """Whether its sweep has stopped it for good; whoever resumes it lets it run to its end."""
+    retried: bool = False
+    """Whether its user has raised retry.request, and it goes on as soon as its operator has seen that."""
     progress: str = ""
     total_steps: int = 0
     """Optimizer steps of its run; 0 if that is not known."""
@@ -107,23 +130,42 @@ class CellJob:
 
 
 def parse_sweep(body: Object) -> QLoRASweep:
-    """The stored QLoRASweep. Raises UnreadableJobError if this version of the operator cannot read it."""
+    """The stored QLoRASweep. Raises UnreadableSweepError if this version of the operator cannot read it."""
     metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
+    stored = _stored(body)
     try:
         spec = QLoRASweepSpec.model_validate(body["spec"])
+    except ValidationError as error:
+        raise UnreadableSweepError(
+            f"this version of the operator cannot read the sweep: {explain(error)}", stored
+        ) from error
+    return QLoRASweep(
+        namespace=stored.namespace,
+        name=stored.name,
+        uid=stored.uid,
+        generation=stored.generation,
+        resource_version=stored.resource_version,
+        deleting="deletionTimestamp" in metadata,
+        spec=spec,
+        status=stored.status,
+        queue_labels={name: labels[name] for name in _QUEUE_LABELS if name in labels},
+    )
+
+
+def _stored(body: Object) -> StoredSweep:
+    metadata = body["metadata"]
+    try:
         status = QLoRASweepStatus.model_validate(body.get("status") or {})
     except ValidationError as error:
-        raise UnreadableJobError(f"this version of the operator cannot read the sweep: {explain(error)}") from error
-    return QLoRASweep(
+        message = f"this version of the operator cannot read the status of the sweep: {explain(error)}"
+        raise UnreadableSweepError(message, None) from error
+    return StoredSweep(
         namespace=metadata["namespace"],
         name=metadata["name"],
         uid=metadata["uid"],
         generation=metadata.get("generation", 0),
         resource_version=metadata.get("resourceVersion", ""),
-        deleting="deletionTimestamp" in metadata,
-        spec=spec,
         status=status,
-        queue_labels={name: labels[name] for name in _QUEUE_LABELS if name in labels},
     )
 
 
@@ -141,14 +183,17 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
     except ValidationError:
         status = QLoRAJobStatus()
     phase = "Pending" if status.phase is None or status.phase not in _PHASES else status.phase
+    spec = body.get("spec") or {}
+    request = (spec.get("retry") or {}).get("request") or 0
     progress, adapter, failed = status.progress, status.adapter, condition(status, "Failed")
     return CellJob(
         name=metadata["name"],
         uid=metadata["uid"],
         phase=phase,
-        suspend=bool((body.get("spec") or {}).get("suspend")),
+        suspend=bool(spec.get("suspend")),
         suspended_by_sweep=SUSPENDED_ANNOTATION in annotations,
         stopped_by_sweep=STOPPED_ANNOTATION in annotations,
+        retried=phase == "Failed" and request > (status.retry_request or 0),
         progress=progress.summary if progress else "",
         total_steps=progress.total_steps if progress else 0,
         evaluations=tuple((found.step, found.eval_loss) for found in (progress and progress.evaluations) or ()),

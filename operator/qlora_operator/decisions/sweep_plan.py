@@ -15,7 +15,7 @@ from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
 from qlora_operator.decisions.observe import Observed, Reason, format_time
 from qlora_operator.decisions.resolution import objection_to_job
-from qlora_operator.decisions.sweep import CellJob, QLoRASweep
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep, StoredSweep
 
 ENDED = frozenset({"Succeeded", "Failed", "Stopped", "Deleted"})
 """Phases of a cell that holds no place among those that run at the same time."""
@@ -212,12 +212,22 @@ def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatu
     return _with_conditions(sweep, status, "Failed", reason, now)
 
 
+def held_up(sweep: QLoRASweep | StoredSweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
+    """The status of a sweep of whose cells nothing is known now; one that has ended keeps its end."""
+    before, phase = sweep.status, sweep.status.phase or "Pending"
+    if phase in ("Succeeded", "Failed"):
+        return before
+    started = before.start_time or format_time(now)
+    status = before.model_copy(update={"observed_generation": sweep.generation, "start_time": started})
+    return _with_conditions(sweep, status, phase, reason, now)
+
+
 def _ended(line: CellStatus) -> bool:
     return line.phase in ENDED
 
 
 def _has_ended(job: CellJob) -> bool:
-    return job.phase in ENDED or job.rests
+    return (job.phase in ENDED and not job.retried) or job.rests
 
 
 def _best(line: CellStatus | None) -> BestCell | None:
@@ -271,11 +281,11 @@ def _reason_to_go_on(
 
 
 def _with_conditions(
-    sweep: QLoRASweep, status: QLoRASweepStatus, phase: SweepPhase, reason: Reason, now: datetime
+    sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, phase: SweepPhase, reason: Reason, now: datetime
 ) -> QLoRASweepStatus:
     """The status with that phase, and with the conditions that it summarizes; kstatus as for a job."""
     failed, ended = phase == "Failed", phase in ("Failed", "Succeeded")
-    accepted = phase != "Pending"
+    accepted, suspending = phase != "Pending", isinstance(sweep, QLoRASweep) and sweep.spec.suspend
     undecided: Value = "True" if phase == "Succeeded" else "False" if failed else "Unknown"
     values: tuple[tuple[ConditionType, Value, Reason], ...] = (
         ("Succeeded", undecided, reason),
@@ -283,7 +293,7 @@ def _with_conditions(
         (
             "Suspended",
             "True" if phase == "Suspended" else "False",
-            reason if sweep.spec.suspend and not ended else Reason("NotSuspended", ""),
+            reason if (suspending or phase == "Suspended") and not ended else Reason("NotSuspended", ""),
         ),
         (
             "Reconciling",

@@ -151,6 +151,20 @@ def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
     assert "(BadDataset)" in of(status, "Failed")[2]
 
 
+def test_a_failed_cell_whose_retry_is_about_to_begin_has_its_place() -> None:
+    def failed(request: int, seen: int) -> CellJob:
+        conditions = [condition("Failed", "True"), condition("Succeeded", "False")]
+        body = job_body({"phase": "Failed", "conditions": conditions, "retryRequest": seen}, retry={"request": request})
+        body["metadata"] |= {"ownerReferences": [OWNER], "name": "rates-00"}
+        found = parse_cell(body, UID)
+        assert found is not None
+        return found
+
+    assert created(make(), failed(1, 1)) == ["rates-01"]
+    assert created(make(), failed(2, 1)) == []
+    assert created(make(parallelism=2), failed(2, 1)) == ["rates-01"]
+
+
 def test_a_failed_cell_that_is_retried_starts_its_sweep_again() -> None:
     ended = make(status_of(make(), *(cell(number, "Failed", reason="BadDataset") for number in range(4))))
     status = status_of(ended, cell(0), *(cell(number, "Failed") for number in range(1, 4)))
