@@ -73,6 +73,18 @@ class BestCell(ObservedModel):
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
 
 
+class PublishedCell(ObservedModel):
+    """The QLoRAJob that publishes the adapter of the best cell, with spec.publish: best."""
+
+    name: str = Field(max_length=63, description="Name of the QLoRAJob.")
+    cell: str = Field(max_length=63, description="Name of the cell whose run it takes up.")
+    phase: CellPhase = Field(description="Its phase. Deleted: somebody has deleted it before its end.")
+    uid: str = Field(max_length=64, description="Its UID.")
+    adapter: Uri = Field("", description="Where it has published the adapter.")
+    sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors there.")
+    reason: str = Field("", max_length=128, description="Why it has failed, in one word.")
+
+
 class QLoRASweepStatus(ObservedModel):
     """What the operator reports about a sweep: a table of its cells, and the best of them."""
 
@@ -93,6 +105,9 @@ class QLoRASweepStatus(ObservedModel):
     running: Count = Field(0, description="Cells that were created and have not ended.")
     pending: Count = Field(0, description="Cells that were not created yet.")
     best: BestCell | None = Field(None, description="The best cell so far; not set before one has succeeded.")
+    published: PublishedCell | None = Field(
+        None, description="With spec.publish: best, what publishes the best adapter; not set before it exists."
+    )
     cells: tuple[CellStatus, ...] = Field(
         (),
         max_length=64,

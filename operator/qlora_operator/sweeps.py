@@ -20,6 +20,7 @@ from qlora_operator.cluster import (
     NotFoundError,
     RejectedError,
 )
+from qlora_operator.decisions.best_cell import ENDED, published
 from qlora_operator.decisions.events import sweep_event, unreadable_event
 from qlora_operator.decisions.observe import Object, Reason
 from qlora_operator.decisions.sweep import (
@@ -29,6 +30,7 @@ from qlora_operator.decisions.sweep import (
     UnreadableSweepError,
     build_cell,
     build_sweep_claim,
+    cleanup,
     is_of_sweep,
     parse_cell,
     parse_sweep,
@@ -36,9 +38,9 @@ from qlora_operator.decisions.sweep import (
     suspension,
 )
 from qlora_operator.decisions.sweep_plan import (
-    ENDED,
     Action,
     CreateCell,
+    SetCleanup,
     SetSuspend,
     StopCell,
     held_up,
@@ -128,11 +130,14 @@ class SweepReconciler:
             return self.blocked.next(key)
         objection = objection_to_sweep(sweep, self.profiles, self.clock())
         if judges_anew(sweep, lines := table(sweep, cells, jobs)):
-            await self._write(sweep, next_status(sweep, lines, objection, None, self.clock()))
+            best = published(sweep, lines, jobs)
+            await self._write(sweep, next_status(sweep, lines, objection, None, self.clock(), best))
             return 0.0
         done = await self._carry_out_all(key, sweep, tuple(plan(sweep, cells, jobs, objection)))
-        lines = table(sweep, cells, jobs | done.jobs)
-        await self._write(sweep, next_status(sweep, lines, objection, done.blocked, self.clock()))
+        jobs |= done.jobs
+        lines = table(sweep, cells, jobs)
+        best = published(sweep, lines, jobs)
+        await self._write(sweep, next_status(sweep, lines, objection, done.blocked, self.clock(), best))
         return done.again
 
     async def _carry_out_all(self, key: Key, sweep: QLoRASweep, actions: tuple[Action, ...]) -> _Done:
@@ -181,6 +186,8 @@ class SweepReconciler:
             case StopCell(job, why):
                 logger.info("%s %s", job.name, why, extra={"key": (sweep.namespace, sweep.name)})
                 return await self._change(sweep, job, stop(job, why), "suspension")
+            case SetCleanup(job, seconds):
+                return await self._change(sweep, job, cleanup(job, seconds), "clean-up")
             case CreateCell(cell):
                 await self._create_claim(sweep)
                 return await self._create(sweep, cell)
@@ -201,7 +208,8 @@ class SweepReconciler:
         One that somebody has taken the label from is asked for by its name, as long as its end has not been seen.
         """
         jobs = {job.name: job for job in await self.cluster.list_cells(sweep.namespace, sweep.uid)}
-        for line in sweep.status.cells:
+        of_best = () if sweep.status.published is None else (sweep.status.published,)
+        for line in (*sweep.status.cells, *of_best):
             if line.uid and line.name not in jobs and line.phase not in ENDED:
                 try:
                     found = parse_cell(await self.cluster.get_cell(sweep.namespace, line.name), sweep.uid)

@@ -118,6 +118,30 @@ def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps)
     assert cluster.kubectl.get("persistentvolumeclaim", claim, f"--namespace={NAMESPACE}")["metadata"]["name"] == claim
 
 
+@pytest.mark.slow
+def test_the_best_adapter_alone_is_published_by_a_job_that_takes_up_its_run(sweeps: Sweeps) -> None:
+    cluster = sweeps.cluster
+    template = {"output": {"destination": "hf://org/adapter"}, "cleanupAfterSeconds": 86_400}
+    sweeps.create("chosen", template, grid={"rank": [8, 16]}, publish="best")
+    for number, loss in enumerate((1.25, 1.5)):
+        cell = sweeps.wait_for_cells("chosen", number + 1)[number]
+        assert cluster.job(cell)["spec"]["output"] == {}
+        sweeps.succeed(cell, loss)
+    eventually(lambda: "chosen-best" in sweeps.cells("chosen"), seconds=60, every=0.2)
+    best = cluster.job("chosen-best")["spec"]
+    assert (best["continues"], best["output"], best["lora"]["rank"]) == ("chosen-00", template["output"], 8)
+    eventually(lambda: reason(sweeps.wait("chosen", phase="Running", summary="2/2")) == "Running", seconds=60)
+    cluster.succeed("chosen-best", "prepare")
+    cluster.train("chosen-best", 1.25)
+    cluster.succeed("chosen-best", "publish")
+    status = sweeps.wait("chosen", phase="Succeeded")["status"]
+    assert (status["best"]["cell"], status["published"]["cell"]) == ("chosen-00", "chosen-00")
+    assert (status["published"]["name"], status["published"]["phase"]) == ("chosen-best", "Succeeded")
+    for cell in ("chosen-00", "chosen-01"):
+        cleaned = lambda name=cell: cluster.job(name)["spec"].get("cleanupAfterSeconds")  # noqa: E731
+        assert eventually(cleaned, seconds=60, every=0.2) == 86_400
+
+
 def test_a_suspended_sweep_suspends_its_cells_and_goes_on_later(sweeps: Sweeps) -> None:
     sweeps.create("pause", labels={"kueue.x-k8s.io/queue-name": "gpus"})
     (first,) = sweeps.wait_for_cells("pause", 1)

@@ -18,6 +18,11 @@ def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> M
     return applied
 
 
+BEST = with_value(
+    with_value(SWEEP, "spec.template.spec.output", {"destination": "oci://example.org/team/adapter:v1", "merged": {}}),
+    "spec.publish",
+    "best",
+)
 FURTHER_TRAINED = with_value(
     with_value(SWEEP, "spec.template.spec.lora", {"from": {"source": "pvc://data/adapter"}}),
     "spec.grid",
@@ -26,7 +31,9 @@ FURTHER_TRAINED = with_value(
 
 
 @pytest.mark.parametrize(
-    "manifest", [SWEEP, FULL_SWEEP, FURTHER_TRAINED], ids=["grid", "every field", "of an earlier adapter"]
+    "manifest",
+    [SWEEP, FULL_SWEEP, FURTHER_TRAINED, BEST],
+    ids=["grid", "every field", "of an earlier adapter", "the best is published"],
 )
 def test_a_good_sweep_is_admitted_with_the_defaults_of_the_models(plane: ControlPlane, manifest: Manifest) -> None:
     assert apply(plane, manifest)["spec"] == QLoRASweepSpec.model_validate(manifest["spec"]).dump()
@@ -89,6 +96,11 @@ REJECTED = {
     "other layers than the earlier adapter": (
         with_value(without(FURTHER, "spec.grid"), "spec.cells", [{}, {"targetModules": ["q_proj"]}]),
         "rank, alpha and targetModules it must have",
+    ),
+    "the best adapter to no place": (with_value(SWEEP, "spec.publish", "best"), "which names no place"),
+    "a name too long for the best": (
+        with_value(with_value(SWEEP, "spec.publish", "best"), "metadata.name", "a" * 41),
+        "at most 40 characters with publish: best",
     ),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (

@@ -121,6 +121,9 @@ class CellJob:
     adapter: str = ""
     sha256: str = ""
     reason: str = ""
+    continues: str = ""
+    """The cell whose run it takes up, to publish its adapter; empty for a cell."""
+    cleanup_after_seconds: int | None = None
 
     @property
     def rests(self) -> bool:
@@ -203,6 +206,8 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         adapter=adapter.uri if adapter else "",
         sha256=adapter.sha256 if adapter else "",
         reason=failed.reason if failed is not None and is_true(status, "Failed") else "",
+        continues=str(spec.get("continues") or ""),
+        cleanup_after_seconds=spec.get("cleanupAfterSeconds"),
     )
 
 
@@ -265,6 +270,11 @@ def stop(cell: CellJob, why: str) -> Manifest:
     """The change by which a sweep stops this very cell for good. It keeps its checkpoint."""
     marks = {STOPPED_ANNOTATION: why, SUSPENDED_ANNOTATION: None}
     return {"metadata": {"uid": cell.uid, "annotations": marks}, "spec": {"suspend": True}}
+
+
+def cleanup(cell: CellJob, seconds: int) -> Manifest:
+    """The change by which a sweep lets this very cell be cleaned up."""
+    return {"metadata": {"uid": cell.uid}, "spec": {"cleanupAfterSeconds": seconds}}
 
 
 def _labels(sweep: QLoRASweep) -> dict[str, str]:

@@ -9,7 +9,15 @@ from qlora_api.contract import SWEEP_REPORT
 from qlora_api.halving import HalvingSpec
 from qlora_api.profile import Profile
 from qlora_api.sweep import Cell
-from qlora_api.sweep_status import BestCell, CellStatus, QLoRASweepStatus, SweepPhase
+from qlora_api.sweep_status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase
+from qlora_operator.decisions.best_cell import (
+    ENDED,
+    cells_to_clean,
+    job_to_publish,
+    not_published,
+    publishing_job,
+    waits_for_publication,
+)
 from qlora_operator.decisions.conditions import ConditionType, Value, truncate, with_condition
 from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
@@ -17,8 +25,6 @@ from qlora_operator.decisions.observe import Observed, Reason, format_time
 from qlora_operator.decisions.resolution import objection_to_job
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, StoredSweep
 
-ENDED = frozenset({"Succeeded", "Failed", "Stopped", "Deleted"})
-"""Phases of a cell that holds no place among those that run at the same time."""
 _SHORT = 256
 
 
@@ -45,7 +51,15 @@ class StopCell:
     why: str
 
 
-Action = CreateCell | SetSuspend | StopCell
+@dataclass(frozen=True, slots=True)
+class SetCleanup:
+    """Have a cell cleaned up as the template says."""
+
+    cell: CellJob
+    seconds: int
+
+
+Action = CreateCell | SetSuspend | StopCell | SetCleanup
 
 
 def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
@@ -145,10 +159,15 @@ def plan(
 ) -> Iterator[Action]:
     """What to do now. A cell that somebody has deleted is not created again: the stored table still knows it."""
     alive = [job for cell in cells if (job := jobs.get(cell.name)) is not None and not _has_ended(job)]
+    publishing = publishing_job(sweep, jobs)
     lost = {line.name: line for line in sweep.status.cells if lost_rung(line) is not None}
     losers = [job for job in alive if job.name in lost and is_to_be_stopped(lost[job.name], job)]
     yield from (StopCell(job, why_stopped(lost[job.name], sweep.spec.halving)) for job in losers)
     others = [job for job in alive if job not in losers]
+    others += [publishing] if publishing is not None and not _has_ended(publishing) else []
+    seconds = sweep.spec.template.spec.cleanup_after_seconds
+    if seconds is not None:
+        yield from (SetCleanup(job, seconds) for job in cells_to_clean(sweep, jobs))
     if sweep.spec.suspend:
         yield from (SetSuspend(job, True) for job in others if not job.suspend)
         return
@@ -159,6 +178,8 @@ def plan(
     created = {line.name for line in sweep.status.cells if line.uid} | jobs.keys()
     missing = [cell for cell in cells if cell.name not in created]
     yield from map(CreateCell, missing[: max(0, sweep.spec.parallelism - len(alive))])
+    if (best := job_to_publish(sweep, cells, table(sweep, cells, jobs), jobs)) is not None:
+        yield CreateCell(best)
 
 
 def next_status(
@@ -167,6 +188,7 @@ def next_status(
     objection: Reason | None,
     blocked: Reason | None,
     now: datetime,
+    published: PublishedCell | None = None,
 ) -> QLoRASweepStatus:
     """The status that follows; equal to the stored one if nothing has changed.
 
@@ -176,14 +198,12 @@ def next_status(
     succeeded = sum(line.phase == "Succeeded" for line in lines)
     stopped = sum(line.phase == "Stopped" for line in lines)
     pending = sum(not line.uid for line in lines)
-    finished = bool(lines) and ended == len(lines)
     best = next((line for line in lines if line.rank == 1), None)
     before = sweep.status
     status = before.model_copy(
         update={
             "observed_generation": sweep.generation,
             "start_time": before.start_time or format_time(now),
-            "completion_time": (before.completion_time or format_time(now)) if finished else None,
             "summary": f"{ended}/{len(lines)}" if lines else "",
             "succeeded": succeeded,
             "failed": ended - succeeded - stopped,
@@ -191,17 +211,24 @@ def next_status(
             "running": len(lines) - ended - pending,
             "pending": pending,
             "best": _best(best),
+            "published": published,
             "cells": lines,
             "claim_name": sweep.claim_name,
             "report": f"pvc://{sweep.claim_name}/{sweep.shared_folder}/{SWEEP_REPORT}" if succeeded else before.report,
         }
     )
+    all_ended = bool(lines) and ended == len(lines)
+    publishes = all_ended and waits_for_publication(sweep, status)
+    finished = all_ended and not publishes
+    completed = (before.completion_time or format_time(now)) if finished else None
+    status = status.model_copy(update={"completion_time": completed})
     if finished:
-        phase: SweepPhase = "Succeeded" if succeeded else "Failed"
-        return _with_conditions(sweep, status, phase, _reason_of_the_end(status), now)
+        missing = not_published(status) if succeeded else None
+        phase: SweepPhase = "Succeeded" if succeeded and missing is None else "Failed"
+        return _with_conditions(sweep, status, phase, missing or _reason_of_the_end(status), now)
     suspended = sweep.spec.suspend and all(line.phase == "Suspended" or not line.uid or _ended(line) for line in lines)
     phase = "Suspended" if suspended else "Pending" if pending == len(lines) else "Running"
-    held_back = blocked or (objection if pending else None)
+    held_back = blocked or (objection if pending or (publishes and published is None) else None)
     return _with_conditions(sweep, status, phase, _reason_to_go_on(sweep, status, phase, held_back), now)
 
 
@@ -263,8 +290,13 @@ def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
     return Reason(
         "Succeeded",
         f"the best is {best.cell} ({best.overrides}) with loss {best.eval_loss} on the held-out rows{score}, its "
-        f"adapter is at {best.adapter}{failed}",
+        f"adapter is at {_place(status, best)}{failed}",
     )
+
+
+def _place(status: QLoRASweepStatus, best: BestCell) -> str:
+    found = status.published
+    return found.adapter if found is not None and found.cell == best.cell and found.adapter else best.adapter
 
 
 def _reason_to_go_on(
@@ -276,6 +308,9 @@ def _reason_to_go_on(
         return Reason("Suspending", "the cells that run save a checkpoint and stop")
     if held_back is not None:
         return held_back
+    if waits_for_publication(sweep, status) and status.published is not None:
+        name, cell = status.published.name, status.published.cell
+        return Reason("Running", f"QLoRAJob {name} publishes the adapter of {cell}")
     done, all_ = status.succeeded + status.failed + status.stopped, len(status.cells)
     return Reason("Running" if phase == "Running" else "Pending", f"{done} of {all_} cells have ended")
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qlora_api.sweep import Grid, Overrides, QLoRASweepSpec, cells
+from qlora_api.grid import Grid, Overrides
+from qlora_api.sweep import QLoRASweepSpec, cells
 from qlora_api.training import LoraSpec, TrainingSpec
 from tests.support.sweeps import FULL_SWEEP, SWEEP, TEMPLATE
 
