@@ -55,6 +55,11 @@ def shared_folder(sweep_name: str, sweep_uid: str) -> str:
     return f"{sweep_name}-{short_uid(sweep_uid)}.sweep"
 
 
+def sweep_group_name(sweep_name: str, sweep_uid: str, number: int) -> str:
+    """Name of the group of the sweep's cells that one pod trains; with the UID, as a deleted sweep's may be there."""
+    return f"{sweep_name}-{short_uid(sweep_uid)}-{number:02}"
+
+
 def other_spec_annotation(job_name: str) -> str:
     """Annotation of a train pod: the manifest of a further job that it trains."""
     return f"{SPEC_ANNOTATION}-of-{job_name}"

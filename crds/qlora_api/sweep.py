@@ -5,18 +5,21 @@ a closed list: nothing that says where data or credentials come from, and nothin
 or what the loss on them means, because the cells are compared by it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from qlora_api.grid import MAX_CELLS, Grid, Overrides
+from qlora_api.group import MAX_GROUP_SIZE, not_together, rules_of_template
 from qlora_api.halving import HalvingSpec
 from qlora_api.model_and_output import OutputSpec
+from qlora_api.naming import sweep_group_name
 from qlora_api.schema import ApiModel, immutable, rule, rules
 from qlora_api.v1alpha1 import MAX_NAME_LENGTH, QLoRAJobSpec
 
+T = TypeVar("T")
 SWEEP_KIND = "QLoRASweep"
 SWEEP_PLURAL = "qlorasweeps"
 MAX_SWEEP_NAME_LENGTH = MAX_NAME_LENGTH - len("-00")
@@ -37,7 +40,15 @@ _NOTHING_TO_PUBLISH = (
     "output.base, or remove publish"
 )
 _CONTINUED = "continues takes up one run with the same settings, which cells change: remove it, or set lora.from"
-_GROUPED = "group is for jobs that are created one by one: remove it, and set parallelism"
+_GROUPED = "group is for jobs that are created one by one: remove it, and set cellsPerPod of the sweep"
+_TOGETHER = "cellsPerPod"
+_DROPOUT = (
+    "cellsPerPod trains several jobs on one base in one process, which lora.dropout does not support: remove dropout "
+    "above 0 from grid and cells, or remove cellsPerPod"
+)
+_STOPPED_TOGETHER = (
+    "halving stops single cells, and with cellsPerPod a pod trains several to their ends: remove one of them"
+)
 _ONE_SOURCE = "set exactly one of grid and cells"
 _OTHER_ROWS = (
     "training.seed chooses the rows of dataset.eval.fraction, so that cells with different seeds could not be "
@@ -140,6 +151,14 @@ def _sweep_rules(schema: dict[str, Any]) -> None:
             ),
             rule(f"self.publish == 'best' || !has({_OUTPUT}.merged)", _MERGED),
             rule(f"self.publish != 'best' || {_SOMETHING_TO_PUBLISH}", _NOTHING_TO_PUBLISH),
+            *rules_of_template("self.template.spec", "self.cellsPerPod == 1", _TOGETHER),
+            rule(
+                "self.cellsPerPod == 1 || !((has(self.grid) && has(self.grid.dropout) && "
+                "self.grid.dropout.exists(d, d > 0.0)) || "
+                "(has(self.cells) && self.cells.exists(c, has(c.dropout) && c.dropout > 0.0)))",
+                _DROPOUT,
+            ),
+            rule("self.cellsPerPod == 1 || !has(self.halving)", _STOPPED_TOGETHER),
             *immutable(QLoRASweepSpec, except_for=MUTABLE_SWEEP_FIELDS, remedy=_REMEDY, of="the sweep"),
         )
     )
@@ -175,7 +194,15 @@ class QLoRASweepSpec(ApiModel):
         1,
         ge=1,
         le=MAX_CELLS,
-        description="Cells that run at the same time. More than 1 needs a workspace that several nodes can mount.",
+        description="Cells, or groups of cellsPerPod, that run at the same time. More than 1 needs a workspace that "
+        "several nodes can mount.",
+    )
+    cells_per_pod: int = Field(
+        1,
+        ge=1,
+        le=MAX_GROUP_SIZE,
+        description="Cells that one pod trains together, on one base: the first so many, then the next. Each is "
+        "prepared and published by itself.",
     )
     suspend: bool = Field(False, description="true suspends the cells that run and starts no other; false goes on.")
 
@@ -191,6 +218,18 @@ class QLoRASweepSpec(ApiModel):
         seeded = any(overrides.seed is not None for overrides in self.overrides())
         if seeded and held_out is not None and held_out.source is None:
             raise ValueError(_OTHER_ROWS)
+        return self
+
+    @model_validator(mode="after")
+    def _trainable_together(self) -> Self:
+        if self.cells_per_pod == 1:
+            return self
+        if reason := not_together(self.template.spec, _TOGETHER):
+            raise ValueError(reason)
+        if any(overrides.dropout for overrides in self.overrides()):
+            raise ValueError(_DROPOUT)
+        if self.halving is not None:
+            raise ValueError(_STOPPED_TOGETHER)
         return self
 
     @model_validator(mode="after")
@@ -247,16 +286,23 @@ class Cell:
     spec: QLoRAJobSpec
 
 
-def cells(name: str, spec: QLoRASweepSpec, claim: str) -> tuple[Cell, ...]:
-    """The cells of the sweep `name`, in their order; all use the workspace `claim`.
+def cells(name: str, spec: QLoRASweepSpec, claim: str, uid: str = "") -> tuple[Cell, ...]:
+    """The cells of the sweep of that name and UID, in their order; all use the workspace `claim`.
 
     It depends on nothing else, so that a cell has the same name and spec each time. Raises ValueError if the changes of
     a cell do not fit the template, or are those of another cell of the grid: it names the cell.
     """
-    return tuple(_cells(name, spec, claim))
+    return tuple(_cells(name, spec, claim, uid))
 
 
-def _cells(name: str, spec: QLoRASweepSpec, claim: str) -> Iterator[Cell]:
+def pods(spec: QLoRASweepSpec, found: Sequence[T]) -> list[Sequence[T]]:
+    """The cells, by the pod that trains them."""
+    size = spec.cells_per_pod
+    return [found[first : first + size] for first in range(0, len(found), size)]
+
+
+def _cells(name: str, spec: QLoRASweepSpec, claim: str, uid: str) -> Iterator[Cell]:
+    sizes = [len(pod) for pod in pods(spec, spec.overrides())]
     known: set[Overrides] = set()
     for number, overrides in enumerate(spec.overrides()):
         cell = f"{name}-{number:02}"
@@ -265,7 +311,9 @@ def _cells(name: str, spec: QLoRASweepSpec, claim: str) -> Iterator[Cell]:
             raise ValueError(f"cell {cell} ({overrides.text()}) is there twice: a list of the grid repeats a value")
         known.add(overrides)
         try:
-            yield Cell(cell, overrides, _cell_spec(cell, spec, overrides, claim))
+            group = number // spec.cells_per_pod
+            together = {"name": sweep_group_name(name, uid, group), "size": sizes[group]} if sizes[group] > 1 else None
+            yield Cell(cell, overrides, _cell_spec(cell, spec, overrides, claim, together))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"])
@@ -277,6 +325,7 @@ def best_job(name: str, spec: QLoRASweepSpec, best: Cell) -> Cell:
     template = spec.template.spec.dump()
     taken = {key: template[key] for key in ("output", "cleanupAfterSeconds") if key in template}
     content = best.spec.dump() | taken | {"continues": best.name}
+    content.pop("group", None)
     return Cell(best_job_name(name), best.overrides, QLoRAJobSpec.model_validate(content))
 
 
@@ -285,7 +334,9 @@ def best_job_name(name: str) -> str:
     return f"{name}{_BEST_SUFFIX}"
 
 
-def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str) -> QLoRAJobSpec:
+def _cell_spec(
+    cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str, group: dict[str, Any] | None
+) -> QLoRAJobSpec:
     template = spec.template.spec
     content = template.dump()
     changes = overrides.dump()
@@ -296,6 +347,8 @@ def _cell_spec(cell: str, spec: QLoRASweepSpec, overrides: Overrides, claim: str
     for key, value in changes.items():
         content["lora" if key in content["lora"] else "training"][key] = value
     content["workspace"] = {"claimName": claim}
+    if group is not None:
+        content["group"] = group
     destination = template.output.destination
     if spec.publish == "best":
         content["output"] = {}

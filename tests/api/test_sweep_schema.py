@@ -23,6 +23,7 @@ BEST = with_value(
     "spec.publish",
     "best",
 )
+TOGETHER = with_value(with_value(SWEEP, "spec.cellsPerPod", 2), "spec.grid", {"rank": [8, 16], "dropout": [0.0]})
 FURTHER_TRAINED = with_value(
     with_value(SWEEP, "spec.template.spec.lora", {"from": {"source": "pvc://data/adapter"}}),
     "spec.grid",
@@ -32,8 +33,8 @@ FURTHER_TRAINED = with_value(
 
 @pytest.mark.parametrize(
     "manifest",
-    [SWEEP, FULL_SWEEP, FURTHER_TRAINED, BEST],
-    ids=["grid", "every field", "of an earlier adapter", "the best is published"],
+    [SWEEP, FULL_SWEEP, FURTHER_TRAINED, BEST, TOGETHER],
+    ids=["grid", "every field", "of an earlier adapter", "the best is published", "several in a pod"],
 )
 def test_a_good_sweep_is_admitted_with_the_defaults_of_the_models(plane: ControlPlane, manifest: Manifest) -> None:
     assert apply(plane, manifest)["spec"] == QLoRASweepSpec.model_validate(manifest["spec"]).dump()
@@ -102,6 +103,19 @@ REJECTED = {
         with_value(with_value(SWEEP, "spec.publish", "best"), "metadata.name", "a" * 41),
         "at most 40 characters with publish: best",
     ),
+    "DoRA for several in a pod": (
+        with_value(with_value(SWEEP, f"{TEMPLATE}.lora", {"useDora": True}), "spec.cellsPerPod", 2),
+        "cellsPerPod trains several jobs on one base in one process, which lora.useDora does not support",
+    ),
+    "dropout of one of several in a pod": (
+        with_value(with_value(SWEEP, "spec.grid.dropout", [0, 0.1]), "spec.cellsPerPod", 2),
+        "remove dropout above 0 from grid and cells",
+    ),
+    "several in a pod that are stopped one by one": (
+        with_value(HALVED, "spec.cellsPerPod", 2),
+        "halving stops single cells, and with cellsPerPod",
+    ),
+    "more in a pod than a group has": (with_value(SWEEP, "spec.cellsPerPod", 17), "less than or equal to 16"),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),

@@ -59,7 +59,7 @@ class QLoRASweep:
 
     def cells(self) -> tuple[Cell, ...]:
         """The cells in their order. Raises ValueError: see `qlora_api.sweep.cells`."""
-        return cells(self.name, self.spec, self.claim_name)
+        return cells(self.name, self.spec, self.claim_name, self.uid)
 
     def as_job(self) -> QLoRAJob:
         """The template as a QLoRAJob that is never created: what the administrator's settings say of it."""

@@ -1,14 +1,14 @@
 """Decides what a sweep does next and what its status says, from its cells as they are now; pure."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 
 from qlora_api.contract import SWEEP_REPORT
 from qlora_api.halving import HalvingSpec
 from qlora_api.profile import Profile
-from qlora_api.sweep import Cell
+from qlora_api.sweep import Cell, pods
 from qlora_api.sweep_status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase
 from qlora_operator.decisions.best_cell import (
     ENDED,
@@ -172,14 +172,29 @@ def plan(
         yield from (SetSuspend(job, True) for job in others if not job.suspend)
         return
     # Also one that its user has resumed since: with the mark, a suspension of the user's would be taken back later.
-    yield from (SetSuspend(job, False) for job in others if job.suspended_by_sweep)
+    # The last of a pod's cells first: the pod of the first leaves out those that are suspended when it starts.
+    yield from (SetSuspend(job, False) for job in reversed(others) if job.suspended_by_sweep)
     if objection is not None:
         return
     created = {line.name for line in sweep.status.cells if line.uid} | jobs.keys()
-    missing = [cell for cell in cells if cell.name not in created]
-    yield from map(CreateCell, missing[: max(0, sweep.spec.parallelism - len(alive))])
+    yield from map(CreateCell, _cells_to_create(sweep, cells, created, {job.name for job in alive}))
     if (best := job_to_publish(sweep, cells, table(sweep, cells, jobs), jobs)) is not None:
         yield CreateCell(best)
+
+
+def _cells_to_create(sweep: QLoRASweep, cells: Sequence[Cell], created: Set[str], alive: Set[str]) -> Iterator[Cell]:
+    """The cells that are missing of pods that run, and all of as many further pods as may run beside these."""
+    places = sweep.spec.parallelism
+    fresh: list[list[Cell]] = []
+    for pod in pods(sweep.spec, cells):
+        missing = [cell for cell in pod if cell.name not in created]
+        if any(cell.name in alive for cell in pod):
+            places -= 1
+            yield from missing
+        elif missing:
+            fresh.append(missing)
+    for missing in fresh[: max(0, places)]:
+        yield from missing
 
 
 def next_status(
