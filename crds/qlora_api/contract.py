@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from qlora_api.halving import MAX_RUNGS
 from qlora_api.schema import ObservedModel
 from qlora_api.status import (
     AdapterStatus,
@@ -63,6 +64,8 @@ ENV_REGISTRIES = "QLORA_REGISTRIES"
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
 ENV_SWEEP_FOLDER = "QLORA_SWEEP_FOLDER"
 """The folder that the cells of a sweep share, in which publish writes the sweep's report."""
+ENV_RUNGS = "QLORA_RUNGS"
+"""Optimizer steps after which a sweep compares its cells, separated by commas: train reports the losses there."""
 SWEEP_REPORT = "report.html"
 """The page in that folder."""
 ENV_NODE = "QLORA_NODE"
@@ -122,6 +125,10 @@ class ExitCode(IntEnum):
 PERMANENT_EXIT_CODES = tuple(int(code) for code in ExitCode if code.permanent)
 
 
+Evaluations = Annotated[tuple[tuple[Count, Finite], ...], Field(max_length=MAX_RUNGS)]
+"""Step and held-out loss of those at the rungs of the job's sweep. Pairs, as a progress record is short."""
+
+
 class _Record(ObservedModel):
     """What every record carries, so that a reader can tell its own from another job's or a forged one."""
 
@@ -152,6 +159,7 @@ class ProgressRecord(_Record):
     reward_margin: Finite | None = None
     accuracy: Share | None = None
     eval_accuracy: Share | None = None
+    evaluations: Evaluations | None = None
     checkpoint_step: Count | None = None
     checkpoint_time: Timestamp | None = None
 
@@ -179,6 +187,7 @@ class ResultRecord(_Record):
     eval_accuracy: Share | None = None
     peak_memory_bytes: Bytes | None = None
     goodput: Share | None = None
+    evaluations: Evaluations | None = None
     gate: GateStatus | None = None
     adapter: AdapterStatus | None = None
     merged: MergedStatus | None = None

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from qlora_api.schema import VALIDATIONS, rule, rules
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.sweep import MAX_SWEEP_NAME_LENGTH, SWEEP_KIND, SWEEP_PLURAL, QLoRASweepSpec
+from qlora_api.sweep import MAX_SWEEP_NAME_LENGTH, NAME_WITH_BEST_RULE, SWEEP_KIND, SWEEP_PLURAL, QLoRASweepSpec
 from qlora_api.sweep_status import QLoRASweepStatus
 from qlora_api.v1alpha1 import GROUP, KIND, MAX_NAME_LENGTH, OTHER_JOB_RULE, PLURAL, VERSION, QLoRAJobSpec
 
@@ -91,7 +91,7 @@ def sweep_definition() -> Schema:
         SWEEP_PLURAL,
         "qs",
         "QLoRASweep fine-tunes a language model several times, with other numbers each time, and names the best.",
-        (_name_rule(MAX_SWEEP_NAME_LENGTH, "its cells"),),
+        (_name_rule(MAX_SWEEP_NAME_LENGTH, "its cells"), NAME_WITH_BEST_RULE),
         (spec, structural_schema(QLoRASweepStatus, defaults=False)),
         _SWEEP_COLUMNS,
         (".status.phase",),

@@ -91,9 +91,24 @@ def trained_alone(spec: "QLoRAJobSpec") -> str:
 def group_rules() -> list[dict[str, Any]]:
     """The rules of a spec with a group, which `reject_ungroupable` knows too."""
     return [
-        *(rule(f"!has(self.group) || ({each.absent})", _not_supported(each.field)) for each in _ALONE),
+        *(rule(f"!has(self.group) || ({each.absent})", _not_supported(each.field, "group")) for each in _ALONE),
         rule("!has(self.group) || has(self.workspace.claimName)", _OWN_CLAIM),
     ]
+
+
+def rules_of_template(spec: str, alone: str, setting: str) -> list[dict[str, Any]]:
+    """The rules by which all jobs with this template can be trained together, which `not_together` knows too.
+
+    `spec`: where the template is. `alone`: CEL, that its jobs are not to be grouped. `setting`: what groups them.
+    """
+    absent = ((each.absent.replace("self.", f"{spec}."), each.field) for each in _ALONE)
+    return [rule(f"{alone} || ({condition})", _not_supported(field, setting)) for condition, field in absent]
+
+
+def not_together(spec: "QLoRAJobSpec", setting: str) -> str:
+    """Why jobs with this template cannot be trained together; empty if they can."""
+    field = trained_alone(spec)
+    return _not_supported(field, setting) if field else ""
 
 
 def reject_ungroupable(spec: "QLoRAJobSpec") -> None:
@@ -101,11 +116,13 @@ def reject_ungroupable(spec: "QLoRAJobSpec") -> None:
     if spec.group is None:
         return
     if field := trained_alone(spec):
-        raise ValueError(_not_supported(field))
+        raise ValueError(_not_supported(field, "group"))
     if spec.workspace.claim_name is None:
         raise ValueError(_OWN_CLAIM)
 
 
-def _not_supported(field: str) -> str:
+def _not_supported(field: str, setting: str) -> str:
     named = "resources.gpus or nodes above 1" if field == "resources.gpus" else field
-    return f"group trains several jobs on one base in one process, which {named} does not support: remove one of them"
+    return (
+        f"{setting} trains several jobs on one base in one process, which {named} does not support: remove one of them"
+    )

@@ -14,6 +14,10 @@ SWEEP_LABEL = "qlora.dev/sweep"
 SWEEP_UID_LABEL = "qlora.dev/sweep-uid"
 # Annotation of a cell whose spec.suspend its sweep has set.
 SUSPENDED_ANNOTATION = "qlora.dev/suspended-by-sweep"
+# Annotation of a cell that its sweep has stopped for good, with the reason.
+STOPPED_ANNOTATION = "qlora.dev/stopped-by-sweep"
+# Annotation of a cell: the optimizer steps after which its sweep compares the held-out losses, separated by commas.
+RUNGS_ANNOTATION = "qlora.dev/rungs"
 # Annotation of a step's pod: the manifest that the pod reads as a file (contract.JOB_FILE), by the downward API.
 SPEC_ANNOTATION = "qlora.dev/spec"
 # Kueue's labels of a Job that waits in a queue; on a QLoRAJob they say the same as spec.scheduling.
@@ -49,6 +53,11 @@ def shared_folder(sweep_name: str, sweep_uid: str) -> str:
     No job has a folder of that name, as no job's name or UID has a dot: who forges a sweep cannot name one.
     """
     return f"{sweep_name}-{short_uid(sweep_uid)}.sweep"
+
+
+def sweep_group_name(sweep_name: str, sweep_uid: str, number: int) -> str:
+    """Name of the group of the sweep's cells that one pod trains; with the UID, as a deleted sweep's may be there."""
+    return f"{sweep_name}-{short_uid(sweep_uid)}-{number:02}"
 
 
 def other_spec_annotation(job_name: str) -> str:

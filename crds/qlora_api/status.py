@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 
 from qlora_api.dataset import MAX_MIX_SOURCES
 from qlora_api.group import GroupStatus
+from qlora_api.halving import MAX_RUNGS
 from qlora_api.profile import Profile
 from qlora_api.schema import ObservedModel
 
@@ -118,6 +119,13 @@ class StepStatus(ObservedModel):
     unverified: int = Field(0, ge=0, le=100, description="How many of its Jobs completed without a readable result.")
 
 
+class EvaluationStatus(ObservedModel):
+    """One evaluation of a run."""
+
+    step: Count = Field(description="Optimizer steps done.")
+    eval_loss: Finite = Field(description="Loss on the held-out rows.")
+
+
 class ProgressStatus(ObservedModel):
     """Progress of training. Values are the latest; the report has their history."""
 
@@ -145,6 +153,11 @@ class ProgressStatus(ObservedModel):
     )
     eval_accuracy: Share | None = Field(
         None, description="Share of the held-out pairs for which that holds, in the latest evaluation."
+    )
+    evaluations: tuple[EvaluationStatus, ...] | None = Field(
+        None,
+        max_length=MAX_RUNGS,
+        description="The evaluations at the rungs of a sweep with spec.halving; not set for another job.",
     )
     learning_rate: Finite | None = Field(None, description="Learning rate of the latest step.")
     tokens_per_second: Finite | None = Field(None, description="Tokens per second, without padding.")

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from qlora_api.halving import MAX_RUNGS
 from qlora_api.schema import ObservedModel
 from qlora_api.status import Condition, Count, Finite, Share, ShortText, Timestamp, Uri
 
@@ -17,8 +18,19 @@ CellPhase = Literal[
     "Succeeded",
     "Failed",
     "Suspended",
+    "Stopped",
     "Deleted",
 ]
+
+
+class RungStatus(ObservedModel):
+    """How a cell compares at a rung of spec.halving, with the losses that were known when its own became known."""
+
+    step: Count = Field(description="Optimizer steps of the rung.")
+    eval_loss: Finite = Field(description="Loss of the cell on the held-out rows there.")
+    rank: int = Field(ge=1, le=1000, description="Its place among those losses; 1 is the lowest.")
+    cells: int = Field(ge=1, le=1000, description="How many these were, with its own.")
+    goes_on: bool = Field(description="Whether it is among the best of them, which go on.")
 
 
 class CellStatus(ObservedModel):
@@ -28,8 +40,8 @@ class CellStatus(ObservedModel):
     overrides: ShortText = Field(description="What it changes in the template.")
     phase: CellPhase = Field(
         "Pending",
-        description="Phase of its QLoRAJob; Pending before it is created, too. Deleted: somebody has deleted it before "
-        "its end, and it is not created again.",
+        description="Phase of its QLoRAJob; Pending before it is created, too. Stopped: spec.halving has stopped it; "
+        "its QLoRAJob is suspended. Deleted: somebody has deleted it before its end, and it is not created again.",
     )
     uid: str = Field("", max_length=64, description="UID of its QLoRAJob; empty before it is created.")
     progress: ShortText = Field("", description="Training steps done.")
@@ -41,7 +53,13 @@ class CellStatus(ObservedModel):
     )
     adapter: Uri = Field("", description="Folder of its adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
-    reason: str = Field("", max_length=128, description="Why it has failed, in one word.")
+    reason: str = Field("", max_length=128, description="Why it has failed, or was stopped, in one word.")
+    message: ShortText = Field("", description="Why it was stopped, for people.")
+    rungs: tuple[RungStatus, ...] | None = Field(
+        None,
+        max_length=MAX_RUNGS,
+        description="The rungs of spec.halving at which it was compared; not set before the first.",
+    )
 
 
 class BestCell(ObservedModel):
@@ -53,6 +71,18 @@ class BestCell(ObservedModel):
     score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
     adapter: Uri = Field(description="Folder of its adapter, which stays when the sweep is deleted.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
+
+
+class PublishedCell(ObservedModel):
+    """The QLoRAJob that publishes the adapter of the best cell, with spec.publish: best."""
+
+    name: str = Field(max_length=63, description="Name of the QLoRAJob.")
+    cell: str = Field(max_length=63, description="Name of the cell whose run it takes up.")
+    phase: CellPhase = Field(description="Its phase. Deleted: somebody has deleted it before its end.")
+    uid: str = Field(max_length=64, description="Its UID.")
+    adapter: Uri = Field("", description="Where it has published the adapter.")
+    sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors there.")
+    reason: str = Field("", max_length=128, description="Why it has failed, in one word.")
 
 
 class QLoRASweepStatus(ObservedModel):
@@ -71,9 +101,13 @@ class QLoRASweepStatus(ObservedModel):
     summary: ShortText = Field("", description='Cells that have ended, of all, for example "3/12".')
     succeeded: Count = Field(0, description="Cells that have succeeded.")
     failed: Count = Field(0, description="Cells that have failed, or were deleted before their end.")
+    stopped: Count = Field(0, description="Cells that spec.halving has stopped.")
     running: Count = Field(0, description="Cells that were created and have not ended.")
     pending: Count = Field(0, description="Cells that were not created yet.")
     best: BestCell | None = Field(None, description="The best cell so far; not set before one has succeeded.")
+    published: PublishedCell | None = Field(
+        None, description="With spec.publish: best, what publishes the best adapter; not set before it exists."
+    )
     cells: tuple[CellStatus, ...] = Field(
         (),
         max_length=64,

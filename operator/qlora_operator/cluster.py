@@ -24,7 +24,7 @@ from qlora_api.sweep import SWEEP_KIND, SWEEP_PLURAL
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from qlora_operator.decisions.observe import Object, QLoRAJob
 from qlora_operator.decisions.parsing import profile_in_use
-from qlora_operator.decisions.sweep import CellJob, QLoRASweep, parse_cell
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep, StoredSweep, parse_cell
 from qlora_operator.listing import (
     OBJECTS_PER_PAGE,
     ChildList,
@@ -256,11 +256,13 @@ class Cluster:
         path = f"{_QLORA}/namespaces/{namespace}/{PLURAL}/{name}"
         return await self._json("PATCH", path, body=change, content_type="application/merge-patch+json")
 
-    async def apply_sweep_status(self, sweep: QLoRASweep, status: Object) -> None:
+    async def apply_sweep_status(self, sweep: QLoRASweep | StoredSweep, status: Object) -> None:
         """Replace the sweep's status, as `apply_status` does."""
         await self._apply_status(SWEEP_KIND, SWEEP_PLURAL, sweep, status)
 
-    async def _apply_status(self, kind: str, plural: str, stored: QLoRAJob | QLoRASweep, status: Object) -> Object:
+    async def _apply_status(
+        self, kind: str, plural: str, stored: QLoRAJob | QLoRASweep | StoredSweep, status: Object
+    ) -> Object:
         body = {
             "apiVersion": API_VERSION,
             "kind": kind,

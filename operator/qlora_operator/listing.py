@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from qlora_api.naming import JOB_LABEL, JOB_UID_LABEL, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, child_job_name
+from qlora_api.naming import (
+    JOB_LABEL,
+    JOB_UID_LABEL,
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
+    RUNGS_ANNOTATION,
+    child_job_name,
+)
 from qlora_operator.decisions.facts import FIRST_JOB
 from qlora_operator.decisions.observe import ORPHANED, ChildJob, Object, Pod
 from qlora_operator.decisions.parsing import controller_uid, parse_child, parse_pod
@@ -23,6 +30,7 @@ OBJECTS_PER_PAGE = 25
 # All that is read of a QLoRAJob's metadata. The rest may have a megabyte: of annotations, labels, or notes of managers.
 _READ_METADATA = ("namespace", "name", "uid", "resourceVersion", "generation", "deletionTimestamp")
 _READ_LABELS = (QUEUE_LABEL, QUEUE_PRIORITY_LABEL)
+_MOST_RUNGS_LENGTH = 128
 
 
 class ObjectVersion(NamedTuple):
@@ -115,6 +123,9 @@ def compact(job: Object) -> dict[str, Any]:
     labels = metadata.get("labels") or {}
     if read := {name: labels[name] for name in _READ_LABELS if name in labels}:
         kept["labels"] = read
+    rungs = (metadata.get("annotations") or {}).get(RUNGS_ANNOTATION, "")
+    if 0 < len(rungs) <= _MOST_RUNGS_LENGTH:
+        kept["annotations"] = {RUNGS_ANNOTATION: rungs}
     if (owner := _controller(metadata)) is not None:
         kept["ownerReferences"] = [owner]
     if ORPHANED in (metadata.get("finalizers") or ()):

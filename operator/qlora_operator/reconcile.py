@@ -12,7 +12,7 @@ from functools import cached_property
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.actions import Actions
-from qlora_operator.cluster import AlreadyExistsError, Cluster, ClusterError, ConflictError, NotFoundError
+from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
 from qlora_operator.decisions.continued import waits_for_other_job
@@ -44,6 +44,7 @@ from qlora_operator.groups import Groups
 from qlora_operator.listing import ChildView
 from qlora_operator.metrics import Metrics
 from qlora_operator.pauses import AtOnce, Blocked, Later, NextPass, Pauses
+from qlora_operator.posting import post
 from qlora_operator.progress import LogReading, ProgressReader
 from qlora_operator.starts import Starts
 from qlora_operator.store import Store
@@ -252,7 +253,7 @@ class Reconciler:
             job = parse_job(body)
         except UnreadableJobError as error:
             logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
-            await self._post(key, unreadable_event(dict(body), str(error), self.clock()))
+            await post(self.cluster, key, unreadable_event(dict(body), str(error), self.clock()))
             self._let_go(key)
             return None
         if job.deleting:
@@ -353,19 +354,11 @@ class Reconciler:
         self.metrics.job_is_in(key, job.uid, status.phase, progresses=not is_false(status, "Progressing"))
         if event := phase_event(job, status, facts.now):
             logger.info("phase %s, was %s", status.phase, job.status.phase, extra={"key": key})
-            await self._post(key, event)
+            await post(self.cluster, key, event)
         if event := progress_event(job, status, facts.now):
             logger.warning("%s", event["message"], extra={"key": key})
-            await self._post(key, event)
+            await post(self.cluster, key, event)
         return bool(written["metadata"]["resourceVersion"] != job.resource_version)
-
-    async def _post(self, key: Key, event: Object) -> None:
-        try:
-            await self.cluster.create_event(key[0], event)
-        except AlreadyExistsError:
-            logger.debug("this Event exists already", extra={"key": key})
-        except ClusterError as error:
-            logger.warning("an Event cannot be posted: %s", error, extra={"key": key})
 
     def _forget(self, key: Key) -> None:
         self.blocked.end(key)

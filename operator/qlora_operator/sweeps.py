@@ -7,7 +7,7 @@ server, and so can never decide from what a watch has shown late.
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from qlora_api.profile import Profile
 from qlora_api.sweep import SWEEP_KIND, Cell
@@ -20,30 +20,39 @@ from qlora_operator.cluster import (
     NotFoundError,
     RejectedError,
 )
+from qlora_operator.decisions.best_cell import ENDED, published
 from qlora_operator.decisions.events import sweep_event, unreadable_event
 from qlora_operator.decisions.observe import Object, Reason
-from qlora_operator.decisions.stored_job import UnreadableJobError
 from qlora_operator.decisions.sweep import (
     CellJob,
     QLoRASweep,
+    StoredSweep,
+    UnreadableSweepError,
     build_cell,
     build_sweep_claim,
+    cleanup,
     is_of_sweep,
     parse_cell,
     parse_sweep,
+    stop,
     suspension,
 )
 from qlora_operator.decisions.sweep_plan import (
     Action,
     CreateCell,
+    SetCleanup,
     SetSuspend,
+    StopCell,
+    held_up,
     invalid,
+    judges_anew,
     next_status,
     objection_to_sweep,
     plan,
     table,
 )
 from qlora_operator.pauses import Pauses
+from qlora_operator.posting import post
 from qlora_operator.workqueue import Key, RetryError
 
 logger = logging.getLogger(__name__)
@@ -60,6 +69,31 @@ class _BlockedError(Exception):
         self.reason = reason
 
 
+class _DeniedError(_BlockedError):
+    """The API server rejects a cell or its claim, by a quota or an admission webhook for example."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Denial:
+    """That cells could not be created, which is not tried again at each event of another cell."""
+
+    reason: Reason
+    until: datetime
+    generation: int
+    """Of the spec. What its user changes may be what was in the way."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a pass has done."""
+
+    jobs: dict[str, CellJob]
+    """The cells that it has created or changed, as they are since."""
+    blocked: Reason | None = None
+    again: float | None = None
+    """Seconds until the sweep is looked at again; None if the next event is enough."""
+
+
 @dataclass(frozen=True)
 class SweepReconciler:
     """One pass over one sweep."""
@@ -68,6 +102,7 @@ class SweepReconciler:
     profiles: Mapping[str, Profile]
     clock: Callable[[], datetime]
     blocked: Pauses = field(default_factory=Pauses)
+    _denials: dict[Key, _Denial] = field(default_factory=dict)
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds until the sweep is reconciled again; None if the next event is enough. Raises RetryError."""
@@ -80,34 +115,79 @@ class SweepReconciler:
         body = await self.cluster.get_sweep(*key)
         sweep = None if body is None else await self._readable(key, body)
         if sweep is None or sweep.deleting:
-            self.blocked.end(key)
+            self._let_go(key)
             return None
         try:
             cells = sweep.cells()
         except ValueError as error:
             await self._write(sweep, invalid(sweep, Reason("InvalidCells", str(error)), self.clock()))
             return None
-        jobs = await self._jobs(sweep)
+        try:
+            jobs = await self._jobs(sweep)
+        except RejectedError as error:
+            sentence = f"the API server does not let the operator read the QLoRAJobs of this namespace: {error}"
+            await self._write(sweep, held_up(sweep, Reason("CellsNotReadable", sentence), self.clock()))
+            return self.blocked.next(key)
         objection = objection_to_sweep(sweep, self.profiles, self.clock())
-        blocked: Reason | None = None
-        for action in tuple(plan(sweep, cells, jobs, objection)):
+        if judges_anew(sweep, lines := table(sweep, cells, jobs)):
+            best = published(sweep, lines, jobs)
+            await self._write(sweep, next_status(sweep, lines, objection, None, self.clock(), best))
+            return 0.0
+        done = await self._carry_out_all(key, sweep, tuple(plan(sweep, cells, jobs, objection)))
+        jobs |= done.jobs
+        lines = table(sweep, cells, jobs)
+        best = published(sweep, lines, jobs)
+        await self._write(sweep, next_status(sweep, lines, objection, done.blocked, self.clock(), best))
+        return done.again
+
+    async def _carry_out_all(self, key: Key, sweep: QLoRASweep, actions: tuple[Action, ...]) -> _Done:
+        """Do what can be done now. Cells whose creation was denied wait for their time; nothing else waits for them."""
+        denial = self._denial(key, sweep)
+        waits = denial is not None and any(isinstance(action, CreateCell) for action in actions)
+        jobs: dict[str, CellJob] = {}
+        error: _BlockedError | None = None
+        for action in actions:
+            if waits and isinstance(action, CreateCell):
+                continue
             try:
                 jobs |= await self._carry_out(sweep, action)
-            except _BlockedError as error:
-                logger.warning("%s", error, extra={"key": key})
-                blocked = error.reason
-        lines = table(sweep, cells, jobs)
-        await self._write(sweep, next_status(sweep, lines, objection, blocked, self.clock()))
-        if blocked is not None:
-            return self.blocked.next(key)
+            except _BlockedError as found:
+                logger.warning("%s", found, extra={"key": key})
+                error = found
+        now = self.clock()
+        if error is not None:
+            pause = self.blocked.next(key)
+            if isinstance(error, _DeniedError):
+                self._denials[key] = _Denial(error.reason, now + timedelta(seconds=pause), sweep.generation)
+            return _Done(jobs, error.reason, pause)
+        if denial is not None and waits:
+            return _Done(jobs, denial.reason, max(0.0, (denial.until - now).total_seconds()))
+        self._let_go(key)
+        return _Done(jobs)
+
+    def _denial(self, key: Key, sweep: QLoRASweep) -> _Denial | None:
+        """Why no cell may be created yet; None if that may be tried, or tried again."""
+        denial = self._denials.get(key)
+        if denial is None or denial.generation != sweep.generation or self.clock() >= denial.until:
+            return None
+        return denial
+
+    def _let_go(self, key: Key) -> None:
+        """Nothing is in the way of the sweep any more, or it is gone."""
         self.blocked.end(key)
-        return None
+        self._denials.pop(key, None)
 
     async def _carry_out(self, sweep: QLoRASweep, action: Action) -> dict[str, CellJob]:
         """The cell that the action has created or changed, by its name. Raises _BlockedError."""
         match action:
             case SetSuspend(job, suspend):
-                return await self._set_suspend(sweep, job, suspend)
+                word = "suspension" if suspend else "resumption"
+                return await self._change(sweep, job, suspension(job, suspend), word)
+            case StopCell(job, why):
+                logger.info("%s %s", job.name, why, extra={"key": (sweep.namespace, sweep.name)})
+                return await self._change(sweep, job, stop(job, why), "suspension")
+            case SetCleanup(job, seconds):
+                return await self._change(sweep, job, cleanup(job, seconds), "clean-up")
             case CreateCell(cell):
                 await self._create_claim(sweep)
                 return await self._create(sweep, cell)
@@ -115,9 +195,11 @@ class SweepReconciler:
     async def _readable(self, key: Key, body: Object) -> QLoRASweep | None:
         try:
             return parse_sweep(body)
-        except UnreadableJobError as error:
+        except UnreadableSweepError as error:
             logger.error("%s", error, extra={"key": key})  # noqa: TRY400 - the message names the fields
-            await self._post(key, unreadable_event(dict(body), str(error), self.clock(), SWEEP_KIND))
+            await post(self.cluster, key, unreadable_event(dict(body), str(error), self.clock(), SWEEP_KIND))
+            if error.stored is not None:
+                await self._write(error.stored, held_up(error.stored, Reason("InvalidSpec", str(error)), self.clock()))
             return None
 
     async def _jobs(self, sweep: QLoRASweep) -> dict[str, CellJob]:
@@ -126,8 +208,9 @@ class SweepReconciler:
         One that somebody has taken the label from is asked for by its name, as long as its end has not been seen.
         """
         jobs = {job.name: job for job in await self.cluster.list_cells(sweep.namespace, sweep.uid)}
-        for line in sweep.status.cells:
-            if line.uid and line.name not in jobs and line.phase not in ("Succeeded", "Failed", "Deleted"):
+        of_best = () if sweep.status.published is None else (sweep.status.published,)
+        for line in (*sweep.status.cells, *of_best):
+            if line.uid and line.name not in jobs and line.phase not in ENDED:
                 try:
                     found = parse_cell(await self.cluster.get_cell(sweep.namespace, line.name), sweep.uid)
                 except NotFoundError:
@@ -135,14 +218,14 @@ class SweepReconciler:
                 jobs |= {line.name: found} if found is not None else {}
         return jobs
 
-    async def _set_suspend(self, sweep: QLoRASweep, job: CellJob, suspend: bool) -> dict[str, CellJob]:
+    async def _change(self, sweep: QLoRASweep, job: CellJob, change: Object, word: str) -> dict[str, CellJob]:
+        """The cell after the change, which is a `word` for people. Raises _BlockedError."""
         try:
-            changed = await self.cluster.change_cell(sweep.namespace, job.name, suspension(job, suspend))
+            changed = await self.cluster.change_cell(sweep.namespace, job.name, change)
         except (NotFoundError, ConflictError):
             logger.debug("cell %s is already gone", job.name, extra={"key": (sweep.namespace, sweep.name)})
             return {}
         except RejectedError as error:
-            word = "suspension" if suspend else "resumption"
             sentence = f"the API server rejects the {word} of QLoRAJob {job.name}: {error}"
             raise _BlockedError(Reason("CellRejected", sentence)) from error
         return _parsed(changed, sweep)
@@ -154,7 +237,7 @@ class SweepReconciler:
             logger.info("created QLoRAJob %s", cell.name, extra={"key": (sweep.namespace, sweep.name)})
         except RejectedError as error:
             sentence = f"the API server rejects QLoRAJob {cell.name}: {error}"
-            raise _BlockedError(Reason("CellRejected", sentence)) from error
+            raise _DeniedError(Reason("CellRejected", sentence)) from error
         except AlreadyExistsError as error:
             created = await self._existing(self.cluster.get_cell, sweep, cell.name)
             if not (found := _parsed(created, sweep)):
@@ -177,7 +260,7 @@ class SweepReconciler:
             logger.info("created PersistentVolumeClaim %s", name, extra={"key": (sweep.namespace, sweep.name)})
         except RejectedError as error:
             sentence = f"the API server rejects PersistentVolumeClaim {name}: {error}"
-            raise _BlockedError(Reason("ClaimRejected", sentence)) from error
+            raise _DeniedError(Reason("ClaimRejected", sentence)) from error
         except AlreadyExistsError as error:
             if not is_of_sweep(await self._existing(self.cluster.get_claim, sweep, name), sweep):
                 sentence = f"a PersistentVolumeClaim {name} exists that was not created for this sweep: delete it"
@@ -190,7 +273,7 @@ class SweepReconciler:
         except NotFoundError as error:
             raise RetryError("the object of the same name has just been deleted") from error
 
-    async def _write(self, sweep: QLoRASweep, status: QLoRASweepStatus) -> None:
+    async def _write(self, sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus) -> None:
         """Store the status if it differs from the stored one, and post an Event if the phase changes."""
         key = (sweep.namespace, sweep.name)
         if status == sweep.status:
@@ -198,15 +281,7 @@ class SweepReconciler:
         await self.cluster.apply_sweep_status(sweep, status.dump())
         if event := sweep_event(sweep, status, self.clock()):
             logger.info("phase %s, was %s", status.phase, sweep.status.phase, extra={"key": key})
-            await self._post(key, event)
-
-    async def _post(self, key: Key, event: Object) -> None:
-        try:
-            await self.cluster.create_event(key[0], event)
-        except AlreadyExistsError:
-            logger.debug("this Event exists already", extra={"key": key})
-        except ClusterError as error:
-            logger.warning("an Event cannot be posted: %s", error, extra={"key": key})
+            await post(self.cluster, key, event)
 
 
 def _parsed(body: Object, sweep: QLoRASweep) -> dict[str, CellJob]:

@@ -118,6 +118,52 @@ def test_a_sweep_runs_its_cells_and_its_best_adapter_outlives_it(sweeps: Sweeps)
     assert cluster.kubectl.get("persistentvolumeclaim", claim, f"--namespace={NAMESPACE}")["metadata"]["name"] == claim
 
 
+@pytest.mark.slow
+def test_the_best_adapter_alone_is_published_by_a_job_that_takes_up_its_run(sweeps: Sweeps) -> None:
+    cluster = sweeps.cluster
+    template = {"output": {"destination": "hf://org/adapter"}, "cleanupAfterSeconds": 86_400}
+    sweeps.create("chosen", template, grid={"rank": [8, 16]}, publish="best")
+    for number, loss in enumerate((1.25, 1.5)):
+        cell = sweeps.wait_for_cells("chosen", number + 1)[number]
+        assert cluster.job(cell)["spec"]["output"] == {}
+        sweeps.succeed(cell, loss)
+    eventually(lambda: "chosen-best" in sweeps.cells("chosen"), seconds=60, every=0.2)
+    best = cluster.job("chosen-best")["spec"]
+    assert (best["continues"], best["output"], best["lora"]["rank"]) == ("chosen-00", template["output"], 8)
+    eventually(lambda: reason(sweeps.wait("chosen", phase="Running", summary="2/2")) == "Running", seconds=60)
+    cluster.succeed("chosen-best", "prepare")
+    cluster.train("chosen-best", 1.25)
+    cluster.succeed("chosen-best", "publish")
+    status = sweeps.wait("chosen", phase="Succeeded")["status"]
+    assert (status["best"]["cell"], status["published"]["cell"]) == ("chosen-00", "chosen-00")
+    assert (status["published"]["name"], status["published"]["phase"]) == ("chosen-best", "Succeeded")
+    for cell in ("chosen-00", "chosen-01"):
+        cleaned = lambda name=cell: cluster.job(name)["spec"].get("cleanupAfterSeconds")  # noqa: E731
+        assert eventually(cleaned, seconds=60, every=0.2) == 86_400
+
+
+@pytest.mark.slow
+def test_one_pod_trains_as_many_cells_as_asked_for_and_the_next_pod_the_rest(sweeps: Sweeps) -> None:
+    cluster = sweeps.cluster
+    sweeps.create("pods", grid={"rank": [8, 16, 32]}, cellsPerPod=2)
+    first, second = sweeps.wait_for_cells("pods", 2)
+    for cell in (first, second):
+        assert cluster.job(cell)["spec"]["group"]["size"] == 2
+        cluster.succeed(cell, "prepare")
+    cluster.run(first, "train")
+    train = cluster.kubectl.get("job", f"{first}-train-1", f"--namespace={NAMESPACE}")
+    arguments = train["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert any(each.startswith(f"/etc/qlora/with/{second}.json=") for each in arguments)
+    assert sweeps.cells("pods") == [first, second]
+    for cell, loss in ((first, 1.5), (second, 1.25)):
+        cluster.train(cell, loss)
+        cluster.succeed(cell, "publish")
+    third = sweeps.wait_for_cells("pods", 3)[2]
+    assert "group" not in cluster.job(third)["spec"]
+    sweeps.succeed(third, 1.75)
+    assert sweeps.wait("pods", phase="Succeeded")["status"]["best"]["cell"] == second
+
+
 def test_a_suspended_sweep_suspends_its_cells_and_goes_on_later(sweeps: Sweeps) -> None:
     sweeps.create("pause", labels={"kueue.x-k8s.io/queue-name": "gpus"})
     (first,) = sweeps.wait_for_cells("pause", 1)

@@ -4,10 +4,14 @@ There are no controllers and no operator for the cells: the test ends them itsel
 """
 
 import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
+import pytest
+
 from devcluster.controlplane import ControlPlane
+from qlora_api.profile import Profile
 from qlora_operator.cluster import Cluster, connect
 from qlora_operator.sweeps import SweepReconciler
 from tests.support.builders import ADAPTER, PROFILES
@@ -15,6 +19,7 @@ from tests.support.played import NAMESPACE, Api, prepared
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 PATH = f"/apis/qlora.dev/v1alpha1/namespaces/{NAMESPACE}"
+SHARED_WORKSPACE = {"topology": "shared", "accessMode": "ReadWriteMany"}
 LOSSES = {"00": 1.5, "01": 1.25}
 Moment = Literal["before", "after"]
 Object = dict[str, Any]
@@ -78,10 +83,10 @@ async def live(plane: ControlPlane, name: str, at: int = -1, moment: Moment = "b
     return sweep["status"], writes.made
 
 
-async def settle(cluster: Cluster, name: str) -> None:
+async def settle(cluster: Cluster, name: str, profiles: Mapping[str, Profile] = PROFILES) -> None:
     """Passes of operators that know nothing of each other, until one has written nothing."""
     for _ in range(20):
-        reconciler = SweepReconciler(cluster, PROFILES, clock=lambda: datetime.now(UTC))
+        reconciler = SweepReconciler(cluster, profiles, clock=lambda: datetime.now(UTC))
         before = (await cluster.get_sweep(NAMESPACE, name) or {})["metadata"]["resourceVersion"]
         try:
             await reconciler.reconcile((NAMESPACE, name))
@@ -121,6 +126,48 @@ async def compare_lives(plane: ControlPlane) -> None:
             status, made = await live(plane, name, at, moment)
             assert compared(status, name) == compared(undisturbed, "undisturbed"), (moment, writes[at])
             assert made.count("POST qlorajobs") == 2, (moment, writes[at])
+
+
+async def live_halved(plane: ControlPlane, name: str, at: int = -1, moment: Moment = "before") -> Object:
+    """The status at the end of a sweep of which one cell of two is stopped, and how often it was written to."""
+    template = TEMPLATE | {"training": {"evalEverySteps": 10}}
+    halving = {"minSteps": 10, "factor": 2}
+    spec = {"template": {"spec": template}, "cells": [{}, {"rank": 8}], "parallelism": 2, "halving": halving}
+    shared = {"default": Profile.model_validate(PROFILES["default"].dump() | {"workspace": SHARED_WORKSPACE})}
+    async with connect(plane.kubeconfig) as users, connect(plane.kubeconfig) as cluster:
+        api, writes = Api(users), Writes(cluster, at, moment)
+        await api.create(f"{PATH}/qlorasweeps", SWEEP | {"metadata": {"name": name}, "spec": spec})
+        await settle(cluster, name, shared)
+        for cell, loss in ((f"{name}-00", 1.25), (f"{name}-01", 1.5)):
+            found = {"totalSteps": 100, "evaluations": [{"step": 10, "evalLoss": loss}]}
+            status = {"phase": "Training", "progress": found}
+            await api.send("PATCH", f"{PATH}/qlorajobs/{cell}/status", {"status": status})
+        await settle(cluster, name, shared)
+        stopped = await api.send("GET", f"{PATH}/qlorajobs/{name}-01")
+        assert stopped["spec"]["suspend"] is True
+        assert "2nd of 2" in stopped["metadata"]["annotations"]["qlora.dev/stopped-by-sweep"]
+        await api.send("PATCH", f"{PATH}/qlorajobs/{name}-01/status", {"status": {"phase": "Suspended"}})
+        await end(api, f"{name}-00")
+        await settle(cluster, name, shared)
+        sweep = await api.send("GET", f"{PATH}/qlorasweeps/{name}")
+    return {**sweep["status"], "writes": len(writes.made)}
+
+
+@pytest.mark.slow
+def test_a_cell_is_stopped_once_wherever_the_operator_is_killed(plane: ControlPlane) -> None:
+    asyncio.run(compare_halved_lives(plane))
+
+
+async def compare_halved_lives(plane: ControlPlane) -> None:
+    prepared(plane)
+    undisturbed = await live_halved(plane, "halved")
+    assert (undisturbed["phase"], undisturbed["stopped"], undisturbed["best"]["cell"]) == ("Succeeded", 1, "halved-00")
+    assert undisturbed["cells"][1]["message"] == "stopped at step 10: 2nd of 2, the best goes on"
+    for moment in get_args(Moment):
+        for at in range(undisturbed["writes"]):
+            name = f"halved-{moment}-{at}"
+            status = await live_halved(plane, name, at, moment)
+            assert compared(status, name) == compared(undisturbed, "halved"), (moment, at)
 
 
 def test_nothing_is_written_for_a_sweep_at_rest(plane: ControlPlane) -> None:

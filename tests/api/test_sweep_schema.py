@@ -18,7 +18,24 @@ def apply(plane: ControlPlane, manifest: Manifest, *, dry_run: bool = True) -> M
     return applied
 
 
-@pytest.mark.parametrize("manifest", [SWEEP, FULL_SWEEP], ids=["grid", "every field"])
+BEST = with_value(
+    with_value(SWEEP, "spec.template.spec.output", {"destination": "oci://example.org/team/adapter:v1", "merged": {}}),
+    "spec.publish",
+    "best",
+)
+TOGETHER = with_value(with_value(SWEEP, "spec.cellsPerPod", 2), "spec.grid", {"rank": [8, 16], "dropout": [0.0]})
+FURTHER_TRAINED = with_value(
+    with_value(SWEEP, "spec.template.spec.lora", {"from": {"source": "pvc://data/adapter"}}),
+    "spec.grid",
+    {"learningRate": [1e-4, 2e-4], "dropout": [0.0, 0.1]},
+)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [SWEEP, FULL_SWEEP, FURTHER_TRAINED, BEST, TOGETHER],
+    ids=["grid", "every field", "of an earlier adapter", "the best is published", "several in a pod"],
+)
 def test_a_good_sweep_is_admitted_with_the_defaults_of_the_models(plane: ControlPlane, manifest: Manifest) -> None:
     assert apply(plane, manifest)["spec"] == QLoRASweepSpec.model_validate(manifest["spec"]).dump()
 
@@ -29,6 +46,12 @@ def test_a_grid_of_as_many_cells_as_there_may_be_is_admitted(plane: ControlPlane
 
 
 TEMPLATE = "spec.template.spec"
+HALVED = with_value(
+    with_value(SWEEP, f"{TEMPLATE}.training", {"maxSteps": 100, "evalEverySteps": 10}),
+    "spec.halving",
+    {"minSteps": 20, "factor": 2},
+)
+FURTHER = with_value(SWEEP, f"{TEMPLATE}.lora", {"from": {"source": "pvc://data/adapter"}})
 REJECTED = {
     "no rows to compare by": (without(SWEEP, f"{TEMPLATE}.dataset.eval"), "chooses by the loss on held-out rows"),
     "neither grid nor cells": (without(SWEEP, "spec.grid"), "set exactly one of grid and cells"),
@@ -63,6 +86,36 @@ REJECTED = {
         "cells with different seeds could not be compared",
     ),
     "scores that nobody computes": (with_value(SWEEP, "spec.best", "score"), "set that, or leave best out"),
+    "rungs without evaluations": (
+        with_value(SWEEP, "spec.halving", {"minSteps": 20}),
+        "set spec.template.spec.training.evalEverySteps",
+    ),
+    "rungs between evaluations": (with_value(HALVED, "spec.halving.minSteps", 25), "of which that is a multiple"),
+    "a first rung at the end": (with_value(HALVED, "spec.halving.minSteps", 100), "no cell would be stopped"),
+    "a factor of 1": (with_value(HALVED, "spec.halving.factor", 1), "greater than or equal to 2"),
+    "another rank than the earlier adapter": (FURTHER, "rank, alpha and targetModules it must have"),
+    "other layers than the earlier adapter": (
+        with_value(without(FURTHER, "spec.grid"), "spec.cells", [{}, {"targetModules": ["q_proj"]}]),
+        "rank, alpha and targetModules it must have",
+    ),
+    "the best adapter to no place": (with_value(SWEEP, "spec.publish", "best"), "which names no place"),
+    "a name too long for the best": (
+        with_value(with_value(SWEEP, "spec.publish", "best"), "metadata.name", "a" * 41),
+        "at most 40 characters with publish: best",
+    ),
+    "DoRA for several in a pod": (
+        with_value(with_value(SWEEP, f"{TEMPLATE}.lora", {"useDora": True}), "spec.cellsPerPod", 2),
+        "cellsPerPod trains several jobs on one base in one process, which lora.useDora does not support",
+    ),
+    "dropout of one of several in a pod": (
+        with_value(with_value(SWEEP, "spec.grid.dropout", [0, 0.1]), "spec.cellsPerPod", 2),
+        "remove dropout above 0 from grid and cells",
+    ),
+    "several in a pod that are stopped one by one": (
+        with_value(HALVED, "spec.cellsPerPod", 2),
+        "halving stops single cells, and with cellsPerPod",
+    ),
+    "more in a pod than a group has": (with_value(SWEEP, "spec.cellsPerPod", 17), "less than or equal to 16"),
     "a suspended template": (with_value(SWEEP, f"{TEMPLATE}.suspend", True), "suspend the sweep"),
     "one repository for all adapters": (
         with_value(SWEEP, f"{TEMPLATE}.output", {"destination": "hf://org/adapter"}),
@@ -99,12 +152,13 @@ CHANGES = {
     "the template": (f"{TEMPLATE}.training", {"learningRate": 1e-3}),
     "a mutable field of a job": (f"{TEMPLATE}.retry", {"maxFailures": 1}),
     "the grid": ("spec.grid.rank", [8, 16, 32]),
+    "halving": ("spec.halving", {"minSteps": 10}),
 }
 
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_what_decides_the_cells_cannot_be_changed(plane: ControlPlane, case: str) -> None:
-    stored = with_value(SWEEP, "metadata.name", f"fixed-{list(CHANGES).index(case)}")
+    stored = with_value(HALVED, "metadata.name", f"fixed-{list(CHANGES).index(case)}")
     apply(plane, stored, dry_run=False)
     path, value = CHANGES[case]
     with pytest.raises(ClusterError, match="cannot be changed once the sweep exists"):

@@ -17,6 +17,7 @@ FULL_SWEEP: Manifest = {
         "template": {
             "spec": {
                 **TEMPLATE,
+                "training": {"evalEverySteps": 10},
                 "output": {"destination": "s3://bucket/adapters"},
                 "gate": {"maxEvalLoss": 2.0, "score": {"check": "exactMatch"}},
             }
@@ -41,6 +42,7 @@ FULL_SWEEP: Manifest = {
             {"epochs": 3},
         ],
         "best": "score",
+        "halving": {"minSteps": 20, "factor": 2},
         "parallelism": 2,
         "suspend": True,
     },

@@ -125,6 +125,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
         started=process_started(),
         contract_version=int(version),
         registries=tuple(os.environ.get(contract.ENV_REGISTRIES, "").split()),
+        rungs=tuple(int(step) for step in os.environ.get(contract.ENV_RUNGS, "").split(",") if step),
     )
     if invocation.others:
         return _train_together((context, *_others(invocation, context)), records, stop)

@@ -10,7 +10,7 @@ from qlora_api.sweep_status import QLoRASweepStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
 from qlora_operator.decisions.conditions import condition, truncate
 from qlora_operator.decisions.observe import QLoRAJob, format_time
-from qlora_operator.decisions.sweep import QLoRASweep
+from qlora_operator.decisions.sweep import QLoRASweep, StoredSweep
 
 _COMPONENT = "qlora-operator"
 # kubectl shows the Events of one second in the order of their names.
@@ -42,7 +42,7 @@ def progress_event(job: QLoRAJob, status: QLoRAJobStatus, now: datetime) -> dict
     return _build(_metadata(job), found.reason, found.message, now, warning=True, name=name)
 
 
-def sweep_event(sweep: QLoRASweep, status: QLoRASweepStatus, now: datetime) -> dict[str, Any] | None:
+def sweep_event(sweep: QLoRASweep | StoredSweep, status: QLoRASweepStatus, now: datetime) -> dict[str, Any] | None:
     """The Event of the change from the stored phase of a sweep to that of `status`; None if the phase stays."""
     before, phase = sweep.status.phase, status.phase
     if phase is None or phase == before:
@@ -65,7 +65,7 @@ def _identity(job: QLoRAJob, status: QLoRAJobStatus) -> str:
     return f"{job.uid} {job.resource_version} {job.status.phase} {status.phase}"
 
 
-def _metadata(job: QLoRAJob | QLoRASweep) -> dict[str, Any]:
+def _metadata(job: QLoRAJob | QLoRASweep | StoredSweep) -> dict[str, Any]:
     return {"namespace": job.namespace, "name": job.name, "uid": job.uid, "resourceVersion": job.resource_version}
 
 

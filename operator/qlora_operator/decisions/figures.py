@@ -2,7 +2,7 @@
 
 from qlora_api.contract import ProgressRecord, ResultRecord
 from qlora_api.duration import format_duration
-from qlora_api.status import CheckpointStatus, ProgressStatus, QLoRAJobStatus
+from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus
 
 LOSS_DIGITS = 4
 
@@ -26,6 +26,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
         "peak_memory_bytes": record.peak_memory_bytes,
         "micro_batch_size": record.micro_batch_size,
         "goodput": record.goodput,
+        "evaluations": _evaluations(record),
         **_of_pairs(record),
     }
     progress = old.model_copy(
@@ -52,6 +53,13 @@ def _of_pairs(record: ProgressRecord | ResultRecord) -> dict[str, float | None]:
     }
 
 
+def _evaluations(record: ProgressRecord | ResultRecord) -> tuple[EvaluationStatus, ...] | None:
+    """Those at the rungs of the job's sweep."""
+    if record.evaluations is None:
+        return None
+    return tuple(EvaluationStatus(step=step, eval_loss=round(loss, LOSS_DIGITS)) for step, loss in record.evaluations)
+
+
 def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
     """The status with what a step reports about memory, data, model and gate, as a failed step may do too."""
     changes: dict[str, object] = {}
@@ -76,6 +84,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
         "eval_loss": _rounded(record.eval_loss),
         "peak_memory_bytes": record.peak_memory_bytes,
         "goodput": record.goodput,
+        "evaluations": _evaluations(record),
         **_of_pairs(record),
     }
     done = record.training_step

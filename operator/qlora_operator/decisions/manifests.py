@@ -52,7 +52,8 @@ def build_job(
 ) -> Manifest:
     """The batch/v1 Job of one step. `failures`: how often the step has failed in earlier Jobs.
 
-    `others`: the jobs that train trains together with this one. It depends on the specs and on what was resolved only.
+    `others`: the jobs that train trains together with this one. It depends on the jobs as their users, or their sweep,
+    have written them and on what was resolved only.
     """
     labels, nodes = _labels(job, step), _nodes(job, step)
     queue = _queue(resolved) if step == "train" else {}
@@ -335,6 +336,8 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         values |= _model_cache(resolved)
     if step == "publish" and resolved.shared_path is not None:
         values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
+    if step == "train" and job.rungs:
+        values[contract.ENV_RUNGS] = job.rungs
     if step == "train" and job.spec.resources.gpu_count > 1:
         values |= resolved.profile.nccl or {}
     if _nodes(job, step) > 1:

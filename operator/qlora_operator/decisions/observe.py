@@ -48,6 +48,8 @@ class QLoRAJob:
     """Whether its children stay when it is deleted, as `kubectl delete --cascade=orphan` asks for."""
     shares: str | None = None
     """The folder of its workspace claim that it shares with the other cells of its sweep; None if it is no cell."""
+    rungs: str = ""
+    """Optimizer steps after which its sweep compares its cells, separated by commas; empty if there are none."""
     problem: str = ""
     """Why this operator must not go on with the job, which it only stops when that is asked for; empty if it can."""
 

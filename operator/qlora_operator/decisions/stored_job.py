@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_api.contract import CONTRACT_VERSION, needed_contract
-from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, shared_folder
+from qlora_api.halving import MAX_RUNGS
+from qlora_api.naming import QUEUE_LABEL, QUEUE_PRIORITY_LABEL, RUNGS_ANNOTATION, shared_folder
 from qlora_api.profile import DNS_LABEL
 from qlora_api.status import QLoRAJobStatus, Resolved
 from qlora_api.sweep import MAX_SWEEP_NAME_LENGTH, SWEEP_KIND
@@ -17,6 +18,7 @@ from qlora_operator.decisions.observe import ORPHANED, Object, QLoRAJob
 
 logger = logging.getLogger(__name__)
 
+_RUNGS = re.compile(rf"[0-9]{{1,8}}(,[0-9]{{1,8}}){{0,{MAX_RUNGS - 1}}}")
 _UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -49,6 +51,7 @@ def parse_job(body: Object) -> QLoRAJob:
         queue_name=spec.scheduling.queue_name or labels.get(QUEUE_LABEL),
         queue_priority=spec.scheduling.queue_priority or labels.get(QUEUE_PRIORITY_LABEL),
         shares=_shared_folder(metadata),
+        rungs=_rungs(metadata),
         orphans=ORPHANED in (metadata.get("finalizers") or ()),
         problem=problem or _unknown_contract(status.resolved),
     )
@@ -68,6 +71,12 @@ def _shared_folder(metadata: Object) -> str | None:
     if len(name) > MAX_SWEEP_NAME_LENGTH or not re.fullmatch(DNS_LABEL, name) or not _UID.fullmatch(uid):
         return None
     return shared_folder(name, uid)
+
+
+def _rungs(metadata: Object) -> str:
+    """What the sweep has written on its cell; nothing if that is no list of steps: anybody may write there."""
+    found = str((metadata.get("annotations") or {}).get(RUNGS_ANNOTATION, ""))
+    return found if _RUNGS.fullmatch(found) else ""
 
 
 def _parse_spec(content: Object, resolved: Resolved | None) -> tuple[QLoRAJobSpec, str]:

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 from qlora_api.naming import (
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
+    RUNGS_ANNOTATION,
+    STOPPED_ANNOTATION,
     SUSPENDED_ANNOTATION,
     SWEEP_LABEL,
     SWEEP_UID_LABEL,
@@ -57,7 +59,7 @@ class QLoRASweep:
 
     def cells(self) -> tuple[Cell, ...]:
         """The cells in their order. Raises ValueError: see `qlora_api.sweep.cells`."""
-        return cells(self.name, self.spec, self.claim_name)
+        return cells(self.name, self.spec, self.claim_name, self.uid)
 
     def as_job(self) -> QLoRAJob:
         """The template as a QLoRAJob that is never created: what the administrator's settings say of it."""
@@ -73,6 +75,27 @@ class QLoRASweep:
         )
 
 
+@dataclass(frozen=True)
+class StoredSweep:
+    """A sweep whose spec this version cannot read, so that it can only say so."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    status: QLoRASweepStatus
+
+
+class UnreadableSweepError(UnreadableJobError):
+    """A QLoRASweep that another version of the schema admitted and that this operator cannot read."""
+
+    def __init__(self, message: str, stored: StoredSweep | None) -> None:
+        """`stored`: what is to have the message in its status; None if that cannot be read either."""
+        super().__init__(message)
+        self.stored = stored
+
+
 @dataclass(frozen=True, slots=True)
 class CellJob:
     """What is read of the QLoRAJob of a cell."""
@@ -83,33 +106,69 @@ class CellJob:
     suspend: bool
     suspended_by_sweep: bool
     """Whether its `suspend` was set by its sweep, and so is the sweep's to take back."""
+    stopped_by_sweep: bool = False
+    """Whether its sweep has stopped it for good; whoever resumes it lets it run to its end."""
+    retried: bool = False
+    """Whether its user has raised retry.request, and it goes on as soon as its operator has seen that."""
     progress: str = ""
+    total_steps: int = 0
+    """Optimizer steps of its run; 0 if that is not known."""
+    evaluations: tuple[tuple[int, float], ...] = ()
+    """Steps and held-out losses at the rungs that it has reached."""
     loss: float | None = None
     eval_loss: float | None = None
     score: float | None = None
     adapter: str = ""
     sha256: str = ""
     reason: str = ""
+    continues: str = ""
+    """The cell whose run it takes up, to publish its adapter; empty for a cell."""
+    cleanup_after_seconds: int | None = None
+
+    @property
+    def rests(self) -> bool:
+        """Whether its sweep has stopped it for good, and it has come to rest since: its GPU is free."""
+        stopped = self.stopped_by_sweep and self.suspend and not self.suspended_by_sweep
+        return stopped and self.phase == "Suspended"
 
 
 def parse_sweep(body: Object) -> QLoRASweep:
-    """The stored QLoRASweep. Raises UnreadableJobError if this version of the operator cannot read it."""
+    """The stored QLoRASweep. Raises UnreadableSweepError if this version of the operator cannot read it."""
     metadata, labels = body["metadata"], body["metadata"].get("labels") or {}
+    stored = _stored(body)
     try:
         spec = QLoRASweepSpec.model_validate(body["spec"])
+    except ValidationError as error:
+        raise UnreadableSweepError(
+            f"this version of the operator cannot read the sweep: {explain(error)}", stored
+        ) from error
+    return QLoRASweep(
+        namespace=stored.namespace,
+        name=stored.name,
+        uid=stored.uid,
+        generation=stored.generation,
+        resource_version=stored.resource_version,
+        deleting="deletionTimestamp" in metadata,
+        spec=spec,
+        status=stored.status,
+        queue_labels={name: labels[name] for name in _QUEUE_LABELS if name in labels},
+    )
+
+
+def _stored(body: Object) -> StoredSweep:
+    metadata = body["metadata"]
+    try:
         status = QLoRASweepStatus.model_validate(body.get("status") or {})
     except ValidationError as error:
-        raise UnreadableJobError(f"this version of the operator cannot read the sweep: {explain(error)}") from error
-    return QLoRASweep(
+        message = f"this version of the operator cannot read the status of the sweep: {explain(error)}"
+        raise UnreadableSweepError(message, None) from error
+    return StoredSweep(
         namespace=metadata["namespace"],
         name=metadata["name"],
         uid=metadata["uid"],
         generation=metadata.get("generation", 0),
         resource_version=metadata.get("resourceVersion", ""),
-        deleting="deletionTimestamp" in metadata,
-        spec=spec,
         status=status,
-        queue_labels={name: labels[name] for name in _QUEUE_LABELS if name in labels},
     )
 
 
@@ -121,25 +180,34 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
     if controller_uid(body) != sweep_uid:
         return None
     metadata = body["metadata"]
+    annotations = metadata.get("annotations") or {}
     try:
         status = QLoRAJobStatus.model_validate(body.get("status") or {}, extra="ignore")
     except ValidationError:
         status = QLoRAJobStatus()
     phase = "Pending" if status.phase is None or status.phase not in _PHASES else status.phase
+    spec = body.get("spec") or {}
+    request = (spec.get("retry") or {}).get("request") or 0
     progress, adapter, failed = status.progress, status.adapter, condition(status, "Failed")
     return CellJob(
         name=metadata["name"],
         uid=metadata["uid"],
         phase=phase,
-        suspend=bool((body.get("spec") or {}).get("suspend")),
-        suspended_by_sweep=SUSPENDED_ANNOTATION in (metadata.get("annotations") or {}),
+        suspend=bool(spec.get("suspend")),
+        suspended_by_sweep=SUSPENDED_ANNOTATION in annotations,
+        stopped_by_sweep=STOPPED_ANNOTATION in annotations,
+        retried=phase == "Failed" and request > (status.retry_request or 0),
         progress=progress.summary if progress else "",
+        total_steps=progress.total_steps if progress else 0,
+        evaluations=tuple((found.step, found.eval_loss) for found in (progress and progress.evaluations) or ()),
         loss=progress.loss if progress else None,
         eval_loss=progress.eval_loss if progress else None,
         score=status.gate.score if status.gate else None,
         adapter=adapter.uri if adapter else "",
         sha256=adapter.sha256 if adapter else "",
         reason=failed.reason if failed is not None and is_true(status, "Failed") else "",
+        continues=str(spec.get("continues") or ""),
+        cleanup_after_seconds=spec.get("cleanupAfterSeconds"),
     )
 
 
@@ -156,6 +224,8 @@ def sweep_of(body: Object) -> str | None:
 
 def build_cell(sweep: QLoRASweep, cell: Cell) -> Manifest:
     """The QLoRAJob of a cell. Of the sweep's labels it gets Kueue's only: others would be taken for its own."""
+    halving = sweep.spec.halving
+    rungs = halving.rungs(cell.spec.training.max_steps) if halving is not None else ()
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -163,6 +233,7 @@ def build_cell(sweep: QLoRASweep, cell: Cell) -> Manifest:
             "name": cell.name,
             "namespace": sweep.namespace,
             "labels": _labels(sweep) | dict(sweep.queue_labels),
+            **({"annotations": {RUNGS_ANNOTATION: ",".join(map(str, rungs))}} if rungs else {}),
             "ownerReferences": [_owner(sweep, controller=True)],
         },
         "spec": cell.spec.dump(),
@@ -193,6 +264,17 @@ def suspension(cell: CellJob, suspend: bool) -> Manifest:
     """The change by which a sweep suspends this very cell, or takes that back."""
     mark = {SUSPENDED_ANNOTATION: "true" if suspend else None}
     return {"metadata": {"uid": cell.uid, "annotations": mark}, "spec": {"suspend": suspend}}
+
+
+def stop(cell: CellJob, why: str) -> Manifest:
+    """The change by which a sweep stops this very cell for good. It keeps its checkpoint."""
+    marks = {STOPPED_ANNOTATION: why, SUSPENDED_ANNOTATION: None}
+    return {"metadata": {"uid": cell.uid, "annotations": marks}, "spec": {"suspend": True}}
+
+
+def cleanup(cell: CellJob, seconds: int) -> Manifest:
+    """The change by which a sweep lets this very cell be cleaned up."""
+    return {"metadata": {"uid": cell.uid}, "spec": {"cleanupAfterSeconds": seconds}}
 
 
 def _labels(sweep: QLoRASweep) -> dict[str, str]:

@@ -1,10 +1,15 @@
 """The report of a sweep: what a person sees of its cells in a browser, however many have ended."""
 
 import json
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+
+from qlora_trainer.core.folder_lock import exclusive
+from qlora_trainer.report import sweep_page
 from qlora_trainer.report.charts import curves_chart
 from qlora_trainer.report.metrics_log import Curve
 from qlora_trainer.report.sweep_page import add_to_sweep_report
@@ -52,6 +57,7 @@ def test_what_another_pod_has_left_is_shown_as_text_or_left_out(finished: Files,
     (cells / "a.json").write_text("{")
     (cells / "b.json").write_bytes(b" " * 300_000)
     (cells / "c.json").symlink_to("/etc/passwd")
+    os.mkfifo(cells / "e.json")
     entry = json.loads((cells / "rates-00.json").read_text())
     entry |= {"name": "<script>alert(1)</script>", "settings": {"rank": "<b>"}, "evalLoss": 9.0}
     (cells / "d.json").write_text(json.dumps(entry))
@@ -76,6 +82,17 @@ def test_a_page_that_cannot_be_written_costs_no_adapter(trained: Files, tmp_path
     cell = replace(alone, mounts=replace(alone.mounts, sweep=tmp_path / "file"))
     record = publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
     assert record.adapter.uri.endswith("/adapter")
+
+
+def test_a_cell_that_hangs_while_it_writes_the_page_is_not_waited_for(
+    finished: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the page of a cell that is published raises then is an OSError, which costs no adapter."""
+    monkeypatch.setattr(sweep_page, "_LONGEST_WAIT_SECONDS", 0.2)
+    (tmp_path / "cells").mkdir()
+    with exclusive(tmp_path / "cells" / ".lock"), pytest.raises(OSError, match="another process holds"):
+        add(finished, tmp_path, "rates-00", 4, 1.5)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_curves_over_each_other_name_a_dozen_and_draw_all() -> None:

@@ -106,6 +106,18 @@ def test_it_ends_in_the_bytes_of_an_uninterrupted_run(make: Make) -> None:
     assert attempts[1].ended_at is not None, "its last sign of life is not that of the copy"
 
 
+@pytest.mark.parametrize("spec", [None, {"training": {"keep": "best"}}], ids=["last", "best"])
+def test_a_run_at_its_end_gives_its_adapter_again_without_another_step(spec: dict[str, Any] | None, make: Make) -> None:
+    """As the job that publishes the best cell of a sweep takes it up."""
+    other, context = make("other", spec=spec), make("new", spec=spec)
+    ended = run(other)
+    assert continued(context, other) == 6
+    record = run(context)
+    assert adapter_bytes(context) == adapter_bytes(other)
+    assert history(context) == history(other)
+    assert (record.kept_step, record.eval_loss) == (ended.kept_step, ended.eval_loss)
+
+
 def test_a_workspace_with_a_checkpoint_of_its_own_resumes_from_that(make: Make) -> None:
     other, context = make("other", "stopped"), make("new", "stopped")
     shutil.rmtree(context.workspace.checkpoints / "step-4")

@@ -121,6 +121,20 @@ def test_a_lost_attempt_repeats_the_steps_since_its_checkpoint_and_ends_in_the_s
     assert history(lost) == history(undisturbed)
 
 
+def test_the_losses_at_the_rungs_of_a_sweep_are_in_every_later_record_also_of_a_resumed_run(workspace: Prepare) -> None:
+    context = dataclasses.replace(workspace(), rungs=(2, 4))
+    interrupted_at(context, 3)
+    records = Recorded()
+    run(context, records=records)
+    losses = {line["step"]: round(line["evalLoss"], 4) for line in history(context) if "evalLoss" in line}
+    found = [record.get("evaluations") for record in records.written if record["trainingStep"] == 6]
+    assert found
+    assert all(evaluations == [[2, losses[2]], [4, losses[4]]] for evaluations in found)
+    ended = records.findings.progress
+    assert ended is not None
+    assert ended.evaluations == ((2, losses[2]), (4, losses[4]))
+
+
 def test_goodput_is_the_share_of_all_attempts_that_is_in_the_adapter(workspace: Prepare) -> None:
     """On a clock that ticks at every look: steps that are undone count as time, and not as work."""
     ticks = count()

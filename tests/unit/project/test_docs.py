@@ -59,7 +59,7 @@ def test_every_yaml_block_is_a_valid_job_or_sweep_a_part_of_one_or_profiles_or_f
         for profile in content["profiles"].values():
             Profile.model_validate({"image": "trainer", **profile})
         return
-    if content.get("kind") == SWEEP_KIND or "cells" in content.get("spec", ()):
+    if content.get("kind") == SWEEP_KIND or {"cells", "grid"} & content.get("spec", {}).keys():
         QLoRASweepSpec.model_validate({"template": {"spec": TEMPLATE}} | content["spec"])
         return
     if set(content) == {"spec"}:

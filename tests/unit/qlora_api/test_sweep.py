@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qlora_api.sweep import Grid, Overrides, QLoRASweepSpec, cells
+from qlora_api.grid import Grid, Overrides
+from qlora_api.sweep import QLoRASweepSpec, best_job, cells
 from qlora_api.training import LoraSpec, TrainingSpec
 from tests.support.sweeps import FULL_SWEEP, SWEEP, TEMPLATE
 
@@ -78,6 +79,49 @@ def test_a_cell_that_is_there_twice_is_named(grid: dict[str, Any]) -> None:
 def test_cells_that_could_not_be_compared() -> None:
     with pytest.raises(ValidationError, match="different seeds could not be compared"):
         sweep({"dataset": {"source": "pvc://a/b.jsonl", "eval": {"fraction": 0.1}}}, cells=[{"seed": 1}, {}])
+
+
+UID = "0a1b2c3d-0000-4000-8000-000000000000"
+
+
+def test_cells_are_trained_so_many_in_a_pod_and_what_is_left_over_together_or_alone() -> None:
+    def groups(count: int, per_pod: int, **more: Any) -> list[tuple[str, int] | None]:
+        spec = sweep(more.pop("template", None), grid={"rank": [4, 8, 16, 32, 64][:count]}, cellsPerPod=per_pod, **more)
+        return [
+            None if cell.spec.group is None else (cell.spec.group.name, cell.spec.group.size)
+            for cell in cells("rates", spec, CLAIM, UID)
+        ]
+
+    assert groups(3, 1) == [None] * 3
+    assert groups(4, 2) == [("rates-0a1b2c3d-00", 2)] * 2 + [("rates-0a1b2c3d-01", 2)] * 2
+    assert groups(5, 3) == [("rates-0a1b2c3d-00", 3)] * 3 + [("rates-0a1b2c3d-01", 2)] * 2
+    assert groups(3, 2)[2] is None
+    output = {"output": {"destination": "hf://org/adapter"}}
+    spec = sweep(output, grid={"rank": [4, 8]}, cellsPerPod=2, publish="best")
+    first = cells("rates", spec, CLAIM, UID)[0]
+    assert first.spec.group is not None
+    assert best_job("rates", spec, first).spec.group is None, "it waits for nobody"
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "message"),
+    [
+        ({"lora": {"useDora": True}}, {}, "cellsPerPod trains several jobs .* lora.useDora does not support"),
+        ({"resources": {"gpus": 2}}, {}, "resources.gpus or nodes above 1 does not support"),
+        ({"lora": {"dropout": 0.1}}, {}, "lora.dropout does not support"),
+        ({}, {"grid": {"dropout": [0.0, 0.1]}}, "remove dropout above 0 from grid and cells"),
+        (
+            {"training": {"evalEverySteps": 10}},
+            {"halving": {"minSteps": 10}},
+            "halving stops single cells, and with cellsPerPod",
+        ),
+    ],
+)
+def test_cells_that_no_pod_could_train_together(template: dict[str, Any], more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        sweep(template, **({"grid": {"rank": [8, 16]}, "cellsPerPod": 2} | more))
+    assert sweep({"lora": {"useDora": True}}, grid={"rank": [8, 16]}).cells_per_pod == 1
+    assert sweep(grid={"dropout": [0.0], "rank": [8, 16]}, cellsPerPod=2).cells_per_pod == 2
 
 
 @pytest.mark.parametrize("name", Overrides.model_fields)

@@ -74,6 +74,25 @@ def test_cells_are_created_in_order_and_no_more_at_a_time_than_asked_for() -> No
     assert created(make(), objection=Reason("ProfileNotFound", "")) == []
 
 
+def test_the_cells_of_a_pod_are_created_together_and_pods_are_counted() -> None:
+    grid = {"rank": [4, 8, 16, 32, 64]}
+    assert created(make(grid=grid, cellsPerPod=2)) == ["rates-00", "rates-01"]
+    assert created(make(grid=grid, cellsPerPod=2, parallelism=2)) == [f"rates-{number:02}" for number in range(4)]
+    # The first pod's second cell could not be created, and the others wait for it.
+    assert created(make(grid=grid, cellsPerPod=2), cell(0)) == ["rates-01"]
+    assert created(make(grid=grid, cellsPerPod=2), done(0, 1.0), cell(1)) == []
+    assert created(make(grid=grid, cellsPerPod=2), done(0, 1.0), cell(1, "Failed")) == ["rates-02", "rates-03"]
+    ended = [done(number, 1.0) for number in range(4)]
+    assert created(make(grid=grid, cellsPerPod=2), *ended) == ["rates-04"]
+
+
+def test_the_cell_that_leads_a_pod_is_resumed_after_the_others() -> None:
+    held = [cell(number, "Suspended", suspend=True, suspended_by_sweep=True) for number in range(2)]
+    sweep = make(cellsPerPod=2)
+    actions = list(plan(sweep, sweep.cells(), by_name(*held), None))
+    assert [action.cell.name for action in actions if isinstance(action, SetSuspend)] == ["rates-01", "rates-00"]
+
+
 def test_a_cell_that_somebody_has_deleted_is_not_created_again_and_what_has_ended_keeps_its_line() -> None:
     before = status_of(make(), done(0, 1.5), cell(1))
     sweep = make(before)
@@ -149,6 +168,20 @@ def test_a_sweep_without_a_cell_that_has_succeeded_has_failed() -> None:
     assert of(status, "Succeeded")[:2] == ("False", "AllCellsFailed")
     assert of(status, "Failed")[0] == of(status, "Stalled")[0] == "True"
     assert "(BadDataset)" in of(status, "Failed")[2]
+
+
+def test_a_failed_cell_whose_retry_is_about_to_begin_has_its_place() -> None:
+    def failed(request: int, seen: int) -> CellJob:
+        conditions = [condition("Failed", "True"), condition("Succeeded", "False")]
+        body = job_body({"phase": "Failed", "conditions": conditions, "retryRequest": seen}, retry={"request": request})
+        body["metadata"] |= {"ownerReferences": [OWNER], "name": "rates-00"}
+        found = parse_cell(body, UID)
+        assert found is not None
+        return found
+
+    assert created(make(), failed(1, 1)) == ["rates-01"]
+    assert created(make(), failed(2, 1)) == []
+    assert created(make(parallelism=2), failed(2, 1)) == ["rates-01"]
 
 
 def test_a_failed_cell_that_is_retried_starts_its_sweep_again() -> None:

@@ -74,6 +74,8 @@ class StepContext:
     """When this process started; None if it does more than this step."""
     contract_version: int = contract.CONTRACT_VERSION
     """Version of the contract with the operator."""
+    rungs: tuple[int, ...] = ()
+    """Optimizer steps after which the job's sweep compares its cells, if it is a cell of one that does."""
 
     @property
     def spec(self) -> QLoRAJobSpec:

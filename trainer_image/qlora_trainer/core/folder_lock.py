@@ -7,6 +7,7 @@ volume supports locks, some support them on one node only, and a clock alone wou
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ ABANDONED_SECONDS = 120.0
 """So long after its owner has touched it last, a folder that nobody has locked is abandoned. Clients of a network file
 system may see a time that is a minute old."""
 _TOUCH_SECONDS = 15.0
+_LOOK_SECONDS = 0.1
 _MODE = 0o664
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
@@ -46,14 +48,18 @@ class Ownership:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[float]:
+def exclusive(path: Path, longest_wait: float | None = None) -> Iterator[float]:
     """Let in one process at a time that names this file, or all of them if the volume supports no locks.
 
-    Yields the time by the clock of the volume, with which ages of its files are to be computed.
+    Yields the time by the clock of the volume, with which ages of its files are to be computed. Raises TimeoutError
+    after `longest_wait` seconds in which another process was in; without it, waits as long as that takes.
     """
     descriptor = _open(path, os.O_CREAT)
     try:
-        _lock(descriptor, fcntl.LOCK_EX)
+        if longest_wait is None:
+            _lock(descriptor, fcntl.LOCK_EX)
+        else:
+            _lock_within(descriptor, longest_wait, path)
         os.utime(descriptor)
         yield os.fstat(descriptor).st_mtime
     finally:
@@ -106,6 +112,19 @@ def _open(path: Path, flags: int = 0) -> int:
         with suppress(OSError):
             os.fchmod(descriptor, _MODE)
     return descriptor
+
+
+def _lock_within(descriptor: int, seconds: float, path: Path) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= until:
+                raise TimeoutError(f"another process holds {path} for more than {seconds:.0f} s") from error
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return
 
 
 def _lock(descriptor: int, operation: int) -> bool:

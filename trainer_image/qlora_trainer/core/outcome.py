@@ -185,7 +185,7 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
     }
     names = ("training_step", "total_steps", "loss", "eval_loss", "peak_memory_bytes", "goodput")
     if findings.progress is not None and findings.progress.step == "train":
-        known |= {name: getattr(findings.progress, name) for name in (*names, *_OF_PAIRS)}
+        known |= {name: getattr(findings.progress, name) for name in (*names, *_OF_PAIRS, "evaluations")}
     if isinstance(completion, TrainRecord):
         known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss")}
     if isinstance(completion, PublishRecord):

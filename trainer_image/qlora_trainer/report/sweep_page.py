@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 CELLS = "cells"
 """Folder with a file for each cell."""
 _LOCK_FILE = ".lock"
+_LONGEST_WAIT_SECONDS = 60.0
+"""For another cell that writes the page, which takes a moment: the adapter is not to wait for one that hangs."""
 _MOST_CELLS, _MOST_POINTS, _MOST_BYTES = 64, 400, 262_144
 
 _Steps = Annotated[tuple[Annotated[int, Field(ge=0, le=2**53)], ...], Field(max_length=_MOST_POINTS)]
@@ -69,7 +71,8 @@ class _CellCurves(ObservedModel):
 def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
     """Leave the curves of this cell in the folder `shared`, and write the page there anew.
 
-    `report`: the cell's own report. Raises OSError if a file cannot be written, ValueError for broken metrics.
+    `report`: the cell's own report. Raises OSError if a file cannot be written, also if another cell does not let this
+    one do it within a minute (TimeoutError); ValueError for broken metrics.
     """
     history = read_history(report / HISTORY_FILE)
     span = max(1.0, len(history.loss.steps) / 20)
@@ -84,7 +87,7 @@ def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
     if shared.is_symlink() or folder.is_symlink():
         raise OSError(f"{folder} leads through a symbolic link")
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / _LOCK_FILE):
+    with exclusive(folder / _LOCK_FILE, _LONGEST_WAIT_SECONDS):
         write_atomically(folder / f"{job.name}.json", json.dumps(own.dump(), allow_nan=False).encode())
         write_atomically(shared / SWEEP_REPORT, _page(_read_all(folder)).encode())
 
@@ -96,8 +99,8 @@ def _read_all(folder: Path) -> list[_CellCurves]:
 
 
 def _read(path: Path) -> _CellCurves | None:
-    if path.is_symlink() or path.stat().st_size > _MOST_BYTES:
-        logger.warning("%s is left out of the sweep's report: it is a link, or too large", path)
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        logger.warning("%s is left out of the sweep's report: it is no plain file, or too large", path)
         return None
     try:
         return _CellCurves.model_validate_json(path.read_bytes())

@@ -321,6 +321,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         eval_measured=named,
         initial_eval_loss=initial,
         evaluations=state.evaluations.after(state.step, loss, run.training.early_stopping),
+        at_rungs=(*state.at_rungs, *(((state.step, loss),) if state.step in run.context.rungs else ())),
         kept_seconds=state.kept_seconds + seconds,
     )
     _keep_if_best(run, state)

@@ -66,12 +66,15 @@ class RunState:
     """Time of the optimizer steps and evaluations that led to this state; what an interruption undid is not in it."""
     stability: Stability = field(default_factory=Stability)
     evaluations: Evaluations = field(default_factory=Evaluations)
+    at_rungs: tuple[tuple[int, float], ...] = ()
+    """Step and held-out loss of the evaluations at the rungs of the job's sweep."""
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
         """The state that `asdict` turned into `saved`."""
         stability, evaluations = Stability(**saved["stability"]), Evaluations(**saved["evaluations"])
-        return cls(**{**saved, "stability": stability, "evaluations": evaluations})
+        at_rungs = tuple((int(step), float(loss)) for step, loss in saved.get("at_rungs", ()))
+        return cls(**{**saved, "stability": stability, "evaluations": evaluations, "at_rungs": at_rungs})
 
 
 @dataclass
@@ -182,6 +185,7 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
             reward_margin=state.measured.get("rewardMargin"),
             accuracy=state.measured.get("accuracy"),
             eval_accuracy=state.eval_measured.get("evalAccuracy"),
+            evaluations=tuple((step, round(loss, 4)) for step, loss in state.at_rungs) or None,
             checkpoint_step=run.checkpoint_step,
             checkpoint_time=run.checkpoint_time,
         ),

@@ -1,0 +1,146 @@
+"""With spec.publish: best, one more QLoRAJob publishes the adapter of the best cell, when all have ended."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.sweep_status import QLoRASweepStatus
+from qlora_operator.decisions.best_cell import published
+from qlora_operator.decisions.observe import Reason
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep, cleanup, parse_sweep
+from qlora_operator.decisions.sweep_plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table
+from tests.support.builders import NOW, UID
+from tests.support.sweeps import TEMPLATE
+
+OUTPUT = {"destination": "hf://org/adapter", "secretRef": {"name": "hub"}, "merged": {"destination": "hf://org/merged"}}
+HERE = "pvc://rates/adapter"
+
+
+def sweep(status: QLoRASweepStatus | None = None, **spec: Any) -> QLoRASweep:
+    template = TEMPLATE | {"output": OUTPUT, "cleanupAfterSeconds": 60}
+    cells = [{"rank": 8}, {"rank": 16}, {"rank": 32}]
+    content = {"template": {"spec": template}, "cells": cells, "publish": "best", "parallelism": 3, **spec}
+    metadata = {"namespace": "team", "name": "rates", "uid": UID, "generation": 1, "resourceVersion": "7"}
+    return parse_sweep({"metadata": metadata, "spec": content, "status": status.dump() if status else {}})
+
+
+def cell(number: int, eval_loss: float = 0.0, phase: str = "Succeeded", **fields: Any) -> CellJob:
+    found = {"eval_loss": eval_loss, "adapter": f"pvc://rates/{number}"} if phase == "Succeeded" else {}
+    values = {"suspend": False, "suspended_by_sweep": False, **found, **fields}
+    return CellJob(f"rates-{number:02}", f"uid-{number}", phase, **values)  # type: ignore[arg-type]
+
+
+def publisher(phase: str = "Training", **fields: Any) -> CellJob:
+    values = {"suspend": False, "suspended_by_sweep": False, "continues": "rates-01", **fields}
+    return CellJob("rates-best", "uid-best", phase, **values)  # type: ignore[arg-type]
+
+
+CELLS = (cell(0, 1.5), cell(1, 1.25), cell(2, phase="Failed"))
+
+
+def actions(stored: QLoRASweep, *jobs: CellJob, objection: Reason | None = None) -> list[Any]:
+    return list(plan(stored, stored.cells(), {job.name: job for job in jobs}, objection))
+
+
+def status_of(stored: QLoRASweep, *jobs: CellJob) -> QLoRASweepStatus:
+    by_name = {job.name: job for job in jobs}
+    lines = table(stored, stored.cells(), by_name)
+    return next_status(stored, lines, None, None, NOW, published(stored, lines, by_name))
+
+
+def succeeded(status: QLoRASweepStatus) -> tuple[str, str]:
+    (found,) = [entry for entry in status.conditions if entry.type == "Succeeded"]
+    return found.reason, found.message
+
+
+def test_cells_publish_nowhere_and_keep_their_checkpoints() -> None:
+    for each in sweep().cells():
+        assert each.spec.output.dump() == {}
+        assert each.spec.cleanup_after_seconds is None
+        assert each.spec.workspace.claim_name == "rates-0a1b2c3d"
+
+
+def test_when_all_have_ended_one_job_takes_up_the_best_run_and_publishes_it() -> None:
+    assert actions(sweep(status_of(sweep(), *CELLS[:2])), *CELLS[:2], cell(2, phase="Training")) == []
+    retried = cell(2, phase="Failed", retried=True)
+    assert actions(sweep(status_of(sweep(), *CELLS)), *CELLS[:2], retried) == []
+    stored = sweep(status_of(sweep(), *CELLS))
+    assert (stored.status.phase, stored.status.completion_time) == ("Running", None)
+    assert actions(stored, *CELLS, objection=Reason("ProfileNotFound", "")) == []
+    (action,) = actions(stored, *CELLS)
+    assert isinstance(action, CreateCell)
+    best = action.cell
+    assert (best.name, best.spec.continues, best.spec.lora.rank) == ("rates-best", "rates-01", 16)
+    assert best.spec.output.dump() == OUTPUT
+    assert best.spec.cleanup_after_seconds == 60
+    assert best.spec.workspace.claim_name == "rates-0a1b2c3d"
+    assert actions(stored, *CELLS, publisher()) == []
+
+
+def test_the_sweep_ends_with_that_job_and_has_its_address() -> None:
+    status = status_of(sweep(), *CELLS, publisher())
+    assert (status.phase, status.summary) == ("Running", "3/3")
+    assert succeeded(status) == ("Running", "QLoRAJob rates-best publishes the adapter of rates-01")
+    done = publisher("Succeeded", adapter="hf://org/adapter", sha256="a" * 64)
+    status = status_of(sweep(status), *CELLS, done)
+    assert status.phase == "Succeeded"
+    assert status.completion_time is not None
+    assert status.published is not None
+    assert (status.published.cell, status.published.adapter) == ("rates-01", "hf://org/adapter")
+    assert "its adapter is at hf://org/adapter; 1 of 3 cells have failed" in succeeded(status)[1]
+    # It is not published again, though its job is gone or another cell is the best by now.
+    later = (*CELLS[:2], cell(2, 1.0))
+    assert actions(sweep(status), *later) == []
+    assert status_of(sweep(status), *later).published == status.published
+
+
+def test_then_the_cells_are_cleaned_up_as_the_template_says() -> None:
+    done = publisher("Succeeded", adapter="hf://org/adapter")
+    stored = sweep(status_of(sweep(), *CELLS, done))
+    assert actions(stored, *CELLS, done) == [SetCleanup(each, 60) for each in CELLS]
+    assert cleanup(CELLS[0], 60) == {"metadata": {"uid": "uid-0"}, "spec": {"cleanupAfterSeconds": 60}}
+    cleaned = [cell(number, 1.0, cleanup_after_seconds=60) for number in range(3)]
+    assert actions(stored, *cleaned, done) == []
+    assert actions(stored, *CELLS, publisher("Failed")) == []
+
+
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ((*CELLS, publisher("Failed", reason="Unreachable")), "has failed (Unreachable): its condition Failed"),
+        (CELLS, "was deleted before its end: create a QLoRAJob with the spec of rates-01"),
+    ],
+    ids=["failed", "deleted"],
+)
+def test_a_best_adapter_that_could_not_be_published_fails_the_sweep(jobs: Any, message: str) -> None:
+    stored = sweep(status_of(sweep(), *CELLS, publisher()))
+    status = status_of(stored, *jobs)
+    assert status.phase == "Failed"
+    reason, sentence = succeeded(status)
+    assert reason == "BestNotPublished"
+    assert message in sentence
+    assert status.best is not None
+    retried = status_of(sweep(status), *CELLS, publisher("Training"))
+    assert retried.phase == "Running"
+
+
+def test_the_run_of_a_best_cell_that_is_gone_cannot_be_taken_up() -> None:
+    stored = sweep(status_of(sweep(), *CELLS[:2], cell(2, phase="Training")))
+    left = (CELLS[0], CELLS[2])
+    assert actions(stored, *left) == []
+    status = status_of(stored, *left)
+    assert (status.phase, succeeded(status)[0]) == ("Failed", "BestNotPublished")
+    assert "its run cannot be taken up" in succeeded(status)[1]
+
+
+def test_it_is_suspended_with_its_sweep() -> None:
+    suspended = sweep(status_of(sweep(), *CELLS, publisher()), suspend=True)
+    assert actions(suspended, *CELLS, publisher()) == [SetSuspend(publisher(), True)]
+    assert actions(sweep(status_of(sweep(), *CELLS), suspend=True), *CELLS) == []
+
+
+def test_without_an_adapter_there_is_nothing_to_publish() -> None:
+    failed = [cell(number, phase="Failed") for number in range(3)]
+    status = status_of(sweep(), *failed)
+    assert (status.phase, succeeded(status)[0]) == ("Failed", "AllCellsFailed")
+    assert actions(sweep(status), *failed) == []
