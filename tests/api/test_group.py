@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import pytest
+
 from tests.support.manifests import MINIMAL
 from tests.support.nodeless import NAMESPACE, Nodeless
 from tests.support.waiting import eventually
@@ -72,6 +74,7 @@ def test_one_pod_trains_three_jobs_and_each_ends_with_a_step_of_its_own(operated
     operated.kubectl("delete", "qlorajob", "rates-x", f"--namespace={NAMESPACE}")
 
 
+@pytest.mark.slow
 def test_when_the_leader_is_deleted_the_others_wait_for_its_pod_and_go_on(operated: Nodeless) -> None:
     for name in ("lost-a", "lost-b", "lost-c"):
         create(operated, name, "lost")
