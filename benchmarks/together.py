@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -101,29 +101,26 @@ class _Adapters:
 
     def together(self) -> None:
         """A step of all in one pass."""
-        import torch
-
-        from qlora_trainer.model.joint import joint_losses, routed
-
-        with routed(self.model, self.batches):
-            with _autocast():
-                losses = joint_losses(self.model, self.batches)
-            scaled = [loss / self.batches[name].target_count for name, loss in losses.items()]
-            torch.stack(scaled).sum().backward()
+        self._pass(self.batches)
         for name in self.batches:
             self._apply(name)
 
     def one_by_one(self) -> None:
-        """A step of each."""
-        from qlora_trainer.model.adapter import activate_adapter
-        from qlora_trainer.model.loss import batch_loss
-
+        """A step of each, which does not change the active adapter: a job alone has only one."""
         for name, batch in self.batches.items():
-            activate_adapter(self.model, name)
-            with _autocast():
-                loss = batch_loss(self.model.get_base_model(), batch)
-            (loss / batch.target_count).backward()
+            self._pass({name: batch})
             self._apply(name)
+
+    def _pass(self, batches: Mapping[str, Any]) -> None:
+        import torch
+
+        from qlora_trainer.model.joint import joint_losses, routed
+
+        with routed(self.model, batches):
+            with _autocast():
+                losses = joint_losses(self.model, batches)
+            scaled = [loss / batches[name].target_count for name, loss in losses.items()]
+            torch.stack(scaled).sum().backward()
 
     def _apply(self, name: str) -> None:
         from torch import nn
