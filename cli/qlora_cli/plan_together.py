@@ -14,10 +14,16 @@ from qlora_api.joinable import not_joinable, rows_not_apart, unjoinable
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_cli.plan import COLORS, GPU_SIZES_GIB, MEANING, MemoryPlan, gib, make_plan, show_components
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_together_within_limits, measure_within_limits
+from qlora_trainer.core.measured_memory import MeasuredMemory
+from qlora_trainer.model.dry_run.limited import (
+    DryRunFailed,
+    StepSize,
+    measure_together_within_limits,
+    measure_within_limits,
+)
 from qlora_trainer.model.job_memory import Measure
 from qlora_trainer.model.memory_together import MeasurePasses, memory_together
 
@@ -67,7 +73,8 @@ def make_joint_plan(
     model_type = json.loads(config.read_bytes()).get("model_type")
     if model_type in ONE_ROW_MODEL_TYPES:
         raise bad_configuration(not_joinable(documents[0].metadata.name, rows_not_apart(model_type)))
-    alone = tuple(make_plan(document.metadata.name, document.spec, config, None, measure) for document in documents)
+    once = _once(measure)
+    alone = tuple(make_plan(document.metadata.name, document.spec, config, None, once) for document in documents)
     known = [plan.job for plan in alone if plan.job is not None]
     memory, unknown = None, next((plan.unknown for plan in alone if plan.job is None), "")
     if len(known) == len(alone):
@@ -85,6 +92,19 @@ def make_joint_plan(
         unknown=unknown,
         group_size=next((spec.group.size for spec in specs if spec.group is not None), None),
     )
+
+
+def _once(measure: Measure) -> Measure:
+    """The same, which measures what depends on the same things once only."""
+    found: dict[tuple[str, tuple[StepSize, ...]], MeasuredMemory] = {}
+
+    def measured(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+        key = (digest, tuple(sizes))
+        if key not in found:
+            found[key] = measure(config, spec, sizes, digest)
+        return found[key]
+
+    return measured
 
 
 def show_joint_plan(plan: JointPlan, console: Console) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 from rich.console import Console
 
 from qlora_api.contract import ExitCode
-from qlora_api.v1alpha1 import QLoRAJobDocument
+from qlora_api.memory.estimate import ActivationBytes
+from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_cli.plan_together import JointPlan, make_joint_plan, require_joinable, show_joint_plan
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.model.dry_run.limited import StepSize
 from tests.support.tiny import merged
 
 LLAMA = {
@@ -101,6 +105,48 @@ def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(
     plan = planned(tmp_path, {"model_type": "starcoder2"}, support={}, billing={})
     assert plan.exit_code is ExitCode.DONE
     assert "unknown: the trainer is not installed" in shown(plan)
+
+
+def test_jobs_that_are_alike_are_measured_once_and_all_of_them_together(tmp_path: Path) -> None:
+    ranks: list[int] = []
+    joint: list[tuple[int, ...]] = []
+
+    def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+        ranks.append(spec.lora.rank)
+        step = MeasuredStep(
+            sequences=1, sequence_tokens=1024, gradient_checkpointing=True, kept=2**20, loss=2**20, work=2**20
+        )
+        return MeasuredMemory(
+            digest=digest,
+            blocks=2,
+            rank=spec.lora.rank,
+            quantized_parameters=2**30,
+            unquantized_bytes=2**20,
+            adapter_parameters=spec.lora.rank * 2**20,
+            pageable_parameters=0,
+            whole_parameters=0,
+            steps=(step,),
+        )
+
+    def measure_passes(
+        config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
+    ) -> tuple[ActivationBytes, ...]:
+        joint.extend(passes)
+        return tuple(
+            ActivationBytes(checkpoints=len(numbers) * 2**20, kept=0, layers=2**20, logits=0) for numbers in passes
+        )
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "starcoder2"}))
+    unaccumulated = {"lora": {"rank": 64}, "training": {"gradientAccumulationSteps": 1}}
+    jobs = documents(first={}, second={"training": {"learningRate": 1e-3}}, third=unaccumulated)
+    plan = make_joint_plan(jobs, path, None, measure, measure_passes)
+    assert ranks == [16, 64]
+    # Of a step's later passes, and of the first, in which all take part.
+    assert joint == [(0, 1), (0, 1, 2)]
+    assert plan.memory is not None
+    assert plan.memory.adapters == 4 * (16 + 16 + 64) * 2**20
+    assert plan.memory.checkpoints == 2 * 2**20
 
 
 def test_a_model_with_one_row_a_sequence_is_trained_alone(tmp_path: Path) -> None:
