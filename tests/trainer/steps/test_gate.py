@@ -21,7 +21,7 @@ from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training.answers import AnswerTexts, ScoredPrompts
 from qlora_trainer.training.scorable import row_criterion
-from tests.support.command import Files
+from tests.support.command import ROWS, Files, new_files
 from tests.support.published import context, published
 from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
@@ -251,3 +251,29 @@ def test_with_held_out_rows_of_their_own_source_only_these_bring_checks(
     job["dataset"]["eval"] = {"source": "pvc://data/held-out.jsonl"}
     record = prepare(make_context(job), Recorded())
     assert (record.dataset.used_rows, record.dataset.eval_rows) == (8, 4)
+
+
+@pytest.mark.slow
+def test_the_command_line_judges_an_adapter_by_the_checks_that_its_rows_bring(tmp_path: Path, tiny_llama: Path) -> None:
+    """The rows ask for what the tiny model never says, or for anything."""
+    files = new_files(tmp_path, tiny_llama.parent)
+    write_rows(files.data / "train.jsonl", ROWS)
+    held_out = [row | {"expected": "^kubectl" if number % 2 else "^"} for number, row in enumerate(ROWS[:4])]
+    write_rows(files.data / "held-out.jsonl", held_out)
+    files = files.with_spec(
+        {
+            "dataset": {"eval": {"fraction": None, "source": "pvc://data/held-out.jsonl"}}
+            | {"columns": {"check": "expected"}},
+            "gate": {"minScore": 0.5, "score": {"check": "regex", "maxNewTokens": 16}},
+            "training": {"maxSteps": 2, "samples": 0},
+        }
+    )
+
+    results = [files.run(step) for step in ("prepare", "train", "publish")]
+
+    assert [done.exit_code for done in results] == [0, 0, 0], results[-1].stdout + results[-1].stderr
+    judged = results[-1].result.gate
+    assert judged is not None
+    assert (judged.passed, judged.score, judged.score_rows) == (True, 0.5, 4)
+    strict = files.with_spec({"gate": {"minScore": 0.6}}).run("publish")
+    assert strict.exit_code == ExitCode.GATE_FAILED
