@@ -19,7 +19,7 @@ from qlora_cli.plan import find_config, make_plan, show_plan
 from qlora_cli.plan_together import make_joint_plan, require_joinable, show_joint_plan
 from qlora_cli.rows import RowAccess, show_lengths, show_rows
 from qlora_cli.run import Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
-from qlora_cli.run_together import earlier_runs, joint_runs, run_jobs_together
+from qlora_cli.run_together import earlier_runs, holds_joint_run, joint_runs, run_jobs_together
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
@@ -217,6 +217,8 @@ def run(
     if not documents:
         raise click.UsageError("Missing argument 'FILE': name the manifest, or resume an earlier run with --resume.")
     chosen = device or next((each.device for each in earlier), None)
+    if len(documents) == 1 and holds_joint_run(workspace):
+        _fail(f"{workspace} holds a run of several jobs: name another --workspace, such as that of one of them in it")
     options = LocalRun(
         documents[0], workspace, claims, config_maps, chosen or ("cuda" if has_gpu() else "cpu"), continues
     )

@@ -52,6 +52,11 @@ def joint_runs(documents: Sequence[QLoRAJobDocument], earlier: Sequence[LocalRun
     ]
 
 
+def holds_joint_run(root: Path) -> bool:
+    """Whether runs were started together in this folder."""
+    return (root / _JOBS_FILE).exists()
+
+
 def earlier_runs(root: Path) -> list[LocalRun] | None:
     """The runs that were started together in this folder; None if there were none.
 

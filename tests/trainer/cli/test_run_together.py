@@ -91,12 +91,11 @@ def test_a_run_that_is_stopped_saves_all_and_resumes(tmp_path: Path, tiny_llama:
 @pytest.mark.slow
 def test_a_job_that_fails_does_not_keep_the_others_from_being_published(tmp_path: Path, tiny_llama: Path) -> None:
     files = new_files(tmp_path / "jobs", tiny_llama.parent)
-    jobs: Jobs = {"rejected": merged(SHORT, {"gate": {"minImprovement": 0.9}}), **JOBS}
+    jobs: Jobs = {"rejected": merged(SHORT, {"gate": {"minImprovement": 0.9}}), "wide": JOBS["wide"]}
     done = qlora(*arguments(files, jobs))
     assert done.returncode == 20, done.stdout + done.stderr
     assert "rejected: publish: GateFailed" in done.stdout
-    for name in JOBS:
-        assert read_completion(WorkspaceLayout(files.workspace / name).completion("publish"), PublishRecord)
+    assert read_completion(WorkspaceLayout(files.workspace / "wide").completion("publish"), PublishRecord)
 
 
 def test_jobs_that_cannot_be_trained_together_are_rejected_before_anything_is_written(
@@ -115,3 +114,15 @@ def test_jobs_that_cannot_be_trained_together_are_rejected_before_anything_is_wr
     assert "wide: spec.model.source is pvc://models/model: give a folder for the claim" in missing.stderr
     twice = manifests(files, {"plain": {}}) * 2
     assert "metadata.name is plain in two files" in qlora("run", *twice, "--workspace", str(files.workspace)).stderr
+
+
+def test_a_job_is_not_run_alone_in_the_folder_of_several(tmp_path: Path, tiny_llama: Path) -> None:
+    files = new_files(tmp_path / "jobs", tiny_llama.parent)
+    files.workspace.mkdir()
+    (files.workspace / "jobs.json").write_text('["plain", "wide"]')
+    done = qlora(*arguments(files, {"plain": SHORT}))
+    assert done.returncode == 10
+    assert f"{files.workspace} holds a run of several jobs: name another --workspace" in done.stderr
+    again = qlora("run", "--resume", "--workspace", str(files.workspace))
+    assert again.returncode == 10
+    assert "plain holds no run to resume" in again.stderr
