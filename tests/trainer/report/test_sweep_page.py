@@ -11,8 +11,8 @@ import pytest
 from qlora_trainer.core.folder_lock import exclusive
 from qlora_trainer.report import sweep_page
 from qlora_trainer.report.charts import curves_chart
-from qlora_trainer.report.metrics_log import Curve
-from qlora_trainer.report.sweep_page import add_to_sweep_report
+from qlora_trainer.report.metrics_log import Curve, read_history
+from qlora_trainer.report.sweep_page import add_stopped_to_sweep_report, add_to_sweep_report
 from qlora_trainer.steps.publish import _trained_job, publish
 from tests.support.command import Files
 from tests.support.published import context
@@ -82,6 +82,21 @@ def test_a_page_that_cannot_be_written_costs_no_adapter(trained: Files, tmp_path
     cell = replace(alone, mounts=replace(alone.mounts, sweep=tmp_path / "file"))
     record = publish(cell, Recorded(), now=lambda: datetime(2026, 1, 2, tzinfo=UTC))
     assert record.adapter.uri.endswith("/adapter")
+
+
+def test_a_cell_that_was_stopped_is_shown_below_the_others_whatever_its_loss(finished: Files, tmp_path: Path) -> None:
+    job = _trained_job(context(finished))
+    history = read_history(finished.workspace / "report" / "metrics.jsonl").evaluation
+    add_stopped_to_sweep_report("rates-00", job.spec, finished.workspace / "report", tmp_path)
+    assert "No cell has ended" in page_of(tmp_path).words
+    add(finished, tmp_path, "rates-01", 8, 99.0)
+    words = page_of(tmp_path).words
+    assert "rates-01 is the best of 2 cells" in words
+    assert f"{history.values[-1]:.4f} at step {history.steps[-1]}, stopped" in words
+    # It is resumed, and published.
+    add(finished, tmp_path, "rates-00", 4, 1.5)
+    assert "rates-00 is the best of 2 cells" in page_of(tmp_path).words
+    assert "stopped" not in page_of(tmp_path).words
 
 
 def test_a_cell_that_hangs_while_it_writes_the_page_is_not_waited_for(

@@ -121,9 +121,14 @@ def test_a_lost_attempt_repeats_the_steps_since_its_checkpoint_and_ends_in_the_s
     assert history(lost) == history(undisturbed)
 
 
-def test_the_losses_at_the_rungs_of_a_sweep_are_in_every_later_record_also_of_a_resumed_run(workspace: Prepare) -> None:
-    context = dataclasses.replace(workspace(), rungs=(2, 4))
+def test_the_losses_at_the_rungs_of_a_sweep_are_in_every_later_record_and_its_page_shows_a_stopped_run(
+    workspace: Prepare,
+) -> None:
+    context = workspace()
+    shared = context.workspace.root.parent / "shared"
+    context = dataclasses.replace(context, rungs=(2, 4), mounts=dataclasses.replace(context.mounts, sweep=shared))
     interrupted_at(context, 3)
+    assert "at step 2, stopped" in (shared / "report.html").read_text()
     records = Recorded()
     run(context, records=records)
     losses = {line["step"]: round(line["evalLoss"], 4) for line in history(context) if "evalLoss" in line}

@@ -202,14 +202,20 @@ def test_only_train_of_a_cell_is_told_of_the_rungs_and_nothing_else_is_taken_for
     plain = sweep(halving=None)
     assert "annotations" not in build_cell(plain, plain.cells()[0])["metadata"]
 
-    def rungs(step: Any, annotation: str) -> str | None:
+    def environment(step: Any, annotation: str) -> dict[str, str]:
         body = job_body()
         body["metadata"] |= {"annotations": {"qlora.dev/rungs": annotation, "other": "x" * 1000}}
         job = parse_job(compact(body))
-        (container,) = build_job(job, resolved(), step, 1)["spec"]["template"]["spec"]["containers"]
-        return next((entry["value"] for entry in container["env"] if entry["name"] == "QLORA_RUNGS"), None)
+        shared = resolved().model_copy(update={"shared_path": "rates.sweep"})
+        (container,) = build_job(job, shared, step, 1)["spec"]["template"]["spec"]["containers"]
+        return {entry["name"]: entry.get("value", "") for entry in container["env"]}
+
+    def rungs(step: Any, annotation: str) -> str | None:
+        return environment(step, annotation).get("QLORA_RUNGS")
 
     assert rungs("train", "20,40,80") == "20,40,80"
+    assert environment("train", "20,40,80")["QLORA_SWEEP_FOLDER"] == "/workspace/rates.sweep"
+    assert "QLORA_SWEEP_FOLDER" not in environment("train", "")
     assert [rungs(step, "20,40,80") for step in ("prepare", "publish")] == [None, None]
     assert [rungs("train", text) for text in ("20,", "a", "20,40\n", ",".join(["1"] * 9), "1" * 9)] == [None] * 5
 

@@ -1,7 +1,8 @@
 """Writes the report of a sweep: one HTML page with the curves of its cells over each other.
 
-Nobody but its cells can read their volume. Each of them leaves its curves in the folder that they share, and writes the
-page anew from those of all, so that the last to end has written the whole one.
+Nobody but its cells can read their volume. Each of them leaves its curves in the folder that they share, when it is
+published or its sweep may have stopped it, and writes the page anew from those of all, so that the last to end has
+written the whole one.
 """
 
 import json
@@ -16,11 +17,12 @@ from pydantic import Field, ValidationError
 from qlora_api.contract import SWEEP_REPORT
 from qlora_api.schema import ObservedModel
 from qlora_api.status import Finite
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.folder_lock import exclusive
 from qlora_trainer.report.charts import curves_chart
-from qlora_trainer.report.metrics_log import Curve, read_history
+from qlora_trainer.report.metrics_log import Curve, MetricsHistory, read_history
 from qlora_trainer.report.trained_job import TrainedJob
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class _CellCurves(ObservedModel):
     evaluation: _Points
     eval_loss: Finite | None = None
     """On the held-out rows, at the end."""
+    stopped_at: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    """The optimizer step of the latest evaluation of a cell that was stopped before its end."""
 
 
 def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
@@ -74,28 +78,51 @@ def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
     `report`: the cell's own report. Raises OSError if a file cannot be written, also if another cell does not let this
     one do it within a minute (TimeoutError); ValueError for broken metrics.
     """
+    curves = _curves(job.name, job.spec, read_history(report / HISTORY_FILE))
+    _add(curves.model_copy(update={"eval_loss": job.trained.eval_loss}), shared)
+
+
+def add_stopped_to_sweep_report(name: str, spec: QLoRAJobSpec, report: Path, shared: Path) -> None:
+    """The same for a cell of that name that is stopped before its end, which its sweep may or may not resume.
+
+    One without an evaluation of what it has trained is left out. Raises as `add_to_sweep_report` does.
+    """
     history = read_history(report / HISTORY_FILE)
+    if not history.evaluation.steps or not history.evaluation.steps[-1]:
+        return
+    latest = {"stopped_at": history.evaluation.steps[-1], "eval_loss": history.evaluation.values[-1]}
+    _add(_curves(name, spec, history).model_copy(update=latest), shared)
+
+
+def _curves(name: str, spec: QLoRAJobSpec, history: MetricsHistory) -> _CellCurves:
     span = max(1.0, len(history.loss.steps) / 20)
-    own = _CellCurves(
-        name=job.name,
-        settings=job.spec.lora.dump() | job.spec.training.dump(),
+    return _CellCurves(
+        name=name,
+        settings=spec.lora.dump() | spec.training.dump(),
         loss=_Points.of(Curve(history.loss.steps, history.loss.smoothed(span))),
         evaluation=_Points.of(history.evaluation),
-        eval_loss=job.trained.eval_loss,
     )
+
+
+def _add(own: _CellCurves, shared: Path) -> None:
     folder = shared / CELLS
     if shared.is_symlink() or folder.is_symlink():
         raise OSError(f"{folder} leads through a symbolic link")
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder / _LOCK_FILE, _LONGEST_WAIT_SECONDS):
-        write_atomically(folder / f"{job.name}.json", json.dumps(own.dump(), allow_nan=False).encode())
+        write_atomically(folder / f"{own.name}.json", json.dumps(own.dump(), allow_nan=False).encode())
         write_atomically(shared / SWEEP_REPORT, _page(_read_all(folder)).encode())
 
 
 def _read_all(folder: Path) -> list[_CellCurves]:
-    """The cells that have left their curves, the best first. What cannot be read is left out, and logged."""
+    """The cells that have left their curves, the best first, and those that were stopped after the others.
+
+    What cannot be read is left out, and logged.
+    """
     found = [cell for path in sorted(folder.glob("*.json"))[:_MOST_CELLS] if (cell := _read(path)) is not None]
-    return sorted(found, key=lambda cell: (cell.eval_loss is None, cell.eval_loss, cell.name))
+    return sorted(
+        found, key=lambda cell: (cell.stopped_at is not None, cell.eval_loss is None, cell.eval_loss, cell.name)
+    )
 
 
 def _read(path: Path) -> _CellCurves | None:
