@@ -18,8 +18,8 @@ from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.steps import prepare as step
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.training.attempts import read_attempts
-from qlora_trainer.training.continued import continue_run, require_something_to_continue
-from qlora_trainer.training.fingerprint import run_fingerprint
+from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
+from qlora_trainer.training.fingerprint import Fingerprint, run_fingerprint, run_settings
 from qlora_trainer.training.prepared_job import PreparedJob
 from tests.support.tiny import POD_UID, Recorded, chat_row, merged, write_rows
 from tests.support.training import Lost, LostAtStep, adapter_bytes, history, interrupted_at, job, prepared, run
@@ -146,6 +146,32 @@ def test_another_run_is_rejected_with_what_differs_and_what_to_use_instead(
     make: Make, change: dict[str, Any], words: str
 ) -> None:
     rejected(make("new", spec=change), make("other", "stopped"), words, "name that in spec.lora.from instead")
+
+
+def settings(spec: dict[str, Any] | None = None) -> Fingerprint:
+    return run_settings(job(spec).spec, "cpu", 1)
+
+
+def test_other_settings_are_seen_before_anything_is_prepared(make: Make) -> None:
+    other = make("other", "stopped").workspace.root
+    reject_other_settings(other, "other", settings({"training": {"samples": 1}}))
+    reject_other_settings(other, "other", settings({"lora": {"from": {"source": "pvc://models/adapter"}}}))
+    with pytest.raises(StepFailure, match=r"training\.maxSteps was 6, is 12; make these equal") as failure:
+        reject_other_settings(other, "other", settings({"training": {"maxSteps": 12}}))
+    assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
+    # A state that was changed decides nothing.
+    state = other / "checkpoints" / "step-4" / "state.json"
+    state.write_text(state.read_text().replace('"maxSteps": 6', '"maxSteps": 12'))
+    reject_other_settings(other, "other", settings())
+
+
+def test_prepare_fetches_nothing_for_another_run(make: Make, make_context: MakeContext) -> None:
+    other = make("other", "stopped").workspace.root
+    context = make_context({"continues": "other", "training": {"learningRate": 0.5}})
+    context = replace(context, mounts=replace(context.mounts, continued=other))
+    with pytest.raises(StepFailure, match=r"learningRate was 0\.01, is 0\.5"):
+        step.prepare(context, Recorded())
+    assert not context.workspace.root.exists()
 
 
 def test_data_that_differ_make_it_another_run(make: Make) -> None:

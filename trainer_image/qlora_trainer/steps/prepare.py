@@ -53,8 +53,8 @@ from qlora_trainer.report.serving import warn_if_not_served
 from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.answers import AnswerTexts
-from qlora_trainer.training.continued import continue_run, require_something_to_continue
-from qlora_trainer.training.fingerprint import run_fingerprint
+from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
+from qlora_trainer.training.fingerprint import run_fingerprint, run_settings
 from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.scorable import SCORE, require_readable, require_scorable
 
@@ -79,6 +79,8 @@ def prepare(
     written = read_completion(path, PrepareRecord)
     if written is None and context.spec.continues is not None:
         require_something_to_continue(context.mounts.continued, context.spec.continues)
+        settings = run_settings(context.spec, context.device, context.spec.resources.gpu_count)
+        reject_other_settings(context.mounts.continued, context.spec.continues, settings)
     record = None if written is None else _still_valid(written, context, records)
     if record is None:
         with _leaving_what_can_be_resumed(context.workspace):

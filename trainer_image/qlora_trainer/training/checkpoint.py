@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ def _verified(path: Path) -> Checkpoint:
     ):
         raise ValueError(f"{STATE} is not that of a run")
     return Checkpoint(path, int(state["step"]), state, sums)
+
+
+def read_state(path: Path) -> Mapping[str, Any] | None:
+    """The state of the checkpoint at `path`, if it is as it was written; its other files are not looked at."""
+    try:
+        written = json.loads(read_regular(path / CHECKPOINT_MANIFEST, _MAX_JSON_BYTES))["sha256"][STATE]
+        content = read_regular(path / STATE, _MAX_JSON_BYTES)
+        state = json.loads(content)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return state if sha256(content).hexdigest() == written and isinstance(state, dict) else None
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:

@@ -10,7 +10,7 @@ from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import bytes_below, require_space, write_atomically
 from qlora_trainer.core.paths import confined, require_regular
 from qlora_trainer.training.attempts import ATTEMPTS_FILE, Attempt, ended_attempts, write_attempts
-from qlora_trainer.training.checkpoint import Checkpoint, copy_checkpoint, newest_intact, numbered_checkpoints
+from qlora_trainer.training.checkpoint import copy_checkpoint, newest_intact, numbered_checkpoints, read_state
 from qlora_trainer.training.fingerprint import Fingerprint, differences
 from qlora_trainer.training.prepared_job import PreparedJob
 
@@ -23,6 +23,19 @@ def require_something_to_continue(source: Path, name: str) -> None:
         raise unreachable(f"the workspace of {name} (spec.continues) is not mounted at {source}")
     if not numbered_checkpoints(_layout(source).checkpoints):
         raise _nothing_to_continue(name)
+
+
+def reject_other_settings(source: Path, name: str, settings: Fingerprint) -> None:
+    """Raise StepFailure (BAD_CONFIGURATION) if the other job's run has other settings than these: cheap, so early.
+
+    `settings` are those that are known before anything is prepared. `continue_run` sees what else makes it another run.
+    """
+    folder = _layout(source).checkpoints
+    states = (read_state(confined(path, folder)) for _, path in numbered_checkpoints(folder))
+    found = next((state["fingerprint"] for state in states if state is not None), None)
+    if isinstance(found, dict) and isinstance(found.get("lora"), dict):
+        known = {part: found.get(part) for part in settings} | {"lora": {**found["lora"], "from": None}}
+        _require_same_run(known, settings | {"lora": {**settings["lora"], "from": None}}, name)
 
 
 def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
@@ -39,7 +52,7 @@ def continue_run(source: Path, name: str, job: PreparedJob) -> int | None:
     checkpoint = newest_intact(other.checkpoints)
     if checkpoint is None:
         raise _nothing_to_continue(name)
-    _require_same_run(checkpoint, job.fingerprint, name)
+    _require_same_run(checkpoint.state["fingerprint"], job.fingerprint, name)
     require_space(workspace.root, bytes_below(checkpoint.path), f"the checkpoint of {name}")
     _copy_history(other, workspace, int(checkpoint.state["historyBytes"]))
     if not (workspace.records / ATTEMPTS_FILE).exists():
@@ -58,8 +71,8 @@ def _layout(source: Path) -> WorkspaceLayout:
     return WorkspaceLayout(source)
 
 
-def _require_same_run(checkpoint: Checkpoint, fingerprint: Fingerprint, name: str) -> None:
-    different = differences(checkpoint.state["fingerprint"], fingerprint)
+def _require_same_run(found: Fingerprint, wanted: Fingerprint, name: str) -> None:
+    different = differences(found, wanted)
     if different:
         raise bad_configuration(
             f"the run of {name} (spec.continues) is another one than this job's: {different}; make these equal or, to "

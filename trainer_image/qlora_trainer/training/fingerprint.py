@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.printable import shortened
-from qlora_api.status import InitialAdapterStatus
-from qlora_api.training import LoraSpec, PreferenceSpec
+from qlora_api.training import PreferenceSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.completion import PrepareRecord
 from qlora_trainer.core.context import Device
@@ -26,20 +25,30 @@ _SAME_AS_NOT_SET = {"keep": "last", "objective": "supervised", "preference": Pre
 
 def run_fingerprint(spec: QLoRAJobSpec, prepared: PrepareRecord, device: Device, ranks: int) -> Fingerprint:
     """Everything that decides the adapter, by name. Another number of processes adds gradients in another order."""
-    training = {
-        name: value
-        for name, value in spec.training.dump().items()
-        if name not in _WITHOUT_EFFECT and _SAME_AS_NOT_SET.get(name) != value
-    }
-    return {
+    settings = run_settings(spec, device, ranks)
+    initial = prepared.initial_adapter
+    return settings | {
         "model": {
             "revision": prepared.model_revision,
             "base": prepared.base_sha256,
             "targetModules": list(prepared.target_modules),
         },
         "data": _data(prepared),
+        # Of an earlier adapter its digest, wherever it came from.
+        "lora": settings["lora"] | ({} if initial is None else {"from": {"sha256": initial.sha256}}),
+    }
+
+
+def run_settings(spec: QLoRAJobSpec, device: Device, ranks: int) -> Fingerprint:
+    """The part of it that is known before anything is prepared: all but the model, the data and an earlier adapter."""
+    training = {
+        name: value
+        for name, value in spec.training.dump().items()
+        if name not in _WITHOUT_EFFECT and _SAME_AS_NOT_SET.get(name) != value
+    }
+    return {
         "quantization": spec.quantization.dump(),
-        "lora": _lora(spec.lora, prepared.initial_adapter),
+        "lora": {name: value for name, value in spec.lora.dump().items() if name != "from"},
         "training": training,
         "device": device,
         "ranks": ranks,
@@ -53,12 +62,6 @@ def _data(prepared: PrepareRecord) -> dict[str, Any]:
     if prepared.data_content is None:
         return {"fingerprint": prepared.fingerprint}
     return dict(prepared.data_content)
-
-
-def _lora(lora: LoraSpec, initial: InitialAdapterStatus | None) -> dict[str, Any]:
-    """The settings; of an earlier adapter its digest, wherever it came from."""
-    settings = {name: value for name, value in lora.dump().items() if name != "from"}
-    return settings | ({} if initial is None else {"from": {"sha256": initial.sha256}})
 
 
 def digest(fingerprint: Fingerprint) -> str:
