@@ -122,13 +122,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _verified(path: Path) -> Checkpoint:
     sums = json.loads(read_regular(path / CHECKPOINT_MANIFEST, _MAX_JSON_BYTES))["sha256"]
     present = {entry.name for entry in path.iterdir() if entry.is_file() and not entry.is_symlink()}
+    # Before the sums, which would read it all however large somebody has made it.
+    content = read_regular(path / STATE, _MAX_JSON_BYTES) if STATE in present else b""
     for name, expected in sums.items():
         if name not in present:
             raise ValueError(f"{name[:80]!r} is not a file in it")
         found = file_sha256(path / name)
         if found != expected:
             raise ValueError(f"{name} has sha256 {found}, not {expected}")
-    state = json.loads(read_regular(path / STATE, _MAX_JSON_BYTES))
+    state = json.loads(content)
     if STATE not in sums or state["formatVersion"] != FORMAT_VERSION:
         raise ValueError(f"{STATE} has format {state.get('formatVersion')}, this program reads {FORMAT_VERSION}")
     if (
