@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from qlora_api.contract import ExitCode
 from qlora_api.dataset import Columns
 from qlora_trainer.core.failures import StepFailure
-from qlora_trainer.data.formats import RowReader, detect_format
+from qlora_trainer.data.formats import Reading, RowReader, detect_format
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.statistics import DataStatistics
@@ -168,6 +168,20 @@ def test_a_row_that_is_no_pair_is_named(values: dict[str, Any], message: str) ->
 def test_the_columns_of_a_mixs_source_are_named_where_the_job_has_them() -> None:
     with pytest.raises(StepFailure, match=r"name it in spec\.dataset\.mix\[1\]\.columns\.prompt, or"):
         RowReader("preference", None, "spec.dataset.mix[1]").read(Row("line 1", {"chosen": "a", "rejected": "b"}, 1))
+
+
+def test_rows_with_one_answer_that_is_marked_as_good_or_bad_are_not_taken_for_good_ones_in_silence(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"q{number}", "completion": "a", "label": number % 2 == 0} for number in range(4)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    (remark,) = prepare(make_context(), Recorded()).remarks
+    assert remark.startswith(
+        "pvc://data/train.jsonl: the column 'label' is not used: if it marks answers as good or bad"
+    )
+    # What is no answer, or has been compared, is another matter.
+    assert Reading("text", ("text",), ("label",)).remark == ""
+    assert Reading("preference", ("chosen", "rejected"), ("label",)).remark == ""
 
 
 @pytest.mark.parametrize(

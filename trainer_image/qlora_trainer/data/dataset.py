@@ -131,7 +131,10 @@ class Dataset:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a user should know of the rows."""
-        return () if self.overlap is None else (self.overlap.remark(),)
+        of_columns = [
+            f"{source.data.uri}: {source.reading.remark}" for source in self.training if source.reading.remark
+        ]
+        return (*of_columns, *(() if self.overlap is None else (self.overlap.remark(),)))
 
     def write(self, folder: Path, training: TrainingSpec, *, packed: bool, on_epoch: Callable[[int], None]) -> None:
         """Write the files of the splits, and their statistics.

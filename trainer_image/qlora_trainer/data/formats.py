@@ -14,6 +14,8 @@ from qlora_trainer.data.rows import Row, listed
 DATASET = "spec.dataset"
 PAIRS: frozenset[RowFormat] = frozenset({"preference"})
 """Formats whose rows are pairs of answers, for objectives that compare them."""
+# Unpaired preferences, as for KTO, have it beside prompt and completion.
+_LABEL = "label"
 _PARAGRAPH = "\n\n"
 
 
@@ -24,6 +26,16 @@ class Reading:
     format: RowFormat
     columns: tuple[str, ...]
     ignored: tuple[str, ...]
+
+    @property
+    def remark(self) -> str:
+        """What a user should know of a column that is not used; empty for nothing."""
+        if _LABEL not in self.ignored or self.format == "text" or self.format in PAIRS:
+            return ""
+        return (
+            f"the column {_LABEL!r} is not used: if it marks answers as good or bad, the bad ones are trained on like "
+            "the others; leave them out, or make pairs of good and bad answers for spec.training.objective dpo or orpo"
+        )
 
 
 class RowReader:
