@@ -90,7 +90,8 @@ class Groups:
 
 def _takes_part(job: QLoRAJob) -> bool:
     """Whether the others must be known before anything is decided about the job."""
-    return not job.deleting and (not is_finished(job.status) or is_to_be_taken_up(job))
+    ended = is_finished(job.status) and job.status.group is not None
+    return not job.deleting and (not ended or is_to_be_taken_up(job))
 
 
 def _that_matter(job: QLoRAJob, shown: list[Member]) -> list[Member]:

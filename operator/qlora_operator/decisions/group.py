@@ -49,20 +49,21 @@ def objection_of_group(facts: Facts) -> Reason | None:
 
 
 def join_group(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
-    """The status with the leader of its group, as soon as there is one, and with whom it trains if that is the job."""
+    """The status with the leader of its group, as soon as there is one, and with whom it trains if that is the job.
+
+    A job that cannot take part in the group that was formed with it is trained alone. That is stored too, also in a job
+    that has failed: the leader may be gone when it is retried.
+    """
     own = _own(facts, status)
-    if own is None or facts.group is None or own.state != "prepared":
+    if own is None or facts.group is None:
         return status
     others = facts.group.others
     if own.leader_uid:
-        return _without_absent(status, own, others)
+        return _without_absent(status, own, others) if own.state == "prepared" else status
     leader = next((member for member in others if own.uid in member.leads), None)
-    if leader is not None and leader.state in ("trains", "ended"):
-        # Its Job was created without this job, which had failed when the group was formed, and is retried.
-        return _led_by(own, status, [_named(own)])
     if leader is not None:
-        return status.model_copy(update={"group": GroupStatus(leader=leader.name, leader_uid=leader.uid)})
-    chosen = _chosen(own, others)
+        return _joined(own, status, leader)
+    chosen = _chosen(own, others) if own.state == "prepared" else None
     if chosen is None or chosen[0].uid != own.uid:
         return status
     return _led_by(own, status, list(map(_named, chosen)))
@@ -224,6 +225,14 @@ def _bytes(chosen: Sequence[Member]) -> int:
     return sum(member.document_bytes for member in chosen if member.state != "ended")
 
 
+def _joined(own: Member, status: QLoRAJobStatus, leader: Member) -> QLoRAJobStatus:
+    """The status of a job that is one of the leader's: trained by it or, if it is too late or does not fit, alone."""
+    if own.state != "prepared" or leader.state in ("trains", "ended") or difference(own, leader):
+        # It had failed when the group was formed, or was suspended then: the leader's Job is created without it.
+        return _led_by(own, status, [_named(own)])
+    return status.model_copy(update={"group": GroupStatus(leader=leader.name, leader_uid=leader.uid)})
+
+
 def _led_by(own: QLoRAJob | Member, status: QLoRAJobStatus, members: Sequence[GroupMemberStatus]) -> QLoRAJobStatus:
     group = GroupStatus(leader=own.name, leader_uid=own.uid, members=tuple(members))
     return status.model_copy(update={"group": group})
@@ -232,7 +241,8 @@ def _led_by(own: QLoRAJob | Member, status: QLoRAJobStatus, members: Sequence[Gr
 def _without_absent(status: QLoRAJobStatus, own: Member, others: Sequence[Member]) -> QLoRAJobStatus:
     """The status of a leader that is about to get a train Job, without those who are suspended, gone or another's.
 
-    What it does not train goes on alone, so that its status must not say that it does.
+    What it does not train goes on alone, so that its status must not say that it does. Who has not noted the leader
+    stays: that one could not know otherwise that the group was formed with it, and would wait for another one.
     """
     group = status.group
     if group is None or group.leader_uid != own.uid:
@@ -240,7 +250,7 @@ def _without_absent(status: QLoRAJobStatus, own: Member, others: Sequence[Member
     present = {
         member.uid
         for member in (own, *others)
-        if _is_ready(member) and not member.deleting and member.leader_uid in ("", own.uid)
+        if not member.deleting and (not member.leader_uid or (member.leader_uid == own.uid and _is_ready(member)))
     }
     kept = [member for member in group.members or () if member.uid in present]
     return status if len(kept) == len(group.members or ()) else _led_by(own, status, kept)

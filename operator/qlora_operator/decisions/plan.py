@@ -121,6 +121,8 @@ def is_settled(job: QLoRAJob, observed: Observed) -> bool:
         return False
     if is_to_be_taken_up(job):
         return False  # it waits for a place among the jobs of its profile
+    if job.spec.group is not None and status.group is None:
+        return False  # its group may be formed yet, which it is to note
     # The clean-up's own Job goes after the clean-up is stored.
     cleaning = observed.child(clean_job_name(job)) if is_true(status, "CleanedUp") else None
     return cleaning is None and not any(_running(observed))

@@ -58,6 +58,7 @@ def _follow_end(status: QLoRAJobStatus, facts: Facts, held_back: Reason | None =
         failed = condition(status, "Failed")
         if failed is not None and failed.status == "True":
             status = set_condition(status, facts, "Ready", "False", held_back or not_ready(failed.reason))
+        status = join_group(status, facts)
     return follow_cleanup(status, facts)
 
 

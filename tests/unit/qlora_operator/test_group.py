@@ -14,7 +14,7 @@ from qlora_operator.decisions.group import MAX_DOCUMENTS, lingering, look_again_
 from qlora_operator.decisions.manifests import build_job, document
 from qlora_operator.decisions.members import GroupFacts, Member, member_of
 from qlora_operator.decisions.observe import QLoRAJob
-from qlora_operator.decisions.plan import CreateJob, Plan, plan
+from qlora_operator.decisions.plan import CreateJob, Plan, is_settled, plan
 from qlora_operator.decisions.starting import held_back
 from qlora_operator.decisions.status import next_status
 from tests.support.builders import (
@@ -98,16 +98,43 @@ def test_the_leader_trains_once_all_have_noted_it() -> None:
 def test_what_has_ended_holds_nobody_back_and_is_not_waited_for_again() -> None:
     status, _ = planned(seen_with(job(), job("failed", "alpha"), job(name="zulu")))
     assert status.group == led_by(NAME, NAME, "zulu", "alpha")
-    again = job("preparing", "alpha")
-    status, _ = planned(seen_with(again, job(joined=status.group), bodies=[child("prepare")]))
-    assert status.group is None
-    prepared = job(name="alpha")
-    for doing in ("training", "trained"):
-        status, todo = planned(seen_with(prepared, job(doing, joined=led_by(NAME, NAME, "zulu", "alpha"))))
-        assert status.group == led_by("alpha", "alpha"), "retried, it trains alone"
-        assert todo.store_first
-    status, todo = planned(seen_with(job(name="alpha", joined=status.group), job(doing, joined=led_by(NAME, NAME))))
-    assert todo.actions == (CreateJob("train", 1),)
+    leader = job(joined=status.group)
+    failed = with_status(job("failed", "alpha"), observed_generation=1)
+    alone = replace(failed, status=next_status(seen_with(failed, leader)))
+    assert (is_settled(failed, seen()), is_settled(alone, seen())) == (False, True), "once that is stored"
+    status, _ = planned(seen_with(job(name="zulu"), alone))
+    assert "1 of 3 jobs" in message_of(status), "nor does it count in a later group of that name"
+
+
+@pytest.mark.parametrize(
+    ("own", "leader"),
+    [
+        (job("failed"), job(name="alpha", joined=ALL)),
+        (job("failed"), job("trained", "alpha", ALL)),
+        (job("preparing"), job(name="alpha", joined=ALL)),
+        (job("preparing"), job("trained", "alpha", ALL)),
+        (job("suspended"), job(name="alpha", joined=ALL)),
+        (job(), job("training", "alpha", ALL)),
+        (job(), job("trained", "alpha", ALL)),
+        (job(), job("failed", "alpha", ALL)),
+        (job(), job(name="alpha", joined=ALL, model={"source": "hf://org/other"})),
+    ],
+    ids=["failed", "long ago", "retried", "retried late", "suspended", "late", "too late", "spared", "other base"],
+)
+def test_who_cannot_be_trained_by_its_leader_notes_that_it_is_trained_alone(own: QLoRAJob, leader: QLoRAJob) -> None:
+    status, _ = planned(seen_with(own, leader))
+    assert status.group == led_by(NAME, NAME)
+    for around in ([leader], []):
+        status, todo = planned(seen_with(job(joined=status.group), *around))
+        assert todo.actions == (CreateJob("train", 1),), "whether the leader is still there or not"
+
+
+@pytest.mark.parametrize("doing", ["preparing", "suspended", "failed"])
+def test_the_leader_names_who_does_not_know_it_yet_and_does_not_wait_for_it(doing: Doing) -> None:
+    leader = job(name="alpha", joined=ALL)
+    status, todo = planned(seen_with(leader, job(doing), job(name="zulu", joined=FOLLOWER)))
+    assert (status.group, todo.actions) == (ALL, (CreateJob("train", 1),))
+    assert not trains_now(leader, job(doing))
 
 
 @pytest.mark.parametrize(
