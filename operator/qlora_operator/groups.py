@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from qlora_operator.cluster import Cluster
 from qlora_operator.decisions.conditions import is_finished
@@ -32,7 +32,8 @@ class Groups:
 
     cluster: Cluster
     store: Store
-    _locks: dict[_Group, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    _locks: WeakValueDictionary[_Group, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    """While somebody uses them."""
 
     @asynccontextmanager
     async def joining(self, job: QLoRAJob) -> AsyncIterator[None]:
@@ -41,7 +42,8 @@ class Groups:
         if group is None or not _takes_part(job) or job.status.group is not None:
             yield
             return
-        async with self._locks[job.namespace, group.name]:
+        lock = self._locks.setdefault((job.namespace, group.name), asyncio.Lock())
+        async with lock:
             yield
 
     async def read(self, job: QLoRAJob, *, live: bool) -> GroupFacts | None:

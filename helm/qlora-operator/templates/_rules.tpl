@@ -1,4 +1,7 @@
-{{/* All rights of the operator: no secrets, no wildcard. Of a job it writes the status, and of a cell spec.suspend. */}}
+{{/*
+All rights of the operator: no secrets, no wildcard. Of a job it writes the status, and of a cell also spec.suspend,
+spec.cleanupAfterSeconds and annotations of its own.
+*/}}
 {{- define "qlora-operator.rules" -}}
 - apiGroups: [qlora.dev]
   resources: [qlorajobs, qlorasweeps]
@@ -6,7 +9,7 @@
 - apiGroups: [qlora.dev]
   resources: [qlorajobs/status, qlorasweeps/status]
   verbs: [patch]
-# The cells of a sweep, which it also suspends and resumes.
+# The cells of a sweep, which it also suspends, resumes, marks as it does so, and has cleaned up.
 - apiGroups: [qlora.dev]
   resources: [qlorajobs]
   verbs: [create, patch]

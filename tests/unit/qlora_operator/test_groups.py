@@ -149,6 +149,19 @@ def test_who_is_suspended_or_gone_without_a_sign_is_left_out() -> None:
     assert list(namespace.created) == ["job-0-train-1"]
 
 
+def test_the_operator_keeps_no_lock_of_a_group_that_no_job_is_joining() -> None:
+    namespace = Namespace(count=3, size=3)
+    groups = namespace.operator._groups
+    waiting = job()
+
+    async def join() -> int:
+        async with groups.joining(waiting):
+            return len(groups._locks)
+
+    assert asyncio.run(join()) == 1
+    assert len(groups._locks) == 0
+
+
 def test_the_index_follows_what_is_shown_of_a_job() -> None:
     namespace = Namespace(count=2, size=2)
     groups, body = namespace.store.groups, namespace.bodies["job-1"]
