@@ -133,7 +133,12 @@ class SweepReconciler:
             best = published(sweep, lines, jobs)
             await self._write(sweep, next_status(sweep, lines, objection, None, self.clock(), best))
             return 0.0
-        done = await self._carry_out_all(key, sweep, tuple(plan(sweep, cells, jobs, objection)))
+        try:
+            actions = tuple(plan(sweep, cells, jobs, objection))
+        except ValueError as error:
+            done = _Done({}, Reason("CellsNotReadable", str(error)), self.blocked.next(key))
+        else:
+            done = await self._carry_out_all(key, sweep, actions)
         jobs |= done.jobs
         lines = table(sweep, cells, jobs)
         best = published(sweep, lines, jobs)

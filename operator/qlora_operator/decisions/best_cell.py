@@ -44,11 +44,17 @@ def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str,
 def job_to_publish(
     sweep: QLoRASweep, cells: Sequence[Cell], lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]
 ) -> Cell | None:
-    """The job that is to be created now to publish the best adapter; None if it exists, or is not due."""
+    """The job that is to be created now to publish the best adapter; None if it exists, or is not due.
+
+    Raises ValueError if the spec of the best cell, as it is now, cannot be read.
+    """
     if published(sweep, lines, jobs) is not None:
         return None
     best = _best_at_the_end(sweep, lines, jobs)
-    return next((best_job(sweep.name, sweep.spec, cell) for cell in cells if cell.name == best), None)
+    if best is None:
+        return None
+    winner = jobs[best]
+    return next(best_job(sweep.name, sweep.spec, cell, winner.spec, winner.run) for cell in cells if cell.name == best)
 
 
 def _best_at_the_end(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]) -> str | None:

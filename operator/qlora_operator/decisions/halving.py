@@ -12,8 +12,7 @@ from qlora_api.sweep_status import CellStatus, RungStatus
 from qlora_operator.decisions.sweep import CellJob
 
 NOT_AMONG_BEST = "NotAmongBest"
-# From here on nothing is left to save.
-_TRAINED = frozenset({"Publishing", "Succeeded", "Failed", "Deleted"})
+_ENDED = frozenset({"Succeeded", "Failed", "Deleted"})
 
 
 def judged(
@@ -40,9 +39,9 @@ def lost_rung(line: CellStatus) -> RungStatus | None:
 def is_to_be_stopped(line: CellStatus, job: CellJob) -> bool:
     """Whether the cell runs although it has lost a rung, and nobody has resumed it since it was stopped."""
     rung = lost_rung(line)
-    if rung is None or job.stopped_by_sweep or job.phase in _TRAINED:
+    if rung is None or job.stopped_by_sweep or job.trained or job.phase in _ENDED:
         return False
-    # At its last step it has been trained to its end.
+    # At its last step it has been trained to its end, though that may not be known yet.
     return not job.total_steps or rung.step < job.total_steps
 
 

@@ -45,7 +45,24 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         continued=continued_run(facts),
         shared_path=job.shares,
     )
+    resolved = _with_trainer_of_its_cell(resolved, facts)
     return status.model_copy(update={"resolved": resolved, "step": new_step(job, *FIRST_JOB)})
+
+
+def _with_trainer_of_its_cell(resolved: Resolved, facts: Facts) -> Resolved:
+    """With the image that has trained the cell that the job publishes, if both are of one sweep; as it is otherwise.
+
+    No other trainer takes the cell's run up, and days may lie between the two jobs. Once it is fixed it stays so.
+    """
+    job, cell = facts.job, facts.continued
+    fixed = job.status.resolved
+    if fixed is None and cell is not None and cell.shares == job.shares:
+        fixed = cell.status.resolved
+    if job.spec.continues is None or job.shares is None or fixed is None:
+        return resolved
+    profile = resolved.profile.model_copy(update={"image": fixed.profile.image})
+    contract = min(resolved.contract_version, fixed.contract_version)
+    return resolved.model_copy(update={"profile": profile, "contract_version": contract})
 
 
 def _contract(job: QLoRAJob) -> int:
@@ -197,7 +214,8 @@ def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_train
     copied = as_copied(profile)
     if same_trainer:
         return resolved.model_copy(update={"profile": copied.model_copy(update={"image": resolved.profile.image})})
-    return resolved.model_copy(update={"profile": copied, "contract_version": _contract(facts.job)})
+    today = resolved.model_copy(update={"profile": copied, "contract_version": _contract(facts.job)})
+    return _with_trainer_of_its_cell(today, facts)
 
 
 def as_copied(profile: Profile) -> Profile:

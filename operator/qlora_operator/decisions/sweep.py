@@ -1,7 +1,7 @@
 """A QLoRASweep and its cells as they are stored, as typed frozen values; pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -19,7 +19,7 @@ from qlora_api.naming import (
 )
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.sweep import SWEEP_KIND, Cell, QLoRASweepSpec, cells
+from qlora_api.sweep import SWEEP_KIND, Cell, FoundRun, QLoRASweepSpec, cells
 from qlora_api.sweep_status import CellPhase, QLoRASweepStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
 from qlora_operator.decisions.conditions import condition, is_true
@@ -124,6 +124,11 @@ class CellJob:
     continues: str = ""
     """The cell whose run it takes up, to publish its adapter; empty for a cell."""
     cleanup_after_seconds: int | None = None
+    trained: bool = False
+    """Whether its run has reached its end, also if it is suspended before its adapter is published."""
+    spec: Object = field(default_factory=dict)
+    """As stored, with what its user has changed since it was created."""
+    run: FoundRun = field(default_factory=FoundRun)
 
     @property
     def rests(self) -> bool:
@@ -208,7 +213,18 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         reason=failed.reason if failed is not None and is_true(status, "Failed") else "",
         continues=str(spec.get("continues") or ""),
         cleanup_after_seconds=spec.get("cleanupAfterSeconds"),
+        trained=is_true(status, "Trained"),
+        spec=spec,
+        run=_run(status),
     )
+
+
+def _run(status: QLoRAJobStatus) -> FoundRun:
+    adapter = status.adapter
+    if adapter is None:
+        return FoundRun()
+    earlier = adapter.initial_adapter
+    return FoundRun(adapter.base_revision, earlier.source if earlier is not None else "")
 
 
 def sweep_of(body: Object) -> str | None:

@@ -157,7 +157,10 @@ def plan(
     jobs: Mapping[str, CellJob],
     objection: Reason | None,
 ) -> Iterator[Action]:
-    """What to do now. A cell that somebody has deleted is not created again: the stored table still knows it."""
+    """What to do now. A cell that somebody has deleted is not created again: the stored table still knows it.
+
+    Raises ValueError if the spec of the best cell, whose adapter is to be published, cannot be read.
+    """
     alive = [job for cell in cells if (job := jobs.get(cell.name)) is not None and not _has_ended(job)]
     publishing = publishing_job(sweep, jobs)
     lost = {line.name: line for line in sweep.status.cells if lost_rung(line) is not None}

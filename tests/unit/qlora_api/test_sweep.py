@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_api.grid import Grid, Overrides
-from qlora_api.sweep import QLoRASweepSpec, best_job, cells
+from qlora_api.sweep import _CHANGEABLE, Cell, FoundRun, QLoRASweepSpec, best_job, cells
 from qlora_api.training import LoraSpec, TrainingSpec
+from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
 from tests.support.sweeps import FULL_SWEEP, SWEEP, TEMPLATE
 
 CLAIM = "rates-0a1b2c3d"
@@ -100,7 +101,62 @@ def test_cells_are_trained_so_many_in_a_pod_and_what_is_left_over_together_or_al
     spec = sweep(output, grid={"rank": [4, 8]}, cellsPerPod=2, publish="best")
     first = cells("rates", spec, CLAIM, UID)[0]
     assert first.spec.group is not None
-    assert best_job("rates", spec, first).spec.group is None, "it waits for nobody"
+    assert best_job("rates", spec, first, first.spec.dump(), FoundRun()).spec.group is None, "it waits for nobody"
+
+
+OUTPUT = {"output": {"destination": "hf://org/adapter"}}
+
+
+def to_publish(template: dict[str, Any], changes: dict[str, Any], run: FoundRun | None = None) -> Cell:
+    """The job that publishes the first cell of a sweep with that template, whose user has changed it since."""
+    spec = sweep(OUTPUT | template, grid={"learningRate": [1e-4, 2e-4]}, publish="best")
+    first = cells("rates", spec, CLAIM, UID)[0]
+    return best_job("rates", spec, first, first.spec.dump() | changes, run or FoundRun())
+
+
+def test_the_job_that_publishes_the_best_has_what_was_changed_in_its_cell() -> None:
+    gate = {"gate": {"maxEvalLoss": 1.0, "score": {"check": "exactMatch"}}}
+    changed = {
+        "gate": {"maxEvalLoss": 2.0, "score": {"check": "exactMatch"}},
+        "resources": {"gpus": 1, "memory": "64Gi"},
+        "retry": {"maxFailures": 7, "maxDisruptions": 9, "request": 4},
+        "activeDeadlineSeconds": 7200,
+        "progressDeadlineSeconds": 600,
+        "suspend": True,
+        "cleanupAfterSeconds": 5,
+    }
+    spec = to_publish(gate | {"resources": {"memory": "32Gi"}, "activeDeadlineSeconds": 60}, changed).spec
+    assert spec.gate is not None
+    assert (spec.gate.max_eval_loss, spec.resources.memory) == (2.0, "64Gi")
+    assert (spec.active_deadline_seconds, spec.progress_deadline_seconds) == (7200, 600)
+    assert (spec.retry.max_failures, spec.retry.max_disruptions) == (7, 9)
+    assert spec.retry.request is None, "it would be retried at once, when it fails"
+    assert (spec.suspend, spec.cleanup_after_seconds) == (False, None)
+    gated = sweep(OUTPUT | gate, grid={"rank": [8, 16]}, publish="best")
+    best = cells("rates", gated, CLAIM, UID)[0]
+    removed = {field: value for field, value in best.spec.dump().items() if field != "gate"}
+    assert best_job("rates", gated, best, removed, FoundRun()).spec.gate is None
+    with pytest.raises(ValueError, match=r"the spec of QLoRAJob rates-00: gate\.newer: Extra inputs"):
+        to_publish({}, {"gate": {"newer": 1}})
+
+
+def test_whatever_may_change_in_a_cell_is_either_taken_or_none_of_its_business() -> None:
+    def stored(field: str) -> str | None:
+        return QLoRAJobSpec.model_fields[field].alias
+
+    assert {stored(field) for field in MUTABLE_FIELDS} == {*_CHANGEABLE, "suspend", "cleanupAfterSeconds"}
+
+
+def test_the_job_that_publishes_the_best_reads_what_its_cell_has_read() -> None:
+    earlier = {"from": {"source": "hf://org/earlier", "secretRef": {"name": "hub"}}}
+    run = FoundRun("c0ffee", "hf://org/earlier@" + "a" * 40)
+    spec = to_publish({"model": {"source": "hf://org/model", "revision": "main"}, "lora": earlier}, {}, run).spec
+    assert spec.model.dump() == {"source": "hf://org/model", "revision": "c0ffee"}
+    assert spec.lora.dump()["from"] == {"source": "hf://org/earlier@" + "a" * 40, "secretRef": {"name": "hub"}}
+    volume = to_publish({"model": {"source": "pvc://models/base"}}, {}, FoundRun("sha256:" + "a" * 64)).spec
+    assert volume.model.dump() == {"source": "pvc://models/base"}
+    unknown = to_publish({"model": {"source": "hf://org/model", "revision": "main"}}, {}).spec
+    assert unknown.model.revision == "main"
 
 
 @pytest.mark.parametrize(

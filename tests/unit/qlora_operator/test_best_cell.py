@@ -7,9 +7,9 @@ import pytest
 from qlora_api.sweep_status import QLoRASweepStatus
 from qlora_operator.decisions.best_cell import published
 from qlora_operator.decisions.observe import Reason
-from qlora_operator.decisions.sweep import CellJob, QLoRASweep, cleanup, parse_sweep
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep, cleanup, parse_cell, parse_sweep
 from qlora_operator.decisions.sweep_plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table
-from tests.support.builders import NOW, UID
+from tests.support.builders import ADAPTER, NOW, UID, job_body
 from tests.support.sweeps import TEMPLATE
 
 OUTPUT = {"destination": "hf://org/adapter", "secretRef": {"name": "hub"}, "merged": {"destination": "hf://org/merged"}}
@@ -75,6 +75,18 @@ def test_when_all_have_ended_one_job_takes_up_the_best_run_and_publishes_it() ->
     assert best.spec.cleanup_after_seconds == 60
     assert best.spec.workspace.claim_name == "rates-0a1b2c3d"
     assert actions(stored, *CELLS, publisher()) == []
+
+
+def test_it_is_made_of_what_the_best_cell_is_now() -> None:
+    stored = sweep(status_of(sweep(), *CELLS))
+    status = {"phase": "Succeeded", "adapter": ADAPTER.dump(), "progress": {"evalLoss": 1.25}}
+    body = job_body(status, resources={"memory": "64Gi"})
+    owner = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
+    body["metadata"] |= {"name": "rates-01", "ownerReferences": [owner]}
+    found = parse_cell(body, UID)
+    assert found is not None
+    (action,) = actions(stored, CELLS[0], found, CELLS[2])
+    assert (action.cell.spec.resources.memory, action.cell.spec.model.revision) == ("64Gi", ADAPTER.base_revision)
 
 
 def test_the_sweep_ends_with_that_job_and_has_its_address() -> None:

@@ -117,6 +117,43 @@ def test_what_was_found_stays_although_the_other_job_goes_and_the_profile_change
     assert remembered.resolved.continued == RUN, "the first Job remembers it before the status does"
 
 
+NEWER = {"default": PROFILE.model_copy(update={"image": "example.org/newer"})}
+
+
+def of_sweep(body: dict[str, Any], uid: str) -> QLoRAJob:
+    owner = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": uid, "controller": True}
+    return parse_job(body | {"metadata": body["metadata"] | {"ownerReferences": [owner]}})
+
+
+def image(status: QLoRAJobStatus) -> str:
+    assert status.resolved is not None
+    return status.resolved.profile.image
+
+
+def test_the_job_that_publishes_a_cell_of_its_sweep_keeps_to_the_trainer_of_that_cell() -> None:
+    """A release that was installed since takes up no run of the one before."""
+    fixed = resolved().model_copy(update={"claim_name": "shared"})
+    cell_body = other_body(status_in("publish", resolved=fixed.dump(), conditions=[condition("Succeeded", "True")]))
+    cell = of_sweep(cell_body, OTHER_UID)
+
+    def best(status: QLoRAJobStatus | None = None, **spec: Any) -> QLoRAJob:
+        return of_sweep(job_body(status.dump() if status else None, continues="other", **spec), OTHER_UID)
+
+    started = follow(best(), continued=cell, profiles=NEWER)
+    assert image(started) == PROFILE.image
+    # The cell is read no more: its first Job could not be created yet, and the profile has changed again.
+    assert image(follow(best(started), profiles=NEWER)) == PROFILE.image
+    # Its first failure is likely to be in prepare, where the credentials are first tried.
+    ended = [condition("Failed", "True", reason="BadConfiguration"), condition("Succeeded", "False")]
+    failed = status_in("prepare", resolved=resolved().dump(), conditions=ended)
+    retried = follow(best(failed, retry={"request": 1}), profiles=NEWER)
+    assert (retried.phase, image(retried)) == ("Pending", PROFILE.image)
+    # Whatever else is continued is retried with today's trainer, as the user is told.
+    for another in (parse_job(cell_body), of_sweep(cell_body, OTHER_UID.replace("f", "e"))):
+        assert image(follow(best(), continued=another, profiles=NEWER)) == "example.org/newer"
+    assert image(follow(make_job(continues="other"), continued=cell, profiles=NEWER)) == "example.org/newer"
+
+
 def mounts(fixed: Resolved, step: Any) -> list[dict[str, Any]]:
     pod = build_job(make_job(continues="other"), fixed, step, 2)["spec"]["template"]["spec"]
     claims = {each["name"]: each.get("persistentVolumeClaim", {}).get("claimName") for each in pod["volumes"]}

@@ -116,13 +116,21 @@ def test_a_cell_that_ran_on_because_nobody_looked_is_judged_at_the_rung_that_it_
 @pytest.mark.parametrize(
     "fields",
     [
-        {"phase": "Publishing"},
+        {"phase": "Publishing", "trained": True},
+        {"phase": "Suspended", "suspend": True, "suspended_by_sweep": True, "trained": True},
         {"phase": "Succeeded", "adapter": "pvc://a/b"},
         {"phase": "Failed"},
         {"total_steps": 20},
         {"stopped_by_sweep": True},
     ],
-    ids=["trained", "succeeded", "failed", "at its last step", "resumed by its user"],
+    ids=[
+        "trained",
+        "suspended before it is published",
+        "succeeded",
+        "failed",
+        "at its last step",
+        "resumed by its user",
+    ],
 )
 def test_what_is_trained_or_was_resumed_is_not_stopped_and_counts_at_the_rung(fields: dict[str, Any]) -> None:
     jobs = (cell(0, 1.0), cell(1, 1.2, **fields))

@@ -307,6 +307,11 @@ def test_what_is_read_of_a_cell() -> None:
     assert found is not None
     assert (found.phase, found.eval_loss, found.adapter, found.suspend) == ("Succeeded", 1.5, ADAPTER.uri, True)
     assert parse_cell(body, "another") is None
+    assert not found.trained
+    body["status"]["conditions"] += [condition("Trained", "True")]
+    trained = parse_cell(body, UID)
+    assert trained is not None
+    assert trained.trained
     unreadable = parse_cell(body | {"status": {"phase": 3}}, UID)
     assert unreadable is not None
     assert unreadable.phase == "Pending"
