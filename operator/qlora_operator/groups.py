@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 from qlora_operator.cluster import Cluster
 from qlora_operator.decisions.conditions import is_finished
 from qlora_operator.decisions.group import lingering, trains_now
-from qlora_operator.decisions.members import GroupFacts, Member, member_of, waiting_members
+from qlora_operator.decisions.members import GroupFacts, Member, fitting_members, member_of
 from qlora_operator.decisions.observe import ChildJob, Pod, QLoRAJob, collect
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
@@ -101,7 +101,7 @@ def _that_matter(job: QLoRAJob, shown: list[Member]) -> list[Member]:
     joined, own = job.status.group, member_of(job)
     if joined is None and own is not None:
         leaders = [member for member in shown if own.uid in member.leads]
-        # Some of them may not fit the others.
-        return leaders or [each for each in waiting_members(own, shown)[: 2 * own.size] if each.uid != own.uid]
+        # Some of them may be suspended, or gone, by now.
+        return leaders or [each for each in fitting_members(own, shown)[: 2 * own.size] if each.uid != own.uid]
     members = {member.uid for member in (joined.members or ())} if joined is not None else set[str]()
     return [member for member in shown if member.uid in members or (joined and member.uid == joined.leader_uid)]

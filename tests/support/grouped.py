@@ -12,6 +12,7 @@ CLAIM = "team-claim"
 UIDS = {
     "alpha": "aaaaaaaa-0000-4000-8000-000000000000",
     NAME: UID,
+    "xray": "dddddddd-0000-4000-8000-000000000000",
     "yankee": "eeeeeeee-0000-4000-8000-000000000000",
     "zulu": "ffffffff-0000-4000-8000-000000000000",
 }

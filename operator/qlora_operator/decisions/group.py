@@ -14,7 +14,16 @@ from qlora_api.naming import child_job_name
 from qlora_api.profile import Limits
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.facts import Facts
-from qlora_operator.decisions.members import GroupFacts, Member, PodName, difference, member_of, waiting_members
+from qlora_operator.decisions.members import (
+    GroupFacts,
+    Member,
+    PodName,
+    difference,
+    fitting_members,
+    member_of,
+    odd_against,
+    waiting_members,
+)
 from qlora_operator.decisions.observe import Observed, QLoRAJob, Reason
 
 MAX_DOCUMENTS = 240_000
@@ -46,6 +55,16 @@ def objection_of_group(facts: Facts) -> Reason | None:
             "in a smaller group, or with another profile",
         )
     return _mismatch(own, facts.group.others)
+
+
+def image_of_group(facts: Facts) -> str:
+    """The trainer's image with which the others have started that the job is to join; empty if none of them has."""
+    own = _own(facts, facts.job.status)
+    if own is None or facts.group is None or own.leader_uid:
+        return ""
+    own = replace(own, state="new", image="", base="")
+    fitting = fitting_members(own, facts.group.others)
+    return next((member.image for member in fitting if member.image and member.state != "ended"), "")
 
 
 def join_group(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
@@ -191,26 +210,20 @@ def _own(facts: Facts, status: QLoRAJobStatus) -> Member | None:
 
 
 def _mismatch(own: Member, others: Sequence[Member]) -> Reason | None:
-    """Why the job cannot be trained together with the first of those that wait; None if it can, or is that."""
-    first = next(iter(waiting_members(own, others)), own)
-    differs = difference(own, first)
-    if not differs:
+    """Why the job cannot be trained together with most of those that wait; None if it can, or with enough others."""
+    first = odd_against(own, others)
+    if first is None:
         return None
     return Reason(
         "GroupMismatch",
-        f"this job cannot be trained together with {first.name} in group {own.group!r}: {differs}; delete one of them "
-        "and create it again like the other, or with another spec.group.name",
+        f"this job cannot be trained together with {first.name} in group {own.group!r}: {difference(own, first)}; "
+        "delete this job and create it again like that one, or with another spec.group.name",
     )
-
-
-def _candidates(own: Member, others: Sequence[Member]) -> list[Member]:
-    waiting = waiting_members(own, others)
-    return [member for member in waiting if not difference(member, waiting[0])]
 
 
 def _chosen(own: Member, others: Sequence[Member]) -> list[Member] | None:
     """The jobs that are trained together, the leader first; None as long as there are not enough."""
-    chosen = _candidates(own, others)[: own.size]
+    chosen = fitting_members(own, others)[: own.size]
     if len(chosen) < own.size or not all(map(_is_ready, chosen)) or _bytes(chosen) > MAX_DOCUMENTS:
         return None
     return chosen
@@ -260,7 +273,7 @@ def _until_formed(own: Member, others: Sequence[Member]) -> Reason:
     """What the job waits for before it is known with whom it is trained."""
     if mismatch := _mismatch(own, others):
         return mismatch
-    candidates = _candidates(own, others)
+    candidates = fitting_members(own, others)
     first = [] if own in candidates[: own.size] else candidates[: own.size]
     chosen = candidates[len(first) : len(first) + own.size]
     if (size := _bytes(chosen)) > MAX_DOCUMENTS:

@@ -1,7 +1,7 @@
 """What the jobs of a group know of one another: whether each is prepared, and what all of them must share; pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_api.status import QLoRAJobStatus
@@ -129,6 +129,39 @@ def waiting_members(own: Member, others: Sequence[Member]) -> list[Member]:
     taken = {uid for member in (own, *others) for uid in member.leads}
     free = (member for member in (own, *others) if not (member.deleting or member.leader_uid or member.uid in taken))
     return sorted((member for member in free if member.state != "trains"), key=lambda member: member.rank)
+
+
+def fitting_members(own: Member, others: Sequence[Member]) -> list[Member]:
+    """Those of the waiting jobs, in their order, of which a group with the job can be formed, it among them."""
+    return next((each for each in _fitting(own, others) if own in each), [])
+
+
+def odd_against(own: Member, others: Sequence[Member]) -> Member | None:
+    """One of the jobs that most of those that wait fit, if the job does not and its own group lacks some; else None."""
+    fitting = _fitting(own, others)
+    most = max(fitting, key=len, default=[])
+    if own in most or len(next((each for each in fitting if own in each), [])) >= own.size:
+        return None
+    return next(iter(most), None)
+
+
+def _fitting(own: Member, others: Sequence[Member]) -> list[list[Member]]:
+    """The waiting jobs by what they must share, each list in their order.
+
+    One whose image or base is not known yet is among those of the most that it fits. So is one that has ended, of which
+    neither matters any more.
+    """
+    # Looked up by what each has: of thousands of jobs that all differ, each would be compared with all others.
+    found: dict[object, list[list[Member]]] = {}
+    for member in waiting_members(own, others):
+        known = member if member.state != "ended" else replace(member, image="", base="")
+        alike = found.setdefault((member.size, member.shared), [])
+        fits = [each for each in alike if not difference(known, each[0])]
+        if fits:
+            max(fits, key=len).append(member)
+        elif member.state != "ended":
+            alike.append([member])
+    return [each for alike in found.values() for each in alike]
 
 
 def _state(job: QLoRAJob) -> State:

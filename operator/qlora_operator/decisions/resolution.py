@@ -8,7 +8,7 @@ from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
 from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
-from qlora_operator.decisions.group import objection_of_group
+from qlora_operator.decisions.group import image_of_group, objection_of_group
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
@@ -38,7 +38,7 @@ def resolve(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
         document=document(job),
         queue_name=job.queue_name,
         queue_priority=job.queue_priority,
-        profile=as_copied(facts.profiles[job.spec.scheduling.profile]),
+        profile=_profile_to_start_with(facts.profiles[job.spec.scheduling.profile], facts),
         claim_name=own_claim or workspace_claim_name(job.name, job.uid),
         claim_created=own_claim is None,
         workspace_path=workspace_folder(job.name, job.uid),
@@ -76,7 +76,7 @@ def _may_still_change(status: QLoRAJobStatus, facts: Facts) -> bool:
         return False
     if step.job_uid or (step.name, step.attempt) != FIRST_JOB:
         return False
-    return _first_job(facts) is None and status.resolved.profile != as_copied(today)
+    return _first_job(facts) is None and status.resolved.profile != _profile_to_start_with(today, facts)
 
 
 def _first_job(facts: Facts) -> ChildJob | None:
@@ -203,15 +203,23 @@ def job_limit_reached(facts: Facts) -> Reason | None:
     )
 
 
-def with_profile_of_today(resolved: Resolved | None, facts: Facts, *, same_trainer: bool = False) -> Resolved | None:
+def _profile_to_start_with(profile: Profile, facts: Facts) -> Profile:
+    """The profile of today, with the image of the jobs that are to be trained in one pod with this one."""
+    image = image_of_group(facts)
+    return as_copied(profile.model_copy(update={"image": image}) if image else profile)
+
+
+def with_profile_of_today(
+    resolved: Resolved | None, facts: Facts, *, same_trainer: bool = False, as_at_start: bool = False
+) -> Resolved | None:
     """What was resolved with the administrator's profile as it is now, if there still is one of that name.
 
-    `same_trainer`: except for the image.
+    `same_trainer`: except for the image. `as_at_start`: with the image of the job's group, if others have started.
     """
     profile = facts.profiles.get(facts.job.spec.scheduling.profile)
     if resolved is None or profile is None:
         return resolved
-    copied = as_copied(profile)
+    copied = _profile_to_start_with(profile, facts) if as_at_start else as_copied(profile)
     if same_trainer:
         return resolved.model_copy(update={"profile": copied.model_copy(update={"image": resolved.profile.image})})
     today = resolved.model_copy(update={"profile": copied, "contract_version": _contract(facts.job)})

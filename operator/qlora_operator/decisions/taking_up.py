@@ -57,7 +57,8 @@ def _has_its_run(status: QLoRAJobStatus, *, cleaned: bool) -> bool:
 def _resolved_again(status: QLoRAJobStatus, facts: Facts, *, has_its_run: bool) -> Resolved | None:
     """What was resolved, with the profile and the gate as they are now."""
     # Only the trainer that began a run goes on with it: its image stays, once there is something to go on with.
-    resolved = with_profile_of_today(status.resolved, facts, same_trainer=is_true(status, "Prepared"))
+    prepared = is_true(status, "Prepared")
+    resolved = with_profile_of_today(status.resolved, facts, same_trainer=prepared, as_at_start=True)
     if resolved is not None and has_its_run:
         # A pod whose volume is gone would wait for ever, and the other job's claim may be deleted by now.
         resolved = resolved.model_copy(update={"continued": None})

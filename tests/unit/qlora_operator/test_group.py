@@ -186,7 +186,7 @@ def test_what_does_not_fit_the_others_says_what_differs(doing: Doing, own: dict[
     status, todo = planned(seen_with(job(doing, **own), job(name="alpha")))
     assert (reason_of(status), todo.actions, todo.look_again) == ("GroupMismatch", (), after(15))
     assert says in message_of(status)
-    assert "delete one of them and create it again" in message_of(status)
+    assert "delete this job and create it again like that one" in message_of(status)
     status, _ = planned(seen_with(job(name="alpha"), job(doing, **own)))
     assert "waiting for 2 that do not exist yet" in message_of(status), "nor is it waited for"
 
@@ -194,6 +194,27 @@ def test_what_does_not_fit_the_others_says_what_differs(doing: Doing, own: dict[
 def test_the_queue_is_one_of_those_and_fixed_once_the_job_has_started() -> None:
     status, _ = planned(seen_with(job(None, scheduling={"queueName": "small"}), job(name="alpha")))
     assert "its queue is small, and that of alpha is not set" in message_of(status)
+
+
+def test_jobs_that_fit_each_other_are_trained_although_an_odd_one_is_the_first_by_name() -> None:
+    odd = job(name="alpha", workspace={"claimName": "other"})
+    status, _ = planned(seen_with(job(), odd, job(name="yankee"), job("preparing", "zulu")))
+    assert "2 of 3 jobs of group 'rates' are prepared: waiting for zulu (preparing)" in message_of(status)
+    status, _ = planned(seen_with(job(), odd, job(name="yankee"), job(name="zulu")))
+    assert status.group == led_by(NAME, NAME, "yankee", "zulu")
+    status, _ = planned(seen_with(odd, job(), job(name="yankee")))
+    assert f"cannot be trained together with {NAME}" in message_of(status)
+    status, _ = planned(seen_with(odd))
+    assert "waiting for 2 that do not exist yet" in message_of(status)
+
+
+def test_enough_jobs_that_fit_each_other_are_trained_although_more_fit_others() -> None:
+    two: dict[str, Any] = {"group": {"name": "rates", "size": 2}}
+    more = [job("failed", "xray"), job(name="yankee"), job(name="zulu")]
+    status, _ = planned(seen_with(job(None, **two), job(name="alpha", **two), *more))
+    assert status.resolved is not None
+    status, _ = planned(seen_with(job(name="alpha", **two), job(**two), *more))
+    assert status.group == led_by("alpha", "alpha", NAME)
 
 
 def with_status(body: QLoRAJob, **fields: Any) -> QLoRAJob:
@@ -210,6 +231,48 @@ def test_other_bytes_of_the_base_or_another_image_are_found_before_a_gpu_is_aske
     assert "its image is example.org/newer" in message_of(
         next_status(seen_with(with_status(job(), resolved=newer), same))
     )
+
+
+def with_image(body: QLoRAJob, image: str = "example.org/older") -> QLoRAJob:
+    assert body.status.resolved is not None
+    profile = PROFILE.model_copy(update={"image": image})
+    return with_status(body, resolved=body.status.resolved.model_copy(update={"profile": profile}))
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "image"),
+    [
+        (job(None), [with_image(job(name="alpha"))], "example.org/older"),
+        (job(None), [with_image(job("preparing", "alpha"))], "example.org/older"),
+        (job(None), [job(name="alpha"), with_image(job(name="yankee")), with_image(job(name="zulu"))], "older"),
+        (job("failed", retry={"request": 1}), [with_image(job(name="alpha"))], "example.org/older"),
+        (
+            job("failed", joined=led_by(NAME, NAME), retry={"request": 1}),
+            [with_image(job(name="alpha"))],
+            PROFILE.image,
+        ),
+        (job(None), [with_image(job("failed", "alpha"))], PROFILE.image),
+        (job(None), [with_image(job("training", "alpha", ALL))], PROFILE.image),
+        (job(None), [job(None, "alpha")], PROFILE.image),
+    ],
+    ids=["new", "as soon", "that of most", "retried", "alone", "failed", "of another group", "the first"],
+)
+def test_a_job_starts_with_the_image_of_those_that_it_is_to_join(
+    own: QLoRAJob, others: list[QLoRAJob], image: str
+) -> None:
+    status, _ = planned(seen_with(own, *others))
+    assert status.resolved is not None
+    assert status.resolved.profile.image.endswith(image)
+    if own.status.resolved is None:
+        again, _ = planned(seen_with(with_status(own, **dict(status)), *others))
+        assert again.resolved == status.resolved
+
+
+def test_one_that_has_failed_with_another_image_holds_nobody_back() -> None:
+    status, _ = planned(seen_with(job(), with_image(job("failed", "alpha")), job(name="zulu")))
+    assert status.group == led_by(NAME, NAME, "zulu", "alpha")
+    status, _ = planned(seen_with(job(), *(with_image(job("failed", name)) for name in ("alpha", "zulu"))))
+    assert status.group == led_by(NAME, NAME, "alpha", "zulu")
 
 
 def test_specs_that_one_pod_cannot_hold_are_named() -> None:
