@@ -67,6 +67,15 @@ def image_of_group(facts: Facts) -> str:
     return next((member.image for member in fitting if member.image and member.state != "ended"), "")
 
 
+def yet_to_start(facts: Facts) -> int:
+    """How many jobs must still start before a group with this new one is complete, it among them; 1 without a group."""
+    own = _own(facts, facts.job.status)
+    if own is None or facts.group is None or own.state != "new":
+        return 1
+    begun = sum(member.state != "new" for member in fitting_members(own, facts.group.others))
+    return own.size - begun % own.size
+
+
 def join_group(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     """The status with the leader of its group, as soon as there is one, and with whom it trains if that is the job.
 

@@ -8,7 +8,7 @@ from qlora_api.profile import Limits, Profile, amount
 from qlora_api.status import MAX_DOCUMENT_LENGTH, QLoRAJobStatus, Resolved
 from qlora_operator.decisions.continued import continued_run, objection_of_other_job
 from qlora_operator.decisions.facts import FIRST_JOB, Facts, new_step
-from qlora_operator.decisions.group import image_of_group, objection_of_group
+from qlora_operator.decisions.group import image_of_group, objection_of_group, yet_to_start
 from qlora_operator.decisions.manifests import document
 from qlora_operator.decisions.observe import ChildJob, QLoRAJob, Reason
 from qlora_operator.decisions.volumes import reserved_claim
@@ -190,16 +190,24 @@ def objection_of_limits(facts: Facts) -> Reason | None:
 
 
 def job_limit_reached(facts: Facts) -> Reason | None:
-    """Why the job waits for others of its profile to end; None if there is a place for it."""
+    """Why the job waits for others of its profile to end; None if there is a place for it.
+
+    For a job of a group there must be one for each that the group lacks: else two groups, each half of whose jobs have
+    started, would wait for each other. The group whose job was the last to start can always be completed.
+    """
     namespace, name = facts.job.namespace, facts.job.spec.scheduling.profile
     profile = facts.profiles.get(name)
     limit = profile.limits.jobs if profile is not None and profile.limits is not None else None
-    if limit is None or facts.jobs_of_profile < limit:
+    lacking = yet_to_start(facts)
+    if limit is None or facts.jobs_of_profile + lacking <= limit:
         return None
+    starts = "when one of them has ended"
+    if lacking > 1:
+        starts = f"when there is a place for each of the {lacking} jobs of its group that have not started"
     return Reason(
         "JobLimitReached",
         f"{facts.jobs_of_profile} jobs of profile {name!r} have started in namespace {namespace!r}, and the "
-        f"profile allows {limit} at a time: this one starts by itself when one of them has ended",
+        f"profile allows {limit} at a time: this one starts by itself {starts}",
     )
 
 

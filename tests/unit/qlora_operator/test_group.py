@@ -291,6 +291,30 @@ def test_a_profile_with_fewer_places_than_the_group_has_jobs_is_refused_at_once(
     assert held_back(mismatch) is None
 
 
+@pytest.mark.parametrize(
+    ("around", "started", "starts"),
+    [
+        ([], 1, True),
+        ([], 2, False),
+        ([job(None, "alpha"), job(None, "zulu")], 2, False),
+        ([job(name="alpha")], 2, True),
+        ([job(name="alpha")], 3, False),
+        ([job(name="alpha"), job("preparing", "zulu")], 3, True),
+        ([job(name="alpha"), job("failed", "zulu")], 3, True),
+        ([job("training", "alpha", led_by("alpha", "alpha"))], 2, False),
+    ],
+)
+def test_a_job_starts_only_if_its_whole_group_can(around: list[QLoRAJob], started: int, starts: bool) -> None:
+    limited = {"default": Profile.model_validate(PROFILE.dump() | {"limits": {"jobs": 4}})}
+    found = seen_with(job(None), *around, profiles=limited, jobs_of_profile=started)
+    status, _ = planned(found)
+    assert (status.resolved is not None) == starts
+    if not starts:
+        assert reason_of(status) == "JobLimitReached"
+        assert "each of the" in message_of(status)
+        assert held_back(found) is not None
+
+
 def test_it_needs_a_trainer_that_knows_groups() -> None:
     status, _ = planned(seen_with(job(None)))
     assert status.resolved is not None
