@@ -42,7 +42,7 @@ class Member:
     shared: tuple[tuple[str, str], ...]
     """What must be the same in all of them, by field, for people."""
     image: str
-    """Of the trainer; empty before it has started."""
+    """Of the trainer; empty as long as it may get another one, because it has no Job yet."""
     base: str
     """SHA-256 of the 4-bit base; empty before it is known."""
     document_bytes: int
@@ -96,7 +96,7 @@ def member_of(job: QLoRAJob) -> Member | None:
         group=group.name,
         size=group.size,
         shared=_shared(job),
-        image=resolved.profile.image if resolved is not None else "",
+        image=resolved.profile.image if resolved is not None and _has_begun(status) else "",
         base=status.base.sha256 if status.base is not None else "",
         document_bytes=len((resolved.document or "").encode()) if resolved is not None else 0,
         state=state,
@@ -175,6 +175,10 @@ def _state(job: QLoRAJob) -> State:
     if status.step.name != "train" or status.step.job_uid:
         return "trains"
     return "started" if job.spec.suspend or job.problem else "prepared"
+
+
+def _has_begun(status: QLoRAJobStatus) -> bool:
+    return status.step is not None and (status.step.name != "prepare" or bool(status.step.job_uid))
 
 
 def _doing(job: QLoRAJob, state: State) -> str:

@@ -34,6 +34,7 @@ from tests.support.builders import (
     result,
     running,
     seen,
+    step_status,
     succeeded,
     time,
 )
@@ -266,6 +267,14 @@ def test_a_job_starts_with_the_image_of_those_that_it_is_to_join(
     if own.status.resolved is None:
         again, _ = planned(seen_with(with_status(own, **dict(status)), *others))
         assert again.resolved == status.resolved
+
+
+def test_jobs_whose_pods_are_rejected_for_their_image_all_get_that_of_the_mended_profile() -> None:
+    step = step_status("prepare").model_copy(update={"job_uid": ""})
+    rejected = [with_status(with_image(job("preparing", name)), step=step) for name in (NAME, "alpha", "zulu")]
+    status, _ = planned(seen_with(*rejected))
+    assert status.resolved is not None
+    assert status.resolved.profile.image == PROFILE.image
 
 
 def test_one_that_has_failed_with_another_image_holds_nobody_back() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_api.contract import ProgressRecord, encode_record
+from qlora_api.group import GroupMemberStatus, GroupStatus
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.decisions.members import GroupFacts, member_of
 from qlora_operator.listing import ChildList
@@ -147,6 +148,24 @@ def test_who_is_suspended_or_gone_without_a_sign_is_left_out() -> None:
     del namespace.bodies["job-1"]["spec"]["suspend"]
     namespace.settle(["job-0", "job-1", "job-2"])
     assert list(namespace.created) == ["job-0-train-1"]
+
+
+def test_a_job_that_has_failed_notes_that_the_group_was_formed_without_it() -> None:
+    namespace = Namespace(count=3, size=3)
+    failed = namespace.bodies["job-1"]
+    condition = {"type": "Failed", "status": "True", "reason": "BadDataset", "lastTransitionTime": time()}
+    step = {"name": "prepare", "jobName": "job-1-prepare-2", "attempt": 2}
+    failed["status"] |= {"conditions": [condition], "phase": "Failed", "step": step}
+    for _ in range(2):
+        namespace.settle(list(namespace.bodies))
+    assert namespace.created == {"job-0-train-1": ["/workspace/job-2-folder"]}
+    assert [namespace.status(name).group for name in namespace.bodies if name != "job-2"] == [
+        GroupStatus(leader=name, leader_uid=f"uid-{name}", members=tuple(members))
+        for name, members in (
+            ("job-0", [GroupMemberStatus(name=name, uid=f"uid-{name}") for name in ("job-0", "job-2")]),
+            ("job-1", [GroupMemberStatus(name="job-1", uid="uid-job-1")]),
+        )
+    ]
 
 
 def test_the_operator_keeps_no_lock_of_a_group_that_no_job_is_joining() -> None:
