@@ -16,6 +16,7 @@ MAX_MESSAGE_LENGTH = 1024
 MAX_DOCUMENT_LENGTH = 131_072
 """Of a job's document, in UTF-8 bytes: half of what all annotations of a pod may have together."""
 MAX_MIXED_SOURCE_LENGTH = 48
+MAX_SHORT_TEXT_LENGTH = 256
 
 Phase = Literal["Pending", "Preparing", "Queued", "Training", "Publishing", "Succeeded", "Failed", "Suspended"]
 MemorySource = Literal["DryRun", "Table"]
@@ -34,7 +35,7 @@ Timestamp = Annotated[str, Field(max_length=32, json_schema_extra={"format": "da
 Message = Annotated[str, Field(max_length=MAX_MESSAGE_LENGTH)]
 Bytes = Annotated[int, Field(ge=0, le=2**53)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-ShortText = Annotated[str, Field(max_length=256)]
+ShortText = Annotated[str, Field(max_length=MAX_SHORT_TEXT_LENGTH)]
 Uri = Annotated[str, Field(max_length=1024)]
 # JSON has no other numbers. A status with one would be rejected by the API server, again and again.
 Finite = Annotated[float, Field(allow_inf_nan=False)]

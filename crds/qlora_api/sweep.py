@@ -5,7 +5,7 @@ a closed list: nothing that says where data or credentials come from, and nothin
 or what the loss on them means, because the cells are compared by it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -23,8 +23,8 @@ T = TypeVar("T")
 SWEEP_KIND = "QLoRASweep"
 SWEEP_PLURAL = "qlorasweeps"
 MAX_SWEEP_NAME_LENGTH = MAX_NAME_LENGTH - len("-00")
-_BEST_SUFFIX = "-best"
-_MAX_NAME_WITH_BEST = MAX_NAME_LENGTH - len(_BEST_SUFFIX)
+BEST_SUFFIX = "-best"
+_MAX_NAME_WITH_BEST = MAX_NAME_LENGTH - len(BEST_SUFFIX)
 
 _NO_EVALUATION = "a sweep chooses by the loss on held-out rows: set spec.template.spec.dataset.eval"
 _SUSPENDED = "suspend the sweep (spec.suspend) and not its template"
@@ -59,11 +59,6 @@ _OTHER_ADAPTER = (
     "grid and cells, or remove lora.from"
 )
 _OF_THE_ADAPTER = ("rank", "alpha", "targetModules")
-_CHANGEABLE = ("activeDeadlineSeconds", "progressDeadlineSeconds", "retry", "gate")
-"""What may change in a cell that exists, besides its memory, and counts for the job that publishes its adapter.
-
-Not: whether it is suspended, and when it is cleaned up.
-"""
 _REMEDY = "delete the QLoRASweep and create it again, or create one with another name"
 
 
@@ -114,7 +109,7 @@ _SOMETHING_TO_PUBLISH = " || ".join(f"has({_OUTPUT}.{field})" for field in ("des
 NAME_WITH_BEST_RULE = rule(
     f"self.spec.publish != 'best' || self.metadata.name.size() <= {_MAX_NAME_WITH_BEST}",
     f"metadata.name must have at most {_MAX_NAME_WITH_BEST} characters with publish: best: the QLoRAJob that publishes "
-    f"the best adapter has the sweep's name and {_BEST_SUFFIX}",
+    f"the best adapter has the sweep's name and {BEST_SUFFIX}",
 )
 """For the whole object: the spec does not know the sweep's name."""
 
@@ -320,60 +315,13 @@ def _cells(name: str, spec: QLoRASweepSpec, claim: str, uid: str) -> Iterator[Ce
             together = {"name": sweep_group_name(name, uid, group), "size": sizes[group]} if sizes[group] > 1 else None
             yield Cell(cell, overrides, _cell_spec(cell, spec, overrides, claim, together))
         except ValidationError as error:
-            raise ValueError(f"cell {cell} ({overrides.text()}): {_first(error)}") from error
+            raise ValueError(f"cell {cell} ({overrides.text()}): {first_problem(error)}") from error
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """The first field of a spec that does not fit, and why."""
     first = error.errors(include_url=False)[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-
-
-@dataclass(frozen=True, slots=True)
-class FoundRun:
-    """What the run of a cell has read, as its status names it."""
-
-    model_revision: str = ""
-    """Commit or digest of the base model; empty if it is not known."""
-    initial_adapter: str = ""
-    """Address of the adapter of lora.from, with the commit or digest; empty without one."""
-
-
-def best_job(name: str, spec: QLoRASweepSpec, best: Cell, stored: Mapping[str, Any], run: FoundRun) -> Cell:
-    """The QLoRAJob that publishes the adapter of the best cell of the sweep `name`: it takes that run up at its end.
-
-    `stored`: the spec of the cell's QLoRAJob as it is now, of which it has what a user may have changed since. It reads
-    the model of that run and no later commit. Raises ValueError, naming the cell, if this version cannot read a change.
-    """
-    template = spec.template.spec.dump()
-    taken = {key: template[key] for key in ("output", "cleanupAfterSeconds") if key in template}
-    content = _pinned(best.spec.dump() | taken, run) | {"continues": best.name}
-    for field in ("group", *_CHANGEABLE):
-        content.pop(field, None)
-    content |= {field: stored[field] for field in _CHANGEABLE if field in stored}
-    # A request is for the job in which it is raised.
-    content["retry"] = {field: value for field, value in content.get("retry", {}).items() if field != "request"}
-    resources = {field: value for field, value in content["resources"].items() if field != "memory"}
-    memory = stored.get("resources", {}).get("memory")
-    content["resources"] = resources | ({} if memory is None else {"memory": memory})
-    try:
-        return Cell(best_job_name(name), best.overrides, QLoRAJobSpec.model_validate(content))
-    except ValidationError as error:
-        raise ValueError(f"the spec of QLoRAJob {best.name}: {_first(error)}") from error
-
-
-def _pinned(content: dict[str, Any], run: FoundRun) -> dict[str, Any]:
-    """The spec with the commit of the model, and the earlier adapter, that the run has read."""
-    model, lora = content["model"], content["lora"]
-    if run.model_revision and model["source"].startswith("hf://"):
-        model = model | {"revision": run.model_revision}
-    if run.initial_adapter and "from" in lora:
-        lora = lora | {"from": lora["from"] | {"source": run.initial_adapter}}
-    return content | {"model": model, "lora": lora}
-
-
-def best_job_name(name: str) -> str:
-    """The name of that job."""
-    return f"{name}{_BEST_SUFFIX}"
 
 
 def _cell_spec(

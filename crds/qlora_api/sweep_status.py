@@ -78,11 +78,14 @@ class PublishedCell(ObservedModel):
 
     name: str = Field(max_length=63, description="Name of the QLoRAJob.")
     cell: str = Field(max_length=63, description="Name of the cell whose run it takes up.")
-    phase: CellPhase = Field(description="Its phase. Deleted: somebody has deleted it before its end.")
-    uid: str = Field(max_length=64, description="Its UID.")
+    phase: CellPhase = Field(
+        description="Its phase. Deleted: somebody has deleted it before its end, or that cell before it had started."
+    )
+    uid: str = Field(max_length=64, description="Its UID; empty if that cell was deleted before it had started.")
     adapter: Uri = Field("", description="Where it has published the adapter.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors there.")
-    reason: str = Field("", max_length=128, description="Why it has failed, in one word.")
+    reason: str = Field("", max_length=128, description="Why it has failed, or has not started, in one word.")
+    message: ShortText = Field("", description="Why it has not started, for people.")
 
 
 class QLoRASweepStatus(ObservedModel):

@@ -20,7 +20,7 @@ from qlora_operator.cluster import (
     NotFoundError,
     RejectedError,
 )
-from qlora_operator.decisions.best_cell import ENDED, published
+from qlora_operator.decisions.best_cell import ENDED, cells_to_publish, published
 from qlora_operator.decisions.events import sweep_event, unreadable_event
 from qlora_operator.decisions.observe import Object, Reason
 from qlora_operator.decisions.sweep import (
@@ -37,6 +37,7 @@ from qlora_operator.decisions.sweep import (
     stop,
     suspension,
 )
+from qlora_operator.decisions.sweep_objection import objection_to_sweep
 from qlora_operator.decisions.sweep_plan import (
     Action,
     CreateCell,
@@ -47,7 +48,6 @@ from qlora_operator.decisions.sweep_plan import (
     invalid,
     judges_anew,
     next_status,
-    objection_to_sweep,
     plan,
     table,
 )
@@ -210,17 +210,21 @@ class SweepReconciler:
     async def _jobs(self, sweep: QLoRASweep) -> dict[str, CellJob]:
         """The QLoRAJobs of the cells as they are now, by name.
 
-        One that somebody has taken the label from is asked for by its name, as long as its end has not been seen.
+        One that somebody has taken the label from is asked for by its name, as long as its end has not been seen, or
+        its run is to be published.
         """
         jobs = {job.name: job for job in await self.cluster.list_cells(sweep.namespace, sweep.uid)}
         of_best = () if sweep.status.published is None else (sweep.status.published,)
-        for line in (*sweep.status.cells, *of_best):
-            if line.uid and line.name not in jobs and line.phase not in ENDED:
-                try:
-                    found = parse_cell(await self.cluster.get_cell(sweep.namespace, line.name), sweep.uid)
-                except NotFoundError:
-                    continue
-                jobs |= {line.name: found} if found is not None else {}
+        lines = (*sweep.status.cells, *of_best)
+        names = [line.name for line in lines if line.uid and line.phase not in ENDED] + cells_to_publish(sweep)
+        for name in names:
+            if name in jobs:
+                continue
+            try:
+                found = parse_cell(await self.cluster.get_cell(sweep.namespace, name), sweep.uid)
+            except NotFoundError:
+                continue
+            jobs |= {name: found} if found is not None else {}
         return jobs
 
     async def _change(self, sweep: QLoRASweep, job: CellJob, change: Object, word: str) -> dict[str, CellJob]:

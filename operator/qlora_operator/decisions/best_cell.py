@@ -5,8 +5,11 @@ It is created once, when all cells have ended, and takes up the run of the cell 
 
 from collections.abc import Mapping, Sequence
 
-from qlora_api.sweep import Cell, best_job, best_job_name
+from qlora_api.best_job import best_job, best_job_name
+from qlora_api.status import MAX_SHORT_TEXT_LENGTH
+from qlora_api.sweep import Cell
 from qlora_api.sweep_status import CellStatus, PublishedCell, QLoRASweepStatus
+from qlora_operator.decisions.conditions import truncate
 from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep
 
@@ -22,7 +25,10 @@ def publishing_job(sweep: QLoRASweep, jobs: Mapping[str, CellJob]) -> CellJob | 
 def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str, CellJob]) -> PublishedCell | None:
     """What is known of that job; None before it exists, or if there is to be none."""
     job, before = publishing_job(sweep, jobs), sweep.status.published
+    if job is not None and job.continues not in jobs and not job.started and job.phase not in ENDED:
+        return _without_run(sweep, job.continues)
     if job is not None:
+        waits = job.waits or Reason(job.reason, "")
         return PublishedCell(
             name=job.name,
             cell=job.continues,
@@ -30,15 +36,28 @@ def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str,
             uid=job.uid,
             adapter=job.adapter,
             sha256=job.sha256,
-            reason=job.reason,
+            reason=waits.word,
+            message=truncate(waits.sentence, MAX_SHORT_TEXT_LENGTH),
         )
     if before is not None:
         return before if before.phase in ENDED else before.model_copy(update={"phase": "Deleted"})
     best = _best_at_the_end(sweep, lines, jobs)
     if best is not None and best not in jobs:
-        # Its checkpoint is found by its QLoRAJob only.
-        return PublishedCell(name=best_job_name(sweep.name), cell=best, phase="Deleted", uid="")
+        return _without_run(sweep, best)
     return None
+
+
+def _without_run(sweep: QLoRASweep, cell: str) -> PublishedCell:
+    """That the cell's checkpoint cannot be taken up: it is found by the QLoRAJob only, and that is gone."""
+    return PublishedCell(name=best_job_name(sweep.name), cell=cell, phase="Deleted", uid="")
+
+
+def cells_to_publish(sweep: QLoRASweep) -> list[str]:
+    """The cell, as far as the status knows it, whose QLoRAJob is still needed to publish its adapter; or none."""
+    found = sweep.status.published
+    if sweep.spec.publish != "best" or (found is not None and found.phase == "Succeeded"):
+        return []
+    return [found.cell] if found is not None else [line.name for line in sweep.status.cells if line.rank == 1]
 
 
 def job_to_publish(

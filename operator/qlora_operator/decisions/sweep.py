@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from qlora_api.best_job import FoundRun
 from qlora_api.naming import (
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
@@ -19,11 +20,11 @@ from qlora_api.naming import (
 )
 from qlora_api.profile import Profile
 from qlora_api.status import QLoRAJobStatus
-from qlora_api.sweep import SWEEP_KIND, Cell, FoundRun, QLoRASweepSpec, cells
+from qlora_api.sweep import SWEEP_KIND, Cell, QLoRASweepSpec, cells
 from qlora_api.sweep_status import CellPhase, QLoRASweepStatus
 from qlora_api.v1alpha1 import API_VERSION, KIND
 from qlora_operator.decisions.conditions import condition, is_true
-from qlora_operator.decisions.observe import Object, QLoRAJob
+from qlora_operator.decisions.observe import Object, QLoRAJob, Reason
 from qlora_operator.decisions.parsing import controller_uid
 from qlora_operator.decisions.stored_job import UnreadableJobError, explain
 
@@ -124,6 +125,10 @@ class CellJob:
     continues: str = ""
     """The cell whose run it takes up, to publish its adapter; empty for a cell."""
     cleanup_after_seconds: int | None = None
+    started: bool = False
+    """Whether it needs no other job any more."""
+    waits: Reason | None = None
+    """Why it has not started, if something keeps it."""
     trained: bool = False
     """Whether its run has reached its end, also if it is suspended before its adapter is published."""
     spec: Object = field(default_factory=dict)
@@ -213,10 +218,20 @@ def parse_cell(body: Object, sweep_uid: str) -> CellJob | None:
         reason=failed.reason if failed is not None and is_true(status, "Failed") else "",
         continues=str(spec.get("continues") or ""),
         cleanup_after_seconds=spec.get("cleanupAfterSeconds"),
+        # Also if this version cannot read it.
+        started="resolved" in (body.get("status") or {}),
+        waits=_waits(status),
         trained=is_true(status, "Trained"),
         spec=spec,
         run=_run(status),
     )
+
+
+def _waits(status: QLoRAJobStatus) -> Reason | None:
+    found = condition(status, "Succeeded")
+    if found is None or status.phase != "Pending" or found.reason == "Pending":
+        return None
+    return Reason(found.reason, found.message)
 
 
 def _run(status: QLoRAJobStatus) -> FoundRun:

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from qlora_api.contract import SWEEP_REPORT
 from qlora_api.halving import HalvingSpec
-from qlora_api.profile import Profile
+from qlora_api.status import MAX_SHORT_TEXT_LENGTH
 from qlora_api.sweep import Cell, pods
 from qlora_api.sweep_status import BestCell, CellStatus, PublishedCell, QLoRASweepStatus, SweepPhase
 from qlora_operator.decisions.best_cell import (
@@ -19,13 +19,9 @@ from qlora_operator.decisions.best_cell import (
     waits_for_publication,
 )
 from qlora_operator.decisions.conditions import ConditionType, Value, truncate, with_condition
-from qlora_operator.decisions.facts import Facts
 from qlora_operator.decisions.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
-from qlora_operator.decisions.observe import Observed, Reason, format_time
-from qlora_operator.decisions.resolution import objection_to_job
+from qlora_operator.decisions.observe import Reason, format_time
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, StoredSweep
-
-_SHORT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,35 +58,6 @@ class SetCleanup:
 Action = CreateCell | SetSuspend | StopCell | SetCleanup
 
 
-def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
-    """Why no cell may be created, as the sweep and the administrator's settings are; None if they may."""
-    job = sweep.as_job()
-    return objection_to_job(Facts(job=job, observed=Observed(), profiles=profiles, now=now)) or _not_shared(
-        sweep, profiles[job.spec.scheduling.profile]
-    )
-
-
-def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
-    """Why several cells could not mount the workspace at the same time; None if they can.
-
-    A volume of one node brings all pods to that node. An existing claim is believed to be as the profile says.
-    """
-    template, topology = sweep.spec.template.spec, profile.workspace.topology
-    if sweep.spec.parallelism == 1 or topology == "node-local":
-        return None
-    modes = template.workspace.access_modes or (profile.workspace.access_mode,)
-    found = f"workspace.topology of profile {template.scheduling.profile!r} is {topology}, and must be shared"
-    if topology == "shared":
-        if template.workspace.claim_name is not None or "ReadWriteMany" in modes:
-            return None
-        found = f"it would be {', '.join(modes)}, and must be ReadWriteMany"
-    return Reason(
-        "WorkspaceNotShared",
-        f"spec.parallelism is {sweep.spec.parallelism}, and cells on several nodes could not mount the workspace "
-        f"({found}): set spec.parallelism to 1, or create the sweep again with another workspace",
-    )
-
-
 def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob]) -> tuple[CellStatus, ...]:
     """A line for each cell, by its QLoRAJob; by the stored line if that is gone. Judged at each rung it has reached."""
     before, halving = {line.name: line for line in sweep.status.cells}, sweep.spec.halving
@@ -100,7 +67,7 @@ def table(sweep: QLoRASweep, cells: Sequence[Cell], jobs: Mapping[str, CellJob])
 
 
 def _line(cell: Cell, job: CellJob | None, before: CellStatus | None) -> CellStatus:
-    overrides = truncate(cell.overrides.text(), _SHORT)
+    overrides = truncate(cell.overrides.text(), MAX_SHORT_TEXT_LENGTH)
     if job is not None:
         return CellStatus(
             name=cell.name,
@@ -126,7 +93,9 @@ def _with_reason(line: CellStatus, job: CellJob | None, halving: HalvingSpec | N
     """With why it was stopped, or is being; not if its user has resumed it since."""
     if job is None or not (job.rests or is_to_be_stopped(line, job) or (job.stopped_by_sweep and job.suspend)):
         return line
-    return line.model_copy(update={"reason": NOT_AMONG_BEST, "message": truncate(why_stopped(line, halving), _SHORT)})
+    return line.model_copy(
+        update={"reason": NOT_AMONG_BEST, "message": truncate(why_stopped(line, halving), MAX_SHORT_TEXT_LENGTH)}
+    )
 
 
 def judges_anew(sweep: QLoRASweep, lines: Sequence[CellStatus]) -> bool:
@@ -244,7 +213,9 @@ def next_status(
         missing = not_published(status) if succeeded else None
         phase: SweepPhase = "Succeeded" if succeeded and missing is None else "Failed"
         return _with_conditions(sweep, status, phase, missing or _reason_of_the_end(status), now)
-    suspended = sweep.spec.suspend and all(line.phase == "Suspended" or not line.uid or _ended(line) for line in lines)
+    cells_rest = all(line.phase == "Suspended" or not line.uid or _ended(line) for line in lines)
+    best_rests = published is None or published.phase == "Suspended" or published.phase in ENDED
+    suspended = sweep.spec.suspend and cells_rest and best_rests
     phase = "Suspended" if suspended else "Pending" if pending == len(lines) else "Running"
     held_back = blocked or (objection if pending or (publishes and published is None) else None)
     return _with_conditions(sweep, status, phase, _reason_to_go_on(sweep, status, phase, held_back), now)
@@ -293,7 +264,7 @@ def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
     failed += f"; {status.stopped} were stopped" if status.stopped else ""
     if not status.succeeded:
         words = sorted({line.reason for line in status.cells if line.reason and line.phase != "Stopped"})
-        why = f" ({', '.join(words)[:_SHORT]})" if words else ""
+        why = f" ({', '.join(words)[:MAX_SHORT_TEXT_LENGTH]})" if words else ""
         sentence = f"none of the {len(status.cells)} cells has succeeded{why}: the condition Failed of each reports why"
         if status.stopped:
             sentence += (
@@ -326,9 +297,11 @@ def _reason_to_go_on(
         return Reason("Suspending", "the cells that run save a checkpoint and stop")
     if held_back is not None:
         return held_back
-    if waits_for_publication(sweep, status) and status.published is not None:
-        name, cell = status.published.name, status.published.cell
-        return Reason("Running", f"QLoRAJob {name} publishes the adapter of {cell}")
+    if waits_for_publication(sweep, status) and (found := status.published) is not None:
+        if found.message:
+            sentence = f"QLoRAJob {found.name}, which is to publish the adapter of {found.cell}, waits: {found.message}"
+            return Reason(found.reason, sentence)
+        return Reason("Running", f"QLoRAJob {found.name} publishes the adapter of {found.cell}")
     done, all_ = status.succeeded + status.failed + status.stopped, len(status.cells)
     return Reason("Running" if phase == "Running" else "Pending", f"{done} of {all_} cells have ended")
 

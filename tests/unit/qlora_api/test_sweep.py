@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from qlora_api.best_job import CHANGEABLE, FoundRun, best_job
 from qlora_api.grid import Grid, Overrides
-from qlora_api.sweep import _CHANGEABLE, Cell, FoundRun, QLoRASweepSpec, best_job, cells
+from qlora_api.sweep import Cell, QLoRASweepSpec, cells
 from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
 from tests.support.sweeps import FULL_SWEEP, SWEEP, TEMPLATE
@@ -144,7 +145,7 @@ def test_whatever_may_change_in_a_cell_is_either_taken_or_none_of_its_business()
     def stored(field: str) -> str | None:
         return QLoRAJobSpec.model_fields[field].alias
 
-    assert {stored(field) for field in MUTABLE_FIELDS} == {*_CHANGEABLE, "suspend", "cleanupAfterSeconds"}
+    assert {stored(field) for field in MUTABLE_FIELDS} == {*CHANGEABLE, "suspend", "cleanupAfterSeconds"}
 
 
 def test_the_job_that_publishes_the_best_reads_what_its_cell_has_read() -> None:

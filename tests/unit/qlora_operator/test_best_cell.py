@@ -9,11 +9,12 @@ from qlora_operator.decisions.best_cell import published
 from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, cleanup, parse_cell, parse_sweep
 from qlora_operator.decisions.sweep_plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table
-from tests.support.builders import ADAPTER, NOW, UID, job_body
+from tests.support.builders import ADAPTER, NOW, UID, condition, job_body, resolved
 from tests.support.sweeps import TEMPLATE
 
 OUTPUT = {"destination": "hf://org/adapter", "secretRef": {"name": "hub"}, "merged": {"destination": "hf://org/merged"}}
 HERE = "pvc://rates/adapter"
+OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
 
 
 def sweep(status: QLoRASweepStatus | None = None, **spec: Any) -> QLoRASweep:
@@ -81,8 +82,7 @@ def test_it_is_made_of_what_the_best_cell_is_now() -> None:
     stored = sweep(status_of(sweep(), *CELLS))
     status = {"phase": "Succeeded", "adapter": ADAPTER.dump(), "progress": {"evalLoss": 1.25}}
     body = job_body(status, resources={"memory": "64Gi"})
-    owner = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
-    body["metadata"] |= {"name": "rates-01", "ownerReferences": [owner]}
+    body["metadata"] |= {"name": "rates-01", "ownerReferences": [OWNER]}
     found = parse_cell(body, UID)
     assert found is not None
     (action,) = actions(stored, CELLS[0], found, CELLS[2])
@@ -149,6 +149,42 @@ def test_it_is_suspended_with_its_sweep() -> None:
     suspended = sweep(status_of(sweep(), *CELLS, publisher()), suspend=True)
     assert actions(suspended, *CELLS, publisher()) == [SetSuspend(publisher(), True)]
     assert actions(sweep(status_of(sweep(), *CELLS), suspend=True), *CELLS) == []
+
+
+def test_a_suspended_sweep_is_suspended_when_that_job_is_too() -> None:
+    suspended = sweep(status_of(sweep(), *CELLS, publisher()), suspend=True)
+    saving = status_of(suspended, *CELLS, publisher(suspend=True))
+    assert (saving.phase, succeeded(saving)[0]) == ("Running", "Suspending")
+    assert status_of(suspended, *CELLS, publisher("Suspended", suspend=True)).phase == "Suspended"
+    assert status_of(sweep(suspend=True), *CELLS).phase == "Suspended", "it is not created now"
+
+
+def test_what_keeps_that_job_from_starting_is_said_of_the_sweep() -> None:
+    stored = sweep(status_of(sweep(), *CELLS))
+    why = Reason("JobLimitReached", "3 jobs of profile 'default' have started")
+    status = status_of(stored, *CELLS, publisher("Pending", waits=why))
+    assert (status.phase, succeeded(status)[0]) == ("Running", "JobLimitReached")
+    assert f"rates-best, which is to publish the adapter of rates-01, waits: {why.sentence}" in succeeded(status)[1]
+    assert status.published is not None
+    assert (status.published.reason, status.published.message) == (why.word, why.sentence)
+    longer = status_of(stored, *CELLS, publisher("Pending", waits=Reason("ContinuedJobNotFound", "a" * 1024)))
+    assert QLoRASweepStatus.model_validate(longer.dump()) == longer
+
+
+def test_why_a_job_has_not_started_is_read_until_it_has() -> None:
+    def waits(reason: str, phase: str = "Pending", **status: Any) -> Reason | None:
+        conditions = [condition("Succeeded", "Unknown", reason=reason) | {"message": "it waits"}]
+        body = job_body({"phase": phase, "conditions": conditions, **status})
+        body["metadata"] |= {"ownerReferences": [OWNER]}
+        found = parse_cell(body, UID)
+        assert found is not None
+        assert found.started == ("resolved" in status)
+        return found.waits
+
+    assert waits("ContinuedJobRunning") == Reason("ContinuedJobRunning", "it waits")
+    assert waits("Pending") is None, "nothing keeps it"
+    assert waits("Retrying", "Preparing") is None
+    assert waits("JobRejected", resolved=resolved().dump()) == Reason("JobRejected", "it waits")
 
 
 def test_without_an_adapter_there_is_nothing_to_publish() -> None:

@@ -21,7 +21,8 @@ from qlora_operator.decisions.sweep import (
     suspension,
     sweep_of,
 )
-from qlora_operator.decisions.sweep_plan import CreateCell, SetSuspend, next_status, objection_to_sweep, plan, table
+from qlora_operator.decisions.sweep_objection import objection_to_sweep
+from qlora_operator.decisions.sweep_plan import CreateCell, SetSuspend, next_status, plan, table
 from tests.support.builders import ADAPTER, NOW, PROFILE, PROFILES, UID, after, condition, job_body, resolved
 from tests.support.sweeps import SWEEP, TEMPLATE
 
@@ -237,22 +238,38 @@ def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
 
 
 @pytest.mark.parametrize(
-    ("profile", "workspace", "parallelism", "waits"),
+    ("profile", "workspace", "spec", "waits"),
     [
-        (PROFILE, {}, 1, False),
-        (PROFILE, {}, 2, True),
-        (PROFILE, {"claimName": "mine"}, 2, True),
-        (SHARED, {}, 2, False),
-        (SHARED, {"claimName": "mine"}, 2, False),
-        (SHARED, {"accessModes": ["ReadWriteOnce"]}, 2, True),
+        (PROFILE, {}, {}, ""),
+        (PROFILE, {}, {"parallelism": 2}, "spec.parallelism is 2"),
+        (PROFILE, {"claimName": "mine"}, {"parallelism": 2}, "spec.parallelism is 2"),
+        (SHARED, {}, {"parallelism": 2}, ""),
+        (SHARED, {"claimName": "mine"}, {"parallelism": 2}, ""),
+        (SHARED, {"accessModes": ["ReadWriteOnce"]}, {"parallelism": 2}, "it would be ReadWriteOnce"),
     ],
 )
 def test_cells_that_could_not_mount_their_workspace_together_wait(
-    profile: Profile, workspace: dict[str, Any], parallelism: int, waits: bool
+    profile: Profile, workspace: dict[str, Any], spec: dict[str, Any], waits: str
 ) -> None:
-    sweep = make(template={"workspace": workspace}, parallelism=parallelism)
+    sweep = make(template={"workspace": workspace}, **spec)
     found = objection_to_sweep(sweep, {"default": profile}, NOW)
-    assert (found is not None and found.word == "WorkspaceNotShared") == waits
+    assert (found is not None and found.word == "WorkspaceNotShared") == bool(waits)
+    assert found is None or waits in found.sentence
+
+
+def test_the_cells_of_a_pod_that_could_not_all_start_are_not_created_to_wait_for_one_another() -> None:
+    def reason(limit: int, stored: QLoRASweepStatus | None = None, **spec: Any) -> Reason | None:
+        profile = Profile.model_validate(SHARED.dump() | {"limits": {"jobs": limit}})
+        return objection_to_sweep(make(stored, **spec), {"default": profile}, NOW)
+
+    found = reason(3, cellsPerPod=8)
+    assert found is not None
+    assert found.word == "LimitExceeded"
+    assert found.sentence.startswith("with spec.cellsPerPod 4 cells wait for one another, and profile 'default' allows")
+    assert reason(4, cellsPerPod=8) is None
+    assert reason(1, parallelism=4) is None, "cells that are not of one pod start one after the other"
+    # The job that publishes the best waits for nobody.
+    assert reason(1, status_of(make(), *(done(number, 1.0) for number in range(4))), cellsPerPod=4) is None
 
 
 def test_a_cell_is_a_job_that_the_sweep_controls_without_its_other_labels() -> None:
@@ -350,6 +367,9 @@ def test_cells_share_a_base_unless_the_profile_has_a_cache_and_publish_writes_th
     assert [environment(step, PROFILE).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
     assert [environment(step, cached).get("QLORA_MODEL_CACHE") for step in steps] == ["/model-cache"] * 3
     assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [None, None, folder]
+    best = body | {"spec": body["spec"] | {"continues": "rates-00"}}
+    assert environment("publish", PROFILE, best).get("QLORA_MODEL_CACHE") == folder
+    assert "QLORA_SWEEP_FOLDER" not in environment("publish", PROFILE, best), "that cell is on the page already"
     assert not environment("publish", PROFILE, job_body()).keys() & {"QLORA_MODEL_CACHE", "QLORA_SWEEP_FOLDER"}
 
 

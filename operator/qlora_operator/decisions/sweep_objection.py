@@ -1,0 +1,61 @@
+"""Decides what keeps a sweep from creating cells, as it and the administrator's settings are; pure."""
+
+from collections.abc import Mapping
+from datetime import datetime
+
+from qlora_api.profile import Profile
+from qlora_api.sweep import pods
+from qlora_operator.decisions.facts import Facts
+from qlora_operator.decisions.observe import Observed, Reason
+from qlora_operator.decisions.resolution import objection_to_job
+from qlora_operator.decisions.sweep import QLoRASweep
+
+
+def objection_to_sweep(sweep: QLoRASweep, profiles: Mapping[str, Profile], now: datetime) -> Reason | None:
+    """Why no cell may be created, as the sweep and the administrator's settings are; None if they may."""
+    job = sweep.as_job()
+    if why := objection_to_job(Facts(job=job, observed=Observed(), profiles=profiles, now=now)):
+        return why
+    if sweep.status.cells and all(line.uid for line in sweep.status.cells):
+        # What is left to create, if anything, is the one job that publishes.
+        return None
+    profile = profiles[job.spec.scheduling.profile]
+    return _no_place_for_a_pod(sweep, profile) or _not_shared(sweep, profile)
+
+
+def _no_place_for_a_pod(sweep: QLoRASweep, profile: Profile) -> Reason | None:
+    """Why the cells of a pod would wait for one another forever; None if all of them may have started."""
+    limit, size = profile.limits.jobs if profile.limits is not None else None, _largest_pod(sweep)
+    if limit is None or size <= limit:
+        return None
+    name = sweep.spec.template.spec.scheduling.profile
+    return Reason(
+        "LimitExceeded",
+        f"with spec.cellsPerPod {size} cells wait for one another, and profile {name!r} allows {limit} jobs at a time: "
+        "create the sweep again with a lower cellsPerPod, or with another profile",
+    )
+
+
+def _largest_pod(sweep: QLoRASweep) -> int:
+    return max(len(pod) for pod in pods(sweep.spec, sweep.spec.overrides()))
+
+
+def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
+    """Why several cells could not mount the workspace at the same time; None if they can.
+
+    A volume of one node brings all pods to that node. An existing claim is believed to be as the profile says.
+    """
+    template, topology = sweep.spec.template.spec, profile.workspace.topology
+    if sweep.spec.parallelism == 1 or topology == "node-local":
+        return None
+    modes = template.workspace.access_modes or (profile.workspace.access_mode,)
+    found = f"workspace.topology of profile {template.scheduling.profile!r} is {topology}, and must be shared"
+    if topology == "shared":
+        if template.workspace.claim_name is not None or "ReadWriteMany" in modes:
+            return None
+        found = f"it would be {', '.join(modes)}, and must be ReadWriteMany"
+    return Reason(
+        "WorkspaceNotShared",
+        f"spec.parallelism is {sweep.spec.parallelism}, and cells on several nodes could not mount the workspace "
+        f"({found}): set spec.parallelism to 1, or create the sweep again with another workspace",
+    )

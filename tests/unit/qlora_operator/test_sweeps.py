@@ -1,0 +1,105 @@
+"""One pass over a sweep that publishes its best cell: what it asks the API server for, and what it makes of that."""
+
+import asyncio
+from typing import Any
+
+from qlora_operator.cluster import NotFoundError
+from qlora_operator.decisions.observe import Object
+from qlora_operator.decisions.sweep import CellJob, QLoRASweep, parse_cell
+from qlora_operator.sweeps import SweepReconciler
+from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body
+from tests.support.sweeps import TEMPLATE
+
+OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
+
+
+def cell(number: int, eval_loss: float, **spec: Any) -> dict[str, Any]:
+    """A cell that has succeeded, as stored."""
+    conditions = [condition("Succeeded", "True")]
+    progress = {"evalLoss": eval_loss}
+    body = job_body(
+        {"phase": "Succeeded", "adapter": ADAPTER.dump(), "progress": progress, "conditions": conditions}, **spec
+    )
+    body["metadata"] |= {"name": f"rates-{number:02}", "uid": f"uid-{number}", "ownerReferences": [OWNER]}
+    return body
+
+
+class Api:
+    """The calls that a sweep needs. `unlabelled`: names of QLoRAJobs that a list by label does not have."""
+
+    def __init__(self, *jobs: dict[str, Any]) -> None:
+        template = TEMPLATE | {"output": {"destination": "hf://org/adapter"}}
+        spec = {"template": {"spec": template}, "cells": [{"rank": 8}, {"rank": 16}], "publish": "best"}
+        metadata = {"namespace": "team", "name": "rates", "uid": UID, "generation": 1, "resourceVersion": "7"}
+        self.sweep: dict[str, Any] = {"metadata": metadata, "spec": spec}
+        self.jobs = {job["metadata"]["name"]: job for job in jobs}
+        self.unlabelled: set[str] = set()
+
+    async def get_sweep(self, _namespace: str, _name: str) -> Object:
+        return self.sweep
+
+    async def list_cells(self, _namespace: str, sweep_uid: str) -> list[CellJob]:
+        found = (parse_cell(body, sweep_uid) for name, body in self.jobs.items() if name not in self.unlabelled)
+        return [job for job in found if job is not None]
+
+    async def get_cell(self, _namespace: str, name: str) -> Object:
+        if name not in self.jobs:
+            raise NotFoundError(name)
+        return self.jobs[name]
+
+    async def create_claim(self, _namespace: str, _manifest: Object) -> None: ...
+
+    async def create_cell(self, _namespace: str, manifest: Object) -> Object:
+        metadata = {**manifest["metadata"], "uid": "uid-best"}
+        self.jobs[metadata["name"]] = dict(manifest) | {"metadata": metadata}
+        return self.jobs[metadata["name"]]
+
+    async def apply_sweep_status(self, _sweep: QLoRASweep, status: Object) -> None:
+        self.sweep["status"] = status
+
+    async def create_event(self, _namespace: str, _manifest: Object) -> None: ...
+
+
+def passes(api: Api) -> dict[str, Any]:
+    """The sweep's status after a pass."""
+    reconciler = SweepReconciler(api, PROFILES, lambda: NOW)  # type: ignore[arg-type]
+    asyncio.run(reconciler.reconcile(("team", "rates")))
+    return dict(api.sweep["status"])
+
+
+def succeeded(status: dict[str, Any]) -> tuple[str, str]:
+    (found,) = [entry for entry in status["conditions"] if entry["type"] == "Succeeded"]
+    return found["reason"], found["message"]
+
+
+def test_the_best_cell_is_found_without_its_label() -> None:
+    running = cell(1, 1.5)
+    running["status"] = {"phase": "Training"}
+    api = Api(cell(0, 1.25), running)
+    assert passes(api)["best"]["cell"] == "rates-00"
+    api.unlabelled, api.jobs["rates-01"] = {"rates-00"}, cell(1, 1.5)
+    status = passes(api)
+    assert (status["phase"], status["published"]["cell"]) == ("Running", "rates-00")
+    assert api.jobs["rates-best"]["spec"]["continues"] == "rates-00"
+    # It is needed until that job has read where its run is.
+    assert passes(api)["phase"] == "Running"
+
+
+def test_a_best_cell_that_is_gone_before_its_run_is_taken_up_is_the_end_of_the_sweep() -> None:
+    api = Api(cell(0, 1.25), cell(1, 1.5))
+    assert passes(api)["phase"] == "Running"
+    del api.jobs["rates-00"]
+    assert succeeded(passes(api))[0] == "BestNotPublished"
+    api.jobs["rates-best"]["status"] = {"phase": "Preparing", "resolved": {"newer": "than this operator"}}
+    assert succeeded(passes(api))[0] == "Running", "it has read it before"
+
+
+def test_a_change_of_the_best_cell_that_cannot_be_read_is_in_the_status() -> None:
+    api = Api(cell(0, 1.25, gate={"newer": 1}), cell(1, 1.5))
+    status = passes(api)
+    assert (status["phase"], status["summary"]) == ("Running", "2/2")
+    assert succeeded(status) == (
+        "CellsNotReadable",
+        "the spec of QLoRAJob rates-00: gate.newer: Extra inputs are not permitted",
+    )
+    assert "rates-best" not in api.jobs
