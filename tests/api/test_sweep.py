@@ -145,7 +145,7 @@ def test_the_best_adapter_alone_is_published_by_a_job_that_takes_up_its_run(swee
 @pytest.mark.slow
 def test_one_pod_trains_as_many_cells_as_asked_for_and_the_next_pod_the_rest(sweeps: Sweeps) -> None:
     cluster = sweeps.cluster
-    sweeps.create("pods", grid={"rank": [8, 16, 32]}, cellsPerPod=2)
+    sweeps.create("pods", {"scheduling": {"profile": SHARED}}, grid={"rank": [8, 16, 32]}, cellsPerPod=2)
     first, second = sweeps.wait_for_cells("pods", 2)
     for cell in (first, second):
         assert cluster.job(cell)["spec"]["group"]["size"] == 2

@@ -43,10 +43,12 @@ def _largest_pod(sweep: QLoRASweep) -> int:
 def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
     """Why several cells could not mount the workspace at the same time; None if they can.
 
-    A volume of one node brings all pods to that node. An existing claim is believed to be as the profile says.
+    Those that one pod trains are each prepared by a pod of their own. A volume of one node brings all pods to that
+    node. An existing claim is believed to be as the profile says.
     """
     template, topology = sweep.spec.template.spec, profile.workspace.topology
-    if sweep.spec.parallelism == 1 or topology == "node-local":
+    parallelism, size = sweep.spec.parallelism, _largest_pod(sweep)
+    if (parallelism == 1 and size == 1) or topology == "node-local":
         return None
     modes = template.workspace.access_modes or (profile.workspace.access_mode,)
     found = f"workspace.topology of profile {template.scheduling.profile!r} is {topology}, and must be shared"
@@ -54,8 +56,13 @@ def _not_shared(sweep: QLoRASweep, profile: Profile) -> Reason | None:
         if template.workspace.claim_name is not None or "ReadWriteMany" in modes:
             return None
         found = f"it would be {', '.join(modes)}, and must be ReadWriteMany"
+    field, value, remedy = (
+        ("parallelism", parallelism, "set spec.parallelism to 1, or create the sweep again")
+        if size == 1
+        else ("cellsPerPod", sweep.spec.cells_per_pod, "create the sweep again without cellsPerPod, or")
+    )
     return Reason(
         "WorkspaceNotShared",
-        f"spec.parallelism is {sweep.spec.parallelism}, and cells on several nodes could not mount the workspace "
-        f"({found}): set spec.parallelism to 1, or create the sweep again with another workspace",
+        f"spec.{field} is {value}, and cells on several nodes could not mount the workspace ({found}): {remedy} with "
+        "another workspace",
     )

@@ -28,6 +28,7 @@ from tests.support.sweeps import SWEEP, TEMPLATE
 
 NAME = "rates"
 SHARED = Profile.model_validate(PROFILE.dump() | {"workspace": {"topology": "shared", "accessMode": "ReadWriteMany"}})
+ON_ONE_NODE = Profile.model_validate(PROFILE.dump() | {"workspace": {"topology": "node-local"}})
 OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": NAME, "uid": UID, "controller": True}
 
 
@@ -246,6 +247,11 @@ def test_the_settings_of_the_administrator_bind_a_sweep_as_a_job() -> None:
         (SHARED, {}, {"parallelism": 2}, ""),
         (SHARED, {"claimName": "mine"}, {"parallelism": 2}, ""),
         (SHARED, {"accessModes": ["ReadWriteOnce"]}, {"parallelism": 2}, "it would be ReadWriteOnce"),
+        # Each cell of a pod is prepared by a pod of its own.
+        (PROFILE, {}, {"cellsPerPod": 4}, "spec.cellsPerPod is 4"),
+        (SHARED, {}, {"cellsPerPod": 4}, ""),
+        (ON_ONE_NODE, {}, {"cellsPerPod": 4, "parallelism": 2}, ""),
+        (PROFILE, {}, {"cellsPerPod": 4, "grid": {"rank": [8]}}, ""),
     ],
 )
 def test_cells_that_could_not_mount_their_workspace_together_wait(
