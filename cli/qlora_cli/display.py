@@ -56,11 +56,7 @@ class ConsoleDisplay:
 
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
         """Remove the bar and print how the step ended."""
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
-        if not self._bar.tasks:
-            self._bar.stop()
+        self._remove_bar()
         if result is None:
             sign, text = "[red]✗[/]", f"ended with exit code {exit_code} and without a result; see {self._log(step)}"
         elif result.outcome == "succeeded":
@@ -70,6 +66,19 @@ class ConsoleDisplay:
         else:
             sign, text = "[red]✗[/]", f"{result.reason}: {result.message} (log: {self._log(step)})"
         self._console.print(f"{sign} {escape(self._job)}{step}: {escape(text)}", highlight=False, soft_wrap=True)
+
+    def not_trained(self, log: Path) -> None:
+        """Remove the bar and print where to look."""
+        self._remove_bar()
+        text = f"not trained to the end, for which {log} has the reason; --resume goes on from its latest checkpoint"
+        self._console.print(f"[red]✗[/] {escape(self._job)}train: {escape(text)}", highlight=False, soft_wrap=True)
+
+    def _remove_bar(self) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        if not self._bar.tasks:
+            self._bar.stop()
 
     def stopping(self, *, again: bool) -> None:
         """Print what happens now, and what a further Ctrl-C does."""

@@ -60,6 +60,11 @@ class MemoryPlan:
     """What it costs that a sequence has a single row; empty if models of this type keep packed rows apart."""
 
     @property
+    def is_rough(self) -> bool:
+        """Whether the estimate is from the table of families, which has no numbers for a setting of the job."""
+        return self.job is not None and not isinstance(self.job, MeasuredJob) and bool(self.unknown)
+
+    @property
     def exit_code(self) -> ExitCode:
         """DOES_NOT_FIT if `prepare` would reject the job, else DONE."""
         if self.job is None or self.gpu_gib is None:
@@ -191,7 +196,7 @@ def show_plan(plan: MemoryPlan, console: Console) -> None:
         return
     memory = plan.job.estimate(plan.training)
     show_components(plan.title, memory, console)
-    _show_origin(plan, console)
+    show_origin(plan, console)
     _show_one_row(plan, console)
     if plan.training.gpus > 1:
         _show_gpus(plan, console)
@@ -224,10 +229,11 @@ def show_components(title: str, memory: MemoryEstimate, console: Console) -> Non
     )
 
 
-def _show_origin(plan: MemoryPlan, console: Console) -> None:
+def show_origin(plan: MemoryPlan, console: Console) -> None:
+    """Print where the numbers are from, if not from the table of families alone."""
     if isinstance(plan.job, MeasuredJob):
         console.print("Activations and logits are from a dry run of the model's layers.")
-    elif plan.unknown:
+    elif plan.is_rough:
         console.print(
             "[yellow]This is rough[/]: the table of model families has no numbers for useDora, modulesToSave or "
             f"layersToTransform; {escape(plan.unknown)}."

@@ -15,7 +15,7 @@ from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
-from qlora_cli.plan import COLORS, GPU_SIZES_GIB, MEANING, MemoryPlan, gib, make_plan, show_components
+from qlora_cli.plan import COLORS, GPU_SIZES_GIB, MEANING, MemoryPlan, gib, make_plan, show_components, show_origin
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.dry_run.limited import (
@@ -115,6 +115,8 @@ def show_joint_plan(plan: JointPlan, console: Console) -> None:
         console.print(f"[bold yellow]unknown[/]: {escape(plan.unknown)}.")
         return
     show_components(title, plan.memory, console)
+    if (rough := next((one for one in plan.alone if one.is_rough), None)) is not None:
+        show_origin(rough, console)
     console.print(_jobs(plan, plan.memory))
     if plan.group_size is not None and plan.group_size != len(plan.names):
         console.print(

@@ -44,6 +44,9 @@ class Display(Protocol):
     def end(self, step: StepName, result: ResultRecord | None, exit_code: int) -> None:
         """The step's process has ended; `result` is None if it left none, for example because it was killed."""
 
+    def not_trained(self, log: Path) -> None:
+        """The process that trained several jobs has ended without this one; `log` says why."""
+
     def stopping(self, *, again: bool) -> None:
         """The user has asked to stop: the step saves a checkpoint first; with `again`, it is killed."""
 
@@ -357,7 +360,7 @@ def _command(step: StepName, jobs: Sequence[ShownRun]) -> list[str]:
     command = [sys.executable, "-m", "qlora_trainer", step]
     command += ["--job", str(jobs[0].job_file), "--workspace", str(run.layout.root)]
     for other in jobs[1:]:
-        command += ["--with", f"{other.job_file}={other.run.layout.root}"]
+        command += ["--with", str(other.job_file), str(other.run.layout.root)]
     # `qlora run` may itself run in a pod, whose termination message is not the step's to write.
     command += ["--termination-log", os.devnull, "--claim", ""]
     for name, folder in run.claims.items():

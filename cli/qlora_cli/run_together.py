@@ -31,6 +31,7 @@ def joint_runs(documents: Sequence[QLoRAJobDocument], earlier: Sequence[LocalRun
     twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if twice is not None:
         raise bad_configuration(f"metadata.name is {twice} in two files: each job has its workspace by its name")
+    _reject_shared_destinations(documents)
     continued = {document.spec.continues for document in documents} - {None}
     if options.continues is not None and len(continued) != 1:
         raise bad_configuration(
@@ -52,6 +53,22 @@ def joint_runs(documents: Sequence[QLoRAJobDocument], earlier: Sequence[LocalRun
     ]
 
 
+def _reject_shared_destinations(documents: Sequence[QLoRAJobDocument]) -> None:
+    """Raise StepFailure for two jobs that publish to one place, where the second would be refused after training."""
+    owners: dict[str, str] = {}
+    for document in documents:
+        for field, address in document.spec.output.destinations.items():
+            # The base is the same for all.
+            if field == "base.destination":
+                continue
+            name = document.metadata.name
+            owner = owners.setdefault(address.rstrip("/"), name)
+            if owner != name:
+                raise bad_configuration(
+                    f"spec.output.{field} of {name} is {address}, where {owner} publishes: give each job its own"
+                )
+
+
 def holds_joint_run(root: Path) -> bool:
     """Whether runs were started together in this folder."""
     return (root / _JOBS_FILE).exists()
@@ -64,13 +81,26 @@ def earlier_runs(root: Path) -> list[LocalRun] | None:
     """
     file = root / _JOBS_FILE
     try:
-        names = json.loads(file.read_bytes())
-        folders = [root / name for name in names]
+        folders = [root / name for name in _names(file)]
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}; give the FILEs instead of --resume") from error
     return [LocalRun.recall(folder) for folder in folders]
+
+
+def _names(file: Path) -> list[str]:
+    return [str(name) for name in json.loads(file.read_bytes())]
+
+
+def _names_with_earlier(file: Path, runs: Sequence[LocalRun]) -> list[str]:
+    """The names of the runs, after those of earlier ones in the folder, which are resumed with them."""
+    names = [run.document.metadata.name for run in runs]
+    try:
+        return list(dict.fromkeys((*_names(file), *names)))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        # There were none, or none that could be resumed.
+        return names
 
 
 def run_jobs_together(root: Path, runs: Sequence[LocalRun], displays: Sequence[Display]) -> list[Ended]:
@@ -79,7 +109,8 @@ def run_jobs_together(root: Path, runs: Sequence[LocalRun], displays: Sequence[D
     None is trained unless all are prepared. One that fails in training or afterwards does not stop the others.
     Raises OSError if a workspace cannot be written.
     """
-    write_atomically(root / _JOBS_FILE, json.dumps([run.document.metadata.name for run in runs]).encode() + b"\n")
+    file = root / _JOBS_FILE
+    write_atomically(file, json.dumps(_names_with_earlier(file, runs)).encode() + b"\n")
     jobs = [ShownRun.of(run, display) for run, display in zip(runs, displays, strict=True)]
     with Stop(displays[0]) as stop:
         prepared: list[Ended] = []
@@ -92,7 +123,8 @@ def run_jobs_together(root: Path, runs: Sequence[LocalRun], displays: Sequence[D
         exit_code, result = run_step("train", [_with_own_uid(job) for job in jobs], stop)
         jobs[0].display.end("train", result, exit_code)
         first = Ended(exit_code, stop.signal, {} if result is None else {"train": result})
-        return [_publish_first(jobs[0], first, stop), *(_finish(job, first, stop) for job in jobs[1:])]
+        log = runs[0].layout.records / "train.log"
+        return [_publish_first(jobs[0], first, stop), *(_finish(job, first, stop, log) for job in jobs[1:])]
 
 
 def _with_own_uid(job: ShownRun) -> ShownRun:
@@ -113,12 +145,15 @@ def _publish_first(job: ShownRun, trained: Ended, stop: Stop) -> Ended:
     return replace(published, results={**trained.results, **published.results})
 
 
-def _finish(job: ShownRun, first: Ended, stop: Stop) -> Ended:
+def _finish(job: ShownRun, first: Ended, stop: Stop, log: Path) -> Ended:
     """The train step of another job, which says how it ended, and publish. `first`: how the process has ended.
 
-    If that failed, for its first job or for all, only a job that it has trained to the end goes on.
+    `log` is that of the process. If that failed, for its first job or for all, only a job that it has trained to the
+    end goes on.
     """
     trained = first.step_exit_code == 0 or job.run.layout.completion("train").exists()
+    if stop.signal is None and not trained:
+        job.display.not_trained(log)
     if stop.signal is not None or not trained:
         return Ended(first.step_exit_code, stop.signal, {})
     return go_through(("train", "publish"), job, stop)

@@ -1,6 +1,5 @@
 """The trainer's command line: one command per step."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -98,8 +97,8 @@ _FURTHER = {
             "--with",
             "others",
             multiple=True,
-            metavar="JOB=DIR",
-            callback=_folders,
+            type=(click.Path(path_type=Path), click.Path(path_type=Path)),
+            metavar="JOB DIR",
             help="Document and workspace of another job, which is trained together with this one, on the same base.",
         ),
     )
@@ -114,7 +113,7 @@ def _add_step(step: StepName, help_text: str) -> None:
         continues: Path,
         model_cache: Path | None,
         sweep_folder: Path | None,
-        others: Mapping[str, Path] | None = None,
+        others: tuple[tuple[Path, Path], ...] = (),
         **options: object,
     ) -> None:
         mounts = Mounts(
@@ -124,8 +123,7 @@ def _add_step(step: StepName, help_text: str) -> None:
             model_cache=model_cache and model_cache.absolute(),
             sweep=sweep_folder,
         )
-        jobs = {Path(job): folder for job, folder in (others or {}).items()}
-        run(Invocation(step=step, mounts=mounts, others=jobs, **options))  # type: ignore[arg-type]
+        run(Invocation(step=step, mounts=mounts, others=others, **options))  # type: ignore[arg-type]
 
     for option in reversed((*_OPTIONS, *_FURTHER.get(step, ()))):
         command = option(command)

@@ -6,8 +6,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -58,7 +58,7 @@ class Invocation:
     """Which of the processes that train together this is, as torchrun sets it."""
     node: int = 0
     """Which of the train pods this is, if there are several."""
-    others: Mapping[Path, Path] = field(default_factory=dict)
+    others: Sequence[tuple[Path, Path]] = ()
     """Documents and workspaces of further jobs, which are trained together with the job."""
 
 
@@ -134,7 +134,7 @@ def _perform(invocation: Invocation, records: RecordWriter, stop: StopRequest) -
 
 def _others(invocation: Invocation, context: StepContext) -> Iterator[StepContext]:
     """The contexts of the further jobs, in this pod."""
-    for job, folder in invocation.others.items():
+    for job, folder in invocation.others:
         document, workspace = load_document(job), WorkspaceLayout(folder.absolute())
         uri = _workspace_uri(workspace.root, invocation.claim, document)
         # Of no Job of its own: what kills this pod says nothing about whether it could be trained alone.

@@ -318,7 +318,11 @@ def _further(others: Sequence[QLoRAJob]) -> list[str]:
         argument
         for name, it in fixed
         if it is not None
-        for argument in ("--with", f"{contract.OTHER_JOBS / name}.json={contract.WORKSPACE_MOUNT / it.workspace_path}")
+        for argument in (
+            "--with",
+            f"{contract.OTHER_JOBS / name}.json",
+            str(contract.WORKSPACE_MOUNT / it.workspace_path),
+        )
     ]
 
 

@@ -2,14 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qlora_api.contract import ProgressRecord, ResultRecord, decode_record
@@ -17,10 +22,12 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
+from qlora_trainer.model.joint import joint_losses
 from qlora_trainer.steps.train_together import train_together
 from qlora_trainer.training.attempts import only_attempt, read_attempts
+from qlora_trainer.training.checkpoint import Checkpoint
 from tests.support.tiny import POD_UID, Recorded, merged
-from tests.support.training import StopAtStep, adapter_bytes, history, prepared, run
+from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
 # What differs between the jobs: the length, the adapter, its layers, the rate, the evaluations, what is kept.
 PLAIN: dict[str, Any] = {"lora": {"dropout": 0}}
@@ -43,12 +50,16 @@ def contexts(root: Path, model: Path, jobs: dict[str, dict[str, Any]] = JOBS) ->
     return [prepared(root / name, model, spec) for name, spec in jobs.items()]
 
 
-def together(jobs: list[StepContext], records: list[Recorded] | None = None, stop: StopRequest | None = None) -> Any:
+def together(
+    jobs: list[StepContext],
+    records: list[Recorded] | None = None,
+    stop: StopRequest | None = None,
+    monotonic: Callable[[], float] = lambda: 0.0,
+) -> Any:
     """The results of training the jobs together."""
     records = records or [Recorded() for _ in jobs]
-    return train_together(
-        jobs, records, stop=stop or StopRequest(), now=lambda: datetime(2026, 1, 1, tzinfo=UTC), monotonic=lambda: 0.0
-    )
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    return train_together(jobs, records, stop=stop or StopRequest(), now=lambda: now, monotonic=monotonic)
 
 
 def test_each_ends_as_alone(tiny_llama: Path, tmp_path: Path) -> None:
@@ -119,14 +130,19 @@ def test_a_stop_between_two_of_them_saves_those_that_have_passed_it_too(tiny_lla
 def test_one_that_diverges_leaves_the_others_as_they_are(fluent: Path, tmp_path: Path) -> None:
     training = {"learningRate": 1.0, "maxSteps": 40, "scheduler": "constant", "warmupSteps": 0, "evalEverySteps": 40}
     wild = {"lora": {"dropout": 0}, "training": {**training, "divergencePatience": 6}}
-    specs = {"plain": PLAIN, "wild": wild, "wide": JOBS["wide"]}
+    # The wild one is judged after step 7; nothing but training makes the adapter of the plain one active after that.
+    plain = merged(PLAIN, {"training": {"maxSteps": 10, "evalEverySteps": 10, "saveEverySteps": 10}})
+    specs = {"plain": plain, "wild": wild, "wide": JOBS["wide"]}
     jobs = contexts(tmp_path / "together", fluent, specs)
     first, failed, last = together(jobs)
     assert isinstance(failed, StepFailure)
     assert failed.exit_code.reason == "Diverged"
     assert isinstance(first, TrainRecord)
     assert isinstance(last, TrainRecord)
-    alone = contexts(tmp_path / "alone", fluent, {"plain": PLAIN})
+    norms = [line["gradNorm"] for line in history(jobs[0]) if "gradNorm" in line]
+    assert len(norms) == 10
+    assert min(norms) > 0
+    alone = contexts(tmp_path / "alone", fluent, {"plain": plain})
     run(alone[0])
     assert apart(jobs[0], alone[0]) < 0.02
 
@@ -150,6 +166,163 @@ def test_one_whose_files_cannot_be_written_ends_alone(broken: str, tiny_llama: P
     ]
 
 
+# As safetensors says it, and as a checkpoint that is read back.
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+CHANGED = ValueError("adapter.safetensors has another sha256")
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "reason"),
+    [
+        ("loop.save_checkpoint", FULL, "StorageFull"),
+        pytest.param("loop.save_checkpoint", CHANGED, "InternalError", marks=pytest.mark.slow),
+        pytest.param("finishing.save_adapter", FULL, "StorageFull", marks=pytest.mark.slow),
+    ],
+)
+def test_one_whose_volume_is_full_or_bad_ends_alone(
+    function: str, error: Exception, reason: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "full": JOBS["wide"]})
+    module = import_module(f"qlora_trainer.training.{function.partition('.')[0]}")
+    real = getattr(module, function.partition(".")[2])
+
+    def write(*arguments: Any) -> Any:
+        if any(isinstance(given, Path) and given.is_relative_to(tmp_path / "full") for given in arguments):
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(module, function.partition(".")[2], write)
+    record, failed = together(jobs)
+    assert isinstance(record, TrainRecord)
+    assert isinstance(failed, StepFailure)
+    assert failed.exit_code.reason == reason
+
+
+class DeletingAtStep(Recorded):
+    """Records that delete a folder while a step is computed."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        super().__init__()
+        self._step, self._folder = step, folder
+
+    def progress(self, record: Any, *, force: bool = False) -> None:
+        super().progress(record, force=force)
+        if record.training_step == self._step:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_one_whose_workspace_disappears_ends_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "gone": JOBS["wide"], "long": JOBS["long"]})
+    minutes = count(step=60.0)
+    records = [DeletingAtStep(3, jobs[1].workspace.root), Recorded(), Recorded()]
+    first, failed, last = together(jobs, records, monotonic=lambda: next(minutes))
+    assert isinstance(failed, StepFailure)
+    assert "No such file or directory" in failed.message
+    assert (first.training_step, last.training_step) == (6, 9)
+
+
+@pytest.mark.slow
+def test_one_whose_data_is_damaged_ends_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "damaged": JOBS["wide"]})
+    path = jobs[1].workspace.data / "rows" / "train.safetensors"
+    path.write_bytes(b"junk" * 25)
+    record, failed = together(jobs)
+    assert isinstance(record, TrainRecord)
+    assert isinstance(failed, StepFailure)
+    assert f"{path} is damaged" in failed.message
+    assert "prepare the data again" in failed.message
+
+
+@pytest.mark.slow
+def test_one_whose_checkpoint_is_of_another_adapter_ends_alone(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "other": JOBS["wide"]})
+    interrupted_at(jobs[1], 2)
+    monkeypatch.setattr(Checkpoint, "tensors", lambda _checkpoint, _name: {})
+    record, failed = together(jobs)
+    assert isinstance(record, TrainRecord)
+    assert isinstance(failed, StepFailure)
+    assert "step-2 does not fit the job" in failed.message
+
+
+@pytest.mark.slow
+def test_one_whose_answers_cannot_be_scored_ends_alone(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_arguments: object) -> None:
+        raise ValueError("no tokenizer")
+
+    monkeypatch.setattr("qlora_trainer.training.prepared_job.AnswerTexts", broken)
+    scored = merged(PLAIN, {"gate": {"score": {"check": "exactMatch"}}})
+    failed, record = together(contexts(tmp_path, tiny_llama, {"scored": scored, "plain": PLAIN}))
+    assert isinstance(record, TrainRecord)
+    assert isinstance(failed, StepFailure)
+    assert "cannot be loaded to score answers (no tokenizer)" in failed.message
+
+
+@pytest.mark.slow
+def test_one_that_has_ended_is_over_while_the_others_train(tiny_llama: Path, tmp_path: Path) -> None:
+    short = merged(PLAIN, {"training": {"maxSteps": 3, "samples": 1}})
+    jobs, stop = contexts(tmp_path, tiny_llama, {"short": short, "long": JOBS["long"]}), StopRequest()
+    with pytest.raises(Interrupted):
+        together(jobs, [Recorded(), StopAtStep(6, stop)], stop)
+    ended = [read_attempts(job.workspace.records)[-1].ended for job in jobs]
+    assert ended == ["succeeded", "interrupted"]
+    adapter, samples = adapter_bytes(jobs[0]), jobs[0].workspace.report / "samples.json"
+    assert not samples.exists()
+    run(jobs[0])
+    assert len(json.loads(samples.read_text())["samples"]) == 1
+    assert adapter_bytes(jobs[0]) == adapter
+
+
+@pytest.mark.slow
+def test_each_has_the_peak_memory_of_the_step_of_all(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nothing resets the peak that is measured, as on a GPU."""
+    peak = 0
+
+    def losses(*arguments: Any) -> Any:
+        nonlocal peak
+        peak = 1000
+        return joint_losses(*arguments)
+
+    def reset(_device: str) -> int:
+        nonlocal peak
+        was, peak = peak, 0
+        return was
+
+    monkeypatch.setattr("qlora_trainer.training.together.joint_losses", losses)
+    monkeypatch.setattr("qlora_trainer.training.loop.peak_memory_bytes", lambda _device: peak)
+    monkeypatch.setattr("qlora_trainer.training.loop.memory_bytes", reset)
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
+    ticks = count()
+    assert [record.peak_memory_bytes for record in together(jobs, monotonic=lambda: float(next(ticks)))] == [1000] * 2
+    lines = [
+        [json.loads(line) for line in (job.workspace.report / "metrics.jsonl").read_text().splitlines()] for job in jobs
+    ]
+    steps = [[line for line in of_job if "loss" in line] for of_job in lines]
+    assert {line["memoryBytes"] for of_job in steps for line in of_job} == {1000}
+
+
+@pytest.mark.slow
+def test_the_threads_of_a_process_are_those_of_any_checkpoint(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, before = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]}), torch.get_num_threads()
+    monkeypatch.setattr("qlora_trainer.training.opening._own_threads", lambda _rank: 2)
+    interrupted_at(jobs[1], 2)
+    monkeypatch.setattr("qlora_trainer.training.opening._own_threads", lambda _rank: 1)
+    try:
+        together(jobs)
+    finally:
+        torch.set_num_threads(before)
+    threads = [json.loads((job.workspace.checkpoints / "step-6/state.json").read_text())["threads"] for job in jobs]
+    assert threads == [2, 2]
+
+
 def test_too_little_memory_for_all_says_how_many_they_were(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,11 +332,12 @@ def test_too_little_memory_for_all_says_how_many_they_were(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("qlora_trainer.steps.train_together.run_together", out_of_memory)
-    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "unprepared": PLAIN, "wide": JOBS["wide"]})
+    jobs[1].workspace.completion("prepare").unlink()
     with pytest.raises(StepFailure, match=r"with 2 jobs on one base: train fewer of them together") as failure:
         together(jobs)
     assert failure.value.exit_code.reason == "GPUOutOfMemory"
-    assert [read_attempts(job.workspace.records)[-1].ended for job in jobs] == ["failed", "failed"]
+    assert [read_attempts(job.workspace.records)[-1].ended for job in (jobs[0], jobs[2])] == ["failed", "failed"]
 
 
 def test_one_that_another_pod_still_trains_is_left_to_that(tiny_llama: Path, tmp_path: Path) -> None:
@@ -185,14 +359,14 @@ def test_those_that_are_trained_already_take_no_part(tiny_llama: Path, tmp_path:
 def test_the_command_reports_each_job_under_its_own_uid_and_their_own_steps_find_them_trained(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
+    jobs = contexts(tmp_path / "lr=1e-4", tiny_llama, {"plain": PLAIN, "wide": JOBS["wide"]})
     documents = []
     for number, job in enumerate(jobs):
         metadata = {"name": f"job-{number}", "uid": f"uid-{number}"}
         documents.append(tmp_path / f"{number}.json")
         documents[-1].write_text(json.dumps({**job.document.dump(), "metadata": metadata}))
     first, second = (job.workspace.root for job in jobs)
-    done = trained(documents[0], first, "--with", f"{documents[1]}={second}")
+    done = trained(documents[0], first, "--with", str(documents[1]), str(second))
     assert done.returncode == 0, done.stdout + done.stderr
     for uid in ("uid-0", "uid-1"):
         found = [decode_record(line, job_uid=uid, pod_uid=POD_UID) for line in done.stdout.splitlines()]

@@ -107,6 +107,12 @@ def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(
     assert "unknown: the trainer is not installed" in shown(plan)
 
 
+def test_the_sum_is_as_rough_as_the_roughest_of_them(tmp_path: Path) -> None:
+    plan = planned(tmp_path, LLAMA, support={}, billing={"lora": {"layersToTransform": [0, 1]}})
+    assert "This is rough: the table of model families has no numbers for" in shown(plan)
+    assert "This is rough" not in shown(planned(tmp_path, LLAMA, support={}, billing={}))
+
+
 def test_jobs_that_are_alike_are_measured_once_and_all_of_them_together(tmp_path: Path) -> None:
     ranks: list[int] = []
     joint: list[tuple[int, ...]] = []

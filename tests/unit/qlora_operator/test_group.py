@@ -449,7 +449,7 @@ def test_the_pod_of_the_leader_reads_the_documents_of_all_and_names_their_folder
     assert trains_now(leader, other)
     built = build_job(leader, fixed, "train", 1, others=[other])["spec"]["template"]
     container = built["spec"]["containers"][0]
-    assert container["args"][-2:] == ["--with", f"/etc/qlora/with/{NAME}.json=/workspace/{NAME}-folder"]
+    assert container["args"][-3:] == ["--with", f"/etc/qlora/with/{NAME}.json", f"/workspace/{NAME}-folder"]
     items = built["spec"]["volumes"][0]["downwardAPI"]["items"]
     assert items[1] == {
         "path": f"with/{NAME}.json",

@@ -53,6 +53,11 @@ def unreachable(message: str) -> StepFailure:
     return StepFailure(ExitCode.UNREACHABLE, message)
 
 
+def damaged(message: str) -> StepFailure:
+    """A file in the workspace that is not as this program has written it: the disk, or somebody, has changed it."""
+    return StepFailure(ExitCode.INTERNAL_ERROR, message)
+
+
 def peer_lost(message: str) -> StepFailure:
     """Another node of the job has ended or is away: all its nodes start again, from the latest checkpoint."""
     return StepFailure(ExitCode.PEER_LOST, message)

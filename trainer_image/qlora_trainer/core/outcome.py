@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 from qlora_api.contract import ExitCode, ResultRecord, encode_record
 from qlora_api.printable import first_line, one_line, shortened
 from qlora_api.status import MAX_MESSAGE_LENGTH, StepName
@@ -49,7 +51,11 @@ def classify(error: BaseException) -> Ending:
     return _storage(error) or _gpu_memory(error) or _network(error) or _internal(error)
 
 
-def as_failure(error: StepFailure | OSError) -> StepFailure:
+ENDS_ONE_JOB = (StepFailure, OSError, SafetensorError)
+"""What ends one of several jobs of a process; safetensors says by an error of its own that a disk is full."""
+
+
+def as_failure(error: StepFailure | OSError | SafetensorError) -> StepFailure:
     """The failure of one of several jobs of a process that go on without it: what would end the step of it alone."""
     if isinstance(error, StepFailure):
         return error

@@ -13,11 +13,12 @@ from qlora_trainer.core.completion import TrainRecord
 from qlora_trainer.core.context import Device, StepContext
 from qlora_trainer.core.failures import StepFailure, StopRequest, bad_configuration, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import GIB
-from qlora_trainer.core.outcome import as_failure
+from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.model.adapter import adapter_name, attach_further_adapter
 from qlora_trainer.model.fused_lora import require_apart
 from qlora_trainer.model.model_error import ModelError
+from qlora_trainer.training.attempts import only_attempt
 from qlora_trainer.training.base_check import BaseCheck
 from qlora_trainer.training.checkpoint import Checkpoint
 from qlora_trainer.training.device import peak_memory_bytes
@@ -59,13 +60,13 @@ class _Results(dict[int, TrainRecord | StepFailure]):
         """What fails in the body, also because a file cannot be read or written, ends that job, and no other."""
         try:
             yield
-        except (StepFailure, OSError) as error:
+        except ENDS_ONE_JOB as error:
             logger.warning("job %d ends", number, exc_info=True)
             self[number] = as_failure(error)
             try:
                 with held:
                     raise
-            except (StepFailure, OSError):
+            except ENDS_ONE_JOB:
                 logger.debug("its attempt has ended")
 
 
@@ -85,7 +86,7 @@ def train_together(
     """
     _reject_shared_folders(contexts)
     results = _Results()
-    with ExitStack() as outer, _explained_shortage(contexts):
+    with ExitStack() as outer, _explained_shortage(contexts, results):
         held = [outer.enter_context(ExitStack()) for _ in contexts]
         jobs: dict[int, PreparedJob] = {}
         for number, context in enumerate(contexts):
@@ -96,15 +97,20 @@ def train_together(
             number: _Entry(number, job, Runtime(records[number], stop, now, monotonic), held[number])
             for number, job in jobs.items()
         }
-        base = _SharedBase(outer)
-        members: dict[int, Member] = {}
+        checkpoints: dict[int, Checkpoint | None] = {}
         for entry in entries.values():
             with results.failing_alone(entry.number, entry.held):
                 if (done := entry.job.already_trained()) is not None:
                     results[entry.number] = done
                     continue
-                members[entry.number] = base.open(entry, now)
-        if len(members) > 1:
+                checkpoints[entry.number] = entry.held.enter_context(entry.job.attempt(now))
+        base = _SharedBase(outer, next(filter(None, checkpoints.values()), None))
+        members: dict[int, Member] = {}
+        for number, checkpoint in checkpoints.items():
+            with results.failing_alone(number, entries[number].held):
+                members[number] = base.open(entries[number], checkpoint)
+        if members:
+            # Also one that is left: the model may have the adapters of others, which could not be opened.
             base.require_apart(jobs[max(members)])
         numbers = {member.adapter: number for number, member in members.items()}
         for member, ended in run_together(list(members.values())):
@@ -114,6 +120,8 @@ def train_together(
                     raise ended
                 base.wait()
                 results[entry.number] = finish_run(member.run, ended, entry.job)
+                # Now, not after the last of the others: what happens to those must not count as its own end.
+                entry.held.close()
         # After the last step: what generates answers leaves the model unfit for training.
         for number, member in members.items():
             _measure_answers(entries[number], member, results)
@@ -132,7 +140,8 @@ def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
     record = results[entry.number]
     if isinstance(record, StepFailure):
         return
-    with results.failing_alone(entry.number, entry.held), entry.held:
+    records = entry.job.context.workspace.records
+    with results.failing_alone(entry.number, entry.held), only_attempt(records):
         results[entry.number] = with_score(member.run, member.state, entry.job, record)
         leave_samples(member.run, entry.job)
 
@@ -140,15 +149,16 @@ def _measure_answers(entry: _Entry, member: Member, results: _Results) -> None:
 class _SharedBase:
     """The base of the first job that can be opened, with the adapters of all."""
 
-    def __init__(self, outer: ExitStack) -> None:
-        self._outer = outer
+    def __init__(self, outer: ExitStack, begun: Checkpoint | None) -> None:
+        """`begun`: a checkpoint of one of the jobs, which says how many CPU threads they began with."""
+        self._outer, self._begun = outer, begun
         self._base: LoadedBase | None = None
         self._check: BaseCheck | None = None
         self._model: Any = None
 
-    def open(self, entry: _Entry, now: Callable[[], datetime]) -> Member:
+    def open(self, entry: _Entry, checkpoint: Checkpoint | None) -> Member:
         """The job's run, from its checkpoint if there is one. Raises what ends the job alone."""
-        job, checkpoint = entry.job, entry.held.enter_context(entry.job.attempt(now))
+        job = entry.job
         if self._base is None:
             self._load(entry, checkpoint)
         base, process = self._base, ProcessSettings(entry.runtime, Ranks(), self._check)
@@ -178,7 +188,7 @@ class _SharedBase:
     def _load(self, entry: _Entry, checkpoint: Checkpoint | None) -> None:
         check = BaseCheck(entry.job.base_folder, entry.job.prepared.base_sha256)
         self._outer.callback(check.close)
-        self._base = open_base(entry.job, ProcessSettings(entry.runtime, Ranks(), check), checkpoint)
+        self._base = open_base(entry.job, ProcessSettings(entry.runtime, Ranks(), check), checkpoint, self._begun)
         self._check = check
 
     def _attach(self, base: LoadedBase, entry: _Entry) -> str:
@@ -201,7 +211,7 @@ class _SharedBase:
 
 
 @contextmanager
-def _explained_shortage(contexts: Sequence[StepContext]) -> Iterator[None]:
+def _explained_shortage(contexts: Sequence[StepContext], results: _Results) -> Iterator[None]:
     """Turn an out-of-memory error into a StepFailure (GPU_OUT_OF_MEMORY) that says how many jobs were trained."""
     try:
         yield
@@ -209,10 +219,12 @@ def _explained_shortage(contexts: Sequence[StepContext]) -> Iterator[None]:
         if not is_out_of_gpu_memory(error):
             raise
         device: Device = contexts[0].device
+        count = len(contexts) - len(results)
+        jobs = f"{count} job{'' if count == 1 else 's'}"
         raise StepFailure(
             ExitCode.GPU_OUT_OF_MEMORY,
             f"the GPU is out of memory at a measured peak of {peak_memory_bytes(device) / GIB:.1f} GiB with "
-            f"{len(contexts)} jobs on one base: train fewer of them together (spec.group.size), or lower their "
-            "training.microBatchSize or maxSequenceLength; checkpoints are kept, and a job of a group that is retried "
-            "(spec.retry.request) is trained alone",
+            f"{jobs} on one base: train fewer of them together (a lower spec.group.size, or fewer files to qlora run), "
+            "or lower their training.microBatchSize or maxSequenceLength; checkpoints are kept, and a job of a group "
+            "that is retried (spec.retry.request) is trained alone",
         ) from error

@@ -1,6 +1,8 @@
 """Finishes a run: writes the adapter that is kept, the completion record, the score of answers, and samples."""
 
+from qlora_api.printable import first_line
 from qlora_trainer.core.completion import Comparison, TrainRecord, write_completion
+from qlora_trainer.core.failures import damaged
 from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import atomic_folder, file_sha256, remove
 from qlora_trainer.model.adapter import restore_adapter, save_adapter
@@ -57,7 +59,10 @@ def _put_into_model(run: Run, state: RunState, chosen: Kept) -> None:
         return
     if run.best is None:
         raise AssertionError("the main process writes the best adapter when it is found, and each checkpoint holds it")
-    restore_adapter(run.model, read_best(run.best))
+    try:
+        restore_adapter(run.model, read_best(run.best))
+    except (ValueError, KeyError) as error:
+        raise damaged(f"the best adapter cannot be kept ({first_line(error)}): check the volume") from error
 
 
 def _comparison(run: Run) -> Comparison | None:

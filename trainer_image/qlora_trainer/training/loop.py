@@ -5,12 +5,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.core.failures import Interrupted, StepFailure, is_out_of_gpu_memory
+from qlora_api.printable import first_line
+from qlora_trainer.core.failures import Interrupted, StepFailure, damaged, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import remove
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
@@ -110,6 +112,25 @@ class Gradient:
     """This rank's share, each with whether it counts."""
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What a step has taken of the process, for all runs that have made it together."""
+
+    seconds: float
+    memory_bytes: int
+    """As `device.memory_bytes` gives it."""
+    peak_memory_bytes: int
+    """As `device.peak_memory_bytes` gives it."""
+
+    @classmethod
+    def since(cls, started: float, run: Run) -> Self:
+        """The cost of the step that began at `started`, in seconds. Begins to measure that of the next."""
+        seconds, device = run.runtime.monotonic() - started, run.context.device
+        # In this order: the second starts to look for a new peak.
+        peak, used = peak_memory_bytes(device), memory_bytes(device)
+        return cls(seconds, used, peak)
+
+
 def _optimizer_step(run: Run, state: RunState) -> RunState:
     """One step: gradients of all micro batches, clipped, checked, applied. Waits for the GPU once.
 
@@ -120,11 +141,12 @@ def _optimizer_step(run: Run, state: RunState) -> RunState:
     while gradient is None:
         state = _halve_micro_batches(run, state)
         gradient = _gradient(run, state)
-    return apply_gradient(run, state, gradient, started)
+    state = apply_gradient(run, state, gradient)
+    return note_step(run, state, gradient, StepCost.since(started, run))
 
 
-def apply_gradient(run: Run, state: RunState, gradient: Gradient, started: float) -> RunState:
-    """The step whose gradients are computed: clipped, checked, applied. `started` is when the step began, in seconds.
+def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
+    """Clip, check and apply the gradients of the next step, whose time is not in the state yet.
 
     Raises StepFailure as `run_to_end` does.
     """
@@ -140,21 +162,32 @@ def apply_gradient(run: Run, state: RunState, gradient: Gradient, started: float
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    seconds = run.runtime.monotonic() - started
+    return state
+
+
+def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> RunState:
+    """Note and report the step that has led to `state`, and what it has cost. If it was the last, check what it did.
+
+    Raises StepFailure as `run_to_end` does.
+    """
+    loss, seconds = float(gradient.means[0]), cost.seconds
     run.pace = run.pace.after_step(seconds, gradient.tokens)
-    state = replace(state, kept_seconds=state.kept_seconds + seconds)
+    state = replace(
+        state,
+        kept_seconds=state.kept_seconds + seconds,
+        peak_memory_bytes=max(state.peak_memory_bytes, cost.peak_memory_bytes),
+    )
     # Which adapter is the best is known only after the last evaluation, which judges it then.
     if state.step == run.schedule.total_steps and run.training.keep != "best":
         _judge_the_end(run, state, loss, gradient)
-    state = replace(state, peak_memory_bytes=max(state.peak_memory_bytes, peak_memory_bytes(run.context.device)))
+    learned = {"gradNorm": state.grad_norm, "learningRate": state.learning_rate}
     run.note(
         {
             "step": state.step,
             "loss": loss,
-            **named,
-            "gradNorm": grad_norm,
-            "learningRate": rate,
-            "memoryBytes": memory_bytes(run.context.device),
+            **state.measured,
+            **{name: value for name, value in learned.items() if value is not None},
+            "memoryBytes": cost.memory_bytes,
             "tokensPerSecond": round(gradient.tokens / seconds, 1) if seconds > 0 else 0.0,
         }
     )
@@ -388,25 +421,31 @@ def _save(run: Run, state: RunState) -> None:
     if run.history is not None:
         best = {} if run.best is None else {BEST_FILE: run.best}
         epoch, sequence = run.schedule.position(state.step)
-        saved = save_checkpoint(
-            run.context.workspace.checkpoints,
-            state.step,
-            {
-                "adapter": adapter_tensors(run.model),
-                "optimizer": optimizer_tensors(run.optimizer, run.parameters),
-                **({"objective": objective} if (objective := run.objective.state()) else {}),
-            },
-            {
-                "fingerprint": run.fingerprint,
-                "threads": run.threads,
-                "processor": processor(run.context.device),
-                "run": asdict(state),
-                "data": {"epoch": epoch, "sequence": sequence},
-                "historyBytes": run.history.sync(),
-                "savedAt": saved_at,
-            },
-            best,
-        )
+        try:
+            saved = save_checkpoint(
+                run.context.workspace.checkpoints,
+                state.step,
+                {
+                    "adapter": adapter_tensors(run.model),
+                    "optimizer": optimizer_tensors(run.optimizer, run.parameters),
+                    **({"objective": objective} if (objective := run.objective.state()) else {}),
+                },
+                {
+                    "fingerprint": run.fingerprint,
+                    "threads": run.threads,
+                    "processor": processor(run.context.device),
+                    "run": asdict(state),
+                    "data": {"epoch": epoch, "sequence": sequence},
+                    "historyBytes": run.history.sync(),
+                    "savedAt": saved_at,
+                },
+                best,
+            )
+        except ValueError as error:
+            raise damaged(
+                f"the checkpoint of step {state.step} does not read back ({first_line(error)}): check the volume; the "
+                "checkpoints before it are kept"
+            ) from error
         # The checkpoint holds it now; the one that held it before may be gone.
         run.best = best_of(saved)
         remove(run.context.workspace.best)

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from qlora_api.printable import first_line
 from qlora_trainer.core.environment import available_cpus
-from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.core.failures import damaged
+from qlora_trainer.data.prepared import PreparedDataset, Split
 from qlora_trainer.model.adapter import adapter_parameters, attach_adapter, restore_adapter
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base import load_base
@@ -55,20 +57,23 @@ class LoadedBase:
 def open_run(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None) -> tuple[Run, RunState]:
     """Load everything, in the state that the checkpoint saved; without one, at step 0."""
     ranks = process.ranks
-    base = open_base(job, process, checkpoint)
+    base = open_base(job, process, checkpoint, checkpoint)
     model = attach_job_adapter(base, job, initialized=checkpoint is None)
     if ranks.sharded:
         shard_base(model, base.device, ranks.rank_info.size)
     return open_on_model(job, process, checkpoint, base, model)
 
 
-def open_base(job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None) -> LoadedBase:
+def open_base(
+    job: PreparedJob, process: ProcessSettings, checkpoint: Checkpoint | None, begun: Checkpoint | None
+) -> LoadedBase:
     """The job's base. Reports what takes minutes, with the step from which the run resumes.
 
-    Raises StepFailure for a model that cannot keep rows apart, and is to train on several at once.
+    `begun` is the checkpoint whose number of CPU threads the process goes on with, of this job or of another that is
+    trained with it. Raises StepFailure for a model that cannot keep rows apart, and is to train on several at once.
     """
     spec, prepared, rank_info = job.context.spec, job.prepared, process.ranks.rank_info
-    threads = _own_threads(rank_info) if checkpoint is None else int(checkpoint.state["threads"])
+    threads = _own_threads(rank_info) if begun is None else int(begun.state["threads"])
     device = use_device(job.context.device, threads, rank_info.local_rank)
     _say_loading(job, process.runtime, checkpoint)
     if spec.training.micro_batch_size > 1 and not prepared.packed and not prepared.rows_apart:
@@ -127,8 +132,14 @@ def attach_job_adapter(base: LoadedBase, job: PreparedJob, *, initialized: bool)
 def begin_with_earlier(model: Any, job: PreparedJob) -> None:
     """Put the adapter of spec.lora.from into the active one, if the job names one."""
     initial = job.prepared.initial_adapter
-    if initial is not None:
-        restore_adapter(model, read_initial_adapter(job.context.workspace.initial_adapter, initial.sha256))
+    if initial is None:
+        return
+    folder = job.context.workspace.initial_adapter
+    tensors = read_initial_adapter(folder, initial.sha256)
+    try:
+        restore_adapter(model, tensors)
+    except KeyError as error:
+        raise damaged(f"{folder} does not fit the job ({first_line(error)}): prepare the job again") from error
 
 
 def open_on_model(
@@ -137,7 +148,7 @@ def open_on_model(
     """The run of the model's active adapter, which is attached and, without a checkpoint, initialized."""
     context, spec, prepared, ranks = job.context, job.context.spec, job.prepared, process.ranks
     data = _open_data(job)
-    eval_data = PreparedDataset.open(job.data_folder, "eval") if spec.dataset.eval else None
+    eval_data = _open_data(job, "eval") if spec.dataset.eval else None
     run = Run(
         context=context,
         runtime=process.runtime,
@@ -166,8 +177,11 @@ def open_on_model(
     return run, state
 
 
-def _open_data(job: PreparedJob) -> PreparedDataset:
-    return PreparedDataset.open(job.data_folder, "train")
+def _open_data(job: PreparedJob, split: Split = "train") -> PreparedDataset:
+    try:
+        return PreparedDataset.open(job.data_folder, split)
+    except ValueError as error:
+        raise damaged(first_line(error)) from error
 
 
 def _schedule(job: PreparedJob, data: PreparedDataset) -> Schedule:

@@ -10,12 +10,12 @@ from pathlib import Path
 from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, score_settings
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import bad_configuration
-from qlora_trainer.core.file_names import ADAPTER_FILE
+from qlora_trainer.core.file_names import ADAPTER_FILE, SAMPLES_FILE
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.cache import require_whole_in_cache
 from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.attempts import PodOfJob
-from qlora_trainer.training.checkpoint import Checkpoint
+from qlora_trainer.training.checkpoint import Checkpoint, numbered_checkpoints
 from qlora_trainer.training.fingerprint import Fingerprint, digest, run_fingerprint
 from qlora_trainer.training.resume import resumed_attempt
 
@@ -63,13 +63,24 @@ class PreparedJob:
         return digest(self.fingerprint)
 
     def already_trained(self) -> TrainRecord | None:
-        """The completion record, if it is of this run, with its score, and the adapter still has the recorded sum."""
+        """The completion record, if it is of this run, with its score, and the adapter still has the recorded sum.
+
+        None if samples are still to be written: jobs that train together leave theirs after the last of them.
+        """
         workspace = self.context.workspace
         record = read_completion(workspace.completion("train"), TrainRecord)
         if record is None or record.fingerprint != self.digest or not self._has_score(record):
             return None
+        if self._lacks_samples():
+            return None
         adapter = workspace.root / record.adapter_path / ADAPTER_FILE
         return record if adapter.is_file() and file_sha256(adapter) == record.adapter_sha256 else None
+
+    def _lacks_samples(self) -> bool:
+        """Whether samples are missing, and a checkpoint with which only they would be made."""
+        workspace, wanted = self.context.workspace, self.context.spec.training.samples > 0
+        samples = workspace.report / SAMPLES_FILE
+        return wanted and not samples.exists() and bool(numbered_checkpoints(workspace.checkpoints))
 
     def _has_score(self, record: TrainRecord) -> bool:
         """Whether the record has the score that the job asks for."""

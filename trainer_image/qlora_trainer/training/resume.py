@@ -7,7 +7,8 @@ from datetime import datetime
 from pathlib import Path
 
 from qlora_api.contract import WorkspaceLayout
-from qlora_trainer.core.failures import bad_configuration
+from qlora_api.printable import first_line
+from qlora_trainer.core.failures import bad_configuration, damaged
 from qlora_trainer.model.adapter import restore_adapter
 from qlora_trainer.training.attempts import PodOfJob, only_attempt, recorded_attempt
 from qlora_trainer.training.best_adapter import best_of
@@ -64,11 +65,17 @@ def agreed_checkpoint(
 def restore(run: Run, checkpoint: Checkpoint) -> RunState:
     """Put the model, the optimizer and the schedule into the state that the checkpoint saved, which is returned.
 
-    There is no random state to restore: each step seeds its own.
+    There is no random state to restore: each step seeds its own. Raises StepFailure if it is of another adapter.
     """
-    restore_adapter(run.model, checkpoint.tensors("adapter"))
-    restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
-    run.objective.restore(checkpoint.tensors("objective") if checkpoint.has("objective") else {})
+    try:
+        restore_adapter(run.model, checkpoint.tensors("adapter"))
+        restore_optimizer(run.optimizer, run.parameters, checkpoint.tensors("optimizer"))
+        run.objective.restore(checkpoint.tensors("objective") if checkpoint.has("objective") else {})
+    except KeyError as error:
+        raise damaged(
+            f"{checkpoint.path} does not fit the job ({first_line(error)}): delete that folder, and the job resumes "
+            "from the checkpoint before it, or from its first step"
+        ) from error
     before, here = checkpoint.state["processor"], processor(run.context.device)
     if before != here:
         logger.warning(

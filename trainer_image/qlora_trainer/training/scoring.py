@@ -16,11 +16,11 @@ from qlora_api.printable import first_line
 from qlora_api.schema import ObservedModel
 from qlora_trainer.core.answer_check import AnswerChecker
 from qlora_trainer.core.completion import Score, score_settings
-from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, is_out_of_gpu_memory
+from qlora_trainer.core.failures import Interrupted, StepFailure, bad_configuration, damaged, is_out_of_gpu_memory
 from qlora_trainer.core.file_names import ANSWERS_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.prepared import PreparedDataset
-from qlora_trainer.training.answers import Answering, Prompt
+from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt
 from qlora_trainer.training.prepared_job import PreparedJob
 from qlora_trainer.training.scorable import row_criterion, scored_rows
 from qlora_trainer.training.state import Run, RunState, report
@@ -112,7 +112,7 @@ def measure_score(
     settings = score_settings(spec, job.prepared.fingerprint)
     scored = scored_rows(data, spec)
     rows = scored.chosen
-    answering = Answering(run.model, job.texts(), lambda: stop.requested, run.device)
+    answering = Answering(run.model, _texts(job), lambda: stop.requested, run.device)
     base = adapter = 0
     with AnswerLog.opened(path, adapter_sha256, settings) as log, AnswerChecker(spec) as checker:
         for number, prompt in enumerate(rows, start=1):
@@ -130,6 +130,16 @@ def measure_score(
         adapter=adapter / len(rows),
         base=base / len(rows),
     )
+
+
+def _texts(job: PreparedJob) -> AnswerTexts:
+    try:
+        return job.texts()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(
+            f"the tokenizer in {job.model_folder} cannot be loaded to score answers ({first_line(error)}): check the "
+            "volume. The adapter is in trained/ of the workspace"
+        ) from error
 
 
 def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec: ScoreSpec) -> Answers:

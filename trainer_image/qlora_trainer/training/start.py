@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qlora_trainer.model.adapter import adapter_tensors, restore_adapter
+from qlora_trainer.model.adapter import activate_adapter, adapter_tensors, restore_adapter
 from qlora_trainer.model.initial_adapter import read_initial_adapter
 from qlora_trainer.training.state import Run
 
@@ -16,8 +16,12 @@ def as_at_start(run: Run) -> Iterator[None]:
     somebody has changed the earlier adapter in the workspace.
     """
     if run.initial_adapter_sha256 is None:
-        with run.model.disable_adapter():
-            yield
+        try:
+            with run.model.disable_adapter():
+                yield
+        finally:
+            # PEFT gives gradients back to the active adapter only.
+            activate_adapter(run.adapted_base, run.adapter)
         return
     initial = read_initial_adapter(run.context.workspace.initial_adapter, run.initial_adapter_sha256)
     trained = {name: tensor.clone() for name, tensor in adapter_tensors(run.model).items()}

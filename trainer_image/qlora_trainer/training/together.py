@@ -6,16 +6,15 @@ to the rounding of the base's matmuls, whose order of additions depends on how m
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 
 from qlora_trainer.core.failures import Interrupted, StepFailure
-from qlora_trainer.core.outcome import as_failure
+from qlora_trainer.core.outcome import ENDS_ONE_JOB, as_failure
 from qlora_trainer.model.batch import Batch, read_batch
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.model.joint import joint_losses, routed
-from qlora_trainer.training.loop import Gradient, apply_gradient, between_steps, is_done
+from qlora_trainer.training.loop import Gradient, StepCost, apply_gradient, between_steps, is_done, note_step
 from qlora_trainer.training.state import Run, RunState, report
 
 
@@ -47,16 +46,15 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
             except Interrupted as stop:
                 interrupted.append(stop)
                 continue
-            except (StepFailure, OSError) as error:
+            except ENDS_ONE_JOB as error:
                 training.remove(member)
                 yield member, as_failure(error)
-                member.run.model.train()
+                _leave(member)
                 continue
             if is_done(member.run, member.state):
                 training.remove(member)
                 yield member, member.state
-                # Whatever finishing it needed: the others still train.
-                member.run.model.train()
+                _leave(member)
         if interrupted and len(interrupted) < len(training):
             # The stop came between two of them: those before it are not saved yet.
             continue
@@ -65,18 +63,37 @@ def run_together(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
         for failed in _step(training):
             training.remove(failed[0])
             yield failed
+            _leave(failed[0])
 
 
-def _step(members: Sequence[Member]) -> list[tuple[Member, StepFailure]]:
+def _leave(member: Member) -> None:
+    """Free what only training needs, once the member is finished, and let the others train, whatever that needed."""
+    member.run.optimizer.zero_grad(set_to_none=True)
+    member.run.optimizer.state.clear()
+    member.run.model.train()
+
+
+_Failed = list[tuple[Member, StepFailure]]
+
+
+def _step(members: Sequence[Member]) -> _Failed:
     """One optimizer step of each member. Returns those that failed."""
     if not members:
         return []
-    started = members[0].run.runtime.monotonic()
+    first, applied = members[0].run, list[tuple[Member, Gradient]]()
+    started = first.runtime.monotonic()
     shares, failed = _shares(members)
-    for member, gradient in _gradients(shares):
+    for member, gradient in _gradients(shares, failed):
         try:
-            member.state = apply_gradient(member.run, member.state, gradient, started)
-        except (StepFailure, OSError) as error:
+            member.state = apply_gradient(member.run, member.state, gradient)
+            applied.append((member, gradient))
+        except ENDS_ONE_JOB as error:
+            failed.append((member, as_failure(error)))
+    cost = StepCost.since(started, first)
+    for member, gradient in applied:
+        try:
+            member.state = note_step(member.run, member.state, gradient, cost)
+        except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
     return failed
 
@@ -93,25 +110,29 @@ class _Share:
     """float32 [1] on the device: the loss so far."""
 
 
-def _shares(members: Sequence[Member]) -> tuple[dict[str, _Share], list[tuple[Member, StepFailure]]]:
+def _shares(members: Sequence[Member]) -> tuple[dict[str, _Share], _Failed]:
     """What each member computes in its next step, by its adapter, and those whose data cannot be read."""
-    shares, failed = {}, []
+    shares: dict[str, _Share] = {}
+    failed: _Failed = []
     for member in members:
         try:
             shares[member.adapter] = _share(member)
-        except OSError as error:
+        except ENDS_ONE_JOB as error:
             failed.append((member, as_failure(error)))
     return shares, failed
 
 
-def _gradients(shares: dict[str, _Share]) -> list[tuple[Member, Gradient]]:
-    """The gradients of each member's next step. In each pass are the next micro batches of all that have one left."""
-    if not shares:
-        return []
-    first = next(iter(shares.values())).member.run
-    model, device = first.adapted_base, first.device
-    for batches in zip_longest(*(share.batches for share in shares.values())):
-        present = {name: batch for name, batch in zip(shares, batches, strict=True) if batch is not None}
+def _gradients(shares: dict[str, _Share], failed: _Failed) -> list[tuple[Member, Gradient]]:
+    """The gradients of each member's next step. In each pass are the next micro batches of all that have one left.
+
+    Members that cannot report are moved from `shares` to `failed`, and are in no later pass.
+    """
+    for number in range(max((len(share.batches) for share in shares.values()), default=0)):
+        present = {name: share.batches[number] for name, share in shares.items() if number < len(share.batches)}
+        if not present:
+            break
+        first = next(iter(shares.values())).member.run
+        model, device = first.adapted_base, first.device
         with routed(model, present):
             with torch.autocast(device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
                 losses = joint_losses(model, present)
@@ -119,8 +140,12 @@ def _gradients(shares: dict[str, _Share]) -> list[tuple[Member, Gradient]]:
             torch.stack(list(means.values())).sum().backward()
         for name, mean in means.items():
             shares[name].means += mean.detach()
-        for share in shares.values():
-            report(share.member.run, share.member.state, "training")
+        for name, share in tuple(shares.items()):
+            try:
+                report(share.member.run, share.member.state, "training")
+            except OSError as error:
+                del shares[name]
+                failed.append((share.member, as_failure(error)))
     return [(share.member, _gradient(share)) for share in shares.values()]
 
 
