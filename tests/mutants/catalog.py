@@ -1194,8 +1194,8 @@ TRAINER = (
     Mutant(
         name="a-run-with-an-earlier-adapter-is-compared-with-the-base",
         file=f"{_TRAINER}/training/start.py",
-        old="if run.initial_adapter_sha256 is None:\n        with run",
-        new="if True:\n        with run",
+        old="if run.initial_adapter_sha256 is None:\n        try:",
+        new="if True:\n        try:",
         tests=(
             f"{_TRAINER_TESTS}/training/test_divergence.py::test_a_run_that_began_with_a_worse_adapter_than_none_is_not_given_up_for_that",
         ),
