@@ -198,16 +198,17 @@ def test_one_whose_volume_is_full_or_bad_ends_alone(
     assert failed.exit_code.reason == reason
 
 
-class DeletingAtStep(Recorded):
-    """Records that delete a folder while a step is computed."""
+class DeletingAfterStep(Recorded):
+    """Records that delete a folder in a pass of the next step, of which the second record after the step is."""
 
     def __init__(self, step: int, folder: Path) -> None:
         super().__init__()
-        self._step, self._folder = step, folder
+        self._step, self._folder, self._seen = step, folder, 0
 
     def progress(self, record: Any, *, force: bool = False) -> None:
         super().progress(record, force=force)
-        if record.training_step == self._step:
+        self._seen += record.training_step == self._step
+        if self._seen == 2:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -215,7 +216,7 @@ class DeletingAtStep(Recorded):
 def test_one_whose_workspace_disappears_ends_alone(tiny_llama: Path, tmp_path: Path) -> None:
     jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "gone": JOBS["wide"], "long": JOBS["long"]})
     minutes = count(step=60.0)
-    records = [DeletingAtStep(3, jobs[1].workspace.root), Recorded(), Recorded()]
+    records = [DeletingAfterStep(3, jobs[1].workspace.root), Recorded(), Recorded()]
     first, failed, last = together(jobs, records, monotonic=lambda: next(minutes))
     assert isinstance(failed, StepFailure)
     assert "No such file or directory" in failed.message
