@@ -59,7 +59,7 @@ def test_one_pod_trains_three_jobs_and_each_ends_with_a_step_of_its_own(operated
     assert operated.wait_for_phase("rates-b", "Training")["status"]["group"]["leader"] == "rates-a"
     assert "QLoRAJob rates-a" in reaches(operated, "rates-c", "Training")
     given = arguments(operated, "rates-a-train-1")
-    assert [each.partition("=")[0] for each in given if each.startswith("/etc/qlora/with/")] == [
+    assert [each for each in given if each.startswith("/etc/qlora/with/")] == [
         "/etc/qlora/with/rates-b.json",
         "/etc/qlora/with/rates-c.json",
     ]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ class Namespace:
         await asyncio.sleep(0)
         name = manifest["metadata"]["name"]
         arguments = manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-        self.created[name] = [each.partition("=")[2] for each in arguments if "/with/" in each]
+        self.created[name] = [folder for document, folder in pairwise(arguments) if "/with/" in document]
         created = {"uid": f"uid-{name}", "resourceVersion": "8", "creationTimestamp": time()}
         return manifest | {"metadata": manifest["metadata"] | created}
 
