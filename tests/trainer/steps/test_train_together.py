@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from itertools import count
@@ -23,9 +23,11 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StepFailure, StopRequest
 from qlora_trainer.core.file_names import ADAPTER_FILE
 from qlora_trainer.model.joint import joint_losses
+from qlora_trainer.model.model_error import ModelError
 from qlora_trainer.steps.train_together import train_together
 from qlora_trainer.training.attempts import only_attempt, read_attempts
 from qlora_trainer.training.checkpoint import Checkpoint
+from qlora_trainer.training.together import Ended, Member, run_together
 from tests.support.tiny import POD_UID, Recorded, merged
 from tests.support.training import StopAtStep, adapter_bytes, history, interrupted_at, prepared, run
 
@@ -306,6 +308,41 @@ def test_each_has_the_peak_memory_of_the_step_of_all(
     ]
     steps = [[line for line in of_job if "loss" in line] for of_job in lines]
     assert {line["memoryBytes"] for of_job in steps for line in of_job} == {1000}
+
+
+@pytest.mark.slow
+def test_one_that_has_ended_keeps_no_memory_of_its_training(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def watched(members: Sequence[Member]) -> Iterator[tuple[Member, Ended]]:
+        for member, ended in run_together(members):
+            yield member, ended
+            # The state of all, when the next one has ended.
+            kept.append(tuple(len(each.run.optimizer.state) for each in members))
+
+    monkeypatch.setattr("qlora_trainer.steps.train_together.run_together", watched)
+    short = merged(PLAIN, {"training": {"maxSteps": 3}})
+    together(contexts(tmp_path, tiny_llama, {"short": short, "plain": PLAIN}))
+    assert kept[0][0] > 0
+    assert kept[1][0] == 0
+    assert kept[1][1] > 0
+
+
+@pytest.mark.slow
+def test_one_that_is_left_is_not_trained_in_layers_that_cannot_tell_its_tokens(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_layer(_model: object) -> None:
+        raise ModelError("a layer")
+
+    monkeypatch.setattr("qlora_trainer.steps.train_together.require_apart", no_layer)
+    jobs = contexts(tmp_path, tiny_llama, {"plain": PLAIN, "damaged": JOBS["wide"]})
+    (jobs[1].workspace.data / "rows" / "train.safetensors").write_bytes(b"junk")
+    with pytest.raises(StepFailure, match="tiny cannot be trained together") as failure:
+        together(jobs)
+    assert failure.value.exit_code.reason == "BadConfiguration"
 
 
 @pytest.mark.slow
