@@ -36,7 +36,7 @@ demo: $(VENV)/.synced ## Fine-tune a real model on a real Kubernetes (CLUSTER=cu
 
 .PHONY: test
 test: SELECTION := -m 'not slow'
-test: suites ## Check, and run all but the slowest tests: 40 minutes, the first time 55 (two cores)
+test: suites ## Check, and run all but the slowest tests: an hour, the first time 75 minutes (two cores)
 
 .PHONY: test-all
 test-all: SELECTION := --hypothesis-profile=explore

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -23,6 +24,15 @@ def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, Tensor]]:
 def save(folder: Path, *steps: int, size: int = 100) -> None:
     for step in steps:
         save_checkpoint(folder, step, tensors_of(step, size), {"note": f"step {step}", **STATE})
+
+
+def save_for_ever(folder: Path, saved: Connection) -> None:
+    """Go on from the newest checkpoint and save one step after the other, saying each that is done."""
+    step = newest_step(folder) or 0
+    while True:
+        step += 1
+        save(folder, step, size=1000)
+        saved.send(step)
 
 
 def newest_step(folder: Path) -> int | None:

@@ -22,6 +22,7 @@ import pytest
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.outcome import classify
 from qlora_trainer.training.checkpoint import newest_checkpoint, read_checkpoint
+from tests.support import checkpoints
 from tests.support.bad_disk import BadDisk, bad_disk
 from tests.support.checkpoints import FILES, in_child, newest_step, save
 from tests.support.training import adapter_bytes, history, interrupted_at, prepared, run
@@ -42,22 +43,15 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def save_for_ever(folder: Path, saved: Any) -> None:
-    """Go on from the newest checkpoint and save one step after the other, saying each that is done."""
-    step = newest_step(folder) or 0
-    while True:
-        step += 1
-        save(folder, step, size=1000)
-        saved.send(step)
-
-
 @pytest.mark.parametrize("kills", KILLS)
 def test_no_kill_at_any_instant_costs_more_than_the_step_that_was_being_saved(kills: int, tmp_path: Path) -> None:
-    context, random = multiprocessing.get_context("fork"), Random(0)
+    # Forked from a process that has loaded PyTorch and nothing else: here, a thread of an earlier test may hold a lock.
+    context, random = multiprocessing.get_context("forkserver"), Random(0)
+    context.set_forkserver_preload([checkpoints.__name__])
     reached, awaited = 0, 0
     for _ in range(kills):
         receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=save_for_ever, args=(tmp_path, send))
+        process = context.Process(target=checkpoints.save_for_ever, args=(tmp_path, send))
         process.start()
         send.close()
         for _ in range(random.randrange(3)):
