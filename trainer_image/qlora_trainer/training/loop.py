@@ -8,26 +8,22 @@ from math import isfinite
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qlora_api.contract import ExitCode
 from qlora_api.printable import first_line
-from qlora_trainer.core.failures import Interrupted, StepFailure, damaged, is_out_of_gpu_memory
+from qlora_trainer.core.failures import Interrupted, damaged, is_out_of_gpu_memory
 from qlora_trainer.core.filesystem import remove
 from qlora_trainer.core.records import timestamp
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.adapter import adapter_tensors
 from qlora_trainer.model.batch import Batch, MicroBatch, read_batch
-from qlora_trainer.model.four_bit import COMPUTE_DTYPE
 from qlora_trainer.training.best_adapter import BEST_FILE, best_of, write_best
 from qlora_trainer.training.checkpoint import save_checkpoint
 from qlora_trainer.training.device import memory_bytes, peak_memory_bytes, processor, seed_step
-from qlora_trainer.training.divergence import Stability, cleared, has_diverged
-from qlora_trainer.training.evaluations import kept
-from qlora_trainer.training.objective import BatchSums, of_evaluation
+from qlora_trainer.training.judging import diverged, judge_end, judge_kept, judge_step
+from qlora_trainer.training.objective import of_evaluation
 from qlora_trainer.training.optimizer import learning_rate, optimizer_tensors, set_learning_rate
-from qlora_trainer.training.start import as_at_start, named_start
-from qlora_trainer.training.state import Run, RunState, report
+from qlora_trainer.training.state import Gradient, Run, RunState, report
 
 logger = logging.getLogger(__name__)
 
@@ -99,20 +95,6 @@ def _save_due(run: Run, state: RunState, stopping: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """The results of a step's backward passes, besides the gradients of the parameters."""
-
-    means: Tensor
-    """float32 [1 + measures] on the device: the loss, and what the objective measures with it."""
-    weight: int
-    """Of the whole step: what the sums of the objective were divided by."""
-    tokens: int
-    """Without padding, of all ranks."""
-    batches: Sequence[tuple[Batch, bool]]
-    """This rank's share, each with whether it counts."""
-
-
-@dataclass(frozen=True)
 class StepCost:
     """What a step has taken of the process, for all runs that have made it together."""
 
@@ -157,8 +139,8 @@ def apply_gradient(run: Run, state: RunState, gradient: Gradient) -> RunState:
     named = dict(zip(run.objective.measures, measured, strict=True))
     state = replace(state, step=state.step + 1, loss=loss, measured=named, grad_norm=grad_norm, learning_rate=rate)
     if not (isfinite(loss) and isfinite(grad_norm)):
-        raise _diverged(run, state, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
-    state = replace(state, stability=_judge(run, state, loss, grad_norm, gradient))
+        raise diverged(run, state, f"loss {loss}, gradient norm {grad_norm} at learning rate {rate:.3g}")
+    state = replace(state, stability=judge_step(run, state, loss, grad_norm, gradient))
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -179,7 +161,7 @@ def note_step(run: Run, state: RunState, gradient: Gradient, cost: StepCost) -> 
     )
     # Which adapter is the best is known only after the last evaluation, which judges it then.
     if state.step == run.schedule.total_steps and run.training.keep != "best":
-        _judge_the_end(run, state, loss, gradient)
+        judge_end(run, state, loss, gradient)
     learned = {"gradNorm": state.grad_norm, "learningRate": state.learning_rate}
     run.note(
         {
@@ -211,7 +193,7 @@ def _gradient(run: Run, state: RunState) -> Gradient | None:
     run.objective.before("train", micro_batches)
     try:
         for batch, counts in batches:
-            sums = _sums(run, batch)
+            sums = run.sums(batch)
             (sums.loss * float(counts) / weight).backward()
             means += sums.values() * float(counts) / weight
             report(run, state, "training")
@@ -252,80 +234,6 @@ def _halve_micro_batches(run: Run, state: RunState) -> RunState:
     return state
 
 
-def _sums(run: Run, batch: Batch) -> BatchSums:
-    """The objective's sums of a batch. Matmuls are computed in 16 bit; adapter weights keep their own type."""
-    # Without the cache, which would hold a 16-bit copy of the adapter until the loss is done: 1.6 GB at 65B, rank 64.
-    with torch.autocast(run.device.type, dtype=COMPUTE_DTYPE, cache_enabled=False):
-        return run.objective.sums(run.model, batch)
-
-
-def _judge(run: Run, state: RunState, loss: float, grad_norm: float, gradient: Gradient) -> Stability:
-    """The run's stability after this step. Raises StepFailure (DIVERGED) if it is suspect too long."""
-    patience = run.training.divergence_patience
-    if patience == 0:
-        return state.stability
-    stability = state.stability.after_step(state.step, loss, grad_norm)
-    if not stability.to_be_judged(state.step, patience):
-        return stability
-    loss_at_start = _loss_at_start(run, gradient)
-    if not has_diverged(loss, loss_at_start):
-        logger.info("step %d: loss %.4f is high, but %s has %.4f", state.step, loss, named_start(run), loss_at_start)
-        return cleared(loss, grad_norm)
-    raise _diverged(
-        run,
-        replace(state, stability=stability),
-        f"loss {loss:.4g} and gradient norm {grad_norm:.3g}, suspect since step {stability.suspect_since} (before, the "
-        f"loss had come down to {stability.lowest_loss_level:.4g}); {named_start(run)} has {loss_at_start:.4g} on the "
-        "same rows",
-    )
-
-
-def _judge_the_end(run: Run, state: RunState, loss_before: float, gradient: Gradient) -> None:
-    """Check what the last step did to the loss of its own rows, since no later step would show it."""
-    if run.training.divergence_patience == 0:
-        return
-    loss = _loss_without_gradient(run, gradient)
-    if not state.stability.end_to_be_judged(loss_before, loss):
-        return
-    loss_at_start = _loss_at_start(run, gradient)
-    if has_diverged(loss, loss_at_start):
-        raise _diverged(
-            run,
-            state,
-            f"loss {loss:.4g} with the finished adapter on the rows of the last step ({loss_before:.4g} before it); "
-            f"{named_start(run)} has {loss_at_start:.4g} (spec.training.divergencePatience: 0 would publish it)",
-        )
-
-
-def _loss_at_start(run: Run, gradient: Gradient) -> float:
-    """Mean loss of the step as the model was before the first one."""
-    with as_at_start(run):
-        return _loss_without_gradient(run, gradient)
-
-
-def _loss_without_gradient(run: Run, gradient: Gradient) -> float:
-    """Mean loss of the step, of all ranks. Draws no random number, leaves the gradients alone."""
-    run.model.eval()
-    try:
-        with torch.no_grad():
-            losses = [_sums(run, batch).loss * float(counts) for batch, counts in gradient.batches]
-            summed = torch.stack(losses).sum() if losses else torch.zeros((), device=run.device)
-            return float(run.ranks.sum(summed)) / gradient.weight
-    finally:
-        run.model.train()
-
-
-def _diverged(run: Run, state: RunState, what: str) -> StepFailure:
-    kept = f"the checkpoint of step {run.checkpoint_step} is kept" if run.checkpoint_step else "nothing was saved yet"
-    if run.checkpoint_step and run.checkpoint_step + 1 == state.stability.suspect_since:
-        kept += " (that step may already have diverged; the checkpoint before it has not)"
-    return StepFailure(
-        ExitCode.DIVERGED,
-        f"training diverged at step {state.step}: {what}; {kept}. Lower spec.training.learningRate or set warmupSteps, "
-        "and look for broken rows",
-    )
-
-
 def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     """Mean loss of the held-out rows. Draws no random number, changes no weight; given up if a stop is requested."""
     started = run.runtime.monotonic()
@@ -341,7 +249,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
         return state
     loss, *measured = means
     if not isfinite(loss):
-        raise _diverged(run, state, f"loss {loss} on the held-out rows")
+        raise diverged(run, state, f"loss {loss} on the held-out rows")
     seconds = run.runtime.monotonic() - started
     run.pace = run.pace.after_evaluation(seconds)
     named = {of_evaluation(name): value for name, value in zip(run.objective.measures, measured, strict=True)}
@@ -359,7 +267,7 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     )
     _keep_if_best(run, state)
     if run.stopped_early(state) or (run.ended(state) and run.training.keep == "best"):
-        _judge_what_is_kept(run, state)
+        judge_kept(run, state)
     report(run, state, "training", force=True)
     return state
 
@@ -368,19 +276,6 @@ def _keep_if_best(run: Run, state: RunState) -> None:
     """Write the adapter if the job keeps the best one and this is it, so far. Only the main process writes."""
     if run.training.keep == "best" and state.evaluations.best_step == state.step and run.history is not None:
         run.best = write_best(run.context.workspace.best, adapter_tensors(run.model))
-
-
-def _judge_what_is_kept(run: Run, state: RunState) -> None:
-    """Check the adapter that a run keeps at its end, on the held-out rows: no later step would show its harm."""
-    loss, before = kept(run.training, state.evaluations, state.step, state.eval_loss).eval_loss, state.initial_eval_loss
-    if run.training.divergence_patience == 0 or loss is None or before is None or not has_diverged(loss, before):
-        return
-    raise _diverged(
-        run,
-        state,
-        f"the run would {'stop early' if run.stopped_early(state) else 'end'} with loss {loss:.4g} on the held-out "
-        f"rows ({before:.4g} before training; spec.training.divergencePatience: 0 would publish it)",
-    )
 
 
 def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[float] | None:
@@ -399,7 +294,7 @@ def _held_out_means(run: Run, state: RunState, data: PreparedDataset) -> list[fl
             batch = read_batch(data, indices, run.device)
             try:
                 with torch.no_grad():
-                    summed += _sums(run, batch).values() * float(counts)
+                    summed += run.sums(batch).values() * float(counts)
             except RuntimeError as error:
                 if not (is_out_of_gpu_memory(error) and _may_halve(run)):
                     raise
