@@ -63,8 +63,8 @@ ENV_OUTPUT_CLAIM = "QLORA_WORKSPACE_CLAIM"
 ENV_REGISTRIES = "QLORA_REGISTRIES"
 ENV_MODEL_CACHE = "QLORA_MODEL_CACHE"
 ENV_SWEEP_FOLDER = "QLORA_SWEEP_FOLDER"
-"""The folder that the cells of a sweep share, in which publish writes the sweep's report, and train of a cell that is
-stopped."""
+"""The folder that the cells of a sweep share: prepare keeps tokenized rows there, and publish, or train of a cell that
+is stopped, writes the sweep's report."""
 ENV_RUNGS = "QLORA_RUNGS"
 """Optimizer steps after which a sweep compares its cells, separated by commas: train reports the losses there."""
 SWEEP_REPORT = "report.html"
@@ -282,6 +282,18 @@ class WorkspaceLayout:
     def completion(self, step: StepName) -> Path:
         """The step's completion record: if it exists and matches, the step is not repeated."""
         return self.records / f"{step}.json"
+
+
+@dataclass(frozen=True)
+class SweepLayout:
+    """Paths in the folder that the cells of a sweep share, beside their own folders on the claim."""
+
+    root: Path
+
+    @property
+    def rows(self) -> Path:
+        """Rows as tokens, in files whose names say of which data and settings; each complete or absent."""
+        return self.root / "rows"
 
 
 @dataclass(frozen=True)

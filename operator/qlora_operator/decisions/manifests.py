@@ -340,7 +340,7 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
         values |= _model_cache(resolved)
     # Not the job that publishes the best cell: that cell is on the page already.
     writes_report = (step == "publish" or (step == "train" and job.rungs)) and job.spec.continues is None
-    if writes_report and resolved.shared_path is not None:
+    if (step == "prepare" or writes_report) and resolved.shared_path is not None:
         values[contract.ENV_SWEEP_FOLDER] = str(contract.WORKSPACE_MOUNT / resolved.shared_path)
     if step == "train" and job.rungs:
         values[contract.ENV_RUNGS] = job.rungs

@@ -23,7 +23,7 @@ from qlora_trainer.model.base import load_base
 from qlora_trainer.model.fused_lora import FusedLora
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.training import loop
+from qlora_trainer.training import state
 from tests.support.plain_preference import PlainPair, frozen_base, plain_model, plain_parameters, plain_steps
 from tests.support.tiny import Recorded, write_rows
 from tests.support.training import history, run
@@ -58,7 +58,7 @@ def prepared_pairs(
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the trainer compute in float32, and the loss in several chunks although the data are small."""
-    for module in (trainer_base, base_layout, four_bit, loop):
+    for module in (trainer_base, base_layout, four_bit, state):
         monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
     monkeypatch.setattr(base_layout.BaseLayout, "_dtype", lambda _layout, _name: "F32")
     monkeypatch.setattr(FusedLora, "_is_plain", lambda _layer, _x: torch.is_grad_enabled())

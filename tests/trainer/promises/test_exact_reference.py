@@ -32,7 +32,7 @@ from qlora_trainer.model.fused_lora import FusedLora
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.model.support import inspect_family
 from qlora_trainer.steps.prepare import prepare
-from qlora_trainer.training import loop
+from qlora_trainer.training import state
 from tests.support.tiny import Recorded, chat_row, write_rows
 from tests.support.training import history, run
 from tests.trainer.conftest import MakeContext
@@ -172,7 +172,7 @@ def in_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     With each LoRA layer: the fused one, which otherwise is for 16 bit only, and PEFT's, which is for dropout and DoRA.
     """
-    for module in (trainer_base, base_layout, four_bit, loop):
+    for module in (trainer_base, base_layout, four_bit, state):
         monkeypatch.setattr(module, "COMPUTE_DTYPE", torch.float32)
     monkeypatch.setattr(base_layout.BaseLayout, "_dtype", lambda _layout, _name: "F32")
     if request.param == "fused":

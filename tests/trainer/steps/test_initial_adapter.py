@@ -27,7 +27,7 @@ from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.stores.hub import Hub
-from qlora_trainer.training import loop
+from qlora_trainer.training import judging
 from qlora_trainer.training.divergence import Stability
 from tests.support.tiny import JOB_UID, POD_UID, Recorded, chat_row, merged, write_rows
 from tests.support.training import adapter_bytes, history, interrupted_at, run
@@ -435,7 +435,7 @@ def test_the_run_is_compared_with_where_it_began_and_goes_on_to_the_last_bit(
         return False
 
     monkeypatch.setattr(Stability, "to_be_judged", lambda *_: True)
-    monkeypatch.setattr(loop, "has_diverged", note)
+    monkeypatch.setattr(judging, "has_diverged", note)
     compared = place.context("compared", spec)
     run(compared)
     assert adapter_bytes(compared) == adapter_bytes(context)

@@ -16,7 +16,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import row_losses
-from qlora_trainer.training import divergence, loop, preference, reference
+from qlora_trainer.training import divergence, judging, preference, reference
 from tests.support.ranks import SHARDED, same_numbers, succeeded, workspace
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
@@ -131,7 +131,7 @@ def test_the_loss_of_the_base_by_which_a_run_is_judged_is_log_2(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the adapter the model is its own reference, whatever the data are."""
-    monkeypatch.setattr(loop, "has_diverged", lambda _loss, _base_loss: True)
+    monkeypatch.setattr(judging, "has_diverged", lambda _loss, _base_loss: True)
     monkeypatch.setattr(divergence.Stability, "to_be_judged", lambda *_: True)
     failed = failure(job(tmp_path / "workspace", tiny_llama))
     assert failed.exit_code is ExitCode.DIVERGED

@@ -357,7 +357,7 @@ def test_cells_share_a_folder_and_an_owner_that_is_no_sweep_leads_nowhere() -> N
     assert parse_job(job_body()).shares is None
 
 
-def test_cells_share_a_base_unless_the_profile_has_a_cache_and_publish_writes_the_report_of_all() -> None:
+def test_cells_share_rows_and_a_base_unless_the_profile_has_a_cache_and_publish_writes_the_report_of_all() -> None:
     body = job_body()
     body["metadata"] |= {"ownerReferences": [OWNER]}
     cached = Profile.model_validate(PROFILE.dump() | {"modelCache": {"claimName": "model-cache"}})
@@ -372,10 +372,11 @@ def test_cells_share_a_base_unless_the_profile_has_a_cache_and_publish_writes_th
     steps: tuple[StepName, ...] = ("prepare", "train", "publish")
     assert [environment(step, PROFILE).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
     assert [environment(step, cached).get("QLORA_MODEL_CACHE") for step in steps] == ["/model-cache"] * 3
-    assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [None, None, folder]
+    assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [folder, None, folder]
     best = body | {"spec": body["spec"] | {"continues": "rates-00"}}
     assert environment("publish", PROFILE, best).get("QLORA_MODEL_CACHE") == folder
     assert "QLORA_SWEEP_FOLDER" not in environment("publish", PROFILE, best), "that cell is on the page already"
+    assert environment("prepare", PROFILE, best).get("QLORA_SWEEP_FOLDER") == folder, "it has the cells' rows"
     assert not environment("publish", PROFILE, job_body()).keys() & {"QLORA_MODEL_CACHE", "QLORA_SWEEP_FOLDER"}
 
 

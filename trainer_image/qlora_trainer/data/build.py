@@ -24,6 +24,7 @@ from qlora_trainer.data.locate import DataAccess, find_data
 from qlora_trainer.data.mix import Mix
 from qlora_trainer.data.reading import read_rows, read_sample
 from qlora_trainer.data.rows import Row
+from qlora_trainer.data.rows_folder import RowsFolder
 from qlora_trainer.data.selection import select_rows
 from qlora_trainer.data.tokenize import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, Recipe, tokenize
 
@@ -44,6 +45,7 @@ class DatasetBuilder:
     access: DataAccess
     scratch: Callable[[str], Path]
     """Gives folders, by name, for what the next attempt resumes from."""
+    rows: RowsFolder
     say: Callable[[str], None]
     """Called with what is being done, for the progress record."""
 
@@ -142,7 +144,7 @@ class DatasetBuilder:
         chunks = tokenize(
             chain((first,), rows),
             ChunkMaker(recipe, self.tokenizer),
-            self._chunk_prefix(part, digest, recipe),
+            self.rows.prefix(part, self._rows_key(digest, recipe)),
             available_cpus(),
             lambda done: self.say(f"tokenizing: {done_before + done} rows done"),
         )
@@ -153,8 +155,8 @@ class DatasetBuilder:
         _require_usable(source, recipe.longest_allowed)
         return source
 
-    def _chunk_prefix(self, part: str, digest: str, recipe: Recipe) -> Path:
-        """How the paths of the chunks begin. Deletes the part's chunks of other data or settings."""
+    def _rows_key(self, digest: str, recipe: Recipe) -> str:
+        """Stands for all that decides the tokens of a part whose data have this SHA-256."""
         inputs = {
             "data": digest,
             "identity": {
@@ -173,13 +175,7 @@ class DatasetBuilder:
             "chatTemplate": self.tokenizer.template_text,
             "systemPrompt": None if recipe.system_prompt is None else recipe.system_prompt.dump(),
         }
-        key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-        folder = self.scratch("rows")
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{part}-*"):
-            if not path.name.startswith(f"{part}-{key}-"):
-                path.unlink()
-        return folder / f"{part}-{key}"
+        return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _judge_overlap(dataset: Dataset, spec: EvalSpec | None) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +22,8 @@ Digests = NDArray[numpy.uint8]
 """uint8 [rows, 16]: the digest of each row, see `row_digest`."""
 DIGEST_BYTES = 16
 _FACTS = "facts"
+_DROPPED = "dropped"
+_DIGEST = "blake2b"
 _BETWEEN = "\0"
 
 
@@ -136,8 +138,10 @@ class Chunk:
 
     def write(self, path: Path) -> None:
         """Write the chunk to disk, durably: whole or not at all. Raises OSError."""
-        facts = {_FACTS: json.dumps(asdict(self.dropped), sort_keys=True)}
-        write_atomically(path, save(self._tensors(), metadata=facts))
+        tensors = self._tensors()
+        facts = {_DROPPED: asdict(self.dropped), _DIGEST: _digest(tensors, self.dropped)}
+        # One entry: safetensors writes several in any order.
+        write_atomically(path, save(tensors, metadata={_FACTS: json.dumps(facts, sort_keys=True)}))
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
         names = ("input_ids", "is_target", "lengths", "target_counts", "too_long", "digests", "locations")
@@ -145,14 +149,30 @@ class Chunk:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
-    def read(cls, path: Path) -> "Chunk | None":
-        """The chunk of a file, memory-mapped: read from disk on access. None if the file is missing or not whole."""
+    def read(cls, path: Path, *, verify: bool = False) -> "Chunk | None":
+        """The chunk of a file, memory-mapped: read from disk on access. None if the file is missing or not whole.
+
+        With `verify` all of it is read, and None is returned unless its content is what was written.
+        """
         try:
             with cast("Any", safe_open(path, framework="pt")) as file:
                 tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - no mapping
-                return cls(**tensors, dropped=Dropped(**json.loads(file.metadata()[_FACTS])))
+                facts = json.loads(file.metadata()[_FACTS])
+                dropped = Dropped(**facts[_DROPPED])
+                if verify and _digest(tensors, dropped) != facts[_DIGEST]:
+                    return None
+                return cls(**tensors, dropped=dropped)
         except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]], dropped: Dropped) -> str:
+    """BLAKE2b of what a chunk's file holds, in hexadecimal."""
+    digest = blake2b(repr(dropped).encode(), digest_size=DIGEST_BYTES)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
+        digest.update(numpy.ascontiguousarray(tensor))
+    return digest.hexdigest()
 
 
 def _compressed(texts: Sequence[str]) -> Flags:

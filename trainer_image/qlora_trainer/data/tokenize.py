@@ -251,7 +251,7 @@ class _ChunkWriter:
 
     def start(self, batch: list[Row], path: Path) -> "Future[None] | None":
         """Make the file unless it is there and whole: None if it is done, else the future to wait for."""
-        if Chunk.read(path) is not None:
+        if Chunk.read(path, verify=True) is not None:
             return None
         self._made += 1
         if self._workers < 2 or self._made <= _CHUNKS_ALONE:

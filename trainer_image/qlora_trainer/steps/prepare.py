@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
 
-from qlora_api.contract import WorkspaceLayout
+from qlora_api.contract import SweepLayout, WorkspaceLayout
 from qlora_api.status import BaseStatus, InitialAdapterStatus
 from qlora_trainer.core.completion import EndOfTurn, PrepareRecord, read_completion, recorded_path, write_completion
 from qlora_trainer.core.context import StepContext
@@ -34,6 +34,7 @@ from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.job_template import TEMPLATE_FILE, job_template, template_sha256
 from qlora_trainer.data.locate import DataAccess
+from qlora_trainer.data.rows_folder import RowsFolder
 from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.model.attention import ATTENTION
 from qlora_trainer.model.base_artifact import is_present
@@ -235,8 +236,16 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
         vocabulary=admitted.model.vocabulary,
         access=DataAccess(context.mounts, hub, context.secret("dataset")),
         scratch=lambda name: partial_path(context.workspace.data / name),
+        rows=_rows_folder(context),
         say=say,
     ).build()
+
+
+def _rows_folder(context: StepContext) -> RowsFolder:
+    """Where rows are kept once they are tokenized. The cells of a sweep differ in nothing that changes a token."""
+    if context.mounts.sweep is not None:
+        return RowsFolder(SweepLayout(context.mounts.sweep).rows, shared=True)
+    return RowsFolder(partial_path(context.workspace.data / "rows"))
 
 
 def _initial_adapter(
