@@ -336,8 +336,7 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
     }
     if step in ("prepare", "publish"):
         values |= _servers(resolved.profile)
-    if uses_cache(job.spec, step):
-        values |= _model_cache(resolved)
+    values |= _model_cache(job, resolved, step)
     # Not the job that publishes the best cell: that cell is on the page already.
     writes_report = (step == "publish" or (step == "train" and job.rungs)) and job.spec.continues is None
     if (step == "prepare" or writes_report) and resolved.shared_path is not None:
@@ -363,11 +362,11 @@ def _environment(job: QLoRAJob, resolved: Resolved, step: StepName, attempt: int
     return [*fields, *({"name": name, "value": value} for name, value in values.items())]
 
 
-def _model_cache(resolved: Resolved) -> dict[str, str]:
+def _model_cache(job: QLoRAJob, resolved: Resolved, step: StepName) -> dict[str, str]:
     """Where the job shares its base; without a cache for all jobs, the cells of a sweep do on their common claim."""
-    if resolved.profile.model_cache is not None:
+    if resolved.profile.model_cache is not None and uses_cache(job.spec, step):
         return {contract.ENV_MODEL_CACHE: str(contract.MODEL_CACHE_MOUNT)}
-    if resolved.shared_path is not None:
+    if resolved.shared_path is not None and step != "clean":
         return {contract.ENV_MODEL_CACHE: str(contract.WORKSPACE_MOUNT / resolved.shared_path)}
     return {}
 

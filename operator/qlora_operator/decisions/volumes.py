@@ -76,7 +76,7 @@ def mounts_and_volumes(
 
 
 def uses_cache(spec: QLoRAJobSpec, step: StepName) -> bool:
-    """Whether the step reads a base model that a cache can hold: not one that is read in place on a volume."""
+    """Whether the step reads a base that the cache for all jobs can hold: not that of a model on a volume."""
     return step != "clean" and not isinstance(parse_source(spec.model.source), VolumeSource)
 
 

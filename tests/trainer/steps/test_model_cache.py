@@ -144,6 +144,34 @@ def test_the_cells_of_a_sweep_share_a_folder_that_the_first_of_them_makes(
     assert cached(shared)
 
 
+def test_the_cells_of_a_sweep_share_the_base_of_a_model_on_a_volume_too(
+    make_context: MakeContext, tmp_path: Path, tiny_llama: Path
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
+    model = shutil.copytree(tiny_llama, tmp_path / "volume" / "tiny")
+    shared = tmp_path / "workspaces" / "rates.sweep"
+
+    def prepared(name: str) -> PrepareRecord:
+        context = make_context({"lora": {"rank": 4}}, model=model)
+        mounts = replace(context.mounts, model_cache=shared)
+        workspace = WorkspaceLayout(tmp_path / "workspaces" / name)
+        return prepare(replace(context, workspace=workspace, mounts=mounts, pod_uid=name), Recorded())
+
+    first, second = prepared("rates-00"), prepared("rates-01")
+    assert [base_of(record).origin for record in (first, second)] == ["volume", "cache"]
+    assert first.base_path == second.base_path == str(cached(shared))
+    assert first.model_revision == second.model_revision
+    assert not (tmp_path / "workspaces" / "rates-00" / "base").exists()
+
+    weights = bytearray((model / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (model / WEIGHTS).write_bytes(weights)
+    third = prepared("rates-02")
+    assert base_of(third).origin == "volume", "other bytes at the same address are another model"
+    assert third.base_path != first.base_path
+    assert third.base_sha256 != first.base_sha256
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda model, to: quantized(model, to, settings()), lambda _model, to: save_gpt_oss(to)],

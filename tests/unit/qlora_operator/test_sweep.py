@@ -372,6 +372,8 @@ def test_cells_share_rows_and_a_base_unless_the_profile_has_a_cache_and_publish_
     steps: tuple[StepName, ...] = ("prepare", "train", "publish")
     assert [environment(step, PROFILE).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
     assert [environment(step, cached).get("QLORA_MODEL_CACHE") for step in steps] == ["/model-cache"] * 3
+    volume = body | {"spec": body["spec"] | {"model": {"source": "pvc://models/base"}}}
+    assert [environment(step, cached, volume).get("QLORA_MODEL_CACHE") for step in steps] == [folder] * 3
     assert [environment(step, cached).get("QLORA_SWEEP_FOLDER") for step in steps] == [folder, None, folder]
     best = body | {"spec": body["spec"] | {"continues": "rates-00"}}
     assert environment("publish", PROFILE, best).get("QLORA_MODEL_CACHE") == folder

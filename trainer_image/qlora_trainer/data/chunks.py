@@ -171,7 +171,7 @@ def _digest(tensors: Mapping[str, NDArray[Any]], dropped: Dropped) -> str:
     digest = blake2b(repr(dropped).encode(), digest_size=DIGEST_BYTES)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
-        digest.update(numpy.ascontiguousarray(tensor))
+        digest.update(tensor.tobytes())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Gets the 4-bit base from the cache of a namespace, or makes it there for the jobs after this one."""
+"""Gets the 4-bit base from the cache of a namespace or a sweep, or makes it there for the jobs after this one."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -26,27 +26,26 @@ from qlora_trainer.model.cache import (
     read_errors,
     volume_errors,
 )
-from qlora_trainer.model.source import DownloadedModel, ModelSource, OnBytes, Origin
+from qlora_trainer.model.source import DownloadedModel, OnBytes, Origin, SharedModel
 from qlora_trainer.stores.contents import describe_files
 
-_MAKING = "downloading and quantizing"
 _WAIT_SECONDS = 2.0
 _MAX_REMARK = 256
 _LOFTQ = "spec.lora.initialization loftq compares with the 16-bit model, which is not cached: the job has its own"
 
 
-def open_base_source(context: StepContext, source: ModelSource, settings: Path, layout: BaseLayout) -> BaseSource:
+def open_base_source(context: StepContext, source: SharedModel, settings: Path, layout: BaseLayout) -> BaseSource:
     """Where the job's base comes from. `settings`: the folder of the model's config.json.
 
-    A model on a volume is read in place, and its base is the job's own. So is one whose original is kept.
+    A base whose original is downloaded and kept is the job's own.
     """
     folder, target = context.mounts.model_cache, context.workspace.base
-    if folder is None or not isinstance(source, DownloadedModel):
+    if folder is None:
         return WorkspaceBase(source, target, settings, layout)
-    if source.keeps_weights:
+    if isinstance(source, DownloadedModel) and source.keeps_weights:
         return WorkspaceBase(source, target, settings, layout, remark=_LOFTQ)
     own = WorkspaceBase(source, target, settings, layout)
-    if own.is_complete(source.remote.version):
+    if source.known_version is not None and own.is_complete(source.known_version):
         return own
     cache = ModelCache(ModelCacheLayout(folder), context.job_uid, context.pod_uid)
     return CachedBase(source, own, cache, settings, layout)
@@ -55,13 +54,14 @@ def open_base_source(context: StepContext, source: ModelSource, settings: Path, 
 class CachedBase:
     """A base that is shared. See BaseSource.
 
-    The server is asked for every file with the job's own credentials in any case: a job that may not read the model
-    gets no further. Where the cache cannot be used, the base is made in the workspace, and `remark` has the reason.
+    The server is asked for every file with the job's own credentials in any case, and a model on a volume is read: a
+    job that may not read the model gets no further. Where the cache cannot be used, the base is made in the workspace,
+    and `remark` has the reason.
     """
 
     def __init__(
         self,
-        download: DownloadedModel,
+        source: SharedModel,
         own: WorkspaceBase,
         cache: ModelCache,
         settings: Path,
@@ -69,29 +69,38 @@ class CachedBase:
         wait: Callable[[], None] = lambda: time.sleep(_WAIT_SECONDS),
     ) -> None:
         """`own`: used without the cache. `wait` lets some time pass while another pod makes the same base."""
-        self.activity = _MAKING
-        self.origin: Origin = "downloaded"
+        self.activity = source.making
+        self.origin: Origin = source.origin
         self.remark = ""
-        self._download, self._own, self._cache, self._wait = download, own, cache, wait
+        self._source, self._own, self._cache, self._wait = source, own, cache, wait
         self._settings, self._layout = settings, layout
-        self._key = cache_key(download.remote.version, layout.quantization)
+        self._version = source.known_version
 
     def require_room(self) -> None:
         """See BaseSource. Whether the cache is sound is found out when it is read."""
+        if self._version is None:
+            # Whether the base is in the cache is known only when the weights have been read.
+            self._source.check_weights(0)
+            return
         try:
             here = self._cache.find(self._key) is not None or self._cache.bytes_being_made(self._key) is not None
             if here:
                 return
             if self._layout.bytes <= self._cache.free_bytes():
-                self._download.check_weights(0)
+                self._source.check_weights(0)
                 return
             self._require_room_without(UnusableCacheError(self._no_room(0)))
         except UnusableCacheError as error:
             self._require_room_without(error)
 
     def base(self, on_bytes: OnBytes) -> Base:
-        """See BaseSource. Nothing in the cache is touched before the server has said that the job may read it."""
-        self._download.remote.require_readable(self._download.weight_names())
+        """See BaseSource. Nothing in the cache is touched before it is known that the job may read the model."""
+        self._source.require_readable()
+        if self._version is None:
+            self.activity = self._source.activity
+            self._version = self._source.version(on_bytes)
+            if self._own.is_complete(self._version):
+                return self._own.base(on_bytes)
         try:
             base = self._through_cache(on_bytes)
         except UnusableCacheError as error:
@@ -99,7 +108,7 @@ class CachedBase:
         else:
             self._own.discard()
             return base
-        self.activity = f"the model cache cannot be used ({reason}): {_MAKING}"
+        self.activity = f"the model cache cannot be used ({reason}): {self._source.making}"
         self.remark = _remark(f"the model cache cannot be used ({reason}): the base was made in the workspace")
         self._require_room_without(reason)
         return self._own.base(on_bytes)
@@ -156,9 +165,9 @@ class CachedBase:
 
         Of weights nothing tells but their sum, which is the manifest's.
         """
-        originals = self._originals()
+        originals = self._source.originals()
         made_of = {name: originals.get(name) or digest for name, digest in manifest.sources.items()}
-        wanted = (self._download.remote.version, self._layout.quantization, originals.keys(), manifest.sources)
+        wanted = (self._version, self._layout.quantization, originals.keys(), manifest.sources)
         if (manifest.version, manifest.quantization, manifest.sources.keys(), made_of) != wanted:
             raise DamagedCacheError("it was made of another model")
         try:
@@ -176,15 +185,14 @@ class CachedBase:
             present = bytes_below(place.parent)
         if self._layout.bytes - present > self._cache.free_bytes():
             raise UnusableCacheError(self._no_room(present))
-        self._download.check_weights(0)
-        remote = self._download.remote
+        self._source.check_weights(0)
         with volume_errors():
-            conversion = BaseConversion(place, self._settings, remote.version, self._layout, remote.uri)
+            conversion = BaseConversion(place, self._settings, self._known_version, self._layout, self._source.uri)
             self.activity = "checking what another job has left of"
-            conversion.keep_sound(self._originals(), on_bytes)
+            conversion.keep_sound(self._source.originals(), on_bytes)
             kept = bool(conversion.digests)
-        self.activity = _MAKING
-        self._download.weights(_InCache(conversion), on_bytes)
+        self.activity = self._source.making
+        self._source.weights(_InCache(conversion), on_bytes)
         try:
             with volume_errors():
                 manifest = conversion.complete()
@@ -199,12 +207,18 @@ class CachedBase:
         folder = self._cache.complete(place, self._key)
         return None if folder is None else Base(folder, manifest, self._revision(manifest))
 
-    def _originals(self) -> dict[str, str | None]:
-        """SHA-256 of each file of weights, by its name, where the server knows it."""
-        return {name: self._download.remote.digests.get(name) for name in self._download.weight_names()}
-
     def _revision(self, manifest: BaseManifest) -> str:
-        return self._download.remote.revision(lambda: {**self._download.small_digests(), **manifest.sources})
+        return self._source.revision(manifest.sources)
+
+    @property
+    def _known_version(self) -> str:
+        if self._version is None:
+            raise RuntimeError("the weights have not been read yet")
+        return self._version
+
+    @property
+    def _key(self) -> str:
+        return cache_key(self._known_version, self._layout.quantization)
 
     def _no_room(self, present: int) -> str:
         needed = self._layout.bytes - present

@@ -10,7 +10,7 @@ from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable, unsafe_artifact
 from qlora_trainer.core.paths import some_names
-from qlora_trainer.model.source import DownloadedModel, ModelSource, RemoteModel, VolumeModel, content_revision
+from qlora_trainer.model.source import DownloadedModel, RemoteModel, SharedModel, VolumeModel, content_revision
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.stores.model_pack import archives, unpack
 from qlora_trainer.stores.oci import Registry
@@ -118,7 +118,7 @@ class RegistryModel:
         return self._digest
 
 
-def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> ModelSource:
+def open_model_source(context: StepContext, hub: Callable[[], Hub]) -> SharedModel:
     """The job's base model. Raises StepFailure BAD_CONFIGURATION for an address that a model cannot have."""
     source = parse_source(context.spec.model.source)
     if isinstance(source, VolumeSource):

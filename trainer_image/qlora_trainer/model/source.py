@@ -93,6 +93,30 @@ class ModelSource(Protocol):
         """The model's folder under its final name."""
 
 
+class SharedModel(ModelSource, Protocol):
+    """A model whose base several jobs share."""
+
+    making: str
+    """What making a base of it is, for the progress record."""
+
+    @property
+    def uri(self) -> str:
+        """Its address, for messages."""
+
+    @property
+    def known_version(self) -> str | None:
+        """Its `version`, if that is known before its weights are read."""
+
+    def require_readable(self) -> None:
+        """Raise StepFailure unless the job's own credentials open the weights."""
+
+    def originals(self) -> Mapping[str, str | None]:
+        """SHA-256 of each file of weights, by its name, once `version` has returned; None where nobody knows it."""
+
+    def revision(self, weights: Mapping[str, str]) -> str:
+        """The revision, as `weights` returns it, by the SHA-256 of each file of weights."""
+
+
 def choose_settings(names: Collection[str], source: str) -> list[str]:
     """The names of the small files to use, config.json first, out of the `names` in the model's folder.
 
@@ -177,6 +201,7 @@ class DownloadedModel:
     """A model on a server, downloaded into a partial folder until it is complete."""
 
     activity = "downloading"
+    making = "downloading and quantizing"
     origin: Origin = "downloaded"
 
     def __init__(self, remote: RemoteModel, models: Path, *, keeps_weights: bool = False) -> None:
@@ -226,11 +251,33 @@ class DownloadedModel:
                 remove(path)
             finished += self._size(name)
             on_bytes(finished, total)
-        return self.remote.revision(lambda: {**self.small_digests(), **conversion.digests})
+        return self.revision(conversion.digests)
 
     def small_digests(self) -> dict[str, str]:
         """SHA-256 of each of the small files, once they are there, by its name."""
         return file_digests(self.folder, self.small_files, lambda _done, _total: None)
+
+    @property
+    def uri(self) -> str:
+        """See SharedModel."""
+        return self.remote.uri
+
+    @property
+    def known_version(self) -> str:
+        """See SharedModel."""
+        return self.remote.version
+
+    def require_readable(self) -> None:
+        """See SharedModel."""
+        self.remote.require_readable(self.weight_names())
+
+    def originals(self) -> dict[str, str | None]:
+        """See SharedModel."""
+        return {name: self.remote.digests.get(name) for name in self.weight_names()}
+
+    def revision(self, weights: Mapping[str, str]) -> str:
+        """See SharedModel."""
+        return self.remote.revision(lambda: {**self.small_digests(), **weights})
 
     def complete(self) -> Path:
         """See ModelSource."""
@@ -261,8 +308,10 @@ class DownloadedModel:
 class VolumeModel:
     """A model in a folder of a mounted volume: read in place, never copied."""
 
+    making = QUANTIZING
     origin: Origin = "volume"
     bytes_fetched = 0
+    known_version = None
 
     def __init__(self, mounts: Mounts, source: VolumeSource) -> None:
         """List the files. Raises StepFailure UNSAFE_ARTIFACT for one that is not a regular file inside the folder."""
@@ -303,7 +352,23 @@ class VolumeModel:
     def weights(self, conversion: Conversion, on_bytes: OnBytes) -> str:
         """See ModelSource."""
         self.activity = QUANTIZING
-        convert_all(conversion, self.folder, {name: self._digests[name] for name in self._weight_files()}, on_bytes)
+        convert_all(conversion, self.folder, self.originals(), on_bytes)
+        return content_revision(self._digests)
+
+    @property
+    def uri(self) -> str:
+        """See SharedModel."""
+        return self._uri
+
+    def require_readable(self) -> None:
+        """See SharedModel. `version` has read them."""
+
+    def originals(self) -> dict[str, str]:
+        """See SharedModel."""
+        return {name: self._digests[name] for name in self._weight_files()}
+
+    def revision(self, _weights: Mapping[str, str]) -> str:
+        """See SharedModel."""
         return content_revision(self._digests)
 
     def complete(self) -> Path:
