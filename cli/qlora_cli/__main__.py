@@ -25,6 +25,7 @@ from qlora_cli.run_together import earlier_runs, holds_joint_run, joint_runs, ru
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
+from qlora_trainer.model.dry_run.limited import INSTALL
 
 
 def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
@@ -200,7 +201,7 @@ def _row_access(
     if missing:
         _fail("\n".join(missing))
     if importlib.util.find_spec("torch") is None:
-        _fail("the trainer is not installed: install qlora-operator[cli,trainer]")
+        _fail(f"the trainer is not installed: {INSTALL}")
     return RowAccess(spec, Mounts(claims=claims, config_map_folders=config_maps), tokenizer)
 
 
@@ -258,7 +259,7 @@ def run(
     if problems:
         _fail("\n".join(problems))
     if importlib.util.find_spec("torch") is None:
-        _fail("the trainer is not installed: install qlora-operator[cli,trainer]")
+        _fail(f"the trainer is not installed: {INSTALL}")
     console = Console()
     if chosen is None:
         console.print(f"Training on {options.device}; choose with --device.", highlight=False)
