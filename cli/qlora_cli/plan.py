@@ -95,8 +95,15 @@ def make_plan(
     )
 
 
+def type_of_model(config: Path) -> str:
+    """The model's type in its config.json; empty if it has none. Raises StepFailure if that is not a JSON object."""
+    read_shape(config)
+    found = json.loads(config.read_bytes()).get("model_type")
+    return found if isinstance(found, str) else ""
+
+
 def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:
-    model_type, training = json.loads(config.read_bytes()).get("model_type"), spec.training
+    model_type, training = type_of_model(config), spec.training
     if model_type not in ONE_ROW_MODEL_TYPES:
         return ""
     if training.compares_answers:

@@ -1,6 +1,5 @@
 """Shows the cells of a sweep with the GPU memory that each of its pods needs, and how much runs at the same time."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.sweep import Cell, QLoRASweepDocument, cells, pods
 from qlora_api.v1alpha1 import ObjectMeta, QLoRAJobDocument
-from qlora_cli.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin
+from qlora_cli.plan import GPU_SIZES_GIB, MemoryPlan, gib, make_plan, show_origin, type_of_model
 from qlora_cli.plan_together import colored, make_joint_plan, once
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.model.dry_run.limited import measure_together_within_limits, measure_within_limits
@@ -95,7 +94,7 @@ def make_sweep_plan(
 
 
 def _require_rows_apart(document: QLoRASweepDocument, config: Path) -> None:
-    model_type, together = json.loads(config.read_bytes()).get("model_type"), document.spec.cells_per_pod
+    model_type, together = type_of_model(config), document.spec.cells_per_pod
     if together > 1 and model_type in ONE_ROW_MODEL_TYPES:
         raise bad_configuration(f"spec.cellsPerPod is {together}: {rows_not_apart(model_type)}: remove cellsPerPod")
 

@@ -1,6 +1,5 @@
 """Shows the GPU memory of jobs that are trained together on one base, beside that of each alone."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,17 @@ from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
-from qlora_cli.plan import COLORS, GPU_SIZES_GIB, MEANING, MemoryPlan, gib, make_plan, show_components, show_origin
+from qlora_cli.plan import (
+    COLORS,
+    GPU_SIZES_GIB,
+    MEANING,
+    MemoryPlan,
+    gib,
+    make_plan,
+    show_components,
+    show_origin,
+    type_of_model,
+)
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.dry_run.limited import (
@@ -70,7 +79,7 @@ def make_joint_plan(
     supported, or cannot keep the rows of several jobs apart.
     """
     specs = [document.spec for document in documents]
-    model_type = json.loads(config.read_bytes()).get("model_type")
+    model_type = type_of_model(config)
     if model_type in ONE_ROW_MODEL_TYPES:
         raise bad_configuration(not_joinable(documents[0].metadata.name, rows_not_apart(model_type)))
     measured = once(measure)

@@ -225,6 +225,16 @@ def test_an_invalid_sweep_is_rejected_with_the_field(tmp_path: Path, changes: di
     assert len(done.output.splitlines()) == 1
 
 
+@pytest.mark.parametrize("cells_per_pod", [1, 4])
+def test_a_config_that_is_no_json_object_is_rejected_in_one_sentence(tmp_path: Path, cells_per_pod: int) -> None:
+    config = tmp_path / "config.json"
+    for content in ("{", "[]"):
+        config.write_text(content)
+        done = invoked(tmp_path, "plan", manifest(cellsPerPod=cells_per_pod), "--config", str(config))
+        assert done.exit_code == ExitCode.BAD_CONFIGURATION
+        assert "config.json is not a JSON object" in done.output
+
+
 def test_a_name_that_leaves_no_room_for_those_of_the_cells_is_rejected(tmp_path: Path) -> None:
     content = manifest(publish="best", template=template(output={"destination": "hf://acme/best"}))
     for length, problem in ((43, "metadata.name: "), (41, "at most 40 characters with publish: best")):
