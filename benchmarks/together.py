@@ -1,8 +1,9 @@
 """Measures several adapters trained together on one base, beside the same adapters one after the other.
 
 Writes `results/together.json`, and its tables into the documentation. One process measures both ways in turn, with the
-same batches, so that neither has another machine; a process of its own for each number of adapters measures memory. A
-step is what a step of training is: forward and backward passes, clipping, the optimizer.
+same batches, so that neither has another machine. The adapters that are trained one after the other are on the same
+base, which is loaded before: the time to load it is on neither side. A process of its own for each number of adapters
+measures memory. A step is what a step of training is: forward and backward passes, clipping, the optimizer.
 """
 
 import argparse
@@ -28,6 +29,8 @@ RANK, ALPHA = 16, 16
 ADAPTERS = (1, 2, 4, 8)
 TOKENS = (64, 128, 256, 512)
 """Of each adapter's micro batch."""
+_TOKEN_IDS = 1000
+"""Of the model's vocabulary, so many are in the batches."""
 PAGE = ROOT / "docs" / "trainer" / "measurements.md"
 
 
@@ -93,7 +96,7 @@ class _Adapters:
         self.batches, self.parameters, self.optimizers = {}, {}, {}
         for name in names:
             activate_adapter(self.model, name)
-            input_ids = torch.randint(0, 1000, (tokens,), generator=generator)
+            input_ids = torch.randint(0, _TOKEN_IDS, (tokens,), generator=generator)
             rows = (tokens // 2, tokens - tokens // 2)
             self.batches[name] = Batch.of([PackedSequence(input_ids, input_ids, rows)], torch.device("cpu"))
             self.parameters[name] = adapter_parameters(self.model)

@@ -90,4 +90,5 @@ def verdict(share: Interval) -> str:
         return "met"
     if share.high is not None and share.high < CLAIMED:
         return "**missed**"
-    return "met by the mean, not by the whole interval" if share.value >= CLAIMED else "missed by the mean, not decided"
+    side = "at or above" if share.value >= CLAIMED else "below"
+    return f"not decided (mean {side} {100 * CLAIMED:.0f} %)"

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_api.contract import ExitCode
+from qlora_api.sweep import QLoRASweepDocument
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
 from qlora_cli.display import ConsoleDisplay, progress_bar
-from qlora_cli.manifest import ManifestError, load_manifest
+from qlora_cli.manifest import Document, ManifestError, load_job, load_manifest
 from qlora_cli.plan import find_config, make_plan, show_plan
+from qlora_cli.plan_sweep import make_sweep_plan, show_sweep_plan
 from qlora_cli.plan_together import make_joint_plan, require_joinable, show_joint_plan
 from qlora_cli.rows import RowAccess, show_lengths, show_rows
 from qlora_cli.run import Ended, LocalRun, has_gpu, missing_data, missing_sources, run_steps
@@ -23,6 +25,7 @@ from qlora_cli.run_together import earlier_runs, holds_joint_run, joint_runs, ru
 from qlora_trainer.core.context import Device, Mounts
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import steps_done
+from qlora_trainer.model.dry_run.limited import INSTALL
 
 
 def _fail(message: str, exit_code: int = ExitCode.BAD_CONFIGURATION) -> NoReturn:
@@ -71,17 +74,33 @@ _tokenizer = click.option(
 )
 
 
-def _load(file: Path) -> QLoRAJobDocument:
+_RUN_A_CELL = "write a cell's changes into the template's spec, or apply the sweep to a cluster"
+
+
+def _load(file: Path) -> Document:
     try:
         return load_manifest(file)
     except ManifestError as error:
         _fail(str(error))
 
 
+def _load_job(file: Path, instead: str) -> QLoRAJobDocument:
+    """The job, or the end with `instead` as what to do with a sweep."""
+    try:
+        return load_job(file, instead)
+    except ManifestError as error:
+        _fail(str(error))
+
+
+def _spec(document: Document) -> QLoRAJobSpec:
+    """The spec of the job, or of the sweep's template: which model and data it has."""
+    return document.spec.template.spec if isinstance(document, QLoRASweepDocument) else document.spec
+
+
 @click.group(context_settings={"max_content_width": 120})
 @click.version_option(package_name="qlora-operator")
 def main() -> None:
-    """Work with a QLoRAJob manifest without a cluster."""
+    """Work with the manifest of a QLoRAJob or QLoRASweep without a cluster."""
 
 
 @main.command()
@@ -107,34 +126,44 @@ def plan(
 ) -> None:
     """Show the GPU memory that the job in FILE needs, and what to change if it does not fit.
 
-    With several files, show whether the jobs can be trained together, and what they need then. Exits with 17 if it
-    cannot fit, as the job itself does.
+    Of a QLoRASweep, show the cells and what each needs. With several files, show whether the jobs can be trained
+    together, and what they need then. Exits with 17 if it cannot fit, as the job itself does.
     """
-    documents = [_load(file) for file in files]
-    console, first = Console(), documents[0]
-    accesses = [_row_access(each.spec, claims, config_maps, tokenizer) for each in documents] if data else []
+    jobs = [_load_job(file, "plan a sweep by itself") for file in files] if len(files) > 1 else []
+    documents: Sequence[Document] = jobs or [_load(files[0])]
+    console = Console()
+    accesses = [_row_access(_spec(each), claims, config_maps, tokenizer) for each in documents] if data else []
     try:
-        if len(documents) > 1:
-            require_joinable(documents)
-        config = config or find_config(first.spec.model, Mounts(claims=claims))
-        exit_code = _show_plan(documents, config, gpu_memory, console)
+        if jobs:
+            require_joinable(jobs)
+        config = config or find_config(_spec(documents[0]).model, Mounts(claims=claims))
+        exit_code = _show_plan(documents, jobs, config, gpu_memory, console)
         for document, access in zip(documents, accesses, strict=False):
-            if len(documents) > 1:
+            if jobs:
                 console.print(f"\n{document.metadata.name}", style="bold", markup=False, highlight=False)
-            show_lengths(document.spec, access, console)
+            show_lengths(_spec(document), access, console)
     except StepFailure as failure:
         _fail(failure.message, failure.exit_code)
     sys.exit(exit_code)
 
 
 def _show_plan(
-    documents: Sequence[QLoRAJobDocument], config: Path, gpu_memory: int | None, console: Console
+    documents: Sequence[Document],
+    jobs: Sequence[QLoRAJobDocument],
+    config: Path,
+    gpu_memory: int | None,
+    console: Console,
 ) -> ExitCode:
-    if len(documents) > 1:
-        joint = make_joint_plan(documents, config, gpu_memory)
+    """Of the `jobs` together, or of the only document if there are none."""
+    if jobs:
+        joint = make_joint_plan(jobs, config, gpu_memory)
         show_joint_plan(joint, console)
         return joint.exit_code
     [document] = documents
+    if isinstance(document, QLoRASweepDocument):
+        sweep = make_sweep_plan(document, config, gpu_memory)
+        show_sweep_plan(sweep, console)
+        return sweep.exit_code
     made = make_plan(document.metadata.name, document.spec, config, gpu_memory)
     show_plan(made, console)
     if (group := document.spec.group) is not None:
@@ -151,11 +180,11 @@ def _show_plan(
 @_config_map
 @_tokenizer
 def data(file: Path, rows: int, claims: dict[str, Path], config_maps: dict[str, Path], tokenizer: Path | None) -> None:
-    """Show the first rows of the job in FILE as the model sees them, and which tokens are trained on.
+    """Show the first rows of the job or sweep in FILE as the model sees them, and which tokens are trained on.
 
     These are green on a terminal, and between [[ and ]] elsewhere or with NO_COLOR set.
     """
-    access = _row_access(_load(file).spec, claims, config_maps, tokenizer)
+    access = _row_access(_spec(_load(file)), claims, config_maps, tokenizer)
     try:
         with access.previews(rows) as previews:
             for preview in previews:
@@ -172,7 +201,7 @@ def _row_access(
     if missing:
         _fail("\n".join(missing))
     if importlib.util.find_spec("torch") is None:
-        _fail("the trainer is not installed: install qlora-operator[cli,trainer]")
+        _fail(f"the trainer is not installed: {INSTALL}")
     return RowAccess(spec, Mounts(claims=claims, config_map_folders=config_maps), tokenizer)
 
 
@@ -213,7 +242,7 @@ def run(
     code is that of the step that failed first.
     """
     earlier = _earlier_runs(workspace, files) if resume else []
-    documents = [_load(file) for file in files] or [each.document for each in earlier]
+    documents = [_load_job(file, _RUN_A_CELL) for file in files] or [each.document for each in earlier]
     if not documents:
         raise click.UsageError("Missing argument 'FILE': name the manifest, or resume an earlier run with --resume.")
     chosen = device or next((each.device for each in earlier), None)
@@ -230,7 +259,7 @@ def run(
     if problems:
         _fail("\n".join(problems))
     if importlib.util.find_spec("torch") is None:
-        _fail("the trainer is not installed: install qlora-operator[cli,trainer]")
+        _fail(f"the trainer is not installed: {INSTALL}")
     console = Console()
     if chosen is None:
         console.print(f"Training on {options.device}; choose with --device.", highlight=False)

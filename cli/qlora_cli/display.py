@@ -70,7 +70,7 @@ class ConsoleDisplay:
     def not_trained(self, log: Path) -> None:
         """Remove the bar and print where to look."""
         self._remove_bar()
-        text = f"not trained to the end, for which {log} has the reason; --resume goes on from its latest checkpoint"
+        text = f"training did not finish; see {log}. `--resume` continues from the latest checkpoint"
         self._console.print(f"[red]✗[/] {escape(self._job)}train: {escape(text)}", highlight=False, soft_wrap=True)
 
     def _remove_bar(self) -> None:

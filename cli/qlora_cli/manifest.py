@@ -15,6 +15,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qlora_api.printable import printable
+from qlora_api.sweep import SWEEP_KIND, QLoRASweepDocument
 from qlora_api.v1alpha1 import QLoRAJobDocument
 
 # What the API server accepts in one object.
@@ -25,6 +26,7 @@ _OBSERVED = frozenset({"status"})
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 Location = tuple[int | str, ...]
+Document = QLoRAJobDocument | QLoRASweepDocument
 
 
 class ManifestError(Exception):
@@ -44,17 +46,26 @@ class _NotJsonError(Exception):
         self.location = location
 
 
-def load_manifest(path: Path) -> QLoRAJobDocument:
-    """The QLoRAJob in a YAML 1.2 or JSON file, with the schema's defaults applied. Raises ManifestError.
+def load_manifest(path: Path) -> Document:
+    """The QLoRAJob or QLoRASweep in a YAML 1.2 or JSON file, with the schema's defaults. Raises ManifestError.
 
     Values have the types that kubectl sends: `2e-4` is a number and `"64"` is not.
     """
     document = _parse(path)
+    model = QLoRASweepDocument if document.get("kind") == SWEEP_KIND else QLoRAJobDocument
     try:
-        return QLoRAJobDocument.model_validate_json(_json(document, path), strict=True, by_alias=True, by_name=False)
+        return model.model_validate_json(_json(document, path), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        raise ManifestError(*(_describe(path, document, problem) for problem in problems)) from error
+        raise ManifestError(*(_describe(path, document, problem, model) for problem in problems)) from error
+
+
+def load_job(path: Path, instead: str) -> QLoRAJobDocument:
+    """The same where a QLoRASweep is rejected, with `instead` as what to do."""
+    document = load_manifest(path)
+    if isinstance(document, QLoRASweepDocument):
+        raise ManifestError(f"{path}: found a QLoRASweep, must be a QLoRAJob: {instead}")
+    return document
 
 
 def _json(document: CommentedMap, path: Path) -> str:
@@ -97,15 +108,17 @@ def _parse(path: Path) -> CommentedMap:
     except (YAMLError, RecursionError, *_UNUSABLE_VALUES) as error:
         raise ManifestError(f"{path}: not YAML: {(str(error).splitlines() or ['?'])[0]}") from error
     if not documents:
-        raise ManifestError(f"{path}: empty, must hold one QLoRAJob")
+        raise ManifestError(f"{path}: empty, must hold one QLoRAJob or QLoRASweep")
     if len(documents) > 1:
         second = documents[1]
         line = second.lc.line + 1 if isinstance(second, (CommentedMap, CommentedSeq)) else 1
         raise ManifestError(
-            f"{path}:{line}: a second document begins here, but the file must hold one QLoRAJob: split the file"
+            f"{path}:{line}: a second document begins here, but a file holds one QLoRAJob or QLoRASweep: split the file"
         )
     if not isinstance(documents[0], CommentedMap):
-        raise ManifestError(f"{path}:1: found a {type(documents[0]).__name__}, must be an object of kind QLoRAJob")
+        raise ManifestError(
+            f"{path}:1: found a {type(documents[0]).__name__}, must be an object of kind QLoRAJob or QLoRASweep"
+        )
     return documents[0]
 
 
@@ -126,10 +139,10 @@ def _plain(value: Any, location: Location) -> Any:
     raise _NotJsonError(value, location)
 
 
-def _describe(path: Path, document: CommentedMap, problem: ErrorDetails) -> str:
+def _describe(path: Path, document: CommentedMap, problem: ErrorDetails, model: type[BaseModel]) -> str:
     location = problem["loc"]
     field = ".".join(str(part) for part in location) or "document"
-    return f"{path}:{_line(document, location)}: {field}: {_explain(problem)}"
+    return f"{path}:{_line(document, location)}: {field}: {_explain(problem, model)}"
 
 
 def _line(document: CommentedMap, location: Location) -> int:
@@ -143,9 +156,9 @@ def _line(document: CommentedMap, location: Location) -> int:
     return int(line) + 1
 
 
-def _explain(problem: ErrorDetails) -> str:
+def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
-        return _unknown_field(problem["loc"])
+        return _unknown_field(problem["loc"], model)
     if problem["type"] == "missing":
         return "is required and missing"
     if problem["type"] == "model_type":
@@ -157,17 +170,16 @@ def _explain(problem: ErrorDetails) -> str:
     return f"found {json.dumps(problem['input'])[:80]}, {message.replace('input should be', 'must be')}"
 
 
-def _unknown_field(location: Location) -> str:
-    name, fields = str(location[-1]), _field_names(location[:-1])
+def _unknown_field(location: Location, model: type[BaseModel]) -> str:
+    name, fields = str(location[-1]), _field_names(location[:-1], model)
     close = difflib.get_close_matches(name, fields, n=1)
     if close:
         return f"unknown field; did you mean {close[0]}?"
     return f"unknown field; allowed are {', '.join(fields)}"
 
 
-def _field_names(location: Location) -> list[str]:
-    """The fields that the schema has at the location."""
-    model: type[BaseModel] = QLoRAJobDocument
+def _field_names(location: Location, model: type[BaseModel]) -> list[str]:
+    """The fields that the document's model has at the location."""
     for part in location:
         by_alias = {field.alias or name: field for name, field in model.model_fields.items()}
         if isinstance(part, str) and part in by_alias:

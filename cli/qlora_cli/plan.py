@@ -31,7 +31,7 @@ from qlora_api.sources import HubSource, VolumeSource, parse_source
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import Mounts
 from qlora_trainer.core.failures import bad_configuration, model_unavailable, unreachable
-from qlora_trainer.model.dry_run.limited import DryRunFailed, measure_within_limits
+from qlora_trainer.model.dry_run.limited import INSTALL, DryRunFailed, measure_within_limits
 from qlora_trainer.model.job_memory import JobMemory, Measure, MeasuredJob, measured_further
 from qlora_trainer.model.memory_fit import job_of_table, read_shape, training_shape
 
@@ -95,8 +95,15 @@ def make_plan(
     )
 
 
+def type_of_model(config: Path) -> str:
+    """The model's type in its config.json; empty if it has none. Raises StepFailure if that is not a JSON object."""
+    read_shape(config)
+    found = json.loads(config.read_bytes()).get("model_type")
+    return found if isinstance(found, str) else ""
+
+
 def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:
-    model_type, training = json.loads(config.read_bytes()).get("model_type"), spec.training
+    model_type, training = type_of_model(config), spec.training
     if model_type not in ONE_ROW_MODEL_TYPES:
         return ""
     if training.compares_answers:
@@ -112,8 +119,8 @@ def _cost_of_one_row(spec: QLoRAJobSpec, config: Path) -> str:
     rows = training.gradient_accumulation_steps
     return (
         f"packing is off, because models of type {model_type} cannot keep packed rows apart. A step has {rows} rows "
-        f"(training.gradientAccumulationSteps) and at most {rows * training.max_sequence_length} tokens, the fewer the "
-        "shorter the rows are: the same data takes more steps than with packing, or more rows in each"
+        f"(training.gradientAccumulationSteps) and at most {rows * training.max_sequence_length} tokens (fewer if "
+        "rows are short), so the same data takes more steps than with packing"
     )
 
 
@@ -162,9 +169,7 @@ def _fetch_config(source: HubSource, model: BaseModelSpec) -> Path:
 def require_hub_client(offline: str) -> None:
     """Raise StepFailure, with `offline` as what else can be done, unless the hub's client is installed."""
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise bad_configuration(
-            f"the Hugging Face client is not installed: install qlora-operator[cli,trainer], {offline}"
-        )
+        raise bad_configuration(f"the Hugging Face client is not installed: {INSTALL}, {offline}")
 
 
 @contextmanager
@@ -281,7 +286,7 @@ def _show_verdict(job: JobMemory, gpu_gib: int, console: Console, *, rows_apart:
     if steps and steps[-1].verdict == "fits":
         return
     if job.training.fixed >= RUN_FIELDS:
-        console.print("Only a larger GPU is sure to fit: with other settings the run of spec.continues is another one.")
+        console.print("Only a larger GPU is sure to fit: a job with spec.continues cannot change these settings.")
     else:
         console.print("Even with all of this, only a larger GPU or a smaller model is sure to fit.")
 

@@ -1,6 +1,5 @@
 """Shows the GPU memory of jobs that are trained together on one base, beside that of each alone."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,17 @@ from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
 from qlora_api.memory.one_row import ONE_ROW_MODEL_TYPES
 from qlora_api.v1alpha1 import QLoRAJobDocument, QLoRAJobSpec
-from qlora_cli.plan import COLORS, GPU_SIZES_GIB, MEANING, MemoryPlan, gib, make_plan, show_components, show_origin
+from qlora_cli.plan import (
+    COLORS,
+    GPU_SIZES_GIB,
+    MEANING,
+    MemoryPlan,
+    gib,
+    make_plan,
+    show_components,
+    show_origin,
+    type_of_model,
+)
 from qlora_trainer.core.failures import bad_configuration
 from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.model.dry_run.limited import (
@@ -70,11 +79,11 @@ def make_joint_plan(
     supported, or cannot keep the rows of several jobs apart.
     """
     specs = [document.spec for document in documents]
-    model_type = json.loads(config.read_bytes()).get("model_type")
+    model_type = type_of_model(config)
     if model_type in ONE_ROW_MODEL_TYPES:
         raise bad_configuration(not_joinable(documents[0].metadata.name, rows_not_apart(model_type)))
-    once = _once(measure)
-    alone = tuple(make_plan(document.metadata.name, document.spec, config, None, once) for document in documents)
+    measured = once(measure)
+    alone = tuple(make_plan(document.metadata.name, document.spec, config, None, measured) for document in documents)
     known = [plan.job for plan in alone if plan.job is not None]
     memory, unknown = None, next((plan.unknown for plan in alone if plan.job is None), "")
     if len(known) == len(alone):
@@ -94,7 +103,7 @@ def make_joint_plan(
     )
 
 
-def _once(measure: Measure) -> Measure:
+def once(measure: Measure) -> Measure:
     """The same, which measures what depends on the same things once only."""
     found: dict[tuple[str, tuple[StepSize, ...]], MeasuredMemory] = {}
 
@@ -132,7 +141,7 @@ def show_joint_plan(plan: JointPlan, console: Console) -> None:
         f"\n[bold {COLORS[judged]}]{judged}[/]: trained together, {MEANING[judged]} on a GPU of {plan.gpu_gib} GiB."
     )
     if judged != "fits":
-        console.print("Train fewer of them together, or see for each what to change: qlora plan FILE.")
+        console.print("Train fewer of them together, or run `qlora plan FILE` for each job to see what to change.")
 
 
 def _estimates(plan: JointPlan) -> list[MemoryEstimate]:
@@ -158,9 +167,10 @@ def _gpu_sizes(plan: JointPlan, together: MemoryEstimate) -> Table:
     table.add_row("  GiB", *map(escape, plan.names), "together")
     for size in GPU_SIZES_GIB:
         judged = [verdict(memory, size) for memory in (*_estimates(plan), together)]
-        table.add_row(f"{size:>5}", *map(_colored, judged))
+        table.add_row(f"{size:>5}", *map(colored, judged))
     return table
 
 
-def _colored(judged: Verdict) -> str:
+def colored(judged: Verdict) -> str:
+    """The verdict in its color, as markup of rich."""
     return f"[{COLORS[judged]}]{judged}[/]"

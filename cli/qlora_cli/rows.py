@@ -63,6 +63,7 @@ class RowAccess:
     def dataset(self, folder: Path) -> "Dataset":
         """The whole data set, tokenized on all cores, with its files in `folder`. Raises StepFailure."""
         from qlora_trainer.data.build import DatasetBuilder
+        from qlora_trainer.data.rows_folder import RowsFolder
         from qlora_trainer.data.tokenize import ANY_VOCABULARY
 
         return DatasetBuilder(
@@ -73,6 +74,7 @@ class RowAccess:
             vocabulary=ANY_VOCABULARY,
             access=self._data(),
             scratch=lambda name: folder / name,
+            rows=RowsFolder(folder / "rows"),
             say=lambda _activity: None,
         ).build()
 

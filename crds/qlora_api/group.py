@@ -42,7 +42,7 @@ class GroupStatus(ObservedModel):
     members: tuple[GroupMemberStatus, ...] | None = Field(
         None,
         max_length=MAX_GROUP_SIZE,
-        description="In the status of the leader: the jobs of which the group was formed, the leader among them. Once "
+        description="In the status of the leader: the jobs of the complete group, the leader among them. Once "
         "the leader is retried, it alone.",
     )
 

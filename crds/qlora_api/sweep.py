@@ -16,8 +16,9 @@ from qlora_api.group import MAX_GROUP_SIZE, not_together, rules_of_template
 from qlora_api.halving import HalvingSpec
 from qlora_api.model_and_output import OutputSpec
 from qlora_api.naming import sweep_group_name
+from qlora_api.profile import DNS_LABEL
 from qlora_api.schema import ApiModel, immutable, rule, rules
-from qlora_api.v1alpha1 import MAX_NAME_LENGTH, QLoRAJobSpec
+from qlora_api.v1alpha1 import MAX_NAME_LENGTH, ObjectMeta, QLoRAJobSpec
 
 T = TypeVar("T")
 SWEEP_KIND = "QLoRASweep"
@@ -106,10 +107,12 @@ MUTABLE_SWEEP_FIELDS = frozenset({"parallelism", "suspend"})
 
 _OUTPUT = "self.template.spec.output"
 _SOMETHING_TO_PUBLISH = " || ".join(f"has({_OUTPUT}.{field})" for field in ("destination", "merged", "base"))
-NAME_WITH_BEST_RULE = rule(
-    f"self.spec.publish != 'best' || self.metadata.name.size() <= {_MAX_NAME_WITH_BEST}",
+_NAME_WITH_BEST = (
     f"metadata.name must have at most {_MAX_NAME_WITH_BEST} characters with publish: best: the QLoRAJob that publishes "
-    f"the best adapter has the sweep's name and {BEST_SUFFIX}",
+    f"the best adapter has the sweep's name and {BEST_SUFFIX}"
+)
+NAME_WITH_BEST_RULE = rule(
+    f"self.spec.publish != 'best' || self.metadata.name.size() <= {_MAX_NAME_WITH_BEST}", _NAME_WITH_BEST
 )
 """For the whole object: the spec does not know the sweep's name."""
 
@@ -275,6 +278,27 @@ class QLoRASweepSpec(ApiModel):
     def overrides(self) -> tuple[Overrides, ...]:
         """What each cell changes, in their order."""
         return self.grid.cells() if self.grid is not None else self.cells or ()
+
+
+class SweepMeta(ObjectMeta):
+    """The part of a sweep's metadata that decides its cells."""
+
+    name: str = Field(max_length=MAX_SWEEP_NAME_LENGTH, pattern=DNS_LABEL)
+
+
+class QLoRASweepDocument(ApiModel):
+    """The manifest: what a user applies, and what `qlora plan` takes."""
+
+    api_version: Literal["qlora.dev/v1alpha1"]
+    kind: Literal["QLoRASweep"]
+    metadata: SweepMeta
+    spec: QLoRASweepSpec
+
+    @model_validator(mode="after")
+    def _has_room_for_best(self) -> Self:
+        if self.spec.publish == "best" and len(self.metadata.name) > _MAX_NAME_WITH_BEST:
+            raise ValueError(_NAME_WITH_BEST)
+        return self
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,8 @@ class QLoRAJobSpec(ApiModel):
     group: GroupSpec | None = Field(
         None,
         description="Trains this job together with others of this namespace, on one base in one pod; alone if not set. "
-        "Model, quantization, workspace.claimName and scheduling must be the same in all of them.",
+        "Model, quantization, training.gradientCheckpointing, workspace.claimName, scheduling and group.size must be "
+        "the same in all of them.",
     )
     workspace: WorkspaceSpec = Field(WorkspaceSpec(), description="The volume that the steps share.")
     resources: ResourcesSpec = Field(ResourcesSpec(), description="GPUs, CPU and memory of the train pods.")

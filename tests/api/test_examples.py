@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from devcluster.controlplane import ControlPlane
-from qlora_cli.manifest import load_manifest
+from qlora_cli.manifest import load_job
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 JOBS = [path for path in EXAMPLES if "kind: QLoRAJob\n" in path.read_text()]
@@ -19,4 +19,4 @@ def test_an_example_is_admitted(plane: ControlPlane, path: Path) -> None:
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
 def test_an_example_is_read_by_the_command_line(path: Path) -> None:
-    assert load_manifest(path).spec.model.source
+    assert load_job(path, "name a job").spec.model.source

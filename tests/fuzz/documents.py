@@ -35,6 +35,7 @@ from tests.support.builders import (
     status_in,
     succeeded,
 )
+from tests.support.sweeps import SWEEP
 
 POD = Pod(name="pod", uid=f"uid-{NAME}-train-1-pod1", owner_uid="", created=NOW, phase="Running")
 
@@ -244,7 +245,7 @@ DOCUMENTS: dict[str, Target] = {
     "log": Target(_log, (b"noise\n" + _PROGRESS + b"\nTraceback", _PROGRESS + b"\n" + _RESULTS[0])),
     "termination": Target(_termination, (*_RESULTS, b"panic: \x1b[31mred\n")),
     "document": Target(_document, (_json(_DOCUMENT),), (ValueError,)),
-    "manifest": Target(_manifest, (_MANIFEST.encode(), _json(_DOCUMENT)), (ManifestError,)),
+    "manifest": Target(_manifest, (_MANIFEST.encode(), _json(_DOCUMENT), _json(SWEEP)), (ManifestError,)),
     "settings": Target(_settings, (_SETTINGS,), (SettingsError,)),
     "shape": Target(
         _shape, (_json(_CONFIG), _json({"text_config": _CONFIG})), exit_codes=(ExitCode.BAD_CONFIGURATION,)

@@ -161,3 +161,17 @@ def test_a_plan_shows_how_long_rows_are_and_how_many_are_left_out(qlora: Any) ->
     assert short.split()[2] == "2"
     assert short.endswith("1 of 3 rows (33.3%)")
     assert "spec.training.maxSequenceLength is 64: it leaves out 1 of 3 rows (33.3%)." in done.output
+
+
+@pytest.mark.parametrize("command", [("data",), ("plan", "--data")])
+def test_the_rows_of_a_sweep_are_those_of_its_template(
+    tmp_path: Path, tiny_llama: Path, command: tuple[str, ...]
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [*ROWS, chat_row("Which jobs?", "kubectl get jobs")])
+    spec = {"template": {"spec": spec_of(eval={"fraction": 0.5})}, "grid": {"rank": [8, 16]}}
+    sweep = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "metadata": {"name": "ranks"}, "spec": spec}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    volumes = ("--volume", f"models={tiny_llama.parent}", "--volume", f"data={tmp_path / 'data'}")
+    done = CliRunner().invoke(main, [*command, str(tmp_path / "sweep.yaml"), *volumes])
+    assert done.exit_code == 0, done.output
+    assert "pvc://data/train.jsonl" in done.output

@@ -157,3 +157,34 @@ def test_the_goodput_is_that_measured() -> None:
         assert tuple(cell.strip() for cell in cells[:3]) == wanted
         assert ("missed" in cells[3]) == (run["measured"] < measured["target"])
     assert measured["everySeconds"] == 600
+
+
+@pytest.mark.parametrize(("objective", "name"), [("dpo", "preference"), ("orpo", "preference-orpo")])
+def test_the_figures_of_preference_tuning_are_those_measured(objective: str, name: str) -> None:
+    page = (ROOT / "docs" / "how-to" / "preference.md").read_text().split("## What it did once")[1]
+    tables = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    shown = [re.split(r" \| |\| | \|", line)[1:-1] for line in tables[objective == "orpo"].splitlines()]
+    measured = result(name)
+    run, asked = measured["runs"][objective], len(measured["questions"])
+    before, after = run["evaluations"][0], run["evaluations"][-1]
+    # Before DPO both answers have the reward 0: each pair counts as half.
+    ties = " (ties)" if before["evalRewardMargin"] == 0 else ""
+    assert shown == [
+        ["", "Before", f"After {after['step']} steps"],
+        ["---"] * 3,
+        [
+            f"Answers that are one sentence and end there, of {asked}",
+            *(f"{asked * each['score']:.0f}" for each in (measured["before"], run)),
+        ],
+        [
+            "Held-out pairs whose chosen answer has the higher reward",
+            f"{before['evalAccuracy']:.0%}".replace("%", " %") + ties,
+            f"{after['evalAccuracy']:.0%}".replace("%", " %"),
+        ],
+        ["Held-out loss", f"{before['evalLoss']:.3f}", f"{after['evalLoss']:.3f}"],
+        [
+            "Reward of the chosen answer, held-out",
+            f"{before['evalChosenReward']:.3g}",
+            f"{after['evalChosenReward']:.{2 if objective == 'dpo' else 3}f}",
+        ],
+    ]

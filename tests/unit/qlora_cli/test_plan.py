@@ -45,7 +45,7 @@ def test_without_the_trainer_the_memory_of_such_a_model_is_unknown(tmp_path: Pat
         "tiny: hf://acme/model, rank 64, 1 × 512 tokens",
         (
             "unknown: the table of model families does not have this model; the trainer is not installed: "
-            "install qlora-operator[cli,trainer]."
+            "run `pip install '.[cli,trainer]'` in a checkout of the repository."
         ),
     ]
 
@@ -72,7 +72,7 @@ def test_without_the_trainer_a_plan_says_for_which_settings_it_is_rough(tmp_path
     config = written(tmp_path, **LLAMA)
     rough = SPEC.model_copy(update={"lora": LoraSpec.model_validate(lora)})
     assert "This is rough" in shown(rough, config)
-    assert "install qlora-operator[cli,trainer]" in shown(rough, config)
+    assert "run `pip install '.[cli,trainer]'` in a checkout" in shown(rough, config)
     assert "rough" not in shown(SPEC, config)
 
 
@@ -91,7 +91,7 @@ def test_a_plan_of_a_job_that_continues_a_run_advises_no_other_settings(tmp_path
     config, settings = written(tmp_path, **large), {"continues": "earlier", "training": {"microBatchSize": 4}}
     output = shown(SPEC.model_validate(SPEC.dump() | settings), config)
     assert "exceeds: the run cannot fit on a GPU of 24 GiB" in output
-    assert "Only a larger GPU is sure to fit: with other settings the run of spec.continues is another one." in output
+    assert "Only a larger GPU is sure to fit: a job with spec.continues cannot change these settings." in output
     assert "What to change" not in output
     assert "What to change" in shown(SPEC, config)
 

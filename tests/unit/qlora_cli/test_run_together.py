@@ -61,7 +61,7 @@ def test_a_job_that_fails_beside_the_first_is_named_with_the_log_that_has_the_re
     completion.parent.mkdir(parents=True)
     completion.write_text("{}")
     text = shown(tmp_path, jobs)
-    assert f"second: train: not trained to the end, for which {jobs[0].layout.records / 'train.log'} has the" in text
+    assert f"second: train: training did not finish; see {jobs[0].layout.records / 'train.log'}." in text
     assert "third" not in text
 
 

@@ -41,7 +41,7 @@ def test_more_time_than_allowed_ends_it_with_a_message() -> None:
 
 def test_more_memory_than_allowed_ends_it_with_a_message() -> None:
     assert within_limits(_filled, (2**28,), memory_bytes=2**29) == 2**28
-    with pytest.raises(DryRunFailed, match=r"the dry run took more than 0\.5 GiB of main memory"):
+    with pytest.raises(DryRunFailed, match=r"the dry run took more than 0\.5 GiB of host memory"):
         within_limits(_filled, (2**30,), memory_bytes=2**29)
 
 
@@ -104,5 +104,5 @@ def test_whatever_a_library_raises_is_named_in_one_line() -> None:
 def test_without_the_trainer_the_message_says_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     sources = {"model": {"source": "hf://acme/model"}, "dataset": {"source": "hf://acme/rows"}}
-    with pytest.raises(DryRunFailed, match=r"install qlora-operator\[cli,trainer\]"):
+    with pytest.raises(DryRunFailed, match=r"run `pip install '\.\[cli,trainer\]'` in a checkout"):
         measure_within_limits(Path("config.json"), QLoRAJobSpec.model_validate(sources), [], "")

@@ -151,8 +151,6 @@ def test_a_job_that_continues_a_run_is_not_told_to_make_another_one_of_it(tmp_pa
     settings = {"continues": "earlier", "training": {"microBatchSize": 4, "maxSequenceLength": 4096}}
     too_large = fit(tmp_path, LLAMA_8B, gpu_gib=6, settings=settings)
     assert too_large.objection is not None
-    assert too_large.objection.endswith(
-        "use a larger GPU: with other settings it would be another run than that of spec.continues"
-    )
+    assert too_large.objection.endswith("use a larger GPU: a job with spec.continues cannot change these settings")
     with_room = fit(tmp_path, LLAMA_8B, gpu_gib=80, settings={"continues": "earlier"})
     assert "microBatchSize" not in with_room.status.message

@@ -178,7 +178,7 @@ def _recommended(step: Advice) -> str:
 
 def _remedy(steps: tuple[Advice, ...], training: TrainingShape) -> str:
     if not steps and training.fixed >= RUN_FIELDS:
-        return "use a larger GPU: with other settings it would be another run than that of spec.continues"
+        return "use a larger GPU: a job with spec.continues cannot change these settings"
     if not steps:
         return "use a larger GPU or a smaller model"
     first = steps[0]

@@ -23,6 +23,8 @@ from qlora_trainer.core.measured_memory import MeasuredMemory
 from qlora_trainer.core.process import hide_gpus
 
 logger = logging.getLogger(__name__)
+INSTALL = "run `pip install '.[cli,trainer]'` in a checkout of the repository"
+"""What to do where the trainer, or its client of the Hub, is not installed."""
 SECONDS = 600
 MEMORY_BYTES = 2 * 2**30
 """On top of what the process has."""
@@ -71,7 +73,7 @@ def measure_together_within_limits(
 
 def _require_trainer() -> None:
     if importlib.util.find_spec("torch") is None:
-        raise DryRunFailed("the trainer is not installed: install qlora-operator[cli,trainer]")
+        raise DryRunFailed(f"the trainer is not installed: {INSTALL}")
 
 
 # By its name: whoever imports this module does not load torch.
@@ -150,7 +152,7 @@ def _run(
     except StepFailure as failure:
         answer = failure
     except MemoryError:
-        answer = LimitReached(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of main memory")
+        answer = LimitReached(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of host memory")
     except Exception as error:
         logger.info("%s failed", what, exc_info=True)
         answer = _failure(error, memory_bytes, what)
@@ -168,7 +170,7 @@ def _failure(error: Exception, memory_bytes: int, what: str) -> DryRunFailed:
     # A character may take six bytes in a record, which has a limit.
     text = next(iter(str(error).splitlines()), "").encode("ascii", "replace").decode()[:300]
     if is_out_of_memory(error):
-        return LimitReached(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of main memory ({text})")
+        return LimitReached(f"{what} took more than {memory_bytes / 2**30:.1f} GiB of host memory ({text})")
     return DryRunFailed(f"{what} failed: {type(error).__name__}: {text}")
 
 

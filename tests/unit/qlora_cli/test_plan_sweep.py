@@ -1,0 +1,278 @@
+"""The plan of a sweep: its cells, what each pod needs, and what runs at the same time."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from qlora_api.contract import ExitCode
+from qlora_api.memory.estimate import ActivationBytes
+from qlora_api.sweep import QLoRASweepDocument
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.__main__ import main
+from qlora_cli.plan_sweep import SweepPlan, make_sweep_plan, show_sweep_plan
+from qlora_trainer.core.measured_memory import MeasuredMemory, MeasuredStep
+from qlora_trainer.model.dry_run.limited import StepSize
+from tests.support.tiny import merged
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "sweep.yaml"
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+UNKNOWN = {"model_type": "starcoder2"}
+
+
+@pytest.fixture(autouse=True)
+def _no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    """The example with changes of its spec."""
+    content: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text().replace("1e-4, 2e-4, 4e-4", "1.0e-4, 2.0e-4, 4.0e-4"))
+    return merged(content, {"spec": changes})
+
+
+def template(**changes: Any) -> dict[str, Any]:
+    """Changes of the template's spec."""
+    return {"spec": changes}
+
+
+def written(folder: Path, config: dict[str, Any]) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def planned(folder: Path, config: dict[str, Any], **changes: Any) -> SweepPlan:
+    document = QLoRASweepDocument.model_validate(manifest(**changes))
+    return make_sweep_plan(document, written(folder, config), None)
+
+
+def shown(plan: SweepPlan) -> str:
+    output = io.StringIO()
+    show_sweep_plan(plan, Console(file=output, width=200))
+    return output.getvalue()
+
+
+def row(text: str, cell: str) -> list[str]:
+    """The words of the cell's line."""
+    [line] = [line for line in text.splitlines() if cell in line]
+    return [word for word in line.split() if word != "│"]
+
+
+def invoked(folder: Path, command: str, content: dict[str, Any], *options: str) -> Result:
+    """The command with the sweep as a file, for an 8B model."""
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return CliRunner().invoke(main, [command, str(file), *options])
+
+
+def test_each_cell_is_shown_with_what_it_changes_and_the_memory_that_it_needs(tmp_path: Path) -> None:
+    text = shown(planned(tmp_path, LLAMA))
+    small, large = row(text, "support-rates-00"), row(text, "support-rates-03")
+    assert small == ["support-rates-00", "rank=16", "learningRate=0.0001", small[3], "fits"]
+    assert large == ["support-rates-03", "rank=64", "learningRate=0.0001", large[3], "fits"]
+    assert 8 < float(small[3]) < float(large[3]) < 11
+    assert "On 24 GiB" in text
+    assert ["Cells", "6"] in [line.split() for line in text.splitlines()]
+    assert ["Pods", "at", "a", "time", "1", "of", "6", "(spec.parallelism)"] in [
+        line.split() for line in text.splitlines()
+    ]
+
+
+def test_the_cells_of_a_pod_are_estimated_together(tmp_path: Path) -> None:
+    alone, together = planned(tmp_path, LLAMA), planned(tmp_path, LLAMA, cellsPerPod=4, parallelism=3)
+    assert [len(pod.cells) for pod in together.pods] == [4, 2]
+    memory = [pod.memory for pod in (*together.pods, *alone.pods)]
+    first, second, *cells = memory
+    assert first is not None
+    assert second is not None
+    assert first.adapters == sum(each.adapters for each in cells[:4] if each is not None)
+    assert first.base_weights == second.base_weights
+    text = shown(together)
+    assert row(text, "support-rates-00")[3:] == [f"{first.expected / 2**30:.2f}", "fits"]
+    assert row(text, "support-rates-03")[3:] == []
+    assert row(text, "support-rates-04")[3:] == [f"{second.expected / 2**30:.2f}", "fits"]
+    # No more at a time than there are.
+    assert "Pods at a time  2 of 2 (spec.parallelism)" in text
+    assert "GPUs at a time  2" in text
+
+
+def test_a_pod_that_cannot_fit_is_marked_and_ends_the_plan_as_a_job_that_cannot_fit(tmp_path: Path) -> None:
+    config = str(written(tmp_path, LLAMA))
+    content = manifest(cellsPerPod=4, template=template(resources={"gpuMemory": 10}))
+    done = invoked(tmp_path, "plan", content, "--config", config)
+    assert done.exit_code == ExitCode.DOES_NOT_FIT
+    assert row(done.output, "support-rates-00")[-1] == "exceeds"
+    assert row(done.output, "support-rates-04")[-1] == "tight"
+    assert "1 of 2 pods cannot fit on a GPU of 10 GiB: lower spec.cellsPerPod," in done.output
+    # Alone each of them may.
+    assert invoked(tmp_path, "plan", manifest(), "--config", config, "--gpu-memory", "10").exit_code == ExitCode.DONE
+
+
+def test_without_the_size_of_a_gpu_each_cell_has_the_smallest_on_which_it_fits(tmp_path: Path) -> None:
+    grid = {"rank": None, "learningRate": None, "microBatchSize": [1, 64]}
+    content = manifest(template=template(resources={}), grid={})
+    content["spec"]["grid"] = {name: values for name, values in grid.items() if values}
+    del content["spec"]["template"]["spec"]["resources"]
+    text = shown(make_sweep_plan(QLoRASweepDocument.model_validate(content), written(tmp_path, LLAMA), None))
+    assert row(text, "support-rates-00")[-2:] == ["16", "GiB"]
+    assert row(text, "support-rates-01")[-2:] != ["16", "GiB"]
+    assert "set spec.template.spec.resources.gpuMemory or --gpu-memory" in text
+
+
+def test_gpus_at_a_time_are_those_of_all_pods(tmp_path: Path) -> None:
+    text = shown(planned(tmp_path, LLAMA, parallelism=3, template=template(resources={"gpus": 2})))
+    assert "GPUs at a time  6, 2 for each pod" in text
+
+
+def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(tmp_path: Path) -> None:
+    plan = planned(tmp_path, UNKNOWN)
+    assert plan.exit_code is ExitCode.DONE
+    text = shown(plan)
+    assert row(text, "support-rates-00")[-2:] == ["–", "unknown"]
+    assert text.count("the trainer is not installed") == 1
+
+
+def measured(digest: str, rank: int) -> MeasuredMemory:
+    step = MeasuredStep(
+        sequences=2, sequence_tokens=2048, gradient_checkpointing=True, kept=2**20, loss=2**20, work=2**20
+    )
+    return MeasuredMemory(
+        digest=digest,
+        blocks=2,
+        rank=rank,
+        quantized_parameters=2**30,
+        unquantized_bytes=2**20,
+        adapter_parameters=rank * 2**20,
+        pageable_parameters=0,
+        whole_parameters=0,
+        steps=(step,),
+    )
+
+
+@pytest.mark.parametrize(("cells_per_pod", "joint"), [(1, 0), (16, 2)])
+def test_cells_that_need_the_same_memory_are_measured_once(tmp_path: Path, cells_per_pod: int, joint: int) -> None:
+    ranks: list[int] = []
+    passes_of: list[int] = []
+
+    def measure(config: Path, spec: QLoRAJobSpec, sizes: Sequence[StepSize], digest: str) -> MeasuredMemory:
+        ranks.append(spec.lora.rank)
+        return measured(digest, spec.lora.rank)
+
+    def measure_passes(
+        config: Path, specs: Sequence[QLoRAJobSpec], passes: Sequence[tuple[int, ...]]
+    ) -> tuple[ActivationBytes, ...]:
+        passes_of.append(len(specs))
+        return tuple(ActivationBytes(checkpoints=2**20, kept=0, layers=2**20, logits=0) for _ in passes)
+
+    grid = {"rank": [16, 64], "alpha": [8, 16], "learningRate": [number * 1e-4 for number in range(1, 17)]}
+    document = QLoRASweepDocument.model_validate(manifest(grid=grid, cellsPerPod=cells_per_pod))
+    plan = make_sweep_plan(document, written(tmp_path, UNKNOWN), None, measure, measure_passes)
+    assert sum(len(pod.cells) for pod in plan.pods) == 64
+    assert ranks == [16, 64]
+    assert passes_of == [16] * joint
+    assert len({pod.cells[0].name for pod in plan.pods}) == len(plan.pods)
+
+
+def test_a_model_with_one_row_a_sequence_says_so_once_and_takes_one_cell_a_pod(tmp_path: Path) -> None:
+    text = shown(planned(tmp_path, {"model_type": "bamba"}, template=template(training={"microBatchSize": 1})))
+    assert text.count("One row a sequence in 6 of 6 cells: packing is off") == 1
+    done = invoked(
+        tmp_path, "plan", manifest(cellsPerPod=2), "--config", str(written(tmp_path, {"model_type": "bamba"}))
+    )
+    assert done.exit_code == ExitCode.BAD_CONFIGURATION
+    assert "spec.cellsPerPod is 2: models of type bamba cannot keep" in done.output
+    assert "remove cellsPerPod" in done.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"template": {"spec": {"lora": {"ranks": 8}}}},
+            ": spec.template.spec.lora.ranks: unknown field; did you mean rank?",
+        ),
+        (
+            {"template": {"spec": {"lora": {"rank": 0}}}},
+            ": spec.template.spec.lora.rank: found 0, must be greater than or equal to 1",
+        ),
+        ({"paralelism": 2}, ": spec.paralelism: unknown field; did you mean parallelism?"),
+        ({"grid": {"learningRates": [1e-4]}}, ": spec.grid.learningRates: unknown field; did you mean learningRate?"),
+        ({"grid": {"rank": [16, 16]}}, "cell support-rates-03 (rank=16 learningRate=0.0001) is there twice"),
+    ],
+)
+def test_an_invalid_sweep_is_rejected_with_the_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    done = invoked(tmp_path, "plan", manifest(**changes), "--config", str(written(tmp_path, LLAMA)))
+    assert done.exit_code == ExitCode.BAD_CONFIGURATION
+    assert message in done.output
+    assert len(done.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("cells_per_pod", [1, 4])
+def test_a_config_that_is_no_json_object_is_rejected_in_one_sentence(tmp_path: Path, cells_per_pod: int) -> None:
+    config = tmp_path / "config.json"
+    for content in ("{", "[]"):
+        config.write_text(content)
+        done = invoked(tmp_path, "plan", manifest(cellsPerPod=cells_per_pod), "--config", str(config))
+        assert done.exit_code == ExitCode.BAD_CONFIGURATION
+        assert "config.json is not a JSON object" in done.output
+
+
+def test_a_name_that_leaves_no_room_for_those_of_the_cells_is_rejected(tmp_path: Path) -> None:
+    content = manifest(publish="best", template=template(output={"destination": "hf://acme/best"}))
+    for length, problem in ((43, "metadata.name: "), (41, "at most 40 characters with publish: best")):
+        content["metadata"]["name"] = "a" * length
+        done = invoked(tmp_path, "plan", content)
+        assert done.exit_code == ExitCode.BAD_CONFIGURATION
+        assert problem in done.output
+
+
+def test_a_sweep_is_not_run_here_nor_planned_beside_other_files(tmp_path: Path) -> None:
+    done = invoked(tmp_path, "run", manifest(), "--workspace", str(tmp_path / "work"))
+    assert done.exit_code == ExitCode.BAD_CONFIGURATION
+    [line] = done.output.splitlines()
+    assert line.endswith(
+        "must be a QLoRAJob: write a cell's changes into the template's spec, or apply the sweep to a cluster"
+    )
+    done = invoked(tmp_path, "plan", manifest(), str(tmp_path / "sweep.yaml"))
+    assert done.exit_code == ExitCode.BAD_CONFIGURATION
+    assert "plan a sweep by itself" in done.output
+
+
+def test_rows_are_looked_for_where_the_template_says(tmp_path: Path) -> None:
+    for command, options in (("data", ()), ("plan", ("--data",))):
+        done = invoked(tmp_path, command, manifest(), *options)
+        assert done.exit_code == ExitCode.BAD_CONFIGURATION
+        assert "team-data" in done.output
+        assert "unknown field" not in done.output
+
+
+def test_a_plan_loads_neither_the_trainers_libraries_nor_the_operators(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from qlora_cli.__main__ import main
+main(["plan", {str(EXAMPLE)!r}, "--config", {str(written(tmp_path, LLAMA))!r}], standalone_mode=False)
+"""
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", program], capture_output=True, text=True, check=True
+    )
+    modules = {line.rpartition("|")[2].strip().partition(".")[0] for line in loaded.stderr.splitlines()}
+    assert "pydantic" in modules
+    assert not modules & {"torch", "transformers", "numpy", "kopf", "kubernetes"}
