@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from devcluster.files import claim
+from devcluster.product import SHARED_PROFILE
 from qlora_api.naming import STEP_LABEL
 from tests.cluster.environment import INPUTS, SHORT, Object, Tenant, tiny_job
 from tests.support.waiting import eventually
@@ -24,8 +25,8 @@ def sweep(name: str, **spec: Any) -> Object:
     }
 
 
-def test_a_sweep_trains_its_cells_names_the_best_and_leaves_it_when_it_is_deleted(tenant: Tenant) -> None:
-    name = tenant.apply(sweep("rates"))
+def succeeded(tenant: Tenant, name: str) -> Object:
+    """The status of the sweep, once it has succeeded."""
 
     def ended() -> Object | None:
         status = tenant.get("qlorasweep", name).get("status", {})
@@ -33,6 +34,12 @@ def test_a_sweep_trains_its_cells_names_the_best_and_leaves_it_when_it_is_delete
 
     status = eventually(ended, seconds=900, every=2, what="the end of the sweep") or {}
     assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
+    return status
+
+
+def test_a_sweep_trains_its_cells_names_the_best_and_leaves_it_when_it_is_deleted(tenant: Tenant) -> None:
+    name = tenant.apply(sweep("rates"))
+    status = succeeded(tenant, name)
     losses = {cell["name"]: cell["evalLoss"] for cell in status["cells"]}
     best = status["best"]
     assert best["cell"] == min(losses, key=lambda cell: losses[cell]) == "rates-01"
@@ -46,6 +53,51 @@ def test_a_sweep_trains_its_cells_names_the_best_and_leaves_it_when_it_is_delete
         page = pod.run("cat", f"/volume/{report}")
     assert "rates-00" in page
     assert "rates-01" in page
+
+
+def test_a_sweep_stops_the_worse_cell_and_publishes_the_best_with_one_base_and_rows_for_both(tenant: Tenant) -> None:
+    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim("published", tenant.namespace)))
+    body = sweep("halved", grid={"learningRate": [5e-3, 1e-5]}, halving={"minSteps": 100, "factor": 2}, publish="best")
+    template = body["spec"]["template"]["spec"]
+    template["training"] |= {"maxSteps": 600, "evalEverySteps": 100}
+    template["output"] = {"destination": "pvc://published/adapter"}
+    status = succeeded(tenant, tenant.apply(body))
+    first, second = status["cells"]
+    assert (first["phase"], second["phase"], second["reason"]) == ("Succeeded", "Stopped", "NotAmongBest")
+    assert [(rung["step"], rung["rank"], rung["cells"]) for rung in second["rungs"]] == [(100, 2, 2)]
+    published = tenant.status(status["published"]["name"])
+    assert published["adapter"]["uri"] == "pvc://published/adapter"
+    assert published["adapter"]["sha256"] == tenant.status("halved-00")["adapter"]["sha256"]
+    assert tenant.adapter_sum(published) == published["adapter"]["sha256"]
+    assert [tenant.status(name)["base"]["origin"] for name in ("halved-00", "halved-01")] == ["volume", "cache"]
+    with tenant.volume(status["claimName"]) as pod:
+        shared = pod.run(
+            "ls", f"/volume/{status['report'].rpartition('/')[0].removeprefix('pvc://').partition('/')[2]}"
+        )
+    assert {"quantized", "rows"} <= set(shared.split())
+
+
+def test_cells_of_a_pod_are_trained_by_it_together(tenant: Tenant) -> None:
+    tenant.kubectl("apply", "--filename=-", input_text=json.dumps(claim("cells", tenant.namespace)))
+    body = sweep("packed", cellsPerPod=2)
+    body["spec"]["template"]["spec"] |= {
+        "lora": {"rank": 4, "alpha": 8},
+        "workspace": {"claimName": "cells"},
+        "scheduling": {"profile": SHARED_PROFILE},
+    }
+    status = succeeded(tenant, tenant.apply(body))
+    cells = [cell["name"] for cell in status["cells"]]
+    assert cells == ["packed-00", "packed-01"]
+    assert {tenant.status(name)["group"]["leader"] for name in cells} == {"packed-00"}
+    (pod,) = [
+        each for each in tenant.children("packed-00", "pods") if each["metadata"]["labels"][STEP_LABEL] == "train"
+    ]
+    with tenant.volume("cells") as files:
+        for name in cells:
+            folder = tenant.status(name)["resolved"]["workspacePath"]
+            attempts = files.run("cat", f"/volume/{folder}/records/attempts.jsonl").splitlines()
+            assert [json.loads(line)["podUid"] for line in attempts] == [pod["metadata"]["uid"]], name
+    assert status["best"]["sha256"] == tenant.status(status["best"]["cell"])["adapter"]["sha256"]
 
 
 def test_a_gate_holds_an_adapter_back_until_it_is_loosened_and_nothing_is_trained_again(tenant: Tenant) -> None:
