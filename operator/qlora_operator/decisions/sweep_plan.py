@@ -19,6 +19,7 @@ from qlora_operator.decisions.best_cell import (
     waits_for_publication,
 )
 from qlora_operator.decisions.conditions import ConditionType, Value, truncate, with_condition
+from qlora_operator.decisions.figures import short_loss
 from qlora_operator.decisions.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
 from qlora_operator.decisions.observe import Reason, format_time
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, StoredSweep
@@ -252,7 +253,7 @@ def _best(line: CellStatus | None) -> BestCell | None:
     return BestCell(
         cell=line.name,
         overrides=line.overrides,
-        eval_loss=line.eval_loss,
+        eval_loss=short_loss(line.eval_loss),
         score=line.score,
         adapter=line.adapter,
         sha256=line.sha256,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, nine_digits
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
@@ -131,7 +131,7 @@ def test_the_losses_at_the_rungs_of_a_sweep_are_in_every_later_record_and_its_pa
     assert "at step 2, stopped" in (shared / "report.html").read_text()
     records = Recorded()
     run(context, records=records)
-    losses = {line["step"]: round(line["evalLoss"], 4) for line in history(context) if "evalLoss" in line}
+    losses = {line["step"]: nine_digits(line["evalLoss"]) for line in history(context) if "evalLoss" in line}
     found = [record.get("evaluations") for record in records.written if record["trainingStep"] == 6]
     assert found
     assert all(evaluations == [[2, losses[2]], [4, losses[4]]] for evaluations in found)
