@@ -181,7 +181,15 @@ def lingering(job: QLoRAJob, leader: QLoRAJob | None, observed: Observed) -> str
     member = None if leader is None else member_of(leader)
     trains = member is None or job.uid in member.leads
     later = "" if trains or leader is None or leader.status.step is None else leader.status.step.job_uid
-    train = child_job_name(joined.leader, "train", 0).removesuffix("0")
+    return left_of_train(joined.leader, observed, later=later)
+
+
+def left_of_train(name: str, observed: Observed, *, later: str = "") -> str:
+    """A train pod of the job of that name that runs, or a train Job that may start one, for people; empty for none.
+
+    `observed`: the job's children. `later`: UID of a Job that does not count.
+    """
+    train = child_job_name(name, "train", 0).removesuffix("0")
     for pod in observed.live_pods:
         if pod.name.startswith(train) and (not later or pod.owner_uid != later):
             return f"pod {pod.name}"
