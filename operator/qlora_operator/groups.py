@@ -64,7 +64,7 @@ class Groups:
         return GroupFacts(tuple(others), led, await self._lingering(job, bodies))
 
     async def read_writer(self, job: QLoRAJob) -> str:
-        """A pod or Job, the job's own or its leader's, that may still save a checkpoint of it, for people; empty for none.
+        """A pod or Job, the job's own or its leader's, that may still save a checkpoint of it; empty for none.
 
         Neither the end of a job nor its suspension waits for such a pod: it may have a minute to save, or train others.
         """

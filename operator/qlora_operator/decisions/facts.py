@@ -32,7 +32,7 @@ class Facts:
     continued: QLoRAJob | None = None
     """The job that spec.continues names, as it is now; None if there is none that can be read."""
     continued_writer: str = ""
-    """A pod or Job that may still save a checkpoint of that job, though it has ended or is suspended; empty for none."""
+    """A pod or Job that may still save a checkpoint of that job, after its end or suspension; empty for none."""
     group: GroupFacts | None = None
     """The other jobs of its group; None if it is in none, or nothing depends on them."""
     progress_beside: ProgressRecord | None = None
