@@ -60,6 +60,8 @@ class RunState:
     initial_eval_loss: float | None = None
     eval_measured: Mapping[str, float] = field(default_factory=dict)
     """What it measured in the latest evaluation."""
+    best_measured: Mapping[str, float] = field(default_factory=dict)
+    """And in the best one so far."""
     peak_memory_bytes: int = 0
     """The largest of all attempts."""
     micro_batch_size: int | None = None
