@@ -154,8 +154,8 @@ class ProgressStatus(ObservedModel):
     )
     eval_accuracy: Share | None = Field(
         None,
-        description="Share of the held-out pairs for which that holds, in the latest evaluation; of the finished adapter "
-        "at the end.",
+        description="Share of the held-out pairs for which that holds, in the latest evaluation; of the finished "
+        "adapter at the end.",
     )
     evaluations: tuple[EvaluationStatus, ...] | None = Field(
         None,

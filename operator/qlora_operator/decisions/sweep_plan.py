@@ -223,9 +223,13 @@ def next_status(
 
 
 def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
-    """The status of a sweep whose cells cannot be made of its template, which never changes."""
-    started = sweep.status.start_time or format_time(now)
-    status = sweep.status.model_copy(update={"observed_generation": sweep.generation, "start_time": started})
+    """The status of a sweep whose cells cannot be made of its template, which never changes: it is at its end."""
+    changes = {
+        "observed_generation": sweep.generation,
+        "start_time": sweep.status.start_time or format_time(now),
+        "completion_time": sweep.status.completion_time or format_time(now),
+    }
+    status = sweep.status.model_copy(update=changes)
     return _with_conditions(sweep, status, "Failed", reason, now)
 
 
