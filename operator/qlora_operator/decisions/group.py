@@ -158,7 +158,7 @@ def suffix(job: QLoRAJob, status: QLoRAJobStatus) -> str:
             f"; its Job trains {_names([member.name for member in others])} too, on the same base, which needs more "
             "GPU memory than status.memory says for this job alone"
         )
-    return "" if leads(job, status) else f"; {group.leader} trains it no more"
+    return "" if leads(job, status) else f"; {group.leader} no longer trains this job"
 
 
 def trains_now(leader: QLoRAJob, job: QLoRAJob) -> bool:
@@ -296,8 +296,8 @@ def _until_formed(own: Member, others: Sequence[Member]) -> Reason:
     if (size := _bytes(chosen)) > MAX_DOCUMENTS:
         return Reason(
             "SpecTooLarge",
-            f"the specs that the pod of group {own.group!r} would read have {size} bytes as JSON, and may have "
-            f"{MAX_DOCUMENTS} together: create its jobs again in smaller groups, or with shorter texts",
+            f"the specs of group {own.group!r} have {size} bytes as JSON; the limit is {MAX_DOCUMENTS}: create its "
+            "jobs again in smaller groups, or with shorter texts",
         )
     ready, missing = sum(map(_is_ready, chosen)), own.size - len(chosen)
     awaited = [f"{member.name} ({member.doing})" for member in chosen if not _is_ready(member)]
@@ -316,7 +316,8 @@ def _until_noted(own: Member, others: Sequence[Member]) -> Reason | None:
     ]
     if not late:
         return None
-    return Reason(_WAITING, f"the group is trained as soon as that is stored in the status of {_names(late)}")
+    have = "has" if len(late) == 1 else "have"
+    return Reason(_WAITING, f"the group is complete; training starts once {_names(late)} {have} recorded their leader")
 
 
 def _until_trained(own: Member, joined: GroupStatus, group: GroupFacts) -> Reason | None:
@@ -331,7 +332,7 @@ def _until_trained(own: Member, joined: GroupStatus, group: GroupFacts) -> Reaso
     why = f": {leader.waits.sentence}" if leader.waits is not None else ""
     return Reason(
         "WaitingForLeader",
-        f"QLoRAJob {leader.name} trains this job together with its own adapter, and its train pod does not run{why}",
+        f"waiting for QLoRAJob {leader.name}, whose pod trains this job and is not running{why}",
     )
 
 

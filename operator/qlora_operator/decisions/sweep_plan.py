@@ -279,7 +279,7 @@ def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
         return Reason("AllCellsFailed", sentence)
     best = status.best
     if best is None:
-        return Reason("Succeeded", f"no cell has what spec.best chooses by{failed}")
+        return Reason("Succeeded", f"no cell has a loss or score to compare (spec.best){failed}")
     score = "" if best.score is None else f", score {best.score}"
     return Reason(
         "Succeeded",
