@@ -126,4 +126,6 @@ class QLoRASweepStatus(ObservedModel):
         description="Page with the curves of the cells over each other, which each cell that is published writes anew.",
     )
     start_time: Timestamp | None = Field(None, description="When the operator first saw the sweep.")
-    completion_time: Timestamp | None = Field(None, description="When the last cell ended.")
+    completion_time: Timestamp | None = Field(
+        None, description="When the last cell ended, or the cells were found invalid."
+    )
