@@ -54,6 +54,9 @@ _SWEEP_COLUMNS = [
     _column("Cells", ".status.summary", description="Cells that have ended, of all."),
     _column("Best", ".status.best.cell", description="The best cell so far."),
     _column("Eval-Loss", ".status.best.evalLoss", type_="number", description="Loss of that cell on held-out rows."),
+    _column(
+        "Score", ".status.best.score", type_="number", wide=True, description="Score of that cell, if its gate has one."
+    ),
     _column("Changes", ".status.best.overrides", wide=True, description="What that cell changes in the template."),
     _column("Adapter", ".status.best.adapter", wide=True, description="Address of that cell's adapter."),
     _column(

@@ -123,6 +123,4 @@ def reject_ungroupable(spec: "QLoRAJobSpec") -> None:
 
 def _not_supported(field: str, setting: str) -> str:
     named = "resources.gpus or nodes above 1" if field == "resources.gpus" else field
-    return (
-        f"{setting} trains several jobs on one base in one process, which {named} does not support: remove one of them"
-    )
+    return f"{named} is not supported with {setting}, which trains several jobs in one process: remove one of them"

@@ -35,7 +35,7 @@ def unjoinable(documents: Sequence[QLoRAJobDocument]) -> str | None:
 def setting_alone(spec: QLoRAJobSpec) -> str:
     """Which setting is for a job that is trained alone; empty for none."""
     field = trained_alone(spec)
-    return f"spec.{field} is set, which that does not support: {_ALONE}" if field else ""
+    return f"spec.{field} is not supported when jobs are trained together: {_ALONE}" if field else ""
 
 
 def rows_not_apart(model_type: str) -> str:

@@ -153,7 +153,9 @@ class ProgressStatus(ObservedModel):
         None, description="Share of the latest step's pairs whose chosen answer has the higher implicit reward."
     )
     eval_accuracy: Share | None = Field(
-        None, description="Share of the held-out pairs for which that holds, in the latest evaluation."
+        None,
+        description="Share of the held-out pairs for which that holds, in the latest evaluation; of the finished "
+        "adapter at the end.",
     )
     evaluations: tuple[EvaluationStatus, ...] | None = Field(
         None,

@@ -44,8 +44,8 @@ _CONTINUED = "continues takes up one run with the same settings, which cells cha
 _GROUPED = "group is for jobs that are created one by one: remove it, and set cellsPerPod of the sweep"
 _TOGETHER = "cellsPerPod"
 _DROPOUT = (
-    "cellsPerPod trains several jobs on one base in one process, which lora.dropout does not support: remove dropout "
-    "above 0 from grid and cells, or remove cellsPerPod"
+    "lora.dropout is not supported with cellsPerPod, which trains several jobs in one process: remove dropout above 0 "
+    "from grid and cells, or remove cellsPerPod"
 )
 _STOPPED_TOGETHER = (
     "halving stops single cells, and with cellsPerPod a pod trains several to their ends: remove one of them"
@@ -95,7 +95,7 @@ class SweepTemplate(ApiModel):
 
 _NO_RUNG = (
     "halving compares cells at the evaluations after minSteps, minSteps · factor and so on: set "
-    "spec.template.spec.training.evalEverySteps to minSteps, or to a number of which that is a multiple"
+    "spec.template.spec.training.evalEverySteps to minSteps, or to a divisor of it"
 )
 _RUNG_AFTER_THE_END = (
     "halving.minSteps is not below spec.template.spec.training.maxSteps, so that no cell would be stopped: set a lower "
@@ -332,7 +332,7 @@ def _cells(name: str, spec: QLoRASweepSpec, claim: str, uid: str) -> Iterator[Ce
         cell = f"{name}-{number:02}"
         # The schema compares no lists, and takes 0 and 0.0 for two values.
         if spec.grid is not None and overrides in known:
-            raise ValueError(f"cell {cell} ({overrides.text()}) is there twice: a list of the grid repeats a value")
+            raise ValueError(f"cell {cell} ({overrides.text()}) is a duplicate: a list of the grid repeats a value")
         known.add(overrides)
         try:
             group = number // spec.cells_per_pod

@@ -67,7 +67,10 @@ class BestCell(ObservedModel):
 
     cell: str = Field(max_length=63, description="Name of its QLoRAJob.")
     overrides: ShortText = Field(description="What it changes in the template.")
-    eval_loss: Finite | None = Field(None, description="Loss of its adapter on the held-out rows.")
+    eval_loss: Finite | None = Field(
+        None,
+        description="Loss of its adapter on the held-out rows, with five significant digits; status.cells has more.",
+    )
     score: Share | None = Field(None, description="Score of its answers, if the template's gate has one.")
     adapter: Uri = Field(description="Folder of its adapter, which stays when the sweep is deleted.")
     sha256: str = Field("", max_length=64, description="SHA-256 of adapter_model.safetensors.")
@@ -124,4 +127,6 @@ class QLoRASweepStatus(ObservedModel):
         "stopped by spec.halving.",
     )
     start_time: Timestamp | None = Field(None, description="When the operator first saw the sweep.")
-    completion_time: Timestamp | None = Field(None, description="When the last cell ended.")
+    completion_time: Timestamp | None = Field(
+        None, description="When the last cell ended, or the cells were found invalid."
+    )

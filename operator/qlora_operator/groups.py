@@ -9,9 +9,9 @@ from weakref import WeakValueDictionary
 
 from qlora_operator.cluster import Cluster
 from qlora_operator.decisions.conditions import is_finished
-from qlora_operator.decisions.group import lingering, trains_now
+from qlora_operator.decisions.group import left_of_train, lingering, trains_now
 from qlora_operator.decisions.members import GroupFacts, Member, fitting_members, member_of
-from qlora_operator.decisions.observe import ChildJob, Pod, QLoRAJob, collect
+from qlora_operator.decisions.observe import ChildJob, Observed, Pod, QLoRAJob, collect
 from qlora_operator.decisions.stored_job import UnreadableJobError, parse_job
 from qlora_operator.decisions.taking_up import is_to_be_taken_up
 from qlora_operator.store import Store
@@ -54,7 +54,7 @@ class Groups:
         if not live:
             return GroupFacts(tuple(shown))
         asked_for = _that_matter(job, shown)
-        bodies = await self._read_all(job.namespace, asked_for)
+        bodies = await self._read_all(job.namespace, (member.name for member in asked_for))
         members = (member_of(body) for body in bodies if body.uid != job.uid)
         others = [
             *(member for member in members if member is not None),
@@ -63,15 +63,27 @@ class Groups:
         led = tuple(body for body in bodies if trains_now(job, body))
         return GroupFacts(tuple(others), led, await self._lingering(job, bodies))
 
-    async def _read_all(self, namespace: str, members: Iterable[Member]) -> list[QLoRAJob]:
+    async def read_writer(self, job: QLoRAJob) -> str:
+        """A pod or Job, the job's own or its leader's, that may still save a checkpoint of it; empty for none.
+
+        Neither the end of a job nor its suspension waits for such a pod: it may have a minute to save, or train others.
+        """
+        own = left_of_train(job.name, await self._children(job.namespace, job.name, job.uid))
+        joined = job.status.group
+        if own or joined is None:
+            return own
+        led = await self._lingering(job, await self._read_all(job.namespace, [joined.leader]))
+        return f"{led} of QLoRAJob {joined.leader}" if led else ""
+
+    async def _read_all(self, namespace: str, names: Iterable[str]) -> list[QLoRAJob]:
         """The jobs as they are now, in the order of their names, without those that are gone or cannot be read."""
         bodies = []
-        for member in sorted(members, key=lambda each: each.name):
-            body = await self.cluster.get_qlora_job(namespace, member.name)
+        for name in sorted(names):
+            body = await self.cluster.get_qlora_job(namespace, name)
             try:
                 bodies += [] if body is None else [parse_job(body)]
             except UnreadableJobError as error:
-                logger.warning("%s: %s", member.name, error, extra={"key": (namespace, member.name)})
+                logger.warning("%s: %s", name, error, extra={"key": (namespace, name)})
         return bodies
 
     async def _lingering(self, job: QLoRAJob, bodies: Iterable[QLoRAJob]) -> str:
@@ -80,14 +92,17 @@ class Groups:
         if joined is None or joined.leader_uid == job.uid:
             return ""
         leader = next((body for body in bodies if body.uid == joined.leader_uid), None)
-        pods = await self.cluster.list_pods(job.namespace, joined.leader_uid)
+        return lingering(job, leader, await self._children(job.namespace, joined.leader, joined.leader_uid))
+
+    async def _children(self, namespace: str, name: str, uid: str) -> Observed:
+        """Jobs and pods of the job of that name and UID, as they are now."""
+        pods = await self.cluster.list_pods(namespace, uid)
         # Afterwards: a Job that has not ended may have made a pod in between.
-        jobs = await self.cluster.list_jobs(job.namespace, joined.leader, joined.leader_uid)
-        observed = collect(
+        jobs = await self.cluster.list_jobs(namespace, name, uid)
+        return collect(
             (view.value for view in jobs.items if isinstance(view.value, ChildJob)),
             (view.value for view in pods.items if isinstance(view.value, Pod)),
         )
-        return lingering(job, leader, observed)
 
 
 def _takes_part(job: QLoRAJob) -> bool:

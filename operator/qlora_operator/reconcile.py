@@ -15,7 +15,7 @@ from qlora_operator.actions import Actions
 from qlora_operator.cluster import Cluster, ClusterError, ConflictError, NotFoundError
 from qlora_operator.decisions.blockers import no_pod_at
 from qlora_operator.decisions.conditions import condition, is_false, is_finished
-from qlora_operator.decisions.continued import waits_for_other_job
+from qlora_operator.decisions.continued import is_at_rest, waits_for_other_job
 from qlora_operator.decisions.detached import (
     hides_a_pod,
     lacks_earlier_pod,
@@ -73,6 +73,7 @@ class _Around:
     log: LogReading
     queue: Reason | None
     continued: QLoRAJob | None
+    continued_writer: str
     group: GroupFacts | None
 
 
@@ -155,7 +156,7 @@ class Reconciler:
         group = await self._groups.read(view.job, live=view.live)
         log = await self.progress.read(key, view.job, view.observed, group) if self.progress else LogReading()
         queue = await self._read_queue(view)
-        around = _Around(log, queue, await self._read_continued(view), group)
+        around = _Around(log, queue, *await self._read_continued(view), group)
         decision = self._decide(view, around, others or 0)
         if not view.live and _must_be_confirmed(view, decision):
             confirmed = await self._read(key)
@@ -164,7 +165,7 @@ class Reconciler:
             if self._needs_another_count(confirmed.job, view.job, others):
                 return confirmed
             group = await self._groups.read(confirmed.job, live=True)
-            around = _Around(log, queue, await self._read_continued(confirmed), group)
+            around = _Around(log, queue, *await self._read_continued(confirmed), group)
             decision = self._decide(confirmed, around, others or 0)
         again = self.blocked.until(key, await self._carry_out(decision))
         return _Done(_soonest(again, log.again, self._follow_waiting(key, decision)))
@@ -290,17 +291,21 @@ class Reconciler:
             return None
         return queue_reason(child, workload, condition(job.status, "Succeeded"))
 
-    async def _read_continued(self, view: "_View") -> QLoRAJob | None:
-        """The job that spec.continues names, until that is settled; None if there is none that can be read."""
+    async def _read_continued(self, view: "_View") -> tuple[QLoRAJob | None, str]:
+        """The job that spec.continues names, until that is settled, and what may still save a checkpoint of it.
+
+        None if there is none that can be read.
+        """
         job = view.job
         if not waits_for_other_job(job):
-            return None
+            return None, ""
         body = await self.cluster.get_qlora_job(job.namespace, str(job.spec.continues))
         try:
-            return None if body is None else parse_job(body)
+            other = None if body is None else parse_job(body)
         except UnreadableJobError as error:
             logger.warning("%s: %s", job.spec.continues, error, extra={"key": (job.namespace, job.name)})
-            return None
+            return None, ""
+        return other, await self._groups.read_writer(other) if other is not None and is_at_rest(other) else ""
 
     def _decide(self, view: "_View", around: "_Around", others: int) -> "_Decision":
         facts = Facts(
@@ -313,6 +318,7 @@ class Reconciler:
             log_read=around.log.done,
             queue=around.queue,
             continued=around.continued,
+            continued_writer=around.continued_writer,
             group=around.group,
             jobs_of_profile=others,
         )

@@ -18,6 +18,11 @@ def reason(cluster: Nodeless, name: str) -> str:
     return next((str(each["reason"]) for each in conditions if each["type"] == "Succeeded"), "")
 
 
+def message(cluster: Nodeless, name: str) -> str:
+    conditions = cluster.job(name)["status"].get("conditions", ())
+    return next((str(each["message"]) for each in conditions if each["type"] == "Succeeded"), "")
+
+
 def test_it_starts_when_the_other_job_has_ended_and_needs_it_no_more(operated: Nodeless) -> None:
     create(operated, "taken-up", continues="broken")
     eventually(lambda: reason(operated, "taken-up") == "ContinuedJobNotFound", seconds=60, every=0.2)
@@ -44,3 +49,19 @@ def test_it_starts_when_the_other_job_has_ended_and_needs_it_no_more(operated: N
     operated.kubectl("delete", "qlorajob", "broken", f"--namespace={NAMESPACE}")
     operated.succeed("taken-up")
     operated.wait_for_phase("taken-up", "Succeeded")
+
+
+def test_it_waits_for_the_pod_of_a_job_that_has_exceeded_its_deadline(operated: Nodeless) -> None:
+    create(operated, "late")
+    operated.succeed("late", "prepare")
+    operated.run("late", "train")
+    (pod,) = [pod for pod in operated.pods() if pod["metadata"]["name"].startswith("late-train")]
+    operated.start_pod(pod)
+    deadline = '--patch={"spec": {"activeDeadlineSeconds": 60}}'
+    operated.kubectl("patch", "qlorajob", "late", f"--namespace={NAMESPACE}", "--type=merge", deadline)
+    operated.wait_for_phase("late", "Failed")
+    create(operated, "in-time", continues="late")
+    eventually(lambda: reason(operated, "in-time") == "ContinuedJobRunning", seconds=60, every=0.2)
+    assert f"pod {pod['metadata']['name']} may still save a checkpoint" in message(operated, "in-time")
+    operated.stop_pod(pod, 143)
+    operated.wait_for_phase("in-time", "Preparing")

@@ -89,4 +89,4 @@ def test_when_the_leader_is_deleted_the_others_wait_for_its_pod_and_go_on(operat
     assert operated.children("lost-b") == ["lost-b-prepare-1"]
     operated.stop_pod(pod, 143)
     operated.run("lost-b", "train")
-    assert "lost-a trains it no more" in reaches(operated, "lost-b", "Training")
+    assert "lost-a no longer trains this job" in reaches(operated, "lost-b", "Training")

@@ -297,7 +297,7 @@ REJECTED = {
     **{
         f"a group with {field} {value}": (
             with_value(GROUPED, f"spec.{field}", value),
-            f"in one process, which {named} does not support",
+            f"{named} is not supported with group, which trains several jobs in one process",
         )
         for field, value, named in (
             ("resources.gpus", 2, "resources.gpus or nodes above 1"),

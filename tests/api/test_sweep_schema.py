@@ -90,7 +90,10 @@ REJECTED = {
         with_value(SWEEP, "spec.halving", {"minSteps": 20}),
         "set spec.template.spec.training.evalEverySteps",
     ),
-    "rungs between evaluations": (with_value(HALVED, "spec.halving.minSteps", 25), "of which that is a multiple"),
+    "rungs between evaluations": (
+        with_value(HALVED, "spec.halving.minSteps", 25),
+        "minSteps, or to a divisor of it",
+    ),
     "a first rung at the end": (with_value(HALVED, "spec.halving.minSteps", 100), "no cell would be stopped"),
     "a factor of 1": (with_value(HALVED, "spec.halving.factor", 1), "greater than or equal to 2"),
     "another rank than the earlier adapter": (FURTHER, "rank, alpha and targetModules it must have"),
@@ -105,7 +108,7 @@ REJECTED = {
     ),
     "DoRA for several in a pod": (
         with_value(with_value(SWEEP, f"{TEMPLATE}.lora", {"useDora": True}), "spec.cellsPerPod", 2),
-        "cellsPerPod trains several jobs on one base in one process, which lora.useDora does not support",
+        "lora.useDora is not supported with cellsPerPod, which trains several jobs in one process",
     ),
     "dropout of one of several in a pod": (
         with_value(with_value(SWEEP, "spec.grid.dropout", [0, 0.1]), "spec.cellsPerPod", 2),
@@ -144,7 +147,7 @@ def test_a_bad_sweep_is_rejected_with_a_reason(plane: ControlPlane, case: str) -
         apply(plane, manifest)
     assert message in str(caught.value)
     if "name" not in case and "unknown field" not in message:
-        with pytest.raises(ValueError):  # noqa: PT011 - of the spec, or of the cell that is there twice
+        with pytest.raises(ValueError):  # noqa: PT011 - of the spec, or of the cell that is a duplicate
             cells("rates", QLoRASweepSpec.model_validate(manifest["spec"]), "claim")
 
 

@@ -878,9 +878,28 @@ OPERATOR = (
     Mutant(
         name="a-running-job-is-continued",
         file=f"{_DECISIONS}/continued.py",
-        old='if not (is_finished(other.status) or is_true(other.status, "Suspended")):',
+        old="if not is_at_rest(other):",
         new="if False:",
         tests=(f"{_OPERATOR_TESTS}/test_continued.py::test_until_then_it_waits_says_why_and_is_looked_at_again",),
+    ),
+    Mutant(
+        name="a-job-whose-pod-still-saves-is-continued",
+        file=f"{_DECISIONS}/continued.py",
+        old="if facts.continued_writer:",
+        new="if False:",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_continued.py::test_it_waits_for_the_train_pod_of_a_job_that_has_failed_which_still_saves_a_checkpoint",
+            f"{_OPERATOR_TESTS}/test_continued.py::test_it_waits_for_the_pod_of_a_leader_that_trains_a_suspended_job_on",
+        ),
+    ),
+    Mutant(
+        name="losses-are-compared-with-four-decimals",
+        file="crds/qlora_api/contract.py",
+        old='return float(f"{figure:.9g}")',
+        new="return round(figure, 4)",
+        tests=(
+            f"{_OPERATOR_TESTS}/test_halving.py::test_losses_that_agree_in_four_decimals_are_told_apart_at_a_rung_and_at_the_end",
+        ),
     ),
 )
 

@@ -39,7 +39,7 @@ def published(sweep: QLoRASweep, lines: Sequence[CellStatus], jobs: Mapping[str,
             reason=waits.word,
             message=truncate(waits.sentence, MAX_SHORT_TEXT_LENGTH),
         )
-    if before is not None:
+    if before is not None and before.uid:
         return before if before.phase in ENDED else before.model_copy(update={"phase": "Deleted"})
     best = _best_at_the_end(sweep, lines, jobs)
     if best is not None and best not in jobs:
@@ -53,11 +53,16 @@ def _without_run(sweep: QLoRASweep, cell: str) -> PublishedCell:
 
 
 def cells_to_publish(sweep: QLoRASweep) -> list[str]:
-    """The cell, as far as the status knows it, whose QLoRAJob is still needed to publish its adapter; or none."""
+    """The cells, as far as the status knows them, whose QLoRAJobs are still needed to publish the best adapter."""
     found = sweep.status.published
     if sweep.spec.publish != "best" or (found is not None and found.phase == "Succeeded"):
         return []
-    return [found.cell] if found is not None else [line.name for line in sweep.status.cells if line.rank == 1]
+    if found is not None and found.uid:
+        return [found.cell]
+    # No job could be created, or it could not start: the best may be another cell by now.
+    return [
+        line.name for line in sweep.status.cells if line.rank == 1 or (found is not None and line.name == found.cell)
+    ]
 
 
 def job_to_publish(

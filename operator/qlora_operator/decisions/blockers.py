@@ -75,8 +75,8 @@ def _detached(pod: Pod) -> Reason | None:
         return None
     return Reason(
         POD_DETACHED,
-        f"somebody has taken the labels or the owner of pod {pod.name} away while it ran: its Job is deleted, its time "
-        "counts, and the step goes on from its checkpoint once that pod has ended; delete the pod if it does not end",
+        f"pod {pod.name} lost its labels or owner reference while running: its Job was deleted, and its time counts; "
+        "the step goes on when the pod has ended. Delete the pod if it does not end",
     )
 
 
@@ -93,7 +93,7 @@ def _not_starting(pod: Pod, now: datetime) -> Reason | None:
         needed = f": it needs {', '.join(pod.objects)}" if pod.objects else ""
         return Reason(
             "WaitingForVolumes",
-            f"pod {pod.name} has waited for its image or a volume for more than two minutes{needed}; a Secret, "
-            f"ConfigMap or key that comes late is waited for; see `kubectl describe pod {pod.name}`",
+            f"pod {pod.name} has waited for its image or a volume for more than two minutes{needed}; the pod "
+            f"starts once missing Secrets, ConfigMaps or keys exist; see `kubectl describe pod {pod.name}`",
         )
     return None

@@ -15,6 +15,11 @@ def waits_for_other_job(job: QLoRAJob) -> bool:
     return job.spec.continues is not None and job.status.resolved is None and not job.spec.suspend and not job.deleting
 
 
+def is_at_rest(other: QLoRAJob) -> bool:
+    """Whether the other job has ended or is suspended, as its status says; a pod of it may not have ended yet."""
+    return is_finished(other.status) or is_true(other.status, "Suspended")
+
+
 def continued_run(facts: Facts) -> ContinuedRun | None:
     """Where the run is that spec.continues takes up; None without it, or if that job has nothing to take up yet.
 
@@ -40,9 +45,8 @@ def objection_of_other_job(facts: Facts, profiles: Iterable[Profile]) -> Reason 
     if other is None:
         return Reason(
             "ContinuedJobNotFound",
-            f"spec.continues names {name!r}, and there is no such QLoRAJob in namespace {facts.job.namespace!r} that "
-            "this operator can read: create this job again with another name in continues or, as of a deleted job only "
-            "the adapter can be used, with that in spec.lora.from",
+            f"QLoRAJob {name!r} (spec.continues) was not found: create this job again with the name of one that "
+            "exists, or use the adapter of a deleted job in spec.lora.from",
         )
     run = continued_run(facts)
     if run is None:
@@ -51,11 +55,17 @@ def objection_of_other_job(facts: Facts, profiles: Iterable[Profile]) -> Reason 
             f"QLoRAJob {name!r} (spec.continues) has not started, so that it has no checkpoint to take up: this job "
             "starts when that one has ended or is suspended",
         )
-    if not (is_finished(other.status) or is_true(other.status, "Suspended")):
+    if not is_at_rest(other):
         return Reason(
             "ContinuedJobRunning",
-            f"QLoRAJob {name!r} (spec.continues) is not at its end: this job starts when that one has ended or is "
+            f"QLoRAJob {name!r} (spec.continues) is still running: this job starts when that one has ended or is "
             "suspended (spec.suspend: true saves a checkpoint)",
+        )
+    if facts.continued_writer:
+        return Reason(
+            "ContinuedJobRunning",
+            f"{facts.continued_writer} may still save a checkpoint of QLoRAJob {name!r} (spec.continues): this job "
+            "starts when it has ended",
         )
     if run.claim_name in reserved_claims(profiles):
         return claim_not_allowed("spec.continues", run.claim_name)

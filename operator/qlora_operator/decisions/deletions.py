@@ -32,9 +32,8 @@ def note_deletion(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatus:
     status = charge_running(status, facts.observed, facts.now)
     until = max(facts.now, parse_time(status.active_until)) if status.active_until else facts.now
     sentence = (
-        f"somebody has deleted Job {step.job_name}, and earlier Jobs of the {step.name} step are gone too, perhaps "
-        "ended by suspensions or retries: the next one is created after a pause, which grows to five minutes; the "
-        "audit log of the API server tells who deleted it"
+        f"Job {step.job_name} was deleted, as were earlier Jobs of this step: the next is created after a pause of up "
+        "to five minutes; the API server's audit log shows who deleted it"
     )
     status = status.model_copy(update={"active_until": format_time(until)})
     return set_condition(status, facts, "Succeeded", "Unknown", Reason(_JOB_DELETED, sentence))

@@ -31,6 +31,8 @@ class Facts:
     """Why the current step's Job waits in a queue, if that could be read."""
     continued: QLoRAJob | None = None
     """The job that spec.continues names, as it is now; None if there is none that can be read."""
+    continued_writer: str = ""
+    """A pod or Job that may still save a checkpoint of that job, after its end or suspension; empty for none."""
     group: GroupFacts | None = None
     """The other jobs of its group; None if it is in none, or nothing depends on them."""
     progress_beside: ProgressRecord | None = None

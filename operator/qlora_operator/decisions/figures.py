@@ -1,10 +1,11 @@
 """Turns the trainer's records into the figures that a status shows; pure."""
 
-from qlora_api.contract import ProgressRecord, ResultRecord
+from qlora_api.contract import ProgressRecord, ResultRecord, nine_digits
 from qlora_api.duration import format_duration
 from qlora_api.status import CheckpointStatus, EvaluationStatus, ProgressStatus, QLoRAJobStatus
 
-LOSS_DIGITS = 4
+_DECIMALS = 4
+"""Of the figures that are only shown."""
 
 
 def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobStatus:
@@ -20,7 +21,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
         return status.model_copy(update={"progress": old.model_copy(update=waiting)})
     known = {
         "loss": _rounded(record.loss),
-        "eval_loss": _rounded(record.eval_loss),
+        "eval_loss": None if record.eval_loss is None else nine_digits(record.eval_loss),
         "learning_rate": record.learning_rate,
         "tokens_per_second": record.tokens_per_second,
         "peak_memory_bytes": record.peak_memory_bytes,
@@ -33,7 +34,7 @@ def with_progress(status: QLoRAJobStatus, record: ProgressRecord) -> QLoRAJobSta
         update={
             **_steps(record.training_step, record.total_steps),
             **{name: value for name, value in known.items() if value is not None},
-            "epoch": round(record.epoch, LOSS_DIGITS),
+            "epoch": round(record.epoch, _DECIMALS),
             "remaining": "" if record.remaining_seconds is None else format_duration(record.remaining_seconds),
             "updated_at": record.time,
         }
@@ -57,7 +58,7 @@ def _evaluations(record: ProgressRecord | ResultRecord) -> tuple[EvaluationStatu
     """Those at the rungs of the job's sweep."""
     if record.evaluations is None:
         return None
-    return tuple(EvaluationStatus(step=step, eval_loss=round(loss, LOSS_DIGITS)) for step, loss in record.evaluations)
+    return tuple(EvaluationStatus(step=step, eval_loss=nine_digits(loss)) for step, loss in record.evaluations)
 
 
 def with_known_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJobStatus:
@@ -81,7 +82,7 @@ def with_training_facts(status: QLoRAJobStatus, record: ResultRecord) -> QLoRAJo
     old = status.progress or ProgressStatus()
     known = {
         "loss": _rounded(record.loss),
-        "eval_loss": _rounded(record.eval_loss),
+        "eval_loss": None if record.eval_loss is None else nine_digits(record.eval_loss),
         "peak_memory_bytes": record.peak_memory_bytes,
         "goodput": record.goodput,
         "evaluations": _evaluations(record),
@@ -124,4 +125,9 @@ def _steps(step: int, total: int, *, ended: bool = False) -> dict[str, object]:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, LOSS_DIGITS)
+    return None if value is None else round(value, _DECIMALS)
+
+
+def short_loss(loss: float | None) -> float | None:
+    """The loss with five significant digits, for people; None as None."""
+    return None if loss is None else float(f"{loss:.5g}")

@@ -158,7 +158,7 @@ def suffix(job: QLoRAJob, status: QLoRAJobStatus) -> str:
             f"; its Job trains {_names([member.name for member in others])} too, on the same base, which needs more "
             "GPU memory than status.memory says for this job alone"
         )
-    return "" if leads(job, status) else f"; {group.leader} trains it no more"
+    return "" if leads(job, status) else f"; {group.leader} no longer trains this job"
 
 
 def trains_now(leader: QLoRAJob, job: QLoRAJob) -> bool:
@@ -181,7 +181,15 @@ def lingering(job: QLoRAJob, leader: QLoRAJob | None, observed: Observed) -> str
     member = None if leader is None else member_of(leader)
     trains = member is None or job.uid in member.leads
     later = "" if trains or leader is None or leader.status.step is None else leader.status.step.job_uid
-    train = child_job_name(joined.leader, "train", 0).removesuffix("0")
+    return left_of_train(joined.leader, observed, later=later)
+
+
+def left_of_train(name: str, observed: Observed, *, later: str = "") -> str:
+    """A train pod of the job of that name that runs, or a train Job that may start one, for people; empty for none.
+
+    `observed`: the job's children. `later`: UID of a Job that does not count.
+    """
+    train = child_job_name(name, "train", 0).removesuffix("0")
     for pod in observed.live_pods:
         if pod.name.startswith(train) and (not later or pod.owner_uid != later):
             return f"pod {pod.name}"
@@ -288,8 +296,8 @@ def _until_formed(own: Member, others: Sequence[Member]) -> Reason:
     if (size := _bytes(chosen)) > MAX_DOCUMENTS:
         return Reason(
             "SpecTooLarge",
-            f"the specs that the pod of group {own.group!r} would read have {size} bytes as JSON, and may have "
-            f"{MAX_DOCUMENTS} together: create its jobs again in smaller groups, or with shorter texts",
+            f"the specs of group {own.group!r} have {size} bytes as JSON; the limit is {MAX_DOCUMENTS}: create its "
+            "jobs again in smaller groups, or with shorter texts",
         )
     ready, missing = sum(map(_is_ready, chosen)), own.size - len(chosen)
     awaited = [f"{member.name} ({member.doing})" for member in chosen if not _is_ready(member)]
@@ -308,7 +316,8 @@ def _until_noted(own: Member, others: Sequence[Member]) -> Reason | None:
     ]
     if not late:
         return None
-    return Reason(_WAITING, f"the group is trained as soon as that is stored in the status of {_names(late)}")
+    have = "has" if len(late) == 1 else "have"
+    return Reason(_WAITING, f"the group is complete; training starts once {_names(late)} {have} recorded their leader")
 
 
 def _until_trained(own: Member, joined: GroupStatus, group: GroupFacts) -> Reason | None:
@@ -323,7 +332,7 @@ def _until_trained(own: Member, joined: GroupStatus, group: GroupFacts) -> Reaso
     why = f": {leader.waits.sentence}" if leader.waits is not None else ""
     return Reason(
         "WaitingForLeader",
-        f"QLoRAJob {leader.name} trains this job together with its own adapter, and its train pod does not run{why}",
+        f"waiting for QLoRAJob {leader.name}, whose pod trains this job and is not running{why}",
     )
 
 

@@ -35,8 +35,8 @@ def _sentence(child: ChildJob, workload: Object) -> str:
     status = workload.get("status") or {}
     if not (workload.get("spec") or {}).get("queueName"):
         return (
-            "Kueue holds Jobs without a queue too, as this step's: add a LocalQueue named default to the namespace, "
-            f"then delete Job {child.name}"
+            "Kueue manages Jobs without a queue name in this cluster, also this one: add a LocalQueue named default to "
+            f"the namespace, then delete Job {child.name}"
         )
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     evicted, quota = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})

@@ -201,13 +201,13 @@ def job_limit_reached(facts: Facts) -> Reason | None:
     lacking = yet_to_start(facts)
     if limit is None or facts.jobs_of_profile + lacking <= limit:
         return None
-    starts = "when one of them has ended"
+    starts = "one of them has ended"
     if lacking > 1:
-        starts = f"when there is a place for each of the {lacking} jobs of its group that have not started"
+        starts = f"all {lacking} jobs of its group that have not started can start together"
     return Reason(
         "JobLimitReached",
         f"{facts.jobs_of_profile} jobs of profile {name!r} have started in namespace {namespace!r}, and the "
-        f"profile allows {limit} at a time: this one starts by itself {starts}",
+        f"profile allows {limit} at a time: this job starts when {starts}",
     )
 
 

@@ -68,7 +68,7 @@ def _summarize_suspension(status: QLoRAJobStatus, facts: Facts) -> QLoRAJobStatu
         )
     leader = trained_by(status, facts)
     sentence = (
-        f"spec.suspend is true, but the pod of QLoRAJob {leader} trains this job on: suspend that one to stop it"
+        f"the pod of QLoRAJob {leader} is still training this job; suspend {leader} to stop it"
         if leader
         else "spec.suspend is true; false resumes the job"
     )

@@ -31,7 +31,7 @@ def _no_place_for_a_pod(sweep: QLoRASweep, profile: Profile) -> Reason | None:
     name = sweep.spec.template.spec.scheduling.profile
     return Reason(
         "LimitExceeded",
-        f"with spec.cellsPerPod {size} cells wait for one another, and profile {name!r} allows {limit} jobs at a time: "
+        f"spec.cellsPerPod needs {size} jobs at a time, and profile {name!r} allows {limit}: "
         "create the sweep again with a lower cellsPerPod, or with another profile",
     )
 

@@ -19,6 +19,7 @@ from qlora_operator.decisions.best_cell import (
     waits_for_publication,
 )
 from qlora_operator.decisions.conditions import ConditionType, Value, truncate, with_condition
+from qlora_operator.decisions.figures import short_loss
 from qlora_operator.decisions.halving import NOT_AMONG_BEST, is_to_be_stopped, judged, lost_rung, why_stopped
 from qlora_operator.decisions.observe import Reason, format_time
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, StoredSweep
@@ -222,9 +223,13 @@ def next_status(
 
 
 def invalid(sweep: QLoRASweep, reason: Reason, now: datetime) -> QLoRASweepStatus:
-    """The status of a sweep whose cells cannot be made of its template, which never changes."""
-    started = sweep.status.start_time or format_time(now)
-    status = sweep.status.model_copy(update={"observed_generation": sweep.generation, "start_time": started})
+    """The status of a sweep whose cells cannot be made of its template, which never changes: it is at its end."""
+    changes = {
+        "observed_generation": sweep.generation,
+        "start_time": sweep.status.start_time or format_time(now),
+        "completion_time": sweep.status.completion_time or format_time(now),
+    }
+    status = sweep.status.model_copy(update=changes)
     return _with_conditions(sweep, status, "Failed", reason, now)
 
 
@@ -252,7 +257,7 @@ def _best(line: CellStatus | None) -> BestCell | None:
     return BestCell(
         cell=line.name,
         overrides=line.overrides,
-        eval_loss=line.eval_loss,
+        eval_loss=short_loss(line.eval_loss),
         score=line.score,
         adapter=line.adapter,
         sha256=line.sha256,
@@ -274,7 +279,7 @@ def _reason_of_the_end(status: QLoRASweepStatus) -> Reason:
         return Reason("AllCellsFailed", sentence)
     best = status.best
     if best is None:
-        return Reason("Succeeded", f"no cell has what spec.best chooses by{failed}")
+        return Reason("Succeeded", f"no cell has a loss or score to compare (spec.best){failed}")
     score = "" if best.score is None else f", score {best.score}"
     return Reason(
         "Succeeded",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_api.status import GateStatus
 from qlora_trainer.core.folder_lock import exclusive
 from qlora_trainer.report import sweep_page
 from qlora_trainer.report.charts import curves_chart
@@ -20,12 +21,14 @@ from tests.support.report_page import Page
 from tests.support.tiny import Recorded
 
 
-def add(files: Files, shared: Path, name: str, rank: int, eval_loss: float) -> None:
+def add(files: Files, shared: Path, name: str, rank: int, eval_loss: float, score: float | None = None) -> None:
     """What `publish` of a cell with that rank and result would leave."""
     job = _trained_job(context(files))
     spec = job.spec.model_copy(update={"lora": job.spec.lora.model_copy(update={"rank": rank})})
     trained = job.trained.model_copy(update={"eval_loss": eval_loss})
-    add_to_sweep_report(replace(job, name=name, spec=spec, trained=trained), files.workspace / "report", shared)
+    gate = None if score is None else GateStatus(passed=True, adapter_sha256="a" * 64, score=score)
+    found = replace(job, name=name, spec=spec, trained=trained, gate=gate)
+    add_to_sweep_report(found, files.workspace / "report", shared)
 
 
 def page_of(shared: Path) -> Page:
@@ -43,12 +46,25 @@ def test_the_page_has_the_curves_of_all_cells_and_the_best_first(finished: Files
     assert page.open == []
     assert page.fetched == [] or all(address.startswith("#") for address in page.fetched)
     assert page.elements.count("svg") == 2
-    assert "rates-01 is the best of 3 cells" in page.words
+    assert "rates-01 has the lowest held-out loss of 3 cells" in page.words
+    assert "Score" not in page.words
     assert "Cell rank Held-out loss rates-01 8 1.2500 rates-00 4 1.5000 rates-02 16 1.7500" in page.words
     # A cell whose publish step runs again is there once.
     before = (tmp_path / "report.html").read_text()
     add(finished, tmp_path, "rates-01", 8, 1.25)
     assert (tmp_path / "report.html").read_text() == before
+
+
+def test_the_page_of_a_sweep_with_scores_shows_them_and_names_the_highest(finished: Files, tmp_path: Path) -> None:
+    add(finished, tmp_path, "rates-00", 4, 1.25, score=0.5)
+    add(finished, tmp_path, "rates-01", 8, 1.5, score=0.75)
+    words = page_of(tmp_path).words
+    assert "Of 2 cells, rates-00 has the lowest held-out loss and rates-01 the highest score" in words
+    assert "Held-out loss Score rates-00 4 1.2500 50.0% rates-01 8 1.5000 75.0% (highest)" in words
+    # Of equal scores the one with the lower loss is the better, as its sweep has it.
+    add(finished, tmp_path, "rates-00", 4, 1.25, score=0.75)
+    words = page_of(tmp_path).words
+    assert "rates-00 has the lowest held-out loss and the highest score of 2 cells" in words
 
 
 def test_what_another_pod_has_left_is_shown_as_text_or_left_out(finished: Files, tmp_path: Path) -> None:
@@ -65,7 +81,7 @@ def test_what_another_pod_has_left_is_shown_as_text_or_left_out(finished: Files,
     page = page_of(tmp_path)
     assert "script" not in page.elements
     assert "b" not in page.elements
-    assert "rates-01 is the best of 3 cells" in page.words
+    assert "rates-01 has the lowest held-out loss of 3 cells" in page.words
 
 
 def test_publish_of_a_cell_writes_the_page_and_that_of_another_job_none(trained: Files, tmp_path: Path) -> None:
@@ -91,11 +107,11 @@ def test_a_cell_that_was_stopped_is_shown_below_the_others_whatever_its_loss(fin
     assert "No cell has ended" in page_of(tmp_path).words
     add(finished, tmp_path, "rates-01", 8, 99.0)
     words = page_of(tmp_path).words
-    assert "rates-01 is the best of 2 cells" in words
+    assert "QLoRA sweep rates-01 The cells" in words, "it has no other to be compared with"
     assert f"{history.values[-1]:.4f} at step {history.steps[-1]}, stopped" in words
     # It is resumed, and published.
     add(finished, tmp_path, "rates-00", 4, 1.5)
-    assert "rates-00 is the best of 2 cells" in page_of(tmp_path).words
+    assert "rates-00 has the lowest held-out loss of 2 cells" in page_of(tmp_path).words
     assert "stopped" not in page_of(tmp_path).words
 
 

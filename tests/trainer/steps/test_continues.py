@@ -156,7 +156,7 @@ def test_other_settings_are_seen_before_anything_is_prepared(make: Make) -> None
     other = make("other", "stopped").workspace.root
     reject_other_settings(other, "other", settings({"training": {"samples": 1}}))
     reject_other_settings(other, "other", settings({"lora": {"from": {"source": "pvc://models/adapter"}}}))
-    with pytest.raises(StepFailure, match=r"training\.maxSteps was 6, is 12; make these equal") as failure:
+    with pytest.raises(StepFailure, match=r"training\.maxSteps was 6, is 12; set the same values") as failure:
         reject_other_settings(other, "other", settings({"training": {"maxSteps": 12}}))
     assert failure.value.exit_code is ExitCode.BAD_CONFIGURATION
     # A state that was changed decides nothing.

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, nine_digits
 from qlora_trainer.core.completion import TrainRecord, read_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import Interrupted, StopRequest
@@ -79,7 +79,8 @@ def test_training_lowers_both_losses_and_records_its_results(workspace: Prepare)
     assert steps == sorted(steps)
     last = written[-1]
     assert (last["trainingStep"], last["epoch"], last["remainingSeconds"], last["checkpointStep"]) == (6, 3.0, 0.0, 6)
-    assert last["evalLoss"] == record.eval_loss
+    assert record.eval_loss is not None
+    assert last["evalLoss"] == nine_digits(record.eval_loss)
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
@@ -131,7 +132,7 @@ def test_the_losses_at_the_rungs_of_a_sweep_are_in_every_later_record_and_its_pa
     assert "at step 2, stopped" in (shared / "report.html").read_text()
     records = Recorded()
     run(context, records=records)
-    losses = {line["step"]: round(line["evalLoss"], 4) for line in history(context) if "evalLoss" in line}
+    losses = {line["step"]: nine_digits(line["evalLoss"]) for line in history(context) if "evalLoss" in line}
     found = [record.get("evaluations") for record in records.written if record["trainingStep"] == 6]
     assert found
     assert all(evaluations == [[2, losses[2]], [4, losses[4]]] for evaluations in found)

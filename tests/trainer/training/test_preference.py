@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from qlora_api.contract import ExitCode
 from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.outcome import Ending, result_record
 from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import row_losses
@@ -85,8 +86,20 @@ def test_the_run_learns_to_prefer_the_chosen_answers_and_says_so(tmp_path: Path,
     last = [line for line in history(context) if "loss" in line][-1]
     assert last["rewardMargin"] == pytest.approx(last["chosenReward"] - last["rejectedReward"], abs=1e-5)
     said = records.written[-1]
-    assert (said["accuracy"], said["evalAccuracy"]) == (last["accuracy"], 1.0)
+    assert (said["accuracy"], said["evalAccuracy"]) == (pytest.approx(last["accuracy"]), 1.0)
     assert said["rewardMargin"] == pytest.approx(last["rewardMargin"])
+
+
+def test_the_result_has_loss_and_accuracy_of_the_adapter_that_is_kept(tmp_path: Path, tiny_llama: Path) -> None:
+    unsteady = {"keep": "best", "learningRate": 0.3, "evalEverySteps": 1, "warmupSteps": 0, "maxSteps": 3}
+    context, records = job(tmp_path / "workspace", tiny_llama, {"training": unsteady}), Recorded()
+    record = run(context, records=records)
+    curve = {line["step"]: line for line in history(context) if "evalLoss" in line}
+    kept, last = curve[record.kept_step], curve[record.training_step]
+    assert kept["evalAccuracy"] != last["evalAccuracy"], "the test needs a run whose best step is not its last"
+    names = {"step": "train", "job_uid": "job", "pod_uid": "pod", "attempt": 1, "time": "2026-01-02T03:04:05Z"}
+    result = result_record(Ending(ExitCode.DONE, ""), record, records.findings, **names)  # type: ignore[arg-type]
+    assert (result.eval_loss, result.eval_accuracy) == (kept["evalLoss"], kept["evalAccuracy"])
 
 
 @pytest.mark.slow

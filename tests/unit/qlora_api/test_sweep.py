@@ -74,7 +74,7 @@ def test_a_sweep_that_is_no_sweep(spec: dict[str, Any], message: str) -> None:
     "grid", [{"rank": [8, 8]}, {"dropout": [0, 0.0]}, {"targetModules": [["q_proj"], ["q_proj"]], "rank": [8, 16]}]
 )
 def test_a_cell_that_is_there_twice_is_named(grid: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"cell rates-0\d \(.*\) is there twice: a list of the grid repeats a value"):
+    with pytest.raises(ValueError, match=r"cell rates-0\d \(.*\) is a duplicate: a list of the grid repeats a value"):
         cells("rates", sweep(grid=grid), CLAIM)
 
 
@@ -163,9 +163,9 @@ def test_the_job_that_publishes_the_best_reads_what_its_cell_has_read() -> None:
 @pytest.mark.parametrize(
     ("template", "more", "message"),
     [
-        ({"lora": {"useDora": True}}, {}, "cellsPerPod trains several jobs .* lora.useDora does not support"),
-        ({"resources": {"gpus": 2}}, {}, "resources.gpus or nodes above 1 does not support"),
-        ({"lora": {"dropout": 0.1}}, {}, "lora.dropout does not support"),
+        ({"lora": {"useDora": True}}, {}, "lora.useDora is not supported with cellsPerPod"),
+        ({"resources": {"gpus": 2}}, {}, "resources.gpus or nodes above 1 is not supported"),
+        ({"lora": {"dropout": 0.1}}, {}, "lora.dropout is not supported"),
         ({}, {"grid": {"dropout": [0.0, 0.1]}}, "remove dropout above 0 from grid and cells"),
         (
             {"training": {"evalEverySteps": 10}},

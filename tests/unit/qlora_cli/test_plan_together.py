@@ -163,7 +163,10 @@ def test_a_model_with_one_row_a_sequence_is_trained_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"lora": {"useDora": True}}, "spec.lora.useDora is set, which that does not support: remove it, or"),
+        (
+            {"lora": {"useDora": True}},
+            "spec.lora.useDora is not supported when jobs are trained together: remove it",
+        ),
         ({"model": {"source": "hf://acme/other"}}, "spec.model.source differs from that of first: give both the same"),
         ({"model": {"revision": "v2"}}, "spec.model.revision differs from that of first: give both the same model"),
         ({"quantization": {"type": "fp4"}}, "spec.quantization differs from that of first: give both the same model"),

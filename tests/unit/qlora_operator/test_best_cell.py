@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.sweep_status import QLoRASweepStatus
-from qlora_operator.decisions.best_cell import published
+from qlora_operator.decisions.best_cell import cells_to_publish, published
 from qlora_operator.decisions.observe import Reason
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, cleanup, parse_cell, parse_sweep
 from qlora_operator.decisions.sweep_plan import CreateCell, SetCleanup, SetSuspend, next_status, plan, table
@@ -143,6 +143,18 @@ def test_the_run_of_a_best_cell_that_is_gone_cannot_be_taken_up() -> None:
     status = status_of(stored, *left)
     assert (status.phase, succeeded(status)[0]) == ("Failed", "BestNotPublished")
     assert "its run cannot be taken up" in succeeded(status)[1]
+
+
+def test_a_cell_that_becomes_the_best_after_one_that_is_gone_is_published() -> None:
+    stored = sweep(status_of(sweep(), *CELLS[:2], cell(2, phase="Training")))
+    stored = sweep(status_of(stored, CELLS[0], cell(2, phase="Failed")))
+    assert stored.status.published is not None
+    assert (stored.status.published.cell, stored.status.published.phase) == ("rates-01", "Deleted")
+    better = (CELLS[0], cell(2, 1.0))
+    (action,) = [each for each in actions(stored, *better) if isinstance(each, CreateCell)]
+    assert (action.cell.name, action.cell.spec.continues) == ("rates-best", "rates-02")
+    assert cells_to_publish(sweep(status_of(stored, *better))) == ["rates-02"]
+    assert status_of(stored, *better).phase == "Running"
 
 
 def test_it_is_suspended_with_its_sweep() -> None:

@@ -1,6 +1,8 @@
 """A job that takes up the run of another one: when it starts, what its pods see, and what it cannot reach."""
 
 import asyncio
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from qlora_operator.decisions.observe import Object, QLoRAJob
 from qlora_operator.decisions.plan import plan
 from qlora_operator.decisions.starting import held_back
 from qlora_operator.decisions.stored_job import parse_job
+from qlora_operator.listing import ChildKind, ChildList, child_view
 from qlora_operator.metrics import Metrics
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.store import Store
@@ -20,16 +23,20 @@ from tests.support.builders import (
     NOW,
     PROFILE,
     PROFILES,
+    UID,
     after,
     child,
     condition,
+    ended,
     facts,
     follow,
     job_body,
     make_job,
     message_of,
+    pod,
     reason_of,
     resolved,
+    running,
     seen,
     starts,
     status_in,
@@ -66,10 +73,10 @@ def test_it_starts_when_the_other_job_has_ended_or_is_suspended(conditions: list
 @pytest.mark.parametrize(
     ("found", "reason", "says"),
     [
-        (None, "ContinuedJobNotFound", "there is no such QLoRAJob in namespace 'team'"),
+        (None, "ContinuedJobNotFound", "QLoRAJob 'other' (spec.continues) was not found: create"),
         (parse_job(other_body(None)), "ContinuedJobNotStarted", "has not started"),
         (other(), "ContinuedJobRunning", "spec.suspend: true saves a checkpoint"),
-        (other(condition("Suspended", "False")), "ContinuedJobRunning", "is not at its end"),
+        (other(condition("Suspended", "False")), "ContinuedJobRunning", "is still running"),
     ],
 )
 def test_until_then_it_waits_says_why_and_is_looked_at_again(found: QLoRAJob | None, reason: str, says: str) -> None:
@@ -217,14 +224,32 @@ def test_a_job_that_is_taken_up_mounts_the_other_run_only_if_it_still_needs_it(
 class TwoJobs:
     """The calls of the API server that a waiting job needs. `bodies`: the jobs by name."""
 
-    def __init__(self, *bodies: Object) -> None:
+    def __init__(self, *bodies: Object, jobs: Sequence[Object] = (), pods: Sequence[Object] = ()) -> None:
         self.bodies = {body["metadata"]["name"]: body for body in bodies}
+        self.jobs, self.pods = list(jobs), list(pods)
         self.asked: list[str] = []
         self.written: Object = {}
+        self.created = ""
 
     async def get_qlora_job(self, namespace: str, name: str) -> Object | None:
         self.asked.append(f"{namespace}/{name}")
         return self.bodies.get(name)
+
+    async def list_jobs(self, _namespace: str, _job_name: str, job_uid: str) -> ChildList:
+        return self._children("jobs", self.jobs, job_uid)
+
+    async def list_pods(self, _namespace: str, job_uid: str) -> ChildList:
+        return self._children("pods", self.pods, job_uid)
+
+    def _children(self, kind: ChildKind, bodies: Sequence[Object], job_uid: str) -> ChildList:
+        views = [child_view(kind, body) for body in bodies]
+        return ChildList([view for view in views if view.job_uid == job_uid], "9")
+
+    async def create_claim(self, namespace: str, manifest: Object) -> None: ...
+
+    async def create_job(self, namespace: str, manifest: Object) -> Object:
+        self.created = str(manifest["metadata"]["name"])
+        return child("prepare") | {"metadata": child("prepare")["metadata"] | dict(manifest["metadata"])}
 
     async def apply_status(self, job: QLoRAJob, status: Object) -> Object:
         self.written = status
@@ -242,3 +267,56 @@ def test_the_operator_looks_for_it_in_the_jobs_own_namespace_every_quarter_of_a_
     assert set(cluster.asked) == {"team/other"}
     reasons = {each["type"]: each["reason"] for each in cluster.written["conditions"]}
     assert reasons["Succeeded"] == "ContinuedJobNotFound", "nor is one that cannot be read an end of the operator"
+
+
+def owned(body: dict[str, Any], name: str, uid: str) -> dict[str, Any]:
+    """A Job or a pod as one of the QLoRAJob of that name and UID."""
+    found: dict[str, Any] = json.loads(json.dumps(body).replace(f"{NAME}-train", f"{name}-train").replace(UID, uid))
+    return found
+
+
+def one_pass(cluster: TwoJobs) -> str:
+    """What the condition Succeeded of the job says after a pass; the name of its first Job if it has started."""
+    store = Store()
+    store.job_changed(cluster.bodies[NAME], created=True)
+    reconciler = Reconciler(cluster, PROFILES, None, Metrics(), lambda: NOW, starts(), store)  # type: ignore[arg-type]
+    asyncio.run(reconciler.reconcile(("team", NAME)))
+    if cluster.created:
+        return cluster.created
+    (why,) = [each for each in cluster.written["conditions"] if each["type"] == "Succeeded"]
+    return f"{why['reason']}: {why['message']}"
+
+
+def stored_other(*conditions: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    fixed = resolved().model_copy(update={"claim_name": "shared", "workspace_path": "other-ffffffff"})
+    return other_body(status_in("train", resolved=fixed.dump(), conditions=list(conditions), **fields))
+
+
+def test_it_waits_for_the_train_pod_of_a_job_that_has_failed_which_still_saves_a_checkpoint() -> None:
+    still = owned(running(pod("train")), "other", OTHER_UID)
+    waiting = one_pass(TwoJobs(job_body(continues="other"), stored_other(*ENDED), pods=[still]))
+    assert waiting.startswith("ContinuedJobRunning: pod other-train-1-pod1 may still save a checkpoint")
+    job = owned(child("train"), "other", OTHER_UID)
+    waiting = one_pass(TwoJobs(job_body(continues="other"), stored_other(*ENDED), jobs=[job]))
+    assert waiting.startswith("ContinuedJobRunning: Job other-train-1 may still save a checkpoint"), "it may make a pod"
+    cluster = TwoJobs(
+        job_body(continues="other"),
+        stored_other(*ENDED),
+        jobs=[owned(child("train", Failed="x"), "other", OTHER_UID)],
+        pods=[owned(ended(pod("train"), 143), "other", OTHER_UID)],
+    )
+    assert one_pass(cluster) == f"{NAME}-prepare-1"
+
+
+def test_it_waits_for_the_pod_of_a_leader_that_trains_a_suspended_job_on() -> None:
+    group = {"leader": "alpha", "leaderUid": "alphas"}
+    led = stored_other(condition("Suspended", "True"), group=group)
+    members = [{"name": "alpha", "uid": "alphas"}, {"name": "other", "uid": OTHER_UID}]
+    status = status_in("train", jobUid="uid-train", group=group | {"members": members}).dump()
+    leader = job_body(status, group={"name": "rates", "size": 2})
+    leader["metadata"] |= {"name": "alpha", "uid": "alphas"}
+    pods = [owned(running(pod("train")), "alpha", "alphas")]
+    waiting = one_pass(TwoJobs(job_body(continues="other"), led, leader, pods=pods))
+    assert waiting.startswith("ContinuedJobRunning: pod alpha-train-1-pod1 of QLoRAJob alpha may still save")
+    done = [owned(ended(pod("train"), 0), "alpha", "alphas")]
+    assert one_pass(TwoJobs(job_body(continues="other"), led, leader, pods=done)) == f"{NAME}-prepare-1"

@@ -90,7 +90,7 @@ def test_the_leader_trains_once_all_have_noted_it() -> None:
     leader = job(name="alpha", joined=ALL)
     status, todo = planned(seen_with(leader, job(joined=led_by("alpha")), job(name="zulu")))
     assert todo.actions == ()
-    assert "stored in the status of zulu" in message_of(status)
+    assert "complete; training starts once zulu has recorded their leader" in message_of(status)
     status, todo = planned(seen_with(leader, job(joined=led_by("alpha")), job(name="zulu", joined=led_by("alpha"))))
     assert status.group == ALL
     assert todo.actions == (CreateJob("train", 1),)
@@ -320,7 +320,7 @@ def test_a_job_starts_only_if_its_whole_group_can(around: list[QLoRAJob], starte
     assert (status.resolved is not None) == starts
     if not starts:
         assert reason_of(status) == "JobLimitReached"
-        assert "each of the" in message_of(status)
+        assert "jobs of its group that have not started can start together" in message_of(status)
         assert held_back(found) is not None
 
 
@@ -335,8 +335,18 @@ def test_it_needs_a_trainer_that_knows_groups() -> None:
     ("leader", "phase", "reason", "says"),
     [
         (job("training", "alpha", ALL), "Training", "Training", "is being trained by QLoRAJob alpha, in pod the-pod"),
-        (job("prepared", "alpha", ALL), "Queued", "WaitingForLeader", "does not run: no node can run it"),
-        (job("suspended", "alpha", ALL), "Queued", "WaitingForLeader", "QLoRAJob alpha trains this job"),
+        (
+            job("prepared", "alpha", ALL),
+            "Queued",
+            "WaitingForLeader",
+            "and is not running: no node can run it",
+        ),
+        (
+            job("suspended", "alpha", ALL),
+            "Queued",
+            "WaitingForLeader",
+            "waiting for QLoRAJob alpha, whose pod",
+        ),
     ],
     ids=["training", "queued", "suspended"],
 )
@@ -353,7 +363,7 @@ def test_a_suspended_job_that_a_pod_trains_on_says_how_to_stop_that() -> None:
     own, leader = job("suspended", joined=FOLLOWER), job("training", "alpha", ALL)
     status, todo = planned(seen_with(own, leader))
     assert (status.phase, todo.actions, todo.look_again) == ("Suspended", (), after(15))
-    assert "the pod of QLoRAJob alpha trains this job on" in message_of(status)
+    assert "the pod of QLoRAJob alpha is still training this job; suspend alpha to stop it" in message_of(status)
     status, _ = planned(seen_with(own, job("trained", "alpha", ALL)))
     assert message_of(status) == "spec.suspend is true; false resumes the job"
 
@@ -372,7 +382,7 @@ def test_once_the_leader_trains_it_no_more_it_runs_its_own_step(around: list[QLo
     own = job(joined=FOLLOWER)
     status, todo = planned(seen_with(own, *around))
     assert todo.actions == (CreateJob("train", 1),)
-    assert message_of(status).endswith("; alpha trains it no more")
+    assert message_of(status).endswith("; alpha no longer trains this job")
     waits = seen_with(own, *around, group=others(*around, lingering="pod alpha-train-1-x"))
     status, todo = planned(waits)
     assert (todo.actions, reason_of(status)) == ((), "WaitingForPod")

@@ -13,7 +13,7 @@ from qlora_operator.decisions.stored_job import parse_job
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, build_cell, parse_cell, parse_sweep, stop
 from qlora_operator.decisions.sweep_plan import CreateCell, SetSuspend, StopCell, judges_anew, next_status, plan, table
 from qlora_operator.listing import compact
-from tests.support.builders import NOW, UID, job_body, progress, resolved, status_in, time
+from tests.support.builders import ADAPTER, NOW, UID, job_body, progress, resolved, status_in, time
 from tests.support.sweeps import SWEEP, TEMPLATE
 
 TRAINING = {"training": {"maxSteps": 100, "evalEverySteps": 10}}
@@ -229,19 +229,47 @@ def test_only_train_of_a_cell_is_told_of_the_rungs_and_nothing_else_is_taken_for
 
 
 def test_losses_at_rungs_reach_the_cells_status_from_the_log_and_from_the_result() -> None:
-    status = with_progress(status_in("train"), progress(training_step=25, evaluations=((20, 1.23456),)))
+    status = with_progress(status_in("train"), progress(training_step=25, evaluations=((20, 0.00034),)))
     status = with_progress(status, progress(training_step=30))
-    end = {"outcome": "succeeded", "exit_code": 0, "reason": "Done", "evaluations": ((20, 1.23456), (40, 1.1))}
+    end = {"outcome": "succeeded", "exit_code": 0, "reason": "Done", "evaluations": ((20, 0.00034), (40, 1 / 3))}
     status = with_training_facts(status, ResultRecord(job_uid=UID, pod_uid=UID, step="train", time=time(), **end))
     body = job_body(status.dump())
     body["metadata"] |= {"ownerReferences": [OWNER]}
     found = parse_cell(body, UID)
     assert found is not None
-    assert found.evaluations == ((20, 1.2346), (40, 1.1))
+    assert found.evaluations == ((20, 0.00034), (40, 0.333333333))
+
+
+def test_losses_that_agree_in_four_decimals_are_told_apart_at_a_rung_and_at_the_end() -> None:
+    stored = sweep(parallelism=2)
+
+    def cells(*losses: float, ended: bool) -> dict[str, CellJob]:
+        found: dict[str, CellJob] = {}
+        for number, loss in enumerate(losses):
+            status = with_progress(status_in("train"), progress(training_step=25, evaluations=((20, loss),)))
+            if ended:
+                end: dict[str, Any] = {"outcome": "succeeded", "exit_code": 0, "reason": "Done", "eval_loss": loss}
+                record = ResultRecord(job_uid=UID, pod_uid=UID, step="train", time=time(), **end)
+                status = with_training_facts(status, record)
+                status = status.model_copy(update={"phase": "Succeeded", "adapter": ADAPTER})
+            body = job_body(status.dump())
+            body["metadata"] |= {"name": f"rates-{number:02}", "ownerReferences": [OWNER]}
+            job = parse_cell(body, UID)
+            assert job is not None
+            found[job.name] = job
+        return found
+
+    at_rung = table(stored, stored.cells(), cells(0.00034, 0.00026, ended=False))
+    assert [line.rungs and line.rungs[0].rank for line in at_rung[:2]] == [2, 1]
+    ended = table(stored, stored.cells(), cells(0.00034, 0.00026, ended=True))
+    assert [line.rank for line in ended[:2]] == [2, 1]
+    best = next_status(stored, ended, None, None, NOW).best
+    assert best is not None
+    assert (best.cell, best.eval_loss) == ("rates-01", 0.00026)
 
 
 def test_the_longest_progress_record_is_within_its_limit() -> None:
-    number = 1.2345678901234567
+    number = -1.23456789e-05
     record = ProgressRecord(
         job_uid=UID,
         pod_uid=UID,
@@ -253,17 +281,17 @@ def test_the_longest_progress_record_is_within_its_limit() -> None:
         epoch=1000.1234,
         loss=number,
         eval_loss=number,
-        learning_rate=number / 1e5,
+        learning_rate=number,
         grad_norm=number,
         tokens_per_second=1234567.1,
         remaining_seconds=1234567.1,
         peak_memory_bytes=10**11,
         micro_batch_size=1024,
-        goodput=number / 2,
+        goodput=0.1234,
         reward_margin=number,
-        accuracy=number / 2,
-        eval_accuracy=number / 2,
-        evaluations=tuple((1_000_000, 1.2345) for _ in range(MAX_RUNGS)),
+        accuracy=0.123456789,
+        eval_accuracy=0.123456789,
+        evaluations=tuple((1_000_000, number) for _ in range(MAX_RUNGS)),
         checkpoint_step=10_000_000,
         checkpoint_time="2026-01-02T03:04:05Z",
     )

@@ -346,9 +346,8 @@ def test_jobs_that_the_operator_has_restarted_are_not_counted_with_those_that_so
 def test_the_status_does_not_say_that_somebody_has_deleted_jobs_which_a_suspension_may_have_ended() -> None:
     status = follow(make_job(status_in("train", 4)))
     assert message_of(status) == (
-        f"somebody has deleted Job {NAME}-train-4, and earlier Jobs of the train step are gone too, perhaps ended by "
-        "suspensions or retries: the next one is created after a pause, which grows to five minutes; the audit log of "
-        "the API server tells who deleted it"
+        f"Job {NAME}-train-4 was deleted, as were earlier Jobs of this step: the next is created after a pause of up "
+        "to five minutes; the API server's audit log shows who deleted it"
     )
 
 

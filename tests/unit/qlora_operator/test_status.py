@@ -202,7 +202,7 @@ def test_a_run_that_has_stopped_early_is_done() -> None:
     assert status.progress is not None
     assert (status.progress.summary, status.progress.percent) == ("stopped early 120/400", 100)
     assert (status.progress.step, status.progress.total_steps, status.progress.remaining) == (120, 400, "")
-    assert (status.progress.eval_loss, conditions_of(status)["Trained"]) == (1.2346, "True")
+    assert (status.progress.eval_loss, conditions_of(status)["Trained"]) == (1.23456, "True")
 
 
 def test_a_run_that_was_interrupted_has_not_stopped_early() -> None:

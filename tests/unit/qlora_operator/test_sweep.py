@@ -271,7 +271,7 @@ def test_the_cells_of_a_pod_that_could_not_all_start_are_not_created_to_wait_for
     found = reason(3, cellsPerPod=8)
     assert found is not None
     assert found.word == "LimitExceeded"
-    assert found.sentence.startswith("with spec.cellsPerPod 4 cells wait for one another, and profile 'default' allows")
+    assert found.sentence.startswith("spec.cellsPerPod needs 4 jobs at a time, and profile 'default' allows 3:")
     assert reason(4, cellsPerPod=8) is None
     assert reason(1, parallelism=4) is None, "cells that are not of one pod start one after the other"
     # The job that publishes the best waits for nobody.

@@ -7,7 +7,7 @@ from qlora_operator.cluster import NotFoundError
 from qlora_operator.decisions.observe import Object
 from qlora_operator.decisions.sweep import CellJob, QLoRASweep, parse_cell
 from qlora_operator.sweeps import SweepReconciler
-from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body
+from tests.support.builders import ADAPTER, NOW, PROFILES, UID, condition, job_body, time
 from tests.support.sweeps import TEMPLATE
 
 OWNER = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "rates", "uid": UID, "controller": True}
@@ -103,3 +103,12 @@ def test_a_change_of_the_best_cell_that_cannot_be_read_is_in_the_status() -> Non
         "the spec of QLoRAJob rates-00: gate.newer: Extra inputs are not permitted",
     )
     assert "rates-best" not in api.jobs
+
+
+def test_a_sweep_whose_cells_cannot_be_made_is_at_its_end() -> None:
+    api = Api()
+    api.sweep["spec"] = {"template": {"spec": TEMPLATE}, "grid": {"learningRate": [0.0001, 0.0001]}}
+    status = passes(api)
+    assert (status["phase"], succeeded(status)[0]) == ("Failed", "InvalidCells")
+    assert "rates-01" in succeeded(status)[1]
+    assert status["completionTime"] == time()

@@ -141,6 +141,9 @@ class TrainRecord(ObservedModel):
     loss: float
     initial_eval_loss: float | None = None
     eval_loss: float | None = Field(None, description="Held-out loss of the adapter that is kept.")
+    eval_accuracy: Share | None = Field(
+        None, description="Its share of the held-out pairs whose chosen answer it prefers; not set without pairs."
+    )
     eval_tokens: int | None = Field(None, description="Target tokens of the held-out rows; not set without any.")
     score: Score | None = Field(None, description="Not set if the job asks for none, or before it is measured.")
     peak_memory_bytes: int | None = None

@@ -193,7 +193,8 @@ def _known(completion: CompletionRecord | None, findings: Findings) -> dict[str,
     if findings.progress is not None and findings.progress.step == "train":
         known |= {name: getattr(findings.progress, name) for name in (*names, *_OF_PAIRS, "evaluations")}
     if isinstance(completion, TrainRecord):
-        known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss")}
+        # Also where it is not known: the latest progress is of the last step, the adapter perhaps of an earlier one.
+        known |= {name: getattr(completion, name) for name in (*names, "initial_eval_loss", "eval_accuracy")}
     if isinstance(completion, PublishRecord):
         known |= {
             "adapter": completion.adapter,

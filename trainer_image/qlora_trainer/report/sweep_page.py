@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from qlora_api.contract import SWEEP_REPORT
 from qlora_api.schema import ObservedModel
-from qlora_api.status import Finite
+from qlora_api.status import Finite, Share
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.file_names import HISTORY_FILE
 from qlora_trainer.core.filesystem import write_atomically
@@ -68,6 +68,8 @@ class _CellCurves(ObservedModel):
     evaluation: _Points
     eval_loss: Finite | None = None
     """On the held-out rows, at the end."""
+    score: Share | None = None
+    """Of its answers, if its gate has one."""
     stopped_at: Annotated[int, Field(ge=0, le=2**53)] | None = None
     """The optimizer step of the latest evaluation of a cell that was stopped before its end."""
 
@@ -79,7 +81,8 @@ def add_to_sweep_report(job: TrainedJob, report: Path, shared: Path) -> None:
     one do it within a minute (TimeoutError); ValueError for broken metrics.
     """
     curves = _curves(job.name, job.spec, read_history(report / HISTORY_FILE))
-    _add(curves.model_copy(update={"eval_loss": job.trained.eval_loss}), shared)
+    score = job.gate.score if job.gate is not None else None
+    _add(curves.model_copy(update={"eval_loss": job.trained.eval_loss, "score": score}), shared)
 
 
 def add_stopped_to_sweep_report(name: str, spec: QLoRAJobSpec, report: Path, shared: Path) -> None:
@@ -115,7 +118,7 @@ def _add(own: _CellCurves, shared: Path) -> None:
 
 
 def _read_all(folder: Path) -> list[_CellCurves]:
-    """The cells that have left their curves, the best first, and those that were stopped after the others.
+    """The cells that have left their curves, the lowest loss first, and those that were stopped after the others.
 
     What cannot be read is left out, and logged.
     """
@@ -141,13 +144,26 @@ def _page(cells: Sequence[_CellCurves]) -> str:
     environment = Environment(
         loader=PackageLoader("qlora_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    ended = [cell for cell in cells if cell.stopped_at is None]
     differing = _differing([cell.settings for cell in cells])
     return environment.get_template("sweep.html.jinja").render(
         cells=cells,
         differing=differing,
+        ended=len(ended),
+        lowest=next((cell.name for cell in ended if cell.eval_loss is not None), None),
+        highest=_highest_score(ended),
         evaluation=curves_chart("evaluation", "Held-out loss", {c.name: c.evaluation.curve() for c in cells}),
         loss=curves_chart("loss", "Training loss, smoothed", {c.name: c.loss.curve() for c in cells}),
     )
+
+
+def _highest_score(cells: Sequence[_CellCurves]) -> str | None:
+    """Name of the cell with the highest score, of equal ones the first; None if no cell has one.
+
+    Which cell its sweep takes for the best, by loss or by score, no cell knows.
+    """
+    scored = [(cell.score, cell.name) for cell in cells if cell.score is not None]
+    return max(scored, key=lambda each: each[0], default=(0.0, None))[1]
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

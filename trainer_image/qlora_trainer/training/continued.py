@@ -75,8 +75,8 @@ def _require_same_run(found: Fingerprint, wanted: Fingerprint, name: str) -> Non
     different = differences(found, wanted)
     if different:
         raise bad_configuration(
-            f"the run of {name} (spec.continues) is another one than this job's: {different}; make these equal or, to "
-            "train its adapter further with other settings, data or length, name that in spec.lora.from instead"
+            f"this job does not match the run of {name} (spec.continues): {different}; set the same values, or use "
+            "spec.lora.from to train its adapter with other settings, data or length"
         )
 
 

@@ -35,6 +35,7 @@ def finish_run(run: Run, state: RunState, job: PreparedJob) -> TrainRecord:
         loss=state.loss,
         initial_eval_loss=state.initial_eval_loss,
         eval_loss=chosen.eval_loss,
+        eval_accuracy=(state.eval_measured if chosen.step == state.step else state.best_measured).get("evalAccuracy"),
         eval_tokens=None if run.eval_data is None else run.eval_data.target_tokens,
         peak_memory_bytes=state.peak_memory_bytes,
         ranks=run.ranks.rank_info.size,

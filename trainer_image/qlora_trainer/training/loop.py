@@ -255,13 +255,15 @@ def _evaluate(run: Run, state: RunState, data: PreparedDataset) -> RunState:
     named = {of_evaluation(name): value for name, value in zip(run.objective.measures, measured, strict=True)}
     run.note({"step": state.step, "evalLoss": loss, **named})
     initial = loss if state.step == 0 else state.initial_eval_loss
+    evaluations = state.evaluations.after(state.step, loss, run.training.early_stopping)
     state = replace(
         state,
         evaluated_step=state.step,
         eval_loss=loss,
         eval_measured=named,
         initial_eval_loss=initial,
-        evaluations=state.evaluations.after(state.step, loss, run.training.early_stopping),
+        evaluations=evaluations,
+        best_measured=named if evaluations.best_step == state.step else state.best_measured,
         at_rungs=(*state.at_rungs, *(((state.step, loss),) if state.step in run.context.rungs else ())),
         kept_seconds=state.kept_seconds + seconds,
     )

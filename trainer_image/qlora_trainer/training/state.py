@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS
+from qlora_api.contract import MIN_SECONDS_BETWEEN_PROGRESS, nine_digits
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StopRequest
@@ -60,6 +60,8 @@ class RunState:
     initial_eval_loss: float | None = None
     eval_measured: Mapping[str, float] = field(default_factory=dict)
     """What it measured in the latest evaluation."""
+    best_measured: Mapping[str, float] = field(default_factory=dict)
+    """And in the best one so far."""
     peak_memory_bytes: int = 0
     """The largest of all attempts."""
     micro_batch_size: int | None = None
@@ -196,24 +198,28 @@ def report(run: Run, state: RunState, activity: str, *, force: bool = False) -> 
             training_step=state.step,
             total_steps=total,
             epoch=round(run.schedule.epoch(state.step), 4),
-            loss=state.loss,
-            eval_loss=state.eval_loss,
-            learning_rate=state.learning_rate,
-            grad_norm=state.grad_norm,
+            loss=_short(state.loss),
+            eval_loss=_short(state.eval_loss),
+            learning_rate=_short(state.learning_rate),
+            grad_norm=_short(state.grad_norm),
             tokens_per_second=None if pace.tokens_per_second is None else round(pace.tokens_per_second, 1),
             remaining_seconds=None if remaining is None else round(remaining, 1),
             peak_memory_bytes=state.peak_memory_bytes or None,
             micro_batch_size=state.micro_batch_size,
             goodput=run.goodput(state),
-            reward_margin=state.measured.get("rewardMargin"),
-            accuracy=state.measured.get("accuracy"),
-            eval_accuracy=state.eval_measured.get("evalAccuracy"),
-            evaluations=tuple((step, round(loss, 4)) for step, loss in state.at_rungs) or None,
+            reward_margin=_short(state.measured.get("rewardMargin")),
+            accuracy=_short(state.measured.get("accuracy")),
+            eval_accuracy=_short(state.eval_measured.get("evalAccuracy")),
+            evaluations=tuple((step, nine_digits(loss)) for step, loss in state.at_rungs) or None,
             checkpoint_step=run.checkpoint_step,
             checkpoint_time=run.checkpoint_time,
         ),
         force=force,
     )
+
+
+def _short(figure: float | None) -> float | None:
+    return None if figure is None else nine_digits(figure)
 
 
 def _training(run: Run, state: RunState) -> str:
