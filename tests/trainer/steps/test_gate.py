@@ -4,19 +4,28 @@ import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.gate import ScoreSpec
 from qlora_trainer.core.answer_check import AnswerChecker
-from qlora_trainer.core.completion import Score, TrainRecord, read_completion, score_settings, write_completion
+from qlora_trainer.core.completion import (
+    PrepareRecord,
+    Score,
+    TrainRecord,
+    read_completion,
+    score_settings,
+    write_completion,
+)
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training.answers import AnswerTexts, ScoredPrompts
@@ -50,6 +59,17 @@ def with_score(files: Files, adapter: float, *, of: str | None = None) -> TrainR
     record = record.model_copy(update={"score": score})
     write_completion(path, record)
     return record
+
+
+def with_template(files: Files) -> bytes:
+    """Note a chat template of the job's own in the record of prepare, and write it beside the rows."""
+    path = files.workspace / "records" / "prepare.json"
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    content = b"{{ messages }}"
+    (files.workspace / record.data_path / "chat_template.jinja").write_bytes(content)
+    write_completion(path, record.model_copy(update={"template_sha256": sha256(content).hexdigest()}))
+    return content
 
 
 def held_back(files: Files) -> tuple[StepFailure, Recorded]:
@@ -94,6 +114,16 @@ def test_an_adapter_that_does_not_pass_stays_in_the_workspace_and_describes_itse
     assert "has not passed, and was not published" in card
     assert "(loss.png)" in card
     assert (trained.workspace / "trained" / "loss.png").is_file()
+    assert "manifest.json" not in card
+
+
+def test_an_adapter_that_does_not_pass_keeps_the_chat_template_that_its_card_names(trained: Files) -> None:
+    template = with_template(trained)
+    held_back(gated(trained, {"maxEvalLoss": 0.01}))
+    clean(WorkspaceLayout(trained.workspace))
+    folder = trained.workspace / "trained"
+    assert "`chat_template.jinja`" in (folder / "README.md").read_text()
+    assert (folder / "chat_template.jinja").read_bytes() == template
 
 
 def test_it_is_published_without_training_once_the_gate_lets_it_pass(trained: Files) -> None:

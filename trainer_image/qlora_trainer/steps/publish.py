@@ -184,12 +184,17 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
 
 
 def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Callable[[str], None]) -> StepFailure:
-    """Why the adapter is not published. It stays where it is, with its report and model card, for people to look at."""
+    """Why the adapter is not published. It stays where it is, with what would be published, for people to look at."""
     say("verifying the adapter")
     folder = _verify(job, context)
     say("writing the report")
     picture = write_report(job, context.workspace, device=context.device)
-    for name, content in ((MODEL_CARD_FILE, adapter_model_card(job).encode()), (CURVE_FILE, picture)):
+    contents = {MODEL_CARD_FILE: adapter_model_card(job).encode(), CURVE_FILE: picture}
+    template = job_template_file(job.prepared, context.workspace)
+    if template is not None:
+        # The prepared data, where it is, does not stay as long as the adapter.
+        contents[TEMPLATE_FILE] = template.read_bytes()
+    for name, content in contents.items():
         write_atomically(folder / name, content)
     return gate_failure(gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
 
