@@ -98,6 +98,13 @@ def test_template_system_prompt_and_end_of_answers_are_published_with_the_adapte
         assert digest in text
         assert "--chat-template PATH/OF/TH" in text
         assert "model.generation_config.eos_token_id = [0, 2]" in text
+    for shown in (
+        "System message Answer with one command. It's all. (for rows without one)",
+        "End of an answer <|im_end|>",
+        "Trained on completions only",
+    ):
+        assert shown in page.words, shown
+    for text in ((folder / "README.md").read_text(), "".join(page.text)):
         request = request_of(text)
         assert request["messages"][0] == {"role": "system", "content": SYSTEM}
         assert request["stop_token_ids"] == [2]
