@@ -207,7 +207,8 @@ SMOOTHED = {"objective": "dpo", "preference": {"beta": 0.3, "labelSmoothing": 0.
                 "averaged over the pairs of answers.",
                 (
                     "The objective was orpo with beta 0.1; losses are means over pairs of answers.\n"
-                    "Of the held-out pairs 90.0 % have the higher reward for the chosen answer, before training 50.0 %.\n"
+                    "Of the held-out pairs 90.0 % have the higher reward for the chosen answer, "
+                    "before training 50.0 %.\n"
                     "The reward margin of the last training step is 1.500 nats.\n\n## Settings"
                 ),
             ],
