@@ -22,6 +22,10 @@ from qlora_api.v1alpha1 import QLoRAJobDocument
 _MAX_BYTES = 1_500_000
 # Written by the cluster and part of `kubectl get -o yaml`: not read from a manifest.
 _OBSERVED = frozenset({"status"})
+# What to do instead of a value that users know from elsewhere, by field and value.
+_ADVICE: Mapping[tuple[object, ...], str] = {
+    ("objective", "kto"): "; for these, make pairs of a good and a bad answer to the same prompt (format preference)"
+}
 # What the YAML library raises for a value that does not match its tag.
 _UNUSABLE_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
@@ -163,11 +167,14 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
         return "is required and missing"
     if problem["type"] == "model_type":
         return f"found {json.dumps(problem['input'])[:80]}, must be an object"
+    if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == r"\S":
+        return f"found {json.dumps(problem['input'])[:80]}, must not be blank"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if isinstance(problem["input"], (dict, list)) or "found" in message:
         return message
-    return f"found {json.dumps(problem['input'])[:80]}, {message.replace('input should be', 'must be')}"
+    advice = _ADVICE.get((*problem["loc"][-1:], problem["input"]), "")
+    return f"found {json.dumps(problem['input'])[:80]}, {message.replace('input should be', 'must be')}{advice}"
 
 
 def _unknown_field(location: Location, model: type[BaseModel]) -> str:

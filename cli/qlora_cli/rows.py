@@ -1,7 +1,7 @@
 """Shows rows of a job's data set as the model sees them, and how long they are; prepare does the same with all."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +24,7 @@ from qlora_trainer.core.failures import bad_configuration
 
 if TYPE_CHECKING:
     from qlora_trainer.data.chat_template import Tokenizer
-    from qlora_trainer.data.dataset import Dataset
+    from qlora_trainer.data.dataset import TokenizedSource
     from qlora_trainer.data.locate import DataAccess
     from qlora_trainer.data.preview import Preview, PreviewedRow
 
@@ -60,8 +60,8 @@ class RowAccess:
             dataset, training = self.spec.dataset, self.spec.training
             yield previews(dataset, training, tokenizer, self._data(), Path(folder), count)
 
-    def dataset(self, folder: Path) -> "Dataset":
-        """The whole data set, tokenized on all cores, with its files in `folder`. Raises StepFailure."""
+    def sources(self, folder: Path) -> "Sequence[TokenizedSource]":
+        """All rows of each source, tokenized on all cores, with their files in `folder`. Raises StepFailure."""
         from qlora_trainer.data.build import DatasetBuilder
         from qlora_trainer.data.rows_folder import RowsFolder
         from qlora_trainer.data.tokenize import ANY_VOCABULARY
@@ -76,7 +76,7 @@ class RowAccess:
             scratch=lambda name: folder / name,
             rows=RowsFolder(folder / "rows"),
             say=lambda _activity: None,
-        ).build()
+        ).sources()
 
     def _data(self) -> "DataAccess":
         from qlora_trainer.data.locate import DataAccess
@@ -115,7 +115,8 @@ def show_rows(preview: "Preview", console: Console, environment: Mapping[str, st
     """
     colored = console.is_terminal and not environment.get("NO_COLOR")
     reading = preview.reading
-    console.print(Text(printable(f"{preview.uri}: format {reading.format}, columns {', '.join(reading.columns)}")))
+    of = f"{preview.uri} (held out)" if preview.held_out else preview.uri
+    console.print(Text(printable(f"{of}: format {reading.format}, columns {', '.join(reading.columns)}")))
     if reading.ignored:
         console.print(Text(printable(f"Not used: {', '.join(reading.ignored)}")))
     how = Text("green", _TRAINED) if colored else Text(f"between {_MARKS[0]} and {_MARKS[1]}")
@@ -142,17 +143,34 @@ def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:
 def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> None:
     """Print how long the rows of each source are, and how many a maxSequenceLength loses. Raises StepFailure."""
     with TemporaryDirectory() as folder:
-        for source in access.dataset(Path(folder)).sources:
-            _show_source(source.data.uri, source.all_lengths(), spec.training.max_sequence_length, console)
+        for source in access.sources(Path(folder)):
+            _show_source(source, spec.training.max_sequence_length, console)
 
 
-def _show_source(uri: str, lengths: Any, chosen: int, console: Console) -> None:
+def _show_source(source: "TokenizedSource", chosen: int, console: Console) -> None:
+    from qlora_trainer.data.formats import PAIRS
+    from qlora_trainer.data.statistics import unlabeled_rows
+
+    console.print()
+    console.print(Text(printable(f"{source.data.uri}: {_counted(source.rows.rows_read)}"), "bold"), soft_wrap=True)
+    unlabeled = unlabeled_rows(source.rows, pairs=source.reading.format in PAIRS)
+    if unlabeled.rows:
+        left_out = f"Left out: {_counted(unlabeled.rows)}: {unlabeled.reason} (the first: {unlabeled.first})"
+        console.print(Text(printable(left_out), "yellow"), soft_wrap=True)
+    lengths = source.all_lengths()
+    if len(lengths):
+        _show_lengths(lengths, chosen, console)
+
+
+def _counted(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows:,} rows"
+
+
+def _show_lengths(lengths: Any, chosen: int, console: Console) -> None:
     """`lengths`: int32 [rows]."""
     from qlora_trainer.data.statistics import Lengths
 
     found = Lengths.of(lengths)
-    console.print()
-    console.print(Text(printable(f"{uri}: {len(lengths):,} rows"), "bold"), soft_wrap=True)
     console.print(
         f"Tokens per row: {found.shortest:,} to {found.longest:,}, median {found.median:,}, "
         f"99 % at most {found.p99:,}.",

@@ -259,7 +259,8 @@ class DatasetSpec(ApiModel):
     deduplicate: bool | None = Field(
         None,
         description="Leave out training rows whose tokens are those of an earlier row, also of another source of the "
-        "mix; they are trained on if not set. status.dataset.duplicateRows counts them in any case.",
+        "mix; they are trained on if not set. status.dataset.duplicateRows counts them in any case. Rows of "
+        "eval.source that are equal to an earlier one there are left out too.",
     )
     sha256: Sha256 | None = Field(None, description=_SHA256)
 

@@ -28,7 +28,8 @@ class ScoreSpec(ApiModel):
         description="What an answer must be: the row's own answer, apart from white space at both ends (exactMatch); "
         "JSON that a schema allows (jsonSchema); or text in which a pattern is found (regex). Schema and pattern are "
         "the same for all rows, or those that each row brings (dataset.columns.check). Reasoning up to </think> is not "
-        "looked at. An answer that takes more than two seconds of computing to check has not passed."
+        "looked at. An answer has not passed if its reasoning does not end, or if it takes more than two seconds of "
+        "computing to check."
     )
     json_schema: Annotated[str, Field(min_length=1, max_length=MAX_SCHEMA_CHARACTERS)] | None = Field(
         None,

@@ -213,8 +213,9 @@ class TrainingSpec(ApiModel):
         ge=0,
         le=10_000,
         description="Optimizer steps in a row with a loss or gradient norm far above that of the steps before, after "
-        "which training fails if the base model alone has the lower loss; at the run's last step one is enough, or a "
-        "rise of the loss. 0 never fails for this. NaN and infinity fail at once.",
+        "which training fails if the loss is more than 1 nat above the loss before the first step (the base, or the "
+        "adapter of lora.from) on the same rows; at the run's last step one is enough, or a rise of the loss. 0 never "
+        "fails for this. NaN and infinity fail at once.",
     )
     sharding: Literal["none", "full"] = Field(
         "none",

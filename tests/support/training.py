@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+from transformers import AutoTokenizer
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.status import BaseStatus, DatasetStatus, MemoryStatus
@@ -96,6 +97,18 @@ def write_data(folder: Path, *, packed: bool, pairs: bool = False, checks: Seque
     )
     DataStatistics(sources=(source,), train=statistics["train"], eval=statistics["eval"]).write(folder)
     (folder / "manifest.json").write_text(json.dumps({"fingerprint": "rows"}))
+
+
+def write_held_out(folder: Path, model: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Replace the held-out rows of `write_data` by these prompts and answers, in tokens of the model's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    written = []
+    for prompt, answer in rows:
+        asked, answered = tokenizer(prompt).input_ids, tokenizer(answer).input_ids
+        targets = numpy.arange(len(asked) + len(answered)) >= len(asked)
+        written.append(TokenizedRow(numpy.array(asked + answered, dtype=numpy.int32), targets))
+    used = numpy.arange(len(written))
+    write_split(split_file(folder, "eval"), TokenizedRows([Chunk.of(written)]), one_row_each(used), checks=None)
 
 
 def _with_rejected(row: TokenizedRow) -> TokenizedRow:

@@ -70,6 +70,16 @@ LLAMA_8B = {
             "9: spec.dataset.source: found '/data/train.jsonl', must be hf",
         ),
         ("    source: pvc://models/model\n", "", "6: spec.model: found null, must be an object"),
+        (
+            "maxSteps: 3",
+            "objective: kto",
+            "13: spec.training.objective: found \"kto\", must be 'supervised', 'dpo' or 'orpo'; for these, make pairs",
+        ),
+        (
+            "    source: pvc://data/train.jsonl\n",
+            '    source: pvc://data/train.jsonl\n    systemPrompt: {text: " "}\n',
+            '10: spec.dataset.systemPrompt.text: found " ", must not be blank',
+        ),
         ("kind: QLoRAJob", "kind: Job", "2: kind: found \"Job\", must be 'QLoRAJob'"),
         ("name: tiny", "name: Tiny", '4: metadata.name: found "Tiny", string should match'),
         ("maxSteps: 3", "maxSteps: 3\n    maxSteps: 4", '14: found duplicate key "maxSteps"'),
@@ -355,6 +365,15 @@ def test_a_run_ends_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, t
     assert "BadDataset" in done.stdout
     assert str(files.workspace / "records" / "prepare.log") in done.stdout
     assert "Training" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_whose_answers_are_scored_ends_with_the_share_that_passed(trained: Files) -> None:
+    score = {"check": "regex", "pattern": "^", "rows": 2, "maxNewTokens": 2}
+    done = qlora(*arguments(trained, manifest(trained, {**SPEC, "gate": {"score": score}})))
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = next(line for line in done.stdout.splitlines() if line.startswith("Answers that passed"))
+    assert passed.split(maxsplit=3)[3].strip() == "100.0% (100.0% without the adapter, 2 held-out rows)"
 
 
 @pytest.mark.slow

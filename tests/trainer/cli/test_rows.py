@@ -93,6 +93,19 @@ def test_the_two_answers_of_a_pair_are_shown_one_after_the_other(qlora: Any) -> 
     assert "[[get nodes<|im_end|>]]" in second
 
 
+def test_a_pair_of_equal_answers_is_left_out(qlora: Any) -> None:
+    output = qlora("data", [{"prompt": "Which pods?", "chosen": "get pods", "rejected": "get pods"}]).output
+    assert output.count("Left out: chosen and rejected are the same\n") == 2
+
+
+def test_the_rows_of_the_evaluations_own_source_are_shown_after_the_others(qlora: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "held-out.jsonl", [chat_row("Which jobs?", "kubectl get jobs")])
+    done = qlora("data", ROWS[:1], eval={"source": "pvc://data/held-out.jsonl"})
+    assert done.exit_code == 0, done.output
+    shown = done.output.partition("pvc://data/held-out.jsonl (held out): format chat, columns messages\n")[2]
+    assert "[[kubectl get jobs<|im_end|>]]" in shown
+
+
 def test_columns_that_are_not_used_are_named(qlora: Any) -> None:
     output = qlora("data", [ROWS[0] | {"id": 3}]).output
     assert "\nNot used: id\n" in output
@@ -105,13 +118,14 @@ def test_a_wrong_row_ends_as_the_job_would_after_the_rows_before_it(qlora: Any) 
     assert "Error: pvc://data/train.jsonl line 2: 'messages' is empty" in done.output
 
 
-def test_a_row_without_the_check_of_its_answer_is_named_as_the_job_would(qlora: Any) -> None:
+def test_a_row_without_the_check_of_its_answer_is_named_as_the_job_would(qlora: Any, tmp_path: Path) -> None:
     by_rows = {"columns": {"check": "expected"}, "eval": {"fraction": 0.5}}
     done = qlora("data", [ROWS[0] | {"expected": "pods"}, ROWS[1], ROWS[0]], **by_rows)
     assert done.exit_code == ExitCode.BAD_DATASET
     assert "format chat, columns messages, expected\n" in done.output
     # The second row is too long, and left out.
     assert "Error: pvc://data/train.jsonl line 3: 'expected' (spec.dataset.columns.check) is missing" in done.output
+    write_rows(tmp_path / "data" / "held-out.jsonl", [ROWS[0] | {"expected": "pods"}])
     apart = by_rows | {"eval": {"source": "pvc://data/held-out.jsonl"}}
     assert qlora("data", ROWS, **apart).exit_code == 0
 
@@ -175,3 +189,21 @@ def test_the_rows_of_a_sweep_are_those_of_its_template(
     done = CliRunner().invoke(main, [*command, str(tmp_path / "sweep.yaml"), *volumes])
     assert done.exit_code == 0, done.output
     assert "pvc://data/train.jsonl" in done.output
+
+
+def test_a_plan_shows_lengths_where_no_row_fits_and_names_rows_without_a_target(qlora: Any) -> None:
+    pairs = [{"prompt": "Which?", "chosen": "pods " * 40, "rejected": "nodes"}] * 2
+    equal = {"prompt": "Which?", "chosen": "pods", "rejected": "pods"}
+    done = qlora("plan", [*pairs, equal], "--data")
+    assert done.exit_code == 0, done.output
+    assert "pvc://data/train.jsonl: 3 rows" in done.output
+    found = "Left out: 1 row: chosen and rejected are the same (the first: pvc://data/train.jsonl line 3)"
+    assert found in done.output
+    assert "spec.training.maxSequenceLength is 64: it leaves out 2 of 2 rows (100.0%)." in done.output
+
+
+def test_a_plan_shows_lengths_where_rows_are_held_out_too(qlora: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "held-out.jsonl", ROWS[:1])
+    done = qlora("plan", ROWS, "--data", eval={"source": "pvc://data/held-out.jsonl", "overlap": "refuse"})
+    assert done.exit_code == 0, done.output
+    assert "pvc://data/held-out.jsonl: 1 row" in done.output

@@ -44,6 +44,16 @@ def test_reasoning_before_an_answer_is_not_looked_at() -> None:
     assert passing(score(check="jsonSchema", schema=OBJECT), ['<think>{}</think>{"city": "Bonn"}']) == [True]
 
 
+def test_an_answer_whose_reasoning_is_cut_off_has_not_passed() -> None:
+    anything, exact = score(check="regex", pattern="pods"), score(check="exactMatch")
+    cut = ["<think>\nThey want pods", "<think>a</think>pods<think>pods"]
+    assert passing(anything, cut) == passing(exact, cut, "<think>\nThey want pods") == [False, False]
+    with AnswerChecker(anything) as checker:
+        assert not checker.passes("They want pods", "", begun=True)
+        assert checker.passes("They want something</think>pods", "", begun=True)
+        assert checker.passes("pods", "")
+
+
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [

@@ -72,6 +72,21 @@ def test_duplicates_are_counted_and_left_out_if_the_job_says_so(
     assert PreparedDataset.open(context.workspace.root / record.data_path, "train").rows == used
 
 
+@pytest.mark.parametrize(("deduplicate", "used"), [(False, 6), (True, 4)])
+def test_duplicates_among_the_held_out_rows_are_counted_and_left_out_if_the_job_says_so(
+    make_context: MakeContext, records: Recorded, data: Path, deduplicate: bool, used: int
+) -> None:
+    other = chat_row("Other 1?", "nodes")
+    write_rows(data / "eval.jsonl", [other, ROWS[2], other, chat_row("Other 2?", "nodes"), ROWS[2], ROWS[5]])
+    context = make_context({"dataset": {**EVAL, "deduplicate": deduplicate}})
+    record = prepare(context, records)
+    assert (record.dataset.duplicate_rows, record.dataset.overlap_rows, record.dataset.eval_rows) == (2, 2, used)
+    folder = context.workspace.root / record.data_path
+    assert len(_rows(PreparedDataset.open(folder, "eval"))) == used
+    held_out = DataStatistics.read(folder).sources[1]
+    assert (held_out.duplicate_rows, held_out.held_out_rows) == (2, used)
+
+
 @pytest.mark.usefixtures("data")
 def test_rows_that_are_held_out_too_are_named_in_the_status_the_message_and_the_statistics(
     make_context: MakeContext, records: Recorded

@@ -14,7 +14,11 @@ from transformers import AutoTokenizer, GenerationConfig
 from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_trainer.core.context import Mounts, StepContext
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.data.chat_template import Tokenizer
+from qlora_trainer.data.job_template import JobTemplate
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.data.turn_end import end_of_turn
+from qlora_trainer.publishing.job_template import give_template
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from tests.support.report_page import Page
@@ -94,6 +98,13 @@ def test_template_system_prompt_and_end_of_answers_are_published_with_the_adapte
         assert digest in text
         assert "--chat-template PATH/OF/TH" in text
         assert "model.generation_config.eos_token_id = [0, 2]" in text
+    for shown in (
+        "System message Answer with one command. It's all. (for rows without one)",
+        "End of an answer <|im_end|>",
+        "Trained on completions only",
+    ):
+        assert shown in page.words, shown
+    for text in ((folder / "README.md").read_text(), "".join(page.text)):
         request = request_of(text)
         assert request["messages"][0] == {"role": "system", "content": SYSTEM}
         assert request["stop_token_ids"] == [2]
@@ -113,6 +124,17 @@ def test_a_merged_model_has_the_template_and_stops_at_its_end(trained: StepConte
     tokenizer: Any = AutoTokenizer.from_pretrained(trained.workspace.merged)
     assert tokenizer.chat_template == (trained.workspace.adapter / "chat_template.jinja").read_text()
     assert GenerationConfig.from_pretrained(trained.workspace.merged).eos_token_id == [0, 2]
+
+
+def test_a_template_that_ends_answers_with_a_line_break_leaves_the_merged_models_end_as_it_is(
+    trained: StepContext, tmp_path: Path
+) -> None:
+    model = trained.workspace.root.parent / "models" / "base"
+    merged, template = tmp_path / "merged", tmp_path / "template.jinja"
+    shutil.copytree(model, merged)
+    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+    give_template(merged, template, end_of_turn(Tokenizer(model, JobTemplate(template.read_text())), model))
+    assert GenerationConfig.from_pretrained(merged).eos_token_id == 0
 
 
 def test_nothing_is_published_with_a_template_that_was_changed_after_prepare(trained: StepContext) -> None:

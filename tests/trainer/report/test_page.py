@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_api.training import TrainingSpec
-from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion
+from qlora_trainer.core.completion import PrepareRecord, TrainRecord, read_completion, write_completion
+from qlora_trainer.data.statistics import DataStatistics, OverlapStatistics
 from qlora_trainer.report.charts import chart, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import Curve, MetricsHistory, read_history
 from qlora_trainer.report.model_card import adapter_model_card
@@ -166,10 +167,59 @@ def test_the_page_of_a_run_that_compared_answers_shows_rewards_and_accuracy(trai
     }
 
 
+def test_page_card_and_summary_say_which_rows_are_equal_and_which_run_is_continued(trained: Files) -> None:
+    path = trained.workspace / "records" / "prepare.json"
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    found = record.dataset.model_copy(update={"duplicate_rows": 3, "overlap_rows": 2})
+    write_completion(path, record.model_copy(update={"dataset": found, "continued_step": 4}))
+    folder = trained.workspace / record.data_path
+    overlap = OverlapStatistics(rows=2, left_out=False, first="a.jsonl line 3", held_out="b.jsonl line 1")
+    DataStatistics.read(folder).model_copy(update={"overlap": overlap, "epochs": 5}).write(folder)
+    published(trained.with_spec({"dataset": {"deduplicate": True}, "continues": "earlier"}))
+    words = Page(page_of(trained)).words
+    for shown in (
+        "Duplicates 3 rows, left out",
+        "Overlap 2 rows for training are also held out: the first, a.jsonl line 3, is equal to b.jsonl line 1; trained",
+        "Epochs drawn 5",
+        "Trained on completions only",
+        "Continues the run of job earlier step 4",
+    ):
+        assert shown in words, shown
+    card = (trained.workspace / "adapter" / "README.md").read_text()
+    assert "\n3 rows are duplicates of others, and were left out.\n" in card
+    assert "2 rows for training are also held out, token for token; they were trained on, which lowers the" in card
+    assert "| Continues | the run of `earlier` from step 4 |\n| Optimizer steps |" in card
+    summary = json.loads((trained.workspace / "report" / "summary.json").read_text())
+    assert summary["continues"] == {"job": "earlier", "step": 4}
+
+
+SMOOTHED = {"objective": "dpo", "preference": {"beta": 0.3, "labelSmoothing": 0.1}}
+
+
 @pytest.mark.parametrize(
-    ("training", "unit"), [({}, "target tokens"), ({"objective": "orpo"}, "pairs of answers")], ids=["tokens", "pairs"]
+    ("training", "sentences"),
+    [
+        ({}, ["averaged over the target tokens.", "The loss was computed on completions only.\n"]),
+        (
+            {"objective": "orpo"},
+            [
+                "averaged over the pairs of answers.",
+                (
+                    "The objective was orpo with beta 0.1; losses are means over pairs of answers.\n"
+                    "Of the held-out pairs 90.0 % have the higher reward for the chosen answer, "
+                    "before training 50.0 %.\n"
+                    "The reward margin of the last training step is 1.500 nats.\n\n## Settings"
+                ),
+            ],
+        ),
+        (SMOOTHED, ["The objective was dpo with beta 0.3 and label smoothing 0.1; losses are means"]),
+    ],
+    ids=["tokens", "pairs", "pairs that may be swapped"],
 )
-def test_the_card_states_what_losses_are_means_over(finished: Files, training: dict[str, str], unit: str) -> None:
+def test_the_card_states_what_was_minimized_and_how_well(
+    finished: Files, training: dict[str, str], sentences: list[str]
+) -> None:
     job = context(finished)
     prepared = read_completion(job.workspace.completion("prepare"), PrepareRecord)
     record = read_completion(job.workspace.completion("train"), TrainRecord)
@@ -177,8 +227,13 @@ def test_the_card_states_what_losses_are_means_over(finished: Files, training: d
     assert record is not None
     settings = TrainingSpec.model_validate(job.spec.training.dump() | training)
     spec = job.spec.model_copy(update={"training": settings})
-    card = adapter_model_card(TrainedJob("tiny", JOB_UID, spec, "tiny", prepared, record))
-    assert f"Losses are in nats, averaged over the {unit}." in card
+    last = record.kept_step
+    pairs = history_of(reward_margin=Curve((1, last), (0.1, 1.5)), eval_accuracy=Curve((0, last), (0.5, 0.9)))
+    trained = TrainedJob("tiny", JOB_UID, spec, "tiny", prepared, record)
+    card = adapter_model_card(trained, pairs if training else history_of())
+    for sentence in sentences:
+        assert sentence in card
+    assert ("higher reward" in card) == bool(training)
 
 
 def history_of(**curves: Curve) -> MetricsHistory:

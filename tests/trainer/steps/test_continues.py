@@ -17,7 +17,7 @@ from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.steps import prepare as step
 from qlora_trainer.steps.clean import clean
-from qlora_trainer.training.attempts import read_attempts
+from qlora_trainer.training.attempts import MAX_ATTEMPTS_WITHOUT_PROGRESS, read_attempts, write_attempts
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
 from qlora_trainer.training.fingerprint import Fingerprint, run_fingerprint, run_settings
 from qlora_trainer.training.prepared_job import PreparedJob
@@ -104,6 +104,15 @@ def test_it_ends_in_the_bytes_of_an_uninterrupted_run(make: Make) -> None:
         ("succeeded", 4, 1),
     ]
     assert attempts[1].ended_at is not None, "its last sign of life is not that of the copy"
+
+
+def test_a_run_that_was_often_killed_is_continued_in_the_pod_of_another_job(make: Make) -> None:
+    other, context = make("other", "stopped"), make("new")
+    [stopped] = read_attempts(other.workspace.records)
+    killed_there = stopped.model_copy(update={"from_step": 4, "ended": None})
+    write_attempts(other.workspace.records, [stopped, *[killed_there] * MAX_ATTEMPTS_WITHOUT_PROGRESS])
+    assert continued(context, other) == 4
+    assert run(replace(context, attempt=0)).training_step == 6
 
 
 @pytest.mark.parametrize("spec", [None, {"training": {"keep": "best"}}], ids=["last", "best"])

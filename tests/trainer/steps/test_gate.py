@@ -4,25 +4,35 @@ import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, WorkspaceLayout
 from qlora_api.gate import ScoreSpec
 from qlora_trainer.core.answer_check import AnswerChecker
-from qlora_trainer.core.completion import Score, TrainRecord, read_completion, score_settings, write_completion
+from qlora_trainer.core.completion import (
+    PrepareRecord,
+    Score,
+    TrainRecord,
+    read_completion,
+    score_settings,
+    write_completion,
+)
 from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import classify, result_record
 from qlora_trainer.data.prepared import PreparedDataset
+from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
 from qlora_trainer.training.answers import AnswerTexts, ScoredPrompts
 from qlora_trainer.training.scorable import row_criterion
 from tests.support.command import ROWS, Files, new_files
 from tests.support.published import context, published
+from tests.support.report_page import Page
 from tests.support.tiny import POD_UID, Recorded, chat_row, write_rows
 from tests.trainer.conftest import MakeContext
 
@@ -35,7 +45,7 @@ def gated(files: Files, gate: dict[str, Any] | None) -> Files:
     return replace(files, spec={**files.spec, "output": OUTPUT} | ({} if gate is None else {"gate": gate}))
 
 
-def with_score(files: Files, adapter: float, *, of: str | None = None) -> TrainRecord:
+def with_score(files: Files, adapter: float, *, of: str | None = None, too_long: int = 0) -> TrainRecord:
     """The record of training, with a score of exact matches."""
     path = files.workspace / "records" / "train.json"
     record = read_completion(path, TrainRecord)
@@ -44,12 +54,24 @@ def with_score(files: Files, adapter: float, *, of: str | None = None) -> TrainR
         settings=score_settings(ScoreSpec.model_validate(EXACT)),
         adapter_sha256=of or record.adapter_sha256,
         rows=10,
+        too_long_rows=too_long,
         adapter=adapter,
         base=0.1,
     )
     record = record.model_copy(update={"score": score})
     write_completion(path, record)
     return record
+
+
+def with_template(files: Files) -> bytes:
+    """Note a chat template of the job's own in the record of prepare, and write it beside the rows."""
+    path = files.workspace / "records" / "prepare.json"
+    record = read_completion(path, PrepareRecord)
+    assert record is not None
+    content = b"{{ messages }}"
+    (files.workspace / record.data_path / "chat_template.jinja").write_bytes(content)
+    write_completion(path, record.model_copy(update={"template_sha256": sha256(content).hexdigest()}))
+    return content
 
 
 def held_back(files: Files) -> tuple[StepFailure, Recorded]:
@@ -64,7 +86,7 @@ def held_back(files: Files) -> tuple[StepFailure, Recorded]:
 
 
 def test_an_adapter_that_does_not_pass_stays_in_the_workspace_and_describes_itself(trained: Files) -> None:
-    record = with_score(trained, 0.6)
+    record = with_score(trained, 0.6, too_long=7)
     gate = {"minImprovement": 0.9, "maxEvalLoss": 100.0, "minScore": 0.8, "score": EXACT}
 
     failure, records = held_back(gated(trained, gate))
@@ -87,13 +109,30 @@ def test_an_adapter_that_does_not_pass_stays_in_the_workspace_and_describes_itse
     }
     summary = json.loads((trained.workspace / "report" / "summary.json").read_text())
     assert summary["gate"] == last.gate.dump()
-    page = (trained.workspace / "report" / "report.html").read_text()
+    page = Page((trained.workspace / "report" / "report.html").read_text()).words
     assert "Not passed: the adapter was not published." in page
+    assert "Answers that passed 60.0% 10.0% without the adapter, on the same 10 held-out rows; check exactMatch" in page
+    judged_on = (
+        f"The held-out losses are means over {record.eval_tokens} target tokens. The held-out rows that were not "
+        "answered, 7, have a prompt of more than 1024 tokens."
+    )
+    assert judged_on in page
     card = ModelCard.load(trained.workspace / "trained" / "README.md").text
     assert "| minScore | 0.8 | 0.6 | no |" in card
     assert "has not passed, and was not published" in card
+    assert judged_on in card
     assert "(loss.png)" in card
     assert (trained.workspace / "trained" / "loss.png").is_file()
+    assert "manifest.json" not in card
+
+
+def test_an_adapter_that_does_not_pass_keeps_the_chat_template_that_its_card_names(trained: Files) -> None:
+    template = with_template(trained)
+    held_back(gated(trained, {"maxEvalLoss": 0.01}))
+    clean(WorkspaceLayout(trained.workspace))
+    folder = trained.workspace / "trained"
+    assert "`chat_template.jinja`" in (folder / "README.md").read_text()
+    assert (folder / "chat_template.jinja").read_bytes() == template
 
 
 def test_it_is_published_without_training_once_the_gate_lets_it_pass(trained: Files) -> None:

@@ -19,13 +19,14 @@ from qlora_api.training import LoraSpec
 from qlora_api.v1alpha1 import QLoRAJobDocument
 from qlora_trainer.core.completion import PublishRecord, TrainRecord
 from qlora_trainer.core.context import Mounts, StepContext
-from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.failures import StepFailure, StopRequest
 from qlora_trainer.core.filesystem import file_sha256
 from qlora_trainer.model.initial_adapter import InitialAdapter, get_initial_adapter
 from qlora_trainer.publishing.manifest import read_manifest
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
 from qlora_trainer.steps.publish import publish
+from qlora_trainer.steps.train_together import train_together
 from qlora_trainer.stores.hub import Hub
 from qlora_trainer.training import judging
 from qlora_trainer.training.divergence import Stability
@@ -162,6 +163,27 @@ def test_it_begins_with_the_loss_that_the_earlier_adapter_ended_with_and_says_so
     report = context.workspace.report
     assert json.loads((report / "summary.json").read_text())["initialAdapter"] == origin
     assert before.adapter_sha256 in (report / "report.html").read_text()
+
+
+def test_a_job_that_is_trained_with_others_begins_with_its_own_earlier_adapter(
+    place: Place, earlier: tuple[Place, TrainRecord]
+) -> None:
+    _, before = earlier
+    contexts = [place.context("anew"), place.context("second", {"lora": {"from": FROM}})]
+    for context in contexts:
+        prepare(context, Recorded())
+    anew, second = train_together(
+        contexts,
+        [Recorded(), Recorded()],
+        stop=StopRequest(),
+        now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
+        monotonic=lambda: 0.0,
+    )
+    assert isinstance(anew, TrainRecord)
+    assert isinstance(second, TrainRecord)
+    assert second.initial_eval_loss == pytest.approx(before.eval_loss, rel=1e-2)
+    assert anew.initial_eval_loss == pytest.approx(before.initial_eval_loss, rel=1e-2)
+    assert second.initial_eval_loss < anew.initial_eval_loss
 
 
 def test_a_job_without_an_earlier_adapter_says_nothing_of_one(earlier: tuple[Place, TrainRecord]) -> None:

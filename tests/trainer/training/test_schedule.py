@@ -108,6 +108,13 @@ def test_attempts_that_were_asked_to_stop_or_belong_to_an_earlier_job_do_not_cou
     reject_if_stuck(attempts(*[None] * 5, from_steps=(3,) * 5), 3, 2)
 
 
+def test_a_job_in_the_pod_of_another_is_stopped_by_no_attempts_of_its_own() -> None:
+    """Each is an attempt of the other one's Job, whose own count ends them all; or of the run that it continues."""
+    led = [attempt.model_copy(update={"job_attempt": 0}) for attempt in attempts(*[None] * 6, from_steps=(3,) * 6)]
+    reject_if_stuck(led, 3, 0)
+    reject_if_stuck(led, 3, 1)
+
+
 def test_attempts_are_read_back_without_lines_that_are_not_attempts(tmp_path: Path) -> None:
     assert read_attempts(tmp_path) == []
     before = attempts("interrupted", None)

@@ -15,7 +15,7 @@ from qlora_trainer.data.row_check import RowCheck
 from qlora_trainer.training import answers, scorable
 from qlora_trainer.training.answers import AnswerTexts, Prompt
 from qlora_trainer.training.scorable import require_scorable, row_criterion
-from tests.support.training import write_data
+from tests.support.training import write_data, write_held_out
 
 CHATS = DatasetStatus(format="messages", rows=20, used_rows=16)
 
@@ -49,7 +49,7 @@ def test_a_row_whose_own_answer_is_longer_than_an_answer_may_be_is_counted(tmp_p
     (remark,) = remarks(data, tiny_llama, maxNewTokens=6)
     assert remark == (
         "spec.gate.score: the data set's own answers to 2 of the 4 rows do not pass check exactMatch within 6 tokens "
-        "(maxNewTokens), so an adapter that answers like the data has 0.5"
+        "(maxNewTokens), so an adapter that reproduces the data would score 0.5"
     )
     message = rejection(data, tiny_llama, maxNewTokens=2)
     assert "not one of the data set's own answers to the 4 held-out rows passes check exactMatch" in message
@@ -71,6 +71,14 @@ def test_a_row_whose_own_answer_does_not_pass_its_check_is_named(tmp_path: Path,
     (remark,) = remarks(tmp_path / "data", tiny_llama, check="regex", checks=["^", "^", "^(?!)", "^"])
     assert "own answers to 1 of the 4 rows do not pass check regex within 128 tokens" in remark
     assert "(the first: row 2)" in remark
+
+
+def test_a_row_whose_own_reasoning_is_longer_than_an_answer_may_be_is_counted(tmp_path: Path, tiny_llama: Path) -> None:
+    assert remarks(tmp_path / "data", tiny_llama) == ()
+    long, short = "the pods of the namespace web" * 4 + "</think>pods", "a</think>pods"
+    write_held_out(tmp_path / "data", tiny_llama, [("List<think>\n", long), ("Show<think>\n", short)])
+    (remark,) = remarks(tmp_path / "data", tiny_llama, check="regex", pattern="pods", maxNewTokens=20)
+    assert "own answers to 1 of the 2 rows do not pass check regex within 20 tokens" in remark
 
 
 @pytest.mark.parametrize(

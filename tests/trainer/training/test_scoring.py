@@ -23,7 +23,18 @@ from qlora_trainer.publishing.gate import judge
 from qlora_trainer.training.answers import Answering, AnswerTexts, Prompt, ScoredPrompts
 from tests.support.ranks import EXACT, TWO, succeeded, workspace
 from tests.support.tiny import Recorded, merged
-from tests.support.training import ROW_LENGTHS, Lost, adapter_bytes, failure, history, job, prepared, run, write_data
+from tests.support.training import (
+    ROW_LENGTHS,
+    Lost,
+    adapter_bytes,
+    failure,
+    history,
+    job,
+    prepared,
+    run,
+    write_data,
+    write_held_out,
+)
 
 PATTERN = {"check": "regex", "pattern": "[a-z]", "rows": 3, "maxNewTokens": 4}
 SCORED = {"gate": {"minScore": 0.5, "score": PATTERN}}
@@ -180,6 +191,22 @@ def test_a_model_that_cannot_answer_ends_the_step_with_what_to_do(
     assert found.exit_code is ExitCode.BAD_CONFIGURATION
     assert "spec.gate.score: the model could not answer (no generation here)" in found.message
     assert (scored.workspace.trained / "adapter_model.safetensors").is_file()
+
+
+def test_reasoning_that_the_prompt_begins_and_an_answer_does_not_end_has_not_passed(
+    scored: StepContext, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(f"<|im_start|>user\n{name}<|im_end|>\n<think>\n", "thoughts</think>get") for name in ("one", "two")]
+    write_held_out(scored.workspace.data / "rows", tiny_llama, rows)
+
+    def answer(_: Answering, __: Prompt, *, adapter: bool, max_new_tokens: int) -> str:
+        del max_new_tokens
+        return "thoughts</think>get" if adapter else "thoughts of get"
+
+    monkeypatch.setattr(Answering, "answer", answer)
+    record = run(scored)
+    assert record.score is not None
+    assert (record.score.rows, record.score.base, record.score.adapter) == (2, 0.0, 1.0)
 
 
 def test_packing_does_not_decide_which_rows_are_answered(tmp_path: Path) -> None:

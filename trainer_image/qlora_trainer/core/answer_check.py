@@ -23,6 +23,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.gate import ScoreSpec
 from qlora_api.printable import first_line, shortened
 from qlora_trainer.core.failures import StepFailure
+from qlora_trainer.core.reasoning import END_OF_REASONING, after_reasoning
 
 SECONDS = 2.0
 """For one answer, of the processor and not of the clock: a busy node changes nothing. Afterwards it has not passed."""
@@ -35,7 +36,6 @@ _MOST_RESTARTS = 10
 _MEMORY_BYTES = 2**31
 # Of an answer that is no JSON, is nested too deeply, or meets a schema that refers to itself without end.
 _NOT_PASSED = (ValueError, RecursionError, MemoryError)
-_END_OF_REASONING = "</think>"
 logger = logging.getLogger(__name__)
 Check = Callable[[str], bool]
 _Result = TypeVar("_Result")
@@ -272,18 +272,21 @@ class AnswerChecker:
         if problem is not None:
             raise criterion.unusable(problem.why) if isinstance(problem, _Ended) else problem
 
-    def passes(self, answer: str, own: str, criterion: Criterion | None = None) -> bool:
+    def passes(self, answer: str, own: str, criterion: Criterion | None = None, *, begun: bool = False) -> bool:
         """Whether the answer passes. `own` is that of the row. Reasoning before either is not looked at.
 
-        `criterion`: the row's, if the job has none. Raises its StepFailure if the checking process ends too often.
+        An answer whose reasoning does not end has not passed; `begun`: whether the prompt has begun it. `criterion`:
+        the row's, if the job has none. Raises its StepFailure if the checking process ends too often.
         """
-        answer, own = (text.rpartition(_END_OF_REASONING)[2] for text in (answer, own))
+        rest = after_reasoning(answer, begun=begun)
+        if rest is None:
+            return False
         if self._worker is None:
-            return answer.strip() == own.strip()
+            return rest.strip() == own.rpartition(END_OF_REASONING)[2].strip()
         criterion = self._of_job or criterion
         if criterion is None:
             raise AssertionError("data whose rows bring no check were rejected when they were prepared")
-        found = self._worker.ask(criterion, answer)
+        found = self._worker.ask(criterion, rest)
         if isinstance(found, bool):
             return found
         why = found.why if isinstance(found, _Ended) else found

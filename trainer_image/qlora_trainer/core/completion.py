@@ -79,6 +79,9 @@ class PrepareRecord(ObservedModel):
     initial_adapter: InitialAdapterStatus | None = Field(
         None, description="The adapter of spec.lora.from, which is in the workspace; not set without one."
     )
+    continued_step: int | None = Field(
+        None, description="Optimizer steps of the run that spec.continues takes up; not set without it."
+    )
 
 
 def recorded_path(path: Path, root: Path) -> str:

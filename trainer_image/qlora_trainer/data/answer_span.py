@@ -2,10 +2,7 @@
 
 from bisect import bisect_left
 
-# What Qwen3, DeepSeek-R1, SmolLM3 and others put between the reasoning and the answer itself.
-_END_OF_REASONING = "</think>"
-# What an answer that is asked for begins with in templates of models that always think.
-_BEGIN_OF_REASONING = "<think>"
+from qlora_trainer.core.reasoning import BEGIN_OF_REASONING, END_OF_REASONING
 
 
 def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int, int] | None:
@@ -22,11 +19,11 @@ def answer_span(text: str, prompt: str, through: str, answer: str) -> tuple[int,
     Some templates begin an answer that is asked for with the mark of reasoning, and not one that is given and has none.
     """
     if not text.startswith(prompt):
-        prompt = prompt.rstrip().removesuffix(_BEGIN_OF_REASONING)
+        prompt = prompt.rstrip().removesuffix(BEGIN_OF_REASONING)
     if not (text.startswith(prompt) and through.startswith(prompt)):
         return None
     turn, answer = through[len(prompt) :], answer.strip()
-    answer = answer.rpartition(_END_OF_REASONING)[2].strip() or answer
+    answer = answer.rpartition(END_OF_REASONING)[2].strip() or answer
     # A longer end of the answer is in the turn only if all shorter ones are.
     kept_from = bisect_left(range(len(answer)), True, key=lambda start: answer[start:] in turn)
     ending = answer[kept_from:]

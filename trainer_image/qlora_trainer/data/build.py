@@ -57,8 +57,7 @@ class DatasetBuilder:
                 "spec.dataset.shuffle has no effect without spec.dataset.maxSamples, whose rows it chooses: set "
                 "maxSamples, or leave shuffle out; training.seed orders the rows of each epoch anyway"
             )
-        training = self._training_sources()
-        own = self._evaluation_source(spec.eval, training) if spec.eval is not None and spec.eval.source else None
+        training, own = self._sources(usable=True)
         rows = TokenizedRows.joined([source.rows for source in (*training, *([own] if own else []))])
         self.say("looking for rows that are equal")
         selection = select_rows(
@@ -81,13 +80,25 @@ class DatasetBuilder:
                 )
         return replace(dataset, mix=mix, weights=weights)
 
+    def sources(self) -> tuple[TokenizedSource, ...]:
+        """All rows of each source, tokenized, the evaluation's own last, whether or not any of them can be used."""
+        training, own = self._sources(usable=False)
+        return training if own is None else (*training, own)
+
+    def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], TokenizedSource | None]:
+        """The training sources and the evaluation's own. `usable`: a source without a row to use is rejected."""
+        training, evaluation = self._training_sources(usable=usable), self.spec.eval
+        if evaluation is None or not evaluation.source:
+            return training, None
+        return training, self._evaluation_source(evaluation, training, usable=usable)
+
     def _names(self) -> list[str]:
         """What messages call the training sources."""
         of_a_mix = self.spec.mix is not None
         sources = self.spec.training_sources.items()
         return [f"{source.source} ({field})" if of_a_mix else source.source for field, source in sources]
 
-    def _training_sources(self) -> tuple[TokenizedSource, ...]:
+    def _training_sources(self, *, usable: bool) -> tuple[TokenizedSource, ...]:
         seed = self.training.seed if self.spec.shuffle else None
         sources: list[TokenizedSource] = []
         for number, (field, source) in enumerate(self.spec.training_sources.items()):
@@ -96,15 +107,18 @@ class DatasetBuilder:
             _require_few_files([*(earlier.data for earlier in sources), data])
             digest = _checked_sha256(data, source.sha256, f"{field}.sha256")
             rows = read_sample(data.files, self.spec.max_samples, seed)
-            sources.append(self._tokenized(part, data, digest, rows, field, earlier=sources))
+            sources.append(self._tokenized(part, data, digest, rows, field, earlier=sources, usable=usable))
         return tuple(sources)
 
-    def _evaluation_source(self, spec: EvalSpec, training: Sequence[TokenizedSource]) -> TokenizedSource:
+    def _evaluation_source(
+        self, spec: EvalSpec, training: Sequence[TokenizedSource], *, usable: bool
+    ) -> TokenizedSource:
         """The evaluation's own source, read in the format of the first training source."""
         data = self._find("eval", spec.source or "", evaluation_part(self.spec, spec))
         digest = _checked_sha256(data, spec.sha256, "spec.dataset.eval.sha256")
         field = next(iter(self.spec.training_sources))
-        return self._tokenized("eval", data, digest, read_rows(data.files), field, earlier=training, like=training[0])
+        rows = read_rows(data.files)
+        return self._tokenized("eval", data, digest, rows, field, earlier=training, usable=usable, like=training[0])
 
     def _find(self, part: str, uri: str, wanted: Wanted) -> DataFiles:
         self.say("reading the data set")
@@ -119,11 +133,13 @@ class DatasetBuilder:
         field: str,
         *,
         earlier: Sequence[TokenizedSource],
+        usable: bool,
         like: TokenizedSource | None = None,
     ) -> TokenizedSource:
         """The rows of the files, tokenized, with the settings of the job's `field`; in the format of `like` if set.
 
-        `earlier`: the sources that have been tokenized before, whose rows the progress counts too.
+        `earlier`: the sources that have been tokenized before, whose rows the progress counts too. `usable`: raises
+        StepFailure if none of the rows can be used.
         """
         before = data.versions()
         first = next(rows)
@@ -152,7 +168,8 @@ class DatasetBuilder:
             raise bad_dataset(f"{data.uri} changed while it was read: start the job again when nobody writes to it")
         reading = RowReader(format_, columns).reading(first)
         source = TokenizedSource(data, digest, reading, columns, TokenizedRows(chunks))
-        _require_usable(source, recipe.longest_allowed)
+        if usable:
+            _require_usable(source, recipe.longest_allowed)
         return source
 
     def _rows_key(self, digest: str, recipe: Recipe) -> str:

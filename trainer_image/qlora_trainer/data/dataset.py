@@ -16,7 +16,7 @@ from qlora_api.training import TrainingSpec
 from qlora_trainer.data.chunks import Int32s, TokenizedRows
 from qlora_trainer.data.epochs import EpochArrangements
 from qlora_trainer.data.files import DataFiles
-from qlora_trainer.data.formats import Reading
+from qlora_trainer.data.formats import PAIRS, Reading
 from qlora_trainer.data.mix import Mix
 from qlora_trainer.data.packing import Arrangement, one_row_each, pack
 from qlora_trainer.data.prepared import Split, split_file, write_split
@@ -59,7 +59,7 @@ class TokenizedSource:
             columns=self.reading.columns,
             ignored_columns=self.reading.ignored,
             rows_read=self.rows.rows_read,
-            dropped=dropped_rows(self.rows, longest_allowed),
+            dropped=dropped_rows(self.rows, longest_allowed, pairs=self.reading.format in PAIRS),
             lengths=Lengths.of(self.all_lengths()),
             **counts,
         )
@@ -95,7 +95,7 @@ class Dataset:
             eval_rows=sum(map(len, self.selection.held_out)),
             too_long_rows=sum(len(source.rows.too_long) for source in self.sources),
             longest_row_tokens=max(int(source.all_lengths().max()) for source in self.sources),
-            duplicate_rows=sum(self.selection.duplicates),
+            duplicate_rows=sum(self.selection.duplicates[: len(self.training)]),
             overlap_rows=self.selection.overlap.count,
             tokens=sum(map(self._epoch_tokens, range(len(self.training)))),
             sha256=self.training[0].sha256 if self.mix is None else _sha256_of(self.training),
@@ -192,7 +192,8 @@ class Dataset:
                 }
             yield source.statistics(capacity, counts)
         if own is not None:
-            yield own.statistics(capacity, {"held_out_rows": held_out[0]})
+            counts = {"duplicate_rows": selection.duplicates[-1], "held_out_rows": held_out[0]}
+            yield own.statistics(capacity, counts)
 
 
 def _sha256_of(sources: tuple[TokenizedSource, ...]) -> str:

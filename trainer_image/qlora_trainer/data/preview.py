@@ -1,19 +1,20 @@
 """Reads the first rows of a job's data set, and divides the text of each into what is trained on and what is not."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 
-from qlora_api.dataset import Columns, DatasetSpec
+from qlora_api.dataset import Columns, DatasetSpec, RowFormat
 from qlora_api.training import TrainingSpec
 from qlora_trainer.data.chat_template import Rendered, Tokenizer
-from qlora_trainer.data.formats import Reading, RowReader, detect_format
-from qlora_trainer.data.hub_splits import training_part
+from qlora_trainer.data.formats import PAIRS, Reading, RowReader, detect_format
+from qlora_trainer.data.hub_splits import evaluation_part, training_part
 from qlora_trainer.data.locate import DataAccess, find_data
-from qlora_trainer.data.reading import read_sample
+from qlora_trainer.data.reading import read_rows, read_sample
 from qlora_trainer.data.rows import Row
-from qlora_trainer.data.tokenize import ANY_VOCABULARY, ChunkMaker, Recipe
+from qlora_trainer.data.statistics import EQUAL_ANSWERS
+from qlora_trainer.data.tokenize import ANY_VOCABULARY, ChunkMaker, Recipe, paired
 
 
 @dataclass(frozen=True)
@@ -46,41 +47,62 @@ class Preview:
     reading: Reading
     rows: Iterator[PreviewedRow]
     """Reads on each step. Raises StepFailure for the first invalid row."""
+    held_out: bool = False
+    """Whether they are rows of the evaluation's own source."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The first rows of one source, and what decides how they are read."""
+
+    uri: str
+    rows: Sequence[Row]
+    field: str
+    """Of the job, with the settings by which they are read."""
+    format: RowFormat
+    columns: Columns
+    held_out: bool = False
 
 
 def previews(
     spec: DatasetSpec, training: TrainingSpec, tokenizer: Tokenizer, access: DataAccess, download: Path, count: int
 ) -> Iterator[Preview]:
-    """The first `count` rows that a job would use of each source. Files of a server are downloaded below `download`.
+    """The first `count` rows that a job would use of each source, the evaluation's own last.
 
-    Raises StepFailure as prepare does.
+    Files of a server are downloaded below `download`. Raises StepFailure as prepare does.
     """
-    for number, field in enumerate(spec.training_sources):
-        yield _preview(spec, field, training, tokenizer, access, download / str(number), count)
+    for source in _sources(spec, training, access, download, count):
+        recipe = Recipe.of(
+            spec, training, tokenizer, source.format, source.columns, source.field, vocabulary=ANY_VOCABULARY
+        )
+        recipe.require_place_for_settings(tokenizer, source.uri)
+        reading = RowReader(source.format, source.columns).reading(source.rows[0])
+        shown = _shown(source.rows, ChunkMaker(recipe, tokenizer), tokenizer)
+        yield Preview(source.uri, reading, shown, source.held_out)
 
 
-def _preview(
-    spec: DatasetSpec,
-    field: str,
-    training: TrainingSpec,
-    tokenizer: Tokenizer,
-    access: DataAccess,
-    download: Path,
-    count: int,
-) -> Preview:
-    """The first rows of the source that the job's `field` names."""
-    source = spec.training_sources[field]
-    data = find_data(source.source, training_part(source, field), access, download)
-    rows = read_sample(data.files, spec.max_samples, training.seed if spec.shuffle else None)
-    first = list(islice(rows, count))
-    format_, columns = source.format, source.columns
-    if format_ == "auto":
-        format_, columns = detect_format(first[0], source.columns, field, pairs=training.compares_answers)
-    columns = (columns or Columns()).model_copy(update={"check": spec.check_column(field)})
-    recipe = Recipe.of(spec, training, tokenizer, format_, columns, field, vocabulary=ANY_VOCABULARY)
-    recipe.require_place_for_settings(tokenizer, data.uri)
-    maker = ChunkMaker(recipe, tokenizer)
-    return Preview(data.uri, RowReader(format_, columns).reading(first[0]), _shown(first, maker, tokenizer))
+def _sources(
+    spec: DatasetSpec, training: TrainingSpec, access: DataAccess, download: Path, count: int
+) -> Iterator[_Source]:
+    """The sources of the training rows, then the evaluation's own, which is read in the format of the first."""
+    like: _Source | None = None
+    for number, (field, source) in enumerate(spec.training_sources.items()):
+        data = find_data(source.source, training_part(source, field), access, download / str(number))
+        rows = list(islice(read_sample(data.files, spec.max_samples, training.seed if spec.shuffle else None), count))
+        if source.format == "auto":
+            format_, columns = detect_format(rows[0], source.columns, field, pairs=training.compares_answers)
+        else:
+            format_, columns = source.format, source.columns or Columns()
+        columns = columns.model_copy(update={"check": spec.check_column(field)})
+        found = _Source(data.uri, rows, field, format_, columns)
+        like = like or found
+        yield found
+    if like is not None and spec.eval is not None and spec.eval.source is not None:
+        data = find_data(spec.eval.source, evaluation_part(spec, spec.eval), access, download / "eval")
+        columns = like.columns.model_copy(update={"check": spec.check_column(like.field, own_evaluation=True)})
+        yield replace(
+            like, uri=data.uri, rows=list(islice(read_rows(data.files), count)), columns=columns, held_out=True
+        )
 
 
 def _shown(rows: Sequence[Row], maker: ChunkMaker, tokenizer: Tokenizer) -> Iterator[PreviewedRow]:
@@ -98,7 +120,9 @@ def _previewed(
 ) -> Iterator[PreviewedRow]:
     """What a row has: one text, or the two of a pair, which are used or left out together."""
     rows = list(tokenizer.tokenize(texts, recipe.train_on))
-    left_out = "" if any(row.is_target.any() for row in rows) else "no token is trained on"
+    pairs = recipe.format in PAIRS
+    [row] = paired(iter(rows)) if pairs else rows
+    left_out = "" if row.is_target.any() else EQUAL_ANSWERS if pairs else "no token is trained on"
     if sum(len(row.input_ids) for row in rows) > recipe.longest_allowed:
         left_out = f"longer than {recipe.longest_allowed} tokens (spec.training.maxSequenceLength)"
     names = ("",) if len(rows) == 1 else (", chosen", ", rejected")

@@ -21,7 +21,9 @@ class Selection:
     held_out: tuple[RowIndices, ...]
     """Of each training source; or those of the evaluation's own source."""
     duplicates: tuple[int, ...]
-    """Of each training source: how many rows are equal to an earlier row, also of an earlier source."""
+    """Of each training source, how many rows are equal to an earlier row, also of an earlier source; then of the
+    evaluation's own, how many are equal to an earlier one of it.
+    """
     overlap: Overlap
     """Of training and held-out rows, before any are left out for it."""
     overlap_left_out: bool = False
@@ -43,21 +45,32 @@ def select_rows(
     usable = firsts if spec.deduplicate else ranges
     for name, rows in zip(sources, usable, strict=True):
         _require_rows(rows, name, "is a duplicate of an earlier row: leave the source out, or unset deduplicate")
+    own = numpy.arange(bounds[-1], bounds[-1] + own_rows)
+    own_firsts = _firsts(own, first_equal)
     training: tuple[RowIndices, ...] = tuple(usable)
     held_out: tuple[RowIndices, ...] = ()
     evaluation = spec.eval
     if evaluation is not None and evaluation.fraction is not None:
         training, held_out = _divided(dict(zip(sources, usable, strict=True)), evaluation.fraction, seed)
     elif evaluation is not None:
-        held_out = (numpy.arange(bounds[-1], bounds[-1] + own_rows),)
+        held_out = (own_firsts if spec.deduplicate else own,)
     overlap = Overlap.of(first_equal, numpy.concatenate(training), numpy.concatenate([bounds[:0], *held_out]))
     drops = evaluation is not None and evaluation.overlap == "drop"
     if drops:
         training = _without(training, overlap)
         for name, rows in zip(sources, training, strict=True):
             _require_rows(rows, name, "is held out too: hold out others, or set spec.dataset.eval.overlap to report")
-    duplicates = tuple(len(rows) - len(kept) for rows, kept in zip(ranges, firsts, strict=True))
+    duplicates = (
+        *(len(rows) - len(kept) for rows, kept in zip(ranges, firsts, strict=True)),
+        len(own) - len(own_firsts),
+    )
     return Selection(training, held_out, duplicates, overlap, drops)
+
+
+def _firsts(rows: RowIndices, first_equal: RowIndices) -> RowIndices:
+    """Those of `rows` that are equal to no earlier one of them; one of other rows may be equal all the same."""
+    _, positions = numpy.unique(first_equal[rows], return_index=True)
+    return rows[numpy.sort(positions)]
 
 
 def _divided(

@@ -13,6 +13,8 @@ from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.packing import Arrangement
 
 STATISTICS = "statistics.json"
+EQUAL_ANSWERS = "chosen and rejected are the same"
+"""Why a pair is left out."""
 
 
 class LengthCount(ObservedModel):
@@ -145,21 +147,20 @@ class DataStatistics(ObservedModel):
         return cls.model_validate_json((folder / STATISTICS).read_bytes())
 
 
-def dropped_rows(rows: TokenizedRows, longest_allowed: int) -> tuple[DroppedRows, ...]:
-    """The rows that are not used, by reason."""
-    unlabeled = sum(dropped.unlabeled for dropped in rows.dropped)
-    first_too_long = next((dropped.first_too_long for dropped in rows.dropped if dropped.first_too_long), "")
-    first_unlabeled = next((dropped.first_unlabeled for dropped in rows.dropped if dropped.first_unlabeled), "")
-    reasons = (
-        (
-            f"longer than {longest_allowed} tokens (spec.training.maxSequenceLength)",
-            len(rows.too_long),
-            first_too_long,
-        ),
-        (
-            "no token to train on" if rows.chosen_lengths is None else "chosen and rejected are the same",
-            unlabeled,
-            first_unlabeled,
-        ),
+def dropped_rows(rows: TokenizedRows, longest_allowed: int, *, pairs: bool) -> tuple[DroppedRows, ...]:
+    """The rows that are not used, by reason. `pairs`: each row is a pair of answers."""
+    too_long = DroppedRows(
+        reason=f"longer than {longest_allowed} tokens (spec.training.maxSequenceLength)",
+        rows=len(rows.too_long),
+        first=next((dropped.first_too_long for dropped in rows.dropped if dropped.first_too_long), ""),
     )
-    return tuple(DroppedRows(reason=reason, rows=rows, first=first) for reason, rows, first in reasons if rows)
+    return tuple(part for part in (too_long, unlabeled_rows(rows, pairs=pairs)) if part.rows)
+
+
+def unlabeled_rows(rows: TokenizedRows, *, pairs: bool) -> DroppedRows:
+    """The rows that are not used because no token of them counts in the loss; there may be none."""
+    return DroppedRows(
+        reason=EQUAL_ANSWERS if pairs else "no token to train on",
+        rows=sum(dropped.unlabeled for dropped in rows.dropped),
+        first=next((dropped.first_unlabeled for dropped in rows.dropped if dropped.first_unlabeled), ""),
+    )

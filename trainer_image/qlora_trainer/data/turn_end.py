@@ -33,7 +33,9 @@ def end_of_turn(tokenizer: Tokenizer, folder: Path) -> EndOfTurn | None:
     known = _stops(folder) | {tokenizer.end_id}
     if ids and ids[0] in known:
         return None
-    return EndOfTurn(text=text[start:end].strip(), token=ids[0] if len(ids) == 1 else None, known=tuple(sorted(known)))
+    mark = text[start:end].strip()
+    # White space alone is no mark: answers have the same inside them, and a server would stop at the first of it.
+    return EndOfTurn(text=mark, token=ids[0] if mark and len(ids) == 1 else None, known=tuple(sorted(known)))
 
 
 def _rendered(tokenizer: Tokenizer) -> Rendered | None:
@@ -74,7 +76,7 @@ def template_remarks(end: EndOfTurn | None, pieces: Collection[str]) -> tuple[st
         remarks.append("the chat template writes nothing after an answer, so the model does not learn where to stop")
     elif end is not None:
         remarks.append(
-            f"answers end with {end.text!r}, at which no server of this model stops by itself: send "
+            f"answers end with {end.text!r}, servers do not stop at this text by default: send "
             f"{end.request_field} with each request"
         )
     return tuple(remarks)

@@ -88,7 +88,7 @@ def _remarks(family: Family, *, unpacked: bool) -> Iterator[str]:
         yield f"no adapter on {names}: no gradient reaches it, or PEFT refuses it"
     if family.without_dora:
         names = ", ".join(_last_parts(family.without_dora))
-        yield f"no adapter on {names}: PEFT reads one with spec.lora.useDora as one of routed experts"
+        yield f"no adapter on {names}: with spec.lora.useDora, PEFT cannot tell these layers from routed experts"
     if unpacked:
         yield (
             f"no packing: rows in one sequence would affect each other in this {family.model_type} model; each is a "

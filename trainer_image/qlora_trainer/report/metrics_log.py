@@ -110,6 +110,10 @@ class MetricsHistory:
     eval_accuracy: Curve = Curve()
     """The same of the held-out pairs, for each evaluation."""
 
+    def held_out_accuracy(self, step: int) -> float | None:
+        """`eval_accuracy` at this optimizer step; None if it was not measured there."""
+        return dict(zip(self.eval_accuracy.steps, self.eval_accuracy.values, strict=True)).get(step)
+
     @property
     def compares_answers(self) -> bool:
         """Whether the objective was one for pairs of answers."""

@@ -4,11 +4,14 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_api.gate import MAX_PROMPT_TOKENS
 from qlora_api.printable import printable
 from qlora_api.sources import HubSource, parse_source
+from qlora_api.status import GateStatus
 from qlora_api.training import LoraSpec, PreferenceSpec, QuantizationSpec
 from qlora_trainer.core.file_names import CURVE_FILE
 from qlora_trainer.core.outcome import steps_done
+from qlora_trainer.report.metrics_log import MetricsHistory
 from qlora_trainer.report.serving import (
     loading_settings,
     rejected_by_vllm,
@@ -48,7 +51,20 @@ def variant_label(lora: LoraSpec) -> str:
     return ", ".join(part for part in parts if part) or "LoRA"
 
 
-def adapter_model_card(job: TrainedJob) -> str:
+def judged_on(gate: GateStatus) -> str:
+    """What the losses and the score of a gate are of, for people: sentences, or nothing."""
+    sentences = []
+    if gate.eval_tokens is not None:
+        sentences.append(f"The held-out losses are means over {gate.eval_tokens:,} target tokens.")
+    if gate.score_too_long_rows:
+        sentences.append(
+            f"The held-out rows that were not answered, {gate.score_too_long_rows:,}, have a prompt of more than "
+            f"{MAX_PROMPT_TOKENS} tokens."
+        )
+    return " ".join(sentences)
+
+
+def adapter_model_card(job: TrainedJob, history: MetricsHistory) -> str:
     """The adapter's model card as Markdown with the hub's metadata block. The same job gives the same text."""
     spec, prepared = job.spec, job.prepared
     hub = isinstance(parse_source(spec.model.source), HubSource)
@@ -74,6 +90,10 @@ def adapter_model_card(job: TrainedJob) -> str:
         trained=job.trained,
         steps=steps_done(job.trained.training_step, job.trained.total_steps, job.trained.kept_step),
         gate=job.gate,
+        judged_on="" if job.gate is None else judged_on(job.gate),
+        continued=job.continued,
+        accuracy=(history.held_out_accuracy(0), history.held_out_accuracy(job.trained.kept_step)),
+        margin=history.reward_margin.values[-1] if history.compares_answers else None,
         curve=CURVE_FILE,
         quantization=quantization_label(spec.quantization),
         modules=", ".join(sorted({name.rpartition(".")[2] for name in prepared.target_modules})),

@@ -10,15 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.contract import WorkspaceLayout
 from qlora_api.dataset import DatasetSpec
-from qlora_api.status import DatasetStatus, GateStatus, MergedStatus
-from qlora_trainer.core.completion import PrepareRecord, TrainRecord
+from qlora_api.status import DatasetStatus, MergedStatus
 from qlora_trainer.core.context import Device
 from qlora_trainer.core.file_names import CURVE_FILE, HISTORY_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.data.statistics import DataStatistics, SourceStatistics
 from qlora_trainer.report.charts import chart, histogram, loss_chart, loss_picture
 from qlora_trainer.report.metrics_log import MetricsHistory, read_history
-from qlora_trainer.report.model_card import TRAINED_ON, quantization_label
+from qlora_trainer.report.model_card import TRAINED_ON, judged_on, quantization_label
 from qlora_trainer.report.samples import MAX_NEW_TOKENS, Samples, read_samples
 from qlora_trainer.report.serving import rejected_by_vllm, served_rank, serving_commands
 from qlora_trainer.report.trained_job import TrainedJob
@@ -81,8 +80,9 @@ def _page(
         prepared=job.prepared,
         trained=job.trained,
         quantization=quantization_label(job.spec.quantization),
-        figures=_figures(job.prepared, job.trained, history, merged, job.gate),
+        figures=_figures(job, history, merged),
         gate=job.gate,
+        judged_on="" if job.gate is None else judged_on(job.gate),
         loss=loss_chart(history, job.trained.kept_step),
         charts=_charts(history, device),
         settings=_settings(job),
@@ -98,22 +98,17 @@ def _page(
     )
 
 
-def _figures(
-    prepared: PrepareRecord,
-    trained: TrainRecord,
-    history: MetricsHistory,
-    merged: MergedStatus | None,
-    gate: GateStatus | None,
-) -> list[Figure]:
+def _figures(job: TrainedJob, history: MetricsHistory, merged: MergedStatus | None) -> list[Figure]:
+    spec, prepared, trained, gate = job.spec, job.prepared, job.trained, job.gate
     before, after = trained.initial_eval_loss, trained.eval_loss
     early = f"of {trained.total_steps:,}, stopped early" if trained.stopped_early else ""
     figures = [Figure("Optimizer steps", f"{trained.training_step:,}", early)]
     if trained.kept_step != trained.training_step:
         figures.append(Figure("Adapter of step", f"{trained.kept_step:,}", "the one with the lowest held-out loss"))
-    accuracy = dict(zip(history.eval_accuracy.steps, history.eval_accuracy.values, strict=True))
-    if trained.kept_step in accuracy:
+    accuracy = history.held_out_accuracy(trained.kept_step)
+    if accuracy is not None:
         before_training = f"{history.eval_accuracy.values[0]:.1%} before training"
-        figures.append(Figure("Held-out accuracy", f"{accuracy[trained.kept_step]:.1%}", before_training))
+        figures.append(Figure("Held-out accuracy", f"{accuracy:.1%}", before_training))
     if before is not None and after is not None:
         figures.append(Figure("Held-out loss", f"{after:.4f}", f"{before:.4f} before training"))
     if merged is not None and merged.eval_loss is not None and merged.adapter_eval_loss is not None:
@@ -123,6 +118,7 @@ def _figures(
         figures.append(Figure(label, f"{merged.eval_loss:.4f}", same_rows))
     if gate is not None and gate.score is not None:
         others = f"{gate.base_score or 0:.1%} without the adapter, on the same {gate.score_rows} held-out rows"
+        others += "" if spec.gate is None or spec.gate.score is None else f"; check {spec.gate.score.check}"
         figures.append(Figure("Answers that passed", f"{gate.score:.1%}", others))
     figures.append(Figure("Training loss", f"{trained.loss:.4f}", "of the last step"))
     speed = history.tokens_per_second.median
@@ -162,6 +158,7 @@ def _settings(job: TrainedJob) -> Mapping[str, Mapping[str, Any]]:
         "Adapter": job.spec.lora.model_copy(update={"initial_adapter": None}).dump(),
         "Training": _flat(job.spec.training.dump()),
         **({} if initial is None else {"Initialized with the adapter": initial.dump()}),
+        **({} if job.continued is None else {"Continues the run of": job.continued}),
     }
 
 
@@ -241,6 +238,7 @@ def _summary(job: TrainedJob, device: Device, history: MetricsHistory) -> dict[s
         },
         "dataset": {**_addresses(spec.dataset), "packed": prepared.packed, **prepared.dataset.dump()},
         **({} if prepared.initial_adapter is None else {"initialAdapter": prepared.initial_adapter.dump()}),
+        **({} if job.continued is None else {"continues": job.continued}),
         "optimizerSteps": trained.training_step,
         "plannedSteps": trained.total_steps,
         "adapterStep": trained.kept_step,
@@ -264,12 +262,11 @@ def _preference(history: MetricsHistory, kept_step: int) -> dict[str, Any]:
     """What an objective that compares answers adds to the summary."""
     if not history.compares_answers:
         return {}
-    held_out = dict(zip(history.eval_accuracy.steps, history.eval_accuracy.values, strict=True))
     return {
         "preference": {
             "rewardMargin": history.reward_margin.values[-1],
             "accuracy": history.accuracy.values[-1],
-            "heldOutAccuracyBefore": held_out.get(0),
-            "heldOutAccuracyAfter": held_out.get(kept_step),
+            "heldOutAccuracyBefore": history.held_out_accuracy(0),
+            "heldOutAccuracyAfter": history.held_out_accuracy(kept_step),
         }
     }

@@ -1,6 +1,7 @@
 """What reports, model cards and manifests describe: a job and what its prepare and train steps have left."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_api.status import GateStatus
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -21,3 +22,11 @@ class TrainedJob:
     trained: TrainRecord
     gate: GateStatus | None = None
     """How the adapter was judged; None without spec.gate."""
+
+    @property
+    def continued(self) -> dict[str, Any] | None:
+        """The job whose run this one has taken up, and at which step if that is known; None if it began anew."""
+        if self.spec.continues is None:
+            return None
+        step = self.prepared.continued_step
+        return {"job": self.spec.continues, **({} if step is None else {"step": step})}

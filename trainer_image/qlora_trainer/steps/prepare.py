@@ -106,7 +106,7 @@ def _continue_run(context: StepContext, record: PrepareRecord, name: str) -> Pre
         return record
     earlier = f"continues {name} from step "
     remarks = (remark for remark in record.remarks if not remark.startswith(earlier))
-    return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}")})
+    return record.model_copy(update={"remarks": (*remarks, f"{earlier}{step}"), "continued_step": step})
 
 
 @dataclass(frozen=True)

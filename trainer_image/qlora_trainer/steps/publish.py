@@ -15,7 +15,7 @@ from qlora_api.status import AdapterStatus, BaseStatus, GateStatus, MergedStatus
 from qlora_trainer.core.completion import PrepareRecord, PublishRecord, TrainRecord, read_completion, write_completion
 from qlora_trainer.core.context import StepContext
 from qlora_trainer.core.failures import StepFailure, bad_configuration
-from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CURVE_FILE, MODEL_CARD_FILE
+from qlora_trainer.core.file_names import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CURVE_FILE, HISTORY_FILE, MODEL_CARD_FILE
 from qlora_trainer.core.filesystem import write_atomically
 from qlora_trainer.core.paths import confined
 from qlora_trainer.core.records import RecordWriter
@@ -31,6 +31,7 @@ from qlora_trainer.publishing.manifest import run_manifest
 from qlora_trainer.publishing.merged import publish_merged, still_published
 from qlora_trainer.publishing.verify import require_own_training, verify_adapter
 from qlora_trainer.publishing.volume_folder import VolumeFolder
+from qlora_trainer.report.metrics_log import read_history
 from qlora_trainer.report.model_card import adapter_model_card, quantization_label
 from qlora_trainer.report.page import write_report
 from qlora_trainer.report.serving import served_rank
@@ -69,7 +70,7 @@ def publish(context: StepContext, records: RecordWriter, *, now: Callable[[], da
     _add_to_sweep(job, context)
     say(f"writing to {destination.uri}")
     template = job_template_file(job.prepared, workspace)
-    adapter = _write(job, folder, picture, template, destination)
+    adapter = _write(job, folder, _card(job, workspace), picture, template, destination)
     base = _publish_base(job, context, say)
     merged = _merge(job, context, say)
     fingerprint = _fingerprint(job.trained, destination)
@@ -184,14 +185,24 @@ def _verify(job: TrainedJob, context: StepContext) -> Path:
 
 
 def _held_back(job: TrainedJob, gate: GateStatus, context: StepContext, say: Callable[[str], None]) -> StepFailure:
-    """Why the adapter is not published. It stays where it is, with its report and model card, for people to look at."""
+    """Why the adapter is not published. It stays where it is, with what would be published, for people to look at."""
     say("verifying the adapter")
     folder = _verify(job, context)
     say("writing the report")
     picture = write_report(job, context.workspace, device=context.device)
-    for name, content in ((MODEL_CARD_FILE, adapter_model_card(job).encode()), (CURVE_FILE, picture)):
+    contents = {MODEL_CARD_FILE: _card(job, context.workspace), CURVE_FILE: picture}
+    template = job_template_file(job.prepared, context.workspace)
+    if template is not None:
+        # The prepared data, where it is, does not stay as long as the adapter.
+        contents[TEMPLATE_FILE] = template.read_bytes()
+    for name, content in contents.items():
         write_atomically(folder / name, content)
     return gate_failure(gate, f"{context.workspace_uri}/{job.trained.adapter_path}")
+
+
+def _card(job: TrainedJob, workspace: WorkspaceLayout) -> bytes:
+    """The adapter's model card. Raises OSError if the metrics are missing, ValueError for broken ones."""
+    return adapter_model_card(job, read_history(workspace.report / HISTORY_FILE)).encode()
 
 
 def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str, Tensor] | None:
@@ -201,13 +212,13 @@ def _initial_adapter(job: TrainedJob, workspace: WorkspaceLayout) -> Mapping[str
 
 
 def _write(
-    job: TrainedJob, folder: Path, picture: bytes, template: Path | None, destination: Destination
+    job: TrainedJob, folder: Path, card: bytes, picture: bytes, template: Path | None, destination: Destination
 ) -> AdapterStatus:
-    """Publish the adapter of `folder` with its model card, the picture of its loss, and its chat template if any."""
+    """Publish the adapter of `folder` with its model `card`, the picture of its loss, and its chat template if any."""
     contents: Contents = {
         ADAPTER_FILE: folder / ADAPTER_FILE,
         ADAPTER_CONFIG_FILE: folder / ADAPTER_CONFIG_FILE,
-        MODEL_CARD_FILE: adapter_model_card(job).encode(),
+        MODEL_CARD_FILE: card,
         CURVE_FILE: picture,
         **({} if template is None else {TEMPLATE_FILE: template}),
     }

@@ -17,6 +17,7 @@ from qlora_api.gate import MAX_PROMPT_TOKENS
 from qlora_api.printable import first_line
 from qlora_trainer.core.completion import EndOfTurn
 from qlora_trainer.core.filesystem import write_atomically
+from qlora_trainer.core.reasoning import asks_for_reasoning
 from qlora_trainer.data.prepared import IGNORED_LABEL, PreparedDataset
 from qlora_trainer.data.row_check import RowCheck
 from qlora_trainer.model.four_bit import COMPUTE_DTYPE
@@ -120,6 +121,10 @@ class AnswerTexts:
         """The text of an answer up to its end, without special tokens."""
         text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         return text.partition(self._end.text)[0] if self._end is not None and self._end.text else text
+
+    def asks_for_reasoning(self, prompt: Prompt) -> bool:
+        """Whether the prompt has begun the reasoning with which its answer begins."""
+        return asks_for_reasoning(self.prompt(prompt.tokens))
 
     def last_tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """Tokens with which an answer ends: the special one that ends the row's own, such as the end of a turn."""

@@ -58,8 +58,11 @@ def reject_if_stuck(attempts: Sequence[Attempt], from_step: int, job_attempt: in
 
     `from_step`: step of the checkpoint that the next attempt would resume from. An attempt that was asked to stop has
     saved a checkpoint and does not count, nor does one of an earlier Job: a job that is taken up again starts afresh.
-    On several nodes each attempt is a Job of its own, and only the operator's limits apply.
+    On several nodes each attempt is a Job of its own, and only the operator's limits apply. In the Job of another one
+    (`job_attempt` 0) nothing counts: it cannot be told from that one's earlier Jobs, and its own attempts do.
     """
+    if job_attempt == 0:
+        return
     recent = [attempt for attempt in attempts if attempt.job_attempt == job_attempt][-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
     stuck = [attempt for attempt in recent if attempt.ended is None and attempt.from_step == from_step]
     if len(stuck) == MAX_ATTEMPTS_WITHOUT_PROGRESS:

@@ -59,8 +59,8 @@ def require_scorable(
     if failed:
         remarks.append(
             f"{SCORE}: the data set's own answers to {len(failed)} of the {len(scored.chosen)} rows do not pass check "
-            f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens){first}, so an adapter that answers like "
-            f"the data has {1 - len(failed) / len(scored.chosen):.3g}"
+            f"{spec.check} within {spec.max_new_tokens} tokens (maxNewTokens){first}, so an adapter that reproduces "
+            f"the data would score {1 - len(failed) / len(scored.chosen):.3g}"
         )
     for remark in remarks:
         logger.warning("%s", remark)
@@ -87,7 +87,8 @@ def _own_answers_that_fail(scored: ScoredPrompts, spec: ScoreSpec, texts: Answer
             own, criterion = texts.answer(row.answer), row_criterion(spec, row)
             if criterion is not None:
                 checker.require_usable(criterion)
-            if not checker.passes(texts.answer(row.answer[: spec.max_new_tokens]), own, criterion):
+            cut, begun = texts.answer(row.answer[: spec.max_new_tokens]), texts.asks_for_reasoning(row)
+            if not checker.passes(cut, own, criterion, begun=begun):
                 failed.append(_Failed(own, "" if criterion is None else criterion.source))
     return failed
 

@@ -160,14 +160,15 @@ def _answered(answering: Answering, checker: AnswerChecker, prompt: Prompt, spec
             f"spec.gate.score: the model could not answer ({first_line(error)}): create the job again without score. "
             "The adapter is in trained/ of the workspace"
         ) from error
-    reference, criterion = answering.texts.answer(prompt.answer), row_criterion(spec, prompt)
+    texts, criterion = answering.texts, row_criterion(spec, prompt)
+    reference, begun = texts.answer(prompt.answer), texts.asks_for_reasoning(prompt)
     return Answers(
         prompt_sha256=prompt.sha256,
-        prompt=answering.texts.prompt(prompt.tokens),
+        prompt=texts.prompt(prompt.tokens),
         reference=reference,
         base=base,
         adapter=adapter,
         check=None if criterion is None else criterion.text,
-        base_passed=checker.passes(base, reference, criterion),
-        adapter_passed=checker.passes(adapter, reference, criterion),
+        base_passed=checker.passes(base, reference, criterion, begun=begun),
+        adapter_passed=checker.passes(adapter, reference, criterion, begun=begun),
     )
