@@ -183,7 +183,7 @@ def test_a_job_that_is_trained_with_others_begins_with_its_own_earlier_adapter(
     assert isinstance(second, TrainRecord)
     assert second.initial_eval_loss == pytest.approx(before.eval_loss, rel=1e-2)
     assert anew.initial_eval_loss == pytest.approx(before.initial_eval_loss, rel=1e-2)
-    assert second.initial_eval_loss < anew.initial_eval_loss
+    assert (second.initial_eval_loss or 0.0) < (anew.initial_eval_loss or 0.0)
 
 
 def test_a_job_without_an_earlier_adapter_says_nothing_of_one(earlier: tuple[Place, TrainRecord]) -> None:
