@@ -1,4 +1,4 @@
-"""What the runs show: scores with confidence intervals, and QLoRA's score as a share of full fine-tuning's."""
+"""What the runs show: scores with confidence intervals, and an arm's score as a share of another one's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,8 +59,8 @@ def compared(runs: Sequence[Run]) -> dict[str, dict[str, Rights]]:
     return found
 
 
-def ratios(by_task: Mapping[str, Mapping[str, Rights]]) -> dict[str, Interval]:
-    """Each arm's mean score over the tasks, as a share of that of full fine-tuning; with bootstrap intervals.
+def ratios(by_task: Mapping[str, Mapping[str, Rights]], reference: str = FULL) -> dict[str, Interval]:
+    """Each arm's mean score over the tasks, as a share of that of the reference; with bootstrap intervals.
 
     Seeds and held-out rows are drawn anew in each task, the same for all arms, which were trained on the same rows by
     seed and answer the same prompts; tasks are fixed. Percentile intervals (Efron and Tibshirani 1993, chapter 13).
@@ -68,7 +68,7 @@ def ratios(by_task: Mapping[str, Mapping[str, Rights]]) -> dict[str, Interval]:
     generator = numpy.random.Generator(numpy.random.Philox(key=0))
     drawn = {arm: numpy.zeros(RESAMPLES) for arm in ARMS}
     for rights in by_task.values():
-        seeds, rows = rights[FULL].shape
+        seeds, rows = rights[reference].shape
         for resample in range(RESAMPLES):
             # The mean over drawn seeds and rows, by how often each was drawn.
             of_seeds = numpy.bincount(generator.integers(seeds, size=seeds), minlength=seeds) / seeds
@@ -78,9 +78,9 @@ def ratios(by_task: Mapping[str, Mapping[str, Rights]]) -> dict[str, Interval]:
     means = {arm: sum(float(rights[arm].mean()) for rights in by_task.values()) for arm in ARMS}
     found = {}
     for arm in ARMS:
-        shares = drawn[arm] / drawn[FULL]
+        shares = drawn[arm] / drawn[reference]
         low, high = numpy.quantile(shares, [0.025, 0.975])
-        found[arm] = Interval(means[arm] / means[FULL], float(low), float(high))
+        found[arm] = Interval(means[arm] / means[reference], float(low), float(high))
     return found
 
 

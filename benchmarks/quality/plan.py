@@ -8,10 +8,11 @@ from benchmarks.quality.tasks import TASKS
 BASE = "base"
 """The arm that is not tuned."""
 FULL = "full"
+LORA = "lora"
 QLORA = "nf4-dq"
 ARMS: Mapping[str, str] = {
     FULL: "Full fine-tuning, 16 bit with 32-bit master weights",
-    "lora": "LoRA on the base in 16 bit",
+    LORA: "LoRA on the base in 16 bit",
     QLORA: "QLoRA: NF4 with double quantization",
     "nf4": "QLoRA: NF4",
     "fp4-dq": "QLoRA: FP4 with double quantization",

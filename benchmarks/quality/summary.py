@@ -5,7 +5,7 @@ from statistics import mean
 
 from benchmarks.operator.table import head, row
 from benchmarks.quality.analysis import CLAIMED, Interval, Rights, compared, ratios, scores, verdict
-from benchmarks.quality.plan import ARMS, BASE, CELLS, FULL, OTHER_RANKS, QLORA, RANK, chosen_rate
+from benchmarks.quality.plan import ARMS, BASE, CELLS, FULL, LORA, OTHER_RANKS, QLORA, RANK, chosen_rate
 from benchmarks.quality.results import Run, of_purpose
 from benchmarks.quality.tasks import TASKS
 
@@ -20,7 +20,13 @@ def tables(runs: Sequence[Run]) -> str:
     by_task = compared(runs)
     if not by_task:
         return f"{NOTHING}\n{_spent(runs)}\n" if runs else NOTHING
-    parts = [[PICTURE], _scores(runs, list(by_task)), _claim(by_task), _rates(runs, list(by_task))]
+    parts = [
+        [PICTURE],
+        _scores(runs, list(by_task)),
+        _claim(by_task),
+        _against_lora(by_task),
+        _rates(runs, list(by_task)),
+    ]
     parts += [part for part in (_ranks(runs), _rows(runs)) if part]
     return "\n".join([*("\n".join(part) + "\n" for part in parts), _spent(runs)]) + "\n"
 
@@ -39,6 +45,13 @@ def _claim(by_task: Mapping[str, Mapping[str, Rights]]) -> list[str]:
         if arm != FULL:
             lines.append(row(ARMS[arm], _percent(share, over=True), verdict(share)))
     return lines
+
+
+def _against_lora(by_task: Mapping[str, Mapping[str, Rights]]) -> list[str]:
+    """What the base in 4 bit costs, apart from what training an adapter does. No claim was made of it."""
+    lines = head("Share of the score of LoRA on the base in 16 bit", "")
+    shares = ratios(by_task, LORA)
+    return [*lines, *(row(ARMS[arm], _percent(shares[arm], over=True)) for arm in ARMS if arm not in (FULL, LORA))]
 
 
 def _scores(runs: Sequence[Run], tasks: Sequence[str]) -> list[str]:

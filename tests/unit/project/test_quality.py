@@ -16,6 +16,7 @@ from benchmarks.quality.plan import (
     BASE,
     CELLS,
     FULL,
+    LORA,
     QLORA,
     SEEDS,
     chosen_rate,
@@ -174,6 +175,12 @@ def test_the_share_of_full_fine_tuning_and_its_interval_decide_the_claim() -> No
     assert verdict(shares["fp4-dq"]) == "**missed**"
     assert verdict(Interval(0.98, 0.95, 1.01)) == "not decided (mean below 99 %)"
     assert verdict(Interval(0.995, 0.95, 1.01)) == "not decided (mean at or above 99 %)"
+
+
+def test_arms_are_compared_with_lora_on_the_base_in_16_bit_too() -> None:
+    runs = study({**SHARES, LORA: 0.6})
+    assert ratios(compared(runs), LORA)[QLORA].value == pytest.approx(0.78 / 0.6)
+    assert "| QLoRA: NF4 with double quantization | 130.0 %" in summary.tables(runs)
 
 
 def test_seeds_that_differ_widen_the_interval_of_a_mean() -> None:
