@@ -154,7 +154,7 @@ def test_settings_that_do_not_decide_the_adapter_may_differ(make: Make) -> None:
 def test_another_run_is_rejected_with_what_differs_and_what_to_use_instead(
     make: Make, change: dict[str, Any], words: str
 ) -> None:
-    rejected(make("new", spec=change), make("other", "stopped"), words, "name that in spec.lora.from instead")
+    rejected(make("new", spec=change), make("other", "stopped"), words, "use spec.lora.from")
 
 
 def settings(spec: dict[str, Any] | None = None) -> Fingerprint:
