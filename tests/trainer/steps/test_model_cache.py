@@ -31,6 +31,7 @@ from qlora_trainer.core.outcome import Terminated
 from qlora_trainer.model import cache as cache_module
 from qlora_trainer.model import cached_base
 from qlora_trainer.model.base_artifact import MANIFEST
+from qlora_trainer.model.base_conversion import BaseConversion
 from qlora_trainer.model.cache import ModelCache
 from qlora_trainer.steps.clean import clean
 from qlora_trainer.steps.prepare import prepare
@@ -170,6 +171,28 @@ def test_the_cells_of_a_sweep_share_the_base_of_a_model_on_a_volume_too(
     assert base_of(third).origin == "volume", "other bytes at the same address are another model"
     assert third.base_path != first.base_path
     assert third.base_sha256 != first.base_sha256
+
+
+def test_a_model_on_a_volume_that_changes_while_it_is_quantized_is_left_to_no_other_cell(
+    make_context: MakeContext, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [chat_row("Which pods?", "kubectl get pods")])
+    model = shutil.copytree(tiny_llama, tmp_path / "volume" / "tiny")
+    shared, convert = tmp_path / "rates.sweep", BaseConversion.convert
+
+    def changed(self: BaseConversion, path: Path, sha256: str) -> None:
+        weights = bytearray(path.read_bytes())
+        weights[-1] ^= 1
+        path.write_bytes(weights)
+        convert(self, path, sha256)
+
+    monkeypatch.setattr(BaseConversion, "convert", changed)
+    context = make_context({"lora": {"rank": 4}}, model=model)
+    context = replace(context, mounts=replace(context.mounts, model_cache=shared))
+    with pytest.raises(StepFailure, match=r"pvc://models/tiny changed while it was read") as failure:
+        prepare(context, Recorded())
+    assert failure.value.exit_code is ExitCode.MODEL_UNAVAILABLE
+    assert [path.name for path in (shared / "quantized").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,7 @@ class VolumeModel:
             )
         self._settings = choose_settings(self._names, self._uri)
         self._digests: dict[str, str] = {}
+        self._before: list[tuple[int, int, int]] = []
         for name in self._settings:
             require_regular(folder / name, folder, f"{self._uri}/{name}")
 
@@ -346,6 +347,7 @@ class VolumeModel:
 
     def version(self, on_bytes: OnBytes) -> str:
         """See ModelSource. A digest over names and contents of the used files."""
+        self._before = self._states()
         self._digests = file_digests(self.folder, (*self._settings, *self._weight_files()), on_bytes)
         return content_revision(self._digests)
 
@@ -353,6 +355,11 @@ class VolumeModel:
         """See ModelSource."""
         self.activity = QUANTIZING
         convert_all(conversion, self.folder, self.originals(), on_bytes)
+        # Other jobs may find the base by the digest of what was read first.
+        if self._states() != self._before:
+            raise model_unavailable(
+                f"{self._uri} changed while it was read: start the job again when nobody writes to it"
+            )
         return content_revision(self._digests)
 
     @property
@@ -374,6 +381,11 @@ class VolumeModel:
     def complete(self) -> Path:
         """See ModelSource."""
         return self.folder
+
+    def _states(self) -> list[tuple[int, int, int]]:
+        """Differ once a file of weights has been replaced or written to."""
+        found = [(self.folder / name).stat() for name in self._weight_files()]
+        return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in found]
 
     def _weight_files(self) -> list[str]:
         index = (self.folder / WEIGHTS_INDEX).read_bytes() if WEIGHTS_INDEX in self._settings else None
