@@ -134,7 +134,9 @@ def test_a_small_file_that_describes_a_model_too_large_to_inspect_is_rejected_wi
     folder = described(tmp_path / "model", config)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
-    with pytest.raises(StepFailure, match=r"the inspection of the model took more than 2\.0 GiB of main") as caught:
+    with pytest.raises(
+        StepFailure, match=r"the inspection of the model took more than 2\.0 GiB of host memory"
+    ) as caught:
         prepare(make_context(model=folder), Recorded())
 
     assert caught.value.exit_code is ExitCode.BAD_CONFIGURATION
