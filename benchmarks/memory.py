@@ -1,5 +1,6 @@
 """Reads how much main memory a process holds and has held, from Linux's /proc."""
 
+import ctypes
 from pathlib import Path
 
 KIB = 1024
@@ -31,6 +32,14 @@ def peak_resident_bytes(process: int | str = "self") -> int:
 def forget_peak() -> None:
     """Count this process's peak anew from here."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def release_freed() -> None:
+    """Give back to the kernel what this process has freed, which its allocator may hold: tcmalloc or glibc's."""
+    loaded = ctypes.CDLL(None)
+    if hasattr(loaded, "MallocExtension_ReleaseFreeMemory"):
+        loaded.MallocExtension_ReleaseFreeMemory()
+    loaded.malloc_trim(0)
 
 
 def _status(process: int | str, name: str) -> int:

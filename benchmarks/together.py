@@ -7,6 +7,7 @@ measures memory. A step is what a step of training is: forward and backward pass
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 
 from benchmarks.inputs import RESULTS, model_folder, write_result
 from benchmarks.machine import ROOT, describe_machine
-from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
+from benchmarks.memory import forget_peak, peak_resident_bytes, release_freed, resident_bytes
 from benchmarks.operator import table
 from benchmarks.together_tables import COMMAND, NAME, tables
 from qlora_trainer.core.cpu import preloaded_allocator
@@ -85,6 +86,9 @@ class _Adapters:
         folder, lora, training = model_folder(), LoraSpec(rank=RANK, alpha=ALPHA), TrainingSpec(optimizer="adamw")
         targets = inspect_family(folder, lora).target_modules
         base = load_base(folder, QuantizationSpec(), "cpu")
+        # What loading has freed but the allocator still holds would hide what training takes.
+        gc.collect()
+        release_freed()
         self.base_bytes = resident_bytes()
         self.model = attach_adapter(
             base, lora, targets, seed=0, gradient_checkpointing=True, base_name="model", base_revision="main"

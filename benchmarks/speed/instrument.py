@@ -1,6 +1,5 @@
 """Measures a training run from outside, the same way for every system: PyTorch itself reports when a step is done."""
 
-import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
+from benchmarks.memory import forget_peak, peak_resident_bytes, release_freed, resident_bytes
 from benchmarks.speed.settings import Length
 
 
@@ -38,7 +37,7 @@ class Instrument:
         def first_forward(_module: torch.nn.Module, _arguments: Any) -> None:
             handles.pop().remove()
             # What loading has freed but the allocator still holds is not needed by the loaded model.
-            ctypes.CDLL(None).malloc_trim(0)
+            release_freed()
             self.loaded = {"residentBytes": resident_bytes(), "peakBytes": peak_resident_bytes()}
             forget_peak()
             self.started, self.paused_cpu = time.monotonic(), time.process_time()
