@@ -1,7 +1,7 @@
-"""Shows rows of a job's data set as the model sees them, and how long they are; prepare does the same with all."""
+"""Shows rows of a job's data set as the model sees them, and what prepare will make of all of them."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,8 +23,9 @@ from qlora_trainer.core.credentials import Secret
 from qlora_trainer.core.failures import bad_configuration
 
 if TYPE_CHECKING:
+    from qlora_trainer.data.build import ExaminedData
     from qlora_trainer.data.chat_template import Tokenizer
-    from qlora_trainer.data.dataset import TokenizedSource
+    from qlora_trainer.data.dataset import Dataset, TokenizedSource
     from qlora_trainer.data.locate import DataAccess
     from qlora_trainer.data.preview import Preview, PreviewedRow
 
@@ -60,8 +61,8 @@ class RowAccess:
             dataset, training = self.spec.dataset, self.spec.training
             yield previews(dataset, training, tokenizer, self._data(), Path(folder), count)
 
-    def sources(self, folder: Path) -> "Sequence[TokenizedSource]":
-        """All rows of each source, tokenized on all cores, with their files in `folder`. Raises StepFailure."""
+    def examine(self, folder: Path) -> "ExaminedData":
+        """All rows, tokenized on all cores, with their files in `folder`. Raises StepFailure if they are not read."""
         from qlora_trainer.data.build import DatasetBuilder
         from qlora_trainer.data.rows_folder import RowsFolder
         from qlora_trainer.data.tokenize import ANY_VOCABULARY
@@ -76,7 +77,7 @@ class RowAccess:
             scratch=lambda name: folder / name,
             rows=RowsFolder(folder / "rows"),
             say=lambda _activity: None,
-        ).sources()
+        ).examine()
 
     def _data(self) -> "DataAccess":
         from qlora_trainer.data.locate import DataAccess
@@ -141,10 +142,36 @@ def _show_row(row: "PreviewedRow", console: Console, *, colored: bool) -> None:
 
 
 def show_lengths(spec: QLoRAJobSpec, access: RowAccess, console: Console) -> None:
-    """Print how long the rows of each source are, and how many a maxSequenceLength loses. Raises StepFailure."""
+    """Print how long rows are, how many a maxSequenceLength loses, and what the job makes of the others.
+
+    Raises StepFailure if the rows cannot be read.
+    """
     with TemporaryDirectory() as folder:
-        for source in access.sources(Path(folder)):
+        examined = access.examine(Path(folder))
+        for source in examined.sources:
             _show_source(source, spec.training.max_sequence_length, console)
+        console.print()
+        if examined.dataset is not None:
+            _show_chosen(examined.dataset, spec, console)
+        if examined.rejection:
+            console.print(Text(printable(f"The job fails: {examined.rejection}."), "bold red"), soft_wrap=True)
+
+
+def _show_chosen(dataset: "Dataset", spec: QLoRAJobSpec, console: Console) -> None:
+    """Print which rows are equal, and what each source of a mix gives to an epoch."""
+    found, evaluation = dataset.status(), spec.dataset.eval
+    treated = f", {'left out' if spec.dataset.deduplicate else 'kept'}" if found.duplicate_rows else ""
+    lines = [f"Duplicates: {_counted(found.duplicate_rows) if found.duplicate_rows else 'none'}{treated}."]
+    # If the job refuses an overlap, the reason why it fails says which.
+    if dataset.overlap is not None and evaluation is not None and evaluation.overlap != "refuse":
+        lines.append(f"Overlap: {dataset.overlap.remark()}.")
+    sources = found.sources or ()
+    of_epoch = sum(source.epoch_rows for source in sources)
+    for source in sources:
+        times = "once" if source.epoch_rows == source.used_rows else f"{source.epoch_rows / source.used_rows:.3g} times"
+        lines.append(f"{source.source}: {source.epoch_rows:,} of {of_epoch:,} rows of an epoch, each {times}.")
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=True)
 
 
 def _show_source(source: "TokenizedSource", chosen: int, console: Console) -> None:

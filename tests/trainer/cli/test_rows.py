@@ -200,10 +200,66 @@ def test_a_plan_shows_lengths_where_no_row_fits_and_names_rows_without_a_target(
     found = "Left out: 1 row: chosen and rejected are the same (the first: pvc://data/train.jsonl line 3)"
     assert found in done.output
     assert "spec.training.maxSequenceLength is 64: it leaves out 2 of 2 rows (100.0%)." in done.output
+    assert "\nThe job fails: pvc://data/train.jsonl: all 2 rows are longer than" in done.output
 
 
-def test_a_plan_shows_lengths_where_rows_are_held_out_too(qlora: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap", ["report", "refuse", "drop"])
+def test_a_plan_shows_lengths_where_rows_are_held_out_too(qlora: Any, tmp_path: Path, overlap: str) -> None:
     write_rows(tmp_path / "data" / "held-out.jsonl", ROWS[:1])
-    done = qlora("plan", ROWS, "--data", eval={"source": "pvc://data/held-out.jsonl", "overlap": "refuse"})
+    own = {"source": "pvc://data/held-out.jsonl", "overlap": overlap}
+    done = qlora("plan", [chat_row("Which jobs?", "kubectl get jobs"), *ROWS], "--data", eval=own)
     assert done.exit_code == 0, done.output
     assert "pvc://data/held-out.jsonl: 1 row" in done.output
+    first = "the first, pvc://data/train.jsonl line 2, is equal to pvc://data/held-out.jsonl line 1"
+    sentence = f"1 row for training is also held out: {first}"
+    ends = {
+        "report": f"\nOverlap: {sentence}; trained on nevertheless.\n",
+        "drop": f"\nOverlap: {sentence}; left out of training.\n",
+        "refuse": f"\nThe job fails: {sentence}; spec.dataset.eval.overlap is refuse: ",
+    }
+    assert done.output.count(sentence) == 1
+    assert ends[overlap] in done.output
+
+
+@pytest.mark.parametrize(
+    ("deduplicate", "rows", "line"),
+    [
+        (True, [*ROWS[:1] * 3, ROWS[1]], "Duplicates: 2 rows, left out."),
+        (False, [*ROWS[:1] * 2, ROWS[1]], "Duplicates: 1 row, kept."),
+        (False, ROWS, "Duplicates: none."),
+    ],
+)
+def test_a_plan_counts_duplicates(qlora: Any, deduplicate: bool, rows: list[dict[str, Any]], line: str) -> None:
+    done = qlora("plan", rows, "--data", deduplicate=deduplicate)
+    assert done.exit_code == 0, done.output
+    assert f"\n{line}\n" in done.output
+    assert "The job fails" not in done.output
+
+
+def test_a_plan_shows_what_each_source_of_a_mix_gives_to_an_epoch(qlora: Any, tmp_path: Path) -> None:
+    write_rows(
+        tmp_path / "data" / "more.jsonl", [chat_row(f"Job {number}?", "kubectl get jobs") for number in range(4)]
+    )
+
+    def output(*weights: float | None) -> str:
+        named = zip(("train", "more"), weights, strict=True)
+        mix = [{"source": f"pvc://data/{name}.jsonl", "weight": weight} for name, weight in named]
+        rows = [chat_row(f"Pod {number}?", "kubectl get pods") for number in range(20)]
+        done = qlora("plan", rows, "--data", source=None, mix=mix)
+        assert done.exit_code == 0, done.output
+        return str(done.output)
+
+    weighted = output(1, 3)
+    assert "\npvc://data/train.jsonl: 6 of 24 rows of an epoch, each 0.3 times.\n" in weighted
+    assert "\npvc://data/more.jsonl: 18 of 24 rows of an epoch, each 4.5 times.\n" in weighted
+    assert "\npvc://data/more.jsonl: 4 of 24 rows of an epoch, each once.\n" in output(None, None)
+    rejected = output(1, 1000)
+    assert "\npvc://data/train.jsonl: 0 of 24 rows of an epoch, each 0 times.\n" in rejected
+    assert "\nThe job fails: pvc://data/train.jsonl (spec.dataset.mix[0]) gives none of the 24 rows" in rejected
+
+
+def test_a_plan_says_why_the_job_fails_where_rows_are_too_few_to_hold_out_some(qlora: Any) -> None:
+    done = qlora("plan", [ROWS[0]] * 2, "--data", deduplicate=True, eval={"fraction": 0.5})
+    assert done.exit_code == 0, done.output
+    assert "Tokens per row" in done.output
+    assert "\nThe job fails: pvc://data/train.jsonl has 1 usable row: to hold out a fraction" in done.output

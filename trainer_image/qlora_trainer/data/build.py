@@ -11,7 +11,7 @@ from pathlib import Path
 from qlora_api.dataset import Columns, DatasetSpec, EvalSpec
 from qlora_api.training import TrainingSpec
 from qlora_trainer.core.environment import available_cpus, trainer_version
-from qlora_trainer.core.failures import bad_dataset
+from qlora_trainer.core.failures import StepFailure, bad_dataset
 from qlora_trainer.data.chat_template import Tokenizer
 from qlora_trainer.data.chunks import TokenizedRows
 from qlora_trainer.data.dataset import Dataset, TokenizedSource
@@ -29,6 +29,18 @@ from qlora_trainer.data.selection import select_rows
 from qlora_trainer.data.tokenize import CHUNK_BYTES, CHUNK_ROWS, ChunkMaker, Recipe, tokenize
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExaminedData:
+    """What is found in the rows of a job, whether or not it can train on them."""
+
+    sources: tuple[TokenizedSource, ...]
+    """The training sources, and the evaluation's own."""
+    dataset: Dataset | None
+    """None if there are not enough rows for each split."""
+    rejection: str
+    """Why the job fails with BAD_DATASET; empty if it does not."""
 
 
 @dataclass(frozen=True)
@@ -51,39 +63,66 @@ class DatasetBuilder:
 
     def build(self) -> Dataset:
         """The data set: all rows tokenized, and which of them are trained on and held out."""
-        spec = self.spec
-        if spec.shuffle and spec.max_samples is None:
+        if self.spec.shuffle and self.spec.max_samples is None:
             logger.warning(
                 "spec.dataset.shuffle has no effect without spec.dataset.maxSamples, whose rows it chooses: set "
                 "maxSamples, or leave shuffle out; training.seed orders the rows of each epoch anyway"
             )
-        training, own = self._sources(usable=True)
+        dataset = self._chosen(*self._sources(usable=True))
+        self._require_trainable(dataset)
+        if dataset.overlap is not None:
+            logger.warning("%s", dataset.overlap.remark())
+        return dataset
+
+    def examine(self) -> ExaminedData:
+        """All rows of each source, tokenized, and the data set of them, or why it is rejected.
+
+        Raises StepFailure only if they cannot be read.
+        """
+        training, own = self._sources(usable=False)
+        sources, dataset, rejection = (*training, *([own] if own else [])), None, ""
+        try:
+            for source in sources:
+                _require_usable(source, self.training.max_sequence_length)
+            dataset = self._chosen(training, own)
+            self._require_trainable(dataset)
+        except StepFailure as failure:
+            rejection = failure.message
+        return ExaminedData(sources, dataset, rejection)
+
+    def _chosen(self, training: tuple[TokenizedSource, ...], own: TokenizedSource | None) -> Dataset:
+        """The rows of each split and, with a mix, how many of each source an epoch has."""
         rows = TokenizedRows.joined([source.rows for source in (*training, *([own] if own else []))])
         self.say("looking for rows that are equal")
         selection = select_rows(
-            spec,
+            self.spec,
             self.training.seed,
             {name: len(source.rows) for name, source in zip(self._names(), training, strict=True)},
             0 if own is None else len(own.rows),
             first_equal(rows.digests()),
         )
         dataset = Dataset(training, own, rows, selection)
-        _judge_overlap(dataset, spec.eval)
-        if spec.mix is None:
+        if self.spec.mix is None:
             return dataset
-        weights = tuple(source.weight for source in spec.mix)
-        mix = Mix.of([len(part) for part in selection.training], weights)
-        for name, share in zip(self._names(), mix.shares, strict=True):
+        weights = tuple(source.weight for source in self.spec.mix)
+        return replace(dataset, mix=Mix.of([len(part) for part in selection.training], weights), weights=weights)
+
+    def _require_trainable(self, dataset: Dataset) -> None:
+        """Raise StepFailure BAD_DATASET if the job rejects its overlap, or a source of the mix gives no row."""
+        overlap, evaluation = dataset.overlap, self.spec.eval
+        if overlap is not None and evaluation is not None and evaluation.overlap == "refuse":
+            raise bad_dataset(
+                f"{overlap.sentence()}; spec.dataset.eval.overlap is refuse: remove them from one of the two, or set "
+                "it to drop to leave them out of training"
+            )
+        if dataset.mix is None:
+            return
+        shares = dataset.mix.shares
+        for name, share in zip(self._names(), shares, strict=True):
             if not share:
                 raise bad_dataset(
-                    f"{name} gives none of the {sum(mix.shares)} rows of an epoch: raise its weight, or leave it out"
+                    f"{name} gives none of the {sum(shares)} rows of an epoch: raise its weight, or leave it out"
                 )
-        return replace(dataset, mix=mix, weights=weights)
-
-    def sources(self) -> tuple[TokenizedSource, ...]:
-        """All rows of each source, tokenized, the evaluation's own last, whether or not any of them can be used."""
-        training, own = self._sources(usable=False)
-        return training if own is None else (*training, own)
 
     def _sources(self, *, usable: bool) -> tuple[tuple[TokenizedSource, ...], TokenizedSource | None]:
         """The training sources and the evaluation's own. `usable`: a source without a row to use is rejected."""
@@ -193,19 +232,6 @@ class DatasetBuilder:
             "systemPrompt": None if recipe.system_prompt is None else recipe.system_prompt.dump(),
         }
         return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _judge_overlap(dataset: Dataset, spec: EvalSpec | None) -> None:
-    """Report rows that are trained on and held out. Raises StepFailure BAD_DATASET if the job rejects them."""
-    overlap = dataset.overlap
-    if overlap is None or spec is None:
-        return
-    if spec.overlap == "refuse":
-        raise bad_dataset(
-            f"{overlap.sentence()}; spec.dataset.eval.overlap is refuse: remove them from one of the two, or set it to "
-            "drop to leave them out of training"
-        )
-    logger.warning("%s", overlap.remark())
 
 
 def _require_few_files(sources: Sequence[DataFiles]) -> None:
