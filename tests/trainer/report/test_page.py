@@ -194,6 +194,28 @@ def test_page_card_and_summary_say_which_rows_are_equal_and_which_run_is_continu
     assert summary["continues"] == {"job": "earlier", "step": 4}
 
 
+def test_the_page_of_a_mix_says_of_which_source_rows_are_left_out_and_how_long_those_in_use_are(trained: Files) -> None:
+    record = read_completion(trained.workspace / "records" / "prepare.json", PrepareRecord)
+    assert record is not None
+    folder = trained.workspace / record.data_path
+    statistics = DataStatistics.read(folder)
+    found = statistics.sources[0]
+    names = [f"pvc://data/{name}.jsonl" for name in ("many", "few", "held-out")]
+    many, few, own = (found.model_copy(update={"uri": name}) for name in names)
+    drawn = {"epoch_rows": 30, "epoch_tokens": 1005}
+    sources = many.model_copy(update=drawn), few.model_copy(update=drawn | {"dropped": ()}), own
+    statistics.model_copy(update={"sources": sources, "epochs": 5}).write(folder)
+    mix = [{"source": name} for name in names[:2]]
+    published(
+        trained.with_spec({"dataset": {"source": None, "mix": mix, "eval": {"source": names[2], "fraction": None}}})
+    )
+    words = Page(page_of(trained)).words
+    one = "1 longer than 64 tokens (spec.training.maxSequenceLength) of pvc://data"
+    assert f"Left out {one}/many.jsonl; {one}/held-out.jsonl (held out) " in words
+    # Of the rows of an epoch: the mean of all rows counts those that are left out.
+    assert "1,005 33.5 " in words
+
+
 SMOOTHED = {"objective": "dpo", "preference": {"beta": 0.3, "labelSmoothing": 0.1}}
 
 

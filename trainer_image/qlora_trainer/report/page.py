@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,7 +174,6 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _data(spec: DatasetSpec, found: DatasetStatus, statistics: DataStatistics) -> Mapping[str, str]:
     train, overlap = statistics.train, statistics.overlap
     of_epoch = "Tokens per epoch" if statistics.epochs is None else "Tokens of the first epoch"
-    dropped = [f"{rows.rows:,} {rows.reason}" for part in statistics.sources for rows in part.dropped]
     lengths = statistics.sources[0].lengths
     per_row = f"{lengths.shortest:,} to {lengths.longest:,}, median {lengths.median:,}, mean {lengths.mean:,}"
     return {
@@ -182,7 +181,7 @@ def _data(spec: DatasetSpec, found: DatasetStatus, statistics: DataStatistics) -
         "SHA-256": found.sha256,
         "Format": found.format,
         "Rows": f"{found.rows:,} read, {found.used_rows:,} trained on, {found.eval_rows:,} held out",
-        "Left out": "; ".join(dropped) or "none",
+        "Left out": "; ".join(_left_out(statistics, len(spec.training_sources))) or "none",
         "Duplicates": f"{found.duplicate_rows:,} rows, {'left out' if spec.deduplicate else 'kept'}"
         if found.duplicate_rows
         else "none",
@@ -192,6 +191,15 @@ def _data(spec: DatasetSpec, found: DatasetStatus, statistics: DataStatistics) -
         "Sequences": f"{train.sequences:,} of at most {train.sequence_length:,} tokens, "
         f"{train.packing_efficiency:.1%} without padding{'' if train.packed else ' (one row each)'}",
     }
+
+
+def _left_out(statistics: DataStatistics, training_sources: int) -> Iterator[str]:
+    """How many rows are not used, and why; of which source, if there are several."""
+    for number, source in enumerate(statistics.sources):
+        held_out = " (held out)" if number >= training_sources else ""
+        of = f" of {source.uri}{held_out}" if len(statistics.sources) > 1 else ""
+        for rows in source.dropped:
+            yield f"{rows.rows:,} {rows.reason}{of}"
 
 
 def _mix(statistics: DataStatistics) -> list[SourceStatistics]:
