@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_api.contract import ExitCode
+from qlora_api.halving import HalvingSpec
 from qlora_api.joinable import rows_not_apart
 from qlora_api.memory.advice import Verdict, verdict
 from qlora_api.memory.estimate import MemoryEstimate
@@ -184,6 +185,20 @@ def _totals(plan: SweepPlan) -> Table:
     table.add_row("Cells", str(sum(len(pod.cells) for pod in plan.pods)))
     table.add_row("Cells per pod", f"{spec.cells_per_pod} (spec.cellsPerPod)")
     table.add_row("Pods at a time", f"{pods_at_a_time} of {len(plan.pods)} (spec.parallelism)")
+    if spec.halving is not None:
+        longest = (cell.spec.training.max_steps for pod in plan.pods for cell in pod.cells)
+        table.add_row("Rungs", _rungs(spec.halving, list(longest)))
     each = f", {gpus} for each pod, of which each needs this much memory" if gpus > 1 else ""
     table.add_row("GPUs at a time", f"{pods_at_a_time * gpus}{each}")
     return table
+
+
+def _rungs(halving: HalvingSpec, longest: Sequence[int | None]) -> str:
+    """At which steps cells are compared, by the length of each cell in steps; None where the data decides it."""
+    known = [steps for steps in longest if steps is not None]
+    rungs = halving.rungs(max(known) if len(known) == len(longest) else None)
+    if not rungs:
+        return f"none: no cell has more than spec.halving.minSteps ({halving.min_steps}) steps, so none is stopped"
+    steps = ", ".join(str(rung) for rung in rungs)
+    until = "" if len(known) == len(longest) else ", as far as a cell has as many"
+    return f"{steps} steps{until}; the best 1/{halving.factor} go on (spec.halving)"

@@ -142,6 +142,28 @@ def test_gpus_at_a_time_are_those_of_all_pods(tmp_path: Path) -> None:
     assert "GPUs at a time  6, 2 for each pod" in text
 
 
+FIXED = {"maxSteps": 400, "epochs": None}
+
+
+@pytest.mark.parametrize(
+    ("training", "grid", "shown_rungs"),
+    [
+        (FIXED, {}, "50, 100, 200 steps; the best 1/2 go on (spec.halving)"),
+        (FIXED, {"maxSteps": [60, 150]}, "50, 100 steps; the best 1/2 go on (spec.halving)"),
+        (FIXED, {"maxSteps": [30, 50]}, "none: no cell has more than spec.halving.minSteps (50) steps"),
+        ({"epochs": 2}, {}, "3200, 6400 steps, as far as a cell has as many; the best 1/2 go on"),
+    ],
+    ids=["template", "cells", "too short", "epochs"],
+)
+def test_the_rungs_at_which_cells_are_compared_are_shown(
+    training: dict[str, Any], grid: dict[str, Any], shown_rungs: str, tmp_path: Path
+) -> None:
+    training = {"evalEverySteps": 25, **training}
+    changes = {"halving": {"minSteps": 50, "factor": 2}, "template": template(training=training), "grid": grid}
+    assert shown_rungs in shown(planned(tmp_path, LLAMA, **changes))
+    assert "Rungs" not in shown(planned(tmp_path, LLAMA))
+
+
 def test_the_memory_of_a_model_outside_the_table_is_unknown_without_the_trainer(tmp_path: Path) -> None:
     plan = planned(tmp_path, UNKNOWN)
     assert plan.exit_code is ExitCode.DONE
