@@ -96,6 +96,23 @@ def test_a_finished_step_succeeds_again_without_reading_the_data(
 
 
 @pytest.mark.usefixtures("rows")
+def test_a_run_too_short_to_choose_an_adapter_from_or_to_end_early_says_so(
+    make_context: MakeContext, records: Recorded
+) -> None:
+    def remarks(every: int) -> tuple[str, ...]:
+        training = {"maxSteps": 12, "evalEverySteps": every, "keep": "best"}
+        job = make_context({"training": training, "dataset": {"eval": {"fraction": 0.25}}})
+        return prepare(job, records).remarks
+
+    said = "spec.training.evalEverySteps is 12 and the run has 12 steps, with no evaluations between its start and its"
+    first = remarks(12)
+    assert [remark.partition(" end: ")[0] for remark in first] == [said]
+    assert remarks(12) == first, "not said twice"
+    # The data is prepared already, and the remark is of the job as it is now.
+    assert remarks(11) == ()
+
+
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(
     "change",
     [

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_api.training import EarlyStoppingSpec, TrainingSpec
-from qlora_trainer.training.evaluations import expected_end
+from qlora_trainer.training.evaluations import expected_end, too_few_evaluations
 
 Curve = list[tuple[int, float]]
 
@@ -58,3 +58,37 @@ def test_a_run_that_stops_early_keeps_the_best_before_its_end() -> None:
 def test_small_improvements_that_do_not_count_are_kept_all_the_same() -> None:
     curve = [(0, 2.0), (10, 1.9), (20, 1.8)]
     assert expected_end(training("best", patience=2, min_delta=0.25), 100, curve) == (20, 20)
+
+
+CHOOSES = "keep: best has only the last adapter to choose from"
+NEVER = "earlyStopping with patience 3 ends nothing early"
+
+
+@pytest.mark.parametrize(
+    ("keep", "patience", "steps", "found", "without_effect"),
+    [
+        ("best", None, 10, "no evaluations", CHOOSES),  # the one after step 10 is that at the end
+        ("best", None, 11, "", ""),
+        ("last", 3, 30, "2 evaluations", NEVER),
+        ("last", 3, 20, "1 evaluation", NEVER),
+        ("last", 3, 31, "", ""),
+        ("best", 3, 5, "no evaluations", f"{CHOOSES} and {NEVER}"),
+        ("last", None, 5, "", ""),
+    ],
+)
+def test_settings_that_need_more_evaluations_than_the_run_has_are_named(
+    keep: str, patience: int | None, steps: int, found: str, without_effect: str
+) -> None:
+    remark = too_few_evaluations(training(keep, patience), steps)
+    if not without_effect:
+        assert remark is None
+        return
+    said = f"spec.training.evalEverySteps is 10 and the run has {steps} steps, with {found} between its start and its"
+    assert remark == f"{said} end: {without_effect}; lower evalEverySteps if that is not intended"
+
+
+def test_a_run_of_so_few_evaluations_ends_as_the_remark_says() -> None:
+    """Whatever its losses are: the curve rises from its start, which is when a run would stop or keep another."""
+    assert expected_end(training("best", 3), 10, [(0, 1.0), (10, 9.0)]) == (10, 10)
+    assert expected_end(training("last", 3), 30, [(0, 1.0), (10, 7.0), (20, 8.0), (30, 9.0)]) == (30, 30)
+    assert expected_end(training("last", 3), 31, [(0, 1.0), (10, 7.0), (20, 8.0), (30, 9.0)]) == (30, 30)

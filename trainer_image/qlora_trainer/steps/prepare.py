@@ -34,6 +34,7 @@ from qlora_trainer.data.dataset import Dataset
 from qlora_trainer.data.fingerprint import ResolvedInputs
 from qlora_trainer.data.job_template import TEMPLATE_FILE, job_template, template_sha256
 from qlora_trainer.data.locate import DataAccess
+from qlora_trainer.data.prepared import PreparedDataset
 from qlora_trainer.data.rows_folder import RowsFolder
 from qlora_trainer.data.turn_end import end_of_turn, marks_in_pieces, template_remarks
 from qlora_trainer.model.attention import ATTENTION
@@ -55,8 +56,10 @@ from qlora_trainer.report.trackers import require_installed
 from qlora_trainer.stores.hub import Hub, hub_token
 from qlora_trainer.training.answers import AnswerTexts
 from qlora_trainer.training.continued import continue_run, reject_other_settings, require_something_to_continue
+from qlora_trainer.training.evaluations import EVALUATIONS, too_few_evaluations
 from qlora_trainer.training.fingerprint import run_fingerprint, run_settings
 from qlora_trainer.training.prepared_job import PreparedJob
+from qlora_trainer.training.schedule import Schedule
 from qlora_trainer.training.scorable import SCORE, require_readable, require_scorable
 
 logger = logging.getLogger(__name__)
@@ -154,6 +157,8 @@ def _prepare(
     end, of_turns = _turns(admitted, dataset)
     of_score = require_scorable(context.spec.gate, sequences, dataset.status(), partial(AnswerTexts, folder, end))
 
+    of_evaluations = _of_evaluations(context, sequences)
+
     started = now()
     base = bases.base(lambda done, total: say(f"{bases.activity} model {sizes(done, total)}"))
     fetching += now() - started
@@ -161,7 +166,7 @@ def _prepare(
     template = _write_template(admitted.tokenizer, sequences)
     resolved = _resolved(dataset, admitted, base.revision, template)
     data = _complete_data(sequences, resolved, context)
-    remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks, *of_score)
+    remarks = (*admitted.model.remarks, *of_turns, *dataset.remarks, *of_score, *of_evaluations)
     if initial is not None:
         initial.complete()
         remark = initial.remark(context.base_name, base.revision)
@@ -324,6 +329,17 @@ def _turns(admitted: _Admitted, dataset: Dataset) -> tuple[EndOfTurn | None, tup
     return end, remarks
 
 
+def _of_evaluations(context: StepContext, data_folder: Path) -> tuple[str, ...]:
+    """What a user should know of the evaluations of the run on this data."""
+    data, training = PreparedDataset.open(data_folder, "train"), context.spec.training
+    total_steps = Schedule.of(len(data), training, data.epoch_offsets).total_steps
+    remark = too_few_evaluations(training, total_steps)
+    if remark is None:
+        return ()
+    logger.warning("%s", remark)
+    return (remark,)
+
+
 def _check_destinations(context: StepContext, base: Publisher | None = None) -> None:
     """Raise StepFailure unless the job can publish where it names; once its `base` is known, only where that goes."""
     for field, address in context.spec.output.destinations.items():
@@ -368,7 +384,8 @@ def _still_valid(record: PrepareRecord, context: StepContext, records: RecordWri
     require_readable(spec.gate)
     texts = partial(AnswerTexts, folder, record.end_of_turn)
     of_score = require_scorable(spec.gate, root / record.data_path, record.dataset, texts)
-    remarks = (*(remark for remark in record.remarks if not remark.startswith(SCORE)), *of_score)
+    kept = (remark for remark in record.remarks if not remark.startswith((SCORE, EVALUATIONS)))
+    remarks = (*kept, *of_score, *_of_evaluations(context, root / record.data_path))
     return record.model_copy(update={"memory": memory.status, "measured": memory.measured, "remarks": remarks})
 
 
