@@ -1,6 +1,7 @@
 """A GPU that is out of memory: the message of the failure, and a run that continues in smaller micro batches."""
 
 import gc
+import json
 import re
 import weakref
 from collections.abc import Callable
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 from qlora_api.contract import ExitCode
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.core.context import StepContext
+from qlora_trainer.core.failures import StepFailure
 from qlora_trainer.core.outcome import summary
 from qlora_trainer.model.batch import Batch
 from qlora_trainer.model.loss import batch_loss
 from qlora_trainer.training import held_out, loop, objective
+from qlora_trainer.training.out_of_memory import explained_shortage
 from tests.support.tiny import Recorded, merged
 from tests.support.training import Lost, LostAtStep, adapter_bytes, failure, history, interrupted_at, prepared, run
 
@@ -70,9 +74,45 @@ def test_running_out_of_gpu_memory_reports_what_used_it_and_what_to_change(
     assert advice in found.message
     size = training.get("microBatchSize", 1)
     assert re.search(rf"measured peak of \d+\.\d GiB with microBatchSize {size}; the estimate is \d", found.message)
-    assert re.search(
-        r"GiB \(base model .*, adapter .*, optimizer .*, activations .*, logits .*, CUDA .*\)", found.message
-    )
+    # What is not on the GPU at the peak, such as logits that are smaller than the layers' work, is not named.
+    assert re.search(r"GiB \(base model .*, adapter .*, optimizer .*, activations .*, CUDA .*\)", found.message)
+
+
+ANSWERED = {
+    "gate": {"score": {"check": "exactMatch", "maxNewTokens": 1024}},
+    "dataset": {"eval": {"fraction": 0.1}},
+    "training": {"maxSequenceLength": 512},
+    "lora": {"rank": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("spec", "share"),
+    [
+        ({}, "activations"),
+        (ANSWERED, "scored answers"),
+        ({"resources": {"gpus": 2}, "training": {"sharding": "full"}}, "blocks of other GPUs"),
+    ],
+    ids=["activations", "answers", "sharded"],
+)
+def test_the_shares_that_are_named_add_up_to_the_estimate(spec: dict[str, Any], share: str, tmp_path: Path) -> None:
+    shape = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    vocabulary = {"vocab_size": 128256, "num_key_value_heads": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **vocabulary, **shape}))
+    sources = {"model": {"source": "pvc://a/b"}, "dataset": {"source": "pvc://c/d"}}
+    settings = QLoRAJobSpec.model_validate(merged(sources | {"training": {"maxSequenceLength": 4096}}, spec))
+
+    with (
+        pytest.raises(StepFailure) as caught,
+        explained_shortage(settings, settings.lora.target_modules, tmp_path, "cpu", lambda: 1),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = re.search(r"the estimate is (\d+\.\d) GiB \((.*?)\)", caught.value.message)
+    assert found is not None
+    sizes = {name: float(size) for name, _, size in (part.rpartition(" ") for part in found[2].split(", "))}
+    assert sizes[share] > 0.5
+    assert sum(sizes.values()) == pytest.approx(float(found[1]), abs=0.05 * (len(sizes) + 1))
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,15 @@ from qlora_trainer.model.memory_fit import read_shape, training_shape
 from qlora_trainer.model.source import CONFIG
 from qlora_trainer.training.device import peak_memory_bytes
 
-# The shares that the message lists, and the estimate's components in each.
+# The shares that the message lists, and the estimate's components in each; each component is in one of them.
 _SHARES = {
     "base model": ("base_weights", "unquantized_weights"),
+    "blocks of other GPUs": ("gathered_blocks",),
     "adapter and its gradients": ("adapters", "gradients"),
     "optimizer": ("optimizer",),
     "activations": ("checkpoints", "layer_working_set"),
     "logits": ("logits",),
+    "scored answers": ("answers",),
     "CUDA": ("context",),
 }
 
@@ -79,7 +81,7 @@ def _as_run(training: TrainingSpec, micro_batch_size: int) -> TrainingSpec:
 def _by_share(memory: MemoryEstimate) -> str:
     sizes = {component.name: component.size for component in memory.components() if component.at_peak}
     shares = {label: sum(sizes.get(name, 0) for name in names) for label, names in _SHARES.items()}
-    listed = ", ".join(f"{label} {size / GIB:.1f}" for label, size in shares.items())
+    listed = ", ".join(f"{label} {size / GIB:.1f}" for label, size in shares.items() if size)
     return f"{memory.expected / GIB:.1f} GiB ({listed})"
 
 
