@@ -27,6 +27,7 @@ from qlora_trainer.core.filesystem import (
     remove_partials,
     sizes,
 )
+from qlora_trainer.core.partial_folders import PartialFolders
 from qlora_trainer.core.records import RecordWriter
 from qlora_trainer.data.build import DatasetBuilder
 from qlora_trainer.data.chat_template import Tokenizer
@@ -246,7 +247,8 @@ def _dataset(context: StepContext, admitted: _Admitted, hub: Callable[[], Hub], 
 def _rows_folder(context: StepContext) -> RowsFolder:
     """Where rows are kept once they are tokenized. The cells of a sweep differ in nothing that changes a token."""
     if context.mounts.sweep is not None:
-        return RowsFolder(SweepLayout(context.mounts.sweep).rows, shared=True)
+        rows = SweepLayout(context.mounts.sweep).rows
+        return RowsFolder(rows, PartialFolders(rows, context.job_uid, context.pod_uid))
     return RowsFolder(partial_path(context.workspace.data / "rows"))
 
 
