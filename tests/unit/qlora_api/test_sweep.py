@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_api.best_job import CHANGEABLE, FoundRun, best_job
-from qlora_api.grid import Grid, Overrides
+from qlora_api.grid import MAX_CELLS, Grid, Overrides
 from qlora_api.sweep import Cell, QLoRASweepSpec, cells
 from qlora_api.training import LoraSpec, TrainingSpec
 from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
@@ -76,6 +76,14 @@ def test_a_sweep_that_is_no_sweep(spec: dict[str, Any], message: str) -> None:
 def test_a_cell_that_is_there_twice_is_named(grid: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"cell rates-0\d \(.*\) is a duplicate: a list of the grid repeats a value"):
         cells("rates", sweep(grid=grid), CLAIM)
+
+
+def test_a_grid_far_too_large_is_rejected_without_a_look_at_its_cells() -> None:
+    # 64 to the power of 7 combinations.
+    names = ("rank", "alpha", "warmupSteps", "microBatchSize", "gradientAccumulationSteps", "maxSteps", "seed")
+    lists = {name: tuple(range(1, MAX_CELLS + 1)) for name in names}
+    with pytest.raises(ValidationError, match="the grid has more than 64 cells"):
+        Grid.model_validate(lists)
 
 
 def test_cells_that_could_not_be_compared() -> None:
