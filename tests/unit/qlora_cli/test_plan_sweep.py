@@ -208,6 +208,16 @@ def test_a_model_with_one_row_a_sequence_says_so_once_and_takes_one_cell_a_pod(t
         ({"paralelism": 2}, ": spec.paralelism: unknown field; did you mean parallelism?"),
         ({"grid": {"learningRates": [1e-4]}}, ": spec.grid.learningRates: unknown field; did you mean learningRate?"),
         ({"grid": {"rank": [16, 16]}}, "cell support-rates-03 (rank=16 learningRate=0.0001) is a duplicate"),
+        (
+            {
+                "grid": {
+                    "rank": [16],
+                    "learningRate": [1e-4],
+                    "targetModules": [["q_proj", "k_proj"], ["k_proj", "q_proj"]],
+                }
+            },
+            "targetModules=k_proj,q_proj learningRate=0.0001) is the same as cell support-rates-00 of spec.grid",
+        ),
     ],
 )
 def test_an_invalid_sweep_is_rejected_with_the_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
